@@ -1,0 +1,1 @@
+"""A KV cache for TensorRT-LLM whose addresses never change."""

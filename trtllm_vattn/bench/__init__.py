@@ -1,0 +1,4 @@
+"""Workloads, comparisons, reports and plots.
+
+May import everything but `cli`.
+"""

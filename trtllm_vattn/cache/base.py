@@ -1,0 +1,189 @@
+"""The contract every KV cache keeps, so that one Engine runs over all of them and a comparison changes one word.
+
+A cache has `num_slots` slots of up to `max_seq_len` tokens and one dummy slot (`dummy_slot == num_slots`), always
+backed, that padding writes to. A sequence owns a slot from `admit` to `release`. Lane i of a captured batch is slot i.
+
+Numbered contract, tested over every sibling in tests/cache/test_contract.py:
+
+C1. `frontiers[slot]` tokens of a slot are backed by memory: positions below it may be written and read.
+C2. `lengths[slot]` tokens of a slot belong to its sequence; `lengths <= frontiers` always.
+C3. A call succeeds whole or raises and changes nothing.
+C4. Tensors from `layer()` are made once and stay valid until `close()`, at the same addresses.
+C5. `close()` is idempotent; any other call after it raises `ManagerClosed`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from trtllm_vattn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+SequenceId = Hashable
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What one token costs and how many there may be.
+
+    `kv_factor` is 2 for K and V, 1 where one latent serves as both (MLA).
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    num_slots: int
+    max_seq_len: int
+    kv_factor: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_kv_heads", "head_dim", "num_slots", "max_seq_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a positive whole number")
+        if self.kv_factor not in (1, 2):
+            raise ConfigError(f"kv_factor is {self.kv_factor!r}; it is 2 for K and V, 1 for a shared latent")
+
+    @property
+    def layer_token_bytes(self) -> int:
+        """Bytes one token takes in one layer."""
+        return self.kv_factor * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes one token takes in all layers."""
+        return self.num_layers * self.layer_token_bytes
+
+
+@dataclass(frozen=True)
+class FlatKV:
+    """One layer as flat tensors; k and v are ``[num_slots + 1, max_seq_len, num_kv_heads, head_dim]``, any strides."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """One layer as a pool of blocks behind a table.
+
+    k and v are ``[num_blocks, block_size, num_kv_heads, head_dim]`` (any strides); `table` is int32
+    ``[num_slots + 1, blocks_per_slot]`` on the device, its unused entries 0; block 0 is the dummy block.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    table: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Bytes and counts at one moment.
+
+    `live_bytes` hold tokens of sequences; `mapped_bytes` are backed for running sequences (live, lookahead and
+    rounding); `parked_bytes` are backed for nobody until adopted; `held_bytes` is all physical memory held.
+    """
+
+    sequences: int
+    live_bytes: int
+    mapped_bytes: int
+    parked_bytes: int
+    held_bytes: int
+    budget_bytes: int
+    critical_path_maps: int = 0
+    ahead_maps: int = 0
+    quarantined: int = 0
+
+
+class KVCache(ABC):
+    """One KV cache; see the module's numbered contract. Not thread-safe."""
+
+    shape: CacheShape
+    device: torch.device
+    lengths: np.ndarray
+    """int64 ``[num_slots]``, tokens of each slot's sequence, 0 for a free slot. Read-only for callers."""
+    frontiers: np.ndarray
+    """int64 ``[num_slots]``, tokens backed by memory. Read-only for callers."""
+
+    @property
+    def dummy_slot(self) -> int:
+        """Index of the slot that padding writes to; always backed for at least one token."""
+        return self.shape.num_slots
+
+    @abstractmethod
+    def admit(self, sequence: SequenceId, prompt_len: int) -> int:
+        """Give a sequence a slot backed for `prompt_len` tokens; returns the slot.
+
+        Raises DuplicateSequence, SequenceTooLong, NoFreeSlot, OutOfPages.
+        """
+
+    @abstractmethod
+    def extend(self, sequence: SequenceId, tokens: int) -> None:
+        """Lengthen a sequence by `tokens`, backed. Raises UnknownSequence, SequenceTooLong, OutOfPages."""
+
+    @abstractmethod
+    def truncate(self, sequence: SequenceId, length: int) -> None:
+        """Shorten a sequence to `length` tokens; its memory stays. Raises UnknownSequence, ConfigError."""
+
+    @abstractmethod
+    def release(self, sequence: SequenceId) -> None:
+        """End a sequence; its slot is free for the next one. Raises UnknownSequence."""
+
+    @abstractmethod
+    def prepare_step(self, lengths: np.ndarray) -> None:
+        """Back a whole batch for one step: `lengths` is int ``[num_slots]``, each slot's length after the step, 0 where
+        the slot takes no part. For all or for none. Raises UnknownSequence, SequenceTooLong, OutOfPages, ConfigError.
+        """
+
+    def map_ahead(self) -> int:
+        """Back tokens that coming steps will need; returns the number of mappings made.
+
+        Called while the device is busy with a step. Nothing to do where memory is backed from the start.
+        """
+        return 0
+
+    @abstractmethod
+    def layer(self, layer: int) -> FlatKV | PagedKV:
+        """The tensors of one layer; the same objects every time."""
+
+    @abstractmethod
+    def storages(self) -> list[torch.Tensor]:
+        """Every tensor whose storage a captured step may touch (views share them)."""
+
+    @abstractmethod
+    def sequence_at(self, slot: int) -> SequenceId | None:
+        """The sequence that owns a slot."""
+
+    @abstractmethod
+    def slot_of(self, sequence: SequenceId) -> int:
+        """The slot of a sequence. Raises UnknownSequence."""
+
+    @abstractmethod
+    def stats(self) -> CacheStats:
+        """Bytes and counts now."""
+
+    @abstractmethod
+    def check_integrity(self) -> None:
+        """Raise InvariantViolation, with its numbers, where the books disagree."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

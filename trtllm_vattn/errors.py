@@ -1,0 +1,72 @@
+"""Exceptions, named after who has to act. A message says what was asked, what there is, and what to do."""
+
+from __future__ import annotations
+
+
+class VattnError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class ConfigError(VattnError, ValueError):
+    """A setting or an argument cannot work; change it."""
+
+
+class OutOfPages(VattnError):
+    """No physical memory left under the budget; nothing changed. Release or preempt a sequence, or raise the budget."""
+
+
+class AddressSpaceExhausted(VattnError):
+    """The driver gave no virtual addresses; lower the number of slots or `max_seq_len`."""
+
+
+class DriverError(VattnError):
+    """A driver call failed.
+
+    Attributes
+    ----------
+    code : str
+        Name of the result, as the CUDA driver names it (``CUDA_ERROR_OUT_OF_MEMORY``).
+    call : str
+        Driver-seam call that failed (``map``).
+    arguments : tuple of int
+        What it was called with.
+    """
+
+    def __init__(self, code: str, call: str, arguments: tuple[int, ...], detail: str = "") -> None:
+        self.code, self.call, self.arguments = code, call, arguments
+        shown = ", ".join(f"{argument:#x}" for argument in arguments)
+        super().__init__(f"{call}({shown}) failed: {code}" + (f" ({detail})" if detail else ""))
+
+
+class UnknownSequence(VattnError, KeyError):
+    """No sequence of that id is in the cache."""
+
+    __str__ = Exception.__str__
+
+
+class DuplicateSequence(VattnError):
+    """A sequence of that id is in the cache already."""
+
+
+class SequenceTooLong(VattnError):
+    """A sequence would outgrow `max_seq_len`; nothing changed."""
+
+
+class NoFreeSlot(VattnError):
+    """Every slot holds a sequence; nothing changed. Release one, or build the cache with more slots."""
+
+
+class ManagerClosed(VattnError):
+    """The cache was used after `close()`."""
+
+
+class UnmappedAccess(VattnError):
+    """A replay would touch addresses with no memory behind them; it was not launched."""
+
+
+class CaptureError(VattnError):
+    """A step did something that a captured graph cannot hold."""
+
+
+class InvariantViolation(VattnError):
+    """Our own bug: the books do not agree with one another. The message carries the numbers."""

@@ -1,0 +1,88 @@
+"""The driver seam: eight calls and fences. Everything above it is one code path over two drivers.
+
+Rules of the CUDA driver that the code above relies on; `HostDriver` keeps the same, and tests/vmm/test_rules.py
+holds a test named after each:
+
+R1. Sizes and addresses are multiples of the granule; anything else is refused (CUDA_ERROR_INVALID_VALUE).
+R2. A handle maps whole and at offset 0: part of one is refused (CUDA_ERROR_NOT_SUPPORTED).
+R3. A mapping over a mapping is refused; so is one outside a reservation (CUDA_ERROR_INVALID_VALUE).
+R4. Mapped memory is not accessible before `set_access`; the price of `set_access` is per handle, not per byte.
+R5. One handle may be mapped at several addresses: they alias.
+R6. Releasing a mapped handle is legal; its memory returns when the last mapping goes.
+R7. A reservation is freed once, whole, with its own base and size, and with nothing mapped in it.
+R8. `unmap` covers whole mappings, and is not ordered with any stream: work that may still touch the range must
+    have passed a fence.
+R9. Memory from `create` reads zero.
+R10. Every call is legal while a stream is being captured.
+
+Numbered invariants of the code above the seam:
+
+I1. An extent is in exactly one place: the pool's stock, a slot, or quarantine.
+I2. A mapping holds its reservation and its extent; what is held is not freed.
+I3. An operation of several steps succeeds whole or leaves the state as it was.
+I4. What failed to unmap, release or free is quarantined: counted, never reused, tried again at close.
+I5. Nothing is unmapped before the fence recorded after its last use is done.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+
+class Fence(ABC):
+    """Proof that work already submitted has finished."""
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether everything submitted before the fence has finished. Never blocks."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Block until `done()`."""
+
+
+class Driver(ABC):
+    """Virtual memory management of one device. Addresses, handles and sizes (bytes) are plain ints.
+
+    Every call raises `DriverError` carrying the CUresult's name, the call and its arguments.
+    All calls may be made from any thread.
+    """
+
+    device: str
+    """Where tensors over these addresses live, as torch names it: ``cpu`` or ``cuda:0``."""
+
+    @abstractmethod
+    def granularity(self) -> int:
+        """Bytes that every size and address here is a multiple of."""
+
+    @abstractmethod
+    def reserve(self, size: int) -> int:
+        """Reserve `size` bytes of addresses with no memory behind them; returns the base address."""
+
+    @abstractmethod
+    def free(self, address: int, size: int) -> None:
+        """Give a whole reservation back."""
+
+    @abstractmethod
+    def create(self, size: int) -> int:
+        """Allocate `size` bytes of physical memory; returns its handle."""
+
+    @abstractmethod
+    def release(self, handle: int) -> None:
+        """Drop a handle; the memory returns when its last mapping goes."""
+
+    @abstractmethod
+    def map(self, address: int, size: int, handle: int) -> None:
+        """Place a whole handle at an address inside a reservation."""
+
+    @abstractmethod
+    def set_access(self, address: int, size: int) -> None:
+        """Make mapped addresses readable and writable by the device."""
+
+    @abstractmethod
+    def unmap(self, address: int, size: int) -> None:
+        """Take whole mappings away. The addresses stay reserved."""
+
+    @abstractmethod
+    def record(self, stream: int) -> Fence:
+        """A fence after everything submitted to `stream` (a cudaStream_t; 0 is the default stream)."""
