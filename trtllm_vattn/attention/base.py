@@ -34,6 +34,10 @@ class Attention(ABC):
         self.cache, self.num_heads = cache, num_heads
         self.scale = cache.shape.head_dim**-0.5 if scale is None else scale
 
+    def storages(self) -> list[torch.Tensor]:
+        """Tensors of the backend's own (index ranges, workspaces) that a captured step may touch."""
+        return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+
     @abstractmethod
     def write(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor

@@ -1,0 +1,155 @@
+"""`HostGraph`: the host's stand-in for a CUDA graph.
+
+A step runs once under a dispatch mode that records every aten operation with the tensors it was given, raw addresses
+and all; a replay runs the records again into the same storages. So what a captured step relies on, that its addresses
+stay valid, is tested without a GPU, and what a CUDA graph could not hold is refused here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from trtllm_vattn.errors import CaptureError
+
+_aten = torch.ops.aten
+_HOST_READS = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default}
+_DATA_SHAPED = {
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+    _aten._unique2.default,
+    _aten.unique_dim.default,
+    _aten.unique_consecutive.default,
+    _aten.bincount.default,
+    _aten.repeat_interleave.Tensor,
+}
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@dataclass(frozen=True)
+class Record:
+    """One operation: what to call, with what, and which of its results must be copied to where the capture had them."""
+
+    operation: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: list[tuple[int, torch.Tensor]]
+    """Results with storages of their own, by their place among the operation's results."""
+    addresses: tuple[int, ...]
+
+    def run(self) -> None:
+        if tuple(tensor.data_ptr() for tensor in _tensors((self.args, self.kwargs))) != self.addresses:
+            raise CaptureError(f"a tensor of {self.operation} has moved since the capture; keep static tensors in place")
+        results = _tensors(self.operation(*self.args, **self.kwargs))
+        for place, recorded in self.results:
+            recorded.copy_(results[place])
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, static: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.records: list[Record] = []
+        self._known = {_storage(tensor) for tensor in static}
+        self._alive: list[torch.Tensor] = []
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = _tensors((args, kwargs))
+        self._refuse_unholdable(operation, args, given)
+        inputs = {_storage(tensor) for tensor in given}
+        addresses = tuple(tensor.data_ptr() for tensor in given)
+        answer = operation(*args, **kwargs)
+        made = [(i, tensor) for i, tensor in enumerate(_tensors(answer)) if _storage(tensor) not in inputs]
+        # A record keeps its results alive, so that no later one is given a storage that a replay still needs.
+        self._known.update(_storage(tensor) for _, tensor in made)
+        self._alive += [tensor for _, tensor in made]
+        self.records.append(Record(operation, args, kwargs, made, addresses))
+        return answer
+
+    def _refuse_unholdable(self, operation: Any, args: tuple[Any, ...], given: list[torch.Tensor]) -> None:
+        if operation in _HOST_READS:
+            raise CaptureError(
+                f"{operation} reads a value back to the host, on which the step may branch; a graph cannot: keep the "
+                "value on the device (torch.where instead of if, tensors instead of .item())"
+            )
+        by_mask = operation in (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default) and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if operation in _DATA_SHAPED or by_mask:
+            raise CaptureError(
+                f"{operation} has a result whose shape depends on data; a graph's shapes are fixed: use torch.where or "
+                "a padded index"
+            )
+        for tensor in given:
+            if _storage(tensor) not in self._known and tensor.numel():
+                raise CaptureError(
+                    f"{operation} was given a tensor of shape {tuple(tensor.shape)} that is neither static nor made in "
+                    "the step: a replay would read it where it was; make it once, outside, and pass it as static"
+                )
+
+
+class HostGraph:
+    """A recorded step; `replay()` runs it again over the same addresses."""
+
+    _capturing = False
+
+    def __init__(self, records: list[Record]) -> None:
+        self._records: list[Record] | None = records
+
+    @classmethod
+    def capture(cls, step: Callable[[], object], static: Iterable[torch.Tensor]) -> HostGraph:
+        """Run `step` once and record it.
+
+        Parameters
+        ----------
+        static : iterable of Tensor
+            Every tensor that the step may touch and does not make itself; views share their storages.
+
+        Raises
+        ------
+        CaptureError
+            The step did what a CUDA graph could not hold; the message names the operation.
+        """
+        if HostGraph._capturing:
+            raise CaptureError("a capture is under way; captures do not nest")
+        HostGraph._capturing = True
+        try:
+            with _Recorder(static) as recorder:
+                step()
+        finally:
+            HostGraph._capturing = False
+        return cls(recorder.records)
+
+    def __len__(self) -> int:
+        """Operations recorded."""
+        return len(self._records or ())
+
+    def operations(self) -> list[str]:
+        """The names of what was recorded, in order."""
+        return [str(record.operation) for record in self._records or ()]
+
+    def replay(self) -> None:
+        """Run the records again. Raises CaptureError after `close()`, or where a static tensor was moved."""
+        if self._records is None:
+            raise CaptureError("this graph is closed; capture the step again")
+        with torch.no_grad():
+            for record in self._records:
+                record.run()
+
+    def close(self) -> None:
+        """Drop the records. Idempotent."""
+        self._records = None

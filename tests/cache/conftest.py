@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.select import CACHES, make_cache
+from trtllm_vattn.vmm.host import HostDriver
+
+SHAPE = CacheShape(
+    num_layers=4, num_kv_heads=2, head_dim=24, dtype=torch.float32, num_slots=4, max_seq_len=50
+)
+"""384 bytes a token and layer: rows straddle pages of 4 KiB."""
+
+
+@pytest.fixture(params=CACHES)
+def cache(request: pytest.FixtureRequest, host_driver: HostDriver) -> Iterator[KVCache]:
+    """Each kind of cache, with room for every slot at its maximum."""
+    with make_cache(request.param, SHAPE, "cpu", driver=host_driver) as made:
+        yield made
+
+
+@pytest.fixture(params=("paged", "vattn"))
+def small(request: pytest.FixtureRequest, host_driver: HostDriver) -> Iterator[Callable[[int], KVCache]]:
+    """The kinds that can have less memory than their slots, made for a number of tokens in all."""
+    made: list[KVCache] = []
+
+    def make(tokens: int) -> KVCache:
+        # A page in hand for the dummy slot, which the paged cache holds apart.
+        spare = 4096 if request.param == "vattn" else 0
+        budget = tokens * SHAPE.token_bytes + spare
+        made.append(
+            make_cache(request.param, SHAPE, "cpu", budget, lookahead=0, block_size=8, driver=host_driver)
+        )
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()

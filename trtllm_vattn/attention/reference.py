@@ -1,0 +1,67 @@
+"""The reference backend: plain torch, on any device, over flat KV and block tables alike.
+
+It gathers rows with indices clamped to length - 1, so it reads no row past the length, and works in float32.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from trtllm_vattn.attention.write import WritingAttention
+from trtllm_vattn.cache.base import FlatKV, KVCache
+
+
+class TorchAttention(WritingAttention):
+    """Right for any lengths, grouped queries, and lengths on the device; for speed there are others."""
+
+    name: ClassVar[str] = "torch"
+
+    def __init__(self, cache: KVCache, num_heads: int, scale: float | None = None) -> None:
+        super().__init__(cache, num_heads, scale)
+        self._range = torch.arange(cache.shape.max_seq_len, device=cache.device)
+        self._lanes = torch.arange(cache.shape.num_slots, device=cache.device)
+
+    def decode(
+        self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        lanes = len(q)
+        slots = self._lanes[:lanes] if slots is None else slots
+        visible = self._range < lengths[:, None]
+        k, v = self._gather(layer, slots, lengths, self.cache.shape.max_seq_len)
+        return self._attend(q[:, None], k, v, visible[:, None])[:, 0]
+
+    def prefill(
+        self, layer: int, q: torch.Tensor, slot: int, query_len: torch.Tensor, length: torch.Tensor, max_length: int
+    ) -> torch.Tensor:
+        k, v = self._gather(layer, self._lanes[slot : slot + 1], length, max_length)
+        # Rows past query_len see what its last row sees.
+        row = torch.arange(len(q), device=q.device).minimum(query_len - 1)
+        visible = self._range[:max_length] <= (length - query_len + row)[:, None]
+        return self._attend(q[None], k, v, visible[None])[0]
+
+    def _gather(
+        self, layer: int, slots: torch.Tensor, lengths: torch.Tensor, extent: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V ``[lanes, extent, num_kv_heads, head_dim]``; past a length its last row is repeated, and a lane of
+        length 0 repeats the dummy slot's first row."""
+        slots = torch.where(lengths > 0, slots, self.cache.dummy_slot)[:, None]
+        tokens = self._range[:extent].minimum((lengths[:, None] - 1).clamp(min=0))
+        kv = self.cache.layer(layer)
+        if isinstance(kv, FlatKV):
+            return kv.k[slots, tokens], kv.v[slots, tokens]
+        size = kv.k.shape[1]
+        blocks = kv.table[slots, tokens // size].long()
+        return kv.k[blocks, tokens % size], kv.v[blocks, tokens % size]
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """q ``[lanes, rows, num_heads, head_dim]``; k, v ``[lanes, extent, num_kv_heads, head_dim]``; visible
+        ``[lanes, rows, extent]``, false everywhere for a lane of length 0, whose output is zeros."""
+        heads = k.shape[2]
+        grouped = q.unflatten(2, (heads, -1)).float()
+        scores = torch.einsum("nrhgd,nthd->nhgrt", grouped, k.float()) * self.scale
+        lowest = torch.finfo(scores.dtype).min
+        weights = scores.masked_fill(~visible[:, None, None], lowest).softmax(dim=-1)
+        out = torch.einsum("nhgrt,nthd->nrhgd", weights, v.float()).flatten(2, 3)
+        return out.where(visible.any(dim=-1)[..., None, None], 0.0).to(q.dtype)

@@ -1,0 +1,38 @@
+"""Attention backends by name."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention.reference import TorchAttention
+from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.errors import ConfigError
+
+BACKENDS = ("auto", "torch", "cudnn")
+
+
+def make_attention(name: str, cache: KVCache, num_heads: int, scale: float | None = None) -> Attention:
+    """A backend over a cache; ``auto`` is cudnn where it works, else torch. Raises ConfigError for an unknown name."""
+    if name == "auto":
+        half = cache.shape.dtype in (torch.float16, torch.bfloat16)
+        name = "cudnn" if cache.device.type == "cuda" and half and available()["cudnn"] == "yes" else "torch"
+    if name == "torch":
+        return TorchAttention(cache, num_heads, scale)
+    if name == "cudnn":
+        from trtllm_vattn.attention.cudnn import CudnnAttention
+
+        return CudnnAttention(cache, num_heads, scale)
+    raise ConfigError(f"no attention backend {name!r}; there are {', '.join(BACKENDS)}")
+
+
+def available() -> dict[str, str]:
+    """Each backend with ``yes``, or why it does not work here."""
+    cudnn = "yes"
+    if not torch.cuda.is_available():
+        cudnn = "no GPU"
+    elif importlib.util.find_spec("cudnn") is None:
+        cudnn = "nvidia-cudnn-frontend is not installed: pip install 'trtllm-vattn[cuda]'"
+    return {"torch": "yes", "cudnn": cudnn}

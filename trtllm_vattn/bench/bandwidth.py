@@ -1,0 +1,62 @@
+"""Bandwidth: what the card can read, and what attention over a cache reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from trtllm_vattn.bench.machine import summarise
+from trtllm_vattn.runtime.engine import Engine
+
+
+def _captured_ms(work: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds of each of `repeats` replays of captured work, by CUDA events."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        work()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    graph.replay()
+    for event in events[:-1]:
+        event.record()
+        graph.replay()
+    events[-1].record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False)]
+
+
+@torch.inference_mode()
+def read_limit(size: int = 4 << 30, repeats: int = 10) -> float:
+    """Bytes a second that the current card reads: the best of two plain reductions over `size` bytes of memory."""
+    data = torch.empty(size // 4, dtype=torch.float32, device="cuda").normal_()
+    return max(size / (min(_captured_ms(work, repeats)) / 1e3) for work in (data.sum, data.amax))
+
+
+@torch.inference_mode()
+def attention_bandwidth(engine: Engine, repeats: int = 10) -> dict[str, object]:
+    """Decode attention alone, every layer once in one graph, at the engine's present lengths.
+
+    Returns bytes of K and V a layer, microseconds a layer, and bytes a second.
+    """
+    shape, decode = engine.cache.shape, engine.decode
+    lengths = torch.from_numpy(decode.lengths).to(engine.cache.device, torch.int32)
+    q = torch.randn(
+        len(lengths), engine.attention.num_heads, shape.head_dim, dtype=shape.dtype, device=engine.cache.device
+    )
+
+    def work() -> None:
+        for layer in range(shape.num_layers):
+            engine.attention.decode(layer, q, lengths)
+
+    milliseconds = _captured_ms(work, repeats)
+    layer_bytes = int(decode.lengths.sum()) * shape.layer_token_bytes
+    rates = [layer_bytes * shape.num_layers / (ms / 1e3) for ms in milliseconds]
+    return {
+        "layer_bytes": layer_bytes,
+        "layer_us": summarise([1e3 * ms / shape.num_layers for ms in milliseconds]),
+        "bytes_per_s": summarise(rates),
+    }

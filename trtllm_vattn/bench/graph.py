@@ -1,0 +1,272 @@
+"""`bench graph`: what do graphs gain, and what does a fixed-address cache cost?
+
+The same requests through {eager, captured} × {contiguous, paged, vattn}, on one model, with one attention library.
+Two parts: a request trace run to its end (tokens compared, memory over time), and, on a GPU, steady decode at given
+batch sizes with all six combinations in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from trtllm_vattn.bench.bandwidth import read_limit
+from trtllm_vattn.bench.identity import RequestTokens, compare
+from trtllm_vattn.bench.machine import summarise
+from trtllm_vattn.bench.plot import plot_graph
+from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.steady import run_steady
+from trtllm_vattn.bench.traced import TracedRun, run_traced
+from trtllm_vattn.bench.traces import Request, fit, generate_trace, load_trace
+from trtllm_vattn.bench.workload import prompt_ids
+from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.cache.select import CACHES, make_cache
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import SHAPES, load_model
+
+MODES = ("eager", "captured")
+
+
+def numbers(text: str) -> list[int]:
+    """``1,8,32`` as a list."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench graph`. Defaults that depend on the machine are filled in by `settle`."""
+    add = parser.add_argument
+    add("--model", help=f"checkpoint directory, or one of {', '.join(SHAPES)} (default: llama-3-8b, tiny without GPU)")
+    add("--device", help="cpu or cuda:N (default: the GPU if there is one)")
+    add("--attention", default="auto", help="auto, torch or cudnn")
+    add("--caches", default=",".join(CACHES), help="which caches, the first is the reference")
+    add("--trace", type=Path, help="Azure code CSV, Mooncake JSONL or ShareGPT lengths CSV (default: generated)")
+    add("--requests", type=int, help="how many requests of the trace")
+    add("--max-output", type=int, help="cap on a request's output tokens")
+    add("--max-seqs", type=int, help="sequences that run at once")
+    add("--max-seq-len", type=int, help="tokens of a slot")
+    add("--layers-per-range", type=int, help="layers that share a token's row in the vattn cache (default: all)")
+    add("--block-size", type=int, default=16, help="tokens a block of the paged cache")
+    add("--batch-sizes", type=numbers, help="steady decode at these, 1,8,32,128 say (default: none without GPU)")
+    add("--context", type=int, default=2048, help="tokens a sequence in steady decode")
+    add("--rounds", type=int, default=5, help="turns of each combination in steady decode")
+    add("--steps", type=int, default=10, help="steps a turn")
+    add("--tie-tolerance", type=float, help="top two logits closer than this are a tie (default: 0 on CPU, 0.125)")
+    add("--seed", type=int, default=0)
+    add("--output-json", type=Path, help="write all results there")
+    add("--plot", type=Path, help="write a PNG there")
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Fill in the defaults that depend on the machine."""
+    args.device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    gpu = args.device != "cpu"
+    defaults: dict[str, Any] = {
+        "model": "llama-3-8b" if gpu else "tiny-llama",
+        "requests": 32 if gpu else 24,
+        "max_output": 64 if gpu else 24,
+        "max_seqs": 16 if gpu else 8,
+        "max_seq_len": 8192 if gpu else 512,
+        "batch_sizes": [1, 8, 32, 128] if gpu else [],
+        "tie_tolerance": 0.125 if gpu else 0.0,
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.caches = [name for name in args.caches.split(",") if name]
+    unknown = set(args.caches) - set(CACHES)
+    if unknown or not args.caches:
+        raise ConfigError(f"--caches names {sorted(unknown) or 'nothing'}; there are {', '.join(CACHES)}")
+
+
+class GraphBenchmark:
+    """One invocation: the model, and how its caches are made."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+        self.model: PreTrainedModel = load_model(args.model, args.device, dtype, args.seed)
+
+    def make(self, name: str, num_slots: int, max_seq_len: int) -> KVCache:
+        shape = shape_of(self.model, num_slots, max_seq_len)
+        return make_cache(
+            name,
+            shape,
+            self.args.device,
+            layers_per_range=self.args.layers_per_range,
+            block_size=self.args.block_size,
+        )
+
+    # -- the trace -------------------------------------------------------------------------------------------------
+
+    def requests(self) -> list[Request]:
+        args = self.args
+        whole = load_trace(args.trace) if args.trace else generate_trace(args.requests, args.seed)
+        return fit(whole[: args.requests], args.max_seq_len, args.max_output)
+
+    def trace(self) -> dict[str, Any]:
+        """All combinations over the trace; the first is the reference whose tokens the others must give."""
+        args = self.args
+        requests = self.requests()
+        vocab = self.model.config.get_text_config().vocab_size
+        prompts = [prompt_ids(r, i, vocab, args.seed).tolist() for i, r in enumerate(requests)]
+        outputs = [request.output_tokens for request in requests]
+        reference: RequestTokens | None = None
+        rows = []
+        for name in args.caches:
+            for mode in MODES:
+                cache = self.make(name, args.max_seqs, args.max_seq_len)
+                forcing = args.tie_tolerance > 0
+                with Engine(
+                    self.model, cache, attention=args.attention, capture=mode == "captured", record_margins=forcing
+                ) as engine:
+                    run = run_traced(engine, prompts, outputs, reference if forcing else None, f"{name}, {mode}")
+                    start_up = engine.decode.capture_seconds
+                reference = reference or run.tokens
+                rows.append(self._trace_row(name, mode, run, reference, start_up))
+        return {
+            "runs": rows,
+            "requests": len(requests),
+            "prompt_tokens": sum(map(len, prompts)),
+            "output_tokens": sum(outputs),
+            "teacher_forced": args.tie_tolerance > 0,
+            "tie_tolerance": args.tie_tolerance,
+        }
+
+    def _trace_row(
+        self, name: str, mode: str, run: TracedRun, reference: RequestTokens, capture_s: float
+    ) -> dict[str, Any]:
+        identity = compare(reference, run.tokens, self.args.tie_tolerance)
+        return {
+            "cache": name,
+            "mode": mode,
+            "tokens_identical": identity.identical,
+            "tokens": identity.tokens,
+            "ties": identity.ties,
+            "mismatches": identity.mismatches,
+            "seconds": run.seconds,
+            "capture_s": capture_s,
+            "output_throughput": identity.tokens / run.seconds,
+            "step_ms": summarise([1e3 * record.wall_s for record in run.steps]),
+            "kv_host_us": summarise([1e6 * record.kv_s for record in run.steps]),
+            "map_ahead_us": summarise([1e6 * record.ahead_s for record in run.steps]),
+            "critical_path_maps": run.critical_path_maps,
+            "memory": run.memory.thinned(),
+        }
+
+    # -- steady decode ---------------------------------------------------------------------------------------------
+
+    def steady(self) -> dict[str, Any]:
+        """All combinations in turns, at each batch size; and the read limit of the card in the same run."""
+        args = self.args
+        parts = [
+            run_steady(
+                self.model,
+                args.caches,
+                self.make,
+                attention=args.attention,
+                batch=batch,
+                context=args.context,
+                rounds=args.rounds,
+                steps=args.steps,
+                seed=args.seed,
+            )
+            for batch in tqdm(args.batch_sizes, desc="batch sizes", disable=None)
+        ]
+        whole: dict[str, Any] = {key: [row for part in parts for row in part[key]] for key in parts[0]}
+        whole["read_limit_bytes_per_s"] = read_limit()
+        return whole
+
+
+def summary(trace: dict[str, Any] | None, steady: dict[str, Any] | None) -> dict[str, Any]:
+    """The figures that are quoted."""
+    out: dict[str, Any] = {}
+    if trace:
+        out["tokens_identical"] = all(row["tokens_identical"] for row in trace["runs"])
+        out["ties"] = sum(row["ties"] for row in trace["runs"])
+        out["tokens_compared"] = sum(row["tokens"] for row in trace["runs"])
+    if steady:
+        for other in ("contiguous", "paged"):
+            ratios = [row["ratio"] for row in steady["ratios"] if row["over"] == other]
+            if ratios:
+                out[f"vattn_over_{other}_step_ratio"] = max(ratios)
+        step = {(row["cache"], row["mode"], row["batch"]): row for row in steady["runs"]}
+        if ("vattn", "eager", 1) in step:
+            eager, captured = (step["vattn", mode, 1]["step_ms"]["p50"] for mode in MODES)
+            out["graph_speedup_batch1"] = eager / captured
+        ours = [row for row in steady["runs"] if row["cache"] == "vattn" and row["mode"] == "captured"]
+        if ours:
+            largest = max(ours, key=lambda row: row["batch"])
+            out["kv_host_us_p99"] = largest["kv_host_us"]["p99"]
+            out["kv_host_batch"] = largest["batch"]
+            out["critical_path_maps"] = largest["critical_path_maps"]
+        limit = steady["read_limit_bytes_per_s"]
+        out["read_limit_gb_per_s"] = limit / 1e9
+        for row in steady["attention"]:
+            if row["cache"] == "vattn":
+                out[f"attention_of_read_limit_batch{row['batch']}"] = row["bytes_per_s"]["p50"] / limit
+    return out
+
+
+def show(trace: dict[str, Any], steady: dict[str, Any] | None) -> str:
+    """The results as text."""
+    parts = []
+    header = ["cache", "mode", "tokens identical", "ties", "step p50 ms", "p90", "p99", "KV host us p99", "peak mapped MB"]
+    rows = []
+    for row in trace["runs"]:
+        step = row["step_ms"]
+        rows.append(
+            [
+                row["cache"],
+                row["mode"],
+                "yes" if row["tokens_identical"] else "NO",
+                str(row["ties"]),
+                *(f"{step[p]:.2f}" for p in ("p50", "p90", "p99")),
+                f"{row['kv_host_us']['p99']:.0f}",
+                f"{max(row['memory']['mapped_bytes']) / 1e6:,.1f}",
+            ]
+        )
+    parts.append(table(header, rows))
+    if steady:
+        header = ["batch", "cache", "mode", "step p50 ms", "p90", "p99", "KV host us p99"]
+        rows = [
+            [
+                str(row["batch"]),
+                row["cache"],
+                row["mode"],
+                *(f"{row['step_ms'][p]:.2f}" for p in ("p50", "p90", "p99")),
+                f"{row['kv_host_us']['p99']:.0f}",
+            ]
+            for row in steady["runs"]
+        ]
+        parts.append(table(header, rows))
+    return "\n\n".join(parts)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 where tokens were not identical."""
+    settle(args)
+    benchmark = GraphBenchmark(args)
+    trace = benchmark.trace()
+    steady = benchmark.steady() if args.batch_sizes else None
+    result = Result.start("graph", config={k: str(v) for k, v in vars(args).items()}, seed=args.seed)
+    result.results.update(trace=trace, steady=steady)
+    result.summary.update(summary(trace, steady))
+    print(show(trace, steady))
+    for name, value in result.summary.items():
+        print(f"{name}: {value}")
+    if args.output_json:
+        write(result, args.output_json)
+    if args.plot:
+        plot_graph(result.as_dict(), args.plot)
+    if not result.summary["tokens_identical"]:
+        print("tokens differ between combinations", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,45 @@
+"""Are two runs' tokens the same? Free-running where arithmetic is the same, teacher-forced where kernels differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trtllm_vattn.runtime.request import TokenEvent
+
+RequestTokens = dict[int, list[TokenEvent]]
+"""Token events of one run by request number, in order."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """How a run's tokens compare with the reference's.
+
+    `ties` differ where the reference's two largest logits are closer than the tolerance; `mismatches` differ elsewhere.
+    """
+
+    tokens: int
+    ties: int
+    mismatches: int
+
+    @property
+    def identical(self) -> bool:
+        return self.tokens > 0 and self.mismatches == 0
+
+
+def compare(reference: RequestTokens, run: RequestTokens, tolerance: float) -> Identity:
+    """Compare token by token; requests or tokens that only one of them has are mismatches.
+
+    The reference's events need margins where `tolerance` is above 0.
+    """
+    tokens = ties = mismatches = 0
+    for request in reference.keys() | run.keys():
+        expected, got = reference.get(request, []), run.get(request, [])
+        mismatches += abs(len(expected) - len(got))
+        for theirs, ours in zip(expected, got, strict=False):
+            tokens += 1
+            if theirs.token != ours.token:
+                if theirs.margin is not None and theirs.margin < tolerance:
+                    ties += 1
+                else:
+                    mismatches += 1
+    return Identity(tokens, ties, mismatches)

@@ -1,0 +1,169 @@
+"""Sequences, slots and lengths: the part of the contract that every cache keeps alike."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import numpy as np
+import torch
+
+from trtllm_vattn.cache.base import CacheShape, KVCache, SequenceId
+from trtllm_vattn.errors import (
+    ConfigError,
+    DuplicateSequence,
+    InvariantViolation,
+    ManagerClosed,
+    NoFreeSlot,
+    SequenceTooLong,
+    UnknownSequence,
+)
+
+
+class SlottedCache(KVCache):
+    """Checks every call against the contract, keeps the books, and leaves the memory to three hooks."""
+
+    def __init__(self, shape: CacheShape, device: torch.device | str) -> None:
+        self.shape = shape
+        self.device = torch.device(device)
+        self.lengths = np.zeros(shape.num_slots, np.int64)
+        self.frontiers = np.zeros(shape.num_slots, np.int64)
+        self._slot_of: dict[SequenceId, int] = {}
+        self._owner: dict[int, SequenceId] = {}
+        self._occupied = np.zeros(shape.num_slots, np.bool_)
+        self._closed = False
+
+    # -- hooks -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _claim(self, tokens: int) -> int:
+        """Choose a free slot (there is one) and back it for `tokens`, or raise and change nothing."""
+
+    @abstractmethod
+    def _back(self, lengths: np.ndarray) -> None:
+        """Raise the frontier of every slot to `lengths` where it is lower; for all, or raise and change nothing."""
+
+    @abstractmethod
+    def _vacate(self, slot: int) -> None:
+        """A slot's sequence is gone."""
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Give all memory back; called by `close()`, again where it raised."""
+
+    # -- contract --------------------------------------------------------------------------------------------------
+
+    def admit(self, sequence: SequenceId, prompt_len: int) -> int:
+        self._check_open()
+        if sequence in self._slot_of:
+            raise DuplicateSequence(f"sequence {sequence!r} is in slot {self._slot_of[sequence]} already; release it")
+        if prompt_len < 1:
+            raise ConfigError(f"the prompt of sequence {sequence!r} has {prompt_len} tokens; at least 1 is needed")
+        self._check_fits(sequence, prompt_len)
+        if len(self._slot_of) == self.shape.num_slots:
+            raise NoFreeSlot(
+                f"sequence {sequence!r} found all {self.shape.num_slots} slots taken; release one or build the cache "
+                "with more slots"
+            )
+        slot = self._claim(prompt_len)
+        self._slot_of[sequence], self._owner[slot] = slot, sequence
+        self._occupied[slot] = True
+        self.lengths[slot] = prompt_len
+        return slot
+
+    def extend(self, sequence: SequenceId, tokens: int) -> None:
+        slot = self.slot_of(sequence)
+        if tokens < 0:
+            raise ConfigError(f"cannot extend sequence {sequence!r} by {tokens} tokens; use truncate to shorten it")
+        lengths = np.zeros_like(self.lengths)
+        lengths[slot] = self.lengths[slot] + tokens
+        self.prepare_step(lengths)
+
+    def truncate(self, sequence: SequenceId, length: int) -> None:
+        slot = self.slot_of(sequence)
+        if not 0 < length <= self.lengths[slot]:
+            raise ConfigError(
+                f"sequence {sequence!r} has {self.lengths[slot]} tokens; it can be truncated to between 1 and that, "
+                f"not to {length}"
+            )
+        self.lengths[slot] = length
+
+    def release(self, sequence: SequenceId) -> None:
+        slot = self.slot_of(sequence)
+        self._vacate(slot)
+        del self._slot_of[sequence], self._owner[slot]
+        self._occupied[slot] = False
+        self.lengths[slot] = 0
+
+    def prepare_step(self, lengths: np.ndarray) -> None:
+        self._check_open()
+        if lengths.shape != self.lengths.shape:
+            raise ConfigError(f"lengths has shape {lengths.shape}; one entry a slot is needed: {self.lengths.shape}")
+        active = lengths > 0
+        if (active & ~self._occupied).any():
+            slots = np.flatnonzero(active & ~self._occupied).tolist()
+            raise UnknownSequence(f"slots {slots} hold no sequence; admit one, or pass 0 for them")
+        if (lengths > self.shape.max_seq_len).any():
+            worst = int(lengths.argmax())
+            self._check_fits(self._owner[worst], int(lengths[worst]))
+        if (active & (lengths < self.lengths)).any():
+            slots = np.flatnonzero(active & (lengths < self.lengths)).tolist()
+            raise ConfigError(f"slots {slots} would become shorter; use truncate")
+        if (lengths > self.frontiers).any():
+            self._back(lengths)
+        np.maximum(self.lengths, lengths, out=self.lengths)
+
+    def sequence_at(self, slot: int) -> SequenceId | None:
+        return self._owner.get(slot)
+
+    def slot_of(self, sequence: SequenceId) -> int:
+        self._check_open()
+        try:
+            return self._slot_of[sequence]
+        except KeyError:
+            raise UnknownSequence(
+                f"no sequence {sequence!r} in the cache, which holds {len(self._slot_of)}; admit it first"
+            ) from None
+
+    def check_integrity(self) -> None:
+        self._check_open()
+        owned = {slot: sequence for sequence, slot in self._slot_of.items()}
+        if owned != self._owner or sorted(owned) != np.flatnonzero(self._occupied).tolist():
+            raise InvariantViolation(
+                f"sequences own slots {owned}, slots are owned by {self._owner}, "
+                f"occupied are {np.flatnonzero(self._occupied).tolist()}"
+            )
+        for slot in np.flatnonzero((self.lengths > self.frontiers) | ((self.lengths > 0) != self._occupied)).tolist():
+            raise InvariantViolation(
+                f"slot {slot} of sequence {self._owner.get(slot)!r}: length {self.lengths[slot]}, "
+                f"frontier {self.frontiers[slot]}"
+            )
+
+    def close(self) -> None:
+        self._closed = True
+        self._free()
+
+    # -- for siblings ----------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ManagerClosed("this cache is closed; build another")
+
+    def _check_fits(self, sequence: SequenceId, tokens: int) -> None:
+        if tokens > self.shape.max_seq_len:
+            raise SequenceTooLong(
+                f"sequence {sequence!r} would have {tokens} tokens of a max_seq_len of {self.shape.max_seq_len}; "
+                "shorten it or build the cache with a larger max_seq_len"
+            )
+
+    def _check_layer(self, layer: int) -> None:
+        self._check_open()
+        if not 0 <= layer < self.shape.num_layers:
+            raise ConfigError(f"layer {layer} asked for; the cache has layers 0 to {self.shape.num_layers - 1}")
+
+    def _lowest_free(self) -> int:
+        return int(self._occupied.argmin())
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes that hold tokens of sequences."""
+        return int(self.lengths.sum()) * self.shape.token_bytes

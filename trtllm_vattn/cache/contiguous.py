@@ -1,0 +1,59 @@
+"""A plain allocation of maximum length for every slot: what serving systems did before paging (Orca, OSDI'22)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV
+from trtllm_vattn.cache.books import SlottedCache
+
+
+class ContiguousCache(SlottedCache):
+    """All memory is taken at the start: a tensor ``[num_slots + 1, max_seq_len, num_kv_heads, head_dim]`` a layer for
+    K and another for V (one for both where `kv_factor` is 1)."""
+
+    def __init__(self, shape: CacheShape, device: torch.device | str) -> None:
+        super().__init__(shape, device)
+        size = (shape.num_slots + 1, shape.max_seq_len, shape.num_kv_heads, shape.head_dim)
+
+        def allocate() -> torch.Tensor:
+            return torch.empty(size, dtype=shape.dtype, device=self.device)
+
+        self._layers = []
+        for _ in range(shape.num_layers):
+            k = allocate()
+            self._layers.append(FlatKV(k, allocate() if shape.kv_factor == 2 else k))
+        self.frontiers[:] = shape.max_seq_len
+
+    def _claim(self, tokens: int) -> int:
+        return self._lowest_free()
+
+    def _back(self, lengths: np.ndarray) -> None:
+        """Everything is backed from the start."""
+
+    def _vacate(self, slot: int) -> None:
+        """The slot's memory stays its own."""
+
+    def _free(self) -> None:
+        self._layers = []
+
+    def layer(self, layer: int) -> FlatKV:
+        self._check_layer(layer)
+        return self._layers[layer]
+
+    def storages(self) -> list[torch.Tensor]:
+        return [tensor for layer in self._layers for tensor in (layer.k, layer.v)]
+
+    def stats(self) -> CacheStats:
+        self._check_open()
+        slot_bytes = self.shape.max_seq_len * self.shape.token_bytes
+        held = (self.shape.num_slots + 1) * slot_bytes
+        return CacheStats(
+            sequences=len(self._slot_of),
+            live_bytes=self.live_bytes,
+            mapped_bytes=self.shape.num_slots * slot_bytes,
+            parked_bytes=0,
+            held_bytes=held,
+            budget_bytes=held,
+        )

@@ -1,0 +1,169 @@
+"""`KVCacheManager`: the cache whose addresses never change.
+
+Reservations are made once; a slot's K and V lie at the same addresses for life, so tensors over them, and CUDA graphs
+that baked those addresses in, stay valid while extents come and go beneath (vAttention, arXiv 2405.04437, with
+extents of many sizes instead of one page at a time).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV
+from trtllm_vattn.cache.books import SlottedCache
+from trtllm_vattn.errors import ConfigError, InvariantViolation, NoFreeSlot, OutOfPages
+from trtllm_vattn.memory.arena import Arena
+from trtllm_vattn.memory.layout import SlotLayout
+from trtllm_vattn.memory.pool import ExtentPool
+from trtllm_vattn.vmm.base import Driver
+from trtllm_vattn.vmm.tensors import current_stream, strided, tensor_at
+
+DEFAULT_LOOKAHEAD = 64
+"""Tokens. On Llama-3-8B two mappings of 4 MiB a sequence in 64 steps, and 2 % more memory at 2K tokens."""
+
+
+class KVCacheManager(SlottedCache):
+    """A KV cache at fixed addresses over one device's virtual memory. Used from one stream, not thread-safe.
+
+    Parameters
+    ----------
+    shape : CacheShape
+    driver : Driver
+        Whose memory; the cache closes nothing of it but what it made.
+    budget : int
+        Bytes of physical memory the cache may hold.
+    layers_per_range : int or None
+        Layers that share a token's row; None is all of them, so that a page holds fewest tokens.
+    lookahead : int
+        Tokens that `map_ahead` keeps mapped past a sequence's length; 0 maps each token in its own step.
+
+    Raises
+    ------
+    ConfigError
+        The budget is smaller than one granule a range, or a setting is out of its range.
+    AddressSpaceExhausted, DriverError
+        The driver refused; nothing is left behind.
+    """
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        driver: Driver,
+        budget: int,
+        layers_per_range: int | None = None,
+        lookahead: int = DEFAULT_LOOKAHEAD,
+    ) -> None:
+        super().__init__(shape, driver.device)
+        if lookahead < 0:
+            raise ConfigError(f"lookahead is {lookahead}; it must be 0 or more tokens")
+        self.driver, self.lookahead = driver, lookahead
+        self.layout = SlotLayout(
+            num_layers=shape.num_layers,
+            layers_per_range=shape.num_layers if layers_per_range is None else layers_per_range,
+            layer_token_bytes=shape.layer_token_bytes,
+            max_seq_len=shape.max_seq_len,
+            num_slots=shape.num_slots,
+            granule=driver.granularity(),
+        )
+        self.arena = Arena(ExtentPool(driver, budget), self.layout)
+        self.frontiers = self.arena.frontiers
+        self._critical_path_maps = self._ahead_maps = 0
+        self._flat = [
+            tensor_at(reservation.base, reservation.size, driver.device, owner=reservation)
+            for reservation in self.arena.reservations
+        ]
+        self._layers = [self._view(layer) for layer in range(shape.num_layers)]
+
+    def _view(self, layer: int) -> FlatKV:
+        shape, itemsize = self.shape, self.shape.dtype.itemsize
+        index, offset = self.layout.place_of(layer)
+        size = (shape.num_slots + 1, shape.max_seq_len, shape.num_kv_heads, shape.head_dim)
+        strides = (self.layout.slot_stride // itemsize, self.layout.row_bytes // itemsize, shape.head_dim, 1)
+        half = shape.layer_token_bytes // shape.kv_factor
+        k, v = (
+            strided(self._flat[index], shape.dtype, size, strides, at)
+            for at in (offset, offset + half * (shape.kv_factor - 1))
+        )
+        return FlatKV(k, v)
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def _claim(self, tokens: int) -> int:
+        free = self.arena.free_slots()
+        if not free:
+            raise NoFreeSlot(
+                f"no slot is usable: {self.shape.num_slots - len(self._slot_of)} are retired after a driver call "
+                "failed in them; close the cache and build another"
+            )
+        # A lane is a slot: adopting one beyond the current bucket would replay a larger graph than is needed.
+        highest = max([free[0], *self._owner])
+        bucket = 1 << highest.bit_length()
+        slot, maps = self.arena.occupy(tokens, limit=bucket)
+        self._critical_path_maps += maps
+        return slot
+
+    def _back(self, lengths: np.ndarray) -> None:
+        short = np.flatnonzero(lengths > self.frontiers)
+        self._critical_path_maps += self.arena.grow({slot: int(lengths[slot]) for slot in short.tolist()})
+
+    def _vacate(self, slot: int) -> None:
+        self.arena.park(slot, self.driver.record(current_stream(self.device)))
+
+    def map_ahead(self) -> int:
+        """Keep running slots' frontiers up to `lookahead` tokens past their lengths; returns the mappings made.
+
+        A slot is due when less than half the lookahead is left, and is filled up to the whole; the fewest steps left
+        go first, and only as many at a time as let all be served before the first runs out, so that sequences of
+        equal length do not all map in one step. Where memory is short nothing is mapped: the step that needs it asks.
+        """
+        self._check_open()
+        wanted = np.minimum(self.lengths + self.lookahead, self.shape.max_seq_len)
+        low_water = np.minimum(self.lengths + (self.lookahead + 1) // 2, self.shape.max_seq_len)
+        due = np.flatnonzero(self._occupied & (self.frontiers < low_water))
+        if not due.size:
+            return 0
+        most = max(1, -(-4 * len(self._slot_of) // max(1, self.lookahead)))
+        nearest = due[np.argsort((self.frontiers - self.lengths)[due], kind="stable")][:most]
+        try:
+            made = self.arena.grow({slot: int(wanted[slot]) for slot in nearest.tolist()})
+        except OutOfPages:
+            return 0
+        self._ahead_maps += made
+        return made
+
+    def _free(self) -> None:
+        self.arena.close(self.driver.record(current_stream(self.device)))
+        self._layers, self._flat = [], []
+
+    # -- views and books -------------------------------------------------------------------------------------------
+
+    def layer(self, layer: int) -> FlatKV:
+        self._check_layer(layer)
+        return self._layers[layer]
+
+    def storages(self) -> list[torch.Tensor]:
+        return list(self._flat)
+
+    def stats(self) -> CacheStats:
+        self._check_open()
+        pool = self.arena.pool
+        return CacheStats(
+            sequences=len(self._slot_of),
+            live_bytes=self.live_bytes,
+            mapped_bytes=self.arena.running_bytes,
+            parked_bytes=self.arena.parked_bytes,
+            held_bytes=pool.held_bytes,
+            budget_bytes=pool.budget,
+            critical_path_maps=self._critical_path_maps,
+            ahead_maps=self._ahead_maps,
+            quarantined=len(self.arena.quarantine) + len(pool.quarantine),
+        )
+
+    def check_integrity(self) -> None:
+        super().check_integrity()
+        self.arena.check_integrity()
+        free = self.arena.free_slots()
+        for slot in range(self.shape.num_slots):
+            if self._occupied[slot] and slot in free:
+                raise InvariantViolation(f"slot {slot} of sequence {self._owner[slot]!r} is free in the arena")

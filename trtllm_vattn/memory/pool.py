@@ -1,0 +1,159 @@
+"""The pool of physical memory: extents in power-of-two classes, under a budget, handed out in creation order."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections.abc import Iterable
+from operator import attrgetter
+
+from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, OutOfPages
+from trtllm_vattn.memory.layout import round_up
+from trtllm_vattn.vmm.base import Driver
+from trtllm_vattn.vmm.owners import Extent
+
+logger = logging.getLogger(__name__)
+
+CLASSES = 8
+"""Classes of extents: granule × 2^0 … 2^7, which is 2 to 256 MiB on the card."""
+
+
+class ExtentPool:
+    """Physical memory of one cache.
+
+    The price of backing memory is per handle, not per byte, so `take` answers with the fewest extents. What comes back
+    stays in stock for the next taker; a class that lacks stock while the budget is spent is served by releasing stock
+    of other classes.
+
+    Parameters
+    ----------
+    driver : Driver
+    budget : int
+        Bytes of physical memory that may be held: handed out, in stock, or quarantined.
+
+    Raises
+    ------
+    ConfigError
+        The budget is smaller than one granule.
+    """
+
+    def __init__(self, driver: Driver, budget: int) -> None:
+        self.driver = driver
+        self.granule = driver.granularity()
+        if budget < self.granule:
+            raise ConfigError(
+                f"the budget is {budget:,} bytes, less than one granule of {self.granule:,}; raise the budget"
+            )
+        self.budget = budget
+        self.classes = [self.granule << power for power in reversed(range(CLASSES))]
+        self._stock: dict[int, list[Extent]] = {size: [] for size in self.classes}
+        self.stock_bytes = 0
+        self.held_bytes = 0
+        self.quarantine: list[Extent] = []
+
+    @property
+    def available_bytes(self) -> int:
+        """Bytes that `take` can still hand out."""
+        return self.budget - (self.held_bytes - self.stock_bytes)
+
+    def take(self, size: int) -> list[Extent]:
+        """The fewest extents that add up to `size` bytes, rounded up to a granule, largest first.
+
+        Raises
+        ------
+        OutOfPages
+            The budget, or the device, has no more; nothing was taken.
+        DriverError
+            A create failed for another reason; nothing was taken.
+        """
+        size = round_up(size, self.granule)
+        if size > self.available_bytes:
+            raise OutOfPages(
+                f"{size:,} bytes asked for, {max(0, self.available_bytes):,} left of a budget of {self.budget:,}; "
+                "release or preempt a sequence, or raise the budget"
+            )
+        taken: list[Extent] = []
+        wanted = self._split(size)
+        try:
+            for position, each in enumerate(wanted):
+                taken.append(self._take_one(each, spare=wanted[position + 1 :]))
+        except (DriverError, OutOfPages) as error:
+            self.give(taken)
+            if isinstance(error, DriverError) and error.code == "CUDA_ERROR_OUT_OF_MEMORY":
+                raise OutOfPages(
+                    f"{size:,} bytes asked for and within the budget of {self.budget:,}, but the device has no memory "
+                    "left; lower the budget or free device memory"
+                ) from error
+            raise
+        return taken
+
+    def _split(self, size: int) -> list[int]:
+        pieces = []
+        for each in self.classes:
+            count, size = divmod(size, each)
+            pieces += [each] * count
+        return pieces
+
+    def _take_one(self, size: int, spare: list[int]) -> Extent:
+        stock = self._stock[size]
+        if stock:
+            self.stock_bytes -= size
+            return stock.pop(0)
+        self._make_room(size, spare)
+        extent = Extent(self.driver, size)
+        self.held_bytes += size
+        return extent
+
+    def _make_room(self, size: int, spare: list[int]) -> None:
+        """Release stock until `size` more bytes fit the budget, sparing what the same request will ask for next."""
+        for keep in (spare, []):
+            for each in reversed(self.classes):
+                reserved = keep.count(each)
+                while self.held_bytes + size > self.budget and len(self._stock[each]) > reserved:
+                    self._drop(each)
+        if self.held_bytes + size > self.budget:
+            raise OutOfPages(
+                f"{size:,} bytes asked for, but {sum(e.size for e in self.quarantine):,} bytes of stock could not be "
+                f"released under a budget of {self.budget:,}; close the cache to retry them"
+            )
+
+    def _drop(self, size: int) -> None:
+        """Release the youngest extent of a class, so that the oldest, which lie in order, stay."""
+        extent = self._stock[size].pop()
+        self.stock_bytes -= size
+        self._release(extent)
+
+    def _release(self, extent: Extent) -> None:
+        try:
+            extent.close()
+        except DriverError as error:
+            logger.warning("extent %d of %d bytes is quarantined: %s", extent.serial, extent.size, error)
+            self.quarantine.append(extent)
+        else:
+            self.held_bytes -= extent.size
+
+    def give(self, extents: Iterable[Extent]) -> None:
+        """Take extents back into stock; they must be unmapped."""
+        for extent in extents:
+            if extent.mappings:
+                raise InvariantViolation(
+                    f"extent {extent.serial} came back to the pool with {extent.mappings} mappings"
+                )
+            bisect.insort(self._stock[extent.size], extent, key=attrgetter("serial"))
+            self.stock_bytes += extent.size
+
+    def stocked(self) -> list[Extent]:
+        """Extents in stock, in creation order within a class."""
+        return [extent for stock in self._stock.values() for extent in stock]
+
+    def close(self) -> None:
+        """Release all stock and retry what was quarantined. Idempotent; raises DriverError where some still fails."""
+        retry, self.quarantine = self.quarantine, []
+        for extent in [*self.stocked(), *retry]:
+            self._release(extent)
+        for stock in self._stock.values():
+            stock.clear()
+        self.stock_bytes = 0
+        if self.quarantine:
+            held = sum(extent.size for extent in self.quarantine)
+            raise DriverError("NOT_RELEASED", "release", (held,), f"{len(self.quarantine)} extents are still held")

@@ -1,0 +1,105 @@
+"""Where models come from: a local checkpoint directory, or a named shape with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from trtllm_vattn.errors import ConfigError
+
+_TINY: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 16384,
+}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny-llama": {"model_type": "llama", **_TINY},
+    "tiny-qwen2": {"model_type": "qwen2", **_TINY},
+    "tiny-qwen3": {"model_type": "qwen3", **_TINY},
+    "tiny-mistral": {"model_type": "mistral", "sliding_window": None, **_TINY},
+    "llama-3.2-1b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
+    "llama-3-8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+    },
+    "qwen3-8b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+    },
+    "mistral-7b": {
+        "model_type": "mistral",
+        "vocab_size": 32768,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+    },
+}
+"""Shapes as published in the models' configurations."""
+
+
+def load_model(name: str, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    """A causal language model on a device.
+
+    Parameters
+    ----------
+    name : str
+        A directory with a Hugging Face checkpoint, or a name in `SHAPES`, which gets random weights from `seed`.
+
+    Raises
+    ------
+    ConfigError
+        It is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{name} is a directory without a config.json; give a Hugging Face checkpoint")
+        with torch.device(device):
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    if name not in SHAPES:
+        raise ConfigError(f"no model {name!r}: give a checkpoint directory, or one of {', '.join(SHAPES)}")
+    config = AutoConfig.for_model(**SHAPES[name])
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)

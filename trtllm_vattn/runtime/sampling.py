@@ -1,0 +1,83 @@
+"""Sampling parameters and the sampling of one token a lane."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from trtllm_vattn.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a request's tokens are chosen.
+
+    Parameters
+    ----------
+    max_tokens : int
+        Tokens to generate at most.
+    temperature : float
+        0 is greedy.
+    top_p : float
+        Smallest set of tokens whose probabilities add up to this; 1 is all.
+    top_k : int
+        Only so many of the likeliest; 0 is all.
+    seed : int
+        The same seed gives the same tokens, whatever else is in the batch.
+    stop_token_ids : tuple of int
+        Generation ends after one of these, which is part of the output.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens is {self.max_tokens}; at least 1 is needed")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature is {self.temperature}; it is 0 for greedy, or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; it is above 0 and at most 1")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k is {self.top_k}; it is 0 for all tokens, or how many")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def uniform(self, index: int) -> float:
+        """The number in [0, 1) that decides the token at `index` of the output; counter-based, so order is free."""
+        return float(np.random.Generator(np.random.Philox(key=self.seed, counter=index)).random())
+
+
+def sample(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequence[int]) -> torch.Tensor:
+    """Draw one token a row: logits ``[rows, vocab]`` to int64 ``[rows]``.
+
+    `indices` counts the tokens that each row's request has generated so far. Inverse transform sampling: a row's
+    uniform number is looked up in the cumulative probabilities of its tokens, likeliest first.
+    """
+    device = logits.device
+    column = (-1, 1)
+    greedy = torch.tensor([p.greedy for p in params], device=device)
+    temperature = torch.tensor([p.temperature or 1.0 for p in params], device=device).view(column)
+    top_p = torch.tensor([p.top_p for p in params], device=device).view(column)
+    top_k = torch.tensor([p.top_k or logits.shape[1] for p in params], device=device).view(column)
+    uniform = torch.tensor([p.uniform(i) for p, i in zip(params, indices, strict=True)], device=device).view(column)
+
+    ordered, tokens = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1], device=device)
+    probabilities = ordered.masked_fill(rank >= top_k, -torch.inf).softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    cumulative = probabilities.cumsum(dim=-1)
+    drawn = (cumulative <= uniform * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
+    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    drawn = torch.where(greedy.view(column), 0, torch.minimum(drawn, last))
+    return tokens.gather(1, drawn).squeeze(1)

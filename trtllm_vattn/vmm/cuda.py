@@ -1,0 +1,134 @@
+"""The driver seam over CUDA's virtual memory management (`cuda.bindings.driver`; CUDA driver API, section 6.14)."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from trtllm_vattn.errors import ConfigError, DriverError
+from trtllm_vattn.vmm.base import Driver, Fence
+
+
+class CudaFence(Fence):
+    """A CUDA event."""
+
+    def __init__(self, driver: CudaDriver, stream: int) -> None:
+        self._driver = driver
+        cuda = driver.cuda
+        self._event = driver.call("cuEventCreate", cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        driver.call("cuEventRecord", self._event, stream)
+
+    def done(self) -> bool:
+        (result,) = self._driver.cuda.cuEventQuery(self._event)
+        if result == self._driver.cuda.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        self._driver.check((result,), "cuEventQuery")
+        return True
+
+    def wait(self) -> None:
+        self._driver.call("cuEventSynchronize", self._event)
+
+    def __del__(self) -> None:
+        # Nobody can act on a failure here; the context, and the event with it, may be gone already.
+        if hasattr(self, "_event"):
+            self._driver.cuda.cuEventDestroy(self._event)
+
+
+class CudaDriver(Driver):
+    """Virtual memory of one GPU, in its primary context, which torch uses too.
+
+    Raises
+    ------
+    ConfigError
+        There is no such GPU, no driver, or no virtual memory management.
+    """
+
+    def __init__(self, ordinal: int = 0) -> None:
+        try:
+            from cuda.bindings import driver as cuda
+        except ImportError as error:
+            raise ConfigError("cuda.bindings is not installed; pip install 'cuda-python>=13'") from error
+        self.cuda: Any = cuda
+        self.device = f"cuda:{ordinal}"
+        self._threads = threading.local()
+        try:
+            self.call("cuInit", 0)
+            self._device = self.call("cuDeviceGet", ordinal)
+        except (DriverError, RuntimeError) as error:
+            raise ConfigError(
+                f"no GPU {ordinal} to open ({error}); check nvidia-smi, or use the host driver (device cpu)"
+            ) from error
+        supported = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+        if not self.call("cuDeviceGetAttribute", supported, self._device):
+            raise ConfigError(f"GPU {ordinal} has no virtual memory management; it needs Pascal or newer, on Linux")
+        self._context = self.call("cuDevicePrimaryCtxRetain", self._device)
+        self._bind()
+
+        location = cuda.CUmemLocation()
+        location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        location.id = ordinal
+        self._properties = cuda.CUmemAllocationProp()
+        self._properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._properties.location = location
+        access = cuda.CUmemAccessDesc()
+        access.location = location
+        access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self._access = [access]
+        least = cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        self._granule = int(self.call("cuMemGetAllocationGranularity", self._properties, least))
+
+    # -- calling ---------------------------------------------------------------------------------------------------
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """One driver call, checked; what it returned besides its result."""
+        return self.check(getattr(self.cuda, name)(*arguments), name, *arguments)
+
+    def check(self, answer: tuple[Any, ...], name: str, *arguments: Any) -> Any:
+        """The one place where a driver's answer is looked at. Raises DriverError."""
+        if answer[0] != self.cuda.CUresult.CUDA_SUCCESS:
+            plain = tuple(argument for argument in arguments if type(argument) is int)
+            raise DriverError(answer[0].name, name, plain)
+        return answer[1] if len(answer) > 1 else None
+
+    def _bind(self) -> None:
+        """Make the primary context current in this thread, once."""
+        if not getattr(self._threads, "bound", False):
+            self.call("cuCtxSetCurrent", self._context)
+            self._threads.bound = True
+
+    # -- the seam --------------------------------------------------------------------------------------------------
+
+    def granularity(self) -> int:
+        return self._granule
+
+    def reserve(self, size: int) -> int:
+        self._bind()
+        return int(self.call("cuMemAddressReserve", size, self._granule, 0, 0))
+
+    def free(self, address: int, size: int) -> None:
+        self._bind()
+        self.call("cuMemAddressFree", address, size)
+
+    def create(self, size: int) -> int:
+        self._bind()
+        return int(self.call("cuMemCreate", size, self._properties, 0))
+
+    def release(self, handle: int) -> None:
+        self._bind()
+        self.call("cuMemRelease", handle)
+
+    def map(self, address: int, size: int, handle: int) -> None:
+        self._bind()
+        self.call("cuMemMap", address, size, 0, handle, 0)
+
+    def set_access(self, address: int, size: int) -> None:
+        self._bind()
+        self.call("cuMemSetAccess", address, size, self._access, 1)
+
+    def unmap(self, address: int, size: int) -> None:
+        self._bind()
+        self.call("cuMemUnmap", address, size)
+
+    def record(self, stream: int) -> CudaFence:
+        self._bind()
+        return CudaFence(self, stream)

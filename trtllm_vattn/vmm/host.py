@@ -1,0 +1,316 @@
+"""The driver seam over the operating system's own virtual memory, for machines without a GPU and for tests.
+
+A `memfd_create` is a handle, an inaccessible private `mmap` a reservation, a shared `mmap(MAP_FIXED)` over it a
+mapping, `mprotect` access. It refuses what the CUDA driver refuses, and an access to an unmapped page is a real
+SIGSEGV. Unmap is one `mmap(MAP_FIXED, PROT_NONE)` over the page and never `munmap`: a hole is anybody's, and the next
+MAP_FIXED would wipe its new owner.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import errno
+import mmap
+import os
+import resource
+import threading
+from dataclasses import dataclass, field
+
+from trtllm_vattn.errors import ConfigError, DriverError
+from trtllm_vattn.vmm.base import Driver, Fence
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_PROT_NONE = 0
+_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+
+
+@dataclass
+class _Handle:
+    fd: int
+    size: int
+    mappings: int = 0
+    released: bool = False
+
+
+@dataclass
+class _Range:
+    """A reservation and what is mapped in it, by address."""
+
+    size: int
+    starts: list[int] = field(default_factory=list)
+    mapped: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Address to (size, handle)."""
+
+
+class HostFence(Fence):
+    """Done once the driver's counter of completed work has reached it."""
+
+    def __init__(self, driver: HostDriver, ticket: int) -> None:
+        self._driver, self._ticket = driver, ticket
+
+    def done(self) -> bool:
+        return self._driver.completed >= self._ticket
+
+    def wait(self) -> None:
+        if not self.done():
+            # Host work is synchronous, so only a test that holds it can get here: it would wait for itself.
+            raise DriverError("CUDA_ERROR_NOT_READY", "wait", (self._ticket,), "the work is held; call complete()")
+
+
+class HostDriver(Driver):
+    """Virtual memory of the host.
+
+    Parameters
+    ----------
+    granule : int
+        Bytes; a multiple of the page size. 2 MiB mirrors the card.
+    capacity : int or None
+        Bytes of physical memory that handles may take together; None is no limit.
+
+    Attributes
+    ----------
+    completed : int
+        Fences up to this ticket are done.
+    """
+
+    device = "cpu"
+
+    def __init__(self, granule: int = mmap.PAGESIZE, capacity: int | None = None) -> None:
+        if granule < mmap.PAGESIZE or granule % mmap.PAGESIZE:
+            raise ConfigError(f"granule is {granule}; it must be a multiple of the page size, {mmap.PAGESIZE} bytes")
+        self._granule, self._capacity = granule, capacity
+        self._lock = threading.Lock()
+        self._handles: dict[int, _Handle] = {}
+        self._next_handle = 1
+        self._bases: list[int] = []
+        self._ranges: dict[int, _Range] = {}
+        self._tickets = self.completed = 0
+        self._held = False
+
+    def granularity(self) -> int:
+        return self._granule
+
+    # -- addresses -------------------------------------------------------------------------------------------------
+
+    def reserve(self, size: int) -> int:
+        with self._lock:
+            self._check_aligned("reserve", size)
+            # Room to align the base to the granule; the slack is given back at once.
+            whole = size + self._granule - mmap.PAGESIZE
+            start = _mmap("reserve", (size,), 0, whole, _PROT_NONE, _RESERVED, -1)
+            base = -(-start // self._granule) * self._granule
+            for address, slack in ((start, base - start), (base + size, start + whole - base - size)):
+                if slack:
+                    _libc.munmap(address, slack)
+            bisect.insort(self._bases, base)
+            self._ranges[base] = _Range(size)
+            return base
+
+    def free(self, address: int, size: int) -> None:
+        with self._lock:
+            found = self._ranges.get(address)
+            if found is None or found.size != size:
+                raise DriverError("CUDA_ERROR_INVALID_VALUE", "free", (address, size), "not a reservation, or not whole")
+            if found.starts:
+                raise DriverError(
+                    "CUDA_ERROR_INVALID_VALUE", "free", (address, size), f"{len(found.starts)} mappings are in it"
+                )
+            del self._ranges[address]
+            self._bases.remove(address)
+            _libc.munmap(address, size)
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def create(self, size: int) -> int:
+        with self._lock:
+            self._check_aligned("create", size)
+            if self._capacity is not None and self.physical_bytes + size > self._capacity:
+                raise DriverError(
+                    "CUDA_ERROR_OUT_OF_MEMORY",
+                    "create",
+                    (size,),
+                    f"{self.physical_bytes:,} of {self._capacity:,} bytes are taken",
+                )
+            try:
+                fd = os.memfd_create("vattn", os.MFD_CLOEXEC)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not _raise_descriptor_limit():
+                    raise DriverError(
+                        "CUDA_ERROR_OUT_OF_MEMORY",
+                        "create",
+                        (size,),
+                        f"{error.strerror}: a handle takes a file descriptor; raise `ulimit -n`",
+                    ) from error
+                fd = os.memfd_create("vattn", os.MFD_CLOEXEC)
+            os.ftruncate(fd, size)
+            handle, self._next_handle = self._next_handle, self._next_handle + 1
+            self._handles[handle] = _Handle(fd, size)
+            return handle
+
+    def release(self, handle: int) -> None:
+        with self._lock:
+            found = self._find_handle("release", handle)
+            found.released = True
+            self._drop_if_unused(handle, found)
+
+    def _drop_if_unused(self, handle: int, found: _Handle) -> None:
+        if found.released and not found.mappings:
+            os.close(found.fd)
+            del self._handles[handle]
+
+    # -- mappings --------------------------------------------------------------------------------------------------
+
+    def map(self, address: int, size: int, handle: int) -> None:
+        with self._lock:
+            self._check_aligned("map", address, size)
+            found = self._find_handle("map", handle)
+            if size != found.size:
+                raise DriverError(
+                    "CUDA_ERROR_NOT_SUPPORTED",
+                    "map",
+                    (address, size, handle),
+                    f"a handle maps whole, and this one has {found.size:#x} bytes",
+                )
+            home = self._find_range("map", address, size)
+            at = bisect.bisect_left(home.starts, address)
+            before = home.starts[at - 1] if at else None
+            follows = at < len(home.starts) and home.starts[at] < address + size
+            if follows or (before is not None and before + home.mapped[before][0] > address):
+                raise DriverError("CUDA_ERROR_INVALID_VALUE", "map", (address, size, handle), "something is mapped there")
+            _mmap("map", (address, size, handle), address, size, _PROT_NONE, mmap.MAP_SHARED | _MAP_FIXED, found.fd)
+            home.starts.insert(at, address)
+            home.mapped[address] = (size, handle)
+            found.mappings += 1
+
+    def set_access(self, address: int, size: int) -> None:
+        with self._lock:
+            self._check_aligned("set_access", address, size)
+            self._whole_mappings("set_access", address, size)
+            if _libc.mprotect(address, size, mmap.PROT_READ | mmap.PROT_WRITE):
+                raise _os_error("set_access", (address, size))
+
+    def unmap(self, address: int, size: int) -> None:
+        with self._lock:
+            self._check_aligned("unmap", address, size)
+            home, starts = self._whole_mappings("unmap", address, size)
+            _mmap("unmap", (address, size), address, size, _PROT_NONE, _RESERVED | _MAP_FIXED, -1)
+            first = bisect.bisect_left(home.starts, address)
+            del home.starts[first : first + len(starts)]
+            for start in starts:
+                _, handle = home.mapped.pop(start)
+                self._handles[handle].mappings -= 1
+                self._drop_if_unused(handle, self._handles[handle])
+
+    def _whole_mappings(self, call: str, address: int, size: int) -> tuple[_Range, list[int]]:
+        """The starts of the mappings that make up exactly this stretch."""
+        home = self._find_range(call, address, size)
+        starts, at = [], address
+        while at < address + size and at in home.mapped:
+            starts.append(at)
+            at += home.mapped[at][0]
+        if at != address + size:
+            raise DriverError(
+                "CUDA_ERROR_INVALID_VALUE", call, (address, size), f"not made up of whole mappings, see {at:#x}"
+            )
+        return home, starts
+
+    # -- fences ----------------------------------------------------------------------------------------------------
+
+    def record(self, stream: int) -> HostFence:
+        with self._lock:
+            self._tickets += 1
+            if not self._held:
+                self.completed = self._tickets
+            return HostFence(self, self._tickets)
+
+    def hold(self) -> None:
+        """From now on fences are not done until `complete()`: a test's way to have work in flight."""
+        self._held = True
+
+    def complete(self) -> None:
+        """All work is done, and what comes is done at once."""
+        self._held = False
+        self.completed = self._tickets
+
+    # -- what is there ---------------------------------------------------------------------------------------------
+
+    @property
+    def physical_bytes(self) -> int:
+        """Bytes that handles take, the released and still mapped among them."""
+        return sum(handle.size for handle in self._handles.values())
+
+    @property
+    def live_handles(self) -> int:
+        return len(self._handles)
+
+    @property
+    def live_reservations(self) -> int:
+        return len(self._ranges)
+
+    @property
+    def live_mappings(self) -> int:
+        return sum(len(found.starts) for found in self._ranges.values())
+
+    def close(self) -> None:
+        """Tear down whatever is left. Idempotent."""
+        with self._lock:
+            for base, found in self._ranges.items():
+                _libc.munmap(base, found.size)
+            for handle in self._handles.values():
+                os.close(handle.fd)
+            self._ranges.clear()
+            self._bases.clear()
+            self._handles.clear()
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def _check_aligned(self, call: str, *values: int) -> None:
+        if any(value <= 0 or value % self._granule for value in values):
+            raise DriverError(
+                "CUDA_ERROR_INVALID_VALUE", call, values, f"everything is a positive multiple of {self._granule:#x}"
+            )
+
+    def _find_handle(self, call: str, handle: int) -> _Handle:
+        found = self._handles.get(handle)
+        if found is None or found.released:
+            raise DriverError("CUDA_ERROR_INVALID_VALUE", call, (handle,), "no such handle")
+        return found
+
+    def _find_range(self, call: str, address: int, size: int) -> _Range:
+        at = bisect.bisect_right(self._bases, address) - 1
+        if at >= 0:
+            base = self._bases[at]
+            if address + size <= base + self._ranges[base].size:
+                return self._ranges[base]
+        raise DriverError("CUDA_ERROR_INVALID_VALUE", call, (address, size), "not inside a reservation")
+
+
+def _mmap(call: str, arguments: tuple[int, ...], address: int, size: int, access: int, flags: int, fd: int) -> int:
+    found: int | None = _libc.mmap(address, size, access, flags, fd, 0)
+    if found is None or found == ctypes.c_void_p(-1).value:
+        raise _os_error(call, arguments)
+    return found
+
+
+def _os_error(call: str, arguments: tuple[int, ...]) -> DriverError:
+    number = ctypes.get_errno()
+    detail = os.strerror(number)
+    if number == errno.ENOMEM:
+        detail += "; a process has a limit of mappings, see vm.max_map_count"
+    return DriverError("CUDA_ERROR_OUT_OF_MEMORY", call, arguments, detail)
+
+
+def _raise_descriptor_limit() -> bool:
+    """Raise the soft limit of file descriptors to the hard one; whether that gave more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return True

@@ -1,0 +1,160 @@
+"""Three small owners: an extent is memory, a reservation is addresses, a mapping is the one placed at the other.
+
+A mapping holds both, so that neither goes before it does; rolling an operation back is letting go of what it took.
+After cuda.core's split into allocation, reservation and mapping handles.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Sequence
+
+from trtllm_vattn.errors import AddressSpaceExhausted, ConfigError, DriverError, InvariantViolation
+from trtllm_vattn.vmm.base import Driver
+
+
+class RollbackFailed(DriverError):
+    """A driver call failed, and so did taking back what was done before it.
+
+    Attributes
+    ----------
+    left : list of Mapping
+        What is still mapped; the caller owns it.
+    """
+
+    def __init__(self, cause: DriverError, left: list[Mapping]) -> None:
+        detail = f"and {len(left)} mappings could not be taken back"
+        super().__init__(cause.code, cause.call, cause.arguments, detail)
+        self.left = left
+
+
+class Extent:
+    """Physical memory: one driver handle of `size` bytes. `mappings` counts where it is mapped now.
+
+    `serial` grows with creation, as near to physical order as a user can see.
+    """
+
+    __slots__ = ("_driver", "_open", "handle", "mappings", "serial", "size")
+    _serials = itertools.count()
+
+    def __init__(self, driver: Driver, size: int) -> None:
+        self._open = False
+        self.handle = driver.create(size)
+        self._driver, self.size, self.mappings = driver, size, 0
+        self.serial = next(self._serials)
+        self._open = True
+
+    def close(self) -> None:
+        """Release the handle. Idempotent; on DriverError the extent stays open, to be closed again."""
+        if not self._open:
+            return
+        if self.mappings:
+            raise InvariantViolation(f"extent {self.serial} has {self.mappings} mappings; unmap them first")
+        self._driver.release(self.handle)
+        self._open = False
+
+    def __del__(self) -> None:
+        if self._open:
+            warnings.warn(f"extent {self.serial} of {self.size} bytes was not closed", ResourceWarning, stacklevel=2)
+
+
+class Reservation:
+    """A range of `size` bytes of addresses from `base`. `mappings` counts what is mapped in it now.
+
+    Raises AddressSpaceExhausted where the driver gives no addresses.
+    """
+
+    __slots__ = ("_driver", "_open", "base", "mappings", "size")
+
+    def __init__(self, driver: Driver, size: int) -> None:
+        self._open = False
+        try:
+            self.base = driver.reserve(size)
+        except DriverError as error:
+            if error.code != "CUDA_ERROR_OUT_OF_MEMORY":
+                raise
+            raise AddressSpaceExhausted(
+                f"the driver gave no {size:,} bytes of addresses; lower the number of slots or max_seq_len"
+            ) from error
+        self._driver, self.size, self.mappings = driver, size, 0
+        self._open = True
+
+    def map(self, offset: int, extents: Sequence[Extent]) -> list[Mapping]:
+        """Place extents one after another from `offset` on, accessible.
+
+        All or none. Raises DriverError, or RollbackFailed where some stayed mapped.
+        """
+        if not self._open:
+            raise ConfigError("this reservation is closed")
+        made: list[Mapping] = []
+        stuck: list[Mapping] = []
+        at = offset
+        try:
+            for extent in extents:
+                made.append(Mapping(self, extent, at))
+                at += extent.size
+            if made:
+                self._driver.set_access(self.base + offset, at - offset)
+        except DriverError as error:
+            for mapping in reversed(made):
+                try:
+                    mapping.close()
+                except DriverError:
+                    stuck.append(mapping)
+            if stuck:
+                raise RollbackFailed(error, stuck) from error
+            raise
+        return made
+
+    def close(self) -> None:
+        """Free the addresses. Idempotent; on DriverError the reservation stays open, to be closed again."""
+        if not self._open:
+            return
+        if self.mappings:
+            raise InvariantViolation(f"the reservation at {self.base:#x} has {self.mappings} mappings; unmap them first")
+        self._driver.free(self.base, self.size)
+        self._open = False
+
+    def __del__(self) -> None:
+        if self._open:
+            warnings.warn(
+                f"the reservation of {self.size} bytes at {self.base:#x} was not closed", ResourceWarning, stacklevel=2
+            )
+
+
+class Mapping:
+    """An extent at `offset` of a reservation; not accessible until the reservation's `map` has made it so."""
+
+    __slots__ = ("_open", "extent", "offset", "reservation")
+
+    def __init__(self, reservation: Reservation, extent: Extent, offset: int) -> None:
+        self._open = False
+        self.reservation, self.extent, self.offset = reservation, extent, offset
+        reservation._driver.map(self.address, extent.size, extent.handle)
+        extent.mappings += 1
+        reservation.mappings += 1
+        self._open = True
+
+    @property
+    def address(self) -> int:
+        return self.reservation.base + self.offset
+
+    @property
+    def size(self) -> int:
+        return self.extent.size
+
+    def close(self) -> None:
+        """Unmap. Idempotent; on DriverError the mapping stays open, to be closed again."""
+        if not self._open:
+            return
+        self.reservation._driver.unmap(self.address, self.size)
+        self._open = False
+        self.extent.mappings -= 1
+        self.reservation.mappings -= 1
+
+    def __del__(self) -> None:
+        if self._open:
+            warnings.warn(
+                f"the mapping of {self.size} bytes at {self.address:#x} was not closed", ResourceWarning, stacklevel=2
+            )

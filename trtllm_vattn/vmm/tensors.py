@@ -1,0 +1,102 @@
+"""Tensors over addresses: flat bytes through a DLPack capsule, and strided views of them.
+
+A DLPack importer takes the pointer as it is and never asks the driver about it, so a tensor can be made before
+anything is mapped, and over any dtype.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from trtllm_vattn.errors import ConfigError
+
+
+class _Device(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_int32), ("index", ctypes.c_int32))
+
+
+class _DataType(ctypes.Structure):
+    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", _Device),
+        ("ndim", ctypes.c_int32),
+        ("dtype", _DataType),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _ManagedTensor(ctypes.Structure):
+    pass
+
+
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_ManagedTensor))
+_ManagedTensor._fields_ = [("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter)]
+
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype = ctypes.py_object
+_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+
+_CPU, _CUDA, _UNSIGNED = 1, 2, 1
+_alive: dict[int, tuple[_ManagedTensor, object, object]] = {}
+"""What each imported capsule needs until its storage dies: the structure, its shape, and the owner."""
+
+
+@_Deleter
+def _delete(managed: ctypes._Pointer[_ManagedTensor]) -> None:
+    _alive.pop(ctypes.addressof(managed.contents), None)
+
+
+def tensor_at(address: int, nbytes: int, device: str, owner: object = None) -> torch.Tensor:
+    """A flat uint8 tensor over ``[address, address + nbytes)``; nothing need be mapped there.
+
+    Parameters
+    ----------
+    device : str
+        ``cpu`` or ``cuda:N``.
+    owner : object
+        Kept alive until the tensor's storage dies.
+    """
+    where = torch.device(device)
+    kind, index = (_CPU, 0) if where.type == "cpu" else (_CUDA, where.index or 0)
+    shape = (ctypes.c_int64 * 1)(nbytes)
+    managed = _ManagedTensor()
+    managed.tensor = _Tensor(
+        address, _Device(kind, index), 1, _DataType(_UNSIGNED, 8, 1), ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))
+    )
+    managed.deleter = _delete
+    key = ctypes.addressof(managed)
+    _alive[key] = (managed, shape, owner)
+    flat: torch.Tensor = torch.utils.dlpack.from_dlpack(_new_capsule(key, b"dltensor", None))
+    return flat
+
+
+def strided(
+    flat: torch.Tensor, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int], offset_bytes: int = 0
+) -> torch.Tensor:
+    """A view of flat bytes as `dtype`; strides are in elements, the offset in bytes.
+
+    Raises ConfigError where the offset is not a multiple of the element or the view would leave the bytes.
+    """
+    if offset_bytes % dtype.itemsize or flat.numel() % dtype.itemsize:
+        raise ConfigError(
+            f"an offset of {offset_bytes} in {flat.numel()} bytes does not hold whole elements of {dtype.itemsize} bytes"
+        )
+    end = offset_bytes + (1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))) * dtype.itemsize
+    if end > flat.numel():
+        raise ConfigError(f"shape {tuple(shape)} with strides {tuple(strides)} ends at byte {end} of {flat.numel()}")
+    return flat.view(dtype).as_strided(tuple(shape), tuple(strides), offset_bytes // dtype.itemsize)
+
+
+def current_stream(device: torch.device | str) -> int:
+    """The stream that torch launches on, as the driver takes it; 0 on the host."""
+    where = torch.device(device)
+    return torch.cuda.current_stream(where).cuda_stream if where.type == "cuda" else 0

@@ -1,0 +1,131 @@
+"""Drivers around a driver: counting, tracing, and fault injection. There are no flags inside the seam."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from time import perf_counter
+from typing import IO, Any
+
+from trtllm_vattn.errors import DriverError
+from trtllm_vattn.vmm.base import Driver, Fence
+
+
+class WrappedDriver(Driver):
+    """Passes every call on through `_call`, which a wrapper overrides."""
+
+    def __init__(self, inner: Driver) -> None:
+        self.inner = inner
+        self.device = inner.device
+
+    def _call(self, name: str, *arguments: int) -> Any:
+        return getattr(self.inner, name)(*arguments)
+
+    def granularity(self) -> int:
+        return self.inner.granularity()
+
+    def reserve(self, size: int) -> int:
+        address: int = self._call("reserve", size)
+        return address
+
+    def free(self, address: int, size: int) -> None:
+        self._call("free", address, size)
+
+    def create(self, size: int) -> int:
+        handle: int = self._call("create", size)
+        return handle
+
+    def release(self, handle: int) -> None:
+        self._call("release", handle)
+
+    def map(self, address: int, size: int, handle: int) -> None:
+        self._call("map", address, size, handle)
+
+    def set_access(self, address: int, size: int) -> None:
+        self._call("set_access", address, size)
+
+    def unmap(self, address: int, size: int) -> None:
+        self._call("unmap", address, size)
+
+    def record(self, stream: int) -> Fence:
+        fence: Fence = self._call("record", stream)
+        return fence
+
+
+class CountingDriver(WrappedDriver):
+    """Counts calls that succeeded, and the host seconds spent in them, by name."""
+
+    def __init__(self, inner: Driver) -> None:
+        super().__init__(inner)
+        self.calls: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+
+    def _call(self, name: str, *arguments: int) -> Any:
+        started = perf_counter()
+        answer = super()._call(name, *arguments)
+        self.seconds[name] += perf_counter() - started  # type: ignore[assignment]
+        self.calls[name] += 1
+        return answer
+
+
+class TracingDriver(WrappedDriver):
+    """Writes a JSON line a call: what was called, with what, what came of it, and its microseconds."""
+
+    def __init__(self, inner: Driver, file: IO[str]) -> None:
+        super().__init__(inner)
+        self._file = file
+
+    def _call(self, name: str, *arguments: int) -> Any:
+        line: dict[str, Any] = {"call": name, "arguments": arguments}
+        started = perf_counter()
+        try:
+            answer = super()._call(name, *arguments)
+            if isinstance(answer, int):
+                line["result"] = answer
+            return answer
+        except DriverError as error:
+            line["error"] = error.code
+            raise
+        finally:
+            line["us"] = round(1e6 * (perf_counter() - started), 2)
+            self._file.write(json.dumps(line) + "\n")
+
+
+class FaultyDriver(WrappedDriver):
+    """Fails calls before they reach the driver, on order.
+
+    Attributes
+    ----------
+    seen : int
+        Calls so far, failed ones included, but not those of `granularity`.
+    """
+
+    def __init__(self, inner: Driver) -> None:
+        super().__init__(inner)
+        self.seen = 0
+        self.disarm()
+
+    def fail(self, name: str, skip: int = 0) -> None:
+        """Fail one call of that name (any call for ``"*"``) after letting `skip` of them pass. Orders add up."""
+        self._orders.append([name, skip])
+
+    def fail_randomly(self, probability: float, seed: int) -> None:
+        """Fail each call with this probability, repeatably."""
+        self._probability, self._random = probability, random.Random(seed)
+
+    def disarm(self) -> None:
+        """Fail nothing more."""
+        self._orders: list[list[Any]] = []
+        self._probability, self._random = 0.0, random.Random(0)
+
+    def _call(self, name: str, *arguments: int) -> Any:
+        self.seen += 1
+        for order in [order for order in self._orders if order[0] in (name, "*")]:
+            if order[1] == 0:
+                self._orders.remove(order)
+                raise DriverError("CUDA_ERROR_UNKNOWN", name, arguments, "injected")
+            order[1] -= 1
+        if self._probability and self._random.random() < self._probability:
+            raise DriverError("CUDA_ERROR_UNKNOWN", name, arguments, "injected")
+        return super()._call(name, *arguments)
