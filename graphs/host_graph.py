@@ -51,7 +51,9 @@ class Record:
 
     def run(self) -> None:
         if tuple(tensor.data_ptr() for tensor in _tensors((self.args, self.kwargs))) != self.addresses:
-            raise CaptureError(f"a tensor of {self.operation} has moved since the capture; keep static tensors in place")
+            raise CaptureError(
+                f"a tensor of {self.operation} has moved since the capture; keep static tensors in place"
+            )
         results = _tensors(self.operation(*self.args, **self.kwargs))
         for place, recorded in self.results:
             recorded.copy_(results[place])
@@ -86,9 +88,11 @@ class _Recorder(TorchDispatchMode):
                 f"{operation} reads a value back to the host, on which the step may branch; a graph cannot: keep the "
                 "value on the device (torch.where instead of if, tensors instead of .item())"
             )
-        by_mask = operation in (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default) and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
+        by_mask = operation in (
+            _aten.index.Tensor,
+            _aten.index_put_.default,
+            _aten.index_put.default,
+        ) and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
         if operation in _DATA_SHAPED or by_mask:
             raise CaptureError(
                 f"{operation} has a result whose shape depends on data; a graph's shapes are fixed: use torch.where or "

@@ -9,9 +9,7 @@ from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.select import CACHES, make_cache
 from trtllm_vattn.vmm.host import HostDriver
 
-SHAPE = CacheShape(
-    num_layers=4, num_kv_heads=2, head_dim=24, dtype=torch.float32, num_slots=4, max_seq_len=50
-)
+SHAPE = CacheShape(num_layers=4, num_kv_heads=2, head_dim=24, dtype=torch.float32, num_slots=4, max_seq_len=50)
 """384 bytes a token and layer: rows straddle pages of 4 KiB."""
 
 
@@ -31,9 +29,7 @@ def small(request: pytest.FixtureRequest, host_driver: HostDriver) -> Iterator[C
         # A page in hand for the dummy slot, which the paged cache holds apart.
         spare = 4096 if request.param == "vattn" else 0
         budget = tokens * SHAPE.token_bytes + spare
-        made.append(
-            make_cache(request.param, SHAPE, "cpu", budget, lookahead=0, block_size=8, driver=host_driver)
-        )
+        made.append(make_cache(request.param, SHAPE, "cpu", budget, lookahead=0, block_size=8, driver=host_driver))
         return made[-1]
 
     yield make

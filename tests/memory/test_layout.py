@@ -7,9 +7,7 @@ from trtllm_vattn.memory.layout import SlotLayout
 
 
 def layout(**changes: int) -> SlotLayout:
-    settings = dict(
-        num_layers=8, layers_per_range=4, layer_token_bytes=96, max_seq_len=100, num_slots=3, granule=4096
-    )
+    settings = dict(num_layers=8, layers_per_range=4, layer_token_bytes=96, max_seq_len=100, num_slots=3, granule=4096)
     return SlotLayout(**{**settings, **changes})
 
 

@@ -39,9 +39,7 @@ class Attention(ABC):
         return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
 
     @abstractmethod
-    def write(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
-    ) -> None:
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
         """Store K and V of some tokens.
 
         k, v ``[tokens, num_kv_heads, head_dim]``; slots, positions int64 ``[tokens]`` on the device. Padding tokens
@@ -60,7 +58,13 @@ class Attention(ABC):
 
     @abstractmethod
     def prefill(
-        self, layer: int, q: torch.Tensor, slot: int, query_len: torch.Tensor, length: torch.Tensor, max_length: int
+        self,
+        layer: int,
+        q: torch.Tensor,
+        slot: int,
+        query_len: torch.Tensor,
+        length: torch.Tensor,
+        max_length: int,
     ) -> torch.Tensor:
         """A chunk of one prompt: q ``[padded_tokens, num_heads, head_dim]`` to the same shape, causal.
 

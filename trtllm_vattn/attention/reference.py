@@ -33,7 +33,13 @@ class TorchAttention(WritingAttention):
         return self._attend(q[:, None], k, v, visible[:, None])[:, 0]
 
     def prefill(
-        self, layer: int, q: torch.Tensor, slot: int, query_len: torch.Tensor, length: torch.Tensor, max_length: int
+        self,
+        layer: int,
+        q: torch.Tensor,
+        slot: int,
+        query_len: torch.Tensor,
+        length: torch.Tensor,
+        max_length: int,
     ) -> torch.Tensor:
         k, v = self._gather(layer, self._lanes[slot : slot + 1], length, max_length)
         # Rows past query_len see what its last row sees.

@@ -11,9 +11,7 @@ from trtllm_vattn.cache.base import FlatKV
 class WritingAttention(Attention):
     """An attention backend that writes by advanced indexing on the cache's own views (64-bit offsets)."""
 
-    def write(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
-    ) -> None:
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
         kv = self.cache.layer(layer)
         if isinstance(kv, FlatKV):
             where = (slots, positions)

@@ -45,7 +45,11 @@ def attention_bandwidth(engine: Engine, repeats: int = 10) -> dict[str, object]:
     shape, decode = engine.cache.shape, engine.decode
     lengths = torch.from_numpy(decode.lengths).to(engine.cache.device, torch.int32)
     q = torch.randn(
-        len(lengths), engine.attention.num_heads, shape.head_dim, dtype=shape.dtype, device=engine.cache.device
+        len(lengths),
+        engine.attention.num_heads,
+        shape.head_dim,
+        dtype=shape.dtype,
+        device=engine.cache.device,
     )
 
     def work() -> None:

@@ -43,22 +43,41 @@ def numbers(text: str) -> list[int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench graph`. Defaults that depend on the machine are filled in by `settle`."""
     add = parser.add_argument
-    add("--model", help=f"checkpoint directory, or one of {', '.join(SHAPES)} (default: llama-3-8b, tiny without GPU)")
+    add(
+        "--model",
+        help=f"checkpoint directory, or one of {', '.join(SHAPES)} (default: llama-3-8b, tiny without GPU)",
+    )
     add("--device", help="cpu or cuda:N (default: the GPU if there is one)")
     add("--attention", default="auto", help="auto, torch or cudnn")
     add("--caches", default=",".join(CACHES), help="which caches, the first is the reference")
-    add("--trace", type=Path, help="Azure code CSV, Mooncake JSONL or ShareGPT lengths CSV (default: generated)")
+    add(
+        "--trace",
+        type=Path,
+        help="Azure code CSV, Mooncake JSONL or ShareGPT lengths CSV (default: generated)",
+    )
     add("--requests", type=int, help="how many requests of the trace")
     add("--max-output", type=int, help="cap on a request's output tokens")
     add("--max-seqs", type=int, help="sequences that run at once")
     add("--max-seq-len", type=int, help="tokens of a slot")
-    add("--layers-per-range", type=int, help="layers that share a token's row in the vattn cache (default: all)")
+    add(
+        "--layers-per-range",
+        type=int,
+        help="layers that share a token's row in the vattn cache (default: all)",
+    )
     add("--block-size", type=int, default=16, help="tokens a block of the paged cache")
-    add("--batch-sizes", type=numbers, help="steady decode at these, 1,8,32,128 say (default: none without GPU)")
+    add(
+        "--batch-sizes",
+        type=numbers,
+        help="steady decode at these, 1,8,32,128 say (default: none without GPU)",
+    )
     add("--context", type=int, default=2048, help="tokens a sequence in steady decode")
     add("--rounds", type=int, default=5, help="turns of each combination in steady decode")
     add("--steps", type=int, default=10, help="steps a turn")
-    add("--tie-tolerance", type=float, help="top two logits closer than this are a tie (default: 0 on CPU, 0.125)")
+    add(
+        "--tie-tolerance",
+        type=float,
+        help="top two logits closer than this are a tie (default: 0 on CPU, 0.125)",
+    )
     add("--seed", type=int, default=0)
     add("--output-json", type=Path, help="write all results there")
     add("--plot", type=Path, help="write a PNG there")
@@ -125,7 +144,11 @@ class GraphBenchmark:
                 cache = self.make(name, args.max_seqs, args.max_seq_len)
                 forcing = args.tie_tolerance > 0
                 with Engine(
-                    self.model, cache, attention=args.attention, capture=mode == "captured", record_margins=forcing
+                    self.model,
+                    cache,
+                    attention=args.attention,
+                    capture=mode == "captured",
+                    record_margins=forcing,
                 ) as engine:
                     run = run_traced(engine, prompts, outputs, reference if forcing else None, f"{name}, {mode}")
                     start_up = engine.decode.capture_seconds
@@ -218,7 +241,17 @@ def summary(trace: dict[str, Any] | None, steady: dict[str, Any] | None) -> dict
 def show(trace: dict[str, Any], steady: dict[str, Any] | None) -> str:
     """The results as text."""
     parts = []
-    header = ["cache", "mode", "tokens identical", "ties", "step p50 ms", "p90", "p99", "KV host us p99", "peak mapped MB"]
+    header = [
+        "cache",
+        "mode",
+        "tokens identical",
+        "ties",
+        "step p50 ms",
+        "p90",
+        "p99",
+        "KV host us p99",
+        "peak mapped MB",
+    ]
     rows = []
     for row in trace["runs"]:
         step = row["step_ms"]

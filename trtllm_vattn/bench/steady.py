@@ -121,4 +121,3 @@ def _ratios(captured: dict[str, Lane], batch: int) -> list[dict[str, object]]:
             whole = median(ours.samples("wall_s")) / median(other.samples("wall_s"))
             rows.append({"over": name, "batch": batch, "ratio": whole, "by_round": summarise(by_round)})
     return rows
-

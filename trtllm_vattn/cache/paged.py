@@ -26,7 +26,11 @@ class PagedCache(SlottedCache):
     """
 
     def __init__(
-        self, shape: CacheShape, device: torch.device | str, block_size: int = 16, num_blocks: int | None = None
+        self,
+        shape: CacheShape,
+        device: torch.device | str,
+        block_size: int = 16,
+        num_blocks: int | None = None,
     ) -> None:
         super().__init__(shape, device)
         if block_size < 1:
@@ -42,9 +46,7 @@ class PagedCache(SlottedCache):
             [torch.zeros(size, dtype=shape.dtype, device=self.device) for _ in range(shape.kv_factor)]
             for _ in range(shape.num_layers)
         ]
-        self._table = torch.zeros(
-            (shape.num_slots + 1, self.blocks_per_slot), dtype=torch.int32, device=self.device
-        )
+        self._table = torch.zeros((shape.num_slots + 1, self.blocks_per_slot), dtype=torch.int32, device=self.device)
         self._layers = [PagedKV(p[0].transpose(1, 2), p[-1].transpose(1, 2), self._table) for p in pools]
         self._rows = np.zeros((shape.num_slots, self.blocks_per_slot), np.int32)
         self._held = np.zeros(shape.num_slots, np.int64)

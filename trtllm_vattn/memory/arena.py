@@ -267,7 +267,11 @@ class Arena:
         offset = start = index * self.layout.slot_stride
         for column in slot.columns:
             for mapping, reservation in zip(column, self.reservations, strict=True):
-                if (mapping.reservation, mapping.offset, mapping.size) != (reservation, offset, column[0].size):
+                if (mapping.reservation, mapping.offset, mapping.size) != (
+                    reservation,
+                    offset,
+                    column[0].size,
+                ):
                     raise InvariantViolation(
                         f"slot {index}: {mapping.size:,} bytes at offset {mapping.offset:,}, expected "
                         f"{column[0].size:,} at {offset:,}"

@@ -99,29 +99,36 @@ class ExtentPool:
         if stock:
             self.stock_bytes -= size
             return stock.pop(0)
-        self._make_room(size, spare)
-        extent = Extent(self.driver, size)
+        while self.held_bytes + size > self.budget and self._drop_one(spare):
+            pass
+        if self.held_bytes + size > self.budget:
+            raise OutOfPages(
+                f"{size:,} bytes asked for, but {sum(e.size for e in self.quarantine):,} bytes could not be released under "
+                f"a budget of {self.budget:,}; close the cache to retry them"
+            )
+        extent = self._create(size, spare)
         self.held_bytes += size
         return extent
 
-    def _make_room(self, size: int, spare: list[int]) -> None:
-        """Release stock until `size` more bytes fit the budget, sparing what the same request will ask for next."""
-        for keep in (spare, []):
-            for each in reversed(self.classes):
-                reserved = keep.count(each)
-                while self.held_bytes + size > self.budget and len(self._stock[each]) > reserved:
-                    self._drop(each)
-        if self.held_bytes + size > self.budget:
-            raise OutOfPages(
-                f"{size:,} bytes asked for, but {sum(e.size for e in self.quarantine):,} bytes of stock could not be "
-                f"released under a budget of {self.budget:,}; close the cache to retry them"
-            )
+    def _create(self, size: int, spare: list[int]) -> Extent:
+        while True:
+            try:
+                return Extent(self.driver, size)
+            except DriverError as error:
+                if error.code != "CUDA_ERROR_OUT_OF_MEMORY" or not self._drop_one(spare):
+                    raise
 
-    def _drop(self, size: int) -> None:
-        """Release the youngest extent of a class, so that the oldest, which lie in order, stay."""
-        extent = self._stock[size].pop()
-        self.stock_bytes -= size
-        self._release(extent)
+    def _drop_one(self, spare: list[int]) -> bool:
+        """Release one extent of the stock, of a small class first and its youngest, so that what lies in order stays;
+        what the same request will ask for next goes last. False where the stock is empty."""
+        for keep in (spare, []):
+            for size in reversed(self.classes):
+                if len(self._stock[size]) > keep.count(size):
+                    extent = self._stock[size].pop()
+                    self.stock_bytes -= size
+                    self._release(extent)
+                    return True
+        return False
 
     def _release(self, extent: Extent) -> None:
         try:

@@ -143,7 +143,11 @@ def bind(model: PreTrainedModel) -> None:
 
 
 def forward(
-    model: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tensor, step: Step, last: torch.Tensor | None = None
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    step: Step,
+    last: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits ``[batch, tokens, vocab]`` of tokens, positions int64 ``[batch, tokens]``; of row `last` alone (int64
     ``[1]`` on the device) where given."""

@@ -24,9 +24,7 @@ class DecodeBatch:
         int64 ``[num_slots]``, the next step's inputs by lane, on the host. `lengths` counts the step's own token.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, attention: Attention, buckets: Sequence[int], capture: bool
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, attention: Attention, buckets: Sequence[int], capture: bool) -> None:
         self.model, self.attention = model, attention
         cache = attention.cache
         self._staging = torch.zeros(4, cache.shape.num_slots, dtype=torch.int64)
@@ -37,7 +35,13 @@ class DecodeBatch:
         self.slots[:] = cache.dummy_slot
         self._inputs.copy_(self._staging)
         self._guard = Guard(cache, attention.over_read)
-        static = [*model.parameters(), *model.buffers(), *cache.storages(), *attention.storages(), self._inputs]
+        static = [
+            *model.parameters(),
+            *model.buffers(),
+            *cache.storages(),
+            *attention.storages(),
+            self._inputs,
+        ]
         self.runner = GraphRunner(self._step, buckets, static, cache.device)
         self.captured = capture
         if capture:

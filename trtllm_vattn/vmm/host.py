@@ -22,7 +22,14 @@ from trtllm_vattn.vmm.base import Driver, Fence
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MAP_FIXED = 0x10
@@ -117,10 +124,15 @@ class HostDriver(Driver):
         with self._lock:
             found = self._ranges.get(address)
             if found is None or found.size != size:
-                raise DriverError("CUDA_ERROR_INVALID_VALUE", "free", (address, size), "not a reservation, or not whole")
+                raise DriverError(
+                    "CUDA_ERROR_INVALID_VALUE", "free", (address, size), "not a reservation, or not whole"
+                )
             if found.starts:
                 raise DriverError(
-                    "CUDA_ERROR_INVALID_VALUE", "free", (address, size), f"{len(found.starts)} mappings are in it"
+                    "CUDA_ERROR_INVALID_VALUE",
+                    "free",
+                    (address, size),
+                    f"{len(found.starts)} mappings are in it",
                 )
             del self._ranges[address]
             self._bases.remove(address)
@@ -183,8 +195,18 @@ class HostDriver(Driver):
             before = home.starts[at - 1] if at else None
             follows = at < len(home.starts) and home.starts[at] < address + size
             if follows or (before is not None and before + home.mapped[before][0] > address):
-                raise DriverError("CUDA_ERROR_INVALID_VALUE", "map", (address, size, handle), "something is mapped there")
-            _mmap("map", (address, size, handle), address, size, _PROT_NONE, mmap.MAP_SHARED | _MAP_FIXED, found.fd)
+                raise DriverError(
+                    "CUDA_ERROR_INVALID_VALUE", "map", (address, size, handle), "something is mapped there"
+                )
+            _mmap(
+                "map",
+                (address, size, handle),
+                address,
+                size,
+                _PROT_NONE,
+                mmap.MAP_SHARED | _MAP_FIXED,
+                found.fd,
+            )
             home.starts.insert(at, address)
             home.mapped[address] = (size, handle)
             found.mappings += 1
@@ -217,7 +239,10 @@ class HostDriver(Driver):
             at += home.mapped[at][0]
         if at != address + size:
             raise DriverError(
-                "CUDA_ERROR_INVALID_VALUE", call, (address, size), f"not made up of whole mappings, see {at:#x}"
+                "CUDA_ERROR_INVALID_VALUE",
+                call,
+                (address, size),
+                f"not made up of whole mappings, see {at:#x}",
             )
         return home, starts
 
@@ -274,7 +299,10 @@ class HostDriver(Driver):
     def _check_aligned(self, call: str, *values: int) -> None:
         if any(value <= 0 or value % self._granule for value in values):
             raise DriverError(
-                "CUDA_ERROR_INVALID_VALUE", call, values, f"everything is a positive multiple of {self._granule:#x}"
+                "CUDA_ERROR_INVALID_VALUE",
+                call,
+                values,
+                f"everything is a positive multiple of {self._granule:#x}",
             )
 
     def _find_handle(self, call: str, handle: int) -> _Handle:

@@ -112,14 +112,18 @@ class Reservation:
         if not self._open:
             return
         if self.mappings:
-            raise InvariantViolation(f"the reservation at {self.base:#x} has {self.mappings} mappings; unmap them first")
+            raise InvariantViolation(
+                f"the reservation at {self.base:#x} has {self.mappings} mappings; unmap them first"
+            )
         self._driver.free(self.base, self.size)
         self._open = False
 
     def __del__(self) -> None:
         if self._open:
             warnings.warn(
-                f"the reservation of {self.size} bytes at {self.base:#x} was not closed", ResourceWarning, stacklevel=2
+                f"the reservation of {self.size} bytes at {self.base:#x} was not closed",
+                ResourceWarning,
+                stacklevel=2,
             )
 
 
@@ -156,5 +160,7 @@ class Mapping:
     def __del__(self) -> None:
         if self._open:
             warnings.warn(
-                f"the mapping of {self.size} bytes at {self.address:#x} was not closed", ResourceWarning, stacklevel=2
+                f"the mapping of {self.size} bytes at {self.address:#x} was not closed",
+                ResourceWarning,
+                stacklevel=2,
             )

@@ -70,7 +70,11 @@ def tensor_at(address: int, nbytes: int, device: str, owner: object = None) -> t
     shape = (ctypes.c_int64 * 1)(nbytes)
     managed = _ManagedTensor()
     managed.tensor = _Tensor(
-        address, _Device(kind, index), 1, _DataType(_UNSIGNED, 8, 1), ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))
+        address,
+        _Device(kind, index),
+        1,
+        _DataType(_UNSIGNED, 8, 1),
+        ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64)),
     )
     managed.deleter = _delete
     key = ctypes.addressof(managed)
@@ -80,7 +84,11 @@ def tensor_at(address: int, nbytes: int, device: str, owner: object = None) -> t
 
 
 def strided(
-    flat: torch.Tensor, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int], offset_bytes: int = 0
+    flat: torch.Tensor,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    offset_bytes: int = 0,
 ) -> torch.Tensor:
     """A view of flat bytes as `dtype`; strides are in elements, the offset in bytes.
 

@@ -1,0 +1,162 @@
+"""Every backend over every layout against plain float64 attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention.select import available, make_attention
+from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError
+
+SLOTS, MAX = 8, 1100
+BACKENDS = [
+    pytest.param(("torch", "cpu"), id="torch-cpu"),
+    pytest.param(("torch", "cuda:0"), id="torch-cuda", marks=pytest.mark.gpu),
+    pytest.param(("cudnn", "cuda:0"), id="cudnn", marks=pytest.mark.gpu),
+]
+LENGTHS = [0, 1, 15, 16, 17, 100, 1000, 0]
+
+
+def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], scale: float) -> torch.Tensor:
+    """q ``[lanes, heads, dim]``, k and v ``[lanes, tokens, kv_heads, dim]``; float64."""
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    group = q.shape[1] // k.shape[2]
+    for lane, length in enumerate(lengths):
+        if length:
+            keys = k[lane, :length].double().repeat_interleave(group, dim=1)
+            values = v[lane, :length].double().repeat_interleave(group, dim=1)
+            weights = (torch.einsum("hd,thd->ht", q[lane].double(), keys) * scale).softmax(-1)
+            out[lane] = torch.einsum("ht,thd->hd", weights, values)
+    return out
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert torch.isfinite(got).all()
+    error = (got.cpu().double() - want).norm() / want.norm()
+    assert error < (1e-5 if got.dtype == torch.float32 else 1e-2), float(error)
+
+
+Case = tuple[KVCache, Attention, torch.Tensor, torch.Tensor]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> tuple[str, str]:
+    if request.param[0] == "cudnn" and available()["cudnn"] != "yes":
+        pytest.skip(available()["cudnn"])
+    pair: tuple[str, str] = request.param
+    return pair
+
+
+@pytest.fixture(params=["contiguous", "paged", "vattn-1", "vattn-3"])
+def build(request: pytest.FixtureRequest, backend: tuple[str, str]) -> Callable[..., Case]:
+    """Builds a cache with known K and V in every slot, everything past each length poisoned with NaN."""
+    made: list[KVCache] = []
+
+    def make(heads: int, kv_heads: int, lengths: list[int], dim: int = 64) -> Case:
+        name, device = backend
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        shape = CacheShape(3, kv_heads, dim, dtype, SLOTS, MAX)
+        kind, _, g = request.param.partition("-")
+        cache = make_cache(kind, shape, device, layers_per_range=int(g) if g else None)
+        made.append(cache)
+        attention = make_attention(name, cache, heads)
+        generator = torch.Generator().manual_seed(heads * 100 + kv_heads)
+        k, v = torch.randn(2, SLOTS, MAX, kv_heads, dim, generator=generator).to(dtype)
+        for lane in range(SLOTS):
+            assert cache.admit(lane, MAX) == lane
+        for layer in range(3):
+            kv = cache.layer(layer)
+            if isinstance(kv, FlatKV):
+                kv.k[:SLOTS].fill_(torch.nan)
+                kv.v[:SLOTS].fill_(torch.nan)
+        for lane, length in enumerate(lengths):
+            if length:
+                where = (torch.full((length,), lane, device=device), torch.arange(length, device=device))
+                attention.write(1, k[lane, :length].to(device), v[lane, :length].to(device), *where)
+        return cache, attention, k, v
+
+    yield make
+    for cache in made:
+        cache.close()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (8, 1)])
+def test_decode(build: Callable[..., Case], heads: int, kv_heads: int) -> None:
+    cache, attention, k, v = build(heads, kv_heads, LENGTHS)
+    q = torch.randn(SLOTS, heads, 64).to(k.dtype)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=cache.device)
+    got = attention.decode(1, q.to(cache.device), lengths)
+    close(got, expected(q, k, v, LENGTHS, attention.scale))
+    assert not got[0].any()
+
+
+def test_decode_of_the_first_lanes_alone(build: Callable[..., Case]) -> None:
+    cache, attention, k, v = build(8, 2, LENGTHS)
+    q = torch.randn(5, 8, 64).to(k.dtype)
+    lengths = torch.tensor(LENGTHS[:5], dtype=torch.int32, device=cache.device)
+    close(attention.decode(1, q.to(cache.device), lengths), expected(q, k, v, LENGTHS[:5], attention.scale))
+
+
+def test_decode_of_lanes_over_other_slots(build: Callable[..., Case]) -> None:
+    cache, attention, k, v = build(8, 2, LENGTHS)
+    slots = [6, 0, 5, 2, 1]
+    lengths = [LENGTHS[slot] for slot in slots]
+    q = torch.randn(5, 8, 64).to(k.dtype)
+    got = attention.decode(
+        1,
+        q.to(cache.device),
+        torch.tensor(lengths, dtype=torch.int32, device=cache.device),
+        torch.tensor(slots, device=cache.device),
+    )
+    close(got, expected(q, k[slots], v[slots], lengths, attention.scale))
+
+
+@pytest.mark.parametrize(
+    ("start", "count", "padded"),
+    [(0, 1, 16), (0, 100, 128), (0, 128, 128), (37, 64, 64), (900, 99, 128), (16, 1, 16)],
+)
+def test_prefill_chunks(build: Callable[..., Case], start: int, count: int, padded: int) -> None:
+    length = start + count
+    cache, attention, k, v = build(8, 2, [0, 0, length])
+    q = torch.randn(padded, 8, 64).to(k.dtype)
+    got = attention.prefill(
+        1,
+        q.to(cache.device),
+        2,
+        torch.tensor([count], dtype=torch.int32, device=cache.device),
+        torch.tensor([length], dtype=torch.int32, device=cache.device),
+        length,
+    )
+    assert torch.isfinite(got).all()
+    visible = list(range(start + 1, length + 1))
+    every = [2] * count
+    close(got[:count], expected(q[:count], k[every], v[every], visible, attention.scale))
+
+
+def test_a_latent_is_written_once_and_read_as_both() -> None:
+    shape = CacheShape(2, 1, 32, torch.float32, 2, 40, kv_factor=1)
+    with make_cache("vattn", shape, "cpu") as cache:
+        attention = make_attention("torch", cache, 4)
+        cache.admit("a", 10)
+        latent = torch.randn(10, 1, 32)
+        attention.write(
+            0, latent, torch.full_like(latent, torch.nan), torch.zeros(10, dtype=torch.long), torch.arange(10)
+        )
+        q = torch.randn(1, 4, 32)
+        got = attention.decode(0, q, torch.tensor([10], dtype=torch.int32))
+        close(got, expected(q, latent[None], latent[None], [10], attention.scale))
+        del attention
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with make_cache("contiguous", CacheShape(1, 1, 8, torch.float32, 1, 8), "cpu") as cache:
+        with pytest.raises(ConfigError, match="no attention backend 'flash'; there are auto, torch, cudnn"):
+            make_attention("flash", cache, 1)
+        with pytest.raises(ConfigError, match="needs a GPU"):
+            make_attention("cudnn", cache, 1)
+        assert make_attention("auto", cache, 1).name == "torch"

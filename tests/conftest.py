@@ -1,0 +1,74 @@
+"""Fixtures for all tests: drivers that must be left as they were found, and what to do without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from trtllm_vattn.vmm.base import Driver
+from trtllm_vattn.vmm.cuda import CudaDriver
+from trtllm_vattn.vmm.host import HostDriver
+from trtllm_vattn.vmm.wrappers import CountingDriver
+
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=30,
+    stateful_step_count=40,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="fail where there is no GPU instead of skipping")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--require-gpu") and not torch.cuda.is_available():
+        raise pytest.UsageError("--require-gpu: torch sees no GPU")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def host_driver() -> Iterator[HostDriver]:
+    """A host driver of 4 KiB granules; the test must leave nothing in it."""
+    driver = HostDriver()
+    yield driver
+    left = (driver.live_mappings, driver.live_handles, driver.live_reservations)
+    driver.close()
+    assert left == (0, 0, 0), f"mappings, handles, reservations left: {left}"
+
+
+@pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
+    """Either driver; the test must leave nothing in it."""
+    counting = CountingDriver(HostDriver() if request.param == "host" else CudaDriver())
+    yield counting
+    calls = counting.calls
+    assert calls["create"] == calls["release"], calls
+    assert calls["reserve"] == calls["free"], calls
+
+
+@pytest.fixture
+def run_apart() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python source in a process of its own, which may die."""
+
+    def run(source: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", source, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return run

@@ -1,0 +1,133 @@
+"""One cuDNN attention graph of fixed shape, planned once and executed on raw addresses.
+
+Built with nvidia-cudnn-frontend's `pygraph.sdpa`; what each argument means is in cuDNN's frontend documentation of
+scaled dot product attention.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trtllm_vattn.errors import CaptureError, ConfigError
+
+
+class Operand(enum.IntEnum):
+    """Names of the graph's tensors; a plan is executed with an address for each that it has."""
+
+    Q = 1
+    K = 2
+    V = 3
+    OUT = 4
+    QUERY_LENGTHS = 5
+    LENGTHS = 6
+    OFFSETS = 7
+    TABLE = 8
+
+
+@dataclass(frozen=True)
+class PlanShape:
+    """What a plan is made for.
+
+    q and the output are ``[lanes, rows, num_heads, head_dim]``, contiguous. K and V have `kv_shape`
+    ``[lanes or blocks, num_kv_heads, tokens, head_dim]`` with `kv_strides`. With `blocks_per_lane` they are blocks
+    behind an int32 table ``[lanes, blocks_per_lane]``; with `ragged`, int64 offsets (elements) say where each lane
+    begins. `causal` aligns the last query row with the last key.
+    """
+
+    lanes: int
+    rows: int
+    num_heads: int
+    kv_shape: tuple[int, int, int, int]
+    kv_strides: tuple[int, int, int, int]
+    causal: bool
+    ragged: bool = False
+    blocks_per_lane: int = 0
+
+
+class Plan:
+    """A built graph with a workspace of its own, which captured graphs may hold on to."""
+
+    def __init__(self, cudnn: Any, handle: Any, shape: PlanShape, dtype: torch.dtype, scale: float) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise CaptureError(
+                f"attention for {shape.lanes} lanes of {shape.rows} rows was not planned before the capture; run the "
+                "step once before capturing it"
+            )
+        self._handle = handle
+        self._graph = self._describe(cudnn, handle, shape, dtype, scale)
+        try:
+            self._graph.validate()
+            self._graph.build_operation_graph()
+            self._graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+            self._graph.check_support()
+            self._graph.build_plans()
+        except (RuntimeError, ValueError, cudnn.cudnnGraphNotSupportedError) as error:
+            raise ConfigError(f"cuDNN {cudnn.backend_version()} has no attention for {shape}: {error}") from error
+        self._workspace = torch.empty(self._graph.get_workspace_size(), dtype=torch.uint8, device="cuda")
+
+    @staticmethod
+    def _describe(cudnn: Any, handle: Any, shape: PlanShape, dtype: torch.dtype, scale: float) -> Any:
+        kinds = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}
+        graph = cudnn.pygraph(
+            io_data_type=kinds[dtype],
+            intermediate_data_type=cudnn.data_type.FLOAT,
+            compute_data_type=cudnn.data_type.FLOAT,
+            handle=handle,
+        )
+        _, _, _, dim = shape.kv_shape
+        row = shape.num_heads * dim
+        queries = (shape.lanes, shape.num_heads, shape.rows, dim)
+        query_strides = (shape.rows * row, dim, row, 1)
+
+        def integers(operand: Operand, kind: Any, size: tuple[int, int, int, int], name: str) -> Any:
+            strides = (size[1] * size[2] * size[3], size[2] * size[3], size[3], 1)
+            return graph.tensor(name=name, dim=size, stride=strides, data_type=kind, uid=int(operand))
+
+        per_lane = (shape.lanes, 1, 1, 1)
+        q = graph.tensor(name="q", dim=queries, stride=query_strides, data_type=kinds[dtype], uid=int(Operand.Q))
+        ragged = {}
+        if shape.ragged:
+            size = (shape.lanes + 1, 1, 1, 1)
+            ragged["ragged_offset"] = integers(Operand.OFFSETS, cudnn.data_type.INT64, size, "offsets")
+        k, v = (
+            graph.tensor(
+                name=name,
+                dim=shape.kv_shape,
+                stride=shape.kv_strides,
+                data_type=kinds[dtype],
+                uid=int(operand),
+                **ragged,
+            )
+            for name, operand in (("k", Operand.K), ("v", Operand.V))
+        )
+        options: dict[str, Any] = {}
+        if shape.blocks_per_lane:
+            size = (shape.lanes, 1, shape.blocks_per_lane, 1)
+            table = integers(Operand.TABLE, cudnn.data_type.INT32, size, "table")
+            options["paged_attention_k_table"] = options["paged_attention_v_table"] = table
+            options["paged_attention_max_seq_len_kv"] = shape.blocks_per_lane * shape.kv_shape[2]
+        if shape.causal:
+            options["diagonal_alignment"] = cudnn.diagonal_alignment.BOTTOM_RIGHT
+            options["diagonal_band_right_bound"] = 0
+        out, _ = graph.sdpa(
+            name="attention",
+            q=q,
+            k=k,
+            v=v,
+            generate_stats=False,
+            attn_scale=scale,
+            use_padding_mask=True,
+            seq_len_q=integers(Operand.QUERY_LENGTHS, cudnn.data_type.INT32, per_lane, "query_lengths"),
+            seq_len_kv=integers(Operand.LENGTHS, cudnn.data_type.INT32, per_lane, "lengths"),
+            **options,
+        )
+        out.set_output(True).set_dim(queries).set_stride(query_strides).set_uid(int(Operand.OUT))
+        return graph
+
+    def execute(self, addresses: dict[int, int]) -> None:
+        """Launch on the handle's stream; addresses by `Operand`."""
+        self._graph.execute(addresses, self._workspace.data_ptr(), handle=self._handle)

@@ -1,0 +1,92 @@
+"""What a figure was measured on, and how samples are summed up."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_PACKAGES = ("trtllm-vattn", "torch", "triton", "cuda-bindings", "nvidia-cudnn-frontend", "transformers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what is installed, by package; and Python's."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    if torch.backends.cudnn.is_available():
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The GPU as NVML names it, or none; processors, memory, and system."""
+    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return {
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "memory_bytes": pages * page,
+        "gpu": gpu(),
+    }
+
+
+def gpu(index: int = 0) -> dict[str, Any] | None:
+    """Name, memory, driver and CUDA version of a GPU; None where NVML finds none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        return {
+            "name": pynvml.nvmlDeviceGetName(handle),
+            "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+            "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
+        }
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def commit() -> str:
+    """The project's commit, ``-dirty`` where files differ from it; ``unknown`` outside a checkout."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("VATTN_COMMIT", "unknown")
+    return done.stdout.strip()
+
+
+def summarise(samples: Sequence[float]) -> dict[str, float]:
+    """Count, mean, standard deviation, extremes and percentiles; all but the count are missing without samples."""
+    if not len(samples):
+        return {"count": 0}
+    values = np.asarray(samples, np.float64)
+    p50, p90, p99 = np.percentile(values, [50, 90, 99])
+    return {
+        "count": len(values),
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "min": float(values.min()),
+        "p50": float(p50),
+        "p90": float(p90),
+        "p99": float(p99),
+        "max": float(values.max()),
+    }
