@@ -13,7 +13,7 @@ from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 
-SLOTS, MAX = 8, 1100
+SLOTS, MAX = 8, 1104
 BACKENDS = [
     pytest.param(("torch", "cpu"), id="torch-cpu"),
     pytest.param(("torch", "cuda:0"), id="torch-cuda", marks=pytest.mark.gpu),

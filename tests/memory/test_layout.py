@@ -16,8 +16,9 @@ def test_rows_straddle_pages_and_slots_start_on_them() -> None:
     assert it.num_ranges == 2
     assert it.row_bytes == 384
     assert it.granule % it.row_bytes  # 10.67 rows a page: rows straddle
-    assert it.slot_stride == 40960  # 100 rows are 38,400 bytes, rounded up to pages
-    assert it.range_bytes == 4 * 40960
+    assert it.slot_stride == 49152  # 100 rows are 38,400 bytes, rounded up to whole pages and whole blocks of rows
+    assert it.slot_stride % (128 * it.row_bytes) == it.slot_stride % it.granule == 0
+    assert it.range_bytes == 4 * 49152
     assert it.bytes_for(10) == 4096
     assert it.bytes_for(11) == 8192
     assert it.tokens_in(4096) == 10

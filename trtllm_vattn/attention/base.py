@@ -1,4 +1,4 @@
-"""The contract of an attention backend: write this step's K and V, attend over a cache by lengths that live on the device.
+"""The contract of an attention backend: write a step's K and V, attend over a cache by lengths that live on the device.
 
 Nothing here synchronises with the host or depends on the values of a device tensor, so every call may be captured.
 """

@@ -1,8 +1,8 @@
 """The cuDNN backend: dense and block-table attention of one library, with lengths on the device.
 
-On flat KV a lane is a slot and K and V are strided tensors; where lanes are not slots, int64 ragged offsets say where
-each lane's slot begins. It loads nothing past a length and nothing of a lane of length 0 (tests/attention shows both
-on the card, over unmapped pages).
+On flat KV a lane is a slot and K and V are strided tensors. Where lanes are not slots, the same memory is seen as
+blocks behind an affine table: block j of slot s is block ``s * blocks_per_slot + j``. It loads nothing past a length and
+nothing of a lane of length 0 (tests/attention shows both on the card, over unmapped pages).
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from typing import ClassVar
 import torch
 
 from trtllm_vattn.attention.cudnn_plan import Operand, Plan, PlanShape
-from trtllm_vattn.attention.write import WritingAttention
+from trtllm_vattn.attention.gather import GatheringAttention
 from trtllm_vattn.cache.base import FlatKV, KVCache, PagedKV
 from trtllm_vattn.errors import ConfigError
 
+BLOCK = 16
+"""Tokens of the blocks that flat memory is seen as where lanes are not slots."""
 
-class CudnnAttention(WritingAttention):
+
+class CudnnAttention(GatheringAttention):
     """Attention by nvidia-cudnn-frontend; bf16 and fp16 on a GPU.
 
     A shape is planned at its first call, which must be outside a capture; the runner's warm-up sees to that.
@@ -40,20 +43,21 @@ class CudnnAttention(WritingAttention):
         self._cudnn = cudnn
         self._handle = cudnn.create_handle()
         self._plans: dict[PlanShape, Plan] = {}
+        self._table: torch.Tensor | None = None
         self._ones = torch.ones(cache.shape.num_slots, dtype=torch.int32, device=cache.device)
 
     def decode(
         self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor | None = None
     ) -> torch.Tensor:
         kv = self.cache.layer(layer)
-        lanes = len(q)
         if isinstance(kv, FlatKV):
-            shape = self._flat_shape(kv, lanes, rows=1, causal=False, ragged=slots is not None)
-            extra = {} if slots is None else {Operand.OFFSETS: self._offsets(kv, slots)}
-        else:
-            shape = self._paged_shape(kv, lanes, rows=1, causal=False)
-            extra = {Operand.TABLE: kv.table if slots is None else kv.table[slots]}
-        return self._run(shape, q, kv.k, kv.v, self._ones, lengths, extra)
+            if slots is None:
+                shape = self._flat_shape(kv, len(q), rows=1, causal=False)
+                return self._run(shape, q, kv.k, kv.v, self._ones, lengths)
+            kv = self._as_blocks(kv)
+        shape = self._paged_shape(kv, len(q))
+        table = kv.table if slots is None else kv.table[slots]
+        return self._run(shape, q, kv.k, kv.v, self._ones, lengths, table)
 
     def prefill(
         self,
@@ -64,43 +68,44 @@ class CudnnAttention(WritingAttention):
         length: torch.Tensor,
         max_length: int,
     ) -> torch.Tensor:
-        kv = self.cache.layer(layer)
-        if isinstance(kv, FlatKV):
-            shape = self._flat_shape(kv, 1, rows=len(q), causal=True, ragged=False)
-            return self._run(shape, q, kv.k[slot], kv.v[slot], query_len, length, {})
-        shape = self._paged_shape(kv, 1, rows=len(q), causal=True)
-        return self._run(shape, q, kv.k, kv.v, query_len, length, {Operand.TABLE: kv.table[slot]})
+        # The kernel loads whole tiles of keys, past the length too; the tiles must be mapped and finite. So it is given
+        # a copy, whose extent is rounded up so that few shapes are planned for.
+        extent = min(self.cache.shape.max_seq_len, max(128, 1 << (max_length - 1).bit_length()))
+        k, v = self._gather(layer, self._lanes[slot : slot + 1], length, extent)
+        shape = self._flat_shape(FlatKV(k, v), 1, rows=len(q), causal=True)
+        return self._run(shape, q, k, v, query_len, length)
 
-    def _flat_shape(self, kv: FlatKV, lanes: int, rows: int, causal: bool, ragged: bool) -> PlanShape:
+    def _as_blocks(self, kv: FlatKV) -> PagedKV:
+        """Flat memory as blocks of `BLOCK` tokens behind the affine table; slots must be whole blocks apart."""
+        of_slot, of_token, of_head, of_dim = kv.k.stride()
+        per_slot, rest = divmod(of_slot, BLOCK * of_token)
+        if rest:
+            raise ConfigError(
+                f"slots are {of_slot // of_token} tokens apart, which is not whole blocks of {BLOCK}; make max_seq_len "
+                f"a multiple of {BLOCK}, or let lane i be slot i"
+            )
+        if self._table is None:
+            slots, tokens, _, _ = kv.k.shape
+            firsts = torch.arange(slots, dtype=torch.int32, device=kv.k.device)[:, None] * per_slot
+            self._table = firsts + torch.arange(-(-tokens // BLOCK), dtype=torch.int32, device=kv.k.device)
+        size = (per_slot * self.cache.shape.num_slots, BLOCK, *kv.k.shape[2:])
+        strides = (BLOCK * of_token, of_token, of_head, of_dim)
+        return PagedKV(kv.k.as_strided(size, strides), kv.v.as_strided(size, strides), self._table)
+
+    def _flat_shape(self, kv: FlatKV, lanes: int, rows: int, causal: bool) -> PlanShape:
         of_slot, of_token, of_head, of_dim = kv.k.stride()
         _, tokens, heads, dim = kv.k.shape
         return PlanShape(
-            lanes,
-            rows,
-            self.num_heads,
-            (lanes, heads, tokens, dim),
-            (of_slot, of_head, of_token, of_dim),
-            causal,
-            ragged,
+            lanes, rows, self.num_heads, (lanes, heads, tokens, dim), (of_slot, of_head, of_token, of_dim), causal
         )
 
-    def _paged_shape(self, kv: PagedKV, lanes: int, rows: int, causal: bool) -> PlanShape:
+    def _paged_shape(self, kv: PagedKV, lanes: int) -> PlanShape:
         of_block, of_token, of_head, of_dim = kv.k.stride()
         blocks, tokens, heads, dim = kv.k.shape
+        strides = (of_block, of_head, of_token, of_dim)
         return PlanShape(
-            lanes,
-            rows,
-            self.num_heads,
-            (blocks, heads, tokens, dim),
-            (of_block, of_head, of_token, of_dim),
-            causal,
-            blocks_per_lane=kv.table.shape[1],
+            lanes, 1, self.num_heads, (blocks, heads, tokens, dim), strides, False, blocks_per_lane=kv.table.shape[1]
         )
-
-    def _offsets(self, kv: FlatKV, slots: torch.Tensor) -> torch.Tensor:
-        """Where each lane begins, in elements, and an end that lengths make meaningless."""
-        begins = slots * kv.k.stride(0)
-        return torch.cat([begins, begins[-1:]])
 
     def _run(
         self,
@@ -110,7 +115,7 @@ class CudnnAttention(WritingAttention):
         v: torch.Tensor,
         query_lengths: torch.Tensor,
         lengths: torch.Tensor,
-        extra: dict[Operand, torch.Tensor],
+        table: torch.Tensor | None = None,
     ) -> torch.Tensor:
         plan = self._plans.get(shape)
         if plan is None:
@@ -125,8 +130,9 @@ class CudnnAttention(WritingAttention):
             Operand.OUT: out,
             Operand.QUERY_LENGTHS: query_lengths,
             Operand.LENGTHS: lengths,
-            **extra,
         }
+        if table is not None:
+            tensors[Operand.TABLE] = table
         self._cudnn.set_stream(handle=self._handle, stream=torch.cuda.current_stream(q.device).cuda_stream)
         plan.execute({int(operand): tensor.data_ptr() for operand, tensor in tensors.items()})
         return out

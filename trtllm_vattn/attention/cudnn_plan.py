@@ -24,8 +24,7 @@ class Operand(enum.IntEnum):
     OUT = 4
     QUERY_LENGTHS = 5
     LENGTHS = 6
-    OFFSETS = 7
-    TABLE = 8
+    TABLE = 7
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,7 @@ class PlanShape:
 
     q and the output are ``[lanes, rows, num_heads, head_dim]``, contiguous. K and V have `kv_shape`
     ``[lanes or blocks, num_kv_heads, tokens, head_dim]`` with `kv_strides`. With `blocks_per_lane` they are blocks
-    behind an int32 table ``[lanes, blocks_per_lane]``; with `ragged`, int64 offsets (elements) say where each lane
-    begins. `causal` aligns the last query row with the last key.
+    behind an int32 table ``[lanes, blocks_per_lane]``. `causal` aligns the last query row with the last key.
     """
 
     lanes: int
@@ -44,7 +42,6 @@ class PlanShape:
     kv_shape: tuple[int, int, int, int]
     kv_strides: tuple[int, int, int, int]
     causal: bool
-    ragged: bool = False
     blocks_per_lane: int = 0
 
 
@@ -89,10 +86,6 @@ class Plan:
 
         per_lane = (shape.lanes, 1, 1, 1)
         q = graph.tensor(name="q", dim=queries, stride=query_strides, data_type=kinds[dtype], uid=int(Operand.Q))
-        ragged = {}
-        if shape.ragged:
-            size = (shape.lanes + 1, 1, 1, 1)
-            ragged["ragged_offset"] = integers(Operand.OFFSETS, cudnn.data_type.INT64, size, "offsets")
         k, v = (
             graph.tensor(
                 name=name,
@@ -100,7 +93,6 @@ class Plan:
                 stride=shape.kv_strides,
                 data_type=kinds[dtype],
                 uid=int(operand),
-                **ragged,
             )
             for name, operand in (("k", Operand.K), ("v", Operand.V))
         )

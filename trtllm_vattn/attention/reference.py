@@ -9,19 +9,13 @@ from typing import ClassVar
 
 import torch
 
-from trtllm_vattn.attention.write import WritingAttention
-from trtllm_vattn.cache.base import FlatKV, KVCache
+from trtllm_vattn.attention.gather import GatheringAttention
 
 
-class TorchAttention(WritingAttention):
+class TorchAttention(GatheringAttention):
     """Right for any lengths, grouped queries, and lengths on the device; for speed there are others."""
 
     name: ClassVar[str] = "torch"
-
-    def __init__(self, cache: KVCache, num_heads: int, scale: float | None = None) -> None:
-        super().__init__(cache, num_heads, scale)
-        self._range = torch.arange(cache.shape.max_seq_len, device=cache.device)
-        self._lanes = torch.arange(cache.shape.num_slots, device=cache.device)
 
     def decode(
         self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor | None = None
@@ -47,25 +41,11 @@ class TorchAttention(WritingAttention):
         visible = self._range[:max_length] <= (length - query_len + row)[:, None]
         return self._attend(q[None], k, v, visible[None])[0]
 
-    def _gather(
-        self, layer: int, slots: torch.Tensor, lengths: torch.Tensor, extent: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V ``[lanes, extent, num_kv_heads, head_dim]``; past a length its last row is repeated, and a lane of
-        length 0 repeats the dummy slot's first row."""
-        slots = torch.where(lengths > 0, slots, self.cache.dummy_slot)[:, None]
-        tokens = self._range[:extent].minimum((lengths[:, None] - 1).clamp(min=0))
-        kv = self.cache.layer(layer)
-        if isinstance(kv, FlatKV):
-            return kv.k[slots, tokens], kv.v[slots, tokens]
-        size = kv.k.shape[1]
-        blocks = kv.table[slots, tokens // size].long()
-        return kv.k[blocks, tokens % size], kv.v[blocks, tokens % size]
-
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """q ``[lanes, rows, num_heads, head_dim]``; k, v ``[lanes, extent, num_kv_heads, head_dim]``; visible
         ``[lanes, rows, extent]``, false everywhere for a lane of length 0, whose output is zeros."""
         heads = k.shape[2]
-        grouped = q.unflatten(2, (heads, -1)).float()
+        grouped = q.view(*q.shape[:2], heads, -1, q.shape[3]).float()
         scores = torch.einsum("nrhgd,nthd->nhgrt", grouped, k.float()) * self.scale
         lowest = torch.finfo(scores.dtype).min
         weights = scores.masked_fill(~visible[:, None, None], lowest).softmax(dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -26,7 +27,7 @@ def _captured_ms(work: Callable[[], object], repeats: int) -> list[float]:
         graph.replay()
     events[-1].record()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False)]
+    return [start.elapsed_time(end) for start, end in pairwise(events)]
 
 
 @torch.inference_mode()

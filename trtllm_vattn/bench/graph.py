@@ -151,7 +151,7 @@ class GraphBenchmark:
                     record_margins=forcing,
                 ) as engine:
                     run = run_traced(engine, prompts, outputs, reference if forcing else None, f"{name}, {mode}")
-                    start_up = engine.decode.capture_seconds
+                    start_up = sum(engine.decode.capture_report.seconds.values())
                 reference = reference or run.tokens
                 rows.append(self._trace_row(name, mode, run, reference, start_up))
         return {
@@ -289,7 +289,8 @@ def run(args: argparse.Namespace) -> int:
     benchmark = GraphBenchmark(args)
     trace = benchmark.trace()
     steady = benchmark.steady() if args.batch_sizes else None
-    result = Result.start("graph", config={k: str(v) for k, v in vars(args).items()}, seed=args.seed)
+    config = {name: value if isinstance(value, int | list) else str(value) for name, value in vars(args).items()}
+    result = Result.start("graph", config, args.seed)
     result.results.update(trace=trace, steady=steady)
     result.summary.update(summary(trace, steady))
     print(show(trace, steady))

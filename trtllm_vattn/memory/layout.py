@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from trtllm_vattn.errors import ConfigError
+
+BLOCK = 128
+"""Tokens; the largest block of the attention kernels that read block tables."""
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -54,8 +58,9 @@ class SlotLayout:
 
     @property
     def slot_stride(self) -> int:
-        """Bytes from one slot to the next in a range."""
-        return round_up(self.max_seq_len * self.row_bytes, self.granule)
+        """Bytes from one slot to the next in a range: whole pages and whole blocks of `BLOCK` rows, so that a slot can be
+        seen as blocks behind an affine table too. Addresses cost nothing."""
+        return round_up(self.max_seq_len * self.row_bytes, math.lcm(self.granule, BLOCK * self.row_bytes))
 
     @property
     def range_bytes(self) -> int:

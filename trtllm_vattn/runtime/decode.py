@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.graphs.guard import Guard
-from trtllm_vattn.graphs.runner import GraphRunner
+from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import DecodeStep, forward
 
 
@@ -44,8 +44,7 @@ class DecodeBatch:
         ]
         self.runner = GraphRunner(self._step, buckets, static, cache.device)
         self.captured = capture
-        if capture:
-            self.report = self.runner.capture()
+        self.capture_report = self.runner.capture() if capture else CaptureReport({}, 0)
 
     def _step(self, bucket: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits ``[bucket, vocab]`` and their argmax ``[bucket]``."""

@@ -1,0 +1,42 @@
+"""What every backend does alike: storing K and V of new tokens, and gathering rows of a sequence."""
+
+from __future__ import annotations
+
+import torch
+
+from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.cache.base import FlatKV, KVCache
+
+
+class GatheringAttention(Attention):
+    """Writes and gathers by advanced indexing on the cache's own views (64-bit offsets)."""
+
+    def __init__(self, cache: KVCache, num_heads: int, scale: float | None = None) -> None:
+        super().__init__(cache, num_heads, scale)
+        self._range = torch.arange(cache.shape.max_seq_len, device=cache.device)
+        self._lanes = torch.arange(cache.shape.num_slots, device=cache.device)
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        kv = self.cache.layer(layer)
+        if isinstance(kv, FlatKV):
+            where = (slots, positions)
+        else:
+            size = kv.k.shape[1]
+            where = (kv.table[slots, positions // size].long(), positions % size)
+        kv.k.index_put_(where, k)
+        if self.cache.shape.kv_factor == 2:
+            kv.v.index_put_(where, v)
+
+    def _gather(
+        self, layer: int, slots: torch.Tensor, lengths: torch.Tensor, extent: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V ``[lanes, extent, num_kv_heads, head_dim]``; past a length its last row is repeated, and a lane of
+        length 0 repeats the dummy slot's first row."""
+        slots = torch.where(lengths > 0, slots, self.cache.dummy_slot)[:, None]
+        tokens = self._range[:extent].minimum((lengths[:, None] - 1).clamp(min=0))
+        kv = self.cache.layer(layer)
+        if isinstance(kv, FlatKV):
+            return kv.k[slots, tokens], kv.v[slots, tokens]
+        size = kv.k.shape[1]
+        blocks = kv.table[slots, tokens // size].long()
+        return kv.k[blocks, tokens % size], kv.v[blocks, tokens % size]

@@ -1,0 +1,107 @@
+"""`trtllm-vattn doctor`: what will and will not work on this machine, and why; with a live check of the driver seam."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from trtllm_vattn.attention.select import available
+from trtllm_vattn.bench.machine import machine, versions
+from trtllm_vattn.errors import VattnError
+from trtllm_vattn.vmm.base import Driver
+from trtllm_vattn.vmm.cuda import CudaDriver
+from trtllm_vattn.vmm.host import HostDriver
+from trtllm_vattn.vmm.owners import Extent, Reservation
+from trtllm_vattn.vmm.tensors import tensor_at
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    works: bool
+    detail: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the report as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 0 where the host driver or a GPU works."""
+    findings, drivers = examine()
+    if args.json:
+        report = {"machine": machine(), "versions": versions(), "findings": [asdict(f) for f in findings]}
+        print(json.dumps(report, indent=1))
+    else:
+        facts = {**{k: v for k, v in machine().items() if k != "gpu"}, **versions()}
+        for name, value in facts.items():
+            print(f"{name:>24}  {value}")
+        for finding in findings:
+            print(f"{finding.name:>24}  {'ok' if finding.works else 'no'}: {finding.detail}")
+    return 0 if drivers else 1
+
+
+def examine() -> tuple[list[Finding], int]:
+    """All findings, and how many drivers passed their check."""
+    findings = [_gpu()]
+    drivers = 0
+    for name, opens in (("CUDA driver seam", CudaDriver), ("host driver seam", HostDriver)):
+        try:
+            finding = Finding(name, True, _remap(opens()))
+            drivers += 1
+        except VattnError as error:
+            finding = Finding(name, False, str(error))
+        findings.append(finding)
+    findings += [Finding(f"attention {name}", why == "yes", why) for name, why in available().items()]
+    for package, what in (
+        ("transformers", "Engine over Hugging Face models (pip install 'trtllm-vattn[runtime]')"),
+        ("matplotlib", "plots (pip install 'trtllm-vattn[bench]')"),
+        ("tensorrt_llm", "TensorRT-LLM (not used yet)"),
+    ):
+        findings.append(Finding(package, importlib.util.find_spec(package) is not None, what))
+    return findings, drivers
+
+
+def _gpu() -> Finding:
+    found: dict[str, Any] | None = machine()["gpu"]
+    if found is None:
+        return Finding(
+            "GPU", False, "NVML finds none: everything runs on the host driver, benchmarks with a tiny model"
+        )
+    text = f"{found['name']}, {found['memory_bytes'] / 2**30:.0f} GiB, driver {found['driver']}, CUDA {found['cuda']}"
+    if not torch.cuda.is_available():
+        return Finding(
+            "GPU", False, f"{text}; but this torch ({torch.__version__}) cannot use it: install a CUDA build"
+        )
+    return Finding("GPU", True, text)
+
+
+def _remap(driver: Driver) -> str:
+    """Map a page, look through a tensor, put another page beneath it, look again."""
+    granule = driver.granularity()
+    started = perf_counter()
+    reservation = Reservation(driver, granule)
+    extents = [Extent(driver, granule) for _ in range(2)]
+    window = tensor_at(reservation.base, granule, driver.device)
+    seen = []
+    for value, extent in enumerate(extents, 1):
+        (mapping,) = reservation.map(0, [extent])
+        window.fill_(value)
+        mapping.close()
+    for extent in extents:
+        (mapping,) = reservation.map(0, [extent])
+        seen.append(int(window[granule // 2]))
+        mapping.close()
+    for owner in (*extents, reservation):
+        owner.close()
+    if seen != [1, 2]:
+        raise VattnError(f"after remapping, the same address read {seen} instead of [1, 2]")
+    return f"granule {granule:,} bytes; remap check passed in {1e3 * (perf_counter() - started):.1f} ms"

@@ -1,0 +1,53 @@
+"""`trtllm-vattn`: doctor and benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import logging
+import sys
+from collections.abc import Sequence
+
+from trtllm_vattn.errors import VattnError
+
+BENCHMARKS = {"graph": "graphs against none, over three kinds of cache, with tokens compared"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 where it went well, 1 where a benchmark found something wrong, 2 for what the user can mend."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="trtllm-vattn", description="A KV cache whose addresses never change.")
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("trtllm-vattn"))
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what is done, on stderr")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add(
+        commands, "doctor", "what will and will not work on this machine, and why", "trtllm_vattn.cli.doctor", arguments
+    )
+    bench = commands.add_parser("bench", help="benchmarks")
+    benchmarks = bench.add_subparsers(dest="benchmark", required=True)
+    for name, text in BENCHMARKS.items():
+        _add(benchmarks, name, text, f"trtllm_vattn.bench.{name}", arguments)
+    parsed = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        code: int = parsed.run(parsed)
+    except VattnError as error:
+        print(f"trtllm-vattn: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _add(commands: argparse._SubParsersAction, name: str, text: str, module: str, arguments: Sequence[str]) -> None:  # type: ignore[type-arg]
+    """Add a command; its module, which may take seconds to import, only where it is the one chosen."""
+    command = commands.add_parser(name, help=text, description=text)
+    if name in arguments:
+        loaded = importlib.import_module(module)
+        loaded.add_arguments(command)
+        command.set_defaults(run=loaded.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
