@@ -1,8 +1,8 @@
 """The cuDNN backend: dense and block-table attention of one library, with lengths on the device.
 
 On flat KV a lane is a slot and K and V are strided tensors. Where lanes are not slots, the same memory is seen as
-blocks behind an affine table: block j of slot s is block ``s * blocks_per_slot + j``. It loads nothing past a length and
-nothing of a lane of length 0 (tests/attention shows both on the card, over unmapped pages).
+blocks behind an affine table: block j of slot s is block ``s * blocks_per_slot + j``. Nothing past a length is loaded
+and nothing of a lane of length 0 (tests/attention shows both on the card, over unmapped pages).
 """
 
 from __future__ import annotations

@@ -13,14 +13,14 @@ from trtllm_vattn.runtime.engine import Engine
 
 def _captured_ms(work: Callable[[], object], repeats: int) -> list[float]:
     """Milliseconds of each of `repeats` replays of captured work, by CUDA events."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(side):
         work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
         work()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
     graph.replay()
     for event in events[:-1]:
         event.record()

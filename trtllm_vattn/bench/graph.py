@@ -294,6 +294,8 @@ def run(args: argparse.Namespace) -> int:
     result.results.update(trace=trace, steady=steady)
     result.summary.update(summary(trace, steady))
     print(show(trace, steady))
+    if args.device == "cpu":
+        print("On the host a captured step is replayed by Python: compare tokens and memory here, not times.")
     for name, value in result.summary.items():
         print(f"{name}: {value}")
     if args.output_json:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -34,6 +35,7 @@ class Request:
 
 
 Row = dict[str, str]
+_Row = TypeVar("_Row")
 
 
 def _azure(row: Row) -> Request:
@@ -80,14 +82,14 @@ def _rows(path: Path, first: str, lines: Iterator[str]) -> Iterator[Request]:
     if first.lstrip().startswith("{"):
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield _checked(path, number, lambda text=line: _mooncake(text))
+                yield _checked(path, number, _mooncake, line)
         return
     reader = csv.DictReader(lines)
     found = set(reader.fieldnames or ())
     for needed, parse in _CSV:
         if needed <= found:
             for number, row in enumerate(reader, 2):
-                yield _checked(path, number, lambda row=row, parse=parse: parse(row))
+                yield _checked(path, number, parse, row)
             return
     raise ConfigError(
         f"the trace {path} has columns {sorted(found)}; known are Azure code (TIMESTAMP, ContextTokens, "
@@ -95,9 +97,9 @@ def _rows(path: Path, first: str, lines: Iterator[str]) -> Iterator[Request]:
     )
 
 
-def _checked(path: Path, number: int, parse: Callable[[], Request]) -> Request:
+def _checked(path: Path, number: int, parse: Callable[[_Row], Request], row: _Row) -> Request:
     try:
-        request = parse()
+        request = parse(row)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
     if request.prompt_tokens < 1 or request.output_tokens < 0:

@@ -58,8 +58,8 @@ class SlotLayout:
 
     @property
     def slot_stride(self) -> int:
-        """Bytes from one slot to the next in a range: whole pages and whole blocks of `BLOCK` rows, so that a slot can be
-        seen as blocks behind an affine table too. Addresses cost nothing."""
+        """Bytes from one slot to the next in a range: whole pages and whole blocks of `BLOCK` rows, so that a slot can
+        be seen as blocks behind an affine table too. Addresses cost nothing."""
         return round_up(self.max_seq_len * self.row_bytes, math.lcm(self.granule, BLOCK * self.row_bytes))
 
     @property

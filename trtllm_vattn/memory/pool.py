@@ -103,8 +103,8 @@ class ExtentPool:
             pass
         if self.held_bytes + size > self.budget:
             raise OutOfPages(
-                f"{size:,} bytes asked for, but {sum(e.size for e in self.quarantine):,} bytes could not be released under "
-                f"a budget of {self.budget:,}; close the cache to retry them"
+                f"{size:,} bytes asked for, but {sum(e.size for e in self.quarantine):,} bytes could not be released "
+                f"under a budget of {self.budget:,}; close the cache to retry them"
             )
         extent = self._create(size, spare)
         self.held_bytes += size

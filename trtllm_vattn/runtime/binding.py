@@ -22,9 +22,14 @@ ATTENTION_NAME = "trtllm_vattn"
 class Step(Protocol):
     """One forward pass: where its tokens' K and V go, and what its queries attend to."""
 
-    attention: Attention
-    slots: torch.Tensor
-    positions: torch.Tensor
+    @property
+    def attention(self) -> Attention: ...
+
+    @property
+    def slots(self) -> torch.Tensor: ...
+
+    @property
+    def positions(self) -> torch.Tensor: ...
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """q ``[tokens, num_heads, head_dim]`` to the same shape."""

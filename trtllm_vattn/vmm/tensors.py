@@ -50,9 +50,11 @@ _alive: dict[int, tuple[_ManagedTensor, object, object]] = {}
 """What each imported capsule needs until its storage dies: the structure, its shape, and the owner."""
 
 
-@_Deleter
-def _delete(managed: ctypes._Pointer[_ManagedTensor]) -> None:
+def _forget(managed: ctypes._Pointer[_ManagedTensor]) -> None:
     _alive.pop(ctypes.addressof(managed.contents), None)
+
+
+_delete = _Deleter(_forget)
 
 
 def tensor_at(address: int, nbytes: int, device: str, owner: object = None) -> torch.Tensor:
@@ -96,7 +98,7 @@ def strided(
     """
     if offset_bytes % dtype.itemsize or flat.numel() % dtype.itemsize:
         raise ConfigError(
-            f"an offset of {offset_bytes} in {flat.numel()} bytes does not hold whole elements of {dtype.itemsize} bytes"
+            f"an offset of {offset_bytes} in {flat.numel()} bytes does not hold whole elements of {dtype.itemsize}"
         )
     end = offset_bytes + (1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))) * dtype.itemsize
     if end > flat.numel():
