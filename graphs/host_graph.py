@@ -59,9 +59,9 @@ class Record:
             recorded.copy_(results[place])
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, static: Iterable[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.records: list[Record] = []
         self._known = {_storage(tensor) for tensor in static}
         self._alive: list[torch.Tensor] = []

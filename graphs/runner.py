@@ -88,7 +88,7 @@ class GraphRunner:
 
     def _cuda_capture(self) -> Callable[[int], tuple[torch.cuda.CUDAGraph, Outputs]]:
         pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(self._device)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
         def capture(bucket: int) -> tuple[torch.cuda.CUDAGraph, Outputs]:
             # Libraries plan, allocate workspaces and load kernels at their first call, which no graph can hold.
