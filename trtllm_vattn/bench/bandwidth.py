@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import torch
 
+from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.bench.machine import summarise
-from trtllm_vattn.runtime.engine import Engine
 
 
 def _captured_ms(work: Callable[[], object], repeats: int) -> list[float]:
@@ -31,37 +32,44 @@ def _captured_ms(work: Callable[[], object], repeats: int) -> list[float]:
 
 
 @torch.inference_mode()
-def read_limit(size: int = 4 << 30, repeats: int = 10) -> float:
-    """Bytes a second that the current card reads: the best of two plain reductions over `size` bytes of memory."""
+def read_limit(size: int = 4 << 30, repeats: int = 30) -> float:
+    """Bytes a second that the current card reads: the best of plain reductions over `size` bytes of memory."""
     data = torch.empty(size // 4, dtype=torch.float32, device="cuda").normal_()
     return max(size / (min(_captured_ms(work, repeats)) / 1e3) for work in (data.sum, data.amax))
 
 
 @torch.inference_mode()
-def attention_bandwidth(engine: Engine, repeats: int = 10) -> dict[str, object]:
-    """Decode attention alone, every layer once in one graph, at the engine's present lengths.
+def attention_bandwidth(attention: Attention, lengths: np.ndarray, repeats: int = 20) -> dict[str, object]:
+    """Decode attention alone, every layer once in one graph; lengths int ``[lanes]``.
 
     Returns bytes of K and V a layer, microseconds a layer, and bytes a second.
     """
-    shape, decode = engine.cache.shape, engine.decode
-    lengths = torch.from_numpy(decode.lengths).to(engine.cache.device, torch.int32)
-    q = torch.randn(
-        len(lengths),
-        engine.attention.num_heads,
-        shape.head_dim,
-        dtype=shape.dtype,
-        device=engine.cache.device,
-    )
+    shape, device = attention.cache.shape, attention.cache.device
+    on_device = torch.from_numpy(lengths).to(device, torch.int32)
+    q = torch.randn(len(lengths), attention.num_heads, shape.head_dim, dtype=shape.dtype, device=device)
 
     def work() -> None:
         for layer in range(shape.num_layers):
-            engine.attention.decode(layer, q, lengths)
+            attention.decode(layer, q, on_device)
 
     milliseconds = _captured_ms(work, repeats)
-    layer_bytes = int(decode.lengths.sum()) * shape.layer_token_bytes
-    rates = [layer_bytes * shape.num_layers / (ms / 1e3) for ms in milliseconds]
+    layer_bytes = int(lengths.sum()) * shape.layer_token_bytes
     return {
         "layer_bytes": layer_bytes,
         "layer_us": summarise([1e3 * ms / shape.num_layers for ms in milliseconds]),
-        "bytes_per_s": summarise(rates),
+        "bytes_per_s": summarise([layer_bytes * shape.num_layers / (ms / 1e3) for ms in milliseconds]),
     }
+
+
+@torch.inference_mode()
+def fill_random(attention: Attention, context: int) -> np.ndarray:
+    """Give every slot of an empty cache a sequence of `context` random tokens; returns the lengths ``[num_slots]``."""
+    cache = attention.cache
+    shape, device = cache.shape, cache.device
+    positions = torch.arange(context, device=device)
+    for sequence in range(shape.num_slots):
+        slot = torch.full_like(positions, cache.admit(sequence, context))
+        for layer in range(shape.num_layers):
+            k, v = torch.randn(2, context, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype, device=device)
+            attention.write(layer, k, v, slot, positions)
+    return cache.lengths.copy()

@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.bandwidth import read_limit
+from trtllm_vattn.attention.select import make_attention
+from trtllm_vattn.bench.bandwidth import attention_bandwidth, fill_random, read_limit
 from trtllm_vattn.bench.identity import RequestTokens, compare
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_graph
@@ -63,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers-per-range",
         type=int,
         help="layers that share a token's row in the vattn cache (default: all)",
+    )
+    add(
+        "--sweep-layers", type=numbers, default=[], help="measure attention alone at these layers_per_range too: 1,8,32"
     )
     add("--block-size", type=int, default=16, help="tokens a block of the paged cache")
     add(
@@ -174,10 +178,12 @@ class GraphBenchmark:
             "tokens": identity.tokens,
             "ties": identity.ties,
             "mismatches": identity.mismatches,
+            "widest_tie": identity.widest_tie,
             "seconds": run.seconds,
             "capture_s": capture_s,
             "output_throughput": identity.tokens / run.seconds,
-            "step_ms": summarise([1e3 * record.wall_s for record in run.steps]),
+            "step_ms": summarise([1e3 * record.wall_s for record in run.steps if not record.prefilled]),
+            "step_with_prefill_ms": summarise([1e3 * record.wall_s for record in run.steps if record.prefilled]),
             "kv_host_us": summarise([1e6 * record.kv_s for record in run.steps]),
             "map_ahead_us": summarise([1e6 * record.ahead_s for record in run.steps]),
             "critical_path_maps": run.critical_path_maps,
@@ -189,6 +195,7 @@ class GraphBenchmark:
     def steady(self) -> dict[str, Any]:
         """All combinations in turns, at each batch size; and the read limit of the card in the same run."""
         args = self.args
+        limit = read_limit()
         parts = [
             run_steady(
                 self.model,
@@ -204,8 +211,20 @@ class GraphBenchmark:
             for batch in tqdm(args.batch_sizes, desc="batch sizes", disable=None)
         ]
         whole: dict[str, Any] = {key: [row for part in parts for row in part[key]] for key in parts[0]}
-        whole["read_limit_bytes_per_s"] = read_limit()
+        # Before and after, because the card's clocks move.
+        whole["read_limit_bytes_per_s"] = max(limit, read_limit())
+        whole["layers"] = [self._layout(g, batch) for batch in args.batch_sizes for g in args.sweep_layers]
         return whole
+
+    def _layout(self, layers_per_range: int, batch: int) -> dict[str, Any]:
+        """Attention's bandwidth alone in the vattn cache with so many layers a range."""
+        shape = shape_of(self.model, batch, self.args.context + 16)
+        with make_cache("vattn", shape, self.args.device, layers_per_range=layers_per_range) as cache:
+            heads = self.model.config.get_text_config().num_attention_heads
+            attention = make_attention(self.args.attention, cache, heads)
+            lengths = fill_random(attention, self.args.context)
+            measured = attention_bandwidth(attention, lengths)
+        return {"layers_per_range": layers_per_range, "batch": batch, "context": self.args.context, **measured}
 
 
 def summary(trace: dict[str, Any] | None, steady: dict[str, Any] | None) -> dict[str, Any]:
@@ -214,6 +233,7 @@ def summary(trace: dict[str, Any] | None, steady: dict[str, Any] | None) -> dict
     if trace:
         out["tokens_identical"] = all(row["tokens_identical"] for row in trace["runs"])
         out["ties"] = sum(row["ties"] for row in trace["runs"])
+        out["widest_tie"] = max(row["widest_tie"] for row in trace["runs"])
         out["tokens_compared"] = sum(row["tokens"] for row in trace["runs"])
     if steady:
         for other in ("contiguous", "paged"):
@@ -229,7 +249,7 @@ def summary(trace: dict[str, Any] | None, steady: dict[str, Any] | None) -> dict
             largest = max(ours, key=lambda row: row["batch"])
             out["kv_host_us_p99"] = largest["kv_host_us"]["p99"]
             out["kv_host_batch"] = largest["batch"]
-            out["critical_path_maps"] = largest["critical_path_maps"]
+            out["critical_path_maps"] = sum(row["critical_path_maps"] for row in ours)
         limit = steady["read_limit_bytes_per_s"]
         out["read_limit_gb_per_s"] = limit / 1e9
         for row in steady["attention"]:

@@ -14,12 +14,14 @@ RequestTokens = dict[int, list[TokenEvent]]
 class Identity:
     """How a run's tokens compare with the reference's.
 
-    `ties` differ where the reference's two largest logits are closer than the tolerance; `mismatches` differ elsewhere.
+    `ties` differ where the reference's two largest logits are closer than the tolerance, the widest of them by
+    `widest_tie`; `mismatches` differ elsewhere.
     """
 
     tokens: int
     ties: int
     mismatches: int
+    widest_tie: float
 
     @property
     def identical(self) -> bool:
@@ -32,6 +34,7 @@ def compare(reference: RequestTokens, run: RequestTokens, tolerance: float) -> I
     The reference's events need margins where `tolerance` is above 0.
     """
     tokens = ties = mismatches = 0
+    widest = 0.0
     for request in reference.keys() | run.keys():
         expected, got = reference.get(request, []), run.get(request, [])
         mismatches += abs(len(expected) - len(got))
@@ -40,6 +43,7 @@ def compare(reference: RequestTokens, run: RequestTokens, tolerance: float) -> I
             if theirs.token != ours.token:
                 if theirs.margin is not None and theirs.margin < tolerance:
                     ties += 1
+                    widest = max(widest, theirs.margin)
                 else:
                     mismatches += 1
-    return Identity(tokens, ties, mismatches)
+    return Identity(tokens, ties, mismatches, widest)

@@ -77,7 +77,12 @@ def run_steady(
             "runs": [_row(lane, batch, context) for lane in lanes],
             "ratios": _ratios(captured, batch),
             "attention": [
-                {"cache": name, "batch": batch, **attention_bandwidth(lane.engine)} for name, lane in captured.items()
+                {
+                    "cache": name,
+                    "batch": batch,
+                    **attention_bandwidth(lane.engine.attention, lane.engine.decode.lengths),
+                }
+                for name, lane in captured.items()
             ],
         }
     finally:

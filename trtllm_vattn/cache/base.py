@@ -92,6 +92,8 @@ class CacheStats:
 
     `live_bytes` hold tokens of sequences; `mapped_bytes` are backed for running sequences (live, lookahead and
     rounding); `parked_bytes` are backed for nobody until adopted; `held_bytes` is all physical memory held.
+    Mappings made are counted by when: at a sequence's admission, in a step that could not wait (`critical_path_maps`,
+    0 in steady decode), or ahead, beside a running step.
     """
 
     sequences: int
@@ -100,6 +102,7 @@ class CacheStats:
     parked_bytes: int
     held_bytes: int
     budget_bytes: int
+    admission_maps: int = 0
     critical_path_maps: int = 0
     ahead_maps: int = 0
     quarantined: int = 0

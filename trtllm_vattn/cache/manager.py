@@ -68,7 +68,7 @@ class KVCacheManager(SlottedCache):
         )
         self.arena = Arena(ExtentPool(driver, budget), self.layout)
         self.frontiers = self.arena.frontiers
-        self._critical_path_maps = self._ahead_maps = 0
+        self._admission_maps = self._critical_path_maps = self._ahead_maps = 0
         self._flat = [
             tensor_at(reservation.base, reservation.size, driver.device, owner=reservation)
             for reservation in self.arena.reservations
@@ -100,7 +100,7 @@ class KVCacheManager(SlottedCache):
         highest = max([free[0], *self._owner])
         bucket = 1 << highest.bit_length()
         slot, maps = self.arena.occupy(tokens, limit=bucket)
-        self._critical_path_maps += maps
+        self._admission_maps += maps
         return slot
 
     def _back(self, lengths: np.ndarray) -> None:
@@ -155,6 +155,7 @@ class KVCacheManager(SlottedCache):
             parked_bytes=self.arena.parked_bytes,
             held_bytes=pool.held_bytes,
             budget_bytes=pool.budget,
+            admission_maps=self._admission_maps,
             critical_path_maps=self._critical_path_maps,
             ahead_maps=self._ahead_maps,
             quarantined=len(self.arena.quarantine) + len(pool.quarantine),

@@ -12,6 +12,7 @@ import torch
 from trtllm_vattn.cache.base import CacheShape, CacheStats, PagedKV
 from trtllm_vattn.cache.books import SlottedCache
 from trtllm_vattn.errors import ConfigError, InvariantViolation, OutOfPages
+from trtllm_vattn.vmm.tensors import upload
 
 
 class PagedCache(SlottedCache):
@@ -75,7 +76,7 @@ class PagedCache(SlottedCache):
         self._publish()
 
     def _publish(self) -> None:
-        self._table[:-1].copy_(torch.from_numpy(self._rows))
+        self._table[:-1].copy_(upload(self._rows, self.device))
 
     def _vacate(self, slot: int) -> None:
         held = int(self._held[slot])

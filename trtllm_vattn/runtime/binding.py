@@ -140,6 +140,11 @@ def shape_of(model: PreTrainedModel, num_slots: int, max_seq_len: int) -> CacheS
     )
 
 
+def scale_of(model: PreTrainedModel) -> float | None:
+    """The factor by which the model's attention scales scores; None where it does not say."""
+    return next((module.scaling for module in model.modules() if hasattr(module, "scaling")), None)
+
+
 def bind(model: PreTrainedModel) -> None:
     """Point the model's attention at ours; its code stays as it is."""
     AttentionInterface.register(ATTENTION_NAME, attend)

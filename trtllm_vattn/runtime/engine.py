@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
@@ -19,7 +20,7 @@ from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, NoFreeSlot, OutOfPages, SequenceTooLong
 from trtllm_vattn.graphs.runner import default_buckets
-from trtllm_vattn.runtime.binding import bind, shape_of
+from trtllm_vattn.runtime.binding import bind, scale_of, shape_of
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.prefill import prefill_chunk
@@ -35,10 +36,12 @@ class StepRecord:
     """What one decode step cost, in seconds of host time.
 
     `kv_s` went to the cache before the launch (`prepare_step`, guard); `ahead_s` to mapping ahead while the device was
-    busy; `wall_s` from the start of bookkeeping to the tokens on the host.
+    busy; `wall_s` from the start of bookkeeping to the tokens on the host. Where `prefilled` prompt tokens went in just
+    before, `wall_s` includes waiting for them.
     """
 
     lanes: int
+    prefilled: int
     wall_s: float
     kv_s: float
     ahead_s: float
@@ -89,7 +92,8 @@ class Engine:
         self.chunk, self.record_margins, self.observer = chunk, record_margins, observer
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
-        self.attention = make_attention(attention, cache, config.num_attention_heads)
+        self.attention = make_attention(attention, cache, config.num_attention_heads, scale_of(model))
+        self._prefilled = 0
         self._ids = itertools.count()
         self._waiting: deque[Running] = deque()
         self._prefilling: deque[Running] = deque()
@@ -126,7 +130,11 @@ class Engine:
         dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
         loaded = load_model(model, device, dtype)
         made = make_cache(cache, shape_of(loaded, max_seqs, max_seq_len), device, budget)
-        return cls(loaded, made, attention=attention, capture=capture)
+        with ExitStack() as undo:
+            undo.callback(made.close)
+            engine = cls(loaded, made, attention=attention, capture=capture)
+            undo.pop_all()
+        return engine
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -215,6 +223,7 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Admit what fits, put up to `chunk` prompt tokens in, decode one token of every running sequence."""
         self._admit()
+        self._prefilled = 0
         return self._prefill() + self._decode()
 
     def _admit(self) -> None:
@@ -237,6 +246,7 @@ class Engine:
             logits = prefill_chunk(self.model, self.attention, request.slot, tokens, request.prefilled, self.chunk)
             request.prefilled += len(tokens)
             room -= len(tokens)
+            self._prefilled += len(tokens)
             if request.prefilled == request.length:
                 self._prefilling.popleft()
                 self._decoding[request.slot] = request
@@ -260,7 +270,8 @@ class Engine:
         ahead = perf_counter() - ahead
         by_lane = chosen.tolist()
         if self.observer is not None:
-            self.observer(StepRecord(len(self._decoding), perf_counter() - started, prepared + guarded, ahead))
+            wall = perf_counter() - started
+            self.observer(StepRecord(len(self._decoding), self._prefilled, wall, prepared + guarded, ahead))
         requests = list(self._decoding.values())
         return self._accept(requests, logits, [request.slot for request in requests], by_lane)
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.runtime.binding import PrefillStep, forward
+from trtllm_vattn.vmm.tensors import upload
 
 SMALLEST_PAD = 16
 
@@ -33,8 +34,8 @@ def prefill_chunk(
     rows[1, :count] = np.arange(start, start + count)
     rows[2] = cache.dummy_slot
     rows[2, :count] = slot
-    ids, positions, slots = torch.from_numpy(rows).to(cache.device)
-    query_len, length, last = torch.tensor([count, start + count, count - 1]).to(cache.device)[:, None]
+    ids, positions, slots = upload(rows, cache.device)
+    query_len, length, last = upload(np.array([count, start + count, count - 1]), cache.device)[:, None]
     step = PrefillStep(
         attention,
         slots=slots,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from trtllm_vattn.errors import ConfigError
@@ -104,6 +105,14 @@ def strided(
     if end > flat.numel():
         raise ConfigError(f"shape {tuple(shape)} with strides {tuple(strides)} ends at byte {end} of {flat.numel()}")
     return flat.view(dtype).as_strided(tuple(shape), tuple(strides), offset_bytes // dtype.itemsize)
+
+
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A host array on a device, without waiting for what the device is doing; `array` may change at once."""
+    if device.type == "cpu":
+        return torch.from_numpy(array.copy())
+    # A copy into pinned memory that torch does not use again before the transfer is over.
+    return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
 
 
 def current_stream(device: torch.device | str) -> int:
