@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from trtllm_vattn.errors import CaptureError
 
@@ -47,13 +47,8 @@ class Record:
     kwargs: dict[str, Any]
     results: list[tuple[int, torch.Tensor]]
     """Results with storages of their own, by their place among the operation's results."""
-    addresses: tuple[int, ...]
 
     def run(self) -> None:
-        if tuple(tensor.data_ptr() for tensor in _tensors((self.args, self.kwargs))) != self.addresses:
-            raise CaptureError(
-                f"a tensor of {self.operation} has moved since the capture; keep static tensors in place"
-            )
         results = _tensors(self.operation(*self.args, **self.kwargs))
         for place, recorded in self.results:
             recorded.copy_(results[place])
@@ -64,7 +59,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.records: list[Record] = []
         self._known = {_storage(tensor) for tensor in static}
-        self._alive: list[torch.Tensor] = []
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -73,13 +67,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = _tensors((args, kwargs))
         self._refuse_unholdable(operation, args, given)
         inputs = {_storage(tensor) for tensor in given}
-        addresses = tuple(tensor.data_ptr() for tensor in given)
+        recorded_args, recorded_kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         answer = operation(*args, **kwargs)
-        made = [(i, tensor) for i, tensor in enumerate(_tensors(answer)) if _storage(tensor) not in inputs]
-        # A record keeps its results alive, so that no later one is given a storage that a replay still needs.
+        # Aliases, because operations like squeeze_ change the shape of the very tensor they are given. A record keeps
+        # its results alive, so that no later one is given a storage that a replay still needs.
+        made = [(i, tensor.detach()) for i, tensor in enumerate(_tensors(answer)) if _storage(tensor) not in inputs]
         self._known.update(_storage(tensor) for _, tensor in made)
-        self._alive += [tensor for _, tensor in made]
-        self.records.append(Record(operation, args, kwargs, made, addresses))
+        self.records.append(Record(operation, recorded_args, recorded_kwargs, made))
         return answer
 
     def _refuse_unholdable(self, operation: Any, args: tuple[Any, ...], given: list[torch.Tensor]) -> None:
@@ -111,8 +105,9 @@ class HostGraph:
 
     _capturing = False
 
-    def __init__(self, records: list[Record]) -> None:
+    def __init__(self, records: list[Record], static: list[torch.Tensor]) -> None:
         self._records: list[Record] | None = records
+        self._static = [(tensor, tensor.data_ptr()) for tensor in static]
 
     @classmethod
     def capture(cls, step: Callable[[], object], static: Iterable[torch.Tensor]) -> HostGraph:
@@ -128,6 +123,7 @@ class HostGraph:
         CaptureError
             The step did what a CUDA graph could not hold; the message names the operation.
         """
+        static = list(static)
         if HostGraph._capturing:
             raise CaptureError("a capture is under way; captures do not nest")
         HostGraph._capturing = True
@@ -136,7 +132,7 @@ class HostGraph:
                 step()
         finally:
             HostGraph._capturing = False
-        return cls(recorder.records)
+        return cls(recorder.records, static)
 
     def __len__(self) -> int:
         """Operations recorded."""
@@ -150,6 +146,12 @@ class HostGraph:
         """Run the records again. Raises CaptureError after `close()`, or where a static tensor was moved."""
         if self._records is None:
             raise CaptureError("this graph is closed; capture the step again")
+        for tensor, address in self._static:
+            if tensor.data_ptr() != address:
+                raise CaptureError(
+                    f"a static tensor of shape {tuple(tensor.shape)} has moved since the capture, which has its old "
+                    "address; write into it in place"
+                )
         with torch.no_grad():
             for record in self._records:
                 record.run()
@@ -157,3 +159,4 @@ class HostGraph:
     def close(self) -> None:
         """Drop the records. Idempotent."""
         self._records = None
+        self._static = []

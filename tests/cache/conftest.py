@@ -3,14 +3,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
+from shapes import SHAPE
 
-from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.select import CACHES, make_cache
 from trtllm_vattn.vmm.host import HostDriver
-
-SHAPE = CacheShape(num_layers=4, num_kv_heads=2, head_dim=24, dtype=torch.float32, num_slots=4, max_seq_len=50)
-"""384 bytes a token and layer: rows straddle pages of 4 KiB."""
 
 
 @pytest.fixture(params=CACHES)

@@ -7,6 +7,8 @@ extents of many sizes instead of one page at a time).
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import numpy as np
 import torch
 
@@ -66,7 +68,11 @@ class KVCacheManager(SlottedCache):
             num_slots=shape.num_slots,
             granule=driver.granularity(),
         )
-        self.arena = Arena(ExtentPool(driver, budget), self.layout)
+        with ExitStack() as undo:
+            pool = ExtentPool(driver, budget)
+            undo.callback(pool.close)
+            self.arena = Arena(pool, self.layout)
+            undo.pop_all()
         self.frontiers = self.arena.frontiers
         self._admission_maps = self._critical_path_maps = self._ahead_maps = 0
         self._flat = [

@@ -95,7 +95,17 @@ class Arena:
                 growth[slot] = more
         if not growth:
             return 0
-        self._make_available(sum(growth.values()) * self.layout.num_ranges)
+        total = sum(growth.values()) * self.layout.num_ranges
+        while True:
+            self._make_available(total)
+            try:
+                return self._place_all(growth)
+            except OutOfPages:
+                # The device, or quarantine, leaves less than the budget says; what is parked may make up for it.
+                if not self.reclaim(total):
+                    raise
+
+    def _place_all(self, growth: MappingType[int, int]) -> int:
         with ExitStack() as undo:
             grown = {slot: self._place(slot, more, undo) for slot, more in growth.items()}
             undo.pop_all()

@@ -1,0 +1,198 @@
+"""A random life of the fixed-address cache against a model that knows what every (sequence, layer, token) holds.
+
+The bytes of all live tokens and the integrity of the books are checked after every step, over both drivers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from contents import expect, fill
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from shapes import SHAPE
+
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.errors import NoFreeSlot, OutOfPages, SequenceTooLong
+from trtllm_vattn.vmm.base import Driver
+from trtllm_vattn.vmm.cuda import CudaDriver
+from trtllm_vattn.vmm.host import HostDriver
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """`model` maps each sequence to its length; contents are a function of sequence, layer and token."""
+
+    def open_driver(self) -> Driver:
+        self.host = HostDriver()
+        return self.host
+
+    def page_tokens(self, driver: Driver) -> int:
+        return 1
+
+    @initialize(
+        layers_per_range=st.sampled_from([1, 2, 4]),
+        lookahead=st.sampled_from([0, 1, 7, 16]),
+        spare=st.integers(0, 40),
+    )
+    def start(self, layers_per_range: int, lookahead: int, spare: int) -> None:
+        driver = self.open_driver()
+        ranges = 4 // layers_per_range
+        granule = driver.granularity()
+        # From a little more than the dummy slot needs to about half of what all slots could take.
+        budget = granule * (2 * ranges + spare)
+        self.cache = KVCacheManager(SHAPE, driver, budget, layers_per_range, lookahead)
+        self.model: dict[int, int] = {}
+        self.count = 0
+
+    def room(self) -> int:
+        """Bytes that an operation may still take: free, parked or stocked."""
+        return self.cache.arena.pool.available_bytes + self.cache.arena.parked_bytes
+
+    def missing(self, lengths: dict[int, int]) -> int:
+        """Bytes that must be mapped for sequences to have these lengths."""
+        layout, slots = self.cache.layout, self.cache.arena.slots
+        each = (layout.bytes_for(n) - slots[self.cache.slot_of(s)].mapped for s, n in lengths.items())
+        return sum(max(0, size) for size in each) * layout.num_ranges
+
+    @rule(tokens=st.integers(1, SHAPE.max_seq_len + 2))
+    def admit(self, tokens: int) -> None:
+        room, sequence = self.room(), self.count
+        need = self.cache.layout.bytes_for(tokens) * self.cache.layout.num_ranges
+        try:
+            slot = self.cache.admit(sequence, tokens)
+        except SequenceTooLong:
+            assert tokens > SHAPE.max_seq_len
+        except NoFreeSlot:
+            assert len(self.model) == SHAPE.num_slots
+        except OutOfPages:
+            assert need > room
+        else:
+            assert self.cache.sequence_at(slot) == sequence
+            self.count += 1
+            fill(self.cache, sequence, range(tokens))
+            self.model[sequence] = tokens
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), more=st.integers(0, 20))
+    def extend(self, data: st.DataObject, more: int) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.model)))
+        length = self.model[sequence] + more
+        try:
+            self.cache.extend(sequence, more)
+        except SequenceTooLong:
+            assert length > SHAPE.max_seq_len
+        except OutOfPages:
+            assert self.missing({sequence: length}) > self.room()
+        else:
+            fill(self.cache, sequence, range(self.model[sequence], length))
+            self.model[sequence] = length
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.model)))
+        length = data.draw(st.integers(1, self.model[sequence]))
+        self.cache.truncate(sequence, length)
+        self.model[sequence] = length
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.model)))
+        self.cache.release(sequence)
+        del self.model[sequence]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        taking_part = data.draw(st.sets(st.sampled_from(sorted(self.model))))
+        wanted = {s: self.model[s] + 1 for s in taking_part}
+        lengths = np.zeros(SHAPE.num_slots, np.int64)
+        for sequence, length in wanted.items():
+            lengths[self.cache.slot_of(sequence)] = length
+        try:
+            self.cache.prepare_step(lengths)
+        except SequenceTooLong:
+            assert max(wanted.values()) > SHAPE.max_seq_len
+        except OutOfPages:
+            assert self.missing(wanted) > self.room()
+        else:
+            for sequence, length in wanted.items():
+                fill(self.cache, sequence, range(length - 1, length))
+            self.model.update(wanted)
+
+    @rule()
+    def map_ahead(self) -> None:
+        self.cache.map_ahead()
+
+    @rule(pages=st.integers(1, 5))
+    def reclaim(self, pages: int) -> None:
+        """Someone needs memory: parked slots give it up, from their tails."""
+        before = self.cache.arena.parked_bytes
+        wanted = pages * self.cache.layout.granule
+        assert self.cache.arena.reclaim(wanted) >= min(before, wanted)
+
+    @invariant()
+    def every_live_token_holds_what_was_written(self) -> None:
+        for sequence, length in self.model.items():
+            assert self.cache.lengths[self.cache.slot_of(sequence)] == length
+            expect(self.cache, sequence, range(length))
+
+    @invariant()
+    def the_books_agree(self) -> None:
+        self.cache.check_integrity()
+        stats = self.cache.stats()
+        assert stats.sequences == len(self.model)
+        assert stats.live_bytes == sum(self.model.values()) * SHAPE.token_bytes
+        assert stats.held_bytes <= stats.budget_bytes
+
+    def teardown(self) -> None:
+        if hasattr(self, "cache"):
+            self.cache.close()
+            self.leaves_nothing()
+
+    def leaves_nothing(self) -> None:
+        assert (self.host.live_mappings, self.host.live_handles, self.host.live_reservations) == (0, 0, 0)
+
+
+TestCacheMachine = CacheMachine.TestCase
+
+
+class CudaCacheMachine(CacheMachine):
+    """The same life on the card. A page holds many tokens there, so slots are made longer than the pages of the host."""
+
+    def open_driver(self) -> Driver:
+        return CudaDriver()
+
+    def leaves_nothing(self) -> None:
+        torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(200)
+def test_the_same_life_on_the_card() -> None:
+    run_state_machine_as_test(
+        CudaCacheMachine, settings=settings(max_examples=12, stateful_step_count=25, deadline=None)
+    )
+
+
+def test_the_model_itself_sees_a_wrong_byte() -> None:
+    """A check that cannot fail proves nothing: one changed element is found."""
+    with KVCacheManager(replace(SHAPE), HostDriver(), 1 << 20) as cache:
+        cache.admit(0, 5)
+        fill(cache, 0, range(5))
+        expect(cache, 0, range(5))
+        cache.layer(2).v[0, 4, 1, 23] += 1
+        with pytest.raises(AssertionError):
+            expect(cache, 0, range(5))

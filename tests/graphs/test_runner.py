@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from trtllm_vattn.errors import CaptureError, ConfigError
+from trtllm_vattn.graphs.runner import GraphRunner, default_buckets
+
+DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
+
+
+class Doubling:
+    """A step over static buffers that notes the buckets it was run for."""
+
+    def __init__(self, device: str) -> None:
+        self.x = torch.zeros(8, 3, device=device)
+        self.w = torch.eye(3, device=device) * 2
+        self.ran: list[int] = []
+
+    def step(self, bucket: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.ran.append(bucket)
+        doubled = self.x[:bucket] @ self.w
+        return doubled, doubled.argmax(dim=-1)
+
+    def runner(self, buckets: list[int]) -> GraphRunner:
+        return GraphRunner(self.step, buckets, [self.x, self.w], self.x.device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_replays_give_what_eager_steps_give(device: str) -> None:
+    it = Doubling(device)
+    runner = it.runner([4, 1, 8])
+    report = runner.capture()
+    assert list(report.seconds) == [8, 4, 1]
+    assert [bucket for i, bucket in enumerate(it.ran) if i == 0 or it.ran[i - 1] != bucket] == [8, 4, 1]
+    ran = len(it.ran)
+    generator = torch.Generator().manual_seed(1)
+    for lanes in (3, 8, 1, 5, 4):
+        it.x.copy_(torch.randn(8, 3, generator=generator))
+        bucket = runner.bucket_for(lanes)
+        assert bucket == min(size for size in (1, 4, 8) if size >= lanes)
+        doubled, best = runner.replay(bucket)
+        assert torch.equal(doubled, it.x[:bucket] * 2)
+        assert torch.equal(best, it.x[:bucket].argmax(dim=-1))
+    assert len(it.ran) == ran, "a replay ran Python"
+    runner.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_cannot_be_replayed_is_refused(device: str) -> None:
+    it = Doubling(device)
+    runner = it.runner([2])
+    with pytest.raises(CaptureError, match=r"no graph for 2 lanes: the runner is captured for \[\]"):
+        runner.replay(2)
+    runner.capture()
+    with pytest.raises(ConfigError, match="3 lanes, but the largest bucket is 2"):
+        runner.bucket_for(3)
+    runner.close()
+    runner.close()
+    with pytest.raises(CaptureError, match="the runner is closed"):
+        runner.replay(2)
+    with pytest.raises(CaptureError, match="this runner is closed"):
+        runner.capture()
+
+
+@pytest.mark.parametrize("buckets", [[], [0, 1], [2, 2]])
+def test_buckets_must_make_sense(buckets: list[int]) -> None:
+    with pytest.raises(ConfigError, match="different positive batch sizes"):
+        Doubling("cpu").runner(buckets)
+
+
+@pytest.mark.parametrize(
+    ("most", "buckets"),
+    [(1, [1]), (2, [1, 2]), (7, [1, 2, 4, 7]), (33, [1, 2, 4, 8, 16, 24, 32, 33]), (64, [1, 2, 4, *range(8, 65, 8)])],
+)
+def test_default_buckets_end_at_the_most(most: int, buckets: list[int]) -> None:
+    assert default_buckets(most) == buckets
+    assert default_buckets(600)[-3:] == [512, 576, 600]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "misbehave",
+    [
+        pytest.param(lambda x: x * x.sum().item(), id="reads the device"),
+        pytest.param(lambda x: x[x > 0], id="shape depends on data"),
+    ],
+)
+def test_a_step_that_no_graph_can_hold_is_named_and_the_next_one_captured(
+    device: str, misbehave: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    x = torch.ones(4, device=device)
+    with pytest.raises(CaptureError):
+        GraphRunner(lambda bucket: (misbehave(x[:bucket]),), [4], [x], x.device).capture()
+    runner = GraphRunner(lambda bucket: (x[:bucket] + 1,), [4], [x], x.device)
+    runner.capture()
+    x.fill_(5)
+    assert runner.replay(4)[0].tolist() == [6.0] * 4
+    runner.close()
+
+
+@pytest.mark.gpu
+def test_capture_while_another_thread_maps() -> None:
+    from trtllm_vattn.vmm.cuda import CudaDriver
+    from trtllm_vattn.vmm.owners import Extent, Reservation
+
+    driver = CudaDriver()
+    granule = driver.granularity()
+    stop = threading.Event()
+    rounds = [0]
+
+    def churn() -> None:
+        reservation = Reservation(driver, granule)
+        while not stop.is_set():
+            extent = Extent(driver, granule)
+            (mapping,) = reservation.map(0, [extent])
+            mapping.close()
+            extent.close()
+            rounds[0] += 1
+        reservation.close()
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    it = Doubling("cuda:0")
+    runner = it.runner([8, 4, 2, 1])
+    runner.capture()
+    it.x.fill_(3)
+    results = [runner.replay(bucket)[0].tolist() for bucket in (1, 2, 4, 8)]
+    stop.set()
+    thread.join()
+    runner.close()
+    assert rounds[0] > 0
+    assert results == [[[6.0] * 3] * bucket for bucket in (1, 2, 4, 8)]
+
+
+@pytest.mark.gpu
+def test_a_page_remapped_beneath_a_captured_graph_is_read() -> None:
+    from trtllm_vattn.vmm.cuda import CudaDriver
+    from trtllm_vattn.vmm.owners import Extent, Reservation
+    from trtllm_vattn.vmm.tensors import tensor_at
+
+    driver = CudaDriver()
+    granule = driver.granularity()
+    reservation = Reservation(driver, granule)
+    pages = [Extent(driver, granule) for _ in range(2)]
+    window = tensor_at(reservation.base, granule, driver.device)
+    for value, page in ((3, pages[1]), (1, pages[0])):
+        (mapping,) = reservation.map(0, [page])
+        window.fill_(value)
+        torch.cuda.synchronize()
+        if page is pages[1]:
+            mapping.close()
+    runner = GraphRunner(lambda bucket: (window[:bucket].float() * 2,), [4], [window], torch.device("cuda:0"))
+    runner.capture()
+    seen = []
+    for page in (pages[0], pages[1], pages[0]):
+        mapping.close()
+        (mapping,) = reservation.map(0, [page])
+        seen.append(runner.replay(4)[0].tolist())
+        torch.cuda.synchronize()
+    mapping.close()
+    assert seen == [[2.0] * 4, [6.0] * 4, [2.0] * 4]
+    runner.close()
+    for owner in (*pages, reservation):
+        owner.close()

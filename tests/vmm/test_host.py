@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import mmap
+import signal
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from trtllm_vattn.errors import AddressSpaceExhausted, ConfigError, DriverError
+from trtllm_vattn.vmm.host import HostDriver
+from trtllm_vattn.vmm.open import open_driver
+from trtllm_vattn.vmm.owners import Reservation
+
+RunApart = Callable[..., subprocess.CompletedProcess[str]]
+
+READ_UNMAPPED = """
+import sys
+import torch
+from trtllm_vattn.vmm.open import open_driver
+from trtllm_vattn.vmm.owners import Extent, Reservation
+from trtllm_vattn.vmm.tensors import tensor_at
+
+driver = open_driver(sys.argv[1])
+granule = driver.granularity()
+reservation = Reservation(driver, 2 * granule)
+extent = Extent(driver, granule)
+(mapping,) = reservation.map(0, [extent])
+window = tensor_at(reservation.base, 2 * granule, driver.device)
+print("mapped page reads", int(window[granule - 1]), flush=True)
+if sys.argv[2] == "after unmap":
+    mapping.close()
+    print("unmapped", flush=True)
+    print("survived", int(window[0]), flush=True)
+else:
+    print("survived", int(window[granule]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("when", ["never mapped", "after unmap"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_reader_of_an_unmapped_page_dies(run_apart: RunApart, device: str, when: str) -> None:
+    done = run_apart(READ_UNMAPPED, device, when)
+    assert "mapped page reads 0" in done.stdout
+    assert "survived" not in done.stdout
+    if device == "cpu":
+        assert done.returncode == -signal.SIGSEGV
+    else:
+        assert done.returncode != 0
+        assert "illegal memory access" in done.stderr
+
+
+def test_physical_memory_is_limited_and_counted_until_the_last_mapping_goes() -> None:
+    driver = HostDriver(capacity=2 * mmap.PAGESIZE)
+    granule = driver.granularity()
+    first = driver.create(granule)
+    second = driver.create(granule)
+    with pytest.raises(DriverError, match=r"CUDA_ERROR_OUT_OF_MEMORY \(8,192 of 8,192 bytes are taken\)"):
+        driver.create(granule)
+    base = driver.reserve(granule)
+    driver.map(base, granule, first)
+    driver.release(first)
+    with pytest.raises(DriverError, match="OUT_OF_MEMORY"):
+        driver.create(granule)
+    driver.unmap(base, granule)
+    driver.release(driver.create(granule))
+    driver.release(second)
+    driver.free(base, granule)
+    assert driver.live_handles == 0
+
+
+def test_a_granule_of_two_mebibytes_mirrors_the_card() -> None:
+    driver = HostDriver(granule=2 << 20)
+    base = driver.reserve(4 << 20)
+    assert base % (2 << 20) == 0
+    handle = driver.create(2 << 20)
+    driver.map(base + (2 << 20), 2 << 20, handle)
+    driver.unmap(base + (2 << 20), 2 << 20)
+    driver.release(handle)
+    driver.free(base, 4 << 20)
+
+
+@pytest.mark.parametrize("granule", [0, 1000, mmap.PAGESIZE + 512])
+def test_a_granule_of_part_pages_is_refused(granule: int) -> None:
+    with pytest.raises(ConfigError, match="multiple of the page size"):
+        HostDriver(granule=granule)
+
+
+def test_fences_wait_for_work_that_a_test_holds(host_driver: HostDriver) -> None:
+    done = host_driver.record(0)
+    assert done.done()
+    done.wait()
+    host_driver.hold()
+    held = host_driver.record(0)
+    assert done.done()
+    assert not held.done()
+    with pytest.raises(DriverError, match="NOT_READY"):
+        held.wait()
+    host_driver.complete()
+    held.wait()
+    assert host_driver.record(0).done()
+
+
+def test_close_tears_down_what_is_left_and_may_be_repeated() -> None:
+    driver = HostDriver()
+    granule = driver.granularity()
+    base = driver.reserve(granule)
+    driver.map(base, granule, driver.create(granule))
+    assert (driver.live_mappings, driver.live_handles, driver.live_reservations) == (1, 1, 1)
+    driver.close()
+    driver.close()
+    assert (driver.live_mappings, driver.live_handles, driver.live_reservations) == (0, 0, 0)
+
+
+def test_an_unknown_handle_is_refused(host_driver: HostDriver) -> None:
+    with pytest.raises(DriverError, match="no such handle"):
+        host_driver.release(99)
+    with pytest.raises(DriverError, match="not inside a reservation"):
+        host_driver.set_access(4096, 4096)
+
+
+def test_more_addresses_than_there_are_is_exhaustion(host_driver: HostDriver) -> None:
+    with pytest.raises(AddressSpaceExhausted, match="lower the number of slots or max_seq_len"):
+        Reservation(host_driver, 1 << 60)
+
+
+def test_a_driver_is_opened_by_device() -> None:
+    assert open_driver("cpu").device == "cpu"
+    with pytest.raises(ConfigError, match="no driver for device 'tpu'"):
+        open_driver("tpu")
+
+
+def test_without_a_gpu_the_cuda_driver_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"no GPU 77 .*host driver"):
+        open_driver("cuda:77")

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from trtllm_vattn.errors import DriverError
+from trtllm_vattn.vmm.host import HostDriver
+from trtllm_vattn.vmm.wrappers import CountingDriver, FaultyDriver, TracingDriver
+
+
+def use(driver: CountingDriver | TracingDriver | FaultyDriver) -> None:
+    granule = driver.granularity()
+    address, handle = driver.reserve(granule), driver.create(granule)
+    driver.map(address, granule, handle)
+    driver.set_access(address, granule)
+    assert driver.record(0).done()
+    driver.unmap(address, granule)
+    driver.release(handle)
+    driver.free(address, granule)
+
+
+CALLS = ["reserve", "create", "map", "set_access", "record", "unmap", "release", "free"]
+
+
+def test_counting(host_driver: HostDriver) -> None:
+    driver = CountingDriver(host_driver)
+    use(driver)
+    use(driver)
+    assert driver.calls == dict.fromkeys(CALLS, 2)
+    assert set(driver.seconds) == set(CALLS)
+    assert all(seconds > 0 for seconds in driver.seconds.values())
+
+
+def test_tracing_writes_a_line_a_call(host_driver: HostDriver) -> None:
+    file = io.StringIO()
+    driver = TracingDriver(host_driver, file)
+    use(driver)
+    with pytest.raises(DriverError):
+        driver.create(5)
+    lines = [json.loads(line) for line in file.getvalue().splitlines()]
+    assert [line["call"] for line in lines] == [*CALLS, "create"]
+    assert lines[0]["arguments"] == [4096]
+    assert lines[2]["arguments"][0] == lines[0]["result"]
+    assert lines[-1]["error"] == "CUDA_ERROR_INVALID_VALUE"
+    assert all(line["us"] > 0 for line in lines)
+
+
+def test_an_injected_failure_does_not_reach_the_driver(host_driver: HostDriver) -> None:
+    driver = FaultyDriver(host_driver)
+    driver.fail("create", skip=1)
+    handle = driver.create(4096)
+    with pytest.raises(DriverError, match="create.* CUDA_ERROR_UNKNOWN .injected"):
+        driver.create(4096)
+    assert host_driver.live_handles == 1
+    assert driver.seen == 2
+    driver.release(handle)
+    use(driver)
+
+
+def test_any_call_may_be_failed_by_its_number(host_driver: HostDriver) -> None:
+    driver = FaultyDriver(host_driver)
+    driver.fail("*", skip=2)
+    address, handle = driver.reserve(4096), driver.create(4096)
+    with pytest.raises(DriverError) as caught:
+        driver.map(address, 4096, handle)
+    assert caught.value.call == "map"
+    assert caught.value.arguments == (address, 4096, handle)
+    driver.release(handle)
+    driver.free(address, 4096)
+
+
+def test_random_failures_are_repeatable_and_can_be_ended(host_driver: HostDriver) -> None:
+    def failures() -> list[int]:
+        driver = FaultyDriver(host_driver)
+        driver.fail_randomly(0.3, seed=5)
+        failed = []
+        for index in range(50):
+            try:
+                driver.record(0)
+            except DriverError:
+                failed.append(index)
+        driver.disarm()
+        for _ in range(50):
+            driver.record(0)
+        return failed
+
+    assert failures() == failures()
+    assert 5 < len(failures()) < 30
