@@ -37,9 +37,6 @@ class CacheMachine(RuleBasedStateMachine):
         self.host = HostDriver()
         return self.host
 
-    def page_tokens(self, driver: Driver) -> int:
-        return 1
-
     @initialize(
         layers_per_range=st.sampled_from([1, 2, 4]),
         lookahead=st.sampled_from([0, 1, 7, 16]),
@@ -170,7 +167,7 @@ TestCacheMachine = CacheMachine.TestCase
 
 
 class CudaCacheMachine(CacheMachine):
-    """The same life on the card. A page holds many tokens there, so slots are made longer than the pages of the host."""
+    """The same life on the card."""
 
     def open_driver(self) -> Driver:
         return CudaDriver()

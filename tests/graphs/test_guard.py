@@ -24,8 +24,8 @@ def test_it_passes_up_to_the_frontier_and_names_what_is_beyond(host_driver: Host
         guard.check(np.array([5, frontier, 0, 0]))
         guard.check(np.zeros(4, np.int64))
         message = (
-            rf"sequence 'second' in slot 1 would be {frontier + 1} tokens long and touch {frontier + 1}, but {frontier} "
-            r"are mapped, in all 4 layers; call prepare_step"
+            rf"sequence 'second' in slot 1 would be {frontier + 1} tokens long and touch {frontier + 1}, "
+            rf"but {frontier} are mapped, in all 4 layers; call prepare_step"
         )
         with pytest.raises(UnmappedAccess, match=message):
             guard.check(np.array([5, frontier + 1, 0, 0]))

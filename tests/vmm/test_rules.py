@@ -80,9 +80,13 @@ def test_r3_nothing_is_mapped_over_a_mapping_or_outside_a_reservation(driver: Dr
 
 def test_r4_set_access_needs_mapped_memory(driver: Driver) -> None:
     granule = driver.granularity()
-    with reserved(driver, 4) as base, created(driver) as handle, mapped(driver, base, handle):
-        with refused("CUDA_ERROR_INVALID_VALUE"):
-            driver.set_access(base, 2 * granule)
+    with (
+        reserved(driver, 4) as base,
+        created(driver) as handle,
+        mapped(driver, base, handle),
+        refused("CUDA_ERROR_INVALID_VALUE"),
+    ):
+        driver.set_access(base, 2 * granule)
 
 
 def test_r5_one_handle_at_two_addresses_is_one_memory(driver: Driver) -> None:

@@ -51,7 +51,7 @@ def test_an_injected_failure_does_not_reach_the_driver(host_driver: HostDriver) 
     driver = FaultyDriver(host_driver)
     driver.fail("create", skip=1)
     handle = driver.create(4096)
-    with pytest.raises(DriverError, match="create.* CUDA_ERROR_UNKNOWN .injected"):
+    with pytest.raises(DriverError, match=r"create.* CUDA_ERROR_UNKNOWN .injected"):
         driver.create(4096)
     assert host_driver.live_handles == 1
     assert driver.seen == 2

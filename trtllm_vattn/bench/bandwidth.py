@@ -72,4 +72,4 @@ def fill_random(attention: Attention, context: int) -> np.ndarray:
         for layer in range(shape.num_layers):
             k, v = torch.randn(2, context, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype, device=device)
             attention.write(layer, k, v, slot, positions)
-    return cache.lengths.copy()
+    return np.array(cache.lengths)

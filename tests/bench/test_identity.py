@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from trtllm_vattn.bench.identity import compare
+from trtllm_vattn.runtime.request import TokenEvent
+
+
+def run(*tokens: int, margin: float | None = 1.0) -> dict[int, list[TokenEvent]]:
+    return {0: [TokenEvent(0, token, None, margin) for token in tokens]}
+
+
+def test_equal_tokens_are_identical() -> None:
+    found = compare(run(1, 2, 3), run(1, 2, 3), 0.0)
+    assert (found.tokens, found.ties, found.mismatches, found.identical) == (3, 0, 0, True)
+
+
+def test_a_difference_within_the_tolerance_is_a_tie() -> None:
+    found = compare(run(1, 2, 3, margin=0.05), run(1, 9, 3), 0.1)
+    assert (found.ties, found.mismatches, found.widest_tie, found.identical) == (1, 0, 0.05, True)
+
+
+def test_a_difference_beyond_it_is_a_mismatch() -> None:
+    for reference in (run(1, 2, 3, margin=0.1), run(1, 2, 3, margin=None)):
+        found = compare(reference, run(1, 9, 3), 0.1)
+        assert (found.ties, found.mismatches, found.identical) == (0, 1, False)
+
+
+def test_missing_tokens_and_requests_are_mismatches() -> None:
+    assert compare(run(1, 2, 3), run(1), 0.1).mismatches == 2
+    assert compare(run(1, 2), {}, 0.1).mismatches == 2
+    assert compare({}, run(1, 2), 0.1).mismatches == 2
+    assert not compare({}, {}, 0.1).identical

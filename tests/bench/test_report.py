@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trtllm_vattn.bench.machine import commit, gpu, machine, summarise, versions
+from trtllm_vattn.bench.report import Result, load, table, write
+from trtllm_vattn.errors import ConfigError
+
+
+def test_a_result_carries_what_is_needed_to_repeat_it(tmp_path: Path) -> None:
+    result = Result.start("graph", {"model": "x"}, 7)
+    result.summary["ratio"] = 1.5
+    write(result, tmp_path / "deep" / "result.json")
+    loaded = load(tmp_path / "deep" / "result.json")
+    assert loaded == json.loads(json.dumps(result.as_dict()))
+    assert loaded["seed"] == 7
+    assert loaded["versions"]["torch"] == versions()["torch"] != "not installed"
+    assert loaded["machine"]["cpus"] >= 1
+    assert loaded["command"].startswith("trtllm-vattn")
+    assert loaded["commit"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["result.json"]
+
+
+def test_a_result_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the result .*none.json"):
+        load(tmp_path / "none.json")
+
+
+def test_samples_are_summed_up() -> None:
+    found = summarise([float(n) for n in range(101)])
+    assert (found["count"], found["mean"], found["p50"], found["p90"], found["p99"]) == (101, 50, 50, 90, 99)
+    assert (found["min"], found["max"]) == (0, 100)
+    assert summarise([]) == {"count": 0}
+
+
+def test_a_table_is_aligned_text_and_markdown() -> None:
+    text = table(["name", "ms"], [["a", "1.50"], ["longer", "12.25"]])
+    assert text.splitlines() == [
+        "| name   |    ms |",
+        "| ------ | ----: |",
+        "| a      |  1.50 |",
+        "| longer | 12.25 |",
+    ]
+
+
+def test_the_commit_is_unknown_outside_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert commit()
+    monkeypatch.setenv("GIT_DIR", "/nonexistent")
+    monkeypatch.delenv("VATTN_COMMIT", raising=False)
+    assert commit() == "unknown"
+    monkeypatch.setenv("VATTN_COMMIT", "abc")
+    assert commit() == "abc"
+
+
+def test_a_machine_without_a_gpu_says_none() -> None:
+    assert gpu(index=99) is None
+    assert set(machine()) == {"system", "cpus", "memory_bytes", "gpu"}

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trtllm_vattn.cli.main import main
+
+SMALL = ["bench", "graph", "--device", "cpu", "--model", "tiny-llama", "--requests", "5", "--max-seqs", "3"]
+
+
+def test_the_main_job_compares_all_combinations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result, plot = tmp_path / "graph.json", tmp_path / "graph.png"
+    assert main([*SMALL, "--max-output", "6", "--output-json", str(result), "--plot", str(plot)]) == 0
+    found = json.loads(result.read_text())
+    runs = found["results"]["trace"]["runs"]
+    assert [(run["cache"], run["mode"]) for run in runs] == [
+        (kind, mode) for kind in ("contiguous", "paged", "vattn") for mode in ("eager", "captured")
+    ]
+    assert all(run["tokens_identical"] and run["mismatches"] == 0 and run["tokens"] > 5 for run in runs)
+    assert found["summary"]["tokens_identical"] is True
+    for run in runs:
+        assert run["step_ms"]["p50"] <= run["step_ms"]["p99"]
+        memory = run["memory"]
+        assert all(live <= mapped for live, mapped in zip(memory["live_bytes"], memory["mapped_bytes"], strict=True))
+    peaks = {run["cache"]: max(run["memory"]["mapped_bytes"]) for run in runs}
+    assert peaks["vattn"] < peaks["contiguous"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "tokens_identical: True" in capsys.readouterr().out
+
+
+def test_a_wrong_cache_would_be_caught(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The comparison can fail: one cache whose writes go to a wrong place is found out."""
+    from trtllm_vattn.attention.gather import GatheringAttention
+    from trtllm_vattn.cache.manager import KVCacheManager
+
+    write = GatheringAttention.write
+
+    def misplaced(self, layer, k, v, slots, positions):  # type: ignore[no-untyped-def]
+        if isinstance(self.cache, KVCacheManager):
+            k = k * 2
+        write(self, layer, k, v, slots, positions)
+
+    monkeypatch.setattr(GatheringAttention, "write", misplaced)
+    assert main([*SMALL, "--max-output", "6", "--caches", "paged,vattn"]) == 1
+    captured = capsys.readouterr()
+    assert "NO" in captured.out
+    assert "tokens differ between combinations" in captured.err
+
+
+def test_a_trace_file_is_replayed(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n20,3\n30,4\n")
+    result = tmp_path / "graph.json"
+    assert main([*SMALL, "--trace", str(trace), "--caches", "vattn", "--output-json", str(result)]) == 0
+    found = json.loads(result.read_text())["results"]["trace"]
+    assert (found["requests"], found["prompt_tokens"], found["output_tokens"]) == (2, 50, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trace", "/nowhere.csv"], "cannot read the trace /nowhere.csv"),
+        (["--model", "gpt-5"], "no model 'gpt-5'"),
+        (["--caches", "orca"], "--caches names ['orca']; there are contiguous, paged, vattn"),
+        (["--attention", "flash"], "no attention backend 'flash'"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("trtllm-vattn: ")
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_doctor_checks_the_host_driver_and_explains_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "host driver seam  ok: granule 4,096 bytes; remap check passed" in text
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    findings = {finding["name"]: finding for finding in report["findings"]}
+    assert findings["host driver seam"]["works"] is True
+    assert findings["CUDA driver seam"]["works"] is (report["machine"]["gpu"] is not None)
+    assert all(finding["detail"] for finding in findings.values())
+
+
+def test_doctor_fails_where_nothing_works(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from trtllm_vattn.cli import doctor
+    from trtllm_vattn.errors import ConfigError
+
+    def broken() -> None:
+        raise ConfigError("broken for the test")
+
+    monkeypatch.setattr(doctor, "HostDriver", broken)
+    monkeypatch.setattr(doctor, "CudaDriver", broken)
+    assert main(["doctor"]) == 1
+    assert "host driver seam  no: broken for the test" in capsys.readouterr().out
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "trtllm_vattn", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "0.1.0"
+    done = subprocess.run([sys.executable, "-m", "trtllm_vattn"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "doctor" in done.stderr

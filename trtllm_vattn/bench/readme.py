@@ -1,0 +1,89 @@
+"""The README's tables, made from committed results: text between ``<!-- table:NAME -->`` and ``<!-- /table -->``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trtllm_vattn.bench.report import load, table
+from trtllm_vattn.errors import ConfigError
+
+_MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def steady(result: dict[str, Any]) -> str:
+    """Decode steps of all combinations; a row a batch size and mode."""
+    runs = result["results"]["steady"]["runs"]
+    step = {(row["cache"], row["mode"], row["batch"]): row["step_ms"] for row in runs}
+    caches = list(dict.fromkeys(row["cache"] for row in runs))
+    rows = []
+    for mode in ("eager", "captured"):
+        for batch in sorted({row["batch"] for row in runs}):
+            each = [step[cache, mode, batch] for cache in caches]
+            ours = step["vattn", mode, batch]["p50"]
+            ratio = f"{ours / step['contiguous', mode, batch]['p50']:.3f}"
+            rows.append([mode, str(batch), *(f"{s['p50']:.2f} / {s['p99']:.2f}" for s in each), ratio])
+    return table(["mode", "sequences", *(f"{cache}, ms p50 / p99" for cache in caches), "vattn / contiguous"], rows)
+
+
+def layers(result: dict[str, Any]) -> str:
+    """Attention's bandwidth alone by layers that share a row."""
+    limit = result["results"]["steady"]["read_limit_bytes_per_s"]
+    found = result["results"]["steady"]["layers"]
+    batches = sorted({row["batch"] for row in found})
+    rows = []
+    for g in sorted({row["layers_per_range"] for row in found}):
+        rates = {row["batch"]: row["bytes_per_s"]["p50"] for row in found if row["layers_per_range"] == g}
+        rows.append([str(g), *(f"{rates[b] / 1e9:,.0f} ({100 * rates[b] / limit:.0f} %)" for b in batches)])
+    return table(["layers a range", *(f"{batch} sequences, GB/s (of the read limit)" for batch in batches)], rows)
+
+
+def figures(result: dict[str, Any]) -> str:
+    """The summary, as it stands in the JSON."""
+    rows = [[name, f"{v:,.4g}" if isinstance(v, float) else str(v)] for name, v in result["summary"].items()]
+    return table(["figure", "value"], rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "graph-steady": ("graph.json", steady),
+    "graph-layers": ("graph.json", layers),
+    "graph-summary": ("graph.json", figures),
+}
+
+
+def render(text: str, results: Path) -> str:
+    """The README with its tables made anew. Raises ConfigError for an unknown table or a missing result."""
+
+    def made(match: re.Match[str]) -> str:
+        name = match.group(2)
+        if name not in TABLES:
+            raise ConfigError(f"no table {name!r}; there are {', '.join(TABLES)}")
+        file, make = TABLES[name]
+        return f"{match.group(1)}{make(load(results / file))}\n{match.group(3)}"
+
+    return _MARKED.sub(made, text)
+
+
+def main() -> int:
+    """Write the README's tables; with ``--check``, only say whether they are up to date."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("readme", type=Path)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    before = args.readme.read_text()
+    after = render(before, args.results)
+    if args.check:
+        if before != after:
+            print(f"the tables of {args.readme} are not those of {args.results}; run scripts/report", file=sys.stderr)
+        return int(before != after)
+    args.readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
