@@ -64,7 +64,10 @@ def gpu(index: int = 0) -> dict[str, Any] | None:
 
 
 def commit() -> str:
-    """The project's commit, ``-dirty`` where files differ from it; outside a checkout what VATTN_COMMIT says, or ``unknown``."""
+    """The project's commit, ``-dirty`` where files differ from it.
+
+    Outside a checkout it is what the environment's VATTN_COMMIT says, or ``unknown``.
+    """
     here = Path(__file__).resolve().parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
