@@ -136,6 +136,7 @@ def test_every_call_of_a_construction_may_fail(layers_per_range: int) -> None:
             assert (host.live_mappings, host.live_reservations) == (0, 0)
             assert host.live_handles == 0
         else:
+            driver.disarm()
             cache.close()
             break
     assert index == {4: 4, 1: 16}[layers_per_range]
