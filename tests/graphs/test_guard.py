@@ -68,8 +68,10 @@ import torch
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
 
-engine = Engine.from_pretrained("tiny-llama", device=sys.argv[1], max_seqs=2, max_seq_len=8192, cache="vattn")
-engine.submit([1, 2, 3], SamplingParams(max_tokens=8000))
+# On the card a page holds thousands of tokens of this model.
+longest = 512 if sys.argv[1] == "cpu" else 8192
+engine = Engine.from_pretrained("tiny-llama", device=sys.argv[1], max_seqs=1, max_seq_len=longest, cache="vattn")
+engine.submit([1, 2, 3], SamplingParams(max_tokens=longest - 3))
 engine.step()
 decode = engine.decode
 decode.lengths[0] = int(engine.cache.frontiers[0]) + 1

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.memory.layout import SlotLayout
+from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
 
 
 def layout(**changes: int) -> SlotLayout:
@@ -34,6 +34,13 @@ def test_layers_lie_in_ranges_in_order() -> None:
 @pytest.mark.parametrize("g", [1, 2, 4, 8])
 def test_every_divisor_is_a_layout(g: int) -> None:
     assert layout(layers_per_range=g).num_ranges * g == 8
+
+
+def test_the_default_row_is_at_most_32_kib() -> None:
+    assert default_layers_per_range(32, 4096) == 8  # Llama-3-8B in bf16
+    assert default_layers_per_range(36, 4096) == 6
+    assert default_layers_per_range(4, 100) == 4
+    assert default_layers_per_range(80, 1 << 20) == 1
 
 
 @pytest.mark.parametrize("g", [0, 3, 16])

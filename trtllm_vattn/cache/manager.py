@@ -16,13 +16,13 @@ from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV
 from trtllm_vattn.cache.books import SlottedCache
 from trtllm_vattn.errors import ConfigError, InvariantViolation, NoFreeSlot, OutOfPages
 from trtllm_vattn.memory.arena import Arena
-from trtllm_vattn.memory.layout import SlotLayout
+from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
 from trtllm_vattn.memory.pool import ExtentPool
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.tensors import current_stream, strided, tensor_at
 
 DEFAULT_LOOKAHEAD = 64
-"""Tokens. On Llama-3-8B two mappings of 4 MiB a sequence in 64 steps, and 2 % more memory at 2K tokens."""
+"""Tokens. On Llama-3-8B one page in each of four ranges a sequence in 64 steps."""
 
 
 class KVCacheManager(SlottedCache):
@@ -36,7 +36,8 @@ class KVCacheManager(SlottedCache):
     budget : int
         Bytes of physical memory the cache may hold.
     layers_per_range : int or None
-        Layers that share a token's row; None is all of them, so that a page holds fewest tokens.
+        Layers that share a token's row; more of them make a page hold fewer tokens. None is as many as make a row of
+        32 KiB, 8 for Llama-3-8B.
     lookahead : int
         Tokens that `map_ahead` keeps mapped past a sequence's length; 0 maps each token in its own step.
 
@@ -60,9 +61,11 @@ class KVCacheManager(SlottedCache):
         if lookahead < 0:
             raise ConfigError(f"lookahead is {lookahead}; it must be 0 or more tokens")
         self.driver, self.lookahead = driver, lookahead
+        if layers_per_range is None:
+            layers_per_range = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
         self.layout = SlotLayout(
             num_layers=shape.num_layers,
-            layers_per_range=shape.num_layers if layers_per_range is None else layers_per_range,
+            layers_per_range=layers_per_range,
             layer_token_bytes=shape.layer_token_bytes,
             max_seq_len=shape.max_seq_len,
             num_slots=shape.num_slots,

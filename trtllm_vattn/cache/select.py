@@ -9,6 +9,7 @@ from trtllm_vattn.cache.contiguous import ContiguousCache
 from trtllm_vattn.cache.manager import DEFAULT_LOOKAHEAD, KVCacheManager
 from trtllm_vattn.cache.paged import PagedCache
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.memory.layout import default_layers_per_range
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 
@@ -50,8 +51,8 @@ def make_cache(
     if name == "vattn":
         driver = open_driver(str(device)) if driver is None else driver
         if budget is None:
-            # A slot's last page and the dummy slot's pages round up.
-            ranges = shape.num_layers // (layers_per_range or shape.num_layers)
-            budget = (shape.num_slots + 1) * (slot_bytes + ranges * driver.granularity())
+            # In each range a slot's last page is partly used.
+            g = layers_per_range or default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
+            budget = (shape.num_slots + 1) * (slot_bytes + shape.num_layers // g * driver.granularity())
         return KVCacheManager(shape, driver, budget, layers_per_range, lookahead)
     raise ConfigError(f"no cache {name!r}; there are {', '.join(CACHES)}")

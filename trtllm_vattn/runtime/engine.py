@@ -244,6 +244,8 @@ class Engine:
             request = self._prefilling[0]
             tokens = request.tokens[request.prefilled : request.prefilled + room]
             logits = prefill_chunk(self.model, self.attention, request.slot, tokens, request.prefilled, self.chunk)
+            # The device is busy; the sequence's first steps find their memory there.
+            self.cache.map_ahead()
             request.prefilled += len(tokens)
             room -= len(tokens)
             self._prefilled += len(tokens)
