@@ -2,3 +2,9 @@
 
 May import `memory`, `vmm` and `errors`.
 """
+
+from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.cache.select import make_cache
+
+__all__ = ["CacheShape", "KVCache", "KVCacheManager", "make_cache"]

@@ -99,6 +99,15 @@ class SlottedCache(KVCache):
         if lengths.shape != self.lengths.shape:
             raise ConfigError(f"lengths has shape {lengths.shape}; one entry a slot is needed: {self.lengths.shape}")
         active = lengths > 0
+        # In most steps every frontier is far enough, and one look at all lanes tells.
+        ready = (self.lengths > 0) & (self.lengths <= lengths) & (lengths <= self.frontiers)
+        if not (ready | ~active).all():
+            self._check_step(lengths, active)
+            self._back(lengths)
+        np.maximum(self.lengths, lengths, out=self.lengths)
+
+    def _check_step(self, lengths: np.ndarray, active: np.ndarray) -> None:
+        """Raise what is wrong with a step, if anything is."""
         if (active & ~self._occupied).any():
             slots = np.flatnonzero(active & ~self._occupied).tolist()
             raise UnknownSequence(f"slots {slots} hold no sequence; admit one, or pass 0 for them")
@@ -108,9 +117,6 @@ class SlottedCache(KVCache):
         if (active & (lengths < self.lengths)).any():
             slots = np.flatnonzero(active & (lengths < self.lengths)).tolist()
             raise ConfigError(f"slots {slots} would become shorter; use truncate")
-        if (lengths > self.frontiers).any():
-            self._back(lengths)
-        np.maximum(self.lengths, lengths, out=self.lengths)
 
     def sequence_at(self, slot: int) -> SequenceId | None:
         return self._owner.get(slot)

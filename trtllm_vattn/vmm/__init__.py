@@ -2,3 +2,8 @@
 
 May import `trtllm_vattn.errors` and nothing else of ours.
 """
+
+from trtllm_vattn.vmm.host import HostDriver
+from trtllm_vattn.vmm.open import open_driver
+
+__all__ = ["HostDriver", "open_driver"]
