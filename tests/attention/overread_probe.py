@@ -85,7 +85,7 @@ def main(backend: str, layers_per_range: int) -> None:
         for slot in (11, 12):
             cache.release(slot)
         cache.arena.reclaim(cache.arena.parked_bytes)  # type: ignore[attr-defined]
-        if cache.frontiers[11] or cache.frontiers[12]:
+        if any(cache.arena.slots[slot].mapped for slot in (11, 12)):  # type: ignore[attr-defined]
             raise SystemExit("slots 11 and 12 are still mapped")
         for layer in (0, LAYERS - 1):
             decode_cases(attention, None, layer)

@@ -5,7 +5,8 @@ backed, that padding writes to. A sequence owns a slot from `admit` to `release`
 
 Numbered contract, tested over every sibling in tests/cache/test_contract.py:
 
-C1. `frontiers[slot]` tokens of a slot are backed by memory: positions below it may be written and read.
+C1. `frontiers[slot]` tokens of a sequence's slot are backed by memory: positions below it may be written and read. It
+    is 0 for a free slot, whatever is still mapped there.
 C2. `lengths[slot]` tokens of a slot belong to its sequence; `lengths <= frontiers` always.
 C3. A call succeeds whole or raises and changes nothing.
 C4. Tensors from `layer()` are made once and stay valid until `close()`, at the same addresses.
@@ -116,7 +117,7 @@ class KVCache(ABC):
     lengths: np.ndarray
     """int64 ``[num_slots]``, tokens of each slot's sequence, 0 for a free slot. Read-only for callers."""
     frontiers: np.ndarray
-    """int64 ``[num_slots]``, tokens backed by memory. Read-only for callers."""
+    """int64 ``[num_slots]``, tokens backed by memory, 0 for a free slot. Read-only for callers."""
 
     @property
     def dummy_slot(self) -> int:

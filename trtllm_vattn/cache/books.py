@@ -98,16 +98,17 @@ class SlottedCache(KVCache):
         self._check_open()
         if lengths.shape != self.lengths.shape:
             raise ConfigError(f"lengths has shape {lengths.shape}; one entry a slot is needed: {self.lengths.shape}")
-        active = lengths > 0
-        # In most steps every frontier is far enough, and one look at all lanes tells.
-        ready = (self.lengths > 0) & (self.lengths <= lengths) & (lengths <= self.frontiers)
-        if not (ready | ~active).all():
-            self._check_step(lengths, active)
+        # In most steps all frontiers are far enough; only where one is not, which is also the case without a sequence,
+        # is it worth while to look closer. This runs before every step, with caches cold: few calls matter.
+        after = np.maximum(self.lengths, lengths)
+        if (lengths > self.frontiers).any() or lengths[after != lengths].any():
+            self._check_step(lengths)
             self._back(lengths)
-        np.maximum(self.lengths, lengths, out=self.lengths)
+        self.lengths[:] = after
 
-    def _check_step(self, lengths: np.ndarray, active: np.ndarray) -> None:
+    def _check_step(self, lengths: np.ndarray) -> None:
         """Raise what is wrong with a step, if anything is."""
+        active = lengths > 0
         if (active & ~self._occupied).any():
             slots = np.flatnonzero(active & ~self._occupied).tolist()
             raise UnknownSequence(f"slots {slots} hold no sequence; admit one, or pass 0 for them")

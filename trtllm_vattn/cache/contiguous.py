@@ -24,16 +24,17 @@ class ContiguousCache(SlottedCache):
         for _ in range(shape.num_layers):
             k = allocate()
             self._layers.append(FlatKV(k, allocate() if shape.kv_factor == 2 else k))
-        self.frontiers[:] = shape.max_seq_len
 
     def _claim(self, tokens: int) -> int:
-        return self._lowest_free()
+        slot = self._lowest_free()
+        self.frontiers[slot] = self.shape.max_seq_len
+        return slot
 
     def _back(self, lengths: np.ndarray) -> None:
         """Everything is backed from the start."""
 
     def _vacate(self, slot: int) -> None:
-        """The slot's memory stays its own."""
+        self.frontiers[slot] = 0
 
     def _free(self) -> None:
         self._layers = []

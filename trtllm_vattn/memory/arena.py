@@ -138,8 +138,16 @@ class Arena:
 
     def _set_mapped(self, slot: int, mapped: int) -> None:
         self.slots[slot].mapped = mapped
+        self._set_frontier(slot)
+
+    def _set_frontier(self, slot: int) -> None:
+        """A slot without a sequence has none: what is mapped there may be taken at any time."""
         if slot < self.layout.num_slots:
-            self.frontiers[slot] = self.layout.tokens_in(mapped)
+            self.frontiers[slot] = self._frontier_of(slot)
+
+    def _frontier_of(self, slot: int) -> int:
+        running = self.slots[slot].state is SlotState.RUNNING
+        return self.layout.tokens_in(self.slots[slot].mapped) if running else 0
 
     # -- running and parking ---------------------------------------------------------------------------------------
 
@@ -164,10 +172,12 @@ class Arena:
         chosen = min((slot for slot in self.free_slots() if slot < limit), key=fit)
         self.slots[chosen].state = SlotState.RUNNING
         try:
-            return chosen, self.grow({chosen: tokens})
+            maps = self.grow({chosen: tokens})
         except BaseException:
             self._set_idle(chosen)
             raise
+        self._set_frontier(chosen)
+        return chosen, maps
 
     def park(self, slot: int, fence: Fence) -> None:
         """End a slot's use. Its memory stays mapped until adopted or, once `fence` is done, taken away."""
@@ -179,6 +189,7 @@ class Arena:
     def _set_idle(self, slot: int) -> None:
         broken = self.slots[slot].broken
         self.slots[slot].state = SlotState.RETIRED if broken else SlotState.FREE
+        self._set_frontier(slot)
 
     # -- taking away -----------------------------------------------------------------------------------------------
 
@@ -289,10 +300,10 @@ class Arena:
             offset += column[0].size
         if offset - start != slot.mapped:
             raise InvariantViolation(f"slot {index}: {offset - start:,} bytes mapped, {slot.mapped:,} in the books")
-        if index < self.layout.num_slots and self.frontiers[index] != self.layout.tokens_in(slot.mapped):
+        if index < self.layout.num_slots and self.frontiers[index] != self._frontier_of(index):
             raise InvariantViolation(
-                f"slot {index}: frontier {self.frontiers[index]}, but {slot.mapped:,} bytes back "
-                f"{self.layout.tokens_in(slot.mapped)} tokens"
+                f"slot {index} ({slot.state.value}): frontier {self.frontiers[index]}, but {slot.mapped:,} bytes back "
+                f"{self._frontier_of(index)} tokens"
             )
 
     def close(self, fence: Fence) -> None:
