@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.errors import UnmappedAccess
+from trtllm_vattn.errors import ConfigError, UnmappedAccess
 
 
 class Guard:
@@ -26,15 +26,22 @@ class Guard:
         self._beyond = np.zeros(cache.shape.num_slots, np.bool_)
 
     def check(self, lengths: np.ndarray) -> None:
-        """Pass, or raise UnmappedAccess naming the sequence.
+        """Pass, or raise UnmappedAccess naming the sequence; ConfigError where `lengths` is not one a slot.
 
         lengths int ``[num_slots]``: each lane's tokens once the step has written its own; 0 for an idle lane.
         """
+        if lengths.shape != self._reach.shape:
+            raise ConfigError(
+                f"lengths have shape {lengths.shape}, but there are {len(self._reach)} slots; give one length a slot, "
+                "0 for an idle lane"
+            )
         reach = lengths
         if self.over_read:
             reach = np.add(lengths, self.over_read, out=self._reach)
             reach[lengths == 0] = 0
             np.minimum(reach, self.cache.shape.max_seq_len, out=reach)
+            # An over-read ends with the slot; a length beyond it is refused all the same.
+            np.maximum(reach, lengths, out=reach)
         if np.greater(reach, self.cache.frontiers, out=self._beyond).any():
             self._refuse(lengths, reach)
 

@@ -3,6 +3,8 @@
 A step runs once under a dispatch mode that records every aten operation with the tensors it was given, raw addresses
 and all; a replay runs the records again into the same storages. So what a captured step relies on, that its addresses
 stay valid, is tested without a GPU, and what a CUDA graph could not hold is refused here too.
+
+What is not seen: a host read that calls no operation, which on the host `tolist()` and `numpy()` are.
 """
 
 from __future__ import annotations
@@ -18,16 +20,16 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from trtllm_vattn.errors import CaptureError
 
 _aten = torch.ops.aten
-_HOST_READS = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default}
-_DATA_SHAPED = {
-    _aten.nonzero.default,
-    _aten.masked_select.default,
-    _aten._unique2.default,
-    _aten.unique_dim.default,
-    _aten.unique_consecutive.default,
-    _aten.bincount.default,
-    _aten.repeat_interleave.Tensor,
+_INDEXED = {
+    _aten.index.Tensor,
+    _aten.index.Tensor_out,
+    _aten._unsafe_index.Tensor,
+    _aten.index_put.default,
+    _aten.index_put_.default,
+    _aten._index_put_impl_.default,
+    _aten._unsafe_index_put.default,
 }
+"""Their shapes depend on data, or they must look for it, where an index is a mask."""
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -48,6 +50,11 @@ class Record:
     results: list[tuple[int, torch.Tensor]]
     """Results with storages of their own, by their place among the operation's results."""
 
+    def storages(self) -> list[torch.UntypedStorage]:
+        """What it reads and writes."""
+        made = [tensor for _, tensor in self.results]
+        return [tensor.untyped_storage() for tensor in (*_tensors((self.args, self.kwargs)), *made)]
+
     def run(self) -> None:
         results = _tensors(self.operation(*self.args, **self.kwargs))
         for place, recorded in self.results:
@@ -65,39 +72,50 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         given = _tensors((args, kwargs))
-        self._refuse_unholdable(operation, args, given)
+        self._refuse_outside(operation, given)
+        # In inference mode operations arrive whole; what they are made of tells what a graph could not hold.
+        with self:
+            decomposed = operation.decompose(*args, **kwargs)
+        if decomposed is not NotImplemented:
+            return decomposed
+        _refuse_data_dependent(operation, args, kwargs)
         inputs = {_storage(tensor) for tensor in given}
-        recorded_args, recorded_kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
-        answer = operation(*args, **kwargs)
         # Aliases, because operations like squeeze_ change the shape of the very tensor they are given. A record keeps
         # its results alive, so that no later one is given a storage that a replay still needs.
+        recorded_args, recorded_kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+        answer = operation(*args, **kwargs)
         made = [(i, tensor.detach()) for i, tensor in enumerate(_tensors(answer)) if _storage(tensor) not in inputs]
         self._known.update(_storage(tensor) for _, tensor in made)
         self.records.append(Record(operation, recorded_args, recorded_kwargs, made))
         return answer
 
-    def _refuse_unholdable(self, operation: Any, args: tuple[Any, ...], given: list[torch.Tensor]) -> None:
-        if operation in _HOST_READS:
-            raise CaptureError(
-                f"{operation} reads a value back to the host, on which the step may branch; a graph cannot: keep the "
-                "value on the device (torch.where instead of if, tensors instead of .item())"
-            )
-        by_mask = operation in (
-            _aten.index.Tensor,
-            _aten.index_put_.default,
-            _aten.index_put.default,
-        ) and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-        if operation in _DATA_SHAPED or by_mask:
-            raise CaptureError(
-                f"{operation} has a result whose shape depends on data; a graph's shapes are fixed: use torch.where or "
-                "a padded index"
-            )
+    def _refuse_outside(self, operation: Any, given: list[torch.Tensor]) -> None:
+        if operation is _aten.lift_fresh.default and given[0].dim() == 0:
+            # A number made into a tensor, as x[0] = 5.0 does: on CUDA too it is an argument of the kernel.
+            self._known.add(_storage(given[0]))
         for tensor in given:
             if _storage(tensor) not in self._known and tensor.numel():
                 raise CaptureError(
                     f"{operation} was given a tensor of shape {tuple(tensor.shape)} that is neither static nor made in "
                     "the step: a replay would read it where it was; make it once, outside, and pass it as static"
                 )
+
+
+def _refuse_data_dependent(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.Tag.data_dependent_output in operation.tags:
+        raise CaptureError(
+            f"{operation} reads a value back to the host, on which the step may branch; a graph cannot: keep the "
+            "value on the device (torch.where instead of if, tensors instead of .item())"
+        )
+    if operation in _INDEXED:
+        shaped = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    else:
+        shaped = torch.Tag.dynamic_output_shape in operation.tags and kwargs.get("output_size") is None
+    if shaped:
+        raise CaptureError(
+            f"{operation} has a result whose shape depends on data; a graph's shapes are fixed: use torch.where or "
+            "a padded index"
+        )
 
 
 class HostGraph:
@@ -108,6 +126,9 @@ class HostGraph:
     def __init__(self, records: list[Record], static: list[torch.Tensor]) -> None:
         self._records: list[Record] | None = records
         self._static = [(tensor, tensor.data_ptr()) for tensor in static]
+        self._storages = {
+            storage.data_ptr(): (storage, record.operation) for record in records for storage in record.storages()
+        }
 
     @classmethod
     def capture(cls, step: Callable[[], object], static: Iterable[torch.Tensor]) -> HostGraph:
@@ -143,7 +164,7 @@ class HostGraph:
         return [str(record.operation) for record in self._records or ()]
 
     def replay(self) -> None:
-        """Run the records again. Raises CaptureError after `close()`, or where a static tensor was moved."""
+        """Run the records again. Raises CaptureError after `close()`, or where a tensor of the capture was moved."""
         if self._records is None:
             raise CaptureError("this graph is closed; capture the step again")
         for tensor, address in self._static:
@@ -152,7 +173,14 @@ class HostGraph:
                     f"a static tensor of shape {tuple(tensor.shape)} has moved since the capture, which has its old "
                     "address; write into it in place"
                 )
-        with torch.no_grad():
+        for address, (storage, operation) in self._storages.items():
+            if storage.data_ptr() != address:
+                raise CaptureError(
+                    f"{operation} was captured with a storage at {address:#x}, which has moved to "
+                    f"{storage.data_ptr():#x}; do not resize what a captured step uses, or capture it again"
+                )
+        # Inference tensors, which a capture in inference mode makes, may be written in inference mode only.
+        with torch.inference_mode():
             for record in self._records:
                 record.run()
 
@@ -160,3 +188,4 @@ class HostGraph:
         """Drop the records. Idempotent."""
         self._records = None
         self._static = []
+        self._storages = {}

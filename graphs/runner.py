@@ -70,6 +70,9 @@ class GraphRunner:
             raise CaptureError("this runner is closed; build another")
         on_gpu = self._device.type == "cuda"
         capture = self._cuda_capture() if on_gpu else self._host_capture
+        if on_gpu:
+            # Each capture empties torch's cache; what that gives back is not the pool's.
+            torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self._device) if on_gpu else 0
         seconds = {}
         for bucket in reversed(self.buckets):

@@ -8,7 +8,7 @@ import torch
 
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import UnmappedAccess
+from trtllm_vattn.errors import ConfigError, UnmappedAccess
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.vmm.host import HostDriver
 
@@ -44,6 +44,15 @@ def test_over_read_counts_and_ends_with_the_slot(host_driver: HostDriver) -> Non
         guard.check(np.array([frontier - 3, 50, 0, 0]))
         with pytest.raises(UnmappedAccess, match=rf"would be {frontier - 2} tokens long and touch {frontier + 1},"):
             guard.check(np.array([frontier - 2, 50, 0, 0]))
+        with pytest.raises(UnmappedAccess, match="sequence 'whole' in slot 1 would be 51 tokens long and touch 51,"):
+            guard.check(np.array([0, 51, 0, 0]))
+
+
+def test_it_wants_one_length_a_slot(host_driver: HostDriver) -> None:
+    with KVCacheManager(SHAPE, host_driver, 1 << 20, lookahead=0) as cache:
+        for lengths in (np.zeros(1, np.int64), np.zeros(3, np.int64)):
+            with pytest.raises(ConfigError, match=r"shape \(.,\), but there are 4 slots; give one length a slot"):
+                Guard(cache).check(lengths)
 
 
 def test_it_costs_microseconds(host_driver: HostDriver) -> None:
@@ -77,7 +86,7 @@ decode = engine.decode
 decode.lengths[0] = int(engine.cache.frontiers[0]) + 1
 decode.positions[0] = decode.lengths[0] - 1
 if sys.argv[2] == "guarded":
-    from trtllm_vattn.errors import UnmappedAccess
+    from trtllm_vattn.errors import ConfigError, UnmappedAccess
     try:
         with torch.inference_mode():
             decode.launch()

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from trtllm_vattn.errors import CaptureError
 from trtllm_vattn.graphs.host_graph import HostGraph
@@ -75,24 +78,107 @@ X, MASK = torch.arange(4.0), torch.tensor([True, False, True, False])
 OUTSIDE = torch.ones(4)
 
 
+MODES = [contextlib.nullcontext, torch.no_grad, torch.inference_mode]
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("step", "message"),
     [
         (lambda: X + 1 if X.sum() > 3 else X, "_local_scalar_dense.* reads a value back to the host"),
-        (lambda: X * X[0].item(), "reads a value back"),
+        (lambda: X * X[0].item(), "_local_scalar_dense.* reads a value back"),
+        (lambda: X[: int(X[1])], "_local_scalar_dense.* reads a value back"),
+        (lambda: torch.allclose(X, X), "allclose.* reads a value back"),
         (lambda: X.nonzero(), "nonzero.* shape depends on data"),
+        (lambda: torch.nonzero(X, out=torch.empty(0, dtype=torch.int64)), "nonzero.out has .* shape depends on data"),
+        (lambda: torch.where(MASK), "nonzero.* shape depends on data"),
         (lambda: X[MASK], "index.* shape depends on data"),
+        (lambda: X.index_put_((MASK,), X[0]), "index_put_.* shape depends on data"),
         (lambda: torch.masked_select(X, MASK), "masked_select.* shape depends on data"),
+        (lambda: torch.unique(X), "_unique2.* shape depends on data"),
+        (lambda: torch.repeat_interleave(X, X.long()), "repeat_interleave.* shape depends on data"),
         (lambda: X + OUTSIDE, r"add.* given a tensor of shape \(4,\) that is neither static nor made in the step"),
         (lambda: X + torch.tensor([1.0, 2.0, 3.0, 4.0]), "neither static nor made"),
         (lambda: HostGraph.capture(lambda: X + 1, [X]), "captures do not nest"),
     ],
 )
-def test_what_a_cuda_graph_could_not_hold_is_refused(step: Callable[[], object], message: str) -> None:
-    with pytest.raises(CaptureError, match=message):
+def test_what_a_cuda_graph_could_not_hold_is_refused(
+    mode: Callable[[], AbstractContextManager[object]], step: Callable[[], object], message: str
+) -> None:
+    with mode(), pytest.raises(CaptureError, match=message):
         HostGraph.capture(step, [X, MASK])
     graph = HostGraph.capture(lambda: X + 1, [X])
     graph.replay()
+
+
+def test_numbers_and_known_sizes_are_held() -> None:
+    x, repeats = torch.zeros(3), torch.tensor([2, 0, 1])
+    outputs = []
+
+    def step() -> None:
+        x[0] = 5.0
+        outputs.append(torch.repeat_interleave(x, repeats, output_size=3))
+        outputs.append(torch.where(x > 0, x, -1.0))
+
+    graph = HostGraph.capture(step, [x, repeats])
+    x.copy_(torch.tensor([0.0, 7.0, 9.0]))
+    graph.replay()
+    assert outputs[0].tolist() == [5.0, 5.0, 9.0]
+    assert outputs[1].tolist() == [5.0, 7.0, 9.0]
+
+
+@pytest.mark.parametrize("replay_mode", MODES)
+@pytest.mark.parametrize("capture_mode", MODES)
+def test_an_unmodified_llama_replays_to_the_bit(
+    capture_mode: Callable[[], AbstractContextManager[object]],
+    replay_mode: Callable[[], AbstractContextManager[object]],
+) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    model = LlamaForCausalLM(config).eval()
+    tokens = torch.zeros(2, 5, dtype=torch.int64)
+    # Without a mask transformers reads the positions back to see whether sequences are packed.
+    mask = torch.full((5, 5), float("-inf")).triu(1).expand(2, 1, 5, 5).contiguous()
+
+    def step() -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        return logits
+
+    outputs = []
+    with capture_mode():
+        graph = HostGraph.capture(lambda: outputs.append(step()), [*model.parameters(), *model.buffers(), tokens, mask])
+    for seed in range(3):
+        tokens.copy_(torch.randint(64, (2, 5), generator=torch.Generator().manual_seed(seed)))
+        with replay_mode():
+            graph.replay()
+        with torch.no_grad():
+            assert torch.equal(outputs[0], step())
+
+
+def test_a_result_that_an_operation_sizes_itself_is_replayed() -> None:
+    out = torch.empty(0)
+    x = torch.arange(4.0)
+    graph = HostGraph.capture(lambda: torch.add(x, 1, out=out), [x, out])
+    for value in (3.0, 5.0):
+        x.fill_(value)
+        graph.replay()
+        assert out.tolist() == [value + 1] * 4
+
+
+def test_a_tensor_of_the_capture_that_was_resized_is_noticed() -> None:
+    outputs = []
+    graph = HostGraph.capture(lambda: outputs.append(X + 1), [X])
+    outputs[0].resize_(1 << 16)
+    with pytest.raises(CaptureError, match=r"add.Tensor was captured with a storage at 0x.* which has moved"):
+        graph.replay()
 
 
 def test_a_static_tensor_that_moved_is_noticed() -> None:

@@ -103,6 +103,16 @@ def test_a_step_that_no_graph_can_hold_is_named_and_the_next_one_captured(
 
 
 @pytest.mark.gpu
+def test_what_torch_had_cached_is_not_taken_off_the_pools_bytes() -> None:
+    it = Doubling("cuda:0")
+    cached = torch.empty(256 << 20, dtype=torch.uint8, device="cuda:0")
+    del cached
+    runner = it.runner([8, 1])
+    assert runner.capture().pool_bytes > 0
+    runner.close()
+
+
+@pytest.mark.gpu
 def test_capture_while_another_thread_maps() -> None:
     from trtllm_vattn.vmm.cuda import CudaDriver
     from trtllm_vattn.vmm.owners import Extent, Reservation
