@@ -175,3 +175,29 @@ def test_a_slot_whose_unmap_failed_is_not_used_again() -> None:
         expect(cache, "b", range(20))
         cache.check_integrity()
     assert (host.live_mappings, host.live_handles, host.live_reservations) == (0, 0, 0)
+
+
+def test_a_rollback_that_fails_too_costs_the_slot_and_nothing_else() -> None:
+    host = HostDriver()
+    driver = FaultyDriver(host)
+    with KVCacheManager(SHAPE, driver, 60 * PAGE, lookahead=0) as cache:
+        cache.admit("a", 10)
+        cache.admit("b", 10)
+        for sequence in ("a", "b"):
+            fill(cache, sequence, range(10))
+        driver.fail("set_access")
+        driver.fail("unmap")
+        with pytest.raises(DriverError, match="1 mappings could not be taken back"):
+            cache.extend("a", 5)
+        cache.check_integrity()
+        assert cache.stats().quarantined == 1
+        with pytest.raises(DriverError, match="an unmap failed in this slot, so it cannot grow"):
+            cache.extend("a", 5)
+        cache.extend("b", 5)
+        fill(cache, "b", range(10, 15))
+        expect(cache, "a", range(10))
+        expect(cache, "b", range(15))
+        cache.release("a")
+        assert cache.arena.free_slots() == [2, 3]
+        cache.check_integrity()
+    assert (host.live_mappings, host.live_handles, host.live_reservations) == (0, 0, 0)
