@@ -195,6 +195,12 @@ def test_a_shape_of_nothing_is_refused(name: str, value: float) -> None:
         replace(shape, **{name: value})
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, "bfloat16", None])
+def test_a_dtype_that_cannot_hold_keys_is_refused(dtype: object) -> None:
+    with pytest.raises(ConfigError, match=r"dtype is .*; K and V are of a floating-point torch dtype"):
+        CacheShape(1, 1, 8, dtype, 1, 8)  # type: ignore[arg-type]
+
+
 def test_a_shape_with_three_roles_is_refused() -> None:
     with pytest.raises(ConfigError, match="kv_factor is 3"):
         CacheShape(1, 1, 8, torch.float32, 1, 8, kv_factor=3)

@@ -112,3 +112,32 @@ def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "trtllm_vattn"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "doctor" in done.stderr
+
+
+def test_doctor_asks_a_gpu_about_its_virtual_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attributes' names are those of cuda.bindings; their values come from a stand-in."""
+    from cuda.bindings import driver as cuda
+
+    from trtllm_vattn.cli import doctor
+
+    class Driver:
+        device = "cuda:0"
+
+        def __init__(self) -> None:
+            self.cuda = cuda
+
+        def call(self, name: str, *arguments: object) -> object:
+            if name == "cuDeviceGet":
+                return "the device"
+            assert (name, arguments[1]) == ("cuDeviceGetAttribute", "the device")
+            fabric = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED
+            return 0 if arguments[0] == fabric else 1
+
+    monkeypatch.setattr(doctor, "CudaDriver", Driver)
+    found = {finding.name: finding.works for finding in doctor._attributes()}
+    assert found == {
+        "memory management": True,
+        "handles as descriptors": True,
+        "handles over fabric": False,
+        "GPUDirect RDMA": True,
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache as remember
 
 import numpy as np
@@ -237,6 +238,14 @@ def test_models_and_caches_that_do_not_fit_are_refused() -> None:
         pytest.raises(ConfigError, match="chunk is 0"),
     ):
         Engine(model, cache, chunk=0)
+    wrong = replace(shape_of(model, 1, 16), dtype=torch.float64, head_dim=8)
+    with (
+        make_cache("vattn", wrong, "cpu") as cache,
+        pytest.raises(
+            ConfigError, match=r"head_dim is 8, the model's 16; dtype is torch.float64, the model's torch.flo"
+        ),
+    ):
+        Engine(model, cache)
     windowed = load_model("tiny-mistral", "cpu", torch.float32)
     windowed.config.sliding_window = 64
     with pytest.raises(ConfigError, match=r"a window of 64 tokens.*lower max_seq_len"):

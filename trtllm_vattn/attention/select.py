@@ -15,7 +15,14 @@ BACKENDS = ("auto", "torch", "cudnn")
 
 
 def make_attention(name: str, cache: KVCache, num_heads: int, scale: float | None = None) -> Attention:
-    """A backend over a cache; ``auto`` is cudnn where it works, else torch. Raises ConfigError for an unknown name."""
+    """A backend over a cache; ``auto`` is cudnn where it works, else torch.
+
+    Raises ConfigError for an unknown name, or query heads that are not a multiple of the cache's kv heads.
+    """
+    if num_heads < 1 or num_heads % cache.shape.num_kv_heads:
+        raise ConfigError(
+            f"{num_heads} query heads over {cache.shape.num_kv_heads} kv heads; there must be a multiple of the latter"
+        )
     if name == "auto":
         half = cache.shape.dtype in (torch.float16, torch.bfloat16)
         name = "cudnn" if cache.device.type == "cuda" and half and available()["cudnn"] == "yes" else "torch"

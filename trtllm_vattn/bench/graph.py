@@ -231,16 +231,16 @@ class GraphBenchmark:
         return {"layers_per_range": layers_per_range, "batch": batch, "context": self.args.context, **measured}
 
 
-def summary(trace: dict[str, Any] | None, steady: dict[str, Any] | None) -> dict[str, Any]:
+def summary(trace: dict[str, Any], steady: dict[str, Any] | None) -> dict[str, Any]:
     """The figures that are quoted."""
-    out: dict[str, Any] = {}
-    if trace:
-        out["tokens_identical"] = all(row["tokens_identical"] for row in trace["runs"])
-        out["ties"] = sum(row["ties"] for row in trace["runs"])
-        out["widest_tie"] = max(row["widest_tie"] for row in trace["runs"])
-        if trace["control"]:
-            out["ties_of_reference_with_itself"] = trace["control"]["ties"] + trace["control"]["mismatches"]
-        out["tokens_compared"] = sum(row["tokens"] for row in trace["runs"])
+    out: dict[str, Any] = {
+        "tokens_identical": all(row["tokens_identical"] for row in trace["runs"]),
+        "tokens_compared": sum(row["tokens"] for row in trace["runs"]),
+        "ties": sum(row["ties"] for row in trace["runs"]),
+        "widest_tie": max(row["widest_tie"] for row in trace["runs"]),
+    }
+    if trace["control"]:
+        out["ties_of_reference_with_itself"] = trace["control"]["ties"] + trace["control"]["mismatches"]
     if steady:
         for other in ("contiguous", "paged"):
             ratios = [row["ratio"] for row in steady["ratios"] if row["over"] == other]

@@ -52,6 +52,10 @@ class CacheShape:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a positive whole number")
+        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise ConfigError(
+                f"dtype is {self.dtype!r}; K and V are of a floating-point torch dtype, torch.bfloat16 say"
+            )
         if self.kv_factor not in (1, 2):
             raise ConfigError(f"kv_factor is {self.kv_factor!r}; it is 2 for K and V, 1 for a shared latent")
 

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> tuple[list[Finding], int]:
     """All findings, and how many drivers passed their check."""
-    findings = [_gpu()]
+    findings = [_gpu(), *_attributes()]
     drivers = 0
     for name, opens in (("CUDA driver seam", CudaDriver), ("host driver seam", HostDriver)):
         try:
@@ -82,6 +82,27 @@ def _gpu() -> Finding:
             "GPU", False, f"{text}; but this torch ({torch.__version__}) cannot use it: install a CUDA build"
         )
     return Finding("GPU", True, text)
+
+
+def _attributes() -> list[Finding]:
+    """What the GPU says of its virtual memory management; nothing without a GPU."""
+    try:
+        driver = CudaDriver()
+    except VattnError:
+        return []
+    names = {
+        "memory management": "VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED",
+        "handles as descriptors": "HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED",
+        "handles over fabric": "HANDLE_TYPE_FABRIC_SUPPORTED",
+        "GPUDirect RDMA": "GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED",
+    }
+    device = driver.call("cuDeviceGet", int(driver.device.partition(":")[2]))
+    found = []
+    for name, attribute in names.items():
+        asked = getattr(driver.cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{attribute}")
+        supported = bool(driver.call("cuDeviceGetAttribute", asked, device))
+        found.append(Finding(name, supported, f"the driver says of virtual memory ({attribute.lower()})"))
+    return found
 
 
 def _remap(driver: Driver) -> str:

@@ -140,6 +140,20 @@ def shape_of(model: PreTrainedModel, num_slots: int, max_seq_len: int) -> CacheS
     )
 
 
+def check_fit(model: PreTrainedModel, shape: CacheShape) -> None:
+    """Raise ConfigError where a cache's shape is not the model's, naming what differs."""
+    needed = shape_of(model, shape.num_slots, shape.max_seq_len)
+    differing = [
+        f"{name} is {getattr(shape, name)}, the model's {getattr(needed, name)}"
+        for name in ("num_layers", "num_kv_heads", "head_dim", "dtype", "kv_factor")
+        if getattr(shape, name) != getattr(needed, name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"the cache does not fit the model: {'; '.join(differing)}; build it with shape_of(model, ...)"
+        )
+
+
 def scale_of(model: PreTrainedModel) -> float | None:
     """The factor by which the model's attention scales scores; None where it does not say."""
     return next((module.scaling for module in model.modules() if hasattr(module, "scaling")), None)

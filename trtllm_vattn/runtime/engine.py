@@ -20,7 +20,7 @@ from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, NoFreeSlot, OutOfPages, SequenceTooLong
 from trtllm_vattn.graphs.runner import default_buckets
-from trtllm_vattn.runtime.binding import bind, scale_of, shape_of
+from trtllm_vattn.runtime.binding import bind, check_fit, scale_of, shape_of
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.prefill import prefill_chunk
@@ -87,6 +87,7 @@ class Engine:
             raise ConfigError(f"chunk is {chunk}; it must be a positive number of tokens")
         if model.device != cache.device:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
+        check_fit(model, cache.shape)
         bind(model)
         self.model, self.cache = model, cache
         self.chunk, self.record_margins, self.observer = chunk, record_margins, observer
