@@ -18,7 +18,7 @@ def round_up(value: int, multiple: int) -> int:
 
 LONGEST_ROW = 32 << 10
 """Bytes of a token's row by default. Longer rows hold fewer tokens a page, so less is mapped ahead; but on the H200
-attention read rows of 128 KiB 2 to 4 % slower than rows of 4 KiB, and rows of 32 KiB about 1 to 2 % slower (README)."""
+attention read rows of 128 KiB 3 to 7 % slower than rows of 4 KiB, and rows of 32 KiB 1 to 3 % slower (README)."""
 
 
 def default_layers_per_range(num_layers: int, layer_token_bytes: int) -> int:
