@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention.cudnn_plan import prefer_cudnn
 from trtllm_vattn.attention.select import available, make_attention
 from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
 from trtllm_vattn.cache.select import make_cache
@@ -151,6 +153,31 @@ def test_a_latent_is_written_once_and_read_as_both() -> None:
         got = attention.decode(0, q, torch.tensor([10], dtype=torch.int32))
         close(got, expected(q, latent[None], latent[None], [10], attention.scale))
         del attention
+
+
+class PlannedGraph:
+    """What `prefer_cudnn` sees of a planned graph: ranked plans, each of an engine of the frontend's or (None) cuDNN's."""
+
+    def __init__(self, *engines: str | None) -> None:
+        self.plans, self.selected = engines, 0
+
+    @property
+    def selected_engine(self) -> SimpleNamespace | None:
+        name = self.plans[self.selected]
+        return None if name is None else SimpleNamespace(name=name)
+
+    def select_plan(self, index: int) -> None:
+        self.selected = index
+
+
+def test_decode_runs_on_engines_whose_reads_are_known() -> None:
+    for engines, selected in (((None, "sm90"), 0), (("sm90", "sm90 too", None, None), 2)):
+        graph = PlannedGraph(*engines)
+        prefer_cudnn(graph)
+        assert graph.selected == selected
+    prefer_cudnn(object())  # an older frontend, which has no engines of its own
+    with pytest.raises(ConfigError, match=r"only its engine 'sm90'.*uninstall nvidia-cutlass-dsl"):
+        prefer_cudnn(PlannedGraph("sm90"))
 
 
 def test_an_unknown_backend_is_refused() -> None:

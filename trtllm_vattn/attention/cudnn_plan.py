@@ -45,6 +45,25 @@ class PlanShape:
     blocks_per_lane: int = 0
 
 
+def prefer_cudnn(graph: Any) -> None:
+    """Pin a planned graph to cuDNN's own engines where the frontend would rather run one of its own.
+
+    It offers its own where nvidia-cutlass-dsl is installed. What cuDNN's engines load past a length was looked at on
+    the card; of the others it is not known. Raises ConfigError where there is no engine of cuDNN's.
+    """
+    chosen = getattr(graph, "selected_engine", None)
+    if chosen is None:
+        return
+    for index in range(len(graph.plans)):
+        graph.select_plan(index)
+        if graph.selected_engine is None:
+            return
+    raise ConfigError(
+        f"nvidia-cudnn-frontend has only its engine {chosen.name!r} for this, and what that loads past a sequence's "
+        "end is not known; uninstall nvidia-cutlass-dsl, or use the torch backend"
+    )
+
+
 class Plan:
     """A built graph with a workspace of its own, which captured graphs may hold on to."""
 
@@ -60,6 +79,8 @@ class Plan:
             self._graph.validate()
             self._graph.build_operation_graph()
             self._graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+            if not shape.causal:
+                prefer_cudnn(self._graph)
             self._graph.check_support()
             self._graph.build_plans()
         except (RuntimeError, ValueError, cudnn.cudnnGraphNotSupportedError) as error:
