@@ -156,7 +156,7 @@ def test_a_latent_is_written_once_and_read_as_both() -> None:
 
 
 class PlannedGraph:
-    """What `prefer_cudnn` sees of a planned graph: ranked plans, each of an engine of the frontend or (None) of cuDNN."""
+    """What `prefer_cudnn` sees of a planned graph: plans, each of an engine of the frontend or (None) of cuDNN."""
 
     def __init__(self, *engines: str | None) -> None:
         self.plans, self.selected = engines, 0
