@@ -1,4 +1,5 @@
-"""`GraphRunner`: a step captured once per batch bucket over static buffers, and replayed.
+"""`GraphRunner`: a step captured once per batch bucket over static buffers, and replayed: once, k times over as one
+graph, or in a loop that the device ends.
 
 All buckets share one memory pool and are captured largest first, so that the smaller ones fit into what the largest
 left (as vLLM and TensorRT-LLM do). Graphs of one pool must not run at the same time: replays are one after another.
@@ -15,7 +16,10 @@ from typing import Any
 import torch
 
 from trtllm_vattn.errors import CaptureError, ConfigError
+from trtllm_vattn.graphs.compose import ComposedGraph, Decision, loop_while, repeat
 from trtllm_vattn.graphs.host_graph import HostGraph
+from trtllm_vattn.vmm.cuda import CudaDriver
+from trtllm_vattn.vmm.tensors import current_stream
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +34,13 @@ def default_buckets(most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class CaptureReport:
-    """What capturing cost: seconds a bucket, and bytes of device memory that the graphs' pool took."""
+    """What capturing cost, by bucket in seconds, and the bytes of device memory that the graphs' pool took.
+
+    `replay_s` is a bucket's replay over idle lanes: what its size costs, without any sequence to read.
+    """
 
     seconds: dict[int, float]
+    replay_s: dict[int, float]
     pool_bytes: int
 
 
@@ -47,6 +55,10 @@ class GraphRunner:
         Batch sizes, any order.
     static : iterable of Tensor
         Every tensor a step may read or write that it does not make itself.
+    go : Tensor or None
+        int32 ``[1]`` among `static`, which a step leaves other than 0 where a loop may go on; None for no loops.
+    pool : object or None
+        Another runner's `pool`, where the two never run at the same time.
     """
 
     def __init__(
@@ -55,17 +67,31 @@ class GraphRunner:
         buckets: Sequence[int],
         static: Iterable[torch.Tensor],
         device: torch.device,
+        go: torch.Tensor | None = None,
+        pool: Any = None,
     ) -> None:
         if not buckets or min(buckets) < 1 or len(set(buckets)) < len(buckets):
             raise ConfigError(f"buckets are {list(buckets)}; give different positive batch sizes, at least one")
         self.buckets = sorted(buckets)
-        self._step, self._device = step, device
-        self._static = list(static)
+        self._step, self._device, self._go = step, device, go
+        self.static = list(static)
+        on_gpu = device.type == "cuda"
+        self.pool = pool or (torch.cuda.graph_pool_handle() if on_gpu else None)  # type: ignore[no-untyped-call]
+        self._driver = CudaDriver(device.index or 0) if on_gpu else None
+        self._decision: Decision | None = None
         self._graphs: dict[int, tuple[Any, Outputs]] = {}
+        self._composed: dict[tuple[int, int], ComposedGraph] = {}
         self._closed = False
 
-    def capture(self) -> CaptureReport:
-        """Capture all buckets, largest first. Raises CaptureError where a step cannot be held by a graph."""
+    # -- capturing -------------------------------------------------------------------------------------------------
+
+    @property
+    def captured(self) -> set[int]:
+        """Buckets that have a graph."""
+        return set(self._graphs)
+
+    def capture(self, buckets: Sequence[int] | None = None) -> CaptureReport:
+        """Capture buckets (None: all), largest first. Raises CaptureError where a step cannot be held by a graph."""
         if self._closed:
             raise CaptureError("this runner is closed; build another")
         on_gpu = self._device.type == "cuda"
@@ -74,23 +100,33 @@ class GraphRunner:
             # Each capture empties torch's cache; what that gives back is not the pool's.
             torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self._device) if on_gpu else 0
-        seconds = {}
-        for bucket in reversed(self.buckets):
+        seconds, replays = {}, {}
+        for bucket in sorted(buckets or self.buckets, reverse=True):
             started = perf_counter()
             self._graphs[bucket] = capture(bucket)
             seconds[bucket] = perf_counter() - started
+            replays[bucket] = self._time_replay(bucket)
         after = torch.cuda.memory_reserved(self._device) if on_gpu else 0
-        report = CaptureReport(seconds, after - before)
+        report = CaptureReport(seconds, replays, after - before)
         logger.info("captured %d graphs in %.2f s, %d bytes", len(seconds), sum(seconds.values()), report.pool_bytes)
         return report
 
+    def _time_replay(self, bucket: int, times: int = 3) -> float:
+        shortest = float("inf")
+        for _ in range(times):
+            started = perf_counter()
+            self.replay(bucket)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            shortest = min(shortest, perf_counter() - started)
+        return shortest
+
     def _host_capture(self, bucket: int) -> tuple[HostGraph, Outputs]:
         outputs: list[Outputs] = []
-        graph = HostGraph.capture(lambda: outputs.append(self._step(bucket)), self._static)
+        graph = HostGraph.capture(lambda: outputs.append(self._step(bucket)), self.static)
         return graph, outputs[0]
 
     def _cuda_capture(self) -> Callable[[int], tuple[torch.cuda.CUDAGraph, Outputs]]:
-        pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
         def capture(bucket: int) -> tuple[torch.cuda.CUDAGraph, Outputs]:
@@ -100,11 +136,12 @@ class GraphRunner:
                 for _ in range(2):
                     self._step(bucket)
             torch.cuda.synchronize(self._device)
-            graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph(keep_graph=True)
             try:
                 # Other threads may make driver calls meanwhile: only this one is held to what capture allows.
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                     outputs = self._step(bucket)
+                graph.instantiate()
             except RuntimeError as error:
                 raise CaptureError(
                     f"the step for {bucket} lanes cannot be captured: {error}; it may not read the device from the "
@@ -114,6 +151,8 @@ class GraphRunner:
 
         return capture
 
+    # -- replaying -------------------------------------------------------------------------------------------------
+
     def bucket_for(self, lanes: int) -> int:
         """The smallest bucket that holds so many lanes."""
         for bucket in self.buckets:
@@ -121,17 +160,62 @@ class GraphRunner:
                 return bucket
         raise ConfigError(f"{lanes} lanes, but the largest bucket is {self.buckets[-1]}; add a larger one")
 
-    def replay(self, bucket: int) -> Outputs:
-        """Launch a bucket's graph on the current stream; returns its static outputs, valid until the next replay."""
+    def graph(self, bucket: int) -> Any:
+        """A bucket's captured graph: a `HostGraph`, or a `torch.cuda.CUDAGraph` that kept its cudaGraph_t."""
+        return self._captured(bucket)[0]
+
+    def _captured(self, bucket: int) -> tuple[Any, Outputs]:
         if bucket not in self._graphs:
             state = "closed" if self._closed else f"captured for {sorted(self._graphs)}"
             raise CaptureError(f"no graph for {bucket} lanes: the runner is {state}")
-        graph, outputs = self._graphs[bucket]
-        graph.replay()
+        return self._graphs[bucket]
+
+    def replay(self, bucket: int, steps: int = 1) -> Outputs:
+        """Launch a bucket's step on the current stream, `steps` times over in one launch.
+
+        Returns its static outputs, those of the last step, valid until the next replay.
+        """
+        graph, outputs = self._captured(bucket)
+        if steps == 1 or self._driver is None:
+            for _ in range(steps):
+                graph.replay()
+        else:
+            self._compose(bucket, steps).launch(current_stream(self._device))
         return outputs
+
+    def replay_while(self, bucket: int) -> Outputs:
+        """Launch a bucket's step on the current stream, again and again while it leaves `go` other than 0."""
+        graph, outputs = self._captured(bucket)
+        if self._go is None:
+            raise ConfigError("this runner was built without `go`, the tensor by which the device ends a loop")
+        if self._driver is None:
+            graph.replay()
+            while self._go.item():
+                graph.replay()
+        else:
+            self._compose(bucket, 0).launch(current_stream(self._device))
+        return outputs
+
+    def _compose(self, bucket: int, steps: int) -> ComposedGraph:
+        """A bucket's step `steps` times over, or 0 for a loop; made at its first use."""
+        made = self._composed.get((bucket, steps))
+        if made is None:
+            assert self._driver is not None
+            raw = self._graphs[bucket][0].raw_cuda_graph()
+            if steps:
+                made = repeat(self._driver, raw, steps)
+            else:
+                assert self._go is not None
+                self._decision = self._decision or Decision(self._driver)
+                made = loop_while(self._driver, raw, self._go, self._decision)
+            self._composed[bucket, steps] = made
+        return made
 
     def close(self) -> None:
         """Drop all graphs and their memory. Idempotent."""
         self._closed = True
+        for composed in self._composed.values():
+            composed.close()
+        self._composed.clear()
         self._graphs.clear()
-        self._static.clear()
+        self.static.clear()

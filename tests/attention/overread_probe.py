@@ -62,7 +62,7 @@ def prefill_case(attention: Attention, slot: int, count: int, padded: int, layer
     print(f"start {case}", flush=True)
     q = torch.randn(padded, HEADS, 128, device="cuda", dtype=torch.bfloat16)
     sizes = (torch.tensor([n], dtype=torch.int32, device="cuda") for n in (count, length))
-    out = attention.prefill(layer, q, slot, *sizes, length)
+    out = attention.prefill(layer, q, torch.tensor([slot], device="cuda"), *sizes, length)
     kv = attention.cache.layer(layer)
     if not isinstance(kv, FlatKV) or not bool(torch.isfinite(out).all()):
         raise SystemExit(f"{case}: padding rows are not finite")

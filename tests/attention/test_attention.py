@@ -129,7 +129,7 @@ def test_prefill_chunks(build: Callable[..., Case], start: int, count: int, padd
     got = attention.prefill(
         1,
         q.to(cache.device),
-        2,
+        torch.tensor([2], device=cache.device),
         torch.tensor([count], dtype=torch.int32, device=cache.device),
         torch.tensor([length], dtype=torch.int32, device=cache.device),
         length,

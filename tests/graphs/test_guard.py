@@ -12,7 +12,14 @@ from trtllm_vattn.errors import ConfigError, UnmappedAccess
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.vmm.host import HostDriver
 
+DUMMY = 4
 SHAPE = CacheShape(num_layers=4, num_kv_heads=2, head_dim=24, dtype=torch.float32, num_slots=4, max_seq_len=50)
+
+
+def check(guard: Guard, lengths: list[int]) -> None:
+    """Lane i over slot i, each writing its last token."""
+    each = np.array(lengths)
+    guard.check(each, np.where(each > 0, np.arange(4), DUMMY), np.maximum(each - 1, 0))
 
 
 def test_it_passes_up_to_the_frontier_and_names_what_is_beyond(host_driver: HostDriver) -> None:
@@ -21,18 +28,18 @@ def test_it_passes_up_to_the_frontier_and_names_what_is_beyond(host_driver: Host
         cache.admit("second", 10)
         guard = Guard(cache)
         frontier = int(cache.frontiers[1])
-        guard.check(np.array([5, frontier, 0, 0]))
-        guard.check(np.zeros(4, np.int64))
+        check(guard, [5, frontier, 0, 0])
+        check(guard, [0, 0, 0, 0])
         message = (
             rf"sequence 'second' in slot 1 would be {frontier + 1} tokens long and touch {frontier + 1}, "
-            rf"but {frontier} are mapped, in all 4 layers; call prepare_step"
+            rf"but {frontier} are mapped in layers 0 to 3; call prepare_step"
         )
         with pytest.raises(UnmappedAccess, match=message):
-            guard.check(np.array([5, frontier + 1, 0, 0]))
+            check(guard, [5, frontier + 1, 0, 0])
         with pytest.raises(UnmappedAccess, match="2 slots in all"):
-            guard.check(np.array([50, 50, 0, 0]))
+            check(guard, [50, 50, 0, 0])
         with pytest.raises(UnmappedAccess, match="sequence None in slot 3"):
-            guard.check(np.array([0, 0, 0, 1]))
+            check(guard, [0, 0, 0, 1])
 
 
 def test_over_read_counts_and_ends_with_the_slot(host_driver: HostDriver) -> None:
@@ -41,18 +48,65 @@ def test_over_read_counts_and_ends_with_the_slot(host_driver: HostDriver) -> Non
         cache.admit("whole", 50)
         guard = Guard(cache, over_read=3)
         frontier = int(cache.frontiers[0])
-        guard.check(np.array([frontier - 3, 50, 0, 0]))
+        check(guard, [frontier - 3, 50, 0, 0])
         with pytest.raises(UnmappedAccess, match=rf"would be {frontier - 2} tokens long and touch {frontier + 1},"):
-            guard.check(np.array([frontier - 2, 50, 0, 0]))
+            check(guard, [frontier - 2, 50, 0, 0])
         with pytest.raises(UnmappedAccess, match="sequence 'whole' in slot 1 would be 51 tokens long and touch 51,"):
-            guard.check(np.array([0, 51, 0, 0]))
+            check(guard, [0, 51, 0, 0])
 
 
-def test_it_wants_one_length_a_slot(host_driver: HostDriver) -> None:
+def test_lanes_over_other_slots_are_checked_where_they_read(host_driver: HostDriver) -> None:
     with KVCacheManager(SHAPE, host_driver, 1 << 20, lookahead=0) as cache:
-        for lengths in (np.zeros(1, np.int64), np.zeros(3, np.int64)):
-            with pytest.raises(ConfigError, match=r"shape \(.,\), but there are 4 slots; give one length a slot"):
-                Guard(cache).check(lengths)
+        cache.admit("short", 4)
+        cache.admit("long", 50)
+        guard = Guard(cache)
+        guard.check(np.array([50, 4]), np.array([1, 0]), np.array([49, 3]))
+        frontier = int(cache.frontiers[0])
+        with pytest.raises(UnmappedAccess, match=rf"sequence 'short' in slot 0 would be {frontier + 1} tokens"):
+            guard.check(np.array([50, frontier + 1]), np.array([1, 0]), np.array([49, 3]))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "slots", "positions", "lane"),
+    [
+        ([3, 0, 0, 0], [0, 1, DUMMY, DUMMY], [2, 0, 0, 0], 1),
+        ([3, 0, 0, 0], [0, DUMMY, DUMMY, DUMMY], [2, 0, 7, 0], 2),
+        ([3, 2, 0, 0], [0, DUMMY, DUMMY, DUMMY], [2, 1, 0, 0], 1),
+        ([3, 0, 0, 0], [0, DUMMY, DUMMY, DUMMY], [3, 0, 0, 0], 0),
+    ],
+    ids=[
+        "idle lane in a slot",
+        "idle lane past the dummy's first token",
+        "lane without a slot",
+        "write past the length",
+    ],
+)
+def test_lanes_that_contradict_themselves_are_named(
+    host_driver: HostDriver, lengths: list[int], slots: list[int], positions: list[int], lane: int
+) -> None:
+    with KVCacheManager(SHAPE, host_driver, 1 << 20, lookahead=0) as cache:
+        cache.admit("a", 10)
+        cache.admit("b", 10)
+        with pytest.raises(ConfigError, match=rf"lane {lane} has length {lengths[lane]}, slot {slots[lane]} "):
+            Guard(cache).check(np.array(lengths), np.array(slots), np.array(positions))
+
+
+def test_a_chunk_of_a_prompt_is_checked(host_driver: HostDriver) -> None:
+    with KVCacheManager(SHAPE, host_driver, 1 << 20, lookahead=0) as cache:
+        slot = cache.admit("a", 10)
+        guard = Guard(cache)
+        guard.check_chunk(slot, int(cache.frontiers[slot]))
+        with pytest.raises(UnmappedAccess, match="sequence 'a' in slot 0"):
+            guard.check_chunk(slot, int(cache.frontiers[slot]) + 1)
+
+
+def test_it_wants_one_of_each_a_lane(host_driver: HostDriver) -> None:
+    with KVCacheManager(SHAPE, host_driver, 1 << 20, lookahead=0) as cache:
+        guard = Guard(cache)
+        with pytest.raises(ConfigError, match="2 lengths, 1 slots and 2 positions; give one of each a lane"):
+            guard.check(np.zeros(2, np.int64), np.full(1, DUMMY), np.zeros(2, np.int64))
+        with pytest.raises(ConfigError, match=r"5 lengths.*no more lanes than the 4 slots"):
+            guard.check(np.zeros(5, np.int64), np.full(5, DUMMY), np.zeros(5, np.int64))
 
 
 def test_it_costs_microseconds(host_driver: HostDriver) -> None:
@@ -62,13 +116,14 @@ def test_it_costs_microseconds(host_driver: HostDriver) -> None:
         for sequence in range(256):
             cache.admit(sequence, 10)
         guard = Guard(cache)
-        lengths = cache.lengths.copy()
+        lengths, slots, positions = cache.lengths.copy(), np.arange(256), cache.lengths - 1
         took = []
-        for _ in range(200):
+        for _ in range(500):
             started = perf_counter()
-            guard.check(lengths)
+            guard.check(lengths, slots, positions)
             took.append(perf_counter() - started)
-        assert sorted(took)[100] < 100e-6
+        # 20 us is the aim; a busy CI machine is given some.
+        assert sorted(took)[250] < 60e-6
 
 
 READ_PAST_FRONTIER = """
@@ -94,7 +149,7 @@ if sys.argv[2] == "guarded":
         print("refused:", error, flush=True)
     engine.close()
 else:
-    decode._guard.check = lambda lengths: None
+    decode.guard.check = lambda *lanes: None
     with torch.inference_mode():
         print(decode.launch()[1].tolist(), "survived", flush=True)
 """

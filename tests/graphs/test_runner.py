@@ -66,6 +66,145 @@ def test_what_cannot_be_replayed_is_refused(device: str) -> None:
         runner.capture()
 
 
+class Counting:
+    """A step that counts on the device and says whether to go on."""
+
+    def __init__(self, device: str) -> None:
+        self.count, self.most = torch.zeros(2, 1, dtype=torch.int64, device=device)
+        self.seen = torch.zeros(64, dtype=torch.int64, device=device)
+        self.go = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def step(self, bucket: int) -> tuple[torch.Tensor]:
+        self.seen.index_copy_(0, self.count, self.count * 10 + bucket)
+        self.count.add_(1)
+        self.go.copy_(self.count < self.most)
+        return (self.seen[:bucket].sum(),)
+
+    def runner(self, loop: bool) -> GraphRunner:
+        static = [self.count, self.most, self.seen, self.go]
+        return GraphRunner(self.step, [2, 1], static, self.count.device, self.go if loop else None)
+
+    def restart(self, most: int = 0) -> None:
+        self.count.zero_()
+        self.seen.zero_()
+        self.most.fill_(most)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_captured_step_is_replayed_many_times_over_in_one_launch(device: str) -> None:
+    it = Counting(device)
+    runner = it.runner(loop=False)
+    runner.capture()
+    for bucket, steps in ((2, 5), (1, 8), (2, 1), (2, 5)):
+        it.restart()
+        (total,) = runner.replay(bucket, steps)
+        assert it.count.item() == steps
+        assert it.seen[: steps + 1].tolist() == [10 * i + bucket for i in range(steps)] + [0]
+        assert total.item() == it.seen[:bucket].sum().item()
+    with pytest.raises(ConfigError, match="built without `go`"):
+        runner.replay_while(2)
+    runner.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_loop_ends_where_the_device_says(device: str) -> None:
+    it = Counting(device)
+    runner = it.runner(loop=True)
+    runner.capture()
+    for most in (7, 0, 1, 50):
+        it.restart(most)
+        runner.replay_while(2)
+        taken = max(1, most)
+        assert it.count.item() == taken
+        assert it.seen[: taken + 1].tolist() == [10 * i + 2 for i in range(taken)] + [0]
+    runner.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_buckets_may_be_captured_when_they_are_first_needed(device: str) -> None:
+    it = Doubling(device)
+    runner = it.runner([4, 1])
+    assert list(runner.capture([1]).seconds) == [1]
+    assert runner.captured == {1}
+    with pytest.raises(CaptureError, match=r"no graph for 4 lanes: the runner is captured for \[1\]"):
+        runner.replay(4)
+    runner.capture([4])
+    it.x.fill_(2)
+    assert runner.replay(4)[0].tolist() == [[4.0] * 3] * 4
+    assert runner.replay(1)[0].tolist() == [[4.0] * 3]
+    runner.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_runners_share_a_pool(device: str) -> None:
+    one, other = Doubling(device), Doubling(device)
+    first = one.runner([8])
+    second = GraphRunner(other.step, [8], [other.x, other.w], other.x.device, pool=first.pool)
+    first.capture()
+    second.capture()
+    one.x.fill_(1)
+    other.x.fill_(2)
+    assert first.replay(8)[0].tolist() == [[2.0] * 3] * 8
+    assert second.replay(8)[0].tolist() == [[4.0] * 3] * 8
+    first.close()
+    assert second.replay(8)[0].tolist() == [[4.0] * 3] * 8
+    second.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "misbehave",
+    [
+        pytest.param(lambda x: torch.empty(64 << 20, dtype=torch.uint8).pin_memory(), id="allocates outside the pool"),
+        pytest.param(lambda x: _on_another_stream(x), id="switches streams"),
+        pytest.param(lambda x: torch.cuda.synchronize(), id="waits for the device"),
+    ],
+)
+def test_what_other_users_of_capture_break_is_refused_and_leaves_capture_usable(
+    misbehave: Callable[[torch.Tensor], object],
+) -> None:
+    x = torch.ones(4, device="cuda:0")
+    misbehaving = [False]
+
+    def step(bucket: int) -> tuple[torch.Tensor]:
+        if torch.cuda.is_current_stream_capturing():
+            misbehaving[0] = True
+            misbehave(x)
+        return (x[:bucket] + 1,)
+
+    with pytest.raises(CaptureError, match="cannot be captured"):
+        GraphRunner(step, [4], [x], x.device).capture()
+    assert misbehaving[0]
+    runner = GraphRunner(lambda bucket: (x[:bucket] + 1,), [4], [x], x.device)
+    runner.capture()
+    assert runner.replay(4)[0].tolist() == [2.0] * 4
+    runner.close()
+
+
+def _on_another_stream(x: torch.Tensor) -> None:
+    """Starts work on a side stream that depends on the capture and never joins it again."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        x + 1
+
+
+@pytest.mark.gpu
+def test_memory_allocated_while_capturing_is_the_pools_and_stays_valid() -> None:
+    x = torch.ones(1 << 20, device="cuda:0")
+
+    def step(bucket: int) -> tuple[torch.Tensor]:
+        return (torch.full_like(x[:bucket], 3.0) + x[:bucket],)
+
+    runner = GraphRunner(step, [1 << 20], [x], x.device)
+    runner.capture()
+    others = [torch.full((1 << 20,), 9.0, device="cuda:0") for _ in range(8)]
+    (out,) = runner.replay(1 << 20)
+    assert out.eq(4).all()
+    assert all(other.eq(9).all() for other in others)
+    runner.close()
+
+
 @pytest.mark.parametrize("buckets", [[], [0, 1], [2, 2]])
 def test_buckets_must_make_sense(buckets: list[int]) -> None:
     with pytest.raises(ConfigError, match="different positive batch sizes"):

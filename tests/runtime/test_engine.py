@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from trtllm_vattn.cache.select import CACHES, make_cache
 from trtllm_vattn.errors import ConfigError, OutOfPages, SequenceTooLong, UnmappedAccess
 from trtllm_vattn.runtime.binding import shape_of
-from trtllm_vattn.runtime.engine import Engine, StepRecord
+from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 
 FAMILIES = ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral"]

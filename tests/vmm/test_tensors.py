@@ -96,3 +96,15 @@ def test_a_fence_is_done_when_the_work_before_it_is() -> None:
     assert not fence.done()
     fence.wait()
     assert fence.done()
+
+
+def test_tensors_that_live_until_the_process_ends_end_with_it(run_apart) -> None:  # type: ignore[no-untyped-def]
+    code = """
+import torch
+from trtllm_vattn.vmm.tensors import tensor_at
+
+memory = torch.zeros(100, dtype=torch.uint8)
+torch.kept = tensor_at(memory.data_ptr(), 100, "cpu", owner=memory)
+"""
+    done = run_apart(code)
+    assert done.returncode == 0, done.stderr

@@ -61,12 +61,12 @@ class Attention(ABC):
         self,
         layer: int,
         q: torch.Tensor,
-        slot: int,
+        slot: torch.Tensor,
         query_len: torch.Tensor,
         length: torch.Tensor,
         max_length: int,
     ) -> torch.Tensor:
-        """A chunk of one prompt: q ``[padded_tokens, num_heads, head_dim]`` to the same shape, causal.
+        """A chunk of a slot's prompt, causal: q ``[padded_tokens, num_heads, head_dim]`` to the same; slot int64 ``[1]``.
 
         Query i (of the first `query_len`, int32 ``[1]`` on the device) sits at position ``length - query_len + i``;
         length int32 ``[1]`` on the device counts the chunk and what was there before; `max_length` is a host-side

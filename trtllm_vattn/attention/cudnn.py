@@ -63,7 +63,7 @@ class CudnnAttention(GatheringAttention):
         self,
         layer: int,
         q: torch.Tensor,
-        slot: int,
+        slot: torch.Tensor,
         query_len: torch.Tensor,
         length: torch.Tensor,
         max_length: int,
@@ -71,7 +71,7 @@ class CudnnAttention(GatheringAttention):
         # The kernel loads whole tiles of keys, past the length too; the tiles must be mapped and finite. So it is given
         # a copy, whose extent is rounded up so that few shapes are planned for.
         extent = min(self.cache.shape.max_seq_len, max(128, 1 << (max_length - 1).bit_length()))
-        k, v = self._gather(layer, self._lanes[slot : slot + 1], length, extent)
+        k, v = self._gather(layer, slot, length, extent)
         shape = self._flat_shape(FlatKV(k, v), 1, rows=len(q), causal=True)
         return self._run(shape, q, k, v, query_len, length)
 

@@ -9,7 +9,7 @@ from trtllm_vattn.cache.base import FlatKV, KVCache
 
 
 class GatheringAttention(Attention):
-    """Writes and gathers by advanced indexing on the cache's own views (64-bit offsets)."""
+    """Writes by one Triton kernel on a GPU, by advanced indexing on the host; gathers by advanced indexing."""
 
     def __init__(self, cache: KVCache, num_heads: int, scale: float | None = None) -> None:
         super().__init__(cache, num_heads, scale)
@@ -18,6 +18,11 @@ class GatheringAttention(Attention):
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
         kv = self.cache.layer(layer)
+        if self.cache.device.type == "cuda":
+            from trtllm_vattn.attention.kv_write import write_kv
+
+            write_kv(kv, k, v, slots, positions, both=self.cache.shape.kv_factor == 2)
+            return
         if isinstance(kv, FlatKV):
             where = (slots, positions)
         else:

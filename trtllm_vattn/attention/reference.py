@@ -30,12 +30,12 @@ class TorchAttention(GatheringAttention):
         self,
         layer: int,
         q: torch.Tensor,
-        slot: int,
+        slot: torch.Tensor,
         query_len: torch.Tensor,
         length: torch.Tensor,
         max_length: int,
     ) -> torch.Tensor:
-        k, v = self._gather(layer, self._lanes[slot : slot + 1], length, max_length)
+        k, v = self._gather(layer, slot, length, max_length)
         # Rows past query_len see what its last row sees.
         row = torch.arange(len(q), device=q.device).minimum(query_len - 1)
         visible = self._range[:max_length] <= (length - query_len + row)[:, None]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 
 import numpy as np
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from trtllm_vattn.bench.bandwidth import attention_bandwidth
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.runtime.engine import Engine, StepRecord
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 
 
@@ -33,9 +36,10 @@ class Lane:
         return [median(record.wall_s for record in records) for records in self.rounds]
 
 
-def _fill(engine: Engine, batch: int, context: int, vocab_size: int, tokens: int, seed: int) -> None:
+def fill(engine: Engine, batch: int, context: int, tokens: int, seed: int) -> None:
     """Prefill `batch` random prompts of `context` tokens and leave them decoding."""
     random = np.random.default_rng(seed)
+    vocab_size = engine.model.config.get_text_config().vocab_size
     for _ in range(batch):
         engine.submit(random.integers(0, vocab_size, context).tolist(), SamplingParams(max_tokens=tokens))
     while engine.prefilling:
@@ -59,8 +63,8 @@ def run_steady(
     ``make(name, num_slots, max_seq_len)`` builds a cache. Returns ``runs`` (a row a combination), ``ratios`` (vattn's
     captured step over the others', round by round) and ``attention`` (bandwidth of the attention kernels alone).
     """
-    # The first sequence decodes while the others are prefilled, one a step; each turn has one untimed step.
-    most = batch + 2 * rounds * (steps + 1) + 8
+    # The first sequence decodes while the others are prefilled, one a step; each turn has untimed steps.
+    most = batch + 2 * rounds * (steps + 4) + 40
     start = max(1, context - most // 2)
     lanes: list[Lane] = []
     engines = []
@@ -69,9 +73,9 @@ def run_steady(
             cache = make(name, batch, start + most)
             engine = Engine(model, cache, attention=attention, buckets=[batch], chunk=max(2048, start))
             engines.append(engine)
-            _fill(engine, batch, start, model.config.get_text_config().vocab_size, most, seed)
+            fill(engine, batch, start, most, seed)
             lanes += [Lane(name, mode, engine) for mode in ("captured", "eager")]
-        _take_turns(lanes, rounds, steps, f"batch {batch}")
+        take_turns(lanes, rounds, steps, f"batch {batch}")
         captured = {lane.cache: lane for lane in lanes if lane.mode == "captured"}
         return {
             "runs": [_row(lane, batch, context) for lane in lanes],
@@ -90,18 +94,42 @@ def run_steady(
             engine.close()
 
 
-def _take_turns(lanes: Sequence[Lane], rounds: int, steps: int, label: str) -> None:
+def take_turns(lanes: Sequence[Lane], rounds: int, steps: int, label: str) -> None:
+    """Let each combination decode `steps` steps a round, after a few that are not timed."""
     for number in tqdm(range(rounds), desc=label, unit="round", disable=None):
         # Turned about, so that no combination always follows the same one.
         for lane in [*lanes[number % len(lanes) :], *lanes[: number % len(lanes)]]:
             records: list[StepRecord] = []
-            lane.engine.decode.captured = lane.mode == "captured"
-            lane.engine.step()
-            lane.engine.observer = records.append
-            for _ in range(steps):
-                lane.engine.step()
+            captured = lane.mode == "captured"
+            with torch.compiler.set_stance("default" if captured else "force_eager"):
+                lane.engine.decode.captured = captured
+                for _ in range(2):
+                    # What was under way in another mode, and what was started beside it.
+                    lane.engine.step()
+                lane.engine.observer = records.append
+                while sum(record.steps for record in records) < steps:
+                    lane.engine.step()
             lane.engine.observer = None
             lane.rounds.append(records)
+
+
+@torch.inference_mode()
+def settle_device_ms(engine: Engine, replays: int = 10) -> float | None:
+    """Milliseconds of the device for one captured step of the sequences that an engine is decoding, replayed without
+    a pause; None on the host. Their steps are real, but nobody reads their tokens."""
+    cache, decode = engine.cache, engine.decode
+    if cache.device.type != "cuda":
+        return None
+    engine.pipeline.forget()
+    cache.prepare_step(decode.lengths_after(2 * replays + 2))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]  # type: ignore[no-untyped-call]
+    decode.launch(1)
+    for event in events[:-1]:
+        event.record()
+        decode.runner.replay(decode.bucket)
+    events[-1].record()
+    torch.cuda.synchronize(cache.device)
+    return float(median(start.elapsed_time(end) for start, end in pairwise(events)))
 
 
 def _row(lane: Lane, batch: int, context: int) -> dict[str, object]:

@@ -9,7 +9,8 @@ from time import perf_counter
 from tqdm import tqdm
 
 from trtllm_vattn.bench.identity import RequestTokens
-from trtllm_vattn.runtime.engine import Engine, StepRecord
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 
 

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 
 from trtllm_vattn.errors import VattnError
 
-BENCHMARKS = {"graph": "graphs against none, over three kinds of cache, with tokens compared"}
+BENCHMARKS = {
+    "graph": "graphs against none, over three kinds of cache, with tokens compared",
+    "multistep": "many decode steps in one launch, and a loop that the device ends",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

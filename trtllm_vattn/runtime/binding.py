@@ -1,11 +1,14 @@
-"""Hugging Face models, unmodified, over one of our caches.
+"""Hugging Face models, their code unmodified, over one of our caches.
 
-The model's own code calls a cache object to store K and V and an attention function found by name; both are ours.
-Which tokens a call is about stands in a `Step`, handed through the model's keyword arguments.
+The model's own code calls an attention function found by name, which is ours: it stores K and V and attends. Which
+tokens a call is about stands in a `Step` that is current while the model runs (the idea of vLLM's forward context): a
+compiled layer sees one opaque operation and nothing of the step, so it is compiled once for all layers and steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,25 +40,29 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """One token a lane. slots, positions int64 ``[lanes]``; lengths int32 ``[lanes]``; all on the device."""
+    """One token a lane. slots, positions int64 ``[lanes]``; lengths int32 ``[lanes]``; all on the device.
+
+    Lane i reads slot i, or with `anywhere` the slot that it writes to.
+    """
 
     attention: Attention
     slots: torch.Tensor
     positions: torch.Tensor
     lengths: torch.Tensor
+    anywhere: bool = False
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        return self.attention.decode(layer, q, self.lengths)
+        return self.attention.decode(layer, q, self.lengths, self.slots if self.anywhere else None)
 
 
 @dataclass(frozen=True)
 class PrefillStep:
-    """A padded chunk of one prompt. slots, positions int64 ``[padded]``; query_len, length int32 ``[1]``."""
+    """A padded chunk of one prompt. slots, positions int64 ``[padded]``; slot int64, the other two int32 ``[1]``."""
 
     attention: Attention
     slots: torch.Tensor
     positions: torch.Tensor
-    slot: int
+    slot: torch.Tensor
     query_len: torch.Tensor
     length: torch.Tensor
     max_length: int
@@ -64,22 +71,51 @@ class PrefillStep:
         return self.attention.prefill(layer, q, self.slot, self.query_len, self.length, self.max_length)
 
 
-class BoundCache(Cache):  # type: ignore[misc]
-    """What the model takes for its cache: stores this step's K and V through the attention backend."""
+_current: list[Step] = []
+"""The step of the forward pass under way; empty between passes."""
 
-    def __init__(self, step: Step) -> None:
+
+@contextmanager
+def _running(step: Step) -> Iterator[None]:
+    _current.append(step)
+    try:
+        yield
+    finally:
+        _current.pop()
+
+
+class BoundCache(Cache):  # type: ignore[misc]
+    """What the model takes for its cache; K and V are stored by the attention function."""
+
+    def __init__(self) -> None:
         super().__init__(layers=[])
-        self.step = step
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """key_states, value_states ``[batch, num_kv_heads, tokens, head_dim]``; given back as they are."""
-        heads, dim = key_states.shape[1], key_states.shape[3]
-        k = key_states.transpose(1, 2).reshape(-1, heads, dim)
-        v = value_states.transpose(1, 2).reshape(-1, heads, dim)
-        self.step.attention.write(layer_idx, k, v, self.step.slots, self.step.positions)
+        """Both as they are."""
         return key_states, value_states
+
+
+def _store_and_attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """q ``[tokens, num_heads, head_dim]`` to the same shape; k, v ``[tokens, num_kv_heads, head_dim]``."""
+    if not _current:
+        raise ConfigError("this model is bound to a trtllm_vattn cache; run it through its Engine")
+    step = _current[-1]
+    step.attention.write(layer, k, v, step.slots, step.positions)
+    return step.attend(layer, q)
+
+
+@torch.library.custom_op("trtllm_vattn::attend", mutates_args=())
+def _opaque_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+    """`_store_and_attend` as one operation of a compiled layer; layer int64 ``[]`` on the host, so that all layers are
+    one compiled function."""
+    return _store_and_attend(int(layer), q, k, v)
+
+
+@_opaque_attend.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+    return q.new_empty(q.shape)
 
 
 def attend(
@@ -89,21 +125,17 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    vattn_step: Step | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function registered with transformers: query ``[batch, num_heads, tokens, head_dim]`` to
-    ``[batch, tokens, num_heads, head_dim]``, over the cache instead of `key` and `value`."""
-    if vattn_step is None:
-        raise ConfigError("this model is bound to a trtllm_vattn cache; run it through its Engine")
-    if scaling is not None and scaling != vattn_step.attention.scale:
-        raise ConfigError(
-            f"the model scales attention by {scaling}, the backend by {vattn_step.attention.scale}; make the backend "
-            "with the model's scale"
-        )
+    """The attention function registered with transformers: query ``[1, num_heads, tokens, head_dim]``, key and value
+    ``[1, num_kv_heads, tokens, head_dim]`` to ``[1, tokens, num_heads, head_dim]``, over the cache."""
     batch, heads, tokens, dim = query.shape
     q = query.transpose(1, 2).reshape(batch * tokens, heads, dim)
-    out = vattn_step.attend(module.layer_idx, q)  # type: ignore[arg-type]
+    k, v = (x.transpose(1, 2).reshape(batch * tokens, x.shape[1], dim) for x in (key, value))
+    if torch.compiler.is_compiling():
+        out = torch.ops.trtllm_vattn.attend(q, k, v, module.vattn_layer)
+    else:
+        out = _store_and_attend(module.layer_idx, q, k, v)  # type: ignore[arg-type]
     return out.view(batch, tokens, heads, dim), None
 
 
@@ -163,6 +195,10 @@ def bind(model: PreTrainedModel) -> None:
     """Point the model's attention at ours; its code stays as it is."""
     AttentionInterface.register(ATTENTION_NAME, attend)
     model.set_attn_implementation(ATTENTION_NAME)
+    for module in model.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            # A number would be compiled in, and every layer compiled again.
+            module.vattn_layer = torch.tensor(module.layer_idx, device="cpu")
     model.eval()
 
 
@@ -173,16 +209,20 @@ def forward(
     step: Step,
     last: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Logits ``[batch, tokens, vocab]`` of tokens, positions int64 ``[batch, tokens]``; of row `last` alone (int64
-    ``[1]`` on the device) where given."""
+    """Logits ``[tokens, vocab]`` of tokens, positions int64 ``[tokens]``; of row `last` alone (int64 ``[1]`` on the
+    device) where given.
+
+    Lanes of a decode step, too, go in as tokens of one sequence: which of them attend to what is the step's business,
+    and the model is the same for both.
+    """
     keep = {} if last is None else {"logits_to_keep": last}
-    output = model(
-        input_ids=tokens,
-        position_ids=positions,
-        past_key_values=BoundCache(step),
-        use_cache=True,
-        vattn_step=step,
-        **keep,
-    )
-    logits: torch.Tensor = output.logits
+    with _running(step):
+        output = model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            past_key_values=BoundCache(),
+            use_cache=True,
+            **keep,
+        )
+    logits: torch.Tensor = output.logits[0]
     return logits

@@ -1,9 +1,17 @@
-"""One decode step for a batch: static input buffers, the step function, and its captured or eager execution."""
+"""Decode steps for a batch: static input buffers, the step function, and its captured or eager execution.
+
+One captured step is replayed alone, several times over in one launch, or in a loop that the device ends. Between the
+steps of a launch the host touches nothing: tokens, positions and lengths are advanced on the device. So a launch may
+also be started before the tokens of the one before it are read, as engines with asynchronous scheduling do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,70 +19,348 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.graphs.guard import Guard
-from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner
+from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner, Outputs
 from trtllm_vattn.runtime.binding import DecodeStep, forward
+from trtllm_vattn.runtime.sampling import SamplingParams, draw, settings
+from trtllm_vattn.vmm.tensors import tensor_at, upload
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+STOPS = 4
+"""Stop tokens of a lane that the device looks for in a loop; further ones are found after the launch."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What was started.
+
+    `lane_of` are the lanes by slot then, without those whose sequence has left since; `logits` ``[bucket, vocab]`` are
+    of its last step. `first` counts the steps before it since the inputs were uploaded.
+    """
+
+    lane_of: dict[int, int]
+    first: int
+    steps: int
+    logits: torch.Tensor
+    guard_s: float
+    _out: torch.Tensor
+    _arrived: torch.cuda.Event | None
+
+    def read(self) -> list[list[int]]:
+        """Wait, and give each step's tokens by lane."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        *rows, counts = self._out.tolist()
+        taken = min(self.steps, counts[0] - self.first)
+        return [rows[(self.first + step) % len(rows)] for step in range(taken)]
+
+
+def advance(
+    logits: torch.Tensor,
+    chosen: torch.Tensor | None,
+    inputs: torch.Tensor,
+    control: torch.Tensor,
+    frontiers: torch.Tensor,
+    out: torch.Tensor,
+    go: torch.Tensor,
+    dummy: int,
+) -> None:
+    """Note each lane's token (the likeliest where `chosen` is None) and make the next step's inputs of this one's.
+
+    A lane that has reached its limit becomes idle. `go` is left other than 0 while fewer steps were taken than wanted,
+    no lane has ended, and every lane's next token has memory.
+    """
+    chosen = logits.argmax(dim=-1) if chosen is None else chosen
+    tokens, positions, slots, lengths, limits = inputs[:5]
+    row = control[:1].remainder(len(out) - 1)
+    out.index_copy_(0, row, chosen[None])
+    taken = control[:1] + 1
+    out[-1, :1].copy_(taken)
+    longer = lengths + 1
+    running = lengths > 0
+    goes_on = running & (longer <= limits)
+    ended = running & ((inputs[5:] == chosen).any(dim=0) | ~goes_on)
+    without_memory = goes_on & (longer > frontiers[slots])
+    go.copy_((taken < control[1:]) & ~(ended | without_memory).any())
+    control[:1].copy_(taken)
+    slots.copy_(torch.where(goes_on, slots, dummy))
+    tokens.copy_(torch.where(goes_on, chosen, 0))
+    positions.copy_(torch.where(goes_on, lengths, 0))
+    lengths.copy_(torch.where(goes_on, longer, 0))
 
 
 class DecodeBatch:
-    """Lane i of the batch is slot i of the cache; an idle lane has length 0 and writes to the dummy slot.
+    """The lanes of the decode step; an idle lane has length 0 and writes to the dummy slot.
+
+    Parameters
+    ----------
+    steps : int
+        Most steps of one launch.
+    loop : bool
+        Whether the device decides how many of them are taken.
+    packed : bool
+        False: lane i is slot i. True: sequences take the first lanes, whatever their slots.
+    wrap : callable
+        Applied to functions of tensors that are run in every step; torch.compile, or nothing.
 
     Attributes
     ----------
-    tokens, positions, slots, lengths : numpy.ndarray
-        int64 ``[num_slots]``, the next step's inputs by lane, on the host. `lengths` counts the step's own token.
+    tokens, positions, slots, lengths, limits : numpy.ndarray
+        int64 ``[lanes]``, the next launch's inputs on the host. `lengths` counts the first step's own token; `limits`
+        is the length of a lane's last step.
+    lane_of : dict
+        Lanes by slot.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: Attention, buckets: Sequence[int], capture: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attention: Attention,
+        buckets: Sequence[int],
+        *,
+        steps: int = 1,
+        loop: bool = False,
+        packed: bool = False,
+        wrap: Callable[[Function], Function] = lambda function: function,
+    ) -> None:
         self.model, self.attention = model, attention
+        self.steps, self.loop, self.packed = steps, loop, packed
         cache = attention.cache
-        self._staging = torch.zeros(4, cache.shape.num_slots, dtype=torch.int64)
-        if cache.device.type == "cuda":
-            self._staging = self._staging.pin_memory()
-        self._inputs = torch.zeros_like(self._staging, device=cache.device)
-        self.tokens, self.positions, self.slots, self.lengths = self._staging.numpy()
+        lanes, device = cache.shape.num_slots, cache.device
+        rows = 5 + STOPS
+        self._host = _mirrored([rows * lanes + 2], torch.int64, device)
+        self._device = torch.zeros_like(self._host, device=device)
+        self._inputs = self._device[:-2].view(rows, lanes)
+        staged = self._host.numpy()
+        self.tokens, self.positions, self.slots, self.lengths, self.limits, *_ = staged[:-2].reshape(rows, lanes)
+        self._stops = staged[:-2].reshape(rows, lanes)[5:]
+        self._control = staged[-2:]
         self.slots[:] = cache.dummy_slot
-        self._inputs.copy_(self._staging)
-        self._guard = Guard(cache, attention.over_read)
+        self._stops[:] = -1
+        self._device.copy_(self._host)
+        # Read by the device itself in the middle of a loop, so it stays on the host, where raising it is one store.
+        frontiers = _mirrored([lanes + 1], torch.int64, device)
+        self._frontiers = frontiers.numpy()
+        nbytes = frontiers.numel() * frontiers.itemsize
+        self._frontiers_seen = (
+            tensor_at(frontiers.data_ptr(), nbytes, str(device), owner=frontiers).view(torch.int64)
+            if device.type == "cuda"
+            else frontiers
+        )
+        self._drawing = torch.zeros(3 + 2 * steps, lanes, dtype=torch.float64, device=device)
+        # Two launches' tokens, and a row with the count of steps.
+        self._out = torch.zeros(2 * steps + 1, lanes, dtype=torch.int64, device=device)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._go = torch.zeros(1, dtype=torch.int32, device=device)
+        self.lane_of: dict[int, int] = {}
+        self._changed = True
+        """Whether lanes are other than those on the device."""
+        self._taken = 0
+        """Steps started since the inputs were uploaded."""
+        self._under_way: deque[Launch] = deque(maxlen=2)
+        self._params: dict[int, tuple[SamplingParams, int]] = {}
+        """By slot: how its lane's tokens are drawn, and how many it has so far; for lanes that are not greedy."""
+        self.guard = Guard(cache, attention.over_read)
+        self._advance = wrap(advance)
         static = [
             *model.parameters(),
             *model.buffers(),
             *cache.storages(),
             *attention.storages(),
-            self._inputs,
+            self._device,
+            self._frontiers_seen,
+            self._drawing,
+            self._out,
+            self._go,
         ]
-        self.runner = GraphRunner(self._step, buckets, static, cache.device)
-        self.captured = capture
-        self.capture_report = self.runner.capture() if capture else CaptureReport({}, 0)
+        go = self._go if loop else None
+        self.runner = GraphRunner(self._greedy_step, buckets, static, device, go)
+        # Captured when a sequence that draws first comes: sorting a vocabulary takes a lot of the pool.
+        self._drawer = GraphRunner(self._drawing_step, buckets, static, device, go, pool=self.runner.pool)
+        self.captured = False
 
-    def _step(self, bucket: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits ``[bucket, vocab]`` and their argmax ``[bucket]``."""
-        tokens, positions, slots, lengths = self._inputs[:, :bucket]
-        step = DecodeStep(self.attention, slots, positions, lengths.to(torch.int32))
-        logits = forward(self.model, tokens[:, None], positions[:, None], step)[:, -1]
-        return logits, logits.argmax(dim=-1)
+    def capture(self) -> CaptureReport:
+        """Capture every bucket; launches are replays from then on."""
+        report = self.runner.capture()
+        self.captured = True
+        return report
 
-    def occupy(self, lane: int, token: int, length: int) -> None:
-        """Give a lane a sequence whose next step writes `token` and makes it `length` tokens long."""
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def _forward(self, bucket: int) -> torch.Tensor:
+        tokens, positions, slots, lengths = self._inputs[:4, :bucket]
+        step = DecodeStep(self.attention, slots, positions, lengths.to(torch.int32), self.packed)
+        return forward(self.model, tokens, positions, step)
+
+    def _greedy_step(self, bucket: int) -> Outputs:
+        logits = self._forward(bucket)
+        self._finish(bucket, logits, None)
+        return (logits,)
+
+    def _drawing_step(self, bucket: int) -> Outputs:
+        logits = self._forward(bucket)
+        parameters = self._drawing[:, :bucket]
+        uniform = parameters[3:].index_select(0, self._device[-2:-1].remainder(2 * self.steps))[0]
+        self._finish(bucket, logits, draw(logits, *parameters[:3], uniform))
+        return (logits,)
+
+    def _finish(self, bucket: int, logits: torch.Tensor, chosen: torch.Tensor | None) -> None:
+        self._advance(
+            logits,
+            chosen,
+            self._inputs[:, :bucket],
+            self._device[-2:],
+            self._frontiers_seen,
+            self._out[:, :bucket],
+            self._go,
+            self.attention.cache.dummy_slot,
+        )
+
+    # -- lanes -----------------------------------------------------------------------------------------------------
+
+    def occupy(
+        self, slot: int, token: int, length: int, limit: int, params: SamplingParams | None = None, drawn: int = 0
+    ) -> None:
+        """Give a slot's sequence a lane. Its next step writes `token` and makes it `length` tokens long; no step makes
+        it longer than `limit`. `params` are those of the sequence, which has `drawn` tokens of its own so far."""
+        lane = self.lane_of.get(slot)
+        if lane is None:
+            lane = self.lane_of[slot] = len(self.lane_of) if self.packed else slot
         self.tokens[lane], self.positions[lane] = token, length - 1
-        self.slots[lane], self.lengths[lane] = lane, length
+        self.slots[lane], self.lengths[lane], self.limits[lane] = slot, length, limit
+        if params is not None and params.stop_token_ids:
+            some = params.stop_token_ids[:STOPS]
+            self._stops[: len(some), lane] = some
+        self._changed = True
+        if params is not None and not params.greedy:
+            self._params[slot] = (params, drawn)
 
-    def vacate(self, lane: int) -> None:
-        """Make a lane idle."""
-        self.tokens[lane] = self.positions[lane] = self.lengths[lane] = 0
+    def took(self, launch: Launch, rows: Sequence[Sequence[int]]) -> None:
+        """A launch gave these tokens, a row a step: its lanes that are left take part in the next one with the last."""
+        there = [(lane, launch.lane_of[slot]) for slot, lane in self.lane_of.items() if slot in launch.lane_of]
+        lanes, before = np.array(there, np.int64).reshape(-1, 2).T
+        self.tokens[lanes] = np.array(rows[-1])[before]
+        self.lengths[lanes] += len(rows)
+        self.positions[lanes] += len(rows)
+        for slot in self._params.keys() & launch.lane_of.keys():
+            params, drawn = self._params[slot]
+            self._params[slot] = (params, drawn + len(rows))
+
+    def vacate(self, slot: int) -> None:
+        """Take a slot's lane away."""
+        self._changed = True
+        for launch in self._under_way:
+            launch.lane_of.pop(slot, None)
+        lane = self.lane_of.pop(slot)
+        self._params.pop(slot, None)
+        columns = self._host[:-2].view(-1, len(self.lengths)).numpy()
+        if self.packed and lane != (last := len(self.lane_of)):
+            columns[:, lane] = columns[:, last]
+            self.lane_of[int(self.slots[lane])] = lane
+            lane = last
+        columns[:5, lane] = 0
         self.slots[lane] = self.attention.cache.dummy_slot
+        self._stops[:, lane] = -1
 
-    def launch(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Guard and start the step that the host arrays describe; returns logits, argmax and the guard's seconds.
+    def lengths_after(self, steps: int) -> np.ndarray:
+        """Lengths by slot, int64 ``[num_slots]``, once so many steps were taken; 0 where there is no lane."""
+        ends = np.minimum(self.lengths + (steps - 1), self.limits)
+        if not self.packed:
+            return ends
+        by_slot = np.zeros_like(ends)
+        for slot, lane in self.lane_of.items():
+            by_slot[slot] = ends[lane]
+        return by_slot
 
+    # -- launching -------------------------------------------------------------------------------------------------
+
+    def launch(self, steps: int = 1, unread: int = 0) -> Launch:
+        """Guard and start what the host arrays describe: `steps` steps, or in a loop so many at most.
+
+        With `unread` steps of an earlier launch, whose tokens have not been read, this one goes on from where the
+        device is then; lanes must be the same (`unchanged`).
         Raises UnmappedAccess before anything is launched.
         """
         started = perf_counter()
-        self._guard.check(self.lengths)
+        ahead = unread + (1 if self.loop else steps)
+        self.guard.check(np.minimum(self.lengths + (ahead - 1), self.limits), self.slots, self.positions)
         guarded = perf_counter() - started
-        bucket = self.runner.bucket_for(int(np.flatnonzero(self.lengths)[-1]) + 1)
-        self._inputs.copy_(self._staging, non_blocking=True)
-        logits, chosen = self.runner.replay(bucket) if self.captured else self._step(bucket)
-        return logits, chosen, guarded
+        bucket = self.bucket
+        runner = self._drawer if self._params else self.runner
+        if self.captured and bucket not in runner.captured:
+            # What is captured is also run, over idle lanes.
+            self._inputs[:5].zero_()
+            self._inputs[2].fill_(self.attention.cache.dummy_slot)
+            runner.capture([bucket])
+        if not unread:
+            self._taken, self._changed = 0, False
+            self._control[:] = 0, steps
+            self.publish_frontiers()
+            self._device.copy_(self._host, non_blocking=True)
+        if self._params:
+            self._upload_drawing(steps, unread)
+        if not self.captured:
+            (logits,) = self._run_eagerly(runner, bucket, steps)
+        elif self.loop:
+            (logits,) = runner.replay_while(bucket)
+        else:
+            (logits,) = runner.replay(bucket, steps)
+        launch = Launch(dict(self.lane_of), self._taken, steps, logits, guarded, *self._fetch(bucket))
+        self._taken += steps
+        self._under_way.append(launch)
+        return launch
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the lanes are those that the device has, so that a launch may go on before tokens are read."""
+        return not self._changed
+
+    def _fetch(self, bucket: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Start copying tokens to the host, beside whatever is launched next."""
+        out = self._out[:, :bucket]
+        if self._copies is None:
+            return out, None
+        self._copies.wait_stream(torch.cuda.current_stream(out.device))
+        with torch.cuda.stream(self._copies):
+            copy = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
+            copy.copy_(out, non_blocking=True)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        return copy, arrived
+
+    @property
+    def bucket(self) -> int:
+        """The bucket of the next launch."""
+        return self.runner.bucket_for(max(self.lane_of.values()) + 1)
+
+    def publish_frontiers(self) -> None:
+        """Tell a running loop how far memory reaches now; to be called after memory was made accessible."""
+        self._frontiers[:-1] = self.attention.cache.frontiers
+
+    def _run_eagerly(self, runner: GraphRunner, bucket: int, steps: int) -> Outputs:
+        step = self._drawing_step if runner is self._drawer else self._greedy_step
+        for _ in range(steps):
+            outputs = step(bucket)
+            if self.loop and not self._go.item():
+                break
+        return outputs
+
+    def _upload_drawing(self, steps: int, unread: int) -> None:
+        rows = np.zeros(self._drawing.shape)
+        for slot, (params, drawn) in self._params.items():
+            lane = self.lane_of[slot]
+            rows[:3, lane] = settings(params)
+            for step in range(steps):
+                rows[3 + (self._taken + step) % (2 * self.steps), lane] = params.uniform(drawn + unread + step)
+        self._drawing.copy_(upload(rows, self._drawing.device))
 
     def close(self) -> None:
+        """Drop all graphs. Idempotent."""
         self.runner.close()
+        self._drawer.close()
+
+
+def _mirrored(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros on the host, pinned where they are copied to a GPU."""
+    tensor = torch.zeros(*shape, dtype=dtype)
+    return tensor.pin_memory() if device.type == "cuda" else tensor

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -17,34 +16,31 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import ConfigError, NoFreeSlot, OutOfPages, SequenceTooLong
+from trtllm_vattn.errors import ConfigError, OutOfPages, SequenceTooLong
+from trtllm_vattn.graphs.policy import MappingPolicy
 from trtllm_vattn.graphs.runner import default_buckets
 from trtllm_vattn.runtime.binding import bind, check_fit, scale_of, shape_of
+from trtllm_vattn.runtime.compaction import Compaction
+from trtllm_vattn.runtime.compiled import compile_layers
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.models import load_model
-from trtllm_vattn.runtime.prefill import prefill_chunk
-from trtllm_vattn.runtime.request import Completion, Running, TokenEvent
+from trtllm_vattn.runtime.pipeline import Pipeline
+from trtllm_vattn.runtime.prefill import Prefill
+from trtllm_vattn.runtime.request import Completion, Running, StepRecord, TokenEvent
 from trtllm_vattn.runtime.sampling import SamplingParams, sample
+from trtllm_vattn.runtime.scheduler import Scheduler
+from trtllm_vattn.runtime.startup import StartupReport, memory_left
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """What one decode step cost, in seconds of host time.
+Function = TypeVar("Function")
 
-    `kv_s` went to the cache before the launch (`prepare_step`, guard); `ahead_s` to mapping ahead while the device was
-    busy; `wall_s` from the start of bookkeeping to the tokens on the host. Where `prefilled` prompt tokens went in just
-    before, `wall_s` includes waiting for them.
-    """
-
-    lanes: int
-    prefilled: int
-    wall_s: float
-    kv_s: float
-    ahead_s: float
+UNUSUAL = 97
+"""Tokens of the first compiled pass. No dimension of a model has this size, so torch takes none for their number."""
 
 
 class Engine:
@@ -63,6 +59,19 @@ class Engine:
         Whether decode steps are captured once a bucket and replayed, or run eagerly.
     buckets : sequence of int or None
         Batch sizes to capture; None for the usual ones up to the cache's slots.
+    steps : int
+        Most decode steps of one launch. With more than one, tokens are chosen on the device and come in groups; what a
+        sequence has beyond its end is discarded.
+    loop : bool
+        Whether the device ends a launch earlier: when a sequence ends, or its next token has no memory yet.
+    packed : bool
+        Whether sequences take the first lanes, whatever their slots, instead of lane i being slot i.
+    compile : bool or None
+        Whether the model's layers are compiled by torch.compile; None is yes on a GPU. Compiling changes the model in
+        place.
+    mapping : str
+        When memory is mapped ahead: ``concurrent`` is while the device computes, ``between-steps`` and ``quiesce``
+        before a launch (graphs/policy.py).
     chunk : int
         Prompt tokens that go in at once; longer prompts go in by chunks, between decode steps.
     record_margins : bool
@@ -79,30 +88,54 @@ class Engine:
         attention: str = "auto",
         capture: bool = True,
         buckets: Sequence[int] | None = None,
+        steps: int = 1,
+        loop: bool = False,
+        packed: bool = False,
+        compile: bool | None = None,
+        mapping: str = "concurrent",
         chunk: int = 2048,
         record_margins: bool = False,
         observer: Callable[[StepRecord], None] | None = None,
     ) -> None:
         if chunk < 1:
             raise ConfigError(f"chunk is {chunk}; it must be a positive number of tokens")
+        if steps < 1:
+            raise ConfigError(f"steps is {steps}; a launch has at least 1")
+        if record_margins and steps > 1:
+            raise ConfigError(f"margins are recorded of single steps; steps is {steps}, make it 1")
         if model.device != cache.device:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
         bind(model)
         self.model, self.cache = model, cache
+        self.steps, self.loop, self._mapping = steps, loop, MappingPolicy(mapping)
         self.chunk, self.record_margins, self.observer = chunk, record_margins, observer
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
         self.attention = make_attention(attention, cache, config.num_attention_heads, scale_of(model))
         self._prefilled = 0
+        self._read_at = 0.0
         self._ids = itertools.count()
-        self._waiting: deque[Running] = deque()
-        self._prefilling: deque[Running] = deque()
-        self._decoding: dict[int, Running] = {}
-        """By slot, in the order of admission."""
+        self.startup = StartupReport()
         buckets = default_buckets(cache.shape.num_slots) if buckets is None else buckets
+        compiling = cache.device.type == "cuda" if compile is None else compile
+        wrap = partial(torch.compile, dynamic=True) if compiling else _as_it_is
         with torch.inference_mode():
-            self.decode = DecodeBatch(model, self.attention, buckets, capture)
+            started = perf_counter()
+            if compiling:
+                compile_layers(model)
+            self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
+            self.prefill = Prefill(model, self.attention, chunk, pool=self.decode.runner.pool)
+            if compiling:
+                self.prefill.warm_up(UNUSUAL)
+            self.startup.compile_s = perf_counter() - started
+            if capture:
+                self.startup.decode = self.decode.capture()
+                self.startup.prefill = self.prefill.capture()
+        movable = isinstance(cache, KVCacheManager) and not packed
+        compaction = Compaction(cache, self.startup.decode.replay_s) if movable and capture else None
+        self.scheduler = Scheduler(cache, self.decode, compaction)
+        self.pipeline = Pipeline(self.scheduler, steps, one_by_one=loop or record_margins)
 
     @classmethod
     def from_pretrained(
@@ -115,27 +148,66 @@ class Engine:
         max_seq_len: int = 2048,
         budget: int | None = None,
         cache: str = "vattn",
-        attention: str = "auto",
-        capture: bool = True,
+        mapping: str = "auto",
+        **options: Any,
     ) -> Self:
         """An engine over a checkpoint directory or a named shape (`runtime.models.SHAPES`), on the GPU if there is one.
+
+        With the ``vattn`` cache graphs are captured over one mapped dummy slot, and the budget is set from what is left
+        then; `set_budget` changes it at any time. `startup` says what all of it cost.
 
         Parameters
         ----------
         max_seqs : int
             Sequences that run at once.
         budget : int or None
-            Bytes of KV memory; None is enough for all of them at `max_seq_len` tokens.
+            Bytes of KV memory; None is what is left of 90 % of the GPU's memory after capturing, or on the host, and
+            for the other caches, enough for all sequences at `max_seq_len` tokens.
+        mapping : str
+            ``auto`` asks a short soak on this machine's driver, made once and remembered (graphs/policy.py).
+        options
+            Further parameters of `Engine`.
         """
         device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
-        loaded = load_model(model, device, dtype)
-        made = make_cache(cache, shape_of(loaded, max_seqs, max_seq_len), device, budget)
         with ExitStack() as undo:
+            choosing = undo.enter_context(start_choosing(device, mapping))
+            started = perf_counter()
+            loaded = load_model(model, device, dtype)
+            load_s = perf_counter() - started
+            shape = shape_of(loaded, max_seqs, max_seq_len)
+            policy = choosing.result().policy
+            later = cache == "vattn" and device != "cpu"
+            if later:
+                driver = policy.wrap(open_driver(device))
+                made: KVCache = KVCacheManager(shape, driver)
+            else:
+                made = make_cache(cache, shape, device, budget)
             undo.callback(made.close)
-            engine = cls(loaded, made, attention=attention, capture=capture)
+            engine = cls(loaded, made, mapping=policy, **options)
+            if later:
+                engine.set_budget(memory_left(made.device) if budget is None else budget)
             undo.pop_all()
+        engine.startup.load_s = load_s
         return engine
+
+    def set_budget(self, budget: int) -> None:
+        """Raise or lower the bytes that the ``vattn`` cache may hold, at any time; no graph is captured again.
+
+        Where running sequences hold more, the youngest go back to the queue and are prefilled again when there is room.
+        Raises ConfigError for another cache, or less than the dummy slot needs.
+        """
+        if not isinstance(self.cache, KVCacheManager):
+            raise ConfigError(f"a {type(self.cache).__name__} has its memory for life; use the vattn cache")
+        while True:
+            try:
+                self.cache.set_budget(budget)
+                break
+            except OutOfPages:
+                if not self.scheduler.holders:
+                    raise
+                self.scheduler.preempt_youngest()
+        self.startup.budget_bytes = budget
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -160,35 +232,27 @@ class Engine:
                 f"a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} exceed max_seq_len {longest}; "
                 "lower max_tokens, or build the cache with a larger max_seq_len"
             )
+        if forced is not None and self.steps > 1:
+            raise ConfigError(f"tokens are forced in single steps; this engine takes {self.steps} a launch, make it 1")
         if forced is not None and len(forced) < params.max_tokens:
             raise ConfigError(f"{len(forced)} tokens to force, {params.max_tokens} needed; give as many as max_tokens")
         request = Running(next(self._ids), prompt, params, forced)
-        self._waiting.append(request)
+        self.scheduler.waiting.append(request)
         return request.id
 
     def abort(self, request: int) -> None:
         """Drop a request wherever it is; its memory is free for others. Raises ConfigError for an unknown one."""
-        for queue in (self._waiting, self._prefilling):
-            for running in queue:
-                if running.id == request:
-                    queue.remove(running)
-                    self._leave(running)
-                    return
-        for running in self._decoding.values():
-            if running.id == request:
-                self._leave(running)
-                return
-        raise ConfigError(f"no request {request} is waiting or running")
+        self.scheduler.abort(request)
 
     @property
     def busy(self) -> bool:
         """Whether any request is not finished."""
-        return bool(self._waiting or self._prefilling or self._decoding)
+        return bool(self.scheduler.waiting or self.scheduler.holders)
 
     @property
     def prefilling(self) -> bool:
         """Whether any request still waits or has prompt tokens to put in."""
-        return bool(self._waiting or self._prefilling)
+        return bool(self.scheduler.waiting or self.scheduler.prefilling)
 
     def generate(
         self,
@@ -222,120 +286,113 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Admit what fits, put up to `chunk` prompt tokens in, decode one token of every running sequence."""
-        self._admit()
+        """Admit what fits, put up to `chunk` prompt tokens in, decode `steps` tokens of every running sequence."""
+        if self._mapping is not MappingPolicy.CONCURRENT:
+            # Whatever the step will need is mapped now, while the device has nothing to do.
+            self.cache.map_ahead()
+        self.scheduler.admit()
+        if self.pipeline.unread is None:
+            self.scheduler.compact()
         self._prefilled = 0
         return self._prefill() + self._decode()
 
-    def _admit(self) -> None:
-        while self._waiting:
-            request = self._waiting[0]
-            try:
-                request.slot = self.cache.admit(request.id, request.length)
-            except (NoFreeSlot, OutOfPages):
-                if not self._prefilling and not self._decoding:
-                    raise
-                return
-            self._prefilling.append(self._waiting.popleft())
+    def _map_beside(self) -> float:
+        """Map ahead while the device is busy, where that is allowed; returns the seconds it took."""
+        started = perf_counter()
+        if self._mapping is MappingPolicy.CONCURRENT:
+            while self.cache.map_ahead() and self.loop:
+                self.decode.publish_frontiers()
+        return perf_counter() - started
 
     def _prefill(self) -> list[TokenEvent]:
         events = []
         room = self.chunk
-        while self._prefilling and room > 0:
-            request = self._prefilling[0]
+        queue = self.scheduler.prefilling
+        while queue and room > 0:
+            request = queue[0]
             tokens = request.tokens[request.prefilled : request.prefilled + room]
-            logits = prefill_chunk(self.model, self.attention, request.slot, tokens, request.prefilled, self.chunk)
+            logits = self.prefill.run(request.slot, tokens, request.prefilled)
             # The device is busy; the sequence's first steps find their memory there.
-            self.cache.map_ahead()
+            self._map_beside()
             request.prefilled += len(tokens)
             room -= len(tokens)
             self._prefilled += len(tokens)
             if request.prefilled == request.length:
-                self._prefilling.popleft()
-                self._decoding[request.slot] = request
-                events += self._accept([request], logits, [0], logits.argmax(dim=-1).tolist())
+                queue.popleft()
+                events += self._first_token(request, logits)
         return events
 
     def _decode(self) -> list[TokenEvent]:
-        if not self._decoding:
+        running = self.scheduler.decoding
+        if not running:
+            self.pipeline.forget()
             return []
-        started = perf_counter()
-        while True:
-            try:
-                self.cache.prepare_step(self.decode.lengths)
-                break
-            except OutOfPages:
-                self._preempt()
-        prepared = perf_counter() - started
-        logits, chosen, guarded = self.decode.launch()
-        ahead = perf_counter()
-        self.cache.map_ahead()
-        ahead = perf_counter() - ahead
-        by_lane = chosen.tolist()
+        started = self._read_at if self.pipeline.unread else perf_counter()
+        launch = self.pipeline.start()
+        ahead = self._map_beside()
+        waited = perf_counter()
+        rows = launch.read()
+        waited = perf_counter() - waited
+        if self.loop:
+            # The device went no further than memory reached.
+            self.cache.prepare_step(self.decode.lengths_after(len(rows)))
+        now = perf_counter()
         if self.observer is not None:
-            wall = perf_counter() - started
-            self.observer(StepRecord(len(self._decoding), self._prefilled, wall, prepared + guarded, ahead))
-        requests = list(self._decoding.values())
-        return self._accept(requests, logits, [request.slot for request in requests], by_lane)
-
-    def _accept(
-        self, requests: list[Running], logits: torch.Tensor, rows: list[int], greedy: list[int]
-    ) -> list[TokenEvent]:
-        """Take one token a request: logits ``[any, vocab]``, of which request i has row ``rows[i]``; `greedy` is the
-        argmax of every row."""
-        chosen = {request.id: greedy[row] for request, row in zip(requests, rows, strict=True)}
-        drawing = [(request, row) for request, row in zip(requests, rows, strict=True) if not request.params.greedy]
-        if drawing:
-            drawers, drawn_rows = map(list, zip(*drawing, strict=True))
-            drawn = sample(logits[drawn_rows], [r.params for r in drawers], [len(r.fed) for r in drawers])
-            chosen.update(zip((r.id for r in drawers), drawn.tolist(), strict=True))
-        margins: list[float] | list[None] = [None] * len(requests)
-        if self.record_margins:
-            best = logits[rows].float().topk(2, dim=-1).values
-            margins = (best[:, 0] - best[:, 1]).tolist()
+            wall, kv_s = now - started, self.pipeline.kv_s
+            self.observer(StepRecord(len(running), len(rows), self._prefilled, wall, kv_s, ahead, waited))
+        self._read_at = now
         events = []
-        for request, margin in zip(requests, margins, strict=True):
-            reason = request.accept(chosen[request.id])
-            events.append(TokenEvent(request.id, chosen[request.id], reason, margin))
-            if reason:
-                self._leave(request)
-            else:
-                self.decode.occupy(request.slot, request.fed[-1], request.length)
+        for row in rows:
+            # Who has ended with an earlier row, or joined since the launch, has no part in it.
+            requests = [request for request in running.values() if request.slot in launch.lane_of]
+            tokens = [row[launch.lane_of[request.slot]] for request in requests]
+            events += self._settle(requests, tokens, self._margins(launch.logits, requests))
+        self.decode.took(launch, rows)
+        for request in running.values():
+            if request.forced is not None:
+                self.scheduler.decode_next(request)
         return events
 
-    def _preempt(self) -> None:
-        """Send the youngest request back to the queue; its tokens are prefilled again when there is room.
+    def _margins(self, logits: torch.Tensor, requests: list[Running]) -> list[float] | None:
+        if not self.record_margins:
+            return None
+        best = logits[[self.decode.lane_of[request.slot] for request in requests]].float().topk(2, dim=-1).values
+        margins: list[float] = (best[:, 0] - best[:, 1]).tolist()
+        return margins
 
-        Raises OutOfPages where it is the only one: it can never be served.
-        """
-        holders = [*self._decoding.values(), *self._prefilling]
-        if len(holders) == 1:
-            raise OutOfPages(
-                f"request {holders[0].id} alone outgrew the cache's memory at {holders[0].length} tokens; abort it, or "
-                "raise the budget"
-            )
-        youngest = max(holders, key=lambda request: request.id)
-        if youngest in self._prefilling:
-            self._prefilling.remove(youngest)
-        self._leave(youngest)
-        youngest.slot, youngest.prefilled = -1, 0
-        self._waiting.appendleft(youngest)
+    def _first_token(self, request: Running, logits: torch.Tensor) -> list[TokenEvent]:
+        """Take the token after a prompt: logits ``[1, vocab]``."""
+        if request.params.greedy:
+            chosen = logits.argmax(dim=-1)
+        else:
+            chosen = sample(logits, [request.params], [len(request.fed)])
+        margins = None
+        if self.record_margins:
+            best, second = logits[0].float().topk(2).values.tolist()
+            margins = [best - second]
+        return self._settle([request], chosen.tolist(), margins)
 
-    def _leave(self, request: Running) -> None:
-        """Take a request's slot and memory back."""
-        if self._decoding.pop(request.slot, None) is not None:
-            self.decode.vacate(request.slot)
-        if request.slot >= 0:
-            self.cache.release(request.id)
+    def _settle(
+        self, requests: list[Running], chosen: list[int], margins: list[float] | None = None
+    ) -> list[TokenEvent]:
+        """Append each request's token; those that end with it leave, who is new takes part in the next launch."""
+        events = []
+        for i, (request, token) in enumerate(zip(requests, chosen, strict=True)):
+            reason = request.accept(token)
+            events.append(TokenEvent(request.id, token, reason, margins[i] if margins else None))
+            if reason:
+                self.scheduler.leave(request)
+            elif request.slot not in self.scheduler.decoding:
+                self.scheduler.decode_next(request)
+        return events
 
     # -- ending ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Drop all requests, the graphs, and the cache. Idempotent."""
-        self._waiting.clear()
-        self._prefilling.clear()
-        self._decoding.clear()
+        self.scheduler.clear()
         self.decode.close()
+        self.prefill.close()
         self.cache.close()
 
     def __enter__(self) -> Self:
@@ -345,3 +402,7 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _as_it_is(function: Function) -> Function:
+    return function

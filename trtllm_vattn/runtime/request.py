@@ -31,6 +31,25 @@ class Completion:
     finish_reason: str
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """What one launch of `steps` decode steps cost, in seconds of host time.
+
+    `wall_s` ends with its tokens on the host. It starts where those of the launch before were, or, where none was under
+    way, with the bookkeeping; where `prefilled` prompt tokens went in just before, it includes waiting for them.
+    `kv_s` went to the cache (`prepare_step`, guard) for launches started meanwhile, `ahead_s` to mapping ahead, and for
+    `wait_s` the host had nothing to do but wait for the tokens.
+    """
+
+    lanes: int
+    steps: int
+    prefilled: int
+    wall_s: float
+    kv_s: float
+    ahead_s: float
+    wait_s: float
+
+
 @dataclass
 class Running:
     """A request inside the engine.
@@ -52,6 +71,11 @@ class Running:
     def tokens(self) -> list[int]:
         """All tokens known so far; after a preemption they are prefilled again."""
         return self.prompt + self.fed
+
+    @property
+    def limit(self) -> int:
+        """How long the sequence is when its last token is chosen, which is not stored any more."""
+        return len(self.prompt) + self.params.max_tokens - 1
 
     @property
     def length(self) -> int:

@@ -60,24 +60,40 @@ class SamplingParams:
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequence[int]) -> torch.Tensor:
     """Draw one token a row: logits ``[rows, vocab]`` to int64 ``[rows]``.
 
-    `indices` counts the tokens that each row's request has generated so far. Inverse transform sampling: a row's
-    uniform number is looked up in the cumulative probabilities of its tokens, likeliest first.
+    `indices` counts the tokens that each row's request has generated so far.
     """
-    device = logits.device
-    column = (-1, 1)
-    greedy = torch.tensor([p.greedy for p in params], device=device)
-    temperature = torch.tensor([p.temperature or 1.0 for p in params], device=device).view(column)
-    top_p = torch.tensor([p.top_p for p in params], device=device).view(column)
-    top_k = torch.tensor([p.top_k or logits.shape[1] for p in params], device=device).view(column)
-    uniform = torch.tensor([p.uniform(i) for p, i in zip(params, indices, strict=True)], device=device).view(column)
+    rows = [(*settings(p), p.uniform(i)) for p, i in zip(params, indices, strict=True)]
+    return draw(logits, *torch.tensor(rows, dtype=torch.float64, device=logits.device).unbind(1))
 
-    ordered, tokens = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[1], device=device)
-    probabilities = ordered.masked_fill(rank >= top_k, -torch.inf).softmax(dim=-1)
+
+def settings(params: SamplingParams) -> tuple[float, float, float]:
+    """A row's temperature, top_p and top_k, as `draw` takes them."""
+    return params.temperature, params.top_p, float(params.top_k)
+
+
+def draw(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_p: torch.Tensor,
+    top_k: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    """One token a row: logits ``[rows, vocab]`` to int64 ``[rows]``, by float64 ``[rows]`` parameters on the device.
+
+    Inverse transform sampling: a row's uniform number is looked up in the cumulative probabilities of its tokens,
+    likeliest first. Temperature 0 is greedy, top_k 0 is all.
+    """
+    column = (-1, 1)
+    greedy = (temperature == 0).view(column)
+    warmth = torch.where(greedy, 1.0, temperature.view(column)).float()
+    most = torch.where(top_k > 0, top_k, float(logits.shape[1])).view(column)
+    ordered, tokens = (logits.float() / warmth).sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    probabilities = ordered.masked_fill(rank >= most, -torch.inf).softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    probabilities = probabilities.masked_fill(before >= top_p.view(column), 0.0)
     cumulative = probabilities.cumsum(dim=-1)
-    drawn = (cumulative <= uniform * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
+    drawn = (cumulative <= uniform.view(column) * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
     last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
-    drawn = torch.where(greedy.view(column), 0, torch.minimum(drawn, last))
+    drawn = torch.where(greedy, 0, torch.minimum(drawn, last))
     return tokens.gather(1, drawn).squeeze(1)

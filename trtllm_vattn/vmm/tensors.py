@@ -6,6 +6,7 @@ anything is mapped, and over any dtype.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 from collections.abc import Sequence
 
@@ -56,6 +57,14 @@ def _forget(managed: ctypes._Pointer[_ManagedTensor]) -> None:
 
 
 _delete = _Deleter(_forget)
+
+
+@atexit.register
+def _leave_to_the_system() -> None:
+    """What lives until the process ends must not call back into an interpreter that is gone."""
+    for managed, _, _ in _alive.values():
+        managed.deleter = _Deleter()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(managed))
 
 
 def tensor_at(address: int, nbytes: int, device: str, owner: object = None) -> torch.Tensor:

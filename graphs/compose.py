@@ -1,0 +1,115 @@
+"""Larger graphs out of a captured one: the same step several times over, or again and again while the device says so.
+
+The captured step becomes a child-graph node (CUDA driver API, section 6.20), so nothing is captured again. A loop is a
+conditional WHILE node; its condition is an int32 on the device that the step itself leaves behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from trtllm_vattn.errors import ConfigError, DriverError
+from trtllm_vattn.vmm.cuda import CudaDriver
+
+_DECIDE = b"""
+extern "C" __device__ __cudart_builtin__ void CUDARTAPI
+cudaGraphSetConditional(cudaGraphConditionalHandle handle, unsigned int value);
+
+extern "C" __global__ void decide(cudaGraphConditionalHandle handle, const int *go)
+{
+    cudaGraphSetConditional(handle, *go != 0);
+}
+"""
+
+
+class ComposedGraph:
+    """An executable graph of child graphs; the graph they were cloned from must outlive it."""
+
+    def __init__(self, driver: CudaDriver, graph: Any, keep: object = None) -> None:
+        self._driver, self._graph, self._keep = driver, graph, keep
+        try:
+            self._executable = driver.call("cuGraphInstantiate", graph, 0)
+        except DriverError:
+            driver.call("cuGraphDestroy", graph)
+            raise
+
+    def launch(self, stream: int) -> None:
+        """Start on a stream (a cudaStream_t)."""
+        self._driver.call("cuGraphLaunch", self._executable, stream)
+
+    def close(self) -> None:
+        """Destroy both. Idempotent."""
+        executable, self._executable = self._executable, None
+        if executable is not None:
+            self._driver.call("cuGraphExecDestroy", executable)
+            self._driver.call("cuGraphDestroy", self._graph)
+
+
+def repeat(driver: CudaDriver, captured: int, times: int) -> ComposedGraph:
+    """A captured graph (a cudaGraph_t) `times` over, one after another."""
+    child = driver.cuda.CUgraph(captured)
+    graph = driver.call("cuGraphCreate", 0)
+    before: list[Any] = []
+    for _ in range(times):
+        before = [driver.call("cuGraphAddChildGraphNode", graph, before or None, len(before), child)]
+    return ComposedGraph(driver, graph)
+
+
+class Decision:
+    """The kernel that tells a WHILE node whether to go on, compiled for a device at run time.
+
+    Raises ConfigError where NVRTC or the driver has no conditional nodes.
+    """
+
+    def __init__(self, driver: CudaDriver) -> None:
+        try:
+            from cuda.bindings import nvrtc
+        except ImportError as error:
+            raise ConfigError("a device-driven loop needs NVRTC: pip install cuda-python nvidia-cuda-nvrtc") from error
+        major, minor = torch.cuda.get_device_capability(driver.device)
+
+        def call(name: str, *arguments: Any) -> Any:
+            result, *values = getattr(nvrtc, name)(*arguments)
+            if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+                raise ConfigError(f"{name} answered {result.name}: this CUDA has no conditional graph nodes; use steps")
+            return values[0] if values else None
+
+        program = call("nvrtcCreateProgram", _DECIDE, b"decide.cu", 0, [], [])
+        call("nvrtcCompileProgram", program, 1, [f"--gpu-architecture=sm_{major}{minor}".encode()])
+        code = b" " * call("nvrtcGetCUBINSize", program)
+        call("nvrtcGetCUBIN", program, code)
+        call("nvrtcDestroyProgram", program)
+        self._module = driver.call("cuModuleLoadData", code)
+        self.function = driver.call("cuModuleGetFunction", self._module, b"decide")
+
+
+def loop_while(driver: CudaDriver, captured: int, go: torch.Tensor, decision: Decision) -> ComposedGraph:
+    """A captured graph (a cudaGraph_t) run once, and again while `go`, int32 ``[1]`` on the device, is not 0 then."""
+    cuda, call = driver.cuda, driver.call
+    graph = call("cuGraphCreate", 0)
+    try:
+        context = call("cuCtxGetCurrent")
+        at_launch_true = 1  # CU_GRAPH_COND_ASSIGN_DEFAULT: the condition starts as the handle's default, 1
+        handle = call("cuGraphConditionalHandleCreate", graph, context, 1, at_launch_true)
+        node = cuda.CUgraphNodeParams()
+        node.type = cuda.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+        node.conditional.handle = handle
+        node.conditional.type = cuda.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE
+        node.conditional.size = 1
+        node.conditional.ctx = context
+        call("cuGraphAddNode", graph, None, None, 0, node)
+        body = node.conditional.phGraph_out[0]
+        step = call("cuGraphAddChildGraphNode", body, None, 0, cuda.CUgraph(captured))
+        decide = cuda.CUDA_KERNEL_NODE_PARAMS()
+        decide.func = decision.function
+        decide.gridDimX = decide.gridDimY = decide.gridDimZ = 1
+        decide.blockDimX = decide.blockDimY = decide.blockDimZ = 1
+        decide.kernelParams = ((int(handle), go.data_ptr()), (ctypes.c_ulonglong, ctypes.c_void_p))
+        call("cuGraphAddKernelNode", body, [step], 1, decide)
+    except BaseException:
+        call("cuGraphDestroy", graph)
+        raise
+    return ComposedGraph(driver, graph, keep=(decision, go))

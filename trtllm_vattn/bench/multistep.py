@@ -1,0 +1,150 @@
+"""`bench multistep`: what is gained by many decode steps in one launch, and by a loop that the device ends?
+
+One model and one captured step a batch size; engines that launch it once, four times, sixteen times, or until the
+device stops take turns. Tokens are compared with those of single steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from trtllm_vattn.bench.graph import numbers
+from trtllm_vattn.bench.machine import summarise
+from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.steady import Lane, fill, settle_device_ms, take_turns
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.sampling import SamplingParams
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench multistep`."""
+    gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--model", default="llama-3-8b" if gpu else "tiny-llama", help="checkpoint directory or named shape")
+    add("--device", default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
+    add("--attention", default="auto", help="auto, torch or cudnn")
+    add("--batch-sizes", type=numbers, default=[1, 8, 32] if gpu else [1, 4], help="sequences")
+    add("--step-counts", type=numbers, default=[1, 4, 16], help="decode steps of a launch")
+    add("--context", type=int, default=2048 if gpu else 64, help="tokens a sequence")
+    add("--rounds", type=int, default=5, help="turns of each engine")
+    add("--steps", type=int, default=32, help="decode steps a turn")
+    add("--identity-tokens", type=int, default=48, help="tokens of each sequence that are compared")
+    add("--seed", type=int, default=0)
+    add("--output-json", type=Path, help="write all results there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 where tokens were not identical."""
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    model = load_model(args.model, args.device, dtype, args.seed)
+    variants = [(count, False) for count in args.step_counts] + [(max(args.step_counts), True)]
+    rows: list[dict[str, Any]] = []
+    for batch in tqdm(args.batch_sizes, desc="batch sizes", disable=None):
+        rows += _timed(args, model, variants, batch)
+    identity = [_identity(args, model, variants, batch) for batch in args.batch_sizes if batch <= 8]
+    config = {name: value if isinstance(value, int | list) else str(value) for name, value in vars(args).items()}
+    result = Result.start("multistep", config, args.seed)
+    result.results.update(runs=rows, identity=identity)
+    result.summary.update(_summary(rows, identity))
+    print(_show(rows))
+    for name, value in result.summary.items():
+        print(f"{name}: {value}")
+    if args.output_json:
+        write(result, args.output_json)
+    return int(not result.summary["tokens_identical"])
+
+
+def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]], batch: int) -> list[dict[str, Any]]:
+    most = batch + 2 * (args.rounds + 2) * (args.steps + 2 * max(args.step_counts)) + 64
+    start = max(1, args.context - most // 2)
+    lanes = []
+    with ExitStack() as closing:
+        for count, loop in variants:
+            cache = make_cache("vattn", shape_of(model, batch, start + most), args.device)
+            engine = Engine(
+                model, cache, attention=args.attention, buckets=[batch], steps=count, loop=loop, chunk=max(2048, start)
+            )
+            closing.callback(engine.close)
+            fill(engine, batch, start, most, args.seed)
+            lanes.append(Lane("vattn", "captured", engine))
+        take_turns(lanes, args.rounds, args.steps, f"batch {batch}")
+        device_ms = settle_device_ms(lanes[0].engine)
+        rows = []
+        for (count, loop), lane in zip(variants, lanes, strict=True):
+            records = [record for turn in lane.rounds for record in turn]
+            rows.append(
+                {
+                    "batch": batch,
+                    "steps": count,
+                    "loop": loop,
+                    "context": args.context,
+                    "step_ms": summarise([1e3 * record.wall_s / record.steps for record in records]),
+                    "host_us_a_step": summarise(
+                        [1e6 * (record.wall_s - record.wait_s) / record.steps for record in records]
+                    ),
+                    "steps_a_launch": summarise([record.steps for record in records]),
+                    "device_step_ms": device_ms,
+                    "critical_path_maps": lane.engine.cache.stats().critical_path_maps,
+                }
+            )
+        return rows
+
+
+def _identity(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]], batch: int) -> dict[str, Any]:
+    """Free-running tokens by the torch backend, whose arithmetic is the same from run to run."""
+    generator = torch.Generator().manual_seed(args.seed)
+    vocab = model.config.get_text_config().vocab_size
+    prompts = [torch.randint(0, vocab, (20 + 7 * i,), generator=generator).tolist() for i in range(batch)]
+    params = [
+        SamplingParams(args.identity_tokens - i, temperature=0.8 * (i % 2), seed=i, stop_token_ids=(i,))
+        for i in range(batch)
+    ]
+    answers = []
+    for count, loop in variants:
+        cache = make_cache("vattn", shape_of(model, batch, 256), args.device)
+        with Engine(model, cache, attention="torch", buckets=[batch], steps=count, loop=loop) as engine:
+            answers.append([done.tokens for done in engine.generate(prompts, params)])
+    return {
+        "batch": batch,
+        "tokens": sum(map(len, answers[0])),
+        "identical": all(answer == answers[0] for answer in answers[1:]),
+    }
+
+
+def _summary(rows: list[dict[str, Any]], identity: list[dict[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "tokens_identical": all(row["identical"] for row in identity),
+        "tokens_compared": sum(row["tokens"] for row in identity),
+    }
+    single = {row["batch"]: row for row in rows if row["steps"] == 1}
+    for row in rows:
+        if row["steps"] > 1 and row["batch"] in single:
+            name = f"gain_{'loop' if row['loop'] else row['steps']}_batch{row['batch']}"
+            out[name] = single[row["batch"]]["step_ms"]["p50"] / row["step_ms"]["p50"]
+    return out
+
+
+def _show(rows: list[dict[str, Any]]) -> str:
+    header = ["batch", "steps a launch", "step p50 ms", "p99", "host us a step", "device step ms"]
+    return table(
+        header,
+        [
+            [
+                str(row["batch"]),
+                f"loop, up to {row['steps']}" if row["loop"] else str(row["steps"]),
+                *(f"{row['step_ms'][p]:.3f}" for p in ("p50", "p99")),
+                f"{row['host_us_a_step']['p50']:.0f}",
+                "-" if row["device_step_ms"] is None else f"{row['device_step_ms']:.3f}",
+            ]
+            for row in rows
+        ],
+    )

@@ -1,0 +1,131 @@
+"""A model's layers compiled: one function for all of them, dynamic in the number of tokens.
+
+Compiling layer by layer (PyTorch's regional compilation) keeps start-up short: a layer is compiled once for one token
+and once for any other number, whatever the model's depth and the batch sizes captured. Projections of the same input
+are merged into one matrix product, as serving engines do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trtllm_vattn.errors import ConfigError
+
+MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear modules of one parent that are given the same input, by the names that transformers gives them."""
+
+
+MOST_VARIANTS = 64
+"""Compiled variants of one layer class in a process: two a model."""
+
+
+class Part(nn.Module):
+    """Some outputs of a merged linear module, in place of the module that computed them.
+
+    In a compiled layer every part asks for the whole product and `_share_products` leaves one of them.
+    """
+
+    def __init__(self, whole: nn.Linear, start: int, stop: int) -> None:
+        super().__init__()
+        self.whole, self.start, self.stop = whole, start, stop
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return self.whole(x)[..., self.start : self.stop]  # type: ignore[no-any-return]
+        bias = None if self.whole.bias is None else self.whole.bias[self.start : self.stop]
+        return nn.functional.linear(x, self.whole.weight[self.start : self.stop], bias)
+
+
+def merge_projections(model: PreTrainedModel) -> int:
+    """Merge the weights of `MERGED` in place; returns how many products a pass over the model has less.
+
+    Memory for one merged weight is taken at a time. Modules that are not plain linear ones stay as they are.
+    """
+    fewer = 0
+    for parent in list(model.modules()):
+        for names in MERGED:
+            parts = [getattr(parent, name, None) for name in names]
+            if all(type(part) is nn.Linear for part in parts):
+                _merge(parent, names, parts)  # type: ignore[arg-type]
+                fewer += len(names) - 1
+    return fewer
+
+
+def _merge(parent: nn.Module, names: Sequence[str], parts: Sequence[nn.Linear]) -> None:
+    biased = [part.bias is not None for part in parts]
+    if any(biased) != all(biased):
+        return
+    weight = parts[0].weight
+    total = sum(part.out_features for part in parts)
+    whole = nn.Linear(parts[0].in_features, total, bias=biased[0], device="meta")
+    whole.weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts]), weight.requires_grad)
+    if biased[0]:
+        whole.bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]), weight.requires_grad)
+    start = 0
+    for name, part in zip(names, parts, strict=True):
+        setattr(parent, name, Part(whole, start, start + part.out_features))
+        start += part.out_features
+
+
+def _share_products(graph: torch.fx.Graph) -> int:
+    """Leave one of equal matrix products in a traced graph; returns how many went."""
+    seen: dict[tuple[Any, ...], torch.fx.Node] = {}
+    gone = 0
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is nn.functional.linear and not node.kwargs:
+            first = seen.setdefault(node.args, node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+                gone += 1
+    return gone
+
+
+Backend = Callable[[torch.fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]
+
+
+def merging(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor], inner: Backend) -> Callable[..., Any]:
+    """A backend that shares equal matrix products before it hands over to another one."""
+    if _share_products(traced.graph):
+        traced.recompile()
+    return inner(traced, examples)
+
+
+def _inductor(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    """One function for all models: torch keeps what it compiled by the backend's identity."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return merging(traced, examples, compile_fx)
+
+
+def compile_layers(model: PreTrainedModel, backend: Backend | None = None) -> int:
+    """Compile every decoder layer of a bound model in place; returns how many there are.
+
+    `backend` takes a traced graph and example inputs, as torch.compile's does; None is Inductor. A layer that cannot be
+    traced whole, or that would have to be compiled too often, is an error at its first pass and never a silent fall
+    back. A model whose layers are compiled already stays as it is.
+
+    Raises
+    ------
+    ConfigError
+        The model does not name its layers' class.
+    """
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise ConfigError(f"{type(model).__name__} does not say which of its modules are layers; use compile=False")
+    if any(layer._compiled_call_impl is not None for layer in layers):
+        return len(layers)
+    # Per layer class and process, not per model: a process may hold many.
+    torch._dynamo.config.recompile_limit = max(MOST_VARIANTS, torch._dynamo.config.recompile_limit)
+    merge_projections(model)
+    chosen = _inductor if backend is None else partial(merging, inner=backend)
+    for layer in layers:
+        layer.compile(backend=chosen, dynamic=True, fullgraph=True)
+    return len(layers)

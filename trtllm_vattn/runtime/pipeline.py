@@ -1,0 +1,90 @@
+"""Launches of decode steps, the next one started before the tokens of the last are read where nothing speaks against.
+
+Tokens, positions and lengths are advanced on the device, so a launch does not need the host to know them (asynchronous
+scheduling, as in vLLM and TensorRT-LLM). A sequence that turns out to have ended took part once too often: its surplus
+is discarded, and its slot is not written by anybody else before, because all work is on one stream.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+from trtllm_vattn.errors import OutOfPages
+from trtllm_vattn.runtime.decode import Launch
+from trtllm_vattn.runtime.scheduler import Scheduler
+
+
+class Pipeline:
+    """At most two launches under way.
+
+    Parameters
+    ----------
+    steps : int
+        Most decode steps of one launch.
+    one_by_one : bool
+        Never start a launch before the last one's tokens are read.
+
+    Attributes
+    ----------
+    unread : Launch or None
+        What runs already for the next `start`.
+    kv_s : float
+        Seconds that the last `start` spent on the cache's books and the guard.
+    """
+
+    def __init__(self, scheduler: Scheduler, steps: int, one_by_one: bool) -> None:
+        self.scheduler, self.steps, self.one_by_one = scheduler, steps, one_by_one
+        self.unread: Launch | None = None
+        self.kv_s = 0.0
+
+    def start(self) -> Launch:
+        """The launch to read next, started now if it was not before; and the one after it, where possible."""
+        self.kv_s = 0.0
+        launch = self.unread or self._launch()
+        self.unread = self._launch_ahead(launch)
+        return launch
+
+    def forget(self) -> None:
+        """Nobody wants the tokens of what is under way."""
+        self.unread = None
+
+    def _launch(self) -> Launch:
+        """Start the next steps of all running sequences; preempts where memory is short."""
+        decode, cache = self.scheduler.decode, self.scheduler.cache
+        started = perf_counter()
+        while True:
+            # What the longest of the requests still needs, but few different numbers.
+            steps = min(self.steps, 1 << (self._most_left() - 1).bit_length())
+            try:
+                cache.prepare_step(decode.lengths_after(1 if decode.loop else steps))
+                break
+            except OutOfPages:
+                self.scheduler.preempt()
+        self.kv_s += perf_counter() - started
+        return self._counted(decode.launch(steps))
+
+    def _launch_ahead(self, launch: Launch) -> Launch | None:
+        """Start what comes after a launch whose tokens have not been read; None where that has to wait for them."""
+        scheduler, decode = self.scheduler, self.scheduler.decode
+        left = self._most_left() - launch.steps
+        if self.one_by_one or left < 1 or not decode.unchanged or scheduler.waiting or scheduler.prefilling:
+            return None
+        if any(request.forced is not None for request in scheduler.decoding.values()):
+            return None
+        steps = min(self.steps, 1 << (left - 1).bit_length())
+        started = perf_counter()
+        try:
+            scheduler.cache.prepare_step(decode.lengths_after(launch.steps + steps))
+        except OutOfPages:
+            return None
+        self.kv_s += perf_counter() - started
+        return self._counted(decode.launch(steps, unread=launch.steps))
+
+    def _counted(self, launch: Launch) -> Launch:
+        self.kv_s += launch.guard_s
+        return launch
+
+    def _most_left(self) -> int:
+        """Tokens that the longest of the running requests still wants."""
+        running = self.scheduler.decoding.values()
+        return max(request.params.max_tokens - len(request.fed) for request in running)

@@ -1,0 +1,113 @@
+"""Which requests run: the queue, the prompts going in, the sequences decoding, and who goes back for lack of memory."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.errors import ConfigError, NoFreeSlot, OutOfPages
+from trtllm_vattn.runtime.compaction import Compaction
+from trtllm_vattn.runtime.decode import DecodeBatch
+from trtllm_vattn.runtime.request import Running
+
+
+class Scheduler:
+    """First come, first served; the youngest is preempted first and prefilled again later.
+
+    Attributes
+    ----------
+    waiting, prefilling : deque of Running
+        In the order of their requests; those prefilling hold a slot.
+    decoding : dict of int to Running
+        By slot, in the order in which they joined; each has a lane.
+    """
+
+    def __init__(self, cache: KVCache, decode: DecodeBatch, compaction: Compaction | None) -> None:
+        self.cache, self.decode, self.compaction = cache, decode, compaction
+        self.waiting: deque[Running] = deque()
+        self.prefilling: deque[Running] = deque()
+        self.decoding: dict[int, Running] = {}
+
+    @property
+    def holders(self) -> list[Running]:
+        """Requests with a slot."""
+        return [*self.decoding.values(), *self.prefilling]
+
+    def admit(self) -> None:
+        """Give waiting requests slots while there is room; raises where the first has none though nobody runs."""
+        while self.waiting:
+            request = self.waiting[0]
+            try:
+                request.slot = self.cache.admit(request.id, request.length)
+            except (NoFreeSlot, OutOfPages):
+                if not self.holders:
+                    raise
+                return
+            self.prefilling.append(self.waiting.popleft())
+
+    def compact(self) -> None:
+        """Move sequences out of high slots where a smaller bucket repays it."""
+        if self.compaction is None or not self.decoding:
+            return
+        by_slot = {request.slot: request for request in self.holders}
+        left = {slot: request.params.max_tokens - len(request.fed) for slot, request in by_slot.items()}
+        for source, target in self.compaction.plan(left):
+            self.compaction.move(source, target)
+            request = by_slot[source]
+            request.slot = target
+            if self.decoding.pop(source, None) is not None:
+                self.decode.vacate(source)
+                self.decode_next(request)
+
+    def decode_next(self, request: Running) -> None:
+        """Have a request take part in the next launch, with its last token."""
+        self.decoding[request.slot] = request
+        drawn = len(request.fed)
+        self.decode.occupy(request.slot, request.fed[-1], request.length, request.limit, request.params, drawn)
+
+    def preempt(self) -> None:
+        """Send the youngest request back to the queue. Raises OutOfPages where it is the only one: it can never be
+        served."""
+        holders = self.holders
+        if len(holders) == 1:
+            raise OutOfPages(
+                f"request {holders[0].id} alone outgrew the cache's memory at {holders[0].length} tokens; abort it, or "
+                "raise the budget"
+            )
+        self.preempt_youngest()
+
+    def preempt_youngest(self) -> None:
+        """Send the youngest request back to the queue, even if it is the only one."""
+        youngest = max(self.holders, key=lambda request: request.id)
+        if youngest in self.prefilling:
+            self.prefilling.remove(youngest)
+        self.leave(youngest)
+        youngest.slot, youngest.prefilled = -1, 0
+        self.waiting.appendleft(youngest)
+
+    def leave(self, request: Running) -> None:
+        """Take a request's slot, lane and memory back."""
+        if self.decoding.pop(request.slot, None) is not None:
+            self.decode.vacate(request.slot)
+        if request.slot >= 0:
+            self.cache.release(request.id)
+
+    def abort(self, number: int) -> None:
+        """Drop a request wherever it is. Raises ConfigError for an unknown one."""
+        for queue in (self.waiting, self.prefilling):
+            for request in queue:
+                if request.id == number:
+                    queue.remove(request)
+                    self.leave(request)
+                    return
+        for request in self.decoding.values():
+            if request.id == number:
+                self.leave(request)
+                return
+        raise ConfigError(f"no request {number} is waiting or running")
+
+    def clear(self) -> None:
+        """Forget all requests."""
+        self.waiting.clear()
+        self.prefilling.clear()
+        self.decoding.clear()

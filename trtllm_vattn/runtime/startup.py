@@ -1,0 +1,59 @@
+"""What starting cost, and what memory is left for KV once everything else has been taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.graphs.runner import CaptureReport
+
+
+@dataclass
+class StartupReport:
+    """Seconds and bytes of an engine's start.
+
+    `compile_s` is the first pass over compiled layers; `budget_bytes` what the cache may hold afterwards.
+    """
+
+    load_s: float = 0.0
+    compile_s: float = 0.0
+    decode: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
+    prefill: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
+    budget_bytes: int = 0
+
+    @property
+    def capture_s(self) -> float:
+        return sum(self.decode.seconds.values()) + sum(self.prefill.seconds.values())
+
+    @property
+    def capture_bytes(self) -> int:
+        return self.decode.pool_bytes + self.prefill.pool_bytes
+
+
+def memory_left(device: torch.device, utilisation: float = 0.9) -> int:
+    """Bytes of a GPU that may still be taken if `utilisation` of its memory is to be used in all.
+
+    The smaller of what the driver calls free and what NVML does, which counts other processes the same way. Raises
+    ConfigError where nothing is left.
+    """
+    import pynvml
+
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    properties = torch.cuda.get_device_properties(device)
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}".encode())
+        free = min(free, int(pynvml.nvmlDeviceGetMemoryInfo(handle).free))
+    finally:
+        pynvml.nvmlShutdown()
+    left = free - int((1 - utilisation) * total)
+    if left <= 0:
+        raise ConfigError(
+            f"{free:,} of {total:,} bytes are free on {device}, and {1 - utilisation:.0%} are to stay so: nothing is "
+            "left for KV; free memory, or give a budget"
+        )
+    return left
