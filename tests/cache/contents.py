@@ -39,12 +39,13 @@ def fill(cache: KVCache, sequence: SequenceId, tokens: range) -> None:
             views.v[place] = v
 
 
-def expect(cache: KVCache, sequence: SequenceId, tokens: range) -> None:
-    """All layers of some tokens hold the pattern."""
+def expect(cache: KVCache, sequence: SequenceId, tokens: range, written_by: SequenceId | None = None) -> None:
+    """All layers of some tokens hold the pattern, of the sequence itself or of the one that it was forked from."""
     slot = cache.slot_of(sequence)
     for layer in range(cache.shape.num_layers):
         views, place = cache.layer(layer), _place(cache, slot, layer, tokens)
-        k, v = pattern(cache, sequence, layer, tokens).to(cache.device)
+        author = sequence if written_by is None else written_by
+        k, v = pattern(cache, author, layer, tokens).to(cache.device)
         wrong = [
             name for name, seen, want in (("K", views.k, k), ("V", views.v, v)) if not torch.equal(seen[place], want)
         ]

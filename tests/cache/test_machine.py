@@ -6,6 +6,7 @@ The bytes of all live tokens and the integrity of the books are checked after ev
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -24,14 +25,15 @@ from hypothesis.stateful import (
 from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import NoFreeSlot, OutOfPages, SequenceTooLong
+from trtllm_vattn.errors import ConfigError, NoFreeSlot, OutOfPages, SequenceTooLong
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """`model` maps each sequence to its length; contents are a function of sequence, layer and token."""
+    """`model` maps each sequence to its length, `authors` to who wrote its tokens; contents are a function of author,
+    layer and token."""
 
     def open_driver(self) -> Driver:
         self.host = HostDriver()
@@ -50,11 +52,17 @@ class CacheMachine(RuleBasedStateMachine):
         budget = granule * (2 * ranges + spare)
         self.cache = KVCacheManager(SHAPE, driver, budget, layers_per_range, lookahead)
         self.model: dict[int, int] = {}
+        self.authors: dict[int, list[int]] = {}
         self.count = 0
 
     def room(self) -> int:
-        """Bytes that an operation may still take: free, parked or stocked."""
+        """Bytes that an operation may still take: free, leaving, parked or stocked."""
+        self.cache.arena.settle(wait=True)
         return self.cache.arena.pool.available_bytes + self.cache.arena.parked_bytes
+
+    def write(self, sequence: int, tokens: range) -> None:
+        fill(self.cache, sequence, tokens)
+        self.authors[sequence][tokens.start :] = [sequence] * len(tokens)
 
     def missing(self, lengths: dict[int, int]) -> int:
         """Bytes that must be mapped for sequences to have these lengths."""
@@ -77,7 +85,8 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             assert self.cache.sequence_at(slot) == sequence
             self.count += 1
-            fill(self.cache, sequence, range(tokens))
+            self.authors[sequence] = []
+            self.write(sequence, range(tokens))
             self.model[sequence] = tokens
 
     @precondition(lambda self: self.model)
@@ -92,7 +101,7 @@ class CacheMachine(RuleBasedStateMachine):
         except OutOfPages:
             assert self.missing({sequence: length}) > self.room()
         else:
-            fill(self.cache, sequence, range(self.model[sequence], length))
+            self.write(sequence, range(self.model[sequence], length))
             self.model[sequence] = length
 
     @precondition(lambda self: self.model)
@@ -100,15 +109,24 @@ class CacheMachine(RuleBasedStateMachine):
     def truncate(self, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(sorted(self.model)))
         length = data.draw(st.integers(1, self.model[sequence]))
-        self.cache.truncate(sequence, length)
-        self.model[sequence] = length
+        room = self.room()
+        try:
+            self.cache.truncate(sequence, length)
+        except OutOfPages:
+            # What it shares and may write to again has to become its own.
+            slot = self.cache.arena.slots[self.cache.slot_of(sequence)]
+            shared = sum(m.size for column in slot.columns for m in column if m.extent.mappings > 1)
+            assert shared
+            assert slot.mapped * self.cache.layout.num_ranges > room
+        else:
+            self.model[sequence] = length
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(sorted(self.model)))
         self.cache.release(sequence)
-        del self.model[sequence]
+        del self.model[sequence], self.authors[sequence]
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -126,12 +144,70 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.missing(wanted) > self.room()
         else:
             for sequence, length in wanted.items():
-                fill(self.cache, sequence, range(length - 1, length))
+                self.write(sequence, range(length - 1, length))
             self.model.update(wanted)
 
     @rule()
     def map_ahead(self) -> None:
         self.cache.map_ahead()
+
+    @precondition(lambda self: self.model and self.cache.arena.free_slots())
+    @rule(data=st.data())
+    def move(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.model)))
+        slot = data.draw(st.sampled_from(self.cache.arena.free_slots()))
+        old = self.cache.slot_of(sequence)
+        frontier = self.cache.frontiers[old]
+        self.cache.move(sequence, slot)
+        assert self.cache.slot_of(sequence) == slot
+        assert (self.cache.frontiers[old], self.cache.frontiers[slot]) == (0, frontier)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        sequence, new = data.draw(st.sampled_from(sorted(self.model))), self.count
+        tokens = data.draw(st.integers(1, self.model[sequence]))
+        room = self.room()
+        need = self.cache.layout.bytes_for(tokens) * self.cache.layout.num_ranges
+        try:
+            self.cache.fork(sequence, new, tokens)
+        except NoFreeSlot:
+            assert len(self.model) == SHAPE.num_slots
+        except OutOfPages:
+            assert need > room
+        else:
+            self.count += 1
+            self.model[new] = tokens
+            self.authors[new] = self.authors[sequence][:tokens]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def replace(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.model)))
+        room, slot = self.room(), self.cache.slot_of(sequence)
+        before = [m.extent.serial for column in self.cache.arena.slots[slot].columns for m in column]
+        try:
+            self.cache.replace(sequence)
+        except OutOfPages:
+            assert self.cache.arena.slots[slot].mapped * self.cache.layout.num_ranges > room
+        else:
+            after = [m.extent.serial for column in self.cache.arena.slots[slot].columns for m in column]
+            assert not set(before) & set(after)
+
+    @rule(pages=st.integers(0, 60))
+    def set_budget(self, pages: int) -> None:
+        budget = pages * self.cache.layout.granule
+        self.room()
+        pool, arena = self.cache.arena.pool, self.cache.arena
+        used = pool.held_bytes - pool.stock_bytes - arena.parked_bytes
+        try:
+            self.cache.set_budget(budget)
+        except ConfigError:
+            assert budget < self.cache.layout.least_bytes
+        except OutOfPages:
+            assert used > budget
+        else:
+            assert pool.budget == budget
 
     @rule(pages=st.integers(1, 5))
     def reclaim(self, pages: int) -> None:
@@ -144,7 +220,9 @@ class CacheMachine(RuleBasedStateMachine):
     def every_live_token_holds_what_was_written(self) -> None:
         for sequence, length in self.model.items():
             assert self.cache.lengths[self.cache.slot_of(sequence)] == length
-            expect(self.cache, sequence, range(length))
+            for author, run in groupby(range(length), key=self.authors[sequence].__getitem__):
+                tokens = list(run)
+                expect(self.cache, sequence, range(tokens[0], tokens[-1] + 1), author)
 
     @invariant()
     def the_books_agree(self) -> None:

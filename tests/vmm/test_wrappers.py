@@ -7,7 +7,8 @@ import pytest
 
 from trtllm_vattn.errors import DriverError
 from trtllm_vattn.vmm.host import HostDriver
-from trtllm_vattn.vmm.wrappers import CountingDriver, FaultyDriver, TracingDriver
+from trtllm_vattn.vmm.owners import Extent, Reservation
+from trtllm_vattn.vmm.wrappers import CountingDriver, FaultyDriver, QuiescingDriver, TracingDriver, WrappedDriver
 
 
 def use(driver: CountingDriver | TracingDriver | FaultyDriver) -> None:
@@ -88,3 +89,21 @@ def test_random_failures_are_repeatable_and_can_be_ended(host_driver: HostDriver
 
     assert failures() == failures()
     assert 5 < len(failures()) < 30
+
+
+def test_mappings_change_only_after_quiescing(host_driver: HostDriver) -> None:
+    order: list[str] = []
+
+    class Noting(WrappedDriver):
+        def _call(self, name: str, *arguments: int) -> object:
+            order.append(name)
+            return super()._call(name, *arguments)
+
+    driver = QuiescingDriver(Noting(host_driver), lambda: order.append("quiesce"))
+    granule = driver.granularity()
+    reservation, extent = Reservation(driver, granule), Extent(driver, granule)
+    (mapping,) = reservation.map(0, [extent])
+    for owner in (mapping, extent, reservation):
+        owner.close()
+    changes = ["quiesce", "map", "quiesce", "set_access", "quiesce", "unmap"]
+    assert order == ["reserve", "create", *changes, "release", "free"]

@@ -53,21 +53,9 @@ class SlottedCache(KVCache):
     # -- contract --------------------------------------------------------------------------------------------------
 
     def admit(self, sequence: SequenceId, prompt_len: int) -> int:
-        self._check_open()
-        if sequence in self._slot_of:
-            raise DuplicateSequence(f"sequence {sequence!r} is in slot {self._slot_of[sequence]} already; release it")
-        if prompt_len < 1:
-            raise ConfigError(f"the prompt of sequence {sequence!r} has {prompt_len} tokens; at least 1 is needed")
-        self._check_fits(sequence, prompt_len)
-        if len(self._slot_of) == self.shape.num_slots:
-            raise NoFreeSlot(
-                f"sequence {sequence!r} found all {self.shape.num_slots} slots taken; release one or build the cache "
-                "with more slots"
-            )
+        self._check_new(sequence, prompt_len)
         slot = self._claim(prompt_len)
-        self._slot_of[sequence], self._owner[slot] = slot, sequence
-        self._occupied[slot] = True
-        self.lengths[slot] = prompt_len
+        self._house(sequence, slot, prompt_len)
         return slot
 
     def extend(self, sequence: SequenceId, tokens: int) -> None:
@@ -148,6 +136,33 @@ class SlottedCache(KVCache):
     def close(self) -> None:
         self._closed = True
         self._free()
+
+    def _rehouse(self, sequence: SequenceId, slot: int) -> None:
+        """A sequence is in another slot now."""
+        old = self._slot_of[sequence]
+        self._slot_of[sequence], self._owner[slot] = slot, self._owner.pop(old)
+        self._occupied[[old, slot]] = False, True
+        self.lengths[slot], self.lengths[old] = self.lengths[old], 0
+
+    def _house(self, sequence: SequenceId, slot: int, tokens: int) -> None:
+        """A new sequence of so many tokens is in a slot."""
+        self._slot_of[sequence], self._owner[slot] = slot, sequence
+        self._occupied[slot] = True
+        self.lengths[slot] = tokens
+
+    def _check_new(self, sequence: SequenceId, tokens: int) -> None:
+        """Raise unless a new sequence of so many tokens may come."""
+        self._check_open()
+        if sequence in self._slot_of:
+            raise DuplicateSequence(f"sequence {sequence!r} is in slot {self._slot_of[sequence]} already; release it")
+        if tokens < 1:
+            raise ConfigError(f"the prompt of sequence {sequence!r} has {tokens} tokens; at least 1 is needed")
+        self._check_fits(sequence, tokens)
+        if len(self._slot_of) == self.shape.num_slots:
+            raise NoFreeSlot(
+                f"sequence {sequence!r} found all {self.shape.num_slots} slots taken; release one or build the cache "
+                "with more slots"
+            )
 
     # -- for siblings ----------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import torch
 from trtllm_vattn.attention.select import available
 from trtllm_vattn.bench.machine import machine, versions
 from trtllm_vattn.errors import VattnError
+from trtllm_vattn.graphs.policy import start_choosing
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
@@ -60,6 +61,7 @@ def examine() -> tuple[list[Finding], int]:
         except VattnError as error:
             finding = Finding(name, False, str(error))
         findings.append(finding)
+    findings.append(_mapping())
     findings += [Finding(f"attention {name}", why == "yes", why) for name, why in available().items()]
     for package, what in (
         ("transformers", "Engine over Hugging Face models (pip install 'trtllm-vattn[runtime]')"),
@@ -68,6 +70,13 @@ def examine() -> tuple[list[Finding], int]:
     ):
         findings.append(Finding(package, importlib.util.find_spec(package) is not None, what))
     return findings, drivers
+
+
+def _mapping() -> Finding:
+    """The policy that an engine would get on this machine; on a GPU by a soak, unless one was made before."""
+    with start_choosing("cuda:0" if torch.cuda.is_available() else "cpu") as choosing:
+        choice = choosing.result()
+    return Finding("mapping policy", True, f"{choice.policy.value}: {choice.why}")
 
 
 def _gpu() -> Finding:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, OutOfPages
+from trtllm_vattn.errors import ConfigError, DriverError, OutOfPages
+from trtllm_vattn.memory.integrity import check_arena
 from trtllm_vattn.memory.layout import SlotLayout
 from trtllm_vattn.memory.pool import ExtentPool
 from trtllm_vattn.vmm.base import Fence
@@ -36,7 +37,8 @@ class Slot:
     """What backs one slot.
 
     `columns` lists, from the slot's start, mappings of equal size and offset, one in each range; `mapped` is their
-    bytes in one range. `parked_at` orders free slots by when they were parked.
+    bytes in one range. `parked_at` orders free slots by when they were parked. `leaving` is still mapped at the slot's
+    addresses, but in nobody's use; it goes when `fence` is done, and until then the slot is not free.
     """
 
     columns: list[list[Mapping]] = field(default_factory=list)
@@ -44,6 +46,7 @@ class Slot:
     state: SlotState = SlotState.FREE
     fence: Fence | None = None
     parked_at: int = 0
+    leaving: list[Mapping] = field(default_factory=list)
     broken: bool = False
 
 
@@ -63,10 +66,14 @@ class Arena:
         self.slots = [Slot() for _ in range(layout.num_slots + 1)]
         self.frontiers = np.zeros(layout.num_slots, np.int64)
         self.quarantine: list[Mapping] = []
+        self.places: dict[int, int] = {}
+        """In how many slots an extent stands, by serial; of those in more than one."""
         self.reservations: list[Reservation] = []
+        self._leaving: set[int] = set()
+        self._scratches: list[Reservation] = []
         self._parkings = 0
         dummy = layout.num_slots
-        least = layout.bytes_for(1) * layout.num_ranges
+        least = layout.least_bytes
         if least > pool.available_bytes:
             raise ConfigError(
                 f"the budget of {pool.budget:,} bytes is smaller than one granule in each of {layout.num_ranges} "
@@ -97,7 +104,7 @@ class Arena:
             return 0
         total = sum(growth.values()) * self.layout.num_ranges
         while True:
-            self._make_available(total)
+            self.make_available(total)
             try:
                 return self._place_all(growth)
             except OutOfPages:
@@ -111,7 +118,7 @@ class Arena:
             undo.pop_all()
         for slot, columns in grown.items():
             self.slots[slot].columns += columns
-            self._set_mapped(slot, self.slots[slot].mapped + growth[slot])
+            self.set_mapped(slot, self.slots[slot].mapped + growth[slot])
         return sum(len(columns) for columns in grown.values()) * self.layout.num_ranges
 
     def _place(self, slot: int, size: int, undo: ExitStack) -> list[list[Mapping]]:
@@ -127,34 +134,28 @@ class Arena:
             try:
                 placed += reservation.map(offset, extents)
             except RollbackFailed as error:
-                self._set_aside(slot, error.left)
+                self.set_aside(slot, error.left)
                 raise
             rows.append(placed)
         return [list(column) for column in zip(*rows, strict=True)]
 
     def _take_back(self, slot: int, extents: list[Extent], placed: list[Mapping]) -> None:
-        self._set_aside(slot, [mapping for mapping in reversed(placed) if not self._unmap(mapping)])
+        self.set_aside(slot, [mapping for mapping in reversed(placed) if not self.unmap(mapping)])
         self.pool.give(extent for extent in extents if not extent.mappings)
 
-    def _set_mapped(self, slot: int, mapped: int) -> None:
+    def set_mapped(self, slot: int, mapped: int) -> None:
         self.slots[slot].mapped = mapped
-        self._set_frontier(slot)
+        self.set_frontier(slot)
 
-    def _set_frontier(self, slot: int) -> None:
-        """A slot without a sequence has none: what is mapped there may be taken at any time."""
+    def set_frontier(self, slot: int) -> None:
         if slot < self.layout.num_slots:
-            self.frontiers[slot] = self._frontier_of(slot)
-
-    def _frontier_of(self, slot: int) -> int:
-        running = self.slots[slot].state is SlotState.RUNNING
-        return self.layout.tokens_in(self.slots[slot].mapped) if running else 0
+            self.frontiers[slot] = self.frontier_of(slot)
 
     # -- running and parking ---------------------------------------------------------------------------------------
 
     def free_slots(self) -> list[int]:
         """Slots that a sequence may be given, in order."""
-        dummy = self.layout.num_slots
-        return [index for index in range(dummy) if self.slots[index].state is SlotState.FREE]
+        return [i for i, slot in enumerate(self.slots[:-1]) if slot.state is SlotState.FREE and not slot.leaving]
 
     def occupy(self, tokens: int, limit: int) -> tuple[int, int]:
         """Choose a free slot below `limit`, back it for `tokens`; returns the slot and the mappings made.
@@ -174,22 +175,27 @@ class Arena:
         try:
             maps = self.grow({chosen: tokens})
         except BaseException:
-            self._set_idle(chosen)
+            self.set_idle(chosen)
             raise
-        self._set_frontier(chosen)
+        self.set_frontier(chosen)
         return chosen, maps
 
     def park(self, slot: int, fence: Fence) -> None:
-        """End a slot's use. Its memory stays mapped until adopted or, once `fence` is done, taken away."""
+        """End a slot's use. Its memory stays mapped until adopted or, once `fence` is done, taken away.
+
+        Memory shared with another slot is not for adopting: such a slot is emptied.
+        """
         self._parkings += 1
         self.slots[slot].parked_at = self._parkings
         self.slots[slot].fence = fence
-        self._set_idle(slot)
+        self.set_idle(slot)
+        if any(mapping.extent.serial in self.places for column in self.slots[slot].columns for mapping in column):
+            self.leave(slot, fence)
 
-    def _set_idle(self, slot: int) -> None:
+    def set_idle(self, slot: int) -> None:
         broken = self.slots[slot].broken
         self.slots[slot].state = SlotState.RETIRED if broken else SlotState.FREE
-        self._set_frontier(slot)
+        self.set_frontier(slot)
 
     # -- taking away -----------------------------------------------------------------------------------------------
 
@@ -205,12 +211,19 @@ class Arena:
 
     @property
     def running_bytes(self) -> int:
-        """Bytes mapped for running sequences, in all ranges, without the dummy slot."""
-        running = (slot.mapped for slot in self.slots[:-1] if slot.state is SlotState.RUNNING)
-        return sum(running) * self.layout.num_ranges
+        """Bytes mapped for running sequences, in all ranges, without the dummy slot; what they share counts once."""
+        running = [slot for slot in self.slots[:-1] if slot.state is SlotState.RUNNING]
+        if not self.places:
+            return sum(slot.mapped for slot in running) * self.layout.num_ranges
+        extents = {m.extent.serial: m.size for slot in running for column in slot.columns for m in column}
+        return sum(extents.values())
 
-    def _make_available(self, size: int) -> None:
+    def make_available(self, size: int) -> None:
+        """Have the pool able to hand out `size` bytes, by unmapping what is leaving or parked. Raises OutOfPages."""
         short = size - self.pool.available_bytes
+        if short > 0:
+            self.settle(wait=True)
+            short = size - self.pool.available_bytes
         if short <= 0:
             return
         if short > self.parked_bytes:
@@ -220,6 +233,31 @@ class Arena:
             )
         self.reclaim(short)
 
+    def empty(self, index: int) -> None:
+        """Unmap all that is parked in a free slot, behind its fence."""
+        slot = self.slots[index]
+        if slot.fence is not None:
+            slot.fence.wait()
+        while slot.columns:
+            self.unmap_tail(index)
+
+    def cut(self, index: int, first: int) -> None:
+        """Take a slot's memory from its column `first` on, though its sequence needs it: its books are in order then,
+        and its frontier says what is left."""
+        slot = self.slots[index]
+        slot.broken = True
+        while len(slot.columns) > first:
+            self.unmap_tail(index)
+
+    def scratch(self) -> Reservation:
+        """Addresses for one slot in each range, with nothing mapped in them."""
+        for reservation in self._scratches:
+            if not reservation.mappings:
+                return reservation
+        made = Reservation(self.pool.driver, self.layout.num_ranges * self.layout.slot_stride)
+        self._scratches.append(made)
+        return made
+
     def reclaim(self, size: int) -> int:
         """Unmap at least `size` bytes of parked slots if there are so many; returns the bytes given to the pool."""
         given = 0
@@ -228,20 +266,22 @@ class Arena:
             while slot.columns and given < size:
                 if slot.fence is not None:
                     slot.fence.wait()
-                given += self._unmap_tail(index)
+                given += self.unmap_tail(index)
         return given
 
-    def _unmap_tail(self, index: int) -> int:
+    def unmap_tail(self, index: int) -> int:
         slot = self.slots[index]
         column = slot.columns.pop()
-        self._set_mapped(index, slot.mapped - column[0].size)
-        stuck = [mapping for mapping in column if not self._unmap(mapping)]
-        given = [mapping.extent for mapping in column if mapping not in stuck]
+        self.set_mapped(index, slot.mapped - column[0].size)
+        stuck = [mapping for mapping in column if not self.unmap(mapping)]
+        for mapping in column:
+            self.unshare(mapping.extent)
+        given = [mapping.extent for mapping in column if not mapping.extent.mappings]
         self.pool.give(given)
-        self._set_aside(index, stuck)
+        self.set_aside(index, stuck)
         return sum(extent.size for extent in given)
 
-    def _unmap(self, mapping: Mapping) -> bool:
+    def unmap(self, mapping: Mapping) -> bool:
         try:
             mapping.close()
         except DriverError as error:
@@ -249,7 +289,7 @@ class Arena:
             return False
         return True
 
-    def _set_aside(self, index: int, stuck: list[Mapping]) -> None:
+    def set_aside(self, index: int, stuck: list[Mapping]) -> None:
         """Quarantine mappings that could not be undone, and the slot whose addresses they hold."""
         if stuck:
             self.quarantine += stuck
@@ -257,54 +297,79 @@ class Arena:
             if self.slots[index].state is not SlotState.RUNNING:
                 self.slots[index].state = SlotState.RETIRED
 
+    # -- leaving ---------------------------------------------------------------------------------------------------
+
+    def leave(self, index: int, fence: Fence) -> None:
+        """Take everything out of a slot's books at once, and out of its addresses once `fence` is done."""
+        slot = self.slots[index]
+        slot.leaving = [mapping for column in slot.columns for mapping in column]
+        self._leaving.add(index)
+        slot.fence = fence
+        for mapping in slot.leaving:
+            self.unshare(mapping.extent)
+        slot.columns = []
+        self.set_mapped(index, 0)
+
+    def settle(self, wait: bool = False) -> None:
+        """Unmap what is leaving and whose fence is done; with `wait`, all of it."""
+        for index in sorted(self._leaving):
+            slot = self.slots[index]
+            if slot.fence is not None and (wait or slot.fence.done()):
+                slot.fence.wait()
+                self._leaving.discard(index)
+                leaving, slot.leaving = slot.leaving, []
+                self.set_aside(index, [mapping for mapping in leaving if not self.unmap(mapping)])
+                self.pool.give(mapping.extent for mapping in leaving if not mapping.extent.mappings)
+
+    def share(self, extent: Extent) -> None:
+        """An extent stands in one more slot."""
+        self.places[extent.serial] = self.places.get(extent.serial, 1) + 1
+
+    def unshare(self, extent: Extent) -> None:
+        """It stands in one slot less; nothing where it stood in one alone."""
+        places = self.places.pop(extent.serial, 1) - 1
+        if places > 1:
+            self.places[extent.serial] = places
+
+    # -- budget ----------------------------------------------------------------------------------------------------
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes of the dummy slot, without which there is no arena."""
+        return self.layout.least_bytes
+
+    def set_budget(self, budget: int) -> None:
+        """Raise or lower the bytes held; parked memory beyond it is unmapped and released.
+
+        Raises ConfigError for less than the dummy slot has, OutOfPages where running slots have more; nothing changed.
+        """
+        if budget < self.least_bytes:
+            raise ConfigError(
+                f"the budget is {budget:,} bytes, the dummy slot alone takes {self.least_bytes:,}; raise the budget"
+            )
+        if budget < self.pool.held_bytes:
+            self.settle(wait=True)
+            stuck = sum(extent.size for extent in self.pool.quarantine)
+            used = self.pool.held_bytes - self.pool.stock_bytes - self.parked_bytes
+            if used > budget:
+                raise OutOfPages(
+                    f"a budget of {budget:,} bytes asked for, but running slots hold {used - stuck:,} and {stuck:,} "
+                    "could not be released; release or preempt a sequence first"
+                )
+            self.reclaim(self.pool.held_bytes - self.pool.stock_bytes - budget)
+        self.pool.set_budget(budget)
+
     # -- books -----------------------------------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
-        """Raise InvariantViolation, with its numbers, unless every extent is in exactly one place and every frontier
-        is backed."""
-        places: dict[int, str] = {}
+        """Raise InvariantViolation, with its numbers, unless every extent is in exactly one place, or in several slots
+        as shared, and every frontier is backed."""
+        check_arena(self)
 
-        def put(extent: Extent, place: str) -> None:
-            if extent.serial in places:
-                raise InvariantViolation(f"extent {extent.serial} is in {places[extent.serial]} and in {place}")
-            places[extent.serial] = place
-
-        total = 0
-        mapped = [m for slot in self.slots for column in slot.columns for m in column] + self.quarantine
-        for mapping in mapped:
-            put(mapping.extent, f"the mapping at {mapping.address:#x}")
-            total += mapping.size
-        for extent in [*self.pool.stocked(), *self.pool.quarantine]:
-            put(extent, "the pool")
-            total += extent.size
-        if total != self.pool.held_bytes:
-            raise InvariantViolation(f"extents add up to {total:,} bytes, the pool holds {self.pool.held_bytes:,}")
-        if self.pool.held_bytes > self.pool.budget:
-            raise InvariantViolation(f"{self.pool.held_bytes:,} bytes held of a budget of {self.pool.budget:,}")
-        for index, slot in enumerate(self.slots):
-            self._check_slot(index, slot)
-
-    def _check_slot(self, index: int, slot: Slot) -> None:
-        offset = start = index * self.layout.slot_stride
-        for column in slot.columns:
-            for mapping, reservation in zip(column, self.reservations, strict=True):
-                if (mapping.reservation, mapping.offset, mapping.size) != (
-                    reservation,
-                    offset,
-                    column[0].size,
-                ):
-                    raise InvariantViolation(
-                        f"slot {index}: {mapping.size:,} bytes at offset {mapping.offset:,}, expected "
-                        f"{column[0].size:,} at {offset:,}"
-                    )
-            offset += column[0].size
-        if offset - start != slot.mapped:
-            raise InvariantViolation(f"slot {index}: {offset - start:,} bytes mapped, {slot.mapped:,} in the books")
-        if index < self.layout.num_slots and self.frontiers[index] != self._frontier_of(index):
-            raise InvariantViolation(
-                f"slot {index} ({slot.state.value}): frontier {self.frontiers[index]}, but {slot.mapped:,} bytes back "
-                f"{self._frontier_of(index)} tokens"
-            )
+    def frontier_of(self, slot: int) -> int:
+        """Tokens that a slot's sequence may use; a slot without one has none: what is mapped there may go at any time."""
+        running = self.slots[slot].state is SlotState.RUNNING
+        return self.layout.tokens_in(self.slots[slot].mapped) if running else 0
 
     def close(self, fence: Fence) -> None:
         """Unmap and free everything once `fence` is done; what was quarantined is tried again.
@@ -312,16 +377,17 @@ class Arena:
         Idempotent. Raises DriverError where something still fails; calling again tries again.
         """
         fence.wait()
+        self.settle(wait=True)
         for index in range(len(self.slots)):
             while self.slots[index].columns:
-                self._unmap_tail(index)
+                self.unmap_tail(index)
         retry, self.quarantine = self.quarantine, []
-        stuck = [mapping for mapping in retry if not self._unmap(mapping)]
-        self.pool.give(mapping.extent for mapping in retry if mapping not in stuck)
+        stuck = [mapping for mapping in retry if not self.unmap(mapping)]
+        self.pool.give({m.extent.serial: m.extent for m in retry if not m.extent.mappings}.values())
         self.quarantine = stuck
         with ExitStack() as closing:
             closing.callback(self.pool.close)
-            for reservation in self.reservations:
+            for reservation in (*self.reservations, *self._scratches):
                 if not reservation.mappings:
                     closing.callback(reservation.close)
         if stuck:

@@ -78,6 +78,11 @@ class SlotLayout:
         """Bytes of addresses in one range, the dummy slot included."""
         return (self.num_slots + 1) * self.slot_stride
 
+    @property
+    def least_bytes(self) -> int:
+        """Bytes of physical memory that the dummy slot takes in all ranges."""
+        return self.bytes_for(1) * self.num_ranges
+
     def bytes_for(self, tokens: int) -> int:
         """Bytes a range must map for a slot to hold `tokens`."""
         return round_up(tokens * self.row_bytes, self.granule)

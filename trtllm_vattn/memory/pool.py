@@ -56,6 +56,21 @@ class ExtentPool:
         """Bytes that `take` can still hand out."""
         return self.budget - (self.held_bytes - self.stock_bytes)
 
+    def set_budget(self, budget: int) -> None:
+        """Raise or lower the budget; stock beyond it is released.
+
+        Raises OutOfPages, and keeps the old budget, where more than that is handed out or cannot be released.
+        """
+        before, self.budget = self.budget, budget
+        while self.held_bytes > self.budget and self._drop_one([]):
+            pass
+        if self.held_bytes > self.budget:
+            self.budget = before
+            raise OutOfPages(
+                f"a budget of {budget:,} bytes asked for, but {self.held_bytes:,} are handed out or quarantined; "
+                "release or preempt a sequence first"
+            )
+
     def take(self, size: int) -> list[Extent]:
         """The fewest extents that add up to `size` bytes, rounded up to a granule, largest first.
 

@@ -19,7 +19,7 @@ from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, OutOfPages, SequenceTooLong
-from trtllm_vattn.graphs.policy import MappingPolicy
+from trtllm_vattn.graphs.policy import MappingPolicy, start_choosing
 from trtllm_vattn.graphs.runner import default_buckets
 from trtllm_vattn.runtime.binding import bind, check_fit, scale_of, shape_of
 from trtllm_vattn.runtime.compaction import Compaction
@@ -32,6 +32,7 @@ from trtllm_vattn.runtime.request import Completion, Running, StepRecord, TokenE
 from trtllm_vattn.runtime.sampling import SamplingParams, sample
 from trtllm_vattn.runtime.scheduler import Scheduler
 from trtllm_vattn.runtime.startup import StartupReport, memory_left
+from trtllm_vattn.vmm.open import open_driver
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -116,6 +116,11 @@ def strided(
     return flat.view(dtype).as_strided(tuple(shape), tuple(strides), offset_bytes // dtype.itemsize)
 
 
+def copy_bytes(device: str, to: int, source: int, nbytes: int) -> None:
+    """Copy between addresses of a device, on the stream that torch launches on."""
+    tensor_at(to, nbytes, device).copy_(tensor_at(source, nbytes, device), non_blocking=True)
+
+
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """A host array on a device, without waiting for what the device is doing; `array` may change at once."""
     if device.type == "cpu":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
 from time import perf_counter
 from typing import IO, Any
 
@@ -128,4 +129,17 @@ class FaultyDriver(WrappedDriver):
             order[1] -= 1
         if self._probability and self._random.random() < self._probability:
             raise DriverError("CUDA_ERROR_UNKNOWN", name, arguments, "injected")
+        return super()._call(name, *arguments)
+
+
+class QuiescingDriver(WrappedDriver):
+    """Calls `quiesce`, which waits for work that must not run beside a change of mappings, before each such change."""
+
+    def __init__(self, inner: Driver, quiesce: Callable[[], None]) -> None:
+        super().__init__(inner)
+        self._quiesce = quiesce
+
+    def _call(self, name: str, *arguments: int) -> Any:
+        if name in ("map", "set_access", "unmap"):
+            self._quiesce()
         return super()._call(name, *arguments)
