@@ -159,6 +159,11 @@ class HostGraph:
         """Operations recorded."""
         return len(self._records or ())
 
+    @property
+    def records(self) -> list[Record]:
+        """What was recorded, in order; nothing after `close()`."""
+        return list(self._records or ())
+
     def operations(self) -> list[str]:
         """The names of what was recorded, in order."""
         return [str(record.operation) for record in self._records or ()]

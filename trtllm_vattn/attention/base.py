@@ -66,7 +66,7 @@ class Attention(ABC):
         length: torch.Tensor,
         max_length: int,
     ) -> torch.Tensor:
-        """A chunk of the prompt in slot (int64 ``[1]``), causal: q ``[padded_tokens, num_heads, head_dim]`` to the same.
+        """A chunk of a prompt in `slot`, int64 ``[1]``, causal: q ``[padded_tokens, num_heads, head_dim]`` to the same.
 
         Query i (of the first `query_len`, int32 ``[1]`` on the device) sits at position ``length - query_len + i``;
         length int32 ``[1]`` on the device counts the chunk and what was there before; `max_length` is a host-side

@@ -46,6 +46,9 @@ class CudnnAttention(GatheringAttention):
         self._table: torch.Tensor | None = None
         self._ones = torch.ones(cache.shape.num_slots, dtype=torch.int32, device=cache.device)
 
+    def storages(self) -> list[torch.Tensor]:
+        return [*super().storages(), *(plan.workspace for plan in self._plans.values())]
+
     def decode(
         self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -85,7 +85,7 @@ class Plan:
             self._graph.build_plans()
         except (RuntimeError, ValueError, cudnn.cudnnGraphNotSupportedError) as error:
             raise ConfigError(f"cuDNN {cudnn.backend_version()} has no attention for {shape}: {error}") from error
-        self._workspace = torch.empty(self._graph.get_workspace_size(), dtype=torch.uint8, device="cuda")
+        self.workspace = torch.empty(self._graph.get_workspace_size(), dtype=torch.uint8, device="cuda")
 
     @staticmethod
     def _describe(cudnn: Any, handle: Any, shape: PlanShape, dtype: torch.dtype, scale: float) -> Any:
@@ -143,4 +143,4 @@ class Plan:
 
     def execute(self, addresses: dict[int, int]) -> None:
         """Launch on the handle's stream; addresses by `Operand`."""
-        self._graph.execute(addresses, self._workspace.data_ptr(), handle=self._handle)
+        self._graph.execute(addresses, self.workspace.data_ptr(), handle=self._handle)

@@ -367,7 +367,7 @@ class Arena:
         check_arena(self)
 
     def frontier_of(self, slot: int) -> int:
-        """Tokens that a slot's sequence may use; a slot without one has none: what is mapped there may go at any time."""
+        """Tokens that a slot's sequence may use; 0 without one: what is mapped there may go at any time."""
         running = self.slots[slot].state is SlotState.RUNNING
         return self.layout.tokens_in(self.slots[slot].mapped) if running else 0
 

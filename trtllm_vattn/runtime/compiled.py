@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -129,3 +129,17 @@ def compile_layers(model: PreTrainedModel, backend: Backend | None = None) -> in
     for layer in layers:
         layer.compile(backend=chosen, dynamic=True, fullgraph=True)
     return len(layers)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compile_model(model: PreTrainedModel) -> Callable[[Function], Function]:
+    """Compile a bound model's layers; returns what to apply to functions of tensors that are run in every step."""
+    compile_layers(model)
+    return partial(torch.compile, dynamic=True)
+
+
+def as_it_is(function: Function) -> Function:
+    """What to apply to them where nothing is compiled."""
+    return function

@@ -11,20 +11,32 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.graphs.audit import (
+    RESERVATION,
+    STATIC,
+    AuditReport,
+    audit,
+    audit_host,
+    cuda_probe,
+    pool_regions,
+    tensor_regions,
+)
 from trtllm_vattn.graphs.guard import Guard
+from trtllm_vattn.graphs.host_graph import HostGraph
+from trtllm_vattn.graphs.nodes import GraphReader
 from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner, Outputs
 from trtllm_vattn.runtime.binding import DecodeStep, forward
+from trtllm_vattn.runtime.compiled import Function, as_it_is
 from trtllm_vattn.runtime.sampling import SamplingParams, draw, settings
+from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.tensors import tensor_at, upload
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 STOPS = 4
 """Stop tokens of a lane that the device looks for in a loop; further ones are found after the launch."""
@@ -121,7 +133,7 @@ class DecodeBatch:
         steps: int = 1,
         loop: bool = False,
         packed: bool = False,
-        wrap: Callable[[Function], Function] = lambda function: function,
+        wrap: Callable[[Function], Function] = as_it_is,
     ) -> None:
         self.model, self.attention = model, attention
         self.steps, self.loop, self.packed = steps, loop, packed
@@ -353,6 +365,21 @@ class DecodeBatch:
             for step in range(steps):
                 rows[3 + (self._taken + step) % (2 * self.steps), lane] = params.uniform(drawn + unread + step)
         self._drawing.copy_(upload(rows, self._drawing.device))
+
+    def audit(self, bucket: int) -> AuditReport:
+        """Whose the addresses are that a bucket's graph holds. Raises CaptureError where there is no graph."""
+        graph = self.runner.graph(bucket)
+        cache = self.attention.cache
+        kind = RESERVATION if isinstance(cache, KVCacheManager) else STATIC
+        regions = tensor_regions(kind, cache.storages())
+        mine = [*self.runner.static, *self.attention.storages()]
+        theirs = {storage.untyped_storage().data_ptr() for storage in cache.storages()}
+        regions += tensor_regions(STATIC, (t for t in mine if t.untyped_storage().data_ptr() not in theirs))
+        if isinstance(graph, HostGraph):
+            return audit_host(graph, regions)
+        cuda = CudaDriver(cache.device.index or 0).cuda
+        nodes = GraphReader(cuda).read(cuda.CUgraph(graph.raw_cuda_graph()))
+        return audit(nodes, [*regions, *pool_regions(self.runner.pool)], cuda_probe(cuda))
 
     def close(self) -> None:
         """Drop all graphs. Idempotent."""

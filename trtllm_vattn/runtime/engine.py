@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -23,7 +22,7 @@ from trtllm_vattn.graphs.policy import MappingPolicy, start_choosing
 from trtllm_vattn.graphs.runner import default_buckets
 from trtllm_vattn.runtime.binding import bind, check_fit, scale_of, shape_of
 from trtllm_vattn.runtime.compaction import Compaction
-from trtllm_vattn.runtime.compiled import compile_layers
+from trtllm_vattn.runtime.compiled import as_it_is, compile_model
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.pipeline import Pipeline
@@ -37,8 +36,6 @@ from trtllm_vattn.vmm.open import open_driver
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-
-Function = TypeVar("Function")
 
 UNUSUAL = 97
 """Tokens of the first compiled pass. No dimension of a model has this size, so torch takes none for their number."""
@@ -120,11 +117,9 @@ class Engine:
         self.startup = StartupReport()
         buckets = default_buckets(cache.shape.num_slots) if buckets is None else buckets
         compiling = cache.device.type == "cuda" if compile is None else compile
-        wrap = partial(torch.compile, dynamic=True) if compiling else _as_it_is
         with torch.inference_mode():
             started = perf_counter()
-            if compiling:
-                compile_layers(model)
+            wrap = compile_model(model) if compiling else as_it_is
             self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
             self.prefill = Prefill(model, self.attention, chunk, pool=self.decode.runner.pool)
             if compiling:
@@ -403,7 +398,3 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _as_it_is(function: Function) -> Function:
-    return function

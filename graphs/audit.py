@@ -1,0 +1,212 @@
+"""The audit: which addresses did a captured graph bake in, and whose are they?
+
+Every address that can be seen must lie in a reservation of the cache, in the graphs' memory pool, or in a static
+buffer. Anything else is a finding: memory that somebody may free beneath the graph. What cannot be seen is listed.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from trtllm_vattn.errors import CaptureError
+from trtllm_vattn.graphs.host_graph import HostGraph
+from trtllm_vattn.graphs.nodes import Node, Opaque, Word
+
+RESERVATION, POOL, STATIC = "reservation", "pool", "static"
+
+
+@dataclass(frozen=True)
+class Region:
+    """`size` bytes from `base` that a graph may hold addresses of; `kind` is one of the three above."""
+
+    kind: str
+    base: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What the driver says of an address: the allocation it lies in."""
+
+    base: int
+    size: int
+    where: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An address of nobody we know. `certain` where the parameter is an address and nothing else; inside a larger one
+    eight bytes may look like an address by chance."""
+
+    node: int
+    kind: str
+    name: str
+    parameter: int
+    offset: int
+    address: int
+    allocation: Allocation
+    certain: bool
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What a graph holds.
+
+    `nodes` counts them by kind, `addresses` those seen by the kind of their region; `numbers` the words that are no
+    address the driver knows. `opaque` lists what could not be read, `unseen` says it in sentences.
+    """
+
+    nodes: dict[str, int]
+    addresses: dict[str, int]
+    numbers: int
+    findings: tuple[Finding, ...]
+    opaque: tuple[tuple[int, str, Opaque], ...]
+    unseen: tuple[str, ...]
+
+    @property
+    def foreign(self) -> list[Finding]:
+        """The certain findings."""
+        return [finding for finding in self.findings if finding.certain]
+
+    def raise_if_foreign(self) -> None:
+        """Raise CaptureError naming the first certain finding."""
+        if self.foreign:
+            first, where = self.foreign[0], self.foreign[0].allocation
+            raise CaptureError(
+                f"the graph holds {first.address:#x}, parameter {first.parameter} of {first.kind} {first.name!r} (node "
+                f"{first.node}): {where.where} memory of {where.size:,} bytes at {where.base:#x} that is neither the "
+                f"cache's, nor the graphs' pool's, nor declared static ({len(self.foreign)} such in all); pass the "
+                "tensor as static and keep it, or make it inside the step"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: counts, findings and sentences."""
+        return {
+            "nodes": self.nodes,
+            "addresses": self.addresses,
+            "numbers": self.numbers,
+            "findings": [asdict(finding) for finding in self.findings],
+            "opaque_parameters": len(self.opaque),
+            "unseen": list(self.unseen),
+        }
+
+
+Probe = Callable[[int], Allocation | None]
+
+
+class Regions:
+    """Looks an address up among regions that do not overlap."""
+
+    def __init__(self, regions: Iterable[Region]) -> None:
+        self._regions = sorted(regions, key=lambda region: region.base)
+        self._bases = [region.base for region in self._regions]
+
+    def find(self, address: int) -> Region | None:
+        """The region that an address lies in; its end does not."""
+        index = bisect.bisect_right(self._bases, address) - 1
+        if index >= 0 and address < self._regions[index].base + self._regions[index].size:
+            return self._regions[index]
+        return None
+
+
+def audit(nodes: Sequence[Node], regions: Iterable[Region], probe: Probe) -> AuditReport:
+    """Classify every address in a graph's nodes; `probe` tells what the driver knows of one, None if nothing."""
+    known = Regions(regions)
+    seen: Counter[str] = Counter()
+    findings: list[Finding] = []
+    numbers = 0
+    for index, node in enumerate(nodes):
+        for word in node.words:
+            region = known.find(word.value)
+            if not word.value:
+                continue
+            if region is not None:
+                seen[region.kind] += 1
+            elif (allocation := probe(word.value)) is None:
+                numbers += 1
+            else:
+                findings.append(_finding(index, node, word, allocation))
+    opaque = tuple((index, node.name, part) for index, node in enumerate(nodes) for part in node.opaque)
+    return AuditReport(
+        nodes=dict(Counter(node.kind for node in nodes)),
+        addresses=dict(seen),
+        numbers=numbers,
+        findings=tuple(findings),
+        opaque=opaque,
+        unseen=_unseen(nodes),
+    )
+
+
+def _finding(index: int, node: Node, word: Word, allocation: Allocation) -> Finding:
+    return Finding(index, node.kind, node.name, word.parameter, word.offset, word.value, allocation, word.whole)
+
+
+def _unseen(nodes: Sequence[Node]) -> tuple[str, ...]:
+    reasons = Counter(part.why for node in nodes for part in node.opaque)
+    sentences = [f"{count} times: {why}" for why, count in reasons.items()]
+    if any(node.kind == "kernel" for node in nodes):
+        sentences.append("addresses that a kernel reads from memory (arrays of pointers) are not among its parameters")
+        sentences.append("an address that is not a multiple of 8 bytes into its parameter is not looked for")
+    return tuple(sentences)
+
+
+def audit_host(graph: HostGraph, regions: Iterable[Region]) -> AuditReport:
+    """The same for a `HostGraph`: what its operations made themselves counts as the pool's."""
+    known = Regions(regions)
+    made = {tensor.untyped_storage().data_ptr() for record in graph.records for _, tensor in record.results}
+    seen: Counter[str] = Counter()
+    findings = []
+    for index, record in enumerate(graph.records):
+        for place, storage in enumerate(record.storages()):
+            address = storage.data_ptr()
+            region = known.find(address)
+            if region is not None:
+                seen[region.kind] += 1
+            elif address in made:
+                seen[POOL] += 1
+            elif address:
+                node = Node("operation", str(record.operation))
+                allocation = Allocation(address, storage.nbytes(), "host")
+                findings.append(_finding(index, node, Word(place, 0, address, True), allocation))
+    return AuditReport({"operation": len(graph)}, dict(seen), 0, tuple(findings), (), ())
+
+
+def cuda_probe(cuda: Any) -> Probe:
+    """What the CUDA driver knows of an address; `cuda` is `cuda.bindings.driver`."""
+    attribute = cuda.CUpointer_attribute
+
+    def ask(what: Any, address: int) -> Any:
+        code, value = cuda.cuPointerGetAttribute(what, address)
+        return value if code == cuda.CUresult.CUDA_SUCCESS else None
+
+    def probe(address: int) -> Allocation | None:
+        kind = ask(attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address)
+        if kind is None:
+            return None
+        base = ask(attribute.CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, address)
+        size = ask(attribute.CU_POINTER_ATTRIBUTE_RANGE_SIZE, address)
+        where = "host" if int(kind) == int(cuda.CUmemorytype.CU_MEMORYTYPE_HOST) else "device"
+        return Allocation(int(base or address), int(size or 0), where)
+
+    return probe
+
+
+def pool_regions(pool: Any) -> list[Region]:
+    """The segments of a torch memory pool, by the handle that its graphs were captured with."""
+    return [
+        Region(POOL, segment["address"], segment["total_size"])
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment["segment_pool_id"]) == tuple(pool)
+    ]
+
+
+def tensor_regions(kind: str, tensors: Iterable[torch.Tensor]) -> list[Region]:
+    """The storages of tensors, each once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return [Region(kind, base, size) for base, size in storages.items() if base and size]

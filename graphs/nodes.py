@@ -1,0 +1,133 @@
+"""What a captured CUDA graph holds, read node by node through the driver.
+
+A kernel's parameters are read where the driver keeps them; their number, offsets and sizes come from
+`cuFuncGetParamInfo`. What they mean is not known to the driver: a parameter may be an address, a number, or a structure
+with addresses in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from trtllm_vattn.errors import DriverError
+
+TMA_BYTES, TMA_ALIGNMENT = 128, 64
+"""Of a CUtensorMap, the descriptor of the tensor memory accelerator; the address in it is encoded."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """Eight aligned bytes of a parameter, `offset` bytes from its start; `whole` where the parameter is just these."""
+
+    parameter: int
+    offset: int
+    value: int
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A parameter, or with -1 all of a node, that may hold addresses which cannot be read."""
+
+    parameter: int
+    size: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node: its `kind` as the driver names it (``kernel``, ``memcpy``, …) and the kernel's `name`."""
+
+    kind: str
+    name: str
+    words: tuple[Word, ...] = ()
+    opaque: tuple[Opaque, ...] = ()
+
+
+class GraphReader:
+    """Reads graphs through `cuda.bindings.driver`, or whatever answers like it."""
+
+    def __init__(self, cuda: Any) -> None:
+        self._cuda = cuda
+
+    def read(self, graph: Any) -> list[Node]:
+        """All nodes of a graph (a CUgraph) and of the graphs inside it. Raises DriverError."""
+        return list(self._nodes(graph))
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        code, *values = getattr(self._cuda, name)(*arguments)
+        if code != self._cuda.CUresult.CUDA_SUCCESS:
+            raise DriverError(code.name, name, ())
+        return values[0] if len(values) == 1 else values
+
+    def _nodes(self, graph: Any) -> Iterator[Node]:
+        _, count = self._call("cuGraphGetNodes", graph, 0)
+        if not count:
+            return
+        nodes, count = self._call("cuGraphGetNodes", graph, count)
+        for node in nodes[:count]:
+            kind = self._call("cuGraphNodeGetType", node).name.removeprefix("CU_GRAPH_NODE_TYPE_").lower()
+            if kind == "kernel":
+                yield self._kernel(node)
+            elif kind == "memcpy":
+                yield self._memcpy(node)
+            elif kind == "memset":
+                destination = int(self._call("cuGraphMemsetNodeGetParams", node).dst)
+                yield Node(kind, "", (Word(0, 0, destination, True),))
+            elif kind == "graph":
+                yield Node(kind, "")
+                yield from self._nodes(self._call("cuGraphChildGraphNodeGetGraph", node))
+            elif kind in ("empty", "wait_event", "event_record"):
+                yield Node(kind, "")
+            else:
+                yield Node(kind, "", opaque=(Opaque(-1, 0, f"a node of kind {kind}"),))
+
+    def _kernel(self, node: Any) -> Node:
+        params = self._call("cuGraphKernelNodeGetParams", node)
+        # Libraries that are loaded lazily are known by a CUkernel and have no CUfunction yet.
+        if int(params.func):
+            name, handle, info = self._call("cuFuncGetName", params.func), params.func, "cuFuncGetParamInfo"
+        else:
+            name, handle, info = self._call("cuKernelGetName", params.kern), params.kern, "cuKernelGetParamInfo"
+        name = name.decode() if isinstance(name, bytes) else str(name)
+        table = int(params.kernelParams or 0)
+        if not table:
+            return Node("kernel", name, opaque=(Opaque(-1, 0, "its parameters are in a buffer of the launcher"),))
+        words: list[Word] = []
+        opaque: list[Opaque] = []
+        for index, (offset, size) in enumerate(self._places(handle, info)):
+            address = ctypes.cast(table, ctypes.POINTER(ctypes.c_void_p))[index]
+            if not address:
+                opaque.append(Opaque(index, size, "the driver keeps no value for it"))
+                continue
+            if size % TMA_BYTES == 0 and offset % TMA_ALIGNMENT == 0:
+                opaque.append(Opaque(index, size, "it may hold TMA descriptors, in which addresses are encoded"))
+            count = size // 8
+            values = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint64 * count)).contents if count else ()
+            words += [Word(index, 8 * i, value, size == 8) for i, value in enumerate(values)]
+        return Node("kernel", name, tuple(words), tuple(opaque))
+
+    def _places(self, handle: Any, info: str) -> Iterator[tuple[int, int]]:
+        """Offset and size of each parameter; the driver ends the list with an error."""
+        index = 0
+        while True:
+            code, *values = getattr(self._cuda, info)(handle, index)
+            if code == self._cuda.CUresult.CUDA_ERROR_INVALID_VALUE:
+                return
+            if code != self._cuda.CUresult.CUDA_SUCCESS:
+                raise DriverError(code.name, info, (index,))
+            yield int(values[0]), int(values[1])
+            index += 1
+
+    def _memcpy(self, node: Any) -> Node:
+        params = self._call("cuGraphMemcpyNodeGetParams", node)
+        ends = []
+        for place, end in enumerate(("src", "dst")):
+            kind = getattr(params, f"{end}MemoryType")
+            host = kind == self._cuda.CUmemorytype.CU_MEMORYTYPE_HOST
+            value = getattr(params, f"{end}Host" if host else f"{end}Device")
+            ends.append(Word(place, 0, int(value or 0), True))
+        return Node("memcpy", "", tuple(ends))

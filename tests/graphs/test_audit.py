@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from graph_doubles import CUmemorytype, FakeCuda, Kernel, Other
+
+from trtllm_vattn.errors import CaptureError, DriverError
+from trtllm_vattn.graphs.audit import (
+    POOL,
+    RESERVATION,
+    STATIC,
+    Region,
+    audit,
+    audit_host,
+    cuda_probe,
+    pool_regions,
+    tensor_regions,
+)
+from trtllm_vattn.graphs.host_graph import HostGraph
+from trtllm_vattn.graphs.nodes import GraphReader
+
+DEVICE, HOST = CUmemorytype.CU_MEMORYTYPE_DEVICE, CUmemorytype.CU_MEMORYTYPE_HOST
+KV, MINE, STRANGE = 0x7F00_0000_0000, 0x7F10_0000_0000, 0x7F20_0000_0000
+REGIONS = [Region(RESERVATION, KV, 1 << 20), Region(STATIC, MINE, 4096), Region(POOL, MINE + 4096, 4096)]
+
+
+def word(*values: int) -> bytes:
+    return b"".join(value.to_bytes(8, "little") for value in values)
+
+
+def cuda() -> FakeCuda:
+    return FakeCuda({STRANGE: (8192, DEVICE), STRANGE + (1 << 20): (64, HOST)})
+
+
+def report(*nodes: object, driver: FakeCuda | None = None):  # type: ignore[no-untyped-def]
+    driver = driver or cuda()
+    return audit(GraphReader(driver).read(list(nodes)), REGIONS, cuda_probe(driver))
+
+
+def test_addresses_are_told_by_where_they_lie() -> None:
+    kernel = Kernel(
+        "attend", [word(KV + 8), word(MINE), word(MINE + 4096), (7).to_bytes(4, "little"), word(12345), word(0)]
+    )
+    found = report(kernel, Kernel("library", [word(KV)], by_library=True))
+    assert found.nodes == {"kernel": 2}
+    assert found.addresses == {RESERVATION: 2, STATIC: 1, POOL: 1}
+    assert found.numbers == 1
+    assert found.findings == ()
+    found.raise_if_foreign()
+
+
+def test_a_region_ends_before_its_end() -> None:
+    driver = FakeCuda({KV + (1 << 20): (4096, DEVICE)})
+    found = report(Kernel("k", [word(KV + (1 << 20) - 1), word(KV + (1 << 20))]), driver=driver)
+    assert found.addresses == {RESERVATION: 1}
+    assert [finding.address for finding in found.findings] == [KV + (1 << 20)]
+
+
+def test_a_foreign_address_is_named() -> None:
+    found = report(Kernel("first", [word(KV)]), Kernel("second", [word(KV), word(STRANGE + 16)]))
+    message = (
+        rf"holds {STRANGE + 16:#x}, parameter 1 of kernel 'second' \(node 1\): device memory of 8,192 bytes at "
+        rf"{STRANGE:#x} that is neither.*\(1 such in all\); pass the tensor as static"
+    )
+    with pytest.raises(CaptureError, match=message):
+        found.raise_if_foreign()
+    assert found.as_dict()["findings"][0]["allocation"] == {"base": STRANGE, "size": 8192, "where": "device"}
+
+
+def test_what_looks_like_an_address_inside_a_structure_is_not_certain() -> None:
+    found = report(Kernel("functor", [word(3, STRANGE, KV, 99)]))
+    assert [(finding.offset, finding.certain) for finding in found.findings] == [(8, False)]
+    assert found.addresses == {RESERVATION: 1}
+    found.raise_if_foreign()
+
+
+def test_copies_and_fills_are_looked_at_too() -> None:
+    copy = SimpleNamespace(
+        srcMemoryType=HOST, srcHost=STRANGE + (1 << 20), srcDevice=0, dstMemoryType=DEVICE, dstDevice=KV, dstHost=0
+    )
+    found = report(Other("MEMCPY", copy), Other("MEMSET", SimpleNamespace(dst=STRANGE)))
+    assert found.addresses == {RESERVATION: 1}
+    assert [(f.kind, f.parameter, f.allocation.where, f.certain) for f in found.findings] == [
+        ("memcpy", 0, "host", True),
+        ("memset", 0, "device", True),
+    ]
+
+
+def test_graphs_inside_graphs_are_walked() -> None:
+    inner = [Kernel("inner", [word(STRANGE)])]
+    found = report(Other("GRAPH", [Other("GRAPH", inner), Other("EMPTY")]))
+    assert found.nodes == {"graph": 2, "kernel": 1, "empty": 1}
+    assert [finding.name for finding in found.foreign] == ["inner"]
+
+
+def test_what_cannot_be_seen_is_listed() -> None:
+    found = report(
+        Kernel("tma", [bytes(128), word(KV)]),
+        Kernel("packed", [word(KV)], hidden=True),
+        Kernel("unkept", [None]),
+        Other("HOST"),
+        Other("CONDITIONAL"),
+    )
+    assert [(index, name, part.parameter) for index, name, part in found.opaque] == [
+        (0, "tma", 0),
+        (1, "packed", -1),
+        (2, "unkept", 0),
+        (3, "", -1),
+        (4, "", -1),
+    ]
+    text = "\n".join(found.unseen)
+    for part in ("1 times: it may hold TMA", "a buffer of the launcher", "node of kind host", "arrays of pointers"):
+        assert part in text
+    assert report().unseen == ()
+
+
+@pytest.mark.parametrize("refusal", ["nodes", "places"])
+def test_a_driver_that_refuses_is_an_error(refusal: str) -> None:
+    driver = cuda()
+    driver.refuse = refusal
+    with pytest.raises(DriverError, match="CUDA_ERROR_NOT_SUPPORTED"):
+        report(Kernel("k", [word(1)]), driver=driver)
+
+
+def test_a_host_graph_is_audited_by_its_storages() -> None:
+    mine, foreign = torch.ones(4), torch.ones(4)
+    graph = HostGraph.capture(lambda: mine.add_(foreign * 2), [mine, foreign])
+    clean = audit_host(graph, tensor_regions(STATIC, [mine, foreign]))
+    assert clean.findings == ()
+    assert set(clean.addresses) == {STATIC, POOL}
+    dirty = audit_host(graph, tensor_regions(STATIC, [mine]))
+    with pytest.raises(CaptureError, match=rf"holds {foreign.data_ptr():#x}, parameter 0 of operation 'aten.mul"):
+        dirty.raise_if_foreign()
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_is_audited_on_the_card() -> None:
+    from trtllm_vattn.graphs.runner import GraphRunner
+    from trtllm_vattn.vmm.cuda import CudaDriver
+    from trtllm_vattn.vmm.owners import Extent, Reservation
+    from trtllm_vattn.vmm.tensors import tensor_at
+
+    driver = CudaDriver()
+    granule = driver.granularity()
+    reservation, extent = Reservation(driver, granule), Extent(driver, granule)
+    (mapping,) = reservation.map(0, [extent])
+    window = tensor_at(reservation.base, granule, driver.device).view(torch.float32)
+    static, foreign = torch.ones(1024, device="cuda:0"), torch.ones(1024, device="cuda:0")
+    window.zero_()
+
+    def step(bucket: int) -> tuple[torch.Tensor]:
+        static.copy_(window[:1024])
+        torch.add(static, foreign, out=static)
+        return (static * 2,)
+
+    runner = GraphRunner(step, [1], [static, window], static.device)
+    runner.capture()
+    graph = driver.cuda.CUgraph(runner.graph(1).raw_cuda_graph())
+    nodes = GraphReader(driver.cuda).read(graph)
+    known = [Region(RESERVATION, reservation.base, granule), *tensor_regions(STATIC, [static])]
+    known += pool_regions(runner.pool)
+    found = audit(nodes, known, cuda_probe(driver.cuda))
+    assert {RESERVATION, STATIC, POOL} <= set(found.addresses)
+    region = tensor_regions(STATIC, [foreign])[0]
+    assert {finding.address for finding in found.findings} == {region.base}
+    assert audit(nodes, [*known, region], cuda_probe(driver.cuda)).findings == ()
+    runner.close()
+    for owner in (mapping, extent, reservation):
+        owner.close()
