@@ -13,6 +13,7 @@ from trtllm_vattn.errors import VattnError
 
 BENCHMARKS = {
     "graph": "graphs against none, over three kinds of cache, with tokens compared",
+    "soak": "a captured graph replayed while its memory is remapped, bit for bit against a twin",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }
 

@@ -28,6 +28,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny-qwen2": {"model_type": "qwen2", **_TINY},
     "tiny-qwen3": {"model_type": "qwen3", **_TINY},
     "tiny-mistral": {"model_type": "mistral", "sliding_window": None, **_TINY},
+    "small-llama": {
+        "model_type": "llama",
+        **_TINY,
+        "vocab_size": 1024,
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "initializer_range": 0.06,
+    },
     "llama-3.2-1b": {
         "model_type": "llama",
         "vocab_size": 128256,

@@ -1,0 +1,158 @@
+"""Negative controls of the soak: what must be caught if something goes wrong beneath a captured graph.
+
+Each does one thing that the library never does, and reports how it came to light. A reader of memory that is gone ends
+its process, so that control runs in one of its own: ``python -m trtllm_vattn.bench.controls DEVICE MODEL``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from trtllm_vattn.bench.twins import LANES, Side, Twins
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.errors import CaptureError, UnmappedAccess
+from trtllm_vattn.graphs.audit import STATIC, audit, cuda_probe, pool_regions, tensor_regions
+from trtllm_vattn.graphs.nodes import GraphReader
+from trtllm_vattn.graphs.runner import GraphRunner
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.vmm.cuda import CudaDriver
+
+MakeTwins = Callable[[], Twins]
+
+
+def run_controls(make: MakeTwins, device: str, model: str) -> dict[str, str]:
+    """All controls; what caught each, or ``missed``."""
+    return {
+        "unfenced unmap": unfenced_unmap(device, model),
+        "page swapped for another's": _with_twins(make, swapped_page),
+        "stale table": _with_twins(make, stale_table),
+        "length past the frontier": _with_twins(make, length_past_frontier),
+        "foreign address in the graph": foreign_address(torch.device(device)),
+    }
+
+
+def _with_twins(make: MakeTwins, control: Callable[[Twins], str]) -> str:
+    twins = make()
+    try:
+        for _ in range(30):
+            twins.step(check_eager=False)
+        twins.settle()
+        if twins.tally.mismatches:
+            return "missed: the twins differed before anything was done"
+        return control(twins)
+    finally:
+        twins.subject.close()
+        twins.twin.close()
+
+
+def swapped_page(twins: Twins) -> str:
+    """Two sequences' first pages change places, without their bytes."""
+    cache = twins.subject.cache
+    assert isinstance(cache, KVCacheManager)
+    if cache.device.type == "cuda":
+        torch.cuda.synchronize(cache.device)
+    while len(twins.limits) > 0:
+        twins.release()
+    for _ in range(2):
+        twins.admit(prompt_len=64)
+    first, second = (cache.arena.slots[cache.slot_of(sequence)].columns[0] for sequence in twins.limits)
+    for mapping in (*first, *second):
+        mapping.close()
+    for index, (one, other) in enumerate(zip(list(first), list(second), strict=True)):
+        (first[index],) = one.reservation.map(one.offset, [other.extent])
+        (second[index],) = other.reservation.map(other.offset, [one.extent])
+    for _ in range(3):
+        twins.step(check_eager=False)
+        twins.settle()
+    return f"{twins.tally.mismatches} rows differed" if twins.tally.mismatches else "missed"
+
+
+def stale_table(twins: Twins) -> str:
+    """A sequence has moved, and the table of the lanes still says where it was."""
+    decode = twins.subject.decode
+    before = decode.slots.copy()
+    for _ in range(20):
+        twins.move()
+        if (decode.slots != before).any():
+            break
+    decode.slots[:] = before
+    return _guarded(lambda: twins.subject.launch(1))
+
+
+def length_past_frontier(twins: Twins) -> str:
+    """A lane claims a token more than is mapped for its sequence."""
+    decode, cache = twins.subject.decode, twins.subject.cache
+    cache.prepare_step(decode.lengths_after(1))
+    slot, lane = next(iter(decode.lane_of.items()))
+    decode.lengths[lane] = decode.limits[lane] = cache.frontiers[slot] + 1
+    decode.positions[lane] = decode.lengths[lane] - 1
+    return _guarded(lambda: decode.launch(1))
+
+
+def _guarded(launch: Callable[[], object]) -> str:
+    try:
+        launch()
+    except UnmappedAccess as error:
+        return f"refused: {error}"
+    return "missed"
+
+
+def foreign_address(device: torch.device) -> str:
+    """A step uses a tensor that nobody said would stay."""
+    mine, foreign = torch.ones(64, device=device), torch.ones(64, device=device)
+    runner = GraphRunner(lambda bucket: (mine[:bucket] + foreign[:bucket],), [8], [mine], device)
+    try:
+        runner.capture()
+        cuda = CudaDriver(device.index or 0).cuda
+        nodes = GraphReader(cuda).read(cuda.CUgraph(runner.graph(8).raw_cuda_graph()))
+        regions = [*tensor_regions(STATIC, [mine]), *pool_regions(runner.pool)]
+        audit(nodes, regions, cuda_probe(cuda)).raise_if_foreign()
+    except CaptureError as error:
+        return f"refused: {error}"
+    finally:
+        runner.close()
+    return "missed"
+
+
+def unfenced_unmap(device: str, model: str) -> str:
+    """Memory is taken from under graphs that are running, in a process of its own."""
+    command = [sys.executable, "-m", "trtllm_vattn.bench.controls", device, model]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if "survived" in done.stdout or "unmapping" not in done.stdout or done.returncode == 0:
+        return f"missed: {done.stdout.strip()[-200:]} {done.stderr.strip()[-200:]}"
+    said = [line for line in done.stderr.splitlines() if "illegal" in line.lower() or "Segmentation" in line]
+    return f"the process ended with code {done.returncode}" + (f": {said[-1].strip()}" if said else "")
+
+
+@torch.inference_mode()
+def _unmap_beside_replays(model: PreTrainedModel, device: str) -> None:
+    from trtllm_vattn.runtime.binding import shape_of
+    from trtllm_vattn.vmm.open import open_driver
+
+    cache = KVCacheManager(shape_of(model, LANES, 256), open_driver(device), 1 << 30)
+    side = Side(model, cache)
+    side.admit(0, list(range(60)), 250)
+    cache.arena.grow({cache.slot_of(0): 250})
+    side.launch(1)
+    for _ in range(50):
+        side.decode.runner.replay(LANES)
+    print("unmapping", flush=True)
+    for column in cache.arena.slots[cache.slot_of(0)].columns:
+        for mapping in column:
+            mapping.close()
+    for _ in range(50):
+        side.decode.runner.replay(LANES)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    print("survived", flush=True)
+
+
+if __name__ == "__main__":
+    where = sys.argv[1]
+    dtype = torch.float32 if where == "cpu" else torch.bfloat16
+    _unmap_beside_replays(load_model(sys.argv[2], where, dtype), where)

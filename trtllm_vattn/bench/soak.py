@@ -1,0 +1,140 @@
+"""`bench soak`: does a captured graph stay right while the memory beneath it is remapped, moved, shared and taken away?
+
+One step captured once is replayed over and over on seeded random sequences; its twin, captured over memory that never
+changes, must give the same bits. Twins that are both left alone show first that the kernels are repeatable, and
+controls show that what would be wrong is seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from tqdm import tqdm
+
+from trtllm_vattn.bench.controls import run_controls
+from trtllm_vattn.bench.machine import commit
+from trtllm_vattn.bench.report import Result, write
+from trtllm_vattn.bench.twins import MAX_SEQ_LEN, SLOTS, Side, Tally, Twins
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.vmm.open import open_driver
+from trtllm_vattn.vmm.wrappers import CountingDriver
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench soak`."""
+    gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--model", default="small-llama" if gpu else "tiny-llama", help="checkpoint directory or named shape")
+    add("--device", default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
+    add("--replays", type=int, default=100_000 if gpu else 400, help="replays in all")
+    add("--seconds", type=float, default=420.0, help="end this chunk after so many; go on with --state")
+    add("--repeatable", type=int, default=2000 if gpu else 60, help="replays of two twins that are both left alone")
+    add("--tolerance", type=float, default=0.05, help="of eager logits, in standard deviations")
+    add("--state", type=Path, help="a file to go on from, and to write what was done to")
+    add("--seed", type=int, default=0)
+    add("--output-json", type=Path, help="write all results there")
+
+
+class Soak:
+    """One chunk of a soak."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+        self.model = load_model(args.model, args.device, dtype, args.seed)
+        self.shape = shape_of(self.model, SLOTS, MAX_SEQ_LEN)
+        self.driver = CountingDriver(open_driver(args.device))
+
+    def subject(self) -> Side:
+        # All layers in a token's row, so that a page holds few tokens and much is remapped.
+        budget = 2 * SLOTS * (MAX_SEQ_LEN * self.shape.token_bytes + 2 * self.driver.granularity())
+        return Side(self.model, KVCacheManager(self.shape, self.driver, budget, self.shape.num_layers, lookahead=16))
+
+    def twin(self) -> Side:
+        return Side(self.model, make_cache("contiguous", self.shape, self.args.device))
+
+    def twins(self, seed: int, remapped: bool = True) -> Twins:
+        first = self.subject() if remapped else self.twin()
+        return Twins(first, self.twin(), seed, self.args.tolerance)
+
+    @torch.inference_mode()
+    def run(self, twins: Twins, replays: int, label: str, before: int = 0) -> Tally:
+        """Step until `replays` are done or the time is over."""
+        started = perf_counter()
+        with tqdm(total=replays, initial=before, desc=label, unit="replay", disable=None) as bar:
+            while before + twins.tally.replays < replays and perf_counter() - started < self.args.seconds:
+                done = twins.tally.replays
+                twins.step(check_eager=done // 100 != (done - 1) // 100)
+                bar.update(twins.tally.replays - done)
+        twins.settle()
+        twins.tally.seconds = perf_counter() - started
+        return twins.tally
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a chunk; 1 where bits differed or a control was missed."""
+    chunks = _chunks(args)
+    done = sum(chunk["replays"] for chunk in chunks)
+    soak = Soak(args)
+    with torch.inference_mode():
+        alone = soak.twins(args.seed, remapped=False)
+        repeatable = soak.run(alone, args.repeatable, "left alone")
+        alone.subject.close()
+        alone.twin.close()
+        before = dict(soak.driver.calls)
+        twins = soak.twins(args.seed + len(chunks))
+        tally = soak.run(twins, args.replays, "remapped", done)
+        calls = {name: count - before.get(name, 0) for name, count in soak.driver.calls.items()}
+        captures = twins.subject.captures
+        twins.subject.close()
+        twins.twin.close()
+        controls = run_controls(lambda: soak.twins(args.seed), args.device, args.model)
+    chunks.append({**asdict(tally), "driver_calls": calls, "captures": captures, "commit": commit()})
+    if args.state:
+        args.state.write_text(json.dumps({"seed": args.seed, "model": args.model, "chunks": chunks}))
+    config = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
+    result = Result.start("soak", config, args.seed)
+    result.results.update(chunks=chunks, left_alone=asdict(repeatable), controls=controls)
+    result.summary.update(
+        replays=sum(chunk["replays"] for chunk in chunks),
+        remaps=sum(chunk["driver_calls"].get(name, 0) for chunk in chunks for name in ("map", "unmap")),
+        mismatches=sum(chunk["mismatches"] for chunk in chunks),
+        tokens=sum(chunk["tokens"] for chunk in chunks),
+        graphs_captured=sum(chunk["captures"] for chunk in chunks),
+        eager_checks=sum(chunk["eager_checks"] for chunk in chunks),
+        eager_mismatches=sum(chunk["eager_mismatches"] for chunk in chunks),
+        left_alone_replays=repeatable.replays,
+        left_alone_mismatches=repeatable.mismatches,
+        controls_caught=sum(not how.startswith("missed") for how in controls.values()),
+        seconds=sum(chunk["seconds"] for chunk in chunks),
+    )
+    for name, value in result.summary.items():
+        print(f"{name}: {value}")
+    for name, how in controls.items():
+        print(f"control, {name}: {how}")
+    if args.output_json:
+        write(result, args.output_json)
+    wrong = result.summary["mismatches"] + result.summary["eager_mismatches"] + repeatable.mismatches
+    return int(wrong > 0 or result.summary["controls_caught"] < len(controls))
+
+
+def _chunks(args: argparse.Namespace) -> list[dict[str, object]]:
+    """What earlier chunks did. Raises ConfigError where they were of another soak."""
+    if args.state is None or not args.state.exists():
+        return []
+    state = json.loads(args.state.read_text())
+    if (state["seed"], state["model"]) != (args.seed, args.model):
+        raise ConfigError(
+            f"{args.state} is of a soak of {state['model']} with seed {state['seed']}; give the same, or another file"
+        )
+    chunks: list[dict[str, object]] = state["chunks"]
+    return chunks
