@@ -42,7 +42,7 @@ class Allocation:
 @dataclass(frozen=True)
 class Finding:
     """An address of nobody we know. `certain` where the parameter is an address and nothing else; inside a larger one
-    eight bytes may look like an address by chance."""
+    eight bytes may, though hardly ever do, look like an address by chance."""
 
     node: int
     kind: str
@@ -69,20 +69,17 @@ class AuditReport:
     opaque: tuple[tuple[int, str, Opaque], ...]
     unseen: tuple[str, ...]
 
-    @property
-    def foreign(self) -> list[Finding]:
-        """The certain findings."""
-        return [finding for finding in self.findings if finding.certain]
-
     def raise_if_foreign(self) -> None:
-        """Raise CaptureError naming the first certain finding."""
-        if self.foreign:
-            first, where = self.foreign[0], self.foreign[0].allocation
+        """Raise CaptureError naming a finding, a certain one if there is any."""
+        if self.findings:
+            first = min(self.findings, key=lambda finding: not finding.certain)
+            where = first.allocation
+            place = "" if first.certain else f"{first.offset} bytes into "
             raise CaptureError(
-                f"the graph holds {first.address:#x}, parameter {first.parameter} of {first.kind} {first.name!r} (node "
-                f"{first.node}): {where.where} memory of {where.size:,} bytes at {where.base:#x} that is neither the "
-                f"cache's, nor the graphs' pool's, nor declared static ({len(self.foreign)} such in all); pass the "
-                "tensor as static and keep it, or make it inside the step"
+                f"the graph holds {first.address:#x}, {place}parameter {first.parameter} of {first.kind} "
+                f"{first.name!r} (node {first.node}): {where.where} memory of {where.size:,} bytes at {where.base:#x} "
+                f"that is neither the cache's, nor the graphs' pool's, nor declared static ({len(self.findings)} such "
+                "in all); pass the tensor as static and keep it, or make it inside the step"
             )
 
     def as_dict(self) -> dict[str, Any]:

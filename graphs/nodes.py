@@ -47,6 +47,24 @@ class Node:
     opaque: tuple[Opaque, ...] = ()
 
 
+_POINTERS = ctypes.POINTER(ctypes.c_void_p)
+_END, _BUFFER = 0, 1
+
+
+def _packed(extra: int) -> int:
+    """Where a launcher that packed all parameters into one buffer has it; 0 where it did not. `extra` points to pairs
+    of a name and a value (cuLaunchKernel, CU_LAUNCH_PARAM_BUFFER_POINTER)."""
+    if not extra:
+        return 0
+    pairs = ctypes.cast(extra, _POINTERS)
+    index = 0
+    while (name := pairs[index] or _END) != _END:
+        if name == _BUFFER:
+            return pairs[index + 1] or 0
+        index += 2
+    return 0
+
+
 class GraphReader:
     """Reads graphs through `cuda.bindings.driver`, or whatever answers like it."""
 
@@ -93,13 +111,13 @@ class GraphReader:
         else:
             name, handle, info = self._call("cuKernelGetName", params.kern), params.kern, "cuKernelGetParamInfo"
         name = name.decode() if isinstance(name, bytes) else str(name)
-        table = int(params.kernelParams or 0)
-        if not table:
-            return Node("kernel", name, opaque=(Opaque(-1, 0, "its parameters are in a buffer of the launcher"),))
+        table, packed = int(params.kernelParams or 0), _packed(int(params.extra or 0))
+        if not table and not packed:
+            return Node("kernel", name, opaque=(Opaque(-1, 0, "the driver keeps no parameters of it"),))
         words: list[Word] = []
         opaque: list[Opaque] = []
         for index, (offset, size) in enumerate(self._places(handle, info)):
-            address = ctypes.cast(table, ctypes.POINTER(ctypes.c_void_p))[index]
+            address = ctypes.cast(table, _POINTERS)[index] if table else packed + offset
             if not address:
                 opaque.append(Opaque(index, size, "the driver keeps no value for it"))
                 continue

@@ -136,6 +136,8 @@ class GraphRunner:
                 for _ in range(2):
                     self._step(bucket)
             torch.cuda.synchronize(self._device)
+            # The workspaces that the warm-up made are torch's, which may drop them; captured ones are the pool's.
+            torch._C._cuda_clearCublasWorkspaces()
             graph = torch.cuda.CUDAGraph(keep_graph=True)
             try:
                 # Other threads may make driver calls meanwhile: only this one is held to what capture allows.

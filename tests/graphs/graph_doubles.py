@@ -31,6 +31,7 @@ class Kernel:
     parameters: list[bytes | None]
     by_library: bool = False
     hidden: bool = False
+    packed: bool = False
     kind: str = "KERNEL"
     keep: list[Any] = field(default_factory=list)
 
@@ -38,12 +39,20 @@ class Kernel:
         buffers = [None if p is None else ctypes.create_string_buffer(p, len(p)) for p in self.parameters]
         addresses = [0 if buffer is None else ctypes.addressof(buffer) for buffer in buffers]
         table = (ctypes.c_void_p * max(1, len(buffers)))(*addresses)
+        extra = 0
+        if self.packed:
+            whole = b"".join((p or b"").ljust(-(-len(p or b"") // 8) * 8, b"\0") for p in self.parameters)
+            buffer, size = ctypes.create_string_buffer(whole, len(whole)), ctypes.c_size_t(len(whole))
+            pairs = (ctypes.c_void_p * 5)(2, ctypes.addressof(size), 1, ctypes.addressof(buffer), 0)
+            self.keep += [buffer, size, pairs]
+            extra = ctypes.addressof(pairs)
         self.keep += [buffers, table]
         handle = Handle(self)
         return SimpleNamespace(
             func=Handle(None) if self.by_library else handle,
             kern=handle,
-            kernelParams=0 if self.hidden else ctypes.addressof(table),
+            kernelParams=0 if self.hidden or self.packed else ctypes.addressof(table),
+            extra=extra,
         )
 
 

@@ -51,6 +51,13 @@ def test_addresses_are_told_by_where_they_lie() -> None:
     found.raise_if_foreign()
 
 
+def test_parameters_packed_into_one_buffer_are_read_too() -> None:
+    found = report(Kernel("packed", [(7).to_bytes(4, "little"), word(KV), word(1, STRANGE)], packed=True))
+    assert found.addresses == {RESERVATION: 1}
+    assert [(f.parameter, f.offset) for f in found.findings] == [(2, 8)]
+    assert found.opaque == ()
+
+
 def test_a_region_ends_before_its_end() -> None:
     driver = FakeCuda({KV + (1 << 20): (4096, DEVICE)})
     found = report(Kernel("k", [word(KV + (1 << 20) - 1), word(KV + (1 << 20))]), driver=driver)
@@ -69,11 +76,15 @@ def test_a_foreign_address_is_named() -> None:
     assert found.as_dict()["findings"][0]["allocation"] == {"base": STRANGE, "size": 8192, "where": "device"}
 
 
-def test_what_looks_like_an_address_inside_a_structure_is_not_certain() -> None:
+def test_what_looks_like_an_address_inside_a_structure_is_less_certain() -> None:
     found = report(Kernel("functor", [word(3, STRANGE, KV, 99)]))
     assert [(finding.offset, finding.certain) for finding in found.findings] == [(8, False)]
     assert found.addresses == {RESERVATION: 1}
-    found.raise_if_foreign()
+    with pytest.raises(CaptureError, match="8 bytes into parameter 0 of kernel 'functor'"):
+        found.raise_if_foreign()
+    both = report(Kernel("functor", [word(3, STRANGE)]), Kernel("sure", [word(STRANGE)]))
+    with pytest.raises(CaptureError, match=r"parameter 0 of kernel 'sure'.*\(2 such in all\)"):
+        both.raise_if_foreign()
 
 
 def test_copies_and_fills_are_looked_at_too() -> None:
@@ -92,26 +103,26 @@ def test_graphs_inside_graphs_are_walked() -> None:
     inner = [Kernel("inner", [word(STRANGE)])]
     found = report(Other("GRAPH", [Other("GRAPH", inner), Other("EMPTY")]))
     assert found.nodes == {"graph": 2, "kernel": 1, "empty": 1}
-    assert [finding.name for finding in found.foreign] == ["inner"]
+    assert [finding.name for finding in found.findings] == ["inner"]
 
 
 def test_what_cannot_be_seen_is_listed() -> None:
     found = report(
         Kernel("tma", [bytes(128), word(KV)]),
-        Kernel("packed", [word(KV)], hidden=True),
+        Kernel("hidden", [word(KV)], hidden=True),
         Kernel("unkept", [None]),
         Other("HOST"),
         Other("CONDITIONAL"),
     )
     assert [(index, name, part.parameter) for index, name, part in found.opaque] == [
         (0, "tma", 0),
-        (1, "packed", -1),
+        (1, "hidden", -1),
         (2, "unkept", 0),
         (3, "", -1),
         (4, "", -1),
     ]
     text = "\n".join(found.unseen)
-    for part in ("1 times: it may hold TMA", "a buffer of the launcher", "node of kind host", "arrays of pointers"):
+    for part in ("1 times: it may hold TMA", "keeps no parameters of it", "node of kind host", "arrays of pointers"):
         assert part in text
     assert report().unseen == ()
 

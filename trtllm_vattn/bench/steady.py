@@ -57,11 +57,13 @@ def run_steady(
     rounds: int,
     steps: int,
     seed: int,
+    audit: bool = False,
 ) -> dict[str, list[dict[str, object]]]:
     """Time decode steps of `batch` sequences around `context` tokens, `rounds` turns of `steps` steps a combination.
 
     ``make(name, num_slots, max_seq_len)`` builds a cache. Returns ``runs`` (a row a combination), ``ratios`` (vattn's
-    captured step over the others', round by round) and ``attention`` (bandwidth of the attention kernels alone).
+    captured step over the others', round by round), ``attention`` (bandwidth of the attention kernels alone), and with
+    `audit` ``audits``, whose the addresses are that the captured steps hold.
     """
     # The first sequence decodes while the others are prefilled, one a step; each turn has untimed steps.
     most = batch + 2 * rounds * (steps + 4) + 40
@@ -77,8 +79,11 @@ def run_steady(
             lanes += [Lane(name, mode, engine) for mode in ("captured", "eager")]
         take_turns(lanes, rounds, steps, f"batch {batch}")
         captured = {lane.cache: lane for lane in lanes if lane.mode == "captured"}
+        device = {name: settle_device_ms(lane.engine) for name, lane in captured.items()}
+        audits = {name: lane.engine.decode.audit(batch).as_dict() for name, lane in captured.items()} if audit else {}
         return {
-            "runs": [_row(lane, batch, context) for lane in lanes],
+            "runs": [_row(lane, batch, context, device[lane.cache]) for lane in lanes],
+            "audits": [{"cache": name, "batch": batch, **report} for name, report in audits.items()],
             "ratios": _ratios(captured, batch),
             "attention": [
                 {
@@ -132,13 +137,17 @@ def settle_device_ms(engine: Engine, replays: int = 10) -> float | None:
     return float(median(start.elapsed_time(end) for start, end in pairwise(events)))
 
 
-def _row(lane: Lane, batch: int, context: int) -> dict[str, object]:
+def _row(lane: Lane, batch: int, context: int, device_ms: float | None) -> dict[str, object]:
+    step = summarise([1e3 * value for value in lane.samples("wall_s")])
     return {
         "cache": lane.cache,
         "mode": lane.mode,
         "batch": batch,
         "context": context,
-        "step_ms": summarise([1e3 * value for value in lane.samples("wall_s")]),
+        "step_ms": step,
+        # Of the captured step's kernels; eager ones are others, and slower, where the captured ones are compiled.
+        "device_step_ms": device_ms,
+        "idle_share": None if device_ms is None else max(0.0, 1 - device_ms / step["p50"]),
         "kv_host_us": summarise([1e6 * value for value in lane.samples("kv_s")]),
         "map_ahead_us": summarise([1e6 * value for value in lane.samples("ahead_s")]),
         "critical_path_maps": lane.engine.cache.stats().critical_path_maps,

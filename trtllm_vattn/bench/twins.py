@@ -216,7 +216,7 @@ class Twins:
         remapped = isinstance(self.subject.cache, KVCacheManager)
         if remapped:
             self._beneath(("move", 0.08), ("replace", 0.02), ("resize", 0.02))
-        steps = STEPS if self.random.random() < 0.1 and not check_eager else 1
+        steps = STEPS if self.random.random() < 0.4 and not check_eager else 1
         eager = self.subject.eager_logits() if check_eager else None
         launches = [side.launch(steps) for side in (self.subject, self.twin)]
         lanes = len(self.limits)

@@ -110,7 +110,7 @@ def _store_and_attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 def _opaque_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
     """`_store_and_attend` as one operation of a compiled layer; layer int64 ``[]`` on the host, so that all layers are
     one compiled function."""
-    return _store_and_attend(int(layer), q, k, v)
+    return _store_and_attend(int(layer), q, k, v).contiguous()
 
 
 @_opaque_attend.register_fake

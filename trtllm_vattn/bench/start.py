@@ -1,0 +1,160 @@
+"""`bench start`: capture first, size later. What does a start cost, and does a budget change ever recapture?
+
+Fresh processes start the engine to its first token, cold and again with what torch kept on disk; then one engine is
+captured over its dummy slot, and its budget raised and lowered while the same prompts must give the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter, time
+from typing import Any
+
+import torch
+
+from trtllm_vattn.bench.graph import numbers
+from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.errors import NoFreeSlot, OutOfPages, VattnError
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.vmm.open import open_driver
+
+_START = """
+import json, sys
+from time import time
+started = float(sys.argv[1])
+from trtllm_vattn.runtime import Engine, SamplingParams
+imported = time()
+with Engine.from_pretrained(sys.argv[2], device=sys.argv[3], max_seqs=int(sys.argv[4]), max_seq_len=2048) as engine:
+    built = time()
+    engine.submit([1, 2, 3], SamplingParams(max_tokens=2))
+    engine.step()
+    first = time()
+    report = engine.startup
+    print(json.dumps({
+        "first_token_s": first - started, "import_s": imported - started, "load_s": report.load_s,
+        "compile_s": report.compile_s, "capture_s": report.capture_s, "capture_bytes": report.capture_bytes,
+        "graphs": len(report.decode.seconds) + len(report.prefill.seconds), "budget_bytes": report.budget_bytes,
+    }))
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench start`."""
+    gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--model", default="llama-3-8b" if gpu else "tiny-llama", help="checkpoint directory or named shape")
+    add("--device", default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
+    add("--max-seqs", type=int, default=32 if gpu else 4, help="sequences of the engine that is started")
+    add(
+        "--budgets-mib", type=numbers, default=[8192, 61440, 102400, 61440, 8192] if gpu else [4, 16, 4], help="in turn"
+    )
+    add("--filler-tokens", type=int, default=7900 if gpu else 500, help="tokens of the sequences that fill a budget")
+    add("--seed", type=int, default=0)
+    add("--output-json", type=Path, help="write all results there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 where tokens changed."""
+    with tempfile.TemporaryDirectory() as kept:
+        starts = [{"start": name, **_started(args, kept)} for name in ("cold", "warm")]
+    sizes = _sized(args)
+    config = {name: value if isinstance(value, int | list) else str(value) for name, value in vars(args).items()}
+    result = Result.start("start", config, args.seed)
+    result.results.update(starts=starts, budgets=sizes)
+    result.summary.update(
+        cold_first_token_s=starts[0]["first_token_s"],
+        warm_first_token_s=starts[1]["first_token_s"],
+        capture_s=starts[1]["capture_s"],
+        capture_bytes=starts[1]["capture_bytes"],
+        budgets=len(sizes),
+        largest_held_bytes=max(row["held_bytes"] for row in sizes),
+        tokens_unchanged=all(row["tokens_unchanged"] for row in sizes),
+        recaptures=sum(row["captures"] for row in sizes),
+    )
+    print(table(list(starts[0]), [[_short(value) for value in row.values()] for row in starts]))
+    print(table(list(sizes[0]), [[_short(value) for value in row.values()] for row in sizes]))
+    for name, value in result.summary.items():
+        print(f"{name}: {value}")
+    if args.output_json:
+        write(result, args.output_json)
+    return int(not result.summary["tokens_unchanged"])
+
+
+def _short(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _started(args: argparse.Namespace, kept: str) -> dict[str, Any]:
+    """One start in a fresh process; torch's compiled code and the mapping verdict are kept in `kept`."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{kept}/inductor", "TRITON_CACHE_DIR": f"{kept}/triton"}
+    environment["XDG_CACHE_HOME"] = kept
+    command = [sys.executable, "-c", _START, str(time()), args.model, args.device, str(args.max_seqs)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise VattnError(f"the engine did not start: {done.stderr.strip()[-500:]}")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    model = load_model(args.model, args.device, dtype, args.seed)
+    longest = args.filler_tokens + 64
+    one = longest * shape_of(model, 1, longest).token_bytes
+    slots = max(args.budgets_mib) * (1 << 20) // one + 4
+    cache = KVCacheManager(shape_of(model, slots, longest), open_driver(args.device))
+    # One bucket, so that the same graph gives the tokens whichever slots are taken.
+    with Engine(model, cache, buckets=[slots]) as engine:
+        captured = [engine.decode.runner.graph(slots), *map(engine.prefill.runner.graph, engine.prefill.runner.buckets)]
+        want = None
+        rows = []
+        for mebibytes in args.budgets_mib:
+            started = perf_counter()
+            engine.set_budget(mebibytes << 20)
+            set_s = perf_counter() - started
+            fillers, fill_s = _fill(cache, args.filler_tokens)
+            held = cache.stats().held_bytes
+            # Room for the prompts, in memory that was somebody's before.
+            cache.release(fillers.pop())
+            tokens = [
+                engine.generate([prompt], SamplingParams(max_tokens=24))[0].tokens for prompt in ([1, 2, 3], [5] * 60)
+            ]
+            want = want or tokens
+            now = [engine.decode.runner.graph(slots), *map(engine.prefill.runner.graph, engine.prefill.runner.buckets)]
+            rows.append(
+                {
+                    "budget_mib": mebibytes,
+                    "set_s": set_s,
+                    "fill_s": fill_s,
+                    "sequences": len(fillers) + 1,
+                    "held_bytes": held,
+                    "tokens_unchanged": tokens == want,
+                    "captures": sum(a is not b for a, b in zip(captured, now, strict=True)),
+                }
+            )
+            for filler in fillers:
+                cache.release(filler)
+        return rows
+
+
+def _fill(cache: KVCacheManager, tokens: int) -> tuple[list[object], float]:
+    """Admit sequences until nothing is left."""
+    started = perf_counter()
+    fillers: list[object] = []
+    try:
+        while True:
+            filler = ("filler", len(fillers))
+            cache.admit(filler, tokens)
+            fillers.append(filler)
+    except (OutOfPages, NoFreeSlot):
+        return fillers, perf_counter() - started
