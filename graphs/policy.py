@@ -46,6 +46,15 @@ class MappingPolicy(str, enum.Enum):
     QUIESCE = "quiesce"
     """When the whole device is idle."""
 
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """The policy of that name. Raises ConfigError where there is none."""
+        try:
+            return cls(name)
+        except ValueError:
+            names = ", ".join(policy.value for policy in cls)
+            raise ConfigError(f"no mapping policy {name!r}; there are {names}, and auto at start-up") from None
+
     def wrap(self, driver: Driver) -> Driver:
         """A driver that keeps to the policy. On the host nothing runs beside it, and the driver is as it was."""
         if self is MappingPolicy.CONCURRENT or not driver.device.startswith("cuda"):
@@ -116,11 +125,7 @@ def start_choosing(
         There is no such policy.
     """
     if wanted != "auto":
-        try:
-            return Choosing(PolicyChoice(MappingPolicy(wanted), "asked for"), None, None)
-        except ValueError:
-            names = ", ".join(policy.value for policy in MappingPolicy)
-            raise ConfigError(f"no mapping policy {wanted!r}; there are auto, {names}") from None
+        return Choosing(PolicyChoice(MappingPolicy.named(wanted), "asked for"), None, None)
     if not device.startswith("cuda"):
         return Choosing(PolicyChoice(MappingPolicy.CONCURRENT, "no device runs beside the host"), None, None)
     folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trtllm-vattn"

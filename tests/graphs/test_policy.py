@@ -35,7 +35,9 @@ def test_a_policy_asked_for_is_taken(name: str) -> None:
 
 
 def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no mapping policy 'never'; there are auto, concurrent, between-steps, quie"):
+    with pytest.raises(
+        ConfigError, match="no mapping policy 'never'; there are concurrent, between-steps, quiesce, and auto"
+    ):
         start_choosing("cpu", "never")
 
 

@@ -106,7 +106,7 @@ class Engine:
         check_fit(model, cache.shape)
         bind(model)
         self.model, self.cache = model, cache
-        self.steps, self.loop, self._mapping = steps, loop, MappingPolicy(mapping)
+        self.steps, self.loop, self._mapping = steps, loop, MappingPolicy.named(mapping)
         self.chunk, self.record_margins, self.observer = chunk, record_margins, observer
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size

@@ -1,0 +1,168 @@
+"""Compiled layers: one function for all of them, nothing left out, the same tokens. Traced on the host, compiled on
+the card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.binding import bind, shape_of
+from trtllm_vattn.runtime.compiled import Part, compile_layers, merge_projections
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.sampling import SamplingParams
+
+FAMILIES = ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral"]
+PROMPTS = [[1, 2, 3], list(range(40)), [7]]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """Nothing traced by another test counts."""
+    torch._dynamo.reset()
+
+
+class Tracing:
+    """A backend that runs what was traced as it is, and keeps it."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        self.graphs.append(traced)
+        return traced.forward
+
+    def products(self) -> list[int]:
+        return [sum(node.target is nn.functional.linear for node in graph.graph.nodes) for graph in self.graphs]
+
+    def attentions(self) -> list[int]:
+        return [sum("trtllm_vattn.attend" in str(node.target) for node in graph.graph.nodes) for graph in self.graphs]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_layers_are_one_function_in_two_variants_and_the_tokens_are_the_same(name: str) -> None:
+    tokens = []
+    backend = Tracing()
+    for compiled in (False, True):
+        model = load_model(name, "cpu", torch.float32)
+        if compiled:
+            bind(model)
+            assert compile_layers(model, backend) == model.config.num_hidden_layers == 4
+        with Engine(model, make_cache("vattn", shape_of(model, 3, 128), "cpu"), capture=False) as engine:
+            tokens.append([done.tokens for done in engine.generate(PROMPTS, SamplingParams(12))])
+    assert tokens[0] == tokens[1]
+    # For one token and for any other number; q, k, v and gate, up are one product each, attention one operation.
+    assert len(backend.graphs) == 2
+    assert backend.products() == [4, 4]
+    assert backend.attentions() == [1, 1]
+
+
+def test_every_layer_runs_what_was_compiled() -> None:
+    ran = []
+
+    def backend(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            ran.append(1)
+            return traced.forward(*arguments)
+
+        return run
+
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    bind(model)
+    compile_layers(model, backend)
+    cache = make_cache("contiguous", shape_of(model, 2, 64), "cpu")
+    with Engine(model, cache, capture=False) as engine:
+        engine.generate([[1, 2, 3]], SamplingParams(6))
+    passes = 6
+    assert len(ran) == passes * model.config.num_hidden_layers
+
+
+def test_compiling_again_changes_nothing() -> None:
+    backend = Tracing()
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    bind(model)
+    for _ in range(3):
+        compile_layers(model, backend)
+        with Engine(model, make_cache("contiguous", shape_of(model, 2, 64), "cpu"), capture=False) as engine:
+            engine.generate([[1, 2, 3]], SamplingParams(4))
+    assert len(backend.graphs) == 2
+
+
+def test_a_layer_that_cannot_be_traced_whole_is_an_error() -> None:
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    bind(model)
+    layer = model.model.layers[1]
+    own = layer.mlp.forward
+    layer.mlp.forward = lambda x: (torch._dynamo.graph_break(), own(x))[1]
+    compile_layers(model, Tracing())
+    cache = make_cache("contiguous", shape_of(model, 2, 64), "cpu")
+    with Engine(model, cache, capture=False) as engine, pytest.raises(torch._dynamo.exc.Unsupported):
+        engine.generate([[1, 2, 3]], SamplingParams(4))
+
+
+def test_a_model_without_layers_to_name_is_refused() -> None:
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    model._no_split_modules = []
+    with pytest.raises(ConfigError, match="LlamaForCausalLM does not say which of its modules are layers"):
+        compile_layers(model, Tracing())
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2"])
+def test_merged_projections_compute_what_they_did(name: str) -> None:
+    model = load_model(name, "cpu", torch.float32)
+    attention = model.model.layers[2].self_attn
+    x = torch.randn(1, 5, 64)
+    names = ("q_proj", "k_proj", "v_proj")
+    before = [getattr(attention, name)(x) for name in names]
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    # Two products less for q, k, v and one for gate, up, in each layer.
+    assert merge_projections(model) == 3 * 4
+    for projection, want in zip(names, before, strict=True):
+        part = getattr(attention, projection)
+        assert isinstance(part, Part)
+        assert torch.allclose(part(x), want, atol=1e-6)
+    assert (attention.q_proj.whole.bias is not None) == (name == "tiny-qwen2")
+    assert sum(parameter.numel() for parameter in model.parameters()) == weights
+    assert merge_projections(model) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_compiled_steps_agree_with_plain_ones_on_the_card() -> None:
+    from trtllm_vattn.attention.select import available
+
+    if available()["cudnn"] != "yes":
+        pytest.skip(available()["cudnn"])
+    from torch._dynamo.utils import counters
+
+    prompts = [list(range(1, n)) for n in (4, 40, 2, 17)]
+    events = []
+    for compiled in (False, True):
+        model = load_model("llama-3.2-1b", "cuda:0", torch.bfloat16)
+        counters.clear()
+        with Engine(
+            model,
+            make_cache("vattn", shape_of(model, 4, 128), "cuda:0"),
+            compile=compiled,
+            record_margins=True,
+        ) as engine:
+            numbers = [engine.submit(prompt, SamplingParams(8)) for prompt in prompts]
+            seen = list(engine.run())
+            assert (engine.startup.compile_s > 0.5) == compiled
+        events.append([[(e.token, e.margin) for e in seen if e.request == number] for number in numbers])
+    assert counters["stats"]["unique_graphs"] >= 2
+    assert not counters["graph_break"]
+    assert not counters["recompile_limit"]
+    for plain, other in zip(*events, strict=True):
+        for (want, margin), (got, _) in zip(plain, other, strict=True):
+            if want != got:
+                # Free-running, so what follows a tie is another text.
+                assert margin is not None
+                assert margin < 0.25
+                break

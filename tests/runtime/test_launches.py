@@ -1,0 +1,332 @@
+"""Launches of many steps, loops, lanes over any slots, launches one ahead: the same tokens as one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.cache.select import CACHES, make_cache
+from trtllm_vattn.errors import ConfigError, OutOfPages
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.request import StepRecord
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.vmm.base import Fence
+from trtllm_vattn.vmm.open import open_driver
+from trtllm_vattn.vmm.wrappers import WrappedDriver
+
+PROMPTS = [np.random.default_rng(n).integers(0, 512, n).tolist() for n in (3, 40, 1, 16, 75, 33)]
+PARAMS = [
+    SamplingParams(12),
+    SamplingParams(33, stop_token_ids=(1, 2, 3, 4, 5, 6, 7)),
+    SamplingParams(7, temperature=0.9, seed=5),
+    SamplingParams(20, temperature=0.7, top_k=20, top_p=0.9, seed=6),
+    SamplingParams(1),
+    SamplingParams(53),
+]
+DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
+WAYS: dict[str, dict[str, Any]] = {
+    "eager": {"capture": False},
+    "4 steps": {"steps": 4},
+    "4 steps, eager": {"steps": 4, "capture": False},
+    "16 steps": {"steps": 16},
+    "loop": {"steps": 8, "loop": True},
+    "loop, eager": {"steps": 8, "loop": True, "capture": False},
+    "packed": {"packed": True},
+    "packed, 4 steps": {"packed": True, "steps": 4},
+    "packed, loop": {"packed": True, "steps": 8, "loop": True},
+    "between steps": {"mapping": "between-steps"},
+    "quiesce": {"mapping": "quiesce", "steps": 4},
+}
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return load_model("tiny-llama", request.param, torch.float32)
+
+
+@pytest.fixture
+def build(model: PreTrainedModel) -> Iterator[Callable[..., Engine]]:
+    made: list[Engine] = []
+
+    def make(kind: str = "vattn", slots: int = 3, budget: int | None = None, **options: Any) -> Engine:
+        cache = make_cache(kind, shape_of(model, slots, 128), model.device, budget)
+        try:
+            made.append(Engine(model, cache, attention="torch", compile=False, **options))
+        except ConfigError:
+            cache.close()
+            raise
+        return made[-1]
+
+    yield make
+    for engine in made:
+        if not engine.busy and not engine.cache._closed:  # type: ignore[attr-defined]
+            engine.cache.check_integrity()
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def single(model: PreTrainedModel) -> list[list[int]]:
+    cache = make_cache("contiguous", shape_of(model, 3, 128), model.device)
+    with Engine(model, cache, attention="torch", compile=False, capture=False) as engine:
+        engine.pipeline.one_by_one = True
+        return [done.tokens for done in engine.generate(PROMPTS, PARAMS)]
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_tokens_of_single_steps(
+    build: Callable[..., Engine], single: list[list[int]], kind: str, way: str
+) -> None:
+    engine = build(kind, **WAYS[way])
+    assert [done.tokens for done in engine.generate(PROMPTS, PARAMS)] == single
+    assert engine.cache.stats().sequences == 0
+
+
+def test_a_launch_has_many_steps_and_what_is_beyond_an_end_is_discarded(
+    build: Callable[..., Engine], single: list[list[int]]
+) -> None:
+    engine = build(steps=8)
+    records: list[StepRecord] = []
+    engine.observer = records.append
+    stop = single[5][9]
+    params = SamplingParams(50, stop_token_ids=(stop,))
+    (done,) = engine.generate([PROMPTS[5]], params)
+    assert done.tokens == single[5][: single[5].index(stop) + 1]
+    assert done.finish_reason == "stop"
+    assert {record.steps for record in records} == {8}
+    # The prompt gave the first token.
+    assert sum(record.steps for record in records) >= len(done.tokens) - 1
+    assert len(records) == -(-(len(done.tokens) - 1) // 8)
+
+
+def test_a_loop_ends_at_a_stop_token(build: Callable[..., Engine], single: list[list[int]]) -> None:
+    engine = build(steps=32, loop=True)
+    records: list[StepRecord] = []
+    engine.observer = records.append
+    stop = single[5][9]
+    (done,) = engine.generate([PROMPTS[5]], SamplingParams(50, stop_token_ids=(stop,)))
+    assert done.tokens == single[5][: single[5].index(stop) + 1]
+    assert [record.steps for record in records] == [len(done.tokens) - 1]
+
+
+def test_a_loop_goes_no_further_than_memory_reaches(build: Callable[..., Engine], single: list[list[int]]) -> None:
+    engine = build(steps=32, loop=True)
+    cache = engine.cache
+    assert isinstance(cache, KVCacheManager)
+    cache.lookahead = 0
+    engine.submit(PROMPTS[0], SamplingParams(50))
+    records: list[StepRecord] = []
+    engine.observer = records.append
+    engine.step()
+    # It started at 4 tokens; on the card a page holds more than are wanted.
+    assert records[0].steps == min(32, int(cache.frontiers[0]) - 3)
+    assert cache.lengths[0] == 3 + records[0].steps
+
+
+def test_the_device_learns_of_memory_after_it_was_made_accessible(model: PreTrainedModel) -> None:
+    order: list[str] = []
+
+    class Noting(WrappedDriver):
+        def _call(self, name: str, *arguments: int) -> Any:
+            answer = super()._call(name, *arguments)
+            if not isinstance(answer, Fence):
+                order.append(name)
+            return answer
+
+    shape = shape_of(model, 1, 4096)
+    cache = KVCacheManager(shape, Noting(open_driver(str(model.device))), 64 << 20, lookahead=2048)
+    with Engine(model, cache, attention="torch", compile=False, steps=4, loop=True) as engine:
+        publish = engine.decode.publish_frontiers
+        engine.decode.publish_frontiers = lambda: (order.append("publish"), publish())  # type: ignore[func-returns-value,method-assign,assignment]
+        engine.submit([1, 2, 3], SamplingParams(8))
+        engine.step()
+        mapped = len(order) - 1 - order[::-1].index("set_access")
+        assert "publish" in order[mapped:]
+        assert engine.decode._frontiers[0] == cache.frontiers[0]
+
+
+def test_launches_run_ahead_of_their_tokens(build: Callable[..., Engine], single: list[list[int]]) -> None:
+    engine = build()
+    number = engine.submit(PROMPTS[5], SamplingParams(53))
+    tokens = [event.token for _ in range(4) for event in engine.step()]
+    assert engine.pipeline.unread is not None
+    length = int(engine.cache.lengths[0])
+    assert length == len(PROMPTS[5]) + len(tokens)
+    # Who joins or leaves meanwhile changes nothing.
+    other = engine.submit(PROMPTS[0], SamplingParams(12))
+    seen: dict[int, list[int]] = {number: tokens, other: []}
+    for _ in range(6):
+        for event in engine.step():
+            seen[event.request].append(event.token)
+    engine.abort(other)
+    for event in engine.run():
+        seen[event.request].append(event.token)
+    assert seen[number] == single[5]
+    assert seen[other] == single[0][: len(seen[other])]
+
+
+@pytest.mark.parametrize("options", [{"loop": True, "steps": 4}, {"record_margins": True}])
+def test_what_needs_the_tokens_first_does_not_run_ahead(build: Callable[..., Engine], options: dict[str, Any]) -> None:
+    engine = build(**options)
+    engine.submit(PROMPTS[0], SamplingParams(12))
+    for _ in range(3):
+        engine.step()
+        assert engine.pipeline.unread is None
+
+
+def test_a_budget_is_lowered_and_raised_beneath_running_requests(
+    build: Callable[..., Engine], single: list[list[int]]
+) -> None:
+    engine = build(steps=4)
+    cache = engine.cache
+    assert isinstance(cache, KVCacheManager)
+    captured = [engine.decode.runner.graph(bucket) for bucket in engine.decode.runner.buckets]
+    numbers = [engine.submit(prompt, params) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
+    tokens: dict[int, list[int]] = {number: [] for number in numbers}
+    most = cache.stats().budget_bytes
+    # Enough for the longest of them alone.
+    alone = cache.layout.least_bytes + cache.layout.bytes_for(128) * cache.layout.num_ranges
+    for round_ in range(200):
+        if round_ % 3 == 1:
+            engine.set_budget(alone if round_ % 2 else most)
+        for event in engine.step():
+            tokens[event.request].append(event.token)
+        cache.check_integrity()
+        if not engine.busy:
+            break
+    assert [tokens[number] for number in numbers] == single
+    assert engine.startup.budget_bytes == cache.stats().budget_bytes
+    assert [engine.decode.runner.graph(bucket) for bucket in engine.decode.runner.buckets] == captured
+    with pytest.raises(ConfigError, match="the dummy slot alone takes"):
+        engine.set_budget(1)
+
+
+def test_a_budget_belongs_to_the_vattn_cache(build: Callable[..., Engine]) -> None:
+    with pytest.raises(ConfigError, match="ContiguousCache has its memory for life"):
+        build("contiguous").set_budget(1 << 30)
+
+
+def test_graphs_are_captured_over_the_dummy_slot_and_memory_comes_later(
+    model: PreTrainedModel, single: list[list[int]]
+) -> None:
+    cache = KVCacheManager(shape_of(model, 3, 128), open_driver(str(model.device)))
+    with Engine(model, cache, attention="torch", compile=False) as engine:
+        assert cache.stats().held_bytes == cache.layout.least_bytes
+        assert set(engine.startup.decode.seconds) == {1, 2, 3}
+        assert set(engine.startup.decode.replay_s) == {1, 2, 3}
+        assert set(engine.startup.prefill.seconds) == {16, 32, 64, 128}
+        assert engine.startup.capture_s > 0
+        engine.submit(PROMPTS[0], PARAMS[0])
+        with pytest.raises(OutOfPages):
+            engine.step()
+        engine.set_budget(256 << 20)
+        assert [event.token for event in engine.run()] == single[0]
+
+
+def test_holes_are_closed_where_a_smaller_bucket_repays_it(
+    build: Callable[..., Engine], single: list[list[int]]
+) -> None:
+    engine = build(slots=4)
+    compaction = engine.scheduler.compaction
+    assert compaction is not None
+    compaction.replay_s = {1: 0.001, 2: 0.002, 4: 1.0}
+    numbers = [engine.submit(PROMPTS[5], SamplingParams(count)) for count in (3, 4, 3, 53)]
+    tokens: dict[int, list[int]] = {number: [] for number in numbers}
+    for event in engine.run():
+        tokens[event.request].append(event.token)
+    assert compaction.moves >= 1
+    assert [tokens[number] for number in numbers] == [single[5][:count] for count in (3, 4, 3, 53)]
+    # A move that costs more than it saves is not made.
+    compaction.seconds_per_mapping = 1e9
+    moves = compaction.moves
+    assert compaction.plan({3: 1000}) == []
+    compaction.seconds_per_mapping = 1e-9
+    assert compaction.plan({3: 1000}) == [(3, 0)]
+    assert compaction.plan({0: 1000}) == []
+    assert compaction.plan({}) == []
+    assert compaction.moves == moves
+
+
+def test_a_short_prompt_is_one_replay(build: Callable[..., Engine]) -> None:
+    engine = build()
+    sizes: list[int] = []
+    replay = engine.prefill.runner.replay
+    engine.prefill.runner.replay = lambda size: (sizes.append(size), replay(size))[1]  # type: ignore[method-assign,assignment]
+    for prompt in PROMPTS:
+        engine.generate([prompt], SamplingParams(1))
+    assert sizes == [16, 64, 16, 16, 128, 64]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0; a launch has at least 1"),
+        ({"steps": 2, "record_margins": True}, "margins are recorded of single steps"),
+        ({"mapping": "sometimes"}, "no mapping policy 'sometimes'"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    build: Callable[..., Engine], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(**options)
+
+
+def test_forced_tokens_need_single_steps(build: Callable[..., Engine]) -> None:
+    with pytest.raises(ConfigError, match="this engine takes 4 a launch"):
+        build(steps=4).submit([1], SamplingParams(2), forced=[1, 2])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_engines_live_side_by_side(device: str) -> None:
+    models = [load_model(name, device, torch.float32) for name in ("tiny-llama", "tiny-qwen3")]
+    engines = [
+        Engine(each, make_cache("vattn", shape_of(each, 2, 64), device), attention="torch", compile=False)
+        for each in models
+    ]
+    alone = [[done.tokens for done in engine.generate(PROMPTS[:1], SamplingParams(20))] for engine in engines]
+    for engine in engines:
+        engine.submit(PROMPTS[0], SamplingParams(20))
+    together: list[list[int]] = [[], []]
+    while any(engine.busy for engine in engines):
+        for engine, tokens in zip(engines, together, strict=True):
+            tokens += [event.token for event in engine.step()]
+    assert [[tokens] for tokens in together] == alone
+    engines[0].close()
+    assert [done.tokens for done in engines[1].generate(PROMPTS[:1], SamplingParams(20))] == alone[1]
+    engines[1].close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_captured_step_holds_no_foreign_address(device: str) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    loaded = load_model("small-llama", device, dtype)
+    cache = make_cache("vattn", shape_of(loaded, 4, 256), device)
+    with Engine(loaded, cache, compile=False, buckets=[1, 4]) as engine:
+        for bucket in (1, 4):
+            report = engine.decode.audit(bucket)
+            report.raise_if_foreign()
+            assert report.addresses["reservation"] > 0
+            assert report.addresses["static"] > 0
+            assert report.addresses["pool"] > 0
+
+
+def test_nothing_is_launched_after_closing(build: Callable[..., Engine]) -> None:
+    from trtllm_vattn.errors import CaptureError
+
+    engine = build()
+    engine.submit([1, 2], SamplingParams(9))
+    engine.step()
+    runner = engine.decode.runner
+    engine.close()
+    engine.close()
+    with pytest.raises(CaptureError, match="the runner is closed"):
+        runner.replay(1)
