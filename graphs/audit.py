@@ -198,7 +198,7 @@ def pool_regions(pool: Any) -> list[Region]:
     """The segments of a torch memory pool, by the handle that its graphs were captured with."""
     return [
         Region(POOL, segment["address"], segment["total_size"])
-        for segment in torch.cuda.memory_snapshot()
+        for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         if tuple(segment["segment_pool_id"]) == tuple(pool)
     ]
 

@@ -49,7 +49,7 @@ class Readers:
         self.pages = [page.view(torch.int64) for page in pages]
         device = pages[0].device
         words = torch.arange(sum(len(page) for page in self.pages), device=device) * self.FACTOR
-        self.expected = list(words.split([len(page) for page in self.pages]))
+        self.expected = list(torch.split(words, [len(page) for page in self.pages]))
         self.wrong = torch.zeros(1, dtype=torch.int64, device=device)
         for page, right in zip(self.pages, self.expected, strict=True):
             page.copy_(right)
@@ -110,7 +110,7 @@ def _beside_device(readers: Readers, churn: Callable[[], None], seconds: float) 
             ahead.append(event)
         churn()
         remaps += 1
-        while ahead and ahead[0].query():
+        while ahead and ahead[0].query():  # type: ignore[no-untyped-call]
             ahead.popleft()
             reads += 1
     torch.cuda.synchronize()

@@ -76,7 +76,7 @@ class GraphRunner:
         self._step, self._device, self._go = step, device, go
         self.static = list(static)
         on_gpu = device.type == "cuda"
-        self.pool = pool or (torch.cuda.graph_pool_handle() if on_gpu else None)  # type: ignore[no-untyped-call]
+        self.pool = pool or (torch.cuda.graph_pool_handle() if on_gpu else None)
         self._driver = CudaDriver(device.index or 0) if on_gpu else None
         self._decision: Decision | None = None
         self._graphs: dict[int, tuple[Any, Outputs]] = {}

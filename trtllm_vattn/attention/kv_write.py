@@ -12,8 +12,8 @@ import triton.language as tl
 from trtllm_vattn.cache.base import FlatKV, PagedKV
 
 
-@triton.jit
-def _write(
+@triton.jit  # type: ignore[untyped-decorator]
+def _write(  # type: ignore[no-untyped-def]
     k_new,
     v_new,
     k_cache,

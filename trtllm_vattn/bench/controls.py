@@ -154,5 +154,4 @@ def _unmap_beside_replays(model: PreTrainedModel, device: str) -> None:
 
 if __name__ == "__main__":
     where = sys.argv[1]
-    dtype = torch.float32 if where == "cpu" else torch.bfloat16
-    _unmap_beside_replays(load_model(sys.argv[2], where, dtype), where)
+    _unmap_beside_replays(load_model(sys.argv[2], where, torch.float32), where)

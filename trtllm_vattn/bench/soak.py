@@ -12,6 +12,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -49,8 +50,7 @@ class Soak:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-        self.model = load_model(args.model, args.device, dtype, args.seed)
+        self.model = load_model(args.model, args.device, torch.float32, args.seed)
         self.shape = shape_of(self.model, SLOTS, MAX_SEQ_LEN)
         self.driver = CountingDriver(open_driver(args.device))
 
@@ -73,7 +73,7 @@ class Soak:
         with tqdm(total=replays, initial=before, desc=label, unit="replay", disable=None) as bar:
             while before + twins.tally.replays < replays and perf_counter() - started < self.args.seconds:
                 done = twins.tally.replays
-                twins.step(check_eager=done // 100 != (done - 1) // 100)
+                twins.step(check_eager=done >= 100 * twins.tally.eager_checks)
                 bar.update(twins.tally.replays - done)
         twins.settle()
         twins.tally.seconds = perf_counter() - started
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     return int(wrong > 0 or result.summary["controls_caught"] < len(controls))
 
 
-def _chunks(args: argparse.Namespace) -> list[dict[str, object]]:
+def _chunks(args: argparse.Namespace) -> list[dict[str, Any]]:
     """What earlier chunks did. Raises ConfigError where they were of another soak."""
     if args.state is None or not args.state.exists():
         return []
@@ -136,5 +136,5 @@ def _chunks(args: argparse.Namespace) -> list[dict[str, object]]:
         raise ConfigError(
             f"{args.state} is of a soak of {state['model']} with seed {state['seed']}; give the same, or another file"
         )
-    chunks: list[dict[str, object]] = state["chunks"]
+    chunks: list[dict[str, Any]] = state["chunks"]
     return chunks

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -101,7 +101,7 @@ def _inductor(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor]) ->
     """One function for all models: torch keeps what it compiled by the backend's identity."""
     from torch._inductor.compile_fx import compile_fx
 
-    return merging(traced, examples, compile_fx)
+    return merging(traced, examples, cast(Backend, compile_fx))
 
 
 def compile_layers(model: PreTrainedModel, backend: Backend | None = None) -> int:
@@ -131,15 +131,16 @@ def compile_layers(model: PreTrainedModel, backend: Backend | None = None) -> in
     return len(layers)
 
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Wrap = Callable[[Callable[..., None]], Callable[..., None]]
+"""What to apply to a function of tensors that is run in every step."""
 
 
-def compile_model(model: PreTrainedModel) -> Callable[[Function], Function]:
-    """Compile a bound model's layers; returns what to apply to functions of tensors that are run in every step."""
+def compile_model(model: PreTrainedModel) -> Wrap:
+    """Compile a bound model's layers; returns what compiles functions beside them."""
     compile_layers(model)
     return partial(torch.compile, dynamic=True)
 
 
-def as_it_is(function: Function) -> Function:
-    """What to apply to them where nothing is compiled."""
+def as_it_is(function: Callable[..., None]) -> Callable[..., None]:
+    """For where nothing is compiled."""
     return function

@@ -8,7 +8,7 @@ also be started before the tokens of the one before it are read, as engines with
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -33,7 +33,7 @@ from trtllm_vattn.graphs.host_graph import HostGraph
 from trtllm_vattn.graphs.nodes import GraphReader
 from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner, Outputs
 from trtllm_vattn.runtime.binding import DecodeStep, forward
-from trtllm_vattn.runtime.compiled import Function, as_it_is
+from trtllm_vattn.runtime.compiled import Wrap, as_it_is
 from trtllm_vattn.runtime.sampling import SamplingParams, draw, settings
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.tensors import tensor_at, upload
@@ -133,7 +133,7 @@ class DecodeBatch:
         steps: int = 1,
         loop: bool = False,
         packed: bool = False,
-        wrap: Callable[[Function], Function] = as_it_is,
+        wrap: Wrap = as_it_is,
     ) -> None:
         self.model, self.attention = model, attention
         self.steps, self.loop, self.packed = steps, loop, packed
@@ -213,7 +213,8 @@ class DecodeBatch:
         logits = self._forward(bucket)
         parameters = self._drawing[:, :bucket]
         uniform = parameters[3:].index_select(0, self._device[-2:-1].remainder(2 * self.steps))[0]
-        self._finish(bucket, logits, draw(logits, *parameters[:3], uniform))
+        temperature, top_p, top_k = parameters[:3]
+        self._finish(bucket, logits, draw(logits, temperature, top_p, top_k, uniform))
         return (logits,)
 
     def _finish(self, bucket: int, logits: torch.Tensor, chosen: torch.Tensor | None) -> None:
@@ -276,7 +277,7 @@ class DecodeBatch:
 
     def lengths_after(self, steps: int) -> np.ndarray:
         """Lengths by slot, int64 ``[num_slots]``, once so many steps were taken; 0 where there is no lane."""
-        ends = np.minimum(self.lengths + (steps - 1), self.limits)
+        ends: np.ndarray = np.minimum(self.lengths + (steps - 1), self.limits)
         if not self.packed:
             return ends
         by_slot = np.zeros_like(ends)

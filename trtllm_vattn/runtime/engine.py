@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tqdm import tqdm
@@ -128,8 +128,8 @@ class Engine:
             if capture:
                 self.startup.decode = self.decode.capture()
                 self.startup.prefill = self.prefill.capture()
-        movable = isinstance(cache, KVCacheManager) and not packed
-        compaction = Compaction(cache, self.startup.decode.replay_s) if movable and capture else None
+        movable = isinstance(cache, KVCacheManager) and capture and not packed
+        compaction = Compaction(cast(KVCacheManager, cache), self.startup.decode.replay_s) if movable else None
         self.scheduler = Scheduler(cache, self.decode, compaction)
         self.pipeline = Pipeline(self.scheduler, steps, one_by_one=loop or record_margins)
 

@@ -34,6 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 1024,
         "hidden_size": 512,
         "intermediate_size": 1024,
+        "num_hidden_layers": 2,
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
         "head_dim": 128,
