@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,10 +39,18 @@ class Allocation:
     where: str
 
 
+SMALLEST_UPPER = 1 << 12
+"""Large allocations lie at low addresses, where eight bytes that are two small numbers point too. From here on the
+upper four bytes are too large for that."""
+
+
 @dataclass(frozen=True)
 class Finding:
-    """An address of nobody we know. `certain` where the parameter is an address and nothing else; inside a larger one
-    eight bytes may, though hardly ever do, look like an address by chance."""
+    """A word that points into memory of nobody we know.
+
+    `certain` where it is the start of an allocation or too large for two numbers side by side; what is not may be a
+    constant of the kernel's that only looks like an address.
+    """
 
     node: int
     kind: str
@@ -59,36 +67,39 @@ class AuditReport:
     """What a graph holds.
 
     `nodes` counts them by kind, `addresses` those seen by the kind of their region; `numbers` the words that are no
-    address the driver knows. `opaque` lists what could not be read, `unseen` says it in sentences.
+    address the driver knows. `findings` are foreign addresses, `lookalikes` words that may be. `opaque` lists what
+    could not be read, `unseen` says it in sentences.
     """
 
     nodes: dict[str, int]
     addresses: dict[str, int]
     numbers: int
     findings: tuple[Finding, ...]
+    lookalikes: tuple[Finding, ...]
     opaque: tuple[tuple[int, str, Opaque], ...]
     unseen: tuple[str, ...]
 
     def raise_if_foreign(self) -> None:
-        """Raise CaptureError naming a finding, a certain one if there is any."""
+        """Raise CaptureError naming the first finding."""
         if self.findings:
-            first = min(self.findings, key=lambda finding: not finding.certain)
+            first = self.findings[0]
             where = first.allocation
-            place = "" if first.certain else f"{first.offset} bytes into "
             raise CaptureError(
-                f"the graph holds {first.address:#x}, {place}parameter {first.parameter} of {first.kind} "
-                f"{first.name!r} (node {first.node}): {where.where} memory of {where.size:,} bytes at {where.base:#x} "
-                f"that is neither the cache's, nor the graphs' pool's, nor declared static ({len(self.findings)} such "
-                "in all); pass the tensor as static and keep it, or make it inside the step"
+                f"the graph holds {first.address:#x}, {first.offset} bytes into parameter {first.parameter} of "
+                f"{first.kind} {first.name!r} (node {first.node}): {where.where} memory of {where.size:,} bytes at "
+                f"{where.base:#x} that is neither the cache's, nor the graphs' pool's, nor declared static "
+                f"({len(self.findings)} such in all); pass the tensor as static and keep it, or make it inside the step"
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: counts, findings and sentences."""
+        """For JSON: counts, findings, different look-alikes, and sentences."""
         return {
             "nodes": self.nodes,
             "addresses": self.addresses,
             "numbers": self.numbers,
             "findings": [asdict(finding) for finding in self.findings],
+            "lookalikes": len(self.lookalikes),
+            "lookalike_values": sorted({finding.address for finding in self.lookalikes}),
             "opaque_parameters": len(self.opaque),
             "unseen": list(self.unseen),
         }
@@ -112,8 +123,18 @@ class Regions:
         return None
 
 
-def audit(nodes: Sequence[Node], regions: Iterable[Region], probe: Probe) -> AuditReport:
-    """Classify every address in a graph's nodes; `probe` tells what the driver knows of one, None if nothing."""
+def audit(
+    nodes: Sequence[Node], regions: Iterable[Region], probe: Probe, blocks: Collection[int] = frozenset()
+) -> AuditReport:
+    """Classify every address in a graph's nodes.
+
+    Parameters
+    ----------
+    probe : callable
+        What the driver knows of an address; None if nothing.
+    blocks : collection of int
+        Where allocations inside the driver's begin, as a caching allocator knows them.
+    """
     known = Regions(regions)
     seen: Counter[str] = Counter()
     findings: list[Finding] = []
@@ -128,20 +149,23 @@ def audit(nodes: Sequence[Node], regions: Iterable[Region], probe: Probe) -> Aud
             elif (allocation := probe(word.value)) is None:
                 numbers += 1
             else:
-                findings.append(_finding(index, node, word, allocation))
+                starts = word.value == allocation.base or word.value in blocks
+                certain = starts or word.value >> 32 >= SMALLEST_UPPER
+                findings.append(_finding(index, node, word, allocation, certain))
     opaque = tuple((index, node.name, part) for index, node in enumerate(nodes) for part in node.opaque)
     return AuditReport(
         nodes=dict(Counter(node.kind for node in nodes)),
         addresses=dict(seen),
         numbers=numbers,
-        findings=tuple(findings),
+        findings=tuple(finding for finding in findings if finding.certain),
+        lookalikes=tuple(finding for finding in findings if not finding.certain),
         opaque=opaque,
         unseen=_unseen(nodes),
     )
 
 
-def _finding(index: int, node: Node, word: Word, allocation: Allocation) -> Finding:
-    return Finding(index, node.kind, node.name, word.parameter, word.offset, word.value, allocation, word.whole)
+def _finding(index: int, node: Node, word: Word, allocation: Allocation, certain: bool) -> Finding:
+    return Finding(index, node.kind, node.name, word.parameter, word.offset, word.value, allocation, certain)
 
 
 def _unseen(nodes: Sequence[Node]) -> tuple[str, ...]:
@@ -150,6 +174,7 @@ def _unseen(nodes: Sequence[Node]) -> tuple[str, ...]:
     if any(node.kind == "kernel" for node in nodes):
         sentences.append("addresses that a kernel reads from memory (arrays of pointers) are not among its parameters")
         sentences.append("an address that is not a multiple of 8 bytes into its parameter is not looked for")
+        sentences.append("a foreign address below 16 TiB that is not where an allocation begins passes for a number")
     return tuple(sentences)
 
 
@@ -170,8 +195,8 @@ def audit_host(graph: HostGraph, regions: Iterable[Region]) -> AuditReport:
             elif address:
                 node = Node("operation", str(record.operation))
                 allocation = Allocation(address, storage.nbytes(), "host")
-                findings.append(_finding(index, node, Word(place, 0, address, True), allocation))
-    return AuditReport({"operation": len(graph)}, dict(seen), 0, tuple(findings), (), ())
+                findings.append(_finding(index, node, Word(place, 0, address), allocation, True))
+    return AuditReport({"operation": len(graph)}, dict(seen), 0, tuple(findings), (), (), ())
 
 
 def cuda_probe(cuda: Any) -> Probe:
@@ -201,6 +226,12 @@ def pool_regions(pool: Any) -> list[Region]:
         for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         if tuple(segment["segment_pool_id"]) == tuple(pool)
     ]
+
+
+def torch_blocks() -> set[int]:
+    """Where the tensors begin that torch's caching allocator has handed out."""
+    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    return {block["address"] for segment in segments for block in segment["blocks"] if block["state"] != "inactive"}
 
 
 def tensor_regions(kind: str, tensors: Iterable[torch.Tensor]) -> list[Region]:

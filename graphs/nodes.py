@@ -20,12 +20,11 @@ TMA_BYTES, TMA_ALIGNMENT = 128, 64
 
 @dataclass(frozen=True)
 class Word:
-    """Eight aligned bytes of a parameter, `offset` bytes from its start; `whole` where the parameter is just these."""
+    """Eight aligned bytes of a parameter, `offset` bytes from its start."""
 
     parameter: int
     offset: int
     value: int
-    whole: bool
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class GraphReader:
                 yield self._memcpy(node)
             elif kind == "memset":
                 destination = int(self._call("cuGraphMemsetNodeGetParams", node).dst)
-                yield Node(kind, "", (Word(0, 0, destination, True),))
+                yield Node(kind, "", (Word(0, 0, destination),))
             elif kind == "graph":
                 yield Node(kind, "")
                 yield from self._nodes(self._call("cuGraphChildGraphNodeGetGraph", node))
@@ -125,7 +124,7 @@ class GraphReader:
                 opaque.append(Opaque(index, size, "it may hold TMA descriptors, in which addresses are encoded"))
             count = size // 8
             values = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint64 * count)).contents if count else ()
-            words += [Word(index, 8 * i, value, size == 8) for i, value in enumerate(values)]
+            words += [Word(index, 8 * i, value) for i, value in enumerate(values)]
         return Node("kernel", name, tuple(words), tuple(opaque))
 
     def _places(self, handle: Any, info: str) -> Iterator[tuple[int, int]]:
@@ -147,5 +146,5 @@ class GraphReader:
             kind = getattr(params, f"{end}MemoryType")
             host = kind == self._cuda.CUmemorytype.CU_MEMORYTYPE_HOST
             value = getattr(params, f"{end}Host" if host else f"{end}Device")
-            ends.append(Word(place, 0, int(value or 0), True))
+            ends.append(Word(place, 0, int(value or 0)))
         return Node("memcpy", "", tuple(ends))

@@ -17,6 +17,7 @@ from trtllm_vattn.graphs.audit import (
     cuda_probe,
     pool_regions,
     tensor_regions,
+    torch_blocks,
 )
 from trtllm_vattn.graphs.host_graph import HostGraph
 from trtllm_vattn.graphs.nodes import GraphReader
@@ -68,23 +69,28 @@ def test_a_region_ends_before_its_end() -> None:
 def test_a_foreign_address_is_named() -> None:
     found = report(Kernel("first", [word(KV)]), Kernel("second", [word(KV), word(STRANGE + 16)]))
     message = (
-        rf"holds {STRANGE + 16:#x}, parameter 1 of kernel 'second' \(node 1\): device memory of 8,192 bytes at "
-        rf"{STRANGE:#x} that is neither.*\(1 such in all\); pass the tensor as static"
+        rf"holds {STRANGE + 16:#x}, 0 bytes into parameter 1 of kernel 'second' \(node 1\): device memory of 8,192 "
+        rf"bytes at {STRANGE:#x} that is neither.*\(1 such in all\); pass the tensor as static"
     )
     with pytest.raises(CaptureError, match=message):
         found.raise_if_foreign()
     assert found.as_dict()["findings"][0]["allocation"] == {"base": STRANGE, "size": 8192, "where": "device"}
 
 
-def test_what_looks_like_an_address_inside_a_structure_is_less_certain() -> None:
-    found = report(Kernel("functor", [word(3, STRANGE, KV, 99)]))
-    assert [(finding.offset, finding.certain) for finding in found.findings] == [(8, False)]
-    assert found.addresses == {RESERVATION: 1}
+def test_two_numbers_that_look_like_an_address_are_told_apart() -> None:
+    low = 0x4_0000_0000
+    driver = FakeCuda({low: (1 << 31, DEVICE), STRANGE: (8192, DEVICE)})
+    nodes = GraphReader(driver).read([Kernel("functor", [word(3, low + 4, KV, 99), word(low), word(low + 512)])])
+    found = audit(nodes, REGIONS, cuda_probe(driver))
+    assert [(f.parameter, f.address) for f in found.findings] == [(1, low)], "the start of an allocation"
+    assert [f.address for f in found.lookalikes] == [low + 4, low + 512]
+    assert found.as_dict()["lookalike_values"] == [low + 4, low + 512]
+    # Where torch has handed out a tensor from the middle of what it has of the driver.
+    found = audit(nodes, REGIONS, cuda_probe(driver), blocks={low + 512})
+    assert [f.address for f in found.findings] == [low, low + 512]
+    inside = report(Kernel("functor", [word(3, STRANGE + 8, KV, 99)]), driver=driver)
     with pytest.raises(CaptureError, match="8 bytes into parameter 0 of kernel 'functor'"):
-        found.raise_if_foreign()
-    both = report(Kernel("functor", [word(3, STRANGE)]), Kernel("sure", [word(STRANGE)]))
-    with pytest.raises(CaptureError, match=r"parameter 0 of kernel 'sure'.*\(2 such in all\)"):
-        both.raise_if_foreign()
+        inside.raise_if_foreign()
 
 
 def test_copies_and_fills_are_looked_at_too() -> None:
@@ -142,7 +148,9 @@ def test_a_host_graph_is_audited_by_its_storages() -> None:
     assert clean.findings == ()
     assert set(clean.addresses) == {STATIC, POOL}
     dirty = audit_host(graph, tensor_regions(STATIC, [mine]))
-    with pytest.raises(CaptureError, match=rf"holds {foreign.data_ptr():#x}, parameter 0 of operation 'aten.mul"):
+    with pytest.raises(
+        CaptureError, match=rf"holds {foreign.data_ptr():#x}, 0 bytes into parameter 0 of operation 'aten.mul"
+    ):
         dirty.raise_if_foreign()
 
 
@@ -175,7 +183,8 @@ def test_a_captured_graph_is_audited_on_the_card() -> None:
     found = audit(nodes, known, cuda_probe(driver.cuda))
     assert {RESERVATION, STATIC, POOL} <= set(found.addresses)
     region = tensor_regions(STATIC, [foreign])[0]
-    assert {finding.address for finding in found.findings} == {region.base}
+    assert {finding.address for finding in (*found.findings, *found.lookalikes)} == {region.base}
+    assert audit(nodes, known, cuda_probe(driver.cuda), torch_blocks()).findings
     assert audit(nodes, [*known, region], cuda_probe(driver.cuda)).findings == ()
     runner.close()
     for owner in (mapping, extent, reservation):

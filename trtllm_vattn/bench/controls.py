@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.bench.twins import LANES, Side, Twins
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import CaptureError, UnmappedAccess
-from trtllm_vattn.graphs.audit import STATIC, audit, cuda_probe, pool_regions, tensor_regions
+from trtllm_vattn.graphs.audit import STATIC, audit, cuda_probe, pool_regions, tensor_regions, torch_blocks
 from trtllm_vattn.graphs.nodes import GraphReader
 from trtllm_vattn.graphs.runner import GraphRunner
 from trtllm_vattn.runtime.models import load_model
@@ -111,7 +111,7 @@ def foreign_address(device: torch.device) -> str:
         cuda = CudaDriver(device.index or 0).cuda
         nodes = GraphReader(cuda).read(cuda.CUgraph(runner.graph(8).raw_cuda_graph()))
         regions = [*tensor_regions(STATIC, [mine]), *pool_regions(runner.pool)]
-        audit(nodes, regions, cuda_probe(cuda)).raise_if_foreign()
+        audit(nodes, regions, cuda_probe(cuda), torch_blocks()).raise_if_foreign()
     except CaptureError as error:
         return f"refused: {error}"
     finally:

@@ -246,6 +246,7 @@ def summary(trace: dict[str, Any] | None, steady: dict[str, Any] | None) -> dict
     if audits:
         out["audited_graphs"] = len(audits)
         out["audit_findings"] = sum(len(audit["findings"]) for audit in audits)
+        out["audit_lookalikes"] = sum(audit["lookalikes"] for audit in audits)
     if trace:
         out.update(
             tokens_identical=all(row["tokens_identical"] for row in trace["runs"]),

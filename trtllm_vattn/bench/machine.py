@@ -66,14 +66,16 @@ def gpu(index: int = 0) -> dict[str, Any] | None:
 def commit() -> str:
     """The project's commit, ``-dirty`` where files differ from it.
 
-    Outside a checkout it is what the environment's VATTN_COMMIT says, or ``unknown``.
+    What the environment's VATTN_COMMIT says goes before: a copy of the files may not know. ``unknown`` without either.
     """
+    if os.environ.get("VATTN_COMMIT"):
+        return os.environ["VATTN_COMMIT"]
     here = Path(__file__).resolve().parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("VATTN_COMMIT", "unknown")
+        return "unknown"
     return done.stdout.strip()
 
 

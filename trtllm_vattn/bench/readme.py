@@ -50,8 +50,9 @@ def figures(result: dict[str, Any]) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "graph-steady": ("graph.json", steady),
-    "graph-layers": ("graph.json", layers),
     "graph-summary": ("graph.json", figures),
+    "graph-layers": ("graph_plain.json", layers),
+    "soak": ("soak.json", figures),
 }
 
 

@@ -27,6 +27,7 @@ from trtllm_vattn.graphs.audit import (
     cuda_probe,
     pool_regions,
     tensor_regions,
+    torch_blocks,
 )
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.host_graph import HostGraph
@@ -380,7 +381,7 @@ class DecodeBatch:
             return audit_host(graph, regions)
         cuda = CudaDriver(cache.device.index or 0).cuda
         nodes = GraphReader(cuda).read(cuda.CUgraph(graph.raw_cuda_graph()))
-        return audit(nodes, [*regions, *pool_regions(self.runner.pool)], cuda_probe(cuda))
+        return audit(nodes, [*regions, *pool_regions(self.runner.pool)], cuda_probe(cuda), torch_blocks())
 
     def close(self) -> None:
         """Drop all graphs. Idempotent."""
