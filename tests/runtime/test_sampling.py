@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from trtllm_vattn.runtime.sampling import SamplingParams, sample
+from trtllm_vattn.runtime.sampling import SamplingParams, likeliest, sample
 
 LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
 
@@ -46,3 +47,13 @@ def test_a_draw_depends_on_seed_and_index_alone() -> None:
     again = [params.uniform(index) for index in (3, 1, 2)]
     assert again == [params.uniform(3), params.uniform(1), params.uniform(2)]
     assert len({*again, SamplingParams(temperature=1.0, seed=8).uniform(3)}) == 4
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 512, 1009, 128256])
+def test_the_first_of_the_largest_is_chosen(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    # Few different values, so that rows have many largest ones.
+    logits = torch.randint(0, 5, (6, vocab), generator=generator).bfloat16()
+    assert torch.equal(likeliest(logits), logits.argmax(dim=-1))
+    logits = torch.randn(6, vocab, generator=generator)
+    assert torch.equal(likeliest(logits), logits.argmax(dim=-1))

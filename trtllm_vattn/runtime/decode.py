@@ -35,7 +35,7 @@ from trtllm_vattn.graphs.nodes import GraphReader
 from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner, Outputs
 from trtllm_vattn.runtime.binding import DecodeStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
-from trtllm_vattn.runtime.sampling import SamplingParams, draw, settings
+from trtllm_vattn.runtime.sampling import SamplingParams, draw, likeliest, settings
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.tensors import tensor_at, upload
 
@@ -83,7 +83,7 @@ def advance(
     A lane that has reached its limit becomes idle. `go` is left other than 0 while fewer steps were taken than wanted,
     no lane has ended, and every lane's next token has memory.
     """
-    chosen = logits.argmax(dim=-1) if chosen is None else chosen
+    chosen = likeliest(logits) if chosen is None else chosen
     tokens, positions, slots, lengths, limits = inputs[:5]
     row = control[:1].remainder(len(out) - 1)
     out.index_copy_(0, row, chosen[None])
@@ -219,6 +219,9 @@ class DecodeBatch:
         return (logits,)
 
     def _finish(self, bucket: int, logits: torch.Tensor, chosen: torch.Tensor | None) -> None:
+        if self._advance is not advance:
+            # Compiled for any number of lanes, but not for any vocabulary.
+            torch._dynamo.mark_static(logits, 1)
         self._advance(
             logits,
             chosen,
