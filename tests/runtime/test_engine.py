@@ -9,6 +9,7 @@ from functools import cache as remember
 import numpy as np
 import pytest
 import torch
+from ties import agree, by_request
 from transformers import PreTrainedModel
 
 from trtllm_vattn.cache.select import CACHES, make_cache
@@ -301,11 +302,5 @@ def test_captured_and_eager_agree_on_the_card(kind: str, attention: str) -> None
             numbers = [engine.submit(prompt, SamplingParams(max_tokens=12)) for prompt in prompts]
             events = list(engine.run())
             engine.cache.check_integrity()
-        outputs.append([[(e.token, e.margin) for e in events if e.request == number] for number in numbers])
-    for eager, captured in zip(*outputs, strict=True):
-        for (want, margin), (got, _) in zip(eager, captured, strict=True):
-            if want != got:
-                # Free-running, so what follows a tie is another text.
-                assert margin is not None
-                assert margin < 0.25
-                break
+        outputs.append(by_request(events, numbers))
+    agree(*outputs)

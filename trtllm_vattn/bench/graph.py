@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, fill_random, read_limit
+from trtllm_vattn.bench.flags import as_config, dtype_of
 from trtllm_vattn.bench.identity import RequestTokens, compare
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_graph
@@ -115,8 +116,7 @@ class GraphBenchmark:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-        self.model: PreTrainedModel = load_model(args.model, args.device, dtype, args.seed)
+        self.model: PreTrainedModel = load_model(args.model, args.device, dtype_of(args.device), args.seed)
 
     def make(self, name: str, num_slots: int, max_seq_len: int) -> KVCache:
         shape = shape_of(self.model, num_slots, max_seq_len)
@@ -333,8 +333,7 @@ def run(args: argparse.Namespace) -> int:
     benchmark = GraphBenchmark(args)
     trace = benchmark.trace() if args.requests else None
     steady = benchmark.steady() if args.batch_sizes else None
-    config = {name: value if isinstance(value, int | list) else str(value) for name, value in vars(args).items()}
-    result = Result.start("graph", config, args.seed)
+    result = Result.start("graph", as_config(args), args.seed)
     result.results.update(trace=trace, steady=steady)
     result.summary.update(summary(trace, steady))
     print(show(trace, steady))

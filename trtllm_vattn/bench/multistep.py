@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
 from trtllm_vattn.bench.graph import numbers
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.report import Result, table, write
@@ -27,10 +27,7 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench multistep`."""
-    gpu = torch.cuda.is_available()
-    add = parser.add_argument
-    add("--model", default="llama-3-8b" if gpu else "tiny-llama", help="checkpoint directory or named shape")
-    add("--device", default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
+    gpu, add = add_common(parser), parser.add_argument
     add("--attention", default="auto", help="auto, torch or cudnn")
     add("--batch-sizes", type=numbers, default=[1, 8, 32] if gpu else [1, 4], help="sequences")
     add("--step-counts", type=numbers, default=[1, 4, 16], help="decode steps of a launch")
@@ -38,21 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=5, help="turns of each engine")
     add("--steps", type=int, default=32, help="decode steps a turn")
     add("--identity-tokens", type=int, default=48, help="tokens of each sequence that are compared")
-    add("--seed", type=int, default=0)
-    add("--output-json", type=Path, help="write all results there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where tokens were not identical."""
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    model = load_model(args.model, args.device, dtype, args.seed)
+    model = load_model(args.model, args.device, dtype_of(args.device), args.seed)
     variants = [(count, False) for count in args.step_counts] + [(max(args.step_counts), True)]
     rows: list[dict[str, Any]] = []
     for batch in tqdm(args.batch_sizes, desc="batch sizes", disable=None):
         rows += _timed(args, model, variants, batch)
     identity = [_identity(args, model, variants, batch) for batch in args.batch_sizes if batch <= 8]
-    config = {name: value if isinstance(value, int | list) else str(value) for name, value in vars(args).items()}
-    result = Result.start("multistep", config, args.seed)
+    result = Result.start("multistep", as_config(args), args.seed)
     result.results.update(runs=rows, identity=identity)
     result.summary.update(_summary(rows, identity))
     print(_show(rows))

@@ -9,11 +9,9 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
-
+from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.report import Result, table, write
 from trtllm_vattn.bench.steady import Lane, fill, take_turns
@@ -30,26 +28,20 @@ NONE = "no mapping"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench policy`."""
-    gpu = torch.cuda.is_available()
-    add = parser.add_argument
-    add("--model", default="llama-3-8b" if gpu else "tiny-llama", help="checkpoint directory or named shape")
-    add("--device", default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
+    gpu, add = add_common(parser), parser.add_argument
     add("--attention", default="auto", help="auto, torch or cudnn")
     add("--batch", type=int, default=32 if gpu else 4, help="sequences")
     add("--context", type=int, default=2048 if gpu else 64, help="tokens a sequence")
     add("--rounds", type=int, default=5, help="turns of each engine")
     add("--steps", type=int, default=64 if gpu else 16, help="decode steps a turn")
     add("--soak-seconds", type=float, default=3.0, help="of the soak that chooses a policy")
-    add("--seed", type=int, default=0)
-    add("--output-json", type=Path, help="write all results there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where the soak read a wrong word."""
     verdict = soak(open_driver(args.device), args.soak_seconds, args.seed)
     rows = _timed(args)
-    config = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
-    result = Result.start("policy", config, args.seed)
+    result = Result.start("policy", as_config(args), args.seed)
     result.results.update(runs=rows, soak=asdict(verdict))
     step = {row["policy"]: row["step_ms"] for row in rows}
     result.summary.update(
@@ -72,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _timed(args: argparse.Namespace) -> list[dict[str, Any]]:
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    model = load_model(args.model, args.device, dtype, args.seed)
+    model = load_model(args.model, args.device, dtype_of(args.device), args.seed)
     # The first sequence decodes while the others are prefilled.
     most = args.batch + (args.rounds + 1) * (args.steps + 8) + 64
     start = max(1, args.context - most // 2)

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from trtllm_vattn.bench.controls import run_controls
+from trtllm_vattn.bench.flags import add_common, as_config
 from trtllm_vattn.bench.machine import commit
 from trtllm_vattn.bench.report import Result, write
 from trtllm_vattn.bench.twins import MAX_SEQ_LEN, SLOTS, Side, Tally, Twins
@@ -32,17 +33,12 @@ from trtllm_vattn.vmm.wrappers import CountingDriver
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench soak`."""
-    gpu = torch.cuda.is_available()
-    add = parser.add_argument
-    add("--model", default="small-llama" if gpu else "tiny-llama", help="checkpoint directory or named shape")
-    add("--device", default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
+    gpu, add = add_common(parser, on_gpu="small-llama"), parser.add_argument
     add("--replays", type=int, default=100_000 if gpu else 400, help="replays in all")
     add("--seconds", type=float, default=420.0, help="end this chunk after so many; go on with --state")
     add("--repeatable", type=int, default=2000 if gpu else 60, help="replays of two twins that are both left alone")
     add("--tolerance", type=float, default=0.05, help="of eager logits, in standard deviations")
     add("--state", type=Path, help="a file to go on from, and to write what was done to")
-    add("--seed", type=int, default=0)
-    add("--output-json", type=Path, help="write all results there")
 
 
 class Soak:
@@ -101,8 +97,7 @@ def run(args: argparse.Namespace) -> int:
     chunks.append({**asdict(tally), "driver_calls": calls, "captures": captures, "commit": commit()})
     if args.state:
         args.state.write_text(json.dumps({"seed": args.seed, "model": args.model, "chunks": chunks}))
-    config = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
-    result = Result.start("soak", config, args.seed)
+    result = Result.start("soak", as_config(args), args.seed)
     result.results.update(chunks=chunks, left_alone=asdict(repeatable), controls=controls)
     result.summary.update(
         replays=sum(chunk["replays"] for chunk in chunks),

@@ -12,12 +12,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from time import perf_counter, time
 from typing import Any
 
-import torch
-
+from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
 from trtllm_vattn.bench.graph import numbers
 from trtllm_vattn.bench.report import Result, table, write
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -50,17 +48,12 @@ with Engine.from_pretrained(sys.argv[2], device=sys.argv[3], max_seqs=int(sys.ar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench start`."""
-    gpu = torch.cuda.is_available()
-    add = parser.add_argument
-    add("--model", default="llama-3-8b" if gpu else "tiny-llama", help="checkpoint directory or named shape")
-    add("--device", default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
+    gpu, add = add_common(parser), parser.add_argument
     add("--max-seqs", type=int, default=32 if gpu else 4, help="sequences of the engine that is started")
     add(
         "--budgets-mib", type=numbers, default=[8192, 61440, 102400, 61440, 8192] if gpu else [4, 16, 4], help="in turn"
     )
     add("--filler-tokens", type=int, default=7900 if gpu else 500, help="tokens of the sequences that fill a budget")
-    add("--seed", type=int, default=0)
-    add("--output-json", type=Path, help="write all results there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as kept:
         starts = [{"start": name, **_started(args, kept)} for name in ("cold", "warm")]
     sizes = _sized(args)
-    config = {name: value if isinstance(value, int | list) else str(value) for name, value in vars(args).items()}
-    result = Result.start("start", config, args.seed)
+    result = Result.start("start", as_config(args), args.seed)
     result.results.update(starts=starts, budgets=sizes)
     result.summary.update(
         cold_first_token_s=starts[0]["first_token_s"],
@@ -107,8 +99,7 @@ def _started(args: argparse.Namespace, kept: str) -> dict[str, Any]:
 
 
 def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    model = load_model(args.model, args.device, dtype, args.seed)
+    model = load_model(args.model, args.device, dtype_of(args.device), args.seed)
     longest = args.filler_tokens + 64
     one = longest * shape_of(model, 1, longest).token_bytes
     slots = max(args.budgets_mib) * (1 << 20) // one + 4

@@ -1,0 +1,31 @@
+"""Flags that benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def add_common(parser: argparse.ArgumentParser, on_gpu: str = "llama-3-8b", on_host: str = "tiny-llama") -> bool:
+    """Add ``--model``, ``--device``, ``--seed`` and ``--output-json``; returns whether there is a GPU, which other
+    defaults depend on."""
+    gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--model", default=on_gpu if gpu else on_host, help="checkpoint directory or named shape")
+    add("--device", default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
+    add("--seed", type=int, default=0)
+    add("--output-json", type=Path, help="write all results there")
+    return gpu
+
+
+def as_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as they were, for JSON."""
+    return {name: v if isinstance(v, int | float | list) else str(v) for name, v in vars(args).items()}
+
+
+def dtype_of(device: str) -> torch.dtype:
+    """What models are loaded as: bfloat16 on a GPU, float32 on the host."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
