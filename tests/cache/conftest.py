@@ -6,6 +6,7 @@ import pytest
 from shapes import SHAPE
 
 from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.cache.paged import PagedCache
 from trtllm_vattn.cache.select import CACHES, make_cache
 from trtllm_vattn.vmm.host import HostDriver
 
@@ -26,7 +27,10 @@ def small(request: pytest.FixtureRequest, host_driver: HostDriver) -> Iterator[C
         # A page in hand for the dummy slot, which the paged cache holds apart.
         spare = 4096 if request.param == "vattn" else 0
         budget = tokens * SHAPE.token_bytes + spare
-        made.append(make_cache(request.param, SHAPE, "cpu", budget, lookahead=0, block_size=8, driver=host_driver))
+        if request.param == "vattn":
+            made.append(make_cache("vattn", SHAPE, "cpu", budget, lookahead=0, driver=host_driver))
+        else:
+            made.append(PagedCache(SHAPE, "cpu", 8, budget // (8 * SHAPE.token_bytes)))
         return made[-1]
 
     yield make

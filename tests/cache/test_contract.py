@@ -11,6 +11,7 @@ import torch
 from contents import expect, fill
 
 from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
+from trtllm_vattn.cache.paged import PagedCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import (
     ConfigError,
@@ -208,14 +209,16 @@ def test_a_shape_with_three_roles_is_refused() -> None:
 
 def test_bad_settings_of_a_cache_are_refused() -> None:
     shape = CacheShape(4, 1, 8, torch.float32, 1, 8)
-    with pytest.raises(ConfigError, match="no cache 'orca'; there are contiguous, paged, vattn"):
+    with pytest.raises(
+        ConfigError, match="no cache 'orca'; there are contiguous, paged, paged-64, token, published, vattn"
+    ):
         make_cache("orca", shape, "cpu")
     with pytest.raises(ConfigError, match="a contiguous cache of 1 slots takes 2,048 bytes, the budget is 5"):
         make_cache("contiguous", shape, "cpu", 5)
     with pytest.raises(ConfigError, match="num_blocks is 0"):
         make_cache("paged", shape, "cpu", 5)
     with pytest.raises(ConfigError, match="block_size is 0"):
-        make_cache("paged", shape, "cpu", block_size=0)
+        PagedCache(shape, "cpu", block_size=0)
     with pytest.raises(ConfigError, match=r"budget of 8,192 bytes is smaller than one granule in each of 4 ranges"):
         make_cache("vattn", shape, "cpu", 8192, layers_per_range=1)
     with pytest.raises(ConfigError, match="lookahead is -1"):

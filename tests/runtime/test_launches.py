@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.cache.select import CACHES, make_cache
+from trtllm_vattn.cache.select import COMPARED, make_cache
 from trtllm_vattn.errors import ConfigError, OutOfPages
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
@@ -80,7 +80,7 @@ def single(model: PreTrainedModel) -> list[list[int]]:
         return [done.tokens for done in engine.generate(PROMPTS, PARAMS)]
 
 
-@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("kind", COMPARED)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_gives_the_tokens_of_single_steps(
     build: Callable[..., Engine], single: list[list[int]], kind: str, way: str

@@ -28,7 +28,7 @@ from trtllm_vattn.bench.traced import TracedRun, run_traced
 from trtllm_vattn.bench.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.bench.workload import prompt_ids
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.cache.select import CACHES, make_cache
+from trtllm_vattn.cache.select import CACHES, COMPARED, make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", help="cpu or cuda:N (default: the GPU if there is one)")
     add("--attention", default="auto", help="auto, torch or cudnn")
-    add("--caches", default=",".join(CACHES), help="which caches, the first is the reference")
+    add("--caches", default=",".join(COMPARED), help=f"of {', '.join(CACHES)}; the first is the reference")
     add(
         "--trace",
         type=Path,
@@ -69,7 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--sweep-layers", type=numbers, default=[], help="measure attention alone at these layers_per_range too: 1,8,32"
     )
-    add("--block-size", type=int, default=16, help="tokens a block of the paged cache")
     add(
         "--batch-sizes",
         type=numbers,
@@ -125,7 +124,6 @@ class GraphBenchmark:
             shape,
             self.args.device,
             layers_per_range=self.args.layers_per_range,
-            block_size=self.args.block_size,
         )
 
     # -- the trace -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ extents of many sizes instead of one page at a time).
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from trtllm_vattn.errors import ConfigError, InvariantViolation, NoFreeSlot, Out
 from trtllm_vattn.memory import remap
 from trtllm_vattn.memory.arena import Arena
 from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
-from trtllm_vattn.memory.pool import ExtentPool
+from trtllm_vattn.memory.pool import CLASSES, ExtentPool
 from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, strided, tensor_at
 
@@ -51,6 +52,9 @@ class KVCacheManager(SlottedCache):
         The driver refused; nothing is left behind.
     """
 
+    extent_classes: ClassVar[int] = CLASSES
+    one_by_one: ClassVar[bool] = False
+
     def __init__(
         self,
         shape: CacheShape,
@@ -63,20 +67,11 @@ class KVCacheManager(SlottedCache):
         if lookahead < 0:
             raise ConfigError(f"lookahead is {lookahead}; it must be 0 or more tokens")
         self.driver, self.lookahead = driver, lookahead
-        if layers_per_range is None:
-            layers_per_range = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
-        self.layout = SlotLayout(
-            num_layers=shape.num_layers,
-            layers_per_range=layers_per_range,
-            layer_token_bytes=shape.layer_token_bytes,
-            max_seq_len=shape.max_seq_len,
-            num_slots=shape.num_slots,
-            granule=driver.granularity(),
-        )
+        self.layout = self._make_layout(layers_per_range)
         with ExitStack() as undo:
-            pool = ExtentPool(driver, self.layout.least_bytes if budget is None else budget)
+            pool = ExtentPool(driver, self.layout.least_bytes if budget is None else budget, self.extent_classes)
             undo.callback(pool.close)
-            self.arena = Arena(pool, self.layout)
+            self.arena = Arena(pool, self.layout, self.one_by_one)
             undo.pop_all()
         self.frontiers = self.arena.frontiers
         self._admission_maps = self._critical_path_maps = self._ahead_maps = 0
@@ -85,6 +80,19 @@ class KVCacheManager(SlottedCache):
             for reservation in self.arena.reservations
         ]
         self._layers = [self._view(layer) for layer in range(shape.num_layers)]
+
+    def _make_layout(self, layers_per_range: int | None) -> SlotLayout:
+        shape = self.shape
+        if layers_per_range is None:
+            layers_per_range = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
+        return SlotLayout(
+            num_layers=shape.num_layers,
+            layers_per_range=layers_per_range,
+            layer_token_bytes=shape.layer_token_bytes,
+            max_seq_len=shape.max_seq_len,
+            num_slots=shape.num_slots,
+            granule=self.driver.granularity(),
+        )
 
     def _view(self, layer: int) -> FlatKV:
         shape, itemsize = self.shape, self.shape.dtype.itemsize

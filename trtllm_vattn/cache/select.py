@@ -8,12 +8,17 @@ from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.contiguous import ContiguousCache
 from trtllm_vattn.cache.manager import DEFAULT_LOOKAHEAD, KVCacheManager
 from trtllm_vattn.cache.paged import PagedCache
+from trtllm_vattn.cache.published import PublishedVattention
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.memory.layout import default_layers_per_range
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 
-CACHES = ("contiguous", "paged", "vattn")
+CACHES = ("contiguous", "paged", "paged-64", "token", "published", "vattn")
+"""Maximum length from the start (Orca), blocks of 16 and 64 tokens (vLLM), of one (LightLLM), vAttention as published,
+and ours."""
+COMPARED = ("contiguous", "paged", "vattn")
+"""Those that benchmarks compare unless told otherwise."""
+BLOCKS = {"paged": 16, "paged-64": 64, "token": 1}
 
 
 def make_cache(
@@ -24,7 +29,6 @@ def make_cache(
     *,
     layers_per_range: int | None = None,
     lookahead: int = DEFAULT_LOOKAHEAD,
-    block_size: int = 16,
     driver: Driver | None = None,
 ) -> KVCache:
     """A cache of one of the kinds in `CACHES`.
@@ -34,8 +38,10 @@ def make_cache(
     budget : int or None
         Bytes of KV; None is enough for every slot at maximum length. The contiguous cache takes that always, and
         refuses a smaller budget.
+    layers_per_range, lookahead
+        For ``vattn``.
     driver : Driver or None
-        For ``vattn``; None opens the device's own.
+        For ``vattn`` and ``published``; None opens the device's own.
     """
     slot_bytes = shape.max_seq_len * shape.token_bytes
     if name == "contiguous":
@@ -45,14 +51,17 @@ def make_cache(
                 f"budget is {budget:,}; lower the number of slots or max_seq_len"
             )
         return ContiguousCache(shape, device)
-    if name == "paged":
-        blocks = None if budget is None else budget // (block_size * shape.token_bytes)
-        return PagedCache(shape, device, block_size, blocks)
-    if name == "vattn":
+    if name in BLOCKS:
+        blocks = None if budget is None else budget // (BLOCKS[name] * shape.token_bytes)
+        return PagedCache(shape, device, BLOCKS[name], blocks)
+    if name in ("vattn", "published"):
         driver = open_driver(str(device)) if driver is None else driver
+        made: KVCacheManager
+        if name == "published":
+            made = PublishedVattention(shape, driver, budget)
+        else:
+            made = KVCacheManager(shape, driver, budget, layers_per_range, lookahead)
         if budget is None:
-            # In each range a slot's last page is partly used.
-            g = layers_per_range or default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
-            budget = (shape.num_slots + 1) * (slot_bytes + shape.num_layers // g * driver.granularity())
-        return KVCacheManager(shape, driver, budget, layers_per_range, lookahead)
+            made.set_budget(made.layout.num_ranges * made.layout.range_bytes)
+        return made
     raise ConfigError(f"no cache {name!r}; there are {', '.join(CACHES)}")

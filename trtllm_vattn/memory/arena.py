@@ -7,11 +7,9 @@ pressure unmaps, from the tail of the longest-parked slot, behind the fence that
 
 from __future__ import annotations
 
-import enum
 import logging
 from collections.abc import Mapping as MappingType
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,39 +17,20 @@ from trtllm_vattn.errors import ConfigError, DriverError, OutOfPages
 from trtllm_vattn.memory.integrity import check_arena
 from trtllm_vattn.memory.layout import SlotLayout
 from trtllm_vattn.memory.pool import ExtentPool
+from trtllm_vattn.memory.slot import Slot, SlotState
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation, RollbackFailed
 
 logger = logging.getLogger(__name__)
 
 
-class SlotState(enum.Enum):
-    FREE = "free"
-    RUNNING = "running"
-    RETIRED = "retired"
-    """An unmap failed in it: its addresses are not used again."""
-
-
-@dataclass
-class Slot:
-    """What backs one slot.
-
-    `columns` lists, from the slot's start, mappings of equal size and offset, one in each range; `mapped` is their
-    bytes in one range. `parked_at` orders free slots by when they were parked. `leaving` is still mapped at the slot's
-    addresses, but in nobody's use; it goes when `fence` is done, and until then the slot is not free.
-    """
-
-    columns: list[list[Mapping]] = field(default_factory=list)
-    mapped: int = 0
-    state: SlotState = SlotState.FREE
-    fence: Fence | None = None
-    parked_at: int = 0
-    leaving: list[Mapping] = field(default_factory=list)
-    broken: bool = False
-
-
 class Arena:
     """Equal reservations divided into slots; a slot's frontier is the same in all of them.
+
+    Parameters
+    ----------
+    one_by_one : bool
+        Make each mapping accessible by a call of its own, instead of all of a growth at once.
 
     Raises
     ------
@@ -61,8 +40,8 @@ class Arena:
         A reservation, or the dummy slot's memory, could not be had; nothing is left behind.
     """
 
-    def __init__(self, pool: ExtentPool, layout: SlotLayout) -> None:
-        self.pool, self.layout = pool, layout
+    def __init__(self, pool: ExtentPool, layout: SlotLayout, one_by_one: bool = False) -> None:
+        self.pool, self.layout, self._one_by_one = pool, layout, one_by_one
         self.slots = [Slot() for _ in range(layout.num_slots + 1)]
         self.frontiers = np.zeros(layout.num_slots, np.int64)
         self.quarantine: list[Mapping] = []
@@ -131,8 +110,11 @@ class Arena:
             extents = self.pool.take(size)
             placed: list[Mapping] = []
             undo.callback(self._take_back, slot, extents, placed)
+            at = offset
             try:
-                placed += reservation.map(offset, extents)
+                for batch in [[extent] for extent in extents] if self._one_by_one else [extents]:
+                    placed += reservation.map(at, batch)
+                    at += sum(extent.size for extent in batch)
             except RollbackFailed as error:
                 self.set_aside(slot, error.left)
                 raise

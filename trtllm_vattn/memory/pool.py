@@ -30,6 +30,8 @@ class ExtentPool:
     driver : Driver
     budget : int
         Bytes of physical memory that may be held: handed out, in stock, or quarantined.
+    classes : int
+        Sizes of extents: the granule and so many doublings of it, less one.
 
     Raises
     ------
@@ -37,7 +39,7 @@ class ExtentPool:
         The budget is smaller than one granule.
     """
 
-    def __init__(self, driver: Driver, budget: int) -> None:
+    def __init__(self, driver: Driver, budget: int, classes: int = CLASSES) -> None:
         self.driver = driver
         self.granule = driver.granularity()
         if budget < self.granule:
@@ -45,7 +47,7 @@ class ExtentPool:
                 f"the budget is {budget:,} bytes, less than one granule of {self.granule:,}; raise the budget"
             )
         self.budget = budget
-        self.classes = [self.granule << power for power in reversed(range(CLASSES))]
+        self.classes = [self.granule << power for power in reversed(range(classes))]
         self._stock: dict[int, list[Extent]] = {size: [] for size in self.classes}
         self.stock_bytes = 0
         self.held_bytes = 0

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from trtllm_vattn.errors import ConfigError, DriverError
-from trtllm_vattn.memory.arena import Arena, SlotState
+from trtllm_vattn.memory.arena import Arena
+from trtllm_vattn.memory.slot import SlotState
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation, RollbackFailed
 

@@ -1,0 +1,34 @@
+"""What an arena knows of one slot."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from trtllm_vattn.vmm.base import Fence
+from trtllm_vattn.vmm.owners import Mapping
+
+
+class SlotState(enum.Enum):
+    FREE = "free"
+    RUNNING = "running"
+    RETIRED = "retired"
+    """An unmap failed in it: its addresses are not used again."""
+
+
+@dataclass
+class Slot:
+    """What backs one slot.
+
+    `columns` lists, from the slot's start, mappings of equal size and offset, one in each range; `mapped` is their
+    bytes in one range. `parked_at` orders free slots by when they were parked. `leaving` is still mapped at the slot's
+    addresses, but in nobody's use; it goes when `fence` is done, and until then the slot is not free.
+    """
+
+    columns: list[list[Mapping]] = field(default_factory=list)
+    mapped: int = 0
+    state: SlotState = SlotState.FREE
+    fence: Fence | None = None
+    parked_at: int = 0
+    leaving: list[Mapping] = field(default_factory=list)
+    broken: bool = False
