@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from trtllm_vattn.bench.ledger import LedgerDriver
 from trtllm_vattn.bench.twins import Twins
+from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cli.main import main
 
 HOST = ["--device", "cpu", "--model", "tiny-llama"]
@@ -96,3 +100,28 @@ def test_captured_graphs_are_audited(tmp_path: Path) -> None:
     results = json.loads(report.read_text())
     assert (results["summary"]["audited_graphs"], results["summary"]["audit_findings"]) == (1, 0)
     assert results["results"]["trace"]["runs"][-1]["audit"]["addresses"]["reservation"] > 0
+
+
+def test_fragmentation_is_counted_by_the_caches_own_books(tmp_path: Path) -> None:
+    report = tmp_path / "fragmentation.json"
+    command = ["bench", "fragmentation", "--requests", "60", "--max-seqs", "32", "--budget-gib", "8"]
+    assert main([*command, "--max-output", "64", "--output-json", str(report)]) == 0
+    results = json.loads(report.read_text())["results"]["runs"]
+    rows = {row["system"]: row for row in results if row["mix"] == "generated"}
+    assert rows["token"]["waste"] == 0
+    assert rows["paged"]["waste"] < rows["paged-64"]["waste"] < rows["contiguous"]["waste"]
+    assert 0 < rows["vattn"]["waste"] < rows["published"]["waste"] < rows["contiguous"]["waste"]
+    assert rows["vattn"]["mean_sequences"] > rows["published"]["mean_sequences"] > rows["contiguous"]["mean_sequences"]
+    assert rows["vattn, no lookahead"]["waste"] <= rows["vattn"]["waste"]
+    # Every request of every system had all its tokens.
+    assert {row["steps"] for row in results} != {0}
+
+
+def test_the_ledger_counts_what_is_not_given_back() -> None:
+    driver = LedgerDriver()
+    shape = CacheShape(2, 1, 64, torch.bfloat16, 4, 4096)
+    with KVCacheManager(shape, driver, 64 << 20) as cache:
+        cache.admit("a", 4000)
+        assert sum(driver.handles.values()) == cache.stats().held_bytes
+        cache.check_integrity()
+    assert driver.handles == {}

@@ -12,7 +12,7 @@ from shapes import SHAPE
 
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import AddressSpaceExhausted, ConfigError, InvariantViolation, OutOfPages
+from trtllm_vattn.errors import AddressSpaceExhausted, ConfigError, DriverError, InvariantViolation, OutOfPages
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import CountingDriver
@@ -237,3 +237,59 @@ def test_two_managers_share_a_driver(host_driver: HostDriver) -> None:
 def test_layers_per_range_must_divide(host_driver: HostDriver) -> None:
     with pytest.raises(ConfigError, match="must divide"):
         KVCacheManager(CacheShape(4, 1, 8, torch.float32, 1, 8), host_driver, 1 << 20, layers_per_range=3)
+
+
+def parked(host_driver: HostDriver, budget: int, *prompts: int) -> KVCacheManager:
+    """A cache in which sequences of so many tokens have come and gone, the first in slot 0."""
+    cache = KVCacheManager(SHAPE, host_driver, budget, 4, lookahead=0)
+    for sequence, tokens in enumerate(prompts):
+        cache.admit(sequence, tokens)
+    for sequence in range(len(prompts)):
+        cache.release(sequence)
+    return cache
+
+
+def test_a_parked_slot_more_than_twice_too_large_is_left_for_who_needs_it(host_driver: HostDriver) -> None:
+    with KVCacheManager(SHAPE, host_driver, 1 << 20, 4, lookahead=0) as cache:
+        for sequence, tokens in (("large", 50), ("small", 5), ("stays", 5)):
+            cache.admit(sequence, tokens)
+        cache.release("large")
+        cache.release("small")
+        assert cache.admit("a", 5) == 1
+        assert cache.admit("b", 5) == 3
+        assert cache.admit("long", 45) == 0
+        assert cache.stats().parked_bytes == 0
+
+
+def test_a_surplus_comes_along_while_memory_is_plenty(host_driver: HostDriver) -> None:
+    with parked(host_driver, 1 << 20, 30) as cache:
+        before = cache.stats().admission_maps
+        assert cache.admit("a", 20) == 0
+        assert cache.frontiers[0] > 29
+        assert cache.stats().admission_maps == before
+
+
+def test_a_surplus_is_taken_away_first_where_memory_is_short(host_driver: HostDriver) -> None:
+    # The dummy slot's page, and little more than what is parked.
+    budget = (1 + 12) * 4096
+    with parked(host_driver, budget, 30) as cache:
+        assert cache.admit("a", 27) == 0
+        assert cache.arena.slots[0].mapped == cache.layout.bytes_for(27) == 11 * 4096
+        fill(cache, "a", range(27))
+        expect(cache, "a", range(27))
+        assert cache.admit("b", 2) == 1
+        cache.check_integrity()
+
+
+def test_a_surplus_still_in_use_is_waited_for(host_driver: HostDriver) -> None:
+    with KVCacheManager(SHAPE, host_driver, 13 * 4096, 4, lookahead=0) as cache:
+        cache.admit("gone", 30)
+        host_driver.hold()
+        cache.release("gone")
+        mapped = host_driver.live_mappings
+        with pytest.raises(DriverError, match="the work is held"):
+            cache.admit("a", 27)
+        assert host_driver.live_mappings == mapped
+        host_driver.complete()
+        assert cache.admit("a", 27) == 0
+        cache.check_integrity()

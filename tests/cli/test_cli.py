@@ -65,7 +65,10 @@ def test_a_trace_file_is_replayed(tmp_path: Path) -> None:
     [
         (["--trace", "/nowhere.csv"], "cannot read the trace /nowhere.csv"),
         (["--model", "gpt-5"], "no model 'gpt-5'"),
-        (["--caches", "orca"], "--caches names ['orca']; there are contiguous, paged, paged-64, token, published, vattn"),
+        (
+            ["--caches", "orca"],
+            "--caches names ['orca']; there are contiguous, paged, paged-64, token, published, vattn",
+        ),
         (["--attention", "flash"], "no attention backend 'flash'"),
     ],
 )

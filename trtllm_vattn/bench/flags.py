@@ -23,7 +23,13 @@ def add_common(parser: argparse.ArgumentParser, on_gpu: str = "llama-3-8b", on_h
 
 def as_config(args: argparse.Namespace) -> dict[str, Any]:
     """The flags as they were, for JSON."""
-    return {name: v if isinstance(v, int | float | list) else str(v) for name, v in vars(args).items()}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(each) for each in value]
+        return value if isinstance(value, int | float) else str(value)
+
+    return {name: plain(value) for name, value in vars(args).items()}
 
 
 def dtype_of(device: str) -> torch.dtype:

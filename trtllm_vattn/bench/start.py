@@ -100,7 +100,8 @@ def _started(args: argparse.Namespace, kept: str) -> dict[str, Any]:
 
 def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
     model = load_model(args.model, args.device, dtype_of(args.device), args.seed)
-    longest = args.filler_tokens + 64
+    # Fillers take whole slots, so that nothing is mapped ahead for them.
+    longest = args.filler_tokens
     one = longest * shape_of(model, 1, longest).token_bytes
     slots = max(args.budgets_mib) * (1 << 20) // one + 4
     cache = KVCacheManager(shape_of(model, slots, longest), open_driver(args.device))

@@ -24,6 +24,12 @@ from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation, RollbackFailed
 logger = logging.getLogger(__name__)
 
 
+HEADROOM = 8
+"""Memory is short where less than this part of the budget would be free."""
+SLACK = 32
+"""Parts of a sequence's need; a surplus of one is not worth taking away."""
+
+
 class Arena:
     """Equal reservations divided into slots; a slot's frontier is the same in all of them.
 
@@ -142,17 +148,23 @@ class Arena:
     def occupy(self, tokens: int, limit: int) -> tuple[int, int]:
         """Choose a free slot below `limit`, back it for `tokens`; returns the slot and the mappings made.
 
-        The best-fitting parked slot is adopted: the smallest that holds `tokens`, else the largest; where none is
-        parked, the lowest free slot is taken. There must be a free slot below `limit`.
-        Raises OutOfPages or DriverError; nothing changed.
+        The best-fitting parked slot is adopted: the smallest that holds `tokens` and not more than twice as much, else
+        the largest that holds less; where none is parked, the lowest free slot is taken. There must be one below
+        `limit`. What is parked there beyond the need comes along while memory is plenty, and is taken away first where
+        it is not.
+        Raises OutOfPages or DriverError; no sequence changed.
         """
         need = self.layout.bytes_for(tokens)
 
         def fit(slot: int) -> tuple[int, int, int]:
             mapped = self.slots[slot].mapped
-            return (0, mapped, slot) if mapped >= need else (1, -mapped, slot)
+            if need <= mapped:
+                return (0, mapped, slot) if mapped <= 2 * need else (2, mapped, slot)
+            return (1, -mapped, slot)
 
         chosen = min((slot for slot in self.free_slots() if slot < limit), key=fit)
+        if self._is_short_for(need) and self.slots[chosen].mapped > need + need // SLACK:
+            self._trim(chosen, need)
         self.slots[chosen].state = SlotState.RUNNING
         try:
             maps = self.grow({chosen: tokens})
@@ -161,6 +173,19 @@ class Arena:
             raise
         self.set_frontier(chosen)
         return chosen, maps
+
+    def _is_short_for(self, need: int) -> bool:
+        """Whether little would be free once a sequence has so many bytes in each range."""
+        free = self.pool.available_bytes + self.parked_bytes - need * self.layout.num_ranges
+        return free < self.pool.budget // HEADROOM
+
+    def _trim(self, index: int, keep: int) -> None:
+        """Unmap the tail of a free slot, behind its fence, until no more than `keep` bytes a range are left."""
+        slot = self.slots[index]
+        if slot.fence is not None:
+            slot.fence.wait()
+        while slot.mapped > keep:
+            self.unmap_tail(index)
 
     def park(self, slot: int, fence: Fence) -> None:
         """End a slot's use. Its memory stays mapped until adopted or, once `fence` is done, taken away.
@@ -217,11 +242,7 @@ class Arena:
 
     def empty(self, index: int) -> None:
         """Unmap all that is parked in a free slot, behind its fence."""
-        slot = self.slots[index]
-        if slot.fence is not None:
-            slot.fence.wait()
-        while slot.columns:
-            self.unmap_tail(index)
+        self._trim(index, 0)
 
     def cut(self, index: int, first: int) -> None:
         """Take a slot's memory from its column `first` on, though its sequence needs it: its books are in order then,

@@ -1,0 +1,167 @@
+"""`bench fragmentation`: how much of what a cache maps holds no token, and how many sequences run in the same memory?
+
+Traces go through the books of each system: admission first come, first served, a token a step for everyone, the
+youngest preempted when memory is short. The fixed-address caches run their own code over a driver without memory; the
+others are counted. It runs on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from trtllm_vattn.bench.flags import as_config
+from trtllm_vattn.bench.ledger import LedgerCache, LedgerDriver
+from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.traces import Request, fit, generate_trace, load_trace
+from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.cache.published import PublishedVattention
+from trtllm_vattn.errors import NoFreeSlot, OutOfPages
+
+Make = Callable[[CacheShape, int], KVCache]
+
+SYSTEMS: dict[str, Make] = {
+    "contiguous": lambda shape, budget: LedgerCache(shape, budget, shape.max_seq_len),
+    "paged": lambda shape, budget: LedgerCache(shape, budget, 16),
+    "paged-64": lambda shape, budget: LedgerCache(shape, budget, 64),
+    "token": lambda shape, budget: LedgerCache(shape, budget, 1),
+    "published": lambda shape, budget: PublishedVattention(shape, LedgerDriver(), budget),
+    "vattn": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget),
+    "vattn, no lookahead": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, lookahead=0),
+    "vattn, all layers a row": lambda shape, budget: KVCacheManager(
+        shape, LedgerDriver(), budget, shape.num_layers, lookahead=16
+    ),
+    "vattn, all layers a row, no lookahead": lambda shape, budget: KVCacheManager(
+        shape, LedgerDriver(), budget, shape.num_layers, lookahead=0
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench fragmentation`."""
+    add = parser.add_argument
+    add("--trace", type=Path, action="append", default=[], help="a trace file; may be given again")
+    add("--requests", type=int, default=400, help="how many requests of each trace")
+    add("--max-output", type=int, default=512, help="cap on a request's output tokens")
+    add("--max-seq-len", type=int, default=16384, help="tokens of a slot")
+    add("--max-seqs", type=int, default=256, help="sequences that run at once")
+    add("--budget-gib", type=float, default=64.0, help="bytes of KV of each system, in GiB")
+    add("--seed", type=int, default=0)
+    add("--output-json", type=Path, help="write all results there")
+
+
+def bimodal(count: int, seed: int) -> list[Request]:
+    """90 % of sequences end at 200 tokens, 10 % at 8,000; 64 of them are output."""
+    long = np.random.default_rng(seed).random(count) < 0.1
+    return [Request(0.0, 7936 if is_long else 136, 64) for is_long in long.tolist()]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark."""
+    # Llama-3-8B's.
+    shape = CacheShape(32, 8, 128, torch.bfloat16, args.max_seqs, args.max_seq_len)
+    mixes = {"bimodal": bimodal(args.requests, args.seed)}
+    for path in args.trace:
+        mixes[path.stem] = load_trace(path)
+    if not args.trace:
+        mixes["generated"] = generate_trace(args.requests, args.seed, median_prompt=1469, median_output=28)
+    rows = []
+    for mix, requests in mixes.items():
+        fitted = fit(requests[: args.requests], args.max_seq_len, args.max_output)
+        for name, make in tqdm(SYSTEMS.items(), desc=mix, disable=None):
+            with make(shape, int(args.budget_gib * (1 << 30))) as cache:
+                rows.append({"mix": mix, "system": name, **simulate(cache, fitted)})
+    result = Result.start("fragmentation", as_config(args), args.seed)
+    result.results.update(runs=rows)
+    for row in rows:
+        if row["system"].startswith("vattn"):
+            result.summary[f"waste, {row['system']}, {row['mix']}"] = row["waste"]
+    print(_show(rows))
+    if args.output_json:
+        write(result, args.output_json)
+    return 0
+
+
+def simulate(cache: KVCache, requests: list[Request]) -> dict[str, Any]:
+    """Run requests through a cache's books; all arrive at once.
+
+    Returns `waste`, (mapped - live) / mapped over all steps, `parked_share` of what is held, `mean_sequences` and
+    `most_sequences` that ran at once while others waited, `steps`, `preemptions`, and mappings by when they were made.
+    """
+    waiting = deque(enumerate(requests))
+    running: dict[int, int] = {}
+    mapped = live = parked = held = 0
+    concurrent: list[int] = []
+    preemptions = steps = 0
+    while waiting or running:
+        while waiting:
+            number, request = waiting[0]
+            try:
+                cache.admit(number, request.prompt_tokens)
+            except (NoFreeSlot, OutOfPages):
+                if not running:
+                    raise
+                break
+            running[number] = request.prompt_tokens + request.output_tokens
+            waiting.popleft()
+        while True:
+            try:
+                cache.prepare_step(np.where(cache.lengths > 0, cache.lengths + 1, 0))
+                break
+            except OutOfPages:
+                youngest = max(running)
+                del running[youngest]
+                cache.release(youngest)
+                waiting.appendleft((youngest, requests[youngest]))
+                preemptions += 1
+        cache.map_ahead()
+        stats = cache.stats()
+        mapped, live = mapped + stats.mapped_bytes, live + stats.live_bytes
+        parked, held = parked + stats.parked_bytes, held + stats.held_bytes
+        if waiting:
+            concurrent.append(len(running))
+        steps += 1
+        for number in [n for n, end in running.items() if cache.lengths[cache.slot_of(n)] >= end]:
+            del running[number]
+            cache.release(number)
+    return {
+        "waste": (mapped - live) / mapped,
+        "parked_share": parked / held,
+        "mean_sequences": float(np.mean(concurrent)) if concurrent else None,
+        "most_sequences": max(concurrent, default=None),
+        "steps": steps,
+        "preemptions": preemptions,
+        "admission_maps": stats.admission_maps,
+        "ahead_maps": stats.ahead_maps,
+        "critical_path_maps": stats.critical_path_maps,
+    }
+
+
+def _show(rows: list[dict[str, Any]]) -> str:
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    return table(
+        ["mix", "system", "waste", "parked", "sequences at once, mean", "most", "steps", "preempted"],
+        [
+            [
+                row["mix"],
+                row["system"],
+                f"{row['waste']:.1%}",
+                f"{row['parked_share']:.1%}",
+                number(row["mean_sequences"], ".1f"),
+                number(row["most_sequences"], "d"),
+                str(row["steps"]),
+                str(row["preemptions"]),
+            ]
+            for row in rows
+        ],
+    )

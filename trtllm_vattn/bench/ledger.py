@@ -1,0 +1,112 @@
+"""Caches without memory, for counting bytes: what a machine of any size could hold, worked out on this one."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+
+from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV
+from trtllm_vattn.cache.books import SlottedCache
+from trtllm_vattn.errors import ConfigError, OutOfPages
+from trtllm_vattn.vmm.base import Driver, Fence
+
+
+class _Done(Fence):
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        """Nothing runs."""
+
+
+class LedgerDriver(Driver):
+    """Answers every call and maps nothing; `handles` holds the sizes of what was created and not released."""
+
+    device = "cpu"
+
+    def __init__(self, granule: int = 2 << 20) -> None:
+        self._granule = granule
+        self._next = itertools.count(1)
+        self._address = 1 << 40
+        self.handles: dict[int, int] = {}
+
+    def granularity(self) -> int:
+        return self._granule
+
+    def reserve(self, size: int) -> int:
+        base = self._address
+        self._address += size
+        return base
+
+    def free(self, address: int, size: int) -> None:
+        """Addresses are not used again."""
+
+    def create(self, size: int) -> int:
+        handle = next(self._next)
+        self.handles[handle] = size
+        return handle
+
+    def release(self, handle: int) -> None:
+        del self.handles[handle]
+
+    def map(self, address: int, size: int, handle: int) -> None:
+        """Nothing is there."""
+
+    def set_access(self, address: int, size: int) -> None:
+        """Nor accessible."""
+
+    def unmap(self, address: int, size: int) -> None:
+        """Nor taken away."""
+
+    def record(self, stream: int) -> Fence:
+        return _Done()
+
+
+class LedgerCache(SlottedCache):
+    """Blocks of `block_size` tokens under a budget, counted; `block_size` of max_seq_len is maximum reservation."""
+
+    def __init__(self, shape: CacheShape, budget: int, block_size: int) -> None:
+        super().__init__(shape, torch.device("cpu"))
+        self.block_size = block_size
+        self._block_bytes = block_size * shape.token_bytes
+        self._blocks = budget // self._block_bytes
+        self._held = np.zeros(shape.num_slots, np.int64)
+
+    def _claim(self, tokens: int) -> int:
+        slot = self._lowest_free()
+        lengths = np.zeros_like(self.lengths)
+        lengths[slot] = tokens
+        self._back(lengths)
+        return slot
+
+    def _back(self, lengths: np.ndarray) -> None:
+        wanted = np.maximum(self._held, -(-lengths // self.block_size))
+        if wanted.sum() > self._blocks:
+            raise OutOfPages(f"{wanted.sum()} blocks wanted of {self._blocks}; release or preempt a sequence")
+        self._held[:] = wanted
+        np.minimum(wanted * self.block_size, self.shape.max_seq_len, out=self.frontiers)
+
+    def _vacate(self, slot: int) -> None:
+        self._held[slot] = self.frontiers[slot] = 0
+
+    def _free(self) -> None:
+        """There is nothing."""
+
+    def layer(self, layer: int) -> FlatKV:
+        raise ConfigError("a ledger has no memory; use a cache of cache.select")
+
+    def storages(self) -> list[torch.Tensor]:
+        return []
+
+    def stats(self) -> CacheStats:
+        held = int(self._held.sum()) * self._block_bytes
+        return CacheStats(
+            sequences=len(self._slot_of),
+            live_bytes=self.live_bytes,
+            mapped_bytes=held,
+            parked_bytes=0,
+            held_bytes=held,
+            budget_bytes=self._blocks * self._block_bytes,
+        )
