@@ -29,7 +29,7 @@ def as_config(args: argparse.Namespace) -> dict[str, Any]:
             return [plain(each) for each in value]
         return value if isinstance(value, int | float) else str(value)
 
-    return {name: plain(value) for name, value in vars(args).items()}
+    return {name: plain(value) for name, value in vars(args).items() if not callable(value)}
 
 
 def dtype_of(device: str) -> torch.dtype:

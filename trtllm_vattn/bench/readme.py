@@ -42,6 +42,15 @@ def layers(result: dict[str, Any]) -> str:
     return table(["layers a range", *(f"{batch} sequences, GB/s (of the read limit)" for batch in batches)], rows)
 
 
+def fragmentation(result: dict[str, Any]) -> str:
+    """Waste, and sequences at once, of every system on every mix."""
+    rows = result["results"]["runs"]
+    mixes = list(dict.fromkeys(row["mix"] for row in rows))
+    cells = {(row["system"], row["mix"]): f"{row['waste']:.1%}, {row['mean_sequences']:.1f}" for row in rows}
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    return table(["system", *mixes], [[system, *(cells[system, mix] for mix in mixes)] for system in systems])
+
+
 def figures(result: dict[str, Any]) -> str:
     """The summary, as it stands in the JSON."""
     rows = [[name, f"{v:,.4g}" if isinstance(v, float) else str(v)] for name, v in result["summary"].items()]
@@ -53,6 +62,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "graph-summary": ("graph.json", figures),
     "graph-layers": ("graph_plain.json", layers),
     "soak": ("soak.json", figures),
+    "fragmentation": ("../host/fragmentation.json", fragmentation),
 }
 
 
