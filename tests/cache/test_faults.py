@@ -11,6 +11,7 @@ from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import DriverError
+from trtllm_vattn.memory.reclaim import reclaim
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
 
@@ -166,7 +167,7 @@ def test_a_slot_whose_unmap_failed_is_not_used_again() -> None:
         cache.admit("a", 20)
         cache.release("a")
         driver.fail("unmap")
-        cache.arena.reclaim(PAGE)
+        reclaim(cache.arena, PAGE)
         assert cache.stats().quarantined == 1
         assert cache.arena.free_slots() == [1, 2, 3]
         assert cache.admit("b", 20) == 1

@@ -26,6 +26,7 @@ from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError, NoFreeSlot, OutOfPages, SequenceTooLong
+from trtllm_vattn.memory.reclaim import reclaim
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
@@ -41,24 +42,44 @@ class CacheMachine(RuleBasedStateMachine):
 
     @initialize(
         layers_per_range=st.sampled_from([1, 2, 4]),
-        lookahead=st.sampled_from([0, 1, 7, 16]),
+        lookahead=st.sampled_from([0, 1, 7, 16, None]),
         spare=st.integers(0, 40),
+        threaded=st.booleans(),
+        stocked=st.integers(0, 3),
     )
-    def start(self, layers_per_range: int, lookahead: int, spare: int) -> None:
+    def start(self, layers_per_range: int, lookahead: int | None, spare: int, threaded: bool, stocked: int) -> None:
         driver = self.open_driver()
         ranges = 4 // layers_per_range
         granule = driver.granularity()
         # From a little more than the dummy slot needs to about half of what all slots could take.
         budget = granule * (2 * ranges + spare)
         self.cache = KVCacheManager(SHAPE, driver, budget, layers_per_range, lookahead)
+        if threaded:
+            self.cache.start_thread()
+        self.cache.stock_up(stocked, 20)
         self.model: dict[int, int] = {}
         self.authors: dict[int, list[int]] = {}
         self.count = 0
 
     def room(self) -> int:
-        """Bytes that an operation may still take: free, leaving, parked or stocked."""
+        """Bytes that an operation may still take: free, leaving, parked or stocked; the thread is at rest then."""
+        assert self.cache.wait_ahead()
         self.cache.arena.settle(wait=True)
         return self.cache.arena.pool.available_bytes + self.cache.arena.parked_bytes
+
+    def surplus(self, needed: dict[int, int]) -> int:
+        """Bytes of whole mappings that running slots have to themselves beyond the tokens that their sequences need."""
+        found = 0
+        layout, slots = self.cache.layout, self.cache.arena.slots
+        for sequence, tokens in needed.items():
+            slot = slots[self.cache.slot_of(sequence)]
+            left = slot.mapped
+            for column in reversed(slot.columns):
+                left -= column[0].size
+                if left < layout.bytes_for(tokens):
+                    break
+                found += sum(m.size for m in column if m.extent.mappings == 1)
+        return found
 
     def write(self, sequence: int, tokens: range) -> None:
         fill(self.cache, sequence, tokens)
@@ -73,6 +94,8 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(tokens=st.integers(1, SHAPE.max_seq_len + 2))
     def admit(self, tokens: int) -> None:
         room, sequence = self.room(), self.count
+        ahead = self.cache.stats().lookahead
+        room += self.surplus({s: min(n + ahead, SHAPE.max_seq_len) for s, n in self.model.items()})
         need = self.cache.layout.bytes_for(tokens) * self.cache.layout.num_ranges
         try:
             slot = self.cache.admit(sequence, tokens)
@@ -99,7 +122,7 @@ class CacheMachine(RuleBasedStateMachine):
         except SequenceTooLong:
             assert length > SHAPE.max_seq_len
         except OutOfPages:
-            assert self.missing({sequence: length}) > self.room()
+            assert self.missing({sequence: length}) > self.room() + self.surplus({**self.model, sequence: length})
         else:
             self.write(sequence, range(self.model[sequence], length))
             self.model[sequence] = length
@@ -141,7 +164,7 @@ class CacheMachine(RuleBasedStateMachine):
         except SequenceTooLong:
             assert max(wanted.values()) > SHAPE.max_seq_len
         except OutOfPages:
-            assert self.missing(wanted) > self.room()
+            assert self.missing(wanted) > self.room() + self.surplus(self.model | wanted)
         else:
             for sequence, length in wanted.items():
                 self.write(sequence, range(length - 1, length))
@@ -200,21 +223,24 @@ class CacheMachine(RuleBasedStateMachine):
         self.room()
         pool, arena = self.cache.arena.pool, self.cache.arena
         used = pool.held_bytes - pool.stock_bytes - arena.parked_bytes
+        surplus = self.surplus(self.model)
         try:
             self.cache.set_budget(budget)
         except ConfigError:
             assert budget < self.cache.layout.least_bytes
         except OutOfPages:
-            assert used > budget
+            assert used - surplus > budget
         else:
             assert pool.budget == budget
 
     @rule(pages=st.integers(1, 5))
     def reclaim(self, pages: int) -> None:
         """Someone needs memory: parked slots give it up, from their tails."""
+        assert self.cache.wait_ahead()
         before = self.cache.arena.parked_bytes
         wanted = pages * self.cache.layout.granule
-        assert self.cache.arena.reclaim(wanted) >= min(before, wanted)
+        with self.cache._gate:
+            assert reclaim(self.cache.arena, wanted) >= min(before, wanted)
 
     @invariant()
     def every_live_token_holds_what_was_written(self) -> None:

@@ -13,6 +13,7 @@ from shapes import SHAPE
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import AddressSpaceExhausted, ConfigError, DriverError, InvariantViolation, OutOfPages
+from trtllm_vattn.memory.reclaim import reclaim
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import CountingDriver
@@ -165,10 +166,10 @@ def test_nothing_is_unmapped_before_its_fence(host_driver: HostDriver) -> None:
         before = host_driver.live_mappings
         cache.arena.slots[0].state = type(cache.arena.slots[0].state).FREE
         with pytest.raises(Exception, match="NOT_READY"):
-            cache.arena.reclaim(PAGE)
+            reclaim(cache.arena, PAGE)
         assert host_driver.live_mappings == before
         host_driver.complete()
-        assert cache.arena.reclaim(PAGE) >= PAGE
+        assert reclaim(cache.arena, PAGE) >= PAGE
         cache.check_integrity()
 
 

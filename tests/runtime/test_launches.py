@@ -121,7 +121,7 @@ def test_a_loop_goes_no_further_than_memory_reaches(build: Callable[..., Engine]
     engine = build(steps=32, loop=True)
     cache = engine.cache
     assert isinstance(cache, KVCacheManager)
-    cache.lookahead = 0
+    cache.ahead.fixed = 0
     engine.submit(PROMPTS[0], SamplingParams(50))
     records: list[StepRecord] = []
     engine.observer = records.append

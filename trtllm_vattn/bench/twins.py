@@ -15,6 +15,7 @@ from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import OutOfPages
+from trtllm_vattn.memory.reclaim import reclaim
 from trtllm_vattn.runtime.binding import DecodeStep, bind, forward, scale_of
 from trtllm_vattn.runtime.decode import DecodeBatch, Launch
 from trtllm_vattn.runtime.prefill import Prefill
@@ -193,7 +194,7 @@ class Twins:
 
     def take_away(self) -> None:
         assert isinstance(self.subject.cache, KVCacheManager)
-        self.subject.cache.arena.reclaim(self.random.randint(1, 4) * self.subject.cache.layout.granule)
+        reclaim(self.subject.cache.arena, self.random.randint(1, 4) * self.subject.cache.layout.granule)
         self._count("take away")
 
     def resize(self) -> None:

@@ -98,7 +98,9 @@ class CacheStats:
     `live_bytes` hold tokens of sequences; `mapped_bytes` are backed for running sequences (live, lookahead and
     rounding); `parked_bytes` are backed for nobody until adopted; `held_bytes` is all physical memory held.
     Mappings made are counted by when: at a sequence's admission, in a step that could not wait (`critical_path_maps`,
-    0 in steady decode), or ahead, beside a running step.
+    0 in steady decode), or ahead, beside a running step. `live_mappings` of the `max_mappings` that the driver bears;
+    `lookahead` tokens are kept mapped past a sequence's length; `ahead_wait_s` is what callers waited for the thread
+    that maps ahead.
     """
 
     sequences: int
@@ -111,6 +113,10 @@ class CacheStats:
     critical_path_maps: int = 0
     ahead_maps: int = 0
     quarantined: int = 0
+    live_mappings: int = 0
+    max_mappings: int = 0
+    lookahead: int = 0
+    ahead_wait_s: float = 0.0
 
 
 class KVCache(ABC):
@@ -159,6 +165,9 @@ class KVCache(ABC):
         Called while the device is busy with a step. Nothing to do where memory is backed from the start.
         """
         return 0
+
+    def start_thread(self) -> None:  # noqa: B027
+        """Have `map_ahead` done by a thread of its own from now on, where there is anything to map."""
 
     @abstractmethod
     def layer(self, layer: int) -> FlatKV | PagedKV:

@@ -7,6 +7,7 @@ extents of many sizes instead of one page at a time).
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import ExitStack
 from typing import ClassVar
 
@@ -15,20 +16,22 @@ import torch
 
 from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV, SequenceId
 from trtllm_vattn.cache.books import SlottedCache
-from trtllm_vattn.errors import ConfigError, InvariantViolation, NoFreeSlot, OutOfPages
+from trtllm_vattn.errors import ConfigError, InvariantViolation, NoFreeSlot
 from trtllm_vattn.memory import remap
+from trtllm_vattn.memory.ahead import BackgroundThread, Gate
 from trtllm_vattn.memory.arena import Arena
 from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
+from trtllm_vattn.memory.lookahead import Lookahead
+from trtllm_vattn.memory.placement import Placement, placement
 from trtllm_vattn.memory.pool import CLASSES, ExtentPool
+from trtllm_vattn.memory.reclaim import return_idle, set_budget, take_surplus
 from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, strided, tensor_at
 
-DEFAULT_LOOKAHEAD = 64
-"""Tokens. On Llama-3-8B one page in each of four ranges a sequence in 64 steps."""
-
 
 class KVCacheManager(SlottedCache):
-    """A KV cache at fixed addresses over one device's virtual memory. Used from one stream, not thread-safe.
+    """A KV cache at fixed addresses over one device's virtual memory. Used from one stream and one
+    thread, beside its own that maps ahead.
 
     Parameters
     ----------
@@ -41,8 +44,19 @@ class KVCacheManager(SlottedCache):
     layers_per_range : int or None
         Layers that share a token's row; more of them make a page hold fewer tokens. None is as many as make a row of
         32 KiB, 8 for Llama-3-8B.
-    lookahead : int
-        Tokens that `map_ahead` keeps mapped past a sequence's length; 0 maps each token in its own step.
+    lookahead : int or None
+        Tokens that `map_ahead` keeps mapped past a sequence's length; 0 maps each token in its own step. None is as
+        many as the measured times of steps and mappings ask for (memory/pace.py).
+    idle_after_s : float or None
+        With a thread of its own (`start_thread`), the cache gives memory back to the driver that no sequence has used
+        for so long; None keeps it for the next sequence.
+    idle_floor : int
+        Bytes of idle memory that are kept all the same.
+
+    Attributes
+    ----------
+    ahead : Lookahead
+        What is mapped ahead, and how far.
 
     Raises
     ------
@@ -61,12 +75,22 @@ class KVCacheManager(SlottedCache):
         driver: Driver,
         budget: int | None = None,
         layers_per_range: int | None = None,
-        lookahead: int = DEFAULT_LOOKAHEAD,
+        lookahead: int | None = None,
+        idle_after_s: float | None = None,
+        idle_floor: int = 0,
     ) -> None:
         super().__init__(shape, driver.device)
-        if lookahead < 0:
+        if lookahead is not None and lookahead < 0:
             raise ConfigError(f"lookahead is {lookahead}; it must be 0 or more tokens")
-        self.driver, self.lookahead = driver, lookahead
+        if idle_floor < 0 or (idle_after_s is not None and idle_after_s <= 0):
+            raise ConfigError(
+                f"idle_after_s is {idle_after_s} and idle_floor {idle_floor}; they are a positive time and 0 or more "
+                "bytes"
+            )
+        self.driver = driver
+        self.idle_after_s, self.idle_floor = idle_after_s, idle_floor
+        self._gate = Gate()
+        self._thread: BackgroundThread | None = None
         self.layout = self._make_layout(layers_per_range)
         with ExitStack() as undo:
             pool = ExtentPool(driver, self.layout.least_bytes if budget is None else budget, self.extent_classes)
@@ -74,7 +98,8 @@ class KVCacheManager(SlottedCache):
             self.arena = Arena(pool, self.layout, self.one_by_one)
             undo.pop_all()
         self.frontiers = self.arena.frontiers
-        self._admission_maps = self._critical_path_maps = self._ahead_maps = 0
+        self.ahead = Lookahead(self.arena, self.lengths, lookahead)
+        self._admission_maps = self._critical_path_maps = self._told = 0
         self._flat = [
             tensor_at(reservation.base, reservation.size, driver.device, owner=reservation)
             for reservation in self.arena.reservations
@@ -109,9 +134,25 @@ class KVCacheManager(SlottedCache):
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def _claim(self, tokens: int) -> int:
-        slot, maps = self.arena.occupy(tokens, limit=self._limit())
-        self._admission_maps += maps
+        with self._gate:
+            limit = self._limit()
+            need = self.layout.bytes_for(tokens) * self.layout.num_ranges
+            # Those that run keep what their next steps need.
+            self._make_room(need, self.ahead.past(self.ahead.tokens))
+            slot, maps = self.arena.occupy(tokens, limit)
+            self._admission_maps += maps
+        self._wake()
         return slot
+
+    def _make_room(self, size: int, needed: np.ndarray) -> None:
+        """Where memory is short of `size` bytes, take what running slots have beyond the tokens needed, if that is
+        enough; waits for the device then."""
+        pool = self.arena.pool
+        if size > pool.available_bytes:
+            self.arena.settle(wait=True)
+            short = size - pool.available_bytes - self.arena.parked_bytes
+            if short > 0:
+                take_surplus(self.arena, short, needed.tolist(), self._fence())
 
     def _limit(self) -> int:
         """Slots below this are worth taking: a lane is a slot, so that adopting one beyond the current bucket would
@@ -128,11 +169,15 @@ class KVCacheManager(SlottedCache):
         return 1 << max([free[0], *self._owner]).bit_length()
 
     def _back(self, lengths: np.ndarray) -> None:
-        short = np.flatnonzero(lengths > self.frontiers)
-        self._critical_path_maps += self.arena.grow({slot: int(lengths[slot]) for slot in short.tolist()})
+        with self._gate:
+            wants = {slot: int(lengths[slot]) for slot in np.flatnonzero(lengths > self.frontiers).tolist()}
+            more = (self.layout.bytes_for(wanted) - self.arena.slots[slot].mapped for slot, wanted in wants.items())
+            self._make_room(sum(more) * self.layout.num_ranges, np.maximum(self.lengths, lengths))
+            self._critical_path_maps += self.arena.grow(wants)
 
     def _vacate(self, slot: int) -> None:
-        self.arena.park(slot, self._fence())
+        with self._gate:
+            self.arena.park(slot, self._fence())
 
     def _fence(self) -> Fence:
         return self.driver.record(current_stream(self.device))
@@ -144,7 +189,33 @@ class KVCacheManager(SlottedCache):
         OutOfPages where running sequences have more: release or preempt some first. Nothing changed then.
         """
         self._check_open()
-        self.arena.set_budget(budget)
+        with self._gate:
+            pool = self.arena.pool
+            used = pool.held_bytes - pool.stock_bytes - self.arena.parked_bytes
+            if budget < used:
+                self.arena.settle(wait=True)
+                take_surplus(self.arena, used - budget, self.lengths.tolist(), self._fence())
+            set_budget(self.arena, budget)
+
+    def stock_up(self, sequences: int, tokens: int) -> None:
+        """Keep enough memory created ahead for a burst of so many prompts of so many tokens, within the budget.
+
+        The thread creates it (`start_thread`), and again when less than half is left; without one it is created now,
+        once. Raises ConfigError, DriverError.
+        """
+        self._check_open()
+        if sequences < 0 or not 1 <= tokens <= self.shape.max_seq_len:
+            raise ConfigError(
+                f"a stock for {sequences} prompts of {tokens} tokens asked for; give 0 or more, of 1 to "
+                f"{self.shape.max_seq_len} tokens"
+            )
+        with self._gate:
+            each = Counter(self.arena.pool.split(self.layout.bytes_for(tokens)))
+            many = sequences * self.layout.num_ranges
+            self.arena.pool.keep_in_stock({size: count * many for size, count in each.items()})
+            while self._thread is None and self.arena.pool.restock():
+                pass
+        self._wake()
 
     def move(self, sequence: SequenceId, slot: int) -> int:
         """Give a running sequence another, free slot by remapping; returns the mappings made.
@@ -153,8 +224,9 @@ class KVCacheManager(SlottedCache):
         Raises UnknownSequence, ConfigError where the slot is not free, DriverError; nothing changed.
         """
         source = self.slot_of(sequence)
-        moved = remap.move(self.arena, source, slot, self._fence)
-        self._rehouse(sequence, slot)
+        with self._gate:
+            moved = remap.move(self.arena, source, slot, self._fence)
+            self._rehouse(sequence, slot)
         return moved
 
     def fork(self, sequence: SequenceId, new_sequence: SequenceId, tokens: int) -> int:
@@ -172,15 +244,16 @@ class KVCacheManager(SlottedCache):
         if tokens > self.lengths[source]:
             raise ConfigError(f"sequence {sequence!r} has {self.lengths[source]} tokens, not {tokens} to fork")
         self._check_new(new_sequence, tokens)
-        limit = self._limit()
-        free = [slot for slot in self.arena.free_slots() if slot < limit]
-        target = min(free, key=lambda slot: (self.arena.slots[slot].mapped, slot))
-        shared = remap.share(self.arena, source, tokens, tokens, target)
-        rest = tokens * self.layout.row_bytes - shared
-        for reservation in self.arena.reservations if rest else ():
-            to, at = (reservation.base + slot * self.layout.slot_stride + shared for slot in (target, source))
-            copy_bytes(self.driver.device, to, at, rest)
-        self._house(new_sequence, target, tokens)
+        with self._gate:
+            limit = self._limit()
+            free = [slot for slot in self.arena.free_slots() if slot < limit]
+            target = min(free, key=lambda slot: (self.arena.slots[slot].mapped, slot))
+            shared = remap.share(self.arena, source, tokens, tokens, target)
+            rest = tokens * self.layout.row_bytes - shared
+            for reservation in self.arena.reservations if rest else ():
+                to, at = (reservation.base + slot * self.layout.slot_stride + shared for slot in (target, source))
+                copy_bytes(self.driver.device, to, at, rest)
+            self._house(new_sequence, target, tokens)
         return target
 
     def truncate(self, sequence: SequenceId, length: int) -> None:
@@ -209,32 +282,59 @@ class KVCacheManager(SlottedCache):
         def copy(to: int, source: int, nbytes: int) -> None:
             copy_bytes(self.driver.device, to, source, nbytes)
 
-        return remap.replace(self.arena, slot, first, copy, self._fence)
+        with self._gate:
+            return remap.replace(self.arena, slot, first, copy, self._fence)
+
+    # -- ahead -----------------------------------------------------------------------------------------------------
+
+    def start_thread(self) -> None:
+        """Have a thread map ahead from now on, so that `map_ahead` has no more to do than wake it when something is
+        due. Idempotent; `close` ends it."""
+        self._check_open()
+        if self._thread is None:
+            self._thread = BackgroundThread(self._work_ahead, self.idle_after_s)
 
     def map_ahead(self) -> int:
-        """Keep running slots' frontiers up to `lookahead` tokens past their lengths; returns the mappings made.
+        """Keep running slots' frontiers up to the lookahead past their lengths; returns the mappings made.
 
-        A slot is due when less than half the lookahead is left, and is filled up to the whole; the fewest steps left
-        go first, and only as many at a time as let all be served before the first runs out, so that sequences of
-        equal length do not all map in one step. Where memory is short nothing is mapped: the step that needs it asks.
+        Where memory is short nothing is mapped: the step that needs it asks. With a thread, the mappings are those
+        since the last call, and an error that it met is raised here.
         """
         self._check_open()
-        self.arena.settle()
-        wanted = np.minimum(self.lengths + self.lookahead, self.shape.max_seq_len)
-        low_water = np.minimum(self.lengths + (self.lookahead + 1) // 2, self.shape.max_seq_len)
-        due = np.flatnonzero(self._occupied & (self.frontiers < low_water))
-        if not due.size:
-            return 0
-        most = max(1, -(-4 * len(self._slot_of) // max(1, self.lookahead)))
-        nearest = due[np.argsort((self.frontiers - self.lengths)[due], kind="stable")][:most]
-        try:
-            made = self.arena.grow({slot: int(wanted[slot]) for slot in nearest.tolist()})
-        except OutOfPages:
-            return 0
-        self._ahead_maps += made
+        self.ahead.pace.observe_lengths(self.lengths)
+        if self._thread is None:
+            with self._gate:
+                self.arena.settle()
+                return self.ahead.map_due(self.ahead.share())
+        self._thread.raise_error()
+        if self.arena.is_leaving or self.ahead.due().size:
+            self._wake()
+        made, self._told = self.ahead.maps - self._told, self.ahead.maps
         return made
 
+    def _wake(self) -> None:
+        if self._thread is not None:
+            self._thread.wake()
+
+    def _work_ahead(self) -> bool:
+        """One bite of the thread's work: a slot's growth, an extent for the stock, or one for the driver."""
+        with self._gate.in_background():
+            if self._closed:
+                return False
+            self.arena.settle()
+            return (
+                self.ahead.map_due(most=1, wait=False) > 0
+                or self.arena.pool.restock()
+                or (self.idle_after_s is not None and return_idle(self.arena, self.idle_after_s, self.idle_floor))
+            )
+
+    def wait_ahead(self, timeout_s: float = 10.0) -> bool:
+        """Whether the thread has nothing left to do, within so many seconds; at once without one."""
+        return self._thread is None or self._thread.wait_idle(timeout_s)
+
     def _free(self) -> None:
+        if self._thread is not None:
+            self._thread.close()
         self.arena.close(self._fence())
         self._layers, self._flat = [], []
 
@@ -249,24 +349,37 @@ class KVCacheManager(SlottedCache):
 
     def stats(self) -> CacheStats:
         self._check_open()
-        pool = self.arena.pool
-        return CacheStats(
-            sequences=len(self._slot_of),
-            live_bytes=self.live_bytes,
-            mapped_bytes=self.arena.running_bytes,
-            parked_bytes=self.arena.parked_bytes,
-            held_bytes=pool.held_bytes,
-            budget_bytes=pool.budget,
-            admission_maps=self._admission_maps,
-            critical_path_maps=self._critical_path_maps,
-            ahead_maps=self._ahead_maps,
-            quarantined=len(self.arena.quarantine) + len(pool.quarantine),
-        )
+        with self._gate:
+            pool = self.arena.pool
+            return CacheStats(
+                sequences=len(self._slot_of),
+                live_bytes=self.live_bytes,
+                mapped_bytes=self.arena.running_bytes,
+                parked_bytes=self.arena.parked_bytes,
+                held_bytes=pool.held_bytes,
+                budget_bytes=pool.budget,
+                admission_maps=self._admission_maps,
+                critical_path_maps=self._critical_path_maps,
+                ahead_maps=self.ahead.maps,
+                quarantined=len(self.arena.quarantine) + len(pool.quarantine),
+                live_mappings=self.arena.live_mappings,
+                max_mappings=self.driver.max_mappings,
+                lookahead=self.ahead.tokens,
+                ahead_wait_s=self._gate.waited_s,
+            )
+
+    def placement(self) -> Placement:
+        """How nearly slots' memory lies in the order of its creation."""
+        self._check_open()
+        with self._gate:
+            return placement(self.arena)
 
     def check_integrity(self) -> None:
-        super().check_integrity()
-        self.arena.check_integrity()
-        free = self.arena.free_slots()
-        for slot in range(self.shape.num_slots):
-            if self._occupied[slot] and slot in free:
-                raise InvariantViolation(f"slot {slot} of sequence {self._owner[slot]!r} is free in the arena")
+        self._check_open()
+        with self._gate:
+            super().check_integrity()
+            self.arena.check_integrity()
+            free = self.arena.free_slots()
+            for slot in range(self.shape.num_slots):
+                if self._occupied[slot] and slot in free:
+                    raise InvariantViolation(f"slot {slot} of sequence {self._owner[slot]!r} is free in the arena")

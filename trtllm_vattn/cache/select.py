@@ -6,7 +6,7 @@ import torch
 
 from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.contiguous import ContiguousCache
-from trtllm_vattn.cache.manager import DEFAULT_LOOKAHEAD, KVCacheManager
+from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.paged import PagedCache
 from trtllm_vattn.cache.published import PublishedVattention
 from trtllm_vattn.errors import ConfigError
@@ -28,7 +28,7 @@ def make_cache(
     budget: int | None = None,
     *,
     layers_per_range: int | None = None,
-    lookahead: int = DEFAULT_LOOKAHEAD,
+    lookahead: int | None = None,
     driver: Driver | None = None,
 ) -> KVCache:
     """A cache of one of the kinds in `CACHES`.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping as MappingType
 from contextlib import ExitStack
+from time import monotonic
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from trtllm_vattn.errors import ConfigError, DriverError, OutOfPages
 from trtllm_vattn.memory.integrity import check_arena
 from trtllm_vattn.memory.layout import SlotLayout
 from trtllm_vattn.memory.pool import ExtentPool
+from trtllm_vattn.memory.reclaim import make_available, reclaim
 from trtllm_vattn.memory.slot import Slot, SlotState
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation, RollbackFailed
@@ -56,7 +58,6 @@ class Arena:
         self.reservations: list[Reservation] = []
         self._leaving: set[int] = set()
         self._scratches: list[Reservation] = []
-        self._parkings = 0
         dummy = layout.num_slots
         least = layout.least_bytes
         if least > pool.available_bytes:
@@ -75,9 +76,10 @@ class Arena:
 
     # -- growing ---------------------------------------------------------------------------------------------------
 
-    def grow(self, wants: MappingType[int, int]) -> int:
+    def grow(self, wants: MappingType[int, int], wait: bool = True) -> int:
         """Back each slot for the tokens wanted, all or none; returns the number of mappings made.
 
+        With `wait`, memory that is parked or leaving is had by waiting for its fence.
         Raises OutOfPages, or DriverError where a driver call failed; nothing changed.
         """
         growth = {}
@@ -89,15 +91,16 @@ class Arena:
             return 0
         total = sum(growth.values()) * self.layout.num_ranges
         while True:
-            self.make_available(total)
+            make_available(self, total, wait)
             try:
                 return self._place_all(growth)
             except OutOfPages:
-                # The device, or quarantine, leaves less than the budget says; what is parked may make up for it.
-                if not self.reclaim(total):
+                # The device, quarantine or the ceiling leaves less than the budget says; what is parked may make up.
+                if not reclaim(self, total, wait):
                     raise
 
     def _place_all(self, growth: MappingType[int, int]) -> int:
+        self.check_ceiling(sum(len(self.pool.split(more)) for more in growth.values()) * self.layout.num_ranges)
         with ExitStack() as undo:
             grown = {slot: self._place(slot, more, undo) for slot, more in growth.items()}
             undo.pop_all()
@@ -172,6 +175,7 @@ class Arena:
             self.set_idle(chosen)
             raise
         self.set_frontier(chosen)
+        self.slots[chosen].since = monotonic()
         return chosen, maps
 
     def _is_short_for(self, need: int) -> bool:
@@ -192,10 +196,9 @@ class Arena:
 
         Memory shared with another slot is not for adopting: such a slot is emptied.
         """
-        self._parkings += 1
-        self.slots[slot].parked_at = self._parkings
         self.slots[slot].fence = fence
         self.set_idle(slot)
+        self.slots[slot].since = monotonic()
         if any(mapping.extent.serial in self.places for column in self.slots[slot].columns for mapping in column):
             self.leave(slot, fence)
 
@@ -206,15 +209,34 @@ class Arena:
 
     # -- taking away -----------------------------------------------------------------------------------------------
 
-    def _idle(self) -> list[int]:
+    def idle_slots(self) -> list[int]:
         """Slots without a sequence, the longest-parked first."""
         idle = (i for i, slot in enumerate(self.slots) if slot.state is not SlotState.RUNNING)
-        return sorted(idle, key=lambda index: self.slots[index].parked_at)
+        return sorted(idle, key=lambda index: self.slots[index].since)
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether anything waits for a fence to be unmapped."""
+        return bool(self._leaving)
+
+    @property
+    def live_mappings(self) -> int:
+        """Mappings that the driver holds for this arena."""
+        return sum(reservation.mappings for reservation in (*self.reservations, *self._scratches))
+
+    def check_ceiling(self, more: int) -> None:
+        """Raise OutOfPages where the driver would not bear so many more mappings."""
+        ceiling = self.pool.driver.max_mappings
+        if self.live_mappings + more > ceiling:
+            raise OutOfPages(
+                f"{more:,} mappings asked for; {self.live_mappings:,} are alive and the driver bears about "
+                f"{ceiling:,}; release sequences, or use fewer ranges (layers_per_range) or larger prompts' extents"
+            )
 
     @property
     def parked_bytes(self) -> int:
         """Bytes mapped for nobody, in all ranges."""
-        return sum(self.slots[index].mapped for index in self._idle()) * self.layout.num_ranges
+        return sum(self.slots[index].mapped for index in self.idle_slots()) * self.layout.num_ranges
 
     @property
     def running_bytes(self) -> int:
@@ -224,21 +246,6 @@ class Arena:
             return sum(slot.mapped for slot in running) * self.layout.num_ranges
         extents = {m.extent.serial: m.size for slot in running for column in slot.columns for m in column}
         return sum(extents.values())
-
-    def make_available(self, size: int) -> None:
-        """Have the pool able to hand out `size` bytes, by unmapping what is leaving or parked. Raises OutOfPages."""
-        short = size - self.pool.available_bytes
-        if short > 0:
-            self.settle(wait=True)
-            short = size - self.pool.available_bytes
-        if short <= 0:
-            return
-        if short > self.parked_bytes:
-            raise OutOfPages(
-                f"{size:,} bytes asked for; of a budget of {self.pool.budget:,} only {self.pool.available_bytes:,} are "
-                f"free and {self.parked_bytes:,} parked; release or preempt a sequence, or raise the budget"
-            )
-        self.reclaim(short)
 
     def empty(self, index: int) -> None:
         """Unmap all that is parked in a free slot, behind its fence."""
@@ -260,17 +267,6 @@ class Arena:
         made = Reservation(self.pool.driver, self.layout.num_ranges * self.layout.slot_stride)
         self._scratches.append(made)
         return made
-
-    def reclaim(self, size: int) -> int:
-        """Unmap at least `size` bytes of parked slots if there are so many; returns the bytes given to the pool."""
-        given = 0
-        for index in self._idle():
-            slot = self.slots[index]
-            while slot.columns and given < size:
-                if slot.fence is not None:
-                    slot.fence.wait()
-                given += self.unmap_tail(index)
-        return given
 
     def unmap_tail(self, index: int) -> int:
         slot = self.slots[index]
@@ -333,34 +329,6 @@ class Arena:
         places = self.places.pop(extent.serial, 1) - 1
         if places > 1:
             self.places[extent.serial] = places
-
-    # -- budget ----------------------------------------------------------------------------------------------------
-
-    @property
-    def least_bytes(self) -> int:
-        """Bytes of the dummy slot, without which there is no arena."""
-        return self.layout.least_bytes
-
-    def set_budget(self, budget: int) -> None:
-        """Raise or lower the bytes held; parked memory beyond it is unmapped and released.
-
-        Raises ConfigError for less than the dummy slot has, OutOfPages where running slots have more; nothing changed.
-        """
-        if budget < self.least_bytes:
-            raise ConfigError(
-                f"the budget is {budget:,} bytes, the dummy slot alone takes {self.least_bytes:,}; raise the budget"
-            )
-        if budget < self.pool.held_bytes:
-            self.settle(wait=True)
-            stuck = sum(extent.size for extent in self.pool.quarantine)
-            used = self.pool.held_bytes - self.pool.stock_bytes - self.parked_bytes
-            if used > budget:
-                raise OutOfPages(
-                    f"a budget of {budget:,} bytes asked for, but running slots hold {used - stuck:,} and {stuck:,} "
-                    "could not be released; release or preempt a sequence first"
-                )
-            self.reclaim(self.pool.held_bytes - self.pool.stock_bytes - budget)
-        self.pool.set_budget(budget)
 
     # -- books -----------------------------------------------------------------------------------------------------
 

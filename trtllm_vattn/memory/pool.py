@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 
 from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, OutOfPages
@@ -52,6 +53,8 @@ class ExtentPool:
         self.stock_bytes = 0
         self.held_bytes = 0
         self.quarantine: list[Extent] = []
+        self._high_water: Counter[int] = Counter()
+        self._filling: set[int] = set()
 
     @property
     def available_bytes(self) -> int:
@@ -90,7 +93,7 @@ class ExtentPool:
                 "release or preempt a sequence, or raise the budget"
             )
         taken: list[Extent] = []
-        wanted = self._split(size)
+        wanted = self.split(size)
         try:
             for position, each in enumerate(wanted):
                 taken.append(self._take_one(each, spare=wanted[position + 1 :]))
@@ -104,7 +107,8 @@ class ExtentPool:
             raise
         return taken
 
-    def _split(self, size: int) -> list[int]:
+    def split(self, size: int) -> list[int]:
+        """Sizes of the fewest extents that add up to `size` bytes, largest first."""
         pieces = []
         for each in self.classes:
             count, size = divmod(size, each)
@@ -134,6 +138,54 @@ class ExtentPool:
             except DriverError as error:
                 if error.code != "CUDA_ERROR_OUT_OF_MEMORY" or not self._drop_one(spare):
                     raise
+
+    # -- stock -----------------------------------------------------------------------------------------------------
+
+    def keep_in_stock(self, high_water: Mapping[int, int]) -> None:
+        """How many extents of each class `restock` shall create ahead. A class is filled up when less than half of its
+        number is left."""
+        unknown = high_water.keys() - set(self.classes)
+        if unknown:
+            raise ConfigError(f"there are no extents of {sorted(unknown)} bytes; the classes are {self.classes}")
+        self._high_water = Counter(high_water)
+
+    def next_for_stock(self) -> int | None:
+        """The class whose next extent should be created, and fits the budget; None where the stock is in order."""
+        for size, most in self._high_water.items():
+            have = len(self._stock[size])
+            if have >= most:
+                self._filling.discard(size)
+            elif 2 * have < most:
+                self._filling.add(size)
+            if size in self._filling and self.held_bytes + size <= self.budget:
+                return size
+        return None
+
+    def restock(self) -> bool:
+        """Create one extent ahead, if one is wanted; whether it did. Raises DriverError."""
+        size = self.next_for_stock()
+        if size is None:
+            return False
+        try:
+            extent = Extent(self.driver, size)
+        except DriverError as error:
+            if error.code != "CUDA_ERROR_OUT_OF_MEMORY":
+                raise
+            logger.info("the device has no memory to keep %d bytes in stock", size)
+            self._high_water[size] = len(self._stock[size])
+            return False
+        self.held_bytes += size
+        self.give([extent])
+        return True
+
+    def shrink(self) -> bool:
+        """Release one extent of a class that has more in stock than is to be kept; whether there was one."""
+        for size in self.classes:
+            if len(self._stock[size]) > self._high_water[size]:
+                self.stock_bytes -= size
+                self._release(self._stock[size].pop())
+                return True
+        return False
 
     def _drop_one(self, spare: list[int]) -> bool:
         """Release one extent of the stock, of a small class first and its youngest, so that what lies in order stays;

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from time import monotonic
 
 from trtllm_vattn.errors import ConfigError, DriverError
 from trtllm_vattn.memory.arena import Arena
+from trtllm_vattn.memory.reclaim import make_available
 from trtllm_vattn.memory.slot import SlotState
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation, RollbackFailed
@@ -96,7 +98,8 @@ def replace(
     if not columns:
         return 0
     start, size = columns[0][0].offset, sum(column[0].size for column in columns)
-    arena.make_available(size * len(arena.reservations))
+    make_available(arena, size * len(arena.reservations))
+    arena.check_ceiling(len(arena.pool.split(size)))
     scratch = arena.scratch()
     rows = []
     with ExitStack() as undo:
@@ -143,6 +146,7 @@ def _alias(arena: Arena, columns: Columns, target: int, undo: ExitStack) -> Colu
     """Map what columns hold at the start of a slot as well; the way back is pushed onto `undo`."""
     if not columns:
         return []
+    arena.check_ceiling(len(columns) * len(arena.reservations))
     rows = []
     for index, reservation in enumerate(arena.reservations):
         extents = [column[index].extent for column in columns]
@@ -154,7 +158,7 @@ def _alias(arena: Arena, columns: Columns, target: int, undo: ExitStack) -> Colu
 
 def _settle_in(arena: Arena, target: int, columns: Columns, mapped: int) -> None:
     arena.slots[target].columns = columns
-    arena.slots[target].state = SlotState.RUNNING
+    arena.slots[target].state, arena.slots[target].since = SlotState.RUNNING, monotonic()
     arena.set_mapped(target, mapped)
 
 

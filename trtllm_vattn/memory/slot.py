@@ -21,14 +21,15 @@ class Slot:
     """What backs one slot.
 
     `columns` lists, from the slot's start, mappings of equal size and offset, one in each range; `mapped` is their
-    bytes in one range. `parked_at` orders free slots by when they were parked. `leaving` is still mapped at the slot's
-    addresses, but in nobody's use; it goes when `fence` is done, and until then the slot is not free.
+    bytes in one range. `since` is when it was last parked or occupied, in seconds of a monotonic clock. `leaving`
+    is still mapped at the slot's addresses, but in nobody's use; it goes when `fence` is done, and until then the slot
+    is not free.
     """
 
     columns: list[list[Mapping]] = field(default_factory=list)
     mapped: int = 0
     state: SlotState = SlotState.FREE
     fence: Fence | None = None
-    parked_at: int = 0
+    since: float = 0.0
     leaving: list[Mapping] = field(default_factory=list)
     broken: bool = False

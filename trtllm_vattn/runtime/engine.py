@@ -20,6 +20,7 @@ from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, OutOfPages, SequenceTooLong
 from trtllm_vattn.graphs.policy import MappingPolicy, start_choosing
 from trtllm_vattn.graphs.runner import default_buckets
+from trtllm_vattn.runtime.beside import MappingBeside
 from trtllm_vattn.runtime.binding import bind, check_fit, scale_of, shape_of
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model
@@ -106,7 +107,7 @@ class Engine:
         check_fit(model, cache.shape)
         bind(model)
         self.model, self.cache = model, cache
-        self.steps, self.loop, self._mapping = steps, loop, MappingPolicy.named(mapping)
+        self.steps, self.loop = steps, loop
         self.chunk, self.record_margins, self.observer = chunk, record_margins, observer
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
@@ -128,6 +129,9 @@ class Engine:
             if capture:
                 self.startup.decode = self.decode.capture()
                 self.startup.prefill = self.prefill.capture()
+        self._mapping = MappingBeside(
+            cache, MappingPolicy.named(mapping), self.decode.publish_frontiers if loop else None
+        )
         movable = isinstance(cache, KVCacheManager) and capture and not packed
         compaction = Compaction(cast(KVCacheManager, cache), self.startup.decode.replay_s) if movable else None
         self.scheduler = Scheduler(cache, self.decode, compaction)
@@ -282,23 +286,16 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Admit what fits, put up to `chunk` prompt tokens in, decode `steps` tokens of every running sequence."""
-        if self._mapping is not MappingPolicy.CONCURRENT:
-            # Whatever the step will need is mapped now, while the device has nothing to do.
-            self.cache.map_ahead()
+        """Admit what fits, put up to `chunk` prompt tokens in, decode `steps` tokens of every running sequence.
+
+        Raises DriverError where mapping ahead failed beside the last step; the next call goes on.
+        """
+        self._mapping.before_step()
         self.scheduler.admit()
         if self.pipeline.unread is None:
             self.scheduler.compact()
         self._prefilled = 0
         return self._prefill() + self._decode()
-
-    def _map_beside(self) -> float:
-        """Map ahead while the device is busy, where that is allowed; returns the seconds it took."""
-        started = perf_counter()
-        if self._mapping is MappingPolicy.CONCURRENT:
-            while self.cache.map_ahead() and self.loop:
-                self.decode.publish_frontiers()
-        return perf_counter() - started
 
     def _prefill(self) -> list[TokenEvent]:
         events = []
@@ -308,8 +305,9 @@ class Engine:
             request = queue[0]
             tokens = request.tokens[request.prefilled : request.prefilled + room]
             logits = self.prefill.run(request.slot, tokens, request.prefilled)
-            # The device is busy; the sequence's first steps find their memory there.
-            self._map_beside()
+            # The device is busy: the sequence's first steps, and the next prompt, find their memory there.
+            self._mapping.beside_step()
+            self.scheduler.admit()
             request.prefilled += len(tokens)
             room -= len(tokens)
             self._prefilled += len(tokens)
@@ -325,7 +323,7 @@ class Engine:
             return []
         started = self._read_at if self.pipeline.unread else perf_counter()
         launch = self.pipeline.start()
-        ahead = self._map_beside()
+        ahead = self._mapping.beside_step()
         waited = perf_counter()
         rows = launch.read()
         waited = perf_counter() - waited

@@ -34,8 +34,12 @@ class Scheduler:
         return [*self.decoding.values(), *self.prefilling]
 
     def admit(self) -> None:
-        """Give waiting requests slots while there is room; raises where the first has none though nobody runs."""
-        while self.waiting:
+        """Give the next waiting requests slots if there is room; raises where the first has none though nobody runs.
+
+        Prompts go in one after another, so more than the next two would hold memory for nothing, and a burst would map
+        all of it at once instead of beside the prompts before.
+        """
+        while self.waiting and len(self.prefilling) < 2:
             request = self.waiting[0]
             try:
                 request.slot = self.cache.admit(request.id, request.length)

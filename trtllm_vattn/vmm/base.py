@@ -50,6 +50,9 @@ class Driver(ABC):
 
     device: str
     """Where tensors over these addresses live, as torch names it: ``cpu`` or ``cuda:0``."""
+    max_mappings: int = 500_000
+    """Mappings that may be alive at once. A CUDA context is reported to refuse set_access from about 520,000 on, with
+    memory free; not documented."""
 
     @abstractmethod
     def granularity(self) -> int:

@@ -16,6 +16,7 @@ import os
 import resource
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from trtllm_vattn.errors import ConfigError, DriverError
 from trtllm_vattn.vmm.base import Driver, Fence
@@ -99,6 +100,7 @@ class HostDriver(Driver):
         self._bases: list[int] = []
         self._ranges: dict[int, _Range] = {}
         self._tickets = self.completed = 0
+        self.max_mappings = _mappings_of_a_process()
         self._held = False
 
     def granularity(self) -> int:
@@ -342,3 +344,12 @@ def _raise_descriptor_limit() -> bool:
         return False
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return True
+
+
+def _mappings_of_a_process() -> int:
+    """How many may be alive here: each splits its reservation, and the process has mappings of its own."""
+    try:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    except OSError:
+        limit = 65_530
+    return limit // 3

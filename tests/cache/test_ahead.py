@@ -1,0 +1,339 @@
+"""Mapping ahead by a thread: what it maps, that it rests, that it fails aloud, and what memory it keeps or returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from time import monotonic, sleep
+
+import numpy as np
+import pytest
+from contents import expect, fill
+from shapes import SHAPE
+
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError, DriverError, OutOfPages
+from trtllm_vattn.vmm.base import Driver
+from trtllm_vattn.vmm.cuda import CudaDriver
+from trtllm_vattn.vmm.host import HostDriver
+from trtllm_vattn.vmm.wrappers import FaultyDriver
+
+PAGE = 4096
+LONG = replace(SHAPE, max_seq_len=4000)
+
+
+def step(cache: KVCacheManager) -> None:
+    cache.prepare_step(np.where(cache.lengths > 0, cache.lengths + 1, 0))
+
+
+@pytest.fixture
+def faulty() -> Iterator[FaultyDriver]:
+    host = HostDriver()
+    yield FaultyDriver(host)
+    assert (host.live_mappings, host.live_handles, host.live_reservations) == (0, 0, 0)
+
+
+def test_steps_find_their_memory_there(driver: Driver) -> None:
+    with KVCacheManager(LONG, driver, 256 << 20, 4) as cache:
+        cache.start_thread()
+        cache.start_thread()
+        for sequence in range(3):
+            cache.admit(sequence, 30)
+            fill(cache, sequence, range(30))
+        assert cache.wait_ahead()
+        for length in range(30, 300):
+            step(cache)
+            for sequence in range(3):
+                fill(cache, sequence, range(length, length + 1))
+            cache.map_ahead()
+            assert cache.wait_ahead()
+        stats = cache.stats()
+        assert stats.critical_path_maps == 0
+        if driver.device == "cpu":
+            assert stats.ahead_maps > 20
+        for sequence in range(3):
+            expect(cache, sequence, range(300))
+        cache.check_integrity()
+
+
+def test_it_rests_when_nothing_is_due(host_driver: HostDriver) -> None:
+    with KVCacheManager(LONG, host_driver, 64 << 20, 4, lookahead=400) as cache:
+        cache.start_thread()
+        cache.admit("a", 10)
+        assert cache.wait_ahead()
+        assert cache._thread is not None
+        wakes = cache._thread.wakes
+        mapped = cache.stats().ahead_maps
+        for _ in range(100):
+            step(cache)
+            assert cache.map_ahead() in (0, mapped)
+        assert cache.wait_ahead()
+        assert (cache._thread.wakes, cache.stats().ahead_maps) == (wakes, mapped)
+
+
+@pytest.mark.parametrize("call", ["create", "map", "set_access"])
+def test_what_fails_in_the_thread_is_raised_by_the_next_call_and_tried_again(call: str, faulty: FaultyDriver) -> None:
+    with KVCacheManager(LONG, faulty, 64 << 20, 4, lookahead=40) as cache:
+        cache.admit("a", 10)
+        fill(cache, "a", range(10))
+        cache.start_thread()
+        assert cache.wait_ahead()
+        frontier = int(cache.frontiers[0])
+        faulty.fail(call)
+        cache.extend("a", frontier - 10)
+        cache.map_ahead()
+        assert cache.wait_ahead()
+        assert cache.frontiers[0] == frontier
+        cache.check_integrity()
+        with pytest.raises(DriverError, match="injected"):
+            cache.map_ahead()
+        cache.map_ahead()
+        assert cache.wait_ahead()
+        assert cache.frontiers[0] > frontier
+        expect(cache, "a", range(10))
+        cache.check_integrity()
+
+
+def test_where_memory_is_short_the_thread_waits_for_the_step_to_ask(host_driver: HostDriver) -> None:
+    with KVCacheManager(LONG, host_driver, 9 * PAGE, 4, lookahead=400) as cache:
+        cache.start_thread()
+        cache.admit("a", 10)
+        for _ in range(5):
+            cache.map_ahead()
+            assert cache.wait_ahead()
+        assert cache.stats().ahead_maps == 0
+
+
+def test_a_closed_cache_has_no_thread(host_driver: HostDriver) -> None:
+    cache = KVCacheManager(LONG, host_driver, 64 << 20, 4, lookahead=3000)
+    cache.start_thread()
+    cache.admit("a", 10)
+    cache.close()
+    assert cache._thread is not None
+    assert not cache._thread._thread.is_alive()
+
+
+# -- surplus of running slots ---------------------------------------------------------------------------------------
+
+
+def test_a_prompt_takes_what_running_ones_hold_beyond_their_lookahead(driver: Driver) -> None:
+    granule = driver.granularity()
+    page = granule // 1536
+    with KVCacheManager(replace(LONG, max_seq_len=9 * page), driver, 11 * granule, 4, lookahead=0) as cache:
+        cache.admit("long", 1)
+        for pages in range(1, 8):
+            cache.extend("long", pages * page - int(cache.lengths[0]))
+        cache.release("long")
+        # Up to twice the need comes along while memory is plenty.
+        cache.admit("a", 4 * page)
+        fill(cache, "a", range(4 * page))
+        before = int(cache.frontiers[0])
+        assert before >= 7 * page
+        cache.admit("b", 6 * page)
+        fill(cache, "b", range(6 * page))
+        assert cache.lengths[0] <= cache.frontiers[0] < before
+        expect(cache, "a", range(4 * page))
+        expect(cache, "b", range(6 * page))
+        cache.check_integrity()
+        frontiers = cache.frontiers.tolist()
+        with pytest.raises(OutOfPages):
+            cache.admit("c", 3 * page)
+        assert cache.frontiers.tolist() == frontiers
+
+
+def test_a_step_takes_the_lookahead_of_others_before_it_fails(host_driver: HostDriver) -> None:
+    with KVCacheManager(LONG, host_driver, 16 * PAGE, 4, lookahead=20) as cache:
+        cache.admit("a", 2)
+        cache.map_ahead()
+        ahead = int(cache.frontiers[0])
+        assert ahead >= 20
+        cache.admit("b", 2)
+        while True:
+            frontier = cache.frontiers[0]
+            try:
+                cache.extend("b", 1)
+            except OutOfPages:
+                break
+            fill(cache, "b", range(cache.lengths[1] - 1, cache.lengths[1]))
+            assert cache.frontiers[0] <= frontier
+        assert cache.lengths[0] <= cache.frontiers[0] < ahead
+        cache.check_integrity()
+        # The dummy's page and a's one are all that b has not.
+        assert cache.arena.slots[1].mapped == 14 * PAGE
+
+
+def test_the_longest_running_gives_first(host_driver: HostDriver) -> None:
+    with KVCacheManager(LONG, host_driver, 128 * PAGE, 4, lookahead=100) as cache:
+        for sequence in ("young", "old"):
+            cache.admit(sequence, 2)
+        cache.map_ahead()
+        cache.map_ahead()
+        cache.arena.slots[cache.slot_of("old")].since = 0.0
+        before = cache.frontiers[:2].tolist()
+        cache.set_budget(cache.stats().held_bytes - 2 * PAGE)
+        young, old = (int(cache.frontiers[cache.slot_of(name)]) for name in ("young", "old"))
+        assert young == before[0]
+        assert 2 <= old < before[1]
+
+
+# -- stock and idle memory ------------------------------------------------------------------------------------------
+
+
+def test_a_stock_is_kept_and_filled_again(faulty: FaultyDriver) -> None:
+    with KVCacheManager(LONG, faulty, 64 << 20, 4, lookahead=0) as cache:
+        cache.stock_up(3, 1000)
+        stocked = cache.arena.pool.stock_bytes
+        assert stocked == 3 * cache.layout.bytes_for(1000)
+        cache.start_thread()
+        faulty.fail("create")
+        cache.admit("a", 1000)
+        assert cache.wait_ahead()
+        # One of three is not worth while yet; with the second, less than half is left.
+        assert cache.arena.pool.stock_bytes == stocked * 2 // 3
+        faulty.disarm()
+        cache.admit("b", 1000)
+        assert cache.wait_ahead()
+        assert cache.arena.pool.stock_bytes == stocked
+        cache.stock_up(0, 1)
+        cache.check_integrity()
+
+
+def test_a_stock_stays_within_the_budget(host_driver: HostDriver) -> None:
+    with KVCacheManager(LONG, host_driver, 100 * PAGE, 4) as cache:
+        cache.stock_up(1000, 40)
+        stats = cache.stats()
+        assert stats.held_bytes <= stats.budget_bytes
+        assert cache.arena.pool.stock_bytes > 80 * PAGE
+        # It is as good as free memory.
+        cache.admit("a", 98 * PAGE // 1536)
+        with pytest.raises(ConfigError, match="a stock for -1 prompts of 40 tokens asked for"):
+            cache.stock_up(-1, 40)
+        with pytest.raises(ConfigError, match="of 1 to 4000 tokens"):
+            cache.stock_up(1, 4001)
+        cache.check_integrity()
+
+
+def test_a_device_without_memory_ends_the_stocking_quietly() -> None:
+    host = HostDriver(capacity=20 * PAGE)
+    with KVCacheManager(LONG, host, 100 * PAGE, 4) as cache:
+        cache.stock_up(50, 2)
+        assert cache.arena.pool.stock_bytes == 19 * PAGE
+        cache.check_integrity()
+    host.close()
+
+
+def test_idle_memory_goes_back_to_the_driver_but_for_the_floor(host_driver: HostDriver) -> None:
+    floor = 10 * PAGE
+    with KVCacheManager(LONG, host_driver, 64 << 20, 4, 0, idle_after_s=0.05, idle_floor=floor) as cache:
+        cache.admit("kept", 500)
+        fill(cache, "kept", range(500))
+        cache.admit("gone", 1000)
+        cache.release("gone")
+        parked = cache.stats().parked_bytes
+        cache.start_thread()
+        assert cache.wait_ahead()
+        assert cache.stats().parked_bytes == parked
+        until = monotonic() + 10
+        while cache.stats().parked_bytes + cache.arena.pool.stock_bytes > floor and monotonic() < until:
+            sleep(0.01)
+        stats = cache.stats()
+        assert stats.parked_bytes + cache.arena.pool.stock_bytes <= floor
+        assert stats.held_bytes < parked
+        expect(cache, "kept", range(500))
+        cache.check_integrity()
+
+
+def test_settings_out_of_range_are_refused(host_driver: HostDriver) -> None:
+    with pytest.raises(ConfigError, match="idle_after_s is 0"):
+        KVCacheManager(LONG, host_driver, 1 << 20, idle_after_s=0)
+    with pytest.raises(ConfigError, match="idle_floor -1"):
+        KVCacheManager(LONG, host_driver, 1 << 20, idle_floor=-1)
+
+
+# -- limits and placement -------------------------------------------------------------------------------------------
+
+
+def test_a_mapping_too_many_is_refused_before_the_driver_is_asked(host_driver: HostDriver) -> None:
+    with KVCacheManager(LONG, host_driver, 64 << 20, 1, lookahead=0) as cache:
+        cache.admit("a", 50)
+        fill(cache, "a", range(50))
+        stats = cache.stats()
+        assert stats.live_mappings == host_driver.live_mappings
+        assert stats.max_mappings == host_driver.max_mappings
+        host_driver.max_mappings = stats.live_mappings + 3
+        with pytest.raises(OutOfPages, match=r"4 mappings asked for; \d+ are alive and the driver bears about \d+"):
+            cache.admit("b", 2)
+        with pytest.raises(OutOfPages, match="mappings asked for"):
+            cache.fork("a", "b", 50)
+        cache.check_integrity()
+        host_driver.max_mappings = stats.live_mappings + 4
+        cache.admit("b", 2)
+        expect(cache, "a", range(50))
+
+
+def test_parked_mappings_make_room_under_the_ceiling(host_driver: HostDriver) -> None:
+    with KVCacheManager(LONG, host_driver, 64 << 20, 4, lookahead=0) as cache:
+        cache.admit("a", 2)
+        cache.admit("b", 20)
+        cache.release("b")
+        host_driver.max_mappings = host_driver.live_mappings
+        cache.extend("a", 5)
+        cache.check_integrity()
+
+
+def test_placement_counts_neighbours_in_order(host_driver: HostDriver) -> None:
+    with KVCacheManager(LONG, host_driver, 64 << 20, 4, lookahead=0) as cache:
+        cache.admit("a", 2)
+        cache.admit("b", 2)
+        for _ in range(5):
+            cache.extend("a", 3)
+            cache.extend("b", 3)
+        placed = cache.placement()
+        assert placed.mappings == host_driver.live_mappings - 1
+        assert placed.neighbours == placed.ascending == placed.mappings - 2
+        assert placed.adjacent < placed.neighbours
+        cache.replace("a")
+        for sequence in ("a", "b"):
+            cache.release(sequence)
+        cache.admit("c", 300)
+        assert cache.placement().ascending < cache.placement().neighbours
+
+
+def test_other_caches_have_nothing_to_start() -> None:
+    with make_cache("contiguous", SHAPE, "cpu") as cache:
+        cache.start_thread()
+        assert cache.map_ahead() == 0
+
+
+@pytest.mark.gpu
+def test_driver_calls_do_not_hold_the_interpreter() -> None:
+    """One set_access over many handles takes milliseconds; another thread goes on counting meanwhile."""
+    import threading
+
+    driver = CudaDriver()
+    granule, count = driver.granularity(), 512
+    base = driver.reserve(count * granule)
+    handles = [driver.create(granule) for _ in range(count)]
+    for i, handle in enumerate(handles):
+        driver.map(base + i * granule, granule, handle)
+    counted, stop = [0], threading.Event()
+
+    def count_on() -> None:
+        while not stop.is_set():
+            counted[0] += 1
+
+    thread = threading.Thread(target=count_on)
+    thread.start()
+    sleep(0.02)
+    before, started = counted[0], monotonic()
+    driver.set_access(base, count * granule)
+    took, gained = monotonic() - started, counted[0] - before
+    stop.set()
+    thread.join()
+    for i, handle in enumerate(handles):
+        driver.unmap(base + i * granule, granule)
+        driver.release(handle)
+    driver.free(base, count * granule)
+    assert took > 2e-3
+    assert gained > 1000

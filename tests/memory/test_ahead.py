@@ -1,0 +1,110 @@
+"""The thread that works ahead, and the gate it shares with the thread that steps."""
+
+from __future__ import annotations
+
+import threading
+from time import perf_counter, sleep
+
+import pytest
+
+from trtllm_vattn.memory.ahead import BackgroundThread, Gate
+
+
+def test_it_works_until_there_is_nothing_left_and_then_sleeps() -> None:
+    left = [3]
+
+    def work() -> bool:
+        left[0] -= 1
+        return left[0] > 0
+
+    thread = BackgroundThread(work)
+    try:
+        assert thread.wait_idle(5)
+        assert left == [0]
+        wakes = thread.wakes
+        sleep(0.05)
+        assert thread.wakes == wakes
+        left[0] = 2
+        thread.wake()
+        assert thread.wait_idle(5)
+        assert (left, thread.wakes) == ([0], wakes + 1)
+    finally:
+        thread.close()
+
+
+def test_errors_are_kept_one_by_one_and_do_not_end_it() -> None:
+    failing = ["first", "second"]
+
+    def work() -> bool:
+        if failing:
+            raise ValueError(failing.pop(0))
+        return False
+
+    thread = BackgroundThread(work)
+    try:
+        assert thread.wait_idle(5)
+        thread.wake()
+        assert thread.wait_idle(5)
+        with pytest.raises(ValueError, match="first"):
+            thread.raise_error()
+        with pytest.raises(ValueError, match="second"):
+            thread.raise_error()
+        thread.raise_error()
+        wakes = thread.wakes
+        thread.wake()
+        assert thread.wait_idle(5)
+        assert thread.wakes == wakes + 1
+    finally:
+        thread.close()
+
+
+def test_closing_ends_it_in_the_middle_of_its_work() -> None:
+    thread = BackgroundThread(lambda: True)
+    assert not thread.wait_idle(0.02)
+    thread.close()
+    thread.close()
+    assert not [each for each in threading.enumerate() if each.name == "vattn-map-ahead"]
+
+
+def test_it_wakes_by_itself_where_told_to() -> None:
+    times: list[float] = []
+
+    def work() -> bool:
+        times.append(perf_counter())
+        return False
+
+    thread = BackgroundThread(work, period_s=0.01)
+    try:
+        sleep(0.2)
+    finally:
+        thread.close()
+    assert len(times) >= 4
+
+
+def test_the_gate_lets_one_in_and_the_stepping_thread_first() -> None:
+    gate = Gate()
+    inside = threading.Event()
+    bites = [0]
+
+    def work() -> bool:
+        with gate.in_background():
+            assert not inside.is_set()
+            bites[0] += 1
+            sleep(0.002)
+        return bites[0] < 10_000
+
+    thread = BackgroundThread(work)
+    try:
+        for _ in range(20):
+            before = bites[0]
+            with gate, gate:
+                inside.set()
+                # It waits for the bite under way, not for its turn in a queue.
+                assert bites[0] <= before + 2
+                sleep(0.001)
+                inside.clear()
+            sleep(0.001)
+        assert gate.waited_s > 0
+    finally:
+        thread.close()
+    thread.raise_error()

@@ -1,0 +1,85 @@
+"""How far ahead to map follows from what steps and mappings take."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trtllm_vattn.memory.pace import LEAST, Pace
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def run(pace: Pace, clock: Clock, steps: int, seconds: float, each: int = 1) -> None:
+    lengths = np.array([10, 0, 30])
+    pace.observe_lengths(lengths)
+    for _ in range(steps):
+        clock.now += seconds
+        lengths = np.where(lengths > 0, lengths + each, 0)
+        pace.observe_lengths(lengths)
+
+
+def test_steps_are_timed_by_what_sequences_grow() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    run(pace, clock, 20, 0.02)
+    assert abs(pace.step_s - 0.02) < 1e-9
+    run(pace, clock, 20, 0.02, each=4)
+    assert abs(pace.step_s - 0.005) < 1e-9
+    assert pace.launch == 4
+
+
+def test_a_prompt_is_not_a_step() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    run(pace, clock, 20, 0.02)
+    before = pace.step_s
+    clock.now += 1e-6
+    pace.observe_lengths(np.array([30, 2000, 50]))
+    assert pace.step_s == before
+
+
+def test_one_short_or_long_step_changes_nothing() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    run(pace, clock, 20, 0.02)
+    run(pace, clock, 1, 1e-5)
+    run(pace, clock, 1, 5.0)
+    assert abs(pace.step_s - 0.02) < 1e-9
+
+
+def test_the_lookahead_lasts_for_all_to_be_served() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    run(pace, clock, 20, 0.01)
+    for _ in range(20):
+        pace.observe_mappings(4, 4 * 100e-6)
+    # 128 sequences of 4 mappings each take 51.2 ms, 5.12 steps; twice that, and as much again until one is due.
+    assert pace.lookahead(128, 4) == 2 * 11
+    assert pace.lookahead(1, 4) == 2 * LEAST
+    assert pace.lookahead(0, 4) == 2 * LEAST
+    assert pace.lookahead(512, 4) > 3 * pace.lookahead(128, 4)
+
+
+def test_slow_mappings_count() -> None:
+    pace = Pace(Clock())
+    for _ in range(20):
+        pace.observe_mappings(1, 100e-6)
+    fast = pace.lookahead(256, 4)
+    for _ in range(3):
+        pace.observe_mappings(1, 400e-6)
+    assert pace.lookahead(256, 4) > 3 * fast
+    pace.observe_mappings(0, 1.0)
+    assert pace.mapping_s == 400e-6
+
+
+def test_launches_of_many_steps_are_covered() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    run(pace, clock, 3, 1.0, each=16)
+    assert pace.lookahead(1, 1) >= 4 * 16

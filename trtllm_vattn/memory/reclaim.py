@@ -1,0 +1,129 @@
+"""Taking memory back: from slots without a sequence, from running ones what their sequence does not need, for somebody
+who needs it now, for a smaller budget, or for the driver. Nothing is unmapped before its fence is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from trtllm_vattn.errors import ConfigError, OutOfPages
+from trtllm_vattn.memory.slot import SlotState
+
+if TYPE_CHECKING:
+    from trtllm_vattn.memory.arena import Arena
+    from trtllm_vattn.vmm.base import Fence
+
+
+def make_available(arena: Arena, size: int, wait: bool = True) -> None:
+    """Have the pool able to hand out `size` bytes, by unmapping what is leaving or parked. Raises OutOfPages.
+
+    Without `wait`, only what no fence holds back.
+    """
+    pool = arena.pool
+    short = size - pool.available_bytes
+    if short > 0:
+        arena.settle(wait)
+        short = size - pool.available_bytes
+    if short <= 0:
+        return
+    parked = sum(arena.slots[index].mapped for index in _reclaimable(arena, wait)) * arena.layout.num_ranges
+    if short > parked:
+        raise OutOfPages(
+            f"{size:,} bytes asked for; of a budget of {pool.budget:,} only {pool.available_bytes:,} are free and "
+            f"{parked:,} parked; release or preempt a sequence, or raise the budget"
+        )
+    reclaim(arena, short, wait)
+
+
+def reclaim(arena: Arena, size: int, wait: bool = True) -> int:
+    """Unmap at least `size` bytes of parked slots if there are so many, the longest-parked first; returns the bytes
+    given to the pool."""
+    given = 0
+    for index in _reclaimable(arena, wait):
+        slot = arena.slots[index]
+        while slot.columns and given < size:
+            if slot.fence is not None:
+                slot.fence.wait()
+            given += arena.unmap_tail(index)
+    return given
+
+
+def _reclaimable(arena: Arena, wait: bool) -> list[int]:
+    idle = arena.idle_slots()
+    if wait:
+        return idle
+    fences = {index: arena.slots[index].fence for index in idle if arena.slots[index].columns}
+    return [index for index, fence in fences.items() if fence is None or fence.done()]
+
+
+def take_surplus(arena: Arena, size: int, needed: Sequence[int], fence: Fence) -> bool:
+    """Unmap at least `size` bytes that running slots have beyond the tokens they need, from the longest-running first,
+    once `fence` is done; nothing where there are not so many. Returns whether there were.
+
+    Parameters
+    ----------
+    needed : sequence of int
+        Tokens, of each slot but the dummy.
+    fence : Fence
+        Recorded after all work that was submitted with the present frontiers.
+    """
+    running = [index for index in range(arena.layout.num_slots) if arena.slots[index].state is SlotState.RUNNING]
+    plan = []
+    found = 0
+    for index in sorted(running, key=lambda index: arena.slots[index].since):
+        slot = arena.slots[index]
+        left, least = slot.mapped, arena.layout.bytes_for(max(1, int(needed[index])))
+        for column in reversed(slot.columns):
+            left -= column[0].size
+            if found >= size or left < least:
+                break
+            found += sum(mapping.size for mapping in column if mapping.extent.mappings == 1)
+            plan.append(index)
+    if found < size:
+        return False
+    fence.wait()
+    for index in plan:
+        arena.unmap_tail(index)
+    return True
+
+
+def set_budget(arena: Arena, budget: int) -> None:
+    """Raise or lower the bytes held; parked memory beyond it is unmapped and released.
+
+    Raises ConfigError for less than the dummy slot has, OutOfPages where running slots have more; nothing changed.
+    """
+    pool, least = arena.pool, arena.layout.least_bytes
+    if budget < least:
+        raise ConfigError(f"the budget is {budget:,} bytes, the dummy slot alone takes {least:,}; raise the budget")
+    if budget < pool.held_bytes:
+        arena.settle(wait=True)
+        stuck = sum(extent.size for extent in pool.quarantine)
+        used = pool.held_bytes - pool.stock_bytes - arena.parked_bytes
+        if used > budget:
+            raise OutOfPages(
+                f"a budget of {budget:,} bytes asked for, but running slots hold {used - stuck:,} and {stuck:,} "
+                "could not be released; release or preempt a sequence first"
+            )
+        reclaim(arena, pool.held_bytes - pool.stock_bytes - budget)
+    pool.set_budget(budget)
+
+
+def return_idle(arena: Arena, older_than_s: float, floor: int) -> bool:
+    """Give one extent a range, or one of the stock, back to the driver, if it has been idle for long; whether it did.
+
+    Stock beyond what is kept on purpose goes first, then the tail of the longest-parked slot, if that has been parked
+    for `older_than_s` seconds; parked and stocked memory of `floor` bytes in all stays.
+    """
+    pool = arena.pool
+    if arena.parked_bytes + pool.stock_bytes <= floor:
+        return False
+    if pool.shrink():
+        return True
+    for index in _reclaimable(arena, wait=False):
+        slot = arena.slots[index]
+        if monotonic() - slot.since > older_than_s:
+            arena.unmap_tail(index)
+            return True
+    return False
