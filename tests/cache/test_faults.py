@@ -84,13 +84,22 @@ class Script:
         for _ in range(4):
             self.step()
         self.admit("e", 40)
+        self.release("d")
+        self.attempt(self.give_back)
+        self.admit("f", 10)
+
+    def give_back(self) -> None:
+        """Parked memory to the pool, and from there to the driver."""
+        reclaim(self.cache.arena, 4 * PAGE)
+        while self.cache.arena.pool.shrink():
+            pass
 
 
 def life(layers_per_range: int, fail_at: int | None) -> tuple[Script, FaultyDriver, HostDriver]:
     """Run the script with call number `fail_at` failing; the cache is left open."""
     host = HostDriver()
     driver = FaultyDriver(host)
-    pages = {4: 34, 1: 40}[layers_per_range]
+    pages = {4: 40, 1: 48}[layers_per_range]
     cache = KVCacheManager(SHAPE, driver, pages * PAGE, layers_per_range, lookahead=4)
     driver.seen = 0
     if fail_at is not None:

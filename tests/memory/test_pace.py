@@ -53,27 +53,24 @@ def test_one_short_or_long_step_changes_nothing() -> None:
     assert abs(pace.step_s - 0.02) < 1e-9
 
 
-def test_the_lookahead_lasts_for_all_to_be_served() -> None:
+def test_mapping_is_counted_in_steps_with_something_to_spare() -> None:
     clock = Clock()
     pace = Pace(clock)
     run(pace, clock, 20, 0.01)
     for _ in range(20):
         pace.observe_mappings(4, 4 * 100e-6)
-    # 128 sequences of 4 mappings each take 51.2 ms, 5.12 steps; twice that, and as much again until one is due.
-    assert pace.lookahead(128, 4) == 2 * 11
-    assert pace.lookahead(1, 4) == 2 * LEAST
-    assert pace.lookahead(0, 4) == 2 * LEAST
-    assert pace.lookahead(512, 4) > 3 * pace.lookahead(128, 4)
+    assert abs(pace.steps_to_map(128 * 4) - 2 * 5.12) < 1e-9
+    assert pace.least == LEAST
 
 
 def test_slow_mappings_count() -> None:
     pace = Pace(Clock())
     for _ in range(20):
         pace.observe_mappings(1, 100e-6)
-    fast = pace.lookahead(256, 4)
+    fast = pace.steps_to_map(4)
     for _ in range(3):
         pace.observe_mappings(1, 400e-6)
-    assert pace.lookahead(256, 4) > 3 * fast
+    assert abs(pace.steps_to_map(4) - 4 * fast) < 1e-9
     pace.observe_mappings(0, 1.0)
     assert pace.mapping_s == 400e-6
 
@@ -82,4 +79,4 @@ def test_launches_of_many_steps_are_covered() -> None:
     clock = Clock()
     pace = Pace(clock)
     run(pace, clock, 3, 1.0, each=16)
-    assert pace.lookahead(1, 1) >= 4 * 16
+    assert pace.least == 2 * 16

@@ -25,8 +25,14 @@ from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.published import PublishedVattention
 from trtllm_vattn.errors import NoFreeSlot, OutOfPages
+from trtllm_vattn.memory.pace import Pace
 
 Make = Callable[[CacheShape, int], KVCache]
+
+WEIGHT_BYTES = 15.0e9
+READ_BYTES_PER_S = 4.3e12
+"""Llama-3-8B's weights in bfloat16, and what an H200 reads a second: no step is shorter than reading weights and KV, so
+the lookahead is none too short."""
 
 SYSTEMS: dict[str, Make] = {
     "contiguous": lambda shape, budget: LedgerCache(shape, budget, shape.max_seq_len),
@@ -36,9 +42,7 @@ SYSTEMS: dict[str, Make] = {
     "published": lambda shape, budget: PublishedVattention(shape, LedgerDriver(), budget),
     "vattn": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget),
     "vattn, no lookahead": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, lookahead=0),
-    "vattn, all layers a row": lambda shape, budget: KVCacheManager(
-        shape, LedgerDriver(), budget, shape.num_layers, lookahead=16
-    ),
+    "vattn, all layers a row": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, shape.num_layers),
     "vattn, all layers a row, no lookahead": lambda shape, budget: KVCacheManager(
         shape, LedgerDriver(), budget, shape.num_layers, lookahead=0
     ),
@@ -90,15 +94,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+class ModelledPace(Pace):
+    """Steps as long as reading the weights and all KV takes on the card, mappings as long as measured there."""
+
+    def __init__(self, cache: KVCacheManager) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def observe_lengths(self, lengths: np.ndarray) -> None:
+        self.step_s = (WEIGHT_BYTES + self._cache.live_bytes) / READ_BYTES_PER_S
+
+    def observe_mappings(self, count: int, seconds: float) -> None:
+        """A ledger's take no time."""
+
+
 def simulate(cache: KVCache, requests: list[Request]) -> dict[str, Any]:
     """Run requests through a cache's books; all arrive at once.
 
-    Returns `waste`, (mapped - live) / mapped over all steps, `parked_share` of what is held, `mean_sequences` and
-    `most_sequences` that ran at once while others waited, `steps`, `preemptions`, and mappings by when they were made.
+    Returns `waste`, (mapped - live) / mapped over all steps, where mapped is what running sequences have up to their
+    lookahead, `waste_with_surplus`, the same with what is still mapped beyond it, `parked_share` of what is held, that
+    surplus included, `mean_sequences` and `most_sequences` that ran at once while others waited, `steps`,
+    `preemptions`, and mappings by when they were made.
     """
+    if isinstance(cache, KVCacheManager):
+        cache.ahead.pace = ModelledPace(cache)
     waiting = deque(enumerate(requests))
     running: dict[int, int] = {}
-    mapped = live = parked = held = 0
+    mapped = live = parked = held = surplus = 0
     concurrent: list[int] = []
     preemptions = steps = 0
     while waiting or running:
@@ -126,6 +148,7 @@ def simulate(cache: KVCache, requests: list[Request]) -> dict[str, Any]:
         stats = cache.stats()
         mapped, live = mapped + stats.mapped_bytes, live + stats.live_bytes
         parked, held = parked + stats.parked_bytes, held + stats.held_bytes
+        surplus += stats.surplus_bytes
         if waiting:
             concurrent.append(len(running))
         steps += 1
@@ -133,8 +156,9 @@ def simulate(cache: KVCache, requests: list[Request]) -> dict[str, Any]:
             del running[number]
             cache.release(number)
     return {
-        "waste": (mapped - live) / mapped,
-        "parked_share": parked / held,
+        "waste": (mapped - surplus - live) / (mapped - surplus),
+        "waste_with_surplus": (mapped - live) / mapped,
+        "parked_share": (parked + surplus) / held,
         "mean_sequences": float(np.mean(concurrent)) if concurrent else None,
         "most_sequences": max(concurrent, default=None),
         "steps": steps,
@@ -150,12 +174,13 @@ def _show(rows: list[dict[str, Any]]) -> str:
         return "-" if value is None else format(value, form)
 
     return table(
-        ["mix", "system", "waste", "parked", "sequences at once, mean", "most", "steps", "preempted"],
+        ["mix", "system", "waste", "with surplus", "parked", "sequences at once, mean", "most", "steps", "preempted"],
         [
             [
                 row["mix"],
                 row["system"],
                 f"{row['waste']:.1%}",
+                f"{row['waste_with_surplus']:.1%}",
                 f"{row['parked_share']:.1%}",
                 number(row["mean_sequences"], ".1f"),
                 number(row["most_sequences"], "d"),

@@ -99,8 +99,9 @@ class CacheStats:
     rounding); `parked_bytes` are backed for nobody until adopted; `held_bytes` is all physical memory held.
     Mappings made are counted by when: at a sequence's admission, in a step that could not wait (`critical_path_maps`,
     0 in steady decode), or ahead, beside a running step. `live_mappings` of the `max_mappings` that the driver bears;
-    `lookahead` tokens are kept mapped past a sequence's length; `ahead_wait_s` is what callers waited for the thread
-    that maps ahead.
+    `surplus_bytes` of the mapped ones lie beyond the lookahead: what a sequence found parked in its slot, for others to
+    take when memory is short. `lookahead` tokens are kept mapped past a sequence's length; `ahead_wait_s` is what
+    callers waited for the thread that maps ahead.
     """
 
     sequences: int
@@ -115,6 +116,7 @@ class CacheStats:
     quarantined: int = 0
     live_mappings: int = 0
     max_mappings: int = 0
+    surplus_bytes: int = 0
     lookahead: int = 0
     ahead_wait_s: float = 0.0
 

@@ -24,7 +24,7 @@ from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
 from trtllm_vattn.memory.lookahead import Lookahead
 from trtllm_vattn.memory.placement import Placement, placement
 from trtllm_vattn.memory.pool import CLASSES, ExtentPool
-from trtllm_vattn.memory.reclaim import return_idle, set_budget, take_surplus
+from trtllm_vattn.memory.reclaim import return_idle, set_budget, surplus_bytes, take_surplus
 from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, strided, tensor_at
 
@@ -305,7 +305,7 @@ class KVCacheManager(SlottedCache):
         if self._thread is None:
             with self._gate:
                 self.arena.settle()
-                return self.ahead.map_due(self.ahead.share())
+                return self.ahead.map_due(self.ahead.at_once())
         self._thread.raise_error()
         if self.arena.is_leaving or self.ahead.due().size:
             self._wake()
@@ -323,7 +323,7 @@ class KVCacheManager(SlottedCache):
                 return False
             self.arena.settle()
             return (
-                self.ahead.map_due(most=1, wait=False) > 0
+                self.ahead.map_due() > 0
                 or self.arena.pool.restock()
                 or (self.idle_after_s is not None and return_idle(self.arena, self.idle_after_s, self.idle_floor))
             )
@@ -364,6 +364,7 @@ class KVCacheManager(SlottedCache):
                 quarantined=len(self.arena.quarantine) + len(pool.quarantine),
                 live_mappings=self.arena.live_mappings,
                 max_mappings=self.driver.max_mappings,
+                surplus_bytes=surplus_bytes(self.arena, self.ahead.past(self.ahead.tokens).tolist()),
                 lookahead=self.ahead.tokens,
                 ahead_wait_s=self._gate.waited_s,
             )

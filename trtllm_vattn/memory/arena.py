@@ -153,8 +153,8 @@ class Arena:
 
         The best-fitting parked slot is adopted: the smallest that holds `tokens` and not more than twice as much, else
         the largest that holds less; where none is parked, the lowest free slot is taken. There must be one below
-        `limit`. What is parked there beyond the need comes along while memory is plenty, and is taken away first where
-        it is not.
+        `limit`. What is parked there beyond the need comes along while memory is plenty and it is not much; else it is
+        taken away first.
         Raises OutOfPages or DriverError; no sequence changed.
         """
         need = self.layout.bytes_for(tokens)
@@ -166,7 +166,11 @@ class Arena:
             return (1, -mapped, slot)
 
         chosen = min((slot for slot in self.free_slots() if slot < limit), key=fit)
-        if self._is_short_for(need) and self.slots[chosen].mapped > need + need // SLACK:
+        mapped, fence = self.slots[chosen].mapped, self.slots[chosen].fence
+        if self._is_short_for(need):
+            if mapped > need + need // SLACK:
+                self._trim(chosen, need)
+        elif mapped > 2 * need and (fence is None or fence.done()):
             self._trim(chosen, need)
         self.slots[chosen].state = SlotState.RUNNING
         try:

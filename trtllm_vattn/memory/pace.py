@@ -13,7 +13,7 @@ FIRST_STEP_S = 5e-3
 FIRST_MAPPING_S = 150e-6
 """Seconds to create, map and make accessible one extent beside running kernels, before one was seen (H200)."""
 SAFETY = 2
-"""How many times the steps that mapping takes are kept in hand: kernels, and other threads, make calls slower."""
+"""How many times the time that mapping takes is allowed for: kernels, and other threads, make calls slower."""
 LEAST = 4
 """Tokens; a launch, the one started ahead of it, and as much again."""
 SAMPLES = 15
@@ -62,11 +62,11 @@ class Pace:
             self._mappings.append(seconds / count)
             self.mapping_s = sorted(self._mappings)[-1 - len(self._mappings) // 10]
 
-    def lookahead(self, sequences: int, mappings_each: int) -> int:
-        """Tokens to keep mapped past a sequence's length, so that all of them can be served, one after another, before
-        the first runs out, though all become due at once.
+    @property
+    def least(self) -> int:
+        """Tokens that a sequence must have left when its slot is served."""
+        return max(LEAST, 2 * self.launch)
 
-        A sequence is due when half of this is left, so the half has to last.
-        """
-        steps = SAFETY * sequences * mappings_each * self.mapping_s / max(self.step_s, 1e-6)
-        return 2 * max(LEAST, 2 * self.launch, int(np.ceil(steps)))
+    def steps_to_map(self, mappings: int) -> float:
+        """Decode steps that so many mappings may take."""
+        return SAFETY * mappings * self.mapping_s / max(self.step_s, 1e-6)

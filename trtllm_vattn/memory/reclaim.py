@@ -4,7 +4,7 @@ who needs it now, for a smaller budget, or for the driver. Nothing is unmapped b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from trtllm_vattn.memory.slot import SlotState
 if TYPE_CHECKING:
     from trtllm_vattn.memory.arena import Arena
     from trtllm_vattn.vmm.base import Fence
+    from trtllm_vattn.vmm.owners import Mapping
 
 
 def make_available(arena: Arena, size: int, wait: bool = True) -> None:
@@ -69,24 +70,40 @@ def take_surplus(arena: Arena, size: int, needed: Sequence[int], fence: Fence) -
     fence : Fence
         Recorded after all work that was submitted with the present frontiers.
     """
-    running = [index for index in range(arena.layout.num_slots) if arena.slots[index].state is SlotState.RUNNING]
     plan = []
     found = 0
-    for index in sorted(running, key=lambda index: arena.slots[index].since):
-        slot = arena.slots[index]
-        left, least = slot.mapped, arena.layout.bytes_for(max(1, int(needed[index])))
-        for column in reversed(slot.columns):
-            left -= column[0].size
-            if found >= size or left < least:
-                break
-            found += sum(mapping.size for mapping in column if mapping.extent.mappings == 1)
-            plan.append(index)
+    for index, column in _surplus(arena, needed):
+        if found >= size:
+            break
+        found += _own_bytes(column)
+        plan.append(index)
     if found < size:
         return False
     fence.wait()
     for index in plan:
         arena.unmap_tail(index)
     return True
+
+
+def surplus_bytes(arena: Arena, needed: Sequence[int]) -> int:
+    """Bytes that running slots have beyond the tokens they need, for `take_surplus` to take."""
+    return sum(_own_bytes(column) for _, column in _surplus(arena, needed))
+
+
+def _surplus(arena: Arena, needed: Sequence[int]) -> Iterator[tuple[int, list[Mapping]]]:
+    running = [index for index in range(arena.layout.num_slots) if arena.slots[index].state is SlotState.RUNNING]
+    for index in sorted(running, key=lambda index: arena.slots[index].since):
+        left, least = arena.slots[index].mapped, arena.layout.bytes_for(max(1, int(needed[index])))
+        for column in reversed(arena.slots[index].columns):
+            left -= column[0].size
+            if left < least:
+                break
+            yield index, column
+
+
+def _own_bytes(column: list[Mapping]) -> int:
+    """Of what no other slot shares."""
+    return sum(mapping.size for mapping in column if mapping.extent.mappings == 1)
 
 
 def set_budget(arena: Arena, budget: int) -> None:

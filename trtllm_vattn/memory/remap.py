@@ -191,6 +191,9 @@ def _give_unmapped(arena: Arena, extents: Sequence[Extent]) -> None:
 def _put_back(arena: Arena, slot: int, first: int, index: int, closed: Columns) -> None:
     """Map what was closed again where it was; cut the slot short where the driver does not let us."""
     reservation = arena.reservations[index]
+    if len(arena.slots[slot].columns) == first:
+        # Cut short already, while another range was put back: the old memory is in the pool.
+        return
     for column in closed:
         try:
             (column[index],) = _map(arena, slot, reservation, column[index].offset, [column[index].extent])
