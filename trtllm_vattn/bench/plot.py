@@ -14,13 +14,7 @@ _COLOURS = {"contiguous": "#E69F00", "paged": "#56B4E9", "vattn": "#009E73"}
 def plot_graph(result: dict[str, Any], path: Path) -> None:
     """Draw a `bench graph` result: step times of all combinations, and memory over time. Raises ConfigError without
     matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'trtllm-vattn[bench]'") from error
+    pyplot = _pyplot()
     results = result["results"]
     steady = (results.get("steady") or {}).get("runs", [])
     figure, axes = pyplot.subplots(1, 3 if steady else 2, figsize=(17 if steady else 12, 4.6), layout="constrained")
@@ -28,11 +22,52 @@ def plot_graph(result: dict[str, Any], path: Path) -> None:
     _memory(axes[1], results["trace"]["runs"])
     if steady:
         _batches(axes[2], steady)
+    _save(figure, result, path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib: pip install 'trtllm-vattn[bench]'") from error
+    return pyplot
+
+
+def _save(figure: Any, result: dict[str, Any], path: Path) -> None:
     gpu = result["machine"]["gpu"]
-    figure.suptitle(f"{result['config']['model']} on {gpu['name'] if gpu else 'the host driver'}")
+    figure.suptitle(f"{result['config'].get('model', '')} on {gpu['name'] if gpu else 'the host driver'}".strip())
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    _pyplot().close(figure)
+
+
+def plot_burst(result: dict[str, Any], path: Path) -> None:
+    """Draw a `bench burst` result: decode steps over time, and where the burst's mapping time went. Raises ConfigError
+    without matplotlib."""
+    figure, (steps, spent) = _pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained")
+    first = [row for row in result["results"]["bursts"] if row["round"] == 0]
+    for row in first:
+        whole = [value for phase in ("before", "during", "after") for value in row["steps"][phase]]
+        steps.plot(whole, linewidth=0.8, label=row["variant"])
+    edge = len(first[0]["steps"]["before"])
+    for at in (edge, edge + len(first[0]["steps"]["during"])):
+        steps.axvline(at, color="black", linewidth=0.6, linestyle=":")
+    steps.set_xlabel("decode step; the burst goes in between the dotted lines")
+    steps.set_ylabel("decode step, ms on the device")
+    steps.legend(fontsize=8)
+    bottom = [0.0] * len(first)
+    for call in ("create", "map", "set_access"):
+        values = [row["driver_ms"][call] for row in first]
+        spent.bar([row["variant"] for row in first], values, bottom=bottom, label=call)
+        bottom = [low + value for low, value in zip(bottom, values, strict=True)]
+    spent.set_ylabel("driver calls of the burst, ms")
+    spent.set_yscale("log")
+    spent.tick_params(axis="x", labelsize=8)
+    spent.legend(fontsize=8)
+    _save(figure, result, path)
 
 
 def _steps(axis: Any, runs: list[dict[str, Any]]) -> None:

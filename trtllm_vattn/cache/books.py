@@ -30,6 +30,7 @@ class SlottedCache(KVCache):
         self._slot_of: dict[SequenceId, int] = {}
         self._owner: dict[int, SequenceId] = {}
         self._occupied = np.zeros(shape.num_slots, np.bool_)
+        self._flags = np.zeros(shape.num_slots, np.bool_)
         self._closed = False
 
     # -- hooks -----------------------------------------------------------------------------------------------------
@@ -86,13 +87,16 @@ class SlottedCache(KVCache):
         self._check_open()
         if lengths.shape != self.lengths.shape:
             raise ConfigError(f"lengths has shape {lengths.shape}; one entry a slot is needed: {self.lengths.shape}")
-        # In most steps all frontiers are far enough; only where one is not, which is also the case without a sequence,
-        # is it worth while to look closer. This runs before every step, with caches cold: few calls matter.
-        after = np.maximum(self.lengths, lengths)
-        if (lengths > self.frontiers).any() or lengths[after != lengths].any():
+        # In most steps all frontiers are far enough and nothing shrinks; only where that is not so is it worth while to
+        # look closer. This runs before every step, with caches cold: few calls matter, and no new arrays.
+        flags = self._flags
+        np.greater(lengths, self.frontiers, out=flags)
+        unusual = np.count_nonzero(flags)
+        np.less(lengths, self.lengths, out=flags)
+        if unusual or (np.count_nonzero(flags) and lengths[flags].any()):
             self._check_step(lengths)
             self._back(lengths)
-        self.lengths[:] = after
+        np.maximum(self.lengths, lengths, out=self.lengths)
 
     def _check_step(self, lengths: np.ndarray) -> None:
         """Raise what is wrong with a step, if anything is."""

@@ -1,0 +1,296 @@
+"""`bench burst`: many prompts arrive in one scheduling window. What does backing them with memory cost, and whom?
+
+Some sequences decode; then all prompts are admitted at once, which maps their memory, and go in one a step between
+decode steps; then the others decode on alone. Decode steps are timed on the device, prompts apart from them. The same
+burst meets our cache with and without extents created ahead, our layout backed by one page after another, and
+vAttention as published.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from time import perf_counter, sleep
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
+from trtllm_vattn.bench.ledger import LedgerDriver
+from trtllm_vattn.bench.machine import summarise
+from trtllm_vattn.bench.plot import plot_burst
+from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.steady import fill
+from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.cache.published import PublishedVattention
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.decode import Launch
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.request import StepRecord
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.vmm.open import open_driver
+from trtllm_vattn.vmm.wrappers import CountingDriver
+
+PHASES = ("before", "during", "after")
+CALLS = ("create", "map", "set_access", "unmap", "release")
+
+
+class PageByPage(KVCacheManager):
+    """Our layout, backed by one page after another."""
+
+    extent_classes: ClassVar[int] = 1
+    one_by_one: ClassVar[bool] = True
+
+
+VARIANTS: dict[str, tuple[Callable[[CacheShape, CountingDriver, int], KVCacheManager], bool]] = {
+    "vattn, warm stock": (KVCacheManager, True),
+    "vattn, cold": (KVCacheManager, False),
+    "page by page": (PageByPage, False),
+    "published": (PublishedVattention, False),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench burst`."""
+    gpu, add = add_common(parser), parser.add_argument
+    add("--attention", default="auto", help="auto, torch or cudnn")
+    add("--running", type=int, default=32 if gpu else 2, help="sequences that decode")
+    add("--context", type=int, default=2048 if gpu else 64, help="their tokens")
+    add("--prompts", type=int, default=128 if gpu else 6, help="prompts of the burst")
+    add("--prompt-tokens", type=int, default=2048 if gpu else 64, help="tokens of each")
+    add("--steps", type=int, default=128 if gpu else 6, help="decode steps before the burst, and after it")
+    add("--rounds", type=int, default=2, help="bursts of each kind, in turns")
+    add("--steady-steps", type=int, default=2000 if gpu else 60, help="decode steps with sequences ending and joining")
+    add("--steady-seqs", type=int, default=128 if gpu else 4, help="sequences of those")
+    add("--plot", type=Path, help="write a PNG there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark."""
+    model = load_model(args.model, args.device, dtype_of(args.device), args.seed)
+    bursts = [
+        {"variant": name, "round": number, **_burst(model, args, *VARIANTS[name])}
+        for number in range(args.rounds)
+        for name in VARIANTS
+    ]
+    result = Result.start("burst", as_config(args), args.seed)
+    result.results.update(bursts=bursts, steady=_steady(model, args), books=prepare_step_us())
+    result.summary.update(_summary(result.results))
+    print(_show(bursts))
+    for name, value in result.summary.items():
+        print(f"{name}: {value}")
+    if args.output_json:
+        write(result, args.output_json)
+    if args.plot:
+        plot_burst(result.as_dict(), args.plot)
+    return 0
+
+
+@dataclass
+class StepTimer:
+    """Times an engine's launches: on a GPU from event to event around each, on the host by its clock."""
+
+    engine: Engine
+    milliseconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._launch = self.engine.decode.launch
+        self.engine.decode.launch = self._timed  # type: ignore[method-assign]
+
+    def _timed(self, steps: int, unread: int = 0) -> Launch:
+        if self.engine.cache.device.type == "cpu":
+            started = perf_counter()
+            launch = self._launch(steps, unread)
+            self.milliseconds.append(1e3 * (perf_counter() - started))
+            return launch
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        launch = self._launch(steps, unread)
+        end.record()
+        self._events.append((start, end))
+        return launch
+
+    def take(self) -> list[float]:
+        """Milliseconds of the launches since the last call."""
+        if self.engine.cache.device.type == "cuda":
+            torch.cuda.synchronize(self.engine.cache.device)
+        self.milliseconds += [start.elapsed_time(end) for start, end in self._events]
+        self._events.clear()
+        taken, self.milliseconds = self.milliseconds, []
+        return taken
+
+
+@torch.inference_mode()
+def _burst(
+    model: PreTrainedModel,
+    args: argparse.Namespace,
+    make: Callable[[CacheShape, CountingDriver, int], KVCacheManager],
+    warm: bool,
+) -> dict[str, Any]:
+    """One burst; milliseconds of decode steps by phase, and of the burst's driver calls."""
+    most = 2 * args.steps + 2 * args.prompts + args.running + 64
+    start = max(1, args.context - most // 2)
+    shape = shape_of(model, args.running + args.prompts, max(start + most, args.prompt_tokens + 8))
+    driver = CountingDriver(open_driver(args.device))
+    with ExitStack() as closing:
+        cache = make(shape, driver, (shape.num_slots + 2) * shape.max_seq_len * shape.token_bytes)
+        closing.callback(cache.close)
+        engine = Engine(model, cache, attention=args.attention, buckets=[args.running], chunk=max(2048, start))
+        closing.callback(engine.close)
+        fill(engine, args.running, start, most, args.seed)
+        if warm:
+            cache.stock_up(args.prompts, args.prompt_tokens)
+            cache.wait_ahead(120)
+        timer = StepTimer(engine)
+        phases = {}
+        for _ in range(args.steps):
+            engine.step()
+        phases["before"] = timer.take()
+
+        random = np.random.default_rng(args.seed)
+        prompt = random.integers(0, model.config.get_text_config().vocab_size, args.prompt_tokens).tolist()
+        seconds, calls, waited = driver.seconds.copy(), driver.calls.copy(), cache.stats().ahead_wait_s
+        maps = cache.stats().admission_maps
+        started = perf_counter()
+        slots = [cache.admit(("burst", number), args.prompt_tokens) for number in range(args.prompts)]
+        window_s = perf_counter() - started
+        spent = {name: 1e3 * (driver.seconds[name] - seconds[name]) for name in CALLS}
+        made = {name: driver.calls[name] - calls[name] for name in CALLS}
+        maps = cache.stats().admission_maps - maps
+        prefill = []
+        for slot in slots:
+            if cache.device.type == "cuda":
+                torch.cuda.synchronize(cache.device)
+            went_in = perf_counter()
+            for at in range(0, args.prompt_tokens, engine.chunk):
+                engine.prefill.run(slot, prompt[at : at + engine.chunk], at)
+            if cache.device.type == "cuda":
+                torch.cuda.synchronize(cache.device)
+            prefill.append(1e3 * (perf_counter() - went_in))
+            engine.step()
+        phases["during"] = timer.take()
+        for number in range(args.prompts):
+            cache.release(("burst", number))
+        for _ in range(args.steps):
+            engine.step()
+        phases["after"] = timer.take()
+        stats = cache.stats()
+    return {
+        "step_ms": {phase: summarise(phases[phase]) for phase in PHASES},
+        "steps": phases,
+        "prefill_ms": summarise(prefill),
+        "window_ms": 1e3 * window_s,
+        "driver_ms": spent,
+        "driver_calls": made,
+        "map_ms": spent["create"] + spent["map"] + spent["set_access"],
+        "wait_ms": 1e3 * (stats.ahead_wait_s - waited),
+        "mappings": maps,
+        "critical_path_maps": stats.critical_path_maps,
+    }
+
+
+def _steady(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
+    """Decode steps of a full batch whose sequences end and are replaced; what the cache had to do beside them."""
+    random = np.random.default_rng(args.seed)
+    shape = shape_of(model, args.steady_seqs, 2 * args.prompt_tokens)
+    vocab = model.config.get_text_config().vocab_size
+    budget = (shape.num_slots + 1) * shape.max_seq_len * shape.token_bytes
+    cache = KVCacheManager(shape, open_driver(args.device), budget)
+    records: list[StepRecord] = []
+    with Engine(model, cache, attention=args.attention, buckets=[args.steady_seqs]) as engine:
+        engine.observer = records.append
+        ended = 0
+        with tqdm(total=args.steady_steps, desc="steady", unit="step", disable=None) as bar:
+            while len(records) < args.steady_steps:
+                while len(engine.scheduler.waiting) < 4:
+                    prompt, output = random.integers(2, args.prompt_tokens, 2).tolist()
+                    engine.submit(random.integers(0, vocab, prompt).tolist(), SamplingParams(max_tokens=output))
+                ended += sum(event.finish_reason is not None for event in engine.step())
+                bar.update(len(records) - bar.n)
+        stats = cache.stats()
+    return {
+        "steps": len(records),
+        "sequences_ended": ended,
+        "lanes": summarise([record.lanes for record in records]),
+        "critical_path_maps": stats.critical_path_maps,
+        "ahead_maps": stats.ahead_maps,
+        "admission_maps": stats.admission_maps,
+        "ahead_wait_ms": 1e3 * stats.ahead_wait_s,
+        "kv_host_us": summarise([1e6 * record.kv_s for record in records]),
+        "step_ms": summarise([1e3 * record.wall_s for record in records if not record.prefilled]),
+    }
+
+
+def prepare_step_us(sequences: int = 256, steps: int = 10_000) -> dict[str, Any]:
+    """Microseconds of `prepare_step` alone, of Llama-3-8B's shape, a thread mapping ahead; over a driver without
+    memory, so on any machine."""
+    shape = CacheShape(32, 8, 128, torch.bfloat16, sequences, 16_384)
+    took = []
+    with KVCacheManager(shape, LedgerDriver(), 1 << 42) as cache:
+        random = np.random.default_rng(0)
+        for sequence in range(sequences):
+            cache.admit(sequence, int(random.integers(16, 4096)))
+        cache.start_thread()
+        for _ in range(steps):
+            after = cache.lengths + 1
+            started = perf_counter()
+            cache.prepare_step(after)
+            took.append(1e6 * (perf_counter() - started))
+            cache.map_ahead()
+            # As long as a step of a fast model: the thread has what the device gives it.
+            sleep(1e-3)
+        critical = cache.stats().critical_path_maps
+    return {"sequences": sequences, "steps": steps, "prepare_us": summarise(took), "critical_path_maps": critical}
+
+
+def _summary(results: dict[str, Any]) -> dict[str, Any]:
+    """The figures that are quoted."""
+    by = {name: [row for row in results["bursts"] if row["variant"] == name] for name in VARIANTS}
+    ratios = {
+        name: max(row["step_ms"]["during"]["p99"] / row["step_ms"]["before"]["p99"] for row in rows)
+        for name, rows in by.items()
+    }
+    mapping = {name: median(row["map_ms"] for row in rows) for name, rows in by.items()}
+    return {
+        "p99_ratio": ratios["vattn, warm stock"],
+        "p99_ratio_cold": ratios["vattn, cold"],
+        "p99_ratio_published": ratios["published"],
+        "burst_map_ms": mapping["vattn, warm stock"],
+        "burst_map_ms_cold": mapping["vattn, cold"],
+        "burst_map_ms_page_by_page": mapping["page by page"],
+        "burst_map_ms_published_style": mapping["published"],
+        "critical_path_maps_steady": results["steady"]["critical_path_maps"],
+        "steady_steps": results["steady"]["steps"],
+        "prepare_step_us_p99": results["books"]["prepare_us"]["p99"],
+        "prepare_step_sequences": results["books"]["sequences"],
+    }
+
+
+def _show(bursts: list[dict[str, Any]]) -> str:
+    header = ["cache", "round", "window ms", "create", "map", "set_access", "wait", "mappings", "step p50 before"]
+    header += [f"p99 {phase}" for phase in PHASES]
+    rows = []
+    for row in bursts:
+        spent, steps = row["driver_ms"], row["step_ms"]
+        rows.append(
+            [
+                row["variant"],
+                str(row["round"]),
+                *(f"{value:.2f}" for value in (row["window_ms"], spent["create"], spent["map"], spent["set_access"])),
+                f"{row['wait_ms']:.2f}",
+                str(row["mappings"]),
+                f"{steps['before']['p50']:.3f}",
+                *(f"{steps[phase]['p99']:.3f}" for phase in PHASES),
+            ]
+        )
+    return table(header, rows)
