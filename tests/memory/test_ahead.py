@@ -63,7 +63,7 @@ def test_closing_ends_it_in_the_middle_of_its_work() -> None:
     assert not thread.wait_idle(0.02)
     thread.close()
     thread.close()
-    assert not [each for each in threading.enumerate() if each.name == "vattn-map-ahead"]
+    assert not thread._thread.is_alive()
 
 
 def test_it_wakes_by_itself_where_told_to() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -12,8 +13,20 @@ from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.bench.machine import summarise
 
 
+def timed_ms(work: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    """Milliseconds of each of `repeats` repetitions: of replays of the captured work by CUDA events, or on the host."""
+    if device.type == "cuda":
+        return _captured_ms(work, repeats)
+    work()
+    took = []
+    for _ in range(repeats):
+        started = perf_counter()
+        work()
+        took.append(1e3 * (perf_counter() - started))
+    return took
+
+
 def _captured_ms(work: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds of each of `repeats` replays of captured work, by CUDA events."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(side):
         work()
@@ -52,7 +65,7 @@ def attention_bandwidth(attention: Attention, lengths: np.ndarray, repeats: int 
         for layer in range(shape.num_layers):
             attention.decode(layer, q, on_device)
 
-    milliseconds = _captured_ms(work, repeats)
+    milliseconds = timed_ms(work, repeats, device)
     layer_bytes = int(lengths.sum()) * shape.layer_token_bytes
     return {
         "layer_bytes": layer_bytes,

@@ -45,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where a byte was wrong, or anything was left behind."""
     counts: Counter[str] = Counter()
     # What is set aside is warned of each time; here that is thousands of times.
-    logging.getLogger("trtllm_vattn").setLevel(logging.ERROR)
+    logger = logging.getLogger("trtllm_vattn")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     started = perf_counter()
     lives = -(-args.operations // args.life)
     error = None
@@ -54,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
             Life(args.seed + number, args.probability, counts).run(min(args.life, args.operations - number * args.life))
     except InvariantViolation as violation:
         error = f"life {number}: {violation}"
+    finally:
+        logger.setLevel(level)
     result = Result.start("faults", as_config(args), args.seed)
     result.results["counts"] = dict(counts)
     result.summary.update(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,76 @@ def plot_burst(result: dict[str, Any], path: Path) -> None:
     spent.tick_params(axis="x", labelsize=8)
     spent.legend(fontsize=8)
     _save(figure, result, path)
+
+
+def plot_alloc(result: dict[str, Any], path: Path) -> None:
+    """Draw a `bench alloc` result: each call by extent size, the device idle and busy. Raises ConfigError without
+    matplotlib."""
+    figure, axes = _pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained", sharey=True)
+    granule = result["results"]["granule"]
+    rows = [row for row in result["results"]["calls"] if row["how"] == "one by one"]
+    for axis, busy in zip(axes, (False, True), strict=True):
+        for call in dict.fromkeys(row["call"] for row in rows):
+            found = [row for row in rows if row["call"] == call and row["busy"] is busy]
+            sizes = [row["size"] // granule for row in found]
+            axis.plot(sizes, [row["us"]["p50"] for row in found], marker="o", label=call)
+            low, high = ([row["us"][p] for row in found] for p in ("p50", "p99"))
+            axis.fill_between(sizes, low, high, alpha=0.15)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel(f"extent, granules of {granule:,} bytes")
+        axis.set_title("device busy" if busy else "device idle")
+    axes[0].set_ylabel("us a call, p50 to p99")
+    axes[0].legend(fontsize=8)
+    _save(figure, result, path)
+
+
+def plot_attention(result: dict[str, Any], path: Path) -> None:
+    """Draw a `bench attention` result: bandwidth of decode attention by point and system. Raises ConfigError without
+    matplotlib."""
+    figure, axis = _pyplot().subplots(figsize=(11, 4.6), layout="constrained")
+    _grouped(axis, result["results"]["points"], "point", "system", lambda row: row["bytes_per_s"]["p50"] / 1e9)
+    axis.set_ylabel("decode attention, GB/s of K and V")
+    _save(figure, result, path)
+
+
+def plot_tlb(result: dict[str, Any], path: Path) -> None:
+    """Draw a `bench tlb` result: bandwidth against the working set. Raises ConfigError without matplotlib."""
+    figure, (attention, gather) = _pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained")
+    rows = [row for row in result["results"]["attention"] if "gb_per_s" in row]
+    for system in dict.fromkeys(row["system"] for row in rows):
+        found = sorted((row["working_set_gb"], row["gb_per_s"]) for row in rows if row["system"] == system)
+        attention.plot(*zip(*found, strict=True), marker=".", linewidth=0.8, label=system)
+    attention.set_xlabel("working set, GB")
+    attention.set_ylabel("decode attention, GB/s")
+    rows = result["results"]["reads"]
+    for order, size in dict.fromkeys((row["order"], row["read_bytes"]) for row in rows):
+        found = [
+            (row["working_set_gb"], row["gb_per_s"])
+            for row in rows
+            if (row["order"], row["read_bytes"]) == (order, size)
+        ]
+        gather.plot(*zip(*found, strict=True), marker=".", linewidth=0.8, label=f"{order}, {size:,} bytes")
+    gather.set_xlabel("working set, GB")
+    gather.set_ylabel("random reads, GB/s")
+    for axis in (attention, gather):
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=7)
+    _save(figure, result, path)
+
+
+def _grouped(
+    axis: Any, rows: list[dict[str, Any]], group: str, series: str, value: Callable[[dict[str, Any]], float]
+) -> None:
+    """Bars of `value`, a colour for each of `series`; rows that were refused have none."""
+    groups, names = (list(dict.fromkeys(row[key] for row in rows)) for key in (group, series))
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        found = {row[group]: value(row) for row in rows if row[series] == name and "refused" not in row}
+        places = [groups.index(where) + (number - (len(names) - 1) / 2) * width for where in found]
+        axis.bar(places, list(found.values()), width, label=name)
+    axis.set_xticks(range(len(groups)), groups)
+    axis.legend(fontsize=8)
 
 
 def _steps(axis: Any, runs: list[dict[str, Any]]) -> None:

@@ -18,12 +18,16 @@ from trtllm_vattn.bench.steady import Lane, fill, take_turns
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.graphs.policy import MappingPolicy
 from trtllm_vattn.graphs.remap_soak import soak
+from trtllm_vattn.memory.ahead import BackgroundThread
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.vmm.open import open_driver
 
 NONE = "no mapping"
+CHURN = "concurrent, 10x churn"
+TIMES = 10
+"""How many times as many pages as decoding takes are mapped, and taken away again, beside each step."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,12 +72,13 @@ def _timed(args: argparse.Namespace) -> list[dict[str, Any]]:
     # The first sequence decodes while the others are prefilled.
     most = args.batch + (args.rounds + 1) * (args.steps + 8) + 64
     start = max(1, args.context - most // 2)
-    shape = shape_of(model, args.batch, start + most)
+    # The last slot has no sequence; its memory comes and goes.
+    shape = shape_of(model, args.batch + 1, start + most)
     budget = 2 * (args.batch + 1) * shape.max_seq_len * shape.token_bytes
     lanes = []
     with ExitStack() as closing:
-        for name in (NONE, *(policy.value for policy in MappingPolicy)):
-            policy = MappingPolicy.CONCURRENT if name == NONE else MappingPolicy(name)
+        for name in (NONE, CHURN, *(policy.value for policy in MappingPolicy)):
+            policy = MappingPolicy.CONCURRENT if name in (NONE, CHURN) else MappingPolicy(name)
             cache = KVCacheManager(shape, policy.wrap(open_driver(args.device)), budget)
             engine = Engine(
                 model, cache, attention=args.attention, buckets=[args.batch], mapping=policy, chunk=max(2048, start)
@@ -82,10 +87,57 @@ def _timed(args: argparse.Namespace) -> list[dict[str, Any]]:
             fill(engine, args.batch, start, most, args.seed)
             if name == NONE:
                 cache.arena.grow(dict.fromkeys(range(args.batch), shape.max_seq_len))
+            if name == CHURN:
+                churn = Churn(cache, args.batch)
+                closing.callback(churn.close)
             lanes.append(Lane(name, "captured", engine))
         before = [_maps(lane) for lane in lanes]
         take_turns(lanes, args.rounds, args.steps, "policies")
-        return [_row(lane, _maps(lane) - maps, args) for lane, maps in zip(lanes, before, strict=True)]
+        rows = [_row(lane, _maps(lane) - maps, args) for lane, maps in zip(lanes, before, strict=True)]
+        rows[1]["mappings"] += churn.mappings
+        return rows
+
+
+class Churn:
+    """A thread that maps pages into a slot without a sequence and takes them away again, beside running steps.
+
+    Attributes
+    ----------
+    mappings : int
+        Made so far.
+    """
+
+    def __init__(self, cache: KVCacheManager, sequences: int) -> None:
+        layout = cache.layout
+        tokens_a_page = layout.granule / layout.row_bytes
+        # Each sequence takes a page in each range once in so many steps.
+        self.pages = max(1, round(TIMES * sequences / tokens_a_page))
+        self.mappings = 0
+        self._cache, self._slot = cache, layout.num_slots - 1
+        self._thread = BackgroundThread(self._work)
+        map_ahead = cache.map_ahead
+
+        def beside() -> int:
+            """What the engine calls beside every step."""
+            self._thread.raise_error()
+            self._thread.wake()
+            return map_ahead()
+
+        cache.map_ahead = beside  # type: ignore[method-assign]
+
+    def _work(self) -> bool:
+        layout = self._cache.layout
+        for page in range(1, self.pages + 1):
+            with self._cache._gate.in_background():
+                tokens = min(layout.max_seq_len, page * layout.granule // layout.row_bytes)
+                self.mappings += self._cache.arena.grow({self._slot: tokens}, wait=False)
+        with self._cache._gate.in_background():
+            self._cache.arena.empty(self._slot)
+        return False
+
+    def close(self) -> None:
+        """Stop. Idempotent."""
+        self._thread.close()
 
 
 def _maps(lane: Lane) -> int:

@@ -15,10 +15,14 @@ BENCHMARKS = {
     "graph": "graphs against none, over three kinds of cache, with tokens compared",
     "soak": "a captured graph replayed while its memory is remapped, bit for bit against a twin",
     "fragmentation": "mapped bytes that hold no token, and sequences at once in the same memory; on any machine",
+    "alloc": "each driver call by size: alone, batched, beside a busy device, from several threads",
+    "attention": "one library's attention over flat KV and over block tables",
     "burst": "many prompts at once: what mapping costs, and whom; steady decode with sequences ending and joining",
     "faults": "a random life in which driver calls fail: leaks, wrong bytes, hangs; on any machine",
     "start": "capture first, size later: a start's cost, budgets changed without a recapture",
     "policy": "steps with memory mapped beside them, between them, or with the device quiet",
+    "serve": "a trace replayed over every kind of cache at equal memory: throughput, TTFT, ITL",
+    "tlb": "bandwidth against context, working set and the order of pages",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }
 

@@ -43,7 +43,7 @@ class Gate:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._free.notify()
+        self._free.notify_all()
         self._free.release()
 
     @contextmanager

@@ -78,10 +78,12 @@ class Lookahead:
         due = [slot for slot in self.due(at_once).tolist() if not self.arena.slots[slot].broken][: at_once or 1]
         if not due:
             return 0
-        wanted = self.past(self.tokens)
+        # Who is served before the time, for the sake of those behind, gets a page more than there is.
+        wanted = np.maximum(self.past(self.tokens), self.arena.frontiers + (self.fixed is None))
+        longest = self.arena.layout.max_seq_len
         started = perf_counter()
         try:
-            made = self.arena.grow({slot: int(wanted[slot]) for slot in due}, wait=at_once is not None)
+            made = self.arena.grow({slot: min(int(wanted[slot]), longest) for slot in due}, wait=at_once is not None)
         except OutOfPages:
             return 0
         self.pace.observe_mappings(made, perf_counter() - started)

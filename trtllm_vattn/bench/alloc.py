@@ -1,0 +1,183 @@
+"""`bench alloc`: what does each driver call of virtual memory management cost, by size, alone, batched, and in company?
+
+The calls that back addresses with memory (create, map, set_access) and take it away (unmap, release), of every extent
+size: alone, many mappings made accessible by one call, beside a busy device, and from several threads at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from trtllm_vattn.bench.flags import as_config
+from trtllm_vattn.bench.machine import summarise
+from trtllm_vattn.bench.plot import plot_alloc
+from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.vmm.base import Driver
+from trtllm_vattn.vmm.open import open_driver
+
+CALLS = ("create", "map", "set_access", "unmap", "release")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench alloc`."""
+    gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--device", default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
+    add("--granules", default="1,2,8,32,128", help="extent sizes, in granules of the driver")
+    add("--repeats", type=int, default=200, help="of each call")
+    add("--batch", type=int, default=64, help="mappings made accessible by one call")
+    add("--threads", default="1,2,4", help="how many at once")
+    add("--seed", type=int, default=0, help="recorded; nothing here is random")
+    add("--output-json", type=Path, help="write all results there")
+    add("--plot", type=Path, help="write a PNG there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark."""
+    driver = open_driver(args.device)
+    granule = driver.granularity()
+    sizes = [int(number) * granule for number in args.granules.split(",")]
+    rows: list[dict[str, Any]] = []
+    for busy in (False, True):
+        with _load(args.device) if busy else _quiet():
+            for size in sizes:
+                rows += _rows("one by one", size, busy, one_by_one(driver, size, args.repeats))
+            rows += _rows("batched", granule, busy, batched(driver, granule, args.batch, args.repeats // 10 + 1))
+    threads = [threaded(driver, granule, int(count), args.repeats) for count in args.threads.split(",")]
+    result = Result.start("alloc", as_config(args), args.seed)
+    result.results.update(calls=rows, threads=threads, granule=granule)
+    for row in rows:
+        if row["size"] == granule:
+            name = (
+                f"{row['call']}_{'batched_' if row['how'] == 'batched' else ''}us_{'busy' if row['busy'] else 'idle'}"
+            )
+            result.summary[name] = row["us"]["p50"]
+    for row in threads:
+        result.summary[f"pairs_per_s_{row['threads']}_threads"] = row["pairs_per_s"]
+    print(_show(rows, granule))
+    for name, value in result.summary.items():
+        print(f"{name}: {value:,.1f}")
+    if args.output_json:
+        write(result, args.output_json)
+    if args.plot:
+        plot_alloc(result.as_dict(), args.plot)
+    return 0
+
+
+def one_by_one(driver: Driver, size: int, repeats: int) -> dict[str, list[float]]:
+    """Microseconds of each call on an extent of `size` bytes, a whole life at a time."""
+    took: dict[str, list[float]] = {name: [] for name in CALLS}
+    base = driver.reserve(size)
+    try:
+        for _ in range(repeats):
+            handle = _timed(took["create"], driver.create, size)
+            _timed(took["map"], driver.map, base, size, handle)
+            _timed(took["set_access"], driver.set_access, base, size)
+            _timed(took["unmap"], driver.unmap, base, size)
+            _timed(took["release"], driver.release, handle)
+    finally:
+        driver.free(base, size)
+    return took
+
+
+def batched(driver: Driver, size: int, count: int, repeats: int) -> dict[str, list[float]]:
+    """Microseconds an extent where one set_access, and one unmap, cover `count` of them."""
+    took: dict[str, list[float]] = {"set_access": [], "unmap": []}
+    base = driver.reserve(count * size)
+    handles = [driver.create(size) for _ in range(count)]
+    try:
+        for _ in range(repeats):
+            for i, handle in enumerate(handles):
+                driver.map(base + i * size, size, handle)
+            for name, call in (("set_access", driver.set_access), ("unmap", driver.unmap)):
+                _timed(took[name], call, base, count * size)
+    finally:
+        for handle in handles:
+            driver.release(handle)
+        driver.free(base, count * size)
+    return {name: [value / count for value in values] for name, values in took.items()}
+
+
+def threaded(driver: Driver, size: int, count: int, repeats: int) -> dict[str, Any]:
+    """Pairs of map+set_access and unmap a second, by `count` threads at once, each in a reservation of its own."""
+    ready = threading.Barrier(count + 1)
+
+    def work() -> None:
+        base, handle = driver.reserve(size), driver.create(size)
+        ready.wait()
+        for _ in range(repeats):
+            driver.map(base, size, handle)
+            driver.set_access(base, size)
+            driver.unmap(base, size)
+        ready.wait()
+        driver.release(handle)
+        driver.free(base, size)
+
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    started = perf_counter()
+    ready.wait()
+    seconds = perf_counter() - started
+    for thread in threads:
+        thread.join()
+    return {"threads": count, "pairs_per_s": count * repeats / seconds, "us_a_pair": 1e6 * seconds / (count * repeats)}
+
+
+def _timed(into: list[float], call: Callable[..., Any], *arguments: int) -> Any:
+    started = perf_counter()
+    answer = call(*arguments)
+    into.append(1e6 * (perf_counter() - started))
+    return answer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _load(device: str) -> Iterator[None]:
+    """The device reads memory without a pause; on the host, another thread does."""
+    stop = threading.Event()
+    data = torch.zeros(1 << 28 if device != "cpu" else 1 << 20, device=device)
+    stream = torch.cuda.Stream(device) if device != "cpu" else None  # type: ignore[no-untyped-call]
+
+    def read() -> None:
+        with torch.cuda.stream(stream):
+            while not stop.is_set():
+                for _ in range(8):
+                    data.sum()
+                if stream is not None:
+                    stream.synchronize()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _rows(how: str, size: int, busy: bool, took: dict[str, list[float]]) -> list[dict[str, Any]]:
+    return [{"how": how, "size": size, "busy": busy, "call": name, "us": summarise(us)} for name, us in took.items()]
+
+
+def _show(rows: list[dict[str, Any]], granule: int) -> str:
+    cells = {(row["how"], row["size"], row["busy"], row["call"]): row["us"] for row in rows}
+    lines = []
+    for how, size, busy in dict.fromkeys((row["how"], row["size"], row["busy"]) for row in rows):
+        found = [cells.get((how, size, busy, call)) for call in CALLS]
+        values = [f"{us['p50']:.1f} / {us['p99']:.1f}" if us else "-" for us in found]
+        lines.append([how, str(size // granule), "busy" if busy else "idle", *values])
+    return table(["how", "granules", "device", *(f"{call}, us p50 / p99" for call in CALLS)], lines)

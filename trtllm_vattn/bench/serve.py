@@ -1,0 +1,173 @@
+"""`bench serve`: a trace replayed over every kind of cache at equal memory. Who serves more, and how fast?
+
+Requests arrive as the trace says, or all at once; the same engine, model, kernels and budget of KV bytes for all.
+Metrics are named as vLLM's serving benchmark names them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections import defaultdict
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
+from trtllm_vattn.bench.machine import summarise
+from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.traces import Request, fit, generate_trace, load_trace
+from trtllm_vattn.bench.workload import prompt_ids
+from trtllm_vattn.cache.select import CACHES, make_cache
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.sampling import SamplingParams
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench serve`."""
+    gpu, add = add_common(parser), parser.add_argument
+    add("--attention", default="auto", help="auto, torch or cudnn")
+    add("--caches", default="contiguous,paged,paged-64,published,vattn", help=f"of {', '.join(CACHES)}")
+    add("--trace", type=Path, help="Azure code CSV, Mooncake JSONL or ShareGPT lengths CSV (default: generated)")
+    add("--requests", type=int, default=128 if gpu else 10, help="how many requests of the trace")
+    add("--densest", action="store_true", help="the part of the trace where so many arrive in the shortest time")
+    add("--at-once", action="store_true", help="all arrive at once, instead of as the trace says")
+    add("--max-output", type=int, default=256 if gpu else 12, help="cap on a request's output tokens")
+    add("--max-seq-len", type=int, default=8192 if gpu else 256, help="tokens of a slot")
+    add("--max-seqs", type=int, default=128 if gpu else 6, help="sequences at once, where memory allows")
+    add("--budget-gib", type=float, default=16.0 if gpu else 0.004, help="bytes of KV of each cache, in GiB")
+    add("--rounds", type=int, default=2, help="runs of each cache, in turns")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark."""
+    model = load_model(args.model, args.device, dtype_of(args.device), args.seed)
+    requests = _requests(args)
+    names = [name for name in args.caches.split(",") if name]
+    runs = [
+        {"cache": name, "round": number, **replay(model, args, name, requests)}
+        for number in range(args.rounds)
+        for name in names
+    ]
+    result = Result.start("serve", as_config(args), args.seed)
+    result.results.update(runs=runs, requests=len(requests), span_s=requests[-1].arrival_s)
+    ours = _mean(runs, "vattn", "output_throughput")
+    for name in names:
+        result.summary[f"{name}_output_throughput"] = _mean(runs, name, "output_throughput")
+        if ours and name != "vattn":
+            result.summary[f"vattn_over_{name}"] = ours / _mean(runs, name, "output_throughput")
+    print(_show(runs))
+    for label, value in result.summary.items():
+        print(f"{label}: {value:.3f}")
+    if args.output_json:
+        write(result, args.output_json)
+    return 0
+
+
+def _mean(runs: list[dict[str, Any]], cache: str, metric: str) -> float:
+    found = [row[metric] for row in runs if row["cache"] == cache]
+    return float(np.mean(found)) if found else 0.0
+
+
+def _requests(args: argparse.Namespace) -> list[Request]:
+    whole = load_trace(args.trace) if args.trace else generate_trace(4 * args.requests, args.seed)
+    first = densest(whole, args.requests) if args.densest else 0
+    return fit(whole[first : first + args.requests], args.max_seq_len, args.max_output)
+
+
+def densest(requests: list[Request], count: int) -> int:
+    """Where the shortest stretch of `count` arrivals begins; requests are in order of arrival.
+
+    Raises ConfigError where there are fewer.
+    """
+    if len(requests) < count:
+        raise ConfigError(f"the trace has {len(requests)} requests, {count} asked for")
+    times = np.array([request.arrival_s for request in requests])
+    return int((times[count - 1 :] - times[: len(times) - count + 1]).argmin())
+
+
+def slots_of(name: str, args: argparse.Namespace, slot_bytes: int) -> int:
+    """Sequences that may run at once: with maximum reservation, as many as the memory has slots for."""
+    return min(args.max_seqs, int(args.budget_gib * (1 << 30)) // slot_bytes) if name == "contiguous" else args.max_seqs
+
+
+def replay(model: PreTrainedModel, args: argparse.Namespace, name: str, requests: list[Request]) -> dict[str, Any]:
+    """One run; throughput in requests and tokens a second, latencies in milliseconds."""
+    one = shape_of(model, 1, args.max_seq_len)
+    slots = slots_of(name, args, args.max_seq_len * one.token_bytes)
+    if slots < 1:
+        raise ConfigError(f"{args.budget_gib} GiB hold no slot of {args.max_seq_len} tokens; raise --budget-gib")
+    shape = shape_of(model, slots, args.max_seq_len)
+    budget = None if name == "contiguous" else int(args.budget_gib * (1 << 30))
+    vocab = model.config.get_text_config().vocab_size
+    prompts = [prompt_ids(request, i, vocab, args.seed).tolist() for i, request in enumerate(requests)]
+    begin = requests[0].arrival_s
+    arrivals = [0.0 if args.at_once else request.arrival_s - begin for request in requests]
+    came: dict[int, float] = {}
+    times: dict[int, list[float]] = defaultdict(list)
+    running = []
+    with Engine(model, make_cache(name, shape, args.device, budget), attention=args.attention) as engine:
+        started = perf_counter()
+        submitted = 0
+        with tqdm(total=len(requests), desc=name, unit="request", disable=None) as bar:
+            while submitted < len(requests) or engine.busy:
+                now = perf_counter() - started
+                while submitted < len(requests) and arrivals[submitted] <= now:
+                    wanted = SamplingParams(max_tokens=requests[submitted].output_tokens)
+                    came[engine.submit(prompts[submitted], wanted)] = started + arrivals[submitted]
+                    submitted += 1
+                if not engine.busy:
+                    sleep(max(0.0, arrivals[submitted] - now))
+                    continue
+                events = engine.step()
+                now = perf_counter()
+                for event in events:
+                    times[event.request].append(now)
+                    bar.update(event.finish_reason is not None)
+                running.append(len(engine.scheduler.decoding))
+        seconds = perf_counter() - started
+        stats = engine.cache.stats()
+    del engine
+    gc.collect()
+    tokens = sum(map(len, times.values()))
+    first = {number: 1e3 * (seen[0] - came[number]) for number, seen in times.items()}
+    gaps = [1e3 * gap for seen in times.values() for gap in np.diff(seen)]
+    each = [1e3 * (seen[-1] - seen[0]) / (len(seen) - 1) for seen in times.values() if len(seen) > 1]
+    return {
+        "seconds": seconds,
+        "request_throughput": len(requests) / seconds,
+        "output_throughput": tokens / seconds,
+        "total_token_throughput": (tokens + sum(map(len, prompts))) / seconds,
+        "ttft_ms": summarise(list(first.values())),
+        "itl_ms": summarise(gaps),
+        "tpot_ms": summarise(each),
+        "mean_sequences": float(np.mean(running)),
+        "most_sequences": max(running),
+        "slots": slots,
+        "critical_path_maps": stats.critical_path_maps,
+    }
+
+
+def _show(runs: list[dict[str, Any]]) -> str:
+    header = ["cache", "round", "output tok/s", "total tok/s", "TTFT p50 ms", "p99", "ITL p50 ms", "p99", "sequences"]
+    rows = []
+    for row in runs:
+        latencies = [row[name][p] for name in ("ttft_ms", "itl_ms") for p in ("p50", "p99")]
+        rows.append(
+            [
+                row["cache"],
+                str(row["round"]),
+                f"{row['output_throughput']:,.1f}",
+                f"{row['total_token_throughput']:,.0f}",
+                *(f"{value:,.1f}" for value in latencies),
+                f"{row['mean_sequences']:.1f}",
+            ]
+        )
+    return table(header, rows)
