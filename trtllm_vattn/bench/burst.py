@@ -107,7 +107,7 @@ class StepTimer:
         self._launch = self.engine.decode.launch
         self.engine.decode.launch = self._timed  # type: ignore[method-assign]
 
-    def _timed(self, steps: int, unread: int = 0) -> Launch:
+    def _timed(self, steps: int = 1, unread: int = 0) -> Launch:
         if self.engine.cache.device.type == "cpu":
             started = perf_counter()
             launch = self._launch(steps, unread)

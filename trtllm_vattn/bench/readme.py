@@ -62,6 +62,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "graph-summary": ("graph.json", figures),
     "graph-layers": ("graph_plain.json", layers),
     "soak": ("soak.json", figures),
+    "faults": ("../host/faults.json", figures),
     "fragmentation": ("../host/fragmentation.json", fragmentation),
 }
 

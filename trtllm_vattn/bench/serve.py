@@ -95,7 +95,8 @@ def densest(requests: list[Request], count: int) -> int:
 
 def slots_of(name: str, args: argparse.Namespace, slot_bytes: int) -> int:
     """Sequences that may run at once: with maximum reservation, as many as the memory has slots for."""
-    return min(args.max_seqs, int(args.budget_gib * (1 << 30)) // slot_bytes) if name == "contiguous" else args.max_seqs
+    most: int = args.max_seqs
+    return min(most, int(args.budget_gib * (1 << 30)) // slot_bytes) if name == "contiguous" else most
 
 
 def replay(model: PreTrainedModel, args: argparse.Namespace, name: str, requests: list[Request]) -> dict[str, Any]:

@@ -46,7 +46,8 @@ class Lookahead:
 
     def past(self, tokens: int) -> np.ndarray:
         """Lengths and so many tokens more, no longer than a slot."""
-        return np.minimum(self._lengths + tokens, self.arena.layout.max_seq_len)
+        past: np.ndarray = np.minimum(self._lengths + tokens, self.arena.layout.max_seq_len)
+        return past
 
     def due(self, at_once: int | None = None) -> np.ndarray:
         """Slots to be served, the fewest tokens left first; served as fast as can be, or `at_once` in each step."""
@@ -67,7 +68,8 @@ class Lookahead:
         """How many slots to serve in a step where that holds the step up: twice as many as become due in one on
         average, so that sequences of equal length do not all map in one step."""
         ahead = self.arena.layout.granule // self.arena.layout.row_bytes if self.fixed is None else self.fixed // 2
-        return max(1, -(-2 * np.count_nonzero(self._lengths) // max(1, ahead)))
+        running = int(np.count_nonzero(self._lengths))
+        return max(1, -(-2 * running // max(1, ahead)))
 
     def map_due(self, at_once: int | None = None) -> int:
         """Map what slots that are due lack, `at_once` of them, or one, waiting for no fence; returns the mappings made.
