@@ -97,8 +97,8 @@ class EngineModel(nn.Module):
         assert isinstance(step, PrefillStep)
         if tokens > self.limits.max_chunk:
             raise ConfigError(
-                f"a chunk of {tokens} prompt tokens, the plan takes {self.limits.max_chunk}; lower the session's chunk, "
-                "or build with a larger max_chunk"
+                f"a chunk of {tokens} prompt tokens, the plan takes {self.limits.max_chunk}; lower the session's "
+                "chunk, or build with a larger max_chunk"
             )
         static = self._static[CONTEXT]
         for name, value in (("lengths", step.length), ("query_lengths", step.query_len), ("slots", step.slot)):
@@ -106,9 +106,7 @@ class EngineModel(nn.Module):
         static["last"].copy_(logits_to_keep)
         return self._run(CONTEXT, tokens, 1, step.max_length, input_ids[0], position_ids[0])
 
-    def _decode(
-        self, step: DecodeStep, lanes: int, ids: torch.Tensor, positions: torch.Tensor
-    ) -> SimpleNamespace:
+    def _decode(self, step: DecodeStep, lanes: int, ids: torch.Tensor, positions: torch.Tensor) -> SimpleNamespace:
         if lanes > self.limits.max_lanes:
             raise ConfigError(
                 f"a step of {lanes} lanes, the plan takes {self.limits.max_lanes}; build with a larger max_lanes"

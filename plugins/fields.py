@@ -79,7 +79,7 @@ class AttentionFields:
             raise ConfigError(f"layer is {self.layer} and window {self.window}; neither may be below 0")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"{self.num_heads} query heads over {self.num_kv_heads} kv heads; there must be a multiple of the latter"
+                f"{self.num_heads} query heads over {self.num_kv_heads} kv heads; give a multiple of the latter"
             )
         if not self.scale > 0:
             raise ConfigError(f"the field scale is {self.scale}; it must be above 0, head_dim ** -0.5 say")

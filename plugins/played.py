@@ -196,9 +196,7 @@ class PlayedEngine:
         self.spec, self.limits, self.trt = spec, limits, trt
         self.device = spec.weights["lm_head.weight"].device
         self.num_optimization_profiles = 2 if limits.max_chunk else 1
-        self.layers = {
-            layer: built_layer(trt, spec.layer_fields(layer, limits)) for layer in range(spec.num_layers)
-        }
+        self.layers = {layer: built_layer(trt, spec.layer_fields(layer, limits)) for layer in range(spec.num_layers)}
 
     @property
     def storages(self) -> list[torch.Tensor]:

@@ -123,7 +123,9 @@ class EngineSession(Engine):
     def __init__(self, loaded: LoadedEngine, cache: KVCache, *, attention: str = "auto", **options: Any) -> None:
         limits = loaded.limits
         if not limits.max_chunk:
-            raise ConfigError("this plan has no context phase, so prompts cannot go in; build it with max_chunk above 0")
+            raise ConfigError(
+                "this plan has no context phase, so prompts cannot go in; build it with max_chunk above 0"
+            )
         if cache.shape.num_slots > limits.max_lanes or cache.shape.max_seq_len > limits.max_seq_len:
             raise ConfigError(
                 f"the cache has {cache.shape.num_slots} slots of {cache.shape.max_seq_len} tokens, the plan takes "

@@ -1,4 +1,4 @@
-"""`trtllm-vattn`: doctor and benchmarks."""
+"""`trtllm-vattn`: doctor, TensorRT engines and benchmarks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "fragmentation": "mapped bytes that hold no token, and sequences at once in the same memory; on any machine",
     "start": "capture first, size later: a start's cost, budgets changed without a recapture",
     "policy": "steps with memory mapped beside them, between them, or with the device quiet",
+    "plugin": "the TensorRT plugin's layers called as TensorRT calls them: captured once, replayed while memory is remapped",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }
 
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add(
         commands, "doctor", "what will and will not work on this machine, and why", "trtllm_vattn.cli.doctor", arguments
     )
+    _add(commands, "plugin", "TensorRT engines: list, build, inspect", "trtllm_vattn.cli.plugin", arguments)
     bench = commands.add_parser("bench", help="benchmarks")
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)
     for name, text in BENCHMARKS.items():
