@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins.build import PLAYED, make_logger, read_folder
 from trtllm_vattn.plugins.networks.decoder import inputs_of
@@ -67,6 +69,8 @@ def inspect_folder(folder: Path) -> Inspection:
 
 def _ask(folder: Path, module: str) -> str | None:
     """TensorRT's own description of a plan as JSON; None where it is not installed or does not take the plan here."""
+    if not torch.cuda.is_available():
+        return None
     try:
         trt = load_tensorrt(module)
     except ConfigError:

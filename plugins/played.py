@@ -68,7 +68,9 @@ def built_layer(trt: Any, fields: AttentionFields) -> Any:
     layer = added.clone()
     inputs, outputs = describe(trt, fields, -1, -1, -1)
     layer.get_output_data_types([each.type for each in inputs])
-    layer.get_output_shapes([list(each.dims) for each in inputs], [], Constants())
+    if trt is plain:
+        # Expressions of dimensions can be made by a real builder alone.
+        layer.get_output_shapes([list(each.dims) for each in inputs], [], Constants())
     both = [*inputs, *outputs]
     for position in range(len(both)):
         if not layer.supports_format_combination(position, both, len(inputs)):

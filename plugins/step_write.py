@@ -65,9 +65,9 @@ def write_step(
 ) -> None:
     """Store k and v ``[tokens, num_kv_heads, head_dim]``, a token's heads one after another, on the GPU.
 
-    lengths, query_lengths and slots are int32 or int64 ``[lanes]``, `tokens` a multiple of `lanes`. Row r of lane i goes
-    to position ``lengths[i] - query_lengths[i] + r`` of slot ``slots[i]``; without `query_lengths` there is one row a
-    lane, without `slots` lane i is slot i. Lanes of length 0 and rows past `query_lengths` write nothing.
+    lengths, query_lengths and slots are int32 or int64 ``[lanes]``, `tokens` a multiple of `lanes`. Row r of lane i
+    goes to position ``lengths[i] - query_lengths[i] + r`` of slot ``slots[i]``; without `query_lengths` there is one
+    row a lane, without `slots` lane i is slot i. Lanes of length 0 and rows past `query_lengths` write nothing.
     """
     heads, dim = k.shape[1:]
     of_slot, of_token, of_head, _ = kv.k.stride()

@@ -67,11 +67,8 @@ def _load_unversioned() -> list[ctypes.CDLL]:
         return []  # installed by other means, with its libraries on the loader's path
     folder = Path(spec.origin).parent
     links = link_folder(folder)
-    loaded = []
-    for link in UNVERSIONED:
-        if (links / link).exists():
-            loaded.append(ctypes.CDLL(str(links / link), mode=ctypes.RTLD_GLOBAL))
-    return loaded
+    there = [str(links / name) for name in UNVERSIONED if (links / name).exists()]
+    return [ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) for path in there]
 
 
 def link_folder(libraries: Path) -> Path:

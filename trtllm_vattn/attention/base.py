@@ -58,7 +58,8 @@ class Attention(ABC):
         """One query token a lane: q ``[lanes, num_heads, head_dim]`` to the same shape, in `out` where given.
 
         lengths int32 ``[lanes]`` on the device, this step's token included; a lane of length 0 reads nothing and
-        its output is finite but means nothing. Lane i reads slot i, or `slots[i]` (int64 or int32 ``[lanes]``, on the device).
+        its output is finite but means nothing. Lane i reads slot i, or `slots[i]` (int64 or int32
+        ``[lanes]``, on the device).
         """
 
     @abstractmethod

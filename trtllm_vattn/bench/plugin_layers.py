@@ -1,4 +1,4 @@
-"""The plugin's layers of one decoder, called as TensorRT calls them, on K and V that are a function of lane and position.
+"""The plugin's layers of a decoder, called as TensorRT calls them, over K and V that follow from lane and position.
 
 What a lane's history holds follows from its offset alone, so an output can be checked at any time without a twin:
 token t of a sequence has the row ``(t + offset) mod rows`` of the layer's tables.
@@ -69,8 +69,9 @@ class PlayedLayers:
         own = [*self.q, *self.k, *self.v, *self.out, *self.integers.values(), self.offsets]
         return [*own, *self.attached.storages(), *self.attached.cache.storages()]
 
-    def step(self, context: int) -> Outputs:
-        """One decode step of all layers, new K and V from the tables."""
+    def step(self, context: int, bucket: int) -> Outputs:
+        """One decode step of all layers and lanes, new K and V from the tables."""
+        assert bucket == self.lanes
         rows = (self.integers["lengths"] - 1 + self.offsets).remainder(ROWS)
         for layer, out in enumerate(self.out):
             given = [table[layer].index_select(0, rows) for table in (self.q, self.k, self.v)]

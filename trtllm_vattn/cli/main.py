@@ -17,7 +17,7 @@ BENCHMARKS = {
     "fragmentation": "mapped bytes that hold no token, and sequences at once in the same memory; on any machine",
     "start": "capture first, size later: a start's cost, budgets changed without a recapture",
     "policy": "steps with memory mapped beside them, between them, or with the device quiet",
-    "plugin": "the TensorRT plugin's layers called as TensorRT calls them: captured once, replayed while memory is remapped",
+    "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }
 
