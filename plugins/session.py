@@ -26,6 +26,7 @@ from trtllm_vattn.plugins.played import PlayedEngine
 from trtllm_vattn.plugins.plugin import register
 from trtllm_vattn.plugins.refusals import explain, forget
 from trtllm_vattn.plugins.tensorrt import load_tensorrt
+from trtllm_vattn.plugins.trtllm_folder import PLAN, is_trtllm_folder, read_trtllm_folder
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.startup import memory_left
@@ -63,24 +64,33 @@ class LoadedEngine:
 
     @classmethod
     def load(cls, folder: Path, device: str) -> LoadedEngine:
-        """An engine from its folder, on a device; a folder without a plan is played by torch.
+        """An engine from its folder, or from one of `trtllm-build`; a folder without a plan is played by torch.
 
         Raises ConfigError where the folder is none, or TensorRT does not take the plan here.
         """
+        if is_trtllm_folder(folder):
+            config, decoder, limits = read_trtllm_folder(folder)
+            return cls._from_plan("tensorrt", folder / PLAN, config, decoder, limits)
         found = read_folder(folder)
         limits, config = PlanLimits(**found["limits"]), AutoConfig.from_pretrained(folder, local_files_only=True)
         if found["module"] == PLAYED:
             model = load_model(found["source"], device, DTYPES[found["decoder"]["dtype"]])
             return cls.played(model, limits)
-        trt = load_tensorrt(found["module"])
+        return cls._from_plan(found["module"], folder / "engine.plan", config, found["decoder"], limits)
+
+    @classmethod
+    def _from_plan(
+        cls, module: str, path: Path, config: Any, decoder: dict[str, Any], limits: PlanLimits
+    ) -> LoadedEngine:
+        trt = load_tensorrt(module)
         register(trt)
         forget()
         runtime = trt.Runtime(make_logger(trt))
-        engine = runtime.deserialize_cuda_engine((folder / "engine.plan").read_bytes())
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
-            raise explain(f"{trt.__name__} {trt.__version__} does not take {folder / 'engine.plan'} on this machine")
+            raise explain(f"{trt.__name__} {trt.__version__} does not take {path} on this machine")
         allocation = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        return cls(engine, config, found["decoder"], limits, allocation, keep=runtime)
+        return cls(engine, config, decoder, limits, allocation, keep=runtime)
 
     @classmethod
     def played(cls, model: PreTrainedModel, limits: PlanLimits, trt: Any = plain) -> LoadedEngine:
