@@ -39,7 +39,7 @@ class AttentionFields:
         The cache's layer.
     num_heads, num_kv_heads, head_dim : int
     scale : float
-        By which scores are multiplied.
+        By which scores are multiplied; kept as float32, which is what a plan holds.
     window : int
         Tokens of a sliding window; 0 for full attention. A cache longer than the window is refused.
     dtype : str
@@ -81,6 +81,7 @@ class AttentionFields:
             raise ConfigError(
                 f"{self.num_heads} query heads over {self.num_kv_heads} kv heads; give a multiple of the latter"
             )
+        object.__setattr__(self, "scale", float(np.float32(self.scale)))
         if not self.scale > 0:
             raise ConfigError(f"the field scale is {self.scale}; it must be above 0, head_dim ** -0.5 say")
         if self.dtype not in DTYPES:

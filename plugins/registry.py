@@ -6,6 +6,7 @@ attaches a cache under that name first.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from trtllm_vattn.attention.base import Attention
@@ -30,6 +31,7 @@ class Attached:
 
     def attention(self, num_heads: int, scale: float) -> Attention:
         """The backend for so many query heads; the same object every time."""
+        scale = float(np.float32(scale))  # as plans hold it
         made = self._attentions.get((num_heads, scale))
         if made is None:
             made = make_attention(self.backend, self.cache, num_heads, scale)

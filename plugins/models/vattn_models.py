@@ -92,9 +92,8 @@ class VattnDecoder:
         kind = scaling.get("type", scaling.get("rope_type", "none"))
         if kind not in PLAIN_SCALING:
             wrong.append(f"RoPE scaled by {kind} (there are {', '.join(PLAIN_SCALING)})")
-        for name in ("embedding_multiplier", "residual_multiplier", "output_multiplier_scale"):
-            if getattr(config, name, 1.0) != 1.0:
-                wrong.append(f"{name} {getattr(config, name)}")
+        factors = ("embedding_multiplier", "residual_multiplier", "output_multiplier_scale")
+        wrong += [f"{name} {getattr(config, name)}" for name in factors if getattr(config, name, 1.0) != 1.0]
         if wrong:
             raise ConfigError(f"this checkpoint has {'; '.join(wrong)}: not supported; use TensorRT-LLM's own model")
 
