@@ -79,7 +79,8 @@ def _heads(
     """q ``[tokens, num_heads, head_dim]``; k, v ``[tokens, num_kv_heads, head_dim]``."""
     if fields.packed_qkv:
         qkv = given["qkv"].view(len(given["qkv"]), -1, fields.head_dim)
-        q, k, v = qkv.split([fields.num_heads, fields.num_kv_heads, fields.num_kv_heads], dim=1)
+        keys, values = fields.num_heads, fields.num_heads + fields.num_kv_heads
+        q, k, v = qkv[:, :keys], qkv[:, keys:values], qkv[:, values:]
         # Kernels want queries one after another; the copy's place is shared by all layers.
         return attached.buffer(q.shape, q.dtype).copy_(q), k, v
     q, k, v = (given[name].view(len(given["q"]), -1, fields.head_dim) for name in ("q", "k", "v"))

@@ -11,6 +11,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins.networks.decoder import inputs_of
 from trtllm_vattn.plugins.networks.onnx_pen import write_onnx
-from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits, limits_as_dict
+from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
 from trtllm_vattn.plugins.networks.trt_pen import TrtPen, draw_network
 from trtllm_vattn.plugins.plugin import NAME, register
 from trtllm_vattn.plugins.refusals import explain, forget
@@ -163,7 +164,7 @@ def build_folder(
         "module": PLAYED if trt is None else trt.__name__,
         "version": None if trt is None else str(trt.__version__),
         "targets": list(targets),
-        "limits": limits_as_dict(limits),
+        "limits": asdict(limits),
         "decoder": spec.sizes(),
         "source": source,
     }

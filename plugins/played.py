@@ -10,7 +10,6 @@ addresses, a workspace and a stream.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from trtllm_vattn.plugins.attend import tensor_over
 from trtllm_vattn.plugins.fields import AttentionFields, to_collection
 from trtllm_vattn.plugins.networks.decoder import draw, inputs_of
 from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
-from trtllm_vattn.plugins.plugin import NAME, NAMESPACE, TRT_DTYPES, VERSION, register
+from trtllm_vattn.plugins.plugin import NAME, NAMESPACE, TRT_DTYPES, VERSION, launching_on, register
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ class PlayedContext:
             for name in inputs_of(engine.limits)
         }
         pen = TorchPen(engine.trt, self.layers, stream, self._shaped)
-        with _on(stream, engine.device), torch.inference_mode():
+        with launching_on(stream, engine.device), torch.inference_mode():
             logits = draw(pen, engine.spec, engine.limits, given)
             tensor_over(self._addresses["logits"], tuple(logits.shape), logits.dtype, engine.device).copy_(logits)
         return True
@@ -207,9 +206,3 @@ class PlayedEngine:
 
     def create_execution_context(self, strategy: object = None) -> PlayedContext:
         return PlayedContext(self)
-
-
-def _on(stream: int, device: torch.device) -> Any:
-    if device.type != "cuda" or stream == torch.cuda.current_stream(device).cuda_stream:
-        return nullcontext()
-    return torch.cuda.stream(torch.cuda.ExternalStream(stream, device))  # type: ignore[no-untyped-call]

@@ -143,7 +143,7 @@ class AttentionLayer:
             for name, desc, address in zip(fields.inputs, input_desc, inputs, strict=True)
         }
         out = tensor_over(outputs[0], tuple(output_desc[0].dims), fields.torch_dtype, device)
-        with _launching_on(stream, device), torch.inference_mode():
+        with launching_on(stream, device), torch.inference_mode():
             attend(fields, attached, given, out)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
@@ -162,7 +162,8 @@ class AttentionLayer:
             )
 
 
-def _launching_on(stream: int, device: torch.device) -> Any:
+def launching_on(stream: int, device: torch.device) -> Any:
+    """A context in which torch launches on a stream of TensorRT's; nothing to do on the host."""
     if device.type != "cuda" or stream == torch.cuda.current_stream(device).cuda_stream:
         return nullcontext()
     return torch.cuda.stream(torch.cuda.ExternalStream(stream, device))  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -129,8 +129,3 @@ class DecoderSpec:
     def sizes(self) -> dict[str, Any]:
         """All but the weights, for JSON."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "weights"}
-
-
-def limits_as_dict(limits: PlanLimits) -> dict[str, Any]:
-    """For JSON."""
-    return asdict(limits)

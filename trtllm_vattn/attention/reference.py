@@ -51,7 +51,7 @@ class TorchAttention(GatheringAttention):
         """q ``[lanes, rows, num_heads, head_dim]``; k, v ``[lanes, extent, num_kv_heads, head_dim]``; visible
         ``[lanes, rows, extent]``, false everywhere for a lane of length 0, whose output is zeros."""
         heads = k.shape[2]
-        grouped = q.unflatten(2, (heads, -1)).float()
+        grouped = q.reshape(*q.shape[:2], heads, -1, q.shape[3]).float()
         scores = torch.einsum("nrhgd,nthd->nhgrt", grouped, k.float()) * self.scale
         lowest = torch.finfo(scores.dtype).min
         weights = scores.masked_fill(~visible[:, None, None], lowest).softmax(dim=-1)

@@ -74,8 +74,7 @@ class PluginBenchmark:
         )
         self.driver = CountingDriver(open_driver(args.device))
         self.cache = KVCacheManager(shape, self.driver)
-        # Half of what all lanes could take, so that memory passes from sequence to sequence.
-        self.budget = max(self.cache.layout.least_bytes, self.cache.layout.num_ranges * self.cache.layout.range_bytes)
+        self.budget = self.cache.layout.num_ranges * self.cache.layout.range_bytes
         self.cache.set_budget(self.budget)
         trt = self._module()
         fields = AttentionFields(
