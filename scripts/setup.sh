@@ -13,7 +13,7 @@ if [ ! -x .venv/bin/python ]; then
     "${PYTHON:-python3}" -c 'import sys; sys.exit("Python 3.10 or newer is needed; set PYTHON") if sys.version_info < (3, 10) else None'
     "${PYTHON:-python3}" -m venv .venv
 fi
-extras=runtime,bench,dev
+extras=runtime,bench,dev,tensorrt-rtx
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; }
 if has_gpu; then extras=$extras,cuda; fi
 stamp=.venv/installed-$(sha256sum pyproject.toml | cut -c1-16)-$extras

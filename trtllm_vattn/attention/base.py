@@ -48,12 +48,18 @@ class Attention(ABC):
 
     @abstractmethod
     def decode(
-        self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor | None = None
+        self,
+        layer: int,
+        q: torch.Tensor,
+        lengths: torch.Tensor,
+        slots: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One query token a lane: q ``[lanes, num_heads, head_dim]`` to the same shape.
+        """One query token a lane: q ``[lanes, num_heads, head_dim]`` to the same shape, in `out` where given.
 
         lengths int32 ``[lanes]`` on the device, this step's token included; a lane of length 0 reads nothing and
-        its output is finite but means nothing. Lane i reads slot i, or `slots[i]` (int64 ``[lanes]``, on the device).
+        its output is finite but means nothing. Lane i reads slot i, or `slots[i]` (int64 or int32
+        ``[lanes]``, on the device).
         """
 
     @abstractmethod

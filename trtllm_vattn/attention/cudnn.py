@@ -44,23 +44,29 @@ class CudnnAttention(GatheringAttention):
         self._handle = cudnn.create_handle()
         self._plans: dict[PlanShape, Plan] = {}
         self._table: torch.Tensor | None = None
+        self._tables: dict[int, torch.Tensor] = {}
         self._ones = torch.ones(cache.shape.num_slots, dtype=torch.int32, device=cache.device)
 
     def storages(self) -> list[torch.Tensor]:
-        return [*super().storages(), *(plan.workspace for plan in self._plans.values())]
+        return [*super().storages(), *self._tables.values(), *(plan.workspace for plan in self._plans.values())]
 
     def decode(
-        self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor | None = None
+        self,
+        layer: int,
+        q: torch.Tensor,
+        lengths: torch.Tensor,
+        slots: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         kv = self.cache.layer(layer)
         if isinstance(kv, FlatKV):
             if slots is None:
                 shape = self._flat_shape(kv, len(q), rows=1, causal=False)
-                return self._run(shape, q, kv.k, kv.v, self._ones, lengths)
+                return self._run(shape, q, kv.k, kv.v, self._ones, lengths, out=out)
             kv = self._as_blocks(kv)
         shape = self._paged_shape(kv, len(q))
-        table = kv.table if slots is None else kv.table[slots]
-        return self._run(shape, q, kv.k, kv.v, self._ones, lengths, table)
+        table = kv.table if slots is None else self._rows(kv.table, slots)
+        return self._run(shape, q, kv.k, kv.v, self._ones, lengths, table, out)
 
     def prefill(
         self,
@@ -77,6 +83,13 @@ class CudnnAttention(GatheringAttention):
         k, v = self._gather(layer, slot, length, extent)
         shape = self._flat_shape(FlatKV(k, v), 1, rows=len(q), causal=True)
         return self._run(shape, q, k, v, query_len, length)
+
+    def _rows(self, table: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """A table's rows of some slots, in a buffer that all layers share."""
+        rows = self._tables.get(len(slots))
+        if rows is None:
+            rows = self._tables[len(slots)] = table.new_empty(len(slots), table.shape[1])
+        return torch.index_select(table, 0, slots, out=rows)
 
     def _as_blocks(self, kv: FlatKV) -> PagedKV:
         """Flat memory as blocks of `BLOCK` tokens behind the affine table; slots must be whole blocks apart."""
@@ -119,13 +132,15 @@ class CudnnAttention(GatheringAttention):
         query_lengths: torch.Tensor,
         lengths: torch.Tensor,
         table: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         plan = self._plans.get(shape)
         if plan is None:
             plan = Plan(self._cudnn, self._handle, shape, self.cache.shape.dtype, self.scale)
             self._plans[shape] = plan
         q = q.contiguous()
-        out = torch.zeros_like(q) if shape.causal else torch.empty_like(q)
+        if out is None:
+            out = torch.zeros_like(q) if shape.causal else torch.empty_like(q)
         tensors = {
             Operand.Q: q,
             Operand.K: k,

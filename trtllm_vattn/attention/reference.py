@@ -18,13 +18,19 @@ class TorchAttention(GatheringAttention):
     name: ClassVar[str] = "torch"
 
     def decode(
-        self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor | None = None
+        self,
+        layer: int,
+        q: torch.Tensor,
+        lengths: torch.Tensor,
+        slots: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         lanes = len(q)
         slots = self._lanes[:lanes] if slots is None else slots
         visible = self._range < lengths[:, None]
         k, v = self._gather(layer, slots, lengths, self.cache.shape.max_seq_len)
-        return self._attend(q[:, None], k, v, visible[:, None])[:, 0]
+        result = self._attend(q[:, None], k, v, visible[:, None])[:, 0]
+        return result if out is None else out.copy_(result)
 
     def prefill(
         self,
@@ -45,7 +51,7 @@ class TorchAttention(GatheringAttention):
         """q ``[lanes, rows, num_heads, head_dim]``; k, v ``[lanes, extent, num_kv_heads, head_dim]``; visible
         ``[lanes, rows, extent]``, false everywhere for a lane of length 0, whose output is zeros."""
         heads = k.shape[2]
-        grouped = q.view(*q.shape[:2], heads, -1, q.shape[3]).float()
+        grouped = q.reshape(*q.shape[:2], heads, -1, q.shape[3]).float()
         scores = torch.einsum("nrhgd,nthd->nhgrt", grouped, k.float()) * self.scale
         lowest = torch.finfo(scores.dtype).min
         weights = scores.masked_fill(~visible[:, None, None], lowest).softmax(dim=-1)

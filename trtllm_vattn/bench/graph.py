@@ -27,9 +27,10 @@ from trtllm_vattn.bench.steady import run_steady
 from trtllm_vattn.bench.traced import TracedRun, run_traced
 from trtllm_vattn.bench.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.bench.workload import prompt_ids
-from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.select import CACHES, COMPARED, make_cache
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.plugins.session import EngineSession, LoadedEngine
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import SHAPES, load_model
@@ -49,9 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         help=f"checkpoint directory, or one of {', '.join(SHAPES)} (default: llama-3-8b, tiny without GPU)",
     )
+    add("--engine", type=Path, help="an engine's folder (trtllm-vattn plugin build) in place of --model")
     add("--device", help="cpu or cuda:N (default: the GPU if there is one)")
     add("--attention", default="auto", help="auto, torch or cudnn")
-    add("--caches", default=",".join(COMPARED), help=f"of {', '.join(CACHES)}; the first is the reference")
+    add(
+        "--caches",
+        help=f"default: {','.join(COMPARED)}, with --engine vattn; "
+        + f"of {', '.join(CACHES)}; the first is the reference",
+    )
     add(
         "--trace",
         type=Path,
@@ -94,6 +100,7 @@ def settle(args: argparse.Namespace) -> None:
     gpu = args.device != "cpu"
     defaults: dict[str, Any] = {
         "model": "llama-3-8b" if gpu else "tiny-llama",
+        "caches": "vattn" if args.engine else ",".join(COMPARED),
         "requests": 32 if gpu else 24,
         "max_output": 64 if gpu else 24,
         "max_seqs": 16 if gpu else 8,
@@ -115,10 +122,25 @@ class GraphBenchmark:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.model: PreTrainedModel = load_model(args.model, args.device, dtype_of(args.device), args.seed)
+        self.loaded = LoadedEngine.load(args.engine, args.device) if args.engine else None
+        if self.loaded is None:
+            self.model: PreTrainedModel = load_model(args.model, args.device, dtype_of(args.device), args.seed)
+        config = self.model.config.get_text_config() if self.loaded is None else self.loaded.config
+        self.vocab, self.heads = config.vocab_size, config.num_attention_heads
+
+    def shape(self, num_slots: int, max_seq_len: int) -> CacheShape:
+        if self.loaded is not None:
+            return self.loaded.cache_shape(num_slots, max_seq_len)
+        return shape_of(self.model, num_slots, max_seq_len)
+
+    def engine(self, cache: KVCache, **options: Any) -> Engine:
+        """An Engine over the model, or a session over the TensorRT engine."""
+        if self.loaded is not None:
+            return EngineSession(self.loaded, cache, **options)
+        return Engine(self.model, cache, **options)
 
     def make(self, name: str, num_slots: int, max_seq_len: int) -> KVCache:
-        shape = shape_of(self.model, num_slots, max_seq_len)
+        shape = self.shape(num_slots, max_seq_len)
         return make_cache(
             name,
             shape,
@@ -137,8 +159,7 @@ class GraphBenchmark:
         """All combinations over the trace; the first is the reference whose tokens the others must give."""
         args = self.args
         requests = self.requests()
-        vocab = self.model.config.get_text_config().vocab_size
-        prompts = [prompt_ids(r, i, vocab, args.seed).tolist() for i, r in enumerate(requests)]
+        prompts = [prompt_ids(r, i, self.vocab, args.seed).tolist() for i, r in enumerate(requests)]
         outputs = [request.output_tokens for request in requests]
         forcing = args.tie_tolerance > 0
         reference: RequestTokens | None = None
@@ -151,8 +172,7 @@ class GraphBenchmark:
             cache = self.make(name, args.max_seqs, args.max_seq_len)
             with (
                 torch.compiler.set_stance("default" if mode == "captured" else "force_eager"),
-                Engine(
-                    self.model,
+                self.engine(
                     cache,
                     attention=args.attention,
                     capture=mode == "captured",
@@ -206,7 +226,7 @@ class GraphBenchmark:
         limit = read_limit()
         parts = [
             run_steady(
-                self.model,
+                self.engine,
                 args.caches,
                 self.make,
                 attention=args.attention,
@@ -227,10 +247,9 @@ class GraphBenchmark:
 
     def _layout(self, layers_per_range: int, batch: int) -> dict[str, Any]:
         """Attention's bandwidth alone in the vattn cache with so many layers a range."""
-        shape = shape_of(self.model, batch, self.args.context + 16)
+        shape = self.shape(batch, self.args.context + 16)
         with make_cache("vattn", shape, self.args.device, layers_per_range=layers_per_range) as cache:
-            heads = self.model.config.get_text_config().num_attention_heads
-            attention = make_attention(self.args.attention, cache, heads)
+            attention = make_attention(self.args.attention, cache, self.heads)
             lengths = fill_random(attention, self.args.context)
             measured = attention_bandwidth(attention, lengths)
         return {"layers_per_range": layers_per_range, "batch": batch, "context": self.args.context, **measured}

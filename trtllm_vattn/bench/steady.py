@@ -10,7 +10,6 @@ from statistics import median
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from trtllm_vattn.bench.bandwidth import attention_bandwidth
 from trtllm_vattn.bench.machine import summarise
@@ -47,7 +46,7 @@ def fill(engine: Engine, batch: int, context: int, tokens: int, seed: int) -> No
 
 
 def run_steady(
-    model: PreTrainedModel,
+    make_engine: Callable[..., Engine],
     caches: Iterable[str],
     make: Callable[[str, int, int], KVCache],
     *,
@@ -61,9 +60,10 @@ def run_steady(
 ) -> dict[str, list[dict[str, object]]]:
     """Time decode steps of `batch` sequences around `context` tokens, `rounds` turns of `steps` steps a combination.
 
-    ``make(name, num_slots, max_seq_len)`` builds a cache. Returns ``runs`` (a row a combination), ``ratios`` (vattn's
-    captured step over the others', round by round), ``attention`` (bandwidth of the attention kernels alone), and with
-    `audit` ``audits``, whose the addresses are that the captured steps hold.
+    ``make(name, num_slots, max_seq_len)`` builds a cache, ``make_engine(cache, **options)`` an engine over it. Returns
+    ``runs`` (a row a combination), ``ratios`` (vattn's captured step over the others', round by round), ``attention``
+    (bandwidth of the attention kernels alone), and with `audit` ``audits``, whose the addresses are that the captured
+    steps hold.
     """
     # The first sequence decodes while the others are prefilled, one a step; each turn has untimed steps.
     most = batch + 2 * rounds * (steps + 4) + 40
@@ -73,7 +73,7 @@ def run_steady(
     try:
         for name in caches:
             cache = make(name, batch, start + most)
-            engine = Engine(model, cache, attention=attention, buckets=[batch], chunk=max(2048, start))
+            engine = make_engine(cache, attention=attention, buckets=[batch], chunk=max(2048, start))
             engines.append(engine)
             fill(engine, batch, start, most, seed)
             lanes += [Lane(name, mode, engine) for mode in ("captured", "eager")]

@@ -1,4 +1,4 @@
-"""`trtllm-vattn`: doctor and benchmarks."""
+"""`trtllm-vattn`: doctor, TensorRT engines and benchmarks."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ BENCHMARKS = {
     "policy": "steps with memory mapped beside them, between them, or with the device quiet",
     "serve": "a trace replayed over every kind of cache at equal memory: throughput, TTFT, ITL",
     "tlb": "bandwidth against context, working set and the order of pages",
+    "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }
 
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add(
         commands, "doctor", "what will and will not work on this machine, and why", "trtllm_vattn.cli.doctor", arguments
     )
+    _add(commands, "plugin", "TensorRT engines: list, build, inspect", "trtllm_vattn.cli.plugin", arguments)
     bench = commands.add_parser("bench", help="benchmarks")
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)
     for name, text in BENCHMARKS.items():

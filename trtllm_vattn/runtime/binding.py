@@ -84,6 +84,13 @@ def _running(step: Step) -> Iterator[None]:
         _current.pop()
 
 
+def current_step() -> Step:
+    """The step of the forward pass under way. Raises ConfigError outside of one."""
+    if not _current:
+        raise ConfigError("this model is bound to a trtllm_vattn cache; run it through its Engine")
+    return _current[-1]
+
+
 class BoundCache(Cache):  # type: ignore[misc]
     """What the model takes for its cache; K and V are stored by the attention function."""
 
@@ -99,9 +106,7 @@ class BoundCache(Cache):  # type: ignore[misc]
 
 def _store_and_attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """q ``[tokens, num_heads, head_dim]`` to the same shape; k, v ``[tokens, num_kv_heads, head_dim]``."""
-    if not _current:
-        raise ConfigError("this model is bound to a trtllm_vattn cache; run it through its Engine")
-    step = _current[-1]
+    step = current_step()
     step.attention.write(layer, k, v, step.slots, step.positions)
     return step.attend(layer, q)
 

@@ -1,0 +1,205 @@
+"""From a model to a folder with an engine: the network, its optimisation profiles, the plan, and what is known of it.
+
+A plan has two profiles, decode (a row a lane) and context (one lane of many rows), and no addresses. Folders hold
+``engine.json``, the model's ``config.json``, ``engine.plan``, and for tensorrt-rtx the ONNX model it came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.plugins.networks.decoder import inputs_of
+from trtllm_vattn.plugins.networks.onnx_pen import write_onnx
+from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
+from trtllm_vattn.plugins.networks.trt_pen import TrtPen, draw_network
+from trtllm_vattn.plugins.plugin import NAME, register
+from trtllm_vattn.plugins.refusals import explain, forget
+
+logger = logging.getLogger(__name__)
+
+DECODE, CONTEXT = 0, 1
+"""The optimisation profiles by number."""
+PLAYED = "played"
+"""In place of a module's name: no plan, torch plays the network and calls the plugin as TensorRT would."""
+RTX_TARGETS = ("80", "89", "120")
+"""Compute capabilities that tensorrt-rtx builds for unless told otherwise."""
+
+
+def profile_sizes(limits: PlanLimits, profile: int) -> dict[str, tuple[int, int, int]]:
+    """Smallest, best and largest size of each of the network's dimensions in a profile."""
+    lanes, chunk, longest = limits.max_lanes, limits.max_chunk, limits.max_seq_len
+    if profile == DECODE:
+        return {"tokens": (1, lanes, lanes), "lanes": (1, lanes, lanes), "most": (1, 1, 1)}
+    return {"tokens": (1, chunk, chunk), "lanes": (1, 1, 1), "most": (1, min(chunk, longest), longest)}
+
+
+def profiles_of(limits: PlanLimits) -> tuple[int, ...]:
+    """A plan's profiles."""
+    return (DECODE, CONTEXT) if limits.max_chunk else (DECODE,)
+
+
+def make_logger(trt: Any) -> Any:
+    """TensorRT's messages into `logging`."""
+
+    def start(self: Any) -> None:
+        trt.ILogger.__init__(self)
+
+    def log(self: Any, severity: Any, message: str) -> None:
+        names = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.WARNING}
+        logger.log(names.get(severity.name, logging.DEBUG), "%s", message)
+
+    return type("Log", (trt.ILogger,), {"__init__": start, "log": log})()
+
+
+class PlanBuilder:
+    """Builds one plan with a TensorRT module.
+
+    Parameters
+    ----------
+    targets : sequence of str
+        Compute capabilities like ``89``, for tensorrt-rtx, which builds for cards that are not there. TensorRT builds
+        for the card at hand and takes none.
+    """
+
+    def __init__(self, trt: Any, limits: PlanLimits, targets: Sequence[str] = ()) -> None:
+        self.trt, self.limits = trt, limits
+        register(trt)
+        self.log = make_logger(trt)
+        self.builder = trt.Builder(self.log)
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        self.network = self.builder.create_network(flags)
+        self.config = self.builder.create_builder_config()
+        self.config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        self._target(targets)
+        self._pen: TrtPen | None = None
+
+    def _target(self, targets: Sequence[str]) -> None:
+        if not targets:
+            return
+        if not hasattr(self.trt, "ComputeCapability"):
+            raise ConfigError(f"{self.trt.__name__} builds for the card at hand; give no targets, or use tensorrt_rtx")
+        known = self.trt.ComputeCapability.__members__
+        unknown = [target for target in targets if f"SM{target}" not in known]
+        if unknown:
+            there = ", ".join(name.removeprefix("SM") for name in known if name.startswith("SM"))
+            raise ConfigError(f"{self.trt.__name__} does not build for {', '.join(unknown)}; there are {there}")
+        self.config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            self.config.set_compute_capability(known[f"SM{target}"], index)
+
+    def draw(self, spec: DecoderSpec) -> None:
+        """The network by TensorRT's own API."""
+        self._pen = draw_network(self.trt, self.network, spec, self.limits)
+
+    def parse(self, path: Path) -> None:
+        """The network from ONNX. Raises ConfigError with what the parser and the plugin say."""
+        forget()
+        parser = self.trt.OnnxParser(self.network, self.log)
+        if not parser.parse_from_file(str(path)):
+            errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+            raise explain(f"{self.trt.__name__} does not take {path}", "; ".join(errors))
+
+    def build(self) -> bytes:
+        """The serialised plan. Raises ConfigError where the plugin or the builder refuses the network."""
+        forget()
+        inputs = inputs_of(self.limits)
+        for number in profiles_of(self.limits):
+            profile = self.builder.create_optimization_profile()
+            sizes = profile_sizes(self.limits, number)
+            for name, dimension in inputs.items():
+                profile.set_shape(name, *((size,) for size in sizes[dimension]))
+            self.config.add_optimization_profile(profile)
+        plan = self.builder.build_serialized_network(self.network, self.config)
+        if plan is None:
+            raise explain(f"{self.trt.__name__} {self.trt.__version__} built no plan")
+        return bytes(plan)
+
+    def layers(self) -> dict[str, int]:
+        """How many layers of each type the network has."""
+        kinds = (self.network.get_layer(index).type.name for index in range(self.network.num_layers))
+        return dict(sorted(Counter(kinds).items()))
+
+    def tensors(self) -> dict[str, list[int]]:
+        """The network's inputs and outputs with their dimensions."""
+        both = [self.network.get_input(i) for i in range(self.network.num_inputs)]
+        both += [self.network.get_output(i) for i in range(self.network.num_outputs)]
+        return {tensor.name: list(tensor.shape) for tensor in both}
+
+
+def build_folder(
+    model: PreTrainedModel,
+    folder: Path,
+    limits: PlanLimits,
+    trt: Any = None,
+    targets: Sequence[str] = (),
+    source: str = "",
+) -> dict[str, Any]:
+    """Build an engine's folder; returns what went into its ``engine.json``.
+
+    Parameters
+    ----------
+    trt : module or None
+        Who builds; None for a folder without a plan (`PLAYED`).
+    source : str
+        Where the model came from, which a folder without a plan has to load again.
+
+    Raises
+    ------
+    ConfigError
+        The model's family is not known, or the module refuses the network.
+    """
+    spec = DecoderSpec.of(model, limits.max_seq_len)
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {
+        "module": PLAYED if trt is None else trt.__name__,
+        "version": None if trt is None else str(trt.__version__),
+        "targets": list(targets),
+        "limits": asdict(limits),
+        "decoder": spec.sizes(),
+        "source": source,
+    }
+    if trt is not None:
+        builder = PlanBuilder(trt, limits, targets)
+        if hasattr(builder.network, "add_plugin_v3"):
+            builder.draw(spec)
+        else:
+            builder.parse(write_onnx(spec, limits, folder / "onnx" / "model.onnx"))
+        plan = builder.build()
+        (folder / "engine.plan").write_bytes(plan)
+        found |= {
+            "plan_bytes": len(plan),
+            "plan_sha256": hashlib.sha256(plan).hexdigest(),
+            "layers": builder.layers(),
+            "tensors": builder.tensors(),
+            "plugins_in_plan": plan.count(NAME.encode()),
+        }
+    model.config.get_text_config().save_pretrained(folder)
+    (folder / "engine.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """An engine's ``engine.json``. Raises ConfigError where there is none, or its plan is another one than it says."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "engine.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no engine: {error}; make one with `trtllm-vattn plugin build`") from error
+    if found["module"] != PLAYED:
+        path = folder / "engine.plan"
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
+        if digest != found["plan_sha256"]:
+            raise ConfigError(
+                f"{path} is not the plan that engine.json describes ({digest[:12]}, not {found['plan_sha256'][:12]}); "
+                "build it again"
+            )
+    return found

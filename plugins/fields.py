@@ -1,0 +1,215 @@
+"""What a plan says about one attention layer: names, sizes, never an address."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+
+from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Slots(IntEnum):
+    """What the input ``slots`` is for."""
+
+    NONE = 0
+    """There is no such input: lane i is slot i."""
+    CONTEXT = 1
+    """It says which slot a chunk of a prompt goes to; in decode lane i is slot i, which kernels read fastest."""
+    ALWAYS = 2
+    """It is looked at in decode, too."""
+
+
+@dataclass(frozen=True)
+class AttentionFields:
+    """The serialised fields of one attention layer.
+
+    Parameters
+    ----------
+    cache : str
+        The name under which the process that runs the plan attaches its cache (`registry.attach`).
+    layer : int
+        The cache's layer.
+    num_heads, num_kv_heads, head_dim : int
+    scale : float
+        By which scores are multiplied; kept as float32, which is what a plan holds.
+    window : int
+        Tokens of a sliding window; 0 for full attention. A cache longer than the window is refused.
+    dtype : str
+        Of q, k, v, the output and the cache: one of `DTYPES`.
+    packed_qkv : int
+        1 where q, k and v arrive as one tensor ``[tokens, (num_heads + 2 num_kv_heads) head_dim]``.
+    slots : int
+        A value of `Slots`.
+    context : int
+        1 where the plan has a context phase, too: inputs ``query_lengths`` and ``extent``.
+
+    Raises
+    ------
+    ConfigError
+        A field is out of its range.
+    """
+
+    cache: str
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int
+    dtype: str
+    packed_qkv: int
+    slots: int
+    context: int
+
+    def __post_init__(self) -> None:
+        if not self.cache:
+            raise ConfigError("the field cache is empty; name the cache that the plan's process will attach")
+        for name in ("num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"the field {name} is {getattr(self, name)}; it must be a positive number")
+        if self.layer < 0 or self.window < 0:
+            raise ConfigError(f"layer is {self.layer} and window {self.window}; neither may be below 0")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"{self.num_heads} query heads over {self.num_kv_heads} kv heads; give a multiple of the latter"
+            )
+        object.__setattr__(self, "scale", float(np.float32(self.scale)))
+        if not self.scale > 0:
+            raise ConfigError(f"the field scale is {self.scale}; it must be above 0, head_dim ** -0.5 say")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"the field dtype is {self.dtype!r}; there are {', '.join(DTYPES)}")
+        if self.packed_qkv not in (0, 1) or self.context not in (0, 1) or self.slots not in tuple(Slots):
+            raise ConfigError(
+                f"packed_qkv is {self.packed_qkv}, context {self.context}, slots {self.slots}; the first two are 0 or "
+                "1, slots is 0 (none), 1 (context phase) or 2 (always)"
+            )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def q_width(self) -> int:
+        """Elements of a token's queries, and of its output."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Elements of a token's keys."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The layer's inputs, in order.
+
+        q, k, v ``[tokens, width]`` (or qkv) of `dtype`; the rest int32 on the device: lengths ``[lanes]``, tokens of a
+        lane's sequence with this call's included, 0 for a padding lane; slots ``[lanes]``; query_lengths ``[lanes]``,
+        how many of a lane's rows are tokens; extent ``[most]``, whose contents are not read: its size bounds lengths.
+        """
+        names = ["qkv"] if self.packed_qkv else ["q", "k", "v"]
+        names.append("lengths")
+        if self.slots != Slots.NONE:
+            names.append("slots")
+        if self.context:
+            names += ["query_lengths", "extent"]
+        return tuple(names)
+
+    def width_of(self, name: str) -> int:
+        """Elements of a token in an input of `dtype`."""
+        return {"q": self.q_width, "qkv": self.q_width + 2 * self.kv_width}.get(name, self.kv_width)
+
+    def check_input(self, name: str, dims: Iterable[int]) -> None:
+        """Raise ConfigError where an input's dimensions, -1 for one not known yet, are not those of `inputs`."""
+        got = tuple(dims)
+        if name in ("q", "k", "v", "qkv"):
+            wanted: tuple[int | str, ...] = ("tokens", self.width_of(name))
+            wrong = len(got) != 2 or got[1] not in (-1, wanted[1])
+        else:
+            wanted = ("most",) if name == "extent" else ("lanes",)
+            wrong = len(got) != 1
+        if wrong:
+            shape = ", ".join(str(part) for part in wanted)
+            raise ConfigError(
+                f"input {name} of attention layer {self.layer} has shape {list(got)}; it must be [{shape}] for "
+                f"{self.num_heads} query heads and {self.num_kv_heads} kv heads of {self.head_dim}"
+            )
+
+    def check_cache(self, shape: CacheShape) -> None:
+        """Raise ConfigError where a cache is not the one that the layer was built for, naming what differs."""
+        differing = [
+            f"{name} is {theirs}, the plan's {ours}"
+            for name, theirs, ours in (
+                ("num_kv_heads", shape.num_kv_heads, self.num_kv_heads),
+                ("head_dim", shape.head_dim, self.head_dim),
+                ("dtype", shape.dtype, self.torch_dtype),
+                ("kv_factor", shape.kv_factor, 2),
+            )
+            if theirs != ours
+        ]
+        if self.layer >= shape.num_layers:
+            differing.append(f"num_layers is {shape.num_layers}, the plan has a layer {self.layer}")
+        if self.window and self.window < shape.max_seq_len:
+            differing.append(f"max_seq_len is {shape.max_seq_len}, the plan's window {self.window} tokens")
+        if differing:
+            raise ConfigError(
+                f"the cache attached as {self.cache!r} does not fit the plan: {'; '.join(differing)}; attach one built "
+                "for this model, or build the plan anew"
+            )
+
+
+KINDS: Mapping[str, str] = {
+    field.name: {"str": "CHAR", "int": "INT32", "float": "FLOAT32"}[str(field.type)]
+    for field in fields(AttentionFields)
+}
+"""The fields' PluginFieldType by name. ONNX integers arrive as INT32, too."""
+
+
+def to_collection(trt: Any, values: AttentionFields) -> tuple[Any, list[Any]]:
+    """A PluginFieldCollection, and the buffers that must outlive it."""
+    buffers: list[Any] = []
+    out = []
+    for name, value in asdict(values).items():
+        kind = KINDS[name]
+        if kind == "CHAR":
+            data: Any = value.encode()
+        else:
+            data = np.array([value], np.int32 if kind == "INT32" else np.float32)
+        buffers.append(data)
+        out.append(trt.PluginField(name, data, getattr(trt.PluginFieldType, kind)))
+    return trt.PluginFieldCollection(out), buffers
+
+
+def from_collection(collection: Iterable[Any]) -> AttentionFields:
+    """Read what `to_collection` or an ONNX node's attributes made.
+
+    Raises ConfigError for a field that is missing, unknown, or cannot be read.
+    """
+    values: dict[str, Any] = {}
+    for field in collection:
+        kind = KINDS.get(field.name)
+        if kind is None:
+            raise ConfigError(f"VattnAttention has no field {field.name!r}; there are {', '.join(KINDS)}")
+        values[field.name] = _value(field, kind)
+    missing = [name for name in KINDS if name not in values]
+    if missing:
+        raise ConfigError(f"VattnAttention was given no {', '.join(missing)}; its fields are {', '.join(KINDS)}")
+    return AttentionFields(**values)
+
+
+def _value(field: Any, kind: str) -> Any:
+    data = field.data
+    if kind == "CHAR":
+        raw = data if isinstance(data, bytes) else np.asarray(data).tobytes()
+        return raw.rstrip(b"\0").decode()
+    array = np.asarray(data)
+    if array.size != 1 or array.dtype.kind not in ("iu" if kind == "INT32" else "iuf"):
+        raise ConfigError(f"the field {field.name} is {array.tolist()!r} of {array.dtype}; give one number ({kind})")
+    return int(array.item()) if kind == "INT32" else float(array.item())

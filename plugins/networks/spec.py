@@ -1,0 +1,131 @@
+"""What a network is made of: a decoder's sizes and weights, taken from a Hugging Face model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.plugins.fields import DTYPES, AttentionFields, Slots
+from trtllm_vattn.runtime.binding import scale_of, shape_of
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+"""Model types whose decoder `draw` knows."""
+
+
+@dataclass(frozen=True)
+class PlanLimits:
+    """What a plan can be asked for.
+
+    Parameters
+    ----------
+    max_lanes : int
+        Sequences of a decode step.
+    max_chunk : int
+        Prompt tokens of one call; 0 for a plan without a context phase.
+    max_seq_len : int
+        Tokens of a sequence.
+    any_slot : bool
+        Whether a decode step looks its lanes' slots up, instead of lane i being slot i.
+    cache : str
+        The name under which the cache is attached.
+    """
+
+    max_lanes: int = 8
+    max_chunk: int = 512
+    max_seq_len: int = 2048
+    any_slot: bool = False
+    cache: str = "kv"
+
+    def __post_init__(self) -> None:
+        if self.max_lanes < 1 or self.max_chunk < 0 or self.max_seq_len < 1:
+            raise ConfigError(
+                f"max_lanes is {self.max_lanes}, max_chunk {self.max_chunk}, max_seq_len {self.max_seq_len}; they are "
+                "positive, max_chunk may be 0"
+            )
+
+    @property
+    def slots(self) -> Slots:
+        if self.any_slot:
+            return Slots.ALWAYS
+        return Slots.CONTEXT if self.max_chunk else Slots.NONE
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """Sizes of a decoder of one of `FAMILIES`, as its layers are drawn.
+
+    `weights` are named as transformers names them, with ``rope.cos`` and ``rope.sin`` ``[positions, head_dim / 2]``
+    beside them; RoPE is part of the network and the attention layer gets rotated queries and keys.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    eps: float
+    scale: float
+    window: int
+    dtype: str
+    weights: dict[str, torch.Tensor] = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, max_seq_len: int) -> DecoderSpec:
+        """The spec of a model in memory. Raises ConfigError for a family that is not known, or too few positions."""
+        config = model.config.get_text_config()
+        if config.model_type not in FAMILIES:
+            raise ConfigError(f"no network for a {config.model_type} model; there are {', '.join(FAMILIES)}")
+        dtype = next((name for name, each in DTYPES.items() if each == model.dtype), None)
+        if dtype is None:
+            raise ConfigError(f"the model is of {model.dtype}; load it as one of {', '.join(DTYPES)}")
+        shape = shape_of(model, 1, max_seq_len)
+        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+        with torch.inference_mode():
+            positions = torch.arange(max_seq_len, device=model.device)[None]
+            cos, sin = model.model.rotary_emb(weights["model.norm.weight"], positions)
+        half = shape.head_dim // 2
+        weights.update({"rope.cos": cos[0, :, :half].contiguous(), "rope.sin": sin[0, :, :half].contiguous()})
+        return cls(
+            num_layers=shape.num_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            vocab_size=config.vocab_size,
+            eps=config.rms_norm_eps,
+            scale=scale_of(model) or shape.head_dim**-0.5,
+            # shape_of has refused a window shorter than max_seq_len.
+            window=0,
+            dtype=dtype,
+            weights=weights,
+        )
+
+    def layer_fields(self, layer: int, limits: PlanLimits) -> AttentionFields:
+        """The plugin's fields of one layer."""
+        return AttentionFields(
+            cache=limits.cache,
+            layer=layer,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            scale=self.scale,
+            window=self.window,
+            dtype=self.dtype,
+            packed_qkv=0,
+            slots=int(limits.slots),
+            context=int(limits.max_chunk > 0),
+        )
+
+    def cache_shape(self, num_slots: int, max_seq_len: int) -> CacheShape:
+        """The shape of a cache for it."""
+        dtype = DTYPES[self.dtype]
+        return CacheShape(self.num_layers, self.num_kv_heads, self.head_dim, dtype, num_slots, max_seq_len)
+
+    def sizes(self) -> dict[str, Any]:
+        """All but the weights, for JSON."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "weights"}

@@ -1,0 +1,99 @@
+"""A stand-in for a TensorRT module, as far as a plugin's life needs one; written from the published interface.
+
+Where no TensorRT can execute (none is installed, or none that runs on the card at hand), `played.PlayedEngine` calls
+plugins of these classes in the order in which TensorRT does. It builds nothing and runs nothing itself.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+__version__ = "stand-in"
+
+
+class DataType(enum.Enum):
+    FLOAT = enum.auto()
+    HALF = enum.auto()
+    BF16 = enum.auto()
+    INT32 = enum.auto()
+
+
+class TensorFormat(enum.Enum):
+    LINEAR = enum.auto()
+    CHW32 = enum.auto()
+
+
+class TensorRTPhase(enum.Enum):
+    BUILD = enum.auto()
+    RUNTIME = enum.auto()
+
+
+class PluginFieldType(enum.Enum):
+    CHAR = enum.auto()
+    INT32 = enum.auto()
+    FLOAT32 = enum.auto()
+
+
+@dataclass(frozen=True)
+class PluginField:
+    """A name, a buffer, and what is in it."""
+
+    name: str
+    data: Any
+    type: PluginFieldType
+
+
+PluginFieldCollection = list
+
+
+class DimsExprs(list[Any]):
+    """Dimensions that are expressions, to be filled in."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__([None] * count)
+
+
+class IPluginV3:
+    """Base of plugins."""
+
+
+class IPluginV3OneCore:
+    """What a plugin is called."""
+
+
+class IPluginV3OneBuild:
+    """What a plugin does while a network is built."""
+
+
+class IPluginV3OneRuntime:
+    """What a plugin does while an engine runs."""
+
+
+class IPluginCreatorV3One:
+    """Base of creators."""
+
+
+class Registry:
+    """Creators by name, version and namespace."""
+
+    def __init__(self) -> None:
+        self._creators: dict[tuple[str, str, str], Any] = {}
+
+    def register_creator(self, creator: Any, namespace: str) -> bool:
+        """False where there is one of that name already."""
+        key = (creator.name, creator.plugin_version, namespace)
+        return self._creators.setdefault(key, creator) is creator
+
+    def get_creator(self, name: str, version: str, namespace: str) -> Any:
+        """None where there is none."""
+        return self._creators.get((name, version, namespace))
+
+
+_registry = Registry()
+
+
+def get_plugin_registry() -> Registry:
+    """The process's registry."""
+    return _registry

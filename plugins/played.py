@@ -1,0 +1,208 @@
+"""An engine played by torch: the network computed layer by layer, the plugin called as TensorRT calls it.
+
+No TensorRT runtime may be there, or none that runs on the card at hand (tensorrt-rtx refuses compute capability 9.0).
+What this shows about the plugin holds for the real thing as far as the calls are the same: one instance a layer built
+(phase BUILD), asked for types, shapes and formats, configured, serialised; made again from its fields (phase RUNTIME);
+one clone an execution context; `on_shape_change` before the first `enqueue` and after each new shape; then raw
+addresses, a workspace and a stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.plugins import plain
+from trtllm_vattn.plugins.attend import tensor_over
+from trtllm_vattn.plugins.fields import AttentionFields, to_collection
+from trtllm_vattn.plugins.networks.decoder import draw, inputs_of
+from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
+from trtllm_vattn.plugins.plugin import NAME, NAMESPACE, TRT_DTYPES, VERSION, launching_on, register
+
+
+@dataclass(frozen=True)
+class Desc:
+    """A PluginTensorDesc."""
+
+    dims: tuple[int, ...]
+    type: Any
+    format: Any
+
+    @property
+    def desc(self) -> Desc:
+        """What a DynamicPluginTensorDesc has around it."""
+        return self
+
+
+class Constants:
+    """Expressions of a network's dimensions, as far as the plugin uses them."""
+
+    def constant(self, value: int) -> int:
+        return value
+
+
+def describe(trt: Any, fields: AttentionFields, tokens: int, lanes: int, most: int) -> tuple[list[Desc], list[Desc]]:
+    """Inputs and outputs of a layer; -1 is a size not known yet."""
+    linear, own = trt.TensorFormat.LINEAR, getattr(trt.DataType, TRT_DTYPES[fields.dtype])
+    inputs = []
+    for name in fields.inputs:
+        if name in ("q", "k", "v", "qkv"):
+            inputs.append(Desc((tokens, fields.width_of(name)), own, linear))
+        else:
+            inputs.append(Desc((most if name == "extent" else lanes,), trt.DataType.INT32, linear))
+    return inputs, [Desc((tokens, fields.q_width), own, linear)]
+
+
+def built_layer(trt: Any, fields: AttentionFields) -> Any:
+    """A layer that went through a builder's questions, into a plan, and out of it; raises what the plugin refuses."""
+    register(trt)
+    creator = trt.get_plugin_registry().get_creator(NAME, VERSION, NAMESPACE)
+    collection, keep = to_collection(trt, fields)
+    added = creator.create_plugin(f"attention_{fields.layer}", collection, trt.TensorRTPhase.BUILD)
+    del keep
+    layer = added.clone()
+    inputs, outputs = describe(trt, fields, -1, -1, -1)
+    layer.get_output_data_types([each.type for each in inputs])
+    if trt is plain:
+        # Expressions of dimensions can be made by a real builder alone.
+        layer.get_output_shapes([list(each.dims) for each in inputs], [], Constants())
+    both = [*inputs, *outputs]
+    for position in range(len(both)):
+        if not layer.supports_format_combination(position, both, len(inputs)):
+            raise ConfigError(f"attention layer {fields.layer} refuses {both[position]} at position {position}")
+    layer.configure_plugin(inputs, outputs)
+    layer.get_workspace_size(inputs, outputs)
+    return creator.create_plugin(
+        f"attention_{fields.layer}", layer.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME
+    )
+
+
+class TorchPen:
+    """Computes at once; T is a torch tensor. `layers` are an execution context's plugins."""
+
+    def __init__(self, trt: Any, layers: Mapping[int, Any], stream: int, shaped: dict[int, tuple[int, ...]]) -> None:
+        self.trt, self.layers, self.stream, self.shaped = trt, layers, stream, shaped
+
+    def weight(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    def gather(self, table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return table.index_select(0, indices)
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight)
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a + b
+
+    def subtract(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a - b
+
+    def multiply(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a * b
+
+    def reshape(self, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        return x.reshape(tuple(shape))
+
+    def part(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        return x[..., start:stop]
+
+    def join(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.cat([a, b], dim=-1)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    def silu(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(x)
+
+    def to_float(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float()
+
+    def attention(self, fields: AttentionFields, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """`on_shape_change` where shapes are new, then `enqueue`."""
+        inputs = [given[name].contiguous() for name in fields.inputs]
+        sizes = (len(inputs[0]), len(given["lengths"]), len(given.get("extent", ())))
+        described, outputs = describe(self.trt, fields, *sizes)
+        layer = self.layers[fields.layer]
+        if self.shaped.get(fields.layer) != sizes:
+            layer.on_shape_change(described, outputs)
+            self.shaped[fields.layer] = sizes
+        out = inputs[0].new_empty(outputs[0].dims)
+        addresses = [tensor.data_ptr() for tensor in inputs]
+        layer.enqueue(described, outputs, addresses, [out.data_ptr()], 0, self.stream)
+        return out
+
+
+class PlayedContext:
+    """An execution context: what `EngineModel` uses of TensorRT's."""
+
+    def __init__(self, engine: PlayedEngine) -> None:
+        self.engine = engine
+        self.layers = {number: layer.attach_to_context(None) for number, layer in engine.layers.items()}
+        self._shaped: dict[int, tuple[int, ...]] = {}
+        self._dims: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        return 0 <= index < self.engine.num_optimization_profiles
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        """It needs none."""
+
+    def set_input_shape(self, name: str, dims: Sequence[int]) -> bool:
+        self._dims[name] = tuple(dims)
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        """Compute the network on a stream, from the inputs' addresses to the output's."""
+        engine = self.engine
+        given = {
+            name: tensor_over(self._addresses[name], self._dims[name], torch.int32, engine.device)
+            for name in inputs_of(engine.limits)
+        }
+        pen = TorchPen(engine.trt, self.layers, stream, self._shaped)
+        with launching_on(stream, engine.device), torch.inference_mode():
+            logits = draw(pen, engine.spec, engine.limits, given)
+            tensor_over(self._addresses["logits"], tuple(logits.shape), logits.dtype, engine.device).copy_(logits)
+        return True
+
+
+class PlayedEngine:
+    """An engine without a plan.
+
+    Parameters
+    ----------
+    trt : module
+        Whose plugin classes; `plain` where no TensorRT is installed.
+
+    Raises
+    ------
+    ConfigError
+        The plugin refuses a layer.
+    """
+
+    device_memory_size_v2 = 0
+
+    def __init__(self, spec: DecoderSpec, limits: PlanLimits, trt: Any = plain) -> None:
+        self.spec, self.limits, self.trt = spec, limits, trt
+        self.device = spec.weights["lm_head.weight"].device
+        self.num_optimization_profiles = 2 if limits.max_chunk else 1
+        self.layers = {layer: built_layer(trt, spec.layer_fields(layer, limits)) for layer in range(spec.num_layers)}
+
+    @property
+    def storages(self) -> list[torch.Tensor]:
+        """Its weights, which a captured step touches."""
+        return list(self.spec.weights.values())
+
+    def create_execution_context(self, strategy: object = None) -> PlayedContext:
+        return PlayedContext(self)

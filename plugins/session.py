@@ -1,0 +1,199 @@
+"""`EngineSession`: requests over a TensorRT engine, with the Engine's own interface, scheduler and captured steps.
+
+Steps are captured once a batch size and replayed for life: lengths, slots and tokens are on the device, the cache's
+addresses fixed. TensorRT-LLM's `GenerationSession` captures anew every step, because its plugin takes host tensors.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.plugins import plain, registry
+from trtllm_vattn.plugins.build import PLAYED, make_logger, read_folder
+from trtllm_vattn.plugins.engine_model import EngineModel
+from trtllm_vattn.plugins.fields import DTYPES
+from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
+from trtllm_vattn.plugins.played import PlayedEngine
+from trtllm_vattn.plugins.plugin import register
+from trtllm_vattn.plugins.refusals import explain, forget
+from trtllm_vattn.plugins.tensorrt import load_tensorrt
+from trtllm_vattn.plugins.trtllm_folder import PLAN, is_trtllm_folder, read_trtllm_folder
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.startup import memory_left
+from trtllm_vattn.vmm.open import open_driver
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class LoadedEngine:
+    """An engine in memory, with what its folder says of it.
+
+    Parameters
+    ----------
+    engine : ICudaEngine or PlayedEngine
+    decoder : dict
+        `DecoderSpec.sizes`.
+    allocation : object
+        See `EngineModel`.
+    keep : object
+        Kept alive with the engine (TensorRT's runtime).
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        config: Any,
+        decoder: dict[str, Any],
+        limits: PlanLimits,
+        allocation: object = None,
+        keep: object = None,
+    ) -> None:
+        self.engine, self.config, self.decoder, self.limits = engine, config, decoder, limits
+        self.allocation, self._keep = allocation, keep
+
+    @classmethod
+    def load(cls, folder: Path, device: str) -> LoadedEngine:
+        """An engine from its folder, or from one of `trtllm-build`; a folder without a plan is played by torch.
+
+        Raises ConfigError where the folder is none, or TensorRT does not take the plan here.
+        """
+        if is_trtllm_folder(folder):
+            config, decoder, limits = read_trtllm_folder(folder)
+            return cls._from_plan("tensorrt", folder / PLAN, config, decoder, limits)
+        found = read_folder(folder)
+        limits, config = PlanLimits(**found["limits"]), AutoConfig.from_pretrained(folder, local_files_only=True)
+        if found["module"] == PLAYED:
+            model = load_model(found["source"], device, DTYPES[found["decoder"]["dtype"]])
+            return cls.played(model, limits)
+        return cls._from_plan(found["module"], folder / "engine.plan", config, found["decoder"], limits)
+
+    @classmethod
+    def _from_plan(
+        cls, module: str, path: Path, config: Any, decoder: dict[str, Any], limits: PlanLimits
+    ) -> LoadedEngine:
+        trt = load_tensorrt(module)
+        register(trt)
+        forget()
+        runtime = trt.Runtime(make_logger(trt))
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise explain(f"{trt.__name__} {trt.__version__} does not take {path} on this machine")
+        allocation = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        return cls(engine, config, decoder, limits, allocation, keep=runtime)
+
+    @classmethod
+    def played(cls, model: PreTrainedModel, limits: PlanLimits, trt: Any = plain) -> LoadedEngine:
+        """A model's network without a plan, the plugin of module `trt` called as TensorRT calls it."""
+        spec = DecoderSpec.of(model, limits.max_seq_len)
+        return cls(PlayedEngine(spec, limits, trt), model.config.get_text_config(), spec.sizes(), limits)
+
+    def cache_shape(self, num_slots: int, max_seq_len: int | None = None) -> CacheShape:
+        """The shape of a cache for it."""
+        sizes = self.decoder
+        return CacheShape(
+            sizes["num_layers"],
+            sizes["num_kv_heads"],
+            sizes["head_dim"],
+            DTYPES[sizes["dtype"]],
+            num_slots,
+            max_seq_len or self.limits.max_seq_len,
+        )
+
+
+class EngineSession(Engine):
+    """Runs requests over a TensorRT engine and a cache, which it attaches under the engine's name and closes.
+
+    Parameters
+    ----------
+    loaded : LoadedEngine
+    cache : KVCache
+        Of `loaded.cache_shape`, with no more slots than the plan has lanes, and sequences no longer than the plan's.
+    attention : str
+        The backend that the plan's layers run on: ``auto``, ``torch`` or ``cudnn``.
+    options
+        Further parameters of `Engine`; nothing is compiled, and `packed` follows the plan.
+
+    Raises
+    ------
+    ConfigError
+        The cache does not fit the plan, or another one is attached under its name.
+    """
+
+    def __init__(self, loaded: LoadedEngine, cache: KVCache, *, attention: str = "auto", **options: Any) -> None:
+        limits = loaded.limits
+        if not limits.max_chunk:
+            raise ConfigError(
+                "this plan has no context phase, so prompts cannot go in; build it with max_chunk above 0"
+            )
+        if cache.shape.num_slots > limits.max_lanes or cache.shape.max_seq_len > limits.max_seq_len:
+            raise ConfigError(
+                f"the cache has {cache.shape.num_slots} slots of {cache.shape.max_seq_len} tokens, the plan takes "
+                f"{limits.max_lanes} lanes and {limits.max_seq_len} tokens; make the cache smaller, or build anew"
+            )
+        self.name = limits.cache
+        with ExitStack() as undo:
+            attached = registry.attach(self.name, cache, attention)
+            undo.callback(registry.detach, self.name)
+            model = EngineModel(
+                loaded.engine, loaded.config, loaded.decoder["scale"], limits, attached, loaded.allocation
+            )
+            options["chunk"] = min(options.get("chunk", limits.max_chunk), limits.max_chunk)
+            options["compile"], options["packed"] = False, limits.any_slot
+            super().__init__(cast(PreTrainedModel, model), cache, attention=attention, **options)
+            undo.pop_all()
+        self.loaded = loaded
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: Path | str,
+        *,
+        device: str | None = None,
+        max_seqs: int | None = None,
+        max_seq_len: int | None = None,
+        budget: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """A session over an engine's folder (`trtllm-vattn plugin build`) and a cache made for it.
+
+        Parameters
+        ----------
+        max_seqs, max_seq_len : int or None
+            None is what the plan takes.
+        budget : int or None
+            Bytes of KV memory; None is what is left of 90 % of the GPU's memory after capturing, or on the host enough
+            for all sequences.
+        """
+        device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+        loaded = LoadedEngine.load(Path(folder), device)
+        shape = loaded.cache_shape(max_seqs or loaded.limits.max_lanes, max_seq_len)
+        with ExitStack() as undo:
+            cache = make_cache("vattn", shape, device, budget) if device == "cpu" else _unsized(shape, device)
+            undo.callback(cache.close)
+            session = cls(loaded, cache, **options)
+            if device != "cpu":
+                session.set_budget(memory_left(cache.device) if budget is None else budget)
+            undo.pop_all()
+        return session
+
+    def close(self) -> None:
+        """Drop all requests, the graphs, the contexts and the cache; the name is free. Idempotent."""
+        super().close()
+        registry.detach(self.name)
+        cast(EngineModel, self.model).close()
+
+
+def _unsized(shape: CacheShape, device: str) -> KVCacheManager:
+    """A cache with a mapped dummy slot, which is enough to capture over."""
+    return KVCacheManager(shape, open_driver(device))

@@ -1,0 +1,209 @@
+"""Requests over an engine that torch plays, token for token those of the Engine over the model itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.cli.main import main
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.plugins import registry
+from trtllm_vattn.plugins.engine_model import EngineModel
+from trtllm_vattn.plugins.networks.spec import PlanLimits
+from trtllm_vattn.plugins.played import PlayedContext
+from trtllm_vattn.plugins.session import EngineSession, LoadedEngine
+from trtllm_vattn.runtime import Engine, SamplingParams
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.models import load_model
+
+PROMPTS = [[1, 2, 3], list(range(40)), list(range(5, 25)), [7] * 11]
+LIMITS = PlanLimits(max_lanes=4, max_chunk=32, max_seq_len=128)
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return load_model("tiny-llama", "cpu", torch.float32)
+
+
+def session(model: PreTrainedModel, limits: PlanLimits = LIMITS, slots: int = 4, **options: Any) -> EngineSession:
+    loaded = LoadedEngine.played(model, limits)
+    device = str(model.device)
+    return EngineSession(loaded, make_cache("vattn", loaded.cache_shape(slots), device), **options)
+
+
+def tokens_of(engine: Engine, params: SamplingParams | None = None) -> list[list[int]]:
+    params = params or SamplingParams(max_tokens=24)
+    return [done.tokens for done in engine.generate(PROMPTS, params)]
+
+
+def over_the_model(name: str, params: SamplingParams | None = None) -> list[list[int]]:
+    model = load_model(name, "cpu", torch.float32)
+    with Engine(model, make_cache("vattn", shape_of(model, 4, 128), "cpu")) as engine:
+        return tokens_of(engine, params)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral"])
+def test_an_engines_tokens_are_the_models(name: str) -> None:
+    with session(load_model(name, "cpu", torch.float32)) as engine:
+        assert tokens_of(engine) == over_the_model(name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"capture": False}, {"steps": 4}, {"steps": 8, "loop": True}, {"buckets": [4]}, {"chunk": 8}],
+    ids=str,
+)
+def test_every_way_of_stepping_gives_the_same(llama: PreTrainedModel, options: dict[str, Any]) -> None:
+    with session(llama, **options) as engine:
+        assert tokens_of(engine) == over_the_model("tiny-llama")
+
+
+def test_lanes_over_any_slot(llama: PreTrainedModel) -> None:
+    with session(llama, PlanLimits(4, 32, 128, any_slot=True)) as engine:
+        assert engine.decode.packed
+        assert tokens_of(engine) == over_the_model("tiny-llama")
+
+
+def test_sampling_is_the_engines(llama: PreTrainedModel) -> None:
+    params = SamplingParams(max_tokens=12, temperature=0.8, top_p=0.9, seed=5)
+    with session(llama) as engine:
+        assert tokens_of(engine, params) == over_the_model("tiny-llama", params)
+
+
+def test_a_step_is_captured_once_and_then_only_replayed(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = over_the_model("tiny-llama")
+    executed = []
+    execute = PlayedContext.execute_async_v3
+
+    def counted(self: PlayedContext, stream: int) -> bool:
+        executed.append(self)
+        return execute(self, stream)
+
+    monkeypatch.setattr(PlayedContext, "execute_async_v3", counted)
+    with session(llama, chunk=32) as engine:
+        captured = len(executed)
+        short = [PROMPTS[0], PROMPTS[2]]
+        got = [done.tokens for done in engine.generate(short, SamplingParams(max_tokens=24))]
+        assert len(executed) == captured, "a captured step ran the engine again"
+        assert got == [want[0], want[2]]
+        # Each batch size keeps a context of its own, so that none is bound again.
+        model = engine.model
+        assert isinstance(model, EngineModel)
+        assert len({id(context) for context in executed}) == captured == len(model._contexts)
+
+
+def test_budget_and_memory_change_beneath_the_captured_steps(llama: PreTrainedModel) -> None:
+    want = over_the_model("tiny-llama")
+    with session(llama) as engine:
+        cache = engine.cache
+        for round_number in range(3):
+            engine.set_budget((4 << 20) + (round_number << 20))
+            numbers = [engine.submit(prompt, SamplingParams(max_tokens=24)) for prompt in PROMPTS]
+            got: dict[int, list[int]] = {number: [] for number in numbers}
+            while engine.busy:
+                for event in engine.step():
+                    got[event.request].append(event.token)
+                for number in numbers:
+                    if number in cache._slot_of:  # type: ignore[attr-defined]
+                        cache.replace(number)  # type: ignore[attr-defined]
+                        break
+            assert list(got.values()) == want
+            cache.check_integrity()
+
+
+def test_what_does_not_fit_is_refused(llama: PreTrainedModel) -> None:
+    loaded = LoadedEngine.played(llama, LIMITS)
+    with (
+        make_cache("vattn", loaded.cache_shape(5), "cpu") as cache,
+        pytest.raises(ConfigError, match=r"the cache has 5 slots of 128 tokens, the plan takes 4 lanes and 128"),
+    ):
+        EngineSession(loaded, cache)
+    without = LoadedEngine.played(llama, PlanLimits(4, 0, 128))
+    with (
+        make_cache("vattn", loaded.cache_shape(4), "cpu") as cache,
+        pytest.raises(ConfigError, match="this plan has no context phase"),
+    ):
+        EngineSession(without, cache)
+    other = load_model("tiny-llama", "cpu", torch.bfloat16)
+    with (
+        make_cache("vattn", shape_of(other, 2, 64), "cpu") as cache,
+        pytest.raises(ConfigError, match=r"dtype is torch\.bfloat16"),
+    ):
+        EngineSession(loaded, cache)
+
+
+def test_the_name_is_free_again_when_a_session_ends(llama: PreTrainedModel) -> None:
+    with session(llama) as engine:
+        assert registry.attached("kv").cache is engine.cache
+        loaded = engine.loaded
+        with (
+            make_cache("vattn", loaded.cache_shape(2), "cpu") as cache,
+            pytest.raises(ConfigError, match="another cache is attached as 'kv'"),
+        ):
+            EngineSession(loaded, cache)
+        assert registry.attached("kv").cache is engine.cache
+    assert not registry.is_attached("kv")
+
+
+def test_a_folder_without_a_plan_is_played(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "engine"
+    arguments = ["plugin", "build", "tiny-llama", "--with", "played", "--dtype", "float32", "--output", str(folder)]
+    assert main([*arguments, "--max-lanes", "4", "--max-chunk", "32", "--max-seq-len", "128"]) == 0
+    assert "torch plays tiny-llama" in capsys.readouterr().out
+    with EngineSession.from_folder(folder, device="cpu") as engine:
+        assert tokens_of(engine) == over_the_model("tiny-llama")
+
+
+def test_the_benchmark_runs_over_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "engine", tmp_path / "graph.json"
+    arguments = ["plugin", "build", "tiny-llama", "--with", "played", "--dtype", "float32", "--output", str(folder)]
+    assert main([*arguments, "--max-lanes", "4", "--max-chunk", "64", "--max-seq-len", "128"]) == 0
+    sizes = ["--requests", "4", "--max-output", "6", "--max-seqs", "4", "--max-seq-len", "128"]
+    assert main(["bench", "graph", "--engine", str(folder), "--device", "cpu", *sizes, "--output-json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["summary"]["tokens_identical"] is True
+    assert [row["mode"] for row in found["results"]["trace"]["runs"]] == ["eager", "captured"]
+
+
+def test_trtllm_builds_folders_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trtllm_vattn.plugins.trtllm_folder import is_trtllm_folder, read_trtllm_folder
+
+    interface = json.loads((Path(__file__).parents[1] / "data" / "trtllm_engine_path.json").read_text())
+    model = {
+        "architecture": "LlamaForCausalLM",
+        "dtype": "bfloat16",
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_size": 16,
+        "vocab_size": 512,
+        "max_position_embeddings": 256,
+        "mapping": {"world_size": 1},
+    }
+    sizes = {"max_batch_size": 8, "max_input_len": 1024, "max_seq_len": 2048, "max_num_tokens": 512}
+    recorded = interface["build"]["engine_config"]
+    assert (sorted(model), sorted(sizes)) == (sorted(recorded["pretrained_config"]), sorted(recorded["build_config"]))
+    assert not is_trtllm_folder(tmp_path)
+    (tmp_path / "rank0.engine").write_bytes(b"")
+    assert is_trtllm_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_config": model, "build_config": sizes}))
+    monkeypatch.setenv("VATTN_CACHE", "mine")
+    config, decoder, limits = read_trtllm_folder(tmp_path)
+    assert limits == PlanLimits(8, 512, 2048, cache="mine")
+    assert (decoder["scale"], decoder["num_layers"], config.vocab_size) == (0.25, 3, 512)
+    model["mapping"] = {"world_size": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_config": model, "build_config": sizes}))
+    with pytest.raises(ConfigError, match="is an engine of 2 ranks"):
+        read_trtllm_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"is not one of trtllm-build's: KeyError"):
+        read_trtllm_folder(tmp_path)
