@@ -16,6 +16,10 @@ from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import CountingDriver
 
+# Tiny models: threads of one operation would only wait for one another, and where others want the processors, long.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 hypothesis.settings.register_profile(
     "default",
     deadline=None,
