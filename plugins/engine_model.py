@@ -78,6 +78,7 @@ class EngineModel(nn.Module):
 
     def buffers(self, recurse: bool = True) -> Iterator[torch.Tensor]:
         """Everything that a captured step touches beside the cache."""
+        yield self._memory
         for static in self._static.values():
             yield from static.values()
         yield from self.attached.storages()

@@ -38,8 +38,9 @@ class AttentionLayer:
     Parameters
     ----------
     building : bool
-        Whether it is part of a network that is being built. The builder may time it with no cache attached; it does
-        nothing then.
+        Whether it is part of a network that is being built. A builder may time it, on inputs of any content, lengths
+        and slots among them: it launches nothing, whether a cache is attached or not. An engine that is to run is
+        loaded from its plan, whose layers are made with the phase RUNTIME.
     """
 
     def __init__(self, trt: Any, fields: AttentionFields, building: bool) -> None:
@@ -134,7 +135,7 @@ class AttentionLayer:
     ) -> None:
         """Launch the layer on `stream`: nothing waits, so it may be captured; then no Python runs any more."""
         fields = self.fields
-        if self.building and not registry.is_attached(fields.cache):
+        if self.building:
             return
         attached = registry.attached(fields.cache)
         device = attached.cache.device

@@ -17,6 +17,7 @@ from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.graphs.policy import start_choosing
 from trtllm_vattn.plugins import plain, registry
 from trtllm_vattn.plugins.build import PLAYED, make_logger, read_folder
 from trtllm_vattn.plugins.engine_model import EngineModel
@@ -163,6 +164,7 @@ class EngineSession(Engine):
         max_seqs: int | None = None,
         max_seq_len: int | None = None,
         budget: int | None = None,
+        mapping: str = "auto",
         **options: Any,
     ) -> Self:
         """A session over an engine's folder (`trtllm-vattn plugin build`) and a cache made for it.
@@ -174,14 +176,21 @@ class EngineSession(Engine):
         budget : int or None
             Bytes of KV memory; None is what is left of 90 % of the GPU's memory after capturing, or on the host enough
             for all sequences.
+        mapping : str
+            ``auto`` asks a short soak on this machine's driver, made once and remembered (graphs/policy.py).
         """
         device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-        loaded = LoadedEngine.load(Path(folder), device)
-        shape = loaded.cache_shape(max_seqs or loaded.limits.max_lanes, max_seq_len)
         with ExitStack() as undo:
-            cache = make_cache("vattn", shape, device, budget) if device == "cpu" else _unsized(shape, device)
+            choosing = undo.enter_context(start_choosing(device, mapping))
+            loaded = LoadedEngine.load(Path(folder), device)
+            shape = loaded.cache_shape(max_seqs or loaded.limits.max_lanes, max_seq_len)
+            policy = choosing.result().policy
+            if device == "cpu":
+                cache = make_cache("vattn", shape, device, budget)
+            else:
+                cache = KVCacheManager(shape, policy.wrap(open_driver(device)))
             undo.callback(cache.close)
-            session = cls(loaded, cache, **options)
+            session = cls(loaded, cache, mapping=policy, **options)
             if device != "cpu":
                 session.set_budget(memory_left(cache.device) if budget is None else budget)
             undo.pop_all()
@@ -192,8 +201,3 @@ class EngineSession(Engine):
         super().close()
         registry.detach(self.name)
         cast(EngineModel, self.model).close()
-
-
-def _unsized(shape: CacheShape, device: str) -> KVCacheManager:
-    """A cache with a mapped dummy slot, which is enough to capture over."""
-    return KVCacheManager(shape, open_driver(device))

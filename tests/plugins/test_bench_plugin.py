@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,10 @@ def test_an_eager_layer_allocates_nothing_and_waits_for_nothing() -> None:
         want, side = out.clone(), torch.cuda.Stream()
         torch.cuda.synchronize()
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            # torch says that it does not detect everything.
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
         try:
             layer.enqueue(inputs, outputs, addresses, [out.data_ptr()], 0, side.cuda_stream)
         finally:

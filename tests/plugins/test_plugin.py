@@ -167,7 +167,9 @@ def test_a_captured_layer_stays_right_while_memory_is_replaced(host_driver: Driv
         registry.detach("kv")
 
 
-def test_a_builder_may_time_a_layer_with_no_cache_attached() -> None:
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_builder_may_time_a_layer_on_anything(attached: bool, host_driver: Driver) -> None:
+    """Also beside a cache that is in use: lengths and slots are whatever was in the builder's memory."""
     register(plain)
     creator = plain.get_plugin_registry().get_creator(NAME, VERSION, "")
     collection = built_layer(plain, fields_of()).get_fields_to_serialize()
@@ -175,7 +177,11 @@ def test_a_builder_may_time_a_layer_with_no_cache_attached() -> None:
     inputs, outputs = describe(plain, fields_of(), 2, 2, 1)
     building.on_shape_change(inputs, outputs)
     out = torch.ones(2, Q)
-    building.enqueue(inputs, outputs, [0] * len(inputs), [out.data_ptr()], 0, 0)
+    with KVCacheManager(CacheShape(LAYERS, KV_HEADS, DIM, torch.float32, 2, TOKENS), host_driver) as cache:
+        if attached:
+            registry.attach("kv", cache, "torch")
+        building.enqueue(inputs, outputs, [0] * len(inputs), [out.data_ptr()], 0, 0)
+        registry.detach("kv")
     assert (out == 1).all()
 
 

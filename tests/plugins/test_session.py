@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,28 @@ from trtllm_vattn.runtime import Engine, SamplingParams
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.models import load_model
 
+ELSEWHERE = """
+import json, sys
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.plugins import registry
+from trtllm_vattn.plugins.session import EngineSession, LoadedEngine
+from trtllm_vattn.runtime import SamplingParams
+from pathlib import Path
+prompts = [[1, 2, 3], list(range(40)), list(range(5, 25)), [7] * 11]
+with EngineSession.from_folder(sys.argv[1], device="cpu") as session:
+    tokens = [done.tokens for done in session.generate(prompts, SamplingParams(max_tokens=24))]
+loaded = LoadedEngine.load(Path(sys.argv[1]), "cpu")
+with make_cache("vattn", loaded.cache_shape(2), "cpu") as cache:
+    registry.attach("kv", cache)
+    layer = loaded.engine.layers[0].attach_to_context(None)
+    try:
+        layer.enqueue([], [], [], [], 0, 0)
+    except ConfigError as error:
+        refused = str(error)
+    registry.detach("kv")
+print(json.dumps({"tokens": tokens, "refused": refused}))
+"""
 PROMPTS = [[1, 2, 3], list(range(40)), list(range(5, 25)), [7] * 11]
 LIMITS = PlanLimits(max_lanes=4, max_chunk=32, max_seq_len=128)
 
@@ -160,6 +184,31 @@ def test_a_folder_without_a_plan_is_played(tmp_path: Path, capsys: pytest.Captur
     assert "torch plays tiny-llama" in capsys.readouterr().out
     with EngineSession.from_folder(folder, device="cpu") as engine:
         assert tokens_of(engine) == over_the_model("tiny-llama")
+
+
+def test_a_plan_in_another_process(tmp_path: Path, run_apart: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """What a folder holds is enough, and a layer there asks for its cache by name."""
+    folder = tmp_path / "engine"
+    arguments = ["plugin", "build", "tiny-llama", "--with", "played", "--dtype", "float32", "--output", str(folder)]
+    sizes = ["--max-lanes", "4", "--max-chunk", "32", "--max-seq-len", "128", "--cache", "theirs"]
+    assert main([*arguments, *sizes]) == 0
+    done = run_apart(ELSEWHERE, str(folder))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tokens"] == over_the_model("tiny-llama")
+    assert "no cache is attached as 'theirs' in this process (attached: 'kv')" in found["refused"]
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("options", [{}, {"steps": 4}, {"steps": 8, "loop": True}], ids=str)
+def test_on_a_gpu_captured_steps_are_the_eager_ones(options: dict[str, Any]) -> None:
+    model = load_model("tiny-llama", "cuda:0", torch.float32)
+    with session(model, capture=False, attention="torch") as engine:
+        want = tokens_of(engine)
+    with session(model, attention="torch", **options) as engine:
+        assert tokens_of(engine) == want
+        assert tokens_of(engine) == want
 
 
 def test_the_benchmark_runs_over_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from trtllm_vattn.attention.select import available
 from trtllm_vattn.bench.machine import machine, versions
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.graphs.policy import start_choosing
+from trtllm_vattn.plugins import tensorrt
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
@@ -63,10 +64,12 @@ def examine() -> tuple[list[Finding], int]:
         findings.append(finding)
     findings.append(_mapping())
     findings += [Finding(f"attention {name}", why == "yes", why) for name, why in available().items()]
+    for name, version in tensorrt.available().items():
+        findings.append(Finding(name, not version.startswith("no: "), version.removeprefix("no: ")))
     for package, what in (
         ("transformers", "Engine over Hugging Face models (pip install 'trtllm-vattn[runtime]')"),
         ("matplotlib", "plots (pip install 'trtllm-vattn[bench]')"),
-        ("tensorrt_llm", "TensorRT-LLM (not used yet)"),
+        ("tensorrt_llm", "TensorRT-LLM: trtllm-build with the model file of plugins/models"),
     ):
         findings.append(Finding(package, importlib.util.find_spec(package) is not None, what))
     return findings, drivers
