@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"checkpoint directory, or one of {', '.join(SHAPES)} (default: llama-3-8b, tiny without GPU)",
     )
     add("--device", help="cpu or cuda:N (default: the GPU if there is one)")
-    add("--attention", default="auto", help="auto, torch or cudnn")
+    add("--attention", default="auto", help="auto, torch, cudnn or xqa")
     add("--caches", default=",".join(COMPARED), help=f"of {', '.join(CACHES)}; the first is the reference")
     add(
         "--trace",
