@@ -17,6 +17,7 @@ from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.sampling import SamplingParams
 
+CASES = [("blocks", "HND", 32), ("vattn", "NHD", 64), ("paged", "HND", 16)]
 SHAPE = CacheShape(3, 2, 16, torch.float32, 3, 96)
 
 
@@ -32,9 +33,7 @@ class Calls:
         self.kernel(*arguments, **named)
 
 
-@pytest.mark.parametrize(
-    ("kind", "layout", "page"), [("blocks", "HND", 32), ("vattn", "NHD", 64), ("paged", "HND", 16)]
-)
+@pytest.mark.parametrize(("kind", "layout", "page"), CASES)
 def test_the_kernel_gets_blocks_by_strides_and_rows_once_a_step(kind: str, layout: str, page: int) -> None:
     with make_cache(kind, SHAPE, "cpu") as cache:
         attention = make_attention("xqa", cache, 4)
@@ -93,6 +92,6 @@ def test_the_engine_gives_the_same_tokens_over_blocks() -> None:
         cache = make_cache(kind, shape_of(model, 2, 128), "cpu")
         with Engine(model, cache, attention=attention, compile=False) as engine:
             answers.append([done.tokens for done in engine.generate(prompts, SamplingParams(max_tokens=12))])
-            assert engine.decode.audit(2).findings == []
+            assert not engine.decode.audit(2).findings
     assert answers[0] == answers[1] == answers[2]
     assert all(len(tokens) == 12 for tokens in answers[0])

@@ -129,7 +129,7 @@ class XqaAttention(GatheringAttention):
         return out
 
     def _rows(self, layer: int, lengths: torch.Tensor, slots: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each lane's row of the table, int32 ``[lanes, blocks]``, and its length, uint32 ``[lanes, 1]``; once a step."""
+        """Each lane's row of the table, int32 ``[lanes, blocks]``, and length, uint32 ``[lanes, 1]``, once a step."""
         asked = self._asked
         if asked is None or asked[0] is not lengths or asked[1] is not slots or layer <= asked[2]:
             rows = self._table[: len(lengths)] if slots is None else self._table[slots]

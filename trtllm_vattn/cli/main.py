@@ -1,4 +1,4 @@
-"""`trtllm-vattn`: doctor and benchmarks."""
+"""`trtllm-vattn`: doctor, run, and benchmarks."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add(
         commands, "doctor", "what will and will not work on this machine, and why", "trtllm_vattn.cli.doctor", arguments
+    )
+    _add(
+        commands,
+        "run",
+        "run a command with TensorRT-LLM's KV cache at fixed addresses",
+        "trtllm_vattn.cli.run",
+        arguments,
     )
     bench = commands.add_parser("bench", help="benchmarks")
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)

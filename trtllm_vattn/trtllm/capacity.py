@@ -1,0 +1,111 @@
+"""How much there is: answers that are true for pages, and a budget that may change while requests run."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.trtllm.adapter import Adapter
+from trtllm_vattn.trtllm.ballast import Ballast
+from trtllm_vattn.trtllm.stats import TrueStats
+
+logger = logging.getLogger(__name__)
+
+
+class Capacity(Adapter):
+    """Ballast, statistics, and the budget."""
+
+    def calculate_max_num_blocks(self, *arguments: Any, **named: Any) -> tuple[int, int]:
+        """Blocks of the books, which cover the address space: every request at its longest, and two more."""
+        self._vattn_sizing = (arguments, named)
+        tokens = self.max_seq_len + self.num_extra_kv_tokens + self.max_total_draft_tokens + 1
+        return (self.max_batch_size + 2) * (math.ceil(tokens / self.tokens_per_block) + 1), 0
+
+    def _vattn_make_ballast(self) -> Ballast:
+        return Ballast(self._vattn_take, super().free_resources, self.get_num_free_blocks, self.max_blocks_per_seq)
+
+    def _vattn_take(self, number: int, blocks: int) -> Any:
+        tokens = max(1, blocks * self.tokens_per_block - self.num_extra_kv_tokens)
+        made = super().add_dummy_requests([number], [tokens])
+        return made[0] if made else None
+
+    def get_max_resource_count(self) -> int:
+        """Blocks that the budget backs."""
+        return self._vattn_total - self._vattn_ballast.blocks - self._vattn_dummy_blocks
+
+    def get_kv_cache_stats(self) -> TrueStats:
+        """The stock statistics without the blocks that stand for memory we do not have."""
+        return TrueStats(super().get_kv_cache_stats(), self._vattn_ballast.blocks)
+
+    # -- the budget ------------------------------------------------------------------------------------------------
+
+    @property
+    def _vattn_floor(self) -> int:
+        """Bytes that live requests may come to need, those that they have included; 0 without any."""
+        if not self._vattn_live:
+            return 0
+        return self._vattn_pages.bytes_of(self._vattn_reserved())
+
+    def _vattn_reserved(self) -> int:
+        more = math.ceil((self.num_extra_kv_tokens + self.max_total_draft_tokens) / self.tokens_per_block) + 1
+        return sum(self.get_needed_resource_to_completion(live) + more for live in self._vattn_live.values())
+
+    def _vattn_sync(self) -> None:
+        """Have the C++ books show as free what the budget backs. On the executor's thread, between its steps."""
+        if not self._vattn_sized or self._vattn_target is None:
+            return
+        pages = self._vattn_pages
+        backed = max(pages.blocks_in(self._vattn_target), self._vattn_reserved())
+        self._vattn_ballast.hold(self._vattn_total - backed - self._vattn_dummy_blocks)
+        wanted = max(self._vattn_target, self._vattn_floor)
+        if pages.cache.arena.pool.budget > wanted:
+            pages.approach(wanted)
+
+    def _vattn_check_budget(self, budget: int) -> None:
+        pages = self._vattn_pages
+        if pages.blocks_in(budget) < self.max_blocks_per_seq:
+            raise ConfigError(
+                f"a budget of {budget:,} bytes backs {pages.blocks_in(budget):,} blocks of {pages.block_bytes:,} "
+                f"bytes, but one request of {self.max_seq_len:,} tokens needs {self.max_blocks_per_seq:,}: raise it to "
+                f"{pages.bytes_of(self.max_blocks_per_seq):,}, or lower max_seq_len"
+            )
+
+    def vattn_size(self) -> None:
+        """Once graphs are captured: set the budget, where none was given the one that TensorRT-LLM itself would take
+        now. Until then dummies alone are served, which take no memory. Raises ConfigError for too small a budget."""
+        if self._vattn_target is None:
+            arguments, named = self._vattn_sizing
+            blocks, _ = super().calculate_max_num_blocks(*arguments, **named)
+            self._vattn_target = self._vattn_pages.bytes_of(min(blocks, self._vattn_total))
+        self._vattn_check_budget(self._vattn_target)
+        with self._vattn_lock:
+            self._vattn_sized = True
+            self._vattn_pages.approach(self._vattn_target)
+            self._vattn_sync()
+        logger.warning("KV cache at fixed addresses: a budget of %s bytes", f"{self._vattn_target:,}")
+
+    def vattn_set_budget(self, budget: int) -> int:
+        """Raise or lower the bytes of physical memory, from any thread; returns the budget then in force.
+
+        What nobody uses goes back at once. The scheduler learns of it when the next request ends, and requests that run
+        keep what they may need to their end, so a lowered budget is approached as they end.
+        Raises ConfigError for less than one request of the longest kind needs.
+        """
+        self._vattn_check_budget(budget)
+        with self._vattn_lock:
+            self._vattn_target = budget
+            return self._vattn_pages.approach(max(budget, self._vattn_floor))
+
+    def vattn_release(self) -> int:
+        """Give back all memory that live requests will not need; returns the bytes kept. The budget stays: requests
+        that come take it again, or `vattn_resume` does."""
+        with self._vattn_lock:
+            return self._vattn_pages.approach(max(self._vattn_pages.least_bytes, self._vattn_floor))
+
+    def vattn_resume(self) -> int:
+        """Be allowed the whole budget again; returns it. Memory is taken as requests need it."""
+        with self._vattn_lock:
+            target = self._vattn_pages.least_bytes if self._vattn_target is None else self._vattn_target
+            return self._vattn_pages.approach(max(target, self._vattn_floor))
