@@ -5,20 +5,16 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from trtllm_shape import DOUBLE, SHAPE
 
 from trtllm_vattn.trtllm import uninstall
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.manager import make_manager
 from trtllm_vattn.vmm.host import HostDriver
-
-DOUBLE = Path(__file__).with_name("double")
-SHAPE = dict(num_layers=3, num_kv_heads=2, head_dim=8, tokens_per_block=16, max_seq_len=128, max_batch_size=4)
-"""A block of 16 tokens takes 6 KiB: pages of 4 KiB hold two thirds of one."""
 
 
 @pytest.fixture

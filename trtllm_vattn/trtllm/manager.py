@@ -15,7 +15,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -92,14 +92,18 @@ class FixedAddress(Requests, KernelViews, Capacity):
         self._vattn_live, self._vattn_dummies, self._vattn_dummy_blocks = {}, set(), 0
         self._vattn_sized = self._vattn_closed = False
         self._vattn_target = self._vattn_settings.budget
-        with books_alone(self._vattn_module):
-            super().__init__(without_reuse(kv_cache_config), kv_cache_type, **arguments)
-        self._vattn_total = self.impl.max_num_blocks
-        self._vattn_ballast = self._vattn_make_ballast()
-        self._vattn_pages = self._vattn_open(arguments.get("execution_stream"))
-        self._vattn_publish()
-        if self._vattn_target is not None:
-            self._vattn_check_budget(self._vattn_target)
+        with ExitStack() as undo:
+            with books_alone(self._vattn_module):
+                super().__init__(without_reuse(kv_cache_config), kv_cache_type, **arguments)
+            undo.callback(super().shutdown)
+            self._vattn_total = self.impl.max_num_blocks
+            self._vattn_ballast = self._vattn_make_ballast()
+            self._vattn_pages = self._vattn_open(arguments.get("execution_stream"))
+            undo.callback(self._vattn_pages.cache.close)
+            self._vattn_publish()
+            if self._vattn_target is not None:
+                self._vattn_check_budget(self._vattn_target)
+            undo.pop_all()
         elastic.register(self)
         cache = self._vattn_pages.cache
         logger.warning(

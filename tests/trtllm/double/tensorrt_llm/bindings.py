@@ -30,8 +30,9 @@ class KVCacheManagerCpp(Watched):
 
     def __init__(self, **named: Any) -> None:
         (self._blocks, _secondary), *others = named["blocks_per_window"].values()
-        if others or named["enable_block_reuse"] or named["kv_connector_manager"] is not None:
-            raise RuntimeError("this stand-in has one window, no reuse and no connector")
+        if others or named["kv_connector_manager"] is not None:
+            raise RuntimeError("this stand-in has one window and no connector")
+        self._reuse = named["enable_block_reuse"]
         self._tokens_per_block = named["tokens_per_block"]
         self._heads, self._head_dim = named["num_kv_heads_per_layer"], named["size_per_head"]
         self.max_blocks_per_seq = -(-named["max_sequence_length"] // self._tokens_per_block)
@@ -70,6 +71,8 @@ class KVCacheManagerCpp(Watched):
         self._tokens[number] = tokens
 
     def add_sequence(self, number: int, tokens: int, beam_width: int, request: Any) -> None:
+        if self._reuse:
+            raise RuntimeError("this stand-in shares no blocks; reuse must be off")
         if number in self._ids:
             raise RuntimeError(f"sequence {number} is there already")
         self._ids[number] = []
