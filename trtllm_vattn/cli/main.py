@@ -17,6 +17,7 @@ BENCHMARKS = {
     "fragmentation": "mapped bytes that hold no token, and sequences at once in the same memory; on any machine",
     "start": "capture first, size later: a start's cost, budgets changed without a recapture",
     "policy": "steps with memory mapped beside them, between them, or with the device quiet",
+    "xqa": "TensorRT-LLM's decode kernel over affine tables: tokens, steps against random tables, remapped replays",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }
 
