@@ -206,3 +206,19 @@ def test_files_that_cannot_work(tmp_path: Path) -> None:
         TrtllmConfig.from_yaml(path)
     path.write_text("budget: 512 MiB\n")
     assert TrtllmConfig.from_yaml(path) == TrtllmConfig(budget=512 << 20)
+
+
+def test_importing_the_ray_extension_installs(run_apart: RunApart) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(DOUBLE)!r})
+from trtllm_vattn.trtllm.ray_extension import WorkerExtension
+import {TARGET} as util
+print(util.get_kv_cache_manager_cls(None).__name__)
+try:
+    WorkerExtension().vattn_set_budget(1 << 30)
+except ValueError as error:
+    print("no fixed-address KV cache lives in this process" in str(error))
+"""
+    done = run_apart(code)
+    assert done.stdout.split() == ["FixedAddressKVCacheManager", "True"], done.stderr
