@@ -137,3 +137,41 @@ def test_too_little_and_several_ranks_are_refused(executor: Any) -> None:
 def test_without_a_manager_it_says_where_to_call() -> None:
     with pytest.raises(ConfigError, match="TLLM_WORKER_USE_SINGLE_PROCESS=1"):
         elastic.release()
+
+
+def test_ranks_agree_on_the_least_that_one_of_them_backs(make: Make, double: SimpleNamespace) -> None:
+    manager = make(TrtllmConfig(budget=BUDGET), mapping=double.managers.Mapping(world_size=2))
+    mine = manager._vattn_pages.blocks_in(BUDGET)
+    manager.vattn_size()
+    assert manager.get_max_resource_count() == mine
+    other = make(TrtllmConfig(budget=BUDGET), mapping=double.managers.Mapping(world_size=2))
+    type(other).other_ranks_blocks = mine - 5
+    other.vattn_size()
+    assert other.get_max_resource_count() == mine - 5
+    assert other._vattn_pages.blocks_in(other._vattn_target) == mine - 5
+
+
+def test_what_requests_might_still_need_is_not_promised_twice(make: Make, double: SimpleNamespace) -> None:
+    """A scheduler that overcommits runs more than fits to its end; that is no reason to have more memory."""
+    manager = make(TrtllmConfig(budget=110_000))
+    manager.vattn_size()
+    backed = manager.get_max_resource_count()
+    batch = [double.managers.LlmRequest(number, 20, 108) for number in range(4)]
+    manager.prepare_resources(double.managers.ScheduledRequests(batch, []))
+    assert sum(manager.get_needed_resource_to_completion(request) for request in batch) > backed
+    manager.free_resources(batch.pop())
+    assert manager.get_max_resource_count() == backed
+    assert manager._vattn_pages.cache.arena.pool.budget == 110_000
+
+
+def test_a_dummy_that_grew_leaves_the_count_as_it_was(executor: Any, double: SimpleNamespace) -> None:
+    """As attention data parallelism's dummies do, which take part in steps."""
+    manager = executor.manager
+    backed, free = manager.get_max_resource_count(), manager.get_num_free_blocks()
+    (dummy,) = manager.add_dummy_requests([900], [16], is_gen=True)
+    manager.prepare_resources(double.managers.ScheduledRequests([], [dummy]))
+    manager.free_resources(dummy)
+    assert manager.get_max_resource_count() == backed
+    assert manager.get_num_free_blocks() == free
+    assert manager.add_dummy_requests([901], prepare_resource=False)
+    assert manager.get_max_resource_count() == backed

@@ -30,9 +30,8 @@ class Adapter(Stock):  # type: ignore[misc]
     """Held while memory or its books change: budgets are set from other threads than the executor's."""
     _vattn_live: dict[int, Any]
     """Requests that run, by id."""
-    _vattn_dummies: set[int]
-    _vattn_dummy_blocks: int
-    """Blocks of the C++ books that dummies have."""
+    _vattn_dummies: dict[int, int]
+    """Dummies by id, with the blocks that each had of the C++ books when it was made."""
     _vattn_total: int
     """Blocks of the C++ books."""
     _vattn_target: int | None

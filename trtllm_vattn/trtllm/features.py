@@ -36,6 +36,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "add_dummy_requests": ("request_ids", "token_nums"),
     "calculate_max_num_blocks": (),
     "get_num_free_blocks": (),
+    "get_cache_bytes_per_token": (),
     "get_cache_indices": ("request",),
     "get_batch_cache_indices": ("request_ids",),
     "get_buffers": ("layer_idx", "kv_layout"),

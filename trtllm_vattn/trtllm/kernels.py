@@ -55,11 +55,14 @@ class KernelViews(Adapter):
     def get_batch_cache_indices(self, request_ids: Sequence[int], layer_idx: int | None = None) -> list[list[int]]:
         """Block numbers of each request; of a dummy, zeros."""
         dummies = [number for number in request_ids if number in self._vattn_dummies]
-        counts = dict(zip(dummies, super().get_batch_cache_indices(dummies), strict=True)) if dummies else {}
+        counts = dict(zip(dummies, self._vattn_booked(dummies), strict=True))
         return [
-            [0] * len(counts[number]) if number in counts else self._vattn_pages.block_ids(number)
-            for number in request_ids
+            [0] * counts[number] if number in counts else self._vattn_pages.block_ids(number) for number in request_ids
         ]
+
+    def _vattn_booked(self, numbers: Sequence[int]) -> list[int]:
+        """Blocks that requests have in the C++ books."""
+        return [len(ids) for ids in super().get_batch_cache_indices(list(numbers))] if numbers else []
 
     def get_cache_indices(self, request: Any, window_size: int | None = None) -> list[int]:
         """Block numbers of a request."""

@@ -89,7 +89,7 @@ class FixedAddress(Requests, KernelViews, Capacity):
         if "is_estimating_kv_cache" in arguments:
             arguments["is_estimating_kv_cache"] = False
         self._vattn_lock = threading.RLock()
-        self._vattn_live, self._vattn_dummies, self._vattn_dummy_blocks = {}, set(), 0
+        self._vattn_live, self._vattn_dummies = {}, {}
         self._vattn_sized = self._vattn_closed = False
         self._vattn_target = self._vattn_settings.budget
         with ExitStack() as undo:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from trtllm_vattn.errors import OutOfPages
+from trtllm_vattn.errors import OutOfPages, UnknownSequence
 from trtllm_vattn.trtllm.adapter import Adapter
 from trtllm_vattn.trtllm.features import UnsupportedFeature
 
@@ -51,7 +51,7 @@ class Requests(Adapter):
             pages.step(admitted, grown)
         except OutOfPages:
             # A budget was lowered, or memory released, since the scheduler was told what is free.
-            promised = pages.bytes_of(self._vattn_total - self._vattn_ballast.blocks)
+            promised = pages.bytes_of(self._vattn_promised)
             if pages.cache.arena.pool.budget >= promised:
                 raise
             pages.cache.set_budget(promised)
@@ -76,12 +76,8 @@ class Requests(Adapter):
             raise UnsupportedFeature("pinning blocks on release is not supported by the fixed-address KV cache")
         with self._vattn_lock:
             number = request.py_request_id
-            before = self.get_num_free_blocks()
             done = super().free_resources(request)
-            if number in self._vattn_dummies:
-                self._vattn_dummies.discard(number)
-                self._vattn_dummy_blocks -= self.get_num_free_blocks() - before
-            elif self._vattn_pages.holds(number):
+            if self._vattn_dummies.pop(number, None) is None and self._vattn_pages.holds(number):
                 self._vattn_pages.cache.release(number)
                 self._vattn_live.pop(number, None)
             self._vattn_rows.epoch += 1
@@ -94,10 +90,11 @@ class Requests(Adapter):
             self._vattn_ballast.hold(self._vattn_ballast.blocks - len(request_ids) * (self.max_blocks_per_seq + 1))
             before = self.get_num_free_blocks()
             made = super().add_dummy_requests(request_ids, *arguments, **named)
-            if made is not None:
-                self._vattn_dummies.update(request.py_request_id for request in made)
-                self._vattn_dummy_blocks += before - self.get_num_free_blocks()
-                self._vattn_rows.epoch += 1
+            numbers = [request.py_request_id for request in made or []]
+            booked = self.get_num_free_blocks() < before
+            counts = self._vattn_booked(numbers) if booked else [0] * len(numbers)
+            self._vattn_dummies.update(zip(numbers, counts, strict=True))
+            self._vattn_rows.epoch += 1
             self._vattn_sync()
             return made
 
@@ -125,4 +122,7 @@ class Requests(Adapter):
     def _vattn_requests(self, numbers: Iterable[int]) -> list[int]:
         """Rows of the table for some requests; of a dummy, the row that is block 0 throughout."""
         slots, dummies, row = self._vattn_pages.cache.sequences, self._vattn_dummies, self._vattn_rows.tables.dummy_row
-        return [row if number in dummies else slots[number] for number in numbers]
+        try:
+            return [row if number in dummies else slots[number] for number in numbers]
+        except KeyError as error:
+            raise UnknownSequence(f"request {error} is in a batch, but was never prepared") from error

@@ -68,9 +68,11 @@ class BaseResourceManager(ABC):
 
 
 class KVCacheManager(Watched, BaseResourceManager):
-    """The Python shell over the C++ manager; `stock_blocks` is what the card's free memory would give."""
+    """The Python shell over the C++ manager; `stock_blocks` is what the card's free memory would give,
+    `other_ranks_blocks` what other ranks say of theirs."""
 
     stock_blocks = 40
+    other_ranks_blocks = 1 << 30
 
     def __init__(
         self,
@@ -152,7 +154,17 @@ class KVCacheManager(Watched, BaseResourceManager):
     def calculate_max_num_blocks(
         self, kv_cache_config: Any, head_dim: int, tokens_per_block: int, mapping: Any, dtype: Any, kv_factor: int = 2
     ) -> tuple[int, int]:
-        return type(self).stock_blocks, 0
+        blocks = type(self).stock_blocks
+        if kv_cache_config.max_tokens is not None:
+            blocks = kv_cache_config.max_tokens // tokens_per_block
+            if kv_cache_config.free_gpu_memory_fraction is not None:
+                blocks = min(blocks, type(self).stock_blocks)
+        if mapping.world_size > 1:
+            blocks = min(blocks, type(self).other_ranks_blocks)
+        return blocks, 0
+
+    def get_cache_bytes_per_token(self) -> int:
+        return self.kv_factor * sum(self.num_kv_heads_per_layer) * self.head_dim * 4
 
     def get_max_resource_count(self) -> int:
         return self.impl.max_num_blocks
