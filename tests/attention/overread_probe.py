@@ -1,6 +1,7 @@
 """Attention over pages mapped exactly to each length, everything past it unmapped: a load too far ends the process.
 
-Run as ``python overread_probe.py BACKEND LAYERS_PER_RANGE``; prints a line before and after each case.
+Run as ``python overread_probe.py BACKEND LAYERS_PER_RANGE CACHE``, the cache ``vattn`` or ``blocks``; prints a line
+before and after each case.
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return torch.einsum("hrt,thd->rhd", scores.masked_fill(ahead, -torch.inf).softmax(-1), values)
 
 
+def kept(attention: Attention, layer: int, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V ``[length, kv_heads, dim]`` of a slot."""
+    kv = attention.cache.layer(layer)
+    if isinstance(kv, FlatKV):
+        return kv.k[slot, :length], kv.v[slot, :length]
+    positions, size = torch.arange(length, device="cuda"), kv.k.shape[1]
+    where = kv.table[slot, positions // size].long(), positions % size
+    return kv.k[where], kv.v[where]
+
+
 def check(case: str, got: torch.Tensor, want: torch.Tensor) -> None:
     torch.cuda.synchronize()
     error = float((got.float() - want).norm() / want.norm())
@@ -45,13 +56,10 @@ def decode_cases(attention: Attention, slots: list[int] | None, layer: int) -> N
     q = torch.randn(len(order), HEADS, 128, device="cuda", dtype=torch.bfloat16)
     on_device = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     out = attention.decode(layer, q, on_device, None if slots is None else torch.tensor(slots, device="cuda"))
-    kv = attention.cache.layer(layer)
-    if not isinstance(kv, FlatKV):
-        raise SystemExit("the probe is about flat KV")
     want = torch.zeros_like(out, dtype=torch.float32)
     for lane, (slot, length) in enumerate(zip(order, lengths, strict=True)):
         if length:
-            want[lane] = reference(q[lane][None], kv.k[slot, :length], kv.v[slot, :length])[0]
+            want[lane] = reference(q[lane][None], *kept(attention, layer, slot, length))[0]
         elif bool(out[lane].any()):
             raise SystemExit(f"{case}: a lane of length 0 gave something else than zeros")
     check(case, out, want)
@@ -64,15 +72,14 @@ def prefill_case(attention: Attention, slot: int, count: int, padded: int, layer
     q = torch.randn(padded, HEADS, 128, device="cuda", dtype=torch.bfloat16)
     sizes = (torch.tensor([n], dtype=torch.int32, device="cuda") for n in (count, length))
     out = attention.prefill(layer, q, torch.tensor([slot], device="cuda"), *sizes, length)
-    kv = attention.cache.layer(layer)
-    if not isinstance(kv, FlatKV) or not bool(torch.isfinite(out).all()):
+    if not bool(torch.isfinite(out).all()):
         raise SystemExit(f"{case}: padding rows are not finite")
-    check(case, out[:count], reference(q[:count], kv.k[slot, :length], kv.v[slot, :length]))
+    check(case, out[:count], reference(q[:count], *kept(attention, layer, slot, length)))
 
 
-def main(backend: str, layers_per_range: int) -> None:
+def main(backend: str, layers_per_range: int, kind: str) -> None:
     shape = CacheShape(LAYERS, 8, 128, torch.bfloat16, len(LENGTHS), 8192)
-    with make_cache("vattn", shape, "cuda:0", 8 << 30, layers_per_range=layers_per_range, lookahead=0) as cache:
+    with make_cache(kind, shape, "cuda:0", 8 << 30, layers_per_range=layers_per_range, lookahead=0) as cache:
         attention = make_attention(backend, cache, HEADS)
         for slot, length in enumerate(LENGTHS):
             # Slots are taken in order, so empty ones are taken for a moment and given up with nothing parked in them.
@@ -100,4 +107,4 @@ def main(backend: str, layers_per_range: int) -> None:
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        main(sys.argv[1], int(sys.argv[2]))
+        main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

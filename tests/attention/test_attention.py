@@ -20,6 +20,8 @@ BACKENDS = [
     pytest.param(("torch", "cpu"), id="torch-cpu"),
     pytest.param(("torch", "cuda:0"), id="torch-cuda", marks=pytest.mark.gpu),
     pytest.param(("cudnn", "cuda:0"), id="cudnn", marks=pytest.mark.gpu),
+    pytest.param(("xqa", "cpu"), id="xqa-reference"),
+    pytest.param(("xqa", "cuda:0"), id="xqa", marks=pytest.mark.gpu),
 ]
 LENGTHS = [0, 1, 15, 16, 17, 100, 1000, 0]
 
@@ -48,13 +50,14 @@ Case = tuple[KVCache, Attention, torch.Tensor, torch.Tensor]
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> tuple[str, str]:
-    if request.param[0] == "cudnn" and available()["cudnn"] != "yes":
-        pytest.skip(available()["cudnn"])
+    name, device = request.param
+    if device != "cpu" and available()[name] != "yes":
+        pytest.skip(available()[name])
     pair: tuple[str, str] = request.param
     return pair
 
 
-@pytest.fixture(params=["contiguous", "paged", "vattn-1", "vattn-3"])
+@pytest.fixture(params=["contiguous", "paged", "vattn-1", "vattn-3", "blocks-1", "blocks-3"])
 def build(request: pytest.FixtureRequest, backend: tuple[str, str]) -> Callable[..., Case]:
     """Builds a cache with known K and V in every slot, everything past each length poisoned with NaN."""
     made: list[KVCache] = []
@@ -182,7 +185,7 @@ def test_decode_runs_on_engines_whose_reads_are_known() -> None:
 
 def test_an_unknown_backend_is_refused() -> None:
     with make_cache("contiguous", CacheShape(1, 1, 8, torch.float32, 1, 8), "cpu") as cache:
-        with pytest.raises(ConfigError, match="no attention backend 'flash'; there are auto, torch, cudnn"):
+        with pytest.raises(ConfigError, match="no attention backend 'flash'; there are auto, torch, cudnn, xqa"):
             make_attention("flash", cache, 1)
         with pytest.raises(ConfigError, match="needs a GPU"):
             make_attention("cudnn", cache, 1)

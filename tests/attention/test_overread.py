@@ -15,11 +15,12 @@ PROBE = Path(__file__).with_name("overread_probe.py")
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layers_per_range", [1, 32])
-@pytest.mark.parametrize("backend", ["torch", "cudnn"])
-def test_no_backend_reads_past_a_length(backend: str, layers_per_range: int) -> None:
+@pytest.mark.parametrize("cache", ["vattn", "blocks"])
+@pytest.mark.parametrize("backend", ["torch", "cudnn", "xqa"])
+def test_no_backend_reads_past_a_length(backend: str, cache: str, layers_per_range: int) -> None:
     if available()[backend] != "yes":
         pytest.skip(available()[backend])
-    command = [sys.executable, str(PROBE), backend, str(layers_per_range)]
+    command = [sys.executable, str(PROBE), backend, str(layers_per_range), cache]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "all cases passed" in done.stdout

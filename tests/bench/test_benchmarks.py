@@ -226,3 +226,19 @@ def test_a_life_among_failures_ends_clean_and_a_wrong_byte_shows(
     monkeypatch.setattr(Life, "write", forgetful)
     assert main(["bench", "faults", "--operations", "50"]) == 1
     assert "holds bytes that were not written there" in capsys.readouterr().out
+
+
+def test_xqa_over_affine_tables(tmp_path: Path) -> None:
+    report = tmp_path / "xqa.json"
+    assert main(["bench", "xqa", *HOST, "--batch-sizes", "2", "--output-json", str(report)]) == 0
+    results = json.loads(report.read_text())
+    summary = results["summary"]
+    assert summary["tokens_identical"] is True
+    assert summary["tokens_compared"] > 20
+    assert summary["replays"] == 40
+    assert summary["remaps"] > 0
+    assert (summary["graphs_captured"], summary["wrong_replays"], summary["replays_of_other_bits"]) == (1, 0, 0)
+    assert 0 < summary["table_host_us"] <= summary["table_host_us_p99"]
+    assert summary["table_host_us"] < summary["table_host_changed_us"]
+    assert summary["affine_over_random_step_ratio"] > 0
+    assert [row["table"] for row in results["results"]["steady"]] == ["affine", "random"]

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from trtllm_vattn.attention.affine import affine_table, as_blocks, fitting_block
 from trtllm_vattn.attention.cudnn_plan import Operand, Plan, PlanShape
 from trtllm_vattn.attention.gather import GatheringAttention
 from trtllm_vattn.cache.base import FlatKV, KVCache, PagedKV
@@ -93,20 +94,10 @@ class CudnnAttention(GatheringAttention):
 
     def _as_blocks(self, kv: FlatKV) -> PagedKV:
         """Flat memory as blocks of `BLOCK` tokens behind the affine table; slots must be whole blocks apart."""
-        of_slot, of_token, of_head, of_dim = kv.k.stride()
-        per_slot, rest = divmod(of_slot, BLOCK * of_token)
-        if rest:
-            raise ConfigError(
-                f"slots are {of_slot // of_token} tokens apart, which is not whole blocks of {BLOCK}; make max_seq_len "
-                f"a multiple of {BLOCK}, or let lane i be slot i"
-            )
+        block = fitting_block(kv, [BLOCK])
         if self._table is None:
-            slots, tokens, _, _ = kv.k.shape
-            firsts = torch.arange(slots, dtype=torch.int32, device=kv.k.device)[:, None] * per_slot
-            self._table = firsts + torch.arange(-(-tokens // BLOCK), dtype=torch.int32, device=kv.k.device)
-        size = (per_slot * self.cache.shape.num_slots, BLOCK, *kv.k.shape[2:])
-        strides = (BLOCK * of_token, of_token, of_head, of_dim)
-        return PagedKV(kv.k.as_strided(size, strides), kv.v.as_strided(size, strides), self._table)
+            self._table = affine_table(kv, block)
+        return as_blocks(kv, block, self._table)
 
     def _flat_shape(self, kv: FlatKV, lanes: int, rows: int, causal: bool) -> PlanShape:
         of_slot, of_token, of_head, of_dim = kv.k.stride()

@@ -11,7 +11,7 @@ from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import ConfigError
 
-BACKENDS = ("auto", "torch", "cudnn")
+BACKENDS = ("auto", "torch", "cudnn", "xqa")
 
 
 def make_attention(name: str, cache: KVCache, num_heads: int, scale: float | None = None) -> Attention:
@@ -32,6 +32,10 @@ def make_attention(name: str, cache: KVCache, num_heads: int, scale: float | Non
         from trtllm_vattn.attention.cudnn import CudnnAttention
 
         return CudnnAttention(cache, num_heads, scale)
+    if name == "xqa":
+        from trtllm_vattn.attention.xqa import XqaAttention
+
+        return XqaAttention(cache, num_heads, scale)
     raise ConfigError(f"no attention backend {name!r}; there are {', '.join(BACKENDS)}")
 
 
@@ -42,4 +46,6 @@ def available() -> dict[str, str]:
         cudnn = "no GPU"
     elif importlib.util.find_spec("cudnn") is None:
         cudnn = "nvidia-cudnn-frontend is not installed: pip install 'trtllm-vattn[cuda]'"
-    return {"torch": "yes", "cudnn": cudnn}
+    from trtllm_vattn.attention.xqa import why_not
+
+    return {"torch": "yes", "cudnn": cudnn, "xqa": why_not()}

@@ -75,14 +75,16 @@ def attention_bandwidth(attention: Attention, lengths: np.ndarray, repeats: int 
 
 
 @torch.inference_mode()
-def fill_random(attention: Attention, context: int) -> np.ndarray:
-    """Give every slot of an empty cache a sequence of `context` random tokens; returns the lengths ``[num_slots]``."""
+def fill_random(attention: Attention, context: int, sequences: int | None = None) -> np.ndarray:
+    """Give every slot of an empty cache, or the first `sequences`, one of `context` random tokens; returns the lengths
+    of those slots, int64 ``[sequences]``."""
     cache = attention.cache
     shape, device = cache.shape, cache.device
     positions = torch.arange(context, device=device)
-    for sequence in range(shape.num_slots):
+    sequences = shape.num_slots if sequences is None else sequences
+    for sequence in range(sequences):
         slot = torch.full_like(positions, cache.admit(sequence, context))
         for layer in range(shape.num_layers):
             k, v = torch.randn(2, context, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype, device=device)
             attention.write(layer, k, v, slot, positions)
-    return np.array(cache.lengths)
+    return np.array(cache.lengths[:sequences])

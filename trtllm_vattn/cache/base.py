@@ -83,7 +83,8 @@ class PagedKV:
     """One layer as a pool of blocks behind a table.
 
     k and v are ``[num_blocks, block_size, num_kv_heads, head_dim]`` (any strides); `table` is int32
-    ``[num_slots + 1, blocks_per_slot]`` on the device, its unused entries 0; block 0 is the dummy block.
+    ``[num_slots + 1, blocks_per_slot]`` on the device. All entries of the dummy slot's row are one block that is always
+    backed; a row's entries past its slot's frontier may name blocks that are not.
     """
 
     k: torch.Tensor

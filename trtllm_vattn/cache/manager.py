@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV, SequenceId
+from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV, PagedKV, SequenceId
 from trtllm_vattn.cache.books import SlottedCache
 from trtllm_vattn.errors import ConfigError, InvariantViolation, NoFreeSlot
 from trtllm_vattn.memory import remap
@@ -119,7 +119,7 @@ class KVCacheManager(SlottedCache):
             granule=self.driver.granularity(),
         )
 
-    def _view(self, layer: int) -> FlatKV:
+    def _view(self, layer: int) -> FlatKV | PagedKV:
         shape, itemsize = self.shape, self.shape.dtype.itemsize
         index, offset = self.layout.place_of(layer)
         size = (shape.num_slots + 1, shape.max_seq_len, shape.num_kv_heads, shape.head_dim)
@@ -249,7 +249,7 @@ class KVCacheManager(SlottedCache):
             free = [slot for slot in self.arena.free_slots() if slot < limit]
             target = min(free, key=lambda slot: (self.arena.slots[slot].mapped, slot))
             shared = remap.share(self.arena, source, tokens, tokens, target)
-            rest = tokens * self.layout.row_bytes - shared
+            rest = self.layout.touched_bytes(tokens) - shared
             for reservation in self.arena.reservations if rest else ():
                 to, at = (reservation.base + slot * self.layout.slot_stride + shared for slot in (target, source))
                 copy_bytes(self.driver.device, to, at, rest)
@@ -259,7 +259,7 @@ class KVCacheManager(SlottedCache):
     def truncate(self, sequence: SequenceId, length: int) -> None:
         slot = self.slot_of(sequence)
         if 0 < length < self.lengths[slot]:
-            self._own_from(slot, length * self.layout.row_bytes)
+            self._own_from(slot, self.layout.whole_bytes(length))
         super().truncate(sequence, length)
 
     def _own_from(self, slot: int, start: int) -> None:
@@ -340,7 +340,7 @@ class KVCacheManager(SlottedCache):
 
     # -- views and books -------------------------------------------------------------------------------------------
 
-    def layer(self, layer: int) -> FlatKV:
+    def layer(self, layer: int) -> FlatKV | PagedKV:
         self._check_layer(layer)
         return self._layers[layer]
 

@@ -41,17 +41,20 @@ class PagedCache(SlottedCache):
         self.num_blocks = shape.num_slots * self.blocks_per_slot if num_blocks is None else num_blocks
         if self.num_blocks < 1:
             raise ConfigError(f"num_blocks is {self.num_blocks}; at least one is needed")
-        size = (self.num_blocks + 1, shape.num_kv_heads, block_size, shape.head_dim)
-        # A block of NaN-free zeros: kernels may load a block's unused tokens and mask them by multiplying.
-        pools = [
-            [torch.zeros(size, dtype=shape.dtype, device=self.device) for _ in range(shape.kv_factor)]
-            for _ in range(shape.num_layers)
-        ]
+        pools = self._make_pools((self.num_blocks + 1, shape.num_kv_heads, block_size, shape.head_dim))
         self._table = torch.zeros((shape.num_slots + 1, self.blocks_per_slot), dtype=torch.int32, device=self.device)
         self._layers = [PagedKV(p[0].transpose(1, 2), p[-1].transpose(1, 2), self._table) for p in pools]
         self._rows = np.zeros((shape.num_slots, self.blocks_per_slot), np.int32)
         self._held = np.zeros(shape.num_slots, np.int64)
         self._free_blocks = list(range(self.num_blocks, 0, -1))
+
+    def _make_pools(self, size: tuple[int, int, int, int]) -> list[list[torch.Tensor]]:
+        """K and V (one tensor where `kv_factor` is 1) of each layer, ``[blocks, heads, tokens, dim]``."""
+        # A block of NaN-free zeros: kernels may load a block's unused tokens and mask them by multiplying.
+        return [
+            [torch.zeros(size, dtype=self.shape.dtype, device=self.device) for _ in range(self.shape.kv_factor)]
+            for _ in range(self.shape.num_layers)
+        ]
 
     def _claim(self, tokens: int) -> int:
         slot = self._lowest_free()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.blocks import DEFAULT_BLOCK, BlockKVCache
 from trtllm_vattn.cache.contiguous import ContiguousCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.paged import PagedCache
@@ -13,9 +14,9 @@ from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 
-CACHES = ("contiguous", "paged", "paged-64", "token", "published", "vattn")
+CACHES = ("contiguous", "paged", "paged-64", "token", "published", "vattn", "blocks")
 """Maximum length from the start (Orca), blocks of 16 and 64 tokens (vLLM), of one (LightLLM), vAttention as published,
-and ours."""
+ours, and ours in the block layout of TensorRT-LLM's kernels."""
 COMPARED = ("contiguous", "paged", "vattn")
 """Those that benchmarks compare unless told otherwise."""
 BLOCKS = {"paged": 16, "paged-64": 64, "token": 1}
@@ -29,6 +30,7 @@ def make_cache(
     *,
     layers_per_range: int | None = None,
     lookahead: int | None = None,
+    tokens_per_block: int = DEFAULT_BLOCK,
     driver: Driver | None = None,
 ) -> KVCache:
     """A cache of one of the kinds in `CACHES`.
@@ -39,9 +41,11 @@ def make_cache(
         Bytes of KV; None is enough for every slot at maximum length. The contiguous cache takes that always, and
         refuses a smaller budget.
     layers_per_range, lookahead
-        For ``vattn``.
+        For ``vattn`` and ``blocks``.
+    tokens_per_block : int
+        For ``blocks``.
     driver : Driver or None
-        For ``vattn`` and ``published``; None opens the device's own.
+        For ``vattn``, ``blocks`` and ``published``; None opens the device's own.
     """
     slot_bytes = shape.max_seq_len * shape.token_bytes
     if name == "contiguous":
@@ -54,11 +58,13 @@ def make_cache(
     if name in BLOCKS:
         blocks = None if budget is None else budget // (BLOCKS[name] * shape.token_bytes)
         return PagedCache(shape, device, BLOCKS[name], blocks)
-    if name in ("vattn", "published"):
+    if name in ("vattn", "blocks", "published"):
         driver = open_driver(str(device)) if driver is None else driver
         made: KVCacheManager
         if name == "published":
             made = PublishedVattention(shape, driver, budget)
+        elif name == "blocks":
+            made = BlockKVCache(shape, driver, budget, layers_per_range, lookahead, tokens_per_block)
         else:
             made = KVCacheManager(shape, driver, budget, layers_per_range, lookahead)
         if budget is None:

@@ -16,6 +16,7 @@ from trtllm_vattn.bench.machine import machine, versions
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.graphs.policy import start_choosing
 from trtllm_vattn.plugins import tensorrt
+from trtllm_vattn.trtllm.selfcheck import MODEL, self_check
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
@@ -34,10 +35,19 @@ class Finding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the report as JSON")
+    parser.add_argument(
+        "--trtllm",
+        nargs="?",
+        const=MODEL,
+        metavar="MODEL",
+        help=f"instead, run stock and fixed-address TensorRT-LLM side by side on a small model (default: {MODEL})",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; 0 where the host driver or a GPU works."""
+    """Print the report; 0 where the host driver or a GPU works, or with ``--trtllm`` where all its checks passed."""
+    if args.trtllm:
+        return _check_trtllm(args)
     findings, drivers = examine()
     if args.json:
         report = {"machine": machine(), "versions": versions(), "findings": [asdict(f) for f in findings]}
@@ -49,6 +59,16 @@ def run(args: argparse.Namespace) -> int:
         for finding in findings:
             print(f"{finding.name:>24}  {'ok' if finding.works else 'no'}: {finding.detail}")
     return 0 if drivers else 1
+
+
+def _check_trtllm(args: argparse.Namespace) -> int:
+    checks = self_check(args.trtllm)
+    if args.json:
+        print(json.dumps({"versions": versions(), "checks": [asdict(check) for check in checks]}, indent=1))
+    else:
+        for check in checks:
+            print(f"{check.name:>24}  {'ok' if check.passed else 'NO'}: {check.detail}")
+    return 0 if all(check.passed for check in checks) else 1
 
 
 def examine() -> tuple[list[Finding], int]:
@@ -69,7 +89,7 @@ def examine() -> tuple[list[Finding], int]:
     for package, what in (
         ("transformers", "Engine over Hugging Face models (pip install 'trtllm-vattn[runtime]')"),
         ("matplotlib", "plots (pip install 'trtllm-vattn[bench]')"),
-        ("tensorrt_llm", "TensorRT-LLM: trtllm-build with the model file of plugins/models"),
+        ("tensorrt_llm", "TensorRT-LLM (trtllm-vattn run, doctor --trtllm; trtllm-build with plugins/models)"),
     ):
         findings.append(Finding(package, importlib.util.find_spec(package) is not None, what))
     return findings, drivers

@@ -1,4 +1,4 @@
-"""`trtllm-vattn`: doctor, TensorRT engines and benchmarks."""
+"""`trtllm-vattn`: doctor, run, TensorRT engines and benchmarks."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ BENCHMARKS = {
     "serve": "a trace replayed over every kind of cache at equal memory: throughput, TTFT, ITL",
     "tlb": "bandwidth against context, working set and the order of pages",
     "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",
+    "xqa": "TensorRT-LLM's decode kernel over affine tables: tokens, steps against random tables, remapped replays",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }
 
@@ -39,6 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands, "doctor", "what will and will not work on this machine, and why", "trtllm_vattn.cli.doctor", arguments
     )
     _add(commands, "plugin", "TensorRT engines: list, build, inspect", "trtllm_vattn.cli.plugin", arguments)
+    _add(
+        commands,
+        "run",
+        "run a command with TensorRT-LLM's KV cache at fixed addresses",
+        "trtllm_vattn.cli.run",
+        arguments,
+    )
     bench = commands.add_parser("bench", help="benchmarks")
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)
     for name, text in BENCHMARKS.items():

@@ -91,6 +91,14 @@ class SlotLayout:
         """Tokens of a slot that `mapped` bytes a range back."""
         return min(self.max_seq_len, mapped // self.row_bytes)
 
+    def whole_bytes(self, tokens: int) -> int:
+        """Bytes from a slot's start that hold nothing but its first `tokens` tokens."""
+        return tokens * self.row_bytes
+
+    def touched_bytes(self, tokens: int) -> int:
+        """Bytes from a slot's start that its first `tokens` tokens lie in."""
+        return tokens * self.row_bytes
+
     def place_of(self, layer: int) -> tuple[int, int]:
         """The range of a layer, and the bytes from the start of a row to it."""
         index, within = divmod(layer, self.layers_per_range)

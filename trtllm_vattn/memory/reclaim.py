@@ -85,6 +85,32 @@ def take_surplus(arena: Arena, size: int, needed: Sequence[int], fence: Fence) -
     return True
 
 
+def drop_surplus(arena: Arena, needed: Sequence[int], fence: Fence) -> int:
+    """Unmap, once `fence` is done, all that running slots have in whole mappings beyond the tokens they need; returns
+    the bytes given to the pool."""
+    plan = [index for index, _ in _surplus(arena, needed)]
+    if plan:
+        fence.wait()
+    return sum(arena.unmap_tail(index) for index in plan)
+
+
+def fit(arena: Arena, index: int, tokens: int) -> int:
+    """Leave a slot that was just occupied exactly the memory of `tokens`; returns the mappings made.
+
+    What lies in it is nobody's yet. Raises OutOfPages or DriverError; the slot is free then.
+    """
+    slot, need = arena.slots[index], arena.layout.bytes_for(tokens)
+    if slot.mapped > need and slot.fence is not None:
+        slot.fence.wait()
+    while slot.mapped > need:
+        arena.unmap_tail(index)
+    try:
+        return arena.grow({index: tokens})
+    except BaseException:
+        arena.set_idle(index)
+        raise
+
+
 def surplus_bytes(arena: Arena, needed: Sequence[int]) -> int:
     """Bytes that running slots have beyond the tokens they need, for `take_surplus` to take."""
     return sum(_own_bytes(column) for _, column in _surplus(arena, needed))

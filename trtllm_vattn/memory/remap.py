@@ -53,7 +53,7 @@ def share(arena: Arena, source: int, tokens: int, need: int, target: int) -> int
     shared: Columns = []
     size = 0
     for column in arena.slots[source].columns:
-        if size + column[0].size > tokens * arena.layout.row_bytes:
+        if size + column[0].size > arena.layout.whole_bytes(tokens):
             break
         shared.append(column)
         size += column[0].size

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.cache.blocks import BlockKVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, OutOfPages, SequenceTooLong
@@ -37,7 +38,6 @@ from trtllm_vattn.vmm.open import open_driver
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-
 UNUSUAL = 97
 """Tokens of the first compiled pass. No dimension of a model has this size, so torch takes none for their number."""
 
@@ -53,7 +53,7 @@ class Engine:
     cache : KVCache
         The engine closes it.
     attention : str
-        ``auto``, ``torch`` or ``cudnn``.
+        ``auto``, ``torch``, ``cudnn`` or ``xqa``.
     capture : bool
         Whether decode steps are captured once a bucket and replayed, or run eagerly.
     buckets : sequence of int or None
@@ -177,10 +177,10 @@ class Engine:
             load_s = perf_counter() - started
             shape = shape_of(loaded, max_seqs, max_seq_len)
             policy = choosing.result().policy
-            later = cache == "vattn" and device != "cpu"
+            later = cache in ("vattn", "blocks") and device != "cpu"
             if later:
-                driver = policy.wrap(open_driver(device))
-                made: KVCache = KVCacheManager(shape, driver)
+                kind = KVCacheManager if cache == "vattn" else BlockKVCache
+                made: KVCache = kind(shape, policy.wrap(open_driver(device)))
             else:
                 made = make_cache(cache, shape, device, budget)
             undo.callback(made.close)
@@ -192,7 +192,7 @@ class Engine:
         return engine
 
     def set_budget(self, budget: int) -> None:
-        """Raise or lower the bytes that the ``vattn`` cache may hold, at any time; no graph is captured again.
+        """Raise or lower the bytes that a fixed-address cache may hold, at any time; no graph is captured again.
 
         Where running sequences hold more, the youngest go back to the queue and are prefilled again when there is room.
         Raises ConfigError for another cache, or less than the dummy slot needs.

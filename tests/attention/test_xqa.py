@@ -1,0 +1,97 @@
+"""The XQA backend by its reference on the host: the kernel's arguments, and the engine over the block layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from trtllm_vattn.attention.select import make_attention
+from trtllm_vattn.attention.xqa import XqaAttention
+from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.sampling import SamplingParams
+
+CASES = [("blocks", "HND", 32), ("vattn", "NHD", 64), ("paged", "HND", 16)]
+SHAPE = CacheShape(3, 2, 16, torch.float32, 3, 96)
+
+
+class Calls:
+    """Stands where the kernel does, and notes what it is given."""
+
+    def __init__(self, attention: XqaAttention) -> None:
+        self.seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.kernel, attention._kernel = attention._kernel, self
+
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        self.seen.append((arguments, named))
+        self.kernel(*arguments, **named)
+
+
+@pytest.mark.parametrize(("kind", "layout", "page"), CASES)
+def test_the_kernel_gets_blocks_by_strides_and_rows_once_a_step(kind: str, layout: str, page: int) -> None:
+    with make_cache(kind, SHAPE, "cpu") as cache:
+        attention = make_attention("xqa", cache, 4)
+        assert isinstance(attention, XqaAttention)
+        calls = Calls(attention)
+        cache.admit("a", 40)
+        lengths = torch.tensor([40, 0, 0], dtype=torch.int32)
+        for layer in range(3):
+            attention.decode(layer, torch.randn(3, 4, 16), lengths)
+        attention.decode(0, torch.randn(3, 4, 16), lengths)
+        rows = [arguments[3] for arguments, _ in calls.seen]
+        assert rows[0] is rows[1] is rows[2] is not rows[3]
+        dummy = cache.dummy_slot if kind == "vattn" else None
+        for arguments, named in calls.seen:
+            q, k, v, table, counts, out, _, semaphores, heads, size = arguments
+            assert (named["kv_layout"], size, heads) == (layout, page, 2)
+            assert q.shape == out.shape == (3, 1, 4, 16)
+            assert (table.dtype, counts.dtype, semaphores.dtype) == (torch.int32, torch.uint32, torch.uint32)
+            assert counts.view(torch.int32).tolist() == [[40], [1], [1]]
+            # Idle lanes read the dummy block, wherever their own slot is.
+            assert table[1].tolist() == table[2].tolist() == [table[1, 0]] * table.shape[1]
+            assert k.shape[-1] == v.shape[-1] == 16
+            assert int(table.max()) < len(k)
+            assert dummy is None or table[1, 0] == len(k) - 1
+
+
+@pytest.mark.parametrize(("kind", "slots"), [("blocks", None), ("vattn", [2, 0, 1])])
+def test_other_backends_say_the_same(kind: str, slots: list[int] | None) -> None:
+    with make_cache(kind, SHAPE, "cpu") as cache:
+        mine, theirs = (make_attention(name, cache, 4) for name in ("xqa", "torch"))
+        for slot, length in enumerate((96, 1, 33)):
+            cache.admit(slot, length)
+            where = torch.full((length,), slot), torch.arange(length)
+            mine.write(1, *torch.randn(2, length, 2, 16), *where)
+        order = slots or [0, 1, 2]
+        lengths = torch.tensor([(96, 1, 33)[slot] for slot in order], dtype=torch.int32)
+        q, lanes = torch.randn(3, 4, 16), None if slots is None else torch.tensor(slots)
+        got = mine.decode(1, q, lengths, lanes)
+        assert torch.allclose(got, theirs.decode(1, q, lengths, lanes), atol=1e-6)
+        assert got.std() > 0.1
+
+
+def test_blocks_of_other_sizes_are_refused() -> None:
+    with make_cache("token", SHAPE, "cpu") as cache, pytest.raises(ConfigError, match=r"1 tokens.*\[16, 32, 64, 128\]"):
+        make_attention("xqa", cache, 4)
+    odd = CacheShape(1, 2, 16, torch.float32, 3, 90)
+    with make_cache("contiguous", odd, "cpu") as cache, pytest.raises(ConfigError, match="make max_seq_len a multiple"):
+        make_attention("xqa", cache, 4)
+
+
+def test_the_engine_gives_the_same_tokens_over_blocks() -> None:
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    prompts = [list(range(1, n)) for n in (4, 40, 21)]
+    answers = []
+    for kind, attention in (("vattn", "torch"), ("blocks", "xqa"), ("vattn", "xqa")):
+        cache = make_cache(kind, shape_of(model, 2, 128), "cpu")
+        with Engine(model, cache, attention=attention, compile=False) as engine:
+            answers.append([done.tokens for done in engine.generate(prompts, SamplingParams(max_tokens=12))])
+            assert not engine.decode.audit(2).findings
+    assert answers[0] == answers[1] == answers[2]
+    assert all(len(tokens) == 12 for tokens in answers[0])

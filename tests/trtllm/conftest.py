@@ -1,0 +1,50 @@
+"""The stand-in for TensorRT-LLM on the path, for one test; small managers over the host driver."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from trtllm_shape import DOUBLE, SHAPE
+
+from trtllm_vattn.trtllm import uninstall
+from trtllm_vattn.trtllm.config import TrtllmConfig
+from trtllm_vattn.trtllm.manager import make_manager
+from trtllm_vattn.vmm.host import HostDriver
+
+
+@pytest.fixture
+def double() -> Iterator[SimpleNamespace]:
+    """The stand-in's modules, freshly imported; nothing of it is left behind."""
+    sys.path.insert(0, str(DOUBLE))
+    names = ("bindings", "_torch.pyexecutor.resource_manager", "_torch.pyexecutor.py_executor")
+    try:
+        bindings, managers, executor = (importlib.import_module(f"tensorrt_llm.{name}") for name in names)
+        yield SimpleNamespace(bindings=bindings, managers=managers, executor=executor)
+    finally:
+        uninstall()
+        sys.path.remove(str(DOUBLE))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tensorrt_llm"]:
+            del sys.modules[name]
+
+
+@pytest.fixture
+def make(double: SimpleNamespace, host_driver: HostDriver) -> Iterator[Callable[..., Any]]:
+    """Makes fixed-address managers over the host driver, shut down at the end."""
+    made = []
+
+    def build(config: TrtllmConfig | None = None, cache_config: Any = None, **shape: Any) -> Any:
+        kind = make_manager(double.managers.KVCacheManager, config, lambda: host_driver)
+        arguments = {**SHAPE, "mapping": double.managers.Mapping(), "dtype": double.bindings.DataType.FLOAT, **shape}
+        manager = kind(cache_config or double.managers.KvCacheConfig(), double.bindings.CacheType.SELF, **arguments)
+        made.append(manager)
+        return manager
+
+    yield build
+    for manager in made:
+        manager.shutdown()
+        manager.shutdown()

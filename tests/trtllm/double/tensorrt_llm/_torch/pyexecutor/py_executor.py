@@ -1,0 +1,161 @@
+"""A stand-in of the executor: its scheduler iteration, with kernels that read and write raw addresses."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from tensorrt_llm._torch.pyexecutor.resource_manager import LlmRequest, LlmRequestState, ScheduledRequests
+
+CUDA_GRAPH_DUMMY_REQUEST_ID = (1 << 64) - 1
+
+
+class Kernels:
+    """What attention kernels do with a manager's pointers, mapping and table: float32 elements, on the host."""
+
+    def __init__(self, manager: Any) -> None:
+        self.manager = manager
+        # A captured graph bakes these in; they are read once.
+        self.pointers = manager.kv_cache_pool_pointers[:, 0].tolist()
+        self.mapping = manager.kv_cache_pool_mapping.tolist()
+        self.heads = manager.num_kv_heads_per_layer[0]
+        self.part = manager.tokens_per_block * self.heads * manager.head_dim * 4
+
+    def _vector(self, row: torch.Tensor, layer: int, field: int, head: int, token: int) -> Any:
+        """Elements of one token's head: pool + offset × bytes in 64 bits, then the layer's place in the block."""
+        pool, within = self.mapping[layer]
+        size, dim = self.manager.tokens_per_block, self.manager.head_dim
+        offset = int(row[pool, field, token // size])
+        address = self.pointers[pool] + (within * self.manager.kv_factor + offset) * self.part
+        return (ctypes.c_float * dim).from_address(address + (head * size + token % size) * dim * 4)
+
+    @staticmethod
+    def value(number: int, layer: int, field: int, head: int, token: int) -> float:
+        return float((number * 8191 + layer * 131 + field * 67 + head * 17 + token * 5) % 100003)
+
+    def write(self, row: torch.Tensor, number: int, tokens: range) -> None:
+        for layer in range(len(self.mapping)):
+            for field in range(self.manager.kv_factor):
+                for head in range(self.heads):
+                    for token in tokens:
+                        vector = self._vector(row, layer, field, head, token)
+                        vector[:] = [self.value(number, layer, field, head, token)] * len(vector)
+
+    def wrong(self, row: torch.Tensor, number: int, tokens: range) -> list[tuple[int, int, int, int]]:
+        """Places of a request's history that hold something else than was written."""
+        return [
+            (layer, field, head, token)
+            for layer in range(len(self.mapping))
+            for field in range(self.manager.kv_factor)
+            for head in range(self.heads)
+            for token in tokens
+            if set(self._vector(row, layer, field, head, token)) != {self.value(number, layer, field, head, token)}
+        ]
+
+
+class PyExecutor:
+    """Schedules without eviction, prepares, runs the kernels, updates, frees; one iteration a call."""
+
+    def __init__(self, manager: Any, max_batch_size: int, warm_up_tokens: int = 1) -> None:
+        self.manager, self.max_batch_size = manager, max_batch_size
+        self.waiting: list[LlmRequest] = []
+        self.running: list[LlmRequest] = []
+        self.lengths: dict[int, int] = {}
+        self.finished: list[int] = []
+        self.wrong: list[Any] = []
+        self.started = False
+        shape = (manager.num_pools, max_batch_size, 2, manager.max_blocks_per_seq)
+        self.table = torch.full(shape, -1, dtype=torch.int32)
+        self.padding: list[LlmRequest] = []
+        self.warm_up(warm_up_tokens)
+        self.kernels = Kernels(manager)
+
+    def warm_up(self, tokens: int) -> None:
+        """A batch of dummies, the first of them as long as may be, through the same kernels."""
+        numbers = list(range(self.max_batch_size))
+        made = self.manager.add_dummy_requests(numbers, [tokens] + [1] * (len(numbers) - 1), is_gen=True)
+        assert made is not None, "warm-up found no room"
+        kernels = Kernels(self.manager)
+        self.manager.copy_batch_block_offsets(self.table, numbers, 1, 0, len(numbers))
+        for i, number in enumerate(numbers):
+            kernels.write(self.table[:, i], number, range(tokens if i == 0 else 1))
+        for request in made:
+            self.manager.free_resources(request)
+
+    def start_worker(self) -> None:
+        self.started = True
+
+    def submit(self, request: LlmRequest) -> None:
+        self.waiting.append(request)
+
+    def cancel(self, number: int) -> None:
+        for queue in (self.waiting, self.running):
+            for request in [each for each in queue if each.py_request_id == number]:
+                queue.remove(request)
+                if queue is self.running:
+                    self._end(request)
+
+    def _end(self, request: LlmRequest) -> None:
+        request.state = LlmRequestState.GENERATION_COMPLETE
+        self.manager.free_resources(request)
+        self.lengths.pop(request.py_request_id)
+        self.finished.append(request.py_request_id)
+
+    def _schedule(self) -> ScheduledRequests:
+        """Every running request, and waiting ones whose need to their end is free beside the others'."""
+        need = self.manager.get_needed_resource_to_completion
+        free = self.manager.impl.get_kv_cache_stats().free_num_blocks
+        for request in self.running:
+            free -= need(request) - len(self.manager.impl.get_cache_block_ids(request.py_request_id, 0)[0])
+        context = []
+        while self.waiting and len(self.running) + len(context) < self.max_batch_size:
+            if need(self.waiting[0]) > free:
+                break
+            free -= need(self.waiting[0])
+            context.append(self.waiting.pop(0))
+        return ScheduledRequests(context, list(self.running))
+
+    def _pad(self, count: int) -> list[int]:
+        if not self.padding:
+            self.padding = self.manager.add_dummy_requests([CUDA_GRAPH_DUMMY_REQUEST_ID], is_gen=True) or []
+            assert self.padding, "no padding dummy: batches would run eagerly for good"
+        return [CUDA_GRAPH_DUMMY_REQUEST_ID] * count
+
+    def step(self) -> int:
+        """One iteration; returns how many requests took part."""
+        batch = self._schedule()
+        requests = batch.all_requests()
+        if not requests:
+            return 0
+        self.manager.prepare_resources(batch)
+        ids = [request.py_request_id for request in requests]
+        ids += self._pad(self.max_batch_size - len(ids)) if len(ids) < self.max_batch_size else []
+        self.manager.copy_batch_block_offsets(self.table, ids, 1, len(batch.context_requests), len(ids))
+        for i, request in enumerate(requests):
+            number, row = request.py_request_id, self.table[:, i]
+            before = self.lengths.get(number, 0)
+            new = request.prompt_len if before == 0 else 1 + request.draft_tokens
+            self.wrong += self.kernels.wrong(row, number, range(before))
+            self.kernels.write(row, number, range(before, before + new))
+            self.lengths[number] = before + new
+            request.py_rewind_len = request.draft_tokens if before else 0
+        for i in range(len(requests), len(ids)):
+            self.kernels.write(self.table[:, i], 7, range(1))
+        self.manager.update_resources(batch)
+        for request in requests:
+            number = request.py_request_id
+            self.lengths[number] -= request.py_rewind_len
+            request.is_first_context_chunk = False
+            if request in batch.context_requests:
+                request.state = LlmRequestState.GENERATION_IN_PROGRESS
+                self.running.append(request)
+            request.generated += 1
+            if request.generated >= request.max_new_tokens:
+                self.running.remove(request)
+                self._end(request)
+        return len(requests)
+
+    def run(self) -> None:
+        while self.waiting or self.running:
+            assert self.step(), f"{len(self.waiting)} requests wait and nothing runs"

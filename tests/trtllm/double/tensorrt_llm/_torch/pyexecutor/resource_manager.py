@@ -1,0 +1,263 @@
+"""Stand-ins of the resource managers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tensorrt_llm.bindings import CacheType as CacheTypeCpp
+from tensorrt_llm.bindings import DataType, KVCacheManagerCpp, LlmRequestState
+from tensorrt_llm.watched import Watched
+
+
+@dataclass
+class KvCacheConfig:
+    """The fields that managers read; `model_fields_set` names those that a user has set, as pydantic's does."""
+
+    max_tokens: int | None = None
+    free_gpu_memory_fraction: float | None = None
+    enable_block_reuse: bool = True
+    enable_partial_reuse: bool = True
+    host_cache_size: int | None = None
+    max_attention_window: list[int] | None = None
+    sink_token_length: int | None = None
+    event_buffer_max_size: int = 0
+    model_fields_set: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Mapping:
+    world_size: int = 1
+    cp_size: int = 1
+    enable_attention_dp: bool = False
+
+
+class LlmRequest(Watched):
+    """A request as schedulers and managers see it."""
+
+    def __init__(self, number: int, prompt_len: int, max_new_tokens: int) -> None:
+        self.py_request_id, self.prompt_len, self.max_new_tokens = number, prompt_len, max_new_tokens
+        self.orig_prompt_len = prompt_len
+        self.is_first_context_chunk, self.is_dummy = True, False
+        self.state = LlmRequestState.CONTEXT_INIT
+        self.py_rewind_len = 0
+        self.draft_tokens = 0
+        self.generated = 0
+
+
+class ScheduledRequests(Watched):
+    def __init__(self, context: list[LlmRequest], generation: list[LlmRequest]) -> None:
+        self.context_requests, self.generation_requests = context, generation
+
+    def all_requests(self) -> list[LlmRequest]:
+        return self.context_requests + self.generation_requests
+
+
+def get_draft_token_length(request: LlmRequest) -> int:
+    return request.draft_tokens
+
+
+class BaseResourceManager(ABC):
+    @abstractmethod
+    def get_max_resource_count(self) -> int: ...
+
+    @abstractmethod
+    def get_needed_resource_to_completion(self, request: LlmRequest) -> int: ...
+
+
+class KVCacheManager(Watched, BaseResourceManager):
+    """The Python shell over the C++ manager; `stock_blocks` is what the card's free memory would give,
+    `other_ranks_blocks` what other ranks say of theirs."""
+
+    stock_blocks = 40
+    other_ranks_blocks = 1 << 30
+
+    def __init__(
+        self,
+        kv_cache_config: KvCacheConfig,
+        kv_cache_type: CacheTypeCpp,
+        *,
+        num_layers: int,
+        num_kv_heads: int | list[int],
+        head_dim: int,
+        tokens_per_block: int,
+        max_seq_len: int,
+        max_batch_size: int,
+        mapping: Mapping,
+        dtype: DataType = DataType.HALF,
+        spec_config: Any = None,
+        layer_mask: Any = None,
+        max_num_tokens: int = 8192,
+        model_config: Any = None,
+        max_beam_width: int = 1,
+        is_draft: bool = False,
+        kv_connector_manager: Any = None,
+        enable_indexer_k_cache: bool = False,
+        indexer_k_cache_quant_block_size: int = 128,
+        indexer_k_cache_index_head_dim: int = 0,
+        is_estimating_kv_cache: bool = False,
+        execution_stream: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.mapping, self.dtype, self.kv_cache_type = mapping, dtype, kv_cache_type
+        self.pp_layers, self.num_layers, self.num_local_layers = list(range(num_layers)), num_layers, num_layers
+        self.layer_offsets = {layer: layer for layer in range(num_layers)}
+        heads = [num_kv_heads] * num_layers if isinstance(num_kv_heads, int) else list(num_kv_heads)
+        self.num_kv_heads, self.num_kv_heads_per_layer, self.head_dim = num_kv_heads, heads, head_dim
+        self.tokens_per_block, self.max_seq_len, self.max_batch_size = tokens_per_block, max_seq_len, max_batch_size
+        self.kv_factor = 1 if kv_cache_type is CacheTypeCpp.SELFKONLY else 2
+        self.num_extra_kv_tokens = 0
+        self.max_total_draft_tokens = spec_config.max_total_draft_tokens if spec_config else 0
+        self.max_attention_window_vec = [max_seq_len]
+        self.is_draft, self.kv_connector_manager = is_draft, kv_connector_manager
+        if is_estimating_kv_cache:
+            self.blocks_in_primary_pool, self.blocks_in_secondary_pool = (
+                kv_cache_config.max_tokens // tokens_per_block,
+                0,
+            )
+        else:
+            self.blocks_in_primary_pool, self.blocks_in_secondary_pool = self.calculate_max_num_blocks(
+                kv_cache_config=kv_cache_config,
+                head_dim=head_dim,
+                tokens_per_block=tokens_per_block,
+                mapping=mapping,
+                dtype=dtype,
+                kv_factor=self.kv_factor,
+            )
+        self.impl = KVCacheManagerCpp(
+            num_kv_heads_per_layer=heads,
+            size_per_head=head_dim,
+            tokens_per_block=tokens_per_block,
+            blocks_per_window={max_seq_len: (self.blocks_in_primary_pool, self.blocks_in_secondary_pool)},
+            max_num_sequences=max_batch_size,
+            max_beam_width=max_beam_width,
+            max_sequence_length=max_seq_len,
+            enable_block_reuse=kv_cache_config.enable_block_reuse,
+            kv_connector_manager=kv_connector_manager,
+            dtype=dtype,
+        )
+        self.impl.allocate_pools(False)
+        self.kv_cache_pool_pointers = self.impl.get_block_pool_pointers()
+        self.kv_cache_pool_mapping = self.impl.get_layer_to_pool_mapping()
+        self.num_pools, self.max_blocks_per_seq = self.impl.num_pools, self.impl.max_blocks_per_seq
+        self.enable_block_reuse = kv_cache_config.enable_block_reuse
+        self.enable_partial_reuse = kv_cache_config.enable_partial_reuse
+        self.host_kv_cache_block_offsets = torch.empty(
+            (self.num_pools, max_batch_size * max_beam_width, 2, self.max_blocks_per_seq), dtype=torch.int32
+        )
+
+    def shutdown(self) -> None:
+        self.impl.release_pools()
+
+    def calculate_max_num_blocks(
+        self, kv_cache_config: Any, head_dim: int, tokens_per_block: int, mapping: Any, dtype: Any, kv_factor: int = 2
+    ) -> tuple[int, int]:
+        blocks = type(self).stock_blocks
+        if kv_cache_config.max_tokens is not None:
+            blocks = kv_cache_config.max_tokens // tokens_per_block
+            if kv_cache_config.free_gpu_memory_fraction is not None:
+                blocks = min(blocks, type(self).stock_blocks)
+        if mapping.world_size > 1:
+            blocks = min(blocks, type(self).other_ranks_blocks)
+        return blocks, 0
+
+    def get_cache_bytes_per_token(self) -> int:
+        return self.kv_factor * sum(self.num_kv_heads_per_layer) * self.head_dim * 4
+
+    def get_max_resource_count(self) -> int:
+        return self.impl.max_num_blocks
+
+    def get_needed_resource_to_completion(self, request: LlmRequest) -> int:
+        return -(-(request.orig_prompt_len + request.max_new_tokens) // self.tokens_per_block)
+
+    def prepare_resources(self, scheduled_batch: ScheduledRequests) -> None:
+        self.impl.sync_transfer_manager_with_buffer_manager()
+        for request in scheduled_batch.context_requests:
+            if request.is_first_context_chunk:
+                self.impl.add_sequence(request.py_request_id, request.prompt_len, 1, request)
+                for _ in range(self.num_extra_kv_tokens + get_draft_token_length(request)):
+                    self.impl.add_token(request.py_request_id)
+        for request in scheduled_batch.generation_requests:
+            for _ in range(1 + get_draft_token_length(request)):
+                self.impl.add_token(request.py_request_id)
+        self.impl.refresh_blocks()
+
+    def add_dummy_requests(
+        self,
+        request_ids: list[int],
+        token_nums: list[int] | None = None,
+        is_gen: bool = False,
+        prepare_resource: bool = True,
+        max_num_draft_tokens: int = 0,
+        use_mrope: bool = False,
+        max_beam_width: int = 1,
+        num_extra_decoding_steps: int = 0,
+        draft_kv_cache_manager: Any = None,
+    ) -> list[LlmRequest] | None:
+        if self.get_num_free_blocks() < 1:
+            return None
+        made = []
+        for i, number in enumerate(request_ids):
+            tokens = token_nums[i] if token_nums is not None else 1 + max_num_draft_tokens
+            request = LlmRequest(number, tokens - 1 if is_gen else tokens, 1)
+            request.is_dummy = True
+            if prepare_resource:
+                self.impl.add_sequence(number, tokens, 1, request)
+                extra = self.num_extra_kv_tokens + num_extra_decoding_steps + (max_num_draft_tokens if is_gen else 0)
+                for _ in range(extra):
+                    self.impl.add_token(number)
+            made.append(request)
+        return made
+
+    def update_resources(
+        self, scheduled_batch: ScheduledRequests, attn_metadata: Any = None, kv_cache_dtype_byte_size: Any = None
+    ) -> None:
+        for request in scheduled_batch.generation_requests:
+            if request.state is not LlmRequestState.GENERATION_COMPLETE and request.py_rewind_len > 0:
+                self.rewind_kv_cache(request, request.py_rewind_len)
+        for request in scheduled_batch.context_requests:
+            self.impl.store_context_blocks(request)
+
+    def rewind_kv_cache(self, request: LlmRequest, rewind_len: int) -> None:
+        self.impl.rewind_kv_cache(request.py_request_id, rewind_len)
+
+    def free_resources(self, request: LlmRequest, pin_on_release: bool = False) -> None:
+        self.impl.remove_sequence(request.py_request_id, request, pin_on_release)
+
+    def store_blocks_for_reuse(self, request: LlmRequest, pin_blocks: bool = False) -> None: ...
+
+    def pin_blocks(self, request_id: int) -> None: ...
+
+    def get_last_block_id(self, request_id: int) -> int:
+        return 0
+
+    def get_unique_primary_pool(self) -> torch.Tensor:
+        return torch.empty(0)
+
+    def get_cache_indices(self, request: LlmRequest, window_size: int | None = None) -> list[int]:
+        return self.impl.get_cache_block_ids(request.py_request_id, self.max_seq_len)[0]
+
+    def get_batch_cache_indices(self, request_ids: list[int], layer_idx: int | None = None) -> list[list[int]]:
+        return [each[0] for each in self.impl.get_batch_cache_block_ids(request_ids, self.max_seq_len)]
+
+    def get_num_free_blocks(self) -> int:
+        return self.impl.get_kv_cache_stats().free_num_blocks
+
+    def get_num_available_tokens(self, max_num_draft_tokens: int = 0, **kwargs: Any) -> int:
+        return self.get_num_free_blocks() * self.tokens_per_block - self.num_extra_kv_tokens - max_num_draft_tokens
+
+    def get_buffers(self, layer_idx: int, kv_layout: str = "NHD") -> torch.Tensor:
+        raise RuntimeError("the stock pool is not to be touched")
+
+    def check_invalid_values_in_kv_cache(self, fill_with_zero: bool = False) -> bool:
+        raise RuntimeError("the stock pool is not to be touched")
+
+    def get_kv_cache_stats(self) -> Any:
+        return self.impl.get_kv_cache_stats()
+
+    def copy_batch_block_offsets(
+        self, dst_tensor: torch.Tensor, request_ids: list[int], beam_width: int, num_context: int, num_seqs: int
+    ) -> None:
+        raise RuntimeError("the stock tables are not to be used")

@@ -1,0 +1,82 @@
+"""What the adapter does not serve is refused by name, before anything is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.trtllm.config import TrtllmConfig
+from trtllm_vattn.trtllm.features import UnsupportedFeature
+
+Make = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"model_fields_set": {"enable_block_reuse"}}, "block reuse"),
+        ({"host_cache_size": 1 << 30}, "host offload"),
+        ({"event_buffer_max_size": 10}, "KV cache events"),
+        ({"sink_token_length": 4}, "attention sinks"),
+        ({"max_attention_window": [64, 128]}, "sliding windows"),
+    ],
+)
+def test_settings_of_the_cpp_pool(make: Make, double: SimpleNamespace, settings: dict[str, Any], name: str) -> None:
+    config = double.managers.KvCacheConfig(**settings)
+    with pytest.raises(UnsupportedFeature, match=name):
+        make(cache_config=config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"max_beam_width": 4}, "beam search"),
+        ({"kv_connector_manager": object()}, "KV connectors"),
+        ({"is_draft": True}, "a draft model"),
+        ({"enable_indexer_k_cache": True}, "sparse attention"),
+        ({"num_kv_heads": [2, 4, 2]}, "different numbers of KV heads"),
+        ({"layer_mask": [True, False, True]}, "a mask of layers"),
+        ({"max_beam_width": 2, "is_draft": True}, "beam search.*; a draft model"),
+    ],
+)
+def test_arguments(make: Make, arguments: dict[str, Any], name: str) -> None:
+    with pytest.raises(UnsupportedFeature, match=name):
+        make(**arguments)
+
+
+def test_context_parallelism_and_cache_types(make: Make, double: SimpleNamespace) -> None:
+    with pytest.raises(UnsupportedFeature, match="context parallelism"):
+        make(mapping=double.managers.Mapping(cp_size=2))
+    with pytest.raises(UnsupportedFeature, match=r"dtype NVFP4 is not supported.*HALF, BF16, FLOAT, FP8"):
+        make(dtype=double.bindings.DataType.NVFP4)
+
+
+def test_reuse_by_default_is_switched_off_and_said(
+    make: Make, double: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = double.managers.KvCacheConfig()
+    manager = make(cache_config=config)
+    assert (manager.enable_block_reuse, manager.enable_partial_reuse) == (False, False)
+    assert config.enable_block_reuse  # the user's own is left alone
+    assert "block reuse, on by default, is switched off" in caplog.text
+
+
+def test_a_full_window_is_none(make: Make, double: SimpleNamespace) -> None:
+    assert make(cache_config=double.managers.KvCacheConfig(max_attention_window=[128])).max_seq_len == 128
+
+
+def test_other_dtypes_and_a_latent(make: Make, double: SimpleNamespace) -> None:
+    for name in ("HALF", "BF16", "FP8"):
+        manager = make(dtype=getattr(double.bindings.DataType, name))
+        assert not manager.check_invalid_values_in_kv_cache(fill_with_zero=True)
+
+
+def test_a_budget_for_less_than_one_request_is_refused(make: Make) -> None:
+    with pytest.raises(
+        ConfigError, match=r"backs 2 blocks of 6,144 bytes, but one request of 128 tokens needs 8: raise"
+    ):
+        make(TrtllmConfig(budget=40000))

@@ -1,0 +1,115 @@
+"""Slots, budget and tables of the adapter over either driver, without TensorRT-LLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from contents import expect, fill
+
+from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.errors import ConfigError, NoFreeSlot, OutOfPages
+from trtllm_vattn.trtllm.pages import Pages
+from trtllm_vattn.trtllm.tables import AffineTables, RowGatherer
+from trtllm_vattn.vmm.base import Driver
+
+SHAPE = CacheShape(4, 2, 24, torch.float32, 3, 96)
+
+
+@pytest.fixture
+def pages(driver: Driver) -> Iterator[Pages]:
+    made = Pages(SHAPE, driver, 2, 16, 16)
+    made.approach(made.bytes_of(12))
+    yield made
+    made.cache.close()
+
+
+def test_block_0_is_mapped_and_zero_for_good(pages: Pages) -> None:
+    for layer in range(4):
+        assert pages.cache.blocks(layer)[0].eq(0).all()
+    pages.step({1: 20}, {})
+    pages.cache.release(1)
+    pages.approach(pages.least_bytes)
+    assert pages.cache.stats().held_bytes == pages.least_bytes
+    assert pages.cache.blocks(0)[0].eq(0).all()
+
+
+def test_as_many_blocks_as_were_promised_can_be_had_however_they_are_shared(pages: Pages) -> None:
+    assert pages.blocks_in(pages.bytes_of(12)) == 12
+    for shares in ((96, 95, 0), (33, 96, 40), (16, 16, 96)):
+        admitted = {number: tokens for number, tokens in enumerate(shares, 1) if tokens}
+        assert sum(-(-tokens // 16) for tokens in shares) <= 12
+        pages.step(admitted, {})
+        for number, tokens in admitted.items():
+            fill(pages.cache, number, range(tokens))
+        for number, tokens in admitted.items():
+            expect(pages.cache, number, range(tokens))
+            pages.cache.release(number)
+        pages.cache.check_integrity()
+
+
+def test_what_is_mapped_ahead_of_one_is_taken_back_for_another(pages: Pages) -> None:
+    pages.step({1: 14, 2: 14}, {})
+    fill(pages.cache, 1, range(14))
+    while pages.cache.map_ahead():
+        pass
+    assert pages.cache.frontiers[pages.cache.slot_of(1)] >= 32
+    before = pages.cache.stats().ahead_maps
+    assert before > 0
+    pages.approach(pages.bytes_of(8))
+    pages.step({3: 96}, {})
+    assert pages.cache.frontiers[pages.cache.slot_of(3)] == 96
+    expect(pages.cache, 1, range(14))
+    pages.cache.check_integrity()
+
+
+def test_a_step_is_for_all_or_for_none(pages: Pages) -> None:
+    pages.step({1: 20}, {})
+    with pytest.raises((NoFreeSlot, OutOfPages)):
+        pages.step({2: 20, 3: 20, 4: 20}, {1: 1})
+    assert pages.cache.stats().sequences == 2
+    assert pages.cache.lengths[pages.cache.slot_of(1)] == 20
+    pages.step({2: 5}, {1: 3})
+    pages.undo_step({2: 5}, {1: 3})
+    assert not pages.holds(2)
+    assert pages.cache.lengths[pages.cache.slot_of(1)] == 20
+    assert pages.block_ids(1) == [pages.cache.layout.blocks_per_slot * pages.cache.slot_of(1) + j for j in (0, 1)]
+
+
+def test_what_streams_say_is_waited_for(pages: Pages) -> None:
+    pages.cache.streams.append(0)
+    pages.step({1: 40}, {})
+    pages.cache.release(1)
+    slot = pages.cache.arena.slots[1]
+    assert slot.fence is not None
+    slot.fence.wait()
+    assert slot.fence.done()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_rows_are_gathered_on_the_device_only_when_they_change(pages: Pages, device: str) -> None:
+    layout = pages.cache.layout
+    tables = AffineTables(layout, 8, 0, torch.device(device))
+    # Beyond a slot's own blocks a row names the tail.
+    assert tables.one[2].tolist() == [
+        2 * layout.blocks_per_slot + j if j < layout.blocks_per_slot else 0 for j in range(8)
+    ]
+    host = torch.zeros((2, 4, 2, 8), dtype=torch.int32)
+    rows = RowGatherer(tables, lambda ids: [number % 4 for number in ids], host)
+    table = torch.full((2, 4, 2, 8), -1, dtype=torch.int32, device=device)
+    other = table.clone()
+    assert rows.fill(table, [1, 7])
+    assert not rows.fill(table, [1, 7])
+    assert rows.fill(other, [1, 7])
+    assert torch.equal(table, other)
+    assert table[1, :2].tolist() == tables.rows([1, 3]).tolist() == host[0, :2].tolist()
+    assert rows.fill(table, [7, 1])
+    rows.epoch += 1
+    assert rows.fill(table, [7, 1])
+    with torch.inference_mode():
+        uncounted = torch.zeros_like(table)
+        assert rows.fill(uncounted, [2])
+        assert not rows.fill(uncounted, [2])
+    with pytest.raises(ConfigError, match="raise max_batch_size"):
+        rows.fill(table, [1, 2, 3, 4, 5])

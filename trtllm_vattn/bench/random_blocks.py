@@ -1,0 +1,29 @@
+"""A stock paged pool as TensorRT-LLM lays it out, with blocks dealt at random: what affine tables are compared with."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.cache.paged import PagedCache
+
+
+class RandomBlocks(PagedCache):
+    """One allocation ``[block][layer][K,V][head][token][dim]``, as the block layout has it; tables are random.
+
+    Parameters
+    ----------
+    seed : int
+        Of the order in which blocks are dealt.
+    """
+
+    def __init__(self, shape: CacheShape, device: torch.device | str, block_size: int, seed: int = 0) -> None:
+        super().__init__(shape, device, block_size)
+        random.Random(seed).shuffle(self._free_blocks)
+
+    def _make_pools(self, size: tuple[int, int, int, int]) -> list[list[torch.Tensor]]:
+        layers, factor = self.shape.num_layers, self.shape.kv_factor
+        whole = torch.zeros((size[0], layers, factor, *size[1:]), dtype=self.shape.dtype, device=self.device)
+        return [[whole[:, layer, field] for field in range(factor)] for layer in range(layers)]

@@ -1,0 +1,184 @@
+"""`bench xqa`: TensorRT-LLM's decode kernel over affine tables.
+
+Tokens against flat attention, teacher-forced; steps against the same kernel over random tables, in turns; one captured
+graph replayed while its memory is replaced; the host's time for a step's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import ExitStack
+from statistics import median
+from typing import Any
+
+from tqdm import tqdm
+
+from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
+from trtllm_vattn.bench.graph import numbers
+from trtllm_vattn.bench.identity import Identity, compare
+from trtllm_vattn.bench.machine import summarise
+from trtllm_vattn.bench.random_blocks import RandomBlocks
+from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.steady import Lane, fill, settle_device_ms, take_turns
+from trtllm_vattn.bench.traced import run_traced
+from trtllm_vattn.bench.traces import fit, generate_trace
+from trtllm_vattn.bench.workload import prompt_ids
+from trtllm_vattn.bench.xqa_parts import replay_remapped, table_host
+from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.cache.blocks import BlockKVCache
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.memory.blocks import BLOCK_SIZES
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench xqa`."""
+    gpu, add = add_common(parser), parser.add_argument
+    add("--tokens-per-block", type=int, default=32, choices=BLOCK_SIZES, help="tokens of a block")
+    add("--layers-per-range", type=int, help="layers of a block's record (default: rows of 32 KiB)")
+    add("--batch-sizes", type=numbers, default=[1, 8, 32, 128] if gpu else [2], help="sequences of steady decode")
+    add("--context", type=int, default=2048 if gpu else 64, help="tokens a sequence")
+    add("--rounds", type=int, default=5 if gpu else 1, help="turns of each table")
+    add("--steps", type=int, default=20 if gpu else 4, help="decode steps a turn")
+    add("--requests", type=int, default=16 if gpu else 6, help="requests whose tokens are compared")
+    add("--max-output", type=int, default=48 if gpu else 8, help="tokens of a request at most")
+    add("--tie-tolerance", type=float, default=0.25 if gpu else 0.0, help="logits closer than this are a tie")
+    add("--replays", type=int, default=10_000 if gpu else 40, help="replays of one graph over replaced memory")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 where tokens differ or a replay was wrong."""
+    model = load_model(args.model, args.device, dtype_of(args.device), args.seed)
+    identity = tokens(args, model)
+    steps = [
+        row for batch in tqdm(args.batch_sizes, desc="batch sizes", disable=None) for row in steady(args, model, batch)
+    ]
+    heads = model.config.get_text_config().num_attention_heads
+    shape = shape_of(model, 9, args.context + 64)
+    with make_blocks(args, model, 9, args.context + 64) as cache:
+        replayed = replay_remapped(cache, heads, args.context, args.replays, args.seed)
+        granule = cache.layout.granule
+    host = table_host(shape_of(model, 128, shape.max_seq_len), granule, args.tokens_per_block, args.device)
+    result = Result.start("xqa", as_config(args), args.seed)
+    result.results.update(identity=vars(identity), steady=steps, replayed=replayed, tables=host)
+    result.summary.update(summary(identity, steps, replayed, host))
+    print(show(steps))
+    for name, value in result.summary.items():
+        print(f"{name}: {value}")
+    if args.output_json:
+        write(result, args.output_json)
+    wrong = [] if identity.identical else ["tokens differ between flat attention and XQA over affine tables"]
+    wrong += [f"{replayed['wrong']} replays over replaced memory were wrong"] if replayed["wrong"] else []
+    for text in wrong:
+        print(text, file=sys.stderr)
+    return int(bool(wrong))
+
+
+def make_blocks(args: argparse.Namespace, model: Any, num_slots: int, max_seq_len: int) -> BlockKVCache:
+    """A cache in the block layout with room for all."""
+    made = make_cache(
+        "blocks",
+        shape_of(model, num_slots, max_seq_len),
+        args.device,
+        layers_per_range=args.layers_per_range,
+        tokens_per_block=args.tokens_per_block,
+    )
+    assert isinstance(made, BlockKVCache)
+    return made
+
+
+def tokens(args: argparse.Namespace, model: Any) -> Identity:
+    """Flat attention's tokens, and XQA's over affine tables fed with them."""
+    longest = 2 * args.context
+    requests = fit(generate_trace(args.requests, args.seed), longest, args.max_output)
+    vocab = model.config.get_text_config().vocab_size
+    prompts = [prompt_ids(request, i, vocab, args.seed).tolist() for i, request in enumerate(requests)]
+    outputs = [request.output_tokens for request in requests]
+    forcing = args.tie_tolerance > 0
+    slots = min(8, args.requests)
+    flat: KVCache = make_cache("vattn", shape_of(model, slots, longest), args.device)
+    with Engine(model, flat, record_margins=forcing) as engine:
+        reference = run_traced(engine, prompts, outputs, None, "flat").tokens
+    with Engine(model, make_blocks(args, model, slots, longest), attention="xqa", record_margins=forcing) as engine:
+        forced = reference if forcing else None
+        return compare(reference, run_traced(engine, prompts, outputs, forced, "xqa").tokens, args.tie_tolerance)
+
+
+def steady(args: argparse.Namespace, model: Any, batch: int) -> list[dict[str, Any]]:
+    """Captured decode steps with affine and with random tables, in turns."""
+    most = batch + 2 * args.rounds * (args.steps + 4) + 40
+    start = max(1, args.context - most // 2)
+    shape = shape_of(model, batch, start + most)
+    lanes = []
+    with ExitStack() as closing:
+        for name in ("affine", "random"):
+            cache: KVCache
+            if name == "affine":
+                cache = make_blocks(args, model, batch, start + most)
+            else:
+                cache = RandomBlocks(shape, args.device, args.tokens_per_block, args.seed)
+            engine = Engine(model, cache, attention="xqa", buckets=[batch], chunk=max(2048, start))
+            closing.callback(engine.close)
+            fill(engine, batch, start, most, args.seed)
+            lanes.append(Lane(name, "captured", engine))
+        take_turns(lanes, args.rounds, args.steps, f"batch {batch}")
+        affine, random = lanes
+        ratio = median(affine.samples("wall_s")) / median(random.samples("wall_s"))
+        by_round = [a / b for a, b in zip(affine.medians(), random.medians(), strict=True)]
+        return [
+            {
+                "table": lane.cache,
+                "batch": batch,
+                "context": args.context,
+                "step_ms": summarise([1e3 * value for value in lane.samples("wall_s")]),
+                "kv_host_us": summarise([1e6 * value for value in lane.samples("kv_s")]),
+                "device_step_ms": settle_device_ms(lane.engine),
+                "critical_path_maps": lane.engine.cache.stats().critical_path_maps,
+                "affine_over_random": ratio,
+                "by_round": summarise(by_round),
+            }
+            for lane in lanes
+        ]
+
+
+def summary(
+    identity: Identity, steps: list[dict[str, Any]], replayed: dict[str, Any], host: dict[str, Any]
+) -> dict[str, Any]:
+    """The figures that are quoted."""
+    return {
+        "tokens_identical": identity.identical,
+        "tokens_compared": identity.tokens,
+        "ties": identity.ties,
+        "widest_tie": identity.widest_tie,
+        "affine_over_random_step_ratio": max(row["affine_over_random"] for row in steps),
+        "table_host_us": host["unchanged_us"]["p50"],
+        "table_host_us_p99": host["unchanged_us"]["p99"],
+        "table_host_changed_us": host["changed_us"]["p50"],
+        "replays": replayed["replays"],
+        "remaps": replayed["remaps"],
+        "graphs_captured": replayed["graphs_captured"],
+        "wrong_replays": replayed["wrong"],
+        "replays_of_other_bits": replayed["bits_differ"],
+        "critical_path_maps": sum(row["critical_path_maps"] for row in steps),
+    }
+
+
+def show(steps: list[dict[str, Any]]) -> str:
+    """Steps as text."""
+    header = ["batch", "table", "step p50 ms", "p99", "device ms", "affine / random"]
+    return table(
+        header,
+        [
+            [
+                str(row["batch"]),
+                row["table"],
+                *(f"{row['step_ms'][p]:.3f}" for p in ("p50", "p99")),
+                "-" if row["device_step_ms"] is None else f"{row['device_step_ms']:.3f}",
+                f"{row['affine_over_random']:.4f}",
+            ]
+            for row in steps
+        ],
+    )

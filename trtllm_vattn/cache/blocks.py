@@ -1,0 +1,109 @@
+"""`BlockKVCache`: fixed addresses, seen as TensorRT-LLM's kernels see a paged cache.
+
+Memory is reserved, mapped and taken away as in `KVCacheManager`; only the order of bytes in a slot is another, and
+what a kernel is given is a pool of blocks and a table. The table is affine in slot and ordinal, so it is made once and
+never changes: sequences come and go, and grow, without a word written to it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from trtllm_vattn.cache.base import CacheShape, PagedKV
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.memory.blocks import BlockLayout
+from trtllm_vattn.memory.layout import default_layers_per_range
+from trtllm_vattn.vmm.base import Driver
+from trtllm_vattn.vmm.tensors import strided
+
+DEFAULT_BLOCK = 32
+"""Tokens; TensorRT-LLM's own default."""
+
+
+class BlockKVCache(KVCacheManager):
+    """`KVCacheManager` in the block layout ``[slot][block][layer][K,V][head][token][dim]``.
+
+    `layer` gives `PagedKV` views: k and v ``[num_blocks, tokens_per_block, num_kv_heads, head_dim]`` (head-major
+    beneath) and the affine table. A row's entries past its slot's frontier name blocks with no memory.
+
+    Parameters
+    ----------
+    tokens_per_block : int
+        16, 32, 64 or 128.
+
+    Raises
+    ------
+    ConfigError
+        As `KVCacheManager`; or the blocks are too many for the kernels' 31-bit offsets.
+    """
+
+    layout: BlockLayout
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        driver: Driver,
+        budget: int | None = None,
+        layers_per_range: int | None = None,
+        lookahead: int | None = None,
+        tokens_per_block: int = DEFAULT_BLOCK,
+    ) -> None:
+        self.tokens_per_block = tokens_per_block
+        self._table: torch.Tensor | None = None
+        super().__init__(shape, driver, budget, layers_per_range, lookahead)
+
+    @property
+    def table(self) -> torch.Tensor:
+        """int32 ``[num_slots + 1, blocks of max_seq_len]`` on the device: the affine table, made once. Every entry of
+        the dummy slot's row is the dummy block."""
+        if self._table is None:
+            layout = self.layout
+            firsts = torch.arange(self.shape.num_slots + 1, dtype=torch.int32)[:, None] * layout.blocks_per_slot
+            table = firsts + torch.arange(layout.blocks_of(self.shape.max_seq_len), dtype=torch.int32)
+            table[self.dummy_slot] = layout.dummy_block
+            self._table = table.to(self.device)
+        return self._table
+
+    def _make_layout(self, layers_per_range: int | None) -> BlockLayout:
+        shape = self.shape
+        if layers_per_range is None:
+            layers_per_range = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
+        return BlockLayout(
+            num_layers=shape.num_layers,
+            layers_per_range=layers_per_range,
+            layer_token_bytes=shape.layer_token_bytes,
+            max_seq_len=shape.max_seq_len,
+            num_slots=shape.num_slots,
+            granule=self.driver.granularity(),
+            tokens_per_block=self.tokens_per_block,
+            kv_factor=shape.kv_factor,
+        )
+
+    def blocks(self, layer: int) -> torch.Tensor:
+        """One layer's blocks, ``[num_blocks, kv_factor, num_kv_heads, tokens_per_block, head_dim]``; a new view.
+
+        It reaches over all slots, most of which have no memory: touch what lies below a frontier.
+        """
+        self._check_layer(layer)
+        return self._blocks(layer)
+
+    def _blocks(self, layer: int) -> torch.Tensor:
+        shape, layout, itemsize = self.shape, self.layout, self.shape.dtype.itemsize
+        index, offset = layout.place_of(layer)
+        part = layout.part_bytes // itemsize
+        size = (
+            layout.dummy_block + layout.blocks_per_slot,
+            shape.kv_factor,
+            shape.num_kv_heads,
+            self.tokens_per_block,
+            shape.head_dim,
+        )
+        strides = (layout.block_bytes // itemsize, part, self.tokens_per_block * shape.head_dim, shape.head_dim, 1)
+        return strided(self._flat[index], shape.dtype, size, strides, offset)
+
+    def _view(self, layer: int) -> PagedKV:
+        by_token = self._blocks(layer).transpose(2, 3)
+        return PagedKV(by_token[:, 0], by_token[:, -1], self.table)
+
+    def storages(self) -> list[torch.Tensor]:
+        return [self.table, *super().storages()]

@@ -1,0 +1,178 @@
+"""TensorRT-LLM's `KVCacheManager` with its memory at fixed addresses.
+
+The class is made from whatever `KVCacheManager` is installed, as a subclass, because the C++ capacity scheduler is
+handed its `impl`. The C++ manager goes on keeping the books, in blocks, over a pool of a few bytes a block; what
+kernels touch is ours: the pools' base addresses, the tables, the buffers. Attributes and methods of ours begin with
+``vattn`` or ``_vattn``; everything else that is overridden, called or read is in the recorded interface of 1.2.x.
+
+Prior art: TensorRT-LLM PR #15931 put per-sequence arenas beneath KVCacheManagerV2.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.trtllm import elastic
+from trtllm_vattn.trtllm.capacity import Capacity
+from trtllm_vattn.trtllm.config import TrtllmConfig
+from trtllm_vattn.trtllm.features import UnsupportedFeature, check_interface, dtype_of, refuse
+from trtllm_vattn.trtllm.kernels import KernelViews
+from trtllm_vattn.trtllm.pages import Pages
+from trtllm_vattn.trtllm.requests import Requests
+from trtllm_vattn.vmm.base import Driver
+from trtllm_vattn.vmm.open import open_driver
+
+logger = logging.getLogger(__name__)
+
+BOOK_HEAD_DIM = 8
+"""Elements a token that the C++ manager allocates, in one layer with one head: its pool is for the books alone."""
+
+
+def current_driver() -> Driver:
+    """The driver of the GPU that this process uses, or of the host where there is none."""
+    return open_driver(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
+
+
+def name_of(value: Any) -> str:
+    """The name of an enumerator of TensorRT-LLM's bindings."""
+    return str(getattr(value, "name", value)).rpartition(".")[2]
+
+
+@contextmanager
+def books_alone(module: Any) -> Iterator[None]:
+    """Have the C++ manager that is made meanwhile allocate next to nothing. Raises ConfigError where it takes none of
+    the arguments that say how much."""
+    real = module.KVCacheManagerCpp
+
+    def make(*arguments: Any, **named: Any) -> Any:
+        missing = [name for name in ("num_kv_heads_per_layer", "size_per_head") if name not in named]
+        if missing:
+            raise ConfigError(
+                f"the C++ manager of the installed TensorRT-LLM is made without {', '.join(missing)}; the fixed-"
+                "address cache fits 1.2.x: install tensorrt-llm>=1.2,<1.3, or run without trtllm-vattn"
+            )
+        named.update(num_kv_heads_per_layer=[1], size_per_head=BOOK_HEAD_DIM)
+        return real(*arguments, **named)
+
+    module.KVCacheManagerCpp = make
+    try:
+        yield
+    finally:
+        module.KVCacheManagerCpp = real
+
+
+def without_reuse(config: Any) -> Any:
+    """A copy of a `KvCacheConfig` with what only the C++ pool can do switched off."""
+    plain = copy.copy(config)
+    if getattr(plain, "enable_block_reuse", False):
+        logger.warning("block reuse, on by default, is switched off: the fixed-address KV cache does not support it")
+    plain.enable_block_reuse = plain.enable_partial_reuse = False
+    return plain
+
+
+class FixedAddress(Requests, KernelViews, Capacity):
+    """How a manager is made and shut down."""
+
+    def __init__(self, kv_cache_config: Any, kv_cache_type: Any, **arguments: Any) -> None:
+        """As the stock class. Raises UnsupportedFeature by name, ConfigError, AddressSpaceExhausted, DriverError."""
+        refuse(kv_cache_config, name_of(kv_cache_type), arguments)
+        if "is_estimating_kv_cache" in arguments:
+            arguments["is_estimating_kv_cache"] = False
+        self._vattn_lock = threading.RLock()
+        self._vattn_live, self._vattn_dummies = {}, {}
+        self._vattn_sized = self._vattn_closed = False
+        self._vattn_target = self._vattn_settings.budget
+        with ExitStack() as undo:
+            with books_alone(self._vattn_module):
+                super().__init__(without_reuse(kv_cache_config), kv_cache_type, **arguments)
+            undo.callback(super().shutdown)
+            self._vattn_total = self.impl.max_num_blocks
+            self._vattn_ballast = self._vattn_make_ballast()
+            self._vattn_pages = self._vattn_open(arguments.get("execution_stream"))
+            undo.callback(self._vattn_pages.cache.close)
+            self._vattn_publish()
+            if self._vattn_target is not None:
+                self._vattn_check_budget(self._vattn_target)
+            undo.pop_all()
+        elastic.register(self)
+        cache = self._vattn_pages.cache
+        logger.warning(
+            "KV cache at fixed addresses: %d pools, the first at %#x; %d requests of %d tokens in blocks of %d",
+            self.num_pools,
+            cache.arena.reservations[0].base,
+            self._vattn_pages.max_requests,
+            cache.shape.max_seq_len,
+            self.tokens_per_block,
+        )
+
+    def _vattn_open(self, stream: Any) -> Pages:
+        heads = set(self.num_kv_heads_per_layer)
+        if len(heads) != 1:
+            raise UnsupportedFeature(
+                f"layers have {sorted(heads)} KV heads; the fixed-address KV cache needs the same number in each"
+            )
+        shape = CacheShape(
+            num_layers=self.num_local_layers,
+            num_kv_heads=heads.pop(),
+            head_dim=self.head_dim,
+            dtype=dtype_of(name_of(self.dtype)),
+            num_slots=self.max_batch_size,
+            max_seq_len=self.max_blocks_per_seq * self.tokens_per_block,
+            kv_factor=self.kv_factor,
+        )
+        settings = self._vattn_settings
+        lookahead = self.tokens_per_block if settings.lookahead is None else settings.lookahead
+        layers = settings.layers_per_range or self.num_local_layers
+        pages = Pages(shape, type(self)._vattn_driver(), layers, lookahead, self.tokens_per_block)
+        if stream is not None:
+            pages.cache.streams.append(stream.cuda_stream)
+        return pages
+
+    def shutdown(self) -> None:
+        """The stock shutdown; then all memory goes back. Idempotent."""
+        if self._vattn_closed:
+            return
+        self._vattn_closed = True
+        elastic.forget(self)
+        super().shutdown()
+        self._vattn_pages.cache.close()
+
+
+def make_manager(stock: Any, config: TrtllmConfig | None = None, driver: Callable[[], Driver] = current_driver) -> Any:
+    """A subclass of the installed `KVCacheManager` over memory at fixed addresses.
+
+    Parameters
+    ----------
+    stock : type
+        The installed class.
+    config : TrtllmConfig or None
+        None is the defaults.
+    driver : callable
+        Opens the driver whose memory it is.
+
+    Raises
+    ------
+    ConfigError
+        The class lacks a name or a parameter that is needed.
+    """
+    module = sys.modules[stock.__module__]
+    check_interface(stock, module)
+
+    class FixedAddressKVCacheManager(FixedAddress, stock):  # type: ignore[misc]
+        """`KVCacheManager` whose pools never move and are backed as far as requests need."""
+
+        _vattn_settings = config or TrtllmConfig()
+        _vattn_module = module
+        _vattn_driver = staticmethod(driver)
+
+    return FixedAddressKVCacheManager

@@ -1,0 +1,79 @@
+"""The five-minute check of an installation: stock and fixed-address manager side by side on a small model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from trtllm_vattn.errors import ConfigError
+
+MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+TIMEOUT = 900
+SLOWER = 1.05
+"""A step may take this many times the stock one's before the check says so."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def run_probe(model: str, kind: str) -> dict[str, Any]:
+    """Run one side in a process of its own. Raises ConfigError with the end of what it said where it fails."""
+    command = [sys.executable, "-m", "trtllm_vattn.trtllm.probe", model, kind]
+    environment = {**os.environ, "TLLM_WORKER_USE_SINGLE_PROCESS": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=environment)
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"the {kind} side took more than {TIMEOUT} s; try a smaller model") from error
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        said = "\n".join(done.stderr.strip().splitlines()[-15:])
+        raise ConfigError(f"the {kind} side ended with {done.returncode}; the end of what it said:\n{said}")
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def self_check(model: str = MODEL, probe: Callable[[str, str], dict[str, Any]] = run_probe) -> list[Check]:
+    """All checks. Raises ConfigError where TensorRT-LLM is not installed or a side does not run at all."""
+    try:
+        version = importlib.metadata.version("tensorrt_llm")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            "tensorrt_llm is not installed, so there is nothing to check; pip install 'tensorrt-llm>=1.2,<1.3' on a "
+            "machine with a GPU"
+        ) from None
+    known = version.startswith("1.2")
+    stock, fixed = probe(model, "stock"), probe(model, "fixed")
+    same = [a == b for a, b in zip(stock["tokens"], fixed["tokens"], strict=True)]
+    ratio = fixed["step_ms"] / stock["step_ms"]
+    return [
+        Check("version", known, f"tensorrt_llm {version}; the adapter was written for 1.2.x"),
+        Check("tokens", all(same), f"{sum(same)} of {len(same)} prompts gave the same tokens"),
+        Check(
+            "step",
+            ratio <= SLOWER,
+            f"{fixed['step_ms']:.2f} ms at fixed addresses, {stock['step_ms']:.2f} ms stock ({ratio:.3f} times)",
+        ),
+        Check(
+            "memory",
+            fixed["busy_bytes"] <= stock["busy_bytes"],
+            f"{_gib(fixed['idle_bytes'])} idle and {_gib(fixed['busy_bytes'])} after work at fixed addresses, "
+            f"{_gib(stock['idle_bytes'])} and {_gib(stock['busy_bytes'])} stock",
+        ),
+        Check("start", True, f"{fixed['start_s']:.1f} s at fixed addresses, {stock['start_s']:.1f} s stock"),
+    ]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
