@@ -107,11 +107,16 @@ class XqaAttention(GatheringAttention):
         return [*super().storages(), *self._context.storages()]
 
     def decode(
-        self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor | None = None
+        self,
+        layer: int,
+        q: torch.Tensor,
+        lengths: torch.Tensor,
+        slots: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows, counts = self._rows(layer, lengths, slots)
         kv, q = self._views[layer], q.contiguous()
-        out = torch.empty_like(q)
+        out = torch.empty_like(q) if out is None else out
         self._kernel(
             q[:, None],
             kv.k,
