@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -190,3 +191,18 @@ def test_remapping_shows_the_other_page_and_back(driver: Driver) -> None:
             with mapped(driver, base, handle) as window:
                 seen.append((int(window.min()), int(window.max())))
         assert seen == [(1, 1), (2, 2), (1, 1)]
+
+
+def test_a_fence_is_asked_from_any_thread(driver: Driver) -> None:
+    """A thread that made no other call yet asks it too."""
+    fence = driver.record(0)
+    answers: list[bool] = []
+
+    def ask() -> None:
+        fence.wait()
+        answers.append(fence.done())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert answers == [True]

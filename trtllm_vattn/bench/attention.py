@@ -28,6 +28,7 @@ from trtllm_vattn.bench.report import Result, table, write
 from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
 from trtllm_vattn.cache.paged import PagedCache
 from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import VattnError
 
 LAYERS = 8
 """One range of the default layout for Llama-3-8B's heads."""
@@ -99,7 +100,7 @@ def _point(args: argparse.Namespace, system: str, lengths: np.ndarray) -> dict[s
                 "prefill_us": summarise(_prefill_us(attention, args)),
                 "largest_offset_bytes": stride * cache.layer(0).k.shape[0],
             }
-    except (RuntimeError, torch.OutOfMemoryError) as error:
+    except (RuntimeError, VattnError) as error:
         return {"refused": str(error).strip().splitlines()[0][:200]}
     finally:
         gc.collect()
@@ -184,7 +185,7 @@ def _same_kernels(args: argparse.Namespace, point: str, lengths: np.ndarray) -> 
                             )
                 ratio = median(times[0]) / median(times[1])
                 rows.append({"point": point, "kernel": name, "ours_ms": summarise(times[0]), "ratio": ratio})
-    except (RuntimeError, torch.OutOfMemoryError) as error:
+    except (RuntimeError, VattnError) as error:
         rows.append({"point": point, "kernel": "torch", "refused": str(error).strip().splitlines()[0][:200]})
     return rows
 

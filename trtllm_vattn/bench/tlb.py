@@ -28,7 +28,7 @@ from trtllm_vattn.bench.report import Result, table, write
 from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.paged import PagedCache
-from trtllm_vattn.errors import OutOfPages
+from trtllm_vattn.errors import VattnError
 from trtllm_vattn.memory.reclaim import reclaim
 from trtllm_vattn.vmm.open import open_driver
 
@@ -116,7 +116,7 @@ def _flat(args: argparse.Namespace, shape: CacheShape, reads: list[dict[str, Any
                             {"order": order, "working_set_gb": _gb(shape), **_read(args, cache, flat, size)}
                             for size in args.read_bytes
                         ]
-            except (RuntimeError, OutOfPages, torch.OutOfMemoryError) as error:
+            except (RuntimeError, VattnError) as error:
                 yield {"system": system, "refused": str(error).strip().splitlines()[0][:200]}
             gc.collect()
 
@@ -163,7 +163,7 @@ def _blocks(args: argparse.Namespace, shape: CacheShape) -> Iterator[dict[str, A
             with PagedCache(shape, args.device, block, shape.num_slots * -(-shape.max_seq_len // block)) as cache:
                 np.random.default_rng(args.seed).shuffle(cache._free_blocks)
                 yield {"system": system, **_attend(args, cache)}
-        except (RuntimeError, torch.OutOfMemoryError) as error:
+        except (RuntimeError, VattnError) as error:
             yield {"system": system, "refused": str(error).strip().splitlines()[0][:200]}
         gc.collect()
 

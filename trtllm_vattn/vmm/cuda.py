@@ -19,6 +19,7 @@ class CudaFence(Fence):
         driver.call("cuEventRecord", self._event, stream)
 
     def done(self) -> bool:
+        self._driver.bind()
         (result,) = self._driver.cuda.cuEventQuery(self._event)
         if result == self._driver.cuda.CUresult.CUDA_ERROR_NOT_READY:
             return False
@@ -26,6 +27,7 @@ class CudaFence(Fence):
         return True
 
     def wait(self) -> None:
+        self._driver.bind()
         self._driver.call("cuEventSynchronize", self._event)
 
     def __del__(self) -> None:
@@ -62,7 +64,7 @@ class CudaDriver(Driver):
         if not self.call("cuDeviceGetAttribute", supported, self._device):
             raise ConfigError(f"GPU {ordinal} has no virtual memory management; it needs Pascal or newer, on Linux")
         self._context = self.call("cuDevicePrimaryCtxRetain", self._device)
-        self._bind()
+        self.bind()
 
         location = cuda.CUmemLocation()
         location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -90,7 +92,7 @@ class CudaDriver(Driver):
             raise DriverError(answer[0].name, name, plain)
         return answer[1] if len(answer) > 1 else None
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
         """Make the primary context current in this thread, once."""
         if not getattr(self._threads, "bound", False):
             self.call("cuCtxSetCurrent", self._context)
@@ -102,33 +104,33 @@ class CudaDriver(Driver):
         return self._granule
 
     def reserve(self, size: int) -> int:
-        self._bind()
+        self.bind()
         return int(self.call("cuMemAddressReserve", size, self._granule, 0, 0))
 
     def free(self, address: int, size: int) -> None:
-        self._bind()
+        self.bind()
         self.call("cuMemAddressFree", address, size)
 
     def create(self, size: int) -> int:
-        self._bind()
+        self.bind()
         return int(self.call("cuMemCreate", size, self._properties, 0))
 
     def release(self, handle: int) -> None:
-        self._bind()
+        self.bind()
         self.call("cuMemRelease", handle)
 
     def map(self, address: int, size: int, handle: int) -> None:
-        self._bind()
+        self.bind()
         self.call("cuMemMap", address, size, 0, handle, 0)
 
     def set_access(self, address: int, size: int) -> None:
-        self._bind()
+        self.bind()
         self.call("cuMemSetAccess", address, size, self._access, 1)
 
     def unmap(self, address: int, size: int) -> None:
-        self._bind()
+        self.bind()
         self.call("cuMemUnmap", address, size)
 
     def record(self, stream: int) -> CudaFence:
-        self._bind()
+        self.bind()
         return CudaFence(self, stream)
