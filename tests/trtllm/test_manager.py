@@ -119,6 +119,7 @@ def test_tables_are_gathered_when_the_batch_changes_and_not_else(make: Make, dou
     for number in (1, 2):
         executor.submit(ask(double, number, 20, 30))
     executor.step()
+    executor.step()
     before = manager._vattn_rows.copies
     constant = manager._vattn_rows.tables.apart.clone()
     for _ in range(10):
@@ -136,6 +137,22 @@ def test_tables_are_gathered_when_the_batch_changes_and_not_else(make: Make, dou
     assert torch.equal(executor.table[0, :2], manager._vattn_rows.tables.rows(slots))
     assert torch.equal(manager.host_kv_cache_block_offsets[0, :2], executor.table[0, :2])
     healthy(executor)
+
+
+def test_a_request_that_was_paused_may_come_back_in_another_slot(make: Make, double: SimpleNamespace) -> None:
+    manager = make()
+    executor_of(double, manager)
+    first, second = ask(double, 1, 20, 9), ask(double, 2, 90, 9)
+    table = torch.zeros((1, 4, 2, 8), dtype=torch.int32)
+    manager.prepare_resources(double.managers.ScheduledRequests([first], []))
+    manager.copy_batch_block_offsets(table, [1], 1, 1, 1)
+    before = table.clone()
+    manager.free_resources(first)
+    manager.prepare_resources(double.managers.ScheduledRequests([second, first], []))
+    manager.copy_batch_block_offsets(table, [1], 1, 1, 1)
+    assert not torch.equal(table, before)
+    slot = manager._vattn_pages.cache.slot_of(1)
+    assert torch.equal(table[0, 0, :, :2], manager._vattn_rows.tables.rows([slot])[0, :, :2])
 
 
 def test_tables_for_kernels_of_either_kind(make: Make, double: SimpleNamespace) -> None:

@@ -64,6 +64,18 @@ def test_what_is_mapped_ahead_of_one_is_taken_back_for_another(pages: Pages) -> 
     pages.cache.check_integrity()
 
 
+def test_what_is_mapped_ahead_of_one_is_taken_back_for_anothers_next_token(pages: Pages) -> None:
+    pages.approach(pages.bytes_of(4))
+    pages.step({1: 14, 2: 14}, {})
+    while pages.cache.map_ahead():
+        pass
+    pages.step({}, {1: 34})
+    fill(pages.cache, 1, range(48))
+    expect(pages.cache, 1, range(48))
+    assert pages.cache.frontiers[pages.cache.slot_of(2)] >= 14
+    pages.cache.check_integrity()
+
+
 def test_a_step_is_for_all_or_for_none(pages: Pages) -> None:
     pages.step({1: 20}, {})
     with pytest.raises((NoFreeSlot, OutOfPages)):
@@ -96,7 +108,7 @@ def test_rows_are_gathered_on_the_device_only_when_they_change(pages: Pages, dev
         2 * layout.blocks_per_slot + j if j < layout.blocks_per_slot else 0 for j in range(8)
     ]
     host = torch.zeros((2, 4, 2, 8), dtype=torch.int32)
-    rows = RowGatherer(tables, lambda ids: [number % 4 for number in ids], host)
+    rows = RowGatherer(tables, lambda ids: [number % 4 for number in ids], lambda ids: [2] * len(ids), host)
     table = torch.full((2, 4, 2, 8), -1, dtype=torch.int32, device=device)
     other = table.clone()
     assert rows.fill(table, [1, 7])
@@ -107,6 +119,14 @@ def test_rows_are_gathered_on_the_device_only_when_they_change(pages: Pages, dev
     assert rows.fill(table, [7, 1])
     rows.epoch += 1
     assert rows.fill(table, [7, 1])
+    # A prompt's row names the tail behind its last block, on the device and on the host.
+    assert rows.fill(table, [1, 7], 1)
+    assert not rows.fill(table, [1, 7], 1)
+    assert table[1, 0, 0, :3].tolist() == [*tables.apart[1, 0, :2].tolist(), 0]
+    assert table[0, 0, 1, 2:].tolist() == [1] * 6
+    assert table[0, 1].tolist() == tables.apart[3].tolist()
+    assert torch.equal(table[:, :2].cpu(), host[:, :2])
+    assert rows.fill(table, [1, 7])
     with torch.inference_mode():
         uncounted = torch.zeros_like(table)
         assert rows.fill(uncounted, [2])

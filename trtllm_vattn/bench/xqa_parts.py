@@ -96,7 +96,9 @@ def table_host(
     width = layout.blocks_of(shape.max_seq_len)
     tables = AffineTables(layout, width, 0, torch.device(device))
     host = torch.zeros((1, shape.num_slots, 2, width), dtype=torch.int32, pin_memory=device != "cpu")
-    rows = RowGatherer(tables, lambda ids: [number % shape.num_slots for number in ids], host)
+    rows = RowGatherer(
+        tables, lambda ids: [number % shape.num_slots for number in ids], lambda ids: [1] * len(ids), host
+    )
     table = torch.zeros(host.shape, dtype=torch.int32, device=device)
     ids = list(range(shape.num_slots))
     samples: dict[str, list[float]] = {"unchanged_us": [], "changed_us": []}

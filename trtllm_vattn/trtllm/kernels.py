@@ -31,7 +31,9 @@ class KernelViews(Adapter):
             pin_memory=cache.device.type == "cuda",
         )
         tables = AffineTables(layout, self.max_blocks_per_seq, 0, cache.device)
-        self._vattn_rows = RowGatherer(tables, self._vattn_requests, self.host_kv_cache_block_offsets)
+        self._vattn_rows = RowGatherer(
+            tables, self._vattn_requests, self._vattn_backed, self.host_kv_cache_block_offsets
+        )
 
     def copy_batch_block_offsets(
         self, dst_tensor: torch.Tensor, request_ids: Sequence[int], beam_width: int, num_context: int, num_seqs: int
@@ -39,7 +41,7 @@ class KernelViews(Adapter):
         """Gather the batch's rows of the constant table, if they are others than before."""
         if beam_width > 1:
             raise UnsupportedFeature("beam search is not supported by the fixed-address KV cache; use beam width 1")
-        self._vattn_rows.fill(dst_tensor, request_ids)
+        self._vattn_rows.fill(dst_tensor, request_ids, num_context)
 
     def get_buffers(self, layer_idx: int, kv_layout: str = "NHD") -> torch.Tensor:
         """A layer's blocks, ``[blocks, kv_factor, heads, tokens, dim]`` (HND), or the same memory taken as
@@ -59,6 +61,10 @@ class KernelViews(Adapter):
         return [
             [0] * counts[number] if number in counts else self._vattn_pages.block_ids(number) for number in request_ids
         ]
+
+    def _vattn_backed(self, numbers: Sequence[int]) -> list[int]:
+        """Blocks of requests that have memory; a dummy has none but the tail."""
+        return [0 if number in self._vattn_dummies else len(self._vattn_pages.block_ids(number)) for number in numbers]
 
     def _vattn_booked(self, numbers: Sequence[int]) -> list[int]:
         """Blocks that requests have in the C++ books."""

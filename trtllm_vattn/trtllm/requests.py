@@ -28,7 +28,6 @@ class Requests(Adapter):
             if admitted:
                 starting = [each for each in scheduled_batch.context_requests if each.py_request_id in admitted]
                 self._vattn_live.update({request.py_request_id: request for request in starting})
-                self._vattn_rows.epoch += 1
 
     def _vattn_needs(self, batch: Any) -> tuple[dict[int, int], dict[int, int]]:
         """Tokens of requests that begin, and tokens more of those that go on, by id."""
@@ -94,7 +93,6 @@ class Requests(Adapter):
             booked = self.get_num_free_blocks() < before
             counts = self._vattn_booked(numbers) if booked else [0] * len(numbers)
             self._vattn_dummies.update(zip(numbers, counts, strict=True))
-            self._vattn_rows.epoch += 1
             self._vattn_sync()
             return made
 

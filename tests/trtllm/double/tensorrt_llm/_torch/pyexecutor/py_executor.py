@@ -42,6 +42,13 @@ class Kernels:
                         vector = self._vector(row, layer, field, head, token)
                         vector[:] = [self.value(number, layer, field, head, token)] * len(vector)
 
+    def load_tiles(self, row: torch.Tensor, end: int, tile: int = 128) -> None:
+        """What context attention does: load up to a whole tile of keys, past the end too, wherever the table points."""
+        most = self.manager.max_blocks_per_seq * self.manager.tokens_per_block
+        for layer in range(len(self.mapping)):
+            for token in range(end, min(most, -(-end // tile) * tile), self.manager.tokens_per_block // 2):
+                sum(self._vector(row, layer, 0, 0, token)) + sum(self._vector(row, layer, 1, self.heads - 1, token))
+
     def wrong(self, row: torch.Tensor, number: int, tokens: range) -> list[tuple[int, int, int, int]]:
         """Places of a request's history that hold something else than was written."""
         return [
@@ -138,6 +145,8 @@ class PyExecutor:
             new = request.prompt_len if before == 0 else 1 + request.draft_tokens
             self.wrong += self.kernels.wrong(row, number, range(before))
             self.kernels.write(row, number, range(before, before + new))
+            if before == 0:
+                self.kernels.load_tiles(row, new)
             self.lengths[number] = before + new
             request.py_rewind_len = request.draft_tokens if before else 0
         for i in range(len(requests), len(ids)):
