@@ -19,7 +19,7 @@ import torch
 from trtllm_vattn.bench.flags import as_config
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_alloc
-from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 
@@ -63,12 +63,7 @@ def run(args: argparse.Namespace) -> int:
     for row in threads:
         result.summary[f"pairs_per_s_{row['threads']}_threads"] = row["pairs_per_s"]
     print(_show(rows, granule))
-    for name, value in result.summary.items():
-        print(f"{name}: {value:,.1f}")
-    if args.output_json:
-        write(result, args.output_json)
-    if args.plot:
-        plot_alloc(result.as_dict(), args.plot)
+    finish(result, args, plot_alloc)
     return 0
 
 

@@ -24,7 +24,7 @@ from trtllm_vattn.bench.flags import as_config, dtype_of
 from trtllm_vattn.bench.graph import numbers
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_attention
-from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
 from trtllm_vattn.cache.paged import PagedCache
 from trtllm_vattn.cache.select import make_cache
@@ -71,12 +71,7 @@ def run(args: argparse.Namespace) -> int:
     result.results.update(points=rows, same_kernels=same)
     result.summary.update(_summary(rows, same))
     print(_show(rows))
-    for label, value in result.summary.items():
-        print(f"{label}: {value}")
-    if args.output_json:
-        write(result, args.output_json)
-    if args.plot:
-        plot_attention(result.as_dict(), args.plot)
+    finish(result, args, plot_attention)
     return 0
 
 

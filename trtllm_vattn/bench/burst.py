@@ -26,7 +26,7 @@ from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
 from trtllm_vattn.bench.ledger import LedgerDriver
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_burst
-from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.steady import fill
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -86,12 +86,7 @@ def run(args: argparse.Namespace) -> int:
     result.results.update(bursts=bursts, steady=_steady(model, args), books=prepare_step_us())
     result.summary.update(_summary(result.results))
     print(_show(bursts))
-    for name, value in result.summary.items():
-        print(f"{name}: {value}")
-    if args.output_json:
-        write(result, args.output_json)
-    if args.plot:
-        plot_burst(result.as_dict(), args.plot)
+    finish(result, args, plot_burst)
     return 0
 
 

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from trtllm_vattn.bench.flags import as_config
-from trtllm_vattn.bench.report import Result, write
+from trtllm_vattn.bench.report import Result, finish
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, NoFreeSlot, OutOfPages
@@ -69,12 +69,9 @@ def run(args: argparse.Namespace) -> int:
         lives=counts["lives"],
         seconds=perf_counter() - started,
     )
-    for name, value in result.summary.items():
-        print(f"{name}: {value}")
+    finish(result, args)
     if error is not None:
         print(error)
-    if args.output_json:
-        write(result, args.output_json)
     return int(error is not None)
 
 

@@ -22,7 +22,7 @@ from trtllm_vattn.bench.flags import as_config, dtype_of
 from trtllm_vattn.bench.identity import RequestTokens, compare
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_graph
-from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.steady import run_steady
 from trtllm_vattn.bench.traced import TracedRun, run_traced
 from trtllm_vattn.bench.traces import Request, fit, generate_trace, load_trace
@@ -356,12 +356,7 @@ def run(args: argparse.Namespace) -> int:
     print(show(trace, steady))
     if args.device == "cpu":
         print("On the host a captured step is replayed by Python: compare tokens and memory here, not times.")
-    for name, value in result.summary.items():
-        print(f"{name}: {value}")
-    if args.output_json:
-        write(result, args.output_json)
-    if args.plot:
-        plot_graph(result.as_dict(), args.plot)
+    finish(result, args, plot_graph)
     wrong = []
     if not result.summary.get("tokens_identical", True):
         wrong.append("tokens differ between combinations")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
 from trtllm_vattn.bench.graph import numbers
 from trtllm_vattn.bench.machine import summarise
-from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.steady import Lane, fill, settle_device_ms, take_turns
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.runtime.binding import shape_of
@@ -49,10 +49,7 @@ def run(args: argparse.Namespace) -> int:
     result.results.update(runs=rows, identity=identity)
     result.summary.update(_summary(rows, identity))
     print(_show(rows))
-    for name, value in result.summary.items():
-        print(f"{name}: {value}")
-    if args.output_json:
-        write(result, args.output_json)
+    finish(result, args)
     return int(not result.summary["tokens_identical"])
 
 

@@ -27,7 +27,7 @@ from trtllm_vattn import plugins
 from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plugin_layers import PlayedLayers
-from trtllm_vattn.bench.report import Result, write
+from trtllm_vattn.bench.report import Result, finish
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError
@@ -320,10 +320,7 @@ def run(args: argparse.Namespace) -> int:
     )
     # On the host every step runs in Python, plugin or not: another figure.
     result.summary["step_ratio" if times["captured"] else "eager_step_ratio"] = times["step_ratio"]
-    for name, value in result.summary.items():
-        print(f"{name}: {value}")
-    if args.output_json:
-        write(result, args.output_json)
+    finish(result, args)
     wrong = []
     if max(replays["worst_error"], replays["eager_error"]) > tolerance:
         wrong.append(f"an output is {replays['worst_error']:.3g} from the reference, more than {tolerance}")

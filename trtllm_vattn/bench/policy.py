@@ -13,7 +13,7 @@ from typing import Any
 
 from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
 from trtllm_vattn.bench.machine import summarise
-from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.steady import Lane, fill, take_turns
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.graphs.policy import MappingPolicy
@@ -60,10 +60,7 @@ def run(args: argparse.Namespace) -> int:
         soak_wrong_words=verdict.wrong_words,
     )
     print(_show(rows))
-    for name, value in result.summary.items():
-        print(f"{name}: {value}")
-    if args.output_json:
-        write(result, args.output_json)
+    finish(result, args)
     return int(verdict.wrong_words > 0)
 
 

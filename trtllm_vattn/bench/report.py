@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -55,6 +56,18 @@ def write(result: Result, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(result.as_dict(), indent=1) + "\n")
     os.replace(partial, path)
+
+
+def finish(
+    result: Result, args: argparse.Namespace, plot: Callable[[dict[str, Any], Path], None] | None = None
+) -> None:
+    """Print the summary, and write what ``--output-json`` and ``--plot`` ask for."""
+    for name, value in result.summary.items():
+        print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value}")
+    if args.output_json:
+        write(result, args.output_json)
+    if plot is not None and args.plot:
+        plot(result.as_dict(), args.plot)
 
 
 def load(path: Path) -> dict[str, Any]:

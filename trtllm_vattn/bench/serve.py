@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
 from trtllm_vattn.bench.machine import summarise
-from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.bench.workload import prompt_ids
 from trtllm_vattn.cache.select import CACHES, make_cache
@@ -64,10 +64,7 @@ def run(args: argparse.Namespace) -> int:
         if ours and name != "vattn":
             result.summary[f"vattn_over_{name}"] = ours / _mean(runs, name, "output_throughput")
     print(_show(runs))
-    for label, value in result.summary.items():
-        print(f"{label}: {value:.3f}")
-    if args.output_json:
-        write(result, args.output_json)
+    finish(result, args)
     return 0
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
 from trtllm_vattn.bench.graph import numbers
-from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import NoFreeSlot, OutOfPages, VattnError
 from trtllm_vattn.runtime.binding import shape_of
@@ -75,10 +75,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(table(list(starts[0]), [[_short(value) for value in row.values()] for row in starts]))
     print(table(list(sizes[0]), [[_short(value) for value in row.values()] for row in sizes]))
-    for name, value in result.summary.items():
-        print(f"{name}: {value}")
-    if args.output_json:
-        write(result, args.output_json)
+    finish(result, args)
     return int(not result.summary["tokens_unchanged"])
 
 

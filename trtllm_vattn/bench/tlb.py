@@ -24,7 +24,7 @@ from trtllm_vattn.bench.bandwidth import attention_bandwidth, timed_ms
 from trtllm_vattn.bench.flags import as_config, dtype_of
 from trtllm_vattn.bench.graph import numbers
 from trtllm_vattn.bench.plot import plot_tlb
-from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.paged import PagedCache
@@ -79,12 +79,7 @@ def run(args: argparse.Namespace) -> int:
     result.results.update(attention=rows, reads=reads)
     result.summary.update(_summary(rows, reads))
     print(_show(rows))
-    for name, value in result.summary.items():
-        print(f"{name}: {value:.3f}")
-    if args.output_json:
-        write(result, args.output_json)
-    if args.plot:
-        plot_tlb(result.as_dict(), args.plot)
+    finish(result, args, plot_tlb)
     return 0
 
 

@@ -19,7 +19,7 @@ from trtllm_vattn.bench.graph import numbers
 from trtllm_vattn.bench.identity import Identity, compare
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.random_blocks import RandomBlocks
-from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.steady import Lane, fill, settle_device_ms, take_turns
 from trtllm_vattn.bench.traced import run_traced
 from trtllm_vattn.bench.traces import fit, generate_trace
@@ -66,10 +66,7 @@ def run(args: argparse.Namespace) -> int:
     result.results.update(identity=vars(identity), steady=steps, replayed=replayed, tables=host)
     result.summary.update(summary(identity, steps, replayed, host))
     print(show(steps))
-    for name, value in result.summary.items():
-        print(f"{name}: {value}")
-    if args.output_json:
-        write(result, args.output_json)
+    finish(result, args)
     wrong = [] if identity.identical else ["tokens differ between flat attention and XQA over affine tables"]
     wrong += [f"{replayed['wrong']} replays over replaced memory were wrong"] if replayed["wrong"] else []
     for text in wrong:

@@ -12,7 +12,6 @@ import torch
 from trtllm_vattn.cache.base import CacheShape, PagedKV
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.memory.blocks import BlockLayout
-from trtllm_vattn.memory.layout import default_layers_per_range
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.tensors import strided
 
@@ -65,18 +64,8 @@ class BlockKVCache(KVCacheManager):
         return self._table
 
     def _make_layout(self, layers_per_range: int | None) -> BlockLayout:
-        shape = self.shape
-        if layers_per_range is None:
-            layers_per_range = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
         return BlockLayout(
-            num_layers=shape.num_layers,
-            layers_per_range=layers_per_range,
-            layer_token_bytes=shape.layer_token_bytes,
-            max_seq_len=shape.max_seq_len,
-            num_slots=shape.num_slots,
-            granule=self.driver.granularity(),
-            tokens_per_block=self.tokens_per_block,
-            kv_factor=shape.kv_factor,
+            **self._sizes(layers_per_range), tokens_per_block=self.tokens_per_block, kv_factor=self.shape.kv_factor
         )
 
     def blocks(self, layer: int) -> torch.Tensor:

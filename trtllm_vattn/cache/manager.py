@@ -107,17 +107,21 @@ class KVCacheManager(SlottedCache):
         self._layers = [self._view(layer) for layer in range(shape.num_layers)]
 
     def _make_layout(self, layers_per_range: int | None) -> SlotLayout:
+        return SlotLayout(**self._sizes(layers_per_range))
+
+    def _sizes(self, layers_per_range: int | None) -> dict[str, int]:
+        """What every layout of this cache is made of."""
         shape = self.shape
         if layers_per_range is None:
             layers_per_range = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
-        return SlotLayout(
-            num_layers=shape.num_layers,
-            layers_per_range=layers_per_range,
-            layer_token_bytes=shape.layer_token_bytes,
-            max_seq_len=shape.max_seq_len,
-            num_slots=shape.num_slots,
-            granule=self.driver.granularity(),
-        )
+        return {
+            "num_layers": shape.num_layers,
+            "layers_per_range": layers_per_range,
+            "layer_token_bytes": shape.layer_token_bytes,
+            "max_seq_len": shape.max_seq_len,
+            "num_slots": shape.num_slots,
+            "granule": self.driver.granularity(),
+        }
 
     def _view(self, layer: int) -> FlatKV | PagedKV:
         shape, itemsize = self.shape, self.shape.dtype.itemsize
