@@ -49,8 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--attention", default="auto", help="auto, torch or cudnn")
     add("--heads", type=numbers, default=[32, 8, 128] if gpu else [2, 1, 16], help="query heads, kv heads, their size")
     add("--layers", type=int, default=32 if gpu else 4, help="layers; the working set is all of them")
-    add("--layers-per-range", type=numbers, default=[1, 8, 32] if gpu else [1, 4], help="layouts: 1,8,32")
-    add("--contexts", type=numbers, default=[2048, 8192, 32768, 131072] if gpu else [100], help="tokens a sequence")
+    add(
+        "--layers-per-range",
+        type=numbers,
+        default=[1, 32, 8] if gpu else [1, 4],
+        help="layouts; the last in all orders",
+    )
+    add("--contexts", type=numbers, default=[2048, 131072] if gpu else [100], help="tokens a sequence")
     add("--working-sets-gb", default="1,16,64,120" if gpu else "0.0005", help="bytes of K and V, in units of 1e9")
     add("--blocks", type=numbers, default=[16, 64] if gpu else [16], help="tokens a block of the block tables")
     add("--read-bytes", type=numbers, default=[512, 4096, 32768], help="sizes of plain random reads")
@@ -77,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         rows += [{**at, **row} for row in _blocks(args, shape)]
     result = Result.start("tlb", as_config(args), args.seed)
     result.results.update(attention=rows, reads=reads)
-    result.summary.update(_summary(rows, reads))
+    result.summary.update(_summary(rows, reads, args.layers_per_range[-1]))
     print(_show(rows))
     finish(result, args, plot_tlb)
     return 0
@@ -194,11 +199,10 @@ def _read(args: argparse.Namespace, cache: KVCacheManager, flat: torch.Tensor, s
     return {"read_bytes": size, "gb_per_s": count * size / (sorted(milliseconds)[len(milliseconds) // 2] / 1e3) / 1e9}
 
 
-def _summary(rows: list[dict[str, Any]], reads: list[dict[str, Any]]) -> dict[str, float]:
-    """Each order against pages in order, at the largest working set; flat against block tables, worst and best."""
+def _summary(rows: list[dict[str, Any]], reads: list[dict[str, Any]], g: int) -> dict[str, float]:
+    """Each order against pages in order, of attention in a layout of `g` layers a row and of plain reads, at worst."""
     out: dict[str, float] = {}
     best = {(r["context"], r["working_set_gb"], r["system"]): r["gb_per_s"] for r in rows if "gb_per_s" in r}
-    g = max((r["layers_per_range"] for r in rows if "layers_per_range" in r), default=0)
     for order in ORDERS[1:]:
         ratios = [
             rate / best[context, gb, f"flat, {g} layers a row, in order"]
