@@ -211,6 +211,13 @@ def _summary(rows: list[dict[str, Any]], reads: list[dict[str, Any]], g: int) ->
         ]
         if ratios:
             out[f"attention_{order.replace(' ', '_')}_over_in_order_worst"] = min(ratios)
+    for blocks in dict.fromkeys(system for _, _, system in best if system.startswith("blocks")):
+        ratios = [
+            best[context, gb, f"flat, {g} layers a row, in order"] / rate
+            for (context, gb, system), rate in best.items()
+            if system == blocks and (context, gb, f"flat, {g} layers a row, in order") in best
+        ]
+        out[f"flat_over_{blocks.replace(' ', '_')}_worst"] = min(ratios)
     for size in dict.fromkeys(row["read_bytes"] for row in reads):
         found = {(r["order"], r["working_set_gb"]): r["gb_per_s"] for r in reads if r["read_bytes"] == size}
         ratios = [rate / found["in order", gb] for (order, gb), rate in found.items() if order == "scattered"]
