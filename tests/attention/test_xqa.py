@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from trtllm_vattn.attention.select import make_attention
+from trtllm_vattn.attention.select import available, make_attention
 from trtllm_vattn.attention.xqa import XqaAttention
+from trtllm_vattn.bench.xqa_parts import replay_remapped
 from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.cache.blocks import BlockKVCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
@@ -95,3 +97,27 @@ def test_the_engine_gives_the_same_tokens_over_blocks() -> None:
             assert not engine.decode.audit(2).findings
     assert answers[0] == answers[1] == answers[2]
     assert all(len(tokens) == 12 for tokens in answers[0])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_one_capture_outlives_the_memory_beneath_it(device: str) -> None:
+    if device != "cpu" and available()["xqa"] != "yes":
+        pytest.skip(available()["xqa"])
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    shape = CacheShape(3, 2, 64, dtype, 4, 512)
+    with make_cache("blocks", shape, device) as cache:
+        assert isinstance(cache, BlockKVCache)
+        before = cache.table.clone()
+        found = replay_remapped(cache, num_heads=8, context=100, replays=60 if device == "cpu" else 400, seed=3)
+        assert torch.equal(cache.table, before)
+    assert (found["graphs_captured"], found["wrong"]) == (1, 0)
+    assert found["remaps"] > 5
+
+
+def test_an_engine_by_names() -> None:
+    with Engine.from_pretrained(
+        "tiny-llama", device="cpu", cache="blocks", attention="xqa", max_seqs=2, max_seq_len=64
+    ) as engine:
+        (done,) = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=5))
+        assert len(done.tokens) == 5
+        engine.set_budget(64 << 20)

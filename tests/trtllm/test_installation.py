@@ -54,7 +54,7 @@ def test_a_start_makes_our_manager_once_and_sizes_it_last(
         assert isinstance(manager, double.managers.KVCacheManager)
         assert manager._vattn_settings == TrtllmConfig(lookahead=32)
         assert manager._vattn_sized
-        assert manager.get_max_resource_count() == manager.stock_blocks
+        assert manager._vattn_target == manager.stock_blocks * manager._vattn_pages.block_bytes
     finally:
         manager.shutdown()
         manager._vattn_pages.cache.driver.close()

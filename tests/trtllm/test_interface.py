@@ -127,6 +127,8 @@ def test_a_cpp_manager_of_other_arguments_is_refused(double: SimpleNamespace) ->
     with books_alone(module):
         books = module.KVCacheManagerCpp(num_kv_heads_per_layer=[8] * 32, size_per_head=128, tokens_per_block=32)
         assert books == {"num_kv_heads_per_layer": [1], "size_per_head": 8, "tokens_per_block": 32}
-        with pytest.raises(ConfigError, match="made without num_kv_heads_per_layer, size_per_head"):
+        later = module.KVCacheManagerCpp(num_kv_heads_per_layer=[8, 8], size_per_head_per_layer=[128, 128])
+        assert later == {"num_kv_heads_per_layer": [1], "size_per_head_per_layer": [8]}
+        with pytest.raises(ConfigError, match="is made of head_size, without num_kv_heads_per_layer or size_per_head"):
             module.KVCacheManagerCpp(head_size=128)
     assert module.KVCacheManagerCpp is dict

@@ -91,25 +91,30 @@ class Capacity(Adapter):
     def vattn_size(self) -> None:
         """Once graphs are captured: set the budget, where none was given the one that TensorRT-LLM itself would take
         now. Until then dummies alone are served, which take no memory. Raises ConfigError for too small a budget."""
-        if self._vattn_target is None or getattr(self.mapping, "world_size", 1) > 1:
-            self._vattn_target = self._vattn_pages.bytes_of(min(self._vattn_ask(), self._vattn_total))
+        pages = self._vattn_pages
+        if self._vattn_target is None:
+            self._vattn_target = min(self._vattn_ask(None), self._vattn_total) * pages.block_bytes
+        if getattr(self.mapping, "world_size", 1) > 1:
+            # As many blocks on every rank, whatever a block takes there.
+            self._vattn_target = pages.bytes_of(self._vattn_ask(pages.blocks_in(self._vattn_target)))
         self._vattn_check_budget(self._vattn_target)
         with self._vattn_lock:
             self._vattn_sized = True
-            self._vattn_pages.approach(self._vattn_target)
+            pages.approach(self._vattn_target)
             self._vattn_sync()
         logger.warning("KV cache at fixed addresses: a budget of %s bytes", f"{self._vattn_target:,}")
 
-    def _vattn_ask(self) -> int:
-        """Blocks that the stock class would have now; of a budget, as many as it backs on every rank."""
+    def _vattn_ask(self, blocks: int | None) -> int:
+        """Blocks that the stock class would have now, on the rank that has the fewest; of `blocks`, where given."""
         arguments, named = self._vattn_sizing
         config = copy.copy(named["kv_cache_config"] if "kv_cache_config" in named else arguments[0])
-        if self._vattn_target is not None:
-            config.max_tokens = self._vattn_pages.blocks_in(self._vattn_target) * self.tokens_per_block
-            config.free_gpu_memory_fraction = None
-        named = {**named, "kv_cache_config": config}
-        blocks, _ = super().calculate_max_num_blocks(*arguments[1:], **named)
-        return int(blocks)
+        if blocks is not None:
+            config.max_tokens, config.free_gpu_memory_fraction = blocks * self.tokens_per_block, None
+        if "kv_cache_config" in named:
+            found = super().calculate_max_num_blocks(*arguments, **{**named, "kv_cache_config": config})
+        else:
+            found = super().calculate_max_num_blocks(config, *arguments[1:], **named)
+        return int(found[0])
 
     def vattn_set_budget(self, budget: int) -> int:
         """Raise or lower the bytes of physical memory, from any thread; returns the budget then in force.

@@ -55,13 +55,15 @@ def books_alone(module: Any) -> Iterator[None]:
     real = module.KVCacheManagerCpp
 
     def make(*arguments: Any, **named: Any) -> Any:
-        missing = [name for name in ("num_kv_heads_per_layer", "size_per_head") if name not in named]
-        if missing:
+        small = {"size_per_head": BOOK_HEAD_DIM, "size_per_head_per_layer": [BOOK_HEAD_DIM]}
+        sizes = {name: value for name, value in small.items() if name in named}
+        if not sizes or "num_kv_heads_per_layer" not in named:
             raise ConfigError(
-                f"the C++ manager of the installed TensorRT-LLM is made without {', '.join(missing)}; the fixed-"
-                "address cache fits 1.2.x: install tensorrt-llm>=1.2,<1.3, or run without trtllm-vattn"
+                f"the C++ manager of the installed TensorRT-LLM is made of {', '.join(named)}, without "
+                "num_kv_heads_per_layer or size_per_head; the fixed-address cache fits 1.2.x: install "
+                "tensorrt-llm>=1.2,<1.3, or run without trtllm-vattn"
             )
-        named.update(num_kv_heads_per_layer=[1], size_per_head=BOOK_HEAD_DIM)
+        named.update(sizes, num_kv_heads_per_layer=[1])
         return real(*arguments, **named)
 
     module.KVCacheManagerCpp = make

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.trtllm.config import ENVIRONMENT
 
 MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 TIMEOUT = 900
@@ -32,6 +33,8 @@ def run_probe(model: str, kind: str) -> dict[str, Any]:
     """Run one side in a process of its own. Raises ConfigError with the end of what it said where it fails."""
     command = [sys.executable, "-m", "trtllm_vattn.trtllm.probe", model, kind]
     environment = {**os.environ, "TLLM_WORKER_USE_SINGLE_PROCESS": "1"}
+    if kind == "stock":
+        environment.pop(ENVIRONMENT, None)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=environment)
     except subprocess.TimeoutExpired as error:
