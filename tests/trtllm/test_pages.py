@@ -133,3 +133,13 @@ def test_rows_are_gathered_on_the_device_only_when_they_change(pages: Pages, dev
         assert not rows.fill(uncounted, [2])
     with pytest.raises(ConfigError, match="raise max_batch_size"):
         rows.fill(table, [1, 2, 3, 4, 5])
+
+
+def test_a_request_gets_its_need_and_no_more(pages: Pages) -> None:
+    """What it found parked beyond that may have been promised to another."""
+    pages.step({1: 80}, {})
+    pages.cache.release(1)
+    pages.step({2: 48}, {})
+    slot = pages.cache.arena.slots[pages.cache.slot_of(2)]
+    assert slot.mapped == pages.cache.layout.bytes_for(48)
+    pages.cache.check_integrity()
