@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from itertools import pairwise
 from time import perf_counter
@@ -32,6 +33,8 @@ def _captured_ms(work: Callable[[], object], repeats: int) -> list[float]:
         work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    # A graph dropped before, if the collector came upon it only while this one is captured, would end the capture.
+    gc.collect()
     with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         work()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]

@@ -51,6 +51,17 @@ def fragmentation(result: dict[str, Any]) -> str:
     return table(["system", *mixes], [[system, *(cells[system, mix] for mix in mixes)] for system in systems])
 
 
+def attention(result: dict[str, Any]) -> str:
+    """Decode attention by point and system; points that could not be had are left out."""
+    rows = [row for row in result["results"]["points"] if "refused" not in row]
+    points, systems = (list(dict.fromkeys(row[key] for row in rows)) for key in ("point", "system"))
+    cells = {
+        (r["point"], r["system"]): f"{r['layer_us']['p50']:.1f} ({r['bytes_per_s']['p50'] / 1e9:,.0f})" for r in rows
+    }
+    header = ["sequences x tokens", *(f"{system}, us (GB/s)" for system in systems)]
+    return table(header, [[point, *(cells[point, system] for system in systems)] for point in points])
+
+
 def figures(result: dict[str, Any]) -> str:
     """The summary, as it stands in the JSON."""
     rows = [[name, f"{v:,.4g}" if isinstance(v, float) else str(v)] for name, v in result["summary"].items()]
@@ -62,6 +73,14 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "graph-summary": ("graph.json", figures),
     "graph-layers": ("graph_plain.json", layers),
     "soak": ("soak.json", figures),
+    "start": ("start.json", figures),
+    "policy": ("policy.json", figures),
+    "multistep": ("multistep.json", figures),
+    "burst": ("burst.json", figures),
+    "tlb": ("tlb.json", figures),
+    "attention": ("attention.json", attention),
+    "plugin": ("plugin.json", figures),
+    "xqa": ("xqa.json", figures),
     "faults": ("../host/faults.json", figures),
     "fragmentation": ("../host/fragmentation.json", fragmentation),
 }
