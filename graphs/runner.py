@@ -7,8 +7,10 @@ left (as vLLM and TensorRT-LLM do). Graphs of one pool must not run at the same 
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -30,6 +32,18 @@ def default_buckets(most: int) -> list[int]:
     """Batch sizes worth a graph up to `most`: 1, 2, 4, then every 8 to 64, every 16 to 256, every 64 beyond."""
     usual = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most, 64)]
     return [*(size for size in usual if size < most), most]
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """No garbage collection: one that came upon a graph dropped earlier would end the capture under way."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -141,7 +155,10 @@ class GraphRunner:
             graph = torch.cuda.CUDAGraph(keep_graph=True)
             try:
                 # Other threads may make driver calls meanwhile: only this one is held to what capture allows.
-                with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+                with (
+                    collector_off(),
+                    torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"),
+                ):
                     outputs = self._step(bucket)
                 graph.instantiate()
             except RuntimeError as error:

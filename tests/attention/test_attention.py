@@ -16,12 +16,14 @@ from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 
 SLOTS, MAX = 8, 1104
-BACKENDS = [
-    pytest.param(("torch", "cpu"), id="torch-cpu"),
-    pytest.param(("torch", "cuda:0"), id="torch-cuda", marks=pytest.mark.gpu),
-    pytest.param(("cudnn", "cuda:0"), id="cudnn", marks=pytest.mark.gpu),
-    pytest.param(("xqa", "cpu"), id="xqa-reference"),
-    pytest.param(("xqa", "cuda:0"), id="xqa", marks=pytest.mark.gpu),
+CACHES = ["contiguous", "paged", "vattn-1", "vattn-3", "blocks-1", "blocks-3"]
+BACKENDS = [("torch", "cpu"), ("torch", "cuda:0"), ("cudnn", "cuda:0")]
+BACKENDS += [(name, device) for name in ("xqa", "xqa-fmha") for device in ("cpu", "cuda:0")]
+CASES = [
+    pytest.param((name, device, kind), id=f"{name}-{device}-{kind}", marks=[pytest.mark.gpu] if device != "cpu" else [])
+    for name, device in BACKENDS
+    for kind in CACHES
+    if name != "xqa-fmha" or kind.startswith("blocks")
 ]
 LENGTHS = [0, 1, 15, 16, 17, 100, 1000, 0]
 
@@ -48,25 +50,18 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 Case = tuple[KVCache, Attention, torch.Tensor, torch.Tensor]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> tuple[str, str]:
-    name, device = request.param
+@pytest.fixture(params=CASES)
+def build(request: pytest.FixtureRequest) -> Callable[..., Case]:
+    """Builds a cache with known K and V in every slot, everything past each length poisoned with NaN."""
+    name, device, which = request.param
     if device != "cpu" and available()[name] != "yes":
         pytest.skip(available()[name])
-    pair: tuple[str, str] = request.param
-    return pair
-
-
-@pytest.fixture(params=["contiguous", "paged", "vattn-1", "vattn-3", "blocks-1", "blocks-3"])
-def build(request: pytest.FixtureRequest, backend: tuple[str, str]) -> Callable[..., Case]:
-    """Builds a cache with known K and V in every slot, everything past each length poisoned with NaN."""
     made: list[KVCache] = []
 
     def make(heads: int, kv_heads: int, lengths: list[int], dim: int = 64) -> Case:
-        name, device = backend
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         shape = CacheShape(3, kv_heads, dim, dtype, SLOTS, MAX)
-        kind, _, g = request.param.partition("-")
+        kind, _, g = which.partition("-")
         cache = make_cache(kind, shape, device, layers_per_range=int(g) if g else None)
         made.append(cache)
         attention = make_attention(name, cache, heads)
@@ -190,8 +185,25 @@ def test_an_unknown_backend_is_refused() -> None:
         with pytest.raises(ConfigError, match="needs a GPU"):
             make_attention("cudnn", cache, 1)
         assert make_attention("auto", cache, 1).name == "torch"
+    with make_cache("vattn", CacheShape(1, 1, 32, torch.float32, 1, 32), "cpu") as cache:
+        with pytest.raises(ConfigError, match="K and V in blocks, not a KVCacheManager; use the blocks cache"):
+            make_attention("xqa-fmha", cache, 1)
     with (
         make_cache("contiguous", CacheShape(1, 4, 8, torch.float32, 1, 8), "cpu") as cache,
         pytest.raises(ConfigError, match="6 query heads over 4 kv heads"),
     ):
         make_attention("torch", cache, 6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dim", "dtype", "says"), [(16, torch.bfloat16, "head_dim is 16"), (64, torch.float16, "not torch.float16")]
+)
+def test_what_the_context_kernel_was_not_built_for_is_refused(dim: int, dtype: torch.dtype, says: str) -> None:
+    if available()["xqa-fmha"] != "yes":
+        pytest.skip(available()["xqa-fmha"])
+    with (
+        make_cache("blocks", CacheShape(1, 1, dim, dtype, 1, 32), "cuda:0", layers_per_range=1) as cache,
+        pytest.raises(ConfigError, match=f"{says}.*use xqa"),
+    ):
+        make_attention("xqa-fmha", cache, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ PROBE = Path(__file__).with_name("overread_probe.py")
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layers_per_range", [1, 32])
-@pytest.mark.parametrize("cache", ["vattn", "blocks"])
-@pytest.mark.parametrize("backend", ["torch", "cudnn", "xqa"])
+@pytest.mark.parametrize(
+    ("backend", "cache"),
+    [*itertools.product(["torch", "cudnn", "xqa"], ["vattn", "blocks"]), ("xqa-fmha", "blocks")],
+)
 def test_no_backend_reads_past_a_length(backend: str, cache: str, layers_per_range: int) -> None:
     if available()[backend] != "yes":
         pytest.skip(available()[backend])

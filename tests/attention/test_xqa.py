@@ -90,12 +90,12 @@ def test_the_engine_gives_the_same_tokens_over_blocks() -> None:
     model = load_model("tiny-llama", "cpu", torch.float32)
     prompts = [list(range(1, n)) for n in (4, 40, 21)]
     answers = []
-    for kind, attention in (("vattn", "torch"), ("blocks", "xqa"), ("vattn", "xqa")):
+    for kind, attention in (("vattn", "torch"), ("blocks", "xqa"), ("vattn", "xqa"), ("blocks", "xqa-fmha")):
         cache = make_cache(kind, shape_of(model, 2, 128), "cpu")
         with Engine(model, cache, attention=attention, compile=False) as engine:
             answers.append([done.tokens for done in engine.generate(prompts, SamplingParams(max_tokens=12))])
             assert not engine.decode.audit(2).findings
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] == answers[1] == answers[2] == answers[3]
     assert all(len(tokens) == 12 for tokens in answers[0])
 
 

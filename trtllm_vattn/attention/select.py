@@ -11,7 +11,7 @@ from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import ConfigError
 
-BACKENDS = ("auto", "torch", "cudnn", "xqa")
+BACKENDS = ("auto", "torch", "cudnn", "xqa", "xqa-fmha")
 
 
 def make_attention(name: str, cache: KVCache, num_heads: int, scale: float | None = None) -> Attention:
@@ -36,6 +36,10 @@ def make_attention(name: str, cache: KVCache, num_heads: int, scale: float | Non
         from trtllm_vattn.attention.xqa import XqaAttention
 
         return XqaAttention(cache, num_heads, scale)
+    if name == "xqa-fmha":
+        from trtllm_vattn.attention.fmha import XqaFmhaAttention
+
+        return XqaFmhaAttention(cache, num_heads, scale)
     raise ConfigError(f"no attention backend {name!r}; there are {', '.join(BACKENDS)}")
 
 
@@ -46,6 +50,6 @@ def available() -> dict[str, str]:
         cudnn = "no GPU"
     elif importlib.util.find_spec("cudnn") is None:
         cudnn = "nvidia-cudnn-frontend is not installed: pip install 'trtllm-vattn[cuda]'"
-    from trtllm_vattn.attention.xqa import why_not
+    from trtllm_vattn.attention import fmha, xqa
 
-    return {"torch": "yes", "cudnn": cudnn, "xqa": why_not()}
+    return {"torch": "yes", "cudnn": cudnn, "xqa": xqa.why_not(), "xqa-fmha": fmha.why_not()}

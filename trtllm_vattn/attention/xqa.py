@@ -61,7 +61,8 @@ class XqaAttention(GatheringAttention):
         self.block = fitting_block(first, BLOCKS) if isinstance(first, FlatKV) else first.k.shape[1]
         if self.block not in BLOCKS:
             raise ConfigError(f"the cache's blocks hold {self.block} tokens; XQA reads blocks of {sorted(BLOCKS)}")
-        self._kernel, self._context = self._choose()
+        self._kernel = self._choose()
+        self._context = self._choose_context()
         self._layout = "NHD" if flat else "HND"
         self._table = affine_table(first, self.block) if isinstance(first, FlatKV) else first.table
         self._dummies = self._table[cache.dummy_slot, :1].expand(self._table.shape[1]).contiguous()
@@ -79,22 +80,27 @@ class XqaAttention(GatheringAttention):
         self._asked: tuple[torch.Tensor, torch.Tensor | None, int] | None = None
         self._step = (self._table, self._table)
 
-    def _choose(self) -> tuple[Callable[..., Any], Attention]:
-        """The kernel, and the backend of prompts."""
+    def _choose(self) -> Callable[..., Any]:
+        """The kernel, or what stands for it on the host."""
         cache = self.cache
         if cache.device.type != "cuda":
-            return xqa_reference, TorchAttention(cache, self.num_heads, self.scale)
+            return xqa_reference
         if cache.shape.dtype not in (torch.bfloat16, torch.float16):
             raise ConfigError(f"XQA takes bfloat16 and float16 here, not {cache.shape.dtype}; use the torch backend")
         if why_not() != "yes":
             raise ConfigError(f"the xqa backend does not work here: {why_not()}")
         from flashinfer.xqa import xqa
 
-        if importlib.util.find_spec("cudnn") is None:
-            return xqa, TorchAttention(cache, self.num_heads, self.scale)
+        return xqa
+
+    def _choose_context(self) -> Attention | None:
+        """The backend of prompts; None where a subclass has its own."""
+        cache = self.cache
+        if cache.device.type != "cuda" or importlib.util.find_spec("cudnn") is None:
+            return TorchAttention(cache, self.num_heads, self.scale)
         from trtllm_vattn.attention.cudnn import CudnnAttention
 
-        return xqa, CudnnAttention(cache, self.num_heads, self.scale)
+        return CudnnAttention(cache, self.num_heads, self.scale)
 
     def _pool(self, layer: int) -> PagedKV:
         """K and V as the kernel takes them, with the layout that `_layout` names."""
@@ -104,7 +110,7 @@ class XqaAttention(GatheringAttention):
         return PagedKV(kv.k.transpose(1, 2), kv.v.transpose(1, 2), kv.table)
 
     def storages(self) -> list[torch.Tensor]:
-        return [*super().storages(), *self._context.storages()]
+        return [*super().storages(), *(self._context.storages() if self._context else [])]
 
     def decode(
         self,
@@ -152,4 +158,5 @@ class XqaAttention(GatheringAttention):
         length: torch.Tensor,
         max_length: int,
     ) -> torch.Tensor:
+        assert self._context is not None
         return self._context.prefill(layer, q, slot, query_len, length, max_length)

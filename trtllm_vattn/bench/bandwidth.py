@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from itertools import pairwise
 from time import perf_counter
@@ -12,6 +11,7 @@ import torch
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.bench.machine import summarise
+from trtllm_vattn.graphs.runner import collector_off
 
 
 def timed_ms(work: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
@@ -33,9 +33,7 @@ def _captured_ms(work: Callable[[], object], repeats: int) -> list[float]:
         work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # A graph dropped before, if the collector came upon it only while this one is captured, would end the capture.
-    gc.collect()
-    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+    with collector_off(), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         work()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
     graph.replay()

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--engine", type=Path, help="an engine's folder (trtllm-vattn plugin build) in place of --model")
     add("--device", help="cpu or cuda:N (default: the GPU if there is one)")
-    add("--attention", default="auto", help="auto, torch, cudnn or xqa")
+    add("--attention", default="auto", help="auto, torch, cudnn, xqa or xqa-fmha")
     add(
         "--caches",
         help=f"default: {','.join(COMPARED)}, with --engine vattn; "

@@ -28,7 +28,7 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench multistep`."""
     gpu, add = add_common(parser), parser.add_argument
-    add("--attention", default="auto", help="auto, torch, cudnn or xqa")
+    add("--attention", default="auto", help="auto, torch, cudnn, xqa or xqa-fmha")
     add("--batch-sizes", type=numbers, default=[1, 8, 32] if gpu else [1, 4], help="sequences")
     add("--step-counts", type=numbers, default=[1, 4, 16], help="decode steps of a launch")
     add("--context", type=int, default=2048 if gpu else 64, help="tokens a sequence")

@@ -53,7 +53,7 @@ class Engine:
     cache : KVCache
         The engine closes it.
     attention : str
-        ``auto``, ``torch``, ``cudnn`` or ``xqa``.
+        ``auto``, ``torch``, ``cudnn``, ``xqa`` or ``xqa-fmha``.
     capture : bool
         Whether decode steps are captured once a bucket and replayed, or run eagerly.
     buckets : sequence of int or None
