@@ -74,6 +74,10 @@ def build(request: pytest.FixtureRequest) -> Callable[..., Case]:
             if isinstance(kv, FlatKV):
                 kv.k[:SLOTS].fill_(torch.nan)
                 kv.v[:SLOTS].fill_(torch.nan)
+            else:
+                # Guard-mapped tails: the rest of a sequence's last block, and all blocks behind it.
+                blocks = kv.table[:SLOTS].flatten().long()
+                kv.k[blocks], kv.v[blocks] = torch.nan, torch.nan
         for lane, length in enumerate(lengths):
             if length:
                 where = (torch.full((length,), lane, device=device), torch.arange(length, device=device))
