@@ -147,8 +147,7 @@ class GraphRunner:
             # Libraries plan, allocate workspaces and load kernels at their first call, which no graph can hold.
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._step(bucket)
+                self._step(bucket)
             torch.cuda.synchronize(self._device)
             # The workspaces that the warm-up made are torch's, which may drop them; captured ones are the pool's.
             torch._C._cuda_clearCublasWorkspaces()

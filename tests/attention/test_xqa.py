@@ -78,6 +78,33 @@ def test_other_backends_say_the_same(kind: str, slots: list[int] | None) -> None
         assert got.std() > 0.1
 
 
+@pytest.mark.parametrize("length", [1, 33, 64])
+def test_what_the_context_kernel_loads_past_a_length_is_finite(length: int) -> None:
+    with make_cache("blocks", SHAPE, "cpu") as cache:
+        attention = make_attention("xqa-fmha", cache, 4)
+        cache.admit("before", 96)
+        slot = cache.admit("a", 96)
+        for kv in map(cache.layer, range(3)):
+            mine = kv.table[: slot + 1].flatten().long()
+            kv.k[mine], kv.v[mine] = torch.nan, torch.nan
+        for start in (0, length - 1):
+            count = length - start if start else max(1, length - 1)
+            where = torch.full((count,), slot), torch.arange(start, start + count)
+            query_len, end = (torch.tensor([n], dtype=torch.int32) for n in (count, start + count))
+            for layer in range(3):
+                attention.write(layer, *torch.randn(2, count, 2, 16), *where)
+                q = torch.randn(count, 4, 16)
+                assert attention.prefill(layer, q, torch.tensor([slot]), query_len, end, start + count).isfinite().all()
+        whole = -(-length // 32) * 32
+        for kv in map(cache.layer, range(3)):
+            for part in (kv.k, kv.v):
+                tokens = part[kv.table[slot].long()].flatten(0, 1)
+                assert tokens[:length].isfinite().all() and tokens[:length].any(dim=(1, 2)).all()
+                assert not tokens[length:whole].any()
+                assert tokens[whole:].isnan().all()
+                assert part[kv.table[0].long()].isnan().all()
+
+
 def test_blocks_of_other_sizes_are_refused() -> None:
     with make_cache("token", SHAPE, "cpu") as cache, pytest.raises(ConfigError, match=r"1 tokens.*\[16, 32, 64, 128\]"):
         make_attention("xqa", cache, 4)

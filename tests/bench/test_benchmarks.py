@@ -72,6 +72,9 @@ def test_multistep_compares_tokens_and_times_launches(tmp_path: Path) -> None:
         (batch, *variant) for batch in (1, 3) for variant in ((1, False), (4, False), (4, True))
     ]
     assert {"gain_4_batch1", "gain_loop_batch3"} <= results["summary"].keys()
+    for batch in (1, 3):
+        after = [row["mean_length_after"] for row in results["results"]["runs"] if row["batch"] == batch]
+        assert max(after) - min(after) <= 2 * 4
 
 
 def test_start_sizes_after_capturing(tmp_path: Path) -> None:
@@ -230,7 +233,8 @@ def test_a_life_among_failures_ends_clean_and_a_wrong_byte_shows(
 
 def test_xqa_over_affine_tables(tmp_path: Path) -> None:
     report = tmp_path / "xqa.json"
-    assert main(["bench", "xqa", *HOST, "--batch-sizes", "2", "--output-json", str(report)]) == 0
+    command = ["bench", "xqa", *HOST, "--attention", "xqa-fmha", "--batch-sizes", "2", "--output-json", str(report)]
+    assert main(command) == 0
     results = json.loads(report.read_text())
     summary = results["summary"]
     assert summary["tokens_identical"] is True
@@ -241,4 +245,6 @@ def test_xqa_over_affine_tables(tmp_path: Path) -> None:
     assert 0 < summary["table_host_us"] <= summary["table_host_us_p99"]
     assert summary["table_host_us"] < summary["table_host_changed_us"]
     assert summary["affine_over_random_step_ratio"] > 0
+    assert summary["prefill_us_a_layer_xqa"] > 0
+    assert summary["prefill_us_a_layer_xqa-fmha"] > 0
     assert [row["table"] for row in results["results"]["steady"]] == ["affine", "random"]

@@ -79,11 +79,13 @@ class CudnnAttention(GatheringAttention):
         max_length: int,
     ) -> torch.Tensor:
         # The kernel loads whole tiles of keys, past the length too; the tiles must be mapped and finite. So it is given
-        # a copy, whose extent is rounded up so that few shapes are planned for.
+        # a copy. Its extent is rounded up, and the count of queries, so that few shapes are planned for.
         extent = min(self.cache.shape.max_seq_len, max(128, 1 << (max_length - 1).bit_length()))
         k, v = self._gather(layer, slot, length, extent)
-        shape = self._flat_shape(FlatKV(k, v), 1, rows=len(q), causal=True)
-        return self._run(shape, q, k, v, query_len, length)
+        rows = 1 << (len(q) - 1).bit_length()
+        shape = self._flat_shape(FlatKV(k, v), 1, rows=rows, causal=True)
+        padded = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, rows - len(q))) if rows > len(q) else q
+        return self._run(shape, padded, k, v, query_len, length)[: len(q)]
 
     def _rows(self, table: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """A table's rows of some slots, in a buffer that all layers share."""

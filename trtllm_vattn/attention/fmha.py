@@ -3,11 +3,13 @@
 FMHAv2 finds K of page p of a pool at ``2 p`` pages from its start and V right behind it (FlashInfer's way of telling
 it). A block of ours holds the K and V of several layers, so a layer's pool starts at that layer of the first block, and
 block b is its page ``b × layers_per_range``: one table for all layers, made once. The kernel's bulk loads take whole
-blocks, up to the one of a sequence's last token; the cache never maps a part of one.
+blocks, up to the one of a sequence's last token; the cache never maps a part of one. What lies in that block past the
+last token is multiplied by zero, and has to be finite for that: it is overwritten first, whoever left it there.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -31,6 +33,19 @@ def why_not() -> str:
     if missing == "yes" and torch.cuda.get_device_capability()[0] != 9:
         return "the context kernel over blocks is built for compute capability 9.0, this GPU is another"
     return missing
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What is the same for all layers of a chunk of a prompt; `layer` is the last one that asked for it."""
+
+    length: torch.Tensor
+    layer: int
+    pages: torch.Tensor
+    query_ends: torch.Tensor
+    ends: torch.Tensor
+    rest: tuple[torch.Tensor, torch.Tensor]
+    """Slots and positions of what is left of the last token's block; of no token but the dummy slot's beyond."""
 
 
 class XqaFmhaAttention(XqaAttention):
@@ -67,6 +82,11 @@ class XqaFmhaAttention(XqaAttention):
         self._pages = cache.table * layout.layers_per_range
         self._pools = [self._pairs(cache, layer) for layer in range(shape.num_layers)]
         self._scratch = torch.zeros(WORKSPACE, dtype=torch.uint8, device=cache.device)
+        self._nothing = torch.zeros(
+            self.block, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype, device=cache.device
+        )
+        self._within = torch.arange(self.block, device=cache.device)
+        self._chunk: Chunk | None = None
 
     def _choose_context(self) -> None:
         return None
@@ -88,6 +108,8 @@ class XqaFmhaAttention(XqaAttention):
         length: torch.Tensor,
         max_length: int,
     ) -> torch.Tensor:
+        chunk = self._chunk = self._chunk_of(layer, slot, query_len, length)
+        self.write(layer, self._nothing, self._nothing, *chunk.rest)
         # Rows past query_len are not written.
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         self._context_kernel(
@@ -100,9 +122,25 @@ class XqaFmhaAttention(XqaAttention):
             self.scale,
             1.0,
             1,
-            torch.nn.functional.pad(query_len, (1, 0)),
-            torch.nn.functional.pad(length, (1, 0)),
-            block_tables=self._pages[slot],
+            chunk.query_ends,
+            chunk.ends,
+            block_tables=chunk.pages,
             out=out,
         )
         return out
+
+    def _chunk_of(self, layer: int, slot: torch.Tensor, query_len: torch.Tensor, length: torch.Tensor) -> Chunk:
+        """Made at a chunk's first layer; layers come in order."""
+        known = self._chunk
+        if known is not None and known.length is length and known.layer < layer:
+            return replace(known, layer=layer)
+        positions = length + self._within
+        within = positions < (length + self.block - 1) // self.block * self.block
+        return Chunk(
+            length,
+            layer,
+            self._pages[slot],
+            torch.nn.functional.pad(query_len, (1, 0)),
+            torch.nn.functional.pad(length, (1, 0)),
+            (torch.where(within, slot, self.cache.dummy_slot), torch.where(within, positions, 0)),
+        )

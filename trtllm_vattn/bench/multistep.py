@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]], batch: int) -> list[dict[str, Any]]:
-    most = batch + 2 * (args.rounds + 2) * (args.steps + 2 * max(args.step_counts)) + 64
+    most = batch + 2 * (args.rounds + 2) * (args.steps + 4 * max(args.step_counts)) + 64
     start = max(1, args.context - most // 2)
     lanes = []
     with ExitStack() as closing:
@@ -64,12 +64,16 @@ def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]
                 model, cache, attention=args.attention, buckets=[batch], steps=count, loop=loop, chunk=max(2048, start)
             )
             closing.callback(engine.close)
+            # One step a launch while prompts go in, and as many untimed steps for all: sequences are of equal length.
+            engine.pipeline.steps = 1
             fill(engine, batch, start, most, args.seed)
+            engine.pipeline.steps = count
             lanes.append(Lane("vattn", "captured", engine))
-        take_turns(lanes, args.rounds, args.steps, f"batch {batch}")
+        take_turns(lanes, args.rounds, args.steps, f"batch {batch}", untimed=2 * max(args.step_counts))
+        tokens = [float(lane.engine.decode.lengths.mean()) for lane in lanes]
         device_ms = settle_device_ms(lanes[0].engine)
         rows = []
-        for (count, loop), lane in zip(variants, lanes, strict=True):
+        for (count, loop), lane, length in zip(variants, lanes, tokens, strict=True):
             records = [record for turn in lane.rounds for record in turn]
             rows.append(
                 {
@@ -77,6 +81,7 @@ def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]
                     "steps": count,
                     "loop": loop,
                     "context": args.context,
+                    "mean_length_after": length,
                     "step_ms": summarise([1e3 * record.wall_s / record.steps for record in records]),
                     "host_us_a_step": summarise(
                         [1e6 * (record.wall_s - record.wait_s) / record.steps for record in records]

@@ -101,23 +101,28 @@ def run_steady(
             engine.close()
 
 
-def take_turns(lanes: Sequence[Lane], rounds: int, steps: int, label: str) -> None:
+def take_turns(lanes: Sequence[Lane], rounds: int, steps: int, label: str, untimed: int = 2) -> None:
     """Let each combination decode `steps` steps a round, after a few that are not timed."""
     for number in tqdm(range(rounds), desc=label, unit="round", disable=None):
         # Turned about, so that no combination always follows the same one.
         for lane in [*lanes[number % len(lanes) :], *lanes[: number % len(lanes)]]:
-            records: list[StepRecord] = []
             captured = lane.mode == "captured"
             with torch.compiler.set_stance("default" if captured else "force_eager"):
                 lane.engine.decode.captured = captured
-                for _ in range(2):
-                    # What was under way in another mode, and what was started beside it.
-                    lane.engine.step()
-                lane.engine.observer = records.append
-                while sum(record.steps for record in records) < steps:
-                    lane.engine.step()
-            lane.engine.observer = None
+                # What was under way in another mode, and what was started beside it.
+                _decode(lane.engine, untimed)
+                records = _decode(lane.engine, steps)
             lane.rounds.append(records)
+
+
+def _decode(engine: Engine, steps: int) -> list[StepRecord]:
+    """At least so many decode steps."""
+    records: list[StepRecord] = []
+    engine.observer = records.append
+    while sum(record.steps for record in records) < steps:
+        engine.step()
+    engine.observer = None
+    return records
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
-"""`bench xqa`: TensorRT-LLM's decode kernel over affine tables.
+"""`bench xqa`: TensorRT-LLM's kernels over affine tables.
 
-Tokens against flat attention, teacher-forced; steps against the same kernel over random tables, in turns; one captured
+Tokens against flat attention, teacher-forced; attention for a prompt, by its kernel and by cuDNN's; steps against the same kernel over random tables, in turns; one captured
 graph replayed while its memory is replaced; the host's time for a step's table.
 """
 
@@ -24,7 +24,7 @@ from trtllm_vattn.bench.steady import Lane, fill, settle_device_ms, take_turns
 from trtllm_vattn.bench.traced import run_traced
 from trtllm_vattn.bench.traces import fit, generate_trace
 from trtllm_vattn.bench.workload import prompt_ids
-from trtllm_vattn.bench.xqa_parts import replay_remapped, table_host
+from trtllm_vattn.bench.xqa_parts import prefill_us, replay_remapped, table_host
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.blocks import BlockKVCache
 from trtllm_vattn.cache.select import make_cache
@@ -37,6 +37,7 @@ from trtllm_vattn.runtime.models import load_model
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench xqa`."""
     gpu, add = add_common(parser), parser.add_argument
+    add("--attention", default="xqa", choices=["xqa", "xqa-fmha"], help="whose tokens are compared with flat attention's")
     add("--tokens-per-block", type=int, default=32, choices=BLOCK_SIZES, help="tokens of a block")
     add("--layers-per-range", type=int, help="layers of a block's record (default: rows of 32 KiB)")
     add("--batch-sizes", type=numbers, default=[1, 8, 32, 128] if gpu else [2], help="sequences of steady decode")
@@ -61,10 +62,13 @@ def run(args: argparse.Namespace) -> int:
     with make_blocks(args, model, 9, args.context + 64) as cache:
         replayed = replay_remapped(cache, heads, args.context, args.replays, args.seed)
         granule = cache.layout.granule
+    with make_blocks(args, model, 1, args.context) as cache:
+        prompts = prefill_us(cache, heads, args.context, repeats=5)
     host = table_host(shape_of(model, 128, shape.max_seq_len), granule, args.tokens_per_block, args.device)
     result = Result.start("xqa", as_config(args), args.seed)
-    result.results.update(identity=vars(identity), steady=steps, replayed=replayed, tables=host)
+    result.results.update(identity=vars(identity), steady=steps, replayed=replayed, tables=host, prefill=prompts)
     result.summary.update(summary(identity, steps, replayed, host))
+    result.summary.update({f"prefill_us_a_layer_{name}": value["p50"] for name, value in prompts.items()})
     print(show(steps))
     finish(result, args)
     wrong = [] if identity.identical else ["tokens differ between flat attention and XQA over affine tables"]
@@ -99,9 +103,11 @@ def tokens(args: argparse.Namespace, model: Any) -> Identity:
     flat: KVCache = make_cache("vattn", shape_of(model, slots, longest), args.device)
     with Engine(model, flat, record_margins=forcing) as engine:
         reference = run_traced(engine, prompts, outputs, None, "flat").tokens
-    with Engine(model, make_blocks(args, model, slots, longest), attention="xqa", record_margins=forcing) as engine:
+    blocks = make_blocks(args, model, slots, longest)
+    with Engine(model, blocks, attention=args.attention, record_margins=forcing) as engine:
         forced = reference if forcing else None
-        return compare(reference, run_traced(engine, prompts, outputs, forced, "xqa").tokens, args.tie_tolerance)
+        mine = run_traced(engine, prompts, outputs, forced, args.attention).tokens
+        return compare(reference, mine, args.tie_tolerance)
 
 
 def steady(args: argparse.Namespace, model: Any, batch: int) -> list[dict[str, Any]]:

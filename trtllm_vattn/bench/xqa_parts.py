@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.attention.select import make_attention
-from trtllm_vattn.bench.bandwidth import fill_random
+from trtllm_vattn.attention.select import available, make_attention
+from trtllm_vattn.bench.bandwidth import fill_random, timed_ms
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.blocks import BlockKVCache
@@ -76,6 +77,31 @@ def replay_remapped(cache: BlockKVCache, num_heads: int, context: int, replays: 
         "wrong": wrong,
         "worst": float(worst),
     }
+
+
+@torch.inference_mode()
+def prefill_us(cache: BlockKVCache, num_heads: int, tokens: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """Microseconds a layer of attention for a prompt of `tokens` in one chunk, by backend: cuDNN's kernel over a
+    gathered copy (``xqa``), TensorRT-LLM's over the blocks (``xqa-fmha``), in turns; of those that work here."""
+    shape, on_gpu = cache.shape, cache.device.type == "cuda"
+    usable = available()
+    kinds = [name for name in ("xqa", "xqa-fmha") if not on_gpu or usable[name] == "yes"]
+    backends = {name: make_attention(name, cache, num_heads) for name in kinds}
+    slot = fill_random(backends["xqa"], tokens, 1)
+    q = torch.randn(tokens, num_heads, shape.head_dim, dtype=shape.dtype, device=cache.device)
+    numbers = (torch.tensor([tokens], dtype=torch.int32, device=cache.device) for _ in range(2))
+    query_len, length = numbers
+    where = torch.zeros(len(slot), dtype=torch.int64, device=cache.device)
+
+    def work(name: str) -> None:
+        for layer in range(shape.num_layers):
+            backends[name].prefill(layer, q, where, query_len, length, tokens)
+
+    took: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(3):
+        for name in kinds:
+            took[name] += timed_ms(partial(work, name), repeats, cache.device)
+    return {name: summarise([1e3 * value / shape.num_layers for value in values]) for name, values in took.items()}
 
 
 def table_host(

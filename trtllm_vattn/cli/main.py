@@ -24,7 +24,7 @@ BENCHMARKS = {
     "serve": "a trace replayed over every kind of cache at equal memory: throughput, TTFT, ITL",
     "tlb": "bandwidth against context, working set and the order of pages",
     "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",
-    "xqa": "TensorRT-LLM's decode kernel over affine tables: tokens, steps against random tables, remapped replays",
+    "xqa": "TensorRT-LLM's kernels over affine tables: tokens, steps against random tables, remapped replays",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }
 

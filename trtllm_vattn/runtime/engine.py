@@ -20,7 +20,7 @@ from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, OutOfPages, SequenceTooLong
 from trtllm_vattn.graphs.policy import MappingPolicy, start_choosing
-from trtllm_vattn.graphs.runner import default_buckets
+from trtllm_vattn.graphs.runner import collector_off, default_buckets
 from trtllm_vattn.runtime.beside import MappingBeside
 from trtllm_vattn.runtime.binding import bind, check_fit, scale_of, shape_of
 from trtllm_vattn.runtime.compaction import Compaction
@@ -124,7 +124,9 @@ class Engine:
             self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
             self.prefill = Prefill(model, self.attention, chunk, pool=self.decode.runner.pool)
             if compiling:
-                self.prefill.warm_up(UNUSUAL)
+                # Tracing makes many objects, and looking for garbage among them takes time.
+                with collector_off():
+                    self.prefill.warm_up(UNUSUAL)
             self.startup.compile_s = perf_counter() - started
             if capture:
                 self.startup.decode = self.decode.capture()

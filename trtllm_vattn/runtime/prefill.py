@@ -19,8 +19,15 @@ LONGEST_CAPTURED = 512
 """Tokens. Beyond, computing takes longer than launching, and a graph would only hold memory."""
 
 
+TILE = 128
+"""Tokens that longer chunks are a multiple of; matrix products take whole tiles anyway."""
+
+
 def padded_length(tokens: int, chunk: int) -> int:
-    """Tokens a chunk is padded to: a power of two, so that few shapes are planned for, but no more than `chunk`."""
+    """Tokens a chunk is padded to, no more than `chunk`: a power of two where it may be captured, so that few graphs
+    are, and whole tiles beyond."""
+    if tokens > LONGEST_CAPTURED:
+        return min(chunk, -(-tokens // TILE) * TILE)
     return min(chunk, max(SMALLEST_PAD, 1 << (tokens - 1).bit_length()))
 
 
