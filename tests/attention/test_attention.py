@@ -189,9 +189,11 @@ def test_an_unknown_backend_is_refused() -> None:
         with pytest.raises(ConfigError, match="needs a GPU"):
             make_attention("cudnn", cache, 1)
         assert make_attention("auto", cache, 1).name == "torch"
-    with make_cache("vattn", CacheShape(1, 1, 32, torch.float32, 1, 32), "cpu") as cache:
-        with pytest.raises(ConfigError, match="K and V in blocks, not a KVCacheManager; use the blocks cache"):
-            make_attention("xqa-fmha", cache, 1)
+    with (
+        make_cache("vattn", CacheShape(1, 1, 32, torch.float32, 1, 32), "cpu") as cache,
+        pytest.raises(ConfigError, match="K and V in blocks, not a KVCacheManager; use the blocks cache"),
+    ):
+        make_attention("xqa-fmha", cache, 1)
     with (
         make_cache("contiguous", CacheShape(1, 4, 8, torch.float32, 1, 8), "cpu") as cache,
         pytest.raises(ConfigError, match="6 query heads over 4 kv heads"),

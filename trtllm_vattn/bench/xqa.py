@@ -1,7 +1,8 @@
 """`bench xqa`: TensorRT-LLM's kernels over affine tables.
 
-Tokens against flat attention, teacher-forced; attention for a prompt, by its kernel and by cuDNN's; steps against the same kernel over random tables, in turns; one captured
-graph replayed while its memory is replaced; the host's time for a step's table.
+Tokens against flat attention, teacher-forced; attention for a prompt, by its kernel and by cuDNN's; steps against the
+same kernel over random tables, in turns; one captured graph replayed while its memory is replaced; the host's time for
+a step's table.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from trtllm_vattn.runtime.models import load_model
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench xqa`."""
     gpu, add = add_common(parser), parser.add_argument
-    add("--attention", default="xqa", choices=["xqa", "xqa-fmha"], help="whose tokens are compared with flat attention's")
+    add("--attention", default="xqa", choices=["xqa", "xqa-fmha"], help="compared with flat attention")
     add("--tokens-per-block", type=int, default=32, choices=BLOCK_SIZES, help="tokens of a block")
     add("--layers-per-range", type=int, help="layers of a block's record (default: rows of 32 KiB)")
     add("--batch-sizes", type=numbers, default=[1, 8, 32, 128] if gpu else [2], help="sequences of steady decode")
