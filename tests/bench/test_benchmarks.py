@@ -185,6 +185,7 @@ def test_page_order_is_chosen_and_seen(tmp_path: Path) -> None:
     rows = {row["system"]: row for row in report["results"]["attention"]}
     assert not [row for row in rows.values() if "refused" in row]
     assert rows["flat, 4 layers a row, in order"]["placement"] == 1
+    assert rows["flat, 4 layers a row, single pages in order"]["placement"] == 1
     assert rows["flat, 4 layers a row, created again"]["placement"] == 1
     assert 0.2 < rows["flat, 4 layers a row, scattered"]["placement"] < 0.8
     assert rows["flat, 4 layers a row, after churn"]["placement"] < 1

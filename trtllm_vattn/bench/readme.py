@@ -30,6 +30,35 @@ def steady(result: dict[str, Any]) -> str:
     return table(["mode", "sequences", *(f"{cache}, ms p50 / p99" for cache in caches), "vattn / contiguous"], rows)
 
 
+def batches(result: dict[str, Any]) -> str:
+    """Eager against captured steps of one cache, with the share of an eager step that the device idles."""
+    rows = result["results"]["steady"]["runs"]
+    found = {(row["mode"], row["batch"]): row for row in rows}
+    lines = []
+    for batch in sorted({row["batch"] for row in rows}):
+        eager, captured = found["eager", batch], found["captured", batch]
+        before, after = (f"{row['step_ms']['p50']:.2f} / {row['step_ms']['p99']:.2f}" for row in (eager, captured))
+        gain = eager["step_ms"]["p50"] / captured["step_ms"]["p50"]
+        lines.append([str(batch), before, after, f"{gain:.1f}", *(f"{r['idle_share']:.0%}" for r in (eager, captured))])
+    header = ["sequences", "eager, ms p50 / p99", "captured, ms p50 / p99", "eager / captured"]
+    return table([*header, "device idle, eager", "captured"], lines)
+
+
+def serve(result: dict[str, Any]) -> str:
+    """Throughput and latencies of every cache; a row a cache, of its first round."""
+    rows = [row for row in result["results"]["runs"] if row["round"] == 0]
+    ours = next(row for row in rows if row["cache"] == "vattn")["output_throughput"]
+    lines = []
+    for row in rows:
+        pairs = [f"{row[name]['p50']:,.0f} / {row[name]['p99']:,.0f}" for name in ("ttft_ms", "itl_ms")]
+        rates = [f"{row[name]:,.0f}" for name in ("output_throughput", "total_token_throughput")]
+        lines.append(
+            [row["cache"], *rates, *pairs, f"{row['mean_sequences']:.1f}", f"{ours / row['output_throughput']:.2f}"]
+        )
+    header = ["cache", "output tok/s", "total tok/s", "TTFT, ms p50 / p99", "ITL, ms p50 / p99", "sequences"]
+    return table([*header, "vattn's output over it"], lines)
+
+
 def layers(result: dict[str, Any]) -> str:
     """Attention's bandwidth alone by layers that share a row."""
     limit = result["results"]["steady"]["read_limit_bytes_per_s"]
@@ -62,6 +91,21 @@ def attention(result: dict[str, Any]) -> str:
     return table(header, [[point, *(cells[point, system] for system in systems)] for point in points])
 
 
+def bandwidths(result: dict[str, Any]) -> str:
+    """Decode attention by working set and order of pages, with the least and the most that was seen."""
+    rows = [row for row in result["results"]["attention"] if "refused" not in row]
+    points, systems = [], list(dict.fromkeys(row["system"] for row in rows))
+    cells = {}
+    for row in rows:
+        point = f"{row['sequences']} x {row['context']}, {row['working_set_gb']:.0f} GB"
+        points.append(point)
+        rates = row["bytes_per_s"]
+        seen = [f"{rates[name] / 1e9:,.0f}" for name in ("p50", "min", "max")]
+        cells[point, row["system"]] = f"{seen[0]} ({seen[1]} to {seen[2]})"
+    points = list(dict.fromkeys(points))
+    return table(["system, GB/s", *points], [[s, *(cells[point, s] for point in points)] for s in systems])
+
+
 def figures(result: dict[str, Any]) -> str:
     """The summary, as it stands in the JSON."""
     rows = [[name, f"{v:,.4g}" if isinstance(v, float) else str(v)] for name, v in result["summary"].items()]
@@ -71,6 +115,8 @@ def figures(result: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "graph-steady": ("graph.json", steady),
     "graph-summary": ("graph.json", figures),
+    "graph-batches": ("graph_batches.json", batches),
+    "graph-small": ("graph_small.json", batches),
     "graph-layers": ("graph_plain.json", layers),
     "soak": ("soak.json", figures),
     "start": ("start.json", figures),
@@ -78,6 +124,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "multistep": ("multistep.json", figures),
     "burst": ("burst.json", figures),
     "tlb": ("tlb.json", figures),
+    "tlb-long": ("tlb_long.json", bandwidths),
+    "serve": ("serve.json", serve),
+    "serve-burst": ("serve_burst.json", serve),
     "attention": ("attention.json", attention),
     "plugin": ("plugin.json", figures),
     "xqa": ("xqa.json", figures),

@@ -1,8 +1,8 @@
 """`bench tlb`: does attention feel where pages lie? Bandwidth against context, working set, layout and page order.
 
-At each point flat KV stands beside block tables. Flat slots are backed in the order of creation, by single pages in
-random order, and as hours of sequences coming and going leave them; the last also after everything was given back to
-the driver and created again. Plain random reads of several sizes over the same memory say what the hardware does.
+At each point flat KV stands beside block tables. Flat slots are backed in the order of creation by the largest extents,
+by single pages in that order and in a random one, and as hours of sequences coming and going leave them; the last also
+after everything was given back to the driver and created again. Plain random reads of several sizes over the same memory say what the hardware does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from trtllm_vattn.errors import VattnError
 from trtllm_vattn.memory.reclaim import reclaim
 from trtllm_vattn.vmm.open import open_driver
 
-ORDERS = ("in order", "scattered", "after churn", "created again")
+ORDERS = ("in order", "single pages in order", "scattered", "after churn", "created again")
 
 
 class SinglePages(KVCacheManager):
@@ -105,7 +105,7 @@ def _gb(shape: CacheShape) -> float:
 def _flat(args: argparse.Namespace, shape: CacheShape, reads: list[dict[str, Any]] | None) -> Iterator[dict[str, Any]]:
     """Attention over flat KV in each layout and order; plain reads of the last layout go into `reads`."""
     for g in args.layers_per_range:
-        for order in ORDERS if g == args.layers_per_range[-1] else ORDERS[:2]:
+        for order in ORDERS if g == args.layers_per_range[-1] else ("in order", "scattered"):
             system = f"flat, {g} layers a row, {order}"
             try:
                 with _flat_cache(args, shape, g, order) as cache:
@@ -118,7 +118,7 @@ def _flat(args: argparse.Namespace, shape: CacheShape, reads: list[dict[str, Any
                         ]
             except (RuntimeError, VattnError) as error:
                 yield {"system": system, "refused": str(error).strip().splitlines()[0][:200]}
-            gc.collect()
+            _give_back()
 
 
 def _flat_cache(args: argparse.Namespace, shape: CacheShape, g: int, order: str) -> KVCacheManager:
@@ -128,7 +128,7 @@ def _flat_cache(args: argparse.Namespace, shape: CacheShape, g: int, order: str)
     if order == "scattered":
         cache.stock_up(shape.num_slots, shape.max_seq_len)
         random.Random(args.seed).shuffle(cache.arena.pool._stock[cache.layout.granule])
-    elif order != "in order":
+    elif order in ("after churn", "created again"):
         _churn(cache, args)
         if order == "created again":
             reclaim(cache.arena, cache.arena.parked_bytes)
@@ -165,7 +165,14 @@ def _blocks(args: argparse.Namespace, shape: CacheShape) -> Iterator[dict[str, A
                 yield {"system": system, **_attend(args, cache)}
         except (RuntimeError, VattnError) as error:
             yield {"system": system, "refused": str(error).strip().splitlines()[0][:200]}
-        gc.collect()
+        _give_back()
+
+
+def _give_back() -> None:
+    """Memory of the last cache goes back to the driver, which the next one asks."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _attend(args: argparse.Namespace, cache: KVCache) -> dict[str, Any]:
