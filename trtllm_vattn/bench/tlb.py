@@ -2,7 +2,8 @@
 
 At each point flat KV stands beside block tables. Flat slots are backed in the order of creation by the largest extents,
 by single pages in that order and in a random one, and as hours of sequences coming and going leave them; the last also
-after everything was given back to the driver and created again. Plain random reads of several sizes over the same memory say what the hardware does.
+after everything was given back to the driver and created again. Plain random reads of several sizes over the same
+memory say what the hardware does.
 """
 
 from __future__ import annotations
