@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
@@ -130,6 +130,8 @@ class EngineSession(Engine):
     ConfigError
         The cache does not fit the plan, or another one is attached under its name.
     """
+
+    together: ClassVar[bool] = False
 
     def __init__(self, loaded: LoadedEngine, cache: KVCache, *, attention: str = "auto", **options: Any) -> None:
         limits = loaded.limits

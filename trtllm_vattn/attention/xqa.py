@@ -91,7 +91,8 @@ class XqaAttention(GatheringAttention):
             raise ConfigError(f"the xqa backend does not work here: {why_not()}")
         from flashinfer.xqa import xqa
 
-        return xqa
+        kernel: Callable[..., Any] = xqa
+        return kernel
 
     def _choose_context(self) -> Attention | None:
         """The backend of prompts; None where a subclass has its own."""

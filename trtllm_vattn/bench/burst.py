@@ -35,6 +35,7 @@ from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.decode import Launch
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.prefill import PromptChunk
 from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.vmm.open import open_driver
@@ -168,7 +169,7 @@ def _burst(
                 torch.cuda.synchronize(cache.device)
             went_in = perf_counter()
             for at in range(0, args.prompt_tokens, engine.chunk):
-                engine.prefill.run(slot, prompt[at : at + engine.chunk], at)
+                engine.prefill.run([PromptChunk(slot, prompt[at : at + engine.chunk], at)])
             if cache.device.type == "cuda":
                 torch.cuda.synchronize(cache.device)
             prefill.append(1e3 * (perf_counter() - went_in))

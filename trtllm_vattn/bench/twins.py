@@ -18,7 +18,7 @@ from trtllm_vattn.errors import OutOfPages
 from trtllm_vattn.memory.reclaim import reclaim
 from trtllm_vattn.runtime.binding import DecodeStep, bind, forward, scale_of
 from trtllm_vattn.runtime.decode import DecodeBatch, Launch
-from trtllm_vattn.runtime.prefill import Prefill
+from trtllm_vattn.runtime.prefill import Prefill, PromptChunk
 
 LANES, SLOTS, MAX_SEQ_LEN = 6, 10, 512
 STEPS = 4
@@ -40,7 +40,7 @@ class Side:
 
     def admit(self, sequence: int, prompt: list[int], limit: int) -> None:
         slot = self.cache.admit(sequence, len(prompt))
-        token = int(self.prefill.run(slot, prompt, 0).argmax())
+        token = int(self.prefill.run([PromptChunk(slot, prompt, 0)]).argmax())
         self.decode.occupy(slot, token, len(prompt) + 1, limit)
 
     def resume(self, sequence: int, token: int, limit: int) -> None:

@@ -7,7 +7,7 @@ compiled layer sees one opaque operation and nothing of the step, so it is compi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -56,19 +56,41 @@ class DecodeStep:
 
 
 @dataclass(frozen=True)
-class PrefillStep:
-    """A padded chunk of one prompt. slots, positions int64 ``[padded]``; slot int64, the other two int32 ``[1]``."""
+class Part:
+    """`rows` rows of a pass that are a chunk of one prompt, as `Attention.prefill` takes them."""
 
-    attention: Attention
-    slots: torch.Tensor
-    positions: torch.Tensor
+    rows: int
     slot: torch.Tensor
     query_len: torch.Tensor
     length: torch.Tensor
     max_length: int
 
+
+@dataclass(frozen=True)
+class PrefillStep:
+    """Chunks of prompts one behind another, padded at the end; a single one may be padded itself.
+
+    slots, positions int64 ``[padded]``.
+    """
+
+    attention: Attention
+    slots: torch.Tensor
+    positions: torch.Tensor
+    parts: Sequence[Part]
+
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        return self.attention.prefill(layer, q, self.slot, self.query_len, self.length, self.max_length)
+        if len(self.parts) == 1:
+            return self._attend(layer, q, self.parts[0])
+        out = torch.zeros_like(q)
+        row = 0
+        for part in self.parts:
+            rows = slice(row, row + part.rows)
+            out[rows] = self._attend(layer, q[rows], part)
+            row += part.rows
+        return out
+
+    def _attend(self, layer: int, q: torch.Tensor, part: Part) -> torch.Tensor:
+        return self.attention.prefill(layer, q, part.slot, part.query_len, part.length, part.max_length)
 
 
 _current: list[Step] = []
@@ -214,7 +236,7 @@ def forward(
     step: Step,
     last: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Logits ``[tokens, vocab]`` of tokens, positions int64 ``[tokens]``; of row `last` alone (int64 ``[1]`` on the
+    """Logits ``[tokens, vocab]`` of tokens, positions int64 ``[tokens]``; of the rows `last` alone (int64 on the
     device) where given.
 
     Lanes of a decode step, too, go in as tokens of one sequence: which of them attend to what is the step's business,

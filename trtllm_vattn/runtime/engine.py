@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from tqdm import tqdm
@@ -79,6 +79,9 @@ class Engine:
         Called with a `StepRecord` after each decode step.
     """
 
+    together: ClassVar[bool] = True
+    """Whether the model takes chunks of several prompts in one pass."""
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -122,10 +125,9 @@ class Engine:
             started = perf_counter()
             wrap = compile_model(model) if compiling else as_it_is
             self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
-            self.prefill = Prefill(model, self.attention, chunk, pool=self.decode.runner.pool)
+            self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, self.together)
             if compiling:
-                # Tracing makes many objects, and looking for garbage among them takes time.
-                with collector_off():
+                with collector_off():  # tracing makes many objects
                     self.prefill.warm_up(UNUSUAL)
             self.startup.compile_s = perf_counter() - started
             if capture:
@@ -136,7 +138,7 @@ class Engine:
         )
         movable = isinstance(cache, KVCacheManager) and capture and not packed
         compaction = Compaction(cast(KVCacheManager, cache), self.startup.decode.replay_s) if movable else None
-        self.scheduler = Scheduler(cache, self.decode, compaction)
+        self.scheduler = Scheduler(cache, self.decode, compaction, chunk)
         self.pipeline = Pipeline(self.scheduler, steps, one_by_one=loop or record_margins)
 
     @classmethod
@@ -300,23 +302,20 @@ class Engine:
         return self._prefill() + self._decode()
 
     def _prefill(self) -> list[TokenEvent]:
-        events = []
-        room = self.chunk
-        queue = self.scheduler.prefilling
-        while queue and room > 0:
-            request = queue[0]
-            tokens = request.tokens[request.prefilled : request.prefilled + room]
-            logits = self.prefill.run(request.slot, tokens, request.prefilled)
-            # The device is busy: the sequence's first steps, and the next prompt, find their memory there.
-            self._mapping.beside_step()
-            self.scheduler.admit()
-            request.prefilled += len(tokens)
-            room -= len(tokens)
-            self._prefilled += len(tokens)
+        chunks = self.scheduler.next_chunks()
+        if not chunks:
+            return []
+        logits = self.prefill.run([chunk for _, chunk in chunks])
+        # The device is busy: the sequences' first steps, and the next prompts, find their memory there.
+        self._mapping.beside_step()
+        self.scheduler.admit()
+        whole = []
+        for request, chunk in chunks:
+            request.prefilled = chunk.end
+            self._prefilled += len(chunk.tokens)
             if request.prefilled == request.length:
-                queue.popleft()
-                events += self._first_token(request, logits)
-        return events
+                whole.append(self.scheduler.prefilling.popleft())
+        return self._first_tokens(whole, logits[: len(whole)]) if whole else []
 
     def _decode(self) -> list[TokenEvent]:
         running = self.scheduler.decoding
@@ -356,17 +355,18 @@ class Engine:
         margins: list[float] = (best[:, 0] - best[:, 1]).tolist()
         return margins
 
-    def _first_token(self, request: Running, logits: torch.Tensor) -> list[TokenEvent]:
-        """Take the token after a prompt: logits ``[1, vocab]``."""
-        if request.params.greedy:
-            chosen = logits.argmax(dim=-1)
-        else:
-            chosen = sample(logits, [request.params], [len(request.fed)])
+    def _first_tokens(self, requests: list[Running], logits: torch.Tensor) -> list[TokenEvent]:
+        """Take the tokens after prompts: logits ``[requests, vocab]``."""
+        chosen = logits.argmax(dim=-1)
+        drawn = [i for i, request in enumerate(requests) if not request.params.greedy]
+        if drawn:
+            theirs = [requests[i] for i in drawn]
+            chosen[drawn] = sample(logits[drawn], [r.params for r in theirs], [len(r.fed) for r in theirs])
         margins = None
         if self.record_margins:
-            best, second = logits[0].float().topk(2).values.tolist()
-            margins = [best - second]
-        return self._settle([request], chosen.tolist(), margins)
+            best = logits.float().topk(2, dim=-1).values
+            margins = (best[:, 0] - best[:, 1]).tolist()
+        return self._settle(requests, chosen.tolist(), margins)
 
     def _settle(
         self, requests: list[Running], chosen: list[int], margins: list[float] | None = None

@@ -1,8 +1,9 @@
-"""Chunks of prompts through the model: short prompts as one replay of a captured graph, longer ones by eager chunks."""
+"""Chunks of prompts through the model: short prompts as a replay of a captured graph each, the others in one pass."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner, Outputs
-from trtllm_vattn.runtime.binding import PrefillStep, forward
+from trtllm_vattn.runtime.binding import Part, PrefillStep, forward
 from trtllm_vattn.vmm.tensors import upload
 
 SMALLEST_PAD = 16
@@ -31,14 +32,35 @@ def padded_length(tokens: int, chunk: int) -> int:
     return min(chunk, max(SMALLEST_PAD, 1 << (tokens - 1).bit_length()))
 
 
+@dataclass(frozen=True)
+class PromptChunk:
+    """`tokens` of the sequence in `slot`, from position `start` on."""
+
+    slot: int
+    tokens: Sequence[int]
+    start: int
+
+    @property
+    def end(self) -> int:
+        """How long the sequence is then."""
+        return self.start + len(self.tokens)
+
+
 class Prefill:
     """Puts prompts in, up to `chunk` tokens at a time; padding tokens write to the dummy slot.
 
-    Prompts that go in whole and have at most `LONGEST_CAPTURED` tokens are one replay each, where captured.
+    Prompts that begin with at most `LONGEST_CAPTURED` tokens are one replay each, where captured.
+
+    Parameters
+    ----------
+    together : bool
+        Whether the model takes chunks of several prompts in one pass.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: Attention, chunk: int, pool: object = None) -> None:
-        self.model, self.attention, self.chunk = model, attention, chunk
+    def __init__(
+        self, model: PreTrainedModel, attention: Attention, chunk: int, pool: object = None, together: bool = True
+    ) -> None:
+        self.model, self.attention, self.chunk, self.together = model, attention, chunk, together
         cache = attention.cache
         self._guard = Guard(cache, attention.over_read)
         longest = padded_length(min(chunk, cache.shape.max_seq_len, LONGEST_CAPTURED), chunk)
@@ -58,53 +80,77 @@ class Prefill:
 
     def _step(self, size: int) -> Outputs:
         longest = self.runner.buckets[-1]
-        rows, scalars = self._static[:-4].view(3, longest)[:, :size], self._static[-4:]
-        return (self._forward(rows, scalars, max_length=min(size, self.attention.cache.shape.max_seq_len)),)
+        rows, numbers = self._static[:-4].view(3, longest)[:, :size], self._static[-4:].view(4, 1)
+        most = min(size, self.attention.cache.shape.max_seq_len)
+        return (self._forward(rows, numbers, [(size, most)]),)
 
-    def run(self, slot: int, tokens: Sequence[int], start: int) -> torch.Tensor:
-        """Put `tokens` of a slot's sequence in at position `start`; returns the logits ``[1, vocab]`` after the last.
+    def run(self, chunks: Sequence[PromptChunk]) -> torch.Tensor:
+        """Put chunks of different prompts in, `chunk` tokens at most in all; returns the logits ``[chunks, vocab]``
+        after the last token of each.
 
-        Raises UnmappedAccess, with nothing launched, where they have no memory.
+        Raises UnmappedAccess, with nothing launched, where one has no memory.
         """
-        self._guard.check_chunk(slot, start + len(tokens))
-        if self.captured and start == 0 and len(tokens) <= self.runner.buckets[-1]:
-            size = self.runner.bucket_for(len(tokens))
-            self._static.copy_(self._pack(slot, tokens, start, self.runner.buckets[-1]))
-            return self.runner.replay(size)[0].clone()
-        padded = padded_length(len(tokens), self.chunk)
-        packed = self._pack(slot, tokens, start, padded)
-        return self._forward(packed[:-4].view(3, padded), packed[-4:], max_length=start + len(tokens))
+        for chunk in chunks:
+            self._guard.check_chunk(chunk.slot, chunk.end)
+        passes: list[list[int]] = []
+        rest: list[int] = []
+        for index, chunk in enumerate(chunks):
+            if self._is_captured(chunk) or not self.together:
+                passes.append([index])
+            else:
+                rest.append(index)
+        passes += [rest] if rest else []
+        after: dict[int, torch.Tensor] = {}
+        for group in passes:
+            # A copy: where passes are replays, the next one writes to the same tensor.
+            after.update(zip(group, self._pass([chunks[index] for index in group]).clone(), strict=True))
+        return torch.stack([after[index] for index in range(len(chunks))])
+
+    def _is_captured(self, chunk: PromptChunk) -> bool:
+        return self.captured and chunk.start == 0 and chunk.end <= self.runner.buckets[-1]
+
+    def _pass(self, chunks: Sequence[PromptChunk]) -> torch.Tensor:
+        if self._is_captured(chunks[0]):
+            size = self.runner.bucket_for(chunks[0].end)
+            self._static.copy_(self._pack(chunks, self.runner.buckets[-1]))
+            return self.runner.replay(size)[0]
+        padded = padded_length(sum(len(chunk.tokens) for chunk in chunks), self.chunk)
+        # A single one is padded itself, so that few shapes are planned for.
+        parts = [(len(chunk.tokens) if len(chunks) > 1 else padded, chunk.end) for chunk in chunks]
+        return self._forward_packed(self._pack(chunks, padded), padded, parts)
 
     def warm_up(self, rows: int) -> None:
         """One pass of so many rows that touches the dummy slot alone."""
-        packed = self._pack(self.attention.cache.dummy_slot, [0], 0, rows)
-        self._forward(packed[:-4].view(3, rows), packed[-4:], max_length=1)
+        packed = self._pack([PromptChunk(self.attention.cache.dummy_slot, [0], 0)], rows)
+        self._forward_packed(packed, rows, [(rows, 1)])
 
-    def _pack(self, slot: int, tokens: Sequence[int], start: int, padded: int) -> torch.Tensor:
-        """Token ids, positions and slots, `padded` of each, and four numbers, as int64 on the device."""
-        count = len(tokens)
-        packed = np.zeros(3 * padded + 4, np.int64)
-        ids, positions, slots = packed[:-4].reshape(3, padded)
-        ids[:count] = tokens
-        positions[:count] = np.arange(start, start + count)
+    def _pack(self, chunks: Sequence[PromptChunk], padded: int) -> torch.Tensor:
+        """Token ids, positions and slots, `padded` of each, and four numbers of each chunk, as int64 on the device."""
+        packed = np.zeros(3 * padded + 4 * len(chunks), np.int64)
+        ids, positions, slots = packed[: 3 * padded].reshape(3, padded)
         slots[:] = self.attention.cache.dummy_slot
-        slots[:count] = slot
-        packed[-4:] = count, start + count, count - 1, slot
+        at = 0
+        for chunk, numbers in zip(chunks, packed[3 * padded :].reshape(4, -1).T, strict=True):
+            rows = slice(at, at + len(chunk.tokens))
+            ids[rows], positions[rows], slots[rows] = chunk.tokens, np.arange(chunk.start, chunk.end), chunk.slot
+            at = rows.stop
+            numbers[:] = len(chunk.tokens), chunk.end, at - 1, chunk.slot
         return upload(packed, self.attention.cache.device)
 
-    def _forward(self, rows: torch.Tensor, scalars: torch.Tensor, max_length: int) -> torch.Tensor:
+    def _forward_packed(self, packed: torch.Tensor, padded: int, parts: Sequence[tuple[int, int]]) -> torch.Tensor:
+        return self._forward(packed[: 3 * padded].view(3, padded), packed[3 * padded :].view(4, -1), parts)
+
+    def _forward(self, rows: torch.Tensor, numbers: torch.Tensor, parts: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Logits after each part; rows ``[3, padded]`` and numbers ``[4, parts]`` as packed, `parts` their rows and
+        bounds on their lengths."""
         ids, positions, slots = rows
-        query_len, length, last, slot = scalars[:, None]
-        step = PrefillStep(
-            self.attention,
-            slots=slots,
-            positions=positions,
-            slot=slot,
-            query_len=query_len.to(torch.int32),
-            length=length.to(torch.int32),
-            max_length=max_length,
-        )
-        return forward(self.model, ids, positions, step, last)
+        counts, lengths = numbers[:2].to(torch.int32)
+        _, _, last, where = numbers
+        made = [
+            Part(count, where[i : i + 1], counts[i : i + 1], lengths[i : i + 1], most)
+            for i, (count, most) in enumerate(parts)
+        ]
+        return forward(self.model, ids, positions, PrefillStep(self.attention, slots, positions, made), last)
 
     def close(self) -> None:
         """Drop all graphs. Idempotent."""

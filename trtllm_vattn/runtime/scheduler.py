@@ -8,11 +8,17 @@ from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import ConfigError, NoFreeSlot, OutOfPages
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.decode import DecodeBatch
+from trtllm_vattn.runtime.prefill import PromptChunk
 from trtllm_vattn.runtime.request import Running
 
 
 class Scheduler:
     """First come, first served; the youngest is preempted first and prefilled again later.
+
+    Parameters
+    ----------
+    chunk : int
+        Prompt tokens that go in at once.
 
     Attributes
     ----------
@@ -22,8 +28,8 @@ class Scheduler:
         By slot, in the order in which they joined; each has a lane.
     """
 
-    def __init__(self, cache: KVCache, decode: DecodeBatch, compaction: Compaction | None) -> None:
-        self.cache, self.decode, self.compaction = cache, decode, compaction
+    def __init__(self, cache: KVCache, decode: DecodeBatch, compaction: Compaction | None, chunk: int) -> None:
+        self.cache, self.decode, self.compaction, self.chunk = cache, decode, compaction, chunk
         self.waiting: deque[Running] = deque()
         self.prefilling: deque[Running] = deque()
         self.decoding: dict[int, Running] = {}
@@ -36,10 +42,11 @@ class Scheduler:
     def admit(self) -> None:
         """Give the next waiting requests slots if there is room; raises where the first has none though nobody runs.
 
-        Prompts go in one after another, so more than the next two would hold memory for nothing, and a burst would map
-        all of it at once instead of beside the prompts before.
+        Prompts go in one after another, so more than the next two chunks would hold memory for nothing, and a burst
+        would map all of it at once instead of beside the prompts before.
         """
-        while self.waiting and len(self.prefilling) < 2:
+        left = sum(request.length - request.prefilled for request in self.prefilling)
+        while self.waiting and (len(self.prefilling) < 2 or left < 2 * self.chunk):
             request = self.waiting[0]
             try:
                 request.slot = self.cache.admit(request.id, request.length)
@@ -48,6 +55,18 @@ class Scheduler:
                     raise
                 return
             self.prefilling.append(self.waiting.popleft())
+            left += request.length
+
+    def next_chunks(self) -> list[tuple[Running, PromptChunk]]:
+        """What goes in now, in the order of requests."""
+        room = self.chunk
+        chunks = []
+        for request in self.prefilling:
+            tokens = request.tokens[request.prefilled : request.prefilled + room]
+            if tokens:
+                chunks.append((request, PromptChunk(request.slot, tokens, request.prefilled)))
+            room -= len(tokens)
+        return chunks
 
     def compact(self) -> None:
         """Move sequences out of high slots where a smaller bucket repays it."""

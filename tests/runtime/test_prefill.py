@@ -1,0 +1,142 @@
+"""Chunks of several prompts in one pass: the same logits, K and V as one prompt after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from trtllm_vattn.cache.base import FlatKV
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import UnmappedAccess
+from trtllm_vattn.runtime import prefill as prefill_module
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.prefill import LONGEST_CAPTURED, PromptChunk, padded_length
+from trtllm_vattn.runtime.sampling import SamplingParams
+
+DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
+PROMPTS = [np.random.default_rng(n).integers(0, 512, n).tolist() for n in (90, 3, 60, 31, 130)]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return load_model("tiny-llama", request.param, torch.float32)
+
+
+Build = Callable[..., Engine]
+
+
+@pytest.fixture
+def build(model: PreTrainedModel) -> Iterator[Build]:
+    with ExitStack() as closing:
+
+        def make(kind: str = "vattn", attention: str = "torch", capture: bool = False, chunk: int = 64) -> Engine:
+            cache = make_cache(kind, shape_of(model, 5, 256), model.device)
+            engine = Engine(model, cache, attention=attention, compile=False, capture=capture, chunk=chunk)
+            closing.callback(engine.close)
+            return engine
+
+        yield make
+
+
+def put_in(engine: Engine, chunks: list[tuple[int, int, int]]) -> list[PromptChunk]:
+    """Chunks ``(prompt, start, end)`` of prompts that have slots."""
+    return [
+        PromptChunk(engine.cache.slot_of(prompt), PROMPTS[prompt][start:end], start) for prompt, start, end in chunks
+    ]
+
+
+STEPS = [[(0, 0, 64)], [(0, 64, 90), (1, 0, 3), (2, 0, 35)], [(2, 35, 60), (3, 0, 31), (4, 0, 8)]]
+
+
+@pytest.mark.parametrize("kind", ["vattn", "paged", "blocks"])
+@pytest.mark.parametrize("capture", [False, True])
+@torch.inference_mode()
+def test_logits_k_and_v_are_those_of_one_prompt_after_another(
+    model: PreTrainedModel, build: Build, kind: str, capture: bool
+) -> None:
+    # The reference of TensorRT-LLM's kernels, on the host.
+    attention = "xqa-fmha" if kind == "blocks" and model.device.type == "cpu" else "torch"
+    together, apart = build(kind, attention, capture), build(kind, attention)
+    for engine in (together, apart):
+        for number, prompt in enumerate(PROMPTS):
+            engine.cache.admit(number, len(prompt))
+    for step in STEPS:
+        got = together.prefill.run(put_in(together, step))
+        want = torch.cat([apart.prefill.run([chunk]) for chunk in put_in(apart, step)])
+        assert got.shape == want.shape == (len(step), 512)
+        assert torch.allclose(got, want, atol=1e-4)
+    for layer in range(4):
+        mine, theirs = together.cache.layer(layer), apart.cache.layer(layer)
+        if isinstance(mine, FlatKV) and isinstance(theirs, FlatKV):
+            for slot, length in ((0, 90), (1, 3), (2, 60), (3, 31), (4, 8)):
+                for a, b in ((mine.k, theirs.k), (mine.v, theirs.v)):
+                    assert torch.allclose(a[slot, :length], b[slot, :length], atol=1e-4)
+
+
+def passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each pass over the model from now on."""
+    seen: list[int] = []
+    forward = prefill_module.forward
+
+    def counted(model: PreTrainedModel, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.append(len(tokens))
+        return forward(model, tokens, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prefill_module, "forward", counted)
+    return seen
+
+
+def test_a_step_puts_a_whole_chunk_in_by_one_pass(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(chunk=64)
+    alone = build(chunk=64)
+    alone.prefill.together = False
+    params = SamplingParams(3)
+    want = [done.tokens for done in alone.generate(PROMPTS, params)]
+    seen = passes(engine, monkeypatch)
+    assert [done.tokens for done in engine.generate(PROMPTS, params)] == want
+    # 314 tokens of prompts, 64 a step, in the order of the requests.
+    assert seen == [64, 64, 64, 64, 64]
+    seen.clear()
+    alone.generate(PROMPTS[1:4], params)
+    assert seen == [16, 64, 16, 32]
+
+
+def test_no_more_prompts_hold_memory_than_two_chunks_need(build: Build) -> None:
+    engine = build(chunk=64)
+    for prompt in PROMPTS:
+        engine.submit(prompt, SamplingParams(1))
+    engine.scheduler.admit()
+    # 90 + 3 + 60 tokens; the next two chunks are 128.
+    assert len(engine.scheduler.prefilling) == 3
+    assert [len(chunk.tokens) for _, chunk in engine.scheduler.next_chunks()] == [64]
+    engine.step()
+    assert [len(chunk.tokens) for _, chunk in engine.scheduler.next_chunks()] == [26, 3, 35]
+
+
+def test_nothing_is_launched_where_one_of_them_has_no_memory(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build()
+    engine.cache.admit(0, 8)
+    seen = passes(engine, monkeypatch)
+    with pytest.raises(UnmappedAccess):
+        engine.prefill.run([PromptChunk(0, PROMPTS[0][:8], 0), PromptChunk(1, PROMPTS[1], 0)])
+    assert not seen
+
+
+def test_who_draws_and_who_does_not_in_one_pass(build: Build) -> None:
+    mixed = [SamplingParams(4, temperature=0.9 * (i % 2), seed=i) for i in range(5)]
+    alone = build()
+    alone.prefill.together = False
+    want = [alone.generate([prompt], params)[0].tokens for prompt, params in zip(PROMPTS, mixed, strict=True)]
+    assert [done.tokens for done in build(chunk=256).generate(PROMPTS, mixed)] == want
+
+
+def test_chunks_are_padded_to_what_is_captured_or_to_tiles() -> None:
+    assert [padded_length(n, 2048) for n in (1, 17, 512, 513, 700, 2047)] == [16, 32, LONGEST_CAPTURED, 640, 768, 2048]
+    assert padded_length(60, 64) == padded_length(700, 64) == 64
