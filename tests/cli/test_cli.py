@@ -32,7 +32,10 @@ def test_the_main_job_compares_all_combinations(tmp_path: Path, capsys: pytest.C
     assert "tokens_identical: True" in capsys.readouterr().out
 
 
-def test_a_wrong_cache_would_be_caught(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("tolerance", ["0", "1e-4"])
+def test_a_wrong_cache_would_be_caught(
+    tolerance: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The comparison can fail: one cache whose writes go to a wrong place is found out."""
     from trtllm_vattn.attention.gather import GatheringAttention
     from trtllm_vattn.cache.manager import KVCacheManager
@@ -45,10 +48,38 @@ def test_a_wrong_cache_would_be_caught(monkeypatch: pytest.MonkeyPatch, capsys: 
         write(self, layer, k, v, slots, positions)
 
     monkeypatch.setattr(GatheringAttention, "write", misplaced)
-    assert main([*SMALL, "--max-output", "6", "--caches", "paged,vattn"]) == 1
+    assert main([*SMALL, "--max-output", "6", "--caches", "paged,vattn", "--tie-tolerance", tolerance]) == 1
     captured = capsys.readouterr()
     assert "NO" in captured.out
     assert "tokens differ between combinations" in captured.err
+
+
+def test_where_kernels_differ_modes_are_compared_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trtllm_vattn.graphs.host_graph import HostGraph
+    from trtllm_vattn.runtime import decode
+
+    likeliest, under_capture = decode.likeliest, []
+    capture = HostGraph.capture
+
+    def captured(*arguments):  # type: ignore[no-untyped-def]
+        under_capture.append(True)
+        try:
+            return capture(*arguments)
+        finally:
+            under_capture.pop()
+
+    monkeypatch.setattr(HostGraph, "capture", captured)
+    # Captured steps choose the unlikeliest token, in every cache alike.
+    monkeypatch.setattr(decode, "likeliest", lambda logits: likeliest(-logits if under_capture else logits))
+    result = tmp_path / "graph.json"
+    command = [*SMALL, "--max-output", "6", "--tie-tolerance", "1e-4", "--output-json", str(result)]
+    assert main(command) == 0
+    summary = json.loads(result.read_text())["summary"]
+    assert summary["tokens_identical"] is True
+    assert summary["captured_against_eager_mismatches"] > 5
+    assert summary["ties_of_reference_with_itself"] == 0
 
 
 def test_a_trace_file_is_replayed(tmp_path: Path) -> None:

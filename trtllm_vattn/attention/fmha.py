@@ -131,7 +131,7 @@ class XqaFmhaAttention(XqaAttention):
 
     def _chunk_of(self, layer: int, slot: torch.Tensor, query_len: torch.Tensor, length: torch.Tensor) -> Chunk:
         """Made at a chunk's first layer and kept for as long as its `length`; layers come in order."""
-        known: Chunk | None = self._chunks.get(length)
+        known: Chunk | None = self._chunks.get(length)  # type: ignore[no-untyped-call]
         if known is not None and known.layer < layer:
             made = replace(known, layer=layer)
         else:

@@ -156,13 +156,18 @@ class GraphBenchmark:
         return fit(whole[: args.requests], args.max_seq_len, args.max_output)
 
     def trace(self) -> dict[str, Any]:
-        """All combinations over the trace; the first is the reference whose tokens the others must give."""
+        """All combinations over the trace, fed with the first one's tokens where kernels differ.
+
+        Each mode's first cache is the reference whose tokens the others must give in that mode; how the modes differ,
+        whose kernels are others where layers are compiled, is told apart.
+        """
         args = self.args
         requests = self.requests()
         prompts = [prompt_ids(r, i, self.vocab, args.seed).tolist() for i, r in enumerate(requests)]
         outputs = [request.output_tokens for request in requests]
         forcing = args.tie_tolerance > 0
-        reference: RequestTokens | None = None
+        references: dict[str, RequestTokens] = {}
+        fed: RequestTokens | None = None
         rows = []
         combinations = [(name, mode) for name in args.caches for mode in MODES]
         if forcing:
@@ -179,11 +184,12 @@ class GraphBenchmark:
                     record_margins=forcing,
                 ) as engine,
             ):
-                run = run_traced(engine, prompts, outputs, reference if forcing else None, f"{name}, {mode}")
+                run = run_traced(engine, prompts, outputs, fed if forcing else None, f"{name}, {mode}")
                 start_up = engine.startup.capture_s
                 audited = args.audit and mode == "captured"
                 audit = engine.decode.audit(engine.decode.runner.buckets[-1]).as_dict() if audited else None
-            reference = reference or run.tokens
+            fed = fed or run.tokens
+            reference = references.setdefault(mode if forcing else "all", run.tokens)
             rows.append({**self._trace_row(name, mode, run, reference, start_up), "audit": audit})
         return {
             "runs": [rows[0], *rows[2:]] if forcing else rows,
@@ -193,6 +199,9 @@ class GraphBenchmark:
             "output_tokens": sum(outputs),
             "teacher_forced": args.tie_tolerance > 0,
             "tie_tolerance": args.tie_tolerance,
+            "modes": vars(compare(references["eager"], references["captured"], args.tie_tolerance))
+            if forcing
+            else None,
         }
 
     def _trace_row(
@@ -273,6 +282,8 @@ def summary(trace: dict[str, Any] | None, steady: dict[str, Any] | None) -> dict
         )
         if trace["control"]:
             out["ties_of_reference_with_itself"] = trace["control"]["ties"] + trace["control"]["mismatches"]
+            out["captured_against_eager_ties"] = trace["modes"]["ties"]
+            out["captured_against_eager_mismatches"] = trace["modes"]["mismatches"]
     if steady:
         for other in ("contiguous", "paged"):
             ratios = [row["ratio"] for row in steady["ratios"] if row["over"] == other]
