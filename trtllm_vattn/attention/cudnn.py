@@ -19,8 +19,6 @@ from trtllm_vattn.errors import ConfigError
 
 BLOCK = 16
 """Tokens of the blocks that flat memory is seen as where lanes are not slots."""
-FEWEST_ROWS = 16
-"""Queries of a prompt that are planned for."""
 
 
 class CudnnAttention(GatheringAttention):
@@ -84,7 +82,7 @@ class CudnnAttention(GatheringAttention):
         # a copy. Its extent is rounded up, and the count of queries, so that few shapes are planned for.
         extent = min(self.cache.shape.max_seq_len, max(128, 1 << (max_length - 1).bit_length()))
         k, v = self._gather(layer, slot, length, extent)
-        rows = max(FEWEST_ROWS, 1 << (len(q) - 1).bit_length())
+        rows = 1 << (len(q) - 1).bit_length()
         shape = self._flat_shape(FlatKV(k, v), 1, rows=rows, causal=True)
         padded = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, rows - len(q))) if rows > len(q) else q
         return self._run(shape, padded, k, v, query_len, length)[: len(q)]

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from trtllm_vattn.attention.fmha_reference import fmha_reference
 from trtllm_vattn.attention.xqa import XqaAttention
@@ -40,6 +39,7 @@ def why_not() -> str:
 class Chunk:
     """What is the same for all layers of a chunk of a prompt; `layer` is the last one that asked for it."""
 
+    length: torch.Tensor
     layer: int
     pages: torch.Tensor
     query_ends: torch.Tensor
@@ -86,7 +86,7 @@ class XqaFmhaAttention(XqaAttention):
             self.block, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype, device=cache.device
         )
         self._within = torch.arange(self.block, device=cache.device)
-        self._chunks = WeakTensorKeyDictionary()
+        self._chunk: Chunk | None = None
 
     def _choose_context(self) -> None:
         return None
@@ -108,7 +108,7 @@ class XqaFmhaAttention(XqaAttention):
         length: torch.Tensor,
         max_length: int,
     ) -> torch.Tensor:
-        chunk = self._chunk_of(layer, slot, query_len, length)
+        chunk = self._chunk = self._chunk_of(layer, slot, query_len, length)
         self.write(layer, self._nothing, self._nothing, *chunk.rest)
         # Rows past query_len are not written.
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -130,19 +130,17 @@ class XqaFmhaAttention(XqaAttention):
         return out
 
     def _chunk_of(self, layer: int, slot: torch.Tensor, query_len: torch.Tensor, length: torch.Tensor) -> Chunk:
-        """Made at a chunk's first layer and kept for as long as its `length`; layers come in order."""
-        known: Chunk | None = self._chunks.get(length)  # type: ignore[no-untyped-call]
-        if known is not None and known.layer < layer:
-            made = replace(known, layer=layer)
-        else:
-            positions = length + self._within
-            within = positions < (length + self.block - 1) // self.block * self.block
-            made = Chunk(
-                layer,
-                self._pages[slot],
-                torch.nn.functional.pad(query_len, (1, 0)),
-                torch.nn.functional.pad(length, (1, 0)),
-                (torch.where(within, slot, self.cache.dummy_slot), torch.where(within, positions, 0)),
-            )
-        self._chunks[length] = made
-        return made
+        """Made at a chunk's first layer; layers come in order."""
+        known = self._chunk
+        if known is not None and known.length is length and known.layer < layer:
+            return replace(known, layer=layer)
+        positions = length + self._within
+        within = positions < (length + self.block - 1) // self.block * self.block
+        return Chunk(
+            length,
+            layer,
+            self._pages[slot],
+            torch.nn.functional.pad(query_len, (1, 0)),
+            torch.nn.functional.pad(length, (1, 0)),
+            (torch.where(within, slot, self.cache.dummy_slot), torch.where(within, positions, 0)),
+        )

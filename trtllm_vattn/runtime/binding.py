@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.nn import functional
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
@@ -20,6 +21,8 @@ from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError
 
 ATTENTION_NAME = "trtllm_vattn"
+FEWEST_ROWS = 16
+"""Of a prompt's chunk."""
 
 
 class Step(Protocol):
@@ -84,8 +87,10 @@ class PrefillStep:
         out = torch.zeros_like(q)
         row = 0
         for part in self.parts:
-            rows = slice(row, row + part.rows)
-            out[rows] = self._attend(layer, q[rows], part)
+            mine = q[row : row + part.rows]
+            # Backends take at least as many rows as a padded prompt has.
+            padded = functional.pad(mine, (0, 0, 0, 0, 0, max(0, FEWEST_ROWS - part.rows)))
+            out[row : row + part.rows] = self._attend(layer, padded, part)[: part.rows]
             row += part.rows
         return out
 

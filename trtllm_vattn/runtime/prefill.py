@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner, Outputs
-from trtllm_vattn.runtime.binding import Part, PrefillStep, forward
+from trtllm_vattn.runtime.binding import FEWEST_ROWS, Part, PrefillStep, forward
 from trtllm_vattn.vmm.tensors import upload
 
-SMALLEST_PAD = 16
 LONGEST_CAPTURED = 512
 """Tokens. Beyond, computing takes longer than launching, and a graph would only hold memory."""
 
@@ -29,7 +28,7 @@ def padded_length(tokens: int, chunk: int) -> int:
     are, and whole tiles beyond."""
     if tokens > LONGEST_CAPTURED:
         return min(chunk, -(-tokens // TILE) * TILE)
-    return min(chunk, max(SMALLEST_PAD, 1 << (tokens - 1).bit_length()))
+    return min(chunk, max(FEWEST_ROWS, 1 << (tokens - 1).bit_length()))
 
 
 @dataclass(frozen=True)
@@ -144,11 +143,11 @@ class Prefill:
         """Logits after each part; rows ``[3, padded]`` and numbers ``[4, parts]`` as packed, `parts` their rows and
         bounds on their lengths."""
         ids, positions, slots = rows
-        counts, lengths = numbers[:2].to(torch.int32)
-        _, _, last, where = numbers
+        # Each on a cache line of its own: libraries ask that what they are given be aligned.
+        counts, lengths = numbers[:2, :, None].to(torch.int32).repeat(1, 1, 16)
+        last, where = numbers[2:]
         made = [
-            Part(count, where[i : i + 1], counts[i : i + 1], lengths[i : i + 1], most)
-            for i, (count, most) in enumerate(parts)
+            Part(count, where[i : i + 1], counts[i, :1], lengths[i, :1], most) for i, (count, most) in enumerate(parts)
         ]
         return forward(self.model, ids, positions, PrefillStep(self.attention, slots, positions, made), last)
 
