@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +107,22 @@ def test_a_step_puts_a_whole_chunk_in_by_one_pass(build: Build, monkeypatch: pyt
     seen.clear()
     alone.generate(PROMPTS[1:4], params)
     assert seen == [16, 64, 16, 32]
+
+
+def test_backends_get_rows_enough_and_aligned_lengths(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(chunk=64)
+    seen: list[tuple[int, int, int]] = []
+    prefill = engine.attention.prefill
+
+    def noted(layer: int, q: torch.Tensor, slot: torch.Tensor, *lengths: Any) -> torch.Tensor:
+        if layer == 0:
+            assert all(length.shape == (1,) and length.data_ptr() % 64 == 0 for length in lengths[:2])
+            seen.append((len(q), int(lengths[0]), int(lengths[1])))
+        return prefill(layer, q, slot, *lengths)
+
+    monkeypatch.setattr(engine.attention, "prefill", noted)
+    engine.generate(PROMPTS[:3], SamplingParams(1))
+    assert seen == [(64, 64, 64), (26, 26, 90), (16, 3, 3), (35, 35, 35), (32, 25, 60)]
 
 
 def test_no_more_prompts_hold_memory_than_two_chunks_need(build: Build) -> None:

@@ -1,4 +1,4 @@
-"""Chunks of prompts through the model: short prompts as a replay of a captured graph each, the others in one pass."""
+"""Chunks of prompts through the model: short prompts by replays of captured graphs, what is longer in one pass."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class PromptChunk:
 class Prefill:
     """Puts prompts in, up to `chunk` tokens at a time; padding tokens write to the dummy slot.
 
-    Prompts that begin with at most `LONGEST_CAPTURED` tokens are one replay each, where captured.
+    Where all begin with at most `LONGEST_CAPTURED` tokens, each is one replay, where captured; else they share a pass.
 
     Parameters
     ----------
@@ -91,25 +91,16 @@ class Prefill:
         """
         for chunk in chunks:
             self._guard.check_chunk(chunk.slot, chunk.end)
-        passes: list[list[int]] = []
-        rest: list[int] = []
-        for index, chunk in enumerate(chunks):
-            if self._is_captured(chunk) or not self.together:
-                passes.append([index])
-            else:
-                rest.append(index)
-        passes += [rest] if rest else []
-        after: dict[int, torch.Tensor] = {}
-        for group in passes:
-            # A copy: where passes are replays, the next one writes to the same tensor.
-            after.update(zip(group, self._pass([chunks[index] for index in group]).clone(), strict=True))
-        return torch.stack([after[index] for index in range(len(chunks))])
+        if self.together and not all(map(self._is_captured, chunks)):
+            return self._pass(chunks)
+        # Copies: the next replay writes to the same tensor.
+        return torch.cat([self._pass([chunk]).clone() for chunk in chunks])
 
     def _is_captured(self, chunk: PromptChunk) -> bool:
         return self.captured and chunk.start == 0 and chunk.end <= self.runner.buckets[-1]
 
     def _pass(self, chunks: Sequence[PromptChunk]) -> torch.Tensor:
-        if self._is_captured(chunks[0]):
+        if len(chunks) == 1 and self._is_captured(chunks[0]):
             size = self.runner.bucket_for(chunks[0].end)
             self._static.copy_(self._pack(chunks, self.runner.buckets[-1]))
             return self.runner.replay(size)[0]
