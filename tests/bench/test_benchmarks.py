@@ -204,6 +204,13 @@ def test_a_trace_is_served_by_every_cache(tmp_path: Path) -> None:
     assert report["summary"]["vattn_over_token"] > 0
 
 
+def test_any_benchmark_runs_on_tensorrt_llms_kernels(tmp_path: Path) -> None:
+    command = ["serve", *HOST, "--requests", "4", "--rounds", "1", "--at-once", "--max-seq-len", "128"]
+    report = run_small(tmp_path, *command, "--caches", "paged,blocks,vattn", "--attention", "xqa")
+    assert [row["cache"] for row in report["results"]["runs"]] == ["paged", "blocks", "vattn"]
+    assert report["config"]["attention"] == "xqa"
+
+
 def test_the_densest_arrivals_are_found() -> None:
     requests = [Request(at, 1, 1) for at in (0.0, 5.0, 6.0, 6.5, 20.0)]
     assert densest(requests, 3) == 1

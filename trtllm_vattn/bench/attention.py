@@ -20,7 +20,7 @@ from tqdm import tqdm
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, timed_ms
-from trtllm_vattn.bench.flags import as_config, dtype_of
+from trtllm_vattn.bench.flags import add_attention, as_config, dtype_of
 from trtllm_vattn.bench.graph import numbers
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_attention
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("--device", default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
-    add("--attention", default="auto", help="auto, torch or cudnn")
+    add_attention(parser)
     add("--blocks", type=numbers, default=[1, 16, 64, 128], help="tokens a block: 1,16,64,128")
     add("--heads", type=numbers, default=[32, 8, 128] if gpu else [4, 2, 16], help="query heads, kv heads, their size")
     add(

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
+from trtllm_vattn.bench.flags import add_attention, add_common, as_config, dtype_of
 from trtllm_vattn.bench.ledger import LedgerDriver
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_burst
@@ -63,7 +63,7 @@ VARIANTS: dict[str, tuple[Callable[[CacheShape, CountingDriver, int], KVCacheMan
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench burst`."""
     gpu, add = add_common(parser), parser.add_argument
-    add("--attention", default="auto", help="auto, torch or cudnn")
+    add_attention(parser)
     add("--running", type=int, default=32 if gpu else 2, help="sequences that decode")
     add("--context", type=int, default=2048 if gpu else 64, help="their tokens")
     add("--prompts", type=int, default=128 if gpu else 6, help="prompts of the burst")

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from trtllm_vattn.attention.select import BACKENDS
+
 
 def add_common(parser: argparse.ArgumentParser, on_gpu: str = "llama-3-8b", on_host: str = "tiny-llama") -> bool:
     """Add ``--model``, ``--device``, ``--seed`` and ``--output-json``; returns whether there is a GPU, which other
@@ -19,6 +21,11 @@ def add_common(parser: argparse.ArgumentParser, on_gpu: str = "llama-3-8b", on_h
     add("--seed", type=int, default=0)
     add("--output-json", type=Path, help="write all results there")
     return gpu
+
+
+def add_attention(parser: argparse.ArgumentParser) -> None:
+    """Add ``--attention``."""
+    parser.add_argument("--attention", default="auto", choices=BACKENDS, help="whose kernels attend (default: auto)")
 
 
 def as_config(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, fill_random, read_limit
-from trtllm_vattn.bench.flags import as_config, dtype_of
+from trtllm_vattn.bench.flags import add_attention, as_config, dtype_of
 from trtllm_vattn.bench.identity import RequestTokens, compare
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_graph
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--engine", type=Path, help="an engine's folder (trtllm-vattn plugin build) in place of --model")
     add("--device", help="cpu or cuda:N (default: the GPU if there is one)")
-    add("--attention", default="auto", help="auto, torch, cudnn, xqa or xqa-fmha")
+    add_attention(parser)
     add(
         "--caches",
         help=f"default: {','.join(COMPARED)}, with --engine vattn; "

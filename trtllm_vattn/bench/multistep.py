@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
+from trtllm_vattn.bench.flags import add_attention, add_common, as_config, dtype_of
 from trtllm_vattn.bench.graph import numbers
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.report import Result, finish, table
@@ -28,7 +28,7 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench multistep`."""
     gpu, add = add_common(parser), parser.add_argument
-    add("--attention", default="auto", help="auto, torch, cudnn, xqa or xqa-fmha")
+    add_attention(parser)
     add("--batch-sizes", type=numbers, default=[1, 8, 32] if gpu else [1, 4], help="sequences")
     add("--step-counts", type=numbers, default=[1, 4, 16], help="decode steps of a launch")
     add("--context", type=int, default=2048 if gpu else 64, help="tokens a sequence")

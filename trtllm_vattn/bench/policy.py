@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
+from trtllm_vattn.bench.flags import add_attention, add_common, as_config, dtype_of
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.steady import Lane, fill, take_turns
@@ -33,7 +33,7 @@ TIMES = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench policy`."""
     gpu, add = add_common(parser), parser.add_argument
-    add("--attention", default="auto", help="auto, torch, cudnn, xqa or xqa-fmha")
+    add_attention(parser)
     add("--batch", type=int, default=32 if gpu else 4, help="sequences")
     add("--context", type=int, default=2048 if gpu else 64, help="tokens a sequence")
     add("--rounds", type=int, default=5, help="turns of each engine")

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
+from trtllm_vattn.bench.flags import add_attention, add_common, as_config, dtype_of
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.traces import Request, fit, generate_trace, load_trace
@@ -33,7 +33,7 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench serve`."""
     gpu, add = add_common(parser), parser.add_argument
-    add("--attention", default="auto", help="auto, torch or cudnn")
+    add_attention(parser)
     add("--caches", default="contiguous,paged,paged-64,published,vattn", help=f"of {', '.join(CACHES)}")
     add("--trace", type=Path, help="Azure code CSV, Mooncake JSONL or ShareGPT lengths CSV (default: generated)")
     add("--requests", type=int, default=128 if gpu else 10, help="how many requests of the trace")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.attention import fill
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, timed_ms
-from trtllm_vattn.bench.flags import as_config, dtype_of
+from trtllm_vattn.bench.flags import add_attention, as_config, dtype_of
 from trtllm_vattn.bench.graph import numbers
 from trtllm_vattn.bench.plot import plot_tlb
 from trtllm_vattn.bench.report import Result, finish, table
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("--device", default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
-    add("--attention", default="auto", help="auto, torch or cudnn")
+    add_attention(parser)
     add("--heads", type=numbers, default=[32, 8, 128] if gpu else [2, 1, 16], help="query heads, kv heads, their size")
     add("--layers", type=int, default=32 if gpu else 4, help="layers; the working set is all of them")
     add(
