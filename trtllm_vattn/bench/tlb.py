@@ -35,6 +35,9 @@ from trtllm_vattn.vmm.open import open_driver
 
 ORDERS = ("in order", "single pages in order", "scattered", "after churn", "created again")
 
+READ_AT_ONCE = 2 << 30
+"""Bytes; many times what a cache of the device holds."""
+
 
 class SinglePages(KVCacheManager):
     """Backed by single pages, so that their order can be chosen."""
@@ -194,16 +197,16 @@ def _placement(cache: KVCache) -> float | None:
 
 @torch.inference_mode()
 def _read(args: argparse.Namespace, cache: KVCacheManager, flat: torch.Tensor, size: int) -> dict[str, Any]:
-    """Random reads of `size` bytes over all slots of a range, each slot fully mapped."""
+    """Random reads of `size` bytes, `READ_AT_ONCE` in all, over all slots of a range, each fully mapped; what is read
+    is written elsewhere."""
     layout = cache.layout
     used = layout.max_seq_len * layout.row_bytes // size
-    count = min(1 << 20, cache.shape.num_slots * used)
+    count = min(READ_AT_ONCE // size, cache.shape.num_slots * used)
     slots = torch.randint(0, cache.shape.num_slots, (count,), device=flat.device)
     offsets = slots * (layout.slot_stride // size) + torch.randint(0, used, (count,), device=flat.device)
     words = flat.view(torch.int64)
     rows = words[: words.numel() // (size // 8) * (size // 8)].view(-1, size // 8)
-    out = torch.empty(count, size // 8, dtype=torch.int64, device=flat.device)
-    milliseconds = timed_ms(lambda: torch.index_select(rows, 0, offsets, out=out), args.repeats, flat.device)
+    milliseconds = timed_ms(lambda: rows[offsets], args.repeats, flat.device)
     return {"read_bytes": size, "gb_per_s": count * size / (sorted(milliseconds)[len(milliseconds) // 2] / 1e3) / 1e9}
 
 
