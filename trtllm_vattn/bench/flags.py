@@ -25,7 +25,7 @@ def add_common(parser: argparse.ArgumentParser, on_gpu: str = "llama-3-8b", on_h
 
 def add_attention(parser: argparse.ArgumentParser) -> None:
     """Add ``--attention``."""
-    parser.add_argument("--attention", default="auto", choices=BACKENDS, help="whose kernels attend (default: auto)")
+    parser.add_argument("--attention", default="auto", help=f"one of {', '.join(BACKENDS)} (default: auto)")
 
 
 def as_config(args: argparse.Namespace) -> dict[str, Any]:
