@@ -36,7 +36,7 @@ def default_buckets(most: int) -> list[int]:
 
 @contextmanager
 def collector_off() -> Iterator[None]:
-    """No garbage collection: one that came upon a graph dropped earlier would end the capture under way."""
+    """No garbage is collected meanwhile. A collection that came upon a graph dropped earlier would end a capture."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -15,6 +15,11 @@ from trtllm_vattn.errors import ConfigError
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
+def spread(sample: dict[str, float], digits: int = 2) -> str:
+    """Median and 99th percentile."""
+    return f"{sample['p50']:,.{digits}f} / {sample['p99']:,.{digits}f}"
+
+
 def steady(result: dict[str, Any]) -> str:
     """Decode steps of all combinations; a row a batch size and mode."""
     runs = result["results"]["steady"]["runs"]
@@ -26,7 +31,7 @@ def steady(result: dict[str, Any]) -> str:
             each = [step[cache, mode, batch] for cache in caches]
             ours = step["vattn", mode, batch]["p50"]
             ratio = f"{ours / step['contiguous', mode, batch]['p50']:.3f}"
-            rows.append([mode, str(batch), *(f"{s['p50']:.2f} / {s['p99']:.2f}" for s in each), ratio])
+            rows.append([mode, str(batch), *map(spread, each), ratio])
     return table(["mode", "sequences", *(f"{cache}, ms p50 / p99" for cache in caches), "vattn / contiguous"], rows)
 
 
@@ -37,9 +42,9 @@ def batches(result: dict[str, Any]) -> str:
     lines = []
     for batch in sorted({row["batch"] for row in rows}):
         eager, captured = found["eager", batch], found["captured", batch]
-        before, after = (f"{row['step_ms']['p50']:.2f} / {row['step_ms']['p99']:.2f}" for row in (eager, captured))
-        gain = eager["step_ms"]["p50"] / captured["step_ms"]["p50"]
-        lines.append([str(batch), before, after, f"{gain:.1f}", *(f"{r['idle_share']:.0%}" for r in (eager, captured))])
+        steps = [eager["step_ms"], captured["step_ms"]]
+        gain = f"{steps[0]['p50'] / steps[1]['p50']:.1f}"
+        lines.append([str(batch), *map(spread, steps), gain, *(f"{r['idle_share']:.0%}" for r in (eager, captured))])
     header = ["sequences", "eager, ms p50 / p99", "captured, ms p50 / p99", "eager / captured"]
     return table([*header, "device idle, eager", "captured"], lines)
 
@@ -50,7 +55,7 @@ def serve(result: dict[str, Any]) -> str:
     ours = next(row for row in rows if row["cache"] == "vattn")["output_throughput"]
     lines = []
     for row in rows:
-        pairs = [f"{row[name]['p50']:,.0f} / {row[name]['p99']:,.0f}" for name in ("ttft_ms", "itl_ms")]
+        pairs = [spread(row[name], 0) for name in ("ttft_ms", "itl_ms")]
         rates = [f"{row[name]:,.0f}" for name in ("output_throughput", "total_token_throughput")]
         lines.append(
             [row["cache"], *rates, *pairs, f"{row['mean_sequences']:.1f}", f"{ours / row['output_throughput']:.2f}"]
@@ -94,15 +99,12 @@ def attention(result: dict[str, Any]) -> str:
 def bandwidths(result: dict[str, Any]) -> str:
     """Decode attention by working set and order of pages, with the least and the most that was seen."""
     rows = [row for row in result["results"]["attention"] if "refused" not in row]
-    points, systems = [], list(dict.fromkeys(row["system"] for row in rows))
     cells = {}
     for row in rows:
+        middle, least, most = (f"{row['bytes_per_s'][name] / 1e9:,.0f}" for name in ("p50", "min", "max"))
         point = f"{row['sequences']} x {row['context']}, {row['working_set_gb']:.0f} GB"
-        points.append(point)
-        rates = row["bytes_per_s"]
-        seen = [f"{rates[name] / 1e9:,.0f}" for name in ("p50", "min", "max")]
-        cells[point, row["system"]] = f"{seen[0]} ({seen[1]} to {seen[2]})"
-    points = list(dict.fromkeys(points))
+        cells[point, row["system"]] = f"{middle} ({least} to {most})"
+    points, systems = (list(dict.fromkeys(key[i] for key in cells)) for i in range(2))
     return table(["system, GB/s", *points], [[s, *(cells[point, s] for point in points)] for s in systems])
 
 

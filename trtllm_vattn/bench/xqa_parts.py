@@ -87,15 +87,14 @@ def prefill_us(cache: BlockKVCache, num_heads: int, tokens: int, repeats: int) -
     usable = available()
     kinds = [name for name in ("xqa", "xqa-fmha") if not on_gpu or usable[name] == "yes"]
     backends = {name: make_attention(name, cache, num_heads) for name in kinds}
-    slot = fill_random(backends["xqa"], tokens, 1)
+    fill_random(backends["xqa"], tokens, 1)
     q = torch.randn(tokens, num_heads, shape.head_dim, dtype=shape.dtype, device=cache.device)
-    numbers = (torch.tensor([tokens], dtype=torch.int32, device=cache.device) for _ in range(2))
-    query_len, length = numbers
-    where = torch.zeros(len(slot), dtype=torch.int64, device=cache.device)
+    query_len, length = (torch.tensor([tokens], dtype=torch.int32, device=cache.device) for _ in range(2))
+    slot = torch.tensor([cache.slot_of(0)], device=cache.device)
 
     def work(name: str) -> None:
         for layer in range(shape.num_layers):
-            backends[name].prefill(layer, q, where, query_len, length, tokens)
+            backends[name].prefill(layer, q, slot, query_len, length, tokens)
 
     took: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(3):

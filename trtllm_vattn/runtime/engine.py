@@ -340,18 +340,18 @@ class Engine:
         for row in rows:
             # Who has ended with an earlier row, or joined since the launch, has no part in it.
             requests = [request for request in running.values() if request.slot in launch.lane_of]
-            tokens = [row[launch.lane_of[request.slot]] for request in requests]
-            events += self._settle(requests, tokens, self._margins(launch.logits, requests))
+            lanes = [launch.lane_of[request.slot] for request in requests]
+            events += self._settle(requests, [row[lane] for lane in lanes], self._margins(launch.logits, lanes))
         self.decode.took(launch, rows)
         for request in running.values():
             if request.forced is not None:
                 self.scheduler.decode_next(request)
         return events
 
-    def _margins(self, logits: torch.Tensor, requests: list[Running]) -> list[float] | None:
+    def _margins(self, logits: torch.Tensor, rows: list[int]) -> list[float] | None:
         if not self.record_margins:
             return None
-        best = logits[[self.decode.lane_of[request.slot] for request in requests]].float().topk(2, dim=-1).values
+        best = logits[rows].float().topk(2, dim=-1).values
         margins: list[float] = (best[:, 0] - best[:, 1]).tolist()
         return margins
 
@@ -362,11 +362,7 @@ class Engine:
         if drawn:
             theirs = [requests[i] for i in drawn]
             chosen[drawn] = sample(logits[drawn], [r.params for r in theirs], [len(r.fed) for r in theirs])
-        margins = None
-        if self.record_margins:
-            best = logits.float().topk(2, dim=-1).values
-            margins = (best[:, 0] - best[:, 1]).tolist()
-        return self._settle(requests, chosen.tolist(), margins)
+        return self._settle(requests, chosen.tolist(), self._margins(logits, list(range(len(requests)))))
 
     def _settle(
         self, requests: list[Running], chosen: list[int], margins: list[float] | None = None

@@ -62,9 +62,10 @@ class Scheduler:
         room = self.chunk
         chunks = []
         for request in self.prefilling:
+            if not room:
+                break
             tokens = request.tokens[request.prefilled : request.prefilled + room]
-            if tokens:
-                chunks.append((request, PromptChunk(request.slot, tokens, request.prefilled)))
+            chunks.append((request, PromptChunk(request.slot, tokens, request.prefilled)))
             room -= len(tokens)
         return chunks
 
