@@ -4,6 +4,7 @@ the card."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 from ties import agree, by_request
 from torch import nn
 
+from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import bind, shape_of
 from trtllm_vattn.runtime.compiled import Part, compile_layers, merge_projections
+from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -82,6 +85,21 @@ def test_every_layer_runs_what_was_compiled() -> None:
         engine.generate([[1, 2, 3]], SamplingParams(6))
     passes = 6
     assert len(ran) == passes * model.config.num_hidden_layers
+
+
+def test_what_ends_a_step_is_one_function_for_all_batch_sizes() -> None:
+    backend = Tracing()
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    bind(model)
+    attention = make_attention("torch", make_cache("contiguous", shape_of(model, 4, 64), "cpu"), 4)
+    wrap = partial(torch.compile, backend=backend, dynamic=True)
+    batch = DecodeBatch(model, attention, [1, 2, 4], wrap=wrap)
+    batch.occupy(0, token=3, length=1, limit=9)
+    for step, bucket in enumerate((4, 2, 1)):
+        (logits,) = batch._greedy_step(bucket)
+        assert len(logits) == bucket
+        assert batch._out[step % 2, 0] == logits[0].argmax()
+    assert len(backend.graphs) == 1
 
 
 def test_compiling_again_changes_nothing() -> None:

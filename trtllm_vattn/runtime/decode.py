@@ -69,8 +69,7 @@ class Launch:
 
 
 def advance(
-    logits: torch.Tensor,
-    chosen: torch.Tensor | None,
+    chosen: torch.Tensor,
     inputs: torch.Tensor,
     control: torch.Tensor,
     frontiers: torch.Tensor,
@@ -78,12 +77,12 @@ def advance(
     go: torch.Tensor,
     dummy: int,
 ) -> None:
-    """Note each lane's token (the likeliest where `chosen` is None) and make the next step's inputs of this one's.
+    """Note each lane's token, `chosen` int64 ``[lanes]``, and make the next step's inputs of this one's.
 
-    A lane that has reached its limit becomes idle. `go` is left other than 0 while fewer steps were taken than wanted,
+    All lanes, whatever the bucket, so that one compiled function serves all. A lane that has reached its limit becomes
+    idle. `go` is left other than 0 while fewer steps were taken than wanted,
     no lane has ended, and every lane's next token has memory.
     """
-    chosen = likeliest(logits) if chosen is None else chosen
     tokens, positions, slots, lengths, limits = inputs[:5]
     row = control[:1].remainder(len(out) - 1)
     out.index_copy_(0, row, chosen[None])
@@ -163,6 +162,7 @@ class DecodeBatch:
         self._drawing = torch.zeros(3 + 2 * steps, lanes, dtype=torch.float64, device=device)
         # Two launches' tokens, and a row with the count of steps.
         self._out = torch.zeros(2 * steps + 1, lanes, dtype=torch.int64, device=device)
+        self._chosen = torch.zeros(lanes, dtype=torch.int64, device=device)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._go = torch.zeros(1, dtype=torch.int32, device=device)
         self.lane_of: dict[int, int] = {}
@@ -184,6 +184,7 @@ class DecodeBatch:
             self._frontiers_seen,
             self._drawing,
             self._out,
+            self._chosen,
             self._go,
         ]
         go = self._go if loop else None
@@ -207,7 +208,7 @@ class DecodeBatch:
 
     def _greedy_step(self, bucket: int) -> Outputs:
         logits = self._forward(bucket)
-        self._finish(bucket, logits, None)
+        self._finish(likeliest(logits))
         return (logits,)
 
     def _drawing_step(self, bucket: int) -> Outputs:
@@ -215,20 +216,17 @@ class DecodeBatch:
         parameters = self._drawing[:, :bucket]
         uniform = parameters[3:].index_select(0, self._device[-2:-1].remainder(2 * self.steps))[0]
         temperature, top_p, top_k = parameters[:3]
-        self._finish(bucket, logits, draw(logits, temperature, top_p, top_k, uniform))
+        self._finish(draw(logits, temperature, top_p, top_k, uniform))
         return (logits,)
 
-    def _finish(self, bucket: int, logits: torch.Tensor, chosen: torch.Tensor | None) -> None:
-        if self._advance is not advance:
-            # Compiled for any number of lanes, but not for any vocabulary.
-            torch._dynamo.mark_static(logits, 1)
+    def _finish(self, chosen: torch.Tensor) -> None:
+        self._chosen[: len(chosen)].copy_(chosen)
         self._advance(
-            logits,
-            chosen,
-            self._inputs[:, :bucket],
+            self._chosen,
+            self._inputs,
             self._device[-2:],
             self._frontiers_seen,
-            self._out[:, :bucket],
+            self._out,
             self._go,
             self.attention.cache.dummy_slot,
         )
