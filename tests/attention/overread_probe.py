@@ -1,7 +1,7 @@
 """Attention over pages mapped exactly to each length, everything past it unmapped: a load too far ends the process.
 
 Run as ``python overread_probe.py BACKEND LAYERS_PER_RANGE CACHE``, the cache ``vattn`` or ``blocks``; prints a line
-before and after each case.
+before and after each case. With ``beyond`` behind, a lane claims more tokens than are mapped, which has to be noticed.
 """
 
 from __future__ import annotations
@@ -77,7 +77,17 @@ def prefill_case(attention: Attention, slot: int, count: int, padded: int, layer
     check(case, out[:count], reference(q[:count], *kept(attention, layer, slot, length)))
 
 
-def main(backend: str, layers_per_range: int, kind: str) -> None:
+def claim_too_much(attention: Attention) -> None:
+    lengths = [0] * len(LENGTHS)
+    lengths[4] = 4096
+    print(f"start decode of {lengths[4]} tokens where {LENGTHS[4]} are", flush=True)
+    q = torch.randn(len(lengths), HEADS, 128, device="cuda", dtype=torch.bfloat16)
+    attention.decode(0, q, torch.tensor(lengths, dtype=torch.int32, device="cuda"))
+    torch.cuda.synchronize()
+    print("nobody noticed", flush=True)
+
+
+def main(backend: str, layers_per_range: int, kind: str, beyond: bool) -> None:
     shape = CacheShape(LAYERS, 8, 128, torch.bfloat16, len(LENGTHS), 8192)
     with make_cache(kind, shape, "cuda:0", 8 << 30, layers_per_range=layers_per_range, lookahead=0) as cache:
         attention = make_attention(backend, cache, HEADS)
@@ -95,6 +105,8 @@ def main(backend: str, layers_per_range: int, kind: str) -> None:
         reclaim(cache.arena, cache.arena.parked_bytes)  # type: ignore[attr-defined]
         if any(cache.arena.slots[slot].mapped for slot in (11, 12)):  # type: ignore[attr-defined]
             raise SystemExit("slots 11 and 12 are still mapped")
+        if beyond:
+            return claim_too_much(attention)
         for layer in (0, LAYERS - 1):
             decode_cases(attention, None, layer)
             decode_cases(attention, [11, 10, 3, 13, 12, 8, 2, 0], layer)
@@ -107,4 +119,4 @@ def main(backend: str, layers_per_range: int, kind: str) -> None:
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+        main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:] == ["beyond"])

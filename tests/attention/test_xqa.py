@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from trtllm_vattn.attention import fmha
 from trtllm_vattn.attention.select import available, make_attention
 from trtllm_vattn.attention.xqa import XqaAttention
 from trtllm_vattn.bench.xqa_parts import replay_remapped
@@ -149,3 +150,20 @@ def test_an_engine_by_names() -> None:
         (done,) = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=5))
         assert len(done.tokens) == 5
         engine.set_budget(64 << 20)
+
+
+def test_what_all_layers_share_is_made_once_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    chunk = fmha.Chunk
+
+    def counted(*arguments: Any) -> fmha.Chunk:
+        made.append(chunk(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(fmha, "Chunk", counted)
+    with Engine.from_pretrained(
+        "tiny-llama", device="cpu", cache="blocks", attention="xqa-fmha", max_seqs=2, max_seq_len=64, capture=False
+    ) as engine:
+        engine.generate([[1, 2, 3], [4, 5]], SamplingParams(max_tokens=1))
+    # Two prompts in one pass of four layers.
+    assert len(made) == 2

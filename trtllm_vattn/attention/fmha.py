@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from trtllm_vattn.attention.fmha_reference import fmha_reference
 from trtllm_vattn.attention.xqa import XqaAttention
@@ -39,7 +40,6 @@ def why_not() -> str:
 class Chunk:
     """What is the same for all layers of a chunk of a prompt; `layer` is the last one that asked for it."""
 
-    length: torch.Tensor
     layer: int
     pages: torch.Tensor
     query_ends: torch.Tensor
@@ -86,7 +86,8 @@ class XqaFmhaAttention(XqaAttention):
             self.block, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype, device=cache.device
         )
         self._within = torch.arange(self.block, device=cache.device)
-        self._chunk: Chunk | None = None
+        self._chunks = WeakTensorKeyDictionary()
+        """By the tensor that holds the length."""
 
     def _choose_context(self) -> None:
         return None
@@ -108,7 +109,7 @@ class XqaFmhaAttention(XqaAttention):
         length: torch.Tensor,
         max_length: int,
     ) -> torch.Tensor:
-        chunk = self._chunk = self._chunk_of(layer, slot, query_len, length)
+        chunk = self._chunks[length] = self._chunk_of(layer, slot, query_len, length)
         self.write(layer, self._nothing, self._nothing, *chunk.rest)
         # Rows past query_len are not written.
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -130,14 +131,13 @@ class XqaFmhaAttention(XqaAttention):
         return out
 
     def _chunk_of(self, layer: int, slot: torch.Tensor, query_len: torch.Tensor, length: torch.Tensor) -> Chunk:
-        """Made at a chunk's first layer; layers come in order."""
-        known = self._chunk
-        if known is not None and known.length is length and known.layer < layer:
+        """Made at a chunk's first layer; layers come in order, those of several chunks in turns."""
+        known: Chunk | None = self._chunks.get(length)  # type: ignore[no-untyped-call]
+        if known is not None and known.layer < layer:
             return replace(known, layer=layer)
         positions = length + self._within
         within = positions < (length + self.block - 1) // self.block * self.block
         return Chunk(
-            length,
             layer,
             self._pages[slot],
             torch.nn.functional.pad(query_len, (1, 0)),

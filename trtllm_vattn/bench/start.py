@@ -1,7 +1,8 @@
 """`bench start`: capture first, size later. What does a start cost, and does a budget change ever recapture?
 
-Fresh processes start the engine to its first token, cold and again with what torch kept on disk; then one engine is
-captured over its dummy slot, and its budget raised and lowered while the same prompts must give the same tokens.
+Fresh processes start the engine to its first token, cold and again with what torch and Python kept on disk; then one
+engine is captured over its dummy slot, and its budget raised and lowered while the same prompts must give the same
+tokens.
 """
 
 from __future__ import annotations
@@ -84,9 +85,11 @@ def _short(value: object) -> str:
 
 
 def _started(args: argparse.Namespace, kept: str) -> dict[str, Any]:
-    """One start in a fresh process; torch's compiled code and the mapping verdict are kept in `kept`."""
+    """One start in a fresh process; torch's compiled code, Python's and the mapping verdict are kept in `kept`."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{kept}/inductor", "TRITON_CACHE_DIR": f"{kept}/triton"}
-    environment["XDG_CACHE_HOME"] = kept
+    environment.update(XDG_CACHE_HOME=kept, PYTHONPYCACHEPREFIX=f"{kept}/bytecode")
+    # Container images set this, and then every start compiles the source of all that it imports.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [sys.executable, "-c", _START, str(time()), args.model, args.device, str(args.max_seqs)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
