@@ -60,7 +60,7 @@ def test_where_kernels_differ_modes_are_compared_apart(
     from trtllm_vattn.graphs.host_graph import HostGraph
     from trtllm_vattn.runtime import decode
 
-    likeliest, under_capture = decode.likeliest, []
+    in_parts, under_capture = decode.in_parts, []
     capture = HostGraph.capture
 
     def captured(*arguments):  # type: ignore[no-untyped-def]
@@ -72,7 +72,7 @@ def test_where_kernels_differ_modes_are_compared_apart(
 
     monkeypatch.setattr(HostGraph, "capture", captured)
     # Captured steps choose the unlikeliest token, in every cache alike.
-    monkeypatch.setattr(decode, "likeliest", lambda logits: likeliest(-logits if under_capture else logits))
+    monkeypatch.setattr(decode, "in_parts", lambda logits: in_parts(-logits if under_capture else logits))
     result = tmp_path / "graph.json"
     command = [*SMALL, "--max-output", "6", "--tie-tolerance", "1e-4", "--output-json", str(result)]
     assert main(command) == 0

@@ -87,6 +87,7 @@ def test_every_layer_runs_what_was_compiled() -> None:
     assert len(ran) == passes * model.config.num_hidden_layers
 
 
+@torch.inference_mode()
 def test_what_ends_a_step_is_one_function_for_all_batch_sizes() -> None:
     backend = Tracing()
     model = load_model("tiny-llama", "cpu", torch.float32)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from trtllm_vattn.graphs.nodes import GraphReader
 from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner, Outputs
 from trtllm_vattn.runtime.binding import DecodeStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
-from trtllm_vattn.runtime.sampling import SamplingParams, draw, likeliest, settings
+from trtllm_vattn.runtime.sampling import SamplingParams, draw, in_parts, of_parts, settings
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.tensors import tensor_at, upload
 
@@ -101,6 +102,11 @@ def advance(
     lengths.copy_(torch.where(goes_on, longer, 0))
 
 
+def advance_greedily(largest: torch.Tensor, place: torch.Tensor, width: int, *others: Any) -> None:
+    """`advance` with each lane's likeliest token, by the largest logit of each part of it (`of_parts`)."""
+    advance(of_parts(largest, place, width), *others)
+
+
 class DecodeBatch:
     """The lanes of the decode step; an idle lane has length 0 and writes to the dummy slot.
 
@@ -162,7 +168,6 @@ class DecodeBatch:
         self._drawing = torch.zeros(3 + 2 * steps, lanes, dtype=torch.float64, device=device)
         # Two launches' tokens, and a row with the count of steps.
         self._out = torch.zeros(2 * steps + 1, lanes, dtype=torch.int64, device=device)
-        self._chosen = torch.zeros(lanes, dtype=torch.int64, device=device)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._go = torch.zeros(1, dtype=torch.int32, device=device)
         self.lane_of: dict[int, int] = {}
@@ -174,7 +179,7 @@ class DecodeBatch:
         self._params: dict[int, tuple[SamplingParams, int]] = {}
         """By slot: how its lane's tokens are drawn, and how many it has so far; for lanes that are not greedy."""
         self.guard = Guard(cache, attention.over_read)
-        self._advance = wrap(advance)
+        self._advance, self._advance_greedily = wrap(advance), wrap(advance_greedily)
         static = [
             *model.parameters(),
             *model.buffers(),
@@ -184,7 +189,6 @@ class DecodeBatch:
             self._frontiers_seen,
             self._drawing,
             self._out,
-            self._chosen,
             self._go,
         ]
         go = self._go if loop else None
@@ -208,7 +212,12 @@ class DecodeBatch:
 
     def _greedy_step(self, bucket: int) -> Outputs:
         logits = self._forward(bucket)
-        self._finish(likeliest(logits))
+        parts = in_parts(logits)
+        # Rows of idle lanes hold anything.
+        largest = parts.new_empty(len(self.lengths), parts.shape[1])
+        place = torch.empty_like(largest, dtype=torch.int64)
+        torch.max(parts, dim=-1, out=(largest[:bucket], place[:bucket]))
+        self._advance_greedily(largest, place, parts.shape[2], *self._lanes())
         return (logits,)
 
     def _drawing_step(self, bucket: int) -> Outputs:
@@ -216,20 +225,15 @@ class DecodeBatch:
         parameters = self._drawing[:, :bucket]
         uniform = parameters[3:].index_select(0, self._device[-2:-1].remainder(2 * self.steps))[0]
         temperature, top_p, top_k = parameters[:3]
-        self._finish(draw(logits, temperature, top_p, top_k, uniform))
+        chosen = self._inputs.new_empty(len(self.lengths))
+        chosen[:bucket].copy_(draw(logits, temperature, top_p, top_k, uniform))
+        self._advance(chosen, *self._lanes())
         return (logits,)
 
-    def _finish(self, chosen: torch.Tensor) -> None:
-        self._chosen[: len(chosen)].copy_(chosen)
-        self._advance(
-            self._chosen,
-            self._inputs,
-            self._device[-2:],
-            self._frontiers_seen,
-            self._out,
-            self._go,
-            self.attention.cache.dummy_slot,
-        )
+    def _lanes(self) -> tuple[Any, ...]:
+        """What `advance` takes besides tokens."""
+        dummy = self.attention.cache.dummy_slot
+        return self._inputs, self._device[-2:], self._frontiers_seen, self._out, self._go, dummy
 
     # -- lanes -----------------------------------------------------------------------------------------------------
 

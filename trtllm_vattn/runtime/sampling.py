@@ -102,13 +102,24 @@ def draw(
 MOST_PARTS = 128
 
 
+def in_parts(logits: torch.Tensor) -> torch.Tensor:
+    """Rows by parts of equal width, no more than `MOST_PARTS`: logits ``[rows, vocab]`` to ``[rows, parts, width]``."""
+    rows, vocab = logits.shape
+    parts = max(n for n in range(1, MOST_PARTS + 1) if vocab % n == 0)
+    return logits.view(rows, parts, vocab // parts)
+
+
+def of_parts(largest: torch.Tensor, place: torch.Tensor, width: int) -> torch.Tensor:
+    """The first largest of each row, int64 ``[rows]``, by that of each part and its place there, ``[rows, parts]``."""
+    part = largest.argmax(dim=-1, keepdim=True)
+    return (part * width + place.gather(1, part)).squeeze(1)
+
+
 def likeliest(logits: torch.Tensor) -> torch.Tensor:
     """The first largest of each row: logits ``[rows, vocab]`` to int64 ``[rows]``.
 
     In two stages, by parts of a row: a GPU gives a row to one block of threads, and a vocabulary is long.
     """
-    rows, vocab = logits.shape
-    parts = max(n for n in range(1, MOST_PARTS + 1) if vocab % n == 0)
-    largest, place = logits.view(rows, parts, vocab // parts).max(dim=-1)
-    part = largest.argmax(dim=-1, keepdim=True)
-    return (part * (vocab // parts) + place.gather(1, part)).squeeze(1)
+    parts = in_parts(logits)
+    largest, place = parts.max(dim=-1)
+    return of_parts(largest, place, parts.shape[2])
