@@ -159,6 +159,19 @@ def test_a_burst_is_mapped_by_few_calls_and_from_stock(tmp_path: Path) -> None:
     assert report["results"]["steady"]["steps"] >= 12
 
 
+def test_steady_decode_alone(tmp_path: Path) -> None:
+    report = run_small(tmp_path, "burst", *HOST, "--rounds", "0", "--steady-steps", "12")
+    assert report["results"]["bursts"] == []
+    assert report["summary"]["critical_path_maps_steady"] == 0
+    assert report["summary"]["steady_steps"] >= 12
+    assert "p99_ratio" not in report["summary"]
+
+
+def test_a_plot_of_no_bursts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "burst", *HOST, "--rounds", "0", "--plot", str(tmp_path / "none.png")]) == 2
+    assert "--rounds is 0" in capsys.readouterr().err
+
+
 def test_driver_calls_are_timed(tmp_path: Path) -> None:
     report = run_small(tmp_path, "alloc", "--device", "cpu", "--repeats", "5", "--plot", str(tmp_path / "alloc.png"))
     calls = report["results"]["calls"]

@@ -31,6 +31,7 @@ from trtllm_vattn.bench.steady import fill
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.published import PublishedVattention
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.decode import Launch
 from trtllm_vattn.runtime.engine import Engine
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", type=int, default=128 if gpu else 6, help="prompts of the burst")
     add("--prompt-tokens", type=int, default=2048 if gpu else 64, help="tokens of each")
     add("--steps", type=int, default=128 if gpu else 6, help="decode steps before the burst, and after it")
-    add("--rounds", type=int, default=2, help="bursts of each kind, in turns")
+    add("--rounds", type=int, default=2, help="bursts of each kind, in turns; 0 for steady decode alone")
     add("--steady-steps", type=int, default=2000 if gpu else 60, help="decode steps with sequences ending and joining")
     add("--steady-seqs", type=int, default=128 if gpu else 4, help="sequences of those")
     add("--plot", type=Path, help="write a PNG there")
@@ -77,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
+    if args.plot and not args.rounds:
+        raise ConfigError("--plot draws bursts and --rounds is 0: give at least 1 round, or leave --plot out")
     model = load_model(args.model, args.device, dtype_of(args.device), args.seed)
     bursts = [
         {"variant": name, "round": number, **_burst(model, args, *VARIANTS[name])}
@@ -85,9 +88,16 @@ def run(args: argparse.Namespace) -> int:
     ]
     result = Result.start("burst", as_config(args), args.seed)
     result.results.update(bursts=bursts, steady=_steady(model, args), books=prepare_step_us())
-    result.summary.update(_summary(result.results))
-    print(_show(bursts))
-    finish(result, args, plot_burst)
+    if bursts:
+        result.summary.update(_summary(bursts))
+        print(_show(bursts))
+    result.summary.update(
+        critical_path_maps_steady=result.results["steady"]["critical_path_maps"],
+        steady_steps=result.results["steady"]["steps"],
+        prepare_step_us_p99=result.results["books"]["prepare_us"]["p99"],
+        prepare_step_sequences=result.results["books"]["sequences"],
+    )
+    finish(result, args, plot_burst if bursts else None)
     return 0
 
 
@@ -249,9 +259,9 @@ def prepare_step_us(sequences: int = 256, steps: int = 10_000) -> dict[str, Any]
     return {"sequences": sequences, "steps": steps, "prepare_us": summarise(took), "critical_path_maps": critical}
 
 
-def _summary(results: dict[str, Any]) -> dict[str, Any]:
-    """The figures that are quoted."""
-    by = {name: [row for row in results["bursts"] if row["variant"] == name] for name in VARIANTS}
+def _summary(bursts: list[dict[str, Any]]) -> dict[str, float]:
+    """Each kind of burst by its worst step and its mapping."""
+    by = {name: [row for row in bursts if row["variant"] == name] for name in VARIANTS}
     ratios = {
         name: max(row["step_ms"]["during"]["p99"] / row["step_ms"]["before"]["p99"] for row in rows)
         for name, rows in by.items()
@@ -265,10 +275,6 @@ def _summary(results: dict[str, Any]) -> dict[str, Any]:
         "burst_map_ms_cold": mapping["vattn, cold"],
         "burst_map_ms_page_by_page": mapping["page by page"],
         "burst_map_ms_published_style": mapping["published"],
-        "critical_path_maps_steady": results["steady"]["critical_path_maps"],
-        "steady_steps": results["steady"]["steps"],
-        "prepare_step_us_p99": results["books"]["prepare_us"]["p99"],
-        "prepare_step_sequences": results["books"]["sequences"],
     }
 
 
