@@ -152,6 +152,11 @@ class EngineSession(Engine):
                 loaded.engine, loaded.config, loaded.decoder["scale"], limits, attached, loaded.allocation
             )
             options["chunk"] = min(options.get("chunk", limits.max_chunk), limits.max_chunk)
+            if options["chunk"] == 1 and not limits.any_slot:
+                raise ConfigError(
+                    "a chunk of 1 token would be taken for a decode step of lane 0; chunk and the plan's max_chunk "
+                    "have to be at least 2"
+                )
             options["compile"], options["packed"] = False, limits.any_slot
             super().__init__(cast(PreTrainedModel, model), cache, attention=attention, **options)
             undo.pop_all()
@@ -193,6 +198,7 @@ class EngineSession(Engine):
                 cache = KVCacheManager(shape, policy.wrap(open_driver(device)))
             undo.callback(cache.close)
             session = cls(loaded, cache, mapping=policy, **options)
+            undo.callback(session.close)
             if device != "cpu":
                 session.set_budget(memory_left(cache.device) if budget is None else budget)
             undo.pop_all()
@@ -201,5 +207,6 @@ class EngineSession(Engine):
     def close(self) -> None:
         """Drop all requests, the graphs, the contexts and the cache; the name is free. Idempotent."""
         super().close()
-        registry.detach(self.name)
+        if registry.is_attached(self.name) and registry.attached(self.name).cache is self.cache:
+            registry.detach(self.name)
         cast(EngineModel, self.model).close()

@@ -175,6 +175,26 @@ def test_the_name_is_free_again_when_a_session_ends(llama: PreTrainedModel) -> N
             EngineSession(loaded, cache)
         assert registry.attached("kv").cache is engine.cache
     assert not registry.is_attached("kv")
+    with make_cache("vattn", loaded.cache_shape(2), "cpu") as cache:
+        registry.attach("kv", cache)
+        engine.close()
+        assert registry.attached("kv").cache is cache
+        registry.detach("kv")
+
+
+def test_a_chunk_of_one_token_is_refused(llama: PreTrainedModel) -> None:
+    # A call of one row is a decode step, in which lane i is slot i.
+    for limits, options in ((LIMITS, {"chunk": 1}), (PlanLimits(max_lanes=4, max_chunk=1, max_seq_len=128), {})):
+        loaded = LoadedEngine.played(llama, limits)
+        with (
+            make_cache("vattn", loaded.cache_shape(4), "cpu") as cache,
+            pytest.raises(ConfigError, match="chunk of 1 token would be taken for a decode step"),
+        ):
+            EngineSession(loaded, cache, **options)
+        assert not registry.is_attached("kv")
+    anywhere = PlanLimits(max_lanes=4, max_chunk=1, max_seq_len=128, any_slot=True)
+    with session(llama, anywhere) as engine:
+        assert tokens_of(engine) == over_the_model("tiny-llama")
 
 
 def test_a_folder_without_a_plan_is_played(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,6 +204,16 @@ def test_a_folder_without_a_plan_is_played(tmp_path: Path, capsys: pytest.Captur
     assert "torch plays tiny-llama" in capsys.readouterr().out
     with EngineSession.from_folder(folder, device="cpu") as engine:
         assert tokens_of(engine) == over_the_model("tiny-llama")
+
+
+@pytest.mark.gpu
+def test_a_session_that_cannot_have_its_budget_leaves_nothing_attached(tmp_path: Path) -> None:
+    folder = tmp_path / "engine"
+    arguments = ["plugin", "build", "tiny-llama", "--with", "played", "--dtype", "float32", "--output", str(folder)]
+    assert main([*arguments, "--max-lanes", "4", "--max-chunk", "32", "--max-seq-len", "128"]) == 0
+    with pytest.raises(ConfigError, match="budget"):
+        EngineSession.from_folder(folder, device="cuda:0", attention="torch", budget=1)
+    assert not registry.is_attached("kv")
 
 
 def test_a_plan_in_another_process(tmp_path: Path, run_apart: Callable[..., subprocess.CompletedProcess[str]]) -> None:

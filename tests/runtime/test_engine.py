@@ -98,10 +98,16 @@ def test_requests_that_join_late_change_nobodys_tokens(engine: Engine) -> None:
     assert [tokens[number] for number in numbers] == want
 
 
-def test_prompts_that_go_in_by_chunks_give_the_same(engine: Engine) -> None:
-    engine.chunk = 32
-    done = engine.generate(PROMPTS, SamplingParams(max_tokens=12))
+@pytest.mark.parametrize(("kind", "capture"), COMBINATIONS)
+def test_prompts_that_go_in_by_chunks_give_the_same(kind: str, capture: bool) -> None:
+    chunks = []
+    with engine_of(kind, capture, chunk=32) as engine:
+        run = engine.prefill.run
+        engine.prefill.run = lambda given: chunks.extend(given) or run(given)  # type: ignore
+        done = engine.generate(PROMPTS, SamplingParams(max_tokens=12))
     assert [completion.tokens for completion in done] == own_tokens("tiny-llama", 12)
+    assert max(len(chunk.tokens) for chunk in chunks) == 32
+    assert sum(len(chunk.tokens) for chunk in chunks) == sum(map(len, PROMPTS))
 
 
 @pytest.mark.parametrize("kind", ["paged", "vattn"])
@@ -210,6 +216,7 @@ def test_steps_are_reported(engine: Engine) -> None:
         ([-1], SamplingParams(1), None, ConfigError, "token ids outside"),
         ([1] * 100, SamplingParams(29), None, SequenceTooLong, "100 tokens and max_tokens 29 exceed max_seq_len 128"),
         ([1], SamplingParams(3), [1, 2], ConfigError, "2 tokens to force, 3 needed"),
+        ([1], SamplingParams(2), [1, 512], ConfigError, "the forced tokens have token ids outside 0 to 511"),
     ],
 )
 def test_bad_requests_are_refused_and_not_queued(
@@ -230,6 +237,10 @@ def test_bad_requests_are_refused_and_not_queued(
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_k": -2}, "top_k is -2"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 1.5}, r"seed is 1\.5"),
     ],
 )
 def test_bad_sampling_parameters_are_refused(options: dict[str, float], message: str) -> None:

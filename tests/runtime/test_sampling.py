@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trtllm_vattn.runtime.sampling import SamplingParams, likeliest, sample
+from trtllm_vattn.runtime.sampling import SamplingParams, in_parts, of_parts, sample
 
 LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
 
@@ -49,11 +49,20 @@ def test_a_draw_depends_on_seed_and_index_alone() -> None:
     assert len({*again, SamplingParams(temperature=1.0, seed=8).uniform(3)}) == 4
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 9e-6])
+def test_what_logits_cannot_be_divided_by_is_greedy(temperature: float) -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    cold = SamplingParams(temperature=temperature, seed=3)
+    assert cold.greedy
+    assert sample(logits, [cold] * 3, [0, 1, 2]).tolist() == logits.argmax(dim=-1).tolist()
+
+
 @pytest.mark.parametrize("vocab", [1, 7, 512, 1009, 128256])
 def test_the_first_of_the_largest_is_chosen(vocab: int) -> None:
     generator = torch.Generator().manual_seed(vocab)
     # Few different values, so that rows have many largest ones.
     logits = torch.randint(0, 5, (6, vocab), generator=generator).bfloat16()
-    assert torch.equal(likeliest(logits), logits.argmax(dim=-1))
-    logits = torch.randn(6, vocab, generator=generator)
-    assert torch.equal(likeliest(logits), logits.argmax(dim=-1))
+    for values in (logits, torch.randn(6, vocab, generator=generator)):
+        parts = in_parts(values)
+        assert parts.shape[1] <= 128
+        assert torch.equal(of_parts(*parts.max(dim=-1), parts.shape[2]), values.argmax(dim=-1))

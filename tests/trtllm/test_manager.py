@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from trtllm_vattn.errors import ConfigError, OutOfPages
+from trtllm_vattn.errors import ConfigError, DriverError, OutOfPages
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.features import UnsupportedFeature
 
@@ -184,6 +184,25 @@ def test_rejected_draft_tokens_are_rewound(make: Make, double: SimpleNamespace) 
     slot = manager._vattn_pages.cache.slot_of(1)
     assert manager._vattn_pages.cache.lengths[slot] == 33 + 20
     healthy(executor)
+
+
+def test_mapping_ahead_that_fails_ends_no_step(
+    make: Make, double: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = make()
+    executor = executor_of(double, manager)
+    for number in range(3):
+        executor.submit(ask(double, number, 20, 60))
+
+    def fail() -> bool:
+        raise DriverError("CUDA_ERROR_UNKNOWN", "map", ())
+
+    monkeypatch.setattr(manager._vattn_pages.cache, "map_ahead", fail)
+    while executor.waiting or executor.running:
+        executor.step()
+    assert sorted(executor.finished) == [0, 1, 2]
+    healthy(executor)
+    assert "mapping ahead failed and is left to the next step" in caplog.text
 
 
 def test_a_cancelled_request_leaves_its_memory_to_the_next(make: Make, double: SimpleNamespace) -> None:

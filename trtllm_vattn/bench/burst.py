@@ -178,8 +178,8 @@ def _burst(
             if cache.device.type == "cuda":
                 torch.cuda.synchronize(cache.device)
             went_in = perf_counter()
-            for at in range(0, args.prompt_tokens, engine.chunk):
-                engine.prefill.run([PromptChunk(slot, prompt[at : at + engine.chunk], at)])
+            for at in range(0, args.prompt_tokens, engine.prefill.chunk):
+                engine.prefill.run([PromptChunk(slot, prompt[at : at + engine.prefill.chunk], at)])
             if cache.device.type == "cuda":
                 torch.cuda.synchronize(cache.device)
             prefill.append(1e3 * (perf_counter() - went_in))

@@ -7,6 +7,7 @@ compiled layer sees one opaque operation and nothing of the step, so it is compi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,24 +99,30 @@ class PrefillStep:
         return self.attention.prefill(layer, q, part.slot, part.query_len, part.length, part.max_length)
 
 
-_current: list[Step] = []
-"""The step of the forward pass under way; empty between passes."""
+class _Current(threading.local):
+    """The steps of the forward passes under way in a thread; none between passes."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+
+
+_current = _Current()
 
 
 @contextmanager
 def _running(step: Step) -> Iterator[None]:
-    _current.append(step)
+    _current.steps.append(step)
     try:
         yield
     finally:
-        _current.pop()
+        _current.steps.pop()
 
 
 def current_step() -> Step:
     """The step of the forward pass under way. Raises ConfigError outside of one."""
-    if not _current:
+    if not _current.steps:
         raise ConfigError("this model is bound to a trtllm_vattn cache; run it through its Engine")
-    return _current[-1]
+    return _current.steps[-1]
 
 
 class BoundCache(Cache):  # type: ignore[misc]
@@ -161,6 +168,11 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """The attention function registered with transformers: query ``[1, num_heads, tokens, head_dim]``, key and value
     ``[1, num_kv_heads, tokens, head_dim]`` to ``[1, tokens, num_heads, head_dim]``, over the cache."""
+    unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if unknown:
+        raise ConfigError(
+            f"{type(module).__name__} asks for attention with {unknown[0]}, which no backend here computes"
+        )
     batch, heads, tokens, dim = query.shape
     q = query.transpose(1, 2).reshape(batch * tokens, heads, dim)
     k, v = (x.transpose(1, 2).reshape(batch * tokens, x.shape[1], dim) for x in (key, value))
@@ -224,9 +236,27 @@ def scale_of(model: PreTrainedModel) -> float | None:
 
 
 def bind(model: PreTrainedModel) -> None:
-    """Point the model's attention at ours; its code stays as it is."""
+    """Point the model's attention at ours; its code stays as it is.
+
+    Raises
+    ------
+    ConfigError
+        The model does not let its attention be chosen, or turns positions by frequencies that depend on the longest
+        sequence of a pass.
+    """
     AttentionInterface.register(ATTENTION_NAME, attend)
+    config = model.config.get_text_config()
+    turning = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if turning in ("dynamic", "longrope"):
+        raise ConfigError(
+            f"{type(model).__name__} has rope_type {turning}, by which the longest sequence of a batch changes the "
+            "tokens of all; use a model with fixed frequencies (default, linear, llama3, yarn)"
+        )
     model.set_attn_implementation(ATTENTION_NAME)
+    if isinstance(model, PreTrainedModel) and not model._supports_attention_backend:
+        raise ConfigError(
+            f"{type(model).__name__} computes attention by its own code; Llama, Qwen2, Qwen3 and Mistral take ours"
+        )
     for module in model.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             # A number would be compiled in, and every layer compiled again.

@@ -13,6 +13,7 @@ from time import perf_counter
 import numpy as np
 
 from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.errors import DriverError, OutOfPages
 
 FIRST_GUESS_S = 300e-6
 """Seconds to map, make accessible and unmap one extent under load, as measured on an H200 (README)."""
@@ -70,9 +71,16 @@ class Compaction:
         return next(bucket for bucket in self.replay_s if bucket >= lanes)
 
     def move(self, source: int, target: int) -> None:
-        """Move the sequence in a slot to another slot and remember what it took."""
+        """Move the sequence in a slot to another slot and remember what it took.
+
+        Raises OutOfPages or DriverError; it is where it was then, and moves count as twice as dear.
+        """
         started = perf_counter()
-        moved = self.cache.move(self.cache.sequence_at(source), target)
+        try:
+            moved = self.cache.move(self.cache.sequence_at(source), target)
+        except (OutOfPages, DriverError):
+            self.seconds_per_mapping *= 2
+            raise
         took = (perf_counter() - started) / max(1, moved)
         self.seconds_per_mapping = float(np.average([self.seconds_per_mapping, took], weights=[3, 1]))
         self.moves += 1

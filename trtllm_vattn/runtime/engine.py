@@ -30,7 +30,7 @@ from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
 from trtllm_vattn.runtime.request import Completion, Running, StepRecord, TokenEvent
-from trtllm_vattn.runtime.sampling import SamplingParams, sample
+from trtllm_vattn.runtime.sampling import SamplingParams, choose, margins
 from trtllm_vattn.runtime.scheduler import Scheduler
 from trtllm_vattn.runtime.startup import StartupReport, memory_left
 from trtllm_vattn.vmm.open import open_driver
@@ -111,12 +111,14 @@ class Engine:
         bind(model)
         self.model, self.cache = model, cache
         self.steps, self.loop = steps, loop
-        self.chunk, self.record_margins, self.observer = chunk, record_margins, observer
+        self.record_margins, self.observer = record_margins, observer
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
         self.attention = make_attention(attention, cache, config.num_attention_heads, scale_of(model))
         self._prefilled = 0
         self._read_at = 0.0
+        self._events: list[TokenEvent] = []
+        """Not returned yet."""
         self._ids = itertools.count()
         self.startup = StartupReport()
         buckets = default_buckets(cache.shape.num_slots) if buckets is None else buckets
@@ -189,6 +191,7 @@ class Engine:
                 made = make_cache(cache, shape, device, budget)
             undo.callback(made.close)
             engine = cls(loaded, made, mapping=policy, **options)
+            undo.callback(engine.close)
             if later:
                 engine.set_budget(memory_left(made.device) if budget is None else budget)
             undo.pop_all()
@@ -224,12 +227,18 @@ class Engine:
         (teacher forcing); there must be `max_tokens` of them.
         Raises ConfigError or SequenceTooLong; nothing is queued then.
         """
+        request = self._request(prompt, params, forced)
+        self.scheduler.waiting.append(request)
+        return request.id
+
+    def _request(self, prompt: Sequence[int], params: SamplingParams | None, forced: Sequence[int] | None) -> Running:
         params = params or SamplingParams()
         prompt = [int(token) for token in prompt]
         if not prompt:
             raise ConfigError("the prompt is empty; at least one token is needed")
-        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
-            raise ConfigError(f"the prompt has token ids outside 0 to {self._vocab_size - 1}")
+        for name, tokens in (("prompt has", prompt), ("forced tokens have", forced or [0])):
+            if min(tokens) < 0 or max(tokens) >= self._vocab_size:
+                raise ConfigError(f"the {name} token ids outside 0 to {self._vocab_size - 1}")
         longest = self.cache.shape.max_seq_len
         if len(prompt) + params.max_tokens > longest:
             raise SequenceTooLong(
@@ -240,18 +249,19 @@ class Engine:
             raise ConfigError(f"tokens are forced in single steps; this engine takes {self.steps} a launch, make it 1")
         if forced is not None and len(forced) < params.max_tokens:
             raise ConfigError(f"{len(forced)} tokens to force, {params.max_tokens} needed; give as many as max_tokens")
-        request = Running(next(self._ids), prompt, params, forced)
-        self.scheduler.waiting.append(request)
-        return request.id
+        return Running(next(self._ids), prompt, params, forced)
 
     def abort(self, request: int) -> None:
-        """Drop a request wherever it is; its memory is free for others. Raises ConfigError for an unknown one."""
+        """Drop a request wherever it is; its memory is free for others.
+
+        Raises ConfigError for an unknown one, DriverError where releasing failed, which the next step tries again.
+        """
         self.scheduler.abort(request)
 
     @property
     def busy(self) -> bool:
         """Whether any request is not finished."""
-        return bool(self.scheduler.waiting or self.scheduler.holders)
+        return bool(self.scheduler.waiting or self.scheduler.holders or self.scheduler.ended)
 
     @property
     def prefilling(self) -> bool:
@@ -264,22 +274,32 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = False,
     ) -> list[Completion]:
-        """Run prompts of token ids to their end; completions in the order of the prompts."""
+        """Run prompts of token ids to their end; completions in the order of the prompts.
+
+        Raises ConfigError or SequenceTooLong with none of them queued, ConfigError where others are running: take their
+        tokens by `run`. What a step raises ends them all.
+        """
+        if self.scheduler.waiting or self.scheduler.holders:
+            raise ConfigError(
+                "requests are running, whose tokens nobody would get; use run() to the end, or abort them"
+            )
         each = params if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts and {len(each)} sampling parameters; give one for each, or one")
-        lengths = {self.submit(prompt, one): len(prompt) for prompt, one in zip(prompts, each, strict=True)}
-        tokens: dict[int, list[int]] = {request: [] for request in lengths}
-        done: dict[int, Completion] = {}
-        with tqdm(total=len(prompts), unit="request", disable=None if progress else True) as bar:
-            for event in self.run():
-                if event.request in tokens:
-                    tokens[event.request].append(event.token)
+        requests = [self._request(prompt, one, None) for prompt, one in zip(prompts, each, strict=True)]
+        self.scheduler.waiting += requests
+        done: dict[int, str] = {}
+        try:
+            with tqdm(total=len(prompts), unit="request", disable=None if progress else True) as bar:
+                for event in self.run():
                     if event.finish_reason:
-                        number = event.request
-                        done[number] = Completion(number, lengths[number], tokens[number], event.finish_reason)
+                        done[event.request] = event.finish_reason
                         bar.update()
-        return [done[request] for request in lengths]
+        except BaseException:
+            self._events.clear()
+            self.scheduler.drop_all()
+            raise
+        return [Completion(each.id, len(each.prompt), each.chosen, done[each.id]) for each in requests]
 
     def run(self) -> Iterator[TokenEvent]:
         """Step until no request is left, streaming tokens as they come; more may be submitted meanwhile."""
@@ -292,37 +312,45 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Admit what fits, put up to `chunk` prompt tokens in, decode `steps` tokens of every running sequence.
 
-        Raises DriverError where mapping ahead failed beside the last step; the next call goes on.
+        Raises DriverError where mapping ahead failed beside the last step. Whatever it raises, the next call goes on,
+        and returns the tokens that this one had.
         """
         self._mapping.before_step()
+        self.scheduler.release_ended()
         self.scheduler.admit()
-        if self.pipeline.unread is None:
+        if not self.pipeline.running:
             self.scheduler.compact()
         self._prefilled = 0
-        return self._prefill() + self._decode()
+        for half in (self._prefill, self._decode):
+            half()
+            self.scheduler.release_ended()
+        events, self._events = self._events, []
+        return events
 
-    def _prefill(self) -> list[TokenEvent]:
+    def _prefill(self) -> None:
         chunks = self.scheduler.next_chunks()
         if not chunks:
-            return []
+            return
         logits = self.prefill.run([chunk for _, chunk in chunks])
         # The device is busy: the sequences' first steps, and the next prompts, find their memory there.
         self._mapping.beside_step()
         self.scheduler.admit()
-        whole = []
+        whole = [request for request, chunk in chunks if chunk.end == request.length]
+        params, drawn = [request.params for request in whole], [len(request.fed) for request in whole]
+        first = choose(logits[: len(whole)], params, drawn)
         for request, chunk in chunks:
             request.prefilled = chunk.end
             self._prefilled += len(chunk.tokens)
-            if request.prefilled == request.length:
-                whole.append(self.scheduler.prefilling.popleft())
-        return self._first_tokens(whole, logits[: len(whole)]) if whole else []
+        for request in whole:
+            self.scheduler.prefilling.remove(request)
+        self._settle(whole, first, margins(logits[: len(whole)]) if self.record_margins else None)
 
-    def _decode(self) -> list[TokenEvent]:
+    def _decode(self) -> None:
         running = self.scheduler.decoding
         if not running:
             self.pipeline.forget()
-            return []
-        started = self._read_at if self.pipeline.unread else perf_counter()
+            return
+        started = self._read_at if self.pipeline.running else perf_counter()
         launch = self.pipeline.start()
         ahead = self._mapping.beside_step()
         waited = perf_counter()
@@ -331,52 +359,31 @@ class Engine:
         if self.loop:
             # The device went no further than memory reached.
             self.cache.prepare_step(self.decode.lengths_after(len(rows)))
-        now = perf_counter()
-        if self.observer is not None:
-            wall, kv_s = now - started, self.pipeline.kv_s
-            self.observer(StepRecord(len(running), len(rows), self._prefilled, wall, kv_s, ahead, waited))
-        self._read_at = now
-        events = []
+        self._read_at = perf_counter()
+        lanes, wall, kv_s = len(launch.lane_of), self._read_at - started, self.pipeline.kv_s
         for row in rows:
             # Who has ended with an earlier row, or joined since the launch, has no part in it.
             requests = [request for request in running.values() if request.slot in launch.lane_of]
-            lanes = [launch.lane_of[request.slot] for request in requests]
-            events += self._settle(requests, [row[lane] for lane in lanes], self._margins(launch.logits, lanes))
+            theirs = [launch.lane_of[request.slot] for request in requests]
+            apart = margins(launch.logits[theirs]) if self.record_margins else None
+            self._settle(requests, [row[lane] for lane in theirs], apart)
         self.decode.took(launch, rows)
+        self.pipeline.settled()
         for request in running.values():
             if request.forced is not None:
                 self.scheduler.decode_next(request)
-        return events
+        if self.observer is not None:
+            self.observer(StepRecord(lanes, len(rows), self._prefilled, wall, kv_s, ahead, waited))
 
-    def _margins(self, logits: torch.Tensor, rows: list[int]) -> list[float] | None:
-        if not self.record_margins:
-            return None
-        best = logits[rows].float().topk(2, dim=-1).values
-        margins: list[float] = (best[:, 0] - best[:, 1]).tolist()
-        return margins
-
-    def _first_tokens(self, requests: list[Running], logits: torch.Tensor) -> list[TokenEvent]:
-        """Take the tokens after prompts: logits ``[requests, vocab]``."""
-        chosen = logits.argmax(dim=-1)
-        drawn = [i for i, request in enumerate(requests) if not request.params.greedy]
-        if drawn:
-            theirs = [requests[i] for i in drawn]
-            chosen[drawn] = sample(logits[drawn], [r.params for r in theirs], [len(r.fed) for r in theirs])
-        return self._settle(requests, chosen.tolist(), self._margins(logits, list(range(len(requests)))))
-
-    def _settle(
-        self, requests: list[Running], chosen: list[int], margins: list[float] | None = None
-    ) -> list[TokenEvent]:
+    def _settle(self, requests: list[Running], chosen: list[int], apart: list[float] | None) -> None:
         """Append each request's token; those that end with it leave, who is new takes part in the next launch."""
-        events = []
         for i, (request, token) in enumerate(zip(requests, chosen, strict=True)):
             reason = request.accept(token)
-            events.append(TokenEvent(request.id, token, reason, margins[i] if margins else None))
+            self._events.append(TokenEvent(request.id, token, reason, apart[i] if apart else None))
             if reason:
                 self.scheduler.leave(request)
             elif request.slot not in self.scheduler.decoding:
                 self.scheduler.decode_next(request)
-        return events
 
     # -- ending ----------------------------------------------------------------------------------------------------
 

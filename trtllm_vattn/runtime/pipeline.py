@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from time import perf_counter
 
-from trtllm_vattn.errors import OutOfPages
+from trtllm_vattn.errors import DriverError, OutOfPages
 from trtllm_vattn.runtime.decode import Launch
 from trtllm_vattn.runtime.scheduler import Scheduler
 
@@ -27,7 +27,7 @@ class Pipeline:
     Attributes
     ----------
     unread : Launch or None
-        What runs already for the next `start`.
+        What runs already behind the launch that `start` gave.
     kv_s : float
         Seconds that the last `start` spent on the cache's books and the guard.
     """
@@ -35,18 +35,43 @@ class Pipeline:
     def __init__(self, scheduler: Scheduler, steps: int, one_by_one: bool) -> None:
         self.scheduler, self.steps, self.one_by_one = scheduler, steps, one_by_one
         self.unread: Launch | None = None
+        self._first: Launch | None = None
+        """What runs and is read next, until it is settled."""
         self.kv_s = 0.0
 
+    @property
+    def running(self) -> bool:
+        """Whether a launch is under way whose tokens somebody still wants."""
+        first = self._first or self.unread
+        return first is not None and bool(first.lane_of)
+
     def start(self) -> Launch:
-        """The launch to read next, started now if it was not before; and the one after it, where possible."""
+        """The launch to read next, started now if it was not before; and the one after it, where possible.
+
+        The same one until it is `settled`, so that no token is skipped where reading it was interrupted.
+        """
         self.kv_s = 0.0
-        launch = self.unread or self._launch()
-        self.unread = self._launch_ahead(launch)
-        return launch
+        if not self.running:
+            self.forget()
+        if self._first is None:
+            self._first, self.unread = self.unread or self._launch(), None
+        if self.unread is None:
+            try:
+                self.unread = self._launch_ahead(self._first)
+            except DriverError:
+                # Nobody changes lanes that are still on their way to the device.
+                self._first.read()
+                self.scheduler.preempt_broken()
+                raise
+        return self._first
+
+    def settled(self) -> None:
+        """The tokens of what `start` gave are in the books."""
+        self._first = None
 
     def forget(self) -> None:
         """Nobody wants the tokens of what is under way."""
-        self.unread = None
+        self._first = self.unread = None
 
     def _launch(self) -> Launch:
         """Start the next steps of all running sequences; preempts where memory is short."""
@@ -60,6 +85,9 @@ class Pipeline:
                 break
             except OutOfPages:
                 self.scheduler.preempt()
+            except DriverError:
+                self.scheduler.preempt_broken()
+                raise
         self.kv_s += perf_counter() - started
         return self._counted(decode.launch(steps))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ import numpy as np
 import torch
 
 from trtllm_vattn.errors import ConfigError
+
+COLDEST = 1e-5
+"""Temperature below which the likeliest token is taken."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class SamplingParams:
     max_tokens : int
         Tokens to generate at most.
     temperature : float
-        0 is greedy.
+        0 is greedy, and so is less than `COLDEST`, by which logits cannot be divided.
     top_p : float
         Smallest set of tokens whose probabilities add up to this; 1 is all.
     top_k : int
@@ -41,16 +45,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens is {self.max_tokens}; at least 1 is needed")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature is {self.temperature}; it is 0 for greedy, or more")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature is {self.temperature}; it is 0 for greedy, or more, and finite")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it is above 0 and at most 1")
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}; it is 0 for all tokens, or how many")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
+            raise ConfigError(f"seed is {self.seed!r}; it is a whole number from 0 to 2**64 - 1")
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < COLDEST
 
     def uniform(self, index: int) -> float:
         """The number in [0, 1) that decides the token at `index` of the output; counter-based, so order is free."""
@@ -66,9 +72,26 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequ
     return draw(logits, *torch.tensor(rows, dtype=torch.float64, device=logits.device).unbind(1))
 
 
+def choose(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequence[int]) -> list[int]:
+    """One token a row, the likeliest or one drawn as by `sample`: logits ``[rows, vocab]``."""
+    chosen = logits.argmax(dim=-1)
+    drawn = [row for row, each in enumerate(params) if not each.greedy]
+    if drawn:
+        chosen[drawn] = sample(logits[drawn], [params[row] for row in drawn], [indices[row] for row in drawn])
+    tokens: list[int] = chosen.tolist()
+    return tokens
+
+
+def margins(logits: torch.Tensor) -> list[float]:
+    """How far the two largest of each row are apart: logits ``[rows, vocab]``."""
+    best = logits.float().topk(2, dim=-1).values
+    apart: list[float] = (best[:, 0] - best[:, 1]).tolist()
+    return apart
+
+
 def settings(params: SamplingParams) -> tuple[float, float, float]:
     """A row's temperature, top_p and top_k, as `draw` takes them."""
-    return params.temperature, params.top_p, float(params.top_k)
+    return 0.0 if params.greedy else params.temperature, params.top_p, float(params.top_k)
 
 
 def draw(
@@ -103,7 +126,10 @@ MOST_PARTS = 128
 
 
 def in_parts(logits: torch.Tensor) -> torch.Tensor:
-    """Rows by parts of equal width, no more than `MOST_PARTS`: logits ``[rows, vocab]`` to ``[rows, parts, width]``."""
+    """Rows by parts of equal width, no more than `MOST_PARTS`: logits ``[rows, vocab]`` to ``[rows, parts, width]``.
+
+    The likeliest token is found in two stages: a GPU gives a row to one block of threads, and a vocabulary is long.
+    """
     rows, vocab = logits.shape
     parts = max(n for n in range(1, MOST_PARTS + 1) if vocab % n == 0)
     return logits.view(rows, parts, vocab // parts)
@@ -113,13 +139,3 @@ def of_parts(largest: torch.Tensor, place: torch.Tensor, width: int) -> torch.Te
     """The first largest of each row, int64 ``[rows]``, by that of each part and its place there, ``[rows, parts]``."""
     part = largest.argmax(dim=-1, keepdim=True)
     return (part * width + place.gather(1, part)).squeeze(1)
-
-
-def likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """The first largest of each row: logits ``[rows, vocab]`` to int64 ``[rows]``.
-
-    In two stages, by parts of a row: a GPU gives a row to one block of threads, and a vocabulary is long.
-    """
-    parts = in_parts(logits)
-    largest, place = parts.max(dim=-1)
-    return of_parts(largest, place, parts.shape[2])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.errors import ConfigError, NoFreeSlot, OutOfPages
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.errors import ConfigError, DriverError, NoFreeSlot, OutOfPages
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.prefill import PromptChunk
 from trtllm_vattn.runtime.request import Running
+
+logger = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -26,6 +30,8 @@ class Scheduler:
         In the order of their requests; those prefilling hold a slot.
     decoding : dict of int to Running
         By slot, in the order in which they joined; each has a lane.
+    ended : deque of int
+        Requests that left and whose slot and memory are still to be released.
     """
 
     def __init__(self, cache: KVCache, decode: DecodeBatch, compaction: Compaction | None, chunk: int) -> None:
@@ -33,6 +39,7 @@ class Scheduler:
         self.waiting: deque[Running] = deque()
         self.prefilling: deque[Running] = deque()
         self.decoding: dict[int, Running] = {}
+        self.ended: deque[int] = deque()
 
     @property
     def holders(self) -> list[Running]:
@@ -76,7 +83,11 @@ class Scheduler:
         by_slot = {request.slot: request for request in self.holders}
         left = {slot: request.params.max_tokens - len(request.fed) for slot, request in by_slot.items()}
         for source, target in self.compaction.plan(left):
-            self.compaction.move(source, target)
+            try:
+                self.compaction.move(source, target)
+            except (OutOfPages, DriverError) as error:
+                logger.warning("sequences stay where they are, for a move failed: %s", error)
+                return
             request = by_slot[source]
             request.slot = target
             if self.decoding.pop(source, None) is not None:
@@ -102,19 +113,36 @@ class Scheduler:
 
     def preempt_youngest(self) -> None:
         """Send the youngest request back to the queue, even if it is the only one."""
-        youngest = max(self.holders, key=lambda request: request.id)
-        if youngest in self.prefilling:
-            self.prefilling.remove(youngest)
-        self.leave(youngest)
-        youngest.slot, youngest.prefilled = -1, 0
-        self.waiting.appendleft(youngest)
+        self._send_back(max(self.holders, key=lambda request: request.id))
+
+    def preempt_broken(self) -> None:
+        """Send back who is in a slot that cannot grow any more, since unmapping failed in it; it starts in another."""
+        if isinstance(self.cache, KVCacheManager):
+            for request in sorted(self.holders, key=lambda request: -request.id):
+                if self.cache.arena.slots[request.slot].broken:
+                    self._send_back(request)
+
+    def _send_back(self, request: Running) -> None:
+        if request in self.prefilling:
+            self.prefilling.remove(request)
+        self.leave(request)
+        request.prefilled = 0
+        self.waiting.appendleft(request)
+        self.release_ended()
 
     def leave(self, request: Running) -> None:
-        """Take a request's slot, lane and memory back."""
+        """Take a request's lane; its slot and memory are taken by `release_ended`."""
         if self.decoding.pop(request.slot, None) is not None:
             self.decode.vacate(request.slot)
         if request.slot >= 0:
-            self.cache.release(request.id)
+            request.slot = -1
+            self.ended.append(request.id)
+
+    def release_ended(self) -> None:
+        """Release what those who left had. Raises DriverError where one fails, which the next call tries again."""
+        while self.ended:
+            self.cache.release(self.ended[0])
+            self.ended.popleft()
 
     def abort(self, number: int) -> None:
         """Drop a request wherever it is. Raises ConfigError for an unknown one."""
@@ -123,15 +151,24 @@ class Scheduler:
                 if request.id == number:
                     queue.remove(request)
                     self.leave(request)
-                    return
+                    return self.release_ended()
         for request in self.decoding.values():
             if request.id == number:
                 self.leave(request)
-                return
+                return self.release_ended()
         raise ConfigError(f"no request {number} is waiting or running")
+
+    def drop_all(self) -> None:
+        """Drop every request."""
+        for request in self.holders:
+            self.leave(request)
+        self.waiting.clear()
+        self.prefilling.clear()
+        self.release_ended()
 
     def clear(self) -> None:
         """Forget all requests."""
         self.waiting.clear()
         self.prefilling.clear()
         self.decoding.clear()
+        self.ended.clear()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from trtllm_vattn.errors import OutOfPages, UnknownSequence
+from trtllm_vattn.errors import DriverError, OutOfPages, UnknownSequence
 from trtllm_vattn.trtllm.adapter import Adapter
 from trtllm_vattn.trtllm.features import UnsupportedFeature
+
+logger = logging.getLogger(__name__)
 
 
 class Requests(Adapter):
@@ -57,10 +60,13 @@ class Requests(Adapter):
             pages.step(admitted, grown)
 
     def update_resources(self, scheduled_batch: Any, *arguments: Any, **named: Any) -> None:
-        """The stock rewinds; then memory is mapped ahead, beside the step that runs."""
+        """The stock rewinds; then memory is mapped ahead, beside the step that runs, what fails when it is needed."""
         with self._vattn_lock:
             super().update_resources(scheduled_batch, *arguments, **named)
-            self._vattn_pages.cache.map_ahead()
+            try:
+                self._vattn_pages.cache.map_ahead()
+            except DriverError as error:
+                logger.warning("mapping ahead failed and is left to the next step: %s", error)
 
     def rewind_kv_cache(self, request: Any, rewind_len: int) -> None:
         """Take rejected draft tokens back; their memory stays."""
