@@ -117,8 +117,7 @@ class Engine:
         self.attention = make_attention(attention, cache, config.num_attention_heads, scale_of(model))
         self._prefilled = 0
         self._read_at = 0.0
-        self._events: list[TokenEvent] = []
-        """Not returned yet."""
+        self._events: list[TokenEvent] = []  # not returned yet
         self._ids = itertools.count()
         self.startup = StartupReport()
         buckets = default_buckets(cache.shape.num_slots) if buckets is None else buckets
@@ -252,10 +251,8 @@ class Engine:
         return Running(next(self._ids), prompt, params, forced)
 
     def abort(self, request: int) -> None:
-        """Drop a request wherever it is; its memory is free for others.
-
-        Raises ConfigError for an unknown one, DriverError where releasing failed, which the next step tries again.
-        """
+        """Drop a request wherever it is; its memory is free for others. Raises ConfigError for an unknown one, and
+        DriverError where releasing failed, which the next step tries again."""
         self.scheduler.abort(request)
 
     @property
@@ -336,8 +333,7 @@ class Engine:
         self._mapping.beside_step()
         self.scheduler.admit()
         whole = [request for request, chunk in chunks if chunk.end == request.length]
-        params, drawn = [request.params for request in whole], [len(request.fed) for request in whole]
-        first = choose(logits[: len(whole)], params, drawn)
+        first = choose(logits[: len(whole)], [(each.params, len(each.fed)) for each in whole]) if whole else []
         for request, chunk in chunks:
             request.prefilled = chunk.end
             self._prefilled += len(chunk.tokens)
@@ -360,7 +356,7 @@ class Engine:
             # The device went no further than memory reached.
             self.cache.prepare_step(self.decode.lengths_after(len(rows)))
         self._read_at = perf_counter()
-        lanes, wall, kv_s = len(launch.lane_of), self._read_at - started, self.pipeline.kv_s
+        lanes, wall_s = len(launch.lane_of), self._read_at - started
         for row in rows:
             # Who has ended with an earlier row, or joined since the launch, has no part in it.
             requests = [request for request in running.values() if request.slot in launch.lane_of]
@@ -373,7 +369,8 @@ class Engine:
             if request.forced is not None:
                 self.scheduler.decode_next(request)
         if self.observer is not None:
-            self.observer(StepRecord(lanes, len(rows), self._prefilled, wall, kv_s, ahead, waited))
+            kv_s = self.pipeline.kv_s
+            self.observer(StepRecord(lanes, len(rows), self._prefilled, wall_s, kv_s, ahead, waited))
 
     def _settle(self, requests: list[Running], chosen: list[int], apart: list[float] | None) -> None:
         """Append each request's token; those that end with it leave, who is new takes part in the next launch."""

@@ -72,12 +72,13 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequ
     return draw(logits, *torch.tensor(rows, dtype=torch.float64, device=logits.device).unbind(1))
 
 
-def choose(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequence[int]) -> list[int]:
-    """One token a row, the likeliest or one drawn as by `sample`: logits ``[rows, vocab]``."""
+def choose(logits: torch.Tensor, rows: Sequence[tuple[SamplingParams, int]]) -> list[int]:
+    """One token a row, the likeliest or one drawn as by `sample`: logits ``[rows, vocab]``, and for each row how many
+    tokens its request has generated so far."""
     chosen = logits.argmax(dim=-1)
-    drawn = [row for row, each in enumerate(params) if not each.greedy]
+    drawn = [row for row, (params, _) in enumerate(rows) if not params.greedy]
     if drawn:
-        chosen[drawn] = sample(logits[drawn], [params[row] for row in drawn], [indices[row] for row in drawn])
+        chosen[drawn] = sample(logits[drawn], *zip(*(rows[row] for row in drawn), strict=True))
     tokens: list[int] = chosen.tolist()
     return tokens
 
