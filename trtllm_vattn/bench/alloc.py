@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from trtllm_vattn.bench.flags import as_config
+from trtllm_vattn.bench.flags import as_config, device, positive
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_alloc
 from trtllm_vattn.bench.report import Result, finish, table
@@ -30,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench alloc`."""
     gpu = torch.cuda.is_available()
     add = parser.add_argument
-    add("--device", default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
+    add("--device", type=device, default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
     add("--granules", default="1,2,8,32,128", help="extent sizes, in granules of the driver")
-    add("--repeats", type=int, default=200, help="of each call")
-    add("--batch", type=int, default=64, help="mappings made accessible by one call")
+    add("--repeats", type=positive, default=200, help="of each call")
+    add("--batch", type=positive, default=64, help="mappings made accessible by one call")
     add("--threads", default="1,2,4", help="how many at once")
     add("--seed", type=int, default=0, help="recorded; nothing here is random")
     add("--output-json", type=Path, help="write all results there")

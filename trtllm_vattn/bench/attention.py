@@ -20,8 +20,7 @@ from tqdm import tqdm
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, timed_ms
-from trtllm_vattn.bench.flags import add_attention, as_config, dtype_of
-from trtllm_vattn.bench.graph import numbers
+from trtllm_vattn.bench.flags import add_attention, as_config, device, dtype_of, numbers, positive
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_attention
 from trtllm_vattn.bench.report import Result, finish, table
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench attention`."""
     gpu = torch.cuda.is_available()
     add = parser.add_argument
-    add("--device", default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
+    add("--device", type=device, default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
     add_attention(parser)
     add("--blocks", type=numbers, default=[1, 16, 64, 128], help="tokens a block: 1,16,64,128")
     add("--heads", type=numbers, default=[32, 8, 128] if gpu else [4, 2, 16], help="query heads, kv heads, their size")
@@ -47,10 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="1x32768,8x8192,32x8192,128x2048,3x131072" if gpu else "1x256,4x64",
         help="sequences x tokens, with commas",
     )
-    add("--uneven", type=int, default=64 if gpu else 8, help="sequences of the uneven batch: 90 % short, 10 % long")
-    add("--long", type=int, default=8000 if gpu else 200, help="tokens of its long ones; the others have 200, or 5")
-    add("--chunk", type=int, default=2048 if gpu else 32, help="tokens of a prefill chunk")
-    add("--repeats", type=int, default=20, help="of each kernel")
+    add(
+        "--uneven", type=positive, default=64 if gpu else 8, help="sequences of the uneven batch: 90 % short, 10 % long"
+    )
+    add(
+        "--long", type=positive, default=8000 if gpu else 200, help="tokens of its long ones; the others have 200, or 5"
+    )
+    add("--chunk", type=positive, default=2048 if gpu else 32, help="tokens of a prefill chunk")
+    add("--repeats", type=positive, default=20, help="of each kernel")
     add("--seed", type=int, default=0)
     add("--output-json", type=Path, help="write all results there")
     add("--plot", type=Path, help="write a PNG there")

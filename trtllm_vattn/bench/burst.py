@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.flags import add_attention, add_common, as_config, dtype_of
+from trtllm_vattn.bench.flags import add_attention, add_common, as_config, dtype_of, non_negative, positive
 from trtllm_vattn.bench.ledger import LedgerDriver
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_burst
@@ -65,14 +65,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench burst`."""
     gpu, add = add_common(parser), parser.add_argument
     add_attention(parser)
-    add("--running", type=int, default=32 if gpu else 2, help="sequences that decode")
-    add("--context", type=int, default=2048 if gpu else 64, help="their tokens")
-    add("--prompts", type=int, default=128 if gpu else 6, help="prompts of the burst")
-    add("--prompt-tokens", type=int, default=2048 if gpu else 64, help="tokens of each")
-    add("--steps", type=int, default=128 if gpu else 6, help="decode steps before the burst, and after it")
-    add("--rounds", type=int, default=2, help="bursts of each kind, in turns; 0 for steady decode alone")
-    add("--steady-steps", type=int, default=2000 if gpu else 60, help="decode steps with sequences ending and joining")
-    add("--steady-seqs", type=int, default=128 if gpu else 4, help="sequences of those")
+    add("--running", type=positive, default=32 if gpu else 2, help="sequences that decode")
+    add("--context", type=positive, default=2048 if gpu else 64, help="their tokens")
+    add("--prompts", type=positive, default=128 if gpu else 6, help="prompts of the burst")
+    add("--prompt-tokens", type=positive, default=2048 if gpu else 64, help="tokens of each")
+    add("--steps", type=positive, default=128 if gpu else 6, help="decode steps before the burst, and after it")
+    add("--rounds", type=non_negative, default=2, help="bursts of each kind, in turns; 0 for steady decode alone")
+    add(
+        "--steady-steps",
+        type=positive,
+        default=2000 if gpu else 60,
+        help="decode steps with sequences ending and joining",
+    )
+    add("--steady-seqs", type=positive, default=128 if gpu else 4, help="sequences of those")
     add("--plot", type=Path, help="write a PNG there")
 
 

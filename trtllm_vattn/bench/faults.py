@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.bench.flags import as_config
+from trtllm_vattn.bench.flags import as_config, positive
 from trtllm_vattn.bench.report import Result, finish
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -34,8 +34,8 @@ PAGE = 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench faults`."""
     add = parser.add_argument
-    add("--operations", type=int, default=20_000, help="in all")
-    add("--life", type=int, default=2_000, help="operations of one cache, from its construction to its end")
+    add("--operations", type=positive, default=20_000, help="in all")
+    add("--life", type=positive, default=2_000, help="operations of one cache, from its construction to its end")
     add("--probability", type=float, default=0.02, help="of a driver call to fail")
     add("--seed", type=int, default=0)
     add("--output-json", type=Path, help="write all results there")

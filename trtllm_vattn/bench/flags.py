@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,58 @@ import torch
 from trtllm_vattn.attention.select import BACKENDS
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    return _from(1, text)
+
+
+def non_negative(text: str) -> int:
+    """A whole number from 0 on."""
+    return _from(0, text)
+
+
+def _from(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; give a whole number from {least} on")
+    return int(text)
+
+
+def amount(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; give a number above 0")
+    return value
+
+
+def numbers(text: str) -> list[int]:
+    """``1,8,32`` as a list."""
+    return [positive(part) for part in text.split(",") if part]
+
+
+def amounts(text: str) -> list[float]:
+    """``0.5,16`` as a list."""
+    return [amount(part) for part in text.split(",") if part]
+
+
+def device(text: str) -> str:
+    """``cpu``, or a GPU that is there."""
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if text not in ("cpu", *gpus):
+        raise argparse.ArgumentTypeError(f"it is {text!r}; there are {', '.join(['cpu', *gpus])}")
+    return text
+
+
 def add_common(parser: argparse.ArgumentParser, on_gpu: str = "llama-3-8b", on_host: str = "tiny-llama") -> bool:
     """Add ``--model``, ``--device``, ``--seed`` and ``--output-json``; returns whether there is a GPU, which other
     defaults depend on."""
     gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("--model", default=on_gpu if gpu else on_host, help="checkpoint directory or named shape")
-    add("--device", default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
+    add("--device", type=device, default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
     add("--seed", type=int, default=0)
     add("--output-json", type=Path, help="write all results there")
     return gpu

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.bench.flags import as_config
+from trtllm_vattn.bench.flags import amount, as_config, positive
 from trtllm_vattn.bench.ledger import LedgerCache, LedgerDriver
 from trtllm_vattn.bench.report import Result, table, write
 from trtllm_vattn.bench.traces import Request, fit, generate_trace, load_trace
@@ -53,11 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench fragmentation`."""
     add = parser.add_argument
     add("--trace", type=Path, action="append", default=[], help="a trace file; may be given again")
-    add("--requests", type=int, default=400, help="how many requests of each trace")
-    add("--max-output", type=int, default=512, help="cap on a request's output tokens")
-    add("--max-seq-len", type=int, default=16384, help="tokens of a slot")
-    add("--max-seqs", type=int, default=256, help="sequences that run at once")
-    add("--budget-gib", type=float, default=64.0, help="bytes of KV of each system, in GiB")
+    add("--requests", type=positive, default=400, help="how many requests of each trace")
+    add("--max-output", type=positive, default=512, help="cap on a request's output tokens")
+    add("--max-seq-len", type=positive, default=16384, help="tokens of a slot")
+    add("--max-seqs", type=positive, default=256, help="sequences that run at once")
+    add("--budget-gib", type=amount, default=64.0, help="bytes of KV of each system, in GiB")
     add("--seed", type=int, default=0)
     add("--output-json", type=Path, help="write all results there")
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, fill_random, read_limit
-from trtllm_vattn.bench.flags import add_attention, as_config, dtype_of
+from trtllm_vattn.bench.flags import add_attention, as_config, device, dtype_of, non_negative, numbers, positive
 from trtllm_vattn.bench.identity import RequestTokens, compare
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_graph
@@ -38,11 +38,6 @@ from trtllm_vattn.runtime.models import SHAPES, load_model
 MODES = ("eager", "captured")
 
 
-def numbers(text: str) -> list[int]:
-    """``1,8,32`` as a list."""
-    return [int(part) for part in text.split(",") if part]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench graph`. Defaults that depend on the machine are filled in by `settle`."""
     add = parser.add_argument
@@ -51,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"checkpoint directory, or one of {', '.join(SHAPES)} (default: llama-3-8b, tiny without GPU)",
     )
     add("--engine", type=Path, help="an engine's folder (trtllm-vattn plugin build) in place of --model")
-    add("--device", help="cpu or cuda:N (default: the GPU if there is one)")
+    add("--device", type=device, help="cpu or cuda:N (default: the GPU if there is one)")
     add_attention(parser)
     add(
         "--caches",
@@ -63,13 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="Azure code CSV, Mooncake JSONL or ShareGPT lengths CSV (default: generated)",
     )
-    add("--requests", type=int, help="how many requests of the trace; 0 for steady decode alone")
-    add("--max-output", type=int, help="cap on a request's output tokens")
-    add("--max-seqs", type=int, help="sequences that run at once")
-    add("--max-seq-len", type=int, help="tokens of a slot")
+    add("--requests", type=non_negative, help="how many requests of the trace; 0 for steady decode alone")
+    add("--max-output", type=positive, help="cap on a request's output tokens")
+    add("--max-seqs", type=positive, help="sequences that run at once")
+    add("--max-seq-len", type=positive, help="tokens of a slot")
     add(
         "--layers-per-range",
-        type=int,
+        type=positive,
         help="layers that share a token's row in the vattn cache (default: rows of 32 KiB)",
     )
     add(
@@ -80,9 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=numbers,
         help="steady decode at these, 1,8,32,128 say (default: none without GPU)",
     )
-    add("--context", type=int, default=2048, help="tokens a sequence in steady decode")
-    add("--rounds", type=int, default=5, help="turns of each combination in steady decode")
-    add("--steps", type=int, default=10, help="steps a turn")
+    add("--context", type=positive, default=2048, help="tokens a sequence in steady decode")
+    add("--rounds", type=positive, default=5, help="turns of each combination in steady decode")
+    add("--steps", type=positive, default=10, help="steps a turn")
     add(
         "--tie-tolerance",
         type=float,

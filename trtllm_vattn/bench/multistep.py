@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.bench.flags import add_attention, add_common, as_config, dtype_of
-from trtllm_vattn.bench.graph import numbers
+from trtllm_vattn.bench.flags import add_attention, add_common, as_config, dtype_of, numbers, positive
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.steady import Lane, fill, settle_device_ms, take_turns
@@ -31,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attention(parser)
     add("--batch-sizes", type=numbers, default=[1, 8, 32] if gpu else [1, 4], help="sequences")
     add("--step-counts", type=numbers, default=[1, 4, 16], help="decode steps of a launch")
-    add("--context", type=int, default=2048 if gpu else 64, help="tokens a sequence")
-    add("--rounds", type=int, default=5, help="turns of each engine")
-    add("--steps", type=int, default=32, help="decode steps a turn")
-    add("--identity-tokens", type=int, default=48, help="tokens of each sequence that are compared")
+    add("--context", type=positive, default=2048 if gpu else 64, help="tokens a sequence")
+    add("--rounds", type=positive, default=5, help="turns of each engine")
+    add("--steps", type=positive, default=32, help="decode steps a turn")
+    add("--identity-tokens", type=positive, default=48, help="tokens of each sequence that are compared")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from transformers import AutoConfig
 
 import trtllm_vattn
 from trtllm_vattn import plugins
-from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
+from trtllm_vattn.bench.flags import add_common, as_config, dtype_of, positive
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plugin_layers import PlayedLayers
 from trtllm_vattn.bench.report import Result, finish
@@ -50,13 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu, add = add_common(parser), parser.add_argument
     add("--module", default="auto", help=f"whose plugin classes: auto, {', '.join(MODULES)}, or plain (no TensorRT)")
     add("--attention", default="auto", help="auto, torch or cudnn")
-    add("--lanes", type=int, default=32 if gpu else 4)
-    add("--max-seq-len", type=int, default=4096 if gpu else 128)
-    add("--context", type=int, default=2048 if gpu else 64, help="tokens a sequence where steps are timed")
-    add("--contexts", type=int, default=2, help="execution contexts; each is captured once")
-    add("--replays", type=int, default=10_000 if gpu else 200)
-    add("--check-every", type=int, default=50 if gpu else 10, help="replays between checks of the outputs")
-    add("--rounds", type=int, default=20 if gpu else 3, help="turns of steps with and without the plugin")
+    add("--lanes", type=positive, default=32 if gpu else 4)
+    add("--max-seq-len", type=positive, default=4096 if gpu else 128)
+    add("--context", type=positive, default=2048 if gpu else 64, help="tokens a sequence where steps are timed")
+    add("--contexts", type=positive, default=2, help="execution contexts; each is captured once")
+    add("--replays", type=positive, default=10_000 if gpu else 200)
+    add("--check-every", type=positive, default=50 if gpu else 10, help="replays between checks of the outputs")
+    add("--rounds", type=positive, default=20 if gpu else 3, help="turns of steps with and without the plugin")
 
 
 class PluginBenchmark:

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.flags import add_attention, add_common, as_config, dtype_of
+from trtllm_vattn.bench.flags import add_attention, add_common, amount, as_config, dtype_of, positive
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.traces import Request, fit, generate_trace, load_trace
@@ -36,14 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attention(parser)
     add("--caches", default="contiguous,paged,paged-64,published,vattn", help=f"of {', '.join(CACHES)}")
     add("--trace", type=Path, help="Azure code CSV, Mooncake JSONL or ShareGPT lengths CSV (default: generated)")
-    add("--requests", type=int, default=128 if gpu else 10, help="how many requests of the trace")
+    add("--requests", type=positive, default=128 if gpu else 10, help="how many requests of the trace")
     add("--densest", action="store_true", help="the part of the trace where so many arrive in the shortest time")
     add("--at-once", action="store_true", help="all arrive at once, instead of as the trace says")
-    add("--max-output", type=int, default=256 if gpu else 12, help="cap on a request's output tokens")
-    add("--max-seq-len", type=int, default=8192 if gpu else 256, help="tokens of a slot")
-    add("--max-seqs", type=int, default=128 if gpu else 6, help="sequences at once, where memory allows")
-    add("--budget-gib", type=float, default=16.0 if gpu else 0.004, help="bytes of KV of each cache, in GiB")
-    add("--rounds", type=int, default=2, help="runs of each cache, in turns")
+    add("--max-output", type=positive, default=256 if gpu else 12, help="cap on a request's output tokens")
+    add("--max-seq-len", type=positive, default=8192 if gpu else 256, help="tokens of a slot")
+    add("--max-seqs", type=positive, default=128 if gpu else 6, help="sequences at once, where memory allows")
+    add("--budget-gib", type=amount, default=16.0 if gpu else 0.004, help="bytes of KV of each cache, in GiB")
+    add("--rounds", type=positive, default=2, help="runs of each cache, in turns")
 
 
 def run(args: argparse.Namespace) -> int:

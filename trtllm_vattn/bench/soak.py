@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from trtllm_vattn.bench.controls import run_controls
-from trtllm_vattn.bench.flags import add_common, as_config
+from trtllm_vattn.bench.flags import add_common, amount, as_config, positive
 from trtllm_vattn.bench.machine import commit
 from trtllm_vattn.bench.report import Result, write
 from trtllm_vattn.bench.twins import MAX_SEQ_LEN, SLOTS, Side, Tally, Twins
@@ -34,9 +34,11 @@ from trtllm_vattn.vmm.wrappers import CountingDriver
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench soak`."""
     gpu, add = add_common(parser, on_gpu="small-llama"), parser.add_argument
-    add("--replays", type=int, default=100_000 if gpu else 400, help="replays in all")
-    add("--seconds", type=float, default=420.0, help="end this chunk after so many; go on with --state")
-    add("--repeatable", type=int, default=2000 if gpu else 60, help="replays of two twins that are both left alone")
+    add("--replays", type=positive, default=100_000 if gpu else 400, help="replays in all")
+    add("--seconds", type=amount, default=420.0, help="end this chunk after so many; go on with --state")
+    add(
+        "--repeatable", type=positive, default=2000 if gpu else 60, help="replays of two twins that are both left alone"
+    )
     add("--tolerance", type=float, default=0.05, help="of eager logits, in standard deviations")
     add("--state", type=Path, help="a file to go on from, and to write what was done to")
 

@@ -16,8 +16,7 @@ import tempfile
 from time import perf_counter, time
 from typing import Any
 
-from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
-from trtllm_vattn.bench.graph import numbers
+from trtllm_vattn.bench.flags import add_common, as_config, dtype_of, numbers, positive
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import NoFreeSlot, OutOfPages, VattnError
@@ -50,11 +49,16 @@ with Engine.from_pretrained(sys.argv[2], device=sys.argv[3], max_seqs=int(sys.ar
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench start`."""
     gpu, add = add_common(parser), parser.add_argument
-    add("--max-seqs", type=int, default=32 if gpu else 4, help="sequences of the engine that is started")
+    add("--max-seqs", type=positive, default=32 if gpu else 4, help="sequences of the engine that is started")
     add(
         "--budgets-mib", type=numbers, default=[8192, 61440, 102400, 61440, 8192] if gpu else [4, 16, 4], help="in turn"
     )
-    add("--filler-tokens", type=int, default=7900 if gpu else 500, help="tokens of the sequences that fill a budget")
+    add(
+        "--filler-tokens",
+        type=positive,
+        default=7900 if gpu else 500,
+        help="tokens of the sequences that fill a budget",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,8 +22,16 @@ from tqdm import tqdm
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.attention import fill
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, timed_ms
-from trtllm_vattn.bench.flags import add_attention, as_config, dtype_of
-from trtllm_vattn.bench.graph import numbers
+from trtllm_vattn.bench.flags import (
+    add_attention,
+    amounts,
+    as_config,
+    device,
+    dtype_of,
+    non_negative,
+    numbers,
+    positive,
+)
 from trtllm_vattn.bench.plot import plot_tlb
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.cache.base import CacheShape, KVCache
@@ -49,10 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench tlb`."""
     gpu = torch.cuda.is_available()
     add = parser.add_argument
-    add("--device", default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
+    add("--device", type=device, default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
     add_attention(parser)
     add("--heads", type=numbers, default=[32, 8, 128] if gpu else [2, 1, 16], help="query heads, kv heads, their size")
-    add("--layers", type=int, default=32 if gpu else 4, help="layers; the working set is all of them")
+    add("--layers", type=positive, default=32 if gpu else 4, help="layers; the working set is all of them")
     add(
         "--layers-per-range",
         type=numbers,
@@ -60,11 +68,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="layouts; the last in all orders",
     )
     add("--contexts", type=numbers, default=[2048, 131072] if gpu else [100], help="tokens a sequence")
-    add("--working-sets-gb", default="1,16,64,120" if gpu else "0.0005", help="bytes of K and V, in units of 1e9")
+    add(
+        "--working-sets-gb",
+        type=amounts,
+        default=[1, 16, 64, 120] if gpu else [5e-4],
+        help="of K and V; a GB is 1e9 bytes",
+    )
     add("--blocks", type=numbers, default=[16, 64] if gpu else [16], help="tokens a block of the block tables")
     add("--read-bytes", type=numbers, default=[512, 4096, 32768], help="sizes of plain random reads")
-    add("--churn", type=int, default=400, help="sequences that come and go before 'after churn'")
-    add("--repeats", type=int, default=5)
+    add("--churn", type=non_negative, default=400, help="sequences that come and go before 'after churn'")
+    add("--repeats", type=positive, default=5)
     add("--seed", type=int, default=0)
     add("--output-json", type=Path, help="write all results there")
     add("--plot", type=Path, help="write a PNG there")
@@ -75,8 +88,7 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     rows: list[dict[str, Any]] = []
     reads: list[dict[str, Any]] = []
-    sets = [float(text) for text in args.working_sets_gb.split(",")]
-    points = [(gb, context) for gb in sets for context in args.contexts]
+    points = [(gb, context) for gb in args.working_sets_gb for context in args.contexts]
     for gb, context in tqdm(points, desc="points", disable=None):
         shape = _shape(args, gb, context)
         if shape is None:
@@ -228,7 +240,8 @@ def _summary(rows: list[dict[str, Any]], reads: list[dict[str, Any]], g: int) ->
             for (context, gb, system), rate in best.items()
             if system == blocks and (context, gb, f"flat, {g} layers a row, in order") in best
         ]
-        out[f"flat_over_{blocks.replace(' ', '_')}_worst"] = min(ratios)
+        if ratios:
+            out[f"flat_over_{blocks.replace(' ', '_')}_worst"] = min(ratios)
     for size in dict.fromkeys(row["read_bytes"] for row in reads):
         found = {(r["order"], r["working_set_gb"]): r["gb_per_s"] for r in reads if r["read_bytes"] == size}
         ratios = [rate / found["in order", gb] for (order, gb), rate in found.items() if order == "scattered"]

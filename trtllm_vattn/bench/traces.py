@@ -72,6 +72,8 @@ def load_trace(path: Path) -> list[Request]:
             requests = list(_rows(path, first, iter(file)))
     except OSError as error:
         raise ConfigError(f"cannot read the trace {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the trace {path} is no text: {error}") from error
     if not requests:
         raise ConfigError(f"the trace {path} has no requests")
     start = min(request.arrival_s for request in requests)

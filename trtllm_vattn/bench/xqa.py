@@ -15,8 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trtllm_vattn.bench.flags import add_common, as_config, dtype_of
-from trtllm_vattn.bench.graph import numbers
+from trtllm_vattn.bench.flags import add_common, as_config, dtype_of, numbers, positive
 from trtllm_vattn.bench.identity import Identity, compare
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.random_blocks import RandomBlocks
@@ -39,16 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench xqa`."""
     gpu, add = add_common(parser), parser.add_argument
     add("--attention", default="xqa", choices=["xqa", "xqa-fmha"], help="compared with flat attention")
-    add("--tokens-per-block", type=int, default=32, choices=BLOCK_SIZES, help="tokens of a block")
-    add("--layers-per-range", type=int, help="layers of a block's record (default: rows of 32 KiB)")
+    add("--tokens-per-block", type=positive, default=32, choices=BLOCK_SIZES, help="tokens of a block")
+    add("--layers-per-range", type=positive, help="layers of a block's record (default: rows of 32 KiB)")
     add("--batch-sizes", type=numbers, default=[1, 8, 32, 128] if gpu else [2], help="sequences of steady decode")
-    add("--context", type=int, default=2048 if gpu else 64, help="tokens a sequence")
-    add("--rounds", type=int, default=5 if gpu else 1, help="turns of each table")
-    add("--steps", type=int, default=20 if gpu else 4, help="decode steps a turn")
-    add("--requests", type=int, default=16 if gpu else 6, help="requests whose tokens are compared")
-    add("--max-output", type=int, default=48 if gpu else 8, help="tokens of a request at most")
+    add("--context", type=positive, default=2048 if gpu else 64, help="tokens a sequence")
+    add("--rounds", type=positive, default=5 if gpu else 1, help="turns of each table")
+    add("--steps", type=positive, default=20 if gpu else 4, help="decode steps a turn")
+    add("--requests", type=positive, default=16 if gpu else 6, help="requests whose tokens are compared")
+    add("--max-output", type=positive, default=48 if gpu else 8, help="tokens of a request at most")
     add("--tie-tolerance", type=float, default=0.25 if gpu else 0.0, help="logits closer than this are a tie")
-    add("--replays", type=int, default=10_000 if gpu else 40, help="replays of one graph over replaced memory")
+    add("--replays", type=positive, default=10_000 if gpu else 40, help="replays of one graph over replaced memory")
 
 
 def run(args: argparse.Namespace) -> int:
