@@ -102,7 +102,7 @@ class EngineModel(nn.Module):
                 "chunk, or build with a larger max_chunk"
             )
         static = self._static[CONTEXT]
-        (part,) = step.parts
+        (part,) = step.chunks.parts
         for name, value in (("lengths", part.length), ("query_lengths", part.query_len), ("slots", part.slot)):
             static[name].copy_(value)
         static["last"].copy_(logits_to_keep)

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention.base import Attention, Chunks, Part, Span
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import CacheShape, FlatKV
 from trtllm_vattn.cache.select import make_cache
@@ -77,6 +77,30 @@ def prefill_case(attention: Attention, slot: int, count: int, padded: int, layer
     check(case, out[:count], reference(q[:count], *kept(attention, layer, slot, length)))
 
 
+def together_case(attention: Attention, layer: int) -> None:
+    """Chunks of several prompts, the last keys of each being the last that are mapped."""
+    spans = [Span(slot, start, LENGTHS[slot]) for slot, start in ((5, 0), (8, 1000), (0, 0), (13, 512), (4, 1))]
+    case = f"prefill of {len(spans)} chunks together, layer {layer}"
+    print(f"start {case}", flush=True)
+    counts = [span.end - span.start for span in spans]
+    q = torch.randn(sum(counts) + 9, HEADS, 128, device="cuda", dtype=torch.bfloat16)
+    parts = [
+        Part(
+            count,
+            torch.tensor([span.slot], device="cuda"),
+            *(torch.tensor([n], dtype=torch.int32, device="cuda") for n in (count, span.end)),
+            span.end,
+        )
+        for span, count in zip(spans, counts, strict=True)
+    ]
+    out = attention.prefill_together(layer, q, Chunks(parts, spans))
+    if not bool(torch.isfinite(out).all()):
+        raise SystemExit(f"{case}: padding rows are not finite")
+    rows = zip(spans, q[: sum(counts)].split(counts), strict=True)
+    want = [reference(mine, *kept(attention, layer, span.slot, span.end)) for span, mine in rows]
+    check(case, out[: sum(counts)], torch.cat(want))
+
+
 def claim_too_much(attention: Attention) -> None:
     lengths = [0] * len(LENGTHS)
     lengths[4] = 4096
@@ -114,6 +138,7 @@ def main(backend: str, layers_per_range: int, kind: str, beyond: bool) -> None:
                 prefill_case(attention, slot, count, padded, layer)
             for slot, count, padded in ((10, 97, 128), (6, 1000, 1024), (13, 512, 512), (13, 2048, 2048)):
                 prefill_case(attention, slot, count, padded, layer)
+            together_case(attention, layer)
     print("all cases passed", flush=True)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention.base import Attention, Chunks, Part, Span, rotated
 from trtllm_vattn.attention.cudnn_plan import prefer_cudnn
 from trtllm_vattn.attention.select import available, make_attention
 from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
@@ -25,6 +25,7 @@ CASES = [
     for kind in CACHES
     if name != "xqa-fmha" or kind.startswith("blocks")
 ]
+KINDS = (torch.int64, torch.int32, torch.int32)
 LENGTHS = [0, 1, 15, 16, 17, 100, 1000, 0]
 
 
@@ -140,6 +141,56 @@ def test_prefill_chunks(build: Callable[..., Case], start: int, count: int, padd
     visible = list(range(start + 1, length + 1))
     every = [2] * count
     close(got[:count], expected(q[:count], k[every], v[every], visible, attention.scale))
+
+
+def test_chunks_of_several_prompts_together(build: Callable[..., Case]) -> None:
+    # The last one's keys end where nothing is mapped behind, or what is there is no number.
+    spans = [Span(2, 0, 100), Span(5, 37, 101), Span(1, 0, 1), Span(6, 900, 999), Span(3, 0, 17)]
+    lengths = [0] * SLOTS
+    for span in spans:
+        lengths[span.slot] = span.end
+    cache, attention, k, v = build(8, 2, lengths)
+    counts = [span.end - span.start for span in spans]
+    padded = sum(counts) + 7
+    q = torch.randn(padded, 8, 64).to(k.dtype)
+
+    def on_device(values: list[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=cache.device)
+
+    parts = [
+        Part(
+            count,
+            *(on_device([n], kind) for n, kind in zip((span.slot, count, span.end), KINDS, strict=True)),
+            span.end,
+        )
+        for span, count in zip(spans, counts, strict=True)
+    ]
+    got = attention.prefill_together(1, q.to(cache.device), Chunks(parts, spans))
+    assert torch.isfinite(got).all()
+    slots = [span.slot for span in spans for _ in range(span.start, span.end)]
+    visible = [position + 1 for span in spans for position in range(span.start, span.end)]
+    close(got[: sum(counts)], expected(q[: sum(counts)], k[slots], v[slots], visible, attention.scale))
+
+
+def test_queries_and_keys_are_turned_as_they_are_stored(build: Callable[..., Case]) -> None:
+    lengths = [0, 3, 0, 100, 0, 0, 0, 0]
+    cache, attention, k, v = build(16, 2, [0] * SLOTS)
+    slots = torch.tensor([lane for lane, length in enumerate(lengths) for _ in range(length)], device=cache.device)
+    positions = torch.cat([torch.arange(length, device=cache.device) for length in lengths if length])
+    # Parts of one product, so that tokens are further apart than their own heads.
+    product = torch.randn(len(slots), 20, 64).to(cache.device, k.dtype)
+    q, new_k, new_v = product.split([16, 2, 2], dim=1)
+    cos, sin = torch.randn(2, len(slots), 64).to(cache.device, k.dtype)
+    turned = attention.rotate_and_write(1, q, new_k, new_v, cos, sin, slots, positions)
+    assert turned.is_contiguous()
+    angles = cos.cpu().double(), sin.cpu().double()
+    close(turned, rotated(q.cpu().double(), *angles))
+    k[:], v[:] = 0, 0
+    where = slots.cpu(), positions.cpu()
+    k[where], v[where] = rotated(new_k.cpu().double(), *angles).to(k.dtype), new_v.cpu()
+    ask = torch.randn(SLOTS, 16, 64).to(k.dtype)
+    got = attention.decode(1, ask.to(cache.device), torch.tensor(lengths, dtype=torch.int32, device=cache.device))
+    close(got, expected(ask, k, v, lengths, attention.scale))
 
 
 def test_a_latent_is_written_once_and_read_as_both() -> None:

@@ -6,11 +6,47 @@ Nothing here synchronises with the host or depends on the values of a device ten
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
+from torch.nn import functional
 
 from trtllm_vattn.cache.base import KVCache
+
+FEWEST_ROWS = 16
+"""Of a prompt's chunk that `Attention.prefill` is given."""
+
+
+class Span(NamedTuple):
+    """Tokens `start` to `end` of a slot's sequence, as the host knows them."""
+
+    slot: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """`rows` rows of a pass that are a chunk of one prompt, as `Attention.prefill` takes them."""
+
+    rows: int
+    slot: torch.Tensor
+    query_len: torch.Tensor
+    length: torch.Tensor
+    max_length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Chunks:
+    """Chunks of different prompts, one behind another in the rows of a pass.
+
+    The same chunks as parts on the device and as `spans` on the host; of a captured pass there are no spans.
+    """
+
+    parts: Sequence[Part]
+    spans: Sequence[Span] = ()
 
 
 class Attention(ABC):
@@ -46,6 +82,24 @@ class Attention(ABC):
         name the dummy slot at position 0.
         """
 
+    def rotate_and_write(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """`write` of keys that are turned first, by rotary position embeddings; returns the turned queries.
+
+        q ``[tokens, num_heads, head_dim]`` to the same shape, contiguous; cos, sin ``[tokens, head_dim]``.
+        """
+        self.write(layer, rotated(k, cos, sin), v, slots, positions)
+        return rotated(q, cos, sin)
+
     @abstractmethod
     def decode(
         self,
@@ -78,3 +132,22 @@ class Attention(ABC):
         length int32 ``[1]`` on the device counts the chunk and what was there before; `max_length` is a host-side
         bound on it (a multiple of nothing in particular). Rows past `query_len` are finite and mean nothing.
         """
+
+    def prefill_together(self, layer: int, q: torch.Tensor, chunks: Chunks) -> torch.Tensor:
+        """`prefill` of several chunks: q ``[rows, num_heads, head_dim]`` to the same; what is in no part is finite."""
+        out = torch.zeros_like(q)
+        row = 0
+        for part in chunks.parts:
+            mine = q[row : row + part.rows]
+            padded = functional.pad(mine, (0, 0, 0, 0, 0, max(0, FEWEST_ROWS - part.rows)))
+            attended = self.prefill(layer, padded, part.slot, part.query_len, part.length, part.max_length)
+            out[row : row + part.rows] = attended[: part.rows]
+            row += part.rows
+        return out
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x ``[tokens, heads, head_dim]`` turned by angles ``[tokens, head_dim]``, the halves of a head being the two
+    coordinates (RoFormer, arXiv 2104.09864, in the form of GPT-NeoX)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]

@@ -7,13 +7,18 @@ and nothing of a lane of length 0 (tests/attention shows both on the card, over 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 
 from trtllm_vattn.attention.affine import affine_table, as_blocks, fitting_block
+from trtllm_vattn.attention.base import Chunks
 from trtllm_vattn.attention.cudnn_plan import Operand, Plan, PlanShape
 from trtllm_vattn.attention.gather import GatheringAttention
+from trtllm_vattn.attention.packed import Packed
 from trtllm_vattn.cache.base import FlatKV, KVCache, PagedKV
 from trtllm_vattn.errors import ConfigError
 
@@ -46,6 +51,7 @@ class CudnnAttention(GatheringAttention):
         self._plans: dict[PlanShape, Plan] = {}
         self._table: torch.Tensor | None = None
         self._tables: dict[int, torch.Tensor] = {}
+        self._packed: WeakKeyDictionary[Chunks, Packed] = WeakKeyDictionary()
         self._ones = torch.ones(cache.shape.num_slots, dtype=torch.int32, device=cache.device)
 
     def storages(self) -> list[torch.Tensor]:
@@ -67,7 +73,7 @@ class CudnnAttention(GatheringAttention):
             kv = self._as_blocks(kv)
         shape = self._paged_shape(kv, len(q))
         table = kv.table if slots is None else self._rows(kv.table, slots)
-        return self._run(shape, q, kv.k, kv.v, self._ones, lengths, table, out)
+        return self._run(shape, q, kv.k, kv.v, self._ones, lengths, {Operand.TABLE: table}, out)
 
     def prefill(
         self,
@@ -86,6 +92,24 @@ class CudnnAttention(GatheringAttention):
         shape = self._flat_shape(FlatKV(k, v), 1, rows=rows, causal=True)
         padded = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, rows - len(q))) if rows > len(q) else q
         return self._run(shape, padded, k, v, query_len, length)[: len(q)]
+
+    def prefill_together(self, layer: int, q: torch.Tensor, chunks: Chunks) -> torch.Tensor:
+        packed = self._packed.get(chunks)
+        if packed is None:
+            packed = self._packed[chunks] = Packed.of(chunks.spans, q, self.cache)
+        # A copy, for the reason that `prefill` has one.
+        k, v = self._rows_at(layer, packed.slots, packed.tokens)
+        _, heads, dim = k.shape
+        kv_shape = (packed.lanes, heads, packed.most_keys, dim)
+        strides = (heads * packed.most_keys * dim, dim, heads * dim, 1)
+        shape = PlanShape(packed.lanes, packed.most_rows, self.num_heads, kv_shape, strides, True, packed=True)
+        more = {
+            Operand.QUERY_OFFSETS: packed.query_offsets,
+            Operand.OUT_OFFSETS: packed.query_offsets,
+            Operand.KEY_OFFSETS: packed.key_offsets,
+            Operand.VALUE_OFFSETS: packed.key_offsets,
+        }
+        return self._run(shape, q, k, v, packed.query_lengths, packed.lengths, more)
 
     def _rows(self, table: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """A table's rows of some slots, in a buffer that all layers share."""
@@ -124,7 +148,7 @@ class CudnnAttention(GatheringAttention):
         v: torch.Tensor,
         query_lengths: torch.Tensor,
         lengths: torch.Tensor,
-        table: torch.Tensor | None = None,
+        more: Mapping[Operand, torch.Tensor] = MappingProxyType({}),
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         plan = self._plans.get(shape)
@@ -141,9 +165,8 @@ class CudnnAttention(GatheringAttention):
             Operand.OUT: out,
             Operand.QUERY_LENGTHS: query_lengths,
             Operand.LENGTHS: lengths,
+            **more,
         }
-        if table is not None:
-            tensors[Operand.TABLE] = table
         self._cudnn.set_stream(handle=self._handle, stream=torch.cuda.current_stream(q.device).cuda_stream)
         plan.execute({int(operand): tensor.data_ptr() for operand, tensor in tensors.items()})
         return out

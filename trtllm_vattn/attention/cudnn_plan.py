@@ -25,6 +25,10 @@ class Operand(enum.IntEnum):
     QUERY_LENGTHS = 5
     LENGTHS = 6
     TABLE = 7
+    QUERY_OFFSETS = 8
+    KEY_OFFSETS = 9
+    VALUE_OFFSETS = 10
+    OUT_OFFSETS = 11
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class PlanShape:
 
     q and the output are ``[lanes, rows, num_heads, head_dim]``, contiguous. K and V have `kv_shape`
     ``[lanes or blocks, num_kv_heads, tokens, head_dim]`` with `kv_strides`. With `blocks_per_lane` they are blocks
-    behind an int32 table ``[lanes, blocks_per_lane]``. `causal` aligns the last query row with the last key.
+    behind an int32 table ``[lanes, blocks_per_lane]``. `causal` aligns the last query row with the last key. `packed`
+    lanes lie one behind another: lane i begins at element i of int32 offsets ``[lanes + 1]``, and `rows` and the tokens
+    of `kv_shape` are only bounds.
     """
 
     lanes: int
@@ -43,6 +49,7 @@ class PlanShape:
     kv_strides: tuple[int, int, int, int]
     causal: bool
     blocks_per_lane: int = 0
+    packed: bool = False
 
 
 def prefer_cudnn(graph: Any) -> None:
@@ -126,6 +133,10 @@ class Plan:
         if shape.causal:
             options["diagonal_alignment"] = cudnn.diagonal_alignment.BOTTOM_RIGHT
             options["diagonal_band_right_bound"] = 0
+        if shape.packed:
+            size = (shape.lanes + 1, 1, 1, 1)
+            for tensor, operand in ((q, Operand.QUERY_OFFSETS), (k, Operand.KEY_OFFSETS), (v, Operand.VALUE_OFFSETS)):
+                tensor.set_ragged_offset(integers(operand, cudnn.data_type.INT32, size, operand.name.lower()))
         out, _ = graph.sdpa(
             name="attention",
             q=q,
@@ -139,6 +150,9 @@ class Plan:
             **options,
         )
         out.set_output(True).set_dim(queries).set_stride(query_strides).set_uid(int(Operand.OUT))
+        if shape.packed:
+            size = (shape.lanes + 1, 1, 1, 1)
+            out.set_ragged_offset(integers(Operand.OUT_OFFSETS, cudnn.data_type.INT32, size, "out_offsets"))
         return graph
 
     def execute(self, addresses: dict[int, int]) -> None:

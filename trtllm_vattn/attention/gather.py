@@ -32,13 +32,34 @@ class GatheringAttention(Attention):
         if self.cache.shape.kv_factor == 2:
             kv.v.index_put_(where, v)
 
+    def rotate_and_write(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        if self.cache.device.type != "cuda":
+            return super().rotate_and_write(layer, q, k, v, cos, sin, slots, positions)
+        from trtllm_vattn.attention.kv_write import rotate_and_write_kv
+
+        kv, both = self.cache.layer(layer), self.cache.shape.kv_factor == 2
+        return rotate_and_write_kv(kv, q, k, v, cos, sin, slots, positions, both)
+
     def _gather(
         self, layer: int, slots: torch.Tensor, lengths: torch.Tensor, extent: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V ``[lanes, extent, num_kv_heads, head_dim]``; past a length its last row is repeated, and a lane of
         length 0 repeats the dummy slot's first row."""
         slots = torch.where(lengths > 0, slots, self.cache.dummy_slot)[:, None]
-        tokens = self._range[:extent].minimum((lengths[:, None] - 1).clamp(min=0))
+        return self._rows_at(layer, slots, self._range[:extent].minimum((lengths[:, None] - 1).clamp(min=0)))
+
+    def _rows_at(self, layer: int, slots: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V ``[..., num_kv_heads, head_dim]`` of some tokens of some slots, int64 of one shape."""
         kv = self.cache.layer(layer)
         if isinstance(kv, FlatKV):
             return kv.k[slots, tokens], kv.v[slots, tokens]

@@ -1,4 +1,5 @@
-"""One Triton kernel that stores K and V of a step's tokens, into flat memory or behind a block table.
+"""Triton kernels that store K and V of a step's tokens, into flat memory or behind a block table; one of them turns
+queries and keys by their positions first.
 
 Offsets are 64-bit: a slot may lie terabytes from the first one.
 """
@@ -10,6 +11,28 @@ import triton
 import triton.language as tl
 
 from trtllm_vattn.cache.base import FlatKV, PagedKV
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _place(  # type: ignore[no-untyped-def]
+    token,
+    slots,
+    positions,
+    table,
+    slots_step,
+    positions_step,
+    of_slot,
+    of_token,
+    table_row,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Where a token's row begins, in elements."""
+    slot = tl.load(slots + token * slots_step).to(tl.int64)
+    position = tl.load(positions + token * positions_step).to(tl.int64)
+    if BLOCK_SIZE:
+        slot = tl.load(table + slot * table_row + position // BLOCK_SIZE).to(tl.int64)
+        position = position % BLOCK_SIZE
+    return slot * of_slot + position * of_token
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -38,20 +61,93 @@ def _write(  # type: ignore[no-untyped-def]
     BOTH: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token * slots_step).to(tl.int64)
-    position = tl.load(positions + token * positions_step).to(tl.int64)
-    if BLOCK_SIZE:
-        slot = tl.load(table + slot * table_row + position // BLOCK_SIZE).to(tl.int64)
-        position = position % BLOCK_SIZE
+    row = _place(token, slots, positions, table, slots_step, positions_step, of_slot, of_token, table_row, BLOCK_SIZE)
     element = tl.arange(0, ROW)
     head, dim = element // DIM, element % DIM
     there = element < HEADS * DIM
-    to = slot * of_slot + position * of_token + head * of_head + dim
+    to = row + head * of_head + dim
     k = tl.load(k_new + token * k_new_token + head * k_new_head + dim, mask=there)
     tl.store(k_cache.to(tl.pointer_type(k_new.dtype.element_ty)) + to, k, mask=there)
     if BOTH:
         v = tl.load(v_new + token * v_new_token + head * v_new_head + dim, mask=there)
         tl.store(v_cache.to(tl.pointer_type(v_new.dtype.element_ty)) + to, v, mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rotate_and_write(  # type: ignore[no-untyped-def]
+    q,
+    k_new,
+    v_new,
+    cos,
+    sin,
+    q_out,
+    k_cache,
+    v_cache,
+    slots,
+    positions,
+    table,
+    slots_step,
+    positions_step,
+    q_token,
+    q_head,
+    k_new_token,
+    k_new_head,
+    v_new_token,
+    v_new_head,
+    cos_token,
+    sin_token,
+    of_slot,
+    of_token,
+    of_head,
+    table_row,
+    QUERY_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BOTH: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    # Programs of a token take its query heads by groups, the last ones its key and value heads.
+    group = tl.program_id(1)
+    groups_of_queries = tl.cdiv(QUERY_HEADS, GROUP)
+    dim = tl.arange(0, WIDTH)[None, :]
+    within = dim < HALF
+    cos_1 = tl.load(cos + token * cos_token + dim, mask=within).to(tl.float32)
+    cos_2 = tl.load(cos + token * cos_token + HALF + dim, mask=within).to(tl.float32)
+    sin_1 = tl.load(sin + token * sin_token + dim, mask=within).to(tl.float32)
+    sin_2 = tl.load(sin + token * sin_token + HALF + dim, mask=within).to(tl.float32)
+    if group < groups_of_queries:
+        head = (group * GROUP + tl.arange(0, GROUP))[:, None]
+        there = within & (head < QUERY_HEADS)
+        at = q + token * q_token + head * q_head + dim
+        first = tl.load(at, mask=there).to(tl.float32)
+        second = tl.load(at + HALF, mask=there).to(tl.float32)
+        q_to = q_out + (token * QUERY_HEADS + head) * (2 * HALF) + dim
+        tl.store(q_to, first * cos_1 - second * sin_1, mask=there)
+        tl.store(q_to + HALF, second * cos_2 + first * sin_2, mask=there)
+    else:
+        row = _place(
+            token, slots, positions, table, slots_step, positions_step, of_slot, of_token, table_row, BLOCK_SIZE
+        )
+        head = ((group - groups_of_queries) * GROUP + tl.arange(0, GROUP))[:, None]
+        there = within & (head < HEADS)
+        at = k_new + token * k_new_token + head * k_new_head + dim
+        first = tl.load(at, mask=there).to(tl.float32)
+        second = tl.load(at + HALF, mask=there).to(tl.float32)
+        k_to = k_cache.to(tl.pointer_type(k_new.dtype.element_ty)) + row + head * of_head + dim
+        tl.store(k_to, first * cos_1 - second * sin_1, mask=there)
+        tl.store(k_to + HALF, second * cos_2 + first * sin_2, mask=there)
+        if BOTH:
+            at = v_new + token * v_new_token + head * v_new_head + dim
+            v_to = v_cache.to(tl.pointer_type(v_new.dtype.element_ty)) + row + head * of_head + dim
+            tl.store(v_to, tl.load(at, mask=there), mask=there)
+            tl.store(v_to + HALF, tl.load(at + HALF, mask=there), mask=there)
+
+
+GROUP = 8
+"""Heads that one program of `_rotate_and_write` takes."""
 
 
 def write_kv(
@@ -93,3 +189,60 @@ def write_kv(
         BLOCK_SIZE=block_size,
         BOTH=both,
     )
+
+
+def rotate_and_write_kv(
+    kv: FlatKV | PagedKV,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    both: bool = True,
+) -> torch.Tensor:
+    """`write_kv` of keys turned by ``cos``, ``sin`` ``[tokens, head_dim]``; returns q ``[tokens, num_heads, head_dim]``
+    turned alike, contiguous. All have any strides but in their last dimension, where it is 1."""
+    tokens, query_heads, dim = q.shape
+    heads = k.shape[1]
+    block_size = kv.k.shape[1] if isinstance(kv, PagedKV) else 0
+    table = kv.table if isinstance(kv, PagedKV) else slots
+    of_slot, of_token, of_head, _ = kv.k.stride()
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    groups = triton.cdiv(query_heads, GROUP) + triton.cdiv(heads, GROUP)
+    _rotate_and_write[(tokens, groups)](
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        out,
+        kv.k.data_ptr(),
+        kv.v.data_ptr(),
+        slots,
+        positions,
+        table,
+        slots.stride(0),
+        positions.stride(0),
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        cos.stride(0),
+        sin.stride(0),
+        of_slot,
+        of_token,
+        of_head,
+        table.stride(0),
+        QUERY_HEADS=query_heads,
+        HEADS=heads,
+        HALF=dim // 2,
+        GROUP=GROUP,
+        WIDTH=triton.next_power_of_2(dim // 2),
+        BLOCK_SIZE=block_size,
+        BOTH=both,
+    )
+    return out

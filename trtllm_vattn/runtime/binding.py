@@ -8,22 +8,20 @@ compiled layer sees one opaque operation and nothing of the step, so it is compi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.nn import functional
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
-from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention.base import Attention, Chunks
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError
 
 ATTENTION_NAME = "trtllm_vattn"
-FEWEST_ROWS = 16
-"""Of a prompt's chunk."""
 
 
 class Step(Protocol):
@@ -60,17 +58,6 @@ class DecodeStep:
 
 
 @dataclass(frozen=True)
-class Part:
-    """`rows` rows of a pass that are a chunk of one prompt, as `Attention.prefill` takes them."""
-
-    rows: int
-    slot: torch.Tensor
-    query_len: torch.Tensor
-    length: torch.Tensor
-    max_length: int
-
-
-@dataclass(frozen=True)
 class PrefillStep:
     """Chunks of prompts one behind another, padded at the end; a single one may be padded itself.
 
@@ -80,22 +67,12 @@ class PrefillStep:
     attention: Attention
     slots: torch.Tensor
     positions: torch.Tensor
-    parts: Sequence[Part]
+    chunks: Chunks
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        if len(self.parts) == 1:
-            return self._attend(layer, q, self.parts[0])
-        out = torch.zeros_like(q)
-        row = 0
-        for part in self.parts:
-            mine = q[row : row + part.rows]
-            # Backends take at least as many rows as a padded prompt has.
-            padded = functional.pad(mine, (0, 0, 0, 0, 0, max(0, FEWEST_ROWS - part.rows)))
-            out[row : row + part.rows] = self._attend(layer, padded, part)[: part.rows]
-            row += part.rows
-        return out
-
-    def _attend(self, layer: int, q: torch.Tensor, part: Part) -> torch.Tensor:
+        if len(self.chunks.parts) > 1:
+            return self.attention.prefill_together(layer, q, self.chunks)
+        (part,) = self.chunks.parts
         return self.attention.prefill(layer, q, part.slot, part.query_len, part.length, part.max_length)
 
 
@@ -155,6 +132,45 @@ def _opaque_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: tor
 @_opaque_attend.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
     return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("trtllm_vattn::rotate_and_attend", mutates_args=())
+def _opaque_rotate_and_attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: torch.Tensor
+) -> torch.Tensor:
+    """`attend` of queries and keys that are turned first; cos, sin ``[1, tokens, head_dim]``."""
+    return _rotate_and_attend(q, k, v, cos, sin, layer)
+
+
+def _rotate_and_attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: torch.Tensor
+) -> torch.Tensor:
+    step, number = current_step(), int(layer)
+    q = step.attention.rotate_and_write(number, q, k, v, cos[0], sin[0], step.slots, step.positions)
+    return step.attend(number, q).contiguous()
+
+
+@_opaque_rotate_and_attend.register_fake
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: torch.Tensor
+) -> torch.Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("trtllm_vattn::rotate_and_attend_product", mutates_args=())
+def _opaque_rotate_and_attend_product(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: torch.Tensor, heads: int, kv_heads: int
+) -> torch.Tensor:
+    """`rotate_and_attend` of the parts of one product, ``[1, tokens, (heads + 2 * kv_heads) * head_dim]``."""
+    q, k, v = torch.split(qkv.view(qkv.shape[1], -1, cos.shape[-1]), [heads, kv_heads, kv_heads], dim=1)
+    return _rotate_and_attend(q, k, v, cos, sin, layer)
+
+
+@_opaque_rotate_and_attend_product.register_fake
+def _(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: torch.Tensor, heads: int, kv_heads: int
+) -> torch.Tensor:
+    return qkv.new_empty(qkv.shape[1], heads, cos.shape[-1])
 
 
 def attend(
@@ -278,7 +294,7 @@ def forward(
     and the model is the same for both.
     """
     keep = {} if last is None else {"logits_to_keep": last}
-    with _running(step):
+    with _running(step), _products_by_cublas_lt(tokens.device):
         output = model(
             input_ids=tokens[None],
             position_ids=positions[None],
@@ -288,3 +304,27 @@ def forward(
         )
     logits: torch.Tensor = output.logits[0]
     return logits
+
+
+def _prefer_cublas_lt() -> None:
+    # torch says once in a process that choosing is experimental.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*experimental", UserWarning)
+        torch.backends.cuda.preferred_blas_library("cublaslt")
+
+
+@contextmanager
+def _products_by_cublas_lt(device: torch.device) -> Iterator[None]:
+    """Matrix products are cuBLASLt's meanwhile; on the host nothing changes.
+
+    It chooses better kernels than cuBLAS for the batches of decode, and as good ones for prompts.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.preferred_blas_library()
+    _prefer_cublas_lt()
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)

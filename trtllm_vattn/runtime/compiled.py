@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.rewrites import rotate_with_attention, share_products, split_even_products
 
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear modules of one parent that are given the same input, by the names that transformers gives them."""
@@ -28,7 +29,7 @@ MOST_VARIANTS = 64
 class Part(nn.Module):
     """Some outputs of a merged linear module, in place of the module that computed them.
 
-    In a compiled layer every part asks for the whole product and `_share_products` leaves one of them.
+    In a compiled layer every part asks for the whole product and `rewrites.share_products` leaves one of them.
     """
 
     def __init__(self, whole: nn.Linear, start: int, stop: int) -> None:
@@ -73,35 +74,35 @@ def _merge(parent: nn.Module, names: Sequence[str], parts: Sequence[nn.Linear]) 
         start += part.out_features
 
 
-def _share_products(graph: torch.fx.Graph) -> int:
-    """Leave one of equal matrix products in a traced graph; returns how many went."""
-    seen: dict[tuple[Any, ...], torch.fx.Node] = {}
-    gone = 0
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is nn.functional.linear and not node.kwargs:
-            first = seen.setdefault(node.args, node)
-            if first is not node:
-                node.replace_all_uses_with(first)
-                graph.erase_node(node)
-                gone += 1
-    return gone
-
-
 Backend = Callable[[torch.fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]
 
 
-def merging(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor], inner: Backend) -> Callable[..., Any]:
-    """A backend that shares equal matrix products before it hands over to another one."""
-    if _share_products(traced.graph):
-        traced.recompile()
+def rewriting(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor], inner: Backend) -> Callable[..., Any]:
+    """A backend that rewrites a layer's graph (rewrites.py) before it hands it over to another one."""
+    graph = traced.graph
+    share_products(graph)
+    rotate_with_attention(graph)
+    if _of_one_token(examples):
+        split_even_products(graph)
+    traced.recompile()
     return inner(traced, examples)
 
 
+def _of_one_token(examples: Sequence[Any]) -> bool:
+    """Whether a layer is traced for a single token: what is neither a size nor a weight is ``[1, tokens, ...]``."""
+    return any(isinstance(x, torch.Tensor) and x.dim() == 3 and bool(x.shape[1] == 1) for x in examples)
+
+
 def _inductor(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
-    """One function for all models: torch keeps what it compiled by the backend's identity."""
+    """One function for all models: torch keeps what it compiled by the backend's identity.
+
+    A product with a single token's row is a sum over weights, which Inductor writes itself once it is asked to tune;
+    that also takes in what comes after it. (gpt-fast found this.)
+    """
     from torch._inductor.compile_fx import compile_fx
 
-    return merging(traced, examples, cast(Backend, compile_fx))
+    tuned = {"coordinate_descent_tuning": _of_one_token(examples)}
+    return rewriting(traced, examples, cast(Backend, partial(compile_fx, config_patches=tuned)))
 
 
 def compile_layers(model: PreTrainedModel, backend: Backend | None = None) -> int:
@@ -125,10 +126,21 @@ def compile_layers(model: PreTrainedModel, backend: Backend | None = None) -> in
     # Per layer class and process, not per model: a process may hold many.
     torch._dynamo.config.recompile_limit = max(MOST_VARIANTS, torch._dynamo.config.recompile_limit)
     merge_projections(model)
-    chosen = _inductor if backend is None else partial(merging, inner=backend)
+    chosen = _inductor if backend is None else partial(rewriting, inner=backend)
     for layer in layers:
         layer.compile(backend=chosen, dynamic=True, fullgraph=True)
     return len(layers)
+
+
+def compile_around_layers(model: PreTrainedModel) -> int:
+    """Compile what a pass computes before and after the layers, angles and the last norm; returns how many modules.
+
+    An embedding is one kernel as it is.
+    """
+    around = [each for each in model.base_model.children() if not isinstance(each, nn.ModuleList | nn.Embedding)]
+    for module in around:
+        module.compile(dynamic=True, fullgraph=True)
+    return len(around)
 
 
 Wrap = Callable[[Callable[..., None]], Callable[..., None]]
@@ -136,8 +148,9 @@ Wrap = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def compile_model(model: PreTrainedModel) -> Wrap:
-    """Compile a bound model's layers; returns what compiles functions beside them."""
+    """Compile a bound model's layers and what is around them; returns what compiles functions beside the model."""
     compile_layers(model)
+    compile_around_layers(model)
     return partial(torch.compile, dynamic=True)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention.base import FEWEST_ROWS, Attention, Chunks, Part, Span
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner, Outputs
-from trtllm_vattn.runtime.binding import FEWEST_ROWS, Part, PrefillStep, forward
+from trtllm_vattn.runtime.binding import PrefillStep, forward
 from trtllm_vattn.vmm.tensors import upload
 
 LONGEST_CAPTURED = 512
@@ -44,11 +45,16 @@ class PromptChunk:
         """How long the sequence is then."""
         return self.start + len(self.tokens)
 
+    @property
+    def span(self) -> Span:
+        return Span(self.slot, self.start, self.end)
+
 
 class Prefill:
     """Puts prompts in, up to `chunk` tokens at a time; padding tokens write to the dummy slot.
 
-    Where all begin with at most `LONGEST_CAPTURED` tokens, each is one replay, where captured; else they share a pass.
+    Where all begin with at most `LONGEST_CAPTURED` tokens, each is one replay, where captured and where those together
+    take no longer than a pass would; else they share a pass.
 
     Parameters
     ----------
@@ -70,12 +76,24 @@ class Prefill:
         static = [*model.parameters(), *model.buffers(), *cache.storages(), *attention.storages(), self._static]
         self.runner = GraphRunner(self._step, sorted(sizes), static, cache.device, pool=pool)
         self.captured = False
+        self._replay_s: dict[int, float] = {}
+        self._pass_s = 0.0
+        """Of an eager pass that launching bounds; measured on a GPU."""
 
     def capture(self) -> CaptureReport:
-        """Capture every size; short prompts are replays from then on."""
+        """Capture every size; short prompts are replays from then on, where that is sooner over than a pass."""
         report = self.runner.capture()
         self.captured = True
+        if self.attention.cache.device.type == "cuda":
+            self._replay_s = report.replay_s
+            self._pass_s = min(self._timed_pass() for _ in range(2))
         return report
+
+    def _timed_pass(self) -> float:
+        started = perf_counter()
+        self.warm_up(LONGEST_CAPTURED)
+        torch.cuda.synchronize(self.attention.cache.device)
+        return perf_counter() - started
 
     def _step(self, size: int) -> Outputs:
         longest = self.runner.buckets[-1]
@@ -91,10 +109,17 @@ class Prefill:
         """
         for chunk in chunks:
             self._guard.check_chunk(chunk.slot, chunk.end)
-        if self.together and not all(map(self._is_captured, chunks)):
+        if self.together and not self._should_replay(chunks):
             return self._pass(chunks)
         # Copies: the next replay writes to the same tensor.
         return torch.cat([self._pass([chunk]).clone() for chunk in chunks])
+
+    def _should_replay(self, chunks: Sequence[PromptChunk]) -> bool:
+        """Whether each is one replay: all are captured, and a pass, which launches kernel by kernel, takes longer."""
+        if not all(map(self._is_captured, chunks)):
+            return False
+        replays = sum(self._replay_s.get(self.runner.bucket_for(chunk.end), 0.0) for chunk in chunks)
+        return len(chunks) == 1 or replays <= self._pass_s
 
     def _is_captured(self, chunk: PromptChunk) -> bool:
         return self.captured and chunk.start == 0 and chunk.end <= self.runner.buckets[-1]
@@ -107,12 +132,12 @@ class Prefill:
         padded = padded_length(sum(len(chunk.tokens) for chunk in chunks), self.chunk)
         # A single one is padded itself, so that few shapes are planned for.
         parts = [(len(chunk.tokens) if len(chunks) > 1 else padded, chunk.end) for chunk in chunks]
-        return self._forward_packed(self._pack(chunks, padded), padded, parts)
+        return self._forward_packed(self._pack(chunks, padded), padded, parts, [chunk.span for chunk in chunks])
 
     def warm_up(self, rows: int) -> None:
         """One pass of so many rows that touches the dummy slot alone."""
-        packed = self._pack([PromptChunk(self.attention.cache.dummy_slot, [0], 0)], rows)
-        self._forward_packed(packed, rows, [(rows, 1)])
+        chunk = PromptChunk(self.attention.cache.dummy_slot, [0], 0)
+        self._forward_packed(self._pack([chunk], rows), rows, [(rows, 1)], [chunk.span])
 
     def _pack(self, chunks: Sequence[PromptChunk], padded: int) -> torch.Tensor:
         """Token ids, positions and slots, `padded` of each, and four numbers of each chunk, as int64 on the device."""
@@ -127,10 +152,18 @@ class Prefill:
             numbers[:] = len(chunk.tokens), chunk.end, at - 1, chunk.slot
         return upload(packed, self.attention.cache.device)
 
-    def _forward_packed(self, packed: torch.Tensor, padded: int, parts: Sequence[tuple[int, int]]) -> torch.Tensor:
-        return self._forward(packed[: 3 * padded].view(3, padded), packed[3 * padded :].view(4, -1), parts)
+    def _forward_packed(
+        self, packed: torch.Tensor, padded: int, parts: Sequence[tuple[int, int]], spans: Sequence[Span]
+    ) -> torch.Tensor:
+        return self._forward(packed[: 3 * padded].view(3, padded), packed[3 * padded :].view(4, -1), parts, spans)
 
-    def _forward(self, rows: torch.Tensor, numbers: torch.Tensor, parts: Sequence[tuple[int, int]]) -> torch.Tensor:
+    def _forward(
+        self,
+        rows: torch.Tensor,
+        numbers: torch.Tensor,
+        parts: Sequence[tuple[int, int]],
+        spans: Sequence[Span] = (),
+    ) -> torch.Tensor:
         """Logits after each part; rows ``[3, padded]`` and numbers ``[4, parts]`` as packed, `parts` their rows and
         bounds on their lengths."""
         ids, positions, slots = rows
@@ -140,7 +173,8 @@ class Prefill:
         made = [
             Part(count, where[i : i + 1], counts[i, :1], lengths[i, :1], most) for i, (count, most) in enumerate(parts)
         ]
-        return forward(self.model, ids, positions, PrefillStep(self.attention, slots, positions, made), last)
+        step = PrefillStep(self.attention, slots, positions, Chunks(made, spans))
+        return forward(self.model, ids, positions, step, last)
 
     def close(self) -> None:
         """Drop all graphs. Idempotent."""

@@ -1,0 +1,158 @@
+"""What is changed in a layer's traced graph before it is compiled: fewer kernels for the same numbers.
+
+A model's code says what is computed, one operation at a time; a serving engine computes the same with fewer, larger
+kernels. Each rewrite looks for one form that transformers' models have and leaves a graph that has another form alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+
+def share_products(graph: Graph) -> int:
+    """Leave one of equal matrix products; returns how many went."""
+    seen: dict[tuple[Any, ...], Node] = {}
+    gone = 0
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is nn.functional.linear and not node.kwargs:
+            first = seen.setdefault(node.args, node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+                gone += 1
+    return gone
+
+
+class Rotation(NamedTuple):
+    """``x * cos + cat(-x2, x1) * sin``, x1 and x2 the halves of x, `half` wide: a rotary position embedding."""
+
+    x: Node
+    cos: Node
+    sin: Node
+    half: int
+
+
+def rotate_with_attention(graph: Graph) -> int:
+    """Have attention turn its own queries and keys where a layer turns them right before; returns how often.
+
+    One kernel turns queries and keys and stores keys and values; else there are three. Where queries, keys and values
+    are parts of one product, attention is given that as it is.
+    """
+    ops = torch.ops.trtllm_vattn
+    done = 0
+    for node in list(graph.nodes):
+        if node.target is not ops.attend:
+            continue
+        q, k, v, layer = node.args
+        turned_q, turned_k = _rotation(_heads_of(q)), _rotation(_heads_of(k))
+        if turned_q is None or turned_k is None or turned_q[1:] != turned_k[1:] or 2 * turned_q.half != q.args[3]:
+            continue
+        angles = turned_q.cos, turned_q.sin
+        product = _product_of(turned_q.x, turned_k.x, _heads_of(v))
+        with graph.inserting_before(node):
+            if product is not None:
+                heads = (q.args[2], k.args[2])
+                both = graph.call_function(ops.rotate_and_attend_product, (product, *angles, layer, *heads))
+            else:
+                rows = [_as_rows(graph, like, turned.x) for like, turned in ((q, turned_q), (k, turned_k))]
+                both = graph.call_function(ops.rotate_and_attend, (*rows, v, *angles, layer))
+        node.replace_all_uses_with(both)
+        done += 1
+    graph.eliminate_dead_code()
+    return done
+
+
+def _heads_of(node: Any) -> Any:
+    """What is given to attention as ``heads.transpose(1, 2).reshape(...)``."""
+    if _is_method(node, "reshape") and _is_method(node.args[0], "transpose"):
+        heads, *dims = node.args[0].args
+        return heads if dims == [1, 2] else None
+    return None
+
+
+def _as_rows(graph: Graph, like: Node, x: Node) -> Node:
+    """x, reshaped as `like` is."""
+    return graph.call_method("reshape", (graph.call_method("transpose", (x, 1, 2)), *like.args[1:]))
+
+
+def _product_of(*heads: Any) -> Node | None:
+    """The product whose parts, all of it and in this order, are viewed as heads."""
+    product, end = None, 0
+    for each in heads:
+        if not _is_method(each, "transpose") or not _is_method(each.args[0], "view"):
+            return None
+        part = each.args[0].args[0]
+        product = product or (part.args[0] if _is_call(part, operator.getitem) else None)
+        if product is None or not _is_part(part, product) or part.args[1][1].start != end:
+            return None
+        end = part.args[1][1].stop
+    whole = product.args[1].meta.get("example_value") if product is not None else None
+    return product if whole is not None and whole.shape[0] == end else None
+
+
+def _rotation(node: Any) -> Rotation | None:
+    if not _is_call(node, operator.add):
+        return None
+    straight, crossed = node.args
+    if not _is_call(straight, operator.mul) or not _is_call(crossed, operator.mul):
+        return None
+    (x, cos), (turned, sin) = straight.args, crossed.args
+    if not _is_method(cos, "unsqueeze") or not _is_method(sin, "unsqueeze") or not cos.args[1:] == sin.args[1:] == (1,):
+        return None
+    if not _is_call(turned, torch.cat) or turned.kwargs.get("dim", *turned.args[1:]) != -1:
+        return None
+    minus, first = turned.args[0]
+    if not _is_call(minus, operator.neg) or not _is_part(minus.args[0], x) or not _is_part(first, x):
+        return None
+    (_, upper), (_, lower) = minus.args[0].args[1], first.args[1]
+    if (lower.start, upper.stop) != (None, None) or lower.stop != upper.start:
+        return None
+    return Rotation(x, cos.args[0], sin.args[0], lower.stop)
+
+
+def _is_part(node: Any, x: Node) -> bool:
+    """Whether this is ``x[..., a:b]``, a part of the last dimension."""
+    if not _is_call(node, operator.getitem) or node.args[0] is not x:
+        return False
+    where = node.args[1]
+    return isinstance(where, tuple) and len(where) == 2 and where[0] is Ellipsis and isinstance(where[1], slice)
+
+
+def _is_call(node: Any, target: object) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and node.target is target
+
+
+def _is_method(node: Any, name: str) -> bool:
+    return isinstance(node, Node) and node.op == "call_method" and node.target == name
+
+
+def split_even_products(graph: Graph) -> int:
+    """Compute equal parts of one matrix product by themselves; returns how many products were split.
+
+    For one token a product is a sum over weights, and what follows on both parts of it is computed in the same kernel.
+    """
+    done = 0
+    for node in list(graph.nodes):
+        if not _is_call(node, nn.functional.linear) or node.kwargs or node.args[2:] not in ((), (None,)):
+            continue
+        parts = list(node.users)
+        if len(parts) < 2 or not all(_is_part(part, node) for part in parts):
+            continue
+        wheres = [part.args[1][1] for part in parts]
+        if len({where.stop - where.start for where in wheres}) > 1:
+            continue
+        x, weight = node.args[:2]
+        for part, where in zip(parts, wheres, strict=True):
+            with graph.inserting_before(part):
+                rows = graph.call_function(operator.getitem, (weight, slice(where.start, where.stop)))
+                alone = graph.call_function(nn.functional.linear, (x, rows))
+            part.replace_all_uses_with(alone)
+            graph.erase_node(part)
+        graph.erase_node(node)
+        done += 1
+    return done
