@@ -82,7 +82,7 @@ def advance(
 
     All lanes, whatever the bucket, so that one compiled function serves all. A lane that has reached its limit becomes
     idle. `go` is left other than 0 while fewer steps were taken than wanted,
-    no lane has ended, and every lane's next token has memory.
+    no lane has ended, and no lane's next length is beyond its slot's in `frontiers`.
     """
     tokens, positions, slots, lengths, limits = inputs[:5]
     row = control[:1].remainder(len(out) - 1)
@@ -353,8 +353,8 @@ class DecodeBatch:
         return self.runner.bucket_for(max(self.lane_of.values()) + 1)
 
     def publish_frontiers(self) -> None:
-        """Tell a running loop how far memory reaches now; to be called after memory was made accessible."""
-        self._frontiers[:-1] = self.attention.cache.frontiers
+        """Tell a running loop how long sequences may be now; to be called after memory was made accessible."""
+        self._frontiers[:-1] = self.guard.longest()
 
     def _run_eagerly(self, runner: GraphRunner, bucket: int, steps: int) -> Outputs:
         step = self._drawing_step if runner is self._drawer else self._greedy_step
