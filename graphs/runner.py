@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from trtllm_vattn.errors import CaptureError, ConfigError
+from trtllm_vattn.graphs.audit import AuditReport, Region, audit, audit_host, cuda_probe, pool_regions, torch_blocks
 from trtllm_vattn.graphs.compose import ComposedGraph, Decision, loop_while, repeat
 from trtllm_vattn.graphs.host_graph import HostGraph
+from trtllm_vattn.graphs.nodes import GraphReader
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.tensors import current_stream
 
@@ -181,6 +183,29 @@ class GraphRunner:
     def graph(self, bucket: int) -> Any:
         """A bucket's captured graph: a `HostGraph`, or a `torch.cuda.CUDAGraph` that kept its cudaGraph_t."""
         return self._captured(bucket)[0]
+
+    def audit(self, regions: Iterable[Region], what: str = "step", bucket: int | None = None) -> AuditReport:
+        """Whose the addresses are that its graphs hold, of a bucket or of all: captured ones, and those composed of
+        them. `regions` are theirs besides the pool. Raises CaptureError where there is no graph."""
+        captured = sorted(self._graphs) if bucket is None else [bucket]
+        graphs = {bucket: self.graph(bucket) for bucket in captured}
+        if not graphs:
+            raise CaptureError(f"no {what} is captured; capture it before its graphs are looked at")
+        if self._driver is None:
+            return AuditReport.joined(audit_host(graph, regions, f"{what} of {b}") for b, graph in graphs.items())
+        cuda = self._driver.cuda
+        known, blocks = [*regions, *pool_regions(self.pool)], torch_blocks()
+        read: list[tuple[str, Any, dict[int, list[Any]]]] = [
+            (f"{what} of {bucket}", cuda.CUgraph(graph.raw_cuda_graph()), {}) for bucket, graph in graphs.items()
+        ]
+        for (bucket, steps), made in self._composed.items():
+            if bucket in graphs:
+                how = f"{steps} times over" if steps else "in a loop"
+                read.append((f"{what} of {bucket}, {how}", made.graph, made.bodies))
+        reader, probe = GraphReader(cuda), cuda_probe(cuda)
+        return AuditReport.joined(
+            audit(reader.read(graph, bodies), known, probe, blocks, name) for name, graph, bodies in read
+        )
 
     def _captured(self, bucket: int) -> tuple[Any, Outputs]:
         if bucket not in self._graphs:

@@ -19,6 +19,7 @@ from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.graphs.runner import GraphRunner
 
 HOST = ["--device", "cpu", "--model", "tiny-llama"]
 SOAK = ["bench", "soak", *HOST, "--replays", "60", "--repeatable", "10"]
@@ -108,8 +109,31 @@ def test_captured_graphs_are_audited(tmp_path: Path) -> None:
     command = ["bench", "graph", *HOST, "--requests", "3", "--max-seqs", "2", "--caches", "vattn", "--audit"]
     assert main([*command, "--output-json", str(report)]) == 0
     results = json.loads(report.read_text())
-    assert (results["summary"]["audited_graphs"], results["summary"]["audit_findings"]) == (1, 0)
-    assert results["results"]["trace"]["runs"][-1]["audit"]["addresses"]["reservation"] > 0
+    audits = [results["results"]["trace"]["runs"][-1]["audit"], *results["results"]["audited_launches"]]
+    assert all(audit["addresses"]["reservation"] > 0 for audit in audits)
+    prompts = [f"prompt of {size}" for size in (16, 32, 64, 128, 256, 512)]
+    assert audits[0]["graphs"] == ["decode step of 1", "decode step of 2", *prompts]
+    # On the host nothing is composed: a launch of many steps is as many replays.
+    for audit in audits[1:]:
+        assert audit["graphs"] == ["decode step of 2", "drawing step of 2", *prompts[:5]]
+    assert results["summary"]["audited_graphs"] == sum(len(audit["graphs"]) for audit in audits)
+    assert results["summary"]["audit_findings"] == 0
+
+
+def test_a_strangers_address_in_any_captured_graph_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audit = GraphRunner.audit
+
+    def without_static(self: GraphRunner, regions: Any, what: str = "step", bucket: int | None = None) -> Any:
+        """As though nobody had declared what drawing tokens needs."""
+        known = [region for region in regions if what != "drawing step" or region.kind != "static"]
+        return audit(self, known, what, bucket)
+
+    monkeypatch.setattr(GraphRunner, "audit", without_static)
+    command = ["bench", "graph", *HOST, "--requests", "2", "--max-seqs", "2", "--caches", "vattn", "--audit"]
+    assert main(command) == 1
+    assert "captured graphs hold" in capsys.readouterr().err
 
 
 def test_fragmentation_is_counted_by_the_caches_own_books(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.attention.gather import GatheringAttention
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import COMPARED, make_cache
-from trtllm_vattn.errors import ConfigError, OutOfPages
+from trtllm_vattn.errors import CaptureError, ConfigError, OutOfPages
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
@@ -388,23 +388,38 @@ def test_two_engines_live_side_by_side(device: str) -> None:
     engines[1].close()
 
 
+@pytest.mark.parametrize("loop", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_captured_step_holds_no_foreign_address(device: str) -> None:
+def test_captured_graphs_hold_no_foreign_address(device: str, loop: bool) -> None:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     loaded = load_model("small-llama", device, dtype)
-    cache = make_cache("vattn", shape_of(loaded, 4, 256), device)
-    with Engine(loaded, cache, compile=False, buckets=[1, 4]) as engine:
+    cache = make_cache("vattn", shape_of(loaded, 4, 64), device)
+    with Engine(loaded, cache, compile=False, buckets=[1, 4], steps=4, loop=loop) as engine:
+        for temperature in (0.0, 0.8):
+            engine.generate([[1]], SamplingParams(9, temperature))
         for bucket in (1, 4):
-            report = engine.decode.audit(bucket)
+            report = engine.decode.audit(bucket=bucket)
             report.raise_if_foreign()
             assert report.addresses["reservation"] > 0
             assert report.addresses["static"] > 0
             assert report.addresses["pool"] > 0
+        whole = engine.audit()
+        whole.raise_if_foreign()
+        captured = {"decode step of 1", "decode step of 4", "drawing step of 1"}
+        captured |= {f"prompt of {size}" for size in (16, 32, 64)}
+        # On the host a launch of many steps is as many replays.
+        how = "in a loop" if loop else "4 times over"
+        composed = {f"{step} step of 1, {how}" for step in ("decode", "drawing")}
+        assert set(whole.graphs) == captured | (composed if device != "cpu" else set())
+        assert not [part for _, _, part in whole.opaque if "conditional" in part.why]
+
+
+def test_what_is_not_captured_is_not_audited(build: Callable[..., Engine]) -> None:
+    with pytest.raises(CaptureError, match="no decode step is captured"):
+        build(capture=False).audit()
 
 
 def test_nothing_is_launched_after_closing(build: Callable[..., Engine]) -> None:
-    from trtllm_vattn.errors import CaptureError
-
     engine = build()
     engine.submit([1, 2], SamplingParams(9))
     engine.step()

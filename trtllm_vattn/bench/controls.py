@@ -16,11 +16,9 @@ from transformers import PreTrainedModel
 from trtllm_vattn.bench.twins import LANES, Side, Twins
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import CaptureError, UnmappedAccess
-from trtllm_vattn.graphs.audit import STATIC, audit, cuda_probe, pool_regions, tensor_regions, torch_blocks
-from trtllm_vattn.graphs.nodes import GraphReader
+from trtllm_vattn.graphs.audit import STATIC, tensor_regions
 from trtllm_vattn.graphs.runner import GraphRunner
 from trtllm_vattn.runtime.models import load_model
-from trtllm_vattn.vmm.cuda import CudaDriver
 
 MakeTwins = Callable[[], Twins]
 
@@ -108,10 +106,7 @@ def foreign_address(device: torch.device) -> str:
     runner = GraphRunner(lambda bucket: (mine[:bucket] + foreign[:bucket],), [8], [mine], device)
     try:
         runner.capture()
-        cuda = CudaDriver(device.index or 0).cuda
-        nodes = GraphReader(cuda).read(cuda.CUgraph(runner.graph(8).raw_cuda_graph()))
-        regions = [*tensor_regions(STATIC, [mine]), *pool_regions(runner.pool)]
-        audit(nodes, regions, cuda_probe(cuda), torch_blocks()).raise_if_foreign()
+        runner.audit(tensor_regions(STATIC, [mine])).raise_if_foreign()
     except CaptureError as error:
         return f"refused: {error}"
     finally:

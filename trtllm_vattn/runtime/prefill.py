@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.graphs.audit import AuditReport, attention_regions
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner, Outputs
 from trtllm_vattn.runtime.binding import FEWEST_ROWS, Part, PrefillStep, forward
@@ -141,6 +142,10 @@ class Prefill:
             Part(count, where[i : i + 1], counts[i, :1], lengths[i, :1], most) for i, (count, most) in enumerate(parts)
         ]
         return forward(self.model, ids, positions, PrefillStep(self.attention, slots, positions, made), last)
+
+    def audit(self) -> AuditReport:
+        """Whose the addresses are that the captured sizes' graphs hold. Raises CaptureError where there is none."""
+        return self.runner.audit(attention_regions(self.attention, self.runner.static), "prompt")
 
     def close(self) -> None:
         """Drop all graphs. Idempotent."""
