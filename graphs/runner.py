@@ -155,9 +155,11 @@ class GraphRunner:
             torch._C._cuda_clearCublasWorkspaces()
             graph = torch.cuda.CUDAGraph(keep_graph=True)
             try:
-                # Other threads may make driver calls meanwhile: only this one is held to what capture allows.
+                # Other threads may make driver calls meanwhile: only this one is held to what capture allows. Where a
+                # capture fails, torch leaves its stream the current one; the outer context does not.
                 with (
                     collector_off(),
+                    torch.cuda.stream(stream),
                     torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"),
                 ):
                     outputs = self._step(bucket)
