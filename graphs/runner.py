@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -28,6 +28,7 @@ from trtllm_vattn.vmm.tensors import current_stream
 logger = logging.getLogger(__name__)
 
 Outputs = tuple[torch.Tensor, ...]
+_failed: list[torch.cuda.CUDAGraph] = []
 
 
 def default_buckets(most: int) -> list[int]:
@@ -92,7 +93,8 @@ class GraphRunner:
         self._step, self._device, self._go = step, device, go
         self.static = list(static)
         on_gpu = device.type == "cuda"
-        self.pool = pool or (torch.cuda.graph_pool_handle() if on_gpu else None)
+        self.pool: Any = pool or (torch.cuda.graph_pool_handle() if on_gpu else None)
+        self._pools = [self.pool]
         self._driver = CudaDriver(device.index or 0) if on_gpu else None
         self._decision: Decision | None = None
         self._graphs: dict[int, tuple[Any, Outputs]] = {}
@@ -165,6 +167,7 @@ class GraphRunner:
                     outputs = self._step(bucket)
                 graph.instantiate()
             except RuntimeError as error:
+                self._leave_pool(graph)
                 raise CaptureError(
                     f"the step for {bucket} lanes cannot be captured: {error}; it may not read the device from the "
                     "host, allocate outside torch, or change streams"
@@ -172,6 +175,17 @@ class GraphRunner:
             return graph, outputs
 
         return capture
+
+    def _leave_pool(self, failed: torch.cuda.CUDAGraph) -> None:
+        """Go on with another pool: torch counts a capture that failed as one under way and gives its pool to no other.
+
+        On the device that can be ended; among its host memory torch goes on asking the graph, so that is kept.
+        """
+        _failed.append(failed)
+        with suppress(RuntimeError):  # where torch did so itself
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self.pool)
+        self.pool = torch.cuda.graph_pool_handle()
+        self._pools.append(self.pool)
 
     # -- replaying -------------------------------------------------------------------------------------------------
 
@@ -196,7 +210,8 @@ class GraphRunner:
         if self._driver is None:
             return AuditReport.joined(audit_host(graph, regions, f"{what} of {b}") for b, graph in graphs.items())
         cuda = self._driver.cuda
-        known, blocks = [*regions, *pool_regions(self.pool)], torch_blocks()
+        known = [*regions, *(region for pool in self._pools for region in pool_regions(pool))]
+        blocks = torch_blocks()
         read: list[tuple[str, Any, dict[int, list[Any]]]] = [
             (f"{what} of {bucket}", cuda.CUgraph(graph.raw_cuda_graph()), {}) for bucket, graph in graphs.items()
         ]
