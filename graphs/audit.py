@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import CaptureError
 from trtllm_vattn.graphs.host_graph import HostGraph
 from trtllm_vattn.graphs.nodes import Node, Opaque, Word
@@ -46,7 +48,7 @@ upper four bytes are too large for that."""
 
 @dataclass(frozen=True)
 class Finding:
-    """A word that points into memory of nobody we know.
+    """A word that points into memory of nobody we know; `node` counts within its `graph`.
 
     `certain` where it is the start of an allocation or too large for two numbers side by side; what is not may be a
     constant of the kernel's that only looks like an address.
@@ -60,24 +62,53 @@ class Finding:
     address: int
     allocation: Allocation
     certain: bool
+    graph: str = "graph"
+
+
+_OF_KERNELS = (
+    "addresses that a kernel reads from memory (arrays of pointers) are not among its parameters",
+    "an address that is not a multiple of 8 bytes into its parameter is not looked for",
+    "a foreign address below 16 TiB that is not where an allocation begins passes for a number",
+)
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What a graph holds.
+    """What graphs hold, which `graphs` names.
 
     `nodes` counts them by kind, `addresses` those seen by the kind of their region; `numbers` the words that are no
     address the driver knows. `findings` are foreign addresses, `lookalikes` words that may be. `opaque` lists what
-    could not be read, `unseen` says it in sentences.
+    could not be read, by its graph's node and that node's name; `unseen` says it in sentences.
     """
 
+    graphs: tuple[str, ...]
     nodes: dict[str, int]
     addresses: dict[str, int]
     numbers: int
     findings: tuple[Finding, ...]
     lookalikes: tuple[Finding, ...]
     opaque: tuple[tuple[int, str, Opaque], ...]
-    unseen: tuple[str, ...]
+
+    @classmethod
+    def joined(cls, reports: Iterable[AuditReport]) -> AuditReport:
+        """One report of several graphs."""
+        each = list(reports)
+        return cls(
+            tuple(name for report in each for name in report.graphs),
+            dict(sum((Counter(report.nodes) for report in each), Counter())),
+            dict(sum((Counter(report.addresses) for report in each), Counter())),
+            sum(report.numbers for report in each),
+            tuple(finding for report in each for finding in report.findings),
+            tuple(finding for report in each for finding in report.lookalikes),
+            tuple(part for report in each for part in report.opaque),
+        )
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """What an audit cannot see, and how often that was so."""
+        reasons = Counter(part.why for _, _, part in self.opaque)
+        sentences = [f"{count} times: {why}" for why, count in reasons.items()]
+        return tuple(sentences + (list(_OF_KERNELS) if self.nodes.get("kernel") else []))
 
     def raise_if_foreign(self) -> None:
         """Raise CaptureError naming the first finding."""
@@ -85,7 +116,7 @@ class AuditReport:
             first = self.findings[0]
             where = first.allocation
             raise CaptureError(
-                f"the graph holds {first.address:#x}, {first.offset} bytes into parameter {first.parameter} of "
+                f"the {first.graph} holds {first.address:#x}, {first.offset} bytes into parameter {first.parameter} of "
                 f"{first.kind} {first.name!r} (node {first.node}): {where.where} memory of {where.size:,} bytes at "
                 f"{where.base:#x} that is neither the cache's, nor the graphs' pool's, nor declared static "
                 f"({len(self.findings)} such in all); pass the tensor as static and keep it, or make it inside the step"
@@ -94,6 +125,7 @@ class AuditReport:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: counts, findings, different look-alikes, and sentences."""
         return {
+            "graphs": list(self.graphs),
             "nodes": self.nodes,
             "addresses": self.addresses,
             "numbers": self.numbers,
@@ -124,7 +156,11 @@ class Regions:
 
 
 def audit(
-    nodes: Sequence[Node], regions: Iterable[Region], probe: Probe, blocks: Collection[int] = frozenset()
+    nodes: Sequence[Node],
+    regions: Iterable[Region],
+    probe: Probe,
+    blocks: Collection[int] = frozenset(),
+    name: str = "graph",
 ) -> AuditReport:
     """Classify every address in a graph's nodes.
 
@@ -134,6 +170,8 @@ def audit(
         What the driver knows of an address; None if nothing.
     blocks : collection of int
         Where allocations inside the driver's begin, as a caching allocator knows them.
+    name : str
+        What to call the graph.
     """
     known = Regions(regions)
     seen: Counter[str] = Counter()
@@ -151,34 +189,24 @@ def audit(
             else:
                 starts = word.value == allocation.base or word.value in blocks
                 certain = starts or word.value >> 32 >= SMALLEST_UPPER
-                findings.append(_finding(index, node, word, allocation, certain))
+                findings.append(_finding(index, node, word, allocation, certain, name))
     opaque = tuple((index, node.name, part) for index, node in enumerate(nodes) for part in node.opaque)
     return AuditReport(
+        graphs=(name,),
         nodes=dict(Counter(node.kind for node in nodes)),
         addresses=dict(seen),
         numbers=numbers,
         findings=tuple(finding for finding in findings if finding.certain),
         lookalikes=tuple(finding for finding in findings if not finding.certain),
         opaque=opaque,
-        unseen=_unseen(nodes),
     )
 
 
-def _finding(index: int, node: Node, word: Word, allocation: Allocation, certain: bool) -> Finding:
-    return Finding(index, node.kind, node.name, word.parameter, word.offset, word.value, allocation, certain)
+def _finding(index: int, node: Node, word: Word, allocation: Allocation, certain: bool, graph: str) -> Finding:
+    return Finding(index, node.kind, node.name, word.parameter, word.offset, word.value, allocation, certain, graph)
 
 
-def _unseen(nodes: Sequence[Node]) -> tuple[str, ...]:
-    reasons = Counter(part.why for node in nodes for part in node.opaque)
-    sentences = [f"{count} times: {why}" for why, count in reasons.items()]
-    if any(node.kind == "kernel" for node in nodes):
-        sentences.append("addresses that a kernel reads from memory (arrays of pointers) are not among its parameters")
-        sentences.append("an address that is not a multiple of 8 bytes into its parameter is not looked for")
-        sentences.append("a foreign address below 16 TiB that is not where an allocation begins passes for a number")
-    return tuple(sentences)
-
-
-def audit_host(graph: HostGraph, regions: Iterable[Region]) -> AuditReport:
+def audit_host(graph: HostGraph, regions: Iterable[Region], name: str = "graph") -> AuditReport:
     """The same for a `HostGraph`: what its operations made themselves counts as the pool's."""
     known = Regions(regions)
     made = {tensor.untyped_storage().data_ptr() for record in graph.records for _, tensor in record.results}
@@ -195,8 +223,8 @@ def audit_host(graph: HostGraph, regions: Iterable[Region]) -> AuditReport:
             elif address:
                 node = Node("operation", str(record.operation))
                 allocation = Allocation(address, storage.nbytes(), "host")
-                findings.append(_finding(index, node, Word(place, 0, address), allocation, True))
-    return AuditReport({"operation": len(graph)}, dict(seen), 0, tuple(findings), (), (), ())
+                findings.append(_finding(index, node, Word(place, 0, address), allocation, True, name))
+    return AuditReport((name,), {"operation": len(graph)}, dict(seen), 0, tuple(findings), (), ())
 
 
 def cuda_probe(cuda: Any) -> Probe:
@@ -232,6 +260,16 @@ def torch_blocks() -> set[int]:
     """Where the tensors begin that torch's caching allocator has handed out."""
     segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
     return {block["address"] for segment in segments for block in segment["blocks"] if block["state"] != "inactive"}
+
+
+def attention_regions(attention: Attention, static: Iterable[torch.Tensor]) -> list[Region]:
+    """What a step over a cache may hold addresses of: the cache, which is a reservation where it is ours; what its
+    attention backend keeps; and the tensors declared static."""
+    kind = RESERVATION if isinstance(attention.cache, KVCacheManager) else STATIC
+    regions = tensor_regions(kind, attention.cache.storages())
+    known = {region.base for region in regions}
+    others = tensor_regions(STATIC, [*static, *attention.storages()])
+    return [*regions, *(region for region in others if region.base not in known)]
 
 
 def tensor_regions(kind: str, tensors: Iterable[torch.Tensor]) -> list[Region]:

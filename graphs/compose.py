@@ -26,10 +26,21 @@ extern "C" __global__ void decide(cudaGraphConditionalHandle handle, const int *
 
 
 class ComposedGraph:
-    """An executable graph of child graphs; the graph they were cloned from must outlive it."""
+    """An executable graph of child graphs; the graph they were cloned from must outlive it.
 
-    def __init__(self, driver: CudaDriver, graph: Any, keep: object = None) -> None:
-        self._driver, self._graph, self._keep = driver, graph, keep
+    Attributes
+    ----------
+    graph : CUgraph
+        What it was made executable from, until it is closed.
+    bodies : dict
+        The graphs of its conditional nodes, by the node's address.
+    """
+
+    def __init__(
+        self, driver: CudaDriver, graph: Any, keep: object = None, bodies: dict[int, list[Any]] | None = None
+    ) -> None:
+        self._driver, self.graph, self._keep = driver, graph, keep
+        self.bodies = bodies or {}
         try:
             self._executable = driver.call("cuGraphInstantiate", graph, 0)
         except DriverError:
@@ -45,7 +56,7 @@ class ComposedGraph:
         executable, self._executable = self._executable, None
         if executable is not None:
             self._driver.call("cuGraphExecDestroy", executable)
-            self._driver.call("cuGraphDestroy", self._graph)
+            self._driver.call("cuGraphDestroy", self.graph)
 
 
 def repeat(driver: CudaDriver, captured: int, times: int) -> ComposedGraph:
@@ -100,7 +111,7 @@ def loop_while(driver: CudaDriver, captured: int, go: torch.Tensor, decision: De
         node.conditional.type = cuda.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE
         node.conditional.size = 1
         node.conditional.ctx = context
-        call("cuGraphAddNode", graph, None, None, 0, node)
+        loop = call("cuGraphAddNode", graph, None, None, 0, node)
         body = node.conditional.phGraph_out[0]
         step = call("cuGraphAddChildGraphNode", body, None, 0, cuda.CUgraph(captured))
         decide = cuda.CUDA_KERNEL_NODE_PARAMS()
@@ -112,4 +123,4 @@ def loop_while(driver: CudaDriver, captured: int, go: torch.Tensor, decision: De
     except BaseException:
         call("cuGraphDestroy", graph)
         raise
-    return ComposedGraph(driver, graph, keep=(decision, go))
+    return ComposedGraph(driver, graph, keep=(decision, go), bodies={int(loop): [body]})

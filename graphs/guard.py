@@ -6,6 +6,8 @@ far past a length its kernels may load.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import numpy as np
 
 from trtllm_vattn.cache.base import KVCache
@@ -23,8 +25,17 @@ class Guard:
 
     def __init__(self, cache: KVCache, over_read: int = 0) -> None:
         self.cache, self.over_read = cache, over_read
-        self._mapped = np.zeros(cache.shape.num_slots, np.int64)
-        self._wrong = np.zeros(cache.shape.num_slots, np.bool_)
+        # The dummy slot's is 0: an idle lane may have no length.
+        self._longest = np.zeros(cache.dummy_slot + 1, np.int64)
+
+    def longest(self) -> np.ndarray:
+        """How long each slot's sequence may be, int64 ``[num_slots]``, so that what is loaded past it is mapped too."""
+        frontiers = self.cache.frontiers
+        if not self.over_read:
+            return frontiers
+        # What is loaded past a length ends with the slot.
+        whole = frontiers >= self.cache.shape.max_seq_len
+        return np.where(whole, frontiers, np.maximum(frontiers - self.over_read, 0))
 
     def check(self, lengths: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> None:
         """Pass, or raise UnmappedAccess naming the sequence; ConfigError where the lanes contradict themselves.
@@ -34,49 +45,71 @@ class Guard:
         lengths : int ``[lanes]``
             Tokens of each lane once its last step has written its own; 0 for an idle lane.
         slots : int ``[lanes]``
-            Where each lane reads and writes; the dummy slot for an idle lane.
+            Where each lane reads and writes, every one a slot of its own; the dummy slot for an idle lane.
         positions : int ``[lanes]``
             Where each lane writes first; 0 for an idle lane.
         """
-        lanes = len(lengths)
-        if not (len(slots) == len(positions) == lanes <= len(self._mapped)):
+        lanes, dummy = len(lengths), self.cache.dummy_slot
+        if not (len(slots) == len(positions) == lanes <= dummy):
             raise ConfigError(
                 f"{lanes} lengths, {len(slots)} slots and {len(positions)} positions; give one of each a lane, and no "
-                f"more lanes than the {len(self._mapped)} slots"
+                f"more lanes than the {dummy} slots"
             )
-        mapped, wrong = self._mapped[:lanes], self._wrong[:lanes]
-        np.greater(lengths, positions, out=wrong)
-        if np.not_equal(wrong, slots != self.cache.dummy_slot, out=wrong).any() or positions[lengths == 0].any():
-            self._refuse_lane(lengths, slots, positions)
-        reach = lengths
-        if self.over_read:
-            # It ends with the slot; a length beyond the slot is refused all the same.
-            end = np.maximum(self.cache.shape.max_seq_len, lengths)
-            reach = np.where(lengths > 0, np.minimum(lengths + self.over_read, end), 0)
-        np.take(self.cache.frontiers, slots, mode="clip", out=mapped)
-        if np.greater(reach, mapped, out=wrong).any():
-            self._refuse(lengths, slots, reach)
+        if not lanes:
+            return
+        lengths, slots = np.asarray(lengths, np.int64), np.asarray(slots, np.int64)
+        longest = self._longest
+        longest[:-1] = self.longest()
+        try:
+            # Too large an index has no element, and a negative one no count.
+            beyond = longest[slots] - lengths
+            lanes_of = np.bincount(slots, minlength=dummy + 1)
+        except (IndexError, ValueError):
+            self._refuse(lengths, slots, positions)
+        left = lengths - positions
+        # One test for all lanes: as soon as one of the three is negative, so are they or-ed together.
+        beyond |= left
+        beyond |= positions
+        # Who writes has a length, for which the dummy slot has no room; so if as many lanes write as slots are used,
+        # and the others are idle, each of those slots has one lane that writes.
+        used = np.count_nonzero(lanes_of[:-1])
+        if beyond[beyond.argmin()] < 0 or not np.count_nonzero(left) == used == lanes - lanes_of[-1]:
+            self._refuse(lengths, slots, positions)
 
     def check_chunk(self, slot: int, length: int) -> None:
         """The same for a chunk of a prompt in one slot, which makes its sequence `length` tokens long."""
         self.check(np.array([length]), np.array([slot]), np.array([length - 1]))
 
-    def _refuse_lane(self, lengths: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> None:
+    # -- saying what is wrong --------------------------------------------------------------------------------------
+
+    def _refuse(self, lengths: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> NoReturn:
         dummy = self.cache.dummy_slot
-        wrong = ((lengths > positions) != (slots != dummy)) | ((lengths == 0) & (positions != 0))
-        lane = int(wrong.argmax())
-        raise ConfigError(
-            f"lane {lane} has length {lengths[lane]}, slot {slots[lane]} and writes from position {positions[lane]}: a "
-            f"lane writes below its length in a slot of its own; an idle one has length 0, slot {dummy}, position 0"
+        active = (slots >= 0) & (slots < dummy) & (positions >= 0) & (positions < lengths)
+        idle = (slots == dummy) & (positions == 0) & (lengths == 0)
+        if not (active | idle).all():
+            lane = int((active | idle).argmin())
+            raise ConfigError(
+                f"lane {lane} has length {lengths[lane]}, slot {slots[lane]} and writes from position "
+                f"{positions[lane]}: a lane writes below its length in one of the slots 0 to {dummy - 1}; an idle one "
+                f"has length 0, slot {dummy}, position 0"
+            )
+        lanes = np.flatnonzero(lengths > self._longest[slots]).tolist()
+        if not lanes:
+            self._refuse_shared(slots)
+        lane = lanes[0]
+        slot, length = int(slots[lane]), int(lengths[lane])
+        reach = max(length, min(length + self.over_read, self.cache.shape.max_seq_len))
+        others = f" ({len(lanes)} slots in all)" if len(lanes) > 1 else ""
+        raise UnmappedAccess(
+            f"sequence {self.cache.sequence_at(slot)!r} in slot {slot}{others} would be {length} tokens long and "
+            f"touch {reach}, but {self.cache.frontiers[slot]} are mapped in layers 0 to "
+            f"{self.cache.shape.num_layers - 1}; call prepare_step with these lengths before the step"
         )
 
-    def _refuse(self, lengths: np.ndarray, slots: np.ndarray, reach: np.ndarray) -> None:
-        lanes = np.flatnonzero(self._wrong[: len(lengths)]).tolist()
-        lane = lanes[0]
-        slot = int(slots[lane])
-        more = f" ({len(lanes)} slots in all)" if len(lanes) > 1 else ""
-        raise UnmappedAccess(
-            f"sequence {self.cache.sequence_at(slot)!r} in slot {slot}{more} would be {lengths[lane]} tokens long and "
-            f"touch {reach[lane]}, but {self.cache.frontiers[slot]} are mapped in layers 0 to "
-            f"{self.cache.shape.num_layers - 1}; call prepare_step with these lengths before the step"
+    def _refuse_shared(self, slots: np.ndarray) -> NoReturn:
+        slot = int(np.bincount(slots)[: self.cache.dummy_slot].argmax())
+        lanes = np.flatnonzero(slots == slot).tolist()
+        raise ConfigError(
+            f"lanes {lanes} all write to slot {slot}, of sequence {self.cache.sequence_at(slot)!r}; give each sequence "
+            "one lane"
         )

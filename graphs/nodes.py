@@ -8,7 +8,7 @@ with addresses in it.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +70,13 @@ class GraphReader:
     def __init__(self, cuda: Any) -> None:
         self._cuda = cuda
 
-    def read(self, graph: Any) -> list[Node]:
-        """All nodes of a graph (a CUgraph) and of the graphs inside it. Raises DriverError."""
-        return list(self._nodes(graph))
+    def read(self, graph: Any, bodies: Mapping[int, Sequence[Any]] | None = None) -> list[Node]:
+        """All nodes of a graph (a CUgraph) and of the graphs inside it. Raises DriverError.
+
+        `bodies` are the graphs of conditional nodes, by the node's address: whoever adds such a node is told them, and
+        the driver does not say them again.
+        """
+        return list(self._nodes(graph, bodies or {}))
 
     def _call(self, name: str, *arguments: Any) -> Any:
         code, *values = getattr(self._cuda, name)(*arguments)
@@ -80,7 +84,7 @@ class GraphReader:
             raise DriverError(code.name, name, ())
         return values[0] if len(values) == 1 else values
 
-    def _nodes(self, graph: Any) -> Iterator[Node]:
+    def _nodes(self, graph: Any, bodies: Mapping[int, Sequence[Any]]) -> Iterator[Node]:
         _, count = self._call("cuGraphGetNodes", graph, 0)
         if not count:
             return
@@ -96,7 +100,11 @@ class GraphReader:
                 yield Node(kind, "", (Word(0, 0, destination),))
             elif kind == "graph":
                 yield Node(kind, "")
-                yield from self._nodes(self._call("cuGraphChildGraphNodeGetGraph", node))
+                yield from self._nodes(self._call("cuGraphChildGraphNodeGetGraph", node), bodies)
+            elif kind == "conditional" and int(node) in bodies:
+                yield Node(kind, "")
+                for body in bodies[int(node)]:
+                    yield from self._nodes(body, bodies)
             elif kind in ("empty", "wait_event", "event_record"):
                 yield Node(kind, "")
             else:
@@ -141,10 +149,14 @@ class GraphReader:
 
     def _memcpy(self, node: Any) -> Node:
         params = self._call("cuGraphMemcpyNodeGetParams", node)
-        ends = []
+        types = self._cuda.CUmemorytype
+        words: list[Word] = []
+        opaque: list[Opaque] = []
         for place, end in enumerate(("src", "dst")):
             kind = getattr(params, f"{end}MemoryType")
-            host = kind == self._cuda.CUmemorytype.CU_MEMORYTYPE_HOST
-            value = getattr(params, f"{end}Host" if host else f"{end}Device")
-            ends.append(Word(place, 0, int(value or 0)))
-        return Node("memcpy", "", tuple(ends))
+            if kind == types.CU_MEMORYTYPE_ARRAY:
+                opaque.append(Opaque(place, 0, "it copies from or to a CUDA array, whose memory the driver hides"))
+                continue
+            value = getattr(params, f"{end}Host" if kind == types.CU_MEMORYTYPE_HOST else f"{end}Device")
+            words.append(Word(place, 0, int(value or 0)))
+        return Node("memcpy", "", tuple(words), tuple(opaque))

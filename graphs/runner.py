@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -18,14 +18,17 @@ from typing import Any
 import torch
 
 from trtllm_vattn.errors import CaptureError, ConfigError
+from trtllm_vattn.graphs.audit import AuditReport, Region, audit, audit_host, cuda_probe, pool_regions, torch_blocks
 from trtllm_vattn.graphs.compose import ComposedGraph, Decision, loop_while, repeat
 from trtllm_vattn.graphs.host_graph import HostGraph
+from trtllm_vattn.graphs.nodes import GraphReader
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.tensors import current_stream
 
 logger = logging.getLogger(__name__)
 
 Outputs = tuple[torch.Tensor, ...]
+_failed: list[torch.cuda.CUDAGraph] = []
 
 
 def default_buckets(most: int) -> list[int]:
@@ -90,7 +93,8 @@ class GraphRunner:
         self._step, self._device, self._go = step, device, go
         self.static = list(static)
         on_gpu = device.type == "cuda"
-        self.pool = pool or (torch.cuda.graph_pool_handle() if on_gpu else None)
+        self.pool: Any = pool or (torch.cuda.graph_pool_handle() if on_gpu else None)
+        self._pools = [self.pool]
         self._driver = CudaDriver(device.index or 0) if on_gpu else None
         self._decision: Decision | None = None
         self._graphs: dict[int, tuple[Any, Outputs]] = {}
@@ -153,14 +157,17 @@ class GraphRunner:
             torch._C._cuda_clearCublasWorkspaces()
             graph = torch.cuda.CUDAGraph(keep_graph=True)
             try:
-                # Other threads may make driver calls meanwhile: only this one is held to what capture allows.
+                # Other threads may make driver calls meanwhile: only this one is held to what capture allows. Where a
+                # capture fails, torch leaves its stream the current one; the outer context does not.
                 with (
                     collector_off(),
+                    torch.cuda.stream(stream),
                     torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"),
                 ):
                     outputs = self._step(bucket)
                 graph.instantiate()
             except RuntimeError as error:
+                self._leave_pool(graph)
                 raise CaptureError(
                     f"the step for {bucket} lanes cannot be captured: {error}; it may not read the device from the "
                     "host, allocate outside torch, or change streams"
@@ -168,6 +175,17 @@ class GraphRunner:
             return graph, outputs
 
         return capture
+
+    def _leave_pool(self, failed: torch.cuda.CUDAGraph) -> None:
+        """Go on with another pool: torch counts a capture that failed as one under way and gives its pool to no other.
+
+        On the device that can be ended; among its host memory torch goes on asking the graph, so that is kept.
+        """
+        _failed.append(failed)
+        with suppress(RuntimeError):  # where torch did so itself
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self.pool)
+        self.pool = torch.cuda.graph_pool_handle()
+        self._pools.append(self.pool)
 
     # -- replaying -------------------------------------------------------------------------------------------------
 
@@ -181,6 +199,30 @@ class GraphRunner:
     def graph(self, bucket: int) -> Any:
         """A bucket's captured graph: a `HostGraph`, or a `torch.cuda.CUDAGraph` that kept its cudaGraph_t."""
         return self._captured(bucket)[0]
+
+    def audit(self, regions: Iterable[Region], what: str = "step", bucket: int | None = None) -> AuditReport:
+        """Whose the addresses are that its graphs hold, of a bucket or of all: captured ones, and those composed of
+        them. `regions` are theirs besides the pool. Raises CaptureError where there is no graph."""
+        captured = sorted(self._graphs) if bucket is None else [bucket]
+        graphs = {bucket: self.graph(bucket) for bucket in captured}
+        if not graphs:
+            raise CaptureError(f"no {what} is captured; capture it before its graphs are looked at")
+        if self._driver is None:
+            return AuditReport.joined(audit_host(graph, regions, f"{what} of {b}") for b, graph in graphs.items())
+        cuda = self._driver.cuda
+        known = [*regions, *(region for pool in self._pools for region in pool_regions(pool))]
+        blocks = torch_blocks()
+        read: list[tuple[str, Any, dict[int, list[Any]]]] = [
+            (f"{what} of {bucket}", cuda.CUgraph(graph.raw_cuda_graph()), {}) for bucket, graph in graphs.items()
+        ]
+        for (bucket, steps), made in self._composed.items():
+            if bucket in graphs:
+                how = f"{steps} times over" if steps else "in a loop"
+                read.append((f"{what} of {bucket}, {how}", made.graph, made.bodies))
+        reader, probe = GraphReader(cuda), cuda_probe(cuda)
+        return AuditReport.joined(
+            audit(reader.read(graph, bodies), known, probe, blocks, name) for name, graph, bodies in read
+        )
 
     def _captured(self, bucket: int) -> tuple[Any, Outputs]:
         if bucket not in self._graphs:

@@ -10,21 +10,26 @@ from typing import Any
 import pytest
 import torch
 
+from trtllm_vattn.bench import controls
 from trtllm_vattn.bench.faults import Life
 from trtllm_vattn.bench.ledger import LedgerDriver
 from trtllm_vattn.bench.serve import densest
 from trtllm_vattn.bench.traces import Request
-from trtllm_vattn.bench.twins import Twins
+from trtllm_vattn.bench.twins import STEPS, Twins
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.graphs.runner import GraphRunner
+from trtllm_vattn.runtime.decode import DecodeBatch
 
 HOST = ["--device", "cpu", "--model", "tiny-llama"]
 SOAK = ["bench", "soak", *HOST, "--replays", "60", "--repeatable", "10"]
 
 
-def test_the_soak_remaps_beneath_one_graph_and_catches_its_controls(tmp_path: Path) -> None:
+def test_the_soak_remaps_beneath_one_graph_and_catches_its_controls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     report, state = tmp_path / "soak.json", tmp_path / "state.json"
     assert main([*SOAK, "--state", str(state), "--output-json", str(report)]) == 0
     summary = json.loads(report.read_text())["summary"]
@@ -34,7 +39,10 @@ def test_the_soak_remaps_beneath_one_graph_and_catches_its_controls(tmp_path: Pa
     assert (summary["mismatches"], summary["left_alone_mismatches"], summary["eager_mismatches"]) == (0, 0, 0)
     assert summary["eager_checks"] >= 1
     assert summary["controls_caught"] == 5
+    assert summary["fenced_unmap_survived"] is True
     # It goes on where it stopped, and not with another's.
+    monkeypatch.setattr("trtllm_vattn.bench.soak.run_controls", lambda *arguments: {"none": "caught"})
+    monkeypatch.setattr("trtllm_vattn.bench.soak.fenced_unmap", lambda *arguments: "survived")
     assert main([*SOAK, "--replays", "90", "--state", str(state), "--output-json", str(report)]) == 0
     results = json.loads(report.read_text())
     assert len(results["results"]["chunks"]) == 2
@@ -57,8 +65,66 @@ def test_a_soak_that_gives_other_bits_fails(
 
     monkeypatch.setattr(Twins, "replace", forgetting)
     monkeypatch.setattr("trtllm_vattn.bench.soak.run_controls", lambda *arguments: {"none": "caught"})
+    monkeypatch.setattr("trtllm_vattn.bench.soak.fenced_unmap", lambda *arguments: "survived")
     assert main([*SOAK, "--replays", "300"]) == 1
     assert "mismatches: 0\n" not in capsys.readouterr().out.partition("eager_checks")[0]
+
+
+@pytest.mark.parametrize("caught", ["missed: survived", "the process ended with code -11"])
+@pytest.mark.parametrize("fenced", ["survived", "the process ended with code -11"])
+def test_a_soak_fails_where_a_control_is_missed_or_what_is_right_does_not_survive(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caught: str, fenced: str
+) -> None:
+    monkeypatch.setattr("trtllm_vattn.bench.soak.run_controls", lambda *arguments: {"unfenced unmap": caught})
+    monkeypatch.setattr("trtllm_vattn.bench.soak.fenced_unmap", lambda *arguments: fenced)
+    report = tmp_path / "soak.json"
+    right = caught.startswith("the process") and fenced == "survived"
+    assert main([*SOAK, "--replays", "4", "--repeatable", "1", "--output-json", str(report)]) == int(not right)
+    summary = json.loads(report.read_text())["summary"]
+    assert summary["controls_caught"] == int(caught.startswith("the process"))
+    assert summary["fenced_unmap_survived"] is (fenced == "survived")
+
+
+def test_an_unmap_that_is_not_beside_replays_or_takes_nothing_away_is_no_control(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = {"unfenced": (0, "unmapping beside replays\nsurvived", ""), "fenced": (-11, "unmapping after replays", "")}
+    monkeypatch.setattr(controls, "_unmap_apart", lambda device, model, how: said[how])
+    assert controls.unfenced_unmap("cpu", "tiny-llama").startswith("missed: unmapping beside")
+    assert controls.fenced_unmap("cpu", "tiny-llama").startswith("the process ended with code -11")
+    said["unfenced"] = (-11, "unmapping after replays", "")
+    assert controls.unfenced_unmap("cpu", "tiny-llama").startswith("missed")
+    said["fenced"] = (0, "unmapping beside replays\nsurvived", "")
+    assert controls.fenced_unmap("cpu", "tiny-llama") != "survived"
+
+
+@pytest.mark.parametrize(
+    ("what", "code"), [("a middle step", 1), ("the last step", 1), ("one word", 1), ("idle lanes", 0)]
+)
+def test_a_soak_compares_the_bits_of_every_step_and_of_no_idle_lane(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str, code: int
+) -> None:
+    right = DecodeBatch._forward
+
+    def slightly_other(self: DecodeBatch, bucket: int) -> torch.Tensor:
+        """Logits of the side that is remapped are a little larger there; tokens are the same."""
+        logits = right(self, bucket)
+        if not isinstance(self.attention.cache, KVCacheManager):
+            return logits
+        taken, lengths = self._device[-2:-1], self._inputs[3, :bucket, None]
+        wrong = {
+            "a middle step": (taken == 1) & (lengths > 0),
+            "the last step": (taken == STEPS - 1) & (lengths > 0),
+            "one word": (taken == 1) & (lengths > 0) & (torch.arange(logits.shape[1]) == 17),
+            "idle lanes": lengths == 0,
+        }[what]
+        return logits * torch.where(wrong, 1 + 2**-20, 1.0)
+
+    monkeypatch.setattr(DecodeBatch, "_forward", slightly_other)
+    monkeypatch.setattr("trtllm_vattn.bench.soak.run_controls", lambda *arguments: {"none": "caught"})
+    monkeypatch.setattr("trtllm_vattn.bench.soak.fenced_unmap", lambda *arguments: "survived")
+    assert main([*SOAK, "--tolerance", "1"]) == code
+    assert ("\nmismatches: 0\n" in capsys.readouterr().out) is (code == 0)
 
 
 def test_multistep_compares_tokens_and_times_launches(tmp_path: Path) -> None:
@@ -108,8 +174,31 @@ def test_captured_graphs_are_audited(tmp_path: Path) -> None:
     command = ["bench", "graph", *HOST, "--requests", "3", "--max-seqs", "2", "--caches", "vattn", "--audit"]
     assert main([*command, "--output-json", str(report)]) == 0
     results = json.loads(report.read_text())
-    assert (results["summary"]["audited_graphs"], results["summary"]["audit_findings"]) == (1, 0)
-    assert results["results"]["trace"]["runs"][-1]["audit"]["addresses"]["reservation"] > 0
+    audits = [results["results"]["trace"]["runs"][-1]["audit"], *results["results"]["audited_launches"]]
+    assert all(audit["addresses"]["reservation"] > 0 for audit in audits)
+    prompts = [f"prompt of {size}" for size in (16, 32, 64, 128, 256, 512)]
+    assert audits[0]["graphs"] == ["decode step of 1", "decode step of 2", *prompts]
+    # On the host nothing is composed: a launch of many steps is as many replays.
+    for audit in audits[1:]:
+        assert audit["graphs"] == ["decode step of 2", "drawing step of 2", *prompts[:5]]
+    assert results["summary"]["audited_graphs"] == sum(len(audit["graphs"]) for audit in audits)
+    assert results["summary"]["audit_findings"] == 0
+
+
+def test_a_strangers_address_in_any_captured_graph_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audit = GraphRunner.audit
+
+    def without_static(self: GraphRunner, regions: Any, what: str = "step", bucket: int | None = None) -> Any:
+        """As though nobody had declared what drawing tokens needs."""
+        known = [region for region in regions if what != "drawing step" or region.kind != "static"]
+        return audit(self, known, what, bucket)
+
+    monkeypatch.setattr(GraphRunner, "audit", without_static)
+    command = ["bench", "graph", *HOST, "--requests", "2", "--max-seqs", "2", "--caches", "vattn", "--audit"]
+    assert main(command) == 1
+    assert "captured graphs hold" in capsys.readouterr().err
 
 
 def test_fragmentation_is_counted_by_the_caches_own_books(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ class CUresult(enum.IntEnum):
 class CUmemorytype(enum.IntEnum):
     CU_MEMORYTYPE_HOST = 1
     CU_MEMORYTYPE_DEVICE = 2
+    CU_MEMORYTYPE_ARRAY = 3
+    CU_MEMORYTYPE_UNIFIED = 4
 
 
 OK = CUresult.CUDA_SUCCESS
@@ -70,6 +72,9 @@ class Other:
 
     kind: str
     payload: Any = None
+
+    def __int__(self) -> int:
+        return id(self)
 
 
 class FakeCuda:

@@ -11,6 +11,7 @@ from trtllm_vattn.graphs.audit import (
     POOL,
     RESERVATION,
     STATIC,
+    AuditReport,
     Region,
     audit,
     audit_host,
@@ -105,6 +106,56 @@ def test_copies_and_fills_are_looked_at_too() -> None:
     ]
 
 
+def test_a_copy_from_an_array_is_listed_and_one_of_unified_memory_read() -> None:
+    array, unified = CUmemorytype.CU_MEMORYTYPE_ARRAY, CUmemorytype.CU_MEMORYTYPE_UNIFIED
+    copy = SimpleNamespace(
+        srcMemoryType=array, srcHost=0, srcDevice=0, dstMemoryType=unified, dstDevice=STRANGE, dstHost=0
+    )
+    found = report(Other("MEMCPY", copy))
+    assert [(f.kind, f.parameter) for f in found.findings] == [("memcpy", 1)]
+    assert [(index, part.parameter) for index, _, part in found.opaque] == [(0, 0)]
+    assert found.unseen == ("1 times: it copies from or to a CUDA array, whose memory the driver hides",)
+
+
+def test_the_body_of_a_loop_is_walked_where_it_is_known() -> None:
+    loop, other = Other("CONDITIONAL"), Other("CONDITIONAL")
+    step = [Kernel("inner", [word(STRANGE)])]
+    body = [Other("GRAPH", step), Kernel("decide", [word(5), word(MINE)])]
+    driver = cuda()
+    nodes = GraphReader(driver).read([loop, other], {int(loop): [body]})
+    assert [(node.kind, node.name) for node in nodes] == [
+        ("conditional", ""),
+        ("graph", ""),
+        ("kernel", "inner"),
+        ("kernel", "decide"),
+        ("conditional", ""),
+    ]
+    found = audit(nodes, REGIONS, cuda_probe(driver))
+    assert [finding.name for finding in found.findings] == ["inner"]
+    assert found.addresses == {STATIC: 1}
+    assert [(index, part.why) for index, _, part in found.opaque] == [(4, "a node of kind conditional")]
+
+
+def test_reports_of_several_graphs_are_one() -> None:
+    driver = cuda()
+    graphs = {
+        "step of 4": [Kernel("mine", [bytes(128), word(KV)])],
+        "step of 4, in a loop": [Kernel("clean", [word(KV), word(12345)]), Kernel("theirs", [word(MINE, STRANGE)])],
+    }
+    reports = [
+        audit(GraphReader(driver).read(nodes), REGIONS, cuda_probe(driver), name=name) for name, nodes in graphs.items()
+    ]
+    whole = AuditReport.joined(reports)
+    assert whole.graphs == tuple(graphs)
+    assert (whole.nodes, whole.addresses, whole.numbers) == ({"kernel": 3}, {RESERVATION: 2, STATIC: 1}, 1)
+    assert len(whole.opaque) == 1
+    assert len(whole.unseen) == 4
+    assert whole.as_dict()["graphs"] == list(graphs)
+    with pytest.raises(CaptureError, match=r"the step of 4, in a loop holds .* of kernel 'theirs' \(node 1\)"):
+        whole.raise_if_foreign()
+    assert AuditReport.joined([]).graphs == ()
+
+
 def test_graphs_inside_graphs_are_walked() -> None:
     inner = [Kernel("inner", [word(STRANGE)])]
     found = report(Other("GRAPH", [Other("GRAPH", inner), Other("EMPTY")]))
@@ -178,14 +229,63 @@ def test_a_captured_graph_is_audited_on_the_card() -> None:
     runner.capture()
     graph = driver.cuda.CUgraph(runner.graph(1).raw_cuda_graph())
     nodes = GraphReader(driver.cuda).read(graph)
-    known = [Region(RESERVATION, reservation.base, granule), *tensor_regions(STATIC, [static])]
-    known += pool_regions(runner.pool)
+    mine = [Region(RESERVATION, reservation.base, granule), *tensor_regions(STATIC, [static])]
+    known = [*mine, *pool_regions(runner.pool)]
     found = audit(nodes, known, cuda_probe(driver.cuda))
     assert {RESERVATION, STATIC, POOL} <= set(found.addresses)
     region = tensor_regions(STATIC, [foreign])[0]
     assert {finding.address for finding in (*found.findings, *found.lookalikes)} == {region.base}
     assert audit(nodes, known, cuda_probe(driver.cuda), torch_blocks()).findings
     assert audit(nodes, [*known, region], cuda_probe(driver.cuda)).findings == ()
+    assert runner.audit(mine).findings
+    assert runner.audit([*mine, region]).findings == ()
     runner.close()
     for owner in (mapping, extent, reservation):
         owner.close()
+
+
+@pytest.mark.gpu
+def test_graphs_composed_of_a_step_are_audited_on_the_card() -> None:
+    from trtllm_vattn.graphs.runner import GraphRunner
+
+    count, go, foreign = (torch.zeros(1, dtype=torch.int32, device="cuda:0") for _ in range(3))
+
+    def step(bucket: int) -> tuple[torch.Tensor]:
+        count.add_(1)
+        go.copy_(count < 5 + foreign)
+        return (count + bucket,)
+
+    runner = GraphRunner(step, [2, 1], [count, go], count.device, go)
+    runner.capture()
+    mine = tensor_regions(STATIC, [count, go])
+    once = runner.audit(mine, "step", 2)
+    runner.replay(2, 3)
+    runner.replay_while(2)
+    runner.replay(1, 2)
+    whole = runner.audit(mine, "step", 2)
+    assert whole.graphs == ("step of 2", "step of 2, 3 times over", "step of 2, in a loop")
+    assert whole.nodes["graph"] == 3 + 1
+    assert whole.nodes["conditional"] == 1
+    # The captured one, thrice in the second, once in the loop's body beside the kernel that decides.
+    assert whole.nodes["kernel"] == 5 * once.nodes["kernel"] + 1
+    assert not [part for _, _, part in whole.opaque if "conditional" in part.why]
+    strangers = tensor_regions(STATIC, [foreign])
+    assert {finding.graph for finding in (*whole.findings, *whole.lookalikes)} == set(whole.graphs)
+    assert runner.audit([*mine, *strangers]).findings == ()
+    assert len(runner.audit([*mine, *strangers]).graphs) == 5
+    runner.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_nothing_captured_is_nothing_to_look_at(device: str) -> None:
+    from trtllm_vattn.graphs.runner import GraphRunner
+
+    x = torch.zeros(4, device=device)
+    runner = GraphRunner(lambda bucket: (x[:bucket] + 1,), [4, 2], [x], x.device)
+    with pytest.raises(CaptureError, match="no prompt is captured"):
+        runner.audit([], "prompt")
+    runner.capture([2])
+    assert runner.audit(tensor_regions(STATIC, [x]), "prompt").graphs == ("prompt of 2",)
+    with pytest.raises(CaptureError, match=r"no graph for 4 lanes: the runner is captured for \[2\]"):
+        runner.audit([], "prompt", 4)
+    runner.close()

@@ -73,12 +73,34 @@ def test_lanes_over_other_slots_are_checked_where_they_read(host_driver: HostDri
         ([3, 0, 0, 0], [0, DUMMY, DUMMY, DUMMY], [2, 0, 7, 0], 2),
         ([3, 2, 0, 0], [0, DUMMY, DUMMY, DUMMY], [2, 1, 0, 0], 1),
         ([3, 0, 0, 0], [0, DUMMY, DUMMY, DUMMY], [3, 0, 0, 0], 0),
+        ([3, 0, 2, 0], [0, DUMMY, 400, DUMMY], [2, 0, 1, 0], 2),
+        ([3, 2, 0, 0], [0, DUMMY + 1, DUMMY, DUMMY], [2, 1, 0, 0], 1),
+        ([3, 2, 0, 0], [0, -3, DUMMY, DUMMY], [2, 1, 0, 0], 1),
+        ([3, 0, 0, 0], [0, -1, DUMMY, DUMMY], [2, 0, 0, 0], 1),
+        ([3, 2, 0, 0], [0, -400, DUMMY, DUMMY], [2, 1, 0, 0], 1),
+        ([3, 2, 0, 0], [0, 1 << 40, DUMMY, DUMMY], [2, 1, 0, 0], 1),
+        ([3, 2, 0, 0], [0, 1, DUMMY, DUMMY], [2, -5, 0, 0], 1),
+        ([3, 0, 0, 0], [0, DUMMY, DUMMY, DUMMY], [2, 0, -1, 0], 2),
+        ([-3, 0, 0, 0], [0, DUMMY, DUMMY, DUMMY], [-4, 0, 0, 0], 0),
+        ([3, -1, 0, 0], [0, DUMMY, DUMMY, DUMMY], [2, -1, 0, 0], 1),
+        ([3, 0, 0, 0], [0, 1, 1, DUMMY], [2, 0, 0, 0], 1),
     ],
     ids=[
         "idle lane in a slot",
         "idle lane past the dummy's first token",
         "lane without a slot",
         "write past the length",
+        "slot that is none",
+        "slot past the dummy",
+        "slot from behind",
+        "idle lane in a slot from behind",
+        "slot below all",
+        "slot far beyond memory",
+        "write before the slot",
+        "idle lane before the dummy",
+        "length below nothing",
+        "idle lane of less than no length",
+        "two idle lanes in a slot",
     ],
 )
 def test_lanes_that_contradict_themselves_are_named(
@@ -89,6 +111,37 @@ def test_lanes_that_contradict_themselves_are_named(
         cache.admit("b", 10)
         with pytest.raises(ConfigError, match=rf"lane {lane} has length {lengths[lane]}, slot {slots[lane]} "):
             Guard(cache).check(np.array(lengths), np.array(slots), np.array(positions))
+
+
+def test_two_lanes_in_one_slot_are_named(host_driver: HostDriver) -> None:
+    with KVCacheManager(SHAPE, host_driver, 1 << 20, lookahead=0) as cache:
+        cache.admit("a", 10)
+        cache.admit("b", 10)
+        guard = Guard(cache)
+        lengths, positions = np.array([3, 0, 4, 2]), np.array([2, 0, 3, 1])
+        guard.check(lengths[:3], np.array([1, DUMMY, 0]), positions[:3])
+        with pytest.raises(ConfigError, match=r"lanes \[0, 3\] all write to slot 1, of sequence 'b'; give each"):
+            guard.check(lengths, np.array([1, DUMMY, 0, 1]), positions)
+
+
+def test_a_lane_may_be_of_any_integers_and_there_may_be_none(host_driver: HostDriver) -> None:
+    with KVCacheManager(SHAPE, host_driver, 1 << 20, lookahead=0) as cache:
+        cache.admit("a", 10)
+        guard = Guard(cache)
+        guard.check(*(np.array([value], np.int32) for value in (10, 0, 9)))
+        guard.check(*np.zeros((3, 0), np.int64))
+        with pytest.raises(UnmappedAccess):
+            guard.check(*(np.array([value], np.int32) for value in (int(cache.frontiers[0]) + 1, 0, 9)))
+
+
+def test_how_long_a_sequence_may_be_leaves_room_for_the_over_read(host_driver: HostDriver) -> None:
+    with KVCacheManager(SHAPE, host_driver, 1 << 20, lookahead=0) as cache:
+        cache.admit("a", 10)
+        cache.admit("whole", 50)
+        frontier = int(cache.frontiers[0])
+        assert 10 <= frontier < 50
+        assert Guard(cache).longest().tolist() == [frontier, 50, 0, 0]
+        assert Guard(cache, over_read=3).longest().tolist() == [frontier - 3, 50, 0, 0]
 
 
 def test_a_chunk_of_a_prompt_is_checked(host_driver: HostDriver) -> None:
@@ -122,8 +175,10 @@ def test_it_costs_microseconds(host_driver: HostDriver) -> None:
             started = perf_counter()
             guard.check(lengths, slots, positions)
             took.append(perf_counter() - started)
-        # 20 us is the aim; a busy CI machine is given some.
-        assert sorted(took)[250] < 60e-6
+        took.sort()
+        # 20 us are the aim for nearly all; where others want the processor, it must do for some.
+        assert took[50] < 20e-6
+        assert took[250] < 60e-6
 
 
 READ_PAST_FRONTIER = """

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from trtllm_vattn.attention.gather import GatheringAttention
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import COMPARED, make_cache
-from trtllm_vattn.errors import ConfigError, OutOfPages
+from trtllm_vattn.errors import CaptureError, ConfigError, OutOfPages
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
-from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.wrappers import WrappedDriver
 
@@ -131,26 +131,109 @@ def test_a_loop_goes_no_further_than_memory_reaches(build: Callable[..., Engine]
     assert cache.lengths[0] == 3 + records[0].steps
 
 
-def test_the_device_learns_of_memory_after_it_was_made_accessible(model: PreTrainedModel) -> None:
-    order: list[str] = []
+def test_a_loop_leaves_room_for_what_a_backend_loads_past_a_length(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GatheringAttention, "over_read", 5)
+    engine = build(steps=64, loop=True)
+    cache = engine.cache
+    assert isinstance(cache, KVCacheManager)
+    cache.ahead.fixed = 16
+    # Prompts get no more than their own memory, so only decoding is by such a backend.
+    engine.prefill._guard.over_read = 0
+    frontiers: list[int] = []
+    launch = engine.decode.runner.replay_while
 
-    class Noting(WrappedDriver):
-        def _call(self, name: str, *arguments: int) -> Any:
-            answer = super()._call(name, *arguments)
-            if not isinstance(answer, Fence):
-                order.append(name)
-            return answer
+    def launched(bucket: int) -> Any:
+        frontiers.append(int(cache.frontiers[0]))
+        return launch(bucket)
 
-    shape = shape_of(model, 1, 4096)
-    cache = KVCacheManager(shape, Noting(open_driver(str(model.device))), 64 << 20, lookahead=2048)
+    engine.decode.runner.replay_while = launched  # type: ignore[method-assign]
+    engine.submit(PROMPTS[0], SamplingParams(100))
+    engine.step()
+    # A slot that is mapped whole, as on the card by one page, is read to its end and no further.
+    longest = frontiers[0] if frontiers[0] == 128 else frontiers[0] - 5
+    assert cache.lengths[0] == min(3 + 64, longest)
+
+
+class Noting(WrappedDriver):
+    """Notes what was mapped, when, and which addresses are accessible."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(open_driver(device))
+        self.order: list[str] = []
+        self.accessible: list[tuple[int, int]] = []
+
+    def _call(self, name: str, *arguments: int) -> Any:
+        answer = super()._call(name, *arguments)
+        if name in ("map", "set_access"):
+            self.order.append(name)
+        if name == "set_access":
+            self.accessible.append((arguments[0], arguments[0] + arguments[1]))
+        return answer
+
+    def reaches(self, base: int) -> int:
+        """Bytes from `base` on that are accessible."""
+        end = base
+        while more := [stop for start, stop in self.accessible if start <= end < stop]:
+            end = max(more)
+        return end - base
+
+
+def publish_early(cache: KVCacheManager, publish: Callable[[], None]) -> None:
+    """Has the cache's mapping ahead tell the device of memory before that is accessible."""
+    grow = cache.arena.grow
+
+    def early(wants: dict[int, int], **options: Any) -> Any:
+        for slot, tokens in wants.items():
+            cache.frontiers[slot] = tokens
+        publish()
+        return grow(wants, **options)
+
+    cache.arena.grow = early  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("mistake", [None, "an extra time before mapping", "of memory not mapped yet"])
+def test_the_device_learns_of_memory_after_it_was_made_accessible(model: PreTrainedModel, mistake: str | None) -> None:
+    driver = Noting(str(model.device))
+    shape = shape_of(model, 1, 8192)
+    page = driver.granularity() // shape.token_bytes
+    cache = KVCacheManager(shape, driver, 64 << 20, shape.num_layers, lookahead=page)
+    too_far: list[int] = []
     with Engine(model, cache, attention="torch", compile=False, steps=4, loop=True) as engine:
-        publish = engine.decode.publish_frontiers
-        engine.decode.publish_frontiers = lambda: (order.append("publish"), publish())  # type: ignore[func-returns-value,method-assign,assignment]
-        engine.submit([1, 2, 3], SamplingParams(8))
-        engine.step()
-        mapped = len(order) - 1 - order[::-1].index("set_access")
-        assert "publish" in order[mapped:]
-        assert engine.decode._frontiers[0] == cache.frontiers[0]
+        decode, order = engine.decode, driver.order
+        launch, publish, map_ahead = decode.runner.replay_while, decode.publish_frontiers, cache.map_ahead
+
+        def launched(bucket: int) -> Any:
+            order.append("launch")
+            return launch(bucket)
+
+        def published() -> None:
+            publish()
+            order.append("publish")
+            told = cache.layout.touched_bytes(int(decode._frontiers[0]))
+            too_far.append(told - driver.reaches(cache.layer(0).k.data_ptr()))  # type: ignore[union-attr]
+
+        decode.runner.replay_while = launched  # type: ignore[method-assign]
+        decode.publish_frontiers = published  # type: ignore[method-assign]
+        engine._mapping._publish = published
+        if mistake == "an extra time before mapping":
+            cache.map_ahead = lambda: (published(), map_ahead())[1]  # type: ignore[method-assign,func-returns-value]
+        elif mistake:
+            publish_early(cache, published)
+        # A decode step, not the prompt, is the first to come near the end of what is mapped.
+        engine.submit([1] * max(1, page // 2 - 3), SamplingParams(40))
+        while engine.busy and "set_access" not in order[order.index("launch") if "launch" in order else len(order) :]:
+            engine.step()
+        assert "set_access" in order[order.index("launch") :]
+        # Each time by what was mapped just before, or to begin with.
+        named = list(zip(["", *order], order, [*order[1:], ""], strict=False))
+        right = max(too_far) <= 0 and all(
+            before == "set_access" or after == "launch" for before, name, after in named if name == "publish"
+        )
+        assert right is (mistake is None), (order, too_far)
+        if mistake is None:
+            assert decode._frontiers[0] == cache.frontiers[0]
 
 
 def test_launches_run_ahead_of_their_tokens(build: Callable[..., Engine], single: list[list[int]]) -> None:
@@ -305,23 +388,38 @@ def test_two_engines_live_side_by_side(device: str) -> None:
     engines[1].close()
 
 
+@pytest.mark.parametrize("loop", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_captured_step_holds_no_foreign_address(device: str) -> None:
+def test_captured_graphs_hold_no_foreign_address(device: str, loop: bool) -> None:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     loaded = load_model("small-llama", device, dtype)
-    cache = make_cache("vattn", shape_of(loaded, 4, 256), device)
-    with Engine(loaded, cache, compile=False, buckets=[1, 4]) as engine:
+    cache = make_cache("vattn", shape_of(loaded, 4, 64), device)
+    with Engine(loaded, cache, compile=False, buckets=[1, 4], steps=4, loop=loop) as engine:
+        for temperature in (0.0, 0.8):
+            engine.generate([[1]], SamplingParams(9, temperature))
         for bucket in (1, 4):
-            report = engine.decode.audit(bucket)
+            report = engine.decode.audit(bucket=bucket)
             report.raise_if_foreign()
             assert report.addresses["reservation"] > 0
             assert report.addresses["static"] > 0
             assert report.addresses["pool"] > 0
+        whole = engine.audit()
+        whole.raise_if_foreign()
+        captured = {"decode step of 1", "decode step of 4", "drawing step of 1"}
+        captured |= {f"prompt of {size}" for size in (16, 32, 64)}
+        # On the host a launch of many steps is as many replays.
+        how = "in a loop" if loop else "4 times over"
+        composed = {f"{step} step of 1, {how}" for step in ("decode", "drawing")}
+        assert set(whole.graphs) == captured | (composed if device != "cpu" else set())
+        assert not [part for _, _, part in whole.opaque if "conditional" in part.why]
+
+
+def test_what_is_not_captured_is_not_audited(build: Callable[..., Engine]) -> None:
+    with pytest.raises(CaptureError, match="no decode step is captured"):
+        build(capture=False).audit()
 
 
 def test_nothing_is_launched_after_closing(build: Callable[..., Engine]) -> None:
-    from trtllm_vattn.errors import CaptureError
-
     engine = build()
     engine.submit([1, 2], SamplingParams(9))
     engine.step()

@@ -1,14 +1,17 @@
 """Negative controls of the soak: what must be caught if something goes wrong beneath a captured graph.
 
 Each does one thing that the library never does, and reports how it came to light. A reader of memory that is gone ends
-its process, so that control runs in one of its own: ``python -m trtllm_vattn.bench.controls DEVICE MODEL``.
+its process, so that control runs in one of its own, ``python -m trtllm_vattn.bench.controls DEVICE MODEL unfenced``;
+with ``fenced`` the same program waits before it unmaps, and has to survive.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from time import sleep
 
 import torch
 from transformers import PreTrainedModel
@@ -16,11 +19,14 @@ from transformers import PreTrainedModel
 from trtllm_vattn.bench.twins import LANES, Side, Twins
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import CaptureError, UnmappedAccess
-from trtllm_vattn.graphs.audit import STATIC, audit, cuda_probe, pool_regions, tensor_regions, torch_blocks
-from trtllm_vattn.graphs.nodes import GraphReader
+from trtllm_vattn.graphs.audit import STATIC, tensor_regions
 from trtllm_vattn.graphs.runner import GraphRunner
+from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.models import load_model
-from trtllm_vattn.vmm.cuda import CudaDriver
+from trtllm_vattn.vmm.base import Driver, Fence
+from trtllm_vattn.vmm.host import HostDriver
+from trtllm_vattn.vmm.open import open_driver
+from trtllm_vattn.vmm.tensors import current_stream
 
 MakeTwins = Callable[[], Twins]
 
@@ -108,10 +114,7 @@ def foreign_address(device: torch.device) -> str:
     runner = GraphRunner(lambda bucket: (mine[:bucket] + foreign[:bucket],), [8], [mine], device)
     try:
         runner.capture()
-        cuda = CudaDriver(device.index or 0).cuda
-        nodes = GraphReader(cuda).read(cuda.CUgraph(runner.graph(8).raw_cuda_graph()))
-        regions = [*tensor_regions(STATIC, [mine]), *pool_regions(runner.pool)]
-        audit(nodes, regions, cuda_probe(cuda), torch_blocks()).raise_if_foreign()
+        runner.audit(tensor_regions(STATIC, [mine])).raise_if_foreign()
     except CaptureError as error:
         return f"refused: {error}"
     finally:
@@ -120,38 +123,78 @@ def foreign_address(device: torch.device) -> str:
 
 
 def unfenced_unmap(device: str, model: str) -> str:
-    """Memory is taken from under graphs that are running, in a process of its own."""
-    command = [sys.executable, "-m", "trtllm_vattn.bench.controls", device, model]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if "survived" in done.stdout or "unmapping" not in done.stdout or done.returncode == 0:
-        return f"missed: {done.stdout.strip()[-200:]} {done.stderr.strip()[-200:]}"
-    said = [line for line in done.stderr.splitlines() if "illegal" in line.lower() or "Segmentation" in line]
-    return f"the process ended with code {done.returncode}" + (f": {said[-1].strip()}" if said else "")
+    """Memory is taken from under replays that were submitted before, in a process of its own."""
+    code, said, errors = _unmap_apart(device, model, "unfenced")
+    if "unmapping beside" not in said or "survived" in said or code == 0:
+        return f"missed: {said[-200:]} {errors[-200:]}"
+    lines = [line for line in errors.splitlines() if "illegal" in line.lower() or "Segmentation" in line]
+    return f"the process ended with code {code}" + (f": {lines[-1].strip()}" if lines else "")
+
+
+def fenced_unmap(device: str, model: str) -> str:
+    """The same, but for the unmapping waiting for the fence of those replays; ``survived``, as it has to."""
+    code, said, errors = _unmap_apart(device, model, "fenced")
+    if "unmapping after" in said and "survived" in said and code == 0:
+        return "survived"
+    return f"the process ended with code {code}: {said[-200:]} {errors[-200:]}"
+
+
+def _unmap_apart(device: str, model: str, how: str) -> tuple[int | None, str, str]:
+    """Exit code (None where it did not end), output and errors of the process."""
+    command = [sys.executable, "-m", "trtllm_vattn.bench.controls", device, model, how]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        return None, "it did not end in 300 s", ""
+    return done.returncode, done.stdout.strip(), done.stderr.strip()
 
 
 @torch.inference_mode()
-def _unmap_beside_replays(model: PreTrainedModel, device: str) -> None:
-    from trtllm_vattn.runtime.binding import shape_of
-    from trtllm_vattn.vmm.open import open_driver
-
-    cache = KVCacheManager(shape_of(model, LANES, 256), open_driver(device), 1 << 30)
+def _unmap_beside_replays(model: PreTrainedModel, device: str, fenced: bool) -> None:
+    driver = open_driver(device)
+    cache = KVCacheManager(shape_of(model, LANES, 256), driver, 1 << 30)
     side = Side(model, cache)
     side.admit(0, list(range(60)), 250)
     cache.arena.grow({cache.slot_of(0): 250})
-    side.launch(1)
-    for _ in range(50):
-        side.decode.runner.replay(LANES)
-    print("unmapping", flush=True)
+    side.launch(1).read()
+    fence = _submit_replays(side, driver, 50)
+    if fenced:
+        _wait(fence)
+    print(f"unmapping {'after' if fence.done() else 'beside'} replays", flush=True)
     for column in cache.arena.slots[cache.slot_of(0)].columns:
         for mapping in column:
             mapping.close()
-    for _ in range(50):
-        side.decode.runner.replay(LANES)
-    if device != "cpu":
-        torch.cuda.synchronize()
+    _wait(fence)
     print("survived", flush=True)
 
 
+def _submit_replays(side: Side, driver: Driver, times: int) -> Fence:
+    """Hand replays to the device, behind work that keeps it from them for a while; on the host, to a thread."""
+    runner = side.decode.runner
+    if isinstance(driver, HostDriver):
+        driver.hold()
+        fence: Fence = driver.record(0)
+
+        def replay() -> None:
+            for _ in range(times):
+                runner.replay(LANES)
+            driver.complete()
+
+        threading.Thread(target=replay).start()
+        return fence
+    work = torch.ones(8192, 8192, device=driver.device)
+    for _ in range(10):
+        torch.mm(work, work)
+    for _ in range(times):
+        runner.replay(LANES)
+    return driver.record(current_stream(driver.device))
+
+
+def _wait(fence: Fence) -> None:
+    while not fence.done():
+        sleep(0.001)
+
+
 if __name__ == "__main__":
-    where = sys.argv[1]
-    _unmap_beside_replays(load_model(sys.argv[2], where, torch.float32), where)
+    where, name, how = sys.argv[1:]
+    _unmap_beside_replays(load_model(name, where, torch.float32), where, how == "fenced")

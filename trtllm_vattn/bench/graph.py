@@ -34,6 +34,7 @@ from trtllm_vattn.plugins.session import EngineSession, LoadedEngine
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import SHAPES, load_model
+from trtllm_vattn.runtime.sampling import SamplingParams
 
 MODES = ("eager", "captured")
 
@@ -83,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="top two logits closer than this are a tie (default: 0 on CPU, else 0.25)",
     )
-    add("--audit", action="store_true", help="list whose the addresses are that captured steps hold; 1 if a stranger's")
+    add("--audit", action="store_true", help="list whose addresses captured graphs hold; 1 if a stranger's")
     add("--seed", type=int, default=0)
     add("--output-json", type=Path, help="write all results there")
     add("--plot", type=Path, help="write a PNG there")
@@ -182,7 +183,7 @@ class GraphBenchmark:
                 run = run_traced(engine, prompts, outputs, fed if forcing else None, f"{name}, {mode}")
                 start_up = engine.startup.capture_s
                 audited = args.audit and mode == "captured"
-                audit = engine.decode.audit(engine.decode.runner.buckets[-1]).as_dict() if audited else None
+                audit = engine.audit().as_dict() if audited else None
             fed = fed or run.tokens
             reference = references.setdefault(mode if forcing else "all", run.tokens)
             rows.append({**self._trace_row(name, mode, run, reference, start_up), "audit": audit})
@@ -249,6 +250,17 @@ class GraphBenchmark:
         whole["layers"] = [self._layout(g, batch) for batch in args.batch_sizes for g in args.sweep_layers]
         return whole
 
+    def audit_launches(self) -> list[dict[str, Any]]:
+        """Audits of what else a step becomes: one that draws tokens, several in a launch, and a loop."""
+        rows = []
+        for name, loop in [(name, loop) for name in self.args.caches for loop in (False, True)]:
+            cache = self.make(name, 2, min(256, self.args.max_seq_len))
+            with self.engine(cache, attention=self.args.attention, buckets=[2], steps=4, loop=loop) as engine:
+                for temperature in (0.0, 0.8):
+                    engine.generate([[1], [2, 3]], SamplingParams(9, temperature))
+                rows.append({"cache": name, "loop": loop, **engine.audit().as_dict()})
+        return rows
+
     def _layout(self, layers_per_range: int, batch: int) -> dict[str, Any]:
         """Attention's bandwidth alone in the vattn cache with so many layers a range."""
         shape = self.shape(batch, self.args.context + 16)
@@ -259,13 +271,15 @@ class GraphBenchmark:
         return {"layers_per_range": layers_per_range, "batch": batch, "context": self.args.context, **measured}
 
 
-def summary(trace: dict[str, Any] | None, steady: dict[str, Any] | None) -> dict[str, Any]:
+def summary(
+    trace: dict[str, Any] | None, steady: dict[str, Any] | None, launches: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The figures that are quoted."""
     out: dict[str, Any] = {}
     audits = [row["audit"] for row in (trace["runs"] if trace else []) if row["audit"]]
-    audits += steady["audits"] if steady else []
+    audits += [*(steady["audits"] if steady else []), *launches]
     if audits:
-        out["audited_graphs"] = len(audits)
+        out["audited_graphs"] = sum(len(audit["graphs"]) for audit in audits)
         out["audit_findings"] = sum(len(audit["findings"]) for audit in audits)
         out["audit_lookalikes"] = sum(audit["lookalikes"] for audit in audits)
     if trace:
@@ -357,8 +371,9 @@ def run(args: argparse.Namespace) -> int:
     trace = benchmark.trace() if args.requests else None
     steady = benchmark.steady() if args.batch_sizes else None
     result = Result.start("graph", as_config(args), args.seed)
-    result.results.update(trace=trace, steady=steady)
-    result.summary.update(summary(trace, steady))
+    launches = benchmark.audit_launches() if args.audit else []
+    result.results.update(trace=trace, steady=steady, audited_launches=launches)
+    result.summary.update(summary(trace, steady, launches))
     print(show(trace, steady))
     if args.device == "cpu":
         print("On the host a captured step is replayed by Python: compare tokens and memory here, not times.")
@@ -367,7 +382,7 @@ def run(args: argparse.Namespace) -> int:
     if not result.summary.get("tokens_identical", True):
         wrong.append("tokens differ between combinations")
     if result.summary.get("audit_findings"):
-        wrong.append(f"captured steps hold {result.summary['audit_findings']} addresses of nobody we know")
+        wrong.append(f"captured graphs hold {result.summary['audit_findings']} addresses of nobody we know")
     for text in wrong:
         print(text, file=sys.stderr)
     return int(bool(wrong))

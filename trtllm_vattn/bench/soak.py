@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.bench.controls import run_controls
+from trtllm_vattn.bench.controls import fenced_unmap, run_controls
 from trtllm_vattn.bench.flags import add_common, amount, as_config, positive
 from trtllm_vattn.bench.machine import commit
 from trtllm_vattn.bench.report import Result, write
@@ -79,7 +79,7 @@ class Soak:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a chunk; 1 where bits differed or a control was missed."""
+    """Run a chunk; 1 where bits differed, a control was missed, or what was done right did not survive."""
     chunks = _chunks(args)
     done = sum(chunk["replays"] for chunk in chunks)
     soak = Soak(args)
@@ -96,11 +96,12 @@ def run(args: argparse.Namespace) -> int:
         twins.subject.close()
         twins.twin.close()
         controls = run_controls(lambda: soak.twins(args.seed), args.device, args.model)
+        fenced = fenced_unmap(args.device, args.model)
     chunks.append({**asdict(tally), "driver_calls": calls, "captures": captures, "commit": commit()})
     if args.state:
         args.state.write_text(json.dumps({"seed": args.seed, "model": args.model, "chunks": chunks}))
     result = Result.start("soak", as_config(args), args.seed)
-    result.results.update(chunks=chunks, left_alone=asdict(repeatable), controls=controls)
+    result.results.update(chunks=chunks, left_alone=asdict(repeatable), controls=controls, fenced_unmap=fenced)
     result.summary.update(
         replays=sum(chunk["replays"] for chunk in chunks),
         remaps=sum(chunk["driver_calls"].get(name, 0) for chunk in chunks for name in ("map", "unmap")),
@@ -112,16 +113,18 @@ def run(args: argparse.Namespace) -> int:
         left_alone_replays=repeatable.replays,
         left_alone_mismatches=repeatable.mismatches,
         controls_caught=sum(not how.startswith("missed") for how in controls.values()),
+        fenced_unmap_survived=fenced == "survived",
         seconds=sum(chunk["seconds"] for chunk in chunks),
     )
     for name, value in result.summary.items():
         print(f"{name}: {value}")
     for name, how in controls.items():
         print(f"control, {name}: {how}")
+    print(f"the same unmap behind its fence: {fenced}")
     if args.output_json:
         write(result, args.output_json)
     wrong = result.summary["mismatches"] + result.summary["eager_mismatches"] + repeatable.mismatches
-    return int(wrong > 0 or result.summary["controls_caught"] < len(controls))
+    return int(wrong > 0 or result.summary["controls_caught"] < len(controls) or fenced != "survived")
 
 
 def _chunks(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -62,8 +62,8 @@ def run_steady(
 
     ``make(name, num_slots, max_seq_len)`` builds a cache, ``make_engine(cache, **options)`` an engine over it. Returns
     ``runs`` (a row a combination), ``ratios`` (vattn's captured step over the others', round by round), ``attention``
-    (bandwidth of the attention kernels alone), and with `audit` ``audits``, whose the addresses are that the captured
-    steps hold.
+    (bandwidth of the attention kernels alone), and with `audit` ``audits``, whose the addresses are that captured
+    graphs hold.
     """
     # The first sequence decodes while the others are prefilled, one a step; each turn has untimed steps.
     most = batch + 2 * rounds * (steps + 4) + 40
@@ -82,7 +82,7 @@ def run_steady(
         # Counted before more steps are prepared at once than any engine would.
         critical = {name: lane.engine.cache.stats().critical_path_maps for name, lane in captured.items()}
         device = {name: settle_device_ms(lane.engine) for name, lane in captured.items()}
-        audits = {name: lane.engine.decode.audit(batch).as_dict() for name, lane in captured.items()} if audit else {}
+        audits = {name: lane.engine.audit().as_dict() for name, lane in captured.items()} if audit else {}
         return {
             "runs": [_row(lane, batch, context, device[lane.cache], critical[lane.cache]) for lane in lanes],
             "audits": [{"cache": name, "batch": batch, **report} for name, report in audits.items()],

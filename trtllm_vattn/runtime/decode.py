@@ -18,26 +18,12 @@ import torch
 from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
-from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.graphs.audit import (
-    RESERVATION,
-    STATIC,
-    AuditReport,
-    audit,
-    audit_host,
-    cuda_probe,
-    pool_regions,
-    tensor_regions,
-    torch_blocks,
-)
+from trtllm_vattn.graphs.audit import AuditReport, attention_regions
 from trtllm_vattn.graphs.guard import Guard
-from trtllm_vattn.graphs.host_graph import HostGraph
-from trtllm_vattn.graphs.nodes import GraphReader
 from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner, Outputs
 from trtllm_vattn.runtime.binding import DecodeStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
 from trtllm_vattn.runtime.sampling import SamplingParams, draw, in_parts, of_parts, settings
-from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.tensors import tensor_at, upload
 
 STOPS = 4
@@ -82,7 +68,7 @@ def advance(
 
     All lanes, whatever the bucket, so that one compiled function serves all. A lane that has reached its limit becomes
     idle. `go` is left other than 0 while fewer steps were taken than wanted,
-    no lane has ended, and every lane's next token has memory.
+    no lane has ended, and no lane's next length is beyond its slot's in `frontiers`.
     """
     tokens, positions, slots, lengths, limits = inputs[:5]
     row = control[:1].remainder(len(out) - 1)
@@ -353,8 +339,8 @@ class DecodeBatch:
         return self.runner.bucket_for(max(self.lane_of.values()) + 1)
 
     def publish_frontiers(self) -> None:
-        """Tell a running loop how far memory reaches now; to be called after memory was made accessible."""
-        self._frontiers[:-1] = self.attention.cache.frontiers
+        """Tell a running loop how long sequences may be now; to be called after memory was made accessible."""
+        self._frontiers[:-1] = self.guard.longest()
 
     def _run_eagerly(self, runner: GraphRunner, bucket: int, steps: int) -> Outputs:
         step = self._drawing_step if runner is self._drawer else self._greedy_step
@@ -373,20 +359,14 @@ class DecodeBatch:
                 rows[3 + (self._taken + step) % (2 * self.steps), lane] = params.uniform(drawn + unread + step)
         self._drawing.copy_(upload(rows, self._drawing.device))
 
-    def audit(self, bucket: int) -> AuditReport:
-        """Whose the addresses are that a bucket's graph holds. Raises CaptureError where there is no graph."""
-        graph = self.runner.graph(bucket)
-        cache = self.attention.cache
-        kind = RESERVATION if isinstance(cache, KVCacheManager) else STATIC
-        regions = tensor_regions(kind, cache.storages())
-        mine = [*self.runner.static, *self.attention.storages()]
-        theirs = {storage.untyped_storage().data_ptr() for storage in cache.storages()}
-        regions += tensor_regions(STATIC, (t for t in mine if t.untyped_storage().data_ptr() not in theirs))
-        if isinstance(graph, HostGraph):
-            return audit_host(graph, regions)
-        cuda = CudaDriver(cache.device.index or 0).cuda
-        nodes = GraphReader(cuda).read(cuda.CUgraph(graph.raw_cuda_graph()))
-        return audit(nodes, [*regions, *pool_regions(self.runner.pool)], cuda_probe(cuda), torch_blocks())
+    def audit(self, bucket: int | None = None) -> AuditReport:
+        """Whose the addresses are that graphs hold, of a bucket or of all: steps by the likeliest token, those that
+        draw tokens where any did, and launches of many steps. Raises CaptureError where there is no graph."""
+        regions = attention_regions(self.attention, self.runner.static)
+        reports = [self.runner.audit(regions, "decode step", bucket)]
+        if bucket in self._drawer.captured or (bucket is None and self._drawer.captured):
+            reports.append(self._drawer.audit(regions, "drawing step", bucket))
+        return AuditReport.joined(reports)
 
     def close(self) -> None:
         """Drop all graphs. Idempotent."""

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from time import perf_counter
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -19,6 +18,7 @@ from trtllm_vattn.cache.blocks import BlockKVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, OutOfPages, SequenceTooLong
+from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.graphs.policy import MappingPolicy, start_choosing
 from trtllm_vattn.graphs.runner import collector_off, default_buckets
 from trtllm_vattn.runtime.beside import MappingBeside
@@ -110,8 +110,7 @@ class Engine:
         check_fit(model, cache.shape)
         bind(model)
         self.model, self.cache = model, cache
-        self.steps, self.loop = steps, loop
-        self.record_margins, self.observer = record_margins, observer
+        self.steps, self.loop, self.record_margins, self.observer = steps, loop, record_margins, observer
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
         self.attention = make_attention(attention, cache, config.num_attention_heads, scale_of(model))
@@ -277,9 +276,7 @@ class Engine:
         tokens by `run`. What a step raises ends them all.
         """
         if self.scheduler.waiting or self.scheduler.holders:
-            raise ConfigError(
-                "requests are running, whose tokens nobody would get; use run() to the end, or abort them"
-            )
+            raise ConfigError("requests are running, whose tokens nobody would get; use run(), or abort them")
         each = params if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts and {len(each)} sampling parameters; give one for each, or one")
@@ -382,6 +379,10 @@ class Engine:
             elif request.slot not in self.scheduler.decoding:
                 self.scheduler.decode_next(request)
 
+    def audit(self) -> AuditReport:
+        """Whose the addresses are that all captured graphs hold. Raises CaptureError where nothing is captured."""
+        return AuditReport.joined([self.decode.audit(), self.prefill.audit()])
+
     # -- ending ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -394,7 +395,5 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()

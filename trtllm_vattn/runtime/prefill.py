@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import FEWEST_ROWS, Attention, Chunks, Part, Span
+from trtllm_vattn.graphs.audit import AuditReport, attention_regions
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner, Outputs
 from trtllm_vattn.runtime.binding import PrefillStep, forward
@@ -175,6 +176,10 @@ class Prefill:
         ]
         step = PrefillStep(self.attention, slots, positions, Chunks(made, spans))
         return forward(self.model, ids, positions, step, last)
+
+    def audit(self) -> AuditReport:
+        """Whose the addresses are that the captured sizes' graphs hold. Raises CaptureError where there is none."""
+        return self.runner.audit(attention_regions(self.attention, self.runner.static), "prompt")
 
     def close(self) -> None:
         """Drop all graphs. Idempotent."""
