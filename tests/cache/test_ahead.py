@@ -261,15 +261,35 @@ def test_a_mapping_too_many_is_refused_before_the_driver_is_asked(host_driver: H
         stats = cache.stats()
         assert stats.live_mappings == host_driver.live_mappings
         assert stats.max_mappings == host_driver.max_mappings
-        host_driver.max_mappings = stats.live_mappings + 3
-        with pytest.raises(OutOfPages, match=r"4 mappings asked for; \d+ are alive and the driver bears about \d+"):
+        host_driver.max_mappings = stats.device_mappings + 3
+        with pytest.raises(OutOfPages, match=r"4 mappings asked for; \d+ are alive, \d+ of them .* bears about \d+"):
             cache.admit("b", 2)
         with pytest.raises(OutOfPages, match="mappings asked for"):
             cache.fork("a", "b", 50)
         cache.check_integrity()
-        host_driver.max_mappings = stats.live_mappings + 4
+        host_driver.max_mappings = stats.device_mappings + 4
         cache.admit("b", 2)
         expect(cache, "a", range(50))
+
+
+def test_the_ceiling_is_that_of_all_caches_of_the_process(host_driver: HostDriver) -> None:
+    """The limit is a context's: neither a second cache nor a second driver object has one of its own."""
+    other = HostDriver()
+    with (
+        KVCacheManager(LONG, host_driver, 64 << 20, 4, lookahead=0) as one,
+        KVCacheManager(LONG, other, 64 << 20, 4, lookahead=0) as two,
+    ):
+        one.admit("a", 20)
+        stats = two.stats()
+        assert stats.live_mappings == 1
+        assert stats.device_mappings == one.stats().device_mappings >= stats.live_mappings + one.stats().live_mappings
+        other.max_mappings = stats.device_mappings
+        with pytest.raises(OutOfPages, match=r"1 mappings asked for; \d+ are alive, 1 of them this cache's"):
+            two.admit("b", 2)
+        one.release("a")
+        one.arena.empty(0)
+        two.admit("b", 2)
+    other.close()
 
 
 def test_parked_mappings_make_room_under_the_ceiling(host_driver: HostDriver) -> None:
@@ -277,7 +297,7 @@ def test_parked_mappings_make_room_under_the_ceiling(host_driver: HostDriver) ->
         cache.admit("a", 2)
         cache.admit("b", 20)
         cache.release("b")
-        host_driver.max_mappings = host_driver.live_mappings
+        host_driver.max_mappings = host_driver.mappings.alive
         cache.extend("a", 5)
         cache.check_integrity()
 

@@ -367,6 +367,7 @@ class KVCacheManager(SlottedCache):
                 ahead_maps=self.ahead.maps,
                 quarantined=len(self.arena.quarantine) + len(pool.quarantine),
                 live_mappings=self.arena.live_mappings,
+                device_mappings=self.driver.mappings.alive,
                 max_mappings=self.driver.max_mappings,
                 surplus_bytes=surplus_bytes(self.arena, self.ahead.past(self.ahead.tokens).tolist()),
                 lookahead=self.ahead.tokens,

@@ -230,11 +230,12 @@ class Arena:
 
     def check_ceiling(self, more: int) -> None:
         """Raise OutOfPages where the driver would not bear so many more mappings."""
-        ceiling = self.pool.driver.max_mappings
-        if self.live_mappings + more > ceiling:
+        driver = self.pool.driver
+        if driver.mappings.alive + more > driver.max_mappings:
             raise OutOfPages(
-                f"{more:,} mappings asked for; {self.live_mappings:,} are alive and the driver bears about "
-                f"{ceiling:,}; release sequences, or use fewer ranges (layers_per_range) or larger prompts' extents"
+                f"{more:,} mappings asked for; {driver.mappings.alive:,} are alive, {self.live_mappings:,} of them this "
+                f"cache's, and the driver bears about {driver.max_mappings:,}; release sequences, or use fewer ranges "
+                "(layers_per_range) or larger prompts' extents"
             )
 
     @property
