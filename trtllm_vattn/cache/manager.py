@@ -7,7 +7,7 @@ extents of many sizes instead of one page at a time).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import ClassVar
 
@@ -25,6 +25,7 @@ from trtllm_vattn.memory.lookahead import Lookahead
 from trtllm_vattn.memory.placement import Placement, placement
 from trtllm_vattn.memory.pool import CLASSES, ExtentPool
 from trtllm_vattn.memory.reclaim import return_idle, set_budget, surplus_bytes, take_surplus
+from trtllm_vattn.memory.stock import Stock
 from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, strided, tensor_at
 
@@ -99,6 +100,7 @@ class KVCacheManager(SlottedCache):
             undo.pop_all()
         self.frontiers = self.arena.frontiers
         self.ahead = Lookahead(self.arena, self.lengths, lookahead)
+        self._stock = Stock(self.arena.pool, self.layout)
         self._admission_maps = self._critical_path_maps = self._told = 0
         self._flat = [
             tensor_at(reservation.base, reservation.size, driver.device, owner=reservation)
@@ -208,18 +210,21 @@ class KVCacheManager(SlottedCache):
         once. Raises ConfigError, DriverError.
         """
         self._check_open()
-        if sequences < 0 or not 1 <= tokens <= self.shape.max_seq_len:
-            raise ConfigError(
-                f"a stock for {sequences} prompts of {tokens} tokens asked for; give 0 or more, of 1 to "
-                f"{self.shape.max_seq_len} tokens"
-            )
         with self._gate:
-            each = Counter(self.arena.pool.split(self.layout.bytes_for(tokens)))
-            many = sequences * self.layout.num_ranges
-            self.arena.pool.keep_in_stock({size: count * many for size, count in each.items()})
+            self._stock.announce(sequences, tokens)
             while self._thread is None and self.arena.pool.restock():
                 pass
         self._wake()
+
+    def stock_for(self, prompts: Sequence[int]) -> None:
+        """Have the thread keep memory created ahead for prompts of these tokens, which will be admitted in this order:
+        for those that no parked slot is there for, as far as the budget goes.
+
+        Makes no driver call and does not wait; without a thread (`start_thread`) nothing happens.
+        """
+        self._check_open()
+        if self._thread is not None and self._stock.expect(prompts[self.arena.parked_slots :]):
+            self._wake()
 
     def move(self, sequence: SequenceId, slot: int) -> int:
         """Give a running sequence another, free slot by remapping; returns the mappings made.
@@ -341,6 +346,8 @@ class KVCacheManager(SlottedCache):
             self._thread.close()
         self.arena.close(self._fence())
         self._layers, self._flat = [], []
+        if self._thread is not None:
+            self._thread.raise_error()
 
     # -- views and books -------------------------------------------------------------------------------------------
 

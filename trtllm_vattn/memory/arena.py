@@ -233,15 +233,20 @@ class Arena:
         driver = self.pool.driver
         if driver.mappings.alive + more > driver.max_mappings:
             raise OutOfPages(
-                f"{more:,} mappings asked for; {driver.mappings.alive:,} are alive, {self.live_mappings:,} of them this "
-                f"cache's, and the driver bears about {driver.max_mappings:,}; release sequences, or use fewer ranges "
-                "(layers_per_range) or larger prompts' extents"
+                f"{more:,} mappings asked for; {driver.mappings.alive:,} are alive, {self.live_mappings:,} of them in "
+                f"this cache, and the driver bears about {driver.max_mappings:,}; release sequences, or use fewer "
+                "ranges (layers_per_range) or larger prompts' extents"
             )
 
     @property
     def parked_bytes(self) -> int:
         """Bytes mapped for nobody, in all ranges."""
         return sum(self.slots[index].mapped for index in self.idle_slots()) * self.layout.num_ranges
+
+    @property
+    def parked_slots(self) -> int:
+        """Free slots with memory in them."""
+        return sum(slot.state is SlotState.FREE and bool(slot.columns) for slot in self.slots[:-1])
 
     @property
     def running_bytes(self) -> int:

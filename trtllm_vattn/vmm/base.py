@@ -43,7 +43,8 @@ class Fence(ABC):
 
 
 class MappingCount:
-    """How many mappings are alive under one limit of the driver's: whoever made them, through whichever `Driver`."""
+    """How many mappings are alive under one limit of the driver's, whichever `Driver` they were made through; counted
+    by their owners (vmm/owners.py)."""
 
     def __init__(self) -> None:
         self.alive = 0
