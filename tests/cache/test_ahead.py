@@ -210,11 +210,12 @@ def test_a_prompt_takes_what_running_ones_hold_beyond_their_lookahead(driver: Dr
         # Up to twice the need comes along while memory is plenty.
         cache.admit("a", 4 * page)
         fill(cache, "a", range(4 * page))
-        before = int(cache.frontiers[0])
-        assert before >= 7 * page
+        before = cache.arena.slots[0].mapped
+        assert before > cache.layout.bytes_for(4 * page)
         cache.admit("b", 6 * page)
         fill(cache, "b", range(6 * page))
-        assert cache.lengths[0] <= cache.frontiers[0] < before
+        assert cache.lengths[0] <= cache.frontiers[0]
+        assert cache.arena.slots[0].mapped < before
         expect(cache, "a", range(4 * page))
         expect(cache, "b", range(6 * page))
         cache.check_integrity()
@@ -257,6 +258,33 @@ def test_the_longest_running_gives_first(host_driver: HostDriver) -> None:
         young, old = (int(cache.frontiers[cache.slot_of(name)]) for name in ("young", "old"))
         assert young == before[0]
         assert 2 <= old < before[1]
+
+
+def test_the_thread_gives_a_surplus_found_at_adoption_to_the_stock(host_driver: HostDriver) -> None:
+    with KVCacheManager(LONG, host_driver, 64 << 20, 4, lookahead=8) as cache:
+        cache.admit("gone", 1000)
+        cache.start_thread()
+        host_driver.hold()
+        cache.release("gone")
+        assert cache.wait_ahead()
+        parked = cache.stats().parked_bytes
+        cache.admit("a", 600)
+        fill(cache, "a", range(600))
+        assert cache.wait_ahead()
+        # What may still be read stays; it is nobody's all the same.
+        assert (cache.arena.slots[0].mapped, cache.arena.pool.stock_bytes) == (parked, 0)
+        assert 608 <= cache.frontiers[0] < 620
+        host_driver.complete()
+        for length in range(600, 700):
+            cache.map_ahead()
+            assert cache.wait_ahead()
+            step(cache)
+            fill(cache, "a", range(length, length + 1))
+        stats = cache.stats()
+        assert (stats.critical_path_maps, cache.arena.withheld) == (0, set())
+        assert cache.arena.slots[0].mapped + cache.arena.pool.stock_bytes >= parked > cache.arena.slots[0].mapped
+        expect(cache, "a", range(700))
+        cache.check_integrity()
 
 
 # -- stock and idle memory ------------------------------------------------------------------------------------------

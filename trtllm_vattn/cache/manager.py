@@ -24,7 +24,7 @@ from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
 from trtllm_vattn.memory.lookahead import Lookahead
 from trtllm_vattn.memory.placement import Placement, placement
 from trtllm_vattn.memory.pool import CLASSES, ExtentPool
-from trtllm_vattn.memory.reclaim import return_idle, set_budget, surplus_bytes, take_surplus
+from trtllm_vattn.memory.reclaim import return_idle, set_budget, surplus_bytes, take_surplus, trim
 from trtllm_vattn.memory.stock import Stock
 from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, strided, tensor_at
@@ -145,7 +145,7 @@ class KVCacheManager(SlottedCache):
             need = self.layout.bytes_for(tokens) * self.layout.num_ranges
             # Those that run keep what their next steps need.
             self._make_room(need, self.ahead.past(self.ahead.tokens))
-            slot, maps = self.arena.occupy(tokens, limit)
+            slot, maps = self.arena.occupy(tokens, limit, self.ahead.tokens)
             self._admission_maps += maps
         self._wake()
         return slot
@@ -217,11 +217,8 @@ class KVCacheManager(SlottedCache):
         self._wake()
 
     def stock_for(self, prompts: Sequence[int]) -> None:
-        """Have the thread keep memory created ahead for prompts of these tokens, which will be admitted in this order:
-        for those that no parked slot is there for, as far as the budget goes.
-
-        Makes no driver call and does not wait; without a thread (`start_thread`) nothing happens.
-        """
+        """Have the thread keep memory created ahead for prompts of these tokens, which will come in this order: for
+        those that no parked slot is there for, as far as the budget goes. Waits for nothing; needs `start_thread`."""
         self._check_open()
         if self._thread is not None and self._stock.expect(prompts[self.arena.parked_slots :]):
             self._wake()
@@ -314,7 +311,10 @@ class KVCacheManager(SlottedCache):
         if self._thread is None:
             with self._gate:
                 self.arena.settle()
-                return self.ahead.map_due(self.ahead.at_once())
+                made = self.ahead.map_due(self.ahead.at_once())
+                if not made:
+                    trim(self.arena, self.ahead.at_once())
+                return made
         self._thread.raise_error()
         if self.arena.is_leaving or self.ahead.due().size:
             self._wake()
@@ -326,13 +326,15 @@ class KVCacheManager(SlottedCache):
             self._thread.wake()
 
     def _work_ahead(self) -> bool:
-        """One bite of the thread's work: a slot's growth, an extent for the stock, or one for the driver."""
+        """One bite of the thread's work: a slot's growth, an extent for the stock, from a slot or new, or one for the
+        driver."""
         with self._gate.in_background():
             if self._closed:
                 return False
             self.arena.settle()
             return (
                 self.ahead.map_due() > 0
+                or trim(self.arena)
                 or self.arena.pool.restock()
                 or (self.idle_after_s is not None and return_idle(self.arena, self.idle_after_s, self.idle_floor))
             )
