@@ -206,7 +206,9 @@ class EngineSession(Engine):
 
     def close(self) -> None:
         """Drop all requests, the graphs, the contexts and the cache; the name is free. Idempotent."""
-        super().close()
-        if registry.is_attached(self.name) and registry.attached(self.name).cache is self.cache:
-            registry.detach(self.name)
-        cast(EngineModel, self.model).close()
+        try:
+            super().close()
+        finally:
+            if registry.is_attached(self.name) and registry.attached(self.name).cache is self.cache:
+                registry.detach(self.name)
+            cast(EngineModel, self.model).close()

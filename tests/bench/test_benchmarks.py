@@ -204,8 +204,14 @@ def test_a_strangers_address_in_any_captured_graph_is_found(
 def test_fragmentation_is_counted_by_the_caches_own_books(tmp_path: Path) -> None:
     report = tmp_path / "fragmentation.json"
     command = ["bench", "fragmentation", "--requests", "60", "--max-seqs", "32", "--budget-gib", "8"]
-    assert main([*command, "--max-output", "64", "--output-json", str(report)]) == 0
+    plot = tmp_path / "fragmentation.png"
+    assert main([*command, "--max-output", "64", "--output-json", str(report), "--plot", str(plot)]) == 0
+    assert plot.stat().st_size > 10_000
     results = json.loads(report.read_text())["results"]["runs"]
+    # What a sequence found parked is given back beside the next steps.
+    bimodal = {row["system"]: row for row in results if row["mix"] == "bimodal"}
+    assert bimodal["vattn"]["waste_with_surplus"] <= bimodal["vattn"]["waste"] + 0.01
+    assert bimodal["vattn, 16 layers a row"]["waste_with_surplus"] < bimodal["vattn"]["waste_with_surplus"]
     rows = {row["system"]: row for row in results if row["mix"] == "generated"}
     assert rows["token"]["waste"] == 0
     assert rows["paged"]["waste"] < rows["paged-64"]["waste"] < rows["contiguous"]["waste"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from threading import get_ident
 from time import monotonic, sleep
 
 import numpy as np
@@ -14,10 +15,10 @@ from shapes import SHAPE
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, DriverError, OutOfPages
+from trtllm_vattn.memory.pace import Pace
 from trtllm_vattn.vmm.base import Driver
-from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
-from trtllm_vattn.vmm.wrappers import FaultyDriver
+from trtllm_vattn.vmm.wrappers import CountingDriver, FaultyDriver
 
 PAGE = 4096
 LONG = replace(SHAPE, max_seq_len=4000)
@@ -25,6 +26,20 @@ LONG = replace(SHAPE, max_seq_len=4000)
 
 def step(cache: KVCacheManager) -> None:
     cache.prepare_step(np.where(cache.lengths > 0, cache.lengths + 1, 0))
+
+
+class EvenPace(Pace):
+    """Steps of 10 ms and mappings of 100 us, whatever the machine does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step_s, self.mapping_s = 10e-3, 100e-6
+
+    def observe_lengths(self, lengths: np.ndarray) -> None:
+        """They are as they are."""
+
+    def observe_mappings(self, count: int, seconds: float) -> None:
+        """So are they."""
 
 
 @pytest.fixture
@@ -95,6 +110,73 @@ def test_what_fails_in_the_thread_is_raised_by_the_next_call_and_tried_again(cal
         cache.check_integrity()
 
 
+def test_what_fails_after_the_last_call_is_raised_by_close_which_closes_all_the_same(faulty: FaultyDriver) -> None:
+    cache = KVCacheManager(LONG, faulty, 64 << 20, 4, lookahead=40)
+    cache.start_thread()
+    assert cache.wait_ahead()
+    faulty.fail("create", skip=1)
+    cache.admit("a", 2)  # its own page; the lookahead's is the thread's
+    assert cache.wait_ahead()
+    with pytest.raises(DriverError, match="injected"):
+        cache.close()
+    cache.close()
+
+
+@pytest.mark.parametrize("lookahead", [40, None])
+def test_where_nothing_is_due_no_call_is_made_and_the_thread_sleeps(
+    host_driver: HostDriver, lookahead: int | None
+) -> None:
+    counting = CountingDriver(host_driver)
+    with KVCacheManager(LONG, counting, 64 << 20, 4, lookahead) as cache:
+        cache.ahead.pace = EvenPace()
+        cache.start_thread()
+        cache.admit("a", 10)
+        cache.admit("b", 100)
+        assert cache.wait_ahead()
+        assert cache._thread is not None
+        calls, wakes = counting.calls.copy(), cache._thread.wakes
+        for _ in range(100):
+            cache.map_ahead()
+        assert cache.wait_ahead()
+        assert (counting.calls, cache._thread.wakes) == (calls, wakes)
+
+
+def test_the_next_prompts_are_stocked_by_the_thread_as_far_as_the_budget_goes(host_driver: HostDriver) -> None:
+    made_by: list[int] = []
+
+    class Watched(CountingDriver):
+        def create(self, size: int) -> int:
+            made_by.append(get_ident())
+            return super().create(size)
+
+    with KVCacheManager(LONG, Watched(host_driver), 200 * PAGE, 4, lookahead=0) as cache:
+        cache.stock_for([40, 40])
+        assert cache.wait_ahead()
+        assert cache.arena.pool.stock_bytes == 0  # nobody but the stepping thread could create it
+        cache.start_thread()
+        made_by.clear()
+        each = cache.layout.bytes_for(40)
+        cache.stock_for([40, 40, 100])
+        assert cache.wait_ahead()
+        assert cache.arena.pool.stock_bytes == 2 * each + cache.layout.bytes_for(100)
+        # The third is longer than what the budget has left, so what is behind it waits, too.
+        cache.stock_for([40, 40, 500, 40])
+        assert cache.arena.pool.next_for_stock() is None
+        for sequence in range(2):
+            cache.admit(sequence, 40)
+        assert made_by
+        assert get_ident() not in made_by
+        cache.check_integrity()
+        # What is parked is adopted, and need not be created.
+        cache.release(0)
+        cache.stock_for([40])
+        assert cache._stock._waiting == ()
+        # An announced burst stays announced.
+        cache.stock_up(1, 40)
+        cache.stock_for([])
+        assert cache.arena.pool._high_water == dict.fromkeys(cache.arena.pool.split(each), 1)
+
+
 def test_where_memory_is_short_the_thread_waits_for_the_step_to_ask(host_driver: HostDriver) -> None:
     with KVCacheManager(LONG, host_driver, 9 * PAGE, 4, lookahead=400) as cache:
         cache.start_thread()
@@ -128,11 +210,12 @@ def test_a_prompt_takes_what_running_ones_hold_beyond_their_lookahead(driver: Dr
         # Up to twice the need comes along while memory is plenty.
         cache.admit("a", 4 * page)
         fill(cache, "a", range(4 * page))
-        before = int(cache.frontiers[0])
-        assert before >= 7 * page
+        before = cache.arena.slots[0].mapped
+        assert before > cache.layout.bytes_for(4 * page)
         cache.admit("b", 6 * page)
         fill(cache, "b", range(6 * page))
-        assert cache.lengths[0] <= cache.frontiers[0] < before
+        assert cache.lengths[0] <= cache.frontiers[0]
+        assert cache.arena.slots[0].mapped < before
         expect(cache, "a", range(4 * page))
         expect(cache, "b", range(6 * page))
         cache.check_integrity()
@@ -175,6 +258,33 @@ def test_the_longest_running_gives_first(host_driver: HostDriver) -> None:
         young, old = (int(cache.frontiers[cache.slot_of(name)]) for name in ("young", "old"))
         assert young == before[0]
         assert 2 <= old < before[1]
+
+
+def test_the_thread_gives_a_surplus_found_at_adoption_to_the_stock(host_driver: HostDriver) -> None:
+    with KVCacheManager(LONG, host_driver, 64 << 20, 4, lookahead=8) as cache:
+        cache.admit("gone", 1000)
+        cache.start_thread()
+        host_driver.hold()
+        cache.release("gone")
+        assert cache.wait_ahead()
+        parked = cache.stats().parked_bytes
+        cache.admit("a", 600)
+        fill(cache, "a", range(600))
+        assert cache.wait_ahead()
+        # What may still be read stays; it is nobody's all the same.
+        assert (cache.arena.slots[0].mapped, cache.arena.pool.stock_bytes) == (parked, 0)
+        assert 608 <= cache.frontiers[0] < 620
+        host_driver.complete()
+        for length in range(600, 700):
+            cache.map_ahead()
+            assert cache.wait_ahead()
+            step(cache)
+            fill(cache, "a", range(length, length + 1))
+        stats = cache.stats()
+        assert (stats.critical_path_maps, cache.arena.withheld) == (0, set())
+        assert cache.arena.slots[0].mapped + cache.arena.pool.stock_bytes >= parked > cache.arena.slots[0].mapped
+        expect(cache, "a", range(700))
+        cache.check_integrity()
 
 
 # -- stock and idle memory ------------------------------------------------------------------------------------------
@@ -261,15 +371,35 @@ def test_a_mapping_too_many_is_refused_before_the_driver_is_asked(host_driver: H
         stats = cache.stats()
         assert stats.live_mappings == host_driver.live_mappings
         assert stats.max_mappings == host_driver.max_mappings
-        host_driver.max_mappings = stats.live_mappings + 3
-        with pytest.raises(OutOfPages, match=r"4 mappings asked for; \d+ are alive and the driver bears about \d+"):
+        host_driver.max_mappings = stats.device_mappings + 3
+        with pytest.raises(OutOfPages, match=r"4 mappings asked for; \d+ are alive, \d+ of them .* bears about \d+"):
             cache.admit("b", 2)
         with pytest.raises(OutOfPages, match="mappings asked for"):
             cache.fork("a", "b", 50)
         cache.check_integrity()
-        host_driver.max_mappings = stats.live_mappings + 4
+        host_driver.max_mappings = stats.device_mappings + 4
         cache.admit("b", 2)
         expect(cache, "a", range(50))
+
+
+def test_the_ceiling_is_that_of_all_caches_of_the_process(host_driver: HostDriver) -> None:
+    """The limit is a context's: neither a second cache nor a second driver object has one of its own."""
+    other = HostDriver()
+    with (
+        KVCacheManager(LONG, host_driver, 64 << 20, 4, lookahead=0) as one,
+        KVCacheManager(LONG, other, 64 << 20, 4, lookahead=0) as two,
+    ):
+        one.admit("a", 20)
+        stats = two.stats()
+        assert stats.live_mappings == 1
+        assert stats.device_mappings == one.stats().device_mappings >= stats.live_mappings + one.stats().live_mappings
+        other.max_mappings = stats.device_mappings
+        with pytest.raises(OutOfPages, match=r"1 mappings asked for; \d+ are alive, 1 of them in this cache"):
+            two.admit("b", 2)
+        one.release("a")
+        one.arena.empty(0)
+        two.admit("b", 2)
+    other.close()
 
 
 def test_parked_mappings_make_room_under_the_ceiling(host_driver: HostDriver) -> None:
@@ -277,7 +407,7 @@ def test_parked_mappings_make_room_under_the_ceiling(host_driver: HostDriver) ->
         cache.admit("a", 2)
         cache.admit("b", 20)
         cache.release("b")
-        host_driver.max_mappings = host_driver.live_mappings
+        host_driver.max_mappings = host_driver.mappings.alive
         cache.extend("a", 5)
         cache.check_integrity()
 
@@ -304,36 +434,3 @@ def test_other_caches_have_nothing_to_start() -> None:
     with make_cache("contiguous", SHAPE, "cpu") as cache:
         cache.start_thread()
         assert cache.map_ahead() == 0
-
-
-@pytest.mark.gpu
-def test_driver_calls_do_not_hold_the_interpreter() -> None:
-    """One set_access over many handles takes milliseconds; another thread goes on counting meanwhile."""
-    import threading
-
-    driver = CudaDriver()
-    granule, count = driver.granularity(), 512
-    base = driver.reserve(count * granule)
-    handles = [driver.create(granule) for _ in range(count)]
-    for i, handle in enumerate(handles):
-        driver.map(base + i * granule, granule, handle)
-    counted, stop = [0], threading.Event()
-
-    def count_on() -> None:
-        while not stop.is_set():
-            counted[0] += 1
-
-    thread = threading.Thread(target=count_on)
-    thread.start()
-    sleep(0.02)
-    before, started = counted[0], monotonic()
-    driver.set_access(base, count * granule)
-    took, gained = monotonic() - started, counted[0] - before
-    stop.set()
-    thread.join()
-    for i, handle in enumerate(handles):
-        driver.unmap(base + i * granule, granule)
-        driver.release(handle)
-    driver.free(base, count * granule)
-    assert took > 2e-3
-    assert gained > 1000

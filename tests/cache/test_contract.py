@@ -169,22 +169,22 @@ def test_a_closed_cache_refuses_everything_and_closes_again(cache: KVCache) -> N
 
 
 def test_memory_that_runs_out_takes_nothing_and_serves_what_fits(small: Callable[[int], KVCache]) -> None:
-    cache = small(48)
-    cache.admit("a", 20)
-    fill(cache, "a", range(20))
+    cache = small(384)
+    cache.admit("a", 160)
+    fill(cache, "a", range(160))
     before = cache.stats()
     with pytest.raises(OutOfPages):
-        cache.admit("b", 40)
+        cache.admit("b", 320)
     assert cache.stats() == before
-    cache.admit("b", 16)
+    cache.admit("b", 128)
     lengths, frontiers = cache.lengths.copy(), cache.frontiers.copy()
     with pytest.raises(OutOfPages):
-        cache.prepare_step(after(cache, a=40, b=40))
+        cache.prepare_step(after(cache, a=320, b=320))
     assert (cache.lengths == lengths).all()
     assert (cache.frontiers == frontiers).all()
     cache.release("b")
-    cache.prepare_step(after(cache, a=40))
-    expect(cache, "a", range(20))
+    cache.prepare_step(after(cache, a=320))
+    expect(cache, "a", range(160))
     cache.check_integrity()
 
 

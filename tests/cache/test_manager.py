@@ -240,7 +240,7 @@ def test_layers_per_range_must_divide(host_driver: HostDriver) -> None:
         KVCacheManager(CacheShape(4, 1, 8, torch.float32, 1, 8), host_driver, 1 << 20, layers_per_range=3)
 
 
-def parked(host_driver: HostDriver, budget: int, *prompts: int) -> KVCacheManager:
+def parked(host_driver: Driver, budget: int, *prompts: int) -> KVCacheManager:
     """A cache in which sequences of so many tokens have come and gone, the first in slot 0."""
     cache = KVCacheManager(SHAPE, host_driver, budget, 4, lookahead=0)
     for sequence, tokens in enumerate(prompts):
@@ -262,12 +262,55 @@ def test_a_parked_slot_more_than_twice_too_large_is_left_for_who_needs_it(host_d
         assert cache.stats().parked_bytes == 0
 
 
-def test_a_surplus_comes_along_while_memory_is_plenty(host_driver: HostDriver) -> None:
-    with parked(host_driver, 1 << 20, 30) as cache:
-        before = cache.stats().admission_maps
+def test_a_surplus_comes_along_while_memory_is_plenty_and_is_there_when_it_is_needed(host_driver: HostDriver) -> None:
+    driver = CountingDriver(host_driver)
+    with parked(driver, 1 << 20, 30) as cache:
+        before = driver.calls.copy()
         assert cache.admit("a", 20) == 0
-        assert cache.frontiers[0] > 29
-        assert cache.stats().admission_maps == before
+        # 8 of 12 pages hold 21 tokens; the rest is mapped, but nobody's.
+        assert cache.frontiers[0] == 21
+        assert cache.arena.slots[0].mapped == 12 * PAGE
+        cache.extend("a", 3)
+        assert cache.frontiers[0] == 24
+        cache.map_ahead()
+        # Of the extent of four pages one is needed, so all of it stays.
+        assert cache.frontiers[0] == 32
+        assert driver.calls == before
+        fill(cache, "a", range(32))
+        expect(cache, "a", range(32))
+        cache.check_integrity()
+
+
+def test_a_surplus_goes_to_the_stock_beside_the_next_step_behind_its_fence(host_driver: HostDriver) -> None:
+    with KVCacheManager(SHAPE, host_driver, 1 << 20, 4, lookahead=0) as cache:
+        cache.admit("gone", 30)
+        host_driver.hold()
+        cache.release("gone")
+        cache.admit("a", 20)
+        cache.map_ahead()
+        assert cache.arena.slots[0].mapped == 12 * PAGE
+        cache.check_integrity()
+        host_driver.complete()
+        cache.map_ahead()
+        assert cache.arena.slots[0].mapped == 8 * PAGE
+        assert cache.arena.pool.stock_bytes == 4 * PAGE
+        assert cache.stats().surplus_bytes == 0
+        fill(cache, "a", range(21))
+        cache.extend("a", 10)
+        assert cache.arena.pool.stock_bytes == 0
+        expect(cache, "a", range(21))
+        cache.check_integrity()
+
+
+def test_memory_withheld_follows_its_sequence_to_another_slot(host_driver: HostDriver) -> None:
+    with parked(host_driver, 1 << 20, 30) as cache:
+        cache.admit("a", 20)
+        fill(cache, "a", range(20))
+        cache.move("a", 2)
+        assert cache.frontiers.tolist() == [0, 0, 32, 0]
+        expect(cache, "a", range(20))
+        cache.map_ahead()
+        cache.check_integrity()
 
 
 def test_a_surplus_is_taken_away_first_where_memory_is_short(host_driver: HostDriver) -> None:

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from trtllm_vattn.bench.flags import amount, as_config, positive
 from trtllm_vattn.bench.ledger import LedgerCache, LedgerDriver
-from trtllm_vattn.bench.report import Result, table, write
+from trtllm_vattn.bench.plot import plot_fragmentation
+from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -33,6 +34,9 @@ WEIGHT_BYTES = 15.0e9
 READ_BYTES_PER_S = 4.3e12
 """Llama-3-8B's weights in bfloat16, and what an H200 reads a second: no step is shorter than reading weights and KV, so
 the lookahead is none too short."""
+MAPPING_S = 96e-6
+"""To create, map and make accessible a page there beside a busy device, by the 99th percentile of each (`bench alloc`);
+what takes memory away is reckoned as slow."""
 
 SYSTEMS: dict[str, Make] = {
     "contiguous": lambda shape, budget: LedgerCache(shape, budget, shape.max_seq_len),
@@ -42,6 +46,10 @@ SYSTEMS: dict[str, Make] = {
     "published": lambda shape, budget: PublishedVattention(shape, LedgerDriver(), budget),
     "vattn": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget),
     "vattn, no lookahead": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, lookahead=0),
+    "vattn, 16 layers a row": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, 16),
+    "vattn, 16 layers a row, no lookahead": lambda shape, budget: KVCacheManager(
+        shape, LedgerDriver(), budget, 16, lookahead=0
+    ),
     "vattn, all layers a row": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, shape.num_layers),
     "vattn, all layers a row, no lookahead": lambda shape, budget: KVCacheManager(
         shape, LedgerDriver(), budget, shape.num_layers, lookahead=0
@@ -60,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget-gib", type=amount, default=64.0, help="bytes of KV of each system, in GiB")
     add("--seed", type=int, default=0)
     add("--output-json", type=Path, help="write all results there")
+    add("--plot", type=Path, help="write a PNG there")
 
 
 def bimodal(count: int, seed: int) -> list[Request]:
@@ -87,10 +96,9 @@ def run(args: argparse.Namespace) -> int:
     result.results.update(runs=rows)
     for row in rows:
         if row["system"].startswith("vattn"):
-            result.summary[f"waste, {row['system']}, {row['mix']}"] = row["waste"]
+            result.summary[f"waste, {row['system']}, {row['mix']}"] = row["waste_with_surplus"]
     print(_show(rows))
-    if args.output_json:
-        write(result, args.output_json)
+    finish(result, args, plot_fragmentation)
     return 0
 
 
@@ -99,13 +107,26 @@ class ModelledPace(Pace):
 
     def __init__(self, cache: KVCacheManager) -> None:
         super().__init__()
-        self._cache = cache
+        self._cache, self.mapping_s = cache, MAPPING_S
 
     def observe_lengths(self, lengths: np.ndarray) -> None:
         self.step_s = (WEIGHT_BYTES + self._cache.live_bytes) / READ_BYTES_PER_S
 
     def observe_mappings(self, count: int, seconds: float) -> None:
         """A ledger's take no time."""
+
+
+def _beside_step(cache: KVCache) -> None:
+    """What a cache's own thread does beside a step, for as long as that lasts."""
+    if not isinstance(cache, KVCacheManager):
+        return
+    pace = cache.ahead.pace
+    pace.observe_lengths(cache.lengths)
+    left, mappings, more = pace.step_s, cache.arena.live_mappings, True
+    while more and left > 0:
+        more = cache._work_ahead()
+        before, mappings = mappings, cache.arena.live_mappings
+        left -= pace.mapping_s * abs(mappings - before)
 
 
 def simulate(cache: KVCache, requests: list[Request]) -> dict[str, Any]:
@@ -144,7 +165,7 @@ def simulate(cache: KVCache, requests: list[Request]) -> dict[str, Any]:
                 cache.release(youngest)
                 waiting.appendleft((youngest, requests[youngest]))
                 preemptions += 1
-        cache.map_ahead()
+        _beside_step(cache)
         stats = cache.stats()
         mapped, live = mapped + stats.mapped_bytes, live + stats.live_bytes
         parked, held = parked + stats.parked_bytes, held + stats.held_bytes

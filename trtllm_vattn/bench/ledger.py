@@ -10,7 +10,7 @@ import torch
 from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV
 from trtllm_vattn.cache.books import SlottedCache
 from trtllm_vattn.errors import ConfigError, OutOfPages
-from trtllm_vattn.vmm.base import Driver, Fence
+from trtllm_vattn.vmm.base import Driver, Fence, MappingCount
 
 
 class _Done(Fence):
@@ -27,7 +27,7 @@ class LedgerDriver(Driver):
     device = "cpu"
 
     def __init__(self, granule: int = 2 << 20) -> None:
-        self._granule = granule
+        self._granule, self.mappings = granule, MappingCount()
         self._next = itertools.count(1)
         self._address = 1 << 40
         self.handles: dict[int, int] = {}

@@ -102,6 +102,22 @@ def plot_attention(result: dict[str, Any], path: Path) -> None:
     _save(figure, result, path)
 
 
+def plot_fragmentation(result: dict[str, Any], path: Path) -> None:
+    """Draw a `bench fragmentation` result: what holds no token, and sequences at once, by mix and system. Raises
+    ConfigError without matplotlib."""
+    figure, (waste, sequences) = _pyplot().subplots(2, 1, figsize=(12, 8), layout="constrained")
+    rows = result["results"]["runs"]
+    _grouped(waste, rows, "mix", "system", lambda row: max(1e-4, row["waste_with_surplus"]))
+    waste.set_yscale("log")
+    waste.set_ylabel("mapped for running sequences, holding no token")
+    waste.yaxis.set_major_formatter("{x:.2%}")
+    _grouped(sequences, rows, "mix", "system", lambda row: row["mean_sequences"] or 0)
+    sequences.set_ylabel("sequences at once while others wait")
+    for axis in (waste, sequences):
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, result, path)
+
+
 def plot_tlb(result: dict[str, Any], path: Path) -> None:
     """Draw a `bench tlb` result: bandwidth against the working set. Raises ConfigError without matplotlib."""
     figure, (attention, gather) = _pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained")

@@ -77,10 +77,12 @@ def layers(result: dict[str, Any]) -> str:
 
 
 def fragmentation(result: dict[str, Any]) -> str:
-    """Waste, and sequences at once, of every system on every mix."""
+    """Waste, all that is mapped counted, and sequences at once, of every system on every mix."""
     rows = result["results"]["runs"]
     mixes = list(dict.fromkeys(row["mix"] for row in rows))
-    cells = {(row["system"], row["mix"]): f"{row['waste']:.1%}, {row['mean_sequences']:.1f}" for row in rows}
+    cells = {
+        (row["system"], row["mix"]): f"{row['waste_with_surplus']:.1%}, {row['mean_sequences']:.1f}" for row in rows
+    }
     systems = list(dict.fromkeys(row["system"] for row in rows))
     return table(["system", *mixes], [[system, *(cells[system, mix] for mix in mixes)] for system in systems])
 

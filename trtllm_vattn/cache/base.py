@@ -99,7 +99,8 @@ class CacheStats:
     `live_bytes` hold tokens of sequences; `mapped_bytes` are backed for running sequences (live, lookahead and
     rounding); `parked_bytes` are backed for nobody until adopted; `held_bytes` is all physical memory held.
     Mappings made are counted by when: at a sequence's admission, in a step that could not wait (`critical_path_maps`,
-    0 in steady decode), or ahead, beside a running step. `live_mappings` of the `max_mappings` that the driver bears;
+    0 in steady decode), or ahead, beside a running step. `live_mappings` are this cache's, `device_mappings` all of
+    the process on its device (on the host, of the process), of the `max_mappings` that the driver bears;
     `surplus_bytes` of the mapped ones lie beyond the lookahead: what a sequence found parked in its slot, for others to
     take when memory is short. `lookahead` tokens are kept mapped past a sequence's length; `ahead_wait_s` is what
     callers waited for the thread that maps ahead.
@@ -116,6 +117,7 @@ class CacheStats:
     ahead_maps: int = 0
     quarantined: int = 0
     live_mappings: int = 0
+    device_mappings: int = 0
     max_mappings: int = 0
     surplus_bytes: int = 0
     lookahead: int = 0

@@ -46,10 +46,12 @@ class BlockKVCache(KVCacheManager):
         layers_per_range: int | None = None,
         lookahead: int | None = None,
         tokens_per_block: int = DEFAULT_BLOCK,
+        idle_after_s: float | None = None,
+        idle_floor: int = 0,
     ) -> None:
         self.tokens_per_block = tokens_per_block
         self._table: torch.Tensor | None = None
-        super().__init__(shape, driver, budget, layers_per_range, lookahead)
+        super().__init__(shape, driver, budget, layers_per_range, lookahead, idle_after_s, idle_floor)
 
     @property
     def table(self) -> torch.Tensor:

@@ -7,7 +7,7 @@ extents of many sizes instead of one page at a time).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import ClassVar
 
@@ -24,7 +24,8 @@ from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
 from trtllm_vattn.memory.lookahead import Lookahead
 from trtllm_vattn.memory.placement import Placement, placement
 from trtllm_vattn.memory.pool import CLASSES, ExtentPool
-from trtllm_vattn.memory.reclaim import return_idle, set_budget, surplus_bytes, take_surplus
+from trtllm_vattn.memory.reclaim import return_idle, set_budget, surplus_bytes, take_surplus, trim
+from trtllm_vattn.memory.stock import Stock
 from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, strided, tensor_at
 
@@ -99,6 +100,7 @@ class KVCacheManager(SlottedCache):
             undo.pop_all()
         self.frontiers = self.arena.frontiers
         self.ahead = Lookahead(self.arena, self.lengths, lookahead)
+        self._stock = Stock(self.arena.pool, self.layout)
         self._admission_maps = self._critical_path_maps = self._told = 0
         self._flat = [
             tensor_at(reservation.base, reservation.size, driver.device, owner=reservation)
@@ -143,7 +145,7 @@ class KVCacheManager(SlottedCache):
             need = self.layout.bytes_for(tokens) * self.layout.num_ranges
             # Those that run keep what their next steps need.
             self._make_room(need, self.ahead.past(self.ahead.tokens))
-            slot, maps = self.arena.occupy(tokens, limit)
+            slot, maps = self.arena.occupy(tokens, limit, self.ahead.tokens)
             self._admission_maps += maps
         self._wake()
         return slot
@@ -208,18 +210,18 @@ class KVCacheManager(SlottedCache):
         once. Raises ConfigError, DriverError.
         """
         self._check_open()
-        if sequences < 0 or not 1 <= tokens <= self.shape.max_seq_len:
-            raise ConfigError(
-                f"a stock for {sequences} prompts of {tokens} tokens asked for; give 0 or more, of 1 to "
-                f"{self.shape.max_seq_len} tokens"
-            )
         with self._gate:
-            each = Counter(self.arena.pool.split(self.layout.bytes_for(tokens)))
-            many = sequences * self.layout.num_ranges
-            self.arena.pool.keep_in_stock({size: count * many for size, count in each.items()})
+            self._stock.announce(sequences, tokens)
             while self._thread is None and self.arena.pool.restock():
                 pass
         self._wake()
+
+    def stock_for(self, prompts: Sequence[int]) -> None:
+        """Have the thread keep memory created ahead for prompts of these tokens, which will come in this order: for
+        those that no parked slot is there for, as far as the budget goes. Waits for nothing; needs `start_thread`."""
+        self._check_open()
+        if self._thread is not None and self._stock.expect(prompts[self.arena.parked_slots :]):
+            self._wake()
 
     def move(self, sequence: SequenceId, slot: int) -> int:
         """Give a running sequence another, free slot by remapping; returns the mappings made.
@@ -309,7 +311,10 @@ class KVCacheManager(SlottedCache):
         if self._thread is None:
             with self._gate:
                 self.arena.settle()
-                return self.ahead.map_due(self.ahead.at_once())
+                made = self.ahead.map_due(self.ahead.at_once())
+                if not made:
+                    trim(self.arena, self.ahead.at_once())
+                return made
         self._thread.raise_error()
         if self.arena.is_leaving or self.ahead.due().size:
             self._wake()
@@ -321,13 +326,15 @@ class KVCacheManager(SlottedCache):
             self._thread.wake()
 
     def _work_ahead(self) -> bool:
-        """One bite of the thread's work: a slot's growth, an extent for the stock, or one for the driver."""
+        """One bite of the thread's work: a slot's growth, an extent for the stock, from a slot or new, or one for the
+        driver."""
         with self._gate.in_background():
             if self._closed:
                 return False
             self.arena.settle()
             return (
                 self.ahead.map_due() > 0
+                or trim(self.arena)
                 or self.arena.pool.restock()
                 or (self.idle_after_s is not None and return_idle(self.arena, self.idle_after_s, self.idle_floor))
             )
@@ -341,6 +348,8 @@ class KVCacheManager(SlottedCache):
             self._thread.close()
         self.arena.close(self._fence())
         self._layers, self._flat = [], []
+        if self._thread is not None:
+            self._thread.raise_error()
 
     # -- views and books -------------------------------------------------------------------------------------------
 
@@ -367,6 +376,7 @@ class KVCacheManager(SlottedCache):
                 ahead_maps=self.ahead.maps,
                 quarantined=len(self.arena.quarantine) + len(pool.quarantine),
                 live_mappings=self.arena.live_mappings,
+                device_mappings=self.driver.mappings.alive,
                 max_mappings=self.driver.max_mappings,
                 surplus_bytes=surplus_bytes(self.arena, self.ahead.past(self.ahead.tokens).tolist()),
                 lookahead=self.ahead.tokens,

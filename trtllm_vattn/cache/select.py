@@ -31,6 +31,9 @@ def make_cache(
     layers_per_range: int | None = None,
     lookahead: int | None = None,
     tokens_per_block: int = DEFAULT_BLOCK,
+    idle_after_s: float | None = None,
+    idle_floor: int = 0,
+    sized_later: bool = False,
     driver: Driver | None = None,
 ) -> KVCache:
     """A cache of one of the kinds in `CACHES`.
@@ -40,10 +43,12 @@ def make_cache(
     budget : int or None
         Bytes of KV; None is enough for every slot at maximum length. The contiguous cache takes that always, and
         refuses a smaller budget.
-    layers_per_range, lookahead
-        For ``vattn`` and ``blocks``.
+    layers_per_range, lookahead, idle_after_s, idle_floor
+        For ``vattn`` and ``blocks``, as `KVCacheManager` has them.
     tokens_per_block : int
         For ``blocks``.
+    sized_later : bool
+        Without a budget, begin with what the dummy slot takes, for `set_budget` to raise; for ``vattn`` and ``blocks``.
     driver : Driver or None
         For ``vattn``, ``blocks`` and ``published``; None opens the device's own.
     """
@@ -61,13 +66,14 @@ def make_cache(
     if name in ("vattn", "blocks", "published"):
         driver = open_driver(str(device)) if driver is None else driver
         made: KVCacheManager
+        idle = (idle_after_s, idle_floor)
         if name == "published":
             made = PublishedVattention(shape, driver, budget)
         elif name == "blocks":
-            made = BlockKVCache(shape, driver, budget, layers_per_range, lookahead, tokens_per_block)
+            made = BlockKVCache(shape, driver, budget, layers_per_range, lookahead, tokens_per_block, *idle)
         else:
-            made = KVCacheManager(shape, driver, budget, layers_per_range, lookahead)
-        if budget is None:
+            made = KVCacheManager(shape, driver, budget, layers_per_range, lookahead, *idle)
+        if budget is None and not sized_later:
             made.set_budget(made.layout.num_ranges * made.layout.range_bytes)
         return made
     raise ConfigError(f"no cache {name!r}; there are {', '.join(CACHES)}")

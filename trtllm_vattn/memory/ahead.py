@@ -107,9 +107,12 @@ class BackgroundThread:
             return self._state.wait_for(lambda: self._asleep and not self._pending, timeout_s)
 
     def raise_error(self) -> None:
-        """Raise the oldest error that `work` met and nobody was told of."""
+        """Raise the oldest error that `work` met and nobody was told of; after `close`, only that one."""
         if self._errors:
-            raise self._errors.popleft()
+            error = self._errors.popleft()
+            if self._stopping:
+                self._errors.clear()
+            raise error
 
     def close(self) -> None:
         """Stop after the bite it is in. Idempotent."""

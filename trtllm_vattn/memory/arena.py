@@ -18,16 +18,13 @@ from trtllm_vattn.errors import ConfigError, DriverError, OutOfPages
 from trtllm_vattn.memory.integrity import check_arena
 from trtllm_vattn.memory.layout import SlotLayout
 from trtllm_vattn.memory.pool import ExtentPool
-from trtllm_vattn.memory.reclaim import make_available, reclaim
+from trtllm_vattn.memory.reclaim import is_short_for, make_available, reclaim
 from trtllm_vattn.memory.slot import Slot, SlotState
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation, RollbackFailed
 
 logger = logging.getLogger(__name__)
 
-
-HEADROOM = 8
-"""Memory is short where less than this part of the budget would be free."""
 SLACK = 32
 """Parts of a sequence's need; a surplus of one is not worth taking away."""
 
@@ -56,6 +53,8 @@ class Arena:
         self.places: dict[int, int] = {}
         """In how many slots an extent stands, by serial; of those in more than one."""
         self.reservations: list[Reservation] = []
+        self.withheld: set[int] = set()
+        """Slots of which not all is offered to their sequence."""
         self._leaving: set[int] = set()
         self._scratches: list[Reservation] = []
         dummy = layout.num_slots
@@ -82,13 +81,15 @@ class Arena:
         With `wait`, memory that is parked or leaving is had by waiting for its fence.
         Raises OutOfPages, or DriverError where a driver call failed; nothing changed.
         """
-        growth = {}
-        for slot, tokens in wants.items():
-            more = self.layout.bytes_for(tokens) - self.slots[slot].mapped
-            if more > 0:
-                growth[slot] = more
-        if not growth:
-            return 0
+        needs = {slot: self.layout.bytes_for(tokens) for slot, tokens in wants.items()}
+        more = {slot: need - self.slots[slot].mapped for slot, need in needs.items()}
+        growth = {slot: size for slot, size in more.items() if size > 0}
+        made = self._grow(growth, wait) if growth else 0
+        for slot, need in needs.items():
+            self.offer(slot, need)
+        return made
+
+    def _grow(self, growth: MappingType[int, int], wait: bool) -> int:
         total = sum(growth.values()) * self.layout.num_ranges
         while True:
             make_available(self, total, wait)
@@ -148,13 +149,13 @@ class Arena:
         """Slots that a sequence may be given, in order."""
         return [i for i, slot in enumerate(self.slots[:-1]) if slot.state is SlotState.FREE and not slot.leaving]
 
-    def occupy(self, tokens: int, limit: int) -> tuple[int, int]:
+    def occupy(self, tokens: int, limit: int, ahead: int = 0) -> tuple[int, int]:
         """Choose a free slot below `limit`, back it for `tokens`; returns the slot and the mappings made.
 
         The best-fitting parked slot is adopted: the smallest that holds `tokens` and not more than twice as much, else
         the largest that holds less; where none is parked, the lowest free slot is taken. There must be one below
         `limit`. What is parked there beyond the need comes along while memory is plenty and it is not much; else it is
-        taken away first.
+        taken away first. What comes along beyond `ahead` tokens more is withheld, for `reclaim.trim` to take.
         Raises OutOfPages or DriverError; no sequence changed.
         """
         need = self.layout.bytes_for(tokens)
@@ -167,7 +168,7 @@ class Arena:
 
         chosen = min((slot for slot in self.free_slots() if slot < limit), key=fit)
         mapped, fence = self.slots[chosen].mapped, self.slots[chosen].fence
-        if self._is_short_for(need):
+        if is_short_for(self, need):
             if mapped > need + need // SLACK:
                 self._trim(chosen, need)
         elif mapped > 2 * need and (fence is None or fence.done()):
@@ -178,14 +179,30 @@ class Arena:
         except BaseException:
             self.set_idle(chosen)
             raise
-        self.set_frontier(chosen)
+        self._withhold(chosen, min(tokens + ahead, self.layout.max_seq_len))
         self.slots[chosen].since = monotonic()
         return chosen, maps
 
-    def _is_short_for(self, need: int) -> bool:
-        """Whether little would be free once a sequence has so many bytes in each range."""
-        free = self.pool.available_bytes + self.parked_bytes - need * self.layout.num_ranges
-        return free < self.pool.budget // HEADROOM
+    def _withhold(self, index: int, tokens: int) -> None:
+        """Offer a slot's sequence no more than so many tokens need, if whole extents lie beyond that."""
+        slot, need = self.slots[index], self.layout.bytes_for(tokens)
+        if slot.columns and slot.mapped - slot.columns[-1][0].size >= need:
+            slot.offered = need
+            self.withheld.add(index)
+        self.set_frontier(index)
+
+    def offer(self, index: int, size: int) -> None:
+        """Let a slot's sequence use so many bytes a range of what is mapped, if it may not yet. No driver call."""
+        slot = self.slots[index]
+        if slot.offered is not None and slot.offered < size:
+            slot.offered = size
+            if size >= slot.mapped:
+                self._offer_all(index)
+            self.set_frontier(index)
+
+    def _offer_all(self, index: int) -> None:
+        self.slots[index].offered = None
+        self.withheld.discard(index)
 
     def _trim(self, index: int, keep: int) -> None:
         """Unmap the tail of a free slot, behind its fence, until no more than `keep` bytes a range are left."""
@@ -208,6 +225,7 @@ class Arena:
 
     def set_idle(self, slot: int) -> None:
         broken = self.slots[slot].broken
+        self._offer_all(slot)
         self.slots[slot].state = SlotState.RETIRED if broken else SlotState.FREE
         self.set_frontier(slot)
 
@@ -220,8 +238,8 @@ class Arena:
 
     @property
     def is_leaving(self) -> bool:
-        """Whether anything waits for a fence to be unmapped."""
-        return bool(self._leaving)
+        """Whether anything waits for a fence to be unmapped, or can be."""
+        return bool(self._leaving or self.withheld)
 
     @property
     def live_mappings(self) -> int:
@@ -230,17 +248,23 @@ class Arena:
 
     def check_ceiling(self, more: int) -> None:
         """Raise OutOfPages where the driver would not bear so many more mappings."""
-        ceiling = self.pool.driver.max_mappings
-        if self.live_mappings + more > ceiling:
+        driver = self.pool.driver
+        if driver.mappings.alive + more > driver.max_mappings:
             raise OutOfPages(
-                f"{more:,} mappings asked for; {self.live_mappings:,} are alive and the driver bears about "
-                f"{ceiling:,}; release sequences, or use fewer ranges (layers_per_range) or larger prompts' extents"
+                f"{more:,} mappings asked for; {driver.mappings.alive:,} are alive, {self.live_mappings:,} of them in "
+                f"this cache, and the driver bears about {driver.max_mappings:,}; release sequences, or use fewer "
+                "ranges (layers_per_range) or larger prompts' extents"
             )
 
     @property
     def parked_bytes(self) -> int:
         """Bytes mapped for nobody, in all ranges."""
         return sum(self.slots[index].mapped for index in self.idle_slots()) * self.layout.num_ranges
+
+    @property
+    def parked_slots(self) -> int:
+        """Free slots with memory in them."""
+        return sum(slot.state is SlotState.FREE and bool(slot.columns) for slot in self.slots[:-1])
 
     @property
     def running_bytes(self) -> int:
@@ -343,8 +367,9 @@ class Arena:
 
     def frontier_of(self, slot: int) -> int:
         """Tokens that a slot's sequence may use; 0 without one: what is mapped there may go at any time."""
+        mapped, offered = self.slots[slot].mapped, self.slots[slot].offered
         running = self.slots[slot].state is SlotState.RUNNING
-        return self.layout.tokens_in(self.slots[slot].mapped) if running else 0
+        return self.layout.tokens_in(mapped if offered is None else min(offered, mapped)) if running else 0
 
     def close(self, fence: Fence) -> None:
         """Unmap and free everything once `fence` is done; what was quarantined is tried again.

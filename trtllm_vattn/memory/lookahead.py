@@ -76,18 +76,22 @@ class Lookahead:
 
         None where memory is short: the step that needs it asks. Raises DriverError; nothing changed.
         """
-        # A slot in which an unmap failed cannot grow; the step that needs it says so.
-        due = [slot for slot in self.due(at_once).tolist() if not self.arena.slots[slot].broken][: at_once or 1]
-        if not due:
-            return 0
-        # Who is served before the time, for the sake of those behind, gets a page more than there is.
-        wanted = np.maximum(self.past(self.tokens), self.arena.frontiers + (self.fixed is None))
-        longest = self.arena.layout.max_seq_len
-        started = perf_counter()
-        try:
-            made = self.arena.grow({slot: min(int(wanted[slot]), longest) for slot in due}, wait=at_once is not None)
-        except OutOfPages:
-            return 0
-        self.pace.observe_mappings(made, perf_counter() - started)
+        made = 0
+        # What was withheld in a slot is there without a mapping: then the next ones have their turn.
+        while not made:
+            # A slot in which an unmap failed cannot grow; the step that needs it says so.
+            due = [slot for slot in self.due(at_once).tolist() if not self.arena.slots[slot].broken][: at_once or 1]
+            if not due:
+                return 0
+            # Who is served before the time, for the sake of those behind, gets a page more than there is.
+            wanted = np.maximum(self.past(self.tokens), self.arena.frontiers + (self.fixed is None))
+            longest = self.arena.layout.max_seq_len
+            wants = {slot: min(int(wanted[slot]), longest) for slot in due}
+            started = perf_counter()
+            try:
+                made = self.arena.grow(wants, wait=at_once is not None)
+            except OutOfPages:
+                return 0
+            self.pace.observe_mappings(made, perf_counter() - started)
         self.maps += made
         return made

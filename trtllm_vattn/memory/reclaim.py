@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from trtllm_vattn.vmm.owners import Mapping
 
 
+HEADROOM = 8
+"""Memory is short where less than this part of the budget would be free."""
+
+
+def is_short_for(arena: Arena, need: int) -> bool:
+    """Whether little would be free once a sequence has so many bytes in each range."""
+    free = arena.pool.available_bytes + arena.parked_bytes - need * arena.layout.num_ranges
+    return free < arena.pool.budget // HEADROOM
+
+
 def make_available(arena: Arena, size: int, wait: bool = True) -> None:
     """Have the pool able to hand out `size` bytes, by unmapping what is leaving or parked. Raises OutOfPages.
 
@@ -92,6 +102,22 @@ def drop_surplus(arena: Arena, needed: Sequence[int], fence: Fence) -> int:
     if plan:
         fence.wait()
     return sum(arena.unmap_tail(index) for index in plan)
+
+
+def trim(arena: Arena, most: int = 1) -> bool:
+    """Unmap what slots withhold from their sequences, `most` extents a range, where the fence is done that was recorded
+    when it was parked: nobody has touched it since. Returns whether there was any."""
+    left = most
+    for index in sorted(arena.withheld):
+        slot = arena.slots[index]
+        if slot.fence is None or slot.fence.done():
+            while left and slot.columns and slot.mapped - slot.columns[-1][0].size >= (slot.offered or slot.mapped):
+                arena.unmap_tail(index)
+                left -= 1
+            if not left:
+                break
+            arena.offer(index, slot.mapped)
+    return left < most
 
 
 def fit(arena: Arena, index: int, tokens: int) -> int:

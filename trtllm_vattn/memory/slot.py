@@ -23,11 +23,13 @@ class Slot:
     `columns` lists, from the slot's start, mappings of equal size and offset, one in each range; `mapped` is their
     bytes in one range. `since` is when it was last parked or occupied, in seconds of a monotonic clock. `leaving`
     is still mapped at the slot's addresses, but in nobody's use; it goes when `fence` is done, and until then the slot
-    is not free.
+    is not free. `offered` is how many of the mapped bytes its sequence may use where that is not all: what it found
+    parked beyond its need was never its own, and goes, too, when `fence` is done, if it has not been offered by then.
     """
 
     columns: list[list[Mapping]] = field(default_factory=list)
     mapped: int = 0
+    offered: int | None = None
     state: SlotState = SlotState.FREE
     fence: Fence | None = None
     since: float = 0.0

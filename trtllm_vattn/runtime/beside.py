@@ -46,3 +46,10 @@ class MappingBeside:
             except DriverError as error:
                 self._failed = error
         return perf_counter() - started
+
+    def close(self) -> None:
+        """Close the cache; then raise what failed beside the last step, which no step came to raise. Idempotent."""
+        failed, self._failed = self._failed, None
+        self._cache.close()
+        if failed is not None:
+            raise failed

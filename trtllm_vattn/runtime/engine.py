@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.cache.blocks import BlockKVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, OutOfPages, SequenceTooLong
@@ -152,6 +151,8 @@ class Engine:
         max_seq_len: int = 2048,
         budget: int | None = None,
         cache: str = "vattn",
+        idle_after_s: float | None = None,
+        idle_floor: int = 0,
         mapping: str = "auto",
         **options: Any,
     ) -> Self:
@@ -167,6 +168,8 @@ class Engine:
         budget : int or None
             Bytes of KV memory; None is what is left of 90 % of the GPU's memory after capturing, or on the host, and
             for the other caches, enough for all sequences at `max_seq_len` tokens.
+        idle_after_s, idle_floor
+            When memory that no sequence uses goes back to the driver, but for so many bytes (`KVCacheManager`).
         mapping : str
             ``auto`` asks a short soak on this machine's driver, made once and remembered (graphs/policy.py).
         options
@@ -182,11 +185,9 @@ class Engine:
             shape = shape_of(loaded, max_seqs, max_seq_len)
             policy = choosing.result().policy
             later = cache in ("vattn", "blocks") and device != "cpu"
-            if later:
-                kind = KVCacheManager if cache == "vattn" else BlockKVCache
-                made: KVCache = kind(shape, policy.wrap(open_driver(device)))
-            else:
-                made = make_cache(cache, shape, device, budget)
+            idle: dict[str, Any] = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "sized_later": later}
+            driver = policy.wrap(open_driver(device)) if later else None
+            made = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle)
             undo.callback(made.close)
             engine = cls(loaded, made, mapping=policy, **options)
             undo.callback(engine.close)
@@ -328,7 +329,7 @@ class Engine:
         logits = self.prefill.run([chunk for _, chunk in chunks])
         # The device is busy: the sequences' first steps, and the next prompts, find their memory there.
         self._mapping.beside_step()
-        self.scheduler.admit()
+        self.scheduler.admit_beside()
         whole = [request for request, chunk in chunks if chunk.end == request.length]
         first = choose(logits[: len(whole)], [(each.params, len(each.fed)) for each in whole]) if whole else []
         for request, chunk in chunks:
@@ -366,8 +367,7 @@ class Engine:
             if request.forced is not None:
                 self.scheduler.decode_next(request)
         if self.observer is not None:
-            kv_s = self.pipeline.kv_s
-            self.observer(StepRecord(lanes, len(rows), self._prefilled, wall_s, kv_s, ahead, waited))
+            self.observer(StepRecord(lanes, len(rows), self._prefilled, wall_s, self.pipeline.kv_s, ahead, waited))
 
     def _settle(self, requests: list[Running], chosen: list[int], apart: list[float] | None) -> None:
         """Append each request's token; those that end with it leave, who is new takes part in the next launch."""
@@ -386,11 +386,11 @@ class Engine:
     # -- ending ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Drop all requests, the graphs, and the cache. Idempotent."""
+        """Drop all requests, the graphs, and the cache. Idempotent. Raises what failed beside the last step, closed."""
         self.scheduler.clear()
         self.decode.close()
         self.prefill.close()
-        self.cache.close()
+        self._mapping.close()
 
     def __enter__(self) -> Self:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from itertools import islice
 
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -63,6 +64,14 @@ class Scheduler:
                 return
             self.prefilling.append(self.waiting.popleft())
             left += request.length
+
+    def admit_beside(self) -> None:
+        """`admit` while the device is busy; and have the cache's thread, if it has one, create memory for those left
+        waiting whom there are slots for."""
+        self.admit()
+        if isinstance(self.cache, KVCacheManager):
+            free = self.cache.shape.num_slots - len(self.holders)
+            self.cache.stock_for([request.length for request in islice(self.waiting, free)])
 
     def next_chunks(self) -> list[tuple[Running, PromptChunk]]:
         """What goes in now, in the order of requests."""

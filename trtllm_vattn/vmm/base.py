@@ -26,6 +26,7 @@ I5. Nothing is unmapped before the fence recorded after its last use is done.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 
 
@@ -41,6 +42,20 @@ class Fence(ABC):
         """Block until `done()`."""
 
 
+class MappingCount:
+    """How many mappings are alive under one limit of the driver's, whichever `Driver` they were made through; counted
+    by their owners (vmm/owners.py)."""
+
+    def __init__(self) -> None:
+        self.alive = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        """So many more, or less. From any thread."""
+        with self._lock:
+            self.alive += count
+
+
 class Driver(ABC):
     """Virtual memory management of one device. Addresses, handles and sizes (bytes) are plain ints.
 
@@ -52,7 +67,9 @@ class Driver(ABC):
     """Where tensors over these addresses live, as torch names it: ``cpu`` or ``cuda:0``."""
     max_mappings: int = 500_000
     """Mappings that may be alive at once. A CUDA context is reported to refuse set_access from about 520,000 on, with
-    memory free; not documented."""
+    memory free; not documented. Two who ask at the same time may both pass it, by what each maps at once."""
+    mappings: MappingCount
+    """Those that are: on CUDA of this process on the device, on the host of this process."""
 
     @abstractmethod
     def granularity(self) -> int:

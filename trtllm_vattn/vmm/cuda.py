@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from typing import Any
 
 from trtllm_vattn.errors import ConfigError, DriverError
-from trtllm_vattn.vmm.base import Driver, Fence
+from trtllm_vattn.vmm.base import Driver, Fence, MappingCount
+
+_MAPPINGS: defaultdict[int, MappingCount] = defaultdict(MappingCount)
+"""By GPU: there is one primary context for all of a process."""
 
 
 class CudaFence(Fence):
@@ -51,7 +55,7 @@ class CudaDriver(Driver):
         except ImportError as error:
             raise ConfigError("cuda.bindings is not installed; pip install 'cuda-python>=13'") from error
         self.cuda: Any = cuda
-        self.device = f"cuda:{ordinal}"
+        self.device, self.mappings = f"cuda:{ordinal}", _MAPPINGS[ordinal]
         self._threads = threading.local()
         try:
             self.call("cuInit", 0)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trtllm_vattn.errors import ConfigError, DriverError
-from trtllm_vattn.vmm.base import Driver, Fence
+from trtllm_vattn.vmm.base import Driver, Fence, MappingCount
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -89,6 +89,7 @@ class HostDriver(Driver):
     """
 
     device = "cpu"
+    mappings = MappingCount()
 
     def __init__(self, granule: int = mmap.PAGESIZE, capacity: int | None = None) -> None:
         if granule < mmap.PAGESIZE or granule % mmap.PAGESIZE:

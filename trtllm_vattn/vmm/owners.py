@@ -138,6 +138,7 @@ class Mapping:
         reservation._driver.map(self.address, extent.size, extent.handle)
         extent.mappings += 1
         reservation.mappings += 1
+        reservation._driver.mappings.add(1)
         self._open = True
 
     @property
@@ -156,6 +157,7 @@ class Mapping:
         self._open = False
         self.extent.mappings -= 1
         self.reservation.mappings -= 1
+        self.reservation._driver.mappings.add(-1)
 
     def __del__(self) -> None:
         if self._open:

@@ -18,7 +18,7 @@ class WrappedDriver(Driver):
 
     def __init__(self, inner: Driver) -> None:
         self.inner = inner
-        self.device, self.max_mappings = inner.device, inner.max_mappings
+        self.device, self.max_mappings, self.mappings = inner.device, inner.max_mappings, inner.mappings
 
     def _call(self, name: str, *arguments: int) -> Any:
         return getattr(self.inner, name)(*arguments)

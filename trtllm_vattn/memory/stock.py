@@ -1,0 +1,59 @@
+"""What is to be created ahead: for bursts that were announced, and for prompts that wait already."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.memory.layout import SlotLayout
+from trtllm_vattn.memory.pool import ExtentPool
+
+
+class Stock:
+    """Tells a pool how many extents of each class to keep. Makes no driver call.
+
+    Of a class as many are kept as the larger of two needs asks for: those who wait may be the burst that was announced.
+    """
+
+    def __init__(self, pool: ExtentPool, layout: SlotLayout) -> None:
+        self._pool, self._layout = pool, layout
+        self._announced: Counter[int] = Counter()
+        self._waiting: tuple[int, ...] = ()
+
+    def announce(self, sequences: int, tokens: int) -> None:
+        """So many prompts of so many tokens may come at once. Raises ConfigError where they cannot."""
+        longest = self._layout.max_seq_len
+        if sequences < 0 or not 1 <= tokens <= longest:
+            raise ConfigError(
+                f"a stock for {sequences} prompts of {tokens} tokens asked for; give 0 or more, of 1 to {longest} "
+                "tokens"
+            )
+        each = self._extents([tokens])
+        self._announced = Counter({size: count * sequences for size, count in each.items()})
+        self._keep()
+
+    def expect(self, prompts: Sequence[int]) -> bool:
+        """Prompts of these tokens wait and will come in this order; those count that the budget's rest holds together.
+        Returns whether anything is another than before."""
+        left, fitting = self._pool.available_bytes, 0
+        for tokens in prompts:
+            left -= self._layout.bytes_for(tokens) * self._layout.num_ranges
+            if left < 0:
+                break
+            fitting += 1
+        waiting = tuple(prompts[:fitting])
+        if waiting == self._waiting:
+            return False
+        self._waiting = waiting
+        self._keep()
+        return True
+
+    def _extents(self, prompts: Iterable[int]) -> Counter[int]:
+        found: Counter[int] = Counter()
+        for tokens in prompts:
+            found.update(self._pool.split(self._layout.bytes_for(tokens)) * self._layout.num_ranges)
+        return found
+
+    def _keep(self) -> None:
+        self._pool.keep_in_stock(self._announced | self._extents(self._waiting))
