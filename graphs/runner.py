@@ -168,8 +168,9 @@ class GraphRunner:
                 graph.instantiate()
             except RuntimeError as error:
                 self._leave_pool(graph)
+                reason = str(error).partition("\n")[0]  # without CUDA's advice on debugging
                 raise CaptureError(
-                    f"the step for {bucket} lanes cannot be captured: {error}; it may not read the device from the "
+                    f"the step for {bucket} lanes cannot be captured: {reason}; it may not read the device from the "
                     "host, allocate outside torch, or change streams"
                 ) from error
             return graph, outputs

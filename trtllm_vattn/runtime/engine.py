@@ -37,8 +37,9 @@ from trtllm_vattn.vmm.open import open_driver
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-UNUSUAL = 97
-"""Tokens of the first compiled pass. No dimension of a model has this size, so torch takes none for their number."""
+UNUSUAL = 509
+"""Tokens of the first compiled pass. No dimension of a model has this size, so torch takes none for their number; and
+kernels are tuned by it, which with few tokens would all seem alike."""
 
 
 class Engine:

@@ -85,14 +85,14 @@ class Prefill:
         """Capture every size; short prompts are replays from then on, where that is sooner over than a pass."""
         report = self.runner.capture()
         self.captured = True
-        if self.attention.cache.device.type == "cuda":
+        if self.together and self.attention.cache.device.type == "cuda":
             self._replay_s = report.replay_s
             self._pass_s = min(self._timed_pass() for _ in range(2))
         return report
 
     def _timed_pass(self) -> float:
         started = perf_counter()
-        self.warm_up(LONGEST_CAPTURED)
+        self.warm_up(self.runner.buckets[-1])
         torch.cuda.synchronize(self.attention.cache.device)
         return perf_counter() - started
 
