@@ -21,12 +21,14 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 
 @dataclass
 class Lane:
-    """One combination under measurement; `rounds` holds the step records of each turn."""
+    """One combination under measurement; `rounds` holds the step records of each turn, `tokens` how long its sequences
+    were in the middle of it."""
 
     cache: str
     mode: str
     engine: Engine
     rounds: list[list[StepRecord]] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
 
     def samples(self, name: str) -> list[float]:
         return [getattr(record, name) for records in self.rounds for record in records]
@@ -111,8 +113,9 @@ def take_turns(lanes: Sequence[Lane], rounds: int, steps: int, label: str, untim
                 lane.engine.decode.captured = captured
                 # What was under way in another mode, and what was started beside it.
                 _decode(lane.engine, untimed)
-                records = _decode(lane.engine, steps)
-            lane.rounds.append(records)
+                before = lane.engine.decode.lengths.mean()
+                lane.rounds.append(_decode(lane.engine, steps))
+                lane.tokens.append(float(before + lane.engine.decode.lengths.mean()) / 2)
 
 
 def _decode(engine: Engine, steps: int) -> list[StepRecord]:
