@@ -127,20 +127,29 @@ def test_a_soak_compares_the_bits_of_every_step_and_of_no_idle_lane(
     assert ("\nmismatches: 0\n" in capsys.readouterr().out) is (code == 0)
 
 
-def test_multistep_compares_tokens_and_times_launches(tmp_path: Path) -> None:
+def test_multistep_compares_tokens_and_times_launches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "multistep.json"
-    command = ["bench", "multistep", *HOST, "--batch-sizes", "1,3", "--step-counts", "1,4", "--rounds", "1"]
+    command = ["bench", "multistep", *HOST, "--batch-sizes", "1,3", "--step-counts", "1,4", "--rounds", "2"]
+    command += ["--context", "60"]
     assert main([*command, "--steps", "8", "--identity-tokens", "12", "--output-json", str(report)]) == 0
     results = json.loads(report.read_text())
-    assert results["summary"]["tokens_identical"] is True
-    assert results["summary"]["tokens_compared"] > 20
-    assert [(row["batch"], row["steps"], row["loop"]) for row in results["results"]["runs"]] == [
+    rows, summary = results["results"]["runs"], results["summary"]
+    assert summary["tokens_identical"] is True
+    assert summary["tokens_compared"] > 20
+    assert (summary["identity_attention"], summary["identity_batches"]) == ("torch", "1, 3")
+    assert {row["attention"] for row in results["results"]["identity"]} == {"torch"}
+    assert [(row["batch"], row["steps"], row["loop"]) for row in rows] == [
         (batch, *variant) for batch in (1, 3) for variant in ((1, False), (4, False), (4, True))
     ]
-    assert {"gain_4_batch1", "gain_loop_batch3"} <= results["summary"].keys()
-    for batch in (1, 3):
-        after = [row["mean_length_after"] for row in results["results"]["runs"] if row["batch"] == batch]
-        assert max(after) - min(after) <= 2 * 4
+    assert {"gain_4_batch1", "gain_loop_batch3"} <= summary.keys()
+    for name in ("1", "4", "loop"):
+        assert 0 < summary[f"host_us_{name}_batch1"] < 1e6
+    # Steps are timed at the length that they are said to be of; loops may end earlier, and be followed by more.
+    assert all(abs(row["mean_length"] - 60) <= 2 * row["steps"] for row in rows)
+    assert summary["context"] == 60
+    assert 52 <= summary["mean_length_least"] <= summary["mean_length_most"] <= 68
+    assert main([*command, "--steps", "60"]) == 2
+    assert "--context is 60, but 72 tokens are decoded before" in capsys.readouterr().err
 
 
 def test_start_sizes_after_capturing(tmp_path: Path) -> None:

@@ -3,11 +3,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from trtllm_vattn.cli.main import main
+from trtllm_vattn.graphs.policy import MappingPolicy, PolicyChoice
 
 SMALL = ["bench", "graph", "--device", "cpu", "--model", "tiny-llama", "--requests", "5", "--max-seqs", "3"]
 
@@ -123,6 +128,28 @@ def test_doctor_checks_the_host_driver_and_explains_what_is_missing(capsys: pyte
     assert findings["host driver seam"]["works"] is True
     assert findings["CUDA driver seam"]["works"] is (report["machine"]["gpu"] is not None)
     assert all(finding["detail"] for finding in findings.values())
+
+
+@pytest.mark.parametrize("policy", MappingPolicy)
+def test_doctor_shows_the_mapping_policy_an_engine_would_get(
+    policy: MappingPolicy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trtllm_vattn.cli import doctor
+
+    asked: list[str] = []
+
+    @contextmanager
+    def start_choosing(device: str) -> Iterator[SimpleNamespace]:
+        asked.append(device)
+        yield SimpleNamespace(result=lambda: PolicyChoice(policy, "as this test has it"))
+
+    monkeypatch.setattr(doctor, "start_choosing", start_choosing)
+    assert main(["doctor"]) == 0
+    assert f"mapping policy  ok: {policy.value}: as this test has it" in capsys.readouterr().out
+    assert asked == ["cuda:0" if torch.cuda.is_available() else "cpu"]
+    assert main(["doctor", "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert {"name": "mapping policy", "works": True, "detail": f"{policy.value}: as this test has it"} in findings
 
 
 def test_doctor_fails_where_nothing_works(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

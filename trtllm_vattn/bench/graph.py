@@ -347,7 +347,7 @@ def show(trace: dict[str, Any] | None, steady: dict[str, Any] | None) -> str:
     if trace:
         parts.append(table(header, rows))
     if steady:
-        header = ["batch", "cache", "mode", "step p50 ms", "p90", "p99", "KV host us p99", "device ms", "idle"]
+        header = ["batch", "cache", "mode", "step p50 ms", "p90", "p99", "KV host us p99", "device busy ms", "idle"]
         rows = [
             [
                 str(row["batch"]),
@@ -355,8 +355,8 @@ def show(trace: dict[str, Any] | None, steady: dict[str, Any] | None) -> str:
                 row["mode"],
                 *(f"{row['step_ms'][p]:.2f}" for p in ("p50", "p90", "p99")),
                 f"{row['kv_host_us']['p99']:.0f}",
-                f"{row['device_step_ms']:.3f}",
-                f"{row['idle_share']:.1%}",
+                "-" if row["device_busy_ms"] is None else f"{row['device_busy_ms']:.3f}",
+                "-" if row["idle_share"] is None else f"{row['idle_share']:.1%}",
             ]
             for row in steady["runs"]
         ]

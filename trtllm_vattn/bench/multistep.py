@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
+from statistics import mean
 from typing import Any
 
 import torch
@@ -18,10 +19,14 @@ from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.steady import Lane, fill, settle_device_ms, take_turns
 from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.sampling import SamplingParams
+
+IDENTITY_ATTENTION = "torch"
+"""Whose arithmetic is the same from run to run; cuDNN's decode attention over several sequences is not (README)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attention(parser)
     add("--batch-sizes", type=numbers, default=[1, 8, 32] if gpu else [1, 4], help="sequences")
     add("--step-counts", type=numbers, default=[1, 4, 16], help="decode steps of a launch")
-    add("--context", type=positive, default=2048 if gpu else 64, help="tokens a sequence")
+    add("--context", type=positive, default=2048 if gpu else 256, help="mean tokens a sequence while timed")
     add("--rounds", type=positive, default=5, help="turns of each engine")
     add("--steps", type=positive, default=32, help="decode steps a turn")
     add("--identity-tokens", type=positive, default=48, help="tokens of each sequence that are compared")
@@ -53,8 +58,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]], batch: int) -> list[dict[str, Any]]:
-    most = batch + 2 * (args.rounds + 2) * (args.steps + 4 * max(args.step_counts)) + 64
-    start = max(1, args.context - most // 2)
+    most_steps = max(args.step_counts)
+    untimed = 2 * most_steps
+    # A turn is of whole launches. The first sequence decodes while others go in, one a step; half of what is decoded
+    # comes before the middle of the timed steps, where sequences have `context` tokens.
+    a_turn = sum(-(-tokens // most_steps) * most_steps for tokens in (untimed, args.steps))
+    before = batch // 2 + (args.rounds * a_turn + untimed) // 2
+    start = args.context - before
+    if start < 1:
+        raise ConfigError(
+            f"--context is {args.context}, but {before} tokens are decoded before the middle of the timed steps; make "
+            f"it {before + 1} or more, or lower --rounds, --steps or --step-counts"
+        )
+    # Launches that the device ends early are followed by others, and the device's own time takes some more steps.
+    most = batch + args.rounds * (a_turn + untimed) + 64
     lanes = []
     with ExitStack() as closing:
         for count, loop in variants:
@@ -68,11 +85,10 @@ def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]
             fill(engine, batch, start, most, args.seed)
             engine.pipeline.steps = count
             lanes.append(Lane("vattn", "captured", engine))
-        take_turns(lanes, args.rounds, args.steps, f"batch {batch}", untimed=2 * max(args.step_counts))
-        tokens = [float(lane.engine.decode.lengths.mean()) for lane in lanes]
+        take_turns(lanes, args.rounds, args.steps, f"batch {batch}", untimed)
         device_ms = settle_device_ms(lanes[0].engine)
         rows = []
-        for (count, loop), lane, length in zip(variants, lanes, tokens, strict=True):
+        for (count, loop), lane in zip(variants, lanes, strict=True):
             records = [record for turn in lane.rounds for record in turn]
             rows.append(
                 {
@@ -80,7 +96,7 @@ def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]
                     "steps": count,
                     "loop": loop,
                     "context": args.context,
-                    "mean_length_after": length,
+                    "mean_length": mean(lane.tokens),
                     "step_ms": summarise([1e3 * record.wall_s / record.steps for record in records]),
                     "host_us_a_step": summarise(
                         [1e6 * (record.wall_s - record.wait_s) / record.steps for record in records]
@@ -94,7 +110,7 @@ def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]
 
 
 def _identity(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]], batch: int) -> dict[str, Any]:
-    """Free-running tokens by the torch backend, whose arithmetic is the same from run to run."""
+    """Free-running tokens by `IDENTITY_ATTENTION`."""
     generator = torch.Generator().manual_seed(args.seed)
     vocab = model.config.get_text_config().vocab_size
     prompts = [torch.randint(0, vocab, (20 + 7 * i,), generator=generator).tolist() for i in range(batch)]
@@ -105,10 +121,11 @@ def _identity(args: argparse.Namespace, model: Any, variants: list[tuple[int, bo
     answers = []
     for count, loop in variants:
         cache = make_cache("vattn", shape_of(model, batch, 256), args.device)
-        with Engine(model, cache, attention="torch", buckets=[batch], steps=count, loop=loop) as engine:
+        with Engine(model, cache, attention=IDENTITY_ATTENTION, buckets=[batch], steps=count, loop=loop) as engine:
             answers.append([done.tokens for done in engine.generate(prompts, params)])
     return {
         "batch": batch,
+        "attention": IDENTITY_ATTENTION,
         "tokens": sum(map(len, answers[0])),
         "identical": all(answer == answers[0] for answer in answers[1:]),
     }
@@ -118,23 +135,34 @@ def _summary(rows: list[dict[str, Any]], identity: list[dict[str, Any]]) -> dict
     out: dict[str, Any] = {
         "tokens_identical": all(row["identical"] for row in identity),
         "tokens_compared": sum(row["tokens"] for row in identity),
+        "identity_attention": IDENTITY_ATTENTION,
+        "identity_batches": ", ".join(str(row["batch"]) for row in identity),
+        "context": rows[0]["context"],
+        "mean_length_least": min(row["mean_length"] for row in rows),
+        "mean_length_most": max(row["mean_length"] for row in rows),
     }
     single = {row["batch"]: row for row in rows if row["steps"] == 1}
     for row in rows:
         if row["steps"] > 1 and row["batch"] in single:
-            name = f"gain_{'loop' if row['loop'] else row['steps']}_batch{row['batch']}"
-            out[name] = single[row["batch"]]["step_ms"]["p50"] / row["step_ms"]["p50"]
+            out[f"gain_{_name(row)}"] = single[row["batch"]]["step_ms"]["p50"] / row["step_ms"]["p50"]
+    for row in rows:
+        out[f"host_us_{_name(row)}"] = row["host_us_a_step"]["p50"]
     return out
 
 
+def _name(row: dict[str, Any]) -> str:
+    return f"{'loop' if row['loop'] else row['steps']}_batch{row['batch']}"
+
+
 def _show(rows: list[dict[str, Any]]) -> str:
-    header = ["batch", "steps a launch", "step p50 ms", "p99", "host us a step", "device step ms"]
+    header = ["batch", "steps a launch", "mean length", "step p50 ms", "p99", "host us a step", "device step ms"]
     return table(
         header,
         [
             [
                 str(row["batch"]),
                 f"loop, up to {row['steps']}" if row["loop"] else str(row["steps"]),
+                f"{row['mean_length']:.0f}",
                 *(f"{row['step_ms'][p]:.3f}" for p in ("p50", "p99")),
                 f"{row['host_us_a_step']['p50']:.0f}",
                 "-" if row["device_step_ms"] is None else f"{row['device_step_ms']:.3f}",

@@ -44,7 +44,8 @@ def batches(result: dict[str, Any]) -> str:
         eager, captured = found["eager", batch], found["captured", batch]
         steps = [eager["step_ms"], captured["step_ms"]]
         gain = f"{steps[0]['p50'] / steps[1]['p50']:.1f}"
-        lines.append([str(batch), *map(spread, steps), gain, *(f"{r['idle_share']:.0%}" for r in (eager, captured))])
+        idle = ["-" if row["idle_share"] is None else f"{row['idle_share']:.0%}" for row in (eager, captured)]
+        lines.append([str(batch), *map(spread, steps), gain, *idle])
     header = ["sequences", "eager, ms p50 / p99", "captured, ms p50 / p99", "eager / captured"]
     return table([*header, "device idle, eager", "captured"], lines)
 

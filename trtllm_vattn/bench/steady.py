@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import median
+from statistics import mean, median
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from trtllm_vattn.bench.bandwidth import attention_bandwidth
+from trtllm_vattn.bench.busy import Busy, device_busy
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 
+PROFILED = 4
+"""Steps of each combination that the profiler looks at, after all that are timed."""
+
 
 @dataclass
 class Lane:
-    """One combination under measurement; `rounds` holds the step records of each turn."""
+    """One combination under measurement; `rounds` holds the step records of each turn, `tokens` how long its sequences
+    were in the middle of it."""
 
     cache: str
     mode: str
     engine: Engine
     rounds: list[list[StepRecord]] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
 
     def samples(self, name: str) -> list[float]:
         return [getattr(record, name) for records in self.rounds for record in records]
@@ -65,9 +72,10 @@ def run_steady(
     (bandwidth of the attention kernels alone), and with `audit` ``audits``, whose the addresses are that captured
     graphs hold.
     """
-    # The first sequence decodes while the others are prefilled, one a step; each turn has untimed steps.
-    most = batch + 2 * rounds * (steps + 4) + 40
-    start = max(1, context - most // 2)
+    # The first sequence decodes while the others are prefilled, one a step; each turn has two untimed steps. Half of
+    # what is decoded comes before the middle of the timed steps, where sequences have `context` tokens.
+    most = batch + 2 * rounds * (steps + 4) + 2 * (PROFILED + 4) + 40
+    start = max(1, context - batch // 2 - rounds * (steps + 2))
     lanes: list[Lane] = []
     engines = []
     try:
@@ -81,10 +89,14 @@ def run_steady(
         captured = {lane.cache: lane for lane in lanes if lane.mode == "captured"}
         # Counted before more steps are prepared at once than any engine would.
         critical = {name: lane.engine.cache.stats().critical_path_maps for name, lane in captured.items()}
+        busy = [_busy(lane) for lane in lanes]
         device = {name: settle_device_ms(lane.engine) for name, lane in captured.items()}
         audits = {name: lane.engine.audit().as_dict() for name, lane in captured.items()} if audit else {}
         return {
-            "runs": [_row(lane, batch, context, device[lane.cache], critical[lane.cache]) for lane in lanes],
+            "runs": [
+                _row(lane, batch, context, device[lane.cache], one, critical[lane.cache])
+                for lane, one in zip(lanes, busy, strict=True)
+            ],
             "audits": [{"cache": name, "batch": batch, **report} for name, report in audits.items()],
             "ratios": _ratios(captured, batch),
             "attention": [
@@ -106,13 +118,29 @@ def take_turns(lanes: Sequence[Lane], rounds: int, steps: int, label: str, untim
     for number in tqdm(range(rounds), desc=label, unit="round", disable=None):
         # Turned about, so that no combination always follows the same one.
         for lane in [*lanes[number % len(lanes) :], *lanes[: number % len(lanes)]]:
-            captured = lane.mode == "captured"
-            with torch.compiler.set_stance("default" if captured else "force_eager"):
-                lane.engine.decode.captured = captured
+            with _mode_of(lane):
                 # What was under way in another mode, and what was started beside it.
                 _decode(lane.engine, untimed)
-                records = _decode(lane.engine, steps)
-            lane.rounds.append(records)
+                before = lane.engine.decode.lengths.mean()
+                lane.rounds.append(_decode(lane.engine, steps))
+                lane.tokens.append(float(before + lane.engine.decode.lengths.mean()) / 2)
+
+
+@contextmanager
+def _mode_of(lane: Lane) -> Iterator[None]:
+    captured = lane.mode == "captured"
+    with torch.compiler.set_stance("default" if captured else "force_eager"):
+        lane.engine.decode.captured = captured
+        yield
+
+
+def _busy(lane: Lane) -> Busy | None:
+    """The device's work in a few steps more; each of them is submitted while the one before is read."""
+    with _mode_of(lane):
+        _decode(lane.engine, 2)
+        return device_busy(
+            lambda: sum(record.steps for record in _decode(lane.engine, PROFILED)), lane.engine.cache.device
+        )
 
 
 def _decode(engine: Engine, steps: int) -> list[StepRecord]:
@@ -144,17 +172,24 @@ def settle_device_ms(engine: Engine, replays: int = 10) -> float | None:
     return float(median(start.elapsed_time(end) for start, end in pairwise(events)))
 
 
-def _row(lane: Lane, batch: int, context: int, device_ms: float | None, critical_maps: int) -> dict[str, object]:
+def _row(
+    lane: Lane, batch: int, context: int, device_ms: float | None, busy: Busy | None, critical_maps: int
+) -> dict[str, object]:
     step = summarise([1e3 * value for value in lane.samples("wall_s")])
     return {
         "cache": lane.cache,
         "mode": lane.mode,
         "batch": batch,
         "context": context,
+        "mean_length": mean(lane.tokens),
         "step_ms": step,
-        # Of the captured step's kernels; eager ones are others, and slower, where the captured ones are compiled.
-        "device_step_ms": device_ms,
-        "idle_share": None if device_ms is None else max(0.0, 1 - device_ms / step["p50"]),
+        # Of captured steps replayed without a pause; eager steps have other kernels.
+        "device_step_ms": device_ms if lane.mode == "captured" else None,
+        "device_busy_ms": busy and busy.device_busy_ms,
+        "device_work_a_step": busy and busy.work_a_step,
+        "profiled_step_ms": busy and busy.profiled_step_ms,
+        # Of the steps as they are timed; a profiler makes the host slower, and with it the pauses longer.
+        "idle_share": busy and 1 - busy.device_busy_ms / step["p50"],
         "kv_host_us": summarise([1e6 * value for value in lane.samples("kv_s")]),
         "map_ahead_us": summarise([1e6 * value for value in lane.samples("ahead_s")]),
         "critical_path_maps": critical_maps,

@@ -1,0 +1,140 @@
+"""Steady decode: what is said of a step's length, and of how much of it the device works."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from trtllm_vattn.bench import graph, readme, steady
+from trtllm_vattn.bench.busy import Busy, covered, device_busy, work_of
+from trtllm_vattn.bench.steady import run_steady
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+
+
+def run_small(device: str = "cpu") -> list[dict[str, Any]]:
+    model = load_model("tiny-llama", device, torch.float32)
+    found = run_steady(
+        lambda cache, **options: Engine(model, cache, compile=False, **options),
+        ["vattn"],
+        lambda name, slots, longest: make_cache(name, shape_of(model, slots, longest), device),
+        attention="torch",
+        batch=2,
+        context=80,
+        rounds=2,
+        steps=3,
+        seed=0,
+    )
+    return found["runs"]
+
+
+@pytest.fixture
+def no_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steady, "attention_bandwidth", lambda attention, lengths: {})
+
+
+@pytest.mark.usefixtures("no_bandwidth")
+def test_on_the_host_nothing_is_said_of_a_device() -> None:
+    rows = run_small()
+    assert [row["mode"] for row in rows] == ["captured", "eager"]
+    for row in rows:
+        assert abs(row["mean_length"] - row["context"]) <= 2
+        assert {row[name] for name in ("device_busy_ms", "device_step_ms", "idle_share")} == {None}
+    for text in (graph.show(None, {"runs": rows}), readme.batches({"results": {"steady": {"runs": rows}}})):
+        assert [cell.strip() for cell in text.splitlines()[-1].split("|")][-3:-1] == ["-", "-"]
+
+
+@pytest.mark.usefixtures("no_bandwidth")
+def test_each_mode_is_measured_by_its_own_steps_and_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, int]] = []
+    engines: list[Engine] = []
+    build = Engine.__init__
+
+    def built(self: Engine, *arguments: Any, **options: Any) -> None:
+        engines.append(self)
+        build(self, *arguments, **options)
+
+    def measured(decode: Callable[[], int], device: torch.device) -> Busy:
+        seen.append((engines[0].decode.captured, decode()))
+        return Busy(1e9 if engines[0].decode.captured else 1e-9, 1.0, 1.0)
+
+    monkeypatch.setattr(Engine, "__init__", built)
+    monkeypatch.setattr(steady, "device_busy", measured)
+    captured, eager = run_small()
+    assert seen == [(True, steady.PROFILED), (False, steady.PROFILED)]
+    assert captured["idle_share"] == 1 - 1e9 / captured["step_ms"]["p50"] < 0
+    assert 0.99 < eager["idle_share"] < 1
+    assert eager["device_step_ms"] is None
+
+
+@pytest.mark.parametrize(
+    ("spans", "whole"),
+    [
+        ([], 0),
+        ([(0, 3), (5, 6)], 4),
+        ([(5, 6), (0, 3), (2, 4)], 5),
+        ([(0, 10), (1, 2), (9, 12)], 12),
+        ([(1, 2), (1, 2)], 1),
+    ],
+)
+def test_work_beside_other_work_counts_once(spans: list[tuple[float, float]], whole: float) -> None:
+    assert covered(spans) == whole
+
+
+def test_only_the_devices_work_is_taken_from_a_trace() -> None:
+    events = [
+        {"cat": "kernel", "ts": 10.0, "dur": 2.0},
+        {"cat": "cuda_runtime", "ts": 0.0, "dur": 100.0},
+        {"cat": "gpu_memcpy", "ts": 20.0, "dur": 1.0},
+        {"cat": "gpu_memset", "ts": 30.0, "dur": 1.0},
+        {"cat": "gpu_user_annotation", "ts": 0.0, "dur": 100.0},
+        {"name": "process_name", "ph": "M", "ts": 0.0},
+    ]
+    assert work_of(events) == [(10.0, 12.0), (20.0, 21.0), (30.0, 31.0)]
+
+
+@pytest.mark.gpu
+def test_pauses_are_told_from_work_and_graphs_are_looked_into() -> None:
+    device = torch.device("cuda:0")
+    x = torch.randn(4096, 4096, device=device)
+    graph = torch.cuda.CUDAGraph()
+    x @ x
+    with torch.cuda.graph(graph):
+        for _ in range(5):
+            y = x @ x
+    graph.replay()
+
+    def replays() -> int:
+        for _ in range(3):
+            graph.replay()
+        return 3
+
+    def pauses() -> int:
+        for _ in range(3):
+            x @ x
+            torch.cuda.synchronize()
+            time.sleep(0.05)
+        return 3
+
+    whole, part = device_busy(replays, device), device_busy(pauses, device)
+    assert whole is not None
+    assert part is not None
+    assert (whole.work_a_step, part.work_a_step) == (5, 1)
+    assert 0.5 < whole.device_busy_ms / whole.profiled_step_ms <= 1
+    assert part.device_busy_ms / part.profiled_step_ms < 0.5
+    assert 3 < whole.device_busy_ms / part.device_busy_ms < 7
+    del y
+
+
+@pytest.mark.gpu
+def test_a_captured_step_idles_less_than_an_eager_one() -> None:
+    captured, eager = run_small("cuda:0")
+    assert captured["device_busy_ms"] > 0
+    assert captured["device_work_a_step"] > 10
+    assert captured["idle_share"] < eager["idle_share"] < 1
