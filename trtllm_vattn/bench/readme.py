@@ -132,6 +132,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "tlb-long": ("tlb_long.json", bandwidths),
     "serve": ("serve.json", serve),
     "serve-burst": ("serve_burst.json", serve),
+    "serve-azure": ("serve_azure.json", serve),
+    "serve-sharegpt": ("serve_sharegpt.json", serve),
     "attention": ("attention.json", attention),
     "plugin": ("plugin.json", figures),
     "xqa": ("xqa.json", figures),
