@@ -123,4 +123,4 @@ def loop_while(driver: CudaDriver, captured: int, go: torch.Tensor, decision: De
     except BaseException:
         call("cuGraphDestroy", graph)
         raise
-    return ComposedGraph(driver, graph, keep=(decision, go), bodies={int(loop): [body]})
+    return ComposedGraph(driver, graph, keep=(decision, go), bodies={int(loop): [cuda.CUgraph(int(body))]})

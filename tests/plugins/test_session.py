@@ -246,9 +246,12 @@ def test_the_benchmark_runs_over_an_engine(tmp_path: Path, capsys: pytest.Captur
     arguments = ["plugin", "build", "tiny-llama", "--with", "played", "--dtype", "float32", "--output", str(folder)]
     assert main([*arguments, "--max-lanes", "4", "--max-chunk", "64", "--max-seq-len", "128"]) == 0
     sizes = ["--requests", "4", "--max-output", "6", "--max-seqs", "4", "--max-seq-len", "128"]
-    assert main(["bench", "graph", "--engine", str(folder), "--device", "cpu", *sizes, "--output-json", str(out)]) == 0
+    command = ["bench", "graph", "--engine", str(folder), "--device", "cpu", *sizes, "--audit"]
+    assert main([*command, "--output-json", str(out)]) == 0
     found = json.loads(out.read_text())
     assert found["summary"]["tokens_identical"] is True
+    assert found["summary"]["audited_graphs"] > 10
+    assert found["summary"]["audit_findings"] == 0
     assert [row["mode"] for row in found["results"]["trace"]["runs"]] == ["eager", "captured"]
 
 
