@@ -12,7 +12,7 @@ import torch
 
 from trtllm_vattn.bench.faults import Life
 from trtllm_vattn.bench.ledger import LedgerDriver
-from trtllm_vattn.bench.serve import densest
+from trtllm_vattn.bench.serve import compared, densest
 from trtllm_vattn.bench.tlb import ORDERS, SinglePages, arrange
 from trtllm_vattn.bench.traces import Request
 from trtllm_vattn.bench.twins import Twins
@@ -20,6 +20,7 @@ from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.vmm.host import HostDriver
 
 HOST = ["--device", "cpu", "--model", "tiny-llama"]
@@ -155,16 +156,29 @@ def run_small(tmp_path: Path, *command: str) -> dict[str, Any]:
 
 
 def test_a_burst_is_mapped_by_few_calls_and_from_stock(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    times = [(0, 9), (30, 70), (30.25, 40), (30.5, 20), (90, 8)]
+    rows = "".join(f"2023-11-16 18:{at // 60:02.0f}:{at % 60:09.6f}0,{tokens},5\n" for at, tokens in times)
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
     command = ["burst", *HOST, "--rounds", "1", "--steps", "4", "--prompts", "3", "--steady-steps", "12"]
-    report = run_small(tmp_path, *command, "--plot", str(tmp_path / "burst.png"))
+    report = run_small(tmp_path, *command, "--plot", str(tmp_path / "burst.png"), "--trace", str(trace))
     assert (tmp_path / "burst.png").stat().st_size > 10_000
     rows = {row["variant"]: row for row in report["results"]["bursts"]}
     assert rows["vattn, warm stock"]["driver_calls"]["create"] == 0 < rows["vattn, cold"]["driver_calls"]["create"]
     assert rows["published"]["mappings"] > 8 * rows["vattn, cold"]["mappings"]
     assert rows["page by page"]["driver_calls"]["set_access"] == rows["page by page"]["mappings"]
     assert [len(rows["vattn, cold"]["steps"][phase]) for phase in ("before", "during", "after")] >= [4, 3, 4]
-    assert report["summary"]["critical_path_maps_steady"] == 0
+    summary = report["summary"]
+    assert summary["critical_path_maps_steady"] == 0
     assert report["results"]["steady"]["steps"] >= 12
+    assert summary["window_ms"] == rows["vattn, warm stock"]["window_ms"] >= summary["burst_map_ms"] > 0
+    assert summary["guard_us_p99"] > 0
+    assert summary["prepare_step_critical_path_maps"] == report["results"]["books"]["critical_path_maps"]
+    # The trace's densest three, with their own lengths.
+    assert report["results"]["trace_prompts"] == {"span_s": 0.5, "tokens": [70, 40, 20]}
+    theirs = {row["variant"]: row for row in report["results"]["trace_bursts"]}
+    assert theirs["vattn, warm stock"]["driver_calls"]["create"] == 0 < theirs["vattn, cold"]["driver_calls"]["create"]
+    assert summary["trace_burst_map_ms"] > 0 < summary["trace_window_ms"]
 
 
 def test_steady_decode_alone(tmp_path: Path) -> None:
@@ -252,9 +266,44 @@ def test_churn_turns_all_slots_over_many_times(host_driver: HostDriver, slots: i
         assert cache.arena.pool.held_bytes == cache.layout.least_bytes
 
 
-def test_a_trace_is_served_by_every_cache(tmp_path: Path) -> None:
-    command = ["serve", *HOST, "--requests", "6", "--rounds", "1", "--at-once", "--budget-gib", "0.001"]
+def test_rounds_of_serving_are_compared_pair_by_pair() -> None:
+    rates = {"vattn": [30.0, 10.0], "paged": [20.0, 10.0]}
+    runs = [{"cache": c, "round": n, "output_throughput": r} for c, each in rates.items() for n, r in enumerate(each)]
+    assert compared(runs[::-1]) == {
+        "vattn_output_throughput": 20.0,
+        "vattn_output_throughput_spread": [10.0, 30.0],
+        "paged_output_throughput": 15.0,
+        "paged_output_throughput_spread": [10.0, 20.0],
+        "vattn_over_paged": 1.25,
+        "vattn_over_paged_spread": [1.0, 1.5],
+    }
+    assert list(compared(runs[2:])) == ["paged_output_throughput", "paged_output_throughput_spread"]
+
+
+def test_a_trace_is_served_by_every_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = []
+    made = Engine.__init__
+
+    def watched(self: Engine, *arguments: Any, **options: Any) -> None:
+        chunks.append(options["chunk"])
+        made(self, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "__init__", watched)
+    command = [
+        "serve",
+        *HOST,
+        "--requests",
+        "6",
+        "--rounds",
+        "1",
+        "--at-once",
+        "--budget-gib",
+        "0.001",
+        "--chunk",
+        "32",
+    ]
     report = run_small(tmp_path, *command, "--caches", "contiguous,token,vattn")
+    assert chunks == [32, 32, 32]
     rows = {row["cache"]: row for row in report["results"]["runs"]}
     assert list(rows) == ["contiguous", "token", "vattn"]
     assert rows["contiguous"]["slots"] < rows["vattn"]["slots"] == 6
