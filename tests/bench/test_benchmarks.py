@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 from collections import Counter
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -200,7 +203,17 @@ def test_driver_calls_are_timed(tmp_path: Path) -> None:
     assert {row["call"] for row in calls} == {"create", "map", "set_access", "unmap", "release"}
     assert {(row["how"], row["busy"]) for row in calls} == {(h, b) for h in ("one by one", "batched") for b in (0, 1)}
     assert all(0 < row["us"]["p50"] <= row["us"]["p99"] for row in calls)
-    assert [row["threads"] for row in report["results"]["threads"]] == [1, 2, 4]
+    threads = report["results"]["threads"]
+    pages = [1, 2, 8, 32, 128]
+    assert [(row["threads"], row["size"] // 4096) for row in threads] == [
+        (n, size) for n in (1, 2, 4) for size in pages
+    ]
+    for row in threads:
+        # Whole lives of extents, each call of every thread timed.
+        assert {call: us["count"] for call, us in row["us"].items()} == dict.fromkeys(row["us"], 5 * row["threads"])
+        assert set(row["us"]) == {"create", "map", "set_access", "unmap", "release"}
+        assert 0 < row["lives_per_s"] < 1e6
+    assert report["summary"]["create_us_4_threads"] > 0
 
 
 def test_attention_is_timed_over_flat_kv_and_block_tables(tmp_path: Path) -> None:
@@ -336,7 +349,8 @@ def test_a_life_among_failures_ends_clean_and_a_wrong_byte_shows(
     report = run_small(tmp_path, "faults", "--operations", "600", "--life", "200")
     assert report["summary"]["operations"] == 600
     assert report["summary"]["driver_calls_failed"] > 0
-    assert report["summary"]["wrong_bytes_or_leaks"] == 0
+    assert report["summary"]["wrong_bytes_or_leaks"] == report["summary"]["hangs"] == 0
+    assert report["summary"]["sequences_lost"] == report["results"]["counts"].get("lost", 0)
     written = Life.write
 
     def forgetful(self: Life, sequence: int, tokens: range) -> None:
@@ -346,6 +360,29 @@ def test_a_life_among_failures_ends_clean_and_a_wrong_byte_shows(
     monkeypatch.setattr(Life, "write", forgetful)
     assert main(["bench", "faults", "--operations", "50"]) == 1
     assert "holds bytes that were not written there" in capsys.readouterr().out
+
+
+def test_a_life_that_hangs_is_told_by_its_operation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go_on = Event()
+    truncate = Life.truncate
+
+    def hanging(self: Life) -> None:
+        go_on.wait(60)
+        truncate(self)
+
+    hanging.__name__ = "truncate"
+    monkeypatch.setattr(Life, "truncate", hanging)
+    report = tmp_path / "faults.json"
+    command = ["bench", "faults", "--operations", "100", "--life-seconds", "1", "--output-json", str(report)]
+    assert main(command) == 1
+    assert re.search(r"life 0: operation \d+, truncate, is not over 1 s after the life began", capsys.readouterr().out)
+    assert json.loads(report.read_text())["summary"]["hangs"] == 1
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "vattn-life":
+            thread.join(60)
 
 
 def test_xqa_over_affine_tables(tmp_path: Path) -> None:
