@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 from collections import Counter
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -13,7 +16,8 @@ import torch
 from trtllm_vattn.bench import controls
 from trtllm_vattn.bench.faults import Life
 from trtllm_vattn.bench.ledger import LedgerDriver
-from trtllm_vattn.bench.serve import densest
+from trtllm_vattn.bench.serve import compared, densest
+from trtllm_vattn.bench.tlb import ORDERS, SinglePages, arrange
 from trtllm_vattn.bench.traces import Request
 from trtllm_vattn.bench.twins import STEPS, Twins
 from trtllm_vattn.cache.base import CacheShape
@@ -22,6 +26,8 @@ from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.runner import GraphRunner
 from trtllm_vattn.runtime.decode import DecodeBatch
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.vmm.host import HostDriver
 
 HOST = ["--device", "cpu", "--model", "tiny-llama"]
 SOAK = ["bench", "soak", *HOST, "--replays", "60", "--repeatable", "10"]
@@ -251,16 +257,29 @@ def run_small(tmp_path: Path, *command: str) -> dict[str, Any]:
 
 
 def test_a_burst_is_mapped_by_few_calls_and_from_stock(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    times = [(0, 9), (30, 70), (30.25, 40), (30.5, 20), (90, 8)]
+    rows = "".join(f"2023-11-16 18:{at // 60:02.0f}:{at % 60:09.6f}0,{tokens},5\n" for at, tokens in times)
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
     command = ["burst", *HOST, "--rounds", "1", "--steps", "4", "--prompts", "3", "--steady-steps", "12"]
-    report = run_small(tmp_path, *command, "--plot", str(tmp_path / "burst.png"))
+    report = run_small(tmp_path, *command, "--plot", str(tmp_path / "burst.png"), "--trace", str(trace))
     assert (tmp_path / "burst.png").stat().st_size > 10_000
     rows = {row["variant"]: row for row in report["results"]["bursts"]}
     assert rows["vattn, warm stock"]["driver_calls"]["create"] == 0 < rows["vattn, cold"]["driver_calls"]["create"]
     assert rows["published"]["mappings"] > 8 * rows["vattn, cold"]["mappings"]
     assert rows["page by page"]["driver_calls"]["set_access"] == rows["page by page"]["mappings"]
     assert [len(rows["vattn, cold"]["steps"][phase]) for phase in ("before", "during", "after")] >= [4, 3, 4]
-    assert report["summary"]["critical_path_maps_steady"] == 0
+    summary = report["summary"]
+    assert summary["critical_path_maps_steady"] == 0
     assert report["results"]["steady"]["steps"] >= 12
+    assert summary["window_ms"] == rows["vattn, warm stock"]["window_ms"] >= summary["burst_map_ms"] > 0
+    assert summary["guard_us_p99"] > 0
+    assert summary["prepare_step_critical_path_maps"] == report["results"]["books"]["critical_path_maps"]
+    # The trace's densest three, with their own lengths.
+    assert report["results"]["trace_prompts"] == {"span_s": 0.5, "tokens": [70, 40, 20]}
+    theirs = {row["variant"]: row for row in report["results"]["trace_bursts"]}
+    assert theirs["vattn, warm stock"]["driver_calls"]["create"] == 0 < theirs["vattn, cold"]["driver_calls"]["create"]
+    assert summary["trace_burst_map_ms"] > 0 < summary["trace_window_ms"]
 
 
 def test_steady_decode_alone(tmp_path: Path) -> None:
@@ -282,7 +301,17 @@ def test_driver_calls_are_timed(tmp_path: Path) -> None:
     assert {row["call"] for row in calls} == {"create", "map", "set_access", "unmap", "release"}
     assert {(row["how"], row["busy"]) for row in calls} == {(h, b) for h in ("one by one", "batched") for b in (0, 1)}
     assert all(0 < row["us"]["p50"] <= row["us"]["p99"] for row in calls)
-    assert [row["threads"] for row in report["results"]["threads"]] == [1, 2, 4]
+    threads = report["results"]["threads"]
+    pages = [1, 2, 8, 32, 128]
+    assert [(row["threads"], row["size"] // 4096) for row in threads] == [
+        (n, size) for n in (1, 2, 4) for size in pages
+    ]
+    for row in threads:
+        # Whole lives of extents, each call of every thread timed.
+        assert {call: us["count"] for call, us in row["us"].items()} == dict.fromkeys(row["us"], 5 * row["threads"])
+        assert set(row["us"]) == {"create", "map", "set_access", "unmap", "release"}
+        assert 0 < row["lives_per_s"] < 1e6
+    assert report["summary"]["create_us_4_threads"] > 0
 
 
 def test_attention_is_timed_over_flat_kv_and_block_tables(tmp_path: Path) -> None:
@@ -298,20 +327,94 @@ def test_attention_is_timed_over_flat_kv_and_block_tables(tmp_path: Path) -> Non
 
 
 def test_page_order_is_chosen_and_seen(tmp_path: Path) -> None:
-    report = run_small(tmp_path, "tlb", "--device", "cpu", "--churn", "40", "--plot", str(tmp_path / "tlb.png"))
+    report = run_small(tmp_path, "tlb", "--device", "cpu", "--plot", str(tmp_path / "tlb.png"))
+    assert (tmp_path / "tlb.png").stat().st_size > 10_000
     rows = {row["system"]: row for row in report["results"]["attention"]}
-    assert not [row for row in rows.values() if "refused" in row]
     assert rows["flat, 4 layers a row, in order"]["placement"] == 1
     assert rows["flat, 4 layers a row, single pages in order"]["placement"] == 1
     assert rows["flat, 4 layers a row, created again"]["placement"] == 1
     assert 0.2 < rows["flat, 4 layers a row, scattered"]["placement"] < 0.8
     assert rows["flat, 4 layers a row, after churn"]["placement"] < 1
-    assert {row["read_bytes"] for row in report["results"]["reads"]} == {512, 4096, 32768}
+    assert rows["flat, 4 layers a row, after churn"]["adjacent"] < 0.9
+    reads = report["results"]["reads"]
+    assert {row["read_bytes"] for row in reads} == {512, 4096, 32768}
+    assert {(row["layers_per_range"], row["order"]) for row in reads} >= {(1, "in order"), (4, "after churn")}
+    # Rows that no slot of a range of one layer holds.
+    assert {(row["read_bytes"], row["layers_per_range"]) for row in report["results"]["skipped"]} == {(32768, 1)}
 
 
-def test_a_trace_is_served_by_every_cache(tmp_path: Path) -> None:
-    command = ["serve", *HOST, "--requests", "6", "--rounds", "1", "--at-once", "--budget-gib", "0.001"]
+def test_what_a_sweep_leaves_out_is_said_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["tlb", "--device", "cpu", "--layers-per-range", "4", "--read-bytes", "512"]
+    report = run_small(tmp_path, *small, "--contexts", "100,100000", "--most-seconds", "1e-9")
+    systems = [row.get("system") for row in report["results"]["skipped"]]
+    assert report["results"]["attention"] == []
+    assert systems[:-1] == [*(f"flat, 4 layers a row, {order}" for order in ORDERS), "blocks of 16"]
+    assert report["summary"]["skipped"] == len(systems) == 7
+    said = capsys.readouterr().err
+    assert "left out: system blocks of 16, context 100, sequences 9" in said
+    assert "1e-09 s are over (--most-seconds)" in said
+    assert "left out: working_set_gb 0.0005, context 100000: one sequence takes 0.0512 GB" in said
+    assert main(["bench", *small, "--read-bytes", "96"]) == 2
+    assert "rows of 96 bytes asked for; give a power of two from 64 on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("slots", [3, 8])
+def test_churn_turns_all_slots_over_many_times(host_driver: HostDriver, slots: int) -> None:
+    shape = CacheShape(2, 1, 64, torch.float32, slots, 200)
+    with SinglePages(shape, host_driver, 64 << 20, lookahead=0) as cache:
+        admitted: list[int] = []
+        admit = cache.admit
+        cache.admit = lambda sequence, tokens: admitted.append(tokens) or admit(sequence, tokens)  # type: ignore
+        arrange(cache, "after churn", 10, 0)
+        assert len(admitted) == 10 * slots
+        assert cache.stats().sequences == 0
+        cache.admit = admit  # type: ignore[method-assign]
+        for sequence in range(slots):
+            cache.admit(sequence, 200)
+        placed = cache.placement()
+        assert placed.adjacent < 0.9 * placed.neighbours
+        arrange(cache, "created again", 10, 0)
+        assert cache.arena.pool.held_bytes == cache.layout.least_bytes
+
+
+def test_rounds_of_serving_are_compared_pair_by_pair() -> None:
+    rates = {"vattn": [30.0, 10.0], "paged": [20.0, 10.0]}
+    runs = [{"cache": c, "round": n, "output_throughput": r} for c, each in rates.items() for n, r in enumerate(each)]
+    assert compared(runs[::-1]) == {
+        "vattn_output_throughput": 20.0,
+        "vattn_output_throughput_spread": [10.0, 30.0],
+        "paged_output_throughput": 15.0,
+        "paged_output_throughput_spread": [10.0, 20.0],
+        "vattn_over_paged": 1.25,
+        "vattn_over_paged_spread": [1.0, 1.5],
+    }
+    assert list(compared(runs[2:])) == ["paged_output_throughput", "paged_output_throughput_spread"]
+
+
+def test_a_trace_is_served_by_every_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = []
+    made = Engine.__init__
+
+    def watched(self: Engine, *arguments: Any, **options: Any) -> None:
+        chunks.append(options["chunk"])
+        made(self, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "__init__", watched)
+    command = [
+        "serve",
+        *HOST,
+        "--requests",
+        "6",
+        "--rounds",
+        "1",
+        "--at-once",
+        "--budget-gib",
+        "0.001",
+        "--chunk",
+        "32",
+    ]
     report = run_small(tmp_path, *command, "--caches", "contiguous,token,vattn")
+    assert chunks == [32, 32, 32]
     rows = {row["cache"]: row for row in report["results"]["runs"]}
     assert list(rows) == ["contiguous", "token", "vattn"]
     assert rows["contiguous"]["slots"] < rows["vattn"]["slots"] == 6
@@ -344,7 +447,8 @@ def test_a_life_among_failures_ends_clean_and_a_wrong_byte_shows(
     report = run_small(tmp_path, "faults", "--operations", "600", "--life", "200")
     assert report["summary"]["operations"] == 600
     assert report["summary"]["driver_calls_failed"] > 0
-    assert report["summary"]["wrong_bytes_or_leaks"] == 0
+    assert report["summary"]["wrong_bytes_or_leaks"] == report["summary"]["hangs"] == 0
+    assert report["summary"]["sequences_lost"] == report["results"]["counts"].get("lost", 0)
     written = Life.write
 
     def forgetful(self: Life, sequence: int, tokens: range) -> None:
@@ -354,6 +458,29 @@ def test_a_life_among_failures_ends_clean_and_a_wrong_byte_shows(
     monkeypatch.setattr(Life, "write", forgetful)
     assert main(["bench", "faults", "--operations", "50"]) == 1
     assert "holds bytes that were not written there" in capsys.readouterr().out
+
+
+def test_a_life_that_hangs_is_told_by_its_operation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go_on = Event()
+    truncate = Life.truncate
+
+    def hanging(self: Life) -> None:
+        go_on.wait(60)
+        truncate(self)
+
+    hanging.__name__ = "truncate"
+    monkeypatch.setattr(Life, "truncate", hanging)
+    report = tmp_path / "faults.json"
+    command = ["bench", "faults", "--operations", "100", "--life-seconds", "1", "--output-json", str(report)]
+    assert main(command) == 1
+    assert re.search(r"life 0: operation \d+, truncate, is not over 1 s after the life began", capsys.readouterr().out)
+    assert json.loads(report.read_text())["summary"]["hangs"] == 1
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "vattn-life":
+            thread.join(60)
 
 
 def test_xqa_over_affine_tables(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def test_a_result_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_samples_are_summed_up() -> None:
+    assert abs(summarise([float(n) for n in range(1001)])["p99.9"] - 999) < 1e-9
     found = summarise([float(n) for n in range(101)])
     assert (found["count"], found["mean"], found["p50"], found["p90"], found["p99"]) == (101, 50, 50, 90, 99)
     assert (found["min"], found["max"]) == (0, 100)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -51,7 +52,11 @@ def run(args: argparse.Namespace) -> int:
             for size in sizes:
                 rows += _rows("one by one", size, busy, one_by_one(driver, size, args.repeats))
             rows += _rows("batched", granule, busy, batched(driver, granule, args.batch, args.repeats // 10 + 1))
-    threads = [threaded(driver, granule, int(count), args.repeats) for count in args.threads.split(",")]
+    threads = [
+        {**threaded(driver, size, int(count), args.repeats), **lives(driver, size, int(count), args.repeats)}
+        for count in args.threads.split(",")
+        for size in sizes
+    ]
     result = Result.start("alloc", as_config(args), args.seed)
     result.results.update(calls=rows, threads=threads, granule=granule)
     for row in rows:
@@ -61,8 +66,12 @@ def run(args: argparse.Namespace) -> int:
             )
             result.summary[name] = row["us"]["p50"]
     for row in threads:
-        result.summary[f"pairs_per_s_{row['threads']}_threads"] = row["pairs_per_s"]
+        if row["size"] == sizes[0]:
+            result.summary[f"pairs_per_s_{row['threads']}_threads"] = row["pairs_per_s"]
+            for call in CALLS:
+                result.summary[f"{call}_us_{row['threads']}_threads"] = row["us"][call]["p50"]
     print(_show(rows, granule))
+    print(_show_threads(threads, granule))
     finish(result, args, plot_alloc)
     return 0
 
@@ -103,29 +112,50 @@ def batched(driver: Driver, size: int, count: int, repeats: int) -> dict[str, li
 
 def threaded(driver: Driver, size: int, count: int, repeats: int) -> dict[str, Any]:
     """Pairs of map+set_access and unmap a second, by `count` threads at once, each in a reservation of its own."""
-    ready = threading.Barrier(count + 1)
+    homes = [(driver.reserve(size), driver.create(size)) for _ in range(count)]
 
-    def work() -> None:
-        base, handle = driver.reserve(size), driver.create(size)
-        ready.wait()
+    def work(number: int) -> None:
+        base, handle = homes[number]
         for _ in range(repeats):
             driver.map(base, size, handle)
             driver.set_access(base, size)
             driver.unmap(base, size)
-        ready.wait()
+
+    seconds = _at_once(count, work)
+    for base, handle in homes:
         driver.release(handle)
         driver.free(base, size)
+    pairs = count * repeats
+    return {"threads": count, "size": size, "pairs_per_s": pairs / seconds, "us_a_pair": 1e6 * seconds / pairs}
 
-    threads = [threading.Thread(target=work) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    ready.wait()
-    started = perf_counter()
-    ready.wait()
-    seconds = perf_counter() - started
-    for thread in threads:
-        thread.join()
-    return {"threads": count, "pairs_per_s": count * repeats / seconds, "us_a_pair": 1e6 * seconds / (count * repeats)}
+
+def lives(driver: Driver, size: int, count: int, repeats: int) -> dict[str, Any]:
+    """Microseconds of each call where `count` threads take extents through whole lives at once, and lives a second."""
+    took: list[dict[str, list[float]]] = [{} for _ in range(count)]
+
+    def work(number: int) -> None:
+        took[number] = one_by_one(driver, size, repeats)
+
+    seconds = _at_once(count, work)
+    us = {call: summarise([value for each in took for value in each[call]]) for call in CALLS}
+    return {"lives_per_s": count * repeats / seconds, "us": us}
+
+
+def _at_once(count: int, work: Callable[[int], None]) -> float:
+    """Seconds that so many threads take for a piece of work each, begun together."""
+    ready = threading.Barrier(count + 1)
+
+    def run(number: int) -> None:
+        ready.wait()
+        work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        pending = [pool.submit(run, number) for number in range(count)]
+        ready.wait()
+        started = perf_counter()
+        for each in pending:
+            each.result()
+        return perf_counter() - started
 
 
 def _timed(into: list[float], call: Callable[..., Any], *arguments: int) -> Any:
@@ -166,6 +196,14 @@ def _load(device: str) -> Iterator[None]:
 
 def _rows(how: str, size: int, busy: bool, took: dict[str, list[float]]) -> list[dict[str, Any]]:
     return [{"how": how, "size": size, "busy": busy, "call": name, "us": summarise(us)} for name, us in took.items()]
+
+
+def _show_threads(rows: list[dict[str, Any]], granule: int) -> str:
+    lines = []
+    for row in rows:
+        values = [f"{row['us'][call]['p50']:.1f} / {row['us'][call]['p99']:.1f}" for call in CALLS]
+        lines.append([str(row["threads"]), str(row["size"] // granule), f"{row['lives_per_s']:,.0f}", *values])
+    return table(["threads", "granules", "lives/s", *(f"{call}, us p50 / p99" for call in CALLS)], lines)
 
 
 def _show(rows: list[dict[str, Any]], granule: int) -> str:

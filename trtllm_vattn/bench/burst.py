@@ -3,7 +3,8 @@
 Some sequences decode; then all prompts are admitted at once, which maps their memory, and go in one a step between
 decode steps; then the others decode on alone. Decode steps are timed on the device, prompts apart from them. The same
 burst meets our cache with and without extents created ahead, our layout backed by one page after another, and
-vAttention as published.
+vAttention as published. With a trace, the most arrivals in the shortest time are another burst, of the prompts' own
+lengths.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ from trtllm_vattn.bench.ledger import LedgerDriver
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_burst
 from trtllm_vattn.bench.report import Result, finish, table
+from trtllm_vattn.bench.serve import densest
 from trtllm_vattn.bench.steady import fill
+from trtllm_vattn.bench.traces import load_trace
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.published import PublishedVattention
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.decode import Launch
 from trtllm_vattn.runtime.engine import Engine
@@ -70,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", type=positive, default=128 if gpu else 6, help="prompts of the burst")
     add("--prompt-tokens", type=positive, default=2048 if gpu else 64, help="tokens of each")
     add("--steps", type=positive, default=128 if gpu else 6, help="decode steps before the burst, and after it")
+    add("--trace", type=Path, help="a trace whose densest arrivals, --prompts of them, are another burst")
     add("--rounds", type=non_negative, default=2, help="bursts of each kind, in turns; 0 for steady decode alone")
     add(
         "--steady-steps",
@@ -85,25 +90,46 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     if args.plot and not args.rounds:
         raise ConfigError("--plot draws bursts and --rounds is 0: give at least 1 round, or leave --plot out")
+    kinds = {"equal": [args.prompt_tokens] * args.prompts}
+    if args.trace:
+        kinds["trace"], span_s = _arrivals(args)
     model = load_model(args.model, args.device, dtype_of(args.device), args.seed)
-    bursts = [
-        {"variant": name, "round": number, **_burst(model, args, *VARIANTS[name])}
-        for number in range(args.rounds)
-        for name in VARIANTS
-    ]
+    bursts: dict[str, list[dict[str, Any]]] = {
+        kind: [
+            {"variant": name, "round": number, **_burst(model, args, prompts, *VARIANTS[name])}
+            for number in range(args.rounds)
+            for name in VARIANTS
+        ]
+        for kind, prompts in kinds.items()
+    }
     result = Result.start("burst", as_config(args), args.seed)
-    result.results.update(bursts=bursts, steady=_steady(model, args), books=prepare_step_us())
-    if bursts:
-        result.summary.update(_summary(bursts))
-        print(_show(bursts))
+    result.results.update(bursts=bursts["equal"], steady=_steady(model, args), books=prepare_step_us())
+    if args.trace:
+        result.results["trace_bursts"] = bursts["trace"]
+        result.results["trace_prompts"] = {"span_s": span_s, "tokens": kinds["trace"]}
+    for kind, rows in bursts.items():
+        if rows:
+            result.summary.update(_summary(rows, "" if kind == "equal" else "trace_"))
+            print(f"burst of {kind} prompts" if kind == "equal" else f"burst of the trace, {span_s:.2f} s")
+            print(_show(rows))
     result.summary.update(
         critical_path_maps_steady=result.results["steady"]["critical_path_maps"],
         steady_steps=result.results["steady"]["steps"],
         prepare_step_us_p99=result.results["books"]["prepare_us"]["p99"],
+        guard_us_p99=result.results["books"]["guard_us"]["p99"],
         prepare_step_sequences=result.results["books"]["sequences"],
+        prepare_step_critical_path_maps=result.results["books"]["critical_path_maps"],
     )
-    finish(result, args, plot_burst if bursts else None)
+    finish(result, args, plot_burst if args.rounds else None)
     return 0
+
+
+def _arrivals(args: argparse.Namespace) -> tuple[list[int], float]:
+    """Prompt lengths of the trace's densest arrivals, and the seconds between the first and the last."""
+    whole = load_trace(args.trace)
+    first = densest(whole, args.prompts)
+    found = whole[first : first + args.prompts]
+    return [request.prompt_tokens for request in found], found[-1].arrival_s - found[0].arrival_s
 
 
 @dataclass
@@ -145,13 +171,14 @@ class StepTimer:
 def _burst(
     model: PreTrainedModel,
     args: argparse.Namespace,
+    prompts: list[int],
     make: Callable[[CacheShape, CountingDriver, int], KVCacheManager],
     warm: bool,
 ) -> dict[str, Any]:
-    """One burst; milliseconds of decode steps by phase, and of the burst's driver calls."""
-    most = 2 * args.steps + 2 * args.prompts + args.running + 64
+    """A burst of prompts of so many tokens; milliseconds of decode steps by phase, and of the burst's driver calls."""
+    most = 2 * args.steps + 2 * len(prompts) + args.running + 64
     start = max(1, args.context - most // 2)
-    shape = shape_of(model, args.running + args.prompts, max(start + most, args.prompt_tokens + 8))
+    shape = shape_of(model, args.running + len(prompts), max(start + most, *prompts) + 8)
     driver = CountingDriver(open_driver(args.device))
     with ExitStack() as closing:
         cache = make(shape, driver, (shape.num_slots + 2) * shape.max_seq_len * shape.token_bytes)
@@ -159,38 +186,36 @@ def _burst(
         engine = Engine(model, cache, attention=args.attention, buckets=[args.running], chunk=max(2048, start))
         closing.callback(engine.close)
         fill(engine, args.running, start, most, args.seed)
-        if warm:
-            cache.stock_up(args.prompts, args.prompt_tokens)
-            cache.wait_ahead(120)
         timer = StepTimer(engine)
         phases = {}
         for _ in range(args.steps):
             engine.step()
         phases["before"] = timer.take()
+        _restock(cache, prompts if warm else [])
 
         random = np.random.default_rng(args.seed)
-        prompt = random.integers(0, model.config.get_text_config().vocab_size, args.prompt_tokens).tolist()
+        prompt = random.integers(0, model.config.get_text_config().vocab_size, max(prompts)).tolist()
         seconds, calls, waited = driver.seconds.copy(), driver.calls.copy(), cache.stats().ahead_wait_s
         maps = cache.stats().admission_maps
         started = perf_counter()
-        slots = [cache.admit(("burst", number), args.prompt_tokens) for number in range(args.prompts)]
+        slots = [cache.admit(("burst", number), length) for number, length in enumerate(prompts)]
         window_s = perf_counter() - started
         spent = {name: 1e3 * (driver.seconds[name] - seconds[name]) for name in CALLS}
         made = {name: driver.calls[name] - calls[name] for name in CALLS}
         maps = cache.stats().admission_maps - maps
         prefill = []
-        for slot in slots:
+        for slot, length in zip(slots, prompts, strict=True):
             if cache.device.type == "cuda":
                 torch.cuda.synchronize(cache.device)
             went_in = perf_counter()
-            for at in range(0, args.prompt_tokens, engine.prefill.chunk):
-                engine.prefill.run([PromptChunk(slot, prompt[at : at + engine.prefill.chunk], at)])
+            for at in range(0, length, engine.prefill.chunk):
+                engine.prefill.run([PromptChunk(slot, prompt[at : min(length, at + engine.prefill.chunk)], at)])
             if cache.device.type == "cuda":
                 torch.cuda.synchronize(cache.device)
             prefill.append(1e3 * (perf_counter() - went_in))
             engine.step()
         phases["during"] = timer.take()
-        for number in range(args.prompts):
+        for number in range(len(prompts)):
             cache.release(("burst", number))
         for _ in range(args.steps):
             engine.step()
@@ -208,6 +233,18 @@ def _burst(
         "mappings": maps,
         "critical_path_maps": stats.critical_path_maps,
     }
+
+
+def _restock(cache: KVCacheManager, prompts: list[int]) -> None:
+    """Have nothing in stock but for these prompts, which are about to be admitted, and no more created from then on."""
+    cache.stock_for([])
+    cache.wait_ahead(120)
+    with cache._gate:
+        while cache.arena.pool.shrink():
+            pass
+    cache.stock_for(prompts)
+    cache.wait_ahead(120)
+    cache.stock_for([])
 
 
 def _steady(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
@@ -243,36 +280,50 @@ def _steady(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepare_step_us(sequences: int = 256, steps: int = 10_000) -> dict[str, Any]:
-    """Microseconds of `prepare_step` alone, of Llama-3-8B's shape, a thread mapping ahead; over a driver without
-    memory, so on any machine."""
+    """Microseconds of `prepare_step` and of the guard after it, of Llama-3-8B's shape, a thread mapping ahead; over a
+    driver without memory, so on any machine."""
     shape = CacheShape(32, 8, 128, torch.bfloat16, sequences, 16_384)
-    took = []
+    slots = np.arange(sequences)
+    took: list[float] = []
+    guarded: list[float] = []
     with KVCacheManager(shape, LedgerDriver(), 1 << 42) as cache:
         random = np.random.default_rng(0)
         for sequence in range(sequences):
             cache.admit(sequence, int(random.integers(16, 4096)))
         cache.start_thread()
+        guard = Guard(cache)
         for _ in range(steps):
-            after = cache.lengths + 1
+            before, after = cache.lengths.copy(), cache.lengths + 1
             started = perf_counter()
             cache.prepare_step(after)
-            took.append(1e6 * (perf_counter() - started))
+            prepared = perf_counter()
+            guard.check(after, slots, before)
+            guarded.append(1e6 * (perf_counter() - prepared))
+            took.append(1e6 * (prepared - started))
             cache.map_ahead()
             # As long as a step of a fast model: the thread has what the device gives it.
             sleep(1e-3)
         critical = cache.stats().critical_path_maps
-    return {"sequences": sequences, "steps": steps, "prepare_us": summarise(took), "critical_path_maps": critical}
+    return {
+        "sequences": sequences,
+        "steps": steps,
+        "prepare_us": summarise(took),
+        "guard_us": summarise(guarded),
+        "critical_path_maps": critical,
+    }
 
 
-def _summary(bursts: list[dict[str, Any]]) -> dict[str, float]:
-    """Each kind of burst by its worst step and its mapping."""
+def _summary(bursts: list[dict[str, Any]], prefix: str) -> dict[str, float]:
+    """Each way of mapping a burst by its worst step, its driver calls, and how long admitting all of it took."""
     by = {name: [row for row in bursts if row["variant"] == name] for name in VARIANTS}
     ratios = {
         name: max(row["step_ms"]["during"]["p99"] / row["step_ms"]["before"]["p99"] for row in rows)
         for name, rows in by.items()
     }
-    mapping = {name: median(row["map_ms"] for row in rows) for name, rows in by.items()}
-    return {
+    mapping, window = (
+        {name: median(row[key] for row in rows) for name, rows in by.items()} for key in ("map_ms", "window_ms")
+    )
+    found = {
         "p99_ratio": ratios["vattn, warm stock"],
         "p99_ratio_cold": ratios["vattn, cold"],
         "p99_ratio_published": ratios["published"],
@@ -280,12 +331,16 @@ def _summary(bursts: list[dict[str, Any]]) -> dict[str, float]:
         "burst_map_ms_cold": mapping["vattn, cold"],
         "burst_map_ms_page_by_page": mapping["page by page"],
         "burst_map_ms_published_style": mapping["published"],
+        "window_ms": window["vattn, warm stock"],
+        "window_ms_cold": window["vattn, cold"],
+        "window_ms_published": window["published"],
     }
+    return {f"{prefix}{name}": value for name, value in found.items()}
 
 
 def _show(bursts: list[dict[str, Any]]) -> str:
     header = ["cache", "round", "window ms", "create", "map", "set_access", "wait", "mappings", "step p50 before"]
-    header += [f"p99 {phase}" for phase in PHASES]
+    header += [f"{p} {phase}" for phase in PHASES for p in ("p99", "p99.9")]
     rows = []
     for row in bursts:
         spent, steps = row["driver_ms"], row["step_ms"]
@@ -297,7 +352,7 @@ def _show(bursts: list[dict[str, Any]]) -> str:
                 f"{row['wait_ms']:.2f}",
                 str(row["mappings"]),
                 f"{steps['before']['p50']:.3f}",
-                *(f"{steps[phase]['p99']:.3f}" for phase in PHASES),
+                *(f"{steps[phase][p]:.3f}" for phase in PHASES for p in ("p99", "p99.9")),
             ]
         )
     return table(header, rows)

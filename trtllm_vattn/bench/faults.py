@@ -1,7 +1,8 @@
 """`bench faults`: a long random life of the cache in which some driver calls fail. Does it leak, mix up bytes, or hang?
 
 Sequences come, grow, fork, move and end over the host driver, with and without the thread that maps ahead. After every
-operation the books are checked, and the bytes of a sequence; after every life, all bytes, and that nothing is left.
+operation the books are checked, and the bytes of a sequence; after every life, all bytes, and that nothing is left. A
+life that is not over in time hangs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.bench.flags import as_config, positive
+from trtllm_vattn.bench.flags import amount, as_config, positive
 from trtllm_vattn.bench.report import Result, finish
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -36,13 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--operations", type=positive, default=20_000, help="in all")
     add("--life", type=positive, default=2_000, help="operations of one cache, from its construction to its end")
+    add("--life-seconds", type=amount, default=300.0, help="after which a life is taken to hang")
     add("--probability", type=float, default=0.02, help="of a driver call to fail")
     add("--seed", type=int, default=0)
     add("--output-json", type=Path, help="write all results there")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; 1 where a byte was wrong, or anything was left behind."""
+    """Run the benchmark; 1 where a byte was wrong, anything was left behind, or a life did not end."""
     counts: Counter[str] = Counter()
     # What is set aside is warned of each time; here that is thousands of times.
     logger = logging.getLogger("trtllm_vattn")
@@ -50,12 +53,15 @@ def run(args: argparse.Namespace) -> int:
     logger.setLevel(logging.ERROR)
     started = perf_counter()
     lives = -(-args.operations // args.life)
-    error = None
+    error = hang = None
     try:
         for number in tqdm(range(lives), unit="life", disable=None):
-            Life(args.seed + number, args.probability, counts).run(min(args.life, args.operations - number * args.life))
+            life = Life(args.seed + number, args.probability, counts)
+            life.run_within(args.life_seconds, min(args.life, args.operations - number * args.life))
     except InvariantViolation as violation:
         error = f"life {number}: {violation}"
+    except TimeoutError as late:
+        hang = f"life {number}: {late}"
     finally:
         logger.setLevel(level)
     result = Result.start("faults", as_config(args), args.seed)
@@ -65,14 +71,17 @@ def run(args: argparse.Namespace) -> int:
         driver_calls=counts["driver calls"],
         driver_calls_failed=counts["driver calls failed"],
         operations_failed=counts["failed"],
+        sequences_lost=counts["lost"],
         wrong_bytes_or_leaks=0 if error is None else 1,
+        hangs=0 if hang is None else 1,
         lives=counts["lives"],
         seconds=perf_counter() - started,
     )
     finish(result, args)
-    if error is not None:
-        print(error)
-    return int(error is not None)
+    for found in (error, hang):
+        if found is not None:
+            print(found)
+    return int(error is not None or hang is not None)
 
 
 class CountedFaults(FaultyDriver):
@@ -106,10 +115,29 @@ class Life:
         self.views = [
             view.numpy() for layer in range(SHAPE.num_layers) for view in vars(self.cache.layer(layer)).values()
         ]
+        self.now = "nothing yet"
         self.authors: dict[int, list[int]] = {}
         self.next = 0
         if self.random.random() < 0.5:
             self.cache.start_thread()
+
+    def run_within(self, seconds: float, operations: int) -> None:
+        """`run`, in a thread of its own; raises TimeoutError, naming what it is at, where that takes longer."""
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                self.run(operations)
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=run, name="vattn-life", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if thread.is_alive():
+            raise TimeoutError(f"{self.now} is not over {seconds:g} s after the life began")
+        if failed:
+            raise failed[0]
 
     def run(self, operations: int) -> None:
         """Raises InvariantViolation for a wrong byte, books that disagree, or anything left at the end."""
@@ -119,8 +147,9 @@ class Life:
             *[self.release, self.truncate] * 2,
             *[self.fork, self.move, self.replace, self.set_budget, self.stock_up],
         ]
-        for _ in range(operations):
+        for number in range(operations):
             action = self.random.choice(actions)
+            self.now = f"operation {number}, {action.__name__},"
             try:
                 action()
             except DriverError:
@@ -136,6 +165,7 @@ class Life:
             self.counts[action.__name__] += 1
         for sequence in self.authors:
             self.check(sequence)
+        self.now = "closing"
         self.end()
 
     def end(self) -> None:

@@ -84,7 +84,7 @@ def summarise(samples: Sequence[float]) -> dict[str, float]:
     if not len(samples):
         return {"count": 0}
     values = np.asarray(samples, np.float64)
-    p50, p90, p99 = np.percentile(values, [50, 90, 99])
+    p50, p90, p99, p999 = np.percentile(values, [50, 90, 99, 99.9])
     return {
         "count": len(values),
         "mean": float(values.mean()),
@@ -93,5 +93,6 @@ def summarise(samples: Sequence[float]) -> dict[str, float]:
         "p50": float(p50),
         "p90": float(p90),
         "p99": float(p99),
+        "p99.9": float(p999),
         "max": float(values.max()),
     }

@@ -113,34 +113,42 @@ def plot_fragmentation(result: dict[str, Any], path: Path) -> None:
     waste.yaxis.set_major_formatter("{x:.2%}")
     _grouped(sequences, rows, "mix", "system", lambda row: row["mean_sequences"] or 0)
     sequences.set_ylabel("sequences at once while others wait")
+    names = [mix[:24] for mix in dict.fromkeys(row["mix"] for row in rows)]
     for axis in (waste, sequences):
+        axis.set_xticks(range(len(names)), names)
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, result, path)
 
 
 def plot_tlb(result: dict[str, Any], path: Path) -> None:
-    """Draw a `bench tlb` result: bandwidth against the working set. Raises ConfigError without matplotlib."""
-    figure, (attention, gather) = _pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained")
-    rows = [row for row in result["results"]["attention"] if "gb_per_s" in row]
+    """Draw a `bench tlb` result: bandwidth against the working set, of attention by context and of plain reads by size.
+    Raises ConfigError without matplotlib."""
+    attention, reads = (result["results"][name] for name in ("attention", "reads"))
+    contexts = list(dict.fromkeys(row["context"] for row in attention))
+    sizes = list(dict.fromkeys(row["read_bytes"] for row in reads))
+    width = max(len(contexts), len(sizes), 1)
+    figure, axes = _pyplot().subplots(2, width, figsize=(6 * width, 9), layout="constrained", squeeze=False)
+    for axis, context in zip(axes[0], contexts, strict=False):
+        _by_working_set(axis, [row for row in attention if row["context"] == context])
+        axis.set_title(f"decode attention, sequences of {context:,} tokens")
+    for axis, size in zip(axes[1], sizes, strict=False):
+        _by_working_set(axis, [row for row in reads if row["read_bytes"] == size])
+        axis.set_title(f"random reads of {size:,} bytes")
+    for axis in axes.flat:
+        axis.set_visible(bool(axis.lines))
+    _save(figure, result, path)
+
+
+def _by_working_set(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """A line a system."""
     for system in dict.fromkeys(row["system"] for row in rows):
         found = sorted((row["working_set_gb"], row["gb_per_s"]) for row in rows if row["system"] == system)
-        attention.plot(*zip(*found, strict=True), marker=".", linewidth=0.8, label=system)
-    attention.set_xlabel("working set, GB")
-    attention.set_ylabel("decode attention, GB/s")
-    rows = result["results"]["reads"]
-    for order, size in dict.fromkeys((row["order"], row["read_bytes"]) for row in rows):
-        found = [
-            (row["working_set_gb"], row["gb_per_s"])
-            for row in rows
-            if (row["order"], row["read_bytes"]) == (order, size)
-        ]
-        gather.plot(*zip(*found, strict=True), marker=".", linewidth=0.8, label=f"{order}, {size:,} bytes")
-    gather.set_xlabel("working set, GB")
-    gather.set_ylabel("random reads, GB/s")
-    for axis in (attention, gather):
-        axis.set_ylim(bottom=0)
-        axis.legend(fontsize=7)
-    _save(figure, result, path)
+        dashed = "--" if system.startswith("blocks") else "-"
+        axis.plot(*zip(*found, strict=True), dashed, marker=".", linewidth=0.9, label=system)
+    axis.set_xlabel("working set, GB")
+    axis.set_ylabel("GB/s")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=7, loc="lower left")
 
 
 def _grouped(
@@ -148,11 +156,11 @@ def _grouped(
 ) -> None:
     """Bars of `value`, a colour for each of `series`; rows that were refused have none."""
     groups, names = (list(dict.fromkeys(row[key] for row in rows)) for key in (group, series))
-    width = 0.8 / len(names)
+    width, colours = 0.8 / len(names), _pyplot().get_cmap("tab20" if len(names) > 10 else "tab10")
     for number, name in enumerate(names):
         found = {row[group]: value(row) for row in rows if row[series] == name and "refused" not in row}
         places = [groups.index(where) + (number - (len(names) - 1) / 2) * width for where in found]
-        axis.bar(places, list(found.values()), width, label=name)
+        axis.bar(places, list(found.values()), width, label=name, color=colours(number))
     axis.set_xticks(range(len(groups)), groups)
     axis.legend(fontsize=8)
 

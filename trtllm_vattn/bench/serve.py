@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-seq-len", type=positive, default=8192 if gpu else 256, help="tokens of a slot")
     add("--max-seqs", type=positive, default=128 if gpu else 6, help="sequences at once, where memory allows")
     add("--budget-gib", type=amount, default=16.0 if gpu else 0.004, help="bytes of KV of each cache, in GiB")
+    add("--chunk", type=positive, default=2048, help="prompt tokens a step")
     add("--rounds", type=positive, default=2, help="runs of each cache, in turns")
 
 
@@ -57,20 +58,28 @@ def run(args: argparse.Namespace) -> int:
         for name in names
     ]
     result = Result.start("serve", as_config(args), args.seed)
-    result.results.update(runs=runs, requests=len(requests), span_s=requests[-1].arrival_s)
-    ours = _mean(runs, "vattn", "output_throughput")
-    for name in names:
-        result.summary[f"{name}_output_throughput"] = _mean(runs, name, "output_throughput")
-        if ours and name != "vattn":
-            result.summary[f"vattn_over_{name}"] = ours / _mean(runs, name, "output_throughput")
+    span_s = requests[-1].arrival_s - requests[0].arrival_s
+    result.results.update(runs=runs, requests=len(requests), span_s=span_s)
+    result.summary.update(compared(runs))
     print(_show(runs))
     finish(result, args)
     return 0
 
 
-def _mean(runs: list[dict[str, Any]], cache: str, metric: str) -> float:
-    found = [row[metric] for row in runs if row["cache"] == cache]
-    return float(np.mean(found)) if found else 0.0
+def compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each cache's throughput, and ours over the others' in the same round: the mean, and ``[least, most]`` of the
+    rounds."""
+    rates: dict[str, list[float]] = defaultdict(list)
+    for row in sorted(runs, key=lambda row: row["round"]):
+        rates[row["cache"]].append(row["output_throughput"])
+    found = {f"{name}_output_throughput": each for name, each in rates.items()}
+    for name, each in rates.items():
+        if name != "vattn" and "vattn" in rates:
+            found[f"vattn_over_{name}"] = [ours / other for ours, other in zip(rates["vattn"], each, strict=True)]
+    out: dict[str, Any] = {}
+    for name, each in found.items():
+        out[name], out[f"{name}_spread"] = float(np.mean(each)), [min(each), max(each)]
+    return out
 
 
 def _requests(args: argparse.Namespace) -> list[Request]:
@@ -111,7 +120,8 @@ def replay(model: PreTrainedModel, args: argparse.Namespace, name: str, requests
     came: dict[int, float] = {}
     times: dict[int, list[float]] = defaultdict(list)
     running = []
-    with Engine(model, make_cache(name, shape, args.device, budget), attention=args.attention) as engine:
+    cache = make_cache(name, shape, args.device, budget)
+    with Engine(model, cache, attention=args.attention, chunk=args.chunk) as engine:
         started = perf_counter()
         submitted = 0
         with tqdm(total=len(requests), desc=name, unit="request", disable=None) as bar:
@@ -132,7 +142,7 @@ def replay(model: PreTrainedModel, args: argparse.Namespace, name: str, requests
                 running.append(len(engine.scheduler.decoding))
         seconds = perf_counter() - started
         stats = engine.cache.stats()
-    del engine
+    del engine, cache
     gc.collect()
     tokens = sum(map(len, times.values()))
     first = {number: 1e3 * (seen[0] - came[number]) for number, seen in times.items()}

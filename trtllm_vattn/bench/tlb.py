@@ -2,8 +2,8 @@
 
 At each point flat KV stands beside block tables. Flat slots are backed in the order of creation by the largest extents,
 by single pages in that order and in a random one, and as hours of sequences coming and going leave them; the last also
-after everything was given back to the driver and created again. Plain random reads of several sizes over the same
-memory say what the hardware does.
+after everything was given back to the driver and created again. Plain random reads of several sizes over all of the
+same memory say what the hardware does. What does not fit, or would take too long, is said and recorded.
 """
 
 from __future__ import annotations
@@ -11,19 +11,24 @@ from __future__ import annotations
 import argparse
 import gc
 import random
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.attention import fill
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, timed_ms
 from trtllm_vattn.bench.flags import (
     add_attention,
+    amount,
     amounts,
     as_config,
     device,
@@ -32,12 +37,14 @@ from trtllm_vattn.bench.flags import (
     numbers,
     positive,
 )
+from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_tlb
+from trtllm_vattn.bench.random_reads import check_size, random_rows, reader
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.paged import PagedCache
-from trtllm_vattn.errors import VattnError
+from trtllm_vattn.errors import OutOfPages, VattnError
 from trtllm_vattn.memory.reclaim import reclaim
 from trtllm_vattn.vmm.open import open_driver
 
@@ -45,6 +52,8 @@ ORDERS = ("in order", "single pages in order", "scattered", "after churn", "crea
 
 READ_AT_ONCE = 2 << 30
 """Bytes; many times what a cache of the device holds."""
+SPARE = 2 << 30
+"""Bytes of the device that a point leaves: for the context, kernels and what is read."""
 
 
 class SinglePages(KVCacheManager):
@@ -64,162 +73,219 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--layers-per-range",
         type=numbers,
-        default=[1, 32, 8] if gpu else [1, 4],
+        default=[1, 8, 32] if gpu else [1, 4],
         help="layouts; the last in all orders",
     )
     add("--contexts", type=numbers, default=[2048, 131072] if gpu else [100], help="tokens a sequence")
     add(
         "--working-sets-gb",
         type=amounts,
-        default=[1, 16, 64, 120] if gpu else [5e-4],
+        default=[1, 16, 110, 64] if gpu else [5e-4],
         help="of K and V; a GB is 1e9 bytes",
     )
     add("--blocks", type=numbers, default=[16, 64] if gpu else [16], help="tokens a block of the block tables")
     add("--read-bytes", type=numbers, default=[512, 4096, 32768], help="sizes of plain random reads")
-    add("--churn", type=non_negative, default=400, help="sequences that come and go before 'after churn'")
+    add("--churn", type=non_negative, default=10, help="sequences a slot that come and go before 'after churn'")
     add("--repeats", type=positive, default=5)
+    add("--most-seconds", type=amount, default=150.0, help="what would begin later is left out")
     add("--seed", type=int, default=0)
     add("--output-json", type=Path, help="write all results there")
     add("--plot", type=Path, help="write a PNG there")
 
 
+class Sweep:
+    """What was measured, and what was left out and why."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.until = args, perf_counter() + args.most_seconds
+        self.attention: list[dict[str, Any]] = []
+        self.reads: list[dict[str, Any]] = []
+        self.skipped: list[dict[str, Any]] = []
+
+    def skip(self, why: str, **what: Any) -> None:
+        """Say on stderr that a point, or a system at it, is left out, and record it."""
+        self.skipped.append({**what, "why": why})
+        where = ", ".join(f"{name} {value}" for name, value in what.items())
+        tqdm.write(f"left out: {where}: {why}", file=sys.stderr)
+
+    def check_time(self) -> None:
+        """Raise TimeoutError where it is too late to begin anything."""
+        if perf_counter() > self.until:
+            raise TimeoutError(f"{self.args.most_seconds:g} s are over (--most-seconds)")
+
+    @contextmanager
+    def systems(self, *names: str, **at: Any) -> Iterator[list[str]]:
+        """A body that measures systems and takes off the list each that it has done; what is still there when it fails
+        is left out. Afterwards memory goes back to the driver, which the next one asks."""
+        left = list(names)
+        try:
+            yield left
+        except (RuntimeError, VattnError, TimeoutError) as error:
+            for name in left:
+                self.skip(str(error).strip().splitlines()[0][:200], system=name, **at)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     torch.manual_seed(args.seed)
-    rows: list[dict[str, Any]] = []
-    reads: list[dict[str, Any]] = []
+    for size in args.read_bytes:
+        check_size(size)
+    sweep = Sweep(args)
     points = [(gb, context) for gb in args.working_sets_gb for context in args.contexts]
     for gb, context in tqdm(points, desc="points", disable=None):
-        shape = _shape(args, gb, context)
+        shape, why = _shape(args, gb, context)
         if shape is None:
+            sweep.skip(why, working_set_gb=gb, context=context)
             continue
         at = {"context": context, "sequences": shape.num_slots, "working_set_gb": _gb(shape)}
-        rows += [{**at, **row} for row in _flat(args, shape, reads if context == args.contexts[0] else None)]
-        rows += [{**at, **row} for row in _blocks(args, shape)]
+        for g in args.layers_per_range:
+            _flat(sweep, shape, g, at)
+        _blocks(sweep, shape, at)
     result = Result.start("tlb", as_config(args), args.seed)
-    result.results.update(attention=rows, reads=reads)
-    result.summary.update(_summary(rows, reads, args.layers_per_range[-1]))
-    print(_show(rows))
+    result.results.update(attention=sweep.attention, reads=sweep.reads, skipped=sweep.skipped)
+    result.summary.update(_summary(sweep.attention, sweep.reads, args.layers_per_range[-1]), skipped=len(sweep.skipped))
+    print(_show(sweep.attention))
     finish(result, args, plot_tlb)
     return 0
 
 
-def _shape(args: argparse.Namespace, gb: float, context: int) -> CacheShape | None:
-    """As many sequences as fill the working set; None where not one does."""
+def _shape(args: argparse.Namespace, gb: float, context: int) -> tuple[CacheShape | None, str]:
+    """As many sequences as fill the working set; None, and why, where that cannot be."""
     _, kv_heads, head_dim = args.heads
     one = CacheShape(args.layers, kv_heads, head_dim, dtype_of(args.device), 1, context)
-    sequences = int(gb * 1e9 // (context * one.token_bytes))
+    each = context * one.token_bytes
+    sequences = int(gb * 1e9 // each)
     if not sequences:
-        return None
-    return CacheShape(args.layers, kv_heads, head_dim, one.dtype, sequences, context)
+        return None, f"one sequence takes {each / 1e9:.3g} GB"
+    if args.device != "cpu":
+        free = torch.cuda.mem_get_info(torch.device(args.device))[0] - SPARE
+        if (sequences + 1) * each > free:
+            return None, f"only {free / 1e9:.1f} GB of the device are free"
+    return CacheShape(args.layers, kv_heads, head_dim, one.dtype, sequences, context), ""
 
 
 def _gb(shape: CacheShape) -> float:
     return shape.num_slots * shape.max_seq_len * shape.token_bytes / 1e9
 
 
-def _flat(args: argparse.Namespace, shape: CacheShape, reads: list[dict[str, Any]] | None) -> Iterator[dict[str, Any]]:
-    """Attention over flat KV in each layout and order; plain reads of the last layout go into `reads`."""
-    for g in args.layers_per_range:
-        for order in ORDERS if g == args.layers_per_range[-1] else ("in order", "scattered"):
-            system = f"flat, {g} layers a row, {order}"
-            try:
-                with _flat_cache(args, shape, g, order) as cache:
-                    yield {"system": system, "order": order, "layers_per_range": g, **_attend(args, cache)}
-                    if reads is not None and g == args.layers_per_range[-1]:
-                        flat = cache.storages()[0]
-                        reads += [
-                            {"order": order, "working_set_gb": _gb(shape), **_read(args, cache, flat, size)}
-                            for size in args.read_bytes
-                        ]
-            except (RuntimeError, VattnError) as error:
-                yield {"system": system, "refused": str(error).strip().splitlines()[0][:200]}
-            _give_back()
+def _flat(sweep: Sweep, shape: CacheShape, g: int, at: dict[str, Any]) -> None:
+    """Attention over flat KV, and plain reads, in each order of pages; in two of them but for the last layout."""
+    args = sweep.args
+    systems = {order: f"flat, {g} layers a row, {order}" for order in ORDERS}
+    few = ("scattered",) if g != args.layers_per_range[-1] else ORDERS[1:]
+    for kind, orders in ((KVCacheManager, ORDERS[:1]), (SinglePages, few)):
+        with sweep.systems(*(systems[order] for order in orders), **at) as left:
+            sweep.check_time()
+            with kind(shape, open_driver(args.device), None, g, lookahead=0) as cache:
+                cache.set_budget(cache.layout.num_ranges * cache.layout.range_bytes)
+                attention = make_attention(args.attention, cache, args.heads[0])
+                for order in orders:
+                    sweep.check_time()
+                    arrange(cache, order, args.churn, args.seed)
+                    what = {**at, "system": systems[order], "order": order, "layers_per_range": g}
+                    sweep.attention.append({**what, **_attend(args, attention)})
+                    left.remove(systems[order])
+                    if at["context"] == args.contexts[0]:
+                        sweep.reads += [{**what, **_read(args, cache, size)} for size in _sizes(sweep, cache, what)]
 
 
-def _flat_cache(args: argparse.Namespace, shape: CacheShape, g: int, order: str) -> KVCacheManager:
-    kind = KVCacheManager if order == "in order" else SinglePages
-    cache = kind(shape, open_driver(args.device), None, g, lookahead=0)
-    cache.set_budget(cache.layout.num_ranges * cache.layout.range_bytes)
-    if order == "scattered":
-        cache.stock_up(shape.num_slots, shape.max_seq_len)
-        random.Random(args.seed).shuffle(cache.arena.pool._stock[cache.layout.granule])
-    elif order in ("after churn", "created again"):
-        _churn(cache, args)
-        if order == "created again":
-            reclaim(cache.arena, cache.arena.parked_bytes)
-            while cache.arena.pool.shrink():
-                pass
-    return cache
-
-
-def _churn(cache: KVCacheManager, args: argparse.Namespace) -> None:
-    """Sequences of all lengths come, grow and go; parked memory is taken away now and then. None is left running."""
-    choose = random.Random(args.seed)
-    running: list[int] = []
-    for number in range(args.churn):
-        if len(running) == cache.shape.num_slots:
-            cache.release(running.pop(choose.randrange(len(running))))
-        cache.admit(number, choose.randint(1, cache.shape.max_seq_len))
-        running.append(number)
-        for sequence in running:
-            slot = cache.slot_of(sequence)
-            room = cache.shape.max_seq_len - int(cache.lengths[slot])
-            cache.extend(sequence, min(room, choose.randint(0, 64)))
-        if choose.random() < 0.1:
-            reclaim(cache.arena, cache.arena.parked_bytes // 2)
-    for sequence in running:
+def arrange(cache: KVCacheManager, order: str, churn: int, seed: int) -> None:
+    """End sequences 0, 1, …, and have the cache back those that come next in this order."""
+    for sequence in range(cache.stats().sequences):
         cache.release(sequence)
+    reclaim(cache.arena, cache.arena.parked_bytes)
+    if order == "scattered":
+        cache.stock_up(cache.shape.num_slots, cache.shape.max_seq_len)
+        random.Random(seed).shuffle(cache.arena.pool._stock[cache.layout.granule])
+        cache.stock_up(0, 1)
+    elif order == "after churn":
+        _churn(cache, churn * cache.shape.num_slots, seed)
+    elif order == "created again":
+        while cache.arena.pool.shrink():
+            pass
 
 
-def _blocks(args: argparse.Namespace, shape: CacheShape) -> Iterator[dict[str, Any]]:
+def _churn(cache: KVCacheManager, sequences: int, seed: int) -> None:
+    """So many sequences of all lengths come, grow and go, at most in all slots and at times in half of them, in less
+    memory than there is, so that what is parked is taken away for others. None is left running."""
+    choose = np.random.default_rng(seed)
+    slots, longest = cache.shape.num_slots, cache.shape.max_seq_len
+    whole = cache.arena.pool.budget
+    cache.set_budget(whole * 5 // 8)
+    running: list[tuple[str, int]] = []
+
+    def end_one() -> None:
+        cache.release(running.pop(int(choose.integers(len(running)))))
+
+    for number in range(sequences):
+        while len(running) >= choose.integers(slots // 2 + 1, slots + 1):
+            end_one()
+        for tokens in (int(choose.integers(1, longest + 1)), 0):
+            more = choose.integers(0, longest // slots + 2, slots)
+            while True:
+                try:
+                    if tokens:
+                        cache.admit(("churn", number), tokens)
+                        running.append(("churn", number))
+                    else:
+                        cache.prepare_step(np.where(cache.lengths > 0, np.minimum(cache.lengths + more, longest), 0))
+                    break
+                except OutOfPages:
+                    end_one()
+    while running:
+        end_one()
+    cache.set_budget(whole)
+
+
+def _blocks(sweep: Sweep, shape: CacheShape, at: dict[str, Any]) -> None:
+    args = sweep.args
     for block in args.blocks:
         system = f"blocks of {block}"
-        try:
-            with PagedCache(shape, args.device, block, shape.num_slots * -(-shape.max_seq_len // block)) as cache:
+        blocks = shape.num_slots * -(-shape.max_seq_len // block)
+        with sweep.systems(system, **at) as left:
+            sweep.check_time()
+            with PagedCache(shape, args.device, block, blocks) as cache:
                 np.random.default_rng(args.seed).shuffle(cache._free_blocks)
-                yield {"system": system, **_attend(args, cache)}
-        except (RuntimeError, VattnError) as error:
-            yield {"system": system, "refused": str(error).strip().splitlines()[0][:200]}
-        _give_back()
+                attention = make_attention(args.attention, cache, args.heads[0])
+                sweep.attention.append({**at, "system": system, **_attend(args, attention)})
+                left.clear()
 
 
-def _give_back() -> None:
-    """Memory of the last cache goes back to the driver, which the next one asks."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _attend(args: argparse.Namespace, cache: KVCache) -> dict[str, Any]:
-    attention = make_attention(args.attention, cache, args.heads[0])
+def _attend(args: argparse.Namespace, attention: Attention) -> dict[str, Any]:
+    cache = attention.cache
     fill(attention, np.full(cache.shape.num_slots, cache.shape.max_seq_len))
     measured = attention_bandwidth(attention, cache.lengths, args.repeats)
     rates: Any = measured["bytes_per_s"]
-    return {"gb_per_s": rates["p50"] / 1e9, "bytes_per_s": rates, "placement": _placement(cache)}
+    return {"gb_per_s": rates["p50"] / 1e9, "bytes_per_s": rates, **_placement(cache)}
 
 
-def _placement(cache: KVCache) -> float | None:
-    """Share of neighbours in order of their creation."""
-    if not isinstance(cache, KVCacheManager):
-        return None
-    placed = cache.placement()
-    return placed.ascending / placed.neighbours if placed.neighbours else None
+def _placement(cache: KVCache) -> dict[str, float]:
+    """Share of neighbours in order of their creation, and of those created one right after the other."""
+    placed = cache.placement() if isinstance(cache, KVCacheManager) else None
+    if placed is None or not placed.neighbours:
+        return {}
+    return {"placement": placed.ascending / placed.neighbours, "adjacent": placed.adjacent / placed.neighbours}
+
+
+def _sizes(sweep: Sweep, cache: KVCacheManager, what: dict[str, Any]) -> Iterator[int]:
+    """Sizes of rows that a slot of a range holds."""
+    room = cache.layout.max_seq_len * cache.layout.row_bytes
+    for size in sweep.args.read_bytes:
+        if size <= room:
+            yield size
+        else:
+            sweep.skip(f"a slot has {room:,} bytes in a range", read_bytes=size, **what)
 
 
 @torch.inference_mode()
-def _read(args: argparse.Namespace, cache: KVCacheManager, flat: torch.Tensor, size: int) -> dict[str, Any]:
-    """Random reads of `size` bytes, `READ_AT_ONCE` in all, over all slots of a range, each fully mapped; what is read
-    is written elsewhere."""
-    layout = cache.layout
-    used = layout.max_seq_len * layout.row_bytes // size
-    count = min(READ_AT_ONCE // size, cache.shape.num_slots * used)
-    slots = torch.randint(0, cache.shape.num_slots, (count,), device=flat.device)
-    offsets = slots * (layout.slot_stride // size) + torch.randint(0, used, (count,), device=flat.device)
-    words = flat.view(torch.int64)
-    rows = words[: words.numel() // (size // 8) * (size // 8)].view(-1, size // 8)
-    milliseconds = timed_ms(lambda: rows[offsets], args.repeats, flat.device)
-    return {"read_bytes": size, "gb_per_s": count * size / (sorted(milliseconds)[len(milliseconds) // 2] / 1e3) / 1e9}
+def _read(args: argparse.Namespace, cache: KVCacheManager, size: int) -> dict[str, Any]:
+    """Random reads of `size` bytes, `READ_AT_ONCE` in all, over all slots of all ranges, each fully mapped."""
+    work, nbytes = reader(random_rows(cache, size, READ_AT_ONCE), size)
+    rates = summarise([nbytes / (ms / 1e3) / 1e9 for ms in timed_ms(work, args.repeats, cache.device)])
+    return {"read_bytes": size, "gb_per_s": rates["p50"], "rates": rates}
 
 
 def _summary(rows: list[dict[str, Any]], reads: list[dict[str, Any]], g: int) -> dict[str, float]:
@@ -231,6 +297,7 @@ def _summary(rows: list[dict[str, Any]], reads: list[dict[str, Any]], g: int) ->
             rate / best[context, gb, f"flat, {g} layers a row, in order"]
             for (context, gb, system), rate in best.items()
             if system == f"flat, {g} layers a row, {order}"
+            and (context, gb, f"flat, {g} layers a row, in order") in best
         ]
         if ratios:
             out[f"attention_{order.replace(' ', '_')}_over_in_order_worst"] = min(ratios)
@@ -243,10 +310,19 @@ def _summary(rows: list[dict[str, Any]], reads: list[dict[str, Any]], g: int) ->
         if ratios:
             out[f"flat_over_{blocks.replace(' ', '_')}_worst"] = min(ratios)
     for size in dict.fromkeys(row["read_bytes"] for row in reads):
-        found = {(r["order"], r["working_set_gb"]): r["gb_per_s"] for r in reads if r["read_bytes"] == size}
-        ratios = [rate / found["in order", gb] for (order, gb), rate in found.items() if order == "scattered"]
-        if ratios:
-            out[f"reads_of_{size}_scattered_over_in_order_worst"] = min(ratios)
+        found = {
+            (r["order"], r["working_set_gb"]): r["gb_per_s"]
+            for r in reads
+            if (r["read_bytes"], r["layers_per_range"]) == (size, g)
+        }
+        for order in ORDERS[1:]:
+            ratios = [
+                found[order, gb] / rate for (o, gb), rate in found.items() if o == ORDERS[0] and (order, gb) in found
+            ]
+            if ratios:
+                out[f"reads_of_{size}_{order.replace(' ', '_')}_over_in_order_worst"] = min(ratios)
+        if found:
+            out[f"reads_of_{size}_gb_per_s_most"] = max(found.values())
     return out
 
 
