@@ -43,11 +43,11 @@ def test_serving_is_shown_with_its_spread_and_ours_round_by_round() -> None:
         for c, each in rates.items()
         for n, r in enumerate(each)
     ]
-    lines = serve({"results": {"runs": runs[::-1]}}).splitlines()
+    lines = serve({"results": {"runs": runs}}).splitlines()
     assert [cell.strip() for cell in lines[3].split("|")][1:3] == ["vattn", "20 (10 to 30)"]
     assert lines[2].rstrip(" |").endswith("1.25 (1.00 to 1.50)")
     once = serve({"results": {"runs": [row for row in runs if row["round"] == 0]}})
-    assert "to" not in once.splitlines()[2].split("|")[2]
+    assert " to " not in once
 
 
 def test_policies_are_shown_in_milliseconds() -> None:
