@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trtllm_vattn.bench.readme import render
+from trtllm_vattn.bench.readme import policies, render, serve
 from trtllm_vattn.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,3 +32,28 @@ def test_unknown_tables_and_missing_results_are_named(tmp_path: Path) -> None:
         render("<!-- table:nothing -->\n<!-- /table -->", RESULTS)
     with pytest.raises(ConfigError, match="cannot read the result"):
         render("<!-- table:graph-steady -->\n<!-- /table -->", tmp_path)
+
+
+def test_serving_is_shown_with_its_spread_and_ours_round_by_round() -> None:
+    times = {"p50": 1.0, "p99": 2.0}
+    rest = {"total_token_throughput": 100.0, "ttft_ms": times, "itl_ms": times, "mean_sequences": 3.0}
+    rates = {"paged": [20.0, 10.0], "vattn": [30.0, 10.0]}
+    runs = [
+        {"cache": c, "round": n, "output_throughput": r, **rest}
+        for c, each in rates.items()
+        for n, r in enumerate(each)
+    ]
+    lines = serve({"results": {"runs": runs}}).splitlines()
+    assert [cell.strip() for cell in lines[3].split("|")][1:3] == ["vattn", "20 (10 to 30)"]
+    assert lines[2].rstrip(" |").endswith("1.25 (1.00 to 1.50)")
+    once = serve({"results": {"runs": [row for row in runs if row["round"] == 0]}})
+    assert " to " not in once
+
+
+def test_policies_are_shown_in_milliseconds() -> None:
+    runs = [
+        {"policy": "no mapping", "step_ms": {"p50": 4.0, "p99": 5.0}, "mappings": 0},
+        {"policy": "quiesce", "step_ms": {"p50": 5.0, "p99": 6.0}, "mappings": 7},
+    ]
+    last = policies({"results": {"runs": runs}}).splitlines()[-1]
+    assert [cell.strip() for cell in last.split("|")][1:-1] == ["quiesce", "5.000", "6.000", "1.250", "1.200", "7"]

@@ -50,19 +50,43 @@ def batches(result: dict[str, Any]) -> str:
     return table([*header, "device idle, eager", "captured"], lines)
 
 
+def _over_rounds(values: list[float], digits: int) -> str:
+    """The mean, with the least and the most where there was more than one round."""
+    middle = f"{sum(values) / len(values):,.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
 def serve(result: dict[str, Any]) -> str:
-    """Throughput and latencies of every cache; a row a cache, of its first round."""
-    rows = [row for row in result["results"]["runs"] if row["round"] == 0]
-    ours = next(row for row in rows if row["cache"] == "vattn")["output_throughput"]
+    """Throughput of every cache over all rounds, ours over it round by round, and latencies of the first round."""
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(result["results"]["runs"], key=lambda row: row["round"]):
+        rounds.setdefault(row["cache"], []).append(row)
     lines = []
-    for row in rows:
-        pairs = [spread(row[name], 0) for name in ("ttft_ms", "itl_ms")]
-        rates = [f"{row[name]:,.0f}" for name in ("output_throughput", "total_token_throughput")]
-        lines.append(
-            [row["cache"], *rates, *pairs, f"{row['mean_sequences']:.1f}", f"{ours / row['output_throughput']:.2f}"]
-        )
+    for cache, rows in rounds.items():
+        pairs = [spread(rows[0][name], 0) for name in ("ttft_ms", "itl_ms")]
+        rates = [
+            _over_rounds([row[name] for row in rows], 0) for name in ("output_throughput", "total_token_throughput")
+        ]
+        over = [
+            ours["output_throughput"] / row["output_throughput"]
+            for ours, row in zip(rounds["vattn"], rows, strict=True)
+        ]
+        lines.append([cache, *rates, *pairs, f"{rows[0]['mean_sequences']:.1f}", _over_rounds(over, 2)])
     header = ["cache", "output tok/s", "total tok/s", "TTFT, ms p50 / p99", "ITL, ms p50 / p99", "sequences"]
     return table([*header, "vattn's output over it"], lines)
+
+
+def policies(result: dict[str, Any]) -> str:
+    """Steps under each policy of mapping, and over those of the cache that was mapped whole before."""
+    rows = result["results"]["runs"]
+    none = rows[0]["step_ms"]
+    lines = []
+    for row in rows:
+        step = row["step_ms"]
+        over = [f"{step[p] / none[p]:.3f}" for p in ("p50", "p99")]
+        lines.append([row["policy"], *(f"{step[p]:.3f}" for p in ("p50", "p99")), *over, str(row["mappings"])])
+    header = ["mapping", "step p50, ms", "p99, ms", "p50 over no mapping", "p99 over no mapping", "mappings"]
+    return table(header, lines)
 
 
 def layers(result: dict[str, Any]) -> str:
@@ -125,7 +149,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "graph-layers": ("graph_plain.json", layers),
     "soak": ("soak.json", figures),
     "start": ("start.json", figures),
-    "policy": ("policy.json", figures),
+    "policy": ("policy.json", policies),
     "multistep": ("multistep.json", figures),
     "burst": ("burst.json", figures),
     "tlb": ("tlb.json", figures),
