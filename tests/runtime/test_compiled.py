@@ -16,10 +16,11 @@ from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import bind, shape_of
-from trtllm_vattn.runtime.compiled import Part, compile_layers, merge_projections
+from trtllm_vattn.runtime.compiled import Part, compile_around_layers, compile_layers, merge_projections
 from trtllm_vattn.runtime.decode import DecodeBatch
-from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.engine import UNUSUAL, Engine
 from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.prefill import Prefill
 from trtllm_vattn.runtime.sampling import SamplingParams
 
 FAMILIES = ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral"]
@@ -72,6 +73,25 @@ def test_all_layers_are_one_function_in_two_variants_and_the_tokens_are_the_same
     assert backend.products() == [4, 5]
     fused = "trtllm_vattn.rotate_and_attend" + ("" if name == "tiny-qwen3" else "_product")
     assert backend.attentions() == [{fused}, {fused}]
+
+
+@torch.inference_mode()
+def test_no_size_of_a_step_or_a_prompt_needs_another_variant() -> None:
+    backend = Tracing()
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    bind(model)
+    compile_layers(model, backend)
+    assert compile_around_layers(model, backend) == 2
+    attention = make_attention("torch", make_cache("contiguous", shape_of(model, 9, 600), "cpu"), 4)
+    prefill = Prefill(model, attention, 2048)
+    # As an engine starts, then in another order.
+    for rows in (UNUSUAL, 512, 256, 100, 17, 16):
+        prefill.warm_up(rows)
+    batch = DecodeBatch(model, attention, [1, 2, 4, 8, 9])
+    for bucket in (9, 8, 4, 2, 1, 9):
+        batch._forward(bucket)
+    # Layers, angles and the last norm, each for one token and for any other number.
+    assert len(backend.graphs) == 6
 
 
 def test_every_layer_runs_what_was_compiled() -> None:

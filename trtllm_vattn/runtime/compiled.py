@@ -7,7 +7,9 @@ are merged into one matrix product, as serving engines do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -16,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.graphs.runner import collector_off
 from trtllm_vattn.runtime.rewrites import rotate_with_attention, share_products, split_even_products
 
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -101,8 +104,18 @@ def _inductor(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor]) ->
     """
     from torch._inductor.compile_fx import compile_fx
 
-    tuned = {"coordinate_descent_tuning": _of_one_token(examples)}
-    return rewriting(traced, examples, cast(Backend, partial(compile_fx, config_patches=tuned)))
+    return rewriting(traced, examples, cast(Backend, partial(compile_fx, config_patches=_settings(examples))))
+
+
+def _settings(examples: Sequence[Any]) -> dict[str, bool]:
+    """Inductor's settings for a layer; of those that this torch has."""
+    from torch._inductor import config
+
+    one = _of_one_token(examples)
+    # Kernels that Inductor launches without Triton forget what their tuning found, before torch 2.13: every start would
+    # tune again.
+    wanted = {"coordinate_descent_tuning": True, "use_static_cuda_launcher": False} if one else {}
+    return {name: value for name, value in wanted.items() if hasattr(config, name)}
 
 
 def compile_layers(model: PreTrainedModel, backend: Backend | None = None) -> int:
@@ -132,15 +145,24 @@ def compile_layers(model: PreTrainedModel, backend: Backend | None = None) -> in
     return len(layers)
 
 
-def compile_around_layers(model: PreTrainedModel) -> int:
+def compile_around_layers(model: PreTrainedModel, backend: Backend | str = "inductor") -> int:
     """Compile what a pass computes before and after the layers, angles and the last norm; returns how many modules.
 
     An embedding is one kernel as it is.
     """
     around = [each for each in model.base_model.children() if not isinstance(each, nn.ModuleList | nn.Embedding)]
     for module in around:
-        module.compile(dynamic=True, fullgraph=True)
+        module.compile(backend=backend, dynamic=True, fullgraph=True)
     return len(around)
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """For a first pass: no garbage is collected, since tracing makes many objects; and nobody is told that float32
+    products would be faster if they were less exact: those are angles."""
+    with collector_off(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TensorFloat32", UserWarning)
+        yield
 
 
 Wrap = Callable[[Callable[..., None]], Callable[..., None]]

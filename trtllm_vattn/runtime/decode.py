@@ -70,7 +70,7 @@ def advance(
     idle. `go` is left other than 0 while fewer steps were taken than wanted,
     no lane has ended, and no lane's next length is beyond its slot's in `frontiers`.
     """
-    tokens, positions, slots, lengths, limits = inputs[:5]
+    positions, tokens, slots, lengths, limits = inputs[:5]
     row = control[:1].remainder(len(out) - 1)
     out.index_copy_(0, row, chosen[None])
     taken = control[:1] + 1
@@ -136,7 +136,8 @@ class DecodeBatch:
         self._device = torch.zeros_like(self._host, device=device)
         self._inputs = self._device[:-2].view(rows, lanes)
         staged = self._host.numpy()
-        self.tokens, self.positions, self.slots, self.lengths, self.limits, *_ = staged[:-2].reshape(rows, lanes)
+        # Positions first: what is given to compiled code begins where its storage does, whatever the bucket.
+        self.positions, self.tokens, self.slots, self.lengths, self.limits, *_ = staged[:-2].reshape(rows, lanes)
         self._stops = staged[:-2].reshape(rows, lanes)[5:]
         self._control = staged[-2:]
         self.slots[:] = cache.dummy_slot
@@ -192,7 +193,7 @@ class DecodeBatch:
     # -- one step --------------------------------------------------------------------------------------------------
 
     def _forward(self, bucket: int) -> torch.Tensor:
-        tokens, positions, slots, lengths = self._inputs[:4, :bucket]
+        positions, tokens, slots, lengths = self._inputs[:4, :bucket]
         step = DecodeStep(self.attention, slots, positions, lengths.to(torch.int32), self.packed)
         return forward(self.model, tokens, positions, step)
 

@@ -19,11 +19,11 @@ from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, OutOfPages, SequenceTooLong
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.graphs.policy import MappingPolicy, start_choosing
-from trtllm_vattn.graphs.runner import collector_off, default_buckets
+from trtllm_vattn.graphs.runner import default_buckets
 from trtllm_vattn.runtime.beside import MappingBeside
 from trtllm_vattn.runtime.binding import bind, check_fit, scale_of, shape_of
 from trtllm_vattn.runtime.compaction import Compaction
-from trtllm_vattn.runtime.compiled import as_it_is, compile_model
+from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.pipeline import Pipeline
@@ -127,7 +127,7 @@ class Engine:
             self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, self.together)
             if compiling:
-                with collector_off():  # tracing makes many objects
+                with tracing():
                     self.prefill.warm_up(UNUSUAL)
             self.startup.compile_s = perf_counter() - started
             if capture:

@@ -141,9 +141,9 @@ class Prefill:
         self._forward_packed(self._pack([chunk], rows), rows, [(rows, 1)], [chunk.span])
 
     def _pack(self, chunks: Sequence[PromptChunk], padded: int) -> torch.Tensor:
-        """Token ids, positions and slots, `padded` of each, and four numbers of each chunk, as int64 on the device."""
+        """Positions, token ids and slots, `padded` of each, and four numbers of each chunk, as int64 on the device."""
         packed = np.zeros(3 * padded + 4 * len(chunks), np.int64)
-        ids, positions, slots = packed[: 3 * padded].reshape(3, padded)
+        positions, ids, slots = packed[: 3 * padded].reshape(3, padded)
         slots[:] = self.attention.cache.dummy_slot
         at = 0
         for chunk, numbers in zip(chunks, packed[3 * padded :].reshape(4, -1).T, strict=True):
@@ -167,7 +167,7 @@ class Prefill:
     ) -> torch.Tensor:
         """Logits after each part; rows ``[3, padded]`` and numbers ``[4, parts]`` as packed, `parts` their rows and
         bounds on their lengths."""
-        ids, positions, slots = rows
+        positions, ids, slots = rows
         # Each on a cache line of its own: libraries ask that what they are given be aligned.
         counts, lengths = numbers[:2, :, None].to(torch.int32).repeat(1, 1, 16)
         last, where = numbers[2:]
