@@ -302,6 +302,19 @@ def test_a_surplus_goes_to_the_stock_beside_the_next_step_behind_its_fence(host_
         cache.check_integrity()
 
 
+def test_a_surplus_that_others_took_first_is_not_looked_for_again(host_driver: HostDriver) -> None:
+    with parked(host_driver, 1 << 20, 30) as cache:
+        cache.admit("a", 20)
+        assert cache.arena.withheld == {0}
+        used = cache.stats().held_bytes - cache.arena.pool.stock_bytes
+        cache.set_budget(used - 2 * PAGE)
+        assert cache.arena.slots[0].mapped == 8 * PAGE
+        cache.map_ahead()
+        assert not cache.arena.is_leaving
+        assert cache.frontiers[0] == 21
+        cache.check_integrity()
+
+
 def test_memory_withheld_follows_its_sequence_to_another_slot(host_driver: HostDriver) -> None:
     with parked(host_driver, 1 << 20, 30) as cache:
         cache.admit("a", 20)

@@ -194,9 +194,9 @@ class Arena:
     def offer(self, index: int, size: int) -> None:
         """Let a slot's sequence use so many bytes a range of what is mapped, if it may not yet. No driver call."""
         slot = self.slots[index]
-        if slot.offered is not None and slot.offered < size:
-            slot.offered = size
-            if size >= slot.mapped:
+        if slot.offered is not None:
+            slot.offered = max(slot.offered, size)
+            if slot.offered >= slot.mapped:
                 self._offer_all(index)
             self.set_frontier(index)
 
