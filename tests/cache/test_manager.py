@@ -320,9 +320,13 @@ def test_memory_withheld_follows_its_sequence_to_another_slot(host_driver: HostD
         cache.admit("a", 20)
         fill(cache, "a", range(20))
         cache.move("a", 2)
-        assert cache.frontiers.tolist() == [0, 0, 32, 0]
-        expect(cache, "a", range(20))
+        assert cache.frontiers.tolist() == [0, 0, 21, 0]
+        cache.check_integrity()
         cache.map_ahead()
+        assert cache.arena.slots[2].mapped == 8 * PAGE
+        cache.arena.settle(wait=True)
+        assert cache.arena.pool.stock_bytes == 4 * PAGE
+        expect(cache, "a", range(20))
         cache.check_integrity()
 
 
