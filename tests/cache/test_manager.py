@@ -302,14 +302,31 @@ def test_a_surplus_goes_to_the_stock_beside_the_next_step_behind_its_fence(host_
         cache.check_integrity()
 
 
+def test_a_surplus_that_others_took_first_is_not_looked_for_again(host_driver: HostDriver) -> None:
+    with parked(host_driver, 1 << 20, 30) as cache:
+        cache.admit("a", 20)
+        assert cache.arena.withheld == {0}
+        used = cache.stats().held_bytes - cache.arena.pool.stock_bytes
+        cache.set_budget(used - 2 * PAGE)
+        assert cache.arena.slots[0].mapped == 8 * PAGE
+        cache.map_ahead()
+        assert not cache.arena.is_leaving
+        assert cache.frontiers[0] == 21
+        cache.check_integrity()
+
+
 def test_memory_withheld_follows_its_sequence_to_another_slot(host_driver: HostDriver) -> None:
     with parked(host_driver, 1 << 20, 30) as cache:
         cache.admit("a", 20)
         fill(cache, "a", range(20))
         cache.move("a", 2)
-        assert cache.frontiers.tolist() == [0, 0, 32, 0]
-        expect(cache, "a", range(20))
+        assert cache.frontiers.tolist() == [0, 0, 21, 0]
+        cache.check_integrity()
         cache.map_ahead()
+        assert cache.arena.slots[2].mapped == 8 * PAGE
+        cache.arena.settle(wait=True)
+        assert cache.arena.pool.stock_bytes == 4 * PAGE
+        expect(cache, "a", range(20))
         cache.check_integrity()
 
 

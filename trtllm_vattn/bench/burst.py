@@ -181,7 +181,8 @@ def _burst(
     shape = shape_of(model, args.running + len(prompts), max(start + most, *prompts) + 8)
     driver = CountingDriver(open_driver(args.device))
     with ExitStack() as closing:
-        cache = make(shape, driver, (shape.num_slots + 2) * shape.max_seq_len * shape.token_bytes)
+        # More than all slots take, so that memory is never short.
+        cache = make(shape, driver, (shape.num_slots + 2) * shape.max_seq_len * shape.token_bytes * 5 // 4)
         closing.callback(cache.close)
         engine = Engine(model, cache, attention=args.attention, buckets=[args.running], chunk=max(2048, start))
         closing.callback(engine.close)

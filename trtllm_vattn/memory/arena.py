@@ -179,30 +179,27 @@ class Arena:
         except BaseException:
             self.set_idle(chosen)
             raise
-        self._withhold(chosen, min(tokens + ahead, self.layout.max_seq_len))
-        self.slots[chosen].since = monotonic()
+        slot, need = self.slots[chosen], self.layout.bytes_for(min(tokens + ahead, self.layout.max_seq_len))
+        whole_beyond = slot.mapped - slot.columns[-1][0].size >= need
+        self.withhold(chosen, need if whole_beyond else None)
+        slot.since = monotonic()
         return chosen, maps
 
-    def _withhold(self, index: int, tokens: int) -> None:
-        """Offer a slot's sequence no more than so many tokens need, if whole extents lie beyond that."""
-        slot, need = self.slots[index], self.layout.bytes_for(tokens)
-        if slot.columns and slot.mapped - slot.columns[-1][0].size >= need:
-            slot.offered = need
+    def withhold(self, index: int, offered: int | None) -> None:
+        """Offer a slot's sequence so many bytes a range of what is mapped and no more; None is all."""
+        self.slots[index].offered = offered
+        if offered is None:
+            self.withheld.discard(index)
+        else:
             self.withheld.add(index)
         self.set_frontier(index)
 
     def offer(self, index: int, size: int) -> None:
         """Let a slot's sequence use so many bytes a range of what is mapped, if it may not yet. No driver call."""
         slot = self.slots[index]
-        if slot.offered is not None and slot.offered < size:
-            slot.offered = size
-            if size >= slot.mapped:
-                self._offer_all(index)
-            self.set_frontier(index)
-
-    def _offer_all(self, index: int) -> None:
-        self.slots[index].offered = None
-        self.withheld.discard(index)
+        if slot.offered is not None:
+            offered = max(slot.offered, size)
+            self.withhold(index, offered if offered < slot.mapped else None)
 
     def _trim(self, index: int, keep: int) -> None:
         """Unmap the tail of a free slot, behind its fence, until no more than `keep` bytes a range are left."""
@@ -225,9 +222,8 @@ class Arena:
 
     def set_idle(self, slot: int) -> None:
         broken = self.slots[slot].broken
-        self._offer_all(slot)
         self.slots[slot].state = SlotState.RETIRED if broken else SlotState.FREE
-        self.set_frontier(slot)
+        self.withhold(slot, None)
 
     # -- taking away -----------------------------------------------------------------------------------------------
 

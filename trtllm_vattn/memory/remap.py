@@ -36,10 +36,11 @@ def move(arena: Arena, source: int, target: int, record: Callable[[], Fence]) ->
     for column in slot.columns:
         for mapping in column:
             arena.share(mapping.extent)
-    mapped = slot.mapped
+    mapped, offered = slot.mapped, slot.offered
     arena.set_idle(source)
     arena.leave(source, fence)
     _settle_in(arena, target, columns, mapped)
+    arena.withhold(target, offered)
     return sum(len(column) for column in columns)
 
 

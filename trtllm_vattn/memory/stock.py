@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.memory.layout import SlotLayout
 from trtllm_vattn.memory.pool import ExtentPool
+from trtllm_vattn.memory.reclaim import HEADROOM
 
 
 class Stock:
@@ -34,9 +35,9 @@ class Stock:
         self._keep()
 
     def expect(self, prompts: Sequence[int]) -> bool:
-        """Prompts of these tokens wait and will come in this order; those count that the budget's rest holds together.
-        Returns whether anything is another than before."""
-        left, fitting = self._pool.available_bytes, 0
+        """Prompts of these tokens wait and will come in this order; those count that the budget's rest holds together,
+        but for what keeps memory from being short. Returns whether anything is another than before."""
+        left, fitting = self._pool.available_bytes - self._pool.budget // HEADROOM, 0
         for tokens in prompts:
             left -= self._layout.bytes_for(tokens) * self._layout.num_ranges
             if left < 0:
