@@ -17,7 +17,6 @@ from trtllm_vattn.bench import controls
 from trtllm_vattn.bench.faults import Life
 from trtllm_vattn.bench.ledger import LedgerDriver
 from trtllm_vattn.bench.serve import compared, densest
-from trtllm_vattn.bench.tlb import ORDERS, SinglePages, arrange
 from trtllm_vattn.bench.traces import Request
 from trtllm_vattn.bench.twins import STEPS, Twins
 from trtllm_vattn.cache.base import CacheShape
@@ -27,7 +26,6 @@ from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.runner import GraphRunner
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.vmm.host import HostDriver
 
 HOST = ["--device", "cpu", "--model", "tiny-llama"]
 SOAK = ["bench", "soak", *HOST, "--replays", "60", "--repeatable", "10"]
@@ -324,57 +322,6 @@ def test_attention_is_timed_over_flat_kv_and_block_tables(tmp_path: Path) -> Non
     assert not [row for row in points if "refused" in row]
     assert {row["layer_bytes"] for row in points if row["point"] == "2 x 40"} == {2 * 40 * 2 * 2 * 16 * 4}
     assert len(report["results"]["same_kernels"]) == 1
-
-
-def test_page_order_is_chosen_and_seen(tmp_path: Path) -> None:
-    report = run_small(tmp_path, "tlb", "--device", "cpu", "--plot", str(tmp_path / "tlb.png"))
-    assert (tmp_path / "tlb.png").stat().st_size > 10_000
-    rows = {row["system"]: row for row in report["results"]["attention"]}
-    assert rows["flat, 4 layers a row, in order"]["placement"] == 1
-    assert rows["flat, 4 layers a row, single pages in order"]["placement"] == 1
-    assert rows["flat, 4 layers a row, created again"]["placement"] == 1
-    assert 0.2 < rows["flat, 4 layers a row, scattered"]["placement"] < 0.8
-    assert rows["flat, 4 layers a row, after churn"]["placement"] < 1
-    assert rows["flat, 4 layers a row, after churn"]["adjacent"] < 0.9
-    reads = report["results"]["reads"]
-    assert {row["read_bytes"] for row in reads} == {512, 4096, 32768}
-    assert {(row["layers_per_range"], row["order"]) for row in reads} >= {(1, "in order"), (4, "after churn")}
-    # Rows that no slot of a range of one layer holds.
-    assert {(row["read_bytes"], row["layers_per_range"]) for row in report["results"]["skipped"]} == {(32768, 1)}
-
-
-def test_what_a_sweep_leaves_out_is_said_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["tlb", "--device", "cpu", "--layers-per-range", "4", "--read-bytes", "512"]
-    report = run_small(tmp_path, *small, "--contexts", "100,100000", "--most-seconds", "1e-9")
-    systems = [row.get("system") for row in report["results"]["skipped"]]
-    assert report["results"]["attention"] == []
-    assert systems[:-1] == [*(f"flat, 4 layers a row, {order}" for order in ORDERS), "blocks of 16"]
-    assert report["summary"]["skipped"] == len(systems) == 7
-    said = capsys.readouterr().err
-    assert "left out: system blocks of 16, context 100, sequences 9" in said
-    assert "1e-09 s are over (--most-seconds)" in said
-    assert "left out: working_set_gb 0.0005, context 100000: one sequence takes 0.0512 GB" in said
-    assert main(["bench", *small, "--read-bytes", "96"]) == 2
-    assert "rows of 96 bytes asked for; give a power of two from 64 on" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("slots", [3, 8])
-def test_churn_turns_all_slots_over_many_times(host_driver: HostDriver, slots: int) -> None:
-    shape = CacheShape(2, 1, 64, torch.float32, slots, 200)
-    with SinglePages(shape, host_driver, 64 << 20, lookahead=0) as cache:
-        admitted: list[int] = []
-        admit = cache.admit
-        cache.admit = lambda sequence, tokens: admitted.append(tokens) or admit(sequence, tokens)  # type: ignore
-        arrange(cache, "after churn", 10, 0)
-        assert len(admitted) == 10 * slots
-        assert cache.stats().sequences == 0
-        cache.admit = admit  # type: ignore[method-assign]
-        for sequence in range(slots):
-            cache.admit(sequence, 200)
-        placed = cache.placement()
-        assert placed.adjacent < 0.9 * placed.neighbours
-        arrange(cache, "created again", 10, 0)
-        assert cache.arena.pool.held_bytes == cache.layout.least_bytes
 
 
 def test_rounds_of_serving_are_compared_pair_by_pair() -> None:
