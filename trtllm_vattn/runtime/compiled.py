@@ -146,13 +146,15 @@ def compile_layers(model: PreTrainedModel, backend: Backend | None = None) -> in
 
 
 def compile_around_layers(model: PreTrainedModel, backend: Backend | str = "inductor") -> int:
-    """Compile what a pass computes before and after the layers, angles and the last norm; returns how many modules.
+    """Compile what a pass computes before and after the layers, angles and the last norm; returns how many modules
+    there are.
 
-    An embedding is one kernel as it is.
+    An embedding is one kernel as it is. What is compiled already stays as it is.
     """
     around = [each for each in model.base_model.children() if not isinstance(each, nn.ModuleList | nn.Embedding)]
     for module in around:
-        module.compile(backend=backend, dynamic=True, fullgraph=True)
+        if module._compiled_call_impl is None:
+            module.compile(backend=backend, dynamic=True, fullgraph=True)
     return len(around)
 
 
