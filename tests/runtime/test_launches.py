@@ -256,6 +256,28 @@ def test_launches_run_ahead_of_their_tokens(build: Callable[..., Engine], single
     assert seen[other] == single[0][: len(seen[other])]
 
 
+@pytest.mark.parametrize("short_of", ["slots", "memory"])
+def test_launches_run_ahead_while_others_wait(
+    build: Callable[..., Engine], single: list[list[int]], short_of: str
+) -> None:
+    engine = build(slots=2 if short_of == "slots" else 3)
+    cache = engine.cache
+    assert isinstance(cache, KVCacheManager)
+    if short_of == "memory":
+        # Enough for two of the prompts, not for three.
+        engine.set_budget(cache.layout.least_bytes + 2 * cache.layout.bytes_for(128) * cache.layout.num_ranges)
+    numbers = [engine.submit(prompt, params) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
+    tokens: dict[int, list[int]] = {number: [] for number in numbers}
+    ahead = 0
+    while engine.busy:
+        for event in engine.step():
+            tokens[event.request].append(event.token)
+        ahead += bool(engine.scheduler.waiting) and engine.pipeline.unread is not None
+        cache.check_integrity()
+    assert ahead >= 10
+    assert [tokens[number] for number in numbers] == single
+
+
 @pytest.mark.parametrize("options", [{"loop": True, "steps": 4}, {"record_margins": True}])
 def test_what_needs_the_tokens_first_does_not_run_ahead(build: Callable[..., Engine], options: dict[str, Any]) -> None:
     engine = build(**options)

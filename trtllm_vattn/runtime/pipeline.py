@@ -92,10 +92,14 @@ class Pipeline:
         return self._counted(decode.launch(steps))
 
     def _launch_ahead(self, launch: Launch) -> Launch | None:
-        """Start what comes after a launch whose tokens have not been read; None where that has to wait for them."""
+        """Start what comes after a launch whose tokens have not been read; None where that has to wait for them.
+
+        Requests that wait could not be admitted in this step; who of them can when a sequence has ended joins a launch
+        later than without, and no launch waits for them.
+        """
         scheduler, decode = self.scheduler, self.scheduler.decode
         left = self._most_left() - launch.steps
-        if self.one_by_one or left < 1 or not decode.unchanged or scheduler.waiting or scheduler.prefilling:
+        if self.one_by_one or left < 1 or not decode.unchanged or scheduler.prefilling:
             return None
         if any(request.forced is not None for request in scheduler.decoding.values()):
             return None
