@@ -109,6 +109,26 @@ def test_a_step_puts_a_whole_chunk_in_by_one_pass(build: Build, monkeypatch: pyt
     assert seen == [16, 64, 16, 32]
 
 
+@torch.inference_mode()
+def test_short_prompts_are_replays_where_a_pass_takes_longer(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(capture=True, chunk=64)
+    for prompt in (1, 3):
+        engine.cache.admit(prompt, len(PROMPTS[prompt]))
+    both = put_in(engine, [(1, 0, 3), (3, 0, 31)])
+    prefill = engine.prefill
+    seen = passes(engine, monkeypatch)
+    prefill._replay_s = dict.fromkeys(prefill.runner.buckets, 1.0)
+    prefill._pass_s = 2.0
+    replayed = prefill.run(both)
+    assert seen == []
+    prefill._pass_s = 1.9
+    assert torch.allclose(prefill.run(both), replayed, atol=1e-4)
+    assert seen == [64]
+    # One alone is a replay whatever that takes.
+    prefill.run(both[:1])
+    assert seen == [64]
+
+
 def test_backends_get_rows_enough_and_aligned_lengths(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build(chunk=64)
     seen: list[tuple[int, int, int]] = []
