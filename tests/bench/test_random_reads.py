@@ -26,7 +26,7 @@ def test_rows_lie_in_every_slot_and_range_and_are_read_whole(driver: Driver, siz
             for slot in range(3):
                 start = reservation.base + slot * layout.slot_stride
                 tensor_at(start, used, driver.device).view(torch.int32).random_(-1000, 1000)
-        rows = random_rows(cache, size, 8 << 20)
+        rows = random_rows(cache, size, min(8 << 20, 4096 * size))
         found = set()
         for address in rows.tolist():
             (which,) = (i for i, r in enumerate(cache.arena.reservations) if r.base <= address < r.base + r.size)
