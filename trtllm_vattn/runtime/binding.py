@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -306,8 +307,9 @@ def forward(
     return logits
 
 
-def _prefer_cublas_lt() -> None:
-    # torch says once in a process that choosing is experimental.
+@cache
+def _say_nothing_of_cublas_lt() -> None:
+    """torch says once in a process that choosing is experimental; a pass leaves the process's filters alone."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*experimental", UserWarning)
         torch.backends.cuda.preferred_blas_library("cublaslt")
@@ -323,8 +325,9 @@ def _products_by_cublas_lt(device: torch.device) -> Iterator[None]:
         yield
         return
     before = torch.backends.cuda.preferred_blas_library()
-    _prefer_cublas_lt()
     try:
+        _say_nothing_of_cublas_lt()
+        torch.backends.cuda.preferred_blas_library("cublaslt")
         yield
     finally:
         torch.backends.cuda.preferred_blas_library(before)
