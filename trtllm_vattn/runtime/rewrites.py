@@ -19,7 +19,7 @@ def share_products(graph: Graph) -> int:
     seen: dict[tuple[Any, ...], Node] = {}
     gone = 0
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is nn.functional.linear and not node.kwargs:
+        if _is_call(node, nn.functional.linear) and not node.kwargs:
             first = seen.setdefault(node.args, node)
             if first is not node:
                 node.replace_all_uses_with(first)
