@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,6 +119,22 @@ def test_what_the_user_can_mend_is_one_line(
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize(
+    ("asked", "device", "model"), [([], "cuda:0", "llama-3-8b"), (["--device", "cpu"], "cpu", "tiny-llama")]
+)
+def test_sizes_are_for_the_device_that_is_asked_for(
+    asked: list[str], device: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trtllm_vattn.bench import serve
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    got: list[Namespace] = []
+    monkeypatch.setattr(serve, "run", lambda args: got.append(args) or 0)
+    assert main(["bench", "serve", *asked]) == 0
+    assert (got[0].device, got[0].model) == (device, model)
+
+
 def test_doctor_checks_the_host_driver_and_explains_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
@@ -126,7 +143,8 @@ def test_doctor_checks_the_host_driver_and_explains_what_is_missing(capsys: pyte
     report = json.loads(capsys.readouterr().out)
     findings = {finding["name"]: finding for finding in report["findings"]}
     assert findings["host driver seam"]["works"] is True
-    assert findings["CUDA driver seam"]["works"] is (report["machine"]["gpu"] is not None)
+    works = findings["CUDA driver seam"]["works"]
+    assert works is (report["machine"]["gpu"] is not None), findings["CUDA driver seam"]["detail"]
     assert all(finding["detail"] for finding in findings.values())
 
 

@@ -15,11 +15,16 @@ from trtllm_vattn.trtllm import uninstall
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.manager import make_manager
 from trtllm_vattn.vmm.host import HostDriver
+from trtllm_vattn.vmm.open import open_driver
 
 
 @pytest.fixture
-def double() -> Iterator[SimpleNamespace]:
-    """The stand-in's modules, freshly imported; nothing of it is left behind."""
+def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The stand-in's modules, freshly imported; nothing of it is left behind.
+
+    Its kernels are the host's, so managers that it leads to are over the host driver on any machine.
+    """
+    monkeypatch.setattr("trtllm_vattn.trtllm.manager.open_driver", lambda device: open_driver("cpu"))
     sys.path.insert(0, str(DOUBLE))
     names = ("bindings", "_torch.pyexecutor.resource_manager", "_torch.pyexecutor.py_executor")
     try:

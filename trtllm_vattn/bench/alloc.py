@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from trtllm_vattn.bench.flags import as_config, device, positive
+from trtllm_vattn.bench.flags import add_device, as_config, positive
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_alloc
 from trtllm_vattn.bench.report import Result, finish, table
@@ -29,9 +29,8 @@ CALLS = ("create", "map", "set_access", "unmap", "release")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench alloc`."""
-    gpu = torch.cuda.is_available()
+    add_device(parser)
     add = parser.add_argument
-    add("--device", type=device, default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
     add("--granules", default="1,2,8,32,128", help="extent sizes, in granules of the driver")
     add("--repeats", type=positive, default=200, help="of each call")
     add("--batch", type=positive, default=64, help="mappings made accessible by one call")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, timed_ms
-from trtllm_vattn.bench.flags import add_attention, as_config, device, dtype_of, numbers, positive
+from trtllm_vattn.bench.flags import add_attention, add_device, as_config, dtype_of, numbers, positive
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_attention
 from trtllm_vattn.bench.report import Result, finish, table
@@ -35,9 +35,7 @@ LAYERS = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench attention`."""
-    gpu = torch.cuda.is_available()
-    add = parser.add_argument
-    add("--device", type=device, default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
+    gpu, add = add_device(parser), parser.add_argument
     add_attention(parser)
     add("--blocks", type=numbers, default=[1, 16, 64, 128], help="tokens a block: 1,16,64,128")
     add("--heads", type=numbers, default=[32, 8, 128] if gpu else [4, 2, 16], help="query heads, kv heads, their size")

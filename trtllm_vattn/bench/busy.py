@@ -52,7 +52,7 @@ def device_busy(decode: Callable[[], int], device: torch.device) -> Busy | None:
         return None
     # What is under way already is not of these steps.
     torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         started = perf_counter()
         steps = decode()
         torch.cuda.synchronize(device)

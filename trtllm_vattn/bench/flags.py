@@ -57,13 +57,18 @@ def device(text: str) -> str:
     return text
 
 
+def add_device(parser: argparse.ArgumentParser) -> bool:
+    """Add ``--device``; returns whether it is a GPU, which other defaults depend on."""
+    # The command line's own, if it has one (cli/main.py).
+    wanted = parser.get_default("device") or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default=wanted, help="cpu or cuda:N; sizes below depend on which")
+    return bool(wanted != "cpu")
+
+
 def add_common(parser: argparse.ArgumentParser, on_gpu: str = "llama-3-8b", on_host: str = "tiny-llama") -> bool:
-    """Add ``--model``, ``--device``, ``--seed`` and ``--output-json``; returns whether there is a GPU, which other
-    defaults depend on."""
-    gpu = torch.cuda.is_available()
-    add = parser.add_argument
+    """Add ``--model``, ``--device``, ``--seed`` and ``--output-json``; returns whether the device is a GPU."""
+    gpu, add = add_device(parser), parser.add_argument
     add("--model", default=on_gpu if gpu else on_host, help="checkpoint directory or named shape")
-    add("--device", type=device, default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
     add("--seed", type=int, default=0)
     add("--output-json", type=Path, help="write all results there")
     return gpu

@@ -28,10 +28,10 @@ from trtllm_vattn.bench.attention import fill
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, timed_ms
 from trtllm_vattn.bench.flags import (
     add_attention,
+    add_device,
     amount,
     amounts,
     as_config,
-    device,
     dtype_of,
     non_negative,
     numbers,
@@ -64,9 +64,7 @@ class SinglePages(KVCacheManager):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench tlb`."""
-    gpu = torch.cuda.is_available()
-    add = parser.add_argument
-    add("--device", type=device, default="cuda:0" if gpu else "cpu", help="cpu or cuda:N")
+    gpu, add = add_device(parser), parser.add_argument
     add_attention(parser)
     add("--heads", type=numbers, default=[32, 8, 128] if gpu else [2, 1, 16], help="query heads, kv heads, their size")
     add("--layers", type=positive, default=32 if gpu else 4, help="layers; the working set is all of them")

@@ -68,8 +68,18 @@ def _add(commands: argparse._SubParsersAction, name: str, text: str, module: str
     command = commands.add_parser(name, help=text, description=text)
     if name in arguments:
         loaded = importlib.import_module(module)
+        # Known before the other flags are added, since their defaults depend on it.
+        command.set_defaults(device=_device_in(arguments))
         loaded.add_arguments(command)
         command.set_defaults(run=loaded.run)
+
+
+def _device_in(arguments: Sequence[str]) -> str | None:
+    """What ``--device`` asks for, if it is there."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", nargs="?")
+    device: str | None = parser.parse_known_args(list(arguments))[0].device
+    return device
 
 
 if __name__ == "__main__":
