@@ -46,12 +46,22 @@ SMALLEST_UPPER = 1 << 12
 upper four bytes are too large for that."""
 
 
+UNTIDY = (
+    "index_elementwise_kernel",
+    "scatter_gather_elementwise_kernel",
+    "reduce_kernel",
+    "native18elementwise_kernel",
+)
+"""Kernels of PyTorch, by a part of their names, that are given room for the strides of 25 dimensions in one structure
+(OffsetCalculator.cuh). It is filled as far as there are dimensions; the rest is what lay on the stack."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """A word that points into memory of nobody we know; `node` counts within its `graph`.
 
-    `certain` where it is the start of an allocation or too large for two numbers side by side; what is not may be a
-    constant of the kernel's that only looks like an address.
+    `certain` where it is the start of an allocation or too large for two numbers side by side, and all of the parameter
+    means something; what is not may be a constant of the kernel's that only looks like an address.
     """
 
     node: int
@@ -69,6 +79,7 @@ _OF_KERNELS = (
     "addresses that a kernel reads from memory (arrays of pointers) are not among its parameters",
     "an address that is not a multiple of 8 bytes into its parameter is not looked for",
     "a foreign address below 16 TiB that is not where an allocation begins passes for a number",
+    "part of a parameter may be unused in PyTorch's kernels over strided tensors; their foreign addresses are lookalikes",
 )
 
 
@@ -189,6 +200,7 @@ def audit(
             else:
                 starts = word.value == allocation.base or word.value in blocks
                 certain = starts or word.value >> 32 >= SMALLEST_UPPER
+                certain &= not any(untidy in node.name for untidy in UNTIDY)
                 findings.append(_finding(index, node, word, allocation, certain, name))
     opaque = tuple((index, node.name, part) for index, node in enumerate(nodes) for part in node.opaque)
     return AuditReport(

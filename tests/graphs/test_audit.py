@@ -94,6 +94,14 @@ def test_two_numbers_that_look_like_an_address_are_told_apart() -> None:
         inside.raise_if_foreign()
 
 
+def test_what_lay_on_the_stack_is_no_finding() -> None:
+    name = "_ZN2at6native24index_elementwise_kernelILi128ELi4E"
+    found = report(Kernel(name, [word(KV), word(1, 2, STRANGE, KV)]))
+    assert found.findings == ()
+    assert [(f.name, f.parameter, f.offset, f.certain) for f in found.lookalikes] == [(name, 1, 16, False)]
+    assert any("part of a parameter may be unused" in sentence for sentence in found.unseen)
+
+
 def test_copies_and_fills_are_looked_at_too() -> None:
     copy = SimpleNamespace(
         srcMemoryType=HOST, srcHost=STRANGE + (1 << 20), srcDevice=0, dstMemoryType=DEVICE, dstDevice=KV, dstHost=0
@@ -149,7 +157,7 @@ def test_reports_of_several_graphs_are_one() -> None:
     assert whole.graphs == tuple(graphs)
     assert (whole.nodes, whole.addresses, whole.numbers) == ({"kernel": 3}, {RESERVATION: 2, STATIC: 1}, 1)
     assert len(whole.opaque) == 1
-    assert len(whole.unseen) == 4
+    assert len(whole.unseen) == 5
     assert whole.as_dict()["graphs"] == list(graphs)
     with pytest.raises(CaptureError, match=r"the step of 4, in a loop holds .* of kernel 'theirs' \(node 1\)"):
         whole.raise_if_foreign()

@@ -53,6 +53,11 @@ class Tracing:
             for graph in self.graphs
         ]
 
+    def methods_of_the_unknown(self) -> list[str]:
+        """Methods of what is not known to be a tensor: torch compiles graphs that have any anew at each start."""
+        calls = [node for graph in self.graphs for node in graph.graph.nodes if node.op == "call_method"]
+        return [str(node.target) for node in calls if "example_value" not in node.args[0].meta]
+
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_layers_are_one_function_in_two_variants_and_the_tokens_are_the_same(name: str) -> None:
@@ -73,6 +78,7 @@ def test_all_layers_are_one_function_in_two_variants_and_the_tokens_are_the_same
     assert backend.products() == [4, 5]
     fused = "trtllm_vattn.rotate_and_attend" + ("" if name == "tiny-qwen3" else "_product")
     assert backend.attentions() == [{fused}, {fused}]
+    assert backend.methods_of_the_unknown() == []
 
 
 @torch.inference_mode()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,3 +153,34 @@ def test_an_engine_captures_before_its_cache_is_sized(monkeypatch: pytest.Monkey
         assert engine.startup.capture_s > 0
     for driver in drivers:
         driver.close()
+
+
+START = """
+import json
+from torch._dynamo.utils import counters
+from trtllm_vattn.runtime.engine import Engine
+
+with Engine.from_pretrained("tiny-llama", device="cuda:0", max_seqs=2, max_seq_len=128):
+    graphs = counters["aot_autograd"]
+    tuned = counters["inductor"]["coordesc_tuning_bench"]
+    print(json.dumps([tuned, graphs["autograd_cache_bypass"], graphs["autograd_cache_miss"]]))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_a_second_start_compiles_and_tunes_nothing(
+    run_apart: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    starts = []
+    for _ in range(2):
+        done = run_apart(START)
+        assert done.returncode == 0, done.stderr
+        starts.append(json.loads(done.stdout.splitlines()[-1]))
+    (tuned, bypassed, missed), again = starts
+    assert tuned > 0
+    assert missed > 0
+    assert bypassed == 0
+    assert again == [0, 0, 0]

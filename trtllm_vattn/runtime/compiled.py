@@ -107,14 +107,19 @@ def _inductor(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor]) ->
     return rewriting(traced, examples, cast(Backend, partial(compile_fx, config_patches=_settings(examples))))
 
 
-def _settings(examples: Sequence[Any]) -> dict[str, bool]:
+SINGLE_TOKEN = {"coordinate_descent_tuning": True, "use_static_cuda_launcher": False, "compile_threads": 1}
+"""Inductor's settings for a layer of a single token.
+
+Before torch 2.13, a kernel forgets that it was tuned, and every start tunes again: where Inductor launches it without
+Triton, and where another process compiles it (triton.Config leaves the mark behind when it is pickled).
+"""
+
+
+def _settings(examples: Sequence[Any]) -> dict[str, Any]:
     """Inductor's settings for a layer; of those that this torch has."""
     from torch._inductor import config
 
-    one = _of_one_token(examples)
-    # Kernels that Inductor launches without Triton forget what their tuning found, before torch 2.13: every start would
-    # tune again.
-    wanted = {"coordinate_descent_tuning": True, "use_static_cuda_launcher": False} if one else {}
+    wanted = SINGLE_TOKEN if _of_one_token(examples) else {}
     return {name: value for name, value in wanted.items() if hasattr(config, name)}
 
 

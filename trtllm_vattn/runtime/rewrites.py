@@ -61,7 +61,7 @@ def rotate_with_attention(graph: Graph) -> int:
             else:
                 rows = [_as_rows(graph, like, turned.x) for like, turned in ((q, turned_q), (k, turned_k))]
                 both = graph.call_function(ops.rotate_and_attend, (*rows, v, *angles, layer))
-        node.replace_all_uses_with(both)
+        _replace(node, both)
         done += 1
     graph.eliminate_dead_code()
     return done
@@ -77,7 +77,16 @@ def _heads_of(node: Any) -> Any:
 
 def _as_rows(graph: Graph, like: Node, x: Node) -> Node:
     """x, reshaped as `like` is."""
-    return graph.call_method("reshape", (graph.call_method("transpose", (x, 1, 2)), *like.args[1:]))
+    turned = graph.call_method("transpose", (x, 1, 2))
+    turned.meta["example_value"] = x.meta["example_value"].transpose(1, 2)
+    return graph.call_method("reshape", (turned, *like.args[1:]))
+
+
+def _replace(node: Node, new: Node) -> None:
+    """Use another in a node's place. What Dynamo knows of it goes along: torch looks a graph up among those compiled
+    before only if it knows of each method that its object is a tensor."""
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
 
 
 def _product_of(*heads: Any) -> Node | None:
@@ -151,7 +160,7 @@ def split_even_products(graph: Graph) -> int:
             with graph.inserting_before(part):
                 rows = graph.call_function(operator.getitem, (weight, slice(where.start, where.stop)))
                 alone = graph.call_function(nn.functional.linear, (x, rows))
-            part.replace_all_uses_with(alone)
+            _replace(part, alone)
             graph.erase_node(part)
         graph.erase_node(node)
         done += 1
