@@ -79,7 +79,7 @@ _OF_KERNELS = (
     "addresses that a kernel reads from memory (arrays of pointers) are not among its parameters",
     "an address that is not a multiple of 8 bytes into its parameter is not looked for",
     "a foreign address below 16 TiB that is not where an allocation begins passes for a number",
-    "part of a parameter may be unused in PyTorch's kernels over strided tensors; their foreign addresses are lookalikes",
+    "PyTorch's kernels over strided tensors have parameters with unused parts; foreign addresses there are lookalikes",
 )
 
 

@@ -27,6 +27,8 @@ class Guard:
         self.cache, self.over_read = cache, over_read
         # The dummy slot's is 0: an idle lane may have no length.
         self._longest = np.zeros(cache.dummy_slot + 1, np.int64)
+        # Lanes stay in their slots for many steps: those last looked at, and how many of them are no idle ones.
+        self._slots, self._writing = b"", 0
 
     def longest(self) -> np.ndarray:
         """How long each slot's sequence may be, int64 ``[num_slots]``, so that what is loaded past it is mapped too."""
@@ -60,20 +62,25 @@ class Guard:
         lengths, slots = np.asarray(lengths, np.int64), np.asarray(slots, np.int64)
         longest = self._longest
         longest[:-1] = self.longest()
+        same = slots.tobytes()
         try:
             # Too large an index has no element, and a negative one no count.
             beyond = longest[slots] - lengths
-            lanes_of = np.bincount(slots, minlength=dummy + 1)
+            lanes_of = None if same == self._slots else np.bincount(slots, minlength=dummy + 1)
         except (IndexError, ValueError):
             self._refuse(lengths, slots, positions)
+        if lanes_of is not None:
+            used = int(np.count_nonzero(lanes_of[:dummy]))
+            # Each slot that is used has one lane if all lanes but the idle ones are as many.
+            if used != lanes - lanes_of[dummy]:
+                self._refuse(lengths, slots, positions)
+            self._slots, self._writing = same, used
         left = lengths - positions
-        # One test for all lanes: as soon as one of the three is negative, so are they or-ed together.
+        # One test for all lanes: as soon as one of the three is negative, so are they or-ed together. Who writes has a
+        # length, for which the dummy slot has no room.
         beyond |= left
         beyond |= positions
-        # Who writes has a length, for which the dummy slot has no room; so if as many lanes write as slots are used,
-        # and the others are idle, each of those slots has one lane that writes.
-        used = np.count_nonzero(lanes_of[:-1])
-        if beyond[beyond.argmin()] < 0 or not np.count_nonzero(left) == used == lanes - lanes_of[-1]:
+        if beyond[beyond.argmin()] < 0 or np.count_nonzero(left) != self._writing:
             self._refuse(lengths, slots, positions)
 
     def check_chunk(self, slot: int, length: int) -> None:

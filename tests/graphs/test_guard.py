@@ -113,6 +113,22 @@ def test_lanes_that_contradict_themselves_are_named(
             Guard(cache).check(np.array(lengths), np.array(slots), np.array(positions))
 
 
+def test_slots_seen_before_are_checked_again(host_driver: HostDriver) -> None:
+    with KVCacheManager(SHAPE, host_driver, 1 << 20, lookahead=0) as cache:
+        cache.admit("a", 10)
+        cache.admit("b", 10)
+        guard, slots = Guard(cache), np.array([1, DUMMY, 0])
+        beyond = int(cache.frontiers[0]) + 1
+        for _ in range(2):
+            guard.check(np.array([3, 0, 4]), slots, np.array([2, 0, 3]))
+            with pytest.raises(UnmappedAccess, match="sequence 'a' in slot 0 would be"):
+                guard.check(np.array([3, 0, beyond]), slots, np.array([2, 0, beyond - 1]))
+            with pytest.raises(ConfigError, match="lane 2 has length 0, slot 0"):
+                guard.check(np.array([3, 0, 0]), slots, np.array([2, 0, 0]))
+            with pytest.raises(ConfigError, match=f"lane 1 has length 1, slot {DUMMY}"):
+                guard.check(np.array([3, 1, 4]), slots, np.array([2, 0, 3]))
+
+
 def test_two_lanes_in_one_slot_are_named(host_driver: HostDriver) -> None:
     with KVCacheManager(SHAPE, host_driver, 1 << 20, lookahead=0) as cache:
         cache.admit("a", 10)
