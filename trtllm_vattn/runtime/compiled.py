@@ -107,11 +107,17 @@ def _inductor(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor]) ->
     return rewriting(traced, examples, cast(Backend, partial(compile_fx, config_patches=_settings(examples))))
 
 
-SINGLE_TOKEN = {"coordinate_descent_tuning": True, "use_static_cuda_launcher": False, "compile_threads": 1}
+SINGLE_TOKEN = {
+    "coordinate_descent_tuning": True,
+    "use_static_cuda_launcher": False,
+    "compile_threads": 1,
+    "dynamic_scale_rblock": False,
+}
 """Inductor's settings for a layer of a single token.
 
-Before torch 2.13, a kernel forgets that it was tuned, and every start tunes again: where Inductor launches it without
-Triton, and where another process compiles it (triton.Config leaves the mark behind when it is pickled).
+Before torch 2.13, a kernel forgets that it was tuned, and starts tune again: where Inductor launches it without Triton;
+where another process compiles it (triton.Config leaves the mark behind when it is pickled); and where Inductor tries a
+smaller block beside the tuned one.
 """
 
 
