@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from trtllm_vattn.bench.burst import Timer
 from trtllm_vattn.bench.faults import Life
 from trtllm_vattn.bench.ledger import LedgerDriver
 from trtllm_vattn.bench.serve import compared, densest
@@ -182,6 +183,22 @@ def test_steady_decode_alone(tmp_path: Path) -> None:
     assert report["summary"]["critical_path_maps_steady"] == 0
     assert report["summary"]["steady_steps"] >= 12
     assert "p99_ratio" not in report["summary"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_a_call_is_timed_without_what_was_submitted_before_it(device: str) -> None:
+    timer = Timer(torch.device(device))
+    x = torch.ones(2048, 2048, device=device)
+    work = timer.timed(lambda times: [x @ x for _ in range(times)])
+    work(1)
+    assert len(timer.take()) == 1
+    for _ in range(20):
+        x @ x
+    assert len(work(2)) == 2
+    work(20)
+    few, many = timer.take()
+    assert 0 < few < many / 3
+    assert timer.take() == []
 
 
 def test_a_plot_of_no_bursts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -37,7 +36,6 @@ from trtllm_vattn.cache.published import PublishedVattention
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.runtime.binding import shape_of
-from trtllm_vattn.runtime.decode import Launch
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.prefill import PromptChunk
@@ -45,6 +43,8 @@ from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.wrappers import CountingDriver
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 PHASES = ("before", "during", "after")
 CALLS = ("create", "map", "set_access", "unmap", "release")
@@ -133,38 +133,39 @@ def _arrivals(args: argparse.Namespace) -> tuple[list[int], float]:
     return [request.prompt_tokens for request in found], found[-1].arrival_s - found[0].arrival_s
 
 
-@dataclass
-class StepTimer:
-    """Times an engine's launches: on a GPU from event to event around each, on the host by its clock."""
+class Timer:
+    """Times calls, each without what was submitted before: on a GPU from event to event, on the host by its clock."""
 
-    engine: Engine
-    milliseconds: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._milliseconds: list[float] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._launch = self.engine.decode.launch
-        self.engine.decode.launch = self._timed  # type: ignore[method-assign]
 
-    def _timed(self, steps: int = 1, unread: int = 0) -> Launch:
-        if self.engine.cache.device.type == "cpu":
+    def timed(self, call: Callable[P, T]) -> Callable[P, T]:
+        """The same, timed."""
+
+        def by_clock(*arguments: P.args, **options: P.kwargs) -> T:
             started = perf_counter()
-            launch = self._launch(steps, unread)
-            self.milliseconds.append(1e3 * (perf_counter() - started))
-            return launch
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        launch = self._launch(steps, unread)
-        end.record()
-        self._events.append((start, end))
-        return launch
+            done = call(*arguments, **options)
+            self._milliseconds.append(1e3 * (perf_counter() - started))
+            return done
+
+        def by_events(*arguments: P.args, **options: P.kwargs) -> T:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            done = call(*arguments, **options)
+            end.record()
+            self._events.append((start, end))
+            return done
+
+        return by_clock if self.device.type == "cpu" else by_events
 
     def take(self) -> list[float]:
-        """Milliseconds of the launches since the last call."""
-        if self.engine.cache.device.type == "cuda":
-            torch.cuda.synchronize(self.engine.cache.device)
-        self.milliseconds += [start.elapsed_time(end) for start, end in self._events]
-        self._events.clear()
-        taken, self.milliseconds = self.milliseconds, []
+        """Milliseconds of the calls since the last time."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        taken = self._milliseconds + [start.elapsed_time(end) for start, end in self._events]
+        self._milliseconds, self._events = [], []
         return taken
 
 
@@ -188,11 +189,12 @@ def _burst(
         engine = Engine(model, cache, attention=args.attention, buckets=[args.running], chunk=max(2048, start))
         closing.callback(engine.close)
         fill(engine, args.running, start, most, args.seed)
-        timer = StepTimer(engine)
+        launches, passes = Timer(cache.device), Timer(cache.device)
+        engine.decode.launch = launches.timed(engine.decode.launch)  # type: ignore[method-assign]
         phases = {}
         for _ in range(args.steps):
             engine.step()
-        phases["before"] = timer.take()
+        phases["before"] = launches.take()
         _restock(cache, prompts if warm else [])
 
         random = np.random.default_rng(args.seed)
@@ -205,23 +207,22 @@ def _burst(
         spent = {name: 1e3 * (driver.seconds[name] - seconds[name]) for name in CALLS}
         made = {name: driver.calls[name] - calls[name] for name in CALLS}
         maps = cache.stats().admission_maps - maps
-        prefill = []
-        for slot, length in zip(slots, prompts, strict=True):
-            if cache.device.type == "cuda":
-                torch.cuda.synchronize(cache.device)
-            went_in = perf_counter()
+
+        @passes.timed
+        def put_in(slot: int, length: int) -> None:
             for at in range(0, length, engine.prefill.chunk):
                 engine.prefill.run([PromptChunk(slot, prompt[at : min(length, at + engine.prefill.chunk)], at)])
-            if cache.device.type == "cuda":
-                torch.cuda.synchronize(cache.device)
-            prefill.append(1e3 * (perf_counter() - went_in))
+
+        for slot, length in zip(slots, prompts, strict=True):
+            put_in(slot, length)
+            # Launched while the device still computes the prompt, as in serving: launching is no part of its time.
             engine.step()
-        phases["during"] = timer.take()
+        phases["during"], prefill = launches.take(), passes.take()
         for number in range(len(prompts)):
             cache.release(("burst", number))
         for _ in range(args.steps):
             engine.step()
-        phases["after"] = timer.take()
+        phases["after"] = launches.take()
         stats = cache.stats()
     return {
         "step_ms": {phase: summarise(phases[phase]) for phase in PHASES},

@@ -142,7 +142,7 @@ def figures(result: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "graph-steady": ("graph_steady.json", steady),
+    "graph-steady": ("graph.json", steady),
     "graph-summary": ("graph.json", figures),
     "graph-batches": ("graph_batches.json", batches),
     "graph-small": ("graph_small.json", batches),

@@ -1,0 +1,82 @@
+"""Does decode attention give the same bits again? The same queries over the same memory, called 100 times.
+
+Run as ``python repeat_probe.py``, on a GPU; prints a line for each number of lanes and length: how many calls differ
+from the first, in which lanes and by how much, and how far any call is from float32. Once as it comes, once with the
+device idle before each call, once with the library's workspace zeroed, too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention.select import make_attention
+from trtllm_vattn.cache.base import CacheShape, FlatKV
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.vmm.open import open_driver
+
+HEADS, CALLS = 32, 100
+
+
+def reference(kv: FlatKV, q: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The same in float32, ``[lanes, heads, dim]``."""
+
+    def of(lane: int) -> torch.Tensor:
+        k, v = (
+            x[lane, :tokens].float().transpose(0, 1).repeat_interleave(HEADS // x.shape[2], 0) for x in (kv.k, kv.v)
+        )
+        return scaled_dot_product_attention(q[lane].float()[:, None], k, v)[:, 0]
+
+    return torch.stack([of(lane) for lane in range(len(q))])
+
+
+def probe(attention: Attention, kv: FlatKV, lanes: int, tokens: int, how: str) -> None:
+    q = torch.randn(lanes, HEADS, kv.k.shape[3], device=kv.k.device, dtype=kv.k.dtype)
+    lengths = torch.full((lanes,), tokens, dtype=torch.int32, device=q.device)
+    want = reference(kv, q, tokens)
+    first = attention.decode(1, q, lengths).clone()
+    error, most, calls, which = float((first - want).abs().max()), 0.0, 0, Counter[int]()
+    for _ in range(CALLS):
+        if how != "plain":
+            torch.cuda.synchronize()
+        if how == "zeroed":
+            for storage in attention.storages():
+                if storage.dtype == torch.uint8:
+                    storage.zero_()
+        again = attention.decode(1, q, lengths).clone()
+        differ = (again != first).flatten(1).any(1).nonzero().flatten().tolist()
+        which.update(differ)
+        calls += bool(differ)
+        most = max(most, float((again.float() - first.float()).abs().max()))
+        error = max(error, float((again - want).abs().max()))
+    print(
+        f"{lanes} lanes of {tokens}, {how}: {calls} of {CALLS} differ, in lanes {sorted(which)}, by {most:.6f} or less; "
+        f"from float32 at most by {error:.6f}, of values up to {float(want.abs().max()):.3f}"
+    )
+
+
+@torch.inference_mode()
+def main() -> None:
+    torch.manual_seed(0)
+    for lanes in (8, 32, 64, 107, 128):
+        shape = CacheShape(2, 8, 128, torch.bfloat16, lanes, 2048)
+        with KVCacheManager(shape, open_driver("cuda:0"), 8 << 30) as cache:
+            attention = make_attention("auto", cache, HEADS)
+            kv = cache.layer(1)
+            assert isinstance(kv, FlatKV)
+            for tokens in (84, 2000):
+                for lane in range(lanes):
+                    cache.admit((tokens, lane), tokens)
+                    kv.k[lane, :tokens].normal_()
+                    kv.v[lane, :tokens].normal_()
+                for how in ("plain", "idle", "zeroed"):
+                    probe(attention, kv, lanes, tokens, how)
+                for lane in range(lanes):
+                    cache.release((tokens, lane))
+
+
+if __name__ == "__main__":
+    main()
