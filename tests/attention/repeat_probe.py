@@ -53,8 +53,8 @@ def probe(attention: Attention, kv: FlatKV, lanes: int, tokens: int, how: str) -
         most = max(most, float((again.float() - first.float()).abs().max()))
         error = max(error, float((again - want).abs().max()))
     print(
-        f"{lanes} lanes of {tokens}, {how}: {calls} of {CALLS} differ, in lanes {sorted(which)}, by {most:.6f} or less; "
-        f"from float32 at most by {error:.6f}, of values up to {float(want.abs().max()):.3f}"
+        f"{lanes} lanes of {tokens}, {how}: {calls} of {CALLS} differ, in {sorted(which)}, by {most:.6f} or less; from "
+        f"float32 by {error:.6f} or less, of values up to {float(want.abs().max()):.3f}"
     )
 
 
