@@ -44,7 +44,8 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.wrappers import CountingDriver
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PHASES = ("before", "during", "after")
 CALLS = ("create", "map", "set_access", "unmap", "release")
