@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from overread_probe import HEADS, reference
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
@@ -18,25 +18,13 @@ from trtllm_vattn.cache.base import CacheShape, FlatKV
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.vmm.open import open_driver
 
-HEADS, CALLS = 32, 100
-
-
-def reference(kv: FlatKV, q: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The same in float32, ``[lanes, heads, dim]``."""
-
-    def of(lane: int) -> torch.Tensor:
-        k, v = (
-            x[lane, :tokens].float().transpose(0, 1).repeat_interleave(HEADS // x.shape[2], 0) for x in (kv.k, kv.v)
-        )
-        return scaled_dot_product_attention(q[lane].float()[:, None], k, v)[:, 0]
-
-    return torch.stack([of(lane) for lane in range(len(q))])
+CALLS = 100
 
 
 def probe(attention: Attention, kv: FlatKV, lanes: int, tokens: int, how: str) -> None:
     q = torch.randn(lanes, HEADS, kv.k.shape[3], device=kv.k.device, dtype=kv.k.dtype)
     lengths = torch.full((lanes,), tokens, dtype=torch.int32, device=q.device)
-    want = reference(kv, q, tokens)
+    want = torch.cat([reference(q[lane, None], kv.k[lane, :tokens], kv.v[lane, :tokens]) for lane in range(lanes)])
     first = attention.decode(1, q, lengths).clone()
     error, most, calls, which = float((first - want).abs().max()), 0.0, 0, Counter[int]()
     for _ in range(CALLS):

@@ -17,7 +17,6 @@ from trtllm_vattn.bench.burst import Timer
 from trtllm_vattn.bench.faults import Life
 from trtllm_vattn.bench.ledger import LedgerDriver
 from trtllm_vattn.bench.serve import compared, densest
-from trtllm_vattn.bench.start import end_of_agreement
 from trtllm_vattn.bench.traces import Request
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -25,7 +24,6 @@ from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.runner import GraphRunner
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.request import TokenEvent
 
 HOST = ["--device", "cpu", "--model", "tiny-llama"]
 
@@ -66,18 +64,6 @@ def test_start_sizes_after_capturing(tmp_path: Path) -> None:
     held = [row["held_bytes"] for row in results["results"]["budgets"]]
     assert held[1] > 2 * held[0] > 0
     assert held[2] <= 4 << 20
-
-
-def test_free_runs_are_compared_up_to_a_tie() -> None:
-    def run(*tokens: int, margin: float = 0.1) -> list[TokenEvent]:
-        return [TokenEvent(0, token, margin=margin) for token in tokens]
-
-    assert end_of_agreement(run(1, 2, 3), run(1, 2, 3), 0.0) == "same"
-    assert end_of_agreement(run(1, 2, 3), run(1, 5, 9), 0.25) == "tie"
-    assert end_of_agreement(run(1, 2, 3), run(1, 5, 9), 0.1) == "mismatch"
-    assert end_of_agreement(run(1, 2, 3, margin=0.5), run(1, 5, 9), 0.25) == "mismatch"
-    with pytest.raises(ValueError, match="shorter"):
-        end_of_agreement(run(1, 2), run(1), 0.25)
 
 
 def test_policies_take_turns(tmp_path: Path) -> None:

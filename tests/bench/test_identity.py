@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from trtllm_vattn.bench.identity import compare
+from trtllm_vattn.bench.identity import RequestTokens, compare
 from trtllm_vattn.runtime.request import TokenEvent
 
 
@@ -29,3 +29,18 @@ def test_missing_tokens_and_requests_are_mismatches() -> None:
     assert compare(run(1, 2), {}, 0.1).mismatches == 2
     assert compare({}, run(1, 2), 0.1).mismatches == 2
     assert not compare({}, {}, 0.1).identical
+
+
+def test_free_runs_are_compared_up_to_what_differs_first() -> None:
+    def ends(reference: RequestTokens, other: RequestTokens, tolerance: float) -> tuple[int, int, int]:
+        found = compare(reference, other, tolerance, free=True)
+        return found.tokens, found.ties, found.mismatches
+
+    assert ends(run(1, 2, 3, margin=0.1), run(1, 2, 3), 0.0) == (3, 0, 0)
+    assert ends(run(1, 2, 3, margin=0.1), run(1, 5, 9), 0.25) == (2, 1, 0)
+    assert ends(run(1, 2, 3, margin=0.1), run(1, 5, 9), 0.1) == (2, 0, 1)
+    assert ends(run(1, 2, 3, margin=0.5), run(1, 5, 9), 0.25) == (2, 0, 1)
+    # Who parted at a tie may end sooner.
+    assert ends(run(1, 2, 3, margin=0.1), run(1, 5), 0.25) == (2, 1, 0)
+    assert ends(run(1, 2), run(1), 0.25) == (1, 0, 1)
+    assert ends(run(1, 2), {}, 0.25) == ends({}, run(1, 2), 0.25) == (0, 0, 2)

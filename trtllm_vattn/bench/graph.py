@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, fill_random, read_limit
-from trtllm_vattn.bench.flags import add_attention, as_config, device, dtype_of, non_negative, numbers, positive
+from trtllm_vattn.bench.flags import add_attention, add_device, as_config, dtype_of, non_negative, numbers, positive
 from trtllm_vattn.bench.identity import RequestTokens, compare
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_graph
@@ -40,14 +40,14 @@ MODES = ("eager", "captured")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `bench graph`. Defaults that depend on the machine are filled in by `settle`."""
+    """Flags of `bench graph`. Defaults that depend on the device are filled in by `settle`."""
     add = parser.add_argument
     add(
         "--model",
         help=f"checkpoint directory, or one of {', '.join(SHAPES)} (default: llama-3-8b, tiny without GPU)",
     )
     add("--engine", type=Path, help="an engine's folder (trtllm-vattn plugin build) in place of --model")
-    add("--device", type=device, help="cpu or cuda:N (default: the GPU if there is one)")
+    add_device(parser)
     add_attention(parser)
     add(
         "--caches",
@@ -91,8 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Fill in the defaults that depend on the machine."""
-    args.device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    """Fill in the defaults that depend on the device."""
     gpu = args.device != "cpu"
     defaults: dict[str, Any] = {
         "model": "llama-3-8b" if gpu else "tiny-llama",

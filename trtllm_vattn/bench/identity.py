@@ -28,16 +28,16 @@ class Identity:
         return self.tokens > 0 and self.mismatches == 0
 
 
-def compare(reference: RequestTokens, run: RequestTokens, tolerance: float) -> Identity:
+def compare(reference: RequestTokens, run: RequestTokens, tolerance: float, free: bool = False) -> Identity:
     """Compare token by token; requests or tokens that only one of them has are mismatches.
 
-    The reference's events need margins where `tolerance` is above 0.
+    The reference's events need margins where `tolerance` is above 0. In `free` runs each token follows from those
+    before, so what comes after a request's first that differs is not compared.
     """
     tokens = ties = mismatches = 0
     widest = 0.0
     for request in reference.keys() | run.keys():
         expected, got = reference.get(request, []), run.get(request, [])
-        mismatches += abs(len(expected) - len(got))
         for theirs, ours in zip(expected, got, strict=False):
             tokens += 1
             if theirs.token != ours.token:
@@ -46,4 +46,8 @@ def compare(reference: RequestTokens, run: RequestTokens, tolerance: float) -> I
                     widest = max(widest, theirs.margin)
                 else:
                     mismatches += 1
+                if free:
+                    break
+        else:
+            mismatches += abs(len(expected) - len(got))
     return Identity(tokens, ties, mismatches, widest)

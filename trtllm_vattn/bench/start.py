@@ -13,18 +13,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from time import perf_counter, time
 from typing import Any
 
 from trtllm_vattn.bench.flags import add_common, as_config, dtype_of, numbers, positive
+from trtllm_vattn.bench.identity import RequestTokens, compare
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import NoFreeSlot, OutOfPages, VattnError
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
-from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.vmm.open import open_driver
 
@@ -46,15 +45,6 @@ with Engine.from_pretrained(sys.argv[2], device=sys.argv[3], max_seqs=int(sys.ar
         "graphs": len(report.decode.seconds) + len(report.prefill.seconds), "budget_bytes": report.budget_bytes,
     }))
 """
-
-
-def end_of_agreement(reference: Sequence[TokenEvent], run: Sequence[TokenEvent], tolerance: float) -> str:
-    """How two free runs of one prompt compare: ``same``; or, where they first differ, ``tie`` if the reference's two
-    largest logits are closer than the tolerance there, else ``mismatch``. What follows a tie is not comparable."""
-    for theirs, ours in zip(reference, run, strict=True):
-        if theirs.token != ours.token:
-            return "tie" if theirs.margin is not None and theirs.margin < tolerance else "mismatch"
-    return "same"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,9 +131,9 @@ def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
             held = cache.stats().held_bytes
             # Room for the prompts, in memory that was somebody's before.
             cache.release(fillers.pop())
-            tokens = [_generated(engine, prompt) for prompt in ([1, 2, 3], [5] * 60)]
+            tokens = _generated(engine, [1, 2, 3], [5] * 60)
             want = want or tokens
-            ends = [end_of_agreement(*each, args.tie_tolerance) for each in zip(want, tokens, strict=True)]
+            identity = compare(want, tokens, args.tie_tolerance, free=True)
             now = [engine.decode.runner.graph(slots), *map(engine.prefill.runner.graph, engine.prefill.runner.buckets)]
             rows.append(
                 {
@@ -152,8 +142,8 @@ def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "fill_s": fill_s,
                     "sequences": len(fillers) + 1,
                     "held_bytes": held,
-                    "tokens_unchanged": "mismatch" not in ends,
-                    "ties": ends.count("tie"),
+                    "tokens_unchanged": identity.identical,
+                    "ties": identity.ties,
                     "captures": sum(a is not b for a, b in zip(captured, now, strict=True)),
                 }
             )
@@ -162,9 +152,13 @@ def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
         return rows
 
 
-def _generated(engine: Engine, prompt: list[int]) -> list[TokenEvent]:
-    engine.submit(prompt, SamplingParams(max_tokens=24))
-    return list(engine.run())
+def _generated(engine: Engine, *prompts: list[int]) -> RequestTokens:
+    """Tokens of prompts run one by one, numbered in their order."""
+    tokens: RequestTokens = {}
+    for number, prompt in enumerate(prompts):
+        engine.submit(prompt, SamplingParams(max_tokens=24))
+        tokens[number] = list(engine.run())
+    return tokens
 
 
 def _fill(cache: KVCacheManager, tokens: int) -> tuple[list[object], float]:

@@ -69,7 +69,8 @@ def _add(commands: argparse._SubParsersAction, name: str, text: str, module: str
     if name in arguments:
         loaded = importlib.import_module(module)
         # Known before the other flags are added, since their defaults depend on it.
-        command.set_defaults(device=_device_in(arguments))
+        if (device := _device_in(arguments)) is not None:
+            command.set_defaults(device=device)
         loaded.add_arguments(command)
         command.set_defaults(run=loaded.run)
 
