@@ -53,6 +53,11 @@ def test_multistep_compares_tokens_and_times_launches(tmp_path: Path, capsys: py
     assert "--context is 60, but 72 tokens are decoded before" in capsys.readouterr().err
 
 
+def test_graph_times_steps_on_a_gpu_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "graph", *HOST, "--batch-sizes", "1"]) == 2
+    assert "--batch-sizes times steps on a GPU and the device is the CPU" in capsys.readouterr().err
+
+
 def test_start_sizes_after_capturing(tmp_path: Path) -> None:
     report = tmp_path / "start.json"
     command = ["bench", "start", *HOST, "--budgets-mib", "4,12,4", "--output-json", str(report)]

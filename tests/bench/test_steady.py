@@ -11,11 +11,13 @@ import torch
 
 from trtllm_vattn.bench import graph, readme, steady
 from trtllm_vattn.bench.busy import Busy, covered, device_busy, work_of
+from trtllm_vattn.bench.prompts import time_prompts
 from trtllm_vattn.bench.steady import run_steady
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.sampling import SamplingParams
 
 
 def run_small(device: str = "cpu") -> list[dict[str, Any]]:
@@ -140,3 +142,21 @@ def test_a_captured_step_idles_less_than_an_eager_one() -> None:
     assert captured["device_busy_ms"] > 0
     assert captured["device_work_a_step"] > 10
     assert captured["idle_share"] < eager["idle_share"] < 1
+
+
+def test_short_prompts_are_timed_by_replay_and_by_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    cache = make_cache("vattn", shape_of(model, 1, 100), "cpu")
+    with Engine(model, cache, attention="torch", compile=False) as engine:
+        replayed: list[int] = []
+        replay = engine.prefill.runner.replay
+        monkeypatch.setattr(engine.prefill.runner, "replay", lambda size: replayed.append(size) or replay(size))
+        rows = time_prompts(engine, 3, 0)
+        assert [row["tokens"] for row in rows] == [min(size, 100) for size in engine.prefill.runner.buckets]
+        # As often as it was passed, and once to begin with.
+        assert replayed == [size for size in engine.prefill.runner.buckets for _ in range(4)]
+        assert {row[way]["count"] for row in rows for way in ("replay_ms", "pass_ms")} == {3}
+        assert engine.prefill.captured
+        assert engine.generate([[1, 2]], SamplingParams(max_tokens=2))[0].tokens
+    last = readme.prompts({"results": {"steady": {"prompts": rows}}}).splitlines()[-1]
+    assert last.split("|")[1].strip() == "100"

@@ -22,6 +22,7 @@ from trtllm_vattn.bench.flags import add_attention, add_device, as_config, dtype
 from trtllm_vattn.bench.identity import RequestTokens, compare
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_graph
+from trtllm_vattn.bench.prompts import time_prompts
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.steady import run_steady
 from trtllm_vattn.bench.traced import TracedRun, run_traced
@@ -34,6 +35,7 @@ from trtllm_vattn.plugins.session import EngineSession, LoadedEngine
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import SHAPES, load_model
+from trtllm_vattn.runtime.prefill import LONGEST_CAPTURED
 from trtllm_vattn.runtime.sampling import SamplingParams
 
 MODES = ("eager", "captured")
@@ -74,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--batch-sizes",
         type=numbers,
-        help="steady decode at these, 1,8,32,128 say (default: none without GPU)",
+        help="steady decode on a GPU at these (default: 1,8,32,128 with one)",
     )
     add("--context", type=positive, default=2048, help="tokens a sequence in steady decode")
     add("--rounds", type=positive, default=5, help="turns of each combination in steady decode")
@@ -106,6 +108,8 @@ def settle(args: argparse.Namespace) -> None:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.batch_sizes and not gpu:
+        raise ConfigError("--batch-sizes times steps on a GPU and the device is the CPU: leave it out, or give --device")
     args.caches = [name for name in args.caches.split(",") if name]
     unknown = set(args.caches) - set(CACHES)
     if unknown or not args.caches:
@@ -247,7 +251,14 @@ class GraphBenchmark:
         # Before and after, because the card's clocks move.
         whole["read_limit_bytes_per_s"] = max(limit, read_limit())
         whole["layers"] = [self._layout(g, batch) for batch in args.batch_sizes for g in args.sweep_layers]
+        whole["prompts"] = self._prompts() if self.loaded is None else []
         return whole
+
+    def _prompts(self) -> list[dict[str, Any]]:
+        """Short prompts by replays and by passes, in the last of the caches."""
+        cache = self.make(self.args.caches[-1], 1, min(2 * LONGEST_CAPTURED, self.args.max_seq_len))
+        with self.engine(cache, attention=self.args.attention) as engine:
+            return time_prompts(engine, self.args.rounds * self.args.steps, self.args.seed)
 
     def audit_launches(self) -> list[dict[str, Any]]:
         """Audits of what else a step becomes: one that draws tokens, several in a launch, and a loop."""

@@ -50,6 +50,15 @@ def batches(result: dict[str, Any]) -> str:
     return table([*header, "device idle, eager", "captured"], lines)
 
 
+def prompts(result: dict[str, Any]) -> str:
+    """Short prompts by a pass and by a replay."""
+    rows = []
+    for row in result["results"]["steady"]["prompts"]:
+        pair = row["pass_ms"], row["replay_ms"]
+        rows.append([str(row["tokens"]), *map(spread, pair), f"{pair[0]['p50'] / pair[1]['p50']:.1f}"])
+    return table(["prompt tokens", "pass, ms p50 / p99", "replay, ms p50 / p99", "pass / replay"], rows)
+
+
 def _over_rounds(values: list[float], digits: int) -> str:
     """The mean, with the least and the most where there was more than one round."""
     middle = f"{sum(values) / len(values):,.{digits}f}"
@@ -144,6 +153,7 @@ def figures(result: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "graph-steady": ("graph.json", steady),
     "graph-summary": ("graph.json", figures),
+    "graph-prompts": ("graph.json", prompts),
     "graph-batches": ("graph_batches.json", batches),
     "graph-small": ("graph_small.json", batches),
     "graph-layers": ("graph_plain.json", layers),

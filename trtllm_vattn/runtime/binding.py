@@ -8,11 +8,9 @@ compiled layer sees one opaque operation and nothing of the step, so it is compi
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -307,14 +305,6 @@ def forward(
     return logits
 
 
-@cache
-def _say_nothing_of_cublas_lt() -> None:
-    """torch says once in a process that choosing is experimental; a pass leaves the process's filters alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*experimental", UserWarning)
-        torch.backends.cuda.preferred_blas_library("cublaslt")
-
-
 @contextmanager
 def _products_by_cublas_lt(device: torch.device) -> Iterator[None]:
     """Matrix products are cuBLASLt's meanwhile; on the host nothing changes.
@@ -326,7 +316,6 @@ def _products_by_cublas_lt(device: torch.device) -> Iterator[None]:
         return
     before = torch.backends.cuda.preferred_blas_library()
     try:
-        _say_nothing_of_cublas_lt()
         torch.backends.cuda.preferred_blas_library("cublaslt")
         yield
     finally:
