@@ -136,19 +136,21 @@ def plot_tlb(result: dict[str, Any], path: Path) -> None:
         axis.set_title(f"random reads of {size:,} bytes")
     for axis in axes.flat:
         axis.set_visible(bool(axis.lines))
+    if attention:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     _save(figure, result, path)
 
 
 def _by_working_set(axis: Any, rows: list[dict[str, Any]]) -> None:
     """A line a system."""
-    for system in dict.fromkeys(row["system"] for row in rows):
+    colours = _pyplot().get_cmap("tab20")
+    for number, system in enumerate(dict.fromkeys(row["system"] for row in rows)):
         found = sorted((row["working_set_gb"], row["gb_per_s"]) for row in rows if row["system"] == system)
         dashed = "--" if system.startswith("blocks") else "-"
-        axis.plot(*zip(*found, strict=True), dashed, marker=".", linewidth=0.9, label=system)
+        axis.plot(*zip(*found, strict=True), dashed, marker=".", linewidth=0.9, label=system, color=colours(number))
     axis.set_xlabel("working set, GB")
     axis.set_ylabel("GB/s")
     axis.set_ylim(bottom=0)
-    axis.legend(fontsize=7, loc="lower left")
 
 
 def _grouped(

@@ -44,7 +44,9 @@ def batches(result: dict[str, Any]) -> str:
         eager, captured = found["eager", batch], found["captured", batch]
         steps = [eager["step_ms"], captured["step_ms"]]
         gain = f"{steps[0]['p50'] / steps[1]['p50']:.1f}"
-        idle = ["-" if row["idle_share"] is None else f"{row['idle_share']:.0%}" for row in (eager, captured)]
+        # A little below nothing is nothing, without a sign.
+        shares = [row["idle_share"] for row in (eager, captured)]
+        idle = ["-" if share is None else f"{round(share, 2) + 0:.0%}" for share in shares]
         lines.append([str(batch), *map(spread, steps), gain, *idle])
     header = ["sequences", "eager, ms p50 / p99", "captured, ms p50 / p99", "eager / captured"]
     return table([*header, "device idle, eager", "captured"], lines)
@@ -133,10 +135,15 @@ def attention(result: dict[str, Any]) -> str:
 
 
 def bandwidths(result: dict[str, Any]) -> str:
-    """Decode attention by working set and order of pages, with the least and the most that was seen."""
-    rows = [row for row in result["results"]["attention"] if "refused" not in row]
+    """Decode attention in the largest working set of each context, with the least and the most that was seen."""
+    rows = result["results"]["attention"]
+    largest: dict[int, float] = {}
+    for row in rows:
+        largest[row["context"]] = max(row["working_set_gb"], largest.get(row["context"], 0))
     cells = {}
     for row in rows:
+        if row["working_set_gb"] < largest[row["context"]]:
+            continue
         middle, least, most = (f"{row['bytes_per_s'][name] / 1e9:,.0f}" for name in ("p50", "min", "max"))
         point = f"{row['sequences']} x {row['context']}, {row['working_set_gb']:.0f} GB"
         cells[point, row["system"]] = f"{middle} ({least} to {most})"
@@ -163,7 +170,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "multistep": ("multistep.json", figures),
     "burst": ("burst.json", figures),
     "tlb": ("tlb.json", figures),
-    "tlb-long": ("tlb_long.json", bandwidths),
+    "tlb-largest": ("tlb.json", bandwidths),
     "serve": ("serve.json", serve),
     "serve-burst": ("serve_burst.json", serve),
     "serve-azure": ("serve_azure.json", serve),

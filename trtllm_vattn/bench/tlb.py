@@ -74,18 +74,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[1, 8, 32] if gpu else [1, 4],
         help="layouts; the last in all orders",
     )
-    add("--contexts", type=numbers, default=[2048, 131072] if gpu else [100], help="tokens a sequence")
+    add("--contexts", type=numbers, default=[2048, 16384, 131072] if gpu else [100], help="tokens a sequence")
     add(
         "--working-sets-gb",
         type=amounts,
-        default=[1, 16, 110, 64] if gpu else [5e-4],
+        default=[1, 16, 32, 64, 110, 130] if gpu else [5e-4],
         help="of K and V; a GB is 1e9 bytes",
     )
     add("--blocks", type=numbers, default=[16, 64] if gpu else [16], help="tokens a block of the block tables")
     add("--read-bytes", type=numbers, default=[512, 4096, 32768], help="sizes of plain random reads")
     add("--churn", type=non_negative, default=10, help="sequences a slot that come and go before 'after churn'")
     add("--repeats", type=positive, default=5)
-    add("--most-seconds", type=amount, default=150.0, help="what would begin later is left out")
+    add("--most-seconds", type=amount, default=600.0, help="what would begin later is left out")
     add("--seed", type=int, default=0)
     add("--output-json", type=Path, help="write all results there")
     add("--plot", type=Path, help="write a PNG there")
