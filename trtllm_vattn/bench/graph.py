@@ -109,7 +109,7 @@ def settle(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.batch_sizes and not gpu:
-        raise ConfigError("--batch-sizes times steps on a GPU and the device is the CPU: leave it out, or give --device")
+        raise ConfigError("--batch-sizes times steps on a GPU and the device is the CPU: leave it out or give --device")
     args.caches = [name for name in args.caches.split(",") if name]
     unknown = set(args.caches) - set(CACHES)
     if unknown or not args.caches:
