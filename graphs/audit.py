@@ -46,14 +46,17 @@ SMALLEST_UPPER = 1 << 12
 upper four bytes are too large for that."""
 
 
-UNTIDY = (
-    "index_elementwise_kernel",
-    "scatter_gather_elementwise_kernel",
-    "reduce_kernel",
-    "native18elementwise_kernel",
-)
-"""Kernels of PyTorch, by a part of their names, that are given room for the strides of 25 dimensions in one structure
-(OffsetCalculator.cuh). It is filled as far as there are dimensions; the rest is what lay on the stack."""
+UNTIDY = {
+    "index_elementwise_kernel": 0,
+    "scatter_gather_elementwise_kernel": 0,
+    "reduce_kernel": 0,
+    "native18elementwise_kernel": 0,
+    "CatArrayBatchedCopy": 16,
+}
+"""Kernels of PyTorch, by a part of their names, that are given more room than they use: for the strides of 25
+dimensions (OffsetCalculator.cuh), or for addresses, sizes and strides of many tensors that are joined (Shape.cu). It is
+filled as far as there are dimensions or tensors; the rest is what lay on the stack. With each the bytes at the start of
+its first two parameters that are always filled: of those that join, where the result goes and two of the tensors."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ _OF_KERNELS = (
     "addresses that a kernel reads from memory (arrays of pointers) are not among its parameters",
     "an address that is not a multiple of 8 bytes into its parameter is not looked for",
     "a foreign address below 16 TiB that is not where an allocation begins passes for a number",
-    "PyTorch's kernels over strided tensors have parameters with unused parts; foreign addresses there are lookalikes",
+    "PyTorch's kernels that join or stride have parameters with unused parts; foreign addresses there are lookalikes",
 )
 
 
@@ -200,7 +203,7 @@ def audit(
             else:
                 starts = word.value == allocation.base or word.value in blocks
                 certain = starts or word.value >> 32 >= SMALLEST_UPPER
-                certain &= not any(untidy in node.name for untidy in UNTIDY)
+                certain &= _filled(node, word)
                 findings.append(_finding(index, node, word, allocation, certain, name))
     opaque = tuple((index, node.name, part) for index, node in enumerate(nodes) for part in node.opaque)
     return AuditReport(
@@ -212,6 +215,14 @@ def audit(
         lookalikes=tuple(finding for finding in findings if not finding.certain),
         opaque=opaque,
     )
+
+
+def _filled(node: Node, word: Word) -> bool:
+    """Whether a word of a parameter was given a value for sure."""
+    for untidy, filled in UNTIDY.items():
+        if untidy in node.name:
+            return word.parameter < 2 and word.offset < filled
+    return True
 
 
 def _finding(index: int, node: Node, word: Word, allocation: Allocation, certain: bool, graph: str) -> Finding:

@@ -102,6 +102,15 @@ def test_what_lay_on_the_stack_is_no_finding() -> None:
     assert any("unused parts" in sentence for sentence in found.unseen)
 
 
+def test_where_tensors_are_joined_the_output_and_two_inputs_are_looked_at() -> None:
+    name = "_ZN2at6native40_GLOBAL__N__0f1a8107_8_Shape_cu_49f7391c19CatArrayBatchedCopyINS1_10OpaqueTypeILj2EEEjLi4E"
+    kernels = [Kernel(name, [word(KV), word(KV, KV, 0, STRANGE), word(STRANGE)])]
+    kernels += [Kernel(name, parameters) for parameters in ([word(STRANGE)], [word(KV), word(KV, STRANGE)])]
+    found = report(*kernels)
+    assert [(f.node, f.parameter, f.offset) for f in found.findings] == [(1, 0, 0), (2, 1, 8)]
+    assert [(f.node, f.parameter, f.offset) for f in found.lookalikes] == [(0, 1, 24), (0, 2, 0)]
+
+
 def test_copies_and_fills_are_looked_at_too() -> None:
     copy = SimpleNamespace(
         srcMemoryType=HOST, srcHost=STRANGE + (1 << 20), srcDevice=0, dstMemoryType=DEVICE, dstDevice=KV, dstHost=0
