@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from trtllm_vattn.bench.burst import Timer
 from trtllm_vattn.bench.faults import Life
 from trtllm_vattn.bench.ledger import LedgerDriver
 from trtllm_vattn.bench.serve import compared, densest
+from trtllm_vattn.bench.timer import Clock, Timer
 from trtllm_vattn.bench.traces import Request
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -204,6 +204,25 @@ def test_a_call_is_timed_without_what_was_submitted_before_it(device: str) -> No
     few, many = timer.take()
     assert 0 < few < many / 3
     assert timer.take() == []
+
+
+def test_on_the_host_no_clock_is_looked_at() -> None:
+    clock = Clock(torch.device("cpu"))
+    assert clock.before(len)([1, 2]) == 2
+    assert clock.take() == []
+
+
+@pytest.mark.gpu
+def test_a_gpus_clock_is_looked_at_before_each_call() -> None:
+    clock = Clock(torch.device("cuda:0"))
+    behind = clock.before(lambda times: [torch.cuda._sleep(1000) for _ in range(times)])
+    for _ in range(20):
+        behind(3)
+    seen = clock.take()
+    assert len(seen) == 20
+    # Slower than the fastest that a GPU is sold with, faster than any that is at work.
+    assert all(200 < mhz < 3500 for mhz in seen[1:])
+    assert clock.take() == []
 
 
 def test_a_plot_of_no_bursts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

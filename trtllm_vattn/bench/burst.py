@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from trtllm_vattn.bench.plot import plot_burst
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.serve import densest
 from trtllm_vattn.bench.steady import fill
+from trtllm_vattn.bench.timer import Clock, Timer
 from trtllm_vattn.bench.traces import load_trace
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -43,9 +44,6 @@ from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.wrappers import CountingDriver
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 PHASES = ("before", "during", "after")
 CALLS = ("create", "map", "set_access", "unmap", "release")
@@ -134,42 +132,6 @@ def _arrivals(args: argparse.Namespace) -> tuple[list[int], float]:
     return [request.prompt_tokens for request in found], found[-1].arrival_s - found[0].arrival_s
 
 
-class Timer:
-    """Times calls, each without what was submitted before: on a GPU from event to event, on the host by its clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._milliseconds: list[float] = []
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def timed(self, call: Callable[P, T]) -> Callable[P, T]:
-        """The same, timed."""
-
-        def by_clock(*arguments: P.args, **options: P.kwargs) -> T:
-            started = perf_counter()
-            done = call(*arguments, **options)
-            self._milliseconds.append(1e3 * (perf_counter() - started))
-            return done
-
-        def by_events(*arguments: P.args, **options: P.kwargs) -> T:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            done = call(*arguments, **options)
-            end.record()
-            self._events.append((start, end))
-            return done
-
-        return by_clock if self.device.type == "cpu" else by_events
-
-    def take(self) -> list[float]:
-        """Milliseconds of the calls since the last time."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        taken = self._milliseconds + [start.elapsed_time(end) for start, end in self._events]
-        self._milliseconds, self._events = [], []
-        return taken
-
-
 @torch.inference_mode()
 def _burst(
     model: PreTrainedModel,
@@ -190,12 +152,12 @@ def _burst(
         engine = Engine(model, cache, attention=args.attention, buckets=[args.running], chunk=max(2048, start))
         closing.callback(engine.close)
         fill(engine, args.running, start, most, args.seed)
-        launches, passes = Timer(cache.device), Timer(cache.device)
-        engine.decode.launch = launches.timed(engine.decode.launch)  # type: ignore[method-assign]
-        phases = {}
+        launches, passes, clock = Timer(cache.device), Timer(cache.device), Clock(cache.device)
+        engine.decode.launch = clock.before(launches.timed(engine.decode.launch))  # type: ignore[method-assign]
+        phases, clocks = {}, {}
         for _ in range(args.steps):
             engine.step()
-        phases["before"] = launches.take()
+        phases["before"], clocks["before"] = launches.take(), clock.take()
         _restock(cache, prompts if warm else [])
 
         random = np.random.default_rng(args.seed)
@@ -218,16 +180,17 @@ def _burst(
             put_in(slot, length)
             # Launched while the device still computes the prompt, as in serving: launching is no part of its time.
             engine.step()
-        phases["during"], prefill = launches.take(), passes.take()
+        phases["during"], clocks["during"], prefill = launches.take(), clock.take(), passes.take()
         for number in range(len(prompts)):
             cache.release(("burst", number))
         for _ in range(args.steps):
             engine.step()
-        phases["after"] = launches.take()
+        phases["after"], clocks["after"] = launches.take(), clock.take()
         stats = cache.stats()
     return {
         "step_ms": {phase: summarise(phases[phase]) for phase in PHASES},
         "steps": phases,
+        "sm_mhz": {phase: summarise(clocks[phase]) for phase in PHASES if clocks[phase]},
         "prefill_ms": summarise(prefill),
         "window_ms": 1e3 * window_s,
         "driver_ms": spent,
@@ -339,6 +302,9 @@ def _summary(bursts: list[dict[str, Any]], prefix: str) -> dict[str, float]:
         "window_ms_cold": window["vattn, cold"],
         "window_ms_published": window["published"],
     }
+    for phase in PHASES:
+        if seen := [row["sm_mhz"][phase]["p50"] for row in by["vattn, warm stock"] if row["sm_mhz"]]:
+            found[f"sm_mhz_{phase}"] = median(seen)
     return {f"{prefix}{name}": value for name, value in found.items()}
 
 
