@@ -126,7 +126,7 @@ def test_fragmentation_is_counted_by_the_caches_own_books(tmp_path: Path) -> Non
     # What a sequence found parked is given back beside the next steps.
     bimodal = {row["system"]: row for row in results if row["mix"] == "bimodal"}
     assert bimodal["vattn"]["waste_with_surplus"] <= bimodal["vattn"]["waste"] + 0.01
-    assert bimodal["vattn, 16 layers a row"]["waste_with_surplus"] < bimodal["vattn"]["waste_with_surplus"]
+    assert bimodal["vattn, 8 layers a row"]["waste_with_surplus"] > bimodal["vattn"]["waste_with_surplus"]
     rows = {row["system"]: row for row in results if row["mix"] == "generated"}
     assert rows["token"]["waste"] == 0
     assert rows["paged"]["waste"] < rows["paged-64"]["waste"] < rows["contiguous"]["waste"]

@@ -36,9 +36,9 @@ def test_every_divisor_is_a_layout(g: int) -> None:
     assert layout(layers_per_range=g).num_ranges * g == 8
 
 
-def test_the_default_row_is_at_most_32_kib() -> None:
-    assert default_layers_per_range(32, 4096) == 8  # Llama-3-8B in bf16
-    assert default_layers_per_range(36, 4096) == 6
+def test_the_default_row_is_at_most_64_kib() -> None:
+    assert default_layers_per_range(32, 4096) == 16  # Llama-3-8B in bf16
+    assert default_layers_per_range(36, 4096) == 12
     assert default_layers_per_range(4, 100) == 4
     assert default_layers_per_range(80, 1 << 20) == 1
 

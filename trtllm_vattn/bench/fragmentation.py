@@ -46,9 +46,9 @@ SYSTEMS: dict[str, Make] = {
     "published": lambda shape, budget: PublishedVattention(shape, LedgerDriver(), budget),
     "vattn": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget),
     "vattn, no lookahead": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, lookahead=0),
-    "vattn, 16 layers a row": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, 16),
-    "vattn, 16 layers a row, no lookahead": lambda shape, budget: KVCacheManager(
-        shape, LedgerDriver(), budget, 16, lookahead=0
+    "vattn, 8 layers a row": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, 8),
+    "vattn, 8 layers a row, no lookahead": lambda shape, budget: KVCacheManager(
+        shape, LedgerDriver(), budget, 8, lookahead=0
     ),
     "vattn, all layers a row": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, shape.num_layers),
     "vattn, all layers a row, no lookahead": lambda shape, budget: KVCacheManager(

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--layers-per-range",
         type=positive,
-        help="layers that share a token's row in the vattn cache (default: rows of 32 KiB)",
+        help="layers that share a token's row in the vattn cache (default: rows of 64 KiB)",
     )
     add(
         "--sweep-layers", type=numbers, default=[], help="measure attention alone at these layers_per_range too: 1,8,32"

@@ -163,7 +163,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "graph-prompts": ("graph.json", prompts),
     "graph-batches": ("graph_batches.json", batches),
     "graph-small": ("graph_small.json", batches),
-    "graph-layers": ("graph_plain.json", layers),
+    "graph-layers": ("graph_rows_8.json", layers),
     "soak": ("soak.json", figures),
     "start": ("start.json", figures),
     "policy": ("policy.json", policies),

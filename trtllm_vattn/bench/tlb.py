@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--layers-per-range",
         type=numbers,
-        default=[1, 8, 32] if gpu else [1, 4],
+        default=[1, 8, 16, 32] if gpu else [1, 4],
         help="layouts; the last in all orders",
     )
     add("--contexts", type=numbers, default=[2048, 16384, 131072] if gpu else [100], help="tokens a sequence")

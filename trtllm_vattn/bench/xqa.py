@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu, add = add_common(parser), parser.add_argument
     add("--attention", default="xqa", choices=["xqa", "xqa-fmha"], help="compared with flat attention")
     add("--tokens-per-block", type=positive, default=32, choices=BLOCK_SIZES, help="tokens of a block")
-    add("--layers-per-range", type=positive, help="layers of a block's record (default: rows of 32 KiB)")
+    add("--layers-per-range", type=positive, help="layers of a block's record (default: rows of 64 KiB)")
     add("--batch-sizes", type=numbers, default=[1, 8, 32, 128] if gpu else [2], help="sequences of steady decode")
     add("--context", type=positive, default=2048 if gpu else 64, help="tokens a sequence")
     add("--rounds", type=positive, default=5 if gpu else 1, help="turns of each table")

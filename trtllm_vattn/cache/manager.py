@@ -44,7 +44,7 @@ class KVCacheManager(SlottedCache):
         graphs over. `set_budget` changes it.
     layers_per_range : int or None
         Layers that share a token's row; more of them make a page hold fewer tokens. None is as many as make a row of
-        32 KiB, 8 for Llama-3-8B.
+        64 KiB, 16 for Llama-3-8B.
     lookahead : int or None
         Tokens that `map_ahead` keeps mapped past a sequence's length; 0 maps each token in its own step. None is as
         many as the measured times of steps and mappings ask for (memory/pace.py).

@@ -16,9 +16,9 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-LONGEST_ROW = 32 << 10
-"""Bytes of a token's row by default. Longer rows hold fewer tokens a page, so less is mapped ahead; but on the H200
-attention read rows of 128 KiB 3 to 7 % slower than rows of 4 KiB, and rows of 32 KiB 1 to 3 % slower (README)."""
+LONGEST_ROW = 64 << 10
+"""Bytes of a token's row by default. Longer rows hold fewer tokens a page, so less is mapped ahead, by fewer calls; but
+on the H200 a step over rows of 128 KiB took up to 3 % longer, over rows of 32 or 64 KiB 1 % at most (README)."""
 
 
 def default_layers_per_range(num_layers: int, layer_token_bytes: int) -> int:
