@@ -164,9 +164,9 @@ class KVCacheManager(SlottedCache):
         """Slots below this are worth taking: a lane is a slot, so that adopting one beyond the current bucket would
         replay a larger graph than is needed. Raises NoFreeSlot where none is."""
         self.arena.settle()
-        if not self.arena.free_slots():
+        if not (free := self.arena.free_slots()):
             self.arena.settle(wait=True)
-        free = self.arena.free_slots()
+            free = self.arena.free_slots()
         if not free:
             raise NoFreeSlot(
                 f"no slot is usable: {self.shape.num_slots - len(self._slot_of)} are retired after a driver call "
