@@ -14,7 +14,7 @@ from time import monotonic
 from trtllm_vattn.errors import ConfigError, DriverError
 from trtllm_vattn.memory.arena import Arena
 from trtllm_vattn.memory.reclaim import make_available
-from trtllm_vattn.memory.slot import SlotState
+from trtllm_vattn.memory.slot import RUNNING
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation, RollbackFailed
 
@@ -159,7 +159,7 @@ def _alias(arena: Arena, columns: Columns, target: int, undo: ExitStack) -> Colu
 
 def _settle_in(arena: Arena, target: int, columns: Columns, mapped: int) -> None:
     arena.slots[target].columns = columns
-    arena.slots[target].state, arena.slots[target].since = SlotState.RUNNING, monotonic()
+    arena.slots[target].state, arena.slots[target].since = RUNNING, monotonic()
     arena.set_mapped(target, mapped)
 
 
