@@ -155,9 +155,13 @@ def _burst(
         launches, passes, clock = Timer(cache.device), Timer(cache.device), Clock(cache.device)
         engine.decode.launch = clock.before(launches.timed(engine.decode.launch))  # type: ignore[method-assign]
         phases, clocks = {}, {}
+
+        def end(phase: str) -> None:
+            phases[phase], clocks[phase] = launches.take(), clock.take()
+
         for _ in range(args.steps):
             engine.step()
-        phases["before"], clocks["before"] = launches.take(), clock.take()
+        end("before")
         _restock(cache, prompts if warm else [])
 
         random = np.random.default_rng(args.seed)
@@ -180,12 +184,13 @@ def _burst(
             put_in(slot, length)
             # Launched while the device still computes the prompt, as in serving: launching is no part of its time.
             engine.step()
-        phases["during"], clocks["during"], prefill = launches.take(), clock.take(), passes.take()
+        end("during")
+        prefill = passes.take()
         for number in range(len(prompts)):
             cache.release(("burst", number))
         for _ in range(args.steps):
             engine.step()
-        phases["after"], clocks["after"] = launches.take(), clock.take()
+        end("after")
         stats = cache.stats()
     return {
         "step_ms": {phase: summarise(phases[phase]) for phase in PHASES},

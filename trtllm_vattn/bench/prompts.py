@@ -40,11 +40,11 @@ def time_prompts(engine: Engine, repeats: int, seed: int) -> list[dict[str, Any]
             ids = random.integers(0, engine.model.config.get_text_config().vocab_size, length).tolist()
             chunk = PromptChunk(slot, ids, 0)
             took: dict[bool, list[float]] = {True: [], False: []}
-            for number in range(repeats + 1):
-                for captured in (True, False):
-                    milliseconds = once(chunk, captured)
-                    # The first of each may have to plan and allocate.
-                    took[captured] += [milliseconds] if number else []
+            for captured in took:
+                once(chunk, captured)  # The first of each may have to plan and allocate.
+            for _ in range(repeats):
+                for captured, milliseconds in took.items():
+                    milliseconds.append(once(chunk, captured))
             rows.append({"tokens": length, "replay_ms": summarise(took[True]), "pass_ms": summarise(took[False])})
     finally:
         prefill.captured = True
