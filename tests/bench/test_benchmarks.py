@@ -168,6 +168,13 @@ def test_a_burst_is_mapped_by_few_calls_and_from_stock(tmp_path: Path) -> None:
     assert rows["vattn, warm stock"]["driver_calls"]["create"] == 0 < rows["vattn, cold"]["driver_calls"]["create"]
     assert rows["published"]["mappings"] > 8 * rows["vattn, cold"]["mappings"]
     assert rows["page by page"]["driver_calls"]["set_access"] == rows["page by page"]["mappings"]
+    # One maps nothing and shows what prompts alone do to steps; a trace's prompts are too uneven for it.
+    still = rows["contiguous"]
+    assert still["mappings"] == still["map_ms"] == 0
+    assert len(still["steps"]["during"]) == len(rows["vattn, cold"]["steps"]["during"])
+    during = [rows[name]["step_ms"]["during"]["p99"] for name in ("vattn, warm stock", "contiguous")]
+    assert report["summary"]["during_p99_over_contiguous"] == during[0] / during[1]
+    assert report["summary"]["p99_ratio_contiguous"] > 0
     assert [len(rows["vattn, cold"]["steps"][phase]) for phase in ("before", "during", "after")] >= [4, 3, 4]
     summary = report["summary"]
     assert summary["critical_path_maps_steady"] == 0
@@ -179,6 +186,7 @@ def test_a_burst_is_mapped_by_few_calls_and_from_stock(tmp_path: Path) -> None:
     assert report["results"]["trace_prompts"] == {"span_s": 0.5, "tokens": [70, 40, 20]}
     theirs = {row["variant"]: row for row in report["results"]["trace_bursts"]}
     assert theirs["vattn, warm stock"]["driver_calls"]["create"] == 0 < theirs["vattn, cold"]["driver_calls"]["create"]
+    assert "contiguous" not in theirs
     assert summary["trace_burst_map_ms"] > 0 < summary["trace_window_ms"]
 
 

@@ -2,9 +2,9 @@
 
 Some sequences decode; then all prompts are admitted at once, which maps their memory, and go in one a step between
 decode steps; then the others decode on alone. Decode steps are timed on the device, prompts apart from them. The same
-burst meets our cache with and without extents created ahead, our layout backed by one page after another, and
-vAttention as published. With a trace, the most arrivals in the shortest time are another burst, of the prompts' own
-lengths.
+burst meets our cache with and without extents created ahead, our layout backed by one page after another, vAttention as
+published, and a cache that maps nothing, which shows what of a longer step is the prompts' own doing. With a trace, the
+most arrivals in the shortest time are another burst, of the prompts' own lengths.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from trtllm_vattn.bench.serve import densest
 from trtllm_vattn.bench.steady import fill
 from trtllm_vattn.bench.timer import Clock, Timer
 from trtllm_vattn.bench.traces import load_trace
-from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.contiguous import ContiguousCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.published import PublishedVattention
 from trtllm_vattn.errors import ConfigError
@@ -56,12 +57,15 @@ class PageByPage(KVCacheManager):
     one_by_one: ClassVar[bool] = True
 
 
-VARIANTS: dict[str, tuple[Callable[[CacheShape, CountingDriver, int], KVCacheManager], bool]] = {
+VARIANTS: dict[str, tuple[Callable[[CacheShape, CountingDriver, int], KVCache], bool]] = {
     "vattn, warm stock": (KVCacheManager, True),
     "vattn, cold": (KVCacheManager, False),
     "page by page": (PageByPage, False),
     "published": (PublishedVattention, False),
+    "contiguous": (lambda shape, driver, budget: ContiguousCache(shape, driver.device), False),
 }
+# For a trace's prompts the cache that reserves the longest for everyone would take more than a card has.
+OF_TRACE = tuple(name for name in VARIANTS if name != "contiguous")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         kind: [
             {"variant": name, "round": number, **_burst(model, args, prompts, *VARIANTS[name])}
             for number in range(args.rounds)
-            for name in VARIANTS
+            for name in (VARIANTS if kind == "equal" else OF_TRACE)
         ]
         for kind, prompts in kinds.items()
     }
@@ -137,7 +141,7 @@ def _burst(
     model: PreTrainedModel,
     args: argparse.Namespace,
     prompts: list[int],
-    make: Callable[[CacheShape, CountingDriver, int], KVCacheManager],
+    make: Callable[[CacheShape, CountingDriver, int], KVCache],
     warm: bool,
 ) -> dict[str, Any]:
     """A burst of prompts of so many tokens; milliseconds of decode steps by phase, and of the burst's driver calls."""
@@ -162,7 +166,8 @@ def _burst(
         for _ in range(args.steps):
             engine.step()
         end("before")
-        _restock(cache, prompts if warm else [])
+        if isinstance(cache, KVCacheManager):
+            _restock(cache, prompts if warm else [])
 
         random = np.random.default_rng(args.seed)
         prompt = random.integers(0, model.config.get_text_config().vocab_size, max(prompts)).tolist()
@@ -287,7 +292,7 @@ def prepare_step_us(steps: int, sequences: int = 256) -> dict[str, Any]:
 
 def _summary(bursts: list[dict[str, Any]], prefix: str) -> dict[str, float]:
     """Each way of mapping a burst by its worst step, its driver calls, and how long admitting all of it took."""
-    by = {name: [row for row in bursts if row["variant"] == name] for name in VARIANTS}
+    by = {name: rows for name in VARIANTS if (rows := [row for row in bursts if row["variant"] == name])}
     ratios = {
         name: max(row["step_ms"]["during"]["p99"] / row["step_ms"]["before"]["p99"] for row in rows)
         for name, rows in by.items()
@@ -307,6 +312,12 @@ def _summary(bursts: list[dict[str, Any]], prefix: str) -> dict[str, float]:
         "window_ms_cold": window["vattn, cold"],
         "window_ms_published": window["published"],
     }
+    if still := by.get("contiguous"):
+        found["p99_ratio_contiguous"] = ratios["contiguous"]
+        found["during_p99_over_contiguous"] = median(
+            ours["step_ms"]["during"]["p99"] / theirs["step_ms"]["during"]["p99"]
+            for ours, theirs in zip(by["vattn, warm stock"], still, strict=True)
+        )
     for phase in PHASES:
         if seen := [row["sm_mhz"][phase]["p50"] for row in by["vattn, warm stock"] if row["sm_mhz"]]:
             found[f"sm_mhz_{phase}"] = median(seen)

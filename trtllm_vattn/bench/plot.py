@@ -59,10 +59,11 @@ def plot_burst(result: dict[str, Any], path: Path) -> None:
     steps.set_xlabel("decode step; the burst goes in between the dotted lines")
     steps.set_ylabel("decode step, ms on the device")
     steps.legend(fontsize=8)
-    bottom = [0.0] * len(first)
+    mapped = [row for row in first if row["mappings"]]
+    bottom = [0.0] * len(mapped)
     for call in ("create", "map", "set_access"):
-        values = [row["driver_ms"][call] for row in first]
-        spent.bar([row["variant"] for row in first], values, bottom=bottom, label=call)
+        values = [row["driver_ms"][call] for row in mapped]
+        spent.bar([row["variant"] for row in mapped], values, bottom=bottom, label=call)
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
     spent.set_ylabel("driver calls of the burst, ms")
     spent.set_yscale("log")
