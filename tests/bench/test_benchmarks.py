@@ -374,22 +374,3 @@ def test_a_life_that_hangs_is_told_by_its_operation(
     for thread in threading.enumerate():
         if thread.name == "vattn-life":
             thread.join(60)
-
-
-def test_xqa_over_affine_tables(tmp_path: Path) -> None:
-    report = tmp_path / "xqa.json"
-    command = ["bench", "xqa", *HOST, "--attention", "xqa-fmha", "--batch-sizes", "2", "--output-json", str(report)]
-    assert main(command) == 0
-    results = json.loads(report.read_text())
-    summary = results["summary"]
-    assert summary["tokens_identical"] is True
-    assert summary["tokens_compared"] > 20
-    assert summary["replays"] == 40
-    assert summary["remaps"] > 0
-    assert (summary["graphs_captured"], summary["wrong_replays"], summary["replays_of_other_bits"]) == (1, 0, 0)
-    assert 0 < summary["table_host_us"] <= summary["table_host_us_p99"]
-    assert summary["table_host_us"] < summary["table_host_changed_us"]
-    assert summary["affine_over_random_step_ratio"] > 0
-    assert summary["prefill_us_a_layer_xqa"] > 0
-    assert summary["prefill_us_a_layer_xqa-fmha"] > 0
-    assert [row["table"] for row in results["results"]["steady"]] == ["affine", "random"]

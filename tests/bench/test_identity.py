@@ -22,6 +22,9 @@ def test_a_difference_beyond_it_is_a_mismatch() -> None:
     for reference in (run(1, 2, 3, margin=0.1), run(1, 2, 3, margin=None)):
         found = compare(reference, run(1, 9, 3), 0.1)
         assert (found.ties, found.mismatches, found.identical) == (0, 1, False)
+    margins = [TokenEvent(0, 1, None, margin) for margin in (0.4, 0.6, 0.05, 0.9)]
+    found = compare({0: margins}, run(2, 2, 2, 1), 0.1)
+    assert (found.ties, found.mismatches, found.widest_tie, found.widest_mismatch) == (1, 2, 0.05, 0.6)
 
 
 def test_missing_tokens_and_requests_are_mismatches() -> None:

@@ -15,13 +15,14 @@ class Identity:
     """How a run's tokens compare with the reference's.
 
     `ties` differ where the reference's two largest logits are closer than the tolerance, the widest of them by
-    `widest_tie`; `mismatches` differ elsewhere.
+    `widest_tie`; `mismatches` differ elsewhere, at logits up to `widest_mismatch` apart.
     """
 
     tokens: int
     ties: int
     mismatches: int
     widest_tie: float
+    widest_mismatch: float = 0.0
 
     @property
     def identical(self) -> bool:
@@ -35,7 +36,7 @@ def compare(reference: RequestTokens, run: RequestTokens, tolerance: float, free
     before, so what comes after a request's first that differs is not compared.
     """
     tokens = ties = mismatches = 0
-    widest = 0.0
+    widest = wider = 0.0
     for request in reference.keys() | run.keys():
         expected, got = reference.get(request, []), run.get(request, [])
         for theirs, ours in zip(expected, got, strict=False):
@@ -46,8 +47,9 @@ def compare(reference: RequestTokens, run: RequestTokens, tolerance: float, free
                     widest = max(widest, theirs.margin)
                 else:
                     mismatches += 1
+                    wider = max(wider, theirs.margin or 0.0)
                 if free:
                     break
         else:
             mismatches += abs(len(expected) - len(got))
-    return Identity(tokens, ties, mismatches, widest)
+    return Identity(tokens, ties, mismatches, widest, wider)

@@ -1,8 +1,8 @@
 """`bench xqa`: TensorRT-LLM's kernels over affine tables.
 
-Tokens against flat attention, teacher-forced; attention for a prompt, by its kernel and by cuDNN's; steps against the
-same kernel over random tables, in turns; one captured graph replayed while its memory is replaced; the host's time for
-a step's table.
+Tokens against flat attention, teacher-forced, and of the decode kernel over affine against random tables, which have to
+be the same; attention for a prompt, by its kernel and by cuDNN's; steps over both tables in turns; one captured graph
+replayed while its memory is replaced; the host's time for a step's table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from trtllm_vattn.bench.flags import add_common, as_config, dtype_of, numbers, positive
-from trtllm_vattn.bench.identity import Identity, compare
+from trtllm_vattn.bench.identity import Identity, RequestTokens, compare
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.random_blocks import RandomBlocks
 from trtllm_vattn.bench.report import Result, finish, table
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where tokens differ or a replay was wrong."""
     model = load_model(args.model, args.device, dtype_of(args.device), args.seed)
-    identity = tokens(args, model)
+    identity, by_table = tokens(args, model)
     steps = [
         row for batch in tqdm(args.batch_sizes, desc="batch sizes", disable=None) for row in steady(args, model, batch)
     ]
@@ -66,12 +66,14 @@ def run(args: argparse.Namespace) -> int:
         prompts = prefill_us(cache, heads, args.context, repeats=5)
     host = table_host(shape_of(model, 128, shape.max_seq_len), granule, args.tokens_per_block, args.device)
     result = Result.start("xqa", as_config(args), args.seed)
-    result.results.update(identity=vars(identity), steady=steps, replayed=replayed, tables=host, prefill=prompts)
-    result.summary.update(summary(identity, steps, replayed, host))
+    result.results.update(identity=vars(identity), by_table=vars(by_table), steady=steps, replayed=replayed)
+    result.results.update(tables=host, prefill=prompts)
+    result.summary.update(summary(identity, by_table, steps, replayed, host))
     result.summary.update({f"prefill_us_a_layer_{name}": value["p50"] for name, value in prompts.items()})
     print(show(steps))
     finish(result, args)
     wrong = [] if identity.identical else ["tokens differ between flat attention and XQA over affine tables"]
+    wrong += [] if by_table.identical else ["tokens differ between affine and random tables of the same kernel"]
     wrong += [f"{replayed['wrong']} replays over replaced memory were wrong"] if replayed["wrong"] else []
     for text in wrong:
         print(text, file=sys.stderr)
@@ -91,8 +93,9 @@ def make_blocks(args: argparse.Namespace, model: Any, num_slots: int, max_seq_le
     return made
 
 
-def tokens(args: argparse.Namespace, model: Any) -> Identity:
-    """Flat attention's tokens, and XQA's over affine tables fed with them."""
+def tokens(args: argparse.Namespace, model: Any) -> tuple[Identity, Identity]:
+    """Flat attention's tokens beside those over affine tables, and XQA's over random beside affine tables; all but the
+    first are fed with the first's."""
     longest = 2 * args.context
     requests = fit(generate_trace(args.requests, args.seed), longest, args.max_output)
     vocab = model.config.get_text_config().vocab_size
@@ -100,14 +103,20 @@ def tokens(args: argparse.Namespace, model: Any) -> Identity:
     outputs = [request.output_tokens for request in requests]
     forcing = args.tie_tolerance > 0
     slots = min(8, args.requests)
-    flat: KVCache = make_cache("vattn", shape_of(model, slots, longest), args.device)
-    with Engine(model, flat, record_margins=forcing) as engine:
-        reference = run_traced(engine, prompts, outputs, None, "flat").tokens
-    blocks = make_blocks(args, model, slots, longest)
-    with Engine(model, blocks, attention=args.attention, record_margins=forcing) as engine:
-        forced = reference if forcing else None
-        mine = run_traced(engine, prompts, outputs, forced, args.attention).tokens
-        return compare(reference, mine, args.tie_tolerance)
+    shape = shape_of(model, slots, longest)
+
+    def served(cache: KVCache, attention: str, forced: RequestTokens | None = None) -> RequestTokens:
+        with Engine(model, cache, attention=attention, record_margins=forcing) as engine:
+            return run_traced(engine, prompts, outputs, forced, f"{attention}, {type(cache).__name__}").tokens
+
+    flat = served(make_cache("vattn", shape, args.device), "auto")
+    forced = flat if forcing else None
+    affine = served(make_blocks(args, model, slots, longest), "xqa", forced)
+    random = served(RandomBlocks(shape, args.device, args.tokens_per_block, args.seed), "xqa", forced)
+    asked = affine
+    if args.attention != "xqa":
+        asked = served(make_blocks(args, model, slots, longest), args.attention, forced)
+    return compare(flat, asked, args.tie_tolerance), compare(affine, random, 0.0)
 
 
 def steady(args: argparse.Namespace, model: Any, batch: int) -> list[dict[str, Any]]:
@@ -130,6 +139,8 @@ def steady(args: argparse.Namespace, model: Any, batch: int) -> list[dict[str, A
         take_turns(lanes, args.rounds, args.steps, f"batch {batch}")
         affine, random = lanes
         ratio = median(affine.samples("wall_s")) / median(random.samples("wall_s"))
+        # Before the device's own time is taken, which asks for many steps at once.
+        critical = [lane.engine.cache.stats().critical_path_maps for lane in lanes]
         by_round = [a / b for a, b in zip(affine.medians(), random.medians(), strict=True)]
         return [
             {
@@ -139,16 +150,20 @@ def steady(args: argparse.Namespace, model: Any, batch: int) -> list[dict[str, A
                 "step_ms": summarise([1e3 * value for value in lane.samples("wall_s")]),
                 "kv_host_us": summarise([1e6 * value for value in lane.samples("kv_s")]),
                 "device_step_ms": settle_device_ms(lane.engine),
-                "critical_path_maps": lane.engine.cache.stats().critical_path_maps,
+                "critical_path_maps": critical_maps,
                 "affine_over_random": ratio,
                 "by_round": summarise(by_round),
             }
-            for lane in lanes
+            for lane, critical_maps in zip(lanes, critical, strict=True)
         ]
 
 
 def summary(
-    identity: Identity, steps: list[dict[str, Any]], replayed: dict[str, Any], host: dict[str, Any]
+    identity: Identity,
+    by_table: Identity,
+    steps: list[dict[str, Any]],
+    replayed: dict[str, Any],
+    host: dict[str, Any],
 ) -> dict[str, Any]:
     """The figures that are quoted."""
     return {
@@ -156,6 +171,9 @@ def summary(
         "tokens_compared": identity.tokens,
         "ties": identity.ties,
         "widest_tie": identity.widest_tie,
+        "mismatches": identity.mismatches,
+        "widest_mismatch": identity.widest_mismatch,
+        "tables_tokens_identical": by_table.identical,
         "affine_over_random_step_ratio": max(row["affine_over_random"] for row in steps),
         "table_host_us": host["unchanged_us"]["p50"],
         "table_host_us_p99": host["unchanged_us"]["p99"],
