@@ -35,16 +35,18 @@ def test_unknown_tables_and_missing_results_are_named(tmp_path: Path) -> None:
 
 
 def test_serving_is_shown_with_its_spread_and_ours_round_by_round() -> None:
-    times = {"p50": 1.0, "p99": 2.0}
-    rest = {"total_token_throughput": 100.0, "ttft_ms": times, "itl_ms": times, "mean_sequences": 3.0}
+    rest = {"total_token_throughput": 100.0, "mean_sequences": 3.0}
     rates = {"paged": [20.0, 10.0], "vattn": [30.0, 10.0]}
+    times = [{"p50": 10.0, "p99": 200.0}, {"p50": 30.0, "p99": 100.0}]
     runs = [
-        {"cache": c, "round": n, "output_throughput": r, **rest}
+        {"cache": c, "round": n, "output_throughput": r, "ttft_ms": times[n], "itl_ms": times[n], **rest}
         for c, each in rates.items()
         for n, r in enumerate(each)
     ]
     lines = serve({"results": {"runs": runs}}).splitlines()
     assert [cell.strip() for cell in lines[3].split("|")][1:3] == ["vattn", "20 (10 to 30)"]
+    # Latencies: the median round's.
+    assert [cell.strip() for cell in lines[3].split("|")][4:6] == ["20 / 150", "20 / 150"]
     assert lines[2].rstrip(" |").endswith("1.25 (1.00 to 1.50)")
     once = serve({"results": {"runs": [row for row in runs if row["round"] == 0]}})
     assert " to " not in once

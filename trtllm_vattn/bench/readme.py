@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from trtllm_vattn.bench.report import load, table
@@ -68,13 +69,16 @@ def _over_rounds(values: list[float], digits: int) -> str:
 
 
 def serve(result: dict[str, Any]) -> str:
-    """Throughput of every cache over all rounds, ours over it round by round, and latencies of the first round."""
+    """Throughput of every cache over all rounds, ours over it round by round, and the median round's latencies."""
     rounds: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(result["results"]["runs"], key=lambda row: row["round"]):
         rounds.setdefault(row["cache"], []).append(row)
     lines = []
     for cache, rows in rounds.items():
-        pairs = [spread(rows[0][name], 0) for name in ("ttft_ms", "itl_ms")]
+        pairs = [
+            spread({p: median(row[name][p] for row in rows) for p in ("p50", "p99")}, 0)
+            for name in ("ttft_ms", "itl_ms")
+        ]
         rates = [
             _over_rounds([row[name] for row in rows], 0) for name in ("output_throughput", "total_token_throughput")
         ]
