@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=positive, default=20 if gpu else 4, help="decode steps a turn")
     add("--requests", type=positive, default=16 if gpu else 6, help="requests whose tokens are compared")
     add("--max-output", type=positive, default=48 if gpu else 8, help="tokens of a request at most")
-    add("--tie-tolerance", type=float, default=0.25 if gpu else 0.0, help="logits closer than this are a tie")
+    # Kernels that round differently choose between logits up to 0.41 apart (tests/runtime/rounding_probe.py).
+    add("--tie-tolerance", type=float, default=0.5 if gpu else 0.0, help="logits closer than this are a tie")
     add("--replays", type=positive, default=10_000 if gpu else 40, help="replays of one graph over replaced memory")
 
 
