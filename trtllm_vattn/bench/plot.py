@@ -61,8 +61,8 @@ def plot_burst(result: dict[str, Any], path: Path) -> None:
     steps.legend(fontsize=8)
     mapped = [row for row in first if row["mappings"]]
     for number, call in enumerate(("create", "map", "set_access")):
-        at = [place + 0.27 * (number - 1) for place in range(len(mapped))]
-        spent.bar(at, [row["driver_ms"][call] for row in mapped], width=0.27, label=call)
+        places = [place + 0.27 * (number - 1) for place in range(len(mapped))]
+        spent.bar(places, [row["driver_ms"][call] for row in mapped], width=0.27, label=call)
     spent.set_xticks(range(len(mapped)), [row["variant"] for row in mapped])
     spent.set_ylabel("driver calls of the burst, ms")
     spent.set_yscale("log")
