@@ -45,7 +45,7 @@ def test_serving_is_shown_with_its_spread_and_ours_round_by_round() -> None:
     ]
     lines = serve({"results": {"runs": runs}}).splitlines()
     assert [cell.strip() for cell in lines[3].split("|")][1:3] == ["vattn", "20 (10 to 30)"]
-    # Latencies: the median round's.
+    # Latencies: medians over rounds.
     assert [cell.strip() for cell in lines[3].split("|")][4:6] == ["20 / 150", "20 / 150"]
     assert lines[2].rstrip(" |").endswith("1.25 (1.00 to 1.50)")
     once = serve({"results": {"runs": [row for row in runs if row["round"] == 0]}})

@@ -12,7 +12,7 @@ import torch
 from trtllm_vattn.bench import graph, readme, steady
 from trtllm_vattn.bench.busy import Busy, covered, device_busy, work_of
 from trtllm_vattn.bench.prompts import time_prompts
-from trtllm_vattn.bench.steady import run_steady
+from trtllm_vattn.bench.steady import Lane, fill, run_steady, take_turns
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
@@ -50,6 +50,18 @@ def test_on_the_host_nothing_is_said_of_a_device() -> None:
         assert {row[name] for name in ("device_busy_ms", "device_step_ms", "idle_share")} == {None}
     for text in (graph.show(None, {"runs": rows}), readme.batches({"results": {"steady": {"runs": rows}}})):
         assert [cell.strip() for cell in text.splitlines()[-1].split("|")][-3:-1] == ["-", "-"]
+
+
+def test_mappings_that_a_step_waited_for_are_counted_by_the_end_of_the_turns() -> None:
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    cache = make_cache("vattn", shape_of(model, 2, 512), "cpu", lookahead=0)
+    with Engine(model, cache, attention="torch", compile=False, buckets=[2]) as engine:
+        fill(engine, 2, 120, 300, seed=0)
+        lane = Lane("vattn", "captured", engine)
+        take_turns([lane], 1, 40, "turns")
+        assert 0 < lane.critical_path_maps == cache.stats().critical_path_maps
+        cache.prepare_step(engine.decode.lengths_after(100))
+        assert lane.critical_path_maps < cache.stats().critical_path_maps
 
 
 @pytest.mark.usefixtures("no_bandwidth")

@@ -8,7 +8,6 @@ by how much logits differ, and of the positions whose likeliest token differs ho
 from __future__ import annotations
 
 import platform
-import sys
 
 import torch
 import transformers
@@ -20,7 +19,7 @@ TOLERANCES = (0.0625, 0.125, 0.25, 0.5)
 
 
 @torch.inference_mode()
-def main() -> int:
+def main() -> None:
     model = load_model("llama-3-8b", "cpu", torch.bfloat16, seed=0).eval()
     prompt = torch.randint(0, model.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     logits = []
@@ -37,8 +36,7 @@ def main() -> int:
         wide = int((margins >= tolerance).sum())
         print(f"of those where the two largest logits are {tolerance} or more apart: {wide}")
     print(f"farthest apart: {margins.max():.4f}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -86,11 +86,9 @@ def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]
             engine.pipeline.steps = count
             lanes.append(Lane("vattn", "captured", engine))
         take_turns(lanes, args.rounds, args.steps, f"batch {batch}", untimed)
-        # Before the device's own time is taken, which asks for many steps at once.
-        critical = [lane.engine.cache.stats().critical_path_maps for lane in lanes]
         device_ms = settle_device_ms(lanes[0].engine)
         rows = []
-        for (count, loop), lane, critical_maps in zip(variants, lanes, critical, strict=True):
+        for (count, loop), lane in zip(variants, lanes, strict=True):
             records = [record for turn in lane.rounds for record in turn]
             rows.append(
                 {
@@ -105,7 +103,7 @@ def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]
                     ),
                     "steps_a_launch": summarise([record.steps for record in records]),
                     "device_step_ms": device_ms,
-                    "critical_path_maps": critical_maps,
+                    "critical_path_maps": lane.critical_path_maps,
                 }
             )
         return rows

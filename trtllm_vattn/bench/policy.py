@@ -150,7 +150,7 @@ def _row(lane: Lane, maps: int, args: argparse.Namespace) -> dict[str, Any]:
         "step_ms": summarise([1e3 * value for value in lane.samples("wall_s")]),
         "map_ahead_us": summarise([1e6 * value for value in lane.samples("ahead_s")]),
         "mappings": maps,
-        "critical_path_maps": lane.engine.cache.stats().critical_path_maps,
+        "critical_path_maps": lane.critical_path_maps,
     }
 
 

@@ -69,7 +69,7 @@ def _over_rounds(values: list[float], digits: int) -> str:
 
 
 def serve(result: dict[str, Any]) -> str:
-    """Throughput of every cache over all rounds, ours over it round by round, and the median round's latencies."""
+    """Throughput of every cache over all rounds, ours over it round by round, and latencies' medians over rounds."""
     rounds: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(result["results"]["runs"], key=lambda row: row["round"]):
         rounds.setdefault(row["cache"], []).append(row)

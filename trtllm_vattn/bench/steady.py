@@ -27,13 +27,14 @@ PROFILED = 4
 @dataclass
 class Lane:
     """One combination under measurement; `rounds` holds the step records of each turn, `tokens` how long its sequences
-    were in the middle of it."""
+    were in the middle of it, `critical_path_maps` those of its cache by the end of the last."""
 
     cache: str
     mode: str
     engine: Engine
     rounds: list[list[StepRecord]] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
+    critical_path_maps: int = 0
 
     def samples(self, name: str) -> list[float]:
         return [getattr(record, name) for records in self.rounds for record in records]
@@ -87,15 +88,12 @@ def run_steady(
             lanes += [Lane(name, mode, engine) for mode in ("captured", "eager")]
         take_turns(lanes, rounds, steps, f"batch {batch}")
         captured = {lane.cache: lane for lane in lanes if lane.mode == "captured"}
-        # Counted before more steps are prepared at once than any engine would.
-        critical = {name: lane.engine.cache.stats().critical_path_maps for name, lane in captured.items()}
         busy = [_busy(lane) for lane in lanes]
         device = {name: settle_device_ms(lane.engine) for name, lane in captured.items()}
         audits = {name: lane.engine.audit().as_dict() for name, lane in captured.items()} if audit else {}
         return {
             "runs": [
-                _row(lane, batch, context, device[lane.cache], one, critical[lane.cache])
-                for lane, one in zip(lanes, busy, strict=True)
+                _row(lane, batch, context, device[lane.cache], one) for lane, one in zip(lanes, busy, strict=True)
             ],
             "audits": [{"cache": name, "batch": batch, **report} for name, report in audits.items()],
             "ratios": _ratios(captured, batch),
@@ -124,6 +122,9 @@ def take_turns(lanes: Sequence[Lane], rounds: int, steps: int, label: str, untim
                 before = lane.engine.decode.lengths.mean()
                 lane.rounds.append(_decode(lane.engine, steps))
                 lane.tokens.append(float(before + lane.engine.decode.lengths.mean()) / 2)
+    # Counted now: what is measured next may prepare more steps at once than any engine would.
+    for lane in lanes:
+        lane.critical_path_maps = lane.engine.cache.stats().critical_path_maps
 
 
 @contextmanager
@@ -172,9 +173,7 @@ def settle_device_ms(engine: Engine, replays: int = 10) -> float | None:
     return float(median(start.elapsed_time(end) for start, end in pairwise(events)))
 
 
-def _row(
-    lane: Lane, batch: int, context: int, device_ms: float | None, busy: Busy | None, critical_maps: int
-) -> dict[str, object]:
+def _row(lane: Lane, batch: int, context: int, device_ms: float | None, busy: Busy | None) -> dict[str, object]:
     step = summarise([1e3 * value for value in lane.samples("wall_s")])
     return {
         "cache": lane.cache,
@@ -192,7 +191,7 @@ def _row(
         "idle_share": busy and 1 - busy.device_busy_ms / step["p50"],
         "kv_host_us": summarise([1e6 * value for value in lane.samples("kv_s")]),
         "map_ahead_us": summarise([1e6 * value for value in lane.samples("ahead_s")]),
-        "critical_path_maps": critical_maps,
+        "critical_path_maps": lane.critical_path_maps,
     }
 
 

@@ -140,8 +140,6 @@ def steady(args: argparse.Namespace, model: Any, batch: int) -> list[dict[str, A
         take_turns(lanes, args.rounds, args.steps, f"batch {batch}")
         affine, random = lanes
         ratio = median(affine.samples("wall_s")) / median(random.samples("wall_s"))
-        # Before the device's own time is taken, which asks for many steps at once.
-        critical = [lane.engine.cache.stats().critical_path_maps for lane in lanes]
         by_round = [a / b for a, b in zip(affine.medians(), random.medians(), strict=True)]
         return [
             {
@@ -151,11 +149,11 @@ def steady(args: argparse.Namespace, model: Any, batch: int) -> list[dict[str, A
                 "step_ms": summarise([1e3 * value for value in lane.samples("wall_s")]),
                 "kv_host_us": summarise([1e6 * value for value in lane.samples("kv_s")]),
                 "device_step_ms": settle_device_ms(lane.engine),
-                "critical_path_maps": critical_maps,
+                "critical_path_maps": lane.critical_path_maps,
                 "affine_over_random": ratio,
                 "by_round": summarise(by_round),
             }
-            for lane, critical_maps in zip(lanes, critical, strict=True)
+            for lane in lanes
         ]
 
 
