@@ -311,8 +311,8 @@ def test_checkpoints_that_are_not_drawn_are_refused(world: World, changes: dict[
         model.prepare_inputs(**prepare_arguments())
 
 
-def test_the_commands_in_the_readme_use_recorded_flags() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_commands_in_the_document_use_recorded_flags() -> None:
+    readme = (Path(__file__).parents[2] / "plugins" / "README.md").read_text()
     start = readme.index("trtllm-build --checkpoint_dir")
     command = readme[start : readme.index("```", start)]
     flags = {word for word in command.split() if word.startswith("--")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,17 @@ def gpu(index: int = 0) -> dict[str, Any] | None:
         return None
     finally:
         pynvml.nvmlShutdown()
+
+
+def card(machine: dict[str, Any]) -> str:
+    """The folder of a machine's results, by the name of its GPU: ``h200``, ``h100``, ``h100-pcie``, ``a100-sxm4-80gb``.
+
+    ``host`` without a GPU. Memory of its own words in the name, as in "NVIDIA H100 80GB HBM3", is left out.
+    """
+    if machine["gpu"] is None:
+        return "host"
+    name = re.sub(r" \d+GB( HBM\w+)?$", "", machine["gpu"]["name"].removeprefix("NVIDIA "))
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def commit() -> str:
