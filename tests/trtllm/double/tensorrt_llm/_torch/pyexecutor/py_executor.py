@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tensorrt_llm._torch.pyexecutor.resource_manager import LlmRequest, LlmRequestState, ScheduledRequests
+from tensorrt_llm._torch.pyexecutor.resource_manager import (
+    LlmRequest,
+    LlmRequestState,
+    ResourceManagerType,
+    ScheduledRequests,
+)
 
 CUDA_GRAPH_DUMMY_REQUEST_ID = (1 << 64) - 1
 
@@ -71,12 +77,25 @@ class PyExecutor:
         self.lengths: dict[int, int] = {}
         self.finished: list[int] = []
         self.wrong: list[Any] = []
-        self.started = False
+        self.started = self.is_warmup = False
+        self._own({ResourceManagerType.KV_CACHE_MANAGER: manager})
         shape = (manager.num_pools, max_batch_size, 2, manager.max_blocks_per_seq)
         self.table = torch.full(shape, -1, dtype=torch.int32)
         self.padding: list[LlmRequest] = []
         self.warm_up(warm_up_tokens)
         self.kernels = Kernels(manager)
+
+    def _own(self, resources: dict[Any, Any]) -> None:
+        self.resource_manager = SimpleNamespace(resource_managers=resources)
+        self.kv_cache_manager = resources.get(ResourceManagerType.KV_CACHE_MANAGER)
+
+    @classmethod
+    def over(cls, resources: dict[Any, Any]) -> PyExecutor:
+        """An executor that is started, and runs nothing."""
+        made = cls.__new__(cls)
+        made.started = made.is_warmup = False
+        made._own(dict(resources))
+        return made
 
     def warm_up(self, tokens: int) -> None:
         """A batch of dummies, the first of them as long as may be, through the same kernels."""
