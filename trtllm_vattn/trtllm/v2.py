@@ -83,9 +83,10 @@ def make_manager_v2(stock: Any, config: TrtllmConfig) -> Any:
 
         def vattn_check_budget(self, budget: int) -> None:
             """Raise ConfigError where this version cannot be resized, or requests run: `resize` wants none active."""
-            if not hasattr(self.impl, "resize"):
+            if not hasattr(self.impl, "resize") or not hasattr(self, "kv_cache_map"):
                 raise ConfigError("this KVCacheManagerV2 cannot be resized at run time; give the budget at start")
-            running = [number for number in list(self.kv_cache_map) if self.is_request_active(number)]
+            active = getattr(self, "is_request_active", lambda number: True)
+            running = [number for number in list(self.kv_cache_map) if active(number)]
             if running:
                 raise ConfigError(
                     f"KVCacheManagerV2 is resized only while no request runs, and {len(running)} do (the first: "
