@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from trtllm_shape import DOUBLE, SHAPE
+from trtllm_shape import DOUBLE, SHAPE, VERSIONS
 
 from trtllm_vattn.trtllm import uninstall
 from trtllm_vattn.trtllm.config import TrtllmConfig
@@ -19,12 +19,19 @@ from trtllm_vattn.vmm.open import open_driver
 
 
 @pytest.fixture
-def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+def series() -> str:
+    """Which recorded version the stand-in plays; tests that are parametrized over `series` play several."""
+    return "1.2"
+
+
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch, series: str) -> Iterator[SimpleNamespace]:
     """The stand-in's modules, freshly imported; nothing of it is left behind.
 
     Its kernels are the host's, so managers that it leads to are over the host driver on any machine.
     """
     monkeypatch.setattr("trtllm_vattn.trtllm.manager.open_driver", lambda device: open_driver("cpu"))
+    monkeypatch.setenv("TRTLLM_DOUBLE_VERSION", VERSIONS[series])
     sys.path.insert(0, str(DOUBLE))
     names = ("bindings", "_torch.pyexecutor.resource_manager", "_torch.pyexecutor.py_executor")
     try:

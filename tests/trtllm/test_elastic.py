@@ -22,7 +22,7 @@ def executor(make: Make, double: SimpleNamespace) -> Any:
     """With a budget of its own, in force after warm-up."""
     manager = make(TrtllmConfig(budget=BUDGET))
     made = double.executor.PyExecutor(manager, 4, 128)
-    elastic.size_all()
+    manager.vattn_size()
     return made
 
 
@@ -72,7 +72,7 @@ def test_lowered_while_requests_run_it_is_approached_as_they_end(executor: Any, 
 def test_raised_it_serves_more_at_once(make: Make, double: SimpleNamespace) -> None:
     manager = make(TrtllmConfig(budget=BUDGET))
     executor = double.executor.PyExecutor(manager, 4, 128)
-    elastic.size_all()
+    manager.vattn_size()
     elastic.set_budget(manager._vattn_pages.bytes_of(8))
     submit(executor, double, 1, seed=3)
     executor.run()

@@ -83,8 +83,7 @@ def test_a_step_is_for_all_or_for_none(pages: Pages) -> None:
     assert pages.cache.stats().sequences == 2
     assert pages.cache.lengths[pages.cache.slot_of(1)] == 20
     pages.step({2: 5}, {1: 3})
-    pages.undo_step({2: 5}, {1: 3})
-    assert not pages.holds(2)
+    pages.rewind(1, 3)
     assert pages.cache.lengths[pages.cache.slot_of(1)] == 20
     assert pages.block_ids(1) == [pages.cache.layout.blocks_per_slot * pages.cache.slot_of(1) + j for j in (0, 1)]
 

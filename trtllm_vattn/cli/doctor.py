@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from trtllm_vattn.errors import VattnError
 from trtllm_vattn.graphs.policy import start_choosing
 from trtllm_vattn.plugins import tensorrt
 from trtllm_vattn.trtllm.selfcheck import MODEL, self_check
+from trtllm_vattn.trtllm.versions import OVERRIDE, RANGE, series_of
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
@@ -89,10 +91,26 @@ def examine() -> tuple[list[Finding], int]:
     for package, what in (
         ("transformers", "Engine over Hugging Face models (pip install 'trtllm-vattn[runtime]')"),
         ("matplotlib", "plots (pip install 'trtllm-vattn[bench]')"),
-        ("tensorrt_llm", "TensorRT-LLM (trtllm-vattn run, doctor --trtllm; trtllm-build with plugins/models)"),
     ):
         findings.append(Finding(package, importlib.util.find_spec(package) is not None, what))
+    findings.append(_tensorrt_llm())
     return findings, drivers
+
+
+def _tensorrt_llm() -> Finding:
+    """Whether the adapter was held against the installed version."""
+    what = "TensorRT-LLM (trtllm-vattn run, doctor --trtllm; trtllm-build with plugins/models)"
+    try:
+        version = importlib.metadata.version("tensorrt_llm")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("tensorrt_llm", False, what)
+    if series_of(version) is None:
+        return Finding(
+            "tensorrt_llm",
+            False,
+            f"{version} is none that the adapter was held against ({RANGE}); try it by {OVERRIDE}",
+        )
+    return Finding("tensorrt_llm", True, f"{version}; {what}")
 
 
 def _mapping() -> Finding:

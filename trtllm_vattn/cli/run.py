@@ -14,6 +14,7 @@ from pathlib import Path
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.installation import environment_for
+from trtllm_vattn.trtllm.versions import RANGE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", help="bytes of KV memory on each GPU: 40GiB (default: what TensorRT-LLM would take, once captured)")
     add("--layers-per-range", type=int, help="layers of one pool (default: all)")
     add("--lookahead", type=int, help="tokens mapped before they are needed (default: one block)")
+    add(
+        "--any-version",
+        action="store_true",
+        help=f"try a version of TensorRT-LLM that the adapter was not held against ({RANGE})",
+    )
+    add(
+        "--allow-stock",
+        action="store_true",
+        help="where TensorRT-LLM uses a KV cache that is not ours, say so and carry on (default: an error)",
+    )
     add("--single-process", action="store_true", help="run the worker in the server's process, to resize it from there")
     add("command", nargs=argparse.REMAINDER, metavar="-- command", help="for example: -- trtllm-serve MODEL")
 
@@ -32,6 +43,7 @@ def settings(args: argparse.Namespace) -> TrtllmConfig:
     base = TrtllmConfig.from_yaml(args.config) if args.config else TrtllmConfig()
     flags = {name: getattr(args, name) for name in ("budget", "layers_per_range", "lookahead")}
     given = {name: value for name, value in flags.items() if value is not None}
+    given.update({name: True for name in ("any_version", "allow_stock") if getattr(args, name)})
     return TrtllmConfig.of({**vars(base), **given})
 
 

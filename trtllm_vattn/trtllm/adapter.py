@@ -34,6 +34,10 @@ class Adapter(Stock):  # type: ignore[misc]
     """Dummies by id, with the blocks that each had of the C++ books when it was made."""
     _vattn_total: int
     """Blocks of the C++ books."""
+    _vattn_token_count: Callable[[int], int] | None
+    """Tokens of a request in the C++ books, where this version says; None where it says its blocks alone."""
+    _vattn_cap: int
+    """Bytes at most, by ``kv_cache_config.max_gpu_total_bytes``; 0 is no limit."""
     _vattn_target: int | None
     """The budget asked for, in bytes; None while TensorRT-LLM has not been asked."""
     _vattn_sized: bool
@@ -41,3 +45,14 @@ class Adapter(Stock):  # type: ignore[misc]
     _vattn_sizing: tuple[tuple[Any, ...], dict[str, Any]]
     """What the stock class would have computed its pool's size from."""
     _vattn_closed: bool
+
+    @property
+    def _vattn_draft_tokens(self) -> int:
+        """Draft tokens that a generation step may need room for. Since 1.3 the books reserve that many at every step,
+        however few are drafted, and rewind the rest in `update_resources`."""
+        return max(int(self.max_total_draft_tokens), self._vattn_draft_reserve)
+
+    @property
+    def _vattn_draft_reserve(self) -> int:
+        """Draft tokens that the books take at every step at least; 0 where they take what is drafted."""
+        return int(getattr(self, "_kv_reserve_draft_tokens", 0))

@@ -23,7 +23,7 @@ class Capacity(Adapter):
     def calculate_max_num_blocks(self, *arguments: Any, **named: Any) -> tuple[int, int]:
         """Blocks of the books: as many as requests can have, or the card can hold; and room for warm-up's dummies."""
         self._vattn_sizing = (arguments, named)
-        tokens = self.max_seq_len + self.num_extra_kv_tokens + self.max_total_draft_tokens + 1
+        tokens = self.max_seq_len + self.num_extra_kv_tokens + self._vattn_draft_tokens + 1
         longest = math.ceil(tokens / self.tokens_per_block) + 1
         most = self.max_batch_size * longest
         if torch.cuda.is_available():
@@ -60,7 +60,7 @@ class Capacity(Adapter):
 
     def _vattn_reserved(self) -> int:
         """Blocks that live requests may come to need of those promised, the ones that they have included."""
-        more = math.ceil((self.num_extra_kv_tokens + self.max_total_draft_tokens) / self.tokens_per_block) + 1
+        more = math.ceil((self.num_extra_kv_tokens + self._vattn_draft_tokens) / self.tokens_per_block) + 1
         needed = sum(self.get_needed_resource_to_completion(live) + more for live in self._vattn_live.values())
         return int(min(needed, self._vattn_promised))
 
@@ -79,7 +79,8 @@ class Capacity(Adapter):
         if pages.cache.arena.pool.budget > wanted:
             pages.approach(wanted)
 
-    def _vattn_check_budget(self, budget: int) -> None:
+    def vattn_check_budget(self, budget: int) -> None:
+        """Raise ConfigError for less than one request of the longest kind needs."""
         pages = self._vattn_pages
         if pages.blocks_in(budget) < self.max_blocks_per_seq:
             raise ConfigError(
@@ -93,20 +94,33 @@ class Capacity(Adapter):
         now. Until then dummies alone are served, which take no memory. Raises ConfigError for too small a budget."""
         pages = self._vattn_pages
         if self._vattn_target is None:
-            self._vattn_target = min(self._vattn_ask(None), self._vattn_total) * pages.block_bytes
+            most = min(self._vattn_ask(None), self._vattn_total) * pages.block_bytes
+            self._vattn_target = min(most, self._vattn_cap or most)
         if getattr(self.mapping, "world_size", 1) > 1:
             # As many blocks on every rank, whatever a block takes there.
             self._vattn_target = pages.bytes_of(self._vattn_ask(pages.blocks_in(self._vattn_target)))
-        self._vattn_check_budget(self._vattn_target)
+        self.vattn_check_budget(self._vattn_target)
         with self._vattn_lock:
             self._vattn_sized = True
             pages.approach(self._vattn_target)
             self._vattn_sync()
-        logger.warning("KV cache at fixed addresses: a budget of %s bytes", f"{self._vattn_target:,}")
+
+    def vattn_describe(self) -> str:
+        """What is served, in a line."""
+        cache = self._vattn_pages.cache
+        return (
+            f"KV cache at fixed addresses: {self.num_pools} pools, the first at "
+            f"{cache.arena.reservations[0].base:#x}; {self._vattn_pages.max_requests} requests of "
+            f"{cache.shape.max_seq_len} tokens in blocks of {self.tokens_per_block}; a budget of "
+            f"{self._vattn_target:,} bytes"
+        )
 
     def _vattn_ask(self, blocks: int | None) -> int:
         """Blocks that the stock class would have now, on the rank that has the fewest; of `blocks`, where given."""
         arguments, named = self._vattn_sizing
+        if "synchronize_across_ranks" in named:
+            # 1.4 has the manager itself agree afterwards, in its constructor; here nobody does.
+            named = {**named, "synchronize_across_ranks": True}
         config = copy.copy(named["kv_cache_config"] if "kv_cache_config" in named else arguments[0])
         if blocks is not None:
             config.max_tokens, config.free_gpu_memory_fraction = blocks * self.tokens_per_block, None
@@ -124,7 +138,7 @@ class Capacity(Adapter):
         overcommits (MAX_UTILIZATION), when fewer run.
         Raises ConfigError for less than one request of the longest kind needs.
         """
-        self._vattn_check_budget(budget)
+        self.vattn_check_budget(budget)
         with self._vattn_lock:
             self._vattn_target = budget
             return self._vattn_pages.approach(self._vattn_at_least(budget))

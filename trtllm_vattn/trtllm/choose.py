@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.features import UnsupportedFeature
-from trtllm_vattn.trtllm.manager import make_manager
+from trtllm_vattn.trtllm.manager import FixedAddress, make_manager
 from trtllm_vattn.trtllm.v2 import is_v2, make_manager_v2
+
+logger = logging.getLogger(__name__)
 
 
 class Chooser:
@@ -23,16 +26,30 @@ class Chooser:
     def __init__(self, stock: Any, config: TrtllmConfig) -> None:
         self._stock, self._config = stock, config
         self._ours = make_manager(stock, config)
+        self._v2: dict[Any, Any] = {}
+        """Our classes by the V2 classes that they stand for."""
 
     def __call__(self, chosen: Any) -> Any:
-        """Raises UnsupportedFeature for a class that keeps more than attention's K and V, or keeps them otherwise."""
+        """The same class of ours for the same class chosen; ours for itself.
+
+        Raises UnsupportedFeature for a class that keeps more than attention's K and V, or keeps them otherwise;
+        with `allow_stock` it is left as it is.
+        """
         if chosen is self._stock:
             return self._ours
+        if issubclass(chosen, FixedAddress) or chosen in self._v2.values():
+            return chosen
         if is_v2(chosen):
-            return make_manager_v2(chosen, self._config)
+            if chosen not in self._v2:
+                self._v2[chosen] = make_manager_v2(chosen, self._config)
+            return self._v2[chosen]
+        told = f"this model's KV cache is a {chosen.__name__}, of which the fixed-address KV cache knows nothing"
+        if self._config.allow_stock:
+            logger.warning("%s; it is left as it is, as allow_stock says", told)
+            return chosen
         raise UnsupportedFeature(
-            f"this model's KV cache is a {chosen.__name__}, of which the fixed-address KV cache knows nothing "
-            "(hybrid and sparse models have such); run it without trtllm-vattn"
+            f"{told} (hybrid and sparse models have such); run it without trtllm-vattn, or carry on with the stock KV "
+            "cache by allow_stock=True (trtllm-vattn run --allow-stock)"
         )
 
 

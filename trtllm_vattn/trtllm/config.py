@@ -40,6 +40,11 @@ class TrtllmConfig:
         Layers of one pool; None is all of them in one pool.
     lookahead : int or None
         Tokens that are mapped before a sequence needs them; None is one block.
+    any_version : bool
+        Accept versions of TensorRT-LLM that the adapter was not held against.
+    allow_stock : bool
+        Where TensorRT-LLM uses a KV cache manager that is not ours (AutoDeploy, a hybrid model, …), say so and carry on
+        with it. By default that is an error.
 
     Raises
     ------
@@ -47,15 +52,28 @@ class TrtllmConfig:
         A value is out of its range.
     """
 
-    budget: int | None = None
+    budget: int | str | None = None
+    """Bytes; text such as ``"40GiB"`` becomes a number here."""
     layers_per_range: int | None = None
     lookahead: int | None = None
+    any_version: bool = False
+    allow_stock: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.budget, str):
+            object.__setattr__(self, "budget", parse_bytes(self.budget))
         for name, least in (("budget", 1), ("layers_per_range", 1), ("lookahead", 0)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}, or left out")
+        for name in ("any_version", "allow_stock"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """`budget` as a number."""
+        return None if self.budget is None else int(self.budget)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> TrtllmConfig:
@@ -64,10 +82,7 @@ class TrtllmConfig:
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise ConfigError(f"no setting {', '.join(unknown)}; there are {', '.join(known)}")
-        values = dict(settings)
-        if values.get("budget") is not None:
-            values["budget"] = parse_bytes(values["budget"])
-        return cls(**values)
+        return cls(**settings)
 
     @classmethod
     def from_yaml(cls, path: Path) -> TrtllmConfig:
@@ -101,4 +116,4 @@ class TrtllmConfig:
 
     def as_environment(self) -> dict[str, str]:
         """The variable that `from_environment` reads."""
-        return {ENVIRONMENT: json.dumps({k: v for k, v in asdict(self).items() if v is not None})}
+        return {ENVIRONMENT: json.dumps({k: v for k, v in asdict(self).items() if v is not None and v is not False})}

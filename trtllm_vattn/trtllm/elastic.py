@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.trtllm.config import parse_bytes
 
 _managers: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -20,10 +21,9 @@ def forget(manager: Any) -> None:
     _managers.discard(manager)
 
 
-def size_all() -> None:
-    """Graphs are captured: have every manager here take its budget."""
-    for manager in list(_managers):
-        manager.vattn_size()
+def is_ours(manager: Any) -> bool:
+    """Whether a manager is one of ours that lives."""
+    return manager in _managers
 
 
 def managers() -> list[Any]:
@@ -48,12 +48,15 @@ def managers() -> list[Any]:
     return found
 
 
-def set_budget(budget: int) -> int:
-    """Raise or lower the bytes of every manager here; returns the sum of the budgets in force.
+def set_budget(budget: int | str) -> int:
+    """Raise or lower the bytes of every manager here, a number or ``"40GiB"``; returns the sum of the budgets in force.
 
     Raises ConfigError as `managers`, or for too little.
     """
-    return sum(manager.vattn_set_budget(budget) for manager in managers())
+    size, found = parse_bytes(budget), managers()
+    for manager in found:
+        manager.vattn_check_budget(size)
+    return sum(manager.vattn_set_budget(size) for manager in found)
 
 
 def release() -> int:

@@ -1,7 +1,8 @@
 """What the installed TensorRT-LLM must have, and what it must not be asked for while we keep its KV cache.
 
-Names and parameters are those of 1.2.x's `KVCacheManager` (tensorrt_llm/_torch/pyexecutor/resource_manager.py). A
-feature that lives in the C++ pool's own memory is refused by its name, at start.
+Names and parameters are those that the `KVCacheManager` of every recorded version has
+(tensorrt_llm/_torch/pyexecutor/resource_manager.py; tests/data/trtllm_interface.json). A feature that lives in the C++
+pool's own memory is refused by its name, at start.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.trtllm.versions import RANGE
 
 REQUIRED: dict[str, tuple[str, ...]] = {
     "__init__": (
@@ -46,7 +48,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "copy_batch_block_offsets": ("dst_tensor", "request_ids", "beam_width", "num_context", "num_seqs"),
 }
 """Methods that are overridden or called, and the parameters they are overridden or called with."""
-REQUIRED_GLOBALS = ("KVCacheManagerCpp", "CacheTypeCpp")
+REQUIRED_GLOBALS = ("KVCacheManagerCpp", "CacheTypeCpp", "get_draft_token_length")
 """Names of the module that the class is in."""
 
 DTYPES: dict[str, torch.dtype] = {
@@ -76,7 +78,7 @@ def check_interface(manager: type, module: Any) -> None:
     if missing:
         raise ConfigError(
             f"{manager.__module__}.{manager.__qualname__} of the installed TensorRT-LLM lacks {', '.join(missing)}; "
-            "the fixed-address cache fits 1.2.x: install tensorrt-llm>=1.2,<1.3, or run without trtllm-vattn"
+            f"the fixed-address cache fits {RANGE}: install one of these, or run without trtllm-vattn"
         )
 
 
@@ -123,7 +125,9 @@ def refuse(config: Any, cache_type: str, arguments: Mapping[str, Any]) -> None:
         "sparse attention's indexer cache": bool(arguments.get("enable_indexer_k_cache", False)),
         "cross attention": cache_type not in ("SELF", "SELFKONLY"),
         "layers of different numbers of KV heads": _differ(arguments["num_kv_heads"]),
-        "a mask of layers": arguments.get("layer_mask") is not None,
+        "a mask of layers": not all(arguments.get("layer_mask") or ()),
+        "layers of different head sizes": not isinstance(arguments["head_dim"], int) or _pools_differ(arguments),
+        "linear attention's states (linear_attention_metadata)": arguments.get("linear_attention_metadata") is not None,
         "context parallelism": getattr(mapping, "cp_size", 1) > 1,
     }
     names = [name for name, asked in found.items() if asked]
@@ -132,6 +136,13 @@ def refuse(config: Any, cache_type: str, arguments: Mapping[str, Any]) -> None:
             f"the fixed-address KV cache does not support: {'; '.join(names)}. Switch it off, or run "
             "without trtllm-vattn"
         )
+
+
+def _pools_differ(arguments: Mapping[str, Any]) -> bool:
+    """Whether pools are asked for whose head size or dtype is not the manager's own (`pool_configurations`)."""
+    own = {"head_dim": arguments["head_dim"], "dtype": arguments.get("dtype")}
+    pools = arguments.get("pool_configurations") or ()
+    return any(getattr(pool, name) != value for pool in pools for name, value in own.items() if value is not None)
 
 
 def _differ(heads: int | Iterable[int | None]) -> bool:

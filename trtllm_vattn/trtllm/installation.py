@@ -1,14 +1,16 @@
 """Putting the adapter where TensorRT-LLM takes its KV cache manager from, and taking it away again.
 
-There is no official hook in 1.2.x. `KvCacheCreator` asks the module global `get_kv_cache_manager_cls` of
-``tensorrt_llm._torch.pyexecutor._util`` for the class; that global is wrapped, whatever its arguments. Start-up is cut
-short too: the estimate of the cache's size, with its second set of managers and graphs, is skipped, and the budget is
-set once everything is captured, before the executor's loop starts. Nothing here imports torch or TensorRT-LLM.
+There is no official hook for a manager's class. `KvCacheCreator` asks the module global `get_kv_cache_manager_cls` of
+``tensorrt_llm._torch.pyexecutor._util`` for it, and later versions may then fall back to another; both are wrapped,
+whatever their arguments. Start-up is cut short too: V1's estimate of the cache's size, with its second set of managers
+and graphs, is skipped. Whichever way an executor came to its manager, that manager is looked at when the executor
+starts; until then nothing is announced. Nothing here imports torch or TensorRT-LLM.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -22,10 +24,14 @@ from typing import Any
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.trtllm.config import ENVIRONMENT, TrtllmConfig
+from trtllm_vattn.trtllm.versions import RANGE, VERSION_MODULE, refuse_unrecorded
 
 logger = logging.getLogger(__name__)
 
 TARGET = "tensorrt_llm._torch.pyexecutor._util"
+"""Where managers are chosen and made."""
+EXECUTOR = "tensorrt_llm._torch.pyexecutor.py_executor"
+"""Where every executor of the PyTorch backend and of AutoDeploy starts."""
 HOOK = Path(__file__).with_name("hook")
 """A folder for PYTHONPATH, whose sitecustomize makes every Python process watch for the target."""
 
@@ -45,9 +51,6 @@ class _Patches:
         while self._before:
             setattr(*self._before.pop())
 
-    def __bool__(self) -> bool:
-        return bool(self._before)
-
 
 _patches = _Patches()
 _environment: dict[str, str | None] = {}
@@ -56,17 +59,19 @@ _environment: dict[str, str | None] = {}
 
 def install(config: TrtllmConfig | None = None, **keywords: Any) -> bool:
     """Have every LLM that is made from now on, here and in processes started from here, keep its KV cache at fixed
-    addresses; returns whether TensorRT-LLM is there.
+    addresses, or fail; returns whether TensorRT-LLM is there.
 
     Parameters
     ----------
     config : TrtllmConfig or None
-        None takes the keywords, which are its fields; without any, the environment.
+        None takes the keywords, which are its fields (``budget="40GiB"``, ``any_version=True``, …); without any, the
+        environment.
 
     Raises
     ------
     ConfigError
-        Settings are wrong, or the installed TensorRT-LLM is none that the adapter fits; nothing is changed.
+        Settings are wrong, or the installed TensorRT-LLM is of a version that the adapter was not held against, or none
+        that it fits; nothing is changed.
     """
     if importlib.util.find_spec("tensorrt_llm") is None:
         logger.warning("tensorrt_llm is not installed; trtllm-vattn has nothing to do")
@@ -74,8 +79,12 @@ def install(config: TrtllmConfig | None = None, **keywords: Any) -> bool:
     if config is None:
         config = TrtllmConfig.of(keywords) if keywords else TrtllmConfig.from_environment()
     uninstall()
-    __import__(TARGET)
-    patch(sys.modules[TARGET], config)
+    try:
+        for name, act in ACTIONS.items():
+            act(_import(name), config)
+    except BaseException:
+        uninstall()
+        raise
     for name, value in environment_for(config).items():
         _environment[name] = os.environ.get(name)
         os.environ[name] = value
@@ -101,84 +110,145 @@ def environment_for(config: TrtllmConfig) -> dict[str, str]:
 
 
 def watch() -> None:
-    """Install as soon as the target module is imported; nothing happens in a process that does not import it."""
+    """Install as soon as TensorRT-LLM is imported; nothing happens in a process that does not import it."""
     if ENVIRONMENT in os.environ and not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
 
 
 class _Watch(MetaPathFinder):
-    """Finds the target as everyone else does, and patches it once it is loaded."""
+    """Finds the modules as everyone else does, and acts on each once it is loaded.
+
+    It stays, so that a module whose import failed for what we found does not come in by a second attempt.
+    """
+
+    def __init__(self) -> None:
+        self._looking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != TARGET:
+        if fullname not in ACTIONS or self._looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._looking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._looking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Patching(spec.loader)
+            spec.loader = _Acting(spec.loader, ACTIONS[fullname])
         return spec
 
 
-class _Patching(Loader):
-    """A loader that patches what it has loaded."""
+class _Acting(Loader):
+    """A loader that acts on what it has loaded."""
 
-    def __init__(self, real: Loader) -> None:
-        self._real = real
+    def __init__(self, real: Loader, act: Callable[[Any, TrtllmConfig], None]) -> None:
+        self._real, self._act = real, act
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._real.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._real.exec_module(module)
-        if not _patches:
-            patch(module, TrtllmConfig.from_environment())
+        self._act(module, TrtllmConfig.from_environment())
+
+
+def _import(name: str) -> Any:
+    """A module of the installed TensorRT-LLM. Raises ConfigError where there is none of that name."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("tensorrt_llm"):
+            raise
+        raise ConfigError(_unknown(name, "is not there")) from error
+
+
+def _unknown(name: str, what: str) -> str:
+    return (
+        f"{name} of the installed TensorRT-LLM {what}; the fixed-address cache fits {RANGE}: install one of these, or "
+        "run without trtllm-vattn"
+    )
+
+
+def _require(owner: Any, name: str, names: Sequence[str]) -> None:
+    missing = [each for each in names if not hasattr(owner, each)]
+    if missing:
+        raise ConfigError(_unknown(name, f"has no {', '.join(missing)}"))
+
+
+def check_version(module: Any, config: TrtllmConfig) -> None:
+    """Refuse a version that the adapter was not held against, unless ``any_version``. Raises ConfigError."""
+    if not config.any_version:
+        refuse_unrecorded(str(getattr(module, "__version__", "of no named version")))
+
+
+def patch_executor(module: Any, config: TrtllmConfig) -> None:
+    """Patch a loaded ``py_executor``: executors look at their managers when they start. Raises ConfigError where it is
+    another than the adapter knows."""
+    _require(module, EXECUTOR, ["PyExecutor"])
+    _require(module.PyExecutor, f"{EXECUTOR}.PyExecutor", ["start_worker"])
+
+    def checking(original: Any) -> Any:
+        def start_worker(self: Any, *args: Any, **named: Any) -> Any:
+            from trtllm_vattn.trtllm.start import check_executor
+
+            check_executor(self, config)
+            return original(self, *args, **named)
+
+        return functools.wraps(original)(start_worker)
+
+    _patches.put(module.PyExecutor, "start_worker", checking)
 
 
 def patch(module: Any, config: TrtllmConfig) -> None:
     """Patch a loaded ``_util``. Raises ConfigError where it is another than the adapter knows."""
-    from trtllm_vattn.trtllm import elastic
     from trtllm_vattn.trtllm.choose import Chooser, refuse_disaggregation
+    from trtllm_vattn.trtllm.manager import FixedAddress
+    from trtllm_vattn.trtllm.v2 import is_v2, limit_bytes
 
-    names = ("get_kv_cache_manager_cls", "KvCacheCreator", "KVCacheManager")
-    missing = [name for name in names if not hasattr(module, name)]
-    if missing:
-        raise ConfigError(
-            f"{module.__name__} of the installed TensorRT-LLM has no {', '.join(missing)}; the fixed-address cache "
-            "fits 1.2.x: install tensorrt-llm>=1.2,<1.3, or run without trtllm-vattn"
-        )
+    _require(module, TARGET, ["get_kv_cache_manager_cls", "KvCacheCreator", "KVCacheManager"])
+    creator = module.KvCacheCreator
+    _require(creator, f"{TARGET}.KvCacheCreator", ["try_prepare_estimation"])
     choose = Chooser(module.KVCacheManager, config)
 
     def choosing(original: Any) -> Any:
         return functools.wraps(original)(lambda *args, **named: choose(original(*args, **named)))
 
-    def checking(original: Any) -> Any:
+    def creating(original: Any) -> Any:
         def __init__(self: Any, *args: Any, **named: Any) -> None:
             refuse_disaggregation(named)
+            given: Any = named.get("kv_cache_config")
+            before = getattr(given, "max_gpu_total_bytes", None)
+            if config.budget_bytes is not None and hasattr(given, "max_gpu_total_bytes"):
+                # For V2: TensorRT-LLM itself divides these bytes between a model and its draft model.
+                limit_bytes(given, config.budget_bytes)
             original(self, *args, **named)
+            _require(self, f"{TARGET}.KvCacheCreator", ["_kv_cache_manager_cls"])
+            if hasattr(given, "max_gpu_total_bytes") and not is_v2(self._kv_cache_manager_cls):
+                given.max_gpu_total_bytes = before
 
         return functools.wraps(original)(__init__)
 
     def skipping(original: Any) -> Any:
-        return functools.wraps(original)(lambda self: False)
+        def try_prepare_estimation(self: Any) -> bool:
+            # V2 must be estimated: that is where its quota comes from.
+            return not issubclass(self._kv_cache_manager_cls, FixedAddress) and bool(original(self))
 
-    def sizing(original: Any) -> Any:
-        def start_worker(self: Any, *args: Any, **named: Any) -> Any:
-            elastic.size_all()
-            return original(self, *args, **named)
-
-        return functools.wraps(original)(start_worker)
+        return functools.wraps(original)(try_prepare_estimation)
 
     _patches.put(module, "get_kv_cache_manager_cls", choosing)
-    _patches.put(module.KvCacheCreator, "__init__", checking)
-    if hasattr(module.KvCacheCreator, "try_prepare_estimation"):
-        _patches.put(module.KvCacheCreator, "try_prepare_estimation", skipping)
-    executor = getattr(module, "PyExecutor", None)
-    if hasattr(executor, "start_worker"):
-        _patches.put(executor, "start_worker", sizing)
-    logger.warning(
-        "trtllm-vattn is installed in process %d: KV caches made from now on are at fixed addresses (%s)",
-        os.getpid(),
-        config,
-    )
+    _patches.put(creator, "__init__", creating)
+    _patches.put(creator, "try_prepare_estimation", skipping)
+    if hasattr(creator, FALLBACK):
+        _patches.put(creator, FALLBACK, choosing)
+    logger.info("process %d takes its KV cache managers from trtllm-vattn (%s)", os.getpid(), config)
+
+
+FALLBACK = "_fallback_if_unsupported_kv_cache_manager_v2"
+"""A method of `KvCacheCreator` that gives the stock V1 class where V2 does not do."""
+ACTIONS: dict[str, Callable[[Any, TrtllmConfig], None]] = {
+    VERSION_MODULE: check_version,
+    EXECUTOR: patch_executor,
+    TARGET: patch,
+}
+"""What is done with each module of TensorRT-LLM, in the order in which `install` imports them."""

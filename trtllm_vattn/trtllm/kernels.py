@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.trtllm.adapter import Adapter
+from trtllm_vattn.trtllm.books import Books
 from trtllm_vattn.trtllm.features import UnsupportedFeature
 from trtllm_vattn.trtllm.tables import AffineTables, RowGatherer
 
 
-class KernelViews(Adapter):
+class KernelViews(Books):
     """The stock class's views, over our memory."""
 
     def _vattn_publish(self) -> None:
@@ -38,9 +38,10 @@ class KernelViews(Adapter):
     def copy_batch_block_offsets(
         self, dst_tensor: torch.Tensor, request_ids: Sequence[int], beam_width: int, num_context: int, num_seqs: int
     ) -> None:
-        """Gather the batch's rows of the constant table, if they are others than before."""
-        if beam_width > 1:
-            raise UnsupportedFeature("beam search is not supported by the fixed-address KV cache; use beam width 1")
+        """Gather the batch's rows of the constant table, if they are others than before. Raises UnmappedAccess, by
+        request, where the stock books are ahead of the memory."""
+        self._vattn_refuse_beams(beam_width)
+        self._vattn_check_frontiers(request_ids)
         self._vattn_rows.fill(dst_tensor, request_ids, num_context)
 
     def get_buffers(self, layer_idx: int, kv_layout: str = "NHD") -> torch.Tensor:
@@ -54,21 +55,28 @@ class KernelViews(Adapter):
         count, factor, heads, tokens, dim = blocks.shape
         return blocks.as_strided((count, factor, tokens, heads, dim), (*blocks.stride()[:2], heads * dim, dim, 1))
 
-    def get_batch_cache_indices(self, request_ids: Sequence[int], layer_idx: int | None = None) -> list[list[int]]:
-        """Block numbers of each request; of a dummy, zeros."""
+    def get_batch_cache_indices(
+        self, request_ids: Sequence[int], layer_idx: int | None = None, **named: Any
+    ) -> list[list[int]]:
+        """Block numbers of each request; of a dummy, zeros. Later versions ask for the first few of each
+        (`num_blocks_per_seq`), and name a window and a beam width. Raises as `copy_batch_block_offsets`."""
+        self._vattn_refuse_beams(named.get("beam_width") or 1)
+        self._vattn_check_frontiers(request_ids)
         dummies = [number for number in request_ids if number in self._vattn_dummies]
         counts = dict(zip(dummies, self._vattn_booked(dummies), strict=True))
-        return [
+        found = [
             [0] * counts[number] if number in counts else self._vattn_pages.block_ids(number) for number in request_ids
         ]
+        wanted = named.get("num_blocks_per_seq")
+        return found if wanted is None else [ids[:count] for ids, count in zip(found, wanted, strict=True)]
+
+    def _vattn_refuse_beams(self, width: int) -> None:
+        if width > 1:
+            raise UnsupportedFeature("beam search is not supported by the fixed-address KV cache; use beam width 1")
 
     def _vattn_backed(self, numbers: Sequence[int]) -> list[int]:
         """Blocks of requests that have memory; a dummy has none but the tail."""
         return [0 if number in self._vattn_dummies else len(self._vattn_pages.block_ids(number)) for number in numbers]
-
-    def _vattn_booked(self, numbers: Sequence[int]) -> list[int]:
-        """Blocks that requests have in the C++ books."""
-        return [len(ids) for ids in super().get_batch_cache_indices(list(numbers))] if numbers else []
 
     def get_cache_indices(self, request: Any, window_size: int | None = None) -> list[int]:
         """Block numbers of a request."""

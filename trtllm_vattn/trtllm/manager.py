@@ -3,7 +3,8 @@
 The class is made from whatever `KVCacheManager` is installed, as a subclass, because the C++ capacity scheduler is
 handed its `impl`. The C++ manager goes on keeping the books, in blocks, over a pool of a few bytes a block; what
 kernels touch is ours: the pools' base addresses, the tables, the buffers. Attributes and methods of ours begin with
-``vattn`` or ``_vattn``; everything else that is overridden, called or read is in the recorded interface of 1.2.x.
+``vattn`` or ``_vattn``; everything else that is overridden, called or read is in the recorded interface of the version
+(tests/data/trtllm_interface.json), and what only some versions have is asked for before it is used.
 
 Prior art: TensorRT-LLM PR #15931 put per-sequence arenas beneath KVCacheManagerV2.
 """
@@ -27,8 +28,10 @@ from trtllm_vattn.trtllm.capacity import Capacity
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.features import UnsupportedFeature, check_interface, dtype_of, refuse
 from trtllm_vattn.trtllm.kernels import KernelViews
+from trtllm_vattn.trtllm.later import LATER
 from trtllm_vattn.trtllm.pages import Pages
 from trtllm_vattn.trtllm.requests import Requests
+from trtllm_vattn.trtllm.versions import RANGE
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 
@@ -50,8 +53,8 @@ def name_of(value: Any) -> str:
 
 @contextmanager
 def books_alone(module: Any) -> Iterator[None]:
-    """Have the C++ manager that is made meanwhile allocate next to nothing. Raises ConfigError where it takes none of
-    the arguments that say how much."""
+    """Have the C++ manager that is made meanwhile allocate next to nothing: one layer of one head of a few elements, in
+    each pool. Raises ConfigError where it takes none of the arguments that say how much."""
     real = module.KVCacheManagerCpp
 
     def make(*arguments: Any, **named: Any) -> Any:
@@ -60,10 +63,18 @@ def books_alone(module: Any) -> Iterator[None]:
         if not sizes or "num_kv_heads_per_layer" not in named:
             raise ConfigError(
                 f"the C++ manager of the installed TensorRT-LLM is made of {', '.join(named)}, without "
-                "num_kv_heads_per_layer or size_per_head; the fixed-address cache fits 1.2.x: install "
-                "tensorrt-llm>=1.2,<1.3, or run without trtllm-vattn"
+                f"num_kv_heads_per_layer or size_per_head; the fixed-address cache fits {RANGE}: install one of these, "
+                "or run without trtllm-vattn"
             )
         named.update(sizes, num_kv_heads_per_layer=[1])
+        if named.get("pool_configurations"):
+            named["pool_configurations"] = [
+                module.PoolConfigurationCpp(window_size=pool.window_size, size_per_head=BOOK_HEAD_DIM, dtype=pool.dtype)
+                for pool in named["pool_configurations"]
+            ]
+        if len(set(named.get("max_attention_window_vec") or ())) == 1:
+            # One entry a layer in later versions; here there is one layer.
+            named["max_attention_window_vec"] = named["max_attention_window_vec"][:1]
         return real(*arguments, **named)
 
     module.KVCacheManagerCpp = make
@@ -82,6 +93,20 @@ def without_reuse(config: Any) -> Any:
     return plain
 
 
+def refuse_a_large_pool(manager: Any) -> None:
+    """Raise ConfigError where the C++ manager allocated more than books need, whatever it was told: memory that nobody
+    would use."""
+    allocated = getattr(manager.impl.get_kv_cache_stats(), "allocated_bytes", 0)
+    element = 4
+    books = manager.impl.max_num_blocks * manager.tokens_per_block * manager.kv_factor * BOOK_HEAD_DIM * element
+    if allocated > books:
+        raise ConfigError(
+            f"the C++ manager of the installed TensorRT-LLM allocated {allocated:,} bytes for its books, which need "
+            f"{books:,} at most: its pools are sized by arguments that the adapter does not know; install one of "
+            f"{RANGE}, or run without trtllm-vattn"
+        )
+
+
 class FixedAddress(Requests, KernelViews, Capacity):
     """How a manager is made and shut down."""
 
@@ -93,29 +118,24 @@ class FixedAddress(Requests, KernelViews, Capacity):
         self._vattn_lock = threading.RLock()
         self._vattn_live, self._vattn_dummies = {}, {}
         self._vattn_sized = self._vattn_closed = False
-        self._vattn_target = self._vattn_settings.budget
+        self._vattn_cap = int(getattr(kv_cache_config, "max_gpu_total_bytes", None) or 0)
+        budget = self._vattn_settings.budget_bytes
+        self._vattn_target = budget if budget is None else min(budget, self._vattn_cap or budget)
         with ExitStack() as undo:
             with books_alone(self._vattn_module):
                 super().__init__(without_reuse(kv_cache_config), kv_cache_type, **arguments)
             undo.callback(super().shutdown)
+            refuse_a_large_pool(self)
+            self._vattn_token_count = getattr(self.impl, "get_token_count", None)
             self._vattn_total = self.impl.max_num_blocks
             self._vattn_ballast = self._vattn_make_ballast()
             self._vattn_pages = self._vattn_open(arguments.get("execution_stream"))
             undo.callback(self._vattn_pages.cache.close)
             self._vattn_publish()
             if self._vattn_target is not None:
-                self._vattn_check_budget(self._vattn_target)
+                self.vattn_check_budget(self._vattn_target)
             undo.pop_all()
         elastic.register(self)
-        cache = self._vattn_pages.cache
-        logger.warning(
-            "KV cache at fixed addresses: %d pools, the first at %#x; %d requests of %d tokens in blocks of %d",
-            self.num_pools,
-            cache.arena.reservations[0].base,
-            self._vattn_pages.max_requests,
-            cache.shape.max_seq_len,
-            self.tokens_per_block,
-        )
 
     def _vattn_open(self, stream: Any) -> Pages:
         heads = set(self.num_kv_heads_per_layer)
@@ -170,7 +190,9 @@ def make_manager(stock: Any, config: TrtllmConfig | None = None, driver: Callabl
     module = sys.modules[stock.__module__]
     check_interface(stock, module)
 
-    class FixedAddressKVCacheManager(FixedAddress, stock):  # type: ignore[misc]
+    later = [mixin for mixin, name in LATER.items() if hasattr(stock, name)]
+
+    class FixedAddressKVCacheManager(FixedAddress, *later, stock):  # type: ignore[misc]
         """`KVCacheManager` whose pools never move and are backed as far as requests need."""
 
         _vattn_settings = config or TrtllmConfig()

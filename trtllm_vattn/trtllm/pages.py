@@ -165,13 +165,6 @@ class Pages:
             cache.prepare_step(lengths)
             undo.pop_all()
 
-    def undo_step(self, admitted: Mapping[int, int], grown: Mapping[int, int]) -> None:
-        """Take a step back."""
-        for request in admitted:
-            self.cache.release(request)
-        for request, tokens in grown.items():
-            self.rewind(request, tokens)
-
     def rewind(self, request: int, tokens: int) -> None:
         """Shorten a request by so many tokens; its memory stays."""
         self.cache.truncate(request, int(self.cache.lengths[self.cache.slot_of(request)]) - tokens)

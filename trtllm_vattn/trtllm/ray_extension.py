@@ -15,7 +15,7 @@ install()
 class WorkerExtension:
     """Methods that a Ray worker is given, to be called with the LLM's collective RPC."""
 
-    def vattn_set_budget(self, budget: int) -> int:
+    def vattn_set_budget(self, budget: int | str) -> int:
         """As `elastic.set_budget`."""
         return elastic.set_budget(budget)
 

@@ -6,18 +6,19 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from trtllm_vattn.errors import DriverError, OutOfPages, UnknownSequence
-from trtllm_vattn.trtllm.adapter import Adapter
+from trtllm_vattn.errors import ConfigError, DriverError, OutOfPages, UnknownSequence
+from trtllm_vattn.trtllm.books import Books
 from trtllm_vattn.trtllm.features import UnsupportedFeature
 
 logger = logging.getLogger(__name__)
 
 
-class Requests(Adapter):
+class Requests(Books):
     """Admission, growth, rewind, end, and dummies."""
 
     def prepare_resources(self, scheduled_batch: Any) -> None:
-        """Back the batch's new tokens, then keep the stock books. Raises OutOfPages; nothing changed then."""
+        """Back the batch's new tokens, then keep the stock books. Raises OutOfPages; nothing changed then. Where the
+        stock class fails, memory stays beneath what its books hold by then."""
         with self._vattn_lock:
             admitted, grown = self._vattn_needs(scheduled_batch)
             if admitted and not self._vattn_sized:
@@ -26,22 +27,23 @@ class Requests(Adapter):
             try:
                 super().prepare_resources(scheduled_batch)
             except BaseException:
-                self._vattn_pages.undo_step(admitted, grown)
+                self._vattn_take_back(admitted, grown)
                 raise
-            if admitted:
-                starting = [each for each in scheduled_batch.context_requests if each.py_request_id in admitted]
-                self._vattn_live.update({request.py_request_id: request for request in starting})
+            finally:
+                for request in scheduled_batch.context_requests if admitted else ():
+                    if request.py_request_id in admitted and self._vattn_pages.holds(request.py_request_id):
+                        self._vattn_live[request.py_request_id] = request
 
     def _vattn_needs(self, batch: Any) -> tuple[dict[int, int], dict[int, int]]:
         """Tokens of requests that begin, and tokens more of those that go on, by id."""
-        draft = getattr(self._vattn_module, "get_draft_token_length", lambda request: 0)
+        draft, reserve = self._vattn_module.get_draft_token_length, self._vattn_draft_reserve
         admitted = {
             request.py_request_id: request.prompt_len + self.num_extra_kv_tokens + draft(request)
             for request in batch.context_requests
             if request.is_first_context_chunk and request.py_request_id not in self._vattn_dummies
         }
         grown = {
-            request.py_request_id: 1 + draft(request)
+            request.py_request_id: 1 + max(draft(request), reserve)
             for request in batch.generation_requests
             if request.py_request_id not in self._vattn_dummies
         }
@@ -92,6 +94,9 @@ class Requests(Adapter):
     def add_dummy_requests(self, request_ids: Sequence[int], *arguments: Any, **named: Any) -> Any:
         """Dummies of any length take no memory: all their blocks are block 0. Ballast makes room in the books."""
         with self._vattn_lock:
+            taken = [number for number in request_ids if number in self._vattn_live]
+            if taken:
+                raise ConfigError(f"dummy requests cannot take the ids {taken}, which running requests have")
             self._vattn_ballast.hold(self._vattn_ballast.blocks - len(request_ids) * (self.max_blocks_per_seq + 1))
             before = self.get_num_free_blocks()
             made = super().add_dummy_requests(request_ids, *arguments, **named)

@@ -8,11 +8,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.trtllm.config import ENVIRONMENT
+from trtllm_vattn.trtllm.config import ENVIRONMENT, TrtllmConfig
+from trtllm_vattn.trtllm.versions import RANGE, series_of
 
 MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 TIMEOUT = 900
@@ -30,11 +31,14 @@ class Check:
 
 
 def run_probe(model: str, kind: str) -> dict[str, Any]:
-    """Run one side in a process of its own. Raises ConfigError with the end of what it said where it fails."""
+    """Run one side in a process of its own, whatever the version: what it is good for is what this finds out. Raises
+    ConfigError with the end of what it said where it fails."""
     command = [sys.executable, "-m", "trtllm_vattn.trtllm.probe", model, kind]
     environment = {**os.environ, "TLLM_WORKER_USE_SINGLE_PROCESS": "1"}
     if kind == "stock":
         environment.pop(ENVIRONMENT, None)
+    else:
+        environment.update(replace(TrtllmConfig.from_environment(), any_version=True).as_environment())
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=environment)
     except subprocess.TimeoutExpired as error:
@@ -54,14 +58,15 @@ def self_check(model: str = MODEL, probe: Callable[[str, str], dict[str, Any]] =
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(
             "tensorrt_llm is not installed, so there is nothing to check; pip install 'tensorrt-llm>=1.2,<1.3' on a "
-            "machine with a GPU"
+            f"machine with a GPU (the adapter was held against {RANGE})"
         ) from None
-    known = version.startswith("1.2")
     stock, fixed = probe(model, "stock"), probe(model, "fixed")
     same = [a == b for a, b in zip(stock["tokens"], fixed["tokens"], strict=True)]
     ratio = fixed["step_ms"] / stock["step_ms"]
     return [
-        Check("version", known, f"tensorrt_llm {version}; the adapter was written for 1.2.x"),
+        Check(
+            "version", series_of(version) is not None, f"tensorrt_llm {version}; the adapter was held against {RANGE}"
+        ),
         Check("tokens", all(same), f"{sum(same)} of {len(same)} prompts gave the same tokens"),
         Check(
             "step",

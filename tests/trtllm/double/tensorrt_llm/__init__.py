@@ -1,4 +1,10 @@
-"""A stand-in for TensorRT-LLM 1.2.x, built from its recorded interface: what its names do, not how.
+"""A stand-in for TensorRT-LLM, built from its recorded interface: what its names do, not how.
 
-tests/trtllm/test_interface.py holds it to tests/data/trtllm_interface.json. README.md lists what it assumes.
+It plays the version that TRTLLM_DOUBLE_VERSION names (1.2.1 by default): 1.3 and 1.4 reserve draft tokens at every
+step, begin sequences in batches and have KVCacheManagerV2. tests/trtllm/test_interface.py holds it to
+tests/data/trtllm_interface.json. README.md lists what it assumes.
 """
+
+from tensorrt_llm.version import __version__
+
+__all__ = ["__version__"]

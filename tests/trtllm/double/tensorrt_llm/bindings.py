@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tensorrt_llm.version import MINOR
 from tensorrt_llm.watched import Watched
 
 NoFreeBlocks = RuntimeError
@@ -21,9 +22,21 @@ class KvCacheStats:
     free_num_blocks: int
     used_num_blocks: int
     tokens_per_block: int
+    allocated_bytes: int = 0
+    reused_blocks: int = 0
+    missed_blocks: int = 0
 
 
-class KVCacheManagerCpp(Watched):
+@dataclass
+class PoolConfiguration:
+    """Of one pool, on the C++ side."""
+
+    window_size: int
+    size_per_head: int
+    dtype: Any
+
+
+class _Books(Watched):
     """Accounts blocks by sequence; raises where there is none, as the C++ one does."""
 
     pool_bytes_allocated = 0
@@ -35,6 +48,9 @@ class KVCacheManagerCpp(Watched):
         self._reuse = named["enable_block_reuse"]
         self._tokens_per_block = named["tokens_per_block"]
         self._heads, self._head_dim = named["num_kv_heads_per_layer"], named["size_per_head"]
+        self.pool_configurations = named.get("pool_configurations") or []
+        if len(named["max_attention_window_vec"]) > len(self._heads):
+            raise RuntimeError("more windows than layers")
         self.max_blocks_per_seq = -(-named["max_sequence_length"] // self._tokens_per_block)
         self.num_pools, self.max_num_blocks, self.cross_kv = 1, self._blocks, False
         self._free = list(range(self._blocks))
@@ -42,11 +58,13 @@ class KVCacheManagerCpp(Watched):
         self._ids: dict[int, list[int]] = {}
 
     def allocate_pools(self, use_uvm: bool) -> None:
-        each = 2 * self._tokens_per_block * self._head_dim * sum(self._heads) * 2
-        type(self).pool_bytes_allocated = self._blocks * each
+        # A pool's own configuration goes before the manager's.
+        head_dim = self.pool_configurations[0].size_per_head if self.pool_configurations else self._head_dim
+        each = 2 * self._tokens_per_block * head_dim * sum(self._heads) * 2
+        _Books.pool_bytes_allocated = self._blocks * each
 
     def release_pools(self) -> None:
-        type(self).pool_bytes_allocated = 0
+        _Books.pool_bytes_allocated = 0
 
     def get_block_pool_pointers(self) -> torch.Tensor:
         return torch.tensor([[0xDEAD000, 0]], dtype=torch.int64)
@@ -70,7 +88,7 @@ class KVCacheManagerCpp(Watched):
             self._free.append(ids.pop())
         self._tokens[number] = tokens
 
-    def add_sequence(self, number: int, tokens: int, beam_width: int, request: Any) -> None:
+    def _begin(self, number: int, tokens: int) -> None:
         if self._reuse:
             raise RuntimeError("this stand-in shares no blocks; reuse must be off")
         if number in self._ids:
@@ -100,10 +118,31 @@ class KVCacheManagerCpp(Watched):
 
     def get_kv_cache_stats(self) -> KvCacheStats:
         free = len(self._free)
-        return KvCacheStats(self._blocks, free, self._blocks - free, self._tokens_per_block)
+        return KvCacheStats(
+            self._blocks, free, self._blocks - free, self._tokens_per_block, _Books.pool_bytes_allocated
+        )
 
     def sync_transfer_manager_with_buffer_manager(self) -> None: ...
 
     def refresh_blocks(self) -> None: ...
 
     def store_context_blocks(self, request: Any) -> None: ...
+
+
+class _Books1_2(_Books):
+    def add_sequence(self, number: int, tokens: int, beam_width: int, request: Any) -> None:
+        self._begin(number, tokens)
+
+
+class _Books1_3(_Books):
+    """Sequences begin in batches, and their tokens can be asked for."""
+
+    def add_sequence_batch(self, infos: list[tuple[int, int, int]], requests: list[Any]) -> None:
+        for number, tokens, _beam_width in infos:
+            self._begin(number, tokens)
+
+    def get_token_count(self, number: int) -> int:
+        return self._tokens[number]
+
+
+KVCacheManagerCpp = _Books1_2 if MINOR < 3 else _Books1_3

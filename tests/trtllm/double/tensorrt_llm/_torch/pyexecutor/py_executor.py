@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
-from tensorrt_llm._torch.pyexecutor.resource_manager import LlmRequest, LlmRequestState, ScheduledRequests
+from tensorrt_llm._torch.pyexecutor.resource_manager import (
+    LlmRequest,
+    LlmRequestState,
+    ResourceManagerType,
+    ScheduledRequests,
+)
 
 CUDA_GRAPH_DUMMY_REQUEST_ID = (1 << 64) - 1
 
@@ -22,43 +30,49 @@ class Kernels:
         self.heads = manager.num_kv_heads_per_layer[0]
         self.part = manager.tokens_per_block * self.heads * manager.head_dim * 4
 
-    def _vector(self, row: torch.Tensor, layer: int, field: int, head: int, token: int) -> Any:
-        """Elements of one token's head: pool + offset × bytes in 64 bits, then the layer's place in the block."""
+    def _block(self, row: torch.Tensor, layer: int, field: int, ordinal: int) -> np.ndarray:
+        """A block's elements ``[heads, tokens, dim]``: pool + offset × bytes in 64 bits, then the layer's place in the
+        block. Nothing of it is touched before it is indexed."""
         pool, within = self.mapping[layer]
-        size, dim = self.manager.tokens_per_block, self.manager.head_dim
-        offset = int(row[pool, field, token // size])
-        address = self.pointers[pool] + (within * self.manager.kv_factor + offset) * self.part
-        return (ctypes.c_float * dim).from_address(address + (head * size + token % size) * dim * 4)
+        address = self.pointers[pool] + (within * self.manager.kv_factor + int(row[pool, field, ordinal])) * self.part
+        elements = (ctypes.c_float * (self.part // 4)).from_address(address)
+        return np.ctypeslib.as_array(elements).reshape(self.heads, self.manager.tokens_per_block, -1)
 
     @staticmethod
-    def value(number: int, layer: int, field: int, head: int, token: int) -> float:
-        return float((number * 8191 + layer * 131 + field * 67 + head * 17 + token * 5) % 100003)
+    def value(number: int, layer: int, field: int, head: Any, token: Any) -> Any:
+        return (number * 8191 + layer * 131 + field * 67 + head * 17 + token * 5) % 100003
 
-    def write(self, row: torch.Tensor, number: int, tokens: range) -> None:
+    def _pieces(self, row: torch.Tensor, number: int, tokens: range) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+        """For every layer, field and block: where it is, a view of the tokens in it, and what belongs there."""
+        size, heads = self.manager.tokens_per_block, np.arange(self.heads)[:, None]
         for layer in range(len(self.mapping)):
             for field in range(self.manager.kv_factor):
-                for head in range(self.heads):
-                    for token in tokens:
-                        vector = self._vector(row, layer, field, head, token)
-                        vector[:] = [self.value(number, layer, field, head, token)] * len(vector)
+                for first in range(tokens.start // size * size, tokens.stop, size):
+                    these = np.arange(max(tokens.start, first), min(tokens.stop, first + size))
+                    block = self._block(row, layer, field, first // size)
+                    span = block[:, these[0] - first : these[-1] - first + 1]
+                    yield (layer, field, these), span, self.value(number, layer, field, heads, these)
+
+    def write(self, row: torch.Tensor, number: int, tokens: range) -> None:
+        for _, span, values in self._pieces(row, number, tokens):
+            span[:] = values[..., None]
 
     def load_tiles(self, row: torch.Tensor, end: int, tile: int = 128) -> None:
         """What context attention does: load up to a whole tile of keys, past the end too, wherever the table points."""
-        most = self.manager.max_blocks_per_seq * self.manager.tokens_per_block
+        size = self.manager.tokens_per_block
+        most = self.manager.max_blocks_per_seq * size
         for layer in range(len(self.mapping)):
-            for token in range(end, min(most, -(-end // tile) * tile), self.manager.tokens_per_block // 2):
-                sum(self._vector(row, layer, 0, 0, token)) + sum(self._vector(row, layer, 1, self.heads - 1, token))
+            for token in range(end, min(most, -(-end // tile) * tile), size // 2):
+                self._block(row, layer, 0, token // size)[0, token % size].sum()
+                self._block(row, layer, 1, token // size)[-1, token % size].sum()
 
     def wrong(self, row: torch.Tensor, number: int, tokens: range) -> list[tuple[int, int, int, int]]:
         """Places of a request's history that hold something else than was written."""
-        return [
-            (layer, field, head, token)
-            for layer in range(len(self.mapping))
-            for field in range(self.manager.kv_factor)
-            for head in range(self.heads)
-            for token in tokens
-            if set(self._vector(row, layer, field, head, token)) != {self.value(number, layer, field, head, token)}
-        ]
+        found = []
+        for (layer, field, these), span, values in self._pieces(row, number, tokens):
+            for head, index in zip(*np.nonzero((span != values[..., None]).any(-1)), strict=True):
+                found.append((layer, field, int(head), int(these[index])))
+        return found
 
 
 class PyExecutor:
@@ -71,12 +85,25 @@ class PyExecutor:
         self.lengths: dict[int, int] = {}
         self.finished: list[int] = []
         self.wrong: list[Any] = []
-        self.started = False
+        self.started = self.is_warmup = False
+        self._own({ResourceManagerType.KV_CACHE_MANAGER: manager})
         shape = (manager.num_pools, max_batch_size, 2, manager.max_blocks_per_seq)
         self.table = torch.full(shape, -1, dtype=torch.int32)
         self.padding: list[LlmRequest] = []
         self.warm_up(warm_up_tokens)
         self.kernels = Kernels(manager)
+
+    def _own(self, resources: dict[Any, Any]) -> None:
+        self.resource_manager = SimpleNamespace(resource_managers=resources)
+        self.kv_cache_manager = resources.get(ResourceManagerType.KV_CACHE_MANAGER)
+
+    @classmethod
+    def over(cls, resources: dict[Any, Any]) -> PyExecutor:
+        """An executor that is started, and runs nothing."""
+        made = cls.__new__(cls)
+        made.started = made.is_warmup = False
+        made._own(dict(resources))
+        return made
 
     def warm_up(self, tokens: int) -> None:
         """A batch of dummies, the first of them as long as may be, through the same kernels."""
