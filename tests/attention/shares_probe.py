@@ -101,9 +101,7 @@ class Checked:
             real = count if length else 0
             if out[lane, real:].any() or not out[lane].isfinite().all():
                 raise SystemExit(f"lane {lane} of {length} tokens: queries past {real} are no zeros, or NaN")
-            k, v = (
-                x[slot, :length].double().repeat_interleave(group, dim=1) for x in (self.kv.k, self.kv.v)
-            )
+            k, v = (x[slot, :length].double().repeat_interleave(group, dim=1) for x in (self.kv.k, self.kv.v))
             for query in range(real):
                 sees = length - count + 1 + query
                 scores = torch.einsum("hd,thd->ht", q[lane, query].double(), k[:sees])
@@ -115,20 +113,24 @@ class Checked:
                     raise SystemExit(f"lane {lane}, query {query} of {count}, {length} tokens: error {error}")
 
 
+GROUPS = {64: (1, 4, 71), 96: (3, 4), 128: (4, 7, 16), 192: (4, 12), 256: (1, 4)}
+"""Query heads a KV head, by head size."""
+
+
 def shapes(device: str, features: Features) -> None:
     """Head sizes, query heads a KV head, dtypes, layers a range."""
-    lengths = [0, 1, 15, 16, 17, 100, 300, 0]
-    halves = [torch.float16] if device == "cpu" else [torch.bfloat16, torch.float16]
-    for dim in (64, 96, 128, 192, 256):
-        for group, kv_heads in ((1, 3), (3, 2), (4, 2), (7, 1), (12, 1), (16, 1), (71, 1)):
-            if device == "cpu" and dim > 96 and group not in (4, 71):
-                continue
-            for dtype in [torch.float32] if device == "cpu" and group != 4 else [torch.float32, *halves]:
+    lengths = [0, 1, 15, 17, 100, 200, 0]
+    for dim, groups in GROUPS.items():
+        for group in groups:
+            kinds = [torch.float32, torch.float16] if group == 4 else [torch.bfloat16]
+            if device == "cpu":
+                kinds = [torch.float16 if (dim, group) == (64, 4) else torch.float32]
+            for dtype in kinds:
+                kv_heads = 2 if group < 7 else 1
                 shape = CacheShape(2, kv_heads, dim, dtype, len(lengths), 320)
                 used = features if dtype != torch.float32 else Features(False, features.pdl)
                 checked = Checked(shape, group * kv_heads, device, lengths, used, layers_per_range=group % 2 + 1)
-                checked.ask(1)
-                checked.ask(1, slots=[6, 0, 5, 2, 1])
+                checked.ask(1, slots=[6, 0, 5, 2, 1, 4])
                 print(f"done {dim} x {group} {dtype}: {checked.worst:.1e}", flush=True)
                 checked.cache.close()
 
@@ -137,28 +139,27 @@ def shares(device: str, features: Features) -> None:
     """Sequences that many programs share, and programs that share many sequences, by various settings."""
     chooser = random.Random(0)
     big = device != "cpu"
-    longest = 5000 if big else 300
-    for tile, start, fewest, programs in ((16, 0, 1, 5), (16, 2, 1, 31), (32, 1, 3, 64), (64, 2, 2, 132), (16, 3, 1, 1)):
-        if not big and programs > 64:
-            continue
-        lengths = [chooser.choice((0, chooser.randint(1, 40), chooser.randint(1, longest))) for _ in range(9)]
-        shape = CacheShape(2, 2, 64, torch.bfloat16 if big else torch.float32, 9, longest)
+    longest = 5000 if big else 200
+    settings = ((16, 0, 1, 5), (16, 2, 1, 31), (32, 1, 3, 20), (16, 3, 1, 1), (64, 2, 2, 264))
+    for tile, start, fewest, programs in settings if big else settings[:4]:
+        lengths = [chooser.choice((0, chooser.randint(1, 40), chooser.randint(1, longest))) for _ in range(5)]
+        shape = CacheShape(2, 2, 64, torch.bfloat16 if big else torch.float32, 5, longest)
         checked = Checked(shape, 8, device, lengths, features, Settings(tile, 4, 3, 1, start, fewest), 2, programs)
         checked.ask(1)
         checked.ask(2, counts=[min(2, n) for n in lengths])
-        checked.ask(1, slots=list(range(8, -1, -1)))
+        checked.ask(1, slots=[4, 3, 2, 1, 0])
         print(f"done tiles of {tile} on {programs}: {checked.worst:.1e}", flush=True)
         checked.cache.close()
 
 
 def queries(device: str, features: Features) -> None:
     """0 to 8 queries a lane, fewer than there is room for."""
-    lengths = [0, 1, 8, 64, 65, 71, 300, 200]
+    lengths = [0, 1, 8, 64, 65, 71, 200]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    for group in (1, 4, 12):
+    for group in (1, 12) if device == "cpu" else (1, 4, 12):
         shape = CacheShape(2, 2, 64, dtype, len(lengths), 320)
         checked = Checked(shape, group * 2, device, lengths, features, programs=11)
-        for most in (1, 3, 8):
+        for most in (3, 8):
             checked.ask(most, counts=[min(n, (lane * 3 + most) % (most + 1)) for lane, n in enumerate(lengths)])
             checked.ask(most, counts=[min(n, most) for n in lengths])
         print(f"done queries, {group} heads a KV head: {checked.worst:.1e}", flush=True)

@@ -56,4 +56,10 @@ def available() -> dict[str, str]:
         cudnn = "nvidia-cudnn-frontend is not installed: pip install 'trtllm-vattn[cuda]'"
     from trtllm_vattn.attention import fmha, shares, xqa
 
-    return {"torch": "yes", "cudnn": cudnn, "shares": shares.why_not(), "xqa": xqa.why_not(), "xqa-fmha": fmha.why_not()}
+    return {
+        "torch": "yes",
+        "cudnn": cudnn,
+        "shares": shares.why_not(),
+        "xqa": xqa.why_not(),
+        "xqa-fmha": fmha.why_not(),
+    }

@@ -358,7 +358,9 @@ class SharesAttention(GatheringAttention):
             workspace=self._workspace,
             programs=self._multiprocessors * settings.programs,
             settings=settings,
-            features=Features(self._features.tma, self._features.pdl and self._follows(layer, lengths, query_lens, slots)),
+            features=Features(
+                self._features.tma, self._features.pdl and self._follows(layer, lengths, query_lens, slots)
+            ),
             tiles=self._tiles(layer, kv, settings.tile) if self._features.tma else None,
         )
         return out

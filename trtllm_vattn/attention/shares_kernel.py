@@ -269,9 +269,7 @@ def decode_shares(  # type: ignore[no-untyped-def]
                     PART_ROWS,
                     PARTS,
                 )
-                _store(
-                    out, whole_total, whole_acc, block_rows, lane, head, count, d, KV_HEADS, GROUP, QUERIES, DIM
-                )
+                _store(out, whole_total, whole_acc, block_rows, lane, head, count, d, KV_HEADS, GROUP, QUERIES, DIM)
                 tl.store(counter, 0)
         at += until - from_start
 
