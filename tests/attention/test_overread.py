@@ -18,7 +18,7 @@ PROBE = Path(__file__).with_name("overread_probe.py")
 @pytest.mark.parametrize("layers_per_range", [1, 32])
 @pytest.mark.parametrize(
     ("backend", "cache"),
-    [*itertools.product(["torch", "cudnn", "xqa"], ["vattn", "blocks"]), ("xqa-fmha", "blocks")],
+    [*itertools.product(["torch", "cudnn", "xqa"], ["vattn", "blocks"]), ("xqa-fmha", "blocks"), ("shares", "vattn")],
 )
 def test_no_backend_reads_past_a_length(backend: str, cache: str, layers_per_range: int) -> None:
     done = _probe(backend, str(layers_per_range), cache)

@@ -25,11 +25,30 @@ class TorchAttention(GatheringAttention):
         slots: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        lanes = len(q)
+        result = self.decode_queries(layer, q[:, None], None, lengths, slots)[:, 0]
+        return result if out is None else out.copy_(result)
+
+    def decode_queries(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        query_lens: torch.Tensor | None,
+        lengths: torch.Tensor,
+        slots: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Some query tokens a lane, the last at position ``lengths - 1``: what `SharesAttention.decode_queries` does.
+
+        q ``[lanes, queries, num_heads, head_dim]`` to the same shape; query_lens int32 ``[lanes]`` (None: all queries).
+        """
+        lanes, queries = q.shape[:2]
         slots = self._lanes[:lanes] if slots is None else slots
-        visible = self._range < lengths[:, None]
+        row = self._range[:queries]
+        counts = lengths.new_full((lanes,), queries) if query_lens is None else query_lens
+        lengths = torch.where(counts > 0, lengths, 0)
+        sees = torch.where(row < counts[:, None], lengths[:, None] - counts[:, None] + 1 + row, 0)
         k, v = self._gather(layer, slots, lengths, self.cache.shape.max_seq_len)
-        result = self._attend(q[:, None], k, v, visible[:, None])[:, 0]
+        result = self._attend(q, k, v, self._range < sees[..., None])
         return result if out is None else out.copy_(result)
 
     def prefill(

@@ -11,7 +11,7 @@ from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import ConfigError
 
-BACKENDS = ("auto", "torch", "cudnn", "xqa", "xqa-fmha")
+BACKENDS = ("auto", "torch", "cudnn", "xqa", "xqa-fmha", "shares")
 
 
 def make_attention(name: str, cache: KVCache, num_heads: int, scale: float | None = None) -> Attention:
@@ -32,6 +32,10 @@ def make_attention(name: str, cache: KVCache, num_heads: int, scale: float | Non
         from trtllm_vattn.attention.cudnn import CudnnAttention
 
         return CudnnAttention(cache, num_heads, scale)
+    if name == "shares":
+        from trtllm_vattn.attention.shares import SharesAttention
+
+        return SharesAttention(cache, num_heads, scale)
     if name == "xqa":
         from trtllm_vattn.attention.xqa import XqaAttention
 
@@ -50,6 +54,12 @@ def available() -> dict[str, str]:
         cudnn = "no GPU"
     elif importlib.util.find_spec("cudnn") is None:
         cudnn = "nvidia-cudnn-frontend is not installed: pip install 'trtllm-vattn[cuda]'"
-    from trtllm_vattn.attention import fmha, xqa
+    from trtllm_vattn.attention import fmha, shares, xqa
 
-    return {"torch": "yes", "cudnn": cudnn, "xqa": xqa.why_not(), "xqa-fmha": fmha.why_not()}
+    return {
+        "torch": "yes",
+        "cudnn": cudnn,
+        "shares": shares.why_not(),
+        "xqa": xqa.why_not(),
+        "xqa-fmha": fmha.why_not(),
+    }

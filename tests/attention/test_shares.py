@@ -1,0 +1,152 @@
+"""Decode by equal shares: the kernel in Triton's interpreter and on the card, and the reference, against float64."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trtllm_vattn.attention.select import available, make_attention
+from trtllm_vattn.attention.shares import (
+    HEAD_SIZES,
+    MOST_QUERIES,
+    Rows,
+    SharesAttention,
+    fits_tma,
+    settings_for,
+)
+from trtllm_vattn.cache.base import CacheShape, FlatKV
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError
+
+PROBE = Path(__file__).with_name("shares_probe.py")
+
+
+def probe(*arguments: str, interpreted: bool) -> None:
+    """Run the probe's cases in a process of its own, which may die of a load too far."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if interpreted else "0"}
+    command = [sys.executable, str(PROBE), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "all cases passed" in done.stdout
+
+
+@pytest.mark.parametrize("case", ["shapes", "shares", "queries", "far"])
+def test_the_kernel_is_right_in_the_interpreter(case: str) -> None:
+    probe("cpu", case, interpreted=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", ["hopper", "plain"])
+@pytest.mark.parametrize("case", ["shapes", "shares", "queries", "far", "graph"])
+def test_the_kernel_is_right_on_the_card(case: str, path: str) -> None:
+    if available()["shares"] != "yes":
+        pytest.skip(available()["shares"])
+    if path == "hopper" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("TMA and dependent launches are used on compute capability 9")
+    probe("cuda:0", case, path, interpreted=False)
+
+
+@pytest.fixture
+def backend() -> SharesAttention:
+    shape = CacheShape(2, 2, 64, torch.float32, 4, 96)
+    cache = make_cache("vattn", shape, "cpu")
+    for lane, length in enumerate((40, 7, 0, 96)):
+        cache.admit(lane, max(1, length))
+        kv = cache.layer(1)
+        kv.k[lane, :length].normal_()
+        kv.v[lane, :length].normal_()
+    attention = make_attention("shares", cache, 6)
+    assert isinstance(attention, SharesAttention)
+    yield attention
+    cache.close()
+
+
+def attended(attention: SharesAttention, q: torch.Tensor, slot: int, length: int) -> torch.Tensor:
+    """One query of a lane, ``[num_heads, head_dim]``, in float64."""
+    kv = attention.cache.layer(1)
+    group = q.shape[0] // kv.k.shape[2]
+    k, v = (x[slot, :length].double().repeat_interleave(group, dim=1) for x in (kv.k, kv.v))
+    weights = (torch.einsum("hd,thd->ht", q.double(), k) * attention.scale).softmax(-1)
+    return torch.einsum("ht,thd->hd", weights, v)
+
+
+def test_queries_of_a_lane_see_the_tokens_up_to_their_own(backend: SharesAttention) -> None:
+    lengths, counts, slots = [96, 40, 7, 40, 0], [3, 0, 4, 1, 2], [3, 0, 1, 0, 2]
+    q = torch.randn(4, 4, 6, 64)
+    out = torch.full_like(q, torch.nan)
+    given = [torch.tensor(x[:4], dtype=torch.int32) for x in (counts, lengths, slots)]
+    assert backend.decode_queries(1, q, *given, out=out) is out
+    for lane in range(4):
+        for query in range(4):
+            want = torch.zeros(6, 64, dtype=torch.float64)
+            if query < counts[lane]:
+                sees = lengths[lane] - counts[lane] + 1 + query
+                want = attended(backend, q[lane, query], slots[lane], sees)
+            torch.testing.assert_close(out[lane, query].double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_lane_is_its_slot_and_has_all_its_queries_where_nothing_else_is_said(backend: SharesAttention) -> None:
+    q = torch.randn(4, 2, 6, 64)
+    got = backend.decode_queries(1, q, None, torch.tensor([40, 7, 0, 96], dtype=torch.int32))
+    assert not got[2].any()
+    for lane, length in ((0, 40), (1, 7), (3, 96)):
+        for query in (0, 1):
+            want = attended(backend, q[lane, query], lane, length - 1 + query)
+            torch.testing.assert_close(got[lane, query].double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_more_queries_or_lanes_than_there_may_be_are_refused(backend: SharesAttention) -> None:
+    lengths = torch.ones(4, dtype=torch.int32)
+    with pytest.raises(ConfigError, match="4 lanes of 9 queries; there may be 4 lanes, .* of 1 to 8 queries"):
+        backend.decode_queries(1, torch.randn(4, MOST_QUERIES + 1, 6, 64), None, lengths)
+    with pytest.raises(ConfigError, match="5 lanes of 1 queries"):
+        backend.decode_queries(1, torch.randn(5, 1, 6, 64), None, torch.ones(5, dtype=torch.int32))
+
+
+def test_blocks_are_refused() -> None:
+    with (
+        make_cache("paged", CacheShape(1, 1, 64, torch.float32, 1, 32), "cpu") as cache,
+        pytest.raises(ConfigError, match="flat K and V, not the blocks of a PagedCache; use the vattn cache"),
+    ):
+        make_attention("shares", cache, 1)
+
+
+def test_settings_fit_into_shared_memory() -> None:
+    for shared in (100 << 10, 164 << 10, 228 << 10):
+        for head_dim in HEAD_SIZES:
+            for itemsize in (2, 4):
+                for rows in (16, 32, 64):
+                    settings = settings_for(shared, head_dim, itemsize, rows)
+                    # One of the stages is under way in registers or just used.
+                    tiles = (settings.stages - 1) * 2 * settings.tile * (1 << (head_dim - 1).bit_length()) * itemsize
+                    assert tiles * settings.programs <= shared
+                    assert settings.tile >= 16
+
+
+def test_rows_hold_every_query_of_a_head() -> None:
+    for head_dim in HEAD_SIZES:
+        for group in (1, 3, 7, 12, 16, 71, 128):
+            for queries in range(1, MOST_QUERIES + 1):
+                rows = Rows.of(group, queries, head_dim)
+                assert rows.real == group * queries <= rows.rows * rows.blocks
+                assert (rows.blocks - 1) * rows.rows < rows.real
+                assert 16 <= rows.rows <= (32 if head_dim > 128 else 64)
+
+
+def test_what_a_tensor_map_can_hold_is_known() -> None:
+    def flat(heads: int, dim: int, step: int) -> FlatKV:
+        k = torch.empty(4 * 8 * step + 8, dtype=torch.bfloat16).as_strided((4, 8, heads, dim), (8 * step, step, dim, 1))
+        return FlatKV(k, k)
+
+    assert fits_tma(flat(2, 64, 128))
+    assert not fits_tma(flat(2, 4, 8)), "heads of 8 bytes"
+    kv = flat(2, 64, 128)
+    assert not fits_tma(FlatKV(kv.k, kv.v.as_strided(kv.v.shape, kv.v.stride(), 1))), "an address of 2 bytes"
