@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import VattnError
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -103,6 +103,15 @@ SMALL: dict[str, Any] = {
     "linear_value_head_dim": 8,
     "laurel_rank": 8,
     "lru_width": 64,
+    "rotary_dim": 8,
+    "n_shared_experts": 1,
+    "mamba_d_ssm": 128,
+    "num_heads": 8,
+    "num_kv_shared_layers": 0,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 4,
+    "qk_head_dim": 16,
+    "hidden_dim": 96,
     "state_size": 8,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -110,12 +119,33 @@ SMALL: dict[str, Any] = {
 }
 """Sizes by the names that configurations give them."""
 
+LATENT = {"head_dim": 8}
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "axk1": LATENT,
+    "axk2": LATENT,
     "bert-generation": {"is_decoder": True},
-    "deepseek_v4": {"num_hash_layers": 0},
-    "dbrx": {"ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}, "attn_config": {"kv_n_heads": 2}},
+    "dbrx": {
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+    },
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "deepseek_v32": LATENT,
+    "gemma3n_text": {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5},
+    "glm4_moe_lite": LATENT,
+    "glm_moe_dsa": LATENT,
+    "gpt_neo": {"attention_types": [[["global"], 4]]},
+    "lfm2_moe": {"layer_types": ["full_attention"] * 4},
+    "longcat_flash": LATENT,
+    "mamba2": {"head_dim": 16},
+    "mpt": {},
+    "prophetnet": {"num_hidden_layers": None},
+    "reformer": {"is_decoder": True},
+    "xlm": {"causal": True},
+    "youtu": LATENT,
+    "zaya": {"num_experts_per_tok": 1},
 }
-"""Fields that a type needs beside, or by other values."""
+"""Fields that a type needs beside, or by other values; None is the type's own."""
 
 
 class Verdict(NamedTuple):
@@ -127,15 +157,33 @@ class Verdict(NamedTuple):
 
 def tiny_config(kind: str, **fields: Any) -> PreTrainedConfig:
     """A configuration of a model type with every size that it names made small."""
-    made: PreTrainedConfig = CONFIG_MAPPING[kind]
+    made: Any = CONFIG_MAPPING[kind]
     default = made()
-    small = {name: value for name, value in SMALL.items() if hasattr(default, name)}
-    nested = {}
+    values: dict[str, Any] = _small(default)
     for name in getattr(default, "sub_configs", None) or {}:
         inner = getattr(default, name, None)
         if isinstance(inner, PreTrainedConfig):
-            nested[name] = {n: v for n, v in SMALL.items() if hasattr(inner, n)} | {"model_type": inner.model_type}
-    return made(**{**(nested or small), **DEFAULTS.get(kind, {}), **fields})
+            values[name] = {**_small(inner), "model_type": inner.model_type}
+    values |= {**DEFAULTS.get(kind, {}), **fields}
+    absent = [name for name, value in values.items() if value is None and name not in ("eos_token_id", "sliding_window")]
+    config: PreTrainedConfig = made(**{name: value for name, value in values.items() if name not in absent})
+    return config
+
+
+def _small(default: PreTrainedConfig) -> dict[str, Any]:
+    """The sizes that a configuration has and lets be set."""
+    found = {}
+    for name, value in SMALL.items():
+        known = getattr(type(default), name, None)
+        if isinstance(known, property) and known.fset is None:
+            continue
+        try:
+            has = hasattr(default, name)
+        except ValueError:  # a size by layer
+            has = True
+        if has:
+            found[name] = value
+    return found
 
 
 def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
@@ -162,7 +210,7 @@ def disagreement(reference: PreTrainedModel, prompt: list[int], tokens: list[int
 
 
 def verdict(config: PreTrainedConfig, capture: bool = True, device: str = "cpu", longest: int = LONGEST) -> Verdict:
-    """How the engine takes a model of this configuration."""
+    """How the engine takes a model of this configuration; refused is what a ConfigError that names its class says."""
     try:
         reference, model = tiny_model(config).to(device), tiny_model(config).to(device)
         disagreement(reference, [1, 2, 3], [4])
@@ -172,8 +220,8 @@ def verdict(config: PreTrainedConfig, capture: bool = True, device: str = "cpu",
         cache = make_cache("vattn", shape_of(model, 4, longest), device, None)
         with Engine(model, cache, capture=capture, compile=False, attention="torch") as engine:
             done = engine.generate(PROMPTS, SamplingParams(max_tokens=NEW))
-    except VattnError as error:
-        return Verdict("refused", str(error))
+    except ConfigError as error:
+        return Verdict("refused" if type(model).__name__ in str(error) else "crashed", str(error))
     except Exception as error:
         return Verdict("crashed", f"{type(error).__name__}: {error}")
     for prompt, each in zip(PROMPTS, done, strict=True):
@@ -191,6 +239,9 @@ def main(kinds: list[str]) -> int:
     for kind in kinds or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
             found = verdict(tiny_config(kind))
+            if "capture=False" in found.why:
+                eager = verdict(tiny_config(kind), capture=False)
+                found = Verdict(found.what if eager.what == "right" else eager.what, f"(step by step: {eager.what}) {found.why}")
         except Exception as error:
             found = Verdict("unmade", f"{type(error).__name__}: {error}")
         bad += found.what in ("wrong", "crashed")

@@ -22,7 +22,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 
 from trtllm_vattn.cache.base import CacheShape
-from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.errors import CaptureError, ConfigError
 
 DRY_NAME = "trtllm_vattn_dry_pass"
 """Under which the stand-in is registered with transformers."""
@@ -33,6 +33,7 @@ NEUTRAL = (
     "cache_position",
     "deterministic",
     "layer_idx",
+    "logits_to_keep",
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
@@ -83,6 +84,8 @@ class Recorder:
     calls: list[Call] = field(default_factory=list)
     masks: list[tuple[Any, torch.Tensor | None]] = field(default_factory=list)
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    wanted: int = 0
+    """How many tokens' logits were asked for."""
 
 
 class _Current(threading.local):
@@ -164,6 +167,20 @@ def attention_scale(model: PreTrainedModel, shape: CacheShape, cache: Cache) -> 
     return there.calls[0].scale
 
 
+@contextmanager
+def naming(model: PreTrainedModel) -> Iterator[None]:
+    """Where a model's step cannot be captured or compiled, the error names the model and what serves it instead."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except CaptureError as error:
+        raise ConfigError(f"a step of {type(model).__name__} cannot be captured (use capture=False): {error}") from error
+    except TorchDynamoException as error:
+        text = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{type(model).__name__} cannot be compiled (use compile=False): {text}") from error
+
+
 def cannot_serve(model: PreTrainedModel, why: str) -> ConfigError:
     """The error for a model that this runtime does not serve."""
     kind = model.config.get_text_config().model_type
@@ -176,9 +193,10 @@ def _pass(
     """One pass over a few tokens; `back` with the tokens, and the positions they have, in reverse order."""
     vocab = model.config.get_text_config().vocab_size
     order = torch.arange(min(TOKENS, shape.max_seq_len), device=model.device)
-    order = order.flip(0) if back else order
-    # The logits of all rows are asked for as those of some are: by their numbers.
-    rows = torch.arange(len(order), device=model.device)
+    # Logits are asked for by the numbers of rows, of all but the first token.
+    rows = order[1:] if len(order) > 1 else order
+    if back:
+        order, rows = order.flip(0), len(order) - 1 - rows
     with _recording(marked) as recorder:
         try:
             output = model(
@@ -186,9 +204,10 @@ def _pass(
                 position_ids=order[None],
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=rows.flip(0),
+                logits_to_keep=rows,
             )
-            recorder.logits = output.logits[0].flip(0)
+            recorder.logits = output.logits[0]
+            recorder.wanted = len(rows)
         except (ConfigError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -219,7 +238,7 @@ def _wrong_calls(model: PreTrainedModel, seen: Recorder, shape: CacheShape) -> l
     for call in seen.calls:
         tokens = call.query.shape[2]
         asked = [tuple(x.shape) for x in (call.query, call.key, call.value)]
-        served = [(1, count, len(seen.logits), shape.head_dim) for count in (heads, *[shape.num_kv_heads] * 2)]
+        served = [(1, count, min(TOKENS, shape.max_seq_len), shape.head_dim) for count in (heads, *[shape.num_kv_heads] * 2)]
         if asked != served:
             wrong.append(
                 f"layer {call.layer} has queries, keys and values of shapes {_shapes(asked)} for {tokens} tokens, a "
@@ -286,8 +305,10 @@ def _wrong_masks(masks: Sequence[Any], max_seq_len: int, device: torch.device) -
 
 def _where_tokens_meet(there: Recorder, back: Recorder) -> list[str]:
     """Where a token's numbers depend on the order of the tokens."""
-    if there.logits.shape != back.logits.shape or len(back.calls) != len(there.calls):
-        return ["it computes another number of calls or logits in a second pass"]
+    if len(there.logits) != there.wanted or len(back.logits) != back.wanted:
+        return [f"it gives the logits of {len(there.logits)} tokens where those of {there.wanted} are asked for"]
+    if len(back.calls) != len(there.calls):
+        return ["its second pass calls attention another number of times than its first"]
     for call, other in zip(there.calls, back.calls, strict=True):
         for name in ("query", "key", "value"):
             if _differ(getattr(call, name), getattr(other, name).flip(2)):
@@ -295,8 +316,8 @@ def _where_tokens_meet(there: Recorder, back: Recorder) -> list[str]:
                     f"the {name} of a token in layer {call.layer} depends on more than the token and its position_ids: "
                     "the model counts positions itself, or mixes tokens beside attention (a convolution, a state)"
                 ]
-    if _differ(there.logits, back.logits.flip(0)):
-        return ["the logits of a token depend on other tokens beside attention, or logits_to_keep is not heeded"]
+    if _differ(there.logits, back.logits):
+        return ["the logits of a token depend on other tokens beside attention, or are not those of the rows asked for"]
     return []
 
 

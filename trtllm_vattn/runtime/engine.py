@@ -26,6 +26,7 @@ from trtllm_vattn.runtime.checkpoint import end_of_text
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
 from trtllm_vattn.runtime.decode import DecodeBatch
+from trtllm_vattn.runtime.dry_pass import naming
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
@@ -123,7 +124,7 @@ class Engine:
         self.startup = StartupReport()
         buckets = default_buckets(cache.shape.num_slots) if buckets is None else buckets
         compiling = cache.device.type == "cuda" if compile is None else compile
-        with torch.inference_mode():
+        with torch.inference_mode(), naming(model):
             started = perf_counter()
             wrap = compile_model(model) if compiling else as_it_is
             self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
