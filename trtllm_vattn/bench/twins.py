@@ -17,7 +17,7 @@ from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import OutOfPages
 from trtllm_vattn.memory.reclaim import reclaim
-from trtllm_vattn.runtime.binding import DecodeStep, bind, forward, scale_of
+from trtllm_vattn.runtime.binding import DecodeStep, bind, forward
 from trtllm_vattn.runtime.decode import DecodeBatch, Launch
 from trtllm_vattn.runtime.prefill import Prefill, PromptChunk
 
@@ -58,10 +58,10 @@ class Side:
     """One cache and one captured step of `LANES` lanes over it, by the torch backend, whose sums have a fixed order."""
 
     def __init__(self, model: PreTrainedModel, cache: KVCache) -> None:
-        bind(model)
+        scale = bind(model, cache.shape)
         self.model, self.cache = model, cache
         heads = model.config.get_text_config().num_attention_heads
-        self.attention = make_attention("torch", cache, heads, scale_of(model))
+        self.attention = make_attention("torch", cache, heads, scale)
         self.decode = DigestedBatch(model, self.attention, LANES, STEPS)
         self.prefill = Prefill(model, self.attention, 64, pool=self.decode.runner.pool)
         self.captures = len(self.decode.capture().seconds)

@@ -19,6 +19,8 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 from trtllm_vattn.attention.base import Attention, Chunks
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.dry_pass import TOKENS, attention_scale, cannot_serve
+from trtllm_vattn.runtime.families import FAMILIES
 
 ATTENTION_NAME = "trtllm_vattn"
 
@@ -199,36 +201,98 @@ def attend(
 
 
 def shape_of(model: PreTrainedModel, num_slots: int, max_seq_len: int) -> CacheShape:
-    """The shape of a cache for this model.
+    """The shape of a cache for this model, by its configuration.
 
     Raises
     ------
     ConfigError
-        The model attends in a way the cache does not serve: a sliding window shorter than `max_seq_len`, or positions
-        fewer than that.
+        The configuration names no heads or layers, or other ones by layer; or the model attends in a way the cache does
+        not serve: a sliding window shorter than `max_seq_len`, or positions fewer than that.
     """
     config = model.config.get_text_config()
+    refuse_family(config, type(model).__name__)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if other := sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"}):
+        raise ConfigError(
+            f"{type(model).__name__} ({config.model_type}) is not served: it has layers of kinds {', '.join(other)}, for "
+            "which no cache here holds what they need; a cache serves full attention only"
+        )
     window = getattr(config, "sliding_window", None)
     windowed = "sliding_attention" in kinds or (not getattr(config, "layer_types", None) and window is not None)
-    if kinds - {"full_attention", "sliding_attention"} or (windowed and window and window < max_seq_len):
+    if windowed and window and window < max_seq_len:
         raise ConfigError(
             f"{type(model).__name__} uses attention of kinds {sorted(kinds)} with a window of {window} tokens; a cache "
             f"of max_seq_len {max_seq_len} serves full attention only: lower max_seq_len to the window"
         )
-    if max_seq_len > config.max_position_embeddings:
+    positions = positions_of(config)
+    if positions is not None and max_seq_len > positions:
+        raise ConfigError(f"max_seq_len is {max_seq_len}, the model has {positions} positions; lower it")
+    sizes: dict[str, Any] = {
+        name: getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    }
+    sizes["num_key_value_heads"] = _or(getattr(config, "num_key_value_heads", None), sizes["num_attention_heads"])
+    unclear = [f"{name} is {value!r}" for name, value in sizes.items() if not isinstance(value, int) or value < 1]
+    if unclear:
         raise ConfigError(
-            f"max_seq_len is {max_seq_len}, the model has {config.max_position_embeddings} positions; lower it"
+            f"{type(model).__name__} ({config.model_type}) is not served: in its configuration {', '.join(unclear)}; a "
+            "cache has as many heads of keys and values in each layer"
         )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or sizes["hidden_size"] // sizes["num_attention_heads"]
     return CacheShape(
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=config.num_key_value_heads,
+        num_layers=sizes["num_hidden_layers"],
+        num_kv_heads=sizes["num_key_value_heads"],
         head_dim=head_dim,
         dtype=model.dtype,
         num_slots=num_slots,
         max_seq_len=max_seq_len,
     )
+
+
+def _or(value: Any, other: Any) -> Any:
+    return other if value is None else value
+
+
+def refuse_family(config: Any, name: str) -> None:
+    """Raise ConfigError for a configuration of what is no decoder over keys and values, or that turns positions by
+    frequencies that depend on the longest sequence of a pass."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"{name} ({config.model_type}) is not served: it has an encoder, whose states no cache holds")
+    turning = {kind for each in _rope_of(config) if (kind := each.get("rope_type")) in ("dynamic", "longrope")}
+    if turning:
+        raise ConfigError(
+            f"{name} has rope_type {turning.pop()}, by which the longest sequence of a batch changes the "
+            "tokens of all; use a model with fixed frequencies (default, linear, llama3, yarn)"
+        )
+
+
+def _rope_of(config: Any) -> list[dict[str, Any]]:
+    """A configuration's RoPE parameters; several where they differ by the kind of a layer."""
+    whole = getattr(config, "rope_parameters", None) or {}
+    by_kind = [each for each in whole.values() if isinstance(each, dict)]
+    return by_kind or ([whole] if whole else [])
+
+
+def positions_of(config: Any) -> int | None:
+    """How many positions a model has; None where its configuration names no bound.
+
+    ``linear`` stretches the positions a model was trained with by its factor, and ``yarn`` those that its parameters
+    call original (transformers takes max_position_embeddings where they do not). A configuration may name the longer
+    context itself, as those of ``llama3`` always do; the larger one holds. Where layers of different kinds turn
+    differently, the least stretched bounds. (vLLM derives max_model_len the same way.)
+    """
+    named: int | None = getattr(config, "max_position_embeddings", None)
+    if not isinstance(named, int):
+        return None
+    return max(named, min((_stretched(each, named) for each in _rope_of(config)), default=named))
+
+
+def _stretched(rope: dict[str, Any], named: int) -> int:
+    factor = rope.get("factor") or 1.0
+    if rope.get("rope_type") == "linear":
+        return int(named * factor)
+    if rope.get("rope_type") == "yarn":
+        return int((rope.get("original_max_position_embeddings") or named) * factor)
+    return named
 
 
 def check_fit(model: PreTrainedModel, shape: CacheShape) -> None:
@@ -246,37 +310,45 @@ def check_fit(model: PreTrainedModel, shape: CacheShape) -> None:
 
 
 def scale_of(model: PreTrainedModel) -> float | None:
-    """The factor by which the model's attention scales scores; None where it does not say."""
+    """The factor by which the model's attention scales scores, as its modules name it; None where they do not."""
     return next((module.scaling for module in model.modules() if hasattr(module, "scaling")), None)
 
 
-def bind(model: PreTrainedModel) -> None:
-    """Point the model's attention at ours; its code stays as it is.
+def bind(model: PreTrainedModel, shape: CacheShape | None = None) -> float | None:
+    """Point the model's attention at ours, after dry passes (dry_pass.py); its code stays as it is.
+
+    Returns the factor by which its attention scales scores; None is ``head_dim ** -0.5``. Windows are looked for up to
+    the `max_seq_len` of `shape`; without one, only what any cache asks of the model is.
 
     Raises
     ------
     ConfigError
-        The model does not let its attention be chosen, or turns positions by frequencies that depend on the longest
-        sequence of a pass.
+        The model does not let its attention be chosen, or a cache of this shape does not serve it: the message says
+        what it does. Its attention is what it was, then.
     """
-    AttentionInterface.register(ATTENTION_NAME, attend)
     config = model.config.get_text_config()
-    turning = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if turning in ("dynamic", "longrope"):
-        raise ConfigError(
-            f"{type(model).__name__} has rope_type {turning}, by which the longest sequence of a batch changes the "
-            "tokens of all; use a model with fixed frequencies (default, linear, llama3, yarn)"
-        )
+    refuse_family(config, type(model).__name__)
+    scale = scale_of(model)
+    if isinstance(model, PreTrainedModel):
+        if not model._supports_attention_backend:
+            raise cannot_serve(
+                model, f"it computes attention by its own code; families that take ours are {', '.join(each.name for each in FAMILIES.values())}"
+            )
+        model.eval()
+        before = config._attn_implementation
+        try:
+            scale = attention_scale(model, shape or shape_of(model, 1, TOKENS), BoundCache())
+        except BaseException:
+            model.set_attn_implementation(before)
+            raise
+    AttentionInterface.register(ATTENTION_NAME, attend)
     model.set_attn_implementation(ATTENTION_NAME)
-    if isinstance(model, PreTrainedModel) and not model._supports_attention_backend:
-        raise ConfigError(
-            f"{type(model).__name__} computes attention by its own code; Llama, Qwen2, Qwen3 and Mistral take ours"
-        )
     for module in model.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             # A number would be compiled in, and every layer compiled again.
             module.vattn_layer = torch.tensor(module.layer_idx, device="cpu")
     model.eval()
+    return scale
 
 
 def forward(

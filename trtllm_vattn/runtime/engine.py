@@ -21,10 +21,12 @@ from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.graphs.policy import MappingPolicy, start_choosing
 from trtllm_vattn.graphs.runner import default_buckets
 from trtllm_vattn.runtime.beside import MappingBeside
-from trtllm_vattn.runtime.binding import bind, check_fit, scale_of, shape_of
+from trtllm_vattn.runtime.binding import bind, check_fit, shape_of
+from trtllm_vattn.runtime.checkpoint import end_of_text
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
 from trtllm_vattn.runtime.decode import DecodeBatch
+from trtllm_vattn.runtime.dry_pass import naming
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
@@ -48,8 +50,8 @@ class Engine:
     Parameters
     ----------
     model : PreTrainedModel
-        A Hugging Face causal language model (Llama, Qwen2, Qwen3, Mistral families), on the cache's device; its code
-        is not changed, its attention is pointed at ours.
+        A Hugging Face causal language model (of `runtime.families.FAMILIES`, or another that a dry pass finds
+        servable), on the cache's device; its code is not changed, its attention is pointed at ours.
     cache : KVCache
         The engine closes it.
     attention : str
@@ -108,12 +110,13 @@ class Engine:
         if model.device != cache.device:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
-        bind(model)
+        scale = bind(model, cache.shape)
         self.model, self.cache = model, cache
         self.steps, self.loop, self.record_margins, self.observer = steps, loop, record_margins, observer
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
-        self.attention = make_attention(attention, cache, config.num_attention_heads, scale_of(model))
+        self._end_of_text = end_of_text(model)
+        self.attention = make_attention(attention, cache, config.num_attention_heads, scale)
         self._prefilled = 0
         self._read_at = 0.0
         self._events: list[TokenEvent] = []  # not returned yet
@@ -121,7 +124,7 @@ class Engine:
         self.startup = StartupReport()
         buckets = default_buckets(cache.shape.num_slots) if buckets is None else buckets
         compiling = cache.device.type == "cuda" if compile is None else compile
-        with torch.inference_mode():
+        with torch.inference_mode(), naming(model):
             started = perf_counter()
             wrap = compile_model(model) if compiling else as_it_is
             self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
@@ -157,7 +160,8 @@ class Engine:
         mapping: str = "auto",
         **options: Any,
     ) -> Self:
-        """An engine over a checkpoint directory or a named shape (`runtime.models.SHAPES`), on the GPU if there is one.
+        """An engine over a checkpoint (a directory, or a name on the Hugging Face Hub) or a named shape
+        (`runtime.models.SHAPES`), on the GPU if there is one.
 
         With the ``vattn`` cache graphs are captured over one mapped dummy slot, and the budget is set from what is left
         then; `set_budget` changes it at any time. `startup` says what all of it cost.
@@ -232,7 +236,7 @@ class Engine:
         return request.id
 
     def _request(self, prompt: Sequence[int], params: SamplingParams | None, forced: Sequence[int] | None) -> Running:
-        params = params or SamplingParams()
+        params = (params or SamplingParams()).stopping_at(self._end_of_text)
         prompt = [int(token) for token in prompt]
         if not prompt:
             raise ConfigError("the prompt is empty; at least one token is needed")

@@ -1,4 +1,4 @@
-"""Where models come from: a local checkpoint directory, or a named shape with random weights."""
+"""Where models come from: a checkpoint, local or on the Hugging Face Hub, or a named shape with random weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.checkpoint import load_checkpoint
 
 _TINY: dict[str, Any] = {
     "vocab_size": 512,
@@ -98,22 +98,18 @@ def load_model(name: str, device: torch.device | str, dtype: torch.dtype, seed: 
     Parameters
     ----------
     name : str
-        A directory with a Hugging Face checkpoint, or a name in `SHAPES`, which gets random weights from `seed`.
+        A directory with a Hugging Face checkpoint; or a name in `SHAPES`, which gets random weights from `seed`, and no
+        end of text, since its tokens mean nothing; or else a name on the Hugging Face Hub (checkpoint.py).
 
     Raises
     ------
     ConfigError
-        It is neither.
+        It is none of them, or the checkpoint is not whole.
     """
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"{name} is a directory without a config.json; give a Hugging Face checkpoint")
-        with torch.device(device):
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-    if name not in SHAPES:
-        raise ConfigError(f"no model {name!r}: give a checkpoint directory, or one of {', '.join(SHAPES)}")
-    config = AutoConfig.for_model(**SHAPES[name])
+    if name not in SHAPES or Path(name).is_dir():
+        return load_checkpoint(name, device, dtype)
+    config = AutoConfig.for_model(**SHAPES[name], eos_token_id=None)
     torch.manual_seed(seed)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class SamplingParams:
         The same seed gives the same tokens, whatever else is in the batch.
     stop_token_ids : tuple of int
         Generation ends after one of these, which is part of the output.
+    ignore_eos : bool
+        Whether the end-of-text tokens that the checkpoint names do not end generation.
     """
 
     max_tokens: int = 128
@@ -41,6 +43,7 @@ class SamplingParams:
     top_k: int = 0
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -53,6 +56,11 @@ class SamplingParams:
             raise ConfigError(f"top_k is {self.top_k}; it is 0 for all tokens, or how many")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"seed is {self.seed!r}; it is a whole number from 0 to 2**64 - 1")
+
+    def stopping_at(self, end_of_text: Sequence[int]) -> SamplingParams:
+        """These, stopped by a checkpoint's end-of-text tokens, too, unless they are ignored."""
+        more = () if self.ignore_eos else tuple(token for token in end_of_text if token not in self.stop_token_ids)
+        return replace(self, stop_token_ids=(*self.stop_token_ids, *more)) if more else self
 
     @property
     def greedy(self) -> bool:

@@ -1,0 +1,338 @@
+"""A dry pass: what a model asks of attention, found out by a few tokens before a cache is touched.
+
+A model is served by its own code with one function exchanged: attention. That is right only where each layer calls it
+once, where all calls ask for the same causal attention over all that came before, and where tokens meet nowhere else.
+Families that attend beside transformers' interface, mix tokens by convolutions or states, count positions themselves or
+add a bias to the scores would give wrong tokens without an error; they are refused here, by what they did.
+
+Two short passes run, the second with the tokens in reverse order. Attention is a stand-in that lets no token see
+another, so each token's queries, keys, values and logits must be the same in both.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+
+from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.errors import CaptureError, ConfigError
+
+DRY_NAME = "trtllm_vattn_dry_pass"
+"""Under which the stand-in is registered with transformers."""
+
+TOKENS = 8
+
+NEUTRAL = (
+    "cache_position",
+    "deterministic",
+    "layer_idx",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+)
+"""What models hand on to attention that changes nothing of it."""
+
+UNSET: dict[str, tuple[Any, ...]] = {"dropout": (0.0, None), "is_causal": (True, None)}
+"""What changes attention, with the values by which it does not; of anything else that is None alone."""
+
+
+@dataclass
+class Call:
+    """One call of the attention function: queries, keys and values ``[1, heads, tokens, dim]``, and what was asked."""
+
+    module: torch.nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: Any
+    mask: Any
+    options: dict[str, Any]
+
+    @property
+    def layer(self) -> int | None:
+        """The layer's number; None where the module does not say."""
+        number = getattr(self.module, "layer_idx", None)
+        return number if isinstance(number, int) else None
+
+    @property
+    def scale(self) -> float:
+        """By what scores are scaled; ``head_dim ** -0.5`` where the model does not say, as transformers has it."""
+        return float(self.query.shape[-1] ** -0.5 if self.scaling is None else self.scaling)
+
+
+@dataclass
+class Recorder:
+    """What one pass asked for.
+
+    `masks` are transformers' mask functions of (batch, head, query, key), with what stood for each: None, as when the
+    model is served, or with `marked` a tensor, by which the calls that are given it are known.
+    """
+
+    marked: bool = False
+    calls: list[Call] = field(default_factory=list)
+    masks: list[tuple[Any, torch.Tensor | None]] = field(default_factory=list)
+    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    wanted: int = 0
+    """How many tokens' logits were asked for."""
+
+
+class _Current(threading.local):
+    recorder: Recorder | None = None
+
+
+_current = _Current()
+
+
+@contextmanager
+def _recording(marked: bool) -> Iterator[Recorder]:
+    _current.recorder = Recorder(marked)
+    try:
+        yield _current.recorder
+    finally:
+        _current.recorder = None
+
+
+def _recorder() -> Recorder:
+    if _current.recorder is None:
+        raise ConfigError("this model is in the middle of being bound to a cache; run it through its Engine")
+    return _current.recorder
+
+
+def _stand_in(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any = None,
+    scaling: Any = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Each token's own value, by which no token sees another."""
+    _recorder().calls.append(Call(module, query, key, value, scaling, attention_mask, options))
+    groups = max(1, query.shape[1] // value.shape[1])
+    return value.repeat_interleave(groups, dim=1).transpose(1, 2).contiguous(), None
+
+
+def _mask(q_length: int, kv_length: int, mask_function: Any, device: Any = None, **kwargs: Any) -> torch.Tensor | None:
+    recorder = _recorder()
+    mark = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device) if recorder.marked else None
+    recorder.masks.append((mask_function, mark))
+    return mark
+
+
+AttentionInterface.register(DRY_NAME, _stand_in)
+AttentionMaskInterface.register(DRY_NAME, _mask)
+
+
+def attention_scale(model: PreTrainedModel, shape: CacheShape, cache: Cache) -> float:
+    """The factor by which the model's attention scales scores, once dry passes have shown that a cache serves it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Its attention implementation is `DRY_NAME` afterwards.
+    cache : Cache
+        What the model is given for its cache; it keeps nothing.
+
+    Raises
+    ------
+    ConfigError
+        A layer does not call attention exactly once, or asks for what no backend computes, or for heads that are not
+        the cache's; or tokens meet elsewhere. The message names the family and what it did.
+    """
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        model.set_attn_implementation(DRY_NAME)
+        there = _pass(model, shape, cache)
+        wrong = _wrong_calls(model, there, shape)
+        if not wrong and _wrong_masks([mask for mask, _ in there.masks], shape.max_seq_len, model.device):
+            # A model may make masks that no layer uses.
+            used = _masks_used(_pass(model, shape, cache, marked=True))
+            wrong = _wrong_masks(used, shape.max_seq_len, model.device)
+        if not wrong:
+            wrong = _where_tokens_meet(there, _pass(model, shape, cache, back=True))
+    if wrong:
+        raise cannot_serve(model, "; ".join(wrong))
+    return there.calls[0].scale
+
+
+@contextmanager
+def naming(model: PreTrainedModel) -> Iterator[None]:
+    """Where a model's step cannot be captured or compiled, the error names the model and what serves it instead."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except CaptureError as error:
+        raise ConfigError(f"a step of {type(model).__name__} cannot be captured (use capture=False): {error}") from error
+    except TorchDynamoException as error:
+        text = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{type(model).__name__} cannot be compiled (use compile=False): {text}") from error
+
+
+def cannot_serve(model: PreTrainedModel, why: str) -> ConfigError:
+    """The error for a model that this runtime does not serve."""
+    kind = model.config.get_text_config().model_type
+    return ConfigError(f"{type(model).__name__} ({kind}) is not served: {why}")
+
+
+def _pass(
+    model: PreTrainedModel, shape: CacheShape, cache: Cache, *, back: bool = False, marked: bool = False
+) -> Recorder:
+    """One pass over a few tokens; `back` with the tokens, and the positions they have, in reverse order."""
+    vocab = model.config.get_text_config().vocab_size
+    order = torch.arange(min(TOKENS, shape.max_seq_len), device=model.device)
+    # Logits are asked for by the numbers of rows, of all but the first token.
+    rows = order[1:] if len(order) > 1 else order
+    if back:
+        order, rows = order.flip(0), len(order) - 1 - rows
+    with _recording(marked) as recorder:
+        try:
+            output = model(
+                input_ids=((order * 7 + 3) % vocab)[None],
+                position_ids=order[None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=rows,
+            )
+            recorder.logits = output.logits[0]
+            recorder.wanted = len(rows)
+        except (ConfigError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())
+            raise cannot_serve(model, f"a pass with its attention exchanged fails: {type(error).__name__}: {text}") from (
+                error
+            )
+    return recorder
+
+
+def _wrong_calls(model: PreTrainedModel, seen: Recorder, shape: CacheShape) -> list[str]:
+    """What is wrong with the calls of a pass."""
+    counts = Counter(call.layer for call in seen.calls)
+    wrong = []
+    none = [layer for layer in range(shape.num_layers) if not counts[layer]]
+    if none:
+        wrong.append(
+            f"{_some(none)} of its {shape.num_layers} layers call no attention through transformers' interface: what "
+            "they compute instead, with a state or a mask of their own, no cache here holds"
+        )
+    if several := [layer for layer, count in counts.items() if layer is not None and count > 1]:
+        wrong.append(f"{_some(several)} of its layers call attention more than once a pass")
+    if others := [layer for layer in counts if layer is None or layer >= shape.num_layers]:
+        wrong.append(f"attention is called beside its {shape.num_layers} layers, by {_some(others)}")
+    if wrong:
+        return wrong
+    heads = model.config.get_text_config().num_attention_heads
+    for call in seen.calls:
+        tokens = call.query.shape[2]
+        asked = [tuple(x.shape) for x in (call.query, call.key, call.value)]
+        served = [(1, count, min(TOKENS, shape.max_seq_len), shape.head_dim) for count in (heads, *[shape.num_kv_heads] * 2)]
+        if asked != served:
+            wrong.append(
+                f"layer {call.layer} has queries, keys and values of shapes {_shapes(asked)} for {tokens} tokens, a "
+                f"cache of its configuration serves {_shapes(served)} (a head_dim for all and whole keys and values, "
+                "no latents)"
+            )
+        wrong += [f"layer {call.layer} {what}" for what in _unserved(call, shape.max_seq_len)]
+        if wrong:
+            return wrong
+    scales = {call.scale for call in seen.calls}
+    if len(scales) > 1:
+        wrong.append(f"its layers scale scores by different factors, {', '.join(f'{x:.6g}' for x in sorted(scales))}")
+    return wrong
+
+
+def _unserved(call: Call, max_seq_len: int) -> list[str]:
+    """What a call asks for that no backend computes."""
+    wrong = []
+    if call.mask is not None:
+        wrong.append("gives attention a mask or a bias of its own")
+    if getattr(call.module, "is_causal", True) is False:
+        wrong.append("attends to what comes after, too (is_causal is False)")
+    for name, value in call.options.items():
+        if name in NEUTRAL or value in UNSET.get(name, (None,)):
+            continue
+        if name == "sliding_window" and isinstance(value, int) and value >= max_seq_len:
+            continue
+        if isinstance(value, torch.Tensor):
+            value = f"a tensor of shape {tuple(value.shape)}"
+        wrong.append(f"asks for attention with {name} = {value}, which no backend here computes")
+    if call.scaling is not None and not isinstance(call.scaling, int | float):
+        wrong.append(f"scales scores by a {type(call.scaling).__name__}, not by a number")
+    return wrong
+
+
+def _masks_used(seen: Recorder) -> list[Any]:
+    """The mask functions of a marked pass that calls of attention were given; all where a call's own is not known."""
+    known = {id(mark): mask for mask, mark in seen.masks}
+    if any(id(call.mask) not in known for call in seen.calls):
+        return list(known.values())
+    return [known[number] for number in {id(call.mask) for call in seen.calls}]
+
+
+def _wrong_masks(masks: Sequence[Any], max_seq_len: int, device: torch.device) -> list[str]:
+    """Whether masks let a token see all up to itself, and nothing after; over `max_seq_len` tokens."""
+    keys = torch.arange(max_seq_len, device=device)
+    first = torch.zeros((), dtype=torch.int64, device=device)
+    for mask in masks:
+        try:
+            before = torch.as_tensor(mask(first, first, first + max_seq_len - 1, keys), device=device)
+            after = max_seq_len > 1 and bool(torch.as_tensor(mask(first, first, first, first + 1)))
+        except (IndexError, RuntimeError, TypeError) as error:
+            return [f"it masks attention in a way that cannot be looked into ({error})"]
+        if after:
+            return ["its mask lets tokens attend to what comes after them"]
+        if not bool(before.all()):
+            hidden = int((~before.expand(max_seq_len)).sum())
+            return [
+                f"its mask, a window or chunks, hides {hidden} of {max_seq_len} tokens from the last; a cache of "
+                f"max_seq_len {max_seq_len} serves full attention only: lower max_seq_len to the window"
+            ]
+    return []
+
+
+def _where_tokens_meet(there: Recorder, back: Recorder) -> list[str]:
+    """Where a token's numbers depend on the order of the tokens."""
+    if len(there.logits) != there.wanted or len(back.logits) != back.wanted:
+        return [f"it gives the logits of {len(there.logits)} tokens where those of {there.wanted} are asked for"]
+    if len(back.calls) != len(there.calls):
+        return ["its second pass calls attention another number of times than its first"]
+    for call, other in zip(there.calls, back.calls, strict=True):
+        for name in ("query", "key", "value"):
+            if _differ(getattr(call, name), getattr(other, name).flip(2)):
+                return [
+                    f"the {name} of a token in layer {call.layer} depends on more than the token and its position_ids: "
+                    "the model counts positions itself, or mixes tokens beside attention (a convolution, a state)"
+                ]
+    if _differ(there.logits, back.logits):
+        return ["the logits of a token depend on other tokens beside attention, or are not those of the rows asked for"]
+    return []
+
+
+def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether by more than rounding."""
+    allowed = 0.05 if a.dtype.itemsize < 4 else 1e-3
+    a, b = a.double(), b.double()
+    return bool((a - b).abs().max() > allowed * a.abs().max().clamp(min=1e-30))
+
+
+def _some(names: Sequence[Any], most: int = 4) -> str:
+    """A count, and a few of them."""
+    shown = ", ".join("a module without a layer_idx" if name is None else str(name) for name in list(names)[:most])
+    return f"{len(names)} ({shown}{', ...' if len(names) > most else ''})"
+
+
+def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " ".join(str(list(shape)) for shape in shapes)
