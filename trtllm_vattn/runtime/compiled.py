@@ -63,7 +63,7 @@ class Part(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def _rows(merged: nn.Parameter, start: int, stop: int) -> nn.Parameter:
+def _rows(merged: torch.Tensor, start: int, stop: int) -> nn.Parameter:
     return nn.Parameter(merged.detach()[start:stop], merged.requires_grad)
 
 
@@ -78,7 +78,7 @@ def merge_projections(model: PreTrainedModel) -> int:
     with torch.inference_mode(False):
         for parent in list(model.modules()):
             for names in MERGED:
-                parts = [getattr(parent, name, None) for name in names]
+                parts: list[Any] = [getattr(parent, name, None) for name in names]
                 plain = all(type(part) is nn.Linear for part in parts)
                 separated = all(isinstance(part, Part) for part in parts) and not all(part.intact for part in parts)
                 if plain or separated:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from threading import Lock
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -41,7 +42,7 @@ class WeightsState(Enum):
     CURRENT = "current"
     """All of one version."""
     UPDATING = "updating"
-    """An update has begun to write."""
+    """An update is writing them."""
     MIXED = "mixed"
     """An update broke after it had begun to write: some are new, some old."""
 
@@ -122,15 +123,17 @@ class Weights:
     ----------
     version : int
         How many updates succeeded.
-    state : WeightsState
     """
 
     def __init__(self, model: PreTrainedModel, captured: bool) -> None:
         self.model = model
         self.device = model.device
         self.version = 0
-        self.state = WeightsState.CURRENT
-        self._broken_by = ""
+        self._mixed = False
+        """Whether anything was written since all weights were of one version."""
+        self._broken_by = "interrupted"
+        self._writing = Lock()
+        """Held while an update writes; whatever ends it lets go."""
         merged = any(isinstance(module, Part) for module in model.modules())
         self._fixed = [
             (f"{prefix}.{name}".lstrip("."), module._parameters, name, parameter.data_ptr())
@@ -140,13 +143,19 @@ class Weights:
         ]
         """Parameters whose addresses something holds: the name, where the module keeps it, and the address."""
 
+    @property
+    def state(self) -> WeightsState:
+        """Which weights the model has."""
+        if self._writing.locked():
+            return WeightsState.UPDATING
+        return WeightsState.MIXED if self._mixed else WeightsState.CURRENT
+
     def require_current(self) -> None:
         """Raise WeightsMixed where a step would compute with weights of two versions."""
-        if self.state is not WeightsState.CURRENT:
-            self._refuse()
-
-    def _refuse(self) -> None:
-        if self.state is WeightsState.UPDATING:
+        state = self.state
+        if state is WeightsState.CURRENT:
+            return
+        if state is WeightsState.UPDATING:
             raise WeightsMixed("weights are being updated; steps go on when update_weights has returned")
         raise WeightsMixed(
             f"an update of the weights broke after it had begun to write ({self._broken_by}), so weights of versions "
@@ -263,32 +272,28 @@ class Weights:
         Raises ConfigError where a stream gives other than its manifest says, or whatever the stream raises: before the
         first tensor is written nothing is changed, and after it the weights are mixed.
         """
-        before = self.state
         left = dict(update.manifest)
         written: set[tuple[int, ...]] = set()
         copier = _Copier(self.device)
-        try:
-            for name, tensor in _pairs(update.tensors):
-                self._expect(name, tensor, left, update.manifest)
-                self.state = WeightsState.UPDATING
-                where = update.destinations[name]
-                if where.place not in written:
-                    copier.copy(where.view, tensor)
-                    written.add(where.place)
-                elif not _equal(where.view, tensor, where.view.dtype):
-                    raise ConfigError(f"{name} is tied to {where.owner} and differs from it; give one of them")
-            if left:
-                raise ConfigError(f"the stream ended without {_some(left)}, which its manifest names")
-            copier.finish()
-        except BaseException as error:
-            if self.state is WeightsState.UPDATING:
+        with self._writing:
+            try:
+                for name, tensor in _pairs(update.tensors):
+                    self._expect(name, tensor, left, update.manifest)
+                    where = update.destinations[name]
+                    if where.place not in written:
+                        self._mixed = True
+                        copier.copy(where.view, tensor)
+                        written.add(where.place)
+                    elif not _equal(where.view, tensor, where.view.dtype):
+                        raise ConfigError(f"{name} is tied to {where.owner} and differs from it; give one of them")
+                if left:
+                    raise ConfigError(f"the stream ended without {_some(left)}, which its manifest names")
+                copier.finish()
+            except BaseException as error:
                 self._broken_by = f"{type(error).__name__}: {error}"
-                self.state = WeightsState.MIXED
-            else:
-                self.state = before
-            raise
-        self.version += 1
-        self.state = WeightsState.CURRENT
+                raise
+            self.version += 1
+            self._mixed = False
         return self.version
 
     def _expect(
@@ -363,7 +368,8 @@ def _in_rows(target: torch.Tensor, source: torch.Tensor, most: int) -> Iterator[
         for one, other in zip(target, source, strict=True):
             yield from _in_rows(one, other, most)
         return
-    yield from zip(target.split(rows), source.split(rows), strict=True)
+    for start in range(0, len(target), rows):
+        yield target[start : start + rows], source[start : start + rows]
 
 
 @torch.inference_mode()
