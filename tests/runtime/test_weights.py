@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from trtllm_vattn.runtime.compiled import Part, compile_layers, merge_projection
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import SamplingParams
-from trtllm_vattn.runtime.weights import WeightsState, destinations
+from trtllm_vattn.runtime.weights import Weights, WeightsState, destinations
 
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -467,13 +469,53 @@ def test_a_stream_that_uses_the_engine_gets_no_token() -> None:
 
     calls: list[tuple[Callable[[Engine], Any], type[Exception], str]] = [
         (lambda engine: engine.generate([[1]], SamplingParams(2)), WeightsMixed, "weights are being updated"),
-        (lambda engine: engine.update_weights(new), ConfigError, "called while an update is under way"),
+        (lambda engine: engine.update_weights(new), ConfigError, "another update was made while a stream was asked"),
     ]
     with engine_of(drawn()) as engine:
         for call, error, message in calls:
             with pytest.raises(error, match=message):
                 engine.update_weights(meddling(call), manifest=manifest_of(new))
         engine.update_weights(new)
+
+
+def test_an_interrupt_at_any_instruction_leaves_a_state_that_says_what_the_weights_are() -> None:
+    model = drawn(num_hidden_layers=1)
+    old, new = copies(model), copies(drawn(seed=9, num_hidden_layers=1))
+    serving = Weights(model, captured=True)
+    two = {name: new[name] for name in list(new)[:2]}
+    left = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != weights.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    seen, at = [], 0
+    while True:
+        at += 1
+        update, left = serving.check(two, None, True), at
+        sys.settrace(trace)
+        try:
+            serving.write(update)
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        finally:
+            sys.settrace(None)
+        is_new = [torch.equal(tensor, new[name]) for name, tensor in model.state_dict().items() if name in two]
+        seen.append((serving.state, tuple(is_new)))
+        serving.write(serving.check(old, None, False))
+        assert serving.state is WeightsState.CURRENT
+    assert at > 100
+    assert {(WeightsState.CURRENT, (False, False)), (WeightsState.MIXED, (True, False))} <= set(seen)
+    assert not {(WeightsState.CURRENT, (True, False))} & set(seen)
 
 
 # -- what runs meanwhile -----------------------------------------------------------------------------------------------
@@ -574,3 +616,37 @@ def test_completions_carry_the_version_of_each_token() -> None:
         engine.update_weights(copies(model))
         engine.update_weights(copies(model))
         assert [each.weights_versions for each in engine.generate(PROMPTS, SamplingParams(4))] == [[2] * 4] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_the_card_graphs_replay_with_weights_from_the_host_and_from_the_card(
+    compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "BUCKET_BYTES", 6000)  # several buffers full for every weight
+    old, new = drawn("qwen2"), drawn("qwen2", 9)
+
+    def engine_on_card(model: PreTrainedModel) -> Engine:
+        model = model.to("cuda:0", torch.bfloat16)
+        return Engine(model, make_cache("vattn", shape_of(model, 4, 128), "cuda:0"), compile=compile, buckets=[4])
+
+    with engine_on_card(drawn("qwen2", 9)) as engine:
+        want = tokens_of(engine)
+    with engine_on_card(drawn("qwen2")) as engine:
+        first = tokens_of(engine)
+        graphs = dict(engine.decode.runner._graphs)
+        there = {name: tensor.to("cuda:0") for name, tensor in copies(new).items()}
+        for way in (copies(new), there, {name: tensor.bfloat16() for name, tensor in there.items()}):
+            engine.update_weights(way)
+            assert tokens_of(engine) == want
+            pinned = {name: tensor.pin_memory() for name, tensor in copies(old).items()}
+            engine.update_weights(iter(pinned.items()), manifest=manifest_of(pinned))
+            assert tokens_of(engine) == first != want
+        assert engine.decode.runner._graphs == graphs
+        engine.audit()
+        request = engine.submit([1, 2, 3], SamplingParams(24))
+        events = [event for _ in range(4) for event in engine.step()]
+        engine.update_weights(there)
+        events += engine.run()
+        assert {event.weights_version for event in events if event.request == request} == {6, 7}

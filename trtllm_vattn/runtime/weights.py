@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from threading import Lock
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -42,7 +41,7 @@ class WeightsState(Enum):
     CURRENT = "current"
     """All of one version."""
     UPDATING = "updating"
-    """An update is writing them."""
+    """An update has begun, and has not returned."""
     MIXED = "mixed"
     """An update broke after it had begun to write: some are new, some old."""
 
@@ -123,17 +122,17 @@ class Weights:
     ----------
     version : int
         How many updates succeeded.
+    state : WeightsState
+        Steps are taken in ``CURRENT`` alone. Only a full update that succeeds leads back to it, so that no interrupt,
+        wherever it falls, makes an engine serve weights of two versions.
     """
 
     def __init__(self, model: PreTrainedModel, captured: bool) -> None:
         self.model = model
         self.device = model.device
         self.version = 0
-        self._mixed = False
-        """Whether anything was written since all weights were of one version."""
-        self._broken_by = "interrupted"
-        self._writing = Lock()
-        """Held while an update writes; whatever ends it lets go."""
+        self.state = WeightsState.CURRENT
+        self._broken_by = ""
         merged = any(isinstance(module, Part) for module in model.modules())
         self._fixed = [
             (f"{prefix}.{name}".lstrip("."), module._parameters, name, parameter.data_ptr())
@@ -143,24 +142,16 @@ class Weights:
         ]
         """Parameters whose addresses something holds: the name, where the module keeps it, and the address."""
 
-    @property
-    def state(self) -> WeightsState:
-        """Which weights the model has."""
-        if self._writing.locked():
-            return WeightsState.UPDATING
-        return WeightsState.MIXED if self._mixed else WeightsState.CURRENT
-
     def require_current(self) -> None:
         """Raise WeightsMixed where a step would compute with weights of two versions."""
-        state = self.state
-        if state is WeightsState.CURRENT:
+        if self.state is WeightsState.CURRENT:
             return
-        if state is WeightsState.UPDATING:
-            raise WeightsMixed("weights are being updated; steps go on when update_weights has returned")
-        raise WeightsMixed(
-            f"an update of the weights broke after it had begun to write ({self._broken_by}), so weights of versions "
-            f"{self.version} and {self.version + 1} are mixed; repeat it in full (partial=False), or close the engine"
+        what = (
+            "weights are being updated, or an update was interrupted"
+            if self.state is WeightsState.UPDATING
+            else f"an update of the weights broke after it had begun to write ({self._broken_by}); two versions are mixed"
         )
+        raise WeightsMixed(f"{what}; repeat the update in full (partial=False), or close the engine")
 
     def require_in_place(self) -> None:
         """Raise ConfigError where a parameter was replaced instead of written to, so that graphs would go on reading
@@ -181,10 +172,8 @@ class Weights:
         Raises ConfigError, which names what is unknown, missing, given twice, misshapen, or of a dtype or on a device
         that is not taken.
         """
-        if self.state is WeightsState.UPDATING:
-            raise ConfigError("update_weights was called while an update is under way; wait until it has returned")
-        if self.state is WeightsState.MIXED and partial:
-            raise ConfigError("the weights are mixed since an update broke; only a full one (partial=False) mends that")
+        if self.state is not WeightsState.CURRENT and partial:
+            raise ConfigError("an update of the weights broke; only a full one (partial=False) mends that")
         self.require_in_place()
         known = destinations(self.model)
         streamed = manifest is not None and not isinstance(tensors, Mapping | list | tuple)
@@ -273,27 +262,31 @@ class Weights:
         first tensor is written nothing is changed, and after it the weights are mixed.
         """
         left = dict(update.manifest)
-        written: set[tuple[int, ...]] = set()
+        places: set[tuple[int, ...]] = set()
         copier = _Copier(self.device)
-        with self._writing:
-            try:
-                for name, tensor in _pairs(update.tensors):
-                    self._expect(name, tensor, left, update.manifest)
-                    where = update.destinations[name]
-                    if where.place not in written:
-                        self._mixed = True
-                        copier.copy(where.view, tensor)
-                        written.add(where.place)
-                    elif not _equal(where.view, tensor, where.view.dtype):
-                        raise ConfigError(f"{name} is tied to {where.owner} and differs from it; give one of them")
-                if left:
-                    raise ConfigError(f"the stream ended without {_some(left)}, which its manifest names")
-                copier.finish()
-            except BaseException as error:
-                self._broken_by = f"{type(error).__name__}: {error}"
-                raise
+        version, before, written = self.version, self.state, False
+        self.state = WeightsState.UPDATING
+        try:
+            for name, tensor in _pairs(update.tensors):
+                self._expect(name, tensor, left, update.manifest)
+                if self.version != version:
+                    raise ConfigError("another update was made while a stream was asked for its next tensor")
+                where = update.destinations[name]
+                if where.place not in places:
+                    written = True
+                    copier.copy(where.view, tensor)
+                    places.add(where.place)
+                elif not _equal(where.view, tensor, where.view.dtype):
+                    raise ConfigError(f"{name} is tied to {where.owner} and differs from it; give one of them")
+            if left:
+                raise ConfigError(f"the stream ended without {_some(left)}, which its manifest names")
+            copier.finish()
             self.version += 1
-            self._mixed = False
+            self.state = WeightsState.CURRENT
+        except BaseException as error:
+            self._broken_by = f"{type(error).__name__}: {error}"
+            self.state = WeightsState.MIXED if written else before
+            raise
         return self.version
 
     def _expect(
