@@ -149,7 +149,7 @@ class Weights:
         what = (
             "weights are being updated, or an update was interrupted"
             if self.state is WeightsState.UPDATING
-            else f"an update of the weights broke after it had begun to write ({self._broken_by}); two versions are mixed"
+            else f"an update of the weights broke after it had begun to write ({self._broken_by}); versions are mixed"
         )
         raise WeightsMixed(f"{what}; repeat the update in full (partial=False), or close the engine")
 
