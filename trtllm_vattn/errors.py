@@ -64,6 +64,11 @@ class UnmappedAccess(VattnError):
     """A replay would touch addresses with no memory behind them; it was not launched."""
 
 
+class WeightsMixed(VattnError):
+    """A step would compute with weights of two versions, since an update broke in the middle; it was not taken. Repeat
+    the update in full, or close the engine."""
+
+
 class CaptureError(VattnError):
     """A step did something that a captured graph cannot hold."""
 

@@ -32,49 +32,76 @@ MOST_VARIANTS = 64
 class Part(nn.Module):
     """Some outputs of a merged linear module, in place of the module that computed them.
 
-    In a compiled layer every part asks for the whole product and `rewrites.share_products` leaves one of them.
+    `weight` and `bias` are parameters under the names they had, views of the merged ones, so that whoever writes to
+    them by name (`load_state_dict`, an optimizer, `Engine.update_weights`) writes to what is computed with. The merged
+    module `whole` is no submodule: it has no names and no copy in a checkpoint. In a compiled layer every part asks for
+    the whole product and `rewrites.share_products` leaves one of them.
     """
 
     def __init__(self, whole: nn.Linear, start: int, stop: int) -> None:
         super().__init__()
-        self.whole, self.start, self.stop = whole, start, stop
+        self.__dict__["whole"] = whole
+        self.start, self.stop = start, stop
+        self.weight = _rows(whole.weight, start, stop)
+        self.bias = None if whole.bias is None else _rows(whole.bias, start, stop)
+
+    whole: nn.Linear
+
+    @property
+    def intact(self) -> bool:
+        """Whether the parameters are still views of the merged ones: copying a model, or moving it to another device or
+        dtype, separates them."""
+        own, merged = (self.weight, self.bias), (self.whole.weight, self.whole.bias)
+        return all(
+            mine is None or (mine.dtype == all_.dtype and mine.data_ptr() == all_[self.start :].data_ptr())
+            for mine, all_ in zip(own, merged, strict=True)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return self.whole(x)[..., self.start : self.stop]  # type: ignore[no-any-return]
-        bias = None if self.whole.bias is None else self.whole.bias[self.start : self.stop]
-        return nn.functional.linear(x, self.whole.weight[self.start : self.stop], bias)
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def _rows(merged: torch.Tensor, start: int, stop: int) -> nn.Parameter:
+    return nn.Parameter(merged.detach()[start:stop], merged.requires_grad)
 
 
 def merge_projections(model: PreTrainedModel) -> int:
     """Merge the weights of `MERGED` in place; returns how many products a pass over the model has less.
 
-    Memory for one merged weight is taken at a time. Modules that are not plain linear ones stay as they are.
+    Memory for one merged weight is taken at a time. Modules that are not plain linear ones stay as they are, merged
+    ones too, unless their parameters were separated from what was merged (`Part.intact`).
     """
     fewer = 0
-    for parent in list(model.modules()):
-        for names in MERGED:
-            parts = [getattr(parent, name, None) for name in names]
-            if all(type(part) is nn.Linear for part in parts):
-                _merge(parent, names, parts)  # type: ignore[arg-type]
-                fewer += len(names) - 1
+    # A parameter made in inference mode could not be written to outside of it.
+    with torch.inference_mode(False):
+        for parent in list(model.modules()):
+            for names in MERGED:
+                parts: list[Any] = [getattr(parent, name, None) for name in names]
+                plain = all(type(part) is nn.Linear for part in parts)
+                separated = all(isinstance(part, Part) for part in parts) and not all(part.intact for part in parts)
+                if plain or separated:
+                    fewer += _merge(parent, names, parts)
     return fewer
 
 
-def _merge(parent: nn.Module, names: Sequence[str], parts: Sequence[nn.Linear]) -> None:
+def _merge(parent: nn.Module, names: Sequence[str], parts: Sequence[Any]) -> int:
+    """Merge plain linear modules, or parts; returns how many products fewer there are."""
     biased = [part.bias is not None for part in parts]
     if any(biased) != all(biased):
-        return
+        return 0
     weight = parts[0].weight
-    total = sum(part.out_features for part in parts)
-    whole = nn.Linear(parts[0].in_features, total, bias=biased[0], device="meta")
+    rows = [len(part.weight) for part in parts]
+    whole = nn.Linear(weight.shape[1], sum(rows), bias=biased[0], device="meta")
     whole.weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts]), weight.requires_grad)
     if biased[0]:
         whole.bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]), weight.requires_grad)
     start = 0
-    for name, part in zip(names, parts, strict=True):
-        setattr(parent, name, Part(whole, start, start + part.out_features))
-        start += part.out_features
+    for name, count in zip(names, rows, strict=True):
+        setattr(parent, name, Part(whole, start, start + count))
+        start += count
+    return len(names) - 1
 
 
 Backend = Callable[[torch.fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]
@@ -146,6 +173,7 @@ def compile_layers(model: PreTrainedModel, backend: Backend | None = None) -> in
     if not layers:
         raise ConfigError(f"{type(model).__name__} does not say which of its modules are layers; use compile=False")
     if any(layer._compiled_call_impl is not None for layer in layers):
+        merge_projections(model)
         return len(layers)
     # Per layer class and process, not per model: a process may hold many.
     torch._dynamo.config.recompile_limit = max(MOST_VARIANTS, torch._dynamo.config.recompile_limit)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from tqdm import tqdm
@@ -34,6 +34,7 @@ from trtllm_vattn.runtime.request import Completion, Running, StepRecord, TokenE
 from trtllm_vattn.runtime.sampling import SamplingParams, choose, margins
 from trtllm_vattn.runtime.scheduler import Scheduler
 from trtllm_vattn.runtime.startup import StartupReport, memory_left
+from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
 from trtllm_vattn.vmm.open import open_driver
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class Engine:
             if capture:
                 self.startup.decode = self.decode.capture()
                 self.startup.prefill = self.prefill.capture()
+        self.weights = Weights(model, capture)
         self._mapping = MappingBeside(
             cache, MappingPolicy.named(mapping), self.decode.publish_frontiers if loop else None
         )
@@ -231,6 +233,7 @@ class Engine:
         (teacher forcing); there must be `max_tokens` of them.
         Raises ConfigError or SequenceTooLong; nothing is queued then.
         """
+        self.weights.require_in_place()
         request = self._request(prompt, params, forced)
         self.scheduler.waiting.append(request)
         return request.id
@@ -262,8 +265,8 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request is not finished."""
-        return bool(self.scheduler.waiting or self.scheduler.holders or self.scheduler.ended)
+        """Whether any request is not finished, or an event not delivered."""
+        return bool(self.scheduler.waiting or self.scheduler.holders or self.scheduler.ended or self._events)
 
     @property
     def prefilling(self) -> bool:
@@ -286,6 +289,7 @@ class Engine:
         each = params if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts and {len(each)} sampling parameters; give one for each, or one")
+        self.weights.require_in_place()
         requests = [self._request(prompt, one, None) for prompt, one in zip(prompts, each, strict=True)]
         self.scheduler.waiting += requests
         done: dict[int, str] = {}
@@ -299,7 +303,10 @@ class Engine:
             self._events.clear()
             self.scheduler.drop_all()
             raise
-        return [Completion(each.id, len(each.prompt), each.chosen, done[each.id]) for each in requests]
+        return [
+            Completion(each.id, len(each.prompt), each.chosen, done[each.id], each.weights_versions)
+            for each in requests
+        ]
 
     def run(self) -> Iterator[TokenEvent]:
         """Step until no request is left, streaming tokens as they come; more may be submitted meanwhile."""
@@ -313,8 +320,9 @@ class Engine:
         """Admit what fits, put up to `chunk` prompt tokens in, decode `steps` tokens of every running sequence.
 
         Raises DriverError where mapping ahead failed beside the last step. Whatever it raises, the next call goes on,
-        and returns the tokens that this one had.
+        and returns the tokens that this one had. Raises WeightsMixed after an update of the weights broke.
         """
+        self.weights.require_current()
         self._mapping.before_step()
         self.scheduler.release_ended()
         self.scheduler.admit()
@@ -344,13 +352,16 @@ class Engine:
             self.scheduler.prefilling.remove(request)
         self._settle(whole, first, margins(logits[: len(whole)]) if self.record_margins else None)
 
-    def _decode(self) -> None:
+    def _decode(self, drain: bool = False) -> None:
+        """A launch's tokens, of the next one or of one that is under way (`drain`)."""
         running = self.scheduler.decoding
         if not running:
             self.pipeline.forget()
             return
         started = self._read_at if self.pipeline.running else perf_counter()
-        launch = self.pipeline.start()
+        launch = self.pipeline.drain() if drain else self.pipeline.start()
+        if launch is None:
+            return
         ahead = self._mapping.beside_step()
         waited = perf_counter()
         rows = launch.read()
@@ -378,7 +389,10 @@ class Engine:
         """Append each request's token; those that end with it leave, who is new takes part in the next launch."""
         for i, (request, token) in enumerate(zip(requests, chosen, strict=True)):
             reason = request.accept(token)
-            self._events.append(TokenEvent(request.id, token, reason, apart[i] if apart else None))
+            request.weights_versions.append(self.weights.version)
+            self._events.append(
+                TokenEvent(request.id, token, reason, apart[i] if apart else None, self.weights.version)
+            )
             if reason:
                 self.scheduler.leave(request)
             elif request.slot not in self.scheduler.decoding:
@@ -387,6 +401,74 @@ class Engine:
     def audit(self) -> AuditReport:
         """Whose the addresses are that all captured graphs hold. Raises CaptureError where nothing is captured."""
         return AuditReport.joined([self.decode.audit(), self.prefill.audit()])
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    @property
+    def weights_version(self) -> int:
+        """How many updates of the weights succeeded; 0 are those that the engine started with."""
+        return self.weights.version
+
+    def update_weights(
+        self,
+        named_tensors: NamedTensors,
+        *,
+        manifest: Manifest | None = None,
+        partial: bool = False,
+        running: Literal["continue", "restart", "abort"] = "continue",
+    ) -> int:
+        """Write new weights over the model's, in place, under captured graphs; returns the new `weights_version`.
+
+        Not thread-safe, as all of the engine: call it between steps. Launches under way are waited for first; their
+        tokens, of the old version, come with the next `step`.
+
+        Parameters
+        ----------
+        named_tensors : mapping, or iterable of (str, Tensor)
+            By transformers' names, whatever is merged or compiled: those of `state_dict` and `named_parameters`, or
+            those that `save_pretrained` writes (which differ for mixtures of experts). Of tied weights, either name, or
+            both with equal values. On the host, or on the engine's GPU with their values ready on the current stream.
+            float16, bfloat16, float32 and float64 are converted to the model's dtype; others must be equal.
+        manifest : mapping of str to (shape, dtype), or None
+            What a generator will give. Tensors are then copied as they come, one at a time, and may be reused as soon
+            as the generator is asked for the next one. Without it, a generator's tensors are all collected first.
+        partial : bool
+            Whether weights that are not named keep their values. Else every parameter and persistent buffer must be.
+        running : str
+            What becomes of requests that are not finished: ``continue`` goes on over keys and values that the old
+            weights computed; ``restart`` prefills prompts and the tokens so far again; ``abort`` ends them all, queued
+            ones too, by an event with `finish_reason` ``abort`` and no token.
+
+        Raises
+        ------
+        ConfigError
+            Names, shapes, dtypes or devices are wrong, by the dict or the manifest: nothing is changed, and what runs
+            goes on. Or a stream gives other than its manifest.
+
+        Where a stream breaks after its first tensor was written, whatever it raised is raised, and the weights are
+        mixed: `step` raises WeightsMixed until a full update succeeds; events wait for that.
+        """
+        if running not in ("continue", "restart", "abort"):
+            raise ConfigError(f"running is {running!r}; choose continue, restart or abort")
+        update = self.weights.check(named_tensors, manifest, partial)
+        self._drain()
+        if running == "restart":
+            self.scheduler.preempt_all()
+        elif running == "abort":
+            unfinished = sorted([*self.scheduler.holders, *self.scheduler.waiting], key=lambda request: request.id)
+            self._events += [
+                TokenEvent(request.id, None, "abort", weights_version=self.weights.version) for request in unfinished
+            ]
+            self.scheduler.drop_all()
+        return self.weights.write(update)
+
+    @torch.inference_mode()
+    def _drain(self) -> None:
+        """Take the tokens of all launches under way."""
+        self._prefilled = 0
+        while self.pipeline.running:
+            self._decode(drain=True)
+        self.scheduler.release_ended()
 
     # -- ending ----------------------------------------------------------------------------------------------------
 

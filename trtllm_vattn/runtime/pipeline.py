@@ -65,6 +65,14 @@ class Pipeline:
                 raise
         return self._first
 
+    def drain(self) -> Launch | None:
+        """The launch to read next among those under way, or None, until it is `settled`; starts none."""
+        if not self.running:
+            self.forget()
+        elif self._first is None:
+            self._first, self.unread = self.unread, None
+        return self._first
+
     def settled(self) -> None:
         """The tokens of what `start` gave are in the books."""
         self._first = None

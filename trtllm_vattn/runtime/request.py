@@ -12,23 +12,28 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 class TokenEvent:
     """One token of one request, as `Engine.step` returns it.
 
-    `margin` is the distance between the two largest logits, where the engine was asked to record margins.
+    `margin` is the distance between the two largest logits, where the engine was asked to record margins;
+    `weights_version` counts the updates of the weights before this token (`Engine.update_weights`). `token` is None
+    where a request ends without one more (`finish_reason` is ``abort``).
     """
 
     request: int
-    token: int
+    token: int | None
     finish_reason: str | None = None
     margin: float | None = None
+    weights_version: int = 0
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished request: its tokens and why it ended (``stop`` or ``length``)."""
+    """A finished request: its tokens, why it ended (``stop``, ``length`` or ``abort``), and the version of the weights
+    that each token was computed with."""
 
     request: int
     prompt_len: int
     tokens: list[int]
     finish_reason: str
+    weights_versions: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Running:
     fed: list[int] = field(default_factory=list)
     slot: int = -1
     prefilled: int = 0
+    weights_versions: list[int] = field(default_factory=list)
+    """Of each chosen token."""
 
     @property
     def tokens(self) -> list[int]:

@@ -124,6 +124,11 @@ class Scheduler:
         """Send the youngest request back to the queue, even if it is the only one."""
         self._send_back(max(self.holders, key=lambda request: request.id))
 
+    def preempt_all(self) -> None:
+        """Send every request with a slot back to the queue, where they stand in their order."""
+        while self.holders:
+            self.preempt_youngest()
+
     def preempt_broken(self) -> None:
         """Send back who is in a slot that cannot grow any more, since unmapping failed in it; it starts in another."""
         if isinstance(self.cache, KVCacheManager):
