@@ -49,7 +49,7 @@ class DuplicateSequence(VattnError):
 
 
 class SequenceTooLong(VattnError):
-    """A sequence would outgrow `max_seq_len`; nothing changed."""
+    """A sequence would outgrow `max_seq_len`, or all the memory there is for sequences; nothing changed."""
 
 
 class NoFreeSlot(VattnError):
@@ -58,6 +58,10 @@ class NoFreeSlot(VattnError):
 
 class ManagerClosed(VattnError):
     """The cache was used after `close()`."""
+
+
+class EngineClosed(ManagerClosed):
+    """The engine was used after `close()`."""
 
 
 class UnmappedAccess(VattnError):

@@ -94,7 +94,7 @@ def test_idle_memory_goes_back_to_the_driver_but_for_the_floor(host_driver: Host
 def test_settings_out_of_range_are_refused(host_driver: HostDriver) -> None:
     with pytest.raises(ConfigError, match="idle_after_s is 0"):
         KVCacheManager(LONG, host_driver, 1 << 20, idle_after_s=0)
-    with pytest.raises(ConfigError, match="idle_floor -1"):
+    with pytest.raises(ConfigError, match="idle_floor is -1"):
         KVCacheManager(LONG, host_driver, 1 << 20, idle_floor=-1)
 
 

@@ -139,6 +139,20 @@ class KVCache(ABC):
         """Index of the slot that padding writes to; always backed for at least one token."""
         return self.shape.num_slots
 
+    def bytes_of(self, tokens: int) -> int:
+        """Bytes of physical memory that a sequence of so many tokens takes."""
+        return tokens * self.shape.token_bytes
+
+    @property
+    def bytes_for_sequences(self) -> int:
+        """Bytes of physical memory that all sequences together may take now."""
+        return self.shape.num_slots * self.shape.max_seq_len * self.shape.token_bytes
+
+    @property
+    def longest_alone(self) -> int:
+        """Tokens of the longest sequence that fits where it is the only one; 0 where the budget is the dummy slot's."""
+        return self.shape.max_seq_len
+
     @abstractmethod
     def admit(self, sequence: SequenceId, prompt_len: int) -> int:
         """Give a sequence a slot backed for `prompt_len` tokens; returns the slot.

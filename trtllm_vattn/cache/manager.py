@@ -26,6 +26,8 @@ from trtllm_vattn.memory.placement import Placement, placement
 from trtllm_vattn.memory.pool import CLASSES, ExtentPool
 from trtllm_vattn.memory.reclaim import return_idle, set_budget, surplus_bytes, take_surplus, trim
 from trtllm_vattn.memory.stock import Stock
+from trtllm_vattn.sizes import parse_bytes
+from trtllm_vattn.values import finite, whole
 from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, strided, tensor_at
 
@@ -39,9 +41,9 @@ class KVCacheManager(SlottedCache):
     shape : CacheShape
     driver : Driver
         Whose memory; the cache closes nothing of it but what it made.
-    budget : int or None
-        Bytes of physical memory the cache may hold; None is what the dummy slot takes, which is enough to capture
-        graphs over. `set_budget` changes it.
+    budget : int, str or None
+        Bytes of physical memory the cache may hold, ``"40GiB"`` too; None is what the dummy slot takes, which is enough
+        to capture graphs over. `set_budget` changes it.
     layers_per_range : int or None
         Layers that share a token's row; more of them make a page hold fewer tokens. None is as many as make a row of
         64 KiB, 16 for Llama-3-8B.
@@ -51,7 +53,7 @@ class KVCacheManager(SlottedCache):
     idle_after_s : float or None
         With a thread of its own (`start_thread`), the cache gives memory back to the driver that no sequence has used
         for so long; None keeps it for the next sequence.
-    idle_floor : int
+    idle_floor : int or str
         Bytes of idle memory that are kept all the same.
 
     Attributes
@@ -74,20 +76,18 @@ class KVCacheManager(SlottedCache):
         self,
         shape: CacheShape,
         driver: Driver,
-        budget: int | None = None,
+        budget: int | str | None = None,
         layers_per_range: int | None = None,
         lookahead: int | None = None,
         idle_after_s: float | None = None,
-        idle_floor: int = 0,
+        idle_floor: int | str = 0,
     ) -> None:
         super().__init__(shape, driver.device)
-        if lookahead is not None and lookahead < 0:
-            raise ConfigError(f"lookahead is {lookahead}; it must be 0 or more tokens")
-        if idle_floor < 0 or (idle_after_s is not None and idle_after_s <= 0):
-            raise ConfigError(
-                f"idle_after_s is {idle_after_s} and idle_floor {idle_floor}; they are a positive time and 0 or more "
-                "bytes"
-            )
+        budget = None if budget is None else parse_bytes(budget, "the budget")
+        lookahead = None if lookahead is None else whole("lookahead", lookahead, 0)
+        if idle_after_s is not None and finite("idle_after_s", idle_after_s) <= 0:
+            raise ConfigError(f"idle_after_s is {idle_after_s}; it is a positive number of seconds, or None")
+        idle_floor = parse_bytes(idle_floor, "idle_floor")
         self.driver = driver
         self.idle_after_s, self.idle_floor = idle_after_s, idle_floor
         self._gate = Gate()
@@ -139,6 +139,22 @@ class KVCacheManager(SlottedCache):
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
+    def bytes_of(self, tokens: int) -> int:
+        return self.layout.bytes_for(tokens) * self.layout.num_ranges
+
+    @property
+    def bytes_for_sequences(self) -> int:
+        """Of the budget, without what the dummy slot takes and what could not be given back to the driver."""
+        pool = self.arena.pool
+        lost = sum(extent.size for extent in pool.quarantine)
+        return max(0, pool.budget - self.layout.least_bytes - lost)
+
+    @property
+    def longest_alone(self) -> int:
+        layout = self.layout
+        pages = self.bytes_for_sequences // (layout.num_ranges * layout.granule)
+        return layout.tokens_in(pages * layout.granule)
+
     def _claim(self, tokens: int) -> int:
         with self._gate:
             limit = self._limit()
@@ -188,13 +204,15 @@ class KVCacheManager(SlottedCache):
     def _fence(self) -> Fence:
         return self.driver.record(current_stream(self.device))
 
-    def set_budget(self, budget: int) -> None:
-        """Raise or lower the bytes of physical memory that the cache may hold, at any time; no address changes.
+    def set_budget(self, budget: int | str) -> None:
+        """Raise or lower the bytes (``"40GiB"`` too) of physical memory that the cache may hold, at any time; no
+        address changes.
 
         Lowering it takes parked memory away, behind its fences. Raises ConfigError for less than the dummy slot takes,
         OutOfPages where running sequences have more: release or preempt some first. Nothing changed then.
         """
         self._check_open()
+        budget = parse_bytes(budget, "the budget")
         with self._gate:
             pool = self.arena.pool
             used = pool.held_bytes - pool.stock_bytes - self.arena.parked_bytes

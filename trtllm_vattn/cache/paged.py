@@ -56,6 +56,17 @@ class PagedCache(SlottedCache):
             for _ in range(self.shape.num_layers)
         ]
 
+    def bytes_of(self, tokens: int) -> int:
+        return -(-tokens // self.block_size) * self.block_size * self.shape.token_bytes
+
+    @property
+    def bytes_for_sequences(self) -> int:
+        return self.num_blocks * self.block_size * self.shape.token_bytes
+
+    @property
+    def longest_alone(self) -> int:
+        return min(self.shape.max_seq_len, self.num_blocks * self.block_size)
+
     def _claim(self, tokens: int) -> int:
         slot = self._lowest_free()
         lengths = np.zeros_like(self.lengths)

@@ -11,6 +11,7 @@ from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.paged import PagedCache
 from trtllm_vattn.cache.published import PublishedVattention
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 
@@ -26,13 +27,13 @@ def make_cache(
     name: str,
     shape: CacheShape,
     device: torch.device | str,
-    budget: int | None = None,
+    budget: int | str | None = None,
     *,
     layers_per_range: int | None = None,
     lookahead: int | None = None,
     tokens_per_block: int = DEFAULT_BLOCK,
     idle_after_s: float | None = None,
-    idle_floor: int = 0,
+    idle_floor: int | str = 0,
     sized_later: bool = False,
     driver: Driver | None = None,
 ) -> KVCache:
@@ -40,9 +41,9 @@ def make_cache(
 
     Parameters
     ----------
-    budget : int or None
-        Bytes of KV; None is enough for every slot at maximum length. The contiguous cache takes that always, and
-        refuses a smaller budget.
+    budget : int, str or None
+        Bytes of KV, ``"40GiB"`` too; None is enough for every slot at maximum length. The contiguous cache takes that
+        always, and refuses a smaller budget.
     layers_per_range, lookahead, idle_after_s, idle_floor
         For ``vattn`` and ``blocks``, as `KVCacheManager` has them.
     tokens_per_block : int
@@ -52,6 +53,7 @@ def make_cache(
     driver : Driver or None
         For ``vattn``, ``blocks`` and ``published``; None opens the device's own.
     """
+    budget = None if budget is None else parse_bytes(budget, "the budget")
     slot_bytes = shape.max_seq_len * shape.token_bytes
     if name == "contiguous":
         if budget is not None and budget < shape.num_slots * slot_bytes:

@@ -332,7 +332,8 @@ def bind(model: PreTrainedModel, shape: CacheShape | None = None) -> float | Non
     if isinstance(model, PreTrainedModel):
         if not model._supports_attention_backend:
             raise cannot_serve(
-                model, f"it computes attention by its own code; families that take ours are {', '.join(each.name for each in FAMILIES.values())}"
+                model,
+                f"it computes attention by its own code; families that take ours are {', '.join(each.name for each in FAMILIES.values())}",
             )
         model.eval()
         before = config._attn_implementation

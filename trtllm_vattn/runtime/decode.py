@@ -23,7 +23,7 @@ from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner, Outputs
 from trtllm_vattn.runtime.binding import DecodeStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
-from trtllm_vattn.runtime.sampling import SamplingParams, draw, in_parts, of_parts, settings
+from trtllm_vattn.runtime.sampling import SamplingParams, add_noise, draw, in_parts, of_parts, settings
 from trtllm_vattn.vmm.tensors import tensor_at, upload
 
 STOPS = 4
@@ -47,7 +47,7 @@ class Launch:
     _arrived: torch.cuda.Event | None
 
     def read(self) -> list[list[int]]:
-        """Wait, and give each step's tokens by lane."""
+        """Wait, and give each step's tokens by lane; `sampling.NO_TOKEN` where its logits gave none."""
         if self._arrived is not None:
             self._arrived.synchronize()
         *rows, counts = self._out.tolist()
@@ -66,9 +66,10 @@ def advance(
 ) -> None:
     """Note each lane's token, `chosen` int64 ``[lanes]``, and make the next step's inputs of this one's.
 
-    All lanes, whatever the bucket, so that one compiled function serves all. A lane that has reached its limit becomes
-    idle. `go` is left other than 0 while fewer steps were taken than wanted,
-    no lane has ended, and no lane's next length is beyond its slot's in `frontiers`.
+    All lanes, whatever the bucket, so that one compiled function serves all. A lane that has reached its limit, or
+    whose logits gave no token (`NO_TOKEN`, which is noted and never fed), becomes idle. `go` is left other than 0 while
+    fewer steps were taken than wanted, no lane has ended, and no lane's next length is beyond its slot's in
+    `frontiers`.
     """
     positions, tokens, slots, lengths, limits = inputs[:5]
     row = control[:1].remainder(len(out) - 1)
@@ -77,7 +78,7 @@ def advance(
     out[-1, :1].copy_(taken)
     longer = lengths + 1
     running = lengths > 0
-    goes_on = running & (longer <= limits)
+    goes_on = running & (longer <= limits) & (chosen >= 0)
     ended = running & ((inputs[5:] == chosen).any(dim=0) | ~goes_on)
     without_memory = goes_on & (longer > frontiers[slots])
     go.copy_((taken < control[1:]) & ~(ended | without_memory).any())
@@ -152,7 +153,8 @@ class DecodeBatch:
             if device.type == "cuda"
             else frontiers
         )
-        self._drawing = torch.zeros(3 + 2 * steps, lanes, dtype=torch.float64, device=device)
+        # Temperature, top_p and top_k, whose bits are float64, and a key for each step of two launches.
+        self._drawing = torch.zeros(3 + 2 * steps, lanes, dtype=torch.int64, device=device)
         # Two launches' tokens, and a row with the count of steps.
         self._out = torch.zeros(2 * steps + 1, lanes, dtype=torch.int64, device=device)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -166,7 +168,7 @@ class DecodeBatch:
         self._params: dict[int, tuple[SamplingParams, int]] = {}
         """By slot: how its lane's tokens are drawn, and how many it has so far; for lanes that are not greedy."""
         self.guard = Guard(cache, attention.over_read)
-        self._advance, self._advance_greedily = wrap(advance), wrap(advance_greedily)
+        self._advance, self._advance_greedily, self._add_noise = wrap(advance), wrap(advance_greedily), wrap(add_noise)
         static = [
             *model.parameters(),
             *model.buffers(),
@@ -209,11 +211,11 @@ class DecodeBatch:
 
     def _drawing_step(self, bucket: int) -> Outputs:
         logits = self._forward(bucket)
-        parameters = self._drawing[:, :bucket]
-        uniform = parameters[3:].index_select(0, self._device[-2:-1].remainder(2 * self.steps))[0]
-        temperature, top_p, top_k = parameters[:3]
+        row = self._device[-2:-1].remainder(2 * self.steps)
+        keys = self._drawing[3:, :bucket].index_select(0, row)[0]
+        temperature, top_p, top_k = self._drawing[:3].view(torch.float64)[:, :bucket]
         chosen = self._inputs.new_empty(len(self.lengths))
-        chosen[:bucket].copy_(draw(logits, temperature, top_p, top_k, uniform))
+        chosen[:bucket].copy_(draw(logits, temperature, top_p, top_k, keys, self._add_noise))
         self._advance(chosen, *self._lanes())
         return (logits,)
 
@@ -352,12 +354,13 @@ class DecodeBatch:
         return outputs
 
     def _upload_drawing(self, steps: int, unread: int) -> None:
-        rows = np.zeros(self._drawing.shape)
+        rows = np.zeros(self._drawing.shape, np.int64)
+        parameters, keys = rows[:3].view(np.float64), rows[3:]
         for slot, (params, drawn) in self._params.items():
             lane = self.lane_of[slot]
-            rows[:3, lane] = settings(params)
+            parameters[:, lane] = settings(params)
             for step in range(steps):
-                rows[3 + (self._taken + step) % (2 * self.steps), lane] = params.uniform(drawn + unread + step)
+                keys[(self._taken + step) % (2 * self.steps), lane] = params.key(drawn + unread + step)
         self._drawing.copy_(upload(rows, self._drawing.device))
 
     def audit(self, bucket: int | None = None) -> AuditReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from time import perf_counter
@@ -15,11 +16,10 @@ from transformers import PreTrainedModel
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import ConfigError, OutOfPages, SequenceTooLong
+from trtllm_vattn.cache.select import CACHES, make_cache
+from trtllm_vattn.errors import ConfigError, EngineClosed, OutOfPages
 from trtllm_vattn.graphs.audit import AuditReport
-from trtllm_vattn.graphs.policy import MappingPolicy, start_choosing
-from trtllm_vattn.graphs.runner import default_buckets
+from trtllm_vattn.graphs.policy import start_choosing
 from trtllm_vattn.runtime.beside import MappingBeside
 from trtllm_vattn.runtime.binding import bind, check_fit, shape_of
 from trtllm_vattn.runtime.checkpoint import end_of_text
@@ -30,16 +30,31 @@ from trtllm_vattn.runtime.dry_pass import naming
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
-from trtllm_vattn.runtime.request import Completion, Running, StepRecord, TokenEvent
-from trtllm_vattn.runtime.sampling import SamplingParams, choose, margins
+from trtllm_vattn.runtime.request import (
+    Completion,
+    Running,
+    StepRecord,
+    TokenEvent,
+    as_params,
+    as_prompts,
+    make_request,
+)
+from trtllm_vattn.runtime.sampling import NO_TOKEN, SamplingParams, choose, have_token, margins
 from trtllm_vattn.runtime.scheduler import Scheduler
+from trtllm_vattn.runtime.settings import check_device, check_dtype, check_model_name, check_settings
 from trtllm_vattn.runtime.startup import StartupReport, memory_left
+from trtllm_vattn.runtime.tokens import TokenIds
 from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
+from trtllm_vattn.sizes import parse_bytes
+from trtllm_vattn.values import described, finite, shown, truth, whole
 from trtllm_vattn.vmm.open import open_driver
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+logger = logging.getLogger(__name__)
+
+NOT_FINITE = "its logits are NaN or infinite, so that there is no token to choose"
 UNUSUAL = 509
 """Tokens of the first compiled pass. No dimension of a model has this size, so torch takes none for their number; and
 kernels are tuned by it, which with few tokens would all seem alike."""
@@ -60,10 +75,10 @@ class Engine:
     capture : bool
         Whether decode steps are captured once a bucket and replayed, or run eagerly.
     buckets : sequence of int or None
-        Batch sizes to capture; None for the usual ones up to the cache's slots.
+        Batch sizes to capture, the cache's slots the largest of them; None for the usual ones.
     steps : int
-        Most decode steps of one launch. With more than one, tokens are chosen on the device and come in groups; what a
-        sequence has beyond its end is discarded.
+        Most decode steps of one launch, no more than `max_seq_len`. With more than one, tokens are chosen on the device
+        and come in groups; what a sequence has beyond its end is discarded.
     loop : bool
         Whether the device ends a launch earlier: when a sequence ends, or its next token has no memory yet.
     packed : bool
@@ -80,6 +95,11 @@ class Engine:
         Whether token events carry the distance of the two largest logits.
     observer : callable or None
         Called with a `StepRecord` after each decode step.
+
+    Raises
+    ------
+    ConfigError
+        A setting cannot work, or the model and the cache do not fit one another.
     """
 
     together: ClassVar[bool] = True
@@ -102,12 +122,24 @@ class Engine:
         record_margins: bool = False,
         observer: Callable[[StepRecord], None] | None = None,
     ) -> None:
-        if chunk < 1:
-            raise ConfigError(f"chunk is {chunk}; it must be a positive number of tokens")
-        if steps < 1:
-            raise ConfigError(f"steps is {steps}; a launch has at least 1")
-        if record_margins and steps > 1:
-            raise ConfigError(f"margins are recorded of single steps; steps is {steps}, make it 1")
+        if not isinstance(cache, KVCache):
+            raise ConfigError(f"cache is {described(cache)}; give a KVCache (cache.select.make_cache)")
+        settings = check_settings(
+            cache.shape.num_slots,
+            cache.shape.max_seq_len,
+            attention=attention,
+            capture=capture,
+            buckets=buckets,
+            steps=steps,
+            loop=loop,
+            packed=packed,
+            compile=compile,
+            mapping=mapping,
+            chunk=chunk,
+            record_margins=record_margins,
+            observer=observer,
+        )
+        buckets, steps, chunk, policy = (settings[name] for name in ("buckets", "steps", "chunk", "mapping"))
         if model.device != cache.device:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
@@ -120,10 +152,11 @@ class Engine:
         self.attention = make_attention(attention, cache, config.num_attention_heads, scale)
         self._prefilled = 0
         self._read_at = 0.0
-        self._events: list[TokenEvent] = []  # not returned yet
+        self._events: list[TokenEvent] = []
+        """Not delivered yet. An event is put here before its token is in the request's output."""
         self._ids = itertools.count()
+        self._closed = False
         self.startup = StartupReport()
-        buckets = default_buckets(cache.shape.num_slots) if buckets is None else buckets
         compiling = cache.device.type == "cuda" if compile is None else compile
         with torch.inference_mode(), naming(model):
             started = perf_counter()
@@ -138,12 +171,10 @@ class Engine:
                 self.startup.decode = self.decode.capture()
                 self.startup.prefill = self.prefill.capture()
         self.weights = Weights(model, capture)
-        self._mapping = MappingBeside(
-            cache, MappingPolicy.named(mapping), self.decode.publish_frontiers if loop else None
-        )
+        self._mapping = MappingBeside(cache, policy, self.decode.publish_frontiers if loop else None)
         movable = isinstance(cache, KVCacheManager) and capture and not packed
         compaction = Compaction(cast(KVCacheManager, cache), self.startup.decode.replay_s) if movable else None
-        self.scheduler = Scheduler(cache, self.decode, compaction, chunk)
+        self.scheduler = Scheduler(cache, self.decode, compaction, chunk, self._fail)
         self.pipeline = Pipeline(self.scheduler, steps, one_by_one=loop or record_margins)
 
     @classmethod
@@ -151,19 +182,20 @@ class Engine:
         cls,
         model: str,
         *,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         max_seqs: int = 8,
         max_seq_len: int = 2048,
-        budget: int | None = None,
+        budget: int | str | None = None,
         cache: str = "vattn",
         idle_after_s: float | None = None,
-        idle_floor: int = 0,
+        idle_floor: int | str = 0,
         mapping: str = "auto",
         **options: Any,
     ) -> Self:
         """An engine over a checkpoint (a directory, or a name on the Hugging Face Hub) or a named shape
         (`runtime.models.SHAPES`), on the GPU if there is one.
+        Settings are checked before anything is loaded.
 
         With the ``vattn`` cache graphs are captured over one mapped dummy slot, and the budget is set from what is left
         then; `set_budget` changes it at any time. `startup` says what all of it cost.
@@ -172,18 +204,31 @@ class Engine:
         ----------
         max_seqs : int
             Sequences that run at once.
-        budget : int or None
-            Bytes of KV memory; None is what is left of 90 % of the GPU's memory after capturing, or on the host, and
-            for the other caches, enough for all sequences at `max_seq_len` tokens.
+        budget : int, str or None
+            Bytes of KV memory, ``"40GiB"`` too; None is what is left of 90 % of the GPU's memory after capturing, or on
+            the host, and for the other caches, enough for all sequences at `max_seq_len` tokens.
         idle_after_s, idle_floor
             When memory that no sequence uses goes back to the driver, but for so many bytes (`KVCacheManager`).
         mapping : str
             ``auto`` asks a short soak on this machine's driver, made once and remembered (graphs/policy.py).
         options
             Further parameters of `Engine`.
+
+        Raises
+        ------
+        ConfigError
+            A setting cannot work; the message names it.
         """
-        device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+        model, device = check_model_name(model), check_device(device)
+        dtype = check_dtype(dtype, device)
+        max_seqs, max_seq_len = whole("max_seqs", max_seqs, 1), whole("max_seq_len", max_seq_len, 1)
+        budget = None if budget is None else parse_bytes(budget, "the budget")
+        idle_floor = parse_bytes(idle_floor, "idle_floor")
+        if idle_after_s is not None and finite("idle_after_s", idle_after_s) <= 0:
+            raise ConfigError(f"idle_after_s is {idle_after_s}; it is a positive number of seconds, or None")
+        if cache not in CACHES:
+            raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
+        check_settings(max_seqs, max_seq_len, **options)
         with ExitStack() as undo:
             choosing = undo.enter_context(start_choosing(device, mapping))
             started = perf_counter()
@@ -204,12 +249,16 @@ class Engine:
         engine.startup.load_s = load_s
         return engine
 
-    def set_budget(self, budget: int) -> None:
-        """Raise or lower the bytes that a fixed-address cache may hold, at any time; no graph is captured again.
+    def set_budget(self, budget: int | str) -> None:
+        """Raise or lower the bytes (``"40GiB"`` too) that a fixed-address cache may hold, at any time; no graph is
+        captured again.
 
         Where running sequences hold more, the youngest go back to the queue and are prefilled again when there is room.
-        Raises ConfigError for another cache, or less than the dummy slot needs.
+        Whoever does not fit any more even alone ends with an error in a later step. Raises ConfigError for another
+        cache, or less than the dummy slot needs.
         """
+        self._check_open()
+        budget = parse_bytes(budget, "the budget")
         if not isinstance(self.cache, KVCacheManager):
             raise ConfigError(f"a {type(self.cache).__name__} has its memory for life; use the vattn cache")
         while True:
@@ -224,49 +273,62 @@ class Engine:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def submit(
-        self, prompt: Sequence[int], params: SamplingParams | None = None, forced: Sequence[int] | None = None
-    ) -> int:
+    def submit(self, prompt: TokenIds, params: SamplingParams | None = None, forced: TokenIds | None = None) -> int:
         """Queue a prompt of token ids; returns the request's number.
 
-        With `forced`, those tokens are fed in place of the chosen ones, which events and completions still report
-        (teacher forcing); there must be `max_tokens` of them.
-        Raises ConfigError or SequenceTooLong; nothing is queued then.
+        The prompt's tokens and all of the output but its last token, which is not stored, have to fit a slot, and the
+        budget alone; without `max_tokens` the output may be as long as that allows. With `forced`, those tokens are fed
+        in place of the chosen ones, which events and completions still report (teacher forcing); there must be
+        `max_tokens` of them.
+
+        Parameters
+        ----------
+        prompt, forced : sequence, numpy array or torch tensor
+            Integers of one dimension.
+
+        Raises
+        ------
+        ConfigError
+            Something is of the wrong type or out of its range; nothing is queued.
+        SequenceTooLong
+            It can never fit the slot or the budget; nothing is queued.
         """
         self.weights.require_in_place()
         request = self._request(prompt, params, forced)
-        self.scheduler.waiting.append(request)
+        self.scheduler.add(request)
         return request.id
 
-    def _request(self, prompt: Sequence[int], params: SamplingParams | None, forced: Sequence[int] | None) -> Running:
-        params = (params or SamplingParams()).stopping_at(self._end_of_text)
-        prompt = [int(token) for token in prompt]
-        if not prompt:
-            raise ConfigError("the prompt is empty; at least one token is needed")
-        for name, tokens in (("prompt has", prompt), ("forced tokens have", forced or [0])):
-            if min(tokens) < 0 or max(tokens) >= self._vocab_size:
-                raise ConfigError(f"the {name} token ids outside 0 to {self._vocab_size - 1}")
-        longest = self.cache.shape.max_seq_len
-        if len(prompt) + params.max_tokens > longest:
-            raise SequenceTooLong(
-                f"a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} exceed max_seq_len {longest}; "
-                "lower max_tokens, or build the cache with a larger max_seq_len"
-            )
+    def _request(self, prompt: object, params: object, forced: object = None, silent: bool = False) -> Running:
+        self._check_open()
         if forced is not None and self.steps > 1:
             raise ConfigError(f"tokens are forced in single steps; this engine takes {self.steps} a launch, make it 1")
-        if forced is not None and len(forced) < params.max_tokens:
-            raise ConfigError(f"{len(forced)} tokens to force, {params.max_tokens} needed; give as many as max_tokens")
-        return Running(next(self._ids), prompt, params, forced)
+        return make_request(
+            next(self._ids), prompt, params, forced, self.cache, self._vocab_size, self._end_of_text, silent
+        )
 
     def abort(self, request: int) -> None:
-        """Drop a request wherever it is; its memory is free for others. Raises ConfigError for an unknown one, and
-        DriverError where releasing failed, which the next step tries again."""
-        self.scheduler.abort(request)
+        """Drop a request wherever it is, and its tokens that nobody took yet; its memory is free for others.
+
+        Raises ConfigError for an unknown one, and DriverError where releasing failed, which the next step tries again.
+        """
+        self._check_open()
+        number = whole("request", request, 0)
+        known = self.scheduler.requests.get(number)
+        if known is None and all(event.request != number for event in self._events):
+            raise ConfigError(f"no request {number} is waiting or running")
+        self._events = [event for event in self._events if event.request != number]
+        if known is not None:
+            self.scheduler.end(known)
+        self.scheduler.release_ended()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosed("this engine is closed; build another")
 
     @property
     def busy(self) -> bool:
-        """Whether any request is not finished, or an event not delivered."""
-        return bool(self.scheduler.waiting or self.scheduler.holders or self.scheduler.ended or self._events)
+        """Whether any request is not finished, or has events that nobody took yet."""
+        return bool(self.scheduler.requests or self.scheduler.ended or self._events)
 
     @property
     def prefilling(self) -> bool:
@@ -275,53 +337,75 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[TokenIds],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = False,
     ) -> list[Completion]:
         """Run prompts of token ids to their end; completions in the order of the prompts.
 
-        Raises ConfigError or SequenceTooLong with none of them queued, ConfigError where others are running: take their
-        tokens by `run`. What a step raises ends them all.
+        A request that fails has a completion with `finish_reason` ``error``. Raises ConfigError or SequenceTooLong with
+        none of them queued, ConfigError where others are running: take their tokens by `run`. What a step raises, and
+        an interrupt, drops these requests and no others; events of others are kept for `run` and `step`.
         """
-        if self.scheduler.waiting or self.scheduler.holders:
+        self._check_open()
+        given, each = as_prompts(prompts), as_params(params, len(prompts))
+        truth("progress", progress)
+        if self.scheduler.requests:
             raise ConfigError("requests are running, whose tokens nobody would get; use run(), or abort them")
-        each = params if isinstance(params, Sequence) else [params] * len(prompts)
-        if len(each) != len(prompts):
-            raise ConfigError(f"{len(prompts)} prompts and {len(each)} sampling parameters; give one for each, or one")
         self.weights.require_in_place()
-        requests = [self._request(prompt, one, None) for prompt, one in zip(prompts, each, strict=True)]
-        self.scheduler.waiting += requests
-        done: dict[int, str] = {}
+        requests = [self._request(prompt, one, silent=True) for prompt, one in zip(given, each, strict=True)]
         try:
-            with tqdm(total=len(prompts), unit="request", disable=None if progress else True) as bar:
-                for event in self.run():
-                    if event.finish_reason:
-                        done[event.request] = event.finish_reason
-                        bar.update()
+            for request in requests:
+                self.scheduler.add(request)
+            with tqdm(total=len(requests), unit="request", disable=None if progress else True) as bar:
+                while any(request.finish_reason is None for request in requests):
+                    self._step()
+                    bar.update(sum(request.finish_reason is not None for request in requests) - bar.n)
+            self.scheduler.release_ended()
         except BaseException:
-            self._events.clear()
-            self.scheduler.drop_all()
+            for request in requests:
+                self.scheduler.end(request)
+            self.scheduler.release_ended()
             raise
-        return [
-            Completion(each.id, len(each.prompt), each.chosen, done[each.id], each.weights_versions)
-            for each in requests
-        ]
+        return [request.completion() for request in requests]
 
     def run(self) -> Iterator[TokenEvent]:
-        """Step until no request is left, streaming tokens as they come; more may be submitted meanwhile."""
-        while self.busy:
-            yield from self.step()
+        """Step until no request is left, streaming tokens as they come; more may be submitted meanwhile.
+
+        Whoever leaves early, by a break or an exception, loses nothing: what is not taken is what the next `run` or
+        `step` begins with.
+        """
+        self._check_open()
+        return self._stream()
+
+    def _stream(self) -> Iterator[TokenEvent]:
+        while self.busy or self._closed:
+            if not self._events:
+                self._step()
+                continue
+            # Between these two there is no call, so that no interrupt comes between them.
+            event = self._events[0]
+            del self._events[0]
+            yield event
 
     # -- stepping --------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
         """Admit what fits, put up to `chunk` prompt tokens in, decode `steps` tokens of every running sequence.
 
-        Raises DriverError where mapping ahead failed beside the last step. Whatever it raises, the next call goes on,
-        and returns the tokens that this one had. Raises WeightsMixed after an update of the weights broke.
+        Raises DriverError where mapping ahead failed beside the last step. Whatever it raises, an interrupt among it,
+        the next call goes on, and returns the tokens that this one had. Raises WeightsMixed after an update of the
+        weights broke.
         """
+        self._step()
+        # As above: an interrupt comes after a call or at a jump back, and there is none before the caller has these.
+        events, self._events = self._events, []
+        return events
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """One step; its events are put to the others."""
+        self._check_open()
         self.weights.require_current()
         self._mapping.before_step()
         self.scheduler.release_ended()
@@ -332,8 +416,6 @@ class Engine:
         for half in (self._prefill, self._decode):
             half()
             self.scheduler.release_ended()
-        events, self._events = self._events, []
-        return events
 
     def _prefill(self) -> None:
         chunks = self.scheduler.next_chunks()
@@ -343,14 +425,27 @@ class Engine:
         # The device is busy: the sequences' first steps, and the next prompts, find their memory there.
         self._mapping.beside_step()
         self.scheduler.admit_beside()
-        whole = [request for request, chunk in chunks if chunk.end == request.length]
-        first = choose(logits[: len(whole)], [(each.params, len(each.fed)) for each in whole]) if whole else []
+        finished = [request for request, chunk in chunks if chunk.end == request.length]
+        first = self._choose(finished, logits[: len(finished)]) if finished else []
         for request, chunk in chunks:
             request.prefilled = chunk.end
             self._prefilled += len(chunk.tokens)
-        for request in whole:
+        for request in finished:
             self.scheduler.prefilling.remove(request)
-        self._settle(whole, first, margins(logits[: len(whole)]) if self.record_margins else None)
+        self._settle(finished, first, margins(logits[: len(finished)]) if self.record_margins else None)
+
+    def _choose(self, requests: Sequence[Running], logits: torch.Tensor) -> list[int | str]:
+        """Each request's next token by its row of logits, or what kept it from having one."""
+        rows = [(request.params, len(request.chosen)) for request in requests]
+        there = have_token(logits)
+        try:
+            tokens: list[int | str] = list(choose(logits, rows))
+        except Exception as error:
+            if len(requests) == 1:
+                return [f"choosing its token failed: {type(error).__name__}: {error}"]
+            # Whose fault it is shows where each is asked alone.
+            return [self._choose([request], logits[i : i + 1])[0] for i, request in enumerate(requests)]
+        return [token if good else NO_TOKEN for token, good in zip(tokens, there, strict=True)]
 
     def _decode(self, drain: bool = False) -> None:
         """A launch's tokens, of the next one or of one that is under way (`drain`)."""
@@ -385,21 +480,40 @@ class Engine:
         if self.observer is not None:
             self.observer(StepRecord(lanes, len(rows), self._prefilled, wall_s, self.pipeline.kv_s, ahead, waited))
 
-    def _settle(self, requests: list[Running], chosen: list[int], apart: list[float] | None) -> None:
-        """Append each request's token; those that end with it leave, who is new takes part in the next launch."""
+    def _settle(self, requests: list[Running], chosen: Sequence[int | str], apart: list[float] | None) -> None:
+        """Append each request's token; those that end with it leave, who is new takes part in the next launch. Who has
+        none, but the reason or `NO_TOKEN`, ends with an error."""
         for i, (request, token) in enumerate(zip(requests, chosen, strict=True)):
-            reason = request.accept(token)
-            request.weights_versions.append(self.weights.version)
-            self._events.append(
-                TokenEvent(request.id, token, reason, apart[i] if apart else None, self.weights.version)
-            )
-            if reason:
-                self.scheduler.leave(request)
+            if isinstance(token, str) or token == NO_TOKEN:
+                self._fail(request, token if isinstance(token, str) else NOT_FINITE)
+                continue
+            event = request.event(token, apart[i] if apart else None, self.weights.version)
+            if not request.silent:
+                self._events += [event]
+            # Once for each token, also where an interrupt kept the token from the output.
+            request.weights_versions[len(request.chosen) :] = [self.weights.version]
+            request.chosen += [token]
+            if event.finish_reason:
+                request.finish_reason = event.finish_reason
+                self.scheduler.end(request)
             elif request.slot not in self.scheduler.decoding:
                 self.scheduler.decode_next(request)
 
+    def _fail(self, request: Running, message: str) -> None:
+        """End a request with an error; its slot is taken by `Scheduler.release_ended`."""
+        logger.warning("request %d: %s", request.id, message)
+        self._end_without_token(request, "error", message)
+
+    def _end_without_token(self, request: Running, reason: str, message: str | None) -> None:
+        event = request.end_event(reason, message, self.weights.version)
+        if not request.silent:
+            self._events += [event]
+        request.error, request.finish_reason = event.error, reason
+        self.scheduler.end(request)
+
     def audit(self) -> AuditReport:
         """Whose the addresses are that all captured graphs hold. Raises CaptureError where nothing is captured."""
+        self._check_open()
         return AuditReport.joined([self.decode.audit(), self.prefill.audit()])
 
     # -- weights ---------------------------------------------------------------------------------------------------
@@ -450,16 +564,15 @@ class Engine:
         """
         if running not in ("continue", "restart", "abort"):
             raise ConfigError(f"running is {running!r}; choose continue, restart or abort")
+        self._check_open()
         update = self.weights.check(named_tensors, manifest, partial)
         self._drain()
         if running == "restart":
             self.scheduler.preempt_all()
         elif running == "abort":
-            unfinished = sorted([*self.scheduler.holders, *self.scheduler.waiting], key=lambda request: request.id)
-            self._events += [
-                TokenEvent(request.id, None, "abort", weights_version=self.weights.version) for request in unfinished
-            ]
-            self.scheduler.drop_all()
+            for request in list(self.scheduler.requests.values()):
+                self._end_without_token(request, "abort", None)
+            self.scheduler.release_ended()
         return self.weights.write(update)
 
     @torch.inference_mode()
@@ -473,13 +586,19 @@ class Engine:
     # -- ending ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Drop all requests, the graphs, and the cache. Idempotent. Raises what failed beside the last step, closed."""
+        """Drop all requests, the graphs, and the cache. Idempotent; every other call raises EngineClosed then. Raises
+        what failed beside the last step, closed."""
+        self._closed = True
+        self._events = []
         self.scheduler.clear()
-        self.decode.close()
-        self.prefill.close()
-        self._mapping.close()
+        with ExitStack() as all_of_it:
+            # In this order backwards, each whatever the others raise.
+            all_of_it.callback(self._mapping.close)
+            all_of_it.callback(self.prefill.close)
+            all_of_it.callback(self.decode.close)
 
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(self, *raised: object) -> None:

@@ -45,8 +45,9 @@ class Pipeline:
         first = self._first or self.unread
         return first is not None and bool(first.lane_of)
 
-    def start(self) -> Launch:
-        """The launch to read next, started now if it was not before; and the one after it, where possible.
+    def start(self) -> Launch | None:
+        """The launch to read next, started now if it was not before; and the one after it, where possible. None where
+        nobody is left to run for lack of memory.
 
         The same one until it is `settled`, so that no token is skipped where reading it was interrupted.
         """
@@ -55,6 +56,8 @@ class Pipeline:
             self.forget()
         if self._first is None:
             self._first, self.unread = self.unread or self._launch(), None
+        if self._first is None:
+            return None
         if self.unread is None:
             try:
                 self.unread = self._launch_ahead(self._first)
@@ -81,23 +84,24 @@ class Pipeline:
         """Nobody wants the tokens of what is under way."""
         self._first = self.unread = None
 
-    def _launch(self) -> Launch:
-        """Start the next steps of all running sequences; preempts where memory is short."""
+    def _launch(self) -> Launch | None:
+        """Start the next steps of all running sequences; preempts where memory is short. None where nobody is left."""
         decode, cache = self.scheduler.decode, self.scheduler.cache
         started = perf_counter()
-        while True:
+        while self.scheduler.decoding:
             # What the longest of the requests still needs, but few different numbers.
             steps = min(self.steps, 1 << (self._most_left() - 1).bit_length())
             try:
                 cache.prepare_step(decode.lengths_after(1 if decode.loop else steps))
-                break
             except OutOfPages:
                 self.scheduler.preempt()
             except DriverError:
                 self.scheduler.preempt_broken()
                 raise
-        self.kv_s += perf_counter() - started
-        return self._counted(decode.launch(steps))
+            else:
+                self.kv_s += perf_counter() - started
+                return self._counted(decode.launch(steps))
+        return None
 
     def _launch_ahead(self, launch: Launch) -> Launch | None:
         """Start what comes after a launch whose tokens have not been read; None where that has to wait for them.
@@ -126,5 +130,4 @@ class Pipeline:
 
     def _most_left(self) -> int:
         """Tokens that the longest of the running requests still wants."""
-        running = self.scheduler.decoding.values()
-        return max(request.params.max_tokens - len(request.fed) for request in running)
+        return max(request.left for request in self.scheduler.decoding.values())

@@ -1,38 +1,70 @@
-"""Requests, what they become while they run, and what comes out."""
+"""Requests, what they become while they run, and what comes out.
+
+A request's record (prompt, parameters, the tokens chosen so far, why it ended) is all that is needed to go on with it:
+whatever becomes of its slot and its lane, its tokens can be prefilled again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import torch
+
+from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.errors import ConfigError, SequenceTooLong
 from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.tokens import TEXT, token_ids
+from trtllm_vattn.values import described, shown
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One token of one request, as `Engine.step` returns it.
+    """One token of one request, or its end without a token, as `Engine.step` returns it.
 
-    `margin` is the distance between the two largest logits, where the engine was asked to record margins;
-    `weights_version` counts the updates of the weights before this token (`Engine.update_weights`). `token` is None
-    where a request ends without one more (`finish_reason` is ``abort``).
+    Attributes
+    ----------
+    request : int
+        The number that `Engine.submit` gave.
+    token : int or None
+        A token id; None where `finish_reason` is ``error`` or ``abort``: such an end has no token.
+    finish_reason : str or None
+        With the last event of a request: ``stop`` after a stop token, ``length`` after the last token that was asked
+        for or fits, ``error`` where the request could not go on, ``abort`` where an update of the weights ended it.
+        None before.
+    margin : float or None
+        The distance between the two largest logits, where the engine was asked to record margins.
+    error : str or None
+        What went wrong, with ``error``.
+    index : int
+        The token's place in the request's output.
+    weights_version : int
+        How many updates of the weights were made before this token (`Engine.update_weights`).
     """
 
     request: int
     token: int | None
     finish_reason: str | None = None
     margin: float | None = None
+    error: str | None = None
+    index: int = 0
     weights_version: int = 0
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished request: its tokens, why it ended (``stop``, ``length`` or ``abort``), and the version of the weights
-    that each token was computed with."""
+    """A finished request: its tokens, why it ended (``stop``, ``length``, ``abort``, or ``error``, which `error` explains;
+    the tokens are those before it), and the version of the weights that each token was computed with."""
 
     request: int
     prompt_len: int
     tokens: list[int]
     finish_reason: str
+    error: str | None = None
     weights_versions: list[int] = field(default_factory=list)
 
 
@@ -55,24 +87,53 @@ class StepRecord:
     wait_s: float
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
     """A request inside the engine.
 
-    `forced` are tokens to feed in place of the chosen ones (teacher forcing); `prefilled` counts the tokens whose K
-    and V are in the cache while a prompt goes in by chunks.
+    Attributes
+    ----------
+    params : SamplingParams
+        With a seed, where tokens are drawn.
+    max_tokens : int
+        Tokens to generate at most.
+    forced : list of int or None
+        Tokens to feed in place of the chosen ones (teacher forcing).
+    chosen : list of int
+        The output so far.
+    finish_reason, error : str or None
+        Why it ended, as in `TokenEvent`; None while it has not.
+    slot : int
+        Its slot in the cache; -1 without one.
+    prefilled : int
+        Tokens whose K and V are in the cache while a prompt goes in by chunks.
+    silent : bool
+        Whether nobody gets events of it, but the output at its end.
     """
 
     id: int
     prompt: list[int]
     params: SamplingParams
-    forced: Sequence[int] | None = None
+    max_tokens: int
+    forced: list[int] | None = None
+    silent: bool = False
     chosen: list[int] = field(default_factory=list)
-    fed: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: str | None = None
     slot: int = -1
     prefilled: int = 0
     weights_versions: list[int] = field(default_factory=list)
     """Of each chosen token."""
+
+    @property
+    def fed(self) -> list[int]:
+        """Tokens behind the prompt: the chosen ones, or those forced in their place."""
+        return self.chosen if self.forced is None else self.forced[: len(self.chosen)]
+
+    @property
+    def last(self) -> int:
+        """The last token behind the prompt."""
+        return self.chosen[-1] if self.forced is None else self.forced[len(self.chosen) - 1]
 
     @property
     def tokens(self) -> list[int]:
@@ -82,17 +143,149 @@ class Running:
     @property
     def limit(self) -> int:
         """How long the sequence is when its last token is chosen, which is not stored any more."""
-        return len(self.prompt) + self.params.max_tokens - 1
+        return len(self.prompt) + self.max_tokens - 1
 
     @property
     def length(self) -> int:
         """How many tokens are known so far."""
-        return len(self.prompt) + len(self.fed)
+        return len(self.prompt) + len(self.chosen)
 
-    def accept(self, token: int) -> str | None:
-        """Take a chosen token; returns why the request ends with it, or None."""
-        self.chosen.append(token)
-        self.fed.append(token if self.forced is None else self.forced[len(self.fed)])
-        if self.fed[-1] in self.params.stop_token_ids:
+    @property
+    def left(self) -> int:
+        """Tokens still wanted."""
+        return self.max_tokens - len(self.chosen)
+
+    def end_with(self, token: int) -> str | None:
+        """Why the request ends if this is the next token chosen, or None."""
+        fed = token if self.forced is None else self.forced[len(self.chosen)]
+        if fed in self.params.stop_token_ids:
             return "stop"
-        return "length" if len(self.fed) == self.params.max_tokens else None
+        return "length" if self.left == 1 else None
+
+    def event(self, token: int, margin: float | None, weights_version: int) -> TokenEvent:
+        """The next token as an event; it is not in the output yet."""
+        return TokenEvent(self.id, token, self.end_with(token), margin, None, len(self.chosen), weights_version)
+
+    def end_event(self, reason: str, message: str | None, weights_version: int) -> TokenEvent:
+        """An end without a token as an event; the request has not ended yet."""
+        error = None if message is None else f"request {self.id}: {message}"
+        return TokenEvent(self.id, None, reason, None, error, len(self.chosen), weights_version)
+
+    def completion(self) -> Completion:
+        """The output of a request that has ended."""
+        assert self.finish_reason is not None
+        return Completion(self.id, len(self.prompt), self.chosen, self.finish_reason, self.error, self.weights_versions)
+
+
+class RequestQueue:
+    """Waiting requests, first come, first served. Any of them is found and removed in constant time."""
+
+    def __init__(self) -> None:
+        # Not a dict, which looks for its first entry among all that were there before it.
+        self._by_id: OrderedDict[int, Running] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Running]:
+        return iter(self._by_id.values())
+
+    @property
+    def first(self) -> Running:
+        """The next one. Raises StopIteration where there is none."""
+        return next(iter(self._by_id.values()))
+
+    def append(self, request: Running) -> None:
+        """Behind all others."""
+        self._by_id[request.id] = request
+
+    def put_back(self, request: Running) -> None:
+        """Before all others."""
+        self._by_id[request.id] = request
+        self._by_id.move_to_end(request.id, last=False)
+
+    def remove(self, request: Running) -> None:
+        """Take a request out, if it is there."""
+        self._by_id.pop(request.id, None)
+
+    def clear(self) -> None:
+        self._by_id.clear()
+
+
+def as_prompts(given: Any) -> Sequence[Any]:
+    """Prompts out of what `Engine.generate` was given: a sequence of them, or the rows of an array or tensor."""
+    advice = "generate takes a list of prompts, each a sequence of token ids"
+    if isinstance(given, TEXT):
+        raise ConfigError(f"the prompts are text ({type(given).__name__}); {advice}: tokenise each first")
+    if isinstance(given, np.ndarray | torch.Tensor):
+        if given.ndim == 1:
+            raise ConfigError(f"the prompts are one prompt of shape {tuple(given.shape)}; {advice}: wrap it, [prompt]")
+        return list(given)
+    if not isinstance(given, Sequence):
+        raise ConfigError(f"the prompts are {described(given)}; {advice}")
+    if any(isinstance(each, numbers.Number) for each in given):
+        raise ConfigError(f"the prompts are {shown(given)}; {advice}: for a single prompt, [prompt]")
+    return given
+
+
+def as_params(given: Any, count: int) -> Sequence[Any]:
+    """Sampling parameters for so many prompts, out of one or a sequence of them."""
+    if given is None or isinstance(given, SamplingParams):
+        return [given] * count
+    if not isinstance(given, Sequence) or isinstance(given, TEXT):
+        raise ConfigError(f"the parameters are {described(given)}; give SamplingParams, or one for each prompt")
+    if len(given) != count:
+        raise ConfigError(f"{count} prompts and {len(given)} sampling parameters; give one for each, or one")
+    return given
+
+
+def make_request(
+    number: int,
+    prompt: Any,
+    params: Any,
+    forced: Any,
+    cache: KVCache,
+    vocab_size: int,
+    end_of_text: Sequence[int] = (),
+    silent: bool = False,
+) -> Running:
+    """A request out of what a caller gave, everything checked against the vocabulary, the slots and the budget.
+
+    Raises ConfigError, or SequenceTooLong where it can never fit.
+    """
+    params = SamplingParams() if params is None else params
+    if not isinstance(params, SamplingParams):
+        raise ConfigError(f"the parameters are {described(params)}; give SamplingParams, or None for the usual ones")
+    prompt = token_ids("the prompt", prompt, vocab_size)
+    if not prompt:
+        raise ConfigError("the prompt is empty; at least one token is needed")
+    token_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+    if forced is not None:
+        forced = token_ids("forced", forced, vocab_size)
+        if len(forced) < (params.max_tokens or 1):
+            raise ConfigError(
+                f"{len(forced)} tokens to force, {params.max_tokens or 1} needed; give as many as max_tokens"
+            )
+    most = _most_tokens(len(prompt), params.max_tokens, cache)
+    if params.max_tokens is None and forced is not None:
+        most = min(most, len(forced))
+    return Running(number, prompt, params.seeded().stopping_at(end_of_text), most, forced, silent)
+
+
+def _most_tokens(prompt_len: int, wanted: int | None, cache: KVCache) -> int:
+    """How many tokens a request generates at most. The last one is not stored. Raises SequenceTooLong."""
+    tokens = wanted or 1
+    stored = prompt_len + tokens - 1
+    longest, alone = cache.shape.max_seq_len, cache.longest_alone
+    asked = f"a prompt of {prompt_len} tokens and {'at least one more' if wanted is None else f'max_tokens {wanted}'}"
+    if stored > longest:
+        raise SequenceTooLong(
+            f"{asked} exceed max_seq_len {longest}, whose last token is not stored; shorten the prompt, lower "
+            "max_tokens, or build the cache with a larger max_seq_len"
+        )
+    if stored > alone:
+        raise SequenceTooLong(
+            f"{asked} take {cache.bytes_of(stored):,} bytes, and the budget has {cache.bytes_for_sequences:,} for "
+            f"sequences, enough for {alone} tokens; shorten the prompt, lower max_tokens, or raise the budget"
+        )
+    return min(longest, alone) - prompt_len + 1 if wanted is None else wanted

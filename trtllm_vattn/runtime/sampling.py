@@ -1,61 +1,93 @@
-"""Sampling parameters and the sampling of one token a lane."""
+"""Sampling parameters, and how a token is chosen from a row of logits.
+
+A draw is the largest of the kept tokens' logits with Gumbel noise added (the Gumbel-max trick). The noise of a token
+is a hash of the request's seed, the position in the output and the token's id (counter-based, after SplitMix64: Steele,
+Lea and Flood, OOPSLA'14). So a draw depends on nothing else: not on who else is in the batch, on lanes, launches or the
+order in which a device adds numbers up; and logits that differ by rounding give the same token, unless the two largest
+with their noise are as near to one another.
+
+Every choice is total: a row whose largest logit is no finite number gives `NO_TOKEN`, and no index ever leaves the
+vocabulary, which on a GPU would end the process. Single logits of minus infinity are masked tokens.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.tokens import token_ids
+from trtllm_vattn.values import finite, truth, whole
 
 COLDEST = 1e-5
 """Temperature below which the likeliest token is taken."""
+HOTTEST = 1e30
+"""Temperature above which nothing changes any more; it is a float32 on the device."""
+NO_TOKEN = -1
+"""Stands for a token where the logits give none."""
+LARGEST_SEED = (1 << 64) - 1
+LARGEST_COUNT = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How a request's tokens are chosen.
 
+    Values are checked at construction; whole numbers and floats may be numpy's. Temperature comes first, then top-k,
+    then top-p over what is left, as in vLLM and transformers.
+
     Parameters
     ----------
-    max_tokens : int
-        Tokens to generate at most.
+    max_tokens : int or None
+        Tokens to generate at most; None is what fits the slot and the cache's budget when the request is submitted.
     temperature : float
         0 is greedy, and so is less than `COLDEST`, by which logits cannot be divided.
     top_p : float
         Smallest set of tokens whose probabilities add up to this; 1 is all.
     top_k : int
-        Only so many of the likeliest; 0 is all.
-    seed : int
-        The same seed gives the same tokens, whatever else is in the batch.
-    stop_token_ids : tuple of int
+        Only so many of the likeliest, of equal ones those with the smaller ids; 0 is all.
+    seed : int or None
+        The same seed gives the same tokens for the same logits, whatever else is in the batch; None is a fresh one for
+        each request.
+    stop_token_ids : sequence of int
         Generation ends after one of these, which is part of the output.
     ignore_eos : bool
         Whether the end-of-text tokens that the checkpoint names do not end generation.
+
+    Raises
+    ------
+    ConfigError
+        A value is of the wrong type or out of its range; the message names it.
     """
 
-    max_tokens: int = 128
+    max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens is {self.max_tokens}; at least 1 is needed")
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature is {self.temperature}; it is 0 for greedy, or more, and finite")
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        if self.max_tokens is not None:
+            put("max_tokens", whole("max_tokens", self.max_tokens, 1, LARGEST_COUNT))
+        put("temperature", finite("temperature", self.temperature))
+        if self.temperature < 0:
+            raise ConfigError(f"temperature is {self.temperature}; it is 0 for the likeliest token, or above")
+        put("top_p", finite("top_p", self.top_p))
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it is above 0 and at most 1")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k}; it is 0 for all tokens, or how many")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
-            raise ConfigError(f"seed is {self.seed!r}; it is a whole number from 0 to 2**64 - 1")
+        put("top_k", whole("top_k", self.top_k, 0, LARGEST_COUNT))
+        if self.seed is not None:
+            put("seed", whole("seed", self.seed, 0, LARGEST_SEED))
+        put("stop_token_ids", tuple(token_ids("stop_token_ids", self.stop_token_ids)))
+        truth("ignore_eos", self.ignore_eos)
 
     def stopping_at(self, end_of_text: Sequence[int]) -> SamplingParams:
         """These, stopped by a checkpoint's end-of-text tokens, too, unless they are ignored."""
@@ -66,41 +98,51 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < COLDEST
 
-    def uniform(self, index: int) -> float:
-        """The number in [0, 1) that decides the token at `index` of the output; counter-based, so order is free."""
-        return float(np.random.Generator(np.random.Philox(key=self.seed, counter=index)).random())
+    def seeded(self) -> SamplingParams:
+        """These, with a fresh seed where they have none and draw."""
+        return replace(self, seed=secrets.randbits(64)) if self.seed is None and not self.greedy else self
+
+    def key(self, index: int) -> int:
+        """What the noise of the token at `index` of the output is made of, with the tokens' ids: an int64 number.
+
+        Without a seed it is that of seed 0; the engine gives every request one (`seeded`)."""
+        mixed = _mixed(_mixed((self.seed or 0) + _GOLDEN) + index * _GOLDEN)
+        return mixed - (1 << 64) if mixed >> 63 else mixed
 
 
-def sample(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequence[int]) -> torch.Tensor:
-    """Draw one token a row: logits ``[rows, vocab]`` to int64 ``[rows]``.
-
-    `indices` counts the tokens that each row's request has generated so far.
-    """
-    rows = [(*settings(p), p.uniform(i)) for p, i in zip(params, indices, strict=True)]
-    return draw(logits, *torch.tensor(rows, dtype=torch.float64, device=logits.device).unbind(1))
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_LOW = (1 << 64) - 1
 
 
-def choose(logits: torch.Tensor, rows: Sequence[tuple[SamplingParams, int]]) -> list[int]:
-    """One token a row, the likeliest or one drawn as by `sample`: logits ``[rows, vocab]``, and for each row how many
-    tokens its request has generated so far."""
-    chosen = logits.argmax(dim=-1)
-    drawn = [row for row, (params, _) in enumerate(rows) if not params.greedy]
-    if drawn:
-        chosen[drawn] = sample(logits[drawn], *zip(*(rows[row] for row in drawn), strict=True))
-    tokens: list[int] = chosen.tolist()
-    return tokens
+def _mixed(x: int) -> int:
+    """SplitMix64's finalizer of a 64-bit number."""
+    x &= _LOW
+    x = ((x ^ (x >> 30)) * _FIRST) & _LOW
+    x = ((x ^ (x >> 27)) * _SECOND) & _LOW
+    return x ^ (x >> 31)
 
 
-def margins(logits: torch.Tensor) -> list[float]:
-    """How far the two largest of each row are apart: logits ``[rows, vocab]``."""
-    best = logits.float().topk(2, dim=-1).values
-    apart: list[float] = (best[:, 0] - best[:, 1]).tolist()
-    return apart
+def _signed(x: int) -> int:
+    return x - (1 << 64)
 
 
-def settings(params: SamplingParams) -> tuple[float, float, float]:
-    """A row's temperature, top_p and top_k, as `draw` takes them."""
-    return 0.0 if params.greedy else params.temperature, params.top_p, float(params.top_k)
+def add_noise(scores: torch.Tensor, keys: torch.Tensor, drawn: torch.Tensor) -> None:
+    """Add each token's Gumbel noise, in place: scores ``[rows, vocab]``, keys int64 ``[rows]``; nothing to rows that
+    are not `drawn`, bool ``[rows]``. The device's integers are 64-bit and wrap around, as the hash wants them."""
+    ids = torch.arange(1, scores.shape[1] + 1, device=scores.device)
+    x = keys[:, None] + ids * _signed(_GOLDEN)
+    # A shift to the right brings the sign in, which is masked away.
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(_FIRST)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(_SECOND)
+    x = x ^ ((x >> 31) & ((1 << 33) - 1))
+    uniform = (((x >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52
+    noise = -(-uniform.log()).log()
+    scores.add_(torch.where(drawn[:, None], noise, 0.0))
+
+
+FIXED_POINT = 2.0**40
+"""Probabilities are added up as whole numbers of this part of the likeliest token's: such sums are exact, in any order,
+and 2**22 tokens fit into 63 bits."""
 
 
 def draw(
@@ -108,27 +150,75 @@ def draw(
     temperature: torch.Tensor,
     top_p: torch.Tensor,
     top_k: torch.Tensor,
-    uniform: torch.Tensor,
+    keys: torch.Tensor,
+    noise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] = add_noise,
 ) -> torch.Tensor:
-    """One token a row: logits ``[rows, vocab]`` to int64 ``[rows]``, by float64 ``[rows]`` parameters on the device.
+    """One token a row, or `NO_TOKEN`: logits ``[rows, vocab]`` to int64 ``[rows]``.
 
-    Inverse transform sampling: a row's uniform number is looked up in the cumulative probabilities of its tokens,
-    likeliest first. Temperature 0 is greedy, top_k 0 is all.
+    The other tensors are ``[rows]`` on the device: float64 but for `keys`, int64 (`SamplingParams.key`). Temperature 0
+    is greedy, top_k 0 is all. `noise` is `add_noise`, or the same compiled.
     """
     column = (-1, 1)
-    greedy = (temperature == 0).view(column)
-    warmth = torch.where(greedy, 1.0, temperature.view(column)).float()
-    most = torch.where(top_k > 0, top_k, float(logits.shape[1])).view(column)
-    ordered, tokens = (logits.float() / warmth).sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    probabilities = ordered.masked_fill(rank >= most, -torch.inf).softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= top_p.view(column), 0.0)
-    cumulative = probabilities.cumsum(dim=-1)
-    drawn = (cumulative <= uniform.view(column) * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
-    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
-    drawn = torch.where(greedy, 0, torch.minimum(drawn, last))
-    return tokens.gather(1, drawn).squeeze(1)
+    logits = logits.float()
+    best = logits.amax(dim=-1, keepdim=True)
+    drawn = temperature > 0
+    warmth = torch.where(drawn, temperature, 1.0).float().view(column)
+    scaled = (logits - best) / warmth
+    ordered, tokens = scaled.sort(dim=-1, descending=True, stable=True)
+    # Equal ones are in the order of their ids. Both kinds of truncation keep the first so many.
+    vocab = logits.shape[1]
+    ids = torch.arange(vocab, device=logits.device)
+    within = ids < torch.where(top_k > 0, top_k, float(vocab)).view(column)
+    weights = ((ordered.exp() * FIXED_POINT).nan_to_num(0.0, 0.0, 0.0).long()).masked_fill(~within, 0)
+    summed = weights.cumsum(dim=-1)
+    enough = top_p.view(column)
+    within &= (summed - weights < enough * summed[:, -1:]) | (enough >= 1)
+    last = (within.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+    edge, edge_id = ordered.gather(1, last), tokens.gather(1, last)
+    cut = (scaled < edge) | ((scaled == edge) & (ids > edge_id))
+    noise(scaled, keys, drawn)
+    chosen = scaled.masked_fill_(cut, -torch.inf).argmax(dim=-1)
+    return torch.where(best.isfinite().squeeze(1), chosen, NO_TOKEN)
+
+
+def settings(params: SamplingParams) -> tuple[float, float, float]:
+    """A row's temperature, top_p and top_k, as `draw` takes them."""
+    return 0.0 if params.greedy else min(params.temperature, HOTTEST), params.top_p, float(params.top_k)
+
+
+def sample(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequence[int]) -> torch.Tensor:
+    """Draw one token a row, or `NO_TOKEN`: logits ``[rows, vocab]`` to int64 ``[rows]``.
+
+    `indices` counts the tokens that each row's request has generated so far.
+    """
+    device = logits.device
+    rows = torch.tensor([settings(each) for each in params], dtype=torch.float64, device=device).view(-1, 3)
+    keys = [0 if each.greedy else each.key(index) for each, index in zip(params, indices, strict=True)]
+    return draw(logits, *rows.unbind(1), torch.tensor(keys, dtype=torch.int64, device=device))
+
+
+def choose(logits: torch.Tensor, rows: Sequence[tuple[SamplingParams, int]]) -> list[int]:
+    """One token a row, the likeliest or one drawn as by `sample`: logits ``[rows, vocab]``, and for each row how many
+    tokens its request has generated so far. Of a row that gives none (`have_token`), some token of the vocabulary."""
+    chosen = logits.argmax(dim=-1)
+    drawn = [row for row, (params, _) in enumerate(rows) if not params.greedy]
+    if drawn:
+        chosen[drawn] = sample(logits[drawn], *zip(*(rows[row] for row in drawn), strict=True)).clamp(min=0)
+    tokens: list[int] = chosen.tolist()
+    return tokens
+
+
+def have_token(logits: torch.Tensor) -> list[bool]:
+    """Whether each row gives a token: its largest logit is a finite number, and none is NaN."""
+    there: list[bool] = logits.amax(dim=-1).isfinite().tolist()
+    return there
+
+
+def margins(logits: torch.Tensor) -> list[float]:
+    """How far the two largest of each row are apart: logits ``[rows, vocab]``."""
+    best = logits.float().topk(2, dim=-1).values
+    apart: list[float] = (best[:, 0] - best[:, 1]).tolist()
+    return apart
 
 
 MOST_PARTS = 128
@@ -145,6 +235,8 @@ def in_parts(logits: torch.Tensor) -> torch.Tensor:
 
 
 def of_parts(largest: torch.Tensor, place: torch.Tensor, width: int) -> torch.Tensor:
-    """The first largest of each row, int64 ``[rows]``, by that of each part and its place there, ``[rows, parts]``."""
+    """The first largest of each row, int64 ``[rows]``, by that of each part and its place there, ``[rows, parts]``;
+    `NO_TOKEN` where that is no finite number: maxima are NaN where anything is."""
     part = largest.argmax(dim=-1, keepdim=True)
-    return (part * width + place.gather(1, part)).squeeze(1)
+    token = part * width + place.gather(1, part)
+    return torch.where(largest.gather(1, part).isfinite(), token, NO_TOKEN).squeeze(1)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import ConfigError, DriverError, NoFreeSlot, OutOfPages
+from trtllm_vattn.errors import DriverError, NoFreeSlot, OutOfPages
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.prefill import PromptChunk
-from trtllm_vattn.runtime.request import Running
+from trtllm_vattn.runtime.request import RequestQueue, Running
 
 logger = logging.getLogger(__name__)
 
@@ -24,23 +25,42 @@ class Scheduler:
     ----------
     chunk : int
         Prompt tokens that go in at once.
+    fail : callable
+        Called with a request that can never be served and the reason; it ends it (`end`).
 
     Attributes
     ----------
-    waiting, prefilling : deque of Running
-        In the order of their requests; those prefilling hold a slot.
+    requests : dict of int to Running
+        By number, all that have not ended, wherever they are.
+    waiting : RequestQueue
+        Those without a slot, in the order in which they get one.
+    prefilling : deque of Running
+        In the order of their requests; they hold a slot.
     decoding : dict of int to Running
         By slot, in the order in which they joined; each has a lane.
     ended : deque of int
         Requests that left and whose slot and memory are still to be released.
     """
 
-    def __init__(self, cache: KVCache, decode: DecodeBatch, compaction: Compaction | None, chunk: int) -> None:
-        self.cache, self.decode, self.compaction, self.chunk = cache, decode, compaction, chunk
-        self.waiting: deque[Running] = deque()
+    def __init__(
+        self,
+        cache: KVCache,
+        decode: DecodeBatch,
+        compaction: Compaction | None,
+        chunk: int,
+        fail: Callable[[Running, str], None],
+    ) -> None:
+        self.cache, self.decode, self.compaction, self.chunk, self.fail = cache, decode, compaction, chunk, fail
+        self.requests: dict[int, Running] = {}
+        self.waiting = RequestQueue()
         self.prefilling: deque[Running] = deque()
         self.decoding: dict[int, Running] = {}
         self.ended: deque[int] = deque()
+
+    def add(self, request: Running) -> None:
+        """Queue a new request."""
+        self.requests[request.id] = request
+        self.waiting.append(request)
 
     @property
     def holders(self) -> list[Running]:
@@ -48,21 +68,36 @@ class Scheduler:
         return [*self.decoding.values(), *self.prefilling]
 
     def admit(self) -> None:
-        """Give the next waiting requests slots if there is room; raises where the first has none though nobody runs.
+        """Give the next waiting requests slots if there is room. Who would not fit even alone ends with an error, so
+        that nobody waits behind it for ever. Raises NoFreeSlot where none is usable though nobody runs.
 
         Prompts go in one after another, so more than the next two chunks would hold memory for nothing, and a burst
         would map all of it at once instead of beside the prompts before.
         """
         left = sum(request.length - request.prefilled for request in self.prefilling)
         while self.waiting and (len(self.prefilling) < 2 or left < 2 * self.chunk):
-            request = self.waiting[0]
+            request = self.waiting.first
             try:
                 request.slot = self.cache.admit(request.id, request.length)
-            except (NoFreeSlot, OutOfPages):
+            except NoFreeSlot:
                 if not self.holders:
                     raise
                 return
-            self.prefilling.append(self.waiting.popleft())
+            except OutOfPages as error:
+                cache = self.cache
+                if request.length > cache.longest_alone:
+                    self.fail(
+                        request,
+                        f"its {request.length} tokens take {cache.bytes_of(request.length):,} bytes, and the budget "
+                        f"has {cache.bytes_for_sequences:,} for sequences; raise the budget",
+                    )
+                elif not self.holders:
+                    self.fail(request, f"no memory for its {request.length} tokens, though nobody else runs: {error}")
+                else:
+                    return
+                continue
+            self.waiting.remove(request)
+            self.prefilling.append(request)
             left += request.length
 
     def admit_beside(self) -> None:
@@ -90,7 +125,7 @@ class Scheduler:
         if self.compaction is None or not self.decoding:
             return
         by_slot = {request.slot: request for request in self.holders}
-        left = {slot: request.params.max_tokens - len(request.fed) for slot, request in by_slot.items()}
+        left = {slot: request.left for slot, request in by_slot.items()}
         for source, target in self.compaction.plan(left):
             try:
                 self.compaction.move(source, target)
@@ -106,19 +141,24 @@ class Scheduler:
     def decode_next(self, request: Running) -> None:
         """Have a request take part in the next launch, with its last token."""
         self.decoding[request.slot] = request
-        drawn = len(request.fed)
-        self.decode.occupy(request.slot, request.fed[-1], request.length, request.limit, request.params, drawn)
+        drawn = len(request.chosen)
+        self.decode.occupy(request.slot, request.last, request.length, request.limit, request.params, drawn)
 
     def preempt(self) -> None:
-        """Send the youngest request back to the queue. Raises OutOfPages where it is the only one: it can never be
-        served."""
+        """Send the youngest request back to the queue. Where it is the only one nobody can make room for it, and it
+        ends with an error."""
         holders = self.holders
-        if len(holders) == 1:
-            raise OutOfPages(
-                f"request {holders[0].id} alone outgrew the cache's memory at {holders[0].length} tokens; abort it, or "
-                "raise the budget"
-            )
-        self.preempt_youngest()
+        if len(holders) > 1:
+            self.preempt_youngest()
+            return
+        (alone,) = holders
+        cache = self.cache
+        self.fail(
+            alone,
+            f"it alone outgrew the cache's memory at {alone.length} tokens: the budget has "
+            f"{cache.bytes_for_sequences:,} bytes for sequences; raise the budget",
+        )
+        self.release_ended()
 
     def preempt_youngest(self) -> None:
         """Send the youngest request back to the queue, even if it is the only one."""
@@ -141,7 +181,7 @@ class Scheduler:
             self.prefilling.remove(request)
         self.leave(request)
         request.prefilled = 0
-        self.waiting.appendleft(request)
+        self.waiting.put_back(request)
         self.release_ended()
 
     def leave(self, request: Running) -> None:
@@ -158,30 +198,17 @@ class Scheduler:
             self.cache.release(self.ended[0])
             self.ended.popleft()
 
-    def abort(self, number: int) -> None:
-        """Drop a request wherever it is. Raises ConfigError for an unknown one."""
-        for queue in (self.waiting, self.prefilling):
-            for request in queue:
-                if request.id == number:
-                    queue.remove(request)
-                    self.leave(request)
-                    return self.release_ended()
-        for request in self.decoding.values():
-            if request.id == number:
-                self.leave(request)
-                return self.release_ended()
-        raise ConfigError(f"no request {number} is waiting or running")
-
-    def drop_all(self) -> None:
-        """Drop every request."""
-        for request in self.holders:
-            self.leave(request)
-        self.waiting.clear()
-        self.prefilling.clear()
-        self.release_ended()
+    def end(self, request: Running) -> None:
+        """Take a request out wherever it is; its slot and memory are taken by `release_ended`."""
+        self.requests.pop(request.id, None)
+        self.waiting.remove(request)
+        if request in self.prefilling:
+            self.prefilling.remove(request)
+        self.leave(request)
 
     def clear(self) -> None:
         """Forget all requests."""
+        self.requests.clear()
         self.waiting.clear()
         self.prefilling.clear()
         self.decoding.clear()

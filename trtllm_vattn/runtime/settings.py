@@ -1,0 +1,120 @@
+"""An engine's settings, checked before anything is loaded or captured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.graphs.policy import MappingPolicy
+from trtllm_vattn.graphs.runner import default_buckets
+from trtllm_vattn.values import described, shown, truth, whole
+
+LONGEST_CHUNK = (1 << 31) - 1
+
+
+def check_settings(
+    num_slots: int,
+    max_seq_len: int,
+    *,
+    attention: Any = "auto",
+    capture: Any = True,
+    buckets: Any = None,
+    steps: Any = 1,
+    loop: Any = False,
+    packed: Any = False,
+    compile: Any = None,
+    mapping: Any = "concurrent",
+    chunk: Any = 2048,
+    record_margins: Any = False,
+    observer: Any = None,
+) -> dict[str, Any]:
+    """`Engine`'s settings for a cache of so many slots, as the types that they are used as.
+
+    Raises ConfigError naming the one that cannot work. Whether the attention backend runs here is found out when it is
+    made.
+    """
+    if not isinstance(attention, str):
+        raise ConfigError(f"attention is {described(attention)}; give a backend's name, or auto")
+    if observer is not None and not callable(observer):
+        raise ConfigError(f"observer is {described(observer)}; give a function of a StepRecord, or None")
+    if not isinstance(mapping, str):
+        raise ConfigError(f"mapping is {described(mapping)}; give a policy's name")
+    checked = {
+        "attention": attention,
+        "capture": truth("capture", capture),
+        "buckets": check_buckets(buckets, num_slots),
+        "steps": whole("steps", steps, 1, max_seq_len),
+        "loop": truth("loop", loop),
+        "packed": truth("packed", packed),
+        "compile": None if compile is None else truth("compile", compile),
+        "mapping": MappingPolicy.named(mapping),
+        "chunk": whole("chunk", chunk, 1, LONGEST_CHUNK),
+        "record_margins": truth("record_margins", record_margins),
+        "observer": observer,
+    }
+    if checked["record_margins"] and checked["steps"] > 1:
+        raise ConfigError(f"margins are recorded of single steps; steps is {checked['steps']}, make it 1")
+    return checked
+
+
+def check_buckets(given: Any, num_slots: int) -> list[int]:
+    """Batch sizes to capture, in order: different whole numbers, the largest of them all slots; the usual ones for
+    None."""
+    if given is None:
+        return default_buckets(num_slots)
+    if isinstance(given, np.ndarray | torch.Tensor) and given.ndim == 1:
+        given = given.tolist()
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise ConfigError(f"buckets are {described(given)}; give a list of batch sizes, or None for the usual ones")
+    buckets = sorted(whole("a bucket", bucket, 1) for bucket in given)
+    if len(set(buckets)) < len(buckets):
+        raise ConfigError(f"buckets are {shown(buckets)}; give different batch sizes")
+    if not buckets or buckets[-1] != num_slots:
+        raise ConfigError(
+            f"buckets are {shown(buckets)}, and as many sequences run at once as the cache has slots: make the largest "
+            f"bucket {num_slots}"
+        )
+    return buckets
+
+
+def check_device(given: Any) -> str:
+    """``cpu`` or ``cuda:N`` out of a device or its name; the first GPU, else the host, out of None. Raises ConfigError
+    where it is none of these, or that GPU is not there."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if given is None:
+        return "cuda:0" if gpus else "cpu"
+    there = f"there are {', '.join(['cpu', *(f'cuda:{index}' for index in range(gpus))])}"
+    if not isinstance(given, str | torch.device):
+        raise ConfigError(f"device is {described(given)}; {there}")
+    try:
+        device = torch.device(given)
+    except RuntimeError:
+        raise ConfigError(f"device is {shown(given)}, which torch does not know; {there}") from None
+    if device.type == "cpu" and not device.index:
+        return "cpu"
+    index = device.index or 0
+    if device.type != "cuda" or index >= gpus:
+        raise ConfigError(f"device is {shown(str(given))}, which is not here; {there}")
+    return f"cuda:{index}"
+
+
+def check_dtype(given: Any, device: str) -> torch.dtype:
+    """What weights and K and V are of; for None float32 on the host, bfloat16 on a GPU."""
+    if given is None:
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    known = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    if not isinstance(given, torch.dtype) or given not in known:
+        raise ConfigError(f"dtype is {shown(given)}; give one of {', '.join(map(str, known))}, or None")
+    return given
+
+
+def check_model_name(given: Any) -> str:
+    """A checkpoint's directory or a model's name."""
+    if not isinstance(given, str | os.PathLike):
+        raise ConfigError(f"model is {described(given)}; give a checkpoint directory or a named shape")
+    return os.fspath(given)

@@ -1,0 +1,72 @@
+"""Token ids as they come from callers: lists, arrays, tensors. Text, floats and booleans are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.values import as_whole, described, shown
+
+TEXT = (str, bytes, bytearray, memoryview)
+TokenIds = Sequence[int] | np.ndarray | torch.Tensor
+"""Of one dimension."""
+
+
+def token_ids(name: str, given: Any, vocab_size: int | None = None) -> list[int]:
+    """Token ids from a sequence, a numpy array or a torch tensor of one dimension; in the vocabulary, where its size is
+    given."""
+    ids = _integers(name, given)
+    if ids and (min(ids) < 0 or (vocab_size is not None and max(ids) >= vocab_size)):
+        wrong = next(i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size))
+        there = "they are 0 or more" if vocab_size is None else f"the vocabulary has ids 0 to {vocab_size - 1}"
+        raise ConfigError(f"{name} holds token id {shown(wrong)}; {there}")
+    return ids
+
+
+def _integers(name: str, given: Any) -> list[int]:
+    if isinstance(given, TEXT):
+        raise ConfigError(
+            f"{name} is text ({type(given).__name__}); tokenise it first: tokenizer(text)['input_ids'], a list of ids"
+        )
+    if isinstance(given, torch.Tensor | np.ndarray):
+        return _of_array(name, given)
+    if not isinstance(given, Sequence):
+        raise ConfigError(f"{name} is {described(given)}; give a list, an array or a tensor of token ids")
+    if set(map(type, given)) <= {int}:
+        return list(given)
+    return [_token(name, position, token) for position, token in enumerate(given)]
+
+
+def _of_array(name: str, given: torch.Tensor | np.ndarray) -> list[int]:
+    integers = (
+        not (given.is_floating_point() or given.is_complex() or given.is_quantized or given.dtype == torch.bool)
+        if isinstance(given, torch.Tensor)
+        else given.dtype.kind in "iu"
+    )
+    if not integers:
+        raise ConfigError(f"{name} is of {given.dtype}; token ids are integers, and nothing is rounded to one")
+    if isinstance(given, torch.Tensor) and (given.is_meta or given.layout is not torch.strided):
+        raise ConfigError(f"{name} is a tensor without plain values ({given.device}, {given.layout}); make it dense")
+    if given.ndim != 1:
+        raise ConfigError(f"{name} has shape {tuple(given.shape)}; token ids of one sequence have one dimension")
+    listed: list[int] = given.tolist()
+    return listed
+
+
+def _token(name: str, position: int, token: Any) -> int:
+    number = as_whole(token)
+    if number is not None:
+        return number
+    if isinstance(token, torch.Tensor | np.ndarray) and token.ndim == 0:
+        return _of_array(name, token.reshape(1))[0]
+    if isinstance(token, Sequence | torch.Tensor | np.ndarray) and not isinstance(token, TEXT):
+        raise ConfigError(
+            f"{name} holds {described(token)} at position {position}; it is one sequence of token ids, and several "
+            "prompts go to generate()"
+        )
+    advice = "tokenise it first" if isinstance(token, TEXT) else "token ids are whole numbers"
+    raise ConfigError(f"{name} holds {shown(token)} ({type(token).__name__}) at position {position}; {advice}")

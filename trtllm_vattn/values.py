@@ -1,0 +1,63 @@
+"""Checks of single values at the door of a public call. Each returns the value as the plain Python type it is used as,
+and raises ConfigError that names it: nothing is truncated, and no boolean is taken for a number."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+from trtllm_vattn.errors import ConfigError
+
+
+def as_whole(value: Any) -> int | None:
+    """A Python or numpy integer as an int; None for everything else, booleans among it."""
+    if type(value) is int:
+        return value
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return None
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """A whole number from `least` to `most`."""
+    number = as_whole(value)
+    if number is None or number < least or (most is not None and number > most):
+        bounds = f"from {least} on" if most is None else f"from {least} to {shown(most)}"
+        raise ConfigError(f"{name} is {shown(value)}; it is a whole number {bounds}")
+    return number
+
+
+def finite(name: str, value: Any) -> float:
+    """A Python or numpy number, neither NaN nor infinite, as a float."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    raise ConfigError(f"{name} is {shown(value)}; it is a finite number")
+
+
+def truth(name: str, value: Any) -> bool:
+    """True or False."""
+    if isinstance(value, bool):
+        return value
+    raise ConfigError(f"{name} is {shown(value)}; it is True or False")
+
+
+def described(value: Any) -> str:
+    """A value and its type, for a message."""
+    return "None" if value is None else f"a {type(value).__name__} ({shown(value)})"
+
+
+def shown(value: Any) -> str:
+    """A value for a message, no longer than a line. Digits beyond what Python converts are counted instead."""
+    if type(value) is int and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"<{type(value).__name__} without a repr: {type(error).__name__}>"
+    return text if len(text) <= 80 else f"{text[:77]}..."
