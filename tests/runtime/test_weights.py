@@ -533,7 +533,7 @@ def running_engine(**options: Any) -> tuple[Engine, list[int], list[TokenEvent]]
     model = drawn()
     cache = make_cache("vattn", shape_of(model, 2, 128), "cpu")
     engine = Engine(model, cache, compile=False, buckets=[2], chunk=32, **options)
-    requests = [engine.submit(prompt, SamplingParams(MOST)) for prompt in (*PROMPTS, [5])]
+    requests = [engine.submit(prompt, SamplingParams(MOST, ignore_eos=True)) for prompt in (*PROMPTS, [5])]
     events = [event for _ in range(3) for event in engine.step()]
     return engine, requests, events
 
