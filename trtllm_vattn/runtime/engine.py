@@ -293,7 +293,8 @@ class Engine:
         SequenceTooLong
             It can never fit the slot or the budget; nothing is queued.
         """
-        self.weights.require_in_place()
+        if not self.busy:  # it costs as much as there are weights
+            self.weights.require_in_place()
         request = self._request(prompt, params, forced)
         self.scheduler.add(request)
         return request.id
@@ -545,7 +546,8 @@ class Engine:
             float16, bfloat16, float32 and float64 are converted to the model's dtype; others must be equal.
         manifest : mapping of str to (shape, dtype), or None
             What a generator will give. Tensors are then copied as they come, one at a time, and may be reused as soon
-            as the generator is asked for the next one. Without it, a generator's tensors are all collected first.
+            as the generator is asked for the next one (on the current stream, where they are on the GPU). Without it, a
+            generator's tensors are all collected first.
         partial : bool
             Whether weights that are not named keep their values. Else every parameter and persistent buffer must be.
         running : str
