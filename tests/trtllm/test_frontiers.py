@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,7 +97,8 @@ class Machine(RuleBasedStateMachine):
                 self.end(self.running.index(request))
         for index, request in enumerate(going):
             request.draft_tokens = drafted[index % len(drafted)]
-        batch = managers.ScheduledRequests(starting, going + (self.dummies if with_dummies else []))
+        space = SHAPE["max_batch_size"] - len(starting) - len(going)
+        batch = managers.ScheduledRequests(starting, going + (self.dummies[:space] if with_dummies else []))
         try:
             self.manager.prepare_resources(batch)
         except OutOfPages:
@@ -173,13 +174,13 @@ class Machine(RuleBasedStateMachine):
 def test_random_lives(double: SimpleNamespace, host_driver: HostDriver) -> None:
     machine = type("Life", (Machine,), {"double": double, "driver": host_driver})
     case = machine.TestCase
-    case.settings = settings(max_examples=12, stateful_step_count=30, deadline=None)
+    case.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
     case("runTest").runTest()
     assert host_driver.live_handles == 0
 
 
 @pytest.fixture
-def stepped(make: Make, double: SimpleNamespace) -> Iterator[Any]:
+def stepped(make: Make, double: SimpleNamespace) -> Any:
     """Two requests in the middle of decoding, and a dummy."""
     manager = make(spec_config=drafts(2))
     executor = double.executor.PyExecutor(manager, manager.max_batch_size, manager.max_seq_len)
@@ -188,7 +189,7 @@ def stepped(make: Make, double: SimpleNamespace) -> Iterator[Any]:
         executor.submit(double.managers.LlmRequest(number, 30, 30))
     executor.step()
     executor.step()
-    yield executor
+    return executor
 
 
 @every

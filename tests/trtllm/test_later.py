@@ -21,7 +21,8 @@ later = pytest.mark.parametrize("series", ["1.3.0rc", "1.4.0rc"])
 
 def serve(double: SimpleNamespace, manager: Any, requests: list[tuple[int, int, int]]) -> Any:
     """Runs requests of prompt, new tokens and drafts a step to their end."""
-    executor = double.executor.PyExecutor(manager, manager.max_batch_size, manager.max_seq_len)
+    longest = manager.max_seq_len - manager.num_extra_kv_tokens
+    executor = double.executor.PyExecutor(manager, manager.max_batch_size, longest)
     manager.vattn_size()
     for number, (prompt, new, drafted) in enumerate(requests, 1):
         request = double.managers.LlmRequest(number, prompt, new)
@@ -135,3 +136,16 @@ def test_dummies_do_not_take_a_running_requests_id(make: Make, double: SimpleNam
         manager.add_dummy_requests([7, 1], is_gen=True)
     executor.run()
     assert executor.wrong == []
+
+
+@every
+def test_dummies_that_fail_leave_the_promise_as_it_was(
+    make: Make, double: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room was made for them in the books, beyond what memory backs."""
+    manager = make(TrtllmConfig(budget=200_000))
+    manager.vattn_size()
+    backed, free = manager.get_max_resource_count(), manager.get_num_free_blocks()
+    with pytest.raises(RuntimeError, match="too long"):
+        manager.add_dummy_requests([1 << 61], [10_000], is_gen=True)
+    assert (manager.get_max_resource_count(), manager.get_num_free_blocks()) == (backed, free)
