@@ -172,7 +172,7 @@ class Machine(RuleBasedStateMachine):
 
 @every
 def test_random_lives(double: SimpleNamespace, host_driver: HostDriver) -> None:
-    machine = type("Life", (Machine,), {"double": double, "driver": host_driver})
+    machine: Any = type("Life", (Machine,), {"double": double, "driver": host_driver})
     case = machine.TestCase
     case.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
     case("runTest").runTest()

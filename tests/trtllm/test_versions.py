@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def test_the_launchers_processes_refuse_too(flags: list[str]) -> None:
 
 def test_the_doctor_names_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
     for version, works in (("1.4.0rc1", True), ("0.21.0", False)):
-        monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name, it=version: it)
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, it=version: it)
         finding = doctor._tensorrt_llm()
         assert (finding.works, finding.detail.split()[0].strip(";")) == (works, version)
     assert "1.2.x, 1.3.0rc* and 1.4.0rc*" in finding.detail
