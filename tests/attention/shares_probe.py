@@ -233,7 +233,6 @@ def graph(device: str, features: Features) -> None:
             assert all(torch.equal(bits[0], other) for other in bits), "equal lengths gave different bits"
         assert not attention._workspace.arrived.any()
     print(f"done random lengths under one graph: {checked.worst:.1e}", flush=True)
-    del attention
     checked.cache.close()
 
 

@@ -64,7 +64,6 @@ class Settings:
     programs: int
     start: int
     fewest: int
-    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,21 +111,18 @@ class Rows:
         return cls(real, rows, -(-real // rows))
 
 
-def settings_for(shared_bytes: int, head_dim: int, itemsize: int, rows: int) -> Settings:
-    """Settings by the shared memory of a multiprocessor and the size of a tile."""
-    programs = 2 if rows * _power_of_two(head_dim) <= MOST_OUTPUTS // 2 else 1
-    tile = 64
+def settings_for(shared_bytes: int, head_dim: int, itemsize: int, rows: int, few: bool = False) -> Settings:
+    """Settings by the shared memory of a multiprocessor, the size of a tile, and whether heads of all lanes are `few`,
+    no more than multiprocessors: then larger tiles and fewer programs leave fewer parts to combine."""
+    large = rows * _power_of_two(head_dim) > MOST_OUTPUTS // 2
+    programs = 1 if few or large else 2
+    tile = 128 if few and not large else 64
     while tile > 16 and 2 * _tile_bytes(tile, head_dim, itemsize) * programs > shared_bytes - RESERVE * programs:
         tile //= 2
-    fitting = (shared_bytes // programs - RESERVE) // _tile_bytes(tile, head_dim, itemsize)
-    return Settings(
-        tile,
-        warps=4 if rows * _power_of_two(head_dim) <= 4096 else 8,
-        stages=max(2, min(4, fitting)),
-        programs=programs,
-        start=2,
-        fewest=2,
-    )
+    # One of the stages is being used or on its way there.
+    fitting = 1 + (shared_bytes // programs - RESERVE) // _tile_bytes(tile, head_dim, itemsize)
+    warps = 4 if rows * _power_of_two(head_dim) <= MOST_OUTPUTS // 2 else 8
+    return Settings(tile, warps, stages=max(2, min(3, fitting)), programs=programs, start=2, fewest=2)
 
 
 RESERVE = 8 << 10
@@ -213,7 +209,6 @@ def launch(
         ROW_BLOCKS=rows.blocks,
         LANES=max(64, _power_of_two(lanes)),
         STAGES=settings.stages,
-        AHEAD=settings.ahead,
         PARTS=max(1, min(16, MOST_OUTPUTS // (part_rows * dims))),
         PART_ROWS=part_rows,
         HAS_QUERY_LENS=query_lens is not None,
@@ -274,16 +269,18 @@ class SharesAttention(GatheringAttention):
             )
         card = torch.cuda.get_device_properties(cache.device)
         self._multiprocessors: int = card.multi_processor_count
-        self._settings = [
-            settings_for(
+        self._settings = {
+            (queries, few): settings_for(
                 card.shared_memory_per_multiprocessor,
                 shape.head_dim,
                 shape.dtype.itemsize,
                 Rows.of(self._group, queries, shape.head_dim).rows,
+                few,
             )
             for queries in range(1, MOST_QUERIES + 1)
-        ]
-        programs = self._multiprocessors * max(settings.programs for settings in self._settings)
+            for few in (False, True)
+        }
+        programs = self._multiprocessors * max(settings.programs for settings in self._settings.values())
         most = Rows.of(self._group, MOST_QUERIES, shape.head_dim)
         self._workspace = Workspace(cache.device, programs, shape.num_slots, shape.num_kv_heads, most, shape.head_dim)
         self._features = Features.of(cache.device, first)
@@ -346,7 +343,8 @@ class SharesAttention(GatheringAttention):
         assert isinstance(kv, FlatKV)
         q = q.contiguous()
         out = torch.empty_like(q) if out is None else out
-        settings = self._settings[queries - 1]
+        few = lanes * self.cache.shape.num_kv_heads <= self._multiprocessors
+        settings = self._settings[queries, few]
         launch(
             q,
             kv,

@@ -28,19 +28,6 @@ def _tiles_of(base, tiles, slot, token, head, of_token, d, TILE: tl.constexpr, D
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _prefetch(head, token, of_token, TILE: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Ask for rows of K or V, cache line by cache line, into the second level of cache, where nothing is ever stale."""
-    line: tl.constexpr = 128 // (head.dtype.element_ty.primitive_bitwidth // 8)
-    lines: tl.constexpr = (DIM + line - 1) // line
-    i = tl.arange(0, TILE)
-    for part in tl.static_range(lines):
-        at = head + (token + i).to(tl.int64) * of_token + part * line
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _attend(q, k, v, visible, scale, top, total, acc, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
     """One tile more in the running softmax of each row: its largest score, the sum of its weights, its output."""
     # A row of fp8 is converted here; its scales join `scale` and the output.
@@ -99,27 +86,27 @@ def _combined(  # type: ignore[no-untyped-def]
     PART_ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Sum of weights and output of each row over the parts that programs left, `PARTS` of them at once."""
+    """Sum of weights and output of each row over the parts that programs left, `PARTS` of them under way at once."""
     row_range = tl.arange(0, PART_ROWS)
     top = tl.full([PART_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([PART_ROWS], tl.float32)
     acc = tl.zeros([PART_ROWS, d.shape[0]], tl.float32)
     for some in range(first_program, last_program + 1, PARTS):
-        who = some + tl.arange(0, PARTS)
-        there = (who <= last_program)[:, None] & here[None, :]
-        part = (who * 2 + (who == first_program).to(tl.int32))[:, None] * ROWS + row_range[None, :]
-        # Past the first level of cache, which does not see what others store.
-        tops = tl.load(part_tops + part, mask=there, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(part_totals + part, mask=there, other=0.0, cache_modifier=".cg")
-        at = part_outs + part[:, :, None] * d.shape[0] + d[None, None, :]
-        outs = tl.load(at, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(top, tl.max(tops, 0))
-        higher = tl.where(higher == float("-inf"), 0.0, higher)
-        faded = tl.exp2(top - higher)
-        weights = tl.exp2(tops - higher[None, :])
-        total = total * faded + tl.sum(totals * weights, 0)
-        acc = acc * faded[:, None] + tl.sum(outs * weights[:, :, None], 0)
-        top = higher
+        for one in tl.static_range(PARTS):
+            who = some + one
+            there = here & (who <= last_program)
+            part = (who * 2 + (who == first_program).to(tl.int32)) * ROWS + row_range
+            # Past the first level of cache, which does not see what others store.
+            part_top = tl.load(part_tops + part, mask=there, other=float("-inf"), cache_modifier=".cg")
+            part_total = tl.load(part_totals + part, mask=there, other=0.0, cache_modifier=".cg")
+            at = part_outs + part[:, None] * d.shape[0] + d[None, :]
+            part_out = tl.load(at, mask=there[:, None], other=0.0, cache_modifier=".cg")
+            higher = tl.maximum(top, part_top)
+            higher = tl.where(higher == float("-inf"), 0.0, higher)
+            faded, weight = tl.exp2(top - higher), tl.exp2(part_top - higher)
+            total = total * faded + part_total * weight
+            acc = acc * faded[:, None] + part_out * weight[:, None]
+            top = higher
     return total, acc
 
 
@@ -155,7 +142,6 @@ def decode_shares(  # type: ignore[no-untyped-def]
     ROW_BLOCKS: tl.constexpr,
     LANES: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
     PARTS: tl.constexpr,
     PART_ROWS: tl.constexpr,
     HAS_QUERY_LENS: tl.constexpr,
@@ -165,8 +151,7 @@ def decode_shares(  # type: ignore[no-untyped-def]
 ):
     """q and out ``[lanes, QUERIES, KV_HEADS * GROUP, DIM]``; K and V elements at ``slot * of_slot + token * of_token +
     head * of_head``. A row is one query of one query head of a KV head; there are `ROW_BLOCKS` times `ROWS` of them.
-    What beginning a sequence costs counts as `start` tiles; a program takes `fewest` at least.
-    The first `AHEAD` tiles of each piece are asked for before anything that the kernel before may still be writing."""
+    What beginning a sequence costs counts as `start` tiles; a program takes `fewest` at least."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     if PDL:
@@ -211,10 +196,7 @@ def decode_shares(  # type: ignore[no-untyped-def]
         k_head, v_head = tl.multiple_of(k_head, 16), tl.multiple_of(v_head, 16)
         seen_by_all = length - count + 1
         whole = tl.minimum(last, seen_by_all // TILE)
-        if AHEAD:
-            for tile in range(first, tl.minimum(whole, first + AHEAD)):
-                _prefetch(k_head, tile * TILE, of_token, TILE, DIM)
-                _prefetch(v_head, tile * TILE, of_token, TILE, DIM)
+        # Only what is older than the kernel before was read so far. Waiting again costs nothing.
         if PDL:
             tl.extra.cuda.gdc_wait()
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
+from trtllm_vattn.bench import decode_attention
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, timed_ms
 from trtllm_vattn.bench.flags import add_attention, add_device, as_config, dtype_of, numbers, positive
 from trtllm_vattn.bench.machine import summarise
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--chunk", type=positive, default=2048 if gpu else 32, help="tokens of a prefill chunk")
     add("--repeats", type=positive, default=20, help="of each kernel")
+    add("--picks", type=positive, default=200, help="random batches of the choice between kernels, on a GPU")
     add("--seed", type=int, default=0)
     add("--output-json", type=Path, help="write all results there")
     add("--plot", type=Path, help="write a PNG there")
@@ -68,10 +70,14 @@ def run(args: argparse.Namespace) -> int:
         systems = ("flat", *(f"blocks of {size}" for size in args.blocks))
         rows += [{"point": name, "system": system, **_point(args, system, lengths)} for system in systems]
     same = [row for name, lengths in points[:-1] for row in _same_kernels(args, name, lengths)]
+    decode = decode_attention.decode_points(
+        args.device, args.heads, dtype_of(args.device), args.repeats, args.picks, args.seed
+    )
     result = Result.start("attention", as_config(args), args.seed)
-    result.results.update(points=rows, same_kernels=same)
-    result.summary.update(_summary(rows, same))
+    result.results.update(points=rows, same_kernels=same, decode=decode)
+    result.summary.update(_summary(rows, same) | decode_attention.summary(decode))
     print(_show(rows))
+    print(decode_attention.show(decode))
     finish(result, args, plot_attention)
     return 0
 
