@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     shape = CacheShape(32, 8, 128, torch.bfloat16, args.max_seqs, args.max_seq_len)
     mixes = {"bimodal": bimodal(args.requests, args.seed)}
     for path in args.trace:
-        mixes[path.stem] = load_trace(path)
+        mixes[path.stem] = load_trace(path, args.requests)
     if not args.trace:
         mixes["generated"] = generate_trace(args.requests, args.seed, median_prompt=1469, median_output=28)
     rows = []

@@ -151,8 +151,8 @@ class GraphBenchmark:
 
     def requests(self) -> list[Request]:
         args = self.args
-        whole = load_trace(args.trace) if args.trace else generate_trace(args.requests, args.seed)
-        return fit(whole[: args.requests], args.max_seq_len, args.max_output)
+        asked = load_trace(args.trace, args.requests) if args.trace else generate_trace(args.requests, args.seed)
+        return fit(asked, args.max_seq_len, args.max_output)
 
     def trace(self) -> dict[str, Any]:
         """All combinations over the trace, fed with the first one's tokens where kernels differ.

@@ -83,7 +83,10 @@ def compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _requests(args: argparse.Namespace) -> list[Request]:
-    whole = load_trace(args.trace) if args.trace else generate_trace(4 * args.requests, args.seed)
+    if args.trace:
+        whole = load_trace(args.trace, None if args.densest else args.requests)
+    else:
+        whole = generate_trace(4 * args.requests, args.seed)
     first = densest(whole, args.requests) if args.densest else 0
     return fit(whole[first : first + args.requests], args.max_seq_len, args.max_output)
 
