@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MAPPED = {"graphs": "trtllm_vattn.graphs", "plugins": "trtllm_vattn.plugins"}
 LAYERS = [
     "errors",
+    "values",
+    "sizes",
     "vmm",
     "memory",
     "tenancy",

@@ -10,14 +10,24 @@ from __future__ import annotations
 import argparse
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.bench.flags import amount, as_config, positive
+from trtllm_vattn.bench.flags import (
+    BUDGET,
+    MAX_OUTPUT,
+    MAX_SEQ_LEN,
+    MAX_SEQS,
+    REQUESTS,
+    add_results,
+    add_trace,
+    as_config,
+    positive,
+    size,
+)
 from trtllm_vattn.bench.ledger import LedgerCache, LedgerDriver
 from trtllm_vattn.bench.plot import plot_fragmentation
 from trtllm_vattn.bench.report import Result, finish, table
@@ -58,17 +68,16 @@ SYSTEMS: dict[str, Make] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `bench fragmentation`."""
+    """Flags of `bench fragmentation`. By default memory, not --max-seqs, is what keeps requests waiting."""
     add = parser.add_argument
-    add("--trace", type=Path, action="append", default=[], help="a trace file; may be given again")
-    add("--requests", type=positive, default=400, help="how many requests of each trace")
-    add("--max-output", type=positive, default=512, help="cap on a request's output tokens")
-    add("--max-seq-len", type=positive, default=16384, help="tokens of a slot")
-    add("--max-seqs", type=positive, default=256, help="sequences that run at once")
-    add("--budget-gib", type=amount, default=64.0, help="bytes of KV of each system, in GiB")
-    add("--seed", type=int, default=0)
-    add("--output-json", type=Path, help="write all results there")
-    add("--plot", type=Path, help="write a PNG there")
+    text = "a mix of requests, as for serve; may be given again (default: a generated one)"
+    add_trace(parser, action="append", default=[], help=text)
+    add("--requests", type=positive, default=400, metavar="REQUESTS", help=REQUESTS)
+    add("--max-output", type=positive, default=512, metavar="TOKENS", help=MAX_OUTPUT)
+    add("--max-seq-len", type=positive, default=16384, metavar="TOKENS", help=MAX_SEQ_LEN)
+    add("--max-seqs", type=positive, default=256, metavar="SEQUENCES", help=MAX_SEQS)
+    add("--budget", type=size, default="16GiB", metavar="BYTES", help=BUDGET)
+    add_results(parser, plots=True)
 
 
 def bimodal(count: int, seed: int) -> list[Request]:
@@ -90,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     for mix, requests in mixes.items():
         fitted = fit(requests[: args.requests], args.max_seq_len, args.max_output)
         for name, make in tqdm(SYSTEMS.items(), desc=mix, disable=None):
-            with make(shape, int(args.budget_gib * (1 << 30))) as cache:
+            with make(shape, args.budget) as cache:
                 rows.append({"mix": mix, "system": name, **simulate(cache, fitted)})
     result = Result.start("fragmentation", as_config(args), args.seed)
     result.results.update(runs=rows)

@@ -45,6 +45,21 @@ def _save(figure: Any, result: dict[str, Any], path: Path) -> None:
     _pyplot().close(figure)
 
 
+def plot_demo(result: dict[str, Any], path: Path) -> None:
+    """Draw a `demo` result: memory beside the tokens of the sequences, over the steps. Raises ConfigError without
+    matplotlib."""
+    figure, axis = _pyplot().subplots(figsize=(11, 4.6), layout="constrained")
+    memory = result["results"]["memory"]
+    for name, label in (("mapped_bytes", "mapped for running sequences"), ("live_bytes", "tokens of sequences")):
+        axis.step(range(1, len(memory["steps"]) + 1), [step[name] / 1024 for step in memory["steps"]], label=label)
+    axis.axhline(memory["reserved_bytes"] / 1024, color="black", linestyle=":", label="every slot at its longest")
+    axis.set_xlabel("decode step")
+    axis.set_ylabel("KiB of K and V")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8)
+    _save(figure, result, path)
+
+
 def plot_burst(result: dict[str, Any], path: Path) -> None:
     """Draw a `bench burst` result: decode steps over time, and where the burst's mapping time went. Raises ConfigError
     without matplotlib."""

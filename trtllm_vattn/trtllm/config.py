@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.sizes import parse_bytes
 
 ENVIRONMENT = "VATTN_TRTLLM"
 """Holds all settings as JSON; the launcher sets it for the processes it starts."""
 SECTION = "vattn"
 """The part of a YAML file that is ours; a file without it is taken whole."""
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-
-
-def parse_bytes(text: str | int) -> int:
-    """Bytes of ``17179869184``, ``16GiB``, ``16G`` or ``512 MiB`` (powers of 1,024). Raises ConfigError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", str(text), re.IGNORECASE)
-    if not found:
-        raise ConfigError(f"{text!r} is no number of bytes; write 17179869184 or 16GiB")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,35 @@
+"""Numbers of bytes as people write them."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Any
+
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.values import as_whole
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_WRITTEN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?\s*", re.IGNORECASE)
+MOST = (1 << 63) - 1
+"""Bytes; a driver's sizes are 64-bit numbers."""
+
+
+def parse_bytes(given: Any, name: str = "") -> int:
+    """Bytes of a whole number, or of text: ``17179869184``, ``16GiB``, ``16G`` or ``512 MiB`` (powers of 1,024).
+
+    `name` is what the number is for, as messages say it. Raises ConfigError for anything else: booleans, floats,
+    negative numbers, other text.
+    """
+    what = f"{name} is {given!r}, which" if name else f"{given!r}"
+    refused = ConfigError(f"{what} is no number of bytes; write 17179869184 or '16GiB'")
+    if isinstance(given, str):
+        written = _WRITTEN.fullmatch(given)
+        if written is None:
+            raise refused
+        number: int | None = int(Decimal(written[1]) * _UNITS[written[2].lower()])
+    else:
+        number = as_whole(given)
+    if number is None or not 0 <= number <= MOST:
+        raise refused
+    return number
