@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.bench.flags import add_device, add_model, add_results, as_config
 from trtllm_vattn.bench.plot import plot_demo
 from trtllm_vattn.bench.report import Result, finish, table
-from trtllm_vattn.bench.traces import fit, generate_trace
+from trtllm_vattn.bench.traces import generate_trace
 from trtllm_vattn.bench.workload import prompt_ids
 from trtllm_vattn.cache.base import FlatKV
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -31,8 +31,10 @@ from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.tensors import tensor_at
 from trtllm_vattn.vmm.wrappers import CountingDriver
 
-SLOTS, MAX_SEQ_LEN = 6, 512
-REQUESTS, MAX_OUTPUT = 24, 48
+SLOTS, MAX_SEQ_LEN, CHUNK = 4, 256, 64
+REQUESTS, MAX_OUTPUT = 14, 24
+LOOKAHEAD = 8
+"""Tokens mapped past a sequence's length, whatever this machine's times ask for."""
 ROWS = 16
 """Most rows of the table of memory."""
 BAR = 40
@@ -48,15 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show it; 1 where an address did not stay, a byte was lost, or tokens differ."""
+    if args.device == "cpu":
+        # Operations of a small model are over before a second thread has begun.
+        torch.set_num_threads(1)
     # In float32 and by one library's plain kernels, so that equal tokens are to be had from all.
-    model = load_model(args.model, args.device, torch.float32, args.seed)
-    plain = load_model(args.model, args.device, torch.float32, args.seed).eval()
+    model, plain = (load_model(args.model, args.device, torch.float32, args.seed).eval() for _ in range(2))
+    for each in (model, plain):
+        # Random weights end a text anywhere.
+        each.config.eos_token_id = each.generation_config.eos_token_id = None
     result = Result.start("demo", as_config(args), args.seed)
-    with _engine(model, args.device) as engine:
-        addresses = show_addresses(engine, plain, args.seed)
-    with _engine(model, args.device) as engine:
-        memory = follow_memory(engine, args.seed)
-    tokens = compare_tokens(model, plain, args.device, args.seed)
+    with _engine(model, args.device) as captured, _engine(model, args.device, capture=False) as eager:
+        addresses = show_addresses(captured, plain, args.seed)
+        tokens = compare_tokens(captured, eager, plain, args.seed)
+        memory = follow_memory(captured, args.seed)
     result.results.update(addresses=addresses, memory=memory, tokens=tokens)
     result.summary.update(
         addresses_stayed=all(event["stayed"] for event in addresses["events"]),
@@ -79,8 +85,8 @@ def _engine(model: PreTrainedModel, device: str, capture: bool = True) -> Engine
     driver = CountingDriver(open_driver(device))
     # Room for every slot at its longest; what is not needed is not taken.
     budget = 2 * (SLOTS + 1) * (MAX_SEQ_LEN * shape.token_bytes + 2 * driver.granularity())
-    cache = KVCacheManager(shape, driver, budget)
-    return Engine(model, cache, attention="torch", capture=capture, compile=False)
+    cache = KVCacheManager(shape, driver, budget, lookahead=LOOKAHEAD)
+    return Engine(model, cache, attention="torch", capture=capture, buckets=[SLOTS], chunk=CHUNK, compile=False)
 
 
 def _cache(engine: Engine) -> KVCacheManager:
@@ -120,8 +126,8 @@ def show_addresses(engine: Engine, plain: PreTrainedModel, seed: int) -> dict[st
 
     random = np.random.default_rng(seed)
     vocab = engine.model.config.get_text_config().vocab_size
-    first, second = (random.integers(0, vocab, length).tolist() for length in (20, 90))
-    wanted = SamplingParams(max_tokens=240)
+    first, second = (random.integers(0, vocab, length).tolist() for length in (20, 60))
+    wanted = SamplingParams(max_tokens=100)
     request = engine.submit(first, wanted)
     got: list[int] = []
 
@@ -133,21 +139,21 @@ def show_addresses(engine: Engine, plain: PreTrainedModel, seed: int) -> dict[st
     slot = cache.slot_of(request)
     rows = _rows(cache, slot)
     before = _calls(cache)
-    decode(120)
+    decode(50)
     happened("the sequence grew", slot, rows)
     cache.replace(request)
     happened("its memory was replaced", slot, rows)
-    decode(240)
-    identical = got == _own(plain, first, 240)
+    decode(100)
+    identical = got == _own(plain, first, 100)
     # A second sequence in the first one's slot, over what the graphs were captured with.
-    request = engine.submit(second, SamplingParams(max_tokens=60))
+    request = engine.submit(second, SamplingParams(max_tokens=30))
     got.clear()
     decode(2)
     taken = cache.slot_of(request)
     rows = _rows(cache, taken)
     happened("another sequence came", taken, rows)
-    decode(60)
-    identical = identical and got == _own(plain, second, 60)
+    decode(30)
+    identical = identical and got == _own(plain, second, 30)
     # Moved by the cache alone, for nothing runs.
     source = cache.admit("moved", 100)
     target = next(each for each in range(SLOTS) if each != source)
@@ -199,6 +205,8 @@ def _read(cache: KVCacheManager, addresses: Sequence[tuple[int, int]]) -> torch.
 
 
 def _calls(cache: KVCacheManager) -> dict[str, int]:
+    # What waits for work that is done by now is done, too.
+    cache.map_ahead()
     cache.wait_ahead()
     assert isinstance(cache.driver, CountingDriver)
     return {name: cache.driver.calls[name] for name in ("map", "unmap")}
@@ -217,14 +225,20 @@ def follow_memory(engine: Engine, seed: int) -> dict[str, Any]:
     after the last, whose memory was then given back."""
     cache = _cache(engine)
     vocab = engine.model.config.get_text_config().vocab_size
-    requests = fit(generate_trace(REQUESTS, seed), MAX_SEQ_LEN, MAX_OUTPUT)
+    trace = generate_trace(REQUESTS, seed, median_prompt=60)
+    requests = [request for request in trace if request.prompt_tokens + MAX_OUTPUT <= MAX_SEQ_LEN]
+    budget = cache.stats().budget_bytes
+    # What is parked goes back, so that nothing is there but the dummy slot.
+    engine.set_budget(cache.layout.least_bytes)
     least = cache.stats().held_bytes
+    engine.set_budget(budget)
     # In two halves, so that the sequences come to an end in between.
     steps: list[dict[str, int]] = []
-    for half in (requests[: REQUESTS // 2], requests[REQUESTS // 2 :]):
+    for half in (requests[: len(requests) // 2], requests[len(requests) // 2 :]):
         for number, request in enumerate(half):
             engine.submit(
-                prompt_ids(request, number, vocab, seed).tolist(), SamplingParams(max_tokens=request.output_tokens)
+                prompt_ids(request, number, vocab, seed).tolist(),
+                SamplingParams(max_tokens=min(request.output_tokens, MAX_OUTPUT)),
             )
         while engine.busy:
             engine.step()
@@ -239,7 +253,7 @@ def follow_memory(engine: Engine, seed: int) -> dict[str, Any]:
                 }
             )
     most = cache.stats().held_bytes
-    engine.set_budget(max(least, cache.layout.least_bytes))
+    engine.set_budget(cache.layout.least_bytes)
     cache.wait_ahead()
     live = sum(step["live_bytes"] for step in steps)
     reserved = SLOTS * MAX_SEQ_LEN * cache.shape.token_bytes
@@ -256,18 +270,17 @@ def follow_memory(engine: Engine, seed: int) -> dict[str, Any]:
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
-def compare_tokens(model: PreTrainedModel, plain: PreTrainedModel, device: str, seed: int) -> list[dict[str, Any]]:
-    """Greedy tokens of some prompts by transformers alone, and by the engine eager and captured."""
+def compare_tokens(captured: Engine, eager: Engine, plain: PreTrainedModel, seed: int) -> list[dict[str, Any]]:
+    """Greedy tokens of some prompts by transformers alone, and by both engines."""
     random = np.random.default_rng([seed, 1])
-    vocab = model.config.get_text_config().vocab_size
-    prompts = [random.integers(0, vocab, length).tolist() for length in (3, 17, 64, 130, 5, 40)]
-    own = [_own(plain, prompt, 24) for prompt in prompts]
+    vocab = plain.config.get_text_config().vocab_size
+    prompts = [random.integers(0, vocab, length).tolist() for length in (3, 17, 130, 5, 40)]
+    own = [_own(plain, prompt, 16) for prompt in prompts]
     rows = [{"by": "transformers' own generate", "tokens": sum(map(len, own)), "identical": True}]
-    for capture in (False, True):
-        with _engine(model, device, capture) as engine:
-            done = [each.tokens for each in engine.generate(prompts, SamplingParams(max_tokens=24))]
-        name = f"{'captured' if capture else 'eager'} over the fixed-address cache"
-        rows.append({"by": name, "tokens": sum(map(len, done)), "identical": done == own})
+    for name, engine in (("eager", eager), ("captured", captured)):
+        done = [each.tokens for each in engine.generate(prompts, SamplingParams(max_tokens=16))]
+        where = f"{name}, over the fixed-address cache"
+        rows.append({"by": where, "tokens": sum(map(len, done)), "identical": done == own})
     return rows
 
 
@@ -275,7 +288,7 @@ def compare_tokens(model: PreTrainedModel, plain: PreTrainedModel, device: str, 
 def _own(plain: PreTrainedModel, prompt: Sequence[int], count: int) -> list[int]:
     """What transformers makes of a prompt, with its own attention and its own cache."""
     ids = torch.tensor([list(prompt)], device=plain.device)
-    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
     whole = plain.generate(ids, attention_mask=torch.ones_like(ids), **options)
     found: list[int] = whole[0, len(prompt) :].tolist()
     return found
