@@ -82,6 +82,8 @@ def probability(text: str) -> float:
 
 
 def _number(text: str) -> float:
+    if not text.isascii() or "_" in text:
+        return math.nan
     try:
         return float(text)
     except ValueError:
@@ -165,25 +167,27 @@ def device(text: str) -> str:
 
 def output(text: str) -> Path:
     """A file that can be written, asked before the work is done; its folder may have to be made."""
-    path = Path(text)
-    try:
-        if not text or path.is_dir():
-            raise argparse.ArgumentTypeError(f"it is {text!r:.60}, a folder; give a file")
-        folder = next(each for each in path.absolute().parents if each.exists())
-        writable = folder.is_dir() and os.access(folder, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"it is {text!r:.60}: {error}") from error
-    if not writable:
-        raise argparse.ArgumentTypeError(f"it is {text!r:.60}, and {folder} is no folder that may be written to")
-    return path
+    return _writable(text, folder=False)
 
 
 def output_folder(text: str) -> Path:
     """A folder that can be made or written to."""
+    return _writable(text, folder=True)
+
+
+def _writable(text: str, folder: bool) -> Path:
     path = Path(text)
-    if not text or (path.exists() and not path.is_dir()):
-        raise argparse.ArgumentTypeError(f"it is {text!r:.60}, which is no folder")
-    output(f"{text}/a file in it")
+    try:
+        if not text or (path.exists() and path.is_dir() != folder):
+            kind = "a folder" if folder else "a file"
+            raise argparse.ArgumentTypeError(f"it is {text!r:.60}, which is not {kind}")
+        there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+        writable = os.access(there, os.W_OK) and (there.is_dir() or there == path.absolute())
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise argparse.ArgumentTypeError(f"it is {text!r:.60}: {why}") from error
+    if not writable:
+        raise argparse.ArgumentTypeError(f"it is {text!r:.60}, and {there} cannot be written to")
     return path
 
 

@@ -31,8 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = _run(arguments)
-        sys.stdout.flush()
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:
         # What is still in the buffer cannot be written, and would be complained about at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -43,7 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (told := _foreseeable(error)) is None:
             raise
         return _say(told, 2)
-    return code
 
 
 def _run(arguments: list[str]) -> int:
