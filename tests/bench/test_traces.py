@@ -252,7 +252,7 @@ def test_fitting_cuts_what_is_too_long_and_says_so(caplog: pytest.LogCaptureFixt
     caplog.clear()
     fit(requests[2:], 64, 20)
     assert not caplog.text
-    with pytest.raises(ConfigError, match="outputs of 64 tokens leave no room for a prompt in 64; lower max_output"):
+    with pytest.raises(ConfigError, match="outputs of 64 tokens leave no room for a prompt in 64; lower --max-output"):
         fit(requests, 64, 64)
 
 

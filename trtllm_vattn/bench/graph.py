@@ -312,17 +312,15 @@ def summary(
     return out
 
 
-def show(trace: dict[str, Any] | None, steady: dict[str, Any] | None) -> str:
-    """The results as text."""
+def show(trace: dict[str, Any] | None, steady: dict[str, Any] | None, times: bool = True) -> str:
+    """The results as text; of a trace, steps' times only where they are asked for."""
     parts = []
     header = [
         "cache",
         "mode",
         "tokens identical",
         "ties",
-        "step p50 ms",
-        "p90",
-        "p99",
+        *(["step p50 ms", "p90", "p99"] if times else []),
         "KV host us p99",
         "peak mapped MB",
     ]
@@ -335,7 +333,7 @@ def show(trace: dict[str, Any] | None, steady: dict[str, Any] | None) -> str:
                 row["mode"],
                 "yes" if row["tokens_identical"] else "NO",
                 str(row["ties"]),
-                *(f"{step[p]:.2f}" for p in ("p50", "p90", "p99")),
+                *([f"{step[p]:.2f}" for p in ("p50", "p90", "p99")] if times else []),
                 f"{row['kv_host_us']['p99']:.0f}",
                 f"{max(row['memory']['mapped_bytes']) / 1e6:,.1f}",
             ]
@@ -370,9 +368,9 @@ def run(args: argparse.Namespace) -> int:
     launches = benchmark.audit_launches() if args.audit else []
     result.results.update(trace=trace, steady=steady, audited_launches=launches)
     result.summary.update(summary(trace, steady, launches))
-    print(show(trace, steady))
+    print(show(trace, steady, times=args.device != "cpu"))
     if args.device == "cpu":
-        print("On the host a captured step is replayed by Python: compare tokens and memory here, not times.")
+        print("On the host Python replays a captured step, so that times are not shown: compare them on a GPU.")
     finish(result, args, plot_graph)
     wrong = []
     if not result.summary.get("tokens_identical", True):

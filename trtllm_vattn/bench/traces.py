@@ -300,7 +300,8 @@ def fit(requests: list[Request], max_seq_len: int, max_output: int) -> list[Requ
     """
     if max_output >= max_seq_len:
         raise ConfigError(
-            f"outputs of {max_output} tokens leave no room for a prompt in {max_seq_len}; lower max_output"
+            f"outputs of {max_output} tokens leave no room for a prompt in {max_seq_len}; lower --max-output, or raise "
+            "--max-seq-len"
         )
     fitted = []
     for request in requests:
