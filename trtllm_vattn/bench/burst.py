@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
 from typing import Any, ClassVar
@@ -22,7 +21,16 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.flags import add_attention, add_common, as_config, dtype_of, non_negative, positive
+from trtllm_vattn.bench.flags import (
+    add_attention,
+    add_common,
+    add_plot,
+    add_trace,
+    as_config,
+    dtype_of,
+    non_negative,
+    positive,
+)
 from trtllm_vattn.bench.ledger import LedgerDriver
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_burst
@@ -72,21 +80,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench burst`."""
     gpu, add = add_common(parser), parser.add_argument
     add_attention(parser)
-    add("--running", type=positive, default=32 if gpu else 2, help="sequences that decode")
-    add("--context", type=positive, default=2048 if gpu else 64, help="their tokens")
-    add("--prompts", type=positive, default=128 if gpu else 6, help="prompts of the burst")
-    add("--prompt-tokens", type=positive, default=2048 if gpu else 64, help="tokens of each")
-    add("--steps", type=positive, default=128 if gpu else 6, help="decode steps before the burst, and after it")
-    add("--trace", type=Path, help="a trace whose densest arrivals, --prompts of them, are another burst")
-    add("--rounds", type=non_negative, default=2, help="bursts of each kind, in turns; 0 for steady decode alone")
-    add(
-        "--steady-steps",
-        type=positive,
-        default=2000 if gpu else 60,
-        help="decode steps with sequences ending and joining",
-    )
-    add("--steady-seqs", type=positive, default=128 if gpu else 4, help="sequences of those")
-    add("--plot", type=Path, help="write a PNG there")
+    add("--running", type=positive, default=32 if gpu else 2, metavar="SEQUENCES", help="sequences that decode")
+    add("--context", type=positive, default=2048 if gpu else 64, metavar="TOKENS", help="tokens of each of them")
+    add("--prompts", type=positive, default=128 if gpu else 6, metavar="PROMPTS", help="prompts of the burst")
+    add("--prompt-tokens", type=positive, default=2048 if gpu else 64, metavar="TOKENS", help="tokens of each prompt")
+    text = "decode steps before the burst, and after it"
+    add("--steps", type=positive, default=128 if gpu else 6, metavar="STEPS", help=text)
+    add_trace(parser, help="its densest arrivals, --prompts of them, are another burst (default: no other burst)")
+    text = "turns that each way of mapping takes; 0 is steady decode alone"
+    add("--rounds", type=non_negative, default=2, metavar="TURNS", help=text)
+    text = "decode steps with sequences ending and joining"
+    add("--steady-steps", type=positive, default=2000 if gpu else 60, metavar="STEPS", help=text)
+    text = "sequences that decode in those"
+    add("--steady-seqs", type=positive, default=128 if gpu else 4, metavar="SEQUENCES", help=text)
+    add_plot(parser)
 
 
 def run(args: argparse.Namespace) -> int:
