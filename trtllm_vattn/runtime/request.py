@@ -57,8 +57,8 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished request: its tokens, why it ended (``stop``, ``length``, ``abort``, or ``error``, which `error` explains;
-    the tokens are those before it), and the version of the weights that each token was computed with."""
+    """A finished request: its tokens, why it ended (``stop``, ``length``, ``abort``, or ``error``, which `error`
+    explains; the tokens are those before it), and the version of the weights that each token was computed with."""
 
     request: int
     prompt_len: int
