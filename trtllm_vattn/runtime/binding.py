@@ -227,15 +227,15 @@ def shape_of(model: PreTrainedModel, num_slots: int, max_seq_len: int) -> CacheS
     positions = positions_of(config)
     if positions is not None and max_seq_len > positions:
         raise ConfigError(f"max_seq_len is {max_seq_len}, the model has {positions} positions; lower it")
-    sizes: dict[str, Any] = {
-        name: getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    }
-    sizes["num_key_value_heads"] = _or(getattr(config, "num_key_value_heads", None), sizes["num_attention_heads"])
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    sizes = {name: _field(config, name) for name in names}
+    sizes["num_key_value_heads"] = _field(config, "num_key_value_heads", sizes["num_attention_heads"])
+    sizes["head_dim"] = _field(config, "head_dim", 1)
     unclear = [f"{name} is {value!r}" for name, value in sizes.items() if not isinstance(value, int) or value < 1]
     if unclear:
         raise ConfigError(
             f"{type(model).__name__} ({config.model_type}) is not served: in its configuration {', '.join(unclear)}; a "
-            "cache has as many heads of keys and values in each layer"
+            "cache has as many heads of keys and values, as large, in each layer"
         )
     head_dim = getattr(config, "head_dim", None) or sizes["hidden_size"] // sizes["num_attention_heads"]
     return CacheShape(
@@ -248,8 +248,13 @@ def shape_of(model: PreTrainedModel, num_slots: int, max_seq_len: int) -> CacheS
     )
 
 
-def _or(value: Any, other: Any) -> Any:
-    return other if value is None else value
+def _field(config: Any, name: str, otherwise: Any = None) -> Any:
+    """A configuration's field, or where it has none, something else."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers' for a field of heterogeneous layers
+        return "another by layer"
+    return otherwise if value is None else value
 
 
 def refuse_family(config: Any, name: str) -> None:
