@@ -134,10 +134,15 @@ def check_config(config: Any) -> None:
     """Raise ConfigError where a transformers configuration has a field that a drawn network would leave out."""
     fields = {**config.to_dict(), **{name: getattr(config, name) for name in ONLY if hasattr(config, name)}}
     default = type(config)().to_dict()
-    wrong = [f"{name} {fields[name]!r} (served: {_or(known)})" for name, known in ONLY.items() if _other(fields, name, known)]
-    for name in sorted(fields.keys() - HEEDED.keys() - set(NEUTRAL) - ONLY.keys()):
-        if fields[name] != default.get(name):
-            wrong.append(f"{name} {fields[name]!r} (by default {default.get(name)!r})")
+    wrong = [
+        f"{name} {fields[name]!r} (served: {_or(known)})" for name, known in ONLY.items() if _other(fields, name, known)
+    ]
+    unknown = sorted(fields.keys() - HEEDED.keys() - set(NEUTRAL) - ONLY.keys())
+    wrong += [
+        f"{name} {fields[name]!r} (by default {default.get(name)!r})"
+        for name in unknown
+        if fields[name] != default.get(name)
+    ]
     _refuse(f"a {config.model_type} model", wrong, "serve it by Engine, which runs the model's own code")
 
 
@@ -145,7 +150,9 @@ def wrong_trtllm_fields(fields: Mapping[str, Any], head_size: int | None) -> lis
     """What of a TensorRT-LLM configuration's fields the network of its modules leaves out."""
     plain = {name: getattr(value, "name", value) for name, value in fields.items() if not name.startswith("_")}
     only = {**TRTLLM_ONLY, "rotary_embedding_dim": (None, 0, head_size), "rotary_pct": (None, 1.0)}
-    wrong = [f"{name} {plain[name]!r} (served: {_or(known)})" for name, known in only.items() if _other(plain, name, known)]
+    wrong = [
+        f"{name} {plain[name]!r} (served: {_or(known)})" for name, known in only.items() if _other(plain, name, known)
+    ]
     unknown = plain.keys() - set(TRTLLM_HEEDED) - set(TRTLLM_NEUTRAL) - only.keys()
     wrong += [f"{name} {plain[name]!r} (not known)" for name in sorted(unknown) if plain[name] not in (None, False)]
     return wrong

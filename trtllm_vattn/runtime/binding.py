@@ -214,8 +214,8 @@ def shape_of(model: PreTrainedModel, num_slots: int, max_seq_len: int) -> CacheS
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if other := sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"}):
         raise ConfigError(
-            f"{type(model).__name__} ({config.model_type}) is not served: it has layers of kinds {', '.join(other)}, for "
-            "which no cache here holds what they need; a cache serves full attention only"
+            f"{type(model).__name__} ({config.model_type}) is not served: it has layers of kinds {', '.join(other)}, and "
+            "no cache here holds what they need; a cache serves full attention only"
         )
     window = getattr(config, "sliding_window", None)
     windowed = "sliding_attention" in kinds or (not getattr(config, "layer_types", None) and window is not None)
@@ -285,7 +285,7 @@ def positions_of(config: Any) -> int | None:
     context itself, as those of ``llama3`` always do; the larger one holds. Where layers of different kinds turn
     differently, the least stretched bounds. (vLLM derives max_model_len the same way.)
     """
-    named: int | None = getattr(config, "max_position_embeddings", None)
+    named = _field(config, "max_position_embeddings")
     if not isinstance(named, int):
         return None
     return max(named, min((_stretched(each, named) for each in _rope_of(config)), default=named))
@@ -336,9 +336,8 @@ def bind(model: PreTrainedModel, shape: CacheShape | None = None) -> float | Non
     scale = scale_of(model)
     if isinstance(model, PreTrainedModel):
         if not model._supports_attention_backend:
-            raise cannot_serve(
-                model, f"it computes attention by its own code; families that take ours are {', '.join(each.name for each in FAMILIES.values())}"
-            )
+            names = ", ".join(each.name for each in FAMILIES.values())
+            raise cannot_serve(model, f"it computes attention by its own code; families that take ours are {names}")
         model.eval()
         before = config._attn_implementation
         try:

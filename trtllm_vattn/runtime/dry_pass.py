@@ -175,7 +175,9 @@ def naming(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     except CaptureError as error:
-        raise ConfigError(f"a step of {type(model).__name__} cannot be captured (use capture=False): {error}") from error
+        raise ConfigError(
+            f"a step of {type(model).__name__} cannot be captured (use capture=False): {error}"
+        ) from error
     except TorchDynamoException as error:
         text = " ".join(str(error).split())[:300]
         raise ConfigError(f"{type(model).__name__} cannot be compiled (use compile=False): {text}") from error
@@ -212,9 +214,9 @@ def _pass(
             raise
         except Exception as error:
             text = " ".join(str(error).split())
-            raise cannot_serve(model, f"a pass with its attention exchanged fails: {type(error).__name__}: {text}") from (
-                error
-            )
+            raise cannot_serve(
+                model, f"a pass with its attention exchanged fails: {type(error).__name__}: {text}"
+            ) from (error)
     return recorder
 
 
@@ -238,7 +240,9 @@ def _wrong_calls(model: PreTrainedModel, seen: Recorder, shape: CacheShape) -> l
     for call in seen.calls:
         tokens = call.query.shape[2]
         asked = [tuple(x.shape) for x in (call.query, call.key, call.value)]
-        served = [(1, count, min(TOKENS, shape.max_seq_len), shape.head_dim) for count in (heads, *[shape.num_kv_heads] * 2)]
+        served = [
+            (1, count, min(TOKENS, shape.max_seq_len), shape.head_dim) for count in (heads, *[shape.num_kv_heads] * 2)
+        ]
         if asked != served:
             wrong.append(
                 f"layer {call.layer} has queries, keys and values of shapes {_shapes(asked)} for {tokens} tokens, a "
