@@ -214,8 +214,8 @@ def shape_of(model: PreTrainedModel, num_slots: int, max_seq_len: int) -> CacheS
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if other := sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"}):
         raise ConfigError(
-            f"{type(model).__name__} ({config.model_type}) is not served: it has layers of kinds {', '.join(other)}, and "
-            "no cache here holds what they need; a cache serves full attention only"
+            f"{type(model).__name__} ({config.model_type}) is not served: it has layers of kinds {', '.join(other)}, "
+            "whose needs no cache here holds; a cache serves full attention only"
         )
     window = getattr(config, "sliding_window", None)
     windowed = "sliding_attention" in kinds or (not getattr(config, "layer_types", None) and window is not None)
@@ -314,9 +314,17 @@ def check_fit(model: PreTrainedModel, shape: CacheShape) -> None:
         )
 
 
-def scale_of(model: PreTrainedModel) -> float | None:
-    """The factor by which the model's attention scales scores, as its modules name it; None where they do not."""
-    return next((module.scaling for module in model.modules() if hasattr(module, "scaling")), None)
+def scale_of(model: torch.nn.Module) -> float | None:
+    """The factor by which the model's attention scales scores, as its modules name it; None where they do not.
+
+    Raises ConfigError where they name different ones.
+    """
+    named = {
+        float(module.scaling) for module in model.modules() if isinstance(module.__dict__.get("scaling"), float | int)
+    }
+    if len(named) > 1:
+        raise ConfigError(f"{type(model).__name__} scales scores by different factors, {sorted(named)}, by layer")
+    return named.pop() if named else None
 
 
 def bind(model: PreTrainedModel, shape: CacheShape | None = None) -> float | None:
@@ -333,7 +341,6 @@ def bind(model: PreTrainedModel, shape: CacheShape | None = None) -> float | Non
     """
     config = model.config.get_text_config()
     refuse_family(config, type(model).__name__)
-    scale = scale_of(model)
     if isinstance(model, PreTrainedModel):
         if not model._supports_attention_backend:
             names = ", ".join(each.name for each in FAMILIES.values())
@@ -345,6 +352,8 @@ def bind(model: PreTrainedModel, shape: CacheShape | None = None) -> float | Non
         except BaseException:
             model.set_attn_implementation(before)
             raise
+    else:
+        scale = scale_of(model)
     AttentionInterface.register(ATTENTION_NAME, attend)
     model.set_attn_implementation(ATTENTION_NAME)
     for module in model.modules():
