@@ -246,7 +246,9 @@ def _steady(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
             while len(records) < args.steady_steps:
                 while len(engine.scheduler.waiting) < 4:
                     prompt, output = random.integers(2, args.prompt_tokens, 2).tolist()
-                    engine.submit(random.integers(0, vocab, prompt).tolist(), SamplingParams(max_tokens=output))
+                    engine.submit(
+                        random.integers(0, vocab, prompt).tolist(), SamplingParams(max_tokens=output, ignore_eos=True)
+                    )
                 ended += sum(event.finish_reason is not None for event in engine.step())
                 bar.update(len(records) - bar.n)
         stats = cache.stats()

@@ -253,7 +253,7 @@ class GraphBenchmark:
             cache = self.make(name, 2, min(256, self.args.max_seq_len))
             with self.engine(cache, attention=self.args.attention, buckets=[2], steps=4, loop=loop) as engine:
                 for temperature in (0.0, 0.8):
-                    engine.generate([[1], [2, 3]], SamplingParams(9, temperature))
+                    engine.generate([[1], [2, 3]], SamplingParams(9, temperature, ignore_eos=True))
                 rows.append({"cache": name, "loop": loop, **engine.audit().as_dict()})
         return rows
 

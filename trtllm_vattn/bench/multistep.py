@@ -118,7 +118,9 @@ def _identity(args: argparse.Namespace, model: Any, variants: list[tuple[int, bo
     vocab = model.config.get_text_config().vocab_size
     prompts = [torch.randint(0, vocab, (20 + 7 * i,), generator=generator).tolist() for i in range(batch)]
     params = [
-        SamplingParams(args.identity_tokens - i, temperature=0.8 * (i % 2), seed=i, stop_token_ids=(i,))
+        SamplingParams(
+            args.identity_tokens - i, temperature=0.8 * (i % 2), seed=i, stop_token_ids=(i,), ignore_eos=True
+        )
         for i in range(batch)
     ]
     answers = []

@@ -146,7 +146,7 @@ def replay(model: PreTrainedModel, args: argparse.Namespace, name: str, requests
             while submitted < len(requests) or engine.busy:
                 now = perf_counter() - started
                 while submitted < len(requests) and arrivals[submitted] <= now:
-                    wanted = SamplingParams(max_tokens=requests[submitted].output_tokens)
+                    wanted = SamplingParams(max_tokens=requests[submitted].output_tokens, ignore_eos=True)
                     came[engine.submit(prompts[submitted], wanted)] = started + arrivals[submitted]
                     submitted += 1
                 if not engine.busy:

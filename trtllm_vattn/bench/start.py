@@ -44,7 +44,7 @@ from trtllm_vattn.runtime import Engine, SamplingParams
 imported = time()
 with Engine.from_pretrained(sys.argv[2], device=sys.argv[3], max_seqs=int(sys.argv[4]), max_seq_len=2048) as engine:
     built = time()
-    engine.submit([1, 2, 3], SamplingParams(max_tokens=2))
+    engine.submit([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))
     engine.step()
     first = time()
     report = engine.startup
@@ -155,7 +155,7 @@ def _generated(engine: Engine, *prompts: list[int]) -> RequestTokens:
     """Tokens of prompts run one by one, numbered in their order."""
     tokens: RequestTokens = {}
     for number, prompt in enumerate(prompts):
-        engine.submit(prompt, SamplingParams(max_tokens=24))
+        engine.submit(prompt, SamplingParams(max_tokens=24, ignore_eos=True))
         tokens[number] = list(engine.run())
     return tokens
 
