@@ -15,7 +15,7 @@ from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins import registry
 from trtllm_vattn.plugins.fields import AttentionFields
 from trtllm_vattn.plugins.networks.decoder import inputs_of
-from trtllm_vattn.plugins.networks.onnx_pen import write_onnx
+from trtllm_vattn.plugins.networks.onnx_emitter import write_onnx
 from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
 from trtllm_vattn.plugins.plugin import NAME
 from trtllm_vattn.runtime.models import load_model

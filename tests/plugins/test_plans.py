@@ -19,7 +19,7 @@ from trtllm_vattn.plugins.fields import AttentionFields
 from trtllm_vattn.plugins.inspect import inspect_folder
 from trtllm_vattn.plugins.networks.decoder import inputs_of
 from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
-from trtllm_vattn.plugins.networks.trt_pen import add_attention, draw_network
+from trtllm_vattn.plugins.networks.trt_emitter import add_attention, build_network
 from trtllm_vattn.plugins.plugin import NAME
 from trtllm_vattn.runtime.models import load_model
 
@@ -58,9 +58,9 @@ def build(trt: Any, path: Path) -> bytes:
     builder.config.add_optimization_profile(profile)
     plan = builder.builder.build_serialized_network(builder.network, builder.config)
     if plan is None:
-        from trtllm_vattn.plugins.refusals import explain
+        from trtllm_vattn.plugins.callback_errors import error_of
 
-        raise explain("no plan")
+        raise error_of("no plan")
     return bytes(plan)
 
 
@@ -177,13 +177,13 @@ def test_the_network_apis_drawing_is_taken_by_a_real_builder(rtx: Any, name: str
     spec = DecoderSpec.of(model, LIMITS.max_seq_len)
     builder = PlanBuilder(rtx, LIMITS, ["89"])
     network = WithPlugins(builder.network)
-    pen = draw_network(rtx, network, spec, LIMITS)
+    emitter = build_network(rtx, network, spec, LIMITS)
     assert [plugin.fields.layer for _, plugin in network.plugins] == [0, 1, 2, 3]
     assert network.plugins[0][0][:3] == [(-1, 64), (-1, 32), (-1, 32)]
     assert tuple(builder.network.get_output(0).shape) == (-1, spec.vocab_size)
     plan = builder.build()
     assert len(plan) > 100_000
-    assert set(spec.weights) <= set(pen.weights), "a weight was left out of the network"
+    assert set(spec.weights) <= set(emitter.weights), "a weight was left out of the network"
 
 
 def test_a_network_that_takes_no_plugins_says_where_to_go(rtx: Any) -> None:
