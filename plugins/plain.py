@@ -13,27 +13,10 @@ from typing import Any
 __version__ = "stand-in"
 
 
-class DataType(enum.Enum):
-    FLOAT = enum.auto()
-    HALF = enum.auto()
-    BF16 = enum.auto()
-    INT32 = enum.auto()
-
-
-class TensorFormat(enum.Enum):
-    LINEAR = enum.auto()
-    CHW32 = enum.auto()
-
-
-class TensorRTPhase(enum.Enum):
-    BUILD = enum.auto()
-    RUNTIME = enum.auto()
-
-
-class PluginFieldType(enum.Enum):
-    CHAR = enum.auto()
-    INT32 = enum.auto()
-    FLOAT32 = enum.auto()
+DataType = enum.Enum("DataType", "FLOAT HALF BF16 INT32")
+TensorFormat = enum.Enum("TensorFormat", "LINEAR CHW32")
+TensorRTPhase = enum.Enum("TensorRTPhase", "BUILD RUNTIME")
+PluginFieldType = enum.Enum("PluginFieldType", "CHAR INT32 FLOAT32")
 
 
 @dataclass(frozen=True)

@@ -161,9 +161,8 @@ def unsupported_trtllm_fields(fields: Mapping[str, Any], head_size: int | None) 
 
 
 def check_weights(names: Iterable[str], layers: int) -> None:
-    """Raise ConfigError where a model has tensors that a drawn network has no place for, or lacks some it needs."""
-    both = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-    both += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    """Raise ConfigError where a model has tensors that the network has no place for, or lacks some that it needs."""
+    both = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
     needed = {"model.embed_tokens.weight", "model.norm.weight"}
     known = {"lm_head.weight", "lm_head.bias"}
     for layer in range(layers):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins.fields import DTYPES, AttentionFields, Slots
 from trtllm_vattn.plugins.networks.config_fields import check_config, check_weights
@@ -131,11 +130,6 @@ class DecoderSpec:
             slots=int(limits.slots),
             context=int(limits.max_chunk > 0),
         )
-
-    def cache_shape(self, num_slots: int, max_seq_len: int) -> CacheShape:
-        """The shape of a cache for it."""
-        dtype = DTYPES[self.dtype]
-        return CacheShape(self.num_layers, self.num_kv_heads, self.head_dim, dtype, num_slots, max_seq_len)
 
     def sizes(self) -> dict[str, Any]:
         """All but the weights, for JSON."""

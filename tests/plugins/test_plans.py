@@ -21,6 +21,7 @@ from trtllm_vattn.plugins.networks.decoder import inputs_of
 from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
 from trtllm_vattn.plugins.networks.trt_emitter import add_attention, build_network
 from trtllm_vattn.plugins.plugin import NAME
+from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.models import load_model
 
 LIMITS = PlanLimits(max_lanes=4, max_chunk=32, max_seq_len=128)
@@ -122,7 +123,7 @@ def test_a_plan_holds_no_copy_of_a_cache(rtx: Any, tmp_path: Path) -> None:
     for lanes in (4, 1024):
         limits = PlanLimits(max_lanes=lanes, max_chunk=32, max_seq_len=128)
         sizes.append(build_folder(model, tmp_path / str(lanes), limits, rtx, ["89"])["plan_bytes"])
-    cache = 1024 * DecoderSpec.of(model, 128).cache_shape(1024, 128).token_bytes * 128
+    cache = 1024 * shape_of(model, 1024, 128).token_bytes * 128
     assert abs(sizes[1] - sizes[0]) < 1 << 16 < cache // 1000, (sizes, cache)
 
 

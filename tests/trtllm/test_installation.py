@@ -1,4 +1,4 @@
-"""Installed, the stand-in's own way to a manager leads to ours; uninstalled, nothing is left; elsewhere it is inert."""
+"""Installed, the fake's own way to a manager leads to ours; uninstalled, nothing is left; elsewhere it is inert."""
 
 from __future__ import annotations
 
