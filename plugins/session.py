@@ -7,6 +7,7 @@ addresses fixed. TensorRT-LLM's `GenerationSession` captures in every step, beca
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@dataclass(eq=False)
 class LoadedEngine:
     """An engine in memory, with the description in its folder.
 
@@ -51,17 +53,12 @@ class LoadedEngine:
         An object that must live as long as the engine (TensorRT's runtime).
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        config: Any,
-        decoder: dict[str, Any],
-        limits: PlanLimits,
-        allocation: object = None,
-        keep: object = None,
-    ) -> None:
-        self.engine, self.config, self.decoder, self.limits = engine, config, decoder, limits
-        self.allocation, self._keep = allocation, keep
+    engine: Any
+    config: Any
+    decoder: dict[str, Any]
+    limits: PlanLimits
+    allocation: object = None
+    keep: object = None
 
     @classmethod
     def load(cls, folder: Path, device: str) -> LoadedEngine:

@@ -134,28 +134,22 @@ def check_config(config: Any) -> None:
     """Raise ConfigError where a transformers configuration has a field that the network would ignore."""
     fields = {**config.to_dict(), **{name: getattr(config, name) for name in ACCEPTED if hasattr(config, name)}}
     default = type(config)().to_dict()
-    wrong = [
-        f"{name} {fields[name]!r} (served: {_or(known)})"
-        for name, known in ACCEPTED.items()
-        if _other(fields, name, known)
-    ]
+    wrong = _not_accepted(fields, ACCEPTED)
     unknown = sorted(fields.keys() - HANDLED.keys() - set(NO_EFFECT) - ACCEPTED.keys())
     wrong += [
         f"{name} {fields[name]!r} (by default {default.get(name)!r})"
         for name in unknown
         if fields[name] != default.get(name)
     ]
-    _refuse(f"a {config.model_type} model", wrong, "serve it by Engine, which runs the model's own code")
+    _refuse(f"a {config.model_type} model", wrong)
 
 
 def unsupported_trtllm_fields(fields: Mapping[str, Any], head_size: int | None) -> list[str]:
     """Descriptions of a TensorRT-LLM configuration's fields that the network would ignore."""
     plain = {name: getattr(value, "name", value) for name, value in fields.items() if not name.startswith("_")}
-    only = {**TRTLLM_ACCEPTED, "rotary_embedding_dim": (None, 0, head_size), "rotary_pct": (None, 1.0)}
-    wrong = [
-        f"{name} {plain[name]!r} (served: {_or(known)})" for name, known in only.items() if _other(plain, name, known)
-    ]
-    unknown = plain.keys() - set(TRTLLM_HANDLED) - set(TRTLLM_NO_EFFECT) - only.keys()
+    accepted = {**TRTLLM_ACCEPTED, "rotary_embedding_dim": (None, 0, head_size), "rotary_pct": (None, 1.0)}
+    wrong = _not_accepted(plain, accepted)
+    unknown = plain.keys() - set(TRTLLM_HANDLED) - set(TRTLLM_NO_EFFECT) - accepted.keys()
     wrong += [f"{name} {plain[name]!r} (not known)" for name in sorted(unknown) if plain[name] not in (None, False)]
     return wrong
 
@@ -174,17 +168,20 @@ def check_weights(names: Iterable[str], layers: int) -> None:
     missing, left_out = sorted(needed - there), sorted(there - needed - known)
     wrong = [f"{len(missing)} tensors missing, {missing[0]} first"] if missing else []
     wrong += [f"{len(left_out)} tensors that the network has no place for, {left_out[0]} first"] if left_out else []
-    _refuse("the model", wrong, "serve it by Engine, which runs the model's own code")
+    _refuse("the model", wrong)
 
 
-def _other(fields: Mapping[str, Any], name: str, known: tuple[Any, ...]) -> bool:
-    return name in fields and fields[name] not in known
+def _not_accepted(fields: Mapping[str, Any], accepted: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    return [
+        f"{name} {fields[name]!r} (served: {' or '.join(map(repr, values))})"
+        for name, values in accepted.items()
+        if name in fields and fields[name] not in values
+    ]
 
 
-def _or(values: tuple[Any, ...]) -> str:
-    return " or ".join(repr(value) for value in values)
-
-
-def _refuse(what: str, wrong: list[str], instead: str) -> None:
+def _refuse(what: str, wrong: list[str]) -> None:
     if wrong:
-        raise ConfigError(f"{what} has {'; '.join(wrong)}, which the network would leave out; {instead}")
+        raise ConfigError(
+            f"{what} has {'; '.join(wrong)}, which the network would leave out; serve it by Engine, which runs the "
+            "model's own code"
+        )

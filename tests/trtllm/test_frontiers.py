@@ -1,4 +1,4 @@
-"""Memory reaches as far as the C++ manager counts, whatever requests do; where it did not, nothing would be launched."""
+"""Memory reaches as far as the C++ manager counts, whatever requests do; else nothing is launched."""
 
 from __future__ import annotations
 
