@@ -1,4 +1,4 @@
-"""One request's misfortune is its own: whoever has no token, or no room, ends with an error, and all others get theirs."""
+"""One request's misfortune is its own: who has no token, or no room, ends with an error, and all others get theirs."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_sampler_that_fails_for_one_request_ends_that_one(monkeypatch: pytest.
         assert engine.cache.stats().sequences == 0
 
 
-# -- room ---------------------------------------------------------------------------------------------------------------
+# -- room --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["vattn", "blocks", "published", "paged", "token"])
@@ -259,7 +259,7 @@ def test_a_long_queue_costs_a_step_nothing() -> None:
     assert taken[20_000] < 3 * taken[50]
 
 
-# -- events -------------------------------------------------------------------------------------------------------------
+# -- events ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"steps": 4}, {"steps": 8, "loop": True}])

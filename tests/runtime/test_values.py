@@ -339,8 +339,8 @@ def test_prompts_are_sequences_arrays_and_tensors_of_ids(engine: Engine, prompt:
         ({"input_ids": [1]}, r"is a dict .*; give a list, an array or a tensor"),
         ([], "the prompt is empty"),
         (np.array([], np.int64), "the prompt is empty"),
-        ([1, 512], "holds token id 512; the vocabulary has ids 0 to 511"),
-        ([HUGE], "holds token id a number of 16610 bits"),
+        ([1, 512], "the prompt has token ids outside 0 to 511: 512"),
+        ([HUGE], "has token ids outside 0 to 511: a number of 16610 bits"),
     ],
 )
 def test_other_prompts_are_refused_with_advice(engine: Engine, prompt: Any, message: str) -> None:
@@ -357,7 +357,7 @@ def test_generate_says_that_it_wants_a_list_of_prompts(engine: Engine, prompts: 
 
 
 def test_stop_tokens_are_of_the_vocabulary(engine: Engine) -> None:
-    with pytest.raises(ConfigError, match="stop_token_ids holds token id 512; the vocabulary has ids 0 to 511"):
+    with pytest.raises(ConfigError, match="stop_token_ids has token ids outside 0 to 511: 512"):
         engine.submit([1], SamplingParams(stop_token_ids=[512]))
     assert SamplingParams(stop_token_ids=np.array([3, 4])).stop_token_ids == (3, 4)  # type: ignore[arg-type]
 
