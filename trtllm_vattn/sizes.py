@@ -22,7 +22,7 @@ def parse_bytes(given: Any, name: str = "") -> int:
     negative numbers, other text.
     """
     what = f"{name} is {shown(given)}, which" if name else f"{shown(given)}"
-    refused = ConfigError(f"{what} is no number of bytes; write 17179869184 or '16GiB'")
+    refused = ConfigError(f"{what} is no number of bytes; write 17179869184 or 16GiB")
     if isinstance(given, str):
         written = _WRITTEN.fullmatch(given)
         if written is None:

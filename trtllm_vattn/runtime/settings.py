@@ -15,6 +15,8 @@ from trtllm_vattn.graphs.runner import default_buckets
 from trtllm_vattn.values import described, shown, truth, whole
 
 LONGEST_CHUNK = (1 << 31) - 1
+MOST_SEQUENCES = 1 << 20
+"""At once. Each is a lane of the largest captured batch."""
 
 
 def check_settings(
@@ -67,7 +69,7 @@ def check_buckets(given: Any, num_slots: int) -> list[int]:
     None."""
     if given is None:
         return default_buckets(num_slots)
-    if isinstance(given, np.ndarray | torch.Tensor) and given.ndim == 1:
+    if isinstance(given, np.ndarray) and given.ndim == 1:
         given = given.tolist()
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         raise ConfigError(f"buckets are {described(given)}; give a list of batch sizes, or None for the usual ones")
