@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from trtllm_vattn.errors import ConfigError
+
+T = TypeVar("T")
 
 
 class _Device(ctypes.Structure):
@@ -43,9 +47,17 @@ class _ManagedTensor(ctypes.Structure):
 _Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_ManagedTensor))
 _ManagedTensor._fields_ = [("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter)]
 
+_Destructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, _Destructor]
+_is_valid = ctypes.pythonapi.PyCapsule_IsValid
+_is_valid.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.restype = ctypes.c_void_p
+_pointer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+_NAME = b"dltensor"
+"""As bytes that live as long as the module: a capsule keeps the pointer."""
 
 _CPU, _CUDA, _UNSIGNED = 1, 2, 1
 _alive: dict[int, tuple[_ManagedTensor, object, object]] = {}
@@ -57,6 +69,15 @@ def _forget(managed: ctypes._Pointer[_ManagedTensor]) -> None:
 
 
 _delete = _Deleter(_forget)
+
+
+def _forget_unused(capsule: int) -> None:
+    """A capsule goes; an importer renames those that it took over."""
+    if _is_valid(capsule, _NAME):
+        _alive.pop(_pointer(capsule, _NAME), None)
+
+
+_discard = _Destructor(_forget_unused)
 
 
 @atexit.register
@@ -90,8 +111,10 @@ def tensor_at(address: int, nbytes: int, device: str, owner: object = None) -> t
     )
     managed.deleter = _delete
     key = ctypes.addressof(managed)
+    # The capsule comes first: from here on whatever is interrupted is forgotten with it, or with the storage.
+    capsule = _new_capsule(key, _NAME, _discard)
     _alive[key] = (managed, shape, owner)
-    flat: torch.Tensor = torch.utils.dlpack.from_dlpack(_new_capsule(key, b"dltensor", None))
+    flat: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
     return flat
 
 
@@ -116,6 +139,13 @@ def strided(
     return flat.view(dtype).as_strided(tuple(shape), tuple(strides), offset_bytes // dtype.itemsize)
 
 
+def finish(device: str) -> None:
+    """Wait until a device has done all that was submitted to it."""
+    where = torch.device(device)
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+
+
 def copy_bytes(device: str, to: int, source: int, nbytes: int) -> None:
     """Copy between addresses of a device, on the stream that torch launches on."""
     tensor_at(to, nbytes, device).copy_(tensor_at(source, nbytes, device), non_blocking=True)
@@ -127,6 +157,17 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
         return torch.from_numpy(array.copy())
     # A copy into pinned memory that torch does not use again before the transfer is over.
     return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
+
+
+def stream_of(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream that torch launches on in this thread; None on the host."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def on_stream(stream: torch.cuda.Stream | None, call: Callable[..., T], *arguments: Any) -> T:
+    """Make a call with torch launching on this stream, in whatever thread."""
+    with torch.cuda.stream(stream) if stream is not None else nullcontext():
+        return call(*arguments)
 
 
 def current_stream(device: torch.device | str) -> int:
