@@ -380,6 +380,7 @@ class Arena:
                 self.unmap_tail(index)
             slot.fence, slot.since = None, 0.0
         self._retry_quarantine()
+        self.pool.retry()
         broken = {m.offset // self.layout.slot_stride for m in self.quarantine if m.reservation in self.reservations}
         for index in range(self.layout.num_slots):
             self.slots[index].broken = index in broken

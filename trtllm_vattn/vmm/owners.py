@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from trtllm_vattn.errors import AddressSpaceExhausted, ConfigError, DriverError, InvariantViolation
 from trtllm_vattn.vmm.base import Driver
+
+Warn = Callable[[str, type[Warning], int], None]
 
 
 class _Process:
@@ -29,9 +31,10 @@ def _enter_child() -> None:
 os.register_at_fork(after_in_child=_enter_child)
 
 
-def _warn_unclosed(process: int, what: str) -> None:
-    if process == _Process.id:
-        warnings.warn(f"{what} was not closed", ResourceWarning, stacklevel=3)
+def _warn_unclosed(process: int, what: str, ours: type[_Process] = _Process, warn: Warn = warnings.warn) -> None:
+    # Defaults, for at the end of the interpreter a module's names are gone before its objects.
+    if process == ours.id:
+        warn(f"{what} was not closed", ResourceWarning, 3)
 
 
 class RollbackFailed(DriverError):
@@ -74,9 +77,9 @@ class Extent:
         self._driver.release(self.handle)
         self._open = 0
 
-    def __del__(self) -> None:
+    def __del__(self, warn: Callable[[int, str], None] = _warn_unclosed) -> None:
         if self._open:
-            _warn_unclosed(self._open, f"extent {self.serial} of {self.size} bytes")
+            warn(self._open, f"extent {self.serial} of {self.size} bytes")
 
 
 class Reservation:
@@ -138,9 +141,9 @@ class Reservation:
         self._driver.free(self.base, self.size)
         self._open = 0
 
-    def __del__(self) -> None:
+    def __del__(self, warn: Callable[[int, str], None] = _warn_unclosed) -> None:
         if self._open:
-            _warn_unclosed(self._open, f"the reservation of {self.size} bytes at {self.base:#x}")
+            warn(self._open, f"the reservation of {self.size} bytes at {self.base:#x}")
 
 
 class Mapping:
@@ -180,6 +183,6 @@ class Mapping:
         self.reservation.mappings -= 1
         self.reservation._driver.mappings.add(-1)
 
-    def __del__(self) -> None:
+    def __del__(self, warn: Callable[[int, str], None] = _warn_unclosed) -> None:
         if self._open:
-            _warn_unclosed(self._open, f"the mapping of {self.size} bytes at {self.address:#x}")
+            warn(self._open, f"the mapping of {self.size} bytes at {self.address:#x}")

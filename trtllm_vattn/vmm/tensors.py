@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.vmm.uninterrupted import uninterrupted
 
 T = TypeVar("T")
 
@@ -40,44 +41,24 @@ class _Tensor(ctypes.Structure):
     )
 
 
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
 class _ManagedTensor(ctypes.Structure):
-    pass
+    _fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
 
 
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_ManagedTensor))
-_ManagedTensor._fields_ = [("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter)]
-
-_Destructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, _Destructor]
-_is_valid = ctypes.pythonapi.PyCapsule_IsValid
-_is_valid.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer.restype = ctypes.c_void_p
-_pointer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-_NAME = b"dltensor"
-"""As bytes that live as long as the module: a capsule keeps the pointer."""
+_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 _CPU, _CUDA, _UNSIGNED = 1, 2, 1
 _alive: dict[int, tuple[_ManagedTensor, object, object]] = {}
 """What each imported capsule needs until its storage dies: the structure, its shape, and the owner."""
 
 
-def _forget(managed: ctypes._Pointer[_ManagedTensor]) -> None:
-    _alive.pop(ctypes.addressof(managed.contents), None)
-
-
-_delete = _Deleter(_forget)
-
-
-def _forget_unused(capsule: int) -> None:
-    """A capsule goes; an importer renames those that it took over."""
-    if _is_valid(capsule, _NAME):
-        _alive.pop(_pointer(capsule, _NAME), None)
-
-
-_discard = _Destructor(_forget_unused)
+# A function of Python could be interrupted in the middle, and what it was to forget would stay.
+_delete = _Deleter(_alive.__delitem__)
 
 
 @atexit.register
@@ -98,6 +79,18 @@ def tensor_at(address: int, nbytes: int, device: str, owner: object = None) -> t
     owner : object
         Kept alive until the tensor's storage dies.
     """
+    made: list[torch.Tensor] = []
+    if owner is None:
+        _import(made, address, nbytes, device, None)
+    else:
+        # Interrupted between its halves, an import would keep the owner for ever.
+        uninterrupted(_import, made, address, nbytes, device, owner)
+    return made[0]
+
+
+def _import(made: list[torch.Tensor], address: int, nbytes: int, device: str, owner: object) -> None:
+    """Put the tensor into a list: one that dies with an exception on its way, as what stands in the middle of an
+    expression does, calls `_delete` in the middle of it, and Python takes that for an error of its own."""
     where = torch.device(device)
     kind, index = (_CPU, 0) if where.type == "cpu" else (_CUDA, where.index or 0)
     shape = (ctypes.c_int64 * 1)(nbytes)
@@ -111,11 +104,12 @@ def tensor_at(address: int, nbytes: int, device: str, owner: object = None) -> t
     )
     managed.deleter = _delete
     key = ctypes.addressof(managed)
-    # The capsule comes first: from here on whatever is interrupted is forgotten with it, or with the storage.
-    capsule = _new_capsule(key, _NAME, _discard)
     _alive[key] = (managed, shape, owner)
-    flat: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
-    return flat
+    try:
+        made.extend(map(torch.utils.dlpack.from_dlpack, (_new_capsule(key, b"dltensor", None),)))
+    except Exception:
+        del _alive[key]
+        raise
 
 
 def strided(
@@ -148,7 +142,8 @@ def finish(device: str) -> None:
 
 def copy_bytes(device: str, to: int, source: int, nbytes: int) -> None:
     """Copy between addresses of a device, on the stream that torch launches on."""
-    tensor_at(to, nbytes, device).copy_(tensor_at(source, nbytes, device), non_blocking=True)
+    target, origin = tensor_at(to, nbytes, device), tensor_at(source, nbytes, device)
+    target.copy_(origin, non_blocking=True)
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
