@@ -17,6 +17,7 @@ import numpy as np
 from trtllm_vattn.errors import ConfigError, DriverError, OutOfPages
 from trtllm_vattn.memory.integrity import check_arena
 from trtllm_vattn.memory.layout import SlotLayout
+from trtllm_vattn.memory.leftovers import discard
 from trtllm_vattn.memory.pool import ExtentPool
 from trtllm_vattn.memory.reclaim import is_short_for, make_available, reclaim
 from trtllm_vattn.memory.slot import FREE, RETIRED, RUNNING, Slot
@@ -42,7 +43,7 @@ class Arena:
     ConfigError
         The budget cannot back one token of the dummy slot.
     AddressSpaceExhausted, DriverError
-        A reservation, or the dummy slot's memory, could not be had; nothing is left behind.
+        A reservation, or the dummy slot's memory, could not be had; nothing is left behind (see leftovers.py).
     """
 
     def __init__(self, pool: ExtentPool, layout: SlotLayout, one_by_one: bool = False) -> None:
@@ -64,14 +65,14 @@ class Arena:
                 f"the budget of {pool.budget:,} bytes is smaller than one granule in each of {layout.num_ranges} "
                 f"ranges ({least:,} bytes); raise the budget or layers_per_range"
             )
-        with ExitStack() as undo:
+        try:
             for _ in range(layout.num_ranges):
-                reservation = Reservation(pool.driver, layout.range_bytes)
-                undo.callback(reservation.close)
-                self.reservations.append(reservation)
+                self.reservations.append(Reservation(pool.driver, layout.range_bytes))
             self.slots[dummy].state = RUNNING
             self.grow({dummy: 1})
-            undo.pop_all()
+        except BaseException:
+            discard(self)
+            raise
 
     # -- growing ---------------------------------------------------------------------------------------------------
 
@@ -367,25 +368,46 @@ class Arena:
         running = self.slots[slot].state is RUNNING
         return self.layout.tokens_in(mapped if offered is None else min(offered, mapped)) if running else 0
 
-    def close(self, fence: Fence) -> None:
+    def clear(self, fence: Fence) -> None:
+        """Take the memory of all slots but the dummy into the pool once `fence` is done; all are free then, but for
+        those that an unmap fails in. What was quarantined is tried again. Idempotent. Raises DriverError where a fence
+        fails; calling again goes on."""
+        fence.wait()
+        self.settle(wait=True)
+        for index in range(self.layout.num_slots):
+            slot = self.slots[index]
+            while slot.columns:
+                self.unmap_tail(index)
+            slot.fence, slot.since = None, 0.0
+        self._retry_quarantine()
+        self.pool.retry()
+        broken = {m.offset // self.layout.slot_stride for m in self.quarantine if m.reservation in self.reservations}
+        for index in range(self.layout.num_slots):
+            self.slots[index].broken = index in broken
+            self.set_idle(index)
+
+    def _retry_quarantine(self) -> None:
+        retry, self.quarantine = self.quarantine, []
+        self.quarantine = [mapping for mapping in retry if not self.unmap(mapping)]
+        self.pool.give({m.extent.serial: m.extent for m in retry if not m.extent.mappings}.values())
+
+    def close(self, fence: Fence | None = None) -> None:
         """Unmap and free everything once `fence` is done; what was quarantined is tried again.
 
         Idempotent. Raises DriverError where something still fails; calling again tries again.
         """
-        fence.wait()
+        if fence is not None:
+            fence.wait()
         self.settle(wait=True)
         for index in range(len(self.slots)):
             while self.slots[index].columns:
                 self.unmap_tail(index)
-        retry, self.quarantine = self.quarantine, []
-        stuck = [mapping for mapping in retry if not self.unmap(mapping)]
-        self.pool.give({m.extent.serial: m.extent for m in retry if not m.extent.mappings}.values())
-        self.quarantine = stuck
+        self._retry_quarantine()
         with ExitStack() as closing:
             closing.callback(self.pool.close)
             for reservation in (*self.reservations, *self._scratches):
                 if not reservation.mappings:
                     closing.callback(reservation.close)
-        if stuck:
-            held = sum(mapping.size for mapping in stuck)
-            raise DriverError("NOT_UNMAPPED", "unmap", (held,), f"{len(stuck)} mappings are still held")
+        if self.quarantine:
+            held = sum(mapping.size for mapping in self.quarantine)
+            raise DriverError("NOT_UNMAPPED", "unmap", (held,), f"{len(self.quarantine)} mappings are still held")
