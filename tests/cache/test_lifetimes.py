@@ -6,12 +6,15 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from subprocess import CompletedProcess
+from time import perf_counter
 
 import pytest
 from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.errors import AddressSpaceExhausted
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.owners import Extent
 
@@ -150,13 +153,24 @@ cache.close()
 
 def test_a_hundred_thousand_slots_are_made_and_used() -> None:
     driver = HostDriver()
-    shape = CacheShape(
-        num_layers=2, num_kv_heads=2, head_dim=24, dtype=torch.float32, num_slots=100_000, max_seq_len=64
-    )
-    with KVCacheManager(shape, driver, 1 << 20) as cache:
+    with KVCacheManager(replace(SHAPE, num_slots=100_000), driver, 1 << 20) as cache:
+        started = perf_counter()
         for number in range(20):
             cache.admit(number, 20)
         cache.prepare_step(cache.lengths + (cache.lengths > 0))
         cache.release(3)
+        # Slots that were never used are not looked at.
+        assert perf_counter() - started < 0.5
+        assert cache.admit("again", 5) == 3
+        cache.move("again", 99_999)
+        cache.release("again")
         cache.check_integrity()
+    assert left(driver) == (0, 0, 0)
+
+
+def test_slots_that_addresses_do_not_suffice_for_are_refused_with_the_numbers() -> None:
+    driver = HostDriver()
+    shape = replace(SHAPE, num_slots=100_000, max_seq_len=1 << 32)
+    with pytest.raises(AddressSpaceExhausted, match=r"100,000 slots and a dummy of [\d,]+ bytes .* lower the number"):
+        KVCacheManager(shape, driver, 1 << 20)
     assert left(driver) == (0, 0, 0)

@@ -143,6 +143,8 @@ class SlottedCache(KVCache):
             raise ConfigError(f"slots {slots} would become shorter; use truncate")
 
     def sequence_at(self, slot: int) -> SequenceId | None:
+        if self._attention and not self._closed:
+            self._attend()
         return self._owner.get(slot)
 
     def slot_of(self, sequence: SequenceId) -> int:

@@ -211,15 +211,16 @@ class KVCacheManager(SlottedCache):
         """Slots below this are worth taking: a lane is a slot, so that adopting one beyond the current bucket would
         replay a larger graph than is needed. Raises NoFreeSlot where none is."""
         self.arena.settle()
-        if not (free := self.arena.free_slots()):
+        first = self.arena.first_free()
+        if first is None:
             self.arena.settle(wait=True)
-            free = self.arena.free_slots()
-        if not free:
+            first = self.arena.first_free()
+        if first is None:
             raise NoFreeSlot(
                 f"no slot is usable: {self.shape.num_slots - len(self._slot_of)} are retired after a driver call "
                 "failed in them; close the cache and build another"
             )
-        return 1 << max([free[0], *self._owner]).bit_length()
+        return 1 << max([first, *self._owner]).bit_length()
 
     def _back(self, lengths: np.ndarray) -> None:
         with self._gate:
@@ -318,8 +319,7 @@ class KVCacheManager(SlottedCache):
     def _fork(self, source: int, new_sequence: SequenceId, tokens: int) -> int:
         with self._gate:
             limit = self._limit()
-            free = [slot for slot in self.arena.free_slots() if slot < limit]
-            target = min(free, key=lambda slot: (self.arena.slots[slot].mapped, slot))
+            target = min(self.arena.free_slots(limit), key=lambda slot: (self.arena.slots[slot].mapped, slot))
             shared = remap.share(self.arena, source, tokens, tokens, target)
             rest = self.layout.touched_bytes(tokens) - shared
             try:
@@ -464,7 +464,7 @@ class KVCacheManager(SlottedCache):
         with self._gate:
             super()._check_integrity()
             self.arena.check_integrity()
-            free = self.arena.free_slots()
+            free = set(self.arena.free_slots())
             for slot in range(self.shape.num_slots):
                 if self._occupied[slot] and slot in free:
                     raise InvariantViolation(f"slot {slot} of sequence {self._owner[slot]!r} is free in the arena")
