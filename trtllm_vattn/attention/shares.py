@@ -54,16 +54,15 @@ def why_not() -> str:
 class Settings:
     """How the kernel is built and launched.
 
-    `tile` tokens are loaded at once, `stages` such tiles are under way; `programs` run on each multiprocessor, `warps`
-    warps each. What beginning a sequence costs counts as `start` tiles; no program takes fewer than `fewest`.
+    `tile` tokens are loaded at once and `stages` such tiles are under way, by `warps` warps. What beginning a sequence
+    costs counts as `start` tiles; no program takes fewer than `fewest`.
     """
 
     tile: int
     warps: int
     stages: int
-    programs: int
     start: int
-    fewest: int
+    fewest: int = 2
 
 
 @dataclass(frozen=True)
@@ -111,20 +110,24 @@ class Rows:
         return cls(real, rows, -(-real // rows))
 
 
-def settings_for(shared_bytes: int, head_dim: int, itemsize: int, rows: int, few: bool = False) -> Settings:
-    """Settings by the shared memory of a multiprocessor, the size of a tile, and whether heads of all lanes are `few`,
-    no more than multiprocessors: then larger tiles and fewer programs leave fewer parts to combine."""
+def settings_for(shared_bytes: int, head_dim: int, itemsize: int, rows: int, lanes: int, few: bool) -> Settings:
+    """Settings by the shared memory of a multiprocessor and the size of a tile, for two programs on each; by the number
+    of lanes, and by whether the heads of all lanes are `few`, no more than multiprocessors.
+
+    Measured on the H200 with Llama-3-8B's heads: many lanes are mostly short sequences, which larger tiles do not fit.
+    """
     large = rows * _power_of_two(head_dim) > MOST_OUTPUTS // 2
-    programs = 1 if few or large else 2
-    tile = 128 if few and not large else 64
-    while tile > 16 and 2 * _tile_bytes(tile, head_dim, itemsize) * programs > shared_bytes - RESERVE * programs:
+    shared_bytes = shared_bytes if large else shared_bytes // 2
+    tile = 128 if lanes <= MANY_LANES and not large else 64
+    while tile > 16 and _tile_bytes(tile, head_dim, itemsize) > shared_bytes - RESERVE:
         tile //= 2
     # One of the stages is being used or on its way there.
-    fitting = 1 + (shared_bytes // programs - RESERVE) // _tile_bytes(tile, head_dim, itemsize)
-    warps = 4 if rows * _power_of_two(head_dim) <= MOST_OUTPUTS // 2 else 8
-    return Settings(tile, warps, stages=max(2, min(3, fitting)), programs=programs, start=2, fewest=2)
+    fitting = 1 + (shared_bytes - RESERVE) // _tile_bytes(tile, head_dim, itemsize)
+    return Settings(tile, 8 if large else 4, min(3, fitting), start=(2 if few else 1) if tile > 64 else 3)
 
 
+MANY_LANES = 64
+"""With more than these, tiles are smaller."""
 RESERVE = 8 << 10
 """Bytes of shared memory that a program needs besides its tiles."""
 
@@ -135,6 +138,27 @@ def _tile_bytes(tile: int, head_dim: int, itemsize: int) -> int:
 
 def _power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
+
+
+REGISTERS = 65536
+"""Of a multiprocessor, from compute capability 8.0 to 10.0."""
+
+
+def programs_at_once(kernel: Any, shared_bytes: int) -> int:
+    """Programs of a compiled kernel that a multiprocessor with so many bytes of shared memory holds.
+
+    That many are launched on each: places left over would be taken by programs of the launch that follows, which wait
+    there, and then those of one launch lie unevenly. A warp takes registers 256 at a time; a program 1 KiB of shared
+    memory besides its own (CUDA C++ Programming Guide, compute capabilities).
+    """
+    of_warp = -(-kernel.n_regs * 32 // 256) * 256
+    by_registers = REGISTERS // (of_warp * kernel.metadata.num_warps)
+    return max(1, min(by_registers, shared_bytes // (kernel.metadata.shared + 1024)))
+
+
+def most_programs(head_dim: int) -> int:
+    """Of a multiprocessor, that there is room in a `Workspace` for."""
+    return 8 if head_dim <= 64 else 4
 
 
 class Workspace:
@@ -166,9 +190,10 @@ def launch(
     settings: Settings,
     features: Features,
     tiles: Sequence[Any] | None = None,
-) -> None:
+) -> Any:
     """Launch the kernel: q and out ``[lanes, queries, num_heads, head_dim]``, contiguous; the rest as in
-    `SharesAttention.decode_queries`. `tiles` are tensor maps of K and V (`tensor_maps`), needed for TMA."""
+    `SharesAttention.decode_queries`. `tiles` are tensor maps of K and V (`tensor_maps`), needed for TMA. Returns the
+    compiled kernel."""
     from trtllm_vattn.attention.shares_kernel import decode_shares
 
     lanes, queries, heads, dim = q.shape
@@ -178,7 +203,7 @@ def launch(
     more = {"launch_pdl": True} if features.pdl else {}
     of_slot, of_token, of_head, _ = kv.k.stride()
     k_tiles, v_tiles = tiles if tiles is not None else (0, 0)
-    decode_shares[(programs,)](
+    return decode_shares[(programs,)](
         q,
         kv.k.data_ptr(),
         kv.v.data_ptr(),
@@ -267,22 +292,12 @@ class SharesAttention(GatheringAttention):
                 f"the shares backend takes heads of {', '.join(map(str, HEAD_SIZES))} and bfloat16, float16 or "
                 f"float32, not {shape.head_dim} of {shape.dtype}; use the torch backend"
             )
-        card = torch.cuda.get_device_properties(cache.device)
-        self._multiprocessors: int = card.multi_processor_count
-        self._settings = {
-            (queries, few): settings_for(
-                card.shared_memory_per_multiprocessor,
-                shape.head_dim,
-                shape.dtype.itemsize,
-                Rows.of(self._group, queries, shape.head_dim).rows,
-                few,
-            )
-            for queries in range(1, MOST_QUERIES + 1)
-            for few in (False, True)
-        }
-        programs = self._multiprocessors * max(settings.programs for settings in self._settings.values())
+        self._card = torch.cuda.get_device_properties(cache.device)
         most = Rows.of(self._group, MOST_QUERIES, shape.head_dim)
+        programs = self._card.multi_processor_count * most_programs(shape.head_dim)
         self._workspace = Workspace(cache.device, programs, shape.num_slots, shape.num_kv_heads, most, shape.head_dim)
+        self._fitting: dict[tuple[object, ...], int] = {}
+        """Programs of a multiprocessor, by what the kernel is compiled for; known once it was launched."""
         self._features = Features.of(cache.device, first)
         self._maps: dict[tuple[int, int], list[Any]] = {}
         self._step: tuple[torch.Tensor | None, ...] = ()
@@ -343,9 +358,10 @@ class SharesAttention(GatheringAttention):
         assert isinstance(kv, FlatKV)
         q = q.contiguous()
         out = torch.empty_like(q) if out is None else out
-        few = lanes * self.cache.shape.num_kv_heads <= self._multiprocessors
-        settings = self._settings[queries, few]
-        launch(
+        settings, multiprocessors = self._settings(lanes, queries), self._card.multi_processor_count
+        dependent = self._features.pdl and self._follows(layer, lengths, query_lens, slots)
+        kind = (settings, queries, lanes, query_lens is None, slots is None, dependent)
+        kernel = launch(
             q,
             kv,
             out,
@@ -354,14 +370,26 @@ class SharesAttention(GatheringAttention):
             slots,
             scale=self.scale,
             workspace=self._workspace,
-            programs=self._multiprocessors * settings.programs,
+            programs=multiprocessors * self._fitting.get(kind, 2),
             settings=settings,
-            features=Features(
-                self._features.tma, self._features.pdl and self._follows(layer, lengths, query_lens, slots)
-            ),
+            features=Features(self._features.tma, dependent),
             tiles=self._tiles(layer, kv, settings.tile) if self._features.tma else None,
         )
+        if kind not in self._fitting:
+            fitting = programs_at_once(kernel, self._card.shared_memory_per_multiprocessor)
+            self._fitting[kind] = min(fitting, most_programs(self.cache.shape.head_dim))
         return out
+
+    def _settings(self, lanes: int, queries: int) -> Settings:
+        shape = self.cache.shape
+        return settings_for(
+            self._card.shared_memory_per_multiprocessor,
+            shape.head_dim,
+            shape.dtype.itemsize,
+            Rows.of(self._group, queries, shape.head_dim).rows,
+            lanes,
+            lanes * shape.num_kv_heads <= self._card.multi_processor_count,
+        )
 
     def _follows(self, layer: int, *step: torch.Tensor | None) -> bool:
         """Whether a launch is of a later layer of the same step as the one before.
