@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trtllm_vattn.attention.shares import (
+from trtllm_vattn.attention.shares_launch import (
     Features,
     Rows,
     Settings,
