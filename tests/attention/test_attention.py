@@ -17,13 +17,15 @@ from trtllm_vattn.errors import ConfigError
 
 SLOTS, MAX = 8, 1104
 CACHES = ["contiguous", "paged", "vattn-1", "vattn-3", "blocks-1", "blocks-3"]
+READ_BY = {"xqa-fmha": "blocks", "shares": ("contiguous", "vattn")}
+"""What the names of caches begin with that a backend reads; others read all."""
 BACKENDS = [("torch", "cpu"), ("torch", "cuda:0"), ("cudnn", "cuda:0")]
-BACKENDS += [(name, device) for name in ("xqa", "xqa-fmha") for device in ("cpu", "cuda:0")]
+BACKENDS += [(name, device) for name in ("xqa", "xqa-fmha", "shares") for device in ("cpu", "cuda:0")]
 CASES = [
     pytest.param((name, device, kind), id=f"{name}-{device}-{kind}", marks=[pytest.mark.gpu] if device != "cpu" else [])
     for name, device in BACKENDS
     for kind in CACHES
-    if name != "xqa-fmha" or kind.startswith("blocks")
+    if kind.startswith(READ_BY.get(name, ""))
 ]
 KINDS = (torch.int64, torch.int32, torch.int32)
 LENGTHS = [0, 1, 15, 16, 17, 100, 1000, 0]
