@@ -95,8 +95,8 @@ def _not_found(name: str, shapes: Iterable[str], error: Exception) -> ConfigErro
 
     how = "its cache alone, as HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "its cache and the Hub"
     return ConfigError(
-        f"no model {name!r}: it is no directory here, none of the shapes {', '.join(shapes)}, and transformers did not find "
-        f"it as a checkpoint in {how} ({constants.HF_HUB_CACHE}): {_said(error)}"
+        f"no model {name!r}: it is no directory here, none of the shapes {', '.join(shapes)}, and transformers did not "
+        f"find it as a checkpoint in {how} ({constants.HF_HUB_CACHE}): {_said(error)}"
     )
 
 
