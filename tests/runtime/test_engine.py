@@ -236,7 +236,7 @@ def test_models_and_caches_that_do_not_fit_are_refused() -> None:
     model = model_of("tiny-llama")
     with pytest.raises(ConfigError, match="max_seq_len is 20000, the model has 16384 positions"):
         shape_of(model, 1, 20000)
-    with pytest.raises(ConfigError, match="no model 'gpt-5': give a checkpoint directory, or one of tiny-llama"):
+    with pytest.raises(ConfigError, match="no model 'gpt-5': it is no directory here, none of the shapes tiny-llama"):
         load_model("gpt-5", "cpu", torch.float32)
     with (
         make_cache("contiguous", shape_of(model, 1, 16), "cpu") as cache,
