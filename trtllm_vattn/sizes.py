@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.values import as_whole
+from trtllm_vattn.values import as_whole, shown
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _WRITTEN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?\s*", re.IGNORECASE)
@@ -21,8 +21,8 @@ def parse_bytes(given: Any, name: str = "") -> int:
     `name` is what the number is for, as messages say it. Raises ConfigError for anything else: booleans, floats,
     negative numbers, other text.
     """
-    what = f"{name} is {given!r}, which" if name else f"{given!r}"
-    refused = ConfigError(f"{what} is no number of bytes; write 17179869184 or '16GiB'")
+    what = f"{name} is {shown(given)}, which" if name else f"{shown(given)}"
+    refused = ConfigError(f"{what} is no number of bytes; write 17179869184 or 16GiB")
     if isinstance(given, str):
         written = _WRITTEN.fullmatch(given)
         if written is None:
