@@ -99,6 +99,8 @@ def test_a_full_disk_loses_no_summary_and_leaves_nothing(
         (["bench", "fragmentation", "--budget", "1MiB"], "raise --budget, or lower --max-seq-len"),
         (["bench", "soak", "--device", "cpu", "--state", "{here}/list.json"], "it holds list, not an object"),
         (["bench", "soak", "--device", "cpu", "--state", "{here}/empty.json"], "has no seed, model, chunks"),
+        (["bench", "burst", "--device", "cpu", "--prompt-tokens", "2"], "--prompt-tokens is 2"),
+        (["bench", "plugin", "--device", "cpu", "--max-seq-len", "3"], "--max-seq-len is 3"),
         (["plugin", "inspect", "/nowhere"], "/nowhere"),
         (["run"], "no command to run; write: trtllm-vattn run -- trtllm-serve MODEL"),
         (["run", "--", "a-command-that-is-not-there"], "cannot run a-command-that-is-not-there"),
