@@ -115,6 +115,11 @@ def test_more_queries_or_lanes_than_there_may_be_are_refused(backend: SharesAtte
         backend.decode_queries(1, torch.randn(5, 1, 6, 64), None, torch.ones(5, dtype=torch.int32))
 
 
+def test_queries_of_another_dtype_are_refused(backend: SharesAttention) -> None:
+    with pytest.raises(ConfigError, match=r"queries are torch.float16, the cache is torch.float32; convert"):
+        backend.decode(1, torch.randn(4, 6, 64).half(), torch.ones(4, dtype=torch.int32))
+
+
 def test_blocks_are_refused() -> None:
     with (
         make_cache("paged", CacheShape(1, 1, 64, torch.float32, 1, 32), "cpu") as cache,

@@ -139,9 +139,11 @@ class SharesAttention(GatheringAttention):
         position ``lengths[i] - 1``, and each sees the tokens up to its own. The others' output is zeros, and that of a
         lane without queries or of length 0, which reads nothing. The rest is as in `decode`.
 
-        Raises ConfigError for more queries or lanes than there may be.
+        Raises ConfigError for more queries or lanes than there may be, or queries of another dtype than the cache's.
         """
         lanes, queries = q.shape[:2]
+        if q.dtype != self.cache.shape.dtype:
+            raise ConfigError(f"queries are {q.dtype}, the cache is {self.cache.shape.dtype}; convert the queries")
         if not 1 <= queries <= MOST_QUERIES or lanes > self.cache.shape.num_slots:
             raise ConfigError(
                 f"{lanes} lanes of {queries} queries; there may be {self.cache.shape.num_slots} lanes, the cache's "

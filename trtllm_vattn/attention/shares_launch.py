@@ -49,7 +49,8 @@ class Features:
         import triton.language as tl
 
         dependent = hasattr(tl.extra.cuda, "gdc_wait")
-        return cls(importlib.util.find_spec("triton.tools.tensor_descriptor") is not None and fits_tma(kv), dependent)
+        described = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+        return cls(described and kv.k.itemsize == 2 and fits_tma(kv), dependent)
 
 
 def fits_tma(kv: FlatKV) -> bool:
@@ -165,6 +166,8 @@ def launch(
     compiled kernel."""
     from trtllm_vattn.attention.shares_kernel import decode_shares
 
+    lengths = lengths.contiguous()
+    query_lens, slots = (None if x is None else x.contiguous() for x in (query_lens, slots))
     lanes, queries, heads, dim = q.shape
     kv_heads = kv.k.shape[2]
     rows = Rows.of(heads // kv_heads, queries, dim)
