@@ -261,7 +261,7 @@ def test_numbers_of_numpy_and_sizes_in_words_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    "budget", [NAN, True, -1, 1e9, 4.0, "-1", "much", "1e9", "nan", None, [], 2**70, "9" * 400, ""]
+    "budget", [NAN, True, -1, 1e9, 4.0, "-1", "much", "1e9", "1.5", "1.5B", "nan", None, [], 2**70, "9" * 400, ""]
 )
 def test_a_budget_is_a_number_of_bytes(engine: Engine, budget: Any) -> None:
     before = engine.cache.stats().budget_bytes
