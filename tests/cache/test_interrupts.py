@@ -185,6 +185,7 @@ def test_a_constructor_interrupted_anywhere() -> None:
 
     with HostDriverThatIsEmpty() as driver:
         built: list[KVCacheManager] = []
+        uninterrupted(gc.collect)
         count = instructions_of(lambda: built.append(build(driver)))
         built[0].close()
     for number in numbers(count, 11):
@@ -207,6 +208,7 @@ def test_a_tensor_interrupted_anywhere_keeps_nothing() -> None:
             Owner.alive -= 1
 
     memory = np.zeros(4096, np.uint8)
+    uninterrupted(gc.collect)
     count = instructions_of(lambda: tensor_at(memory.ctypes.data, 4096, "cpu", Owner()))
     for number in range(count):
         assert interrupt_at(number, lambda: tensor_at(memory.ctypes.data, 4096, "cpu", Owner()))
