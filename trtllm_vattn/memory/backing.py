@@ -100,7 +100,12 @@ def _drop(backing: Backing) -> None:
     if backing.is_closed or backing.process != os.getpid():
         return
     held = backing.arena.pool.held_bytes
-    finalize(backing.discard)
+    try:
+        finalize(backing.discard)
+    except BaseException:
+        # An interrupt in a finalizer is lost on its user; the memory is not. It may be asked for twice.
+        finalize(backing.discard)
+        raise
     if backing.is_owned:
         warnings.warn(
             f"a KV cache of {held:,} bytes was not closed; its memory is given back, but call close() or use `with`",
