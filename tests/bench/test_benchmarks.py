@@ -73,7 +73,7 @@ def test_start_sizes_after_capturing(tmp_path: Path) -> None:
 
 def test_policies_take_turns(tmp_path: Path) -> None:
     report = tmp_path / "policy.json"
-    command = ["bench", "policy", *HOST, "--batch", "3", "--rounds", "1", "--soak-seconds", "0.2"]
+    command = ["bench", "policy", *HOST, "--batch-size", "3", "--rounds", "1", "--soak-seconds", "0.2"]
     assert main([*command, "--steps", "40", "--output-json", str(report)]) == 0
     results = json.loads(report.read_text())
     rows = {row["policy"]: row for row in results["results"]["runs"]}

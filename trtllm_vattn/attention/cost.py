@@ -70,7 +70,8 @@ class Cost:
             error = float(np.square(terms @ found - 1).sum())
             if error < least:
                 least = error
-                best = cls(*(float(x) for x in found), float(skew))
+                fixed, per_token, per_sequence = (float(x) for x in found)
+                best = cls(fixed, per_token, per_sequence, float(skew))
         return best
 
 

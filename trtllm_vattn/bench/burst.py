@@ -100,6 +100,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     if args.plot and not args.rounds:
         raise ConfigError("--plot draws bursts and --rounds is 0: give at least 1 round, or leave --plot out")
+    if args.prompt_tokens < 3:
+        raise ConfigError(
+            f"--prompt-tokens is {args.prompt_tokens}: steady decode draws lengths below it; give 3 or more"
+        )
     kinds = {"equal": [args.prompt_tokens] * args.prompts}
     if args.trace:
         kinds["trace"], span_s = _arrivals(args)

@@ -78,10 +78,9 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
             out[f"{name.split()[1]}_{name.split()[0]}_of_read_limit"] = reached / limit
     if ("32 x 8192", "cudnn", 1) in us:
         out["own_even_over_cudnn"] = max(us[name, "shares", 1] / us[name, "cudnn", 1] for name in OWN_EVEN)
-    few, many = min(QUERIES), max(QUERIES)
-    out[f"queries_{many}_over_{few}"] = max(
-        us[name, "shares", many] / us[name, "shares", few] for name in {row["point"] for row in rows}
-    )
+    few, many = QUERIES
+    large = [name for name in (*OWN_EVEN, *UNEVEN, *ON_HOST) if (name, "shares", many) in us]
+    out[f"queries_{many}_over_{few}"] = max(us[name, "shares", many] / us[name, "shares", few] for name in large)
     if result["picks"]:
         out["picked_over_best"] = fmean(row["picked_us"] / min(row["us"].values()) for row in result["picks"])
     return out

@@ -201,7 +201,7 @@ def _read(cache: KVCacheManager, addresses: Sequence[tuple[int, int]]) -> torch.
     """The same bytes, from the addresses."""
     shape = cache.shape
     size = shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
-    return torch.stack([tensor_at(at, size, cache.device).clone() for pair in addresses for at in pair])
+    return torch.stack([tensor_at(at, size, str(cache.device)).clone() for pair in addresses for at in pair])
 
 
 def _calls(cache: KVCacheManager) -> dict[str, int]:

@@ -49,7 +49,7 @@ def _pyplot() -> Any:
 
 def where(result: dict[str, Any]) -> str:
     """What a result was measured on, by its own record: the GPU's name, or the host."""
-    return str(result["machine"]["gpu"]["name"]) if on_gpu(result) else "the host (no GPU)"
+    return str(result["machine"]["gpu"]["name"]) if on_gpu(result) else "the host"
 
 
 def on_gpu(result: dict[str, Any]) -> bool:
@@ -81,7 +81,9 @@ def _plain(value: float) -> str:
 
 
 def _save(figure: Any, result: dict[str, Any], path: Path) -> None:
-    figure.suptitle(f"{result['config'].get('model', '')} on {where(result)}".strip())
+    figure.suptitle(
+        f"{result['benchmark']}, {result['config'].get('model', '')}".rstrip(", ") + f", on {where(result)}"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     _pyplot().close(figure)
@@ -169,7 +171,7 @@ def plot_fragmentation(result: dict[str, Any], path: Path) -> None:
     rows = result["results"]["runs"]
     _grouped(waste, rows, "mix", "system", lambda row: max(1e-2, 100 * row["waste_with_surplus"]))
     waste.set_yscale("log")
-    waste.set_ylabel("waste: mapped for running sequences, holding no token")
+    waste.set_ylabel("waste: mapped bytes without a token\n(the lowest bars are 0.01 % or less)")
     _plain_log(waste.yaxis, " %")
     _grouped(sequences, rows, "mix", "system", lambda row: row["mean_sequences"] or 0)
     sequences.set_ylabel("sequences at once while others wait")

@@ -70,6 +70,10 @@ class PluginBenchmark:
     def __init__(self, args: argparse.Namespace) -> None:
         if args.model not in SHAPES:
             raise ConfigError(f"no shape {args.model!r}: no weights are needed here, give one of {', '.join(SHAPES)}")
+        if args.max_seq_len < 4:
+            raise ConfigError(
+                f"--max-seq-len is {args.max_seq_len}: prompts are shorter than half of it; give 4 or more"
+            )
         self.args = args
         config = AutoConfig.for_model(**SHAPES[args.model])
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -64,15 +64,19 @@ class ExactBlockKVCache(BlockKVCache):
     def shrink_towards(self, budget: int) -> int:
         """Set the budget to `budget` bytes, or as near above it as running sequences allow; returns the budget set.
 
-        Memory beyond it that is parked or mapped ahead goes back to the driver.
+        Memory beyond it that is parked or mapped ahead goes back to the driver. Raises DriverError.
         """
+        self._check_open()
+        return self._run(self._shrink_towards, budget)
+
+    def _shrink_towards(self, budget: int) -> int:
         with self._gate:
             pool = self.arena.pool
             if budget < pool.held_bytes:
                 drop_surplus(self.arena, self.lengths.tolist(), self._fence())
                 self.arena.settle(wait=True)
             used = pool.held_bytes - pool.stock_bytes - self.arena.parked_bytes
-            self.set_budget(max(budget, used))
+            self._set_budget(max(budget, used))
             return pool.budget
 
     def mapped_tensors(self) -> Iterator[torch.Tensor]:

@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **options})
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         for argument in itertools.takewhile(lambda each: each != "--", args or ()):
             # Python 3.11's argparse makes an empty list of it.
             if argument.startswith("--") and argument.endswith("=--"):

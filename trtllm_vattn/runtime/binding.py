@@ -319,9 +319,8 @@ def scale_of(model: torch.nn.Module) -> float | None:
 
     Raises ConfigError where they name different ones.
     """
-    named = {
-        float(module.scaling) for module in model.modules() if isinstance(module.__dict__.get("scaling"), float | int)
-    }
+    values = (vars(module).get("scaling") for module in model.modules())
+    named = {float(value) for value in values if isinstance(value, float | int)}
     if len(named) > 1:
         raise ConfigError(f"{type(model).__name__} scales scores by different factors, {sorted(named)}, by layer")
     return named.pop() if named else None
@@ -341,6 +340,7 @@ def bind(model: PreTrainedModel, shape: CacheShape | None = None) -> float | Non
     """
     config = model.config.get_text_config()
     refuse_family(config, type(model).__name__)
+    scale: float | None
     if isinstance(model, PreTrainedModel):
         if not model._supports_attention_backend:
             names = ", ".join(each.name for each in FAMILIES.values())

@@ -218,8 +218,8 @@ def as_prompts(given: Any) -> Sequence[Any]:
     if isinstance(given, TEXT):
         raise ConfigError(f"the prompts are text ({type(given).__name__}); {advice}: tokenise each first")
     if isinstance(given, np.ndarray | torch.Tensor):
-        if given.ndim == 1:
-            raise ConfigError(f"the prompts are one prompt of shape {tuple(given.shape)}; {advice}: wrap it, [prompt]")
+        if given.ndim < 2:
+            raise ConfigError(f"the prompts are an array of shape {tuple(given.shape)}; {advice}: for one, [prompt]")
         return list(given)
     if not isinstance(given, Sequence):
         raise ConfigError(f"the prompts are {described(given)}; {advice}")
