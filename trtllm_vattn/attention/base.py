@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
 
 FEWEST_ROWS = 16
 """Of a prompt's chunk that `Attention.prefill` is given."""
@@ -73,6 +74,10 @@ class Attention(ABC):
     def storages(self) -> list[torch.Tensor]:
         """Tensors of the backend's own (index ranges, workspaces) that a captured step may touch."""
         return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+
+    def regions(self) -> list[Region]:
+        """Where the addresses lie that a captured step may touch: the cache's regions and the backend's tensors."""
+        return [*self.cache.regions(), *tensor_regions(STATIC, self.storages())]
 
     @abstractmethod
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.bench.machine import summarise
-from trtllm_vattn.graphs.runner import collector_off
+from trtllm_vattn.graphs.capture import collector_off
 
 
 def timed_ms(work: Callable[[], object], repeats: int, device: torch.device) -> list[float]:

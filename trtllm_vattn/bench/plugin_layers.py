@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trtllm_vattn.graphs.runner import Outputs
+from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.plugins.fields import AttentionFields
 from trtllm_vattn.plugins.played import built_layer, describe
 from trtllm_vattn.plugins.registry import Attached

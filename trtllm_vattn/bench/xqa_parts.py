@@ -15,7 +15,8 @@ from trtllm_vattn.bench.bandwidth import fill_random, timed_ms
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.blocks import BlockKVCache
-from trtllm_vattn.graphs.runner import GraphRunner, Outputs
+from trtllm_vattn.graphs.capture import Outputs
+from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.memory.blocks import BlockLayout
 from trtllm_vattn.memory.reclaim import reclaim
 from trtllm_vattn.trtllm.tables import AffineTables, RowGatherer

@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import FEWEST_ROWS, Attention, Chunks, Part, Span
-from trtllm_vattn.graphs.audit import AuditReport, attention_regions
+from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.graphs.guard import Guard
-from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner, Outputs
+from trtllm_vattn.graphs.capture import Outputs
+from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import PrefillStep, forward
 from trtllm_vattn.vmm.tensors import upload
 
@@ -179,7 +180,7 @@ class Prefill:
 
     def audit(self) -> AuditReport:
         """Whose the addresses are that the captured sizes' graphs hold. Raises CaptureError where there is none."""
-        return self.runner.audit(attention_regions(self.attention, self.runner.static), "prompt")
+        return self.runner.audit(self.attention.regions(), "prompt")
 
     def close(self) -> None:
         """Drop all graphs. Idempotent."""
