@@ -278,7 +278,7 @@ def cuda_probe(cuda: Any) -> Probe:
 def pool_regions(pool: Any) -> list[Region]:
     """The segments of a torch memory pool; `pool` is the handle that graphs were captured with."""
     return [
-        Region(POOL, segment["address"], segment["total_size"])
+        Region(segment["address"], segment["total_size"], POOL)
         for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         if tuple(segment["segment_pool_id"]) == tuple(pool)
     ]

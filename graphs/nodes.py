@@ -1,7 +1,8 @@
 """Read the nodes of a captured CUDA graph and their parameters through the driver.
 
 The driver tells where it keeps a kernel's parameters, and with `cuFuncGetParamInfo` how many there are and their
-offsets and sizes. It does not know their types: a parameter may be an address, a number, or a structure with addresses in it.
+offsets and sizes. It does not know their types: a parameter may be an address, a number, or a structure that
+contains addresses.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from trtllm_vattn.errors import DriverError
 
 TMA_BYTES, TMA_ALIGNMENT = 128, 64
-"""Bytes and alignment of a CUtensorMap, a descriptor for the tensor memory accelerator (TMA) with an encoded address."""
+"""Bytes and alignment of a CUtensorMap, the descriptor of the tensor memory accelerator; it encodes its address."""
 
 
 @dataclass(frozen=True)

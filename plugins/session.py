@@ -131,7 +131,7 @@ class EngineSession(Engine):
         The cache does not fit the plan, or another one is attached under its name.
     """
 
-    together: ClassVar[bool] = False
+    supports_packed_prefill: ClassVar[bool] = False
 
     def __init__(self, loaded: LoadedEngine, cache: KVCache, *, attention: str = "auto", **options: Any) -> None:
         limits = loaded.limits

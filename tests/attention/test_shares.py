@@ -105,7 +105,7 @@ def test_a_lane_is_its_slot_and_has_all_its_queries_where_nothing_else_is_said(b
 
 def test_more_queries_or_lanes_than_there_may_be_are_refused(backend: SharesAttention) -> None:
     lengths = torch.ones(4, dtype=torch.int32)
-    with pytest.raises(ConfigError, match="4 lanes of 9 queries; there may be 4 lanes, .* of 1 to 8 queries"):
+    with pytest.raises(ConfigError, match=r"4 lanes of 9 queries; there may be 4 lanes, .* of 1 to 8 queries"):
         backend.decode_queries(1, torch.randn(4, MOST_QUERIES + 1, 6, 64), None, lengths)
     with pytest.raises(ConfigError, match="5 lanes of 1 queries"):
         backend.decode_queries(1, torch.randn(5, 1, 6, 64), None, torch.ones(5, dtype=torch.int32))

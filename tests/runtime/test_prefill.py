@@ -97,7 +97,7 @@ def passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_step_puts_a_whole_chunk_in_by_one_pass(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build(chunk=64)
     alone = build(chunk=64)
-    alone.prefill.together = False
+    alone.prefill.supports_packed_prefill = False
     params = SamplingParams(3)
     want = [done.tokens for done in alone.generate(PROMPTS, params)]
     seen = passes(engine, monkeypatch)
@@ -169,7 +169,7 @@ def test_nothing_is_launched_where_one_of_them_has_no_memory(build: Build, monke
 def test_who_draws_and_who_does_not_in_one_pass(build: Build) -> None:
     mixed = [SamplingParams(4, temperature=0.9 * (i % 2), seed=i) for i in range(5)]
     alone = build()
-    alone.prefill.together = False
+    alone.prefill.supports_packed_prefill = False
     want = [alone.generate([prompt], params)[0].tokens for prompt, params in zip(PROMPTS, mixed, strict=True)]
     assert [done.tokens for done in build(chunk=256).generate(PROMPTS, mixed)] == want
 

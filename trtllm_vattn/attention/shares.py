@@ -1,14 +1,14 @@
-"""The shares backend: decode attention of our own, made for fixed addresses and uneven lengths.
+"""The shares backend: a decode kernel of this project for flat KV and uneven lengths.
 
-One Triton kernel (shares_kernel.py) gives every program of the GPU an equal share of all tokens, so that a few long
-sequences among many short ones keep the whole card reading. Lengths, slots and counts of queries are read on the
-device: no table, no plan on the host, and one captured graph serves any lengths. Nothing past a length is loaded and
-nothing of a lane of length 0 (tests/attention shows it on the card, over unmapped pages). Into which parts a sequence
-is cut depends on the lengths of its neighbours, and so do the last bits of its output; equal lengths give equal bits.
+One Triton kernel (shares_kernel.py) gives every program an equal share of all tokens, so that a few long sequences
+among many short ones keep the whole GPU busy. The kernel reads lengths, slots and query counts on the device: there is
+no table and no plan on the host, and one captured graph serves all lengths. It loads nothing past a length and nothing
+of a lane of length 0; tests/attention shows this on a GPU over unmapped pages. How a sequence is split depends on the
+other sequences' lengths, and so do the last bits of its output; equal lengths give equal bits.
 
-On compute capability 9 whole tiles come by TMA, and a layer's launch overlaps the end of the kernel before it
-(programmatic dependent launch); elsewhere the same source loads by ordinary instructions and waits. On the host, a
-reference of the same interface takes the kernel's place. Prompts go through another backend (cuDNN's, else torch's).
+On compute capability 9 the kernel loads whole tiles by TMA, and a layer's launch overlaps the end of the kernel before
+it (programmatic dependent launch, PDL). Other GPUs use ordinary loads and launches. On the host the torch backend takes
+the kernel's place.
 """
 
 from __future__ import annotations
@@ -20,27 +20,26 @@ from typing import Any, ClassVar
 
 import torch
 
-from trtllm_vattn.attention.base import Attention, Chunks
-from trtllm_vattn.attention.gather import GatheringAttention
+from trtllm_vattn.attention.decode_only import DecodeOnlyAttention
 from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.errors import ConfigError
 
 MOST_QUERIES = 8
-"""Of a lane: a token and the drafts that are verified with it."""
+"""Queries of a lane: a token and the draft tokens to verify with it."""
 HEAD_SIZES = (64, 96, 128, 192, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAST_CAPABILITY = (8, 0)
 HOPPER = 9
-"""The major compute capability whose TMA and dependent launches are used."""
+"""The major compute capability on which the kernel uses TMA and PDL."""
 MOST_ROWS = 64
 MOST_OUTPUTS = 64 * 128
-"""Queries of a KV head in one tile, and numbers of their output; a head with more is gone through again for the rest.
-"""
+"""The most queries of a KV head in one tile, and the most elements of their output; for more queries, K and V are read
+again."""
 
 
-def why_not() -> str:
-    """``yes`` where the kernel runs on this machine, else the reason."""
+def availability() -> str:
+    """``yes`` if the kernel runs on this machine, else the reason."""
     if not torch.cuda.is_available():
         return "no GPU; over a cache on the host a reference in torch takes its place"
     if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
@@ -52,10 +51,11 @@ def why_not() -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the kernel is built and launched.
+    """How the kernel is compiled and launched.
 
-    `tile` tokens are loaded at once, `stages` such tiles are under way; `programs` run on each multiprocessor, `warps`
-    warps each. What beginning a sequence costs counts as `start` tiles; no program takes fewer than `fewest`.
+    A program loads tiles of `tile` tokens, `stages` of them in flight. Each multiprocessor runs `programs` programs of
+    `warps` warps. The cost of starting a sequence counts as `start` tiles; a program takes at least `fewest` tiles, and
+    prefetches `ahead` tiles before it waits for the kernel before it.
     """
 
     tile: int
@@ -69,14 +69,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Features:
-    """What the kernel may use of Hopper's: tiles by TMA, and programmatic dependent launch."""
+    """Features of Hopper that the kernel uses: loads by TMA, and programmatic dependent launch."""
 
     tma: bool
     pdl: bool
 
     @classmethod
     def of(cls, device: torch.device, kv: FlatKV) -> Features:
-        """What a GPU, its Triton, and the strides of K and V allow."""
+        """The features that the GPU, Triton, and the strides of K and V allow."""
         if torch.cuda.get_device_capability(device)[0] != HOPPER:
             return cls(False, False)
         import triton.language as tl
@@ -86,7 +86,7 @@ class Features:
 
 
 def fits_tma(kv: FlatKV) -> bool:
-    """Whether strides and addresses are those that a tensor map can hold: multiples of 16 bytes, less than 2**40."""
+    """Whether a TMA descriptor can hold the addresses and strides: multiples of 16 bytes, strides below 2**40."""
     return all(
         x.data_ptr() % 16 == 0
         and x.stride(3) == 1
@@ -97,7 +97,7 @@ def fits_tma(kv: FlatKV) -> bool:
 
 @dataclass(frozen=True)
 class Rows:
-    """Queries of one KV head as rows of tiles: `blocks` times `rows`, of which `real` in all are there."""
+    """The queries of one KV head as `blocks` tiles of `rows` rows; `real` rows hold queries, the others are padding."""
 
     real: int
     rows: int
@@ -105,7 +105,7 @@ class Rows:
 
     @classmethod
     def of(cls, group: int, queries: int, head_dim: int) -> Rows:
-        """For `group` query heads a KV head and `queries` of each lane."""
+        """For `group` query heads per KV head and `queries` queries per lane."""
         real = group * queries
         most = min(MOST_ROWS, MOST_OUTPUTS // _power_of_two(head_dim))
         rows = min(most, max(16, _power_of_two(real)))
@@ -113,7 +113,7 @@ class Rows:
 
 
 def settings_for(shared_bytes: int, head_dim: int, itemsize: int, rows: int) -> Settings:
-    """Settings by the shared memory of a multiprocessor and the size of a tile."""
+    """Settings for a multiprocessor with `shared_bytes` of shared memory."""
     programs = 2 if rows * _power_of_two(head_dim) <= MOST_OUTPUTS // 2 else 1
     tile = 64
     while tile > 16 and 2 * _tile_bytes(tile, head_dim, itemsize) * programs > shared_bytes - RESERVE * programs:
@@ -142,17 +142,17 @@ def _power_of_two(least: int) -> int:
 
 
 class Workspace:
-    """Where programs leave parts of heads for one another; for launches on one stream, of up to `lanes` lanes."""
+    """Memory in which programs leave partial results of heads; for launches of up to `lanes` lanes on one stream."""
 
     def __init__(self, device: torch.device, programs: int, lanes: int, kv_heads: int, rows: Rows, head_dim: int):
         parts, dims = 2 * programs, _power_of_two(head_dim)
         self.tops, self.totals = torch.empty(2, parts, rows.rows, dtype=torch.float32, device=device)
         self.outs = torch.empty(parts, rows.rows, dims, dtype=torch.float32, device=device)
         self.arrived = torch.zeros(lanes * kv_heads * rows.blocks, dtype=torch.int32, device=device)
-        """Of each head, how many parts are there; left at 0 by whoever combines them."""
+        """For each head, how many partial results are there; the program that combines them resets it to 0."""
 
     def storages(self) -> list[torch.Tensor]:
-        """All of it."""
+        """All tensors."""
         return [self.tops, self.outs, self.arrived]
 
 
@@ -171,8 +171,8 @@ def launch(
     features: Features,
     tiles: Sequence[Any] | None = None,
 ) -> None:
-    """Launch the kernel: q and out ``[lanes, queries, num_heads, head_dim]``, contiguous; the rest as in
-    `SharesAttention.decode_queries`. `tiles` are tensor maps of K and V (`tensor_maps`), needed for TMA."""
+    """Launch the kernel: q, out ``[lanes, queries, num_heads, head_dim]``, contiguous; the other tensors as in
+    `SharesAttention.decode_queries`. `tiles` are the TMA descriptors of K and V (`tensor_maps`), needed with TMA."""
     from trtllm_vattn.attention.shares_kernel import decode_shares
 
     lanes, queries, heads, dim = q.shape
@@ -226,22 +226,21 @@ def launch(
 
 
 LOG2_E = 1.4426950408889634
-"""The kernel's exponentials are powers of two."""
+"""The kernel computes powers of two instead of exponentials."""
 
 
 def tensor_maps(kv: FlatKV, tile: int) -> list[Any]:
-    """K and V of a layer as TMA reads them, `tile` tokens of a head at once."""
+    """TMA descriptors of K and V of a layer, for loads of `tile` tokens of a head."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     box = [1, tile, 1, _power_of_two(kv.k.shape[3])]
     return [TensorDescriptor(x, list(x.shape), list(x.stride()), box) for x in (kv.k, kv.v)]
 
 
-class SharesAttention(GatheringAttention):
-    """Decode by equal shares, over flat K and V; for launches on one stream.
+class SharesAttention(DecodeOnlyAttention):
+    """Decode by equal shares over flat KV; all launches must be on one stream.
 
-    Lengths and slots of a step are the same tensors for all its layers, and layers come in order; where they do not, a
-    launch only waits for the kernel before it.
+    Give all layers of a step the same tensors of lengths and slots: only then do launches overlap by PDL.
 
     Raises
     ------
@@ -260,12 +259,12 @@ class SharesAttention(GatheringAttention):
                 "cache, or the cudnn or xqa backend"
             )
         self._group = num_heads // cache.shape.num_kv_heads
-        self._context = self._choose_context()
+        self._launched_with: tuple[torch.Tensor | None, ...] = ()
         self._on_gpu = cache.device.type == "cuda"
         if not self._on_gpu:
             return
-        if why_not() != "yes":
-            raise ConfigError(f"the shares backend does not work here: {why_not()}")
+        if availability() != "yes":
+            raise ConfigError(f"the shares backend does not work here: {availability()}")
         shape = cache.shape
         if shape.head_dim not in HEAD_SIZES or shape.dtype not in DTYPES:
             raise ConfigError(
@@ -288,22 +287,14 @@ class SharesAttention(GatheringAttention):
         self._workspace = Workspace(cache.device, programs, shape.num_slots, shape.num_kv_heads, most, shape.head_dim)
         self._features = Features.of(cache.device, first)
         self._maps: dict[tuple[int, int], list[Any]] = {}
-        self._step: tuple[torch.Tensor | None, ...] = ()
-        self._last_layer = -1
 
-    def _choose_context(self) -> Attention:
-        """The backend of prompts."""
-        cache = self.cache
-        half = cache.shape.dtype in (torch.bfloat16, torch.float16)
-        if cache.device.type != "cuda" or not half or importlib.util.find_spec("cudnn") is None:
-            return TorchAttention(cache, self.num_heads, self.scale)
-        from trtllm_vattn.attention.cudnn import CudnnAttention
-
-        return CudnnAttention(cache, self.num_heads, self.scale)
+    def begin_step(self) -> None:
+        super().begin_step()
+        self._launched_with = ()
 
     def storages(self) -> list[torch.Tensor]:
         own = self._workspace.storages() if self._on_gpu else []
-        return [*super().storages(), *own, *self._context.storages()]
+        return [*super().storages(), *own]
 
     def decode(
         self,
@@ -325,13 +316,13 @@ class SharesAttention(GatheringAttention):
         slots: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Up to `MOST_QUERIES` query tokens a lane: q ``[lanes, queries, num_heads, head_dim]`` to the same shape.
+        """Up to `MOST_QUERIES` query tokens per lane: q ``[lanes, queries, num_heads, head_dim]`` to the same shape.
 
-        Of lane i the first `query_lens[i]` are there (int32 ``[lanes]`` on the device; None: all), the last of them at
-        position ``lengths[i] - 1``, and each sees the tokens up to its own. The others' output is zeros, and that of a
-        lane without queries or of length 0, which reads nothing. The rest is as in `decode`.
+        Lane i has ``query_lens[i]`` queries (int32 ``[lanes]`` on the device; None: all). The last one is at position
+        ``lengths[i] - 1``, and each attends to the tokens up to its own. The output is zeros for the other rows, and
+        for a lane without queries or of length 0, which reads nothing. The other parameters are those of `decode`.
 
-        Raises ConfigError for more queries or lanes than there may be.
+        Raises ConfigError for too many queries or lanes.
         """
         lanes, queries = q.shape[:2]
         if not 1 <= queries <= MOST_QUERIES or lanes > self.cache.shape.num_slots:
@@ -340,8 +331,8 @@ class SharesAttention(GatheringAttention):
                 f"slots, of 1 to {MOST_QUERIES} queries: give longer rows of queries to prefill"
             )
         if not self._on_gpu:
-            assert isinstance(self._context, TorchAttention)
-            return self._context.decode_queries(layer, q, query_lens, lengths, slots, out)
+            assert isinstance(self._prefill, TorchAttention)
+            return self._prefill.decode_queries(layer, q, query_lens, lengths, slots, out)
         kv = self.cache.layer(layer)
         assert isinstance(kv, FlatKV)
         q = q.contiguous()
@@ -358,39 +349,21 @@ class SharesAttention(GatheringAttention):
             workspace=self._workspace,
             programs=self._multiprocessors * settings.programs,
             settings=settings,
-            features=Features(
-                self._features.tma, self._features.pdl and self._follows(layer, lengths, query_lens, slots)
-            ),
+            features=Features(self._features.tma, self._features.pdl and self._follows(lengths, query_lens, slots)),
             tiles=self._tiles(layer, kv, settings.tile) if self._features.tma else None,
         )
         return out
 
-    def _follows(self, layer: int, *step: torch.Tensor | None) -> bool:
-        """Whether a launch is of a later layer of the same step as the one before.
+    def _follows(self, *given: torch.Tensor | None) -> bool:
+        """Whether an earlier launch of this step was given the same tensors.
 
-        Only then may it read lengths before it waits for the kernel that it follows: they are older than that kernel.
+        Only then may a launch read lengths before it waits for the kernel before it: they are older than that kernel.
         """
-        same = len(step) == len(self._step) and all(a is b for a, b in zip(step, self._step, strict=True))
-        follows = same and layer > self._last_layer
-        self._step, self._last_layer = step, layer
-        return follows
+        before, self._launched_with = self._launched_with, given
+        return len(before) == len(given) and all(a is b for a, b in zip(before, given, strict=True))
 
     def _tiles(self, layer: int, kv: FlatKV, tile: int) -> list[Any]:
         maps = self._maps.get((layer, tile))
         if maps is None:
             maps = self._maps[layer, tile] = tensor_maps(kv, tile)
         return maps
-
-    def prefill(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        slot: torch.Tensor,
-        query_len: torch.Tensor,
-        length: torch.Tensor,
-        max_length: int,
-    ) -> torch.Tensor:
-        return self._context.prefill(layer, q, slot, query_len, length, max_length)
-
-    def prefill_together(self, layer: int, q: torch.Tensor, chunks: Chunks) -> torch.Tensor:
-        return self._context.prefill_together(layer, q, chunks)

@@ -63,6 +63,7 @@ def attention_bandwidth(attention: Attention, lengths: np.ndarray, repeats: int 
     q = torch.randn(len(lengths), attention.num_heads, shape.head_dim, dtype=shape.dtype, device=device)
 
     def work() -> None:
+        attention.begin_step()
         for layer in range(shape.num_layers):
             attention.decode(layer, q, on_device)
 

@@ -149,6 +149,7 @@ class PlayedLayers:
         fields = self.fields[0]
         attention = self.attached.attention(fields.num_heads, fields.scale)
         outputs = []
+        attention.begin_step()
         for layer in range(len(self.fields)):
             q = self.q[layer][:bucket].view(bucket, fields.num_heads, fields.head_dim)
             k, v = (

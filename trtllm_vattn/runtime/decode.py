@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.graphs.audit import AuditReport
-from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.capture import Outputs
+from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import DecodeStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is

@@ -102,7 +102,7 @@ class Engine:
         A setting cannot work, or the model and the cache do not fit one another.
     """
 
-    together: ClassVar[bool] = True
+    supports_packed_prefill: ClassVar[bool] = True
     """Whether the model takes chunks of several prompts in one pass."""
 
     def __init__(
@@ -162,7 +162,7 @@ class Engine:
             started = perf_counter()
             wrap = compile_model(model) if compiling else as_it_is
             self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
-            self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, self.together)
+            self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, self.supports_packed_prefill)
             if compiling:
                 with tracing():
                     self.prefill.warm_up(UNUSUAL)
