@@ -54,8 +54,7 @@ class Settings:
     """How the kernel is compiled and launched.
 
     A program loads tiles of `tile` tokens, `stages` of them in flight. Each multiprocessor runs `programs` programs of
-    `warps` warps. The cost of starting a sequence counts as `start` tiles; a program takes at least `fewest` tiles, and
-    prefetches `ahead` tiles before it waits for the kernel before it.
+    `warps` warps. The cost of starting a sequence counts as `start` tiles; a program takes at least `fewest` tiles.
     """
 
     tile: int
@@ -64,7 +63,6 @@ class Settings:
     programs: int
     start: int
     fewest: int
-    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,6 @@ def launch(
         ROW_BLOCKS=rows.blocks,
         LANES=max(64, _power_of_two(lanes)),
         STAGES=settings.stages,
-        AHEAD=settings.ahead,
         PARTS=max(1, min(16, MOST_OUTPUTS // (part_rows * dims))),
         PART_ROWS=part_rows,
         HAS_QUERY_LENS=query_lens is not None,
