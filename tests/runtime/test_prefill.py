@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from trtllm_vattn.attention.base import PrefillChunk
 from trtllm_vattn.cache.base import FlatKV
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import UnmappedAccess
@@ -134,11 +134,12 @@ def test_backends_get_rows_enough_and_aligned_lengths(build: Build, monkeypatch:
     seen: list[tuple[int, int, int]] = []
     prefill = engine.attention.prefill
 
-    def noted(layer: int, q: torch.Tensor, slot: torch.Tensor, *lengths: Any) -> torch.Tensor:
+    def noted(layer: int, q: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
         if layer == 0:
-            assert all(length.shape == (1,) and length.data_ptr() % 64 == 0 for length in lengths[:2])
-            seen.append((len(q), int(lengths[0]), int(lengths[1])))
-        return prefill(layer, q, slot, *lengths)
+            lengths = chunk.query_len, chunk.length
+            assert all(length.shape == (1,) and length.data_ptr() % 64 == 0 for length in lengths)
+            seen.append((len(q), int(chunk.query_len), int(chunk.length)))
+        return prefill(layer, q, chunk)
 
     monkeypatch.setattr(engine.attention, "prefill", noted)
     engine.generate(PROMPTS[:3], SamplingParams(1))

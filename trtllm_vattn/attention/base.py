@@ -160,10 +160,10 @@ class Attention(ABC):
 
     @abstractmethod
     def prefill(self, layer: int, q: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
-        """Causal attention of a chunk's queries: q ``[chunk.rows, num_heads, head_dim]`` to the same shape.
+        """Causal attention of a chunk's queries: q ``[rows, num_heads, head_dim]`` to the same shape.
 
-        Query i of the first `query_len` is at position ``length - query_len + i``. The other rows of the result are
-        finite and mean nothing.
+        `rows` is `chunk.rows` or more, at least `MIN_CHUNK_ROWS`. Query i of the first `query_len` is at position
+        ``length - query_len + i``; the other rows of the result are finite and mean nothing.
         """
 
     def prefill_packed(self, layer: int, q: torch.Tensor, packed: PackedPrefill) -> torch.Tensor:
