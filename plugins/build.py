@@ -6,6 +6,7 @@ A plan has two profiles, decode (a row a lane) and context (one lane of many row
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -24,6 +25,7 @@ from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
 from trtllm_vattn.plugins.networks.trt_pen import TrtPen, draw_network
 from trtllm_vattn.plugins.plugin import NAME, register
 from trtllm_vattn.plugins.refusals import explain, forget
+from trtllm_vattn.runtime.checkpoint import end_of_text
 
 logger = logging.getLogger(__name__)
 
@@ -183,9 +185,16 @@ def build_folder(
             "tensors": builder.tensors(),
             "plugins_in_plan": plan.count(NAME.encode()),
         }
-    model.config.get_text_config().save_pretrained(folder)
+    config_of(model).save_pretrained(folder)
     (folder / "engine.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
+
+
+def config_of(model: PreTrainedModel) -> Any:
+    """A model's configuration as its engine keeps it: with all tokens that end a text, whichever file named them."""
+    config = copy.deepcopy(model.config.get_text_config())
+    config.eos_token_id = list(end_of_text(model)) or None
+    return config
 
 
 def read_folder(folder: Path) -> dict[str, Any]:

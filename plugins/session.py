@@ -19,7 +19,7 @@ from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.plugins import plain, registry
-from trtllm_vattn.plugins.build import PLAYED, make_logger, read_folder
+from trtllm_vattn.plugins.build import PLAYED, config_of, make_logger, read_folder
 from trtllm_vattn.plugins.engine_model import EngineModel
 from trtllm_vattn.plugins.fields import DTYPES
 from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
@@ -97,7 +97,7 @@ class LoadedEngine:
     def played(cls, model: PreTrainedModel, limits: PlanLimits, trt: Any = plain) -> LoadedEngine:
         """A model's network without a plan, the plugin of module `trt` called as TensorRT calls it."""
         spec = DecoderSpec.of(model, limits.max_seq_len)
-        return cls(PlayedEngine(spec, limits, trt), model.config.get_text_config(), spec.sizes(), limits)
+        return cls(PlayedEngine(spec, limits, trt), config_of(model), spec.sizes(), limits)
 
     def cache_shape(self, num_slots: int, max_seq_len: int | None = None) -> CacheShape:
         """The shape of a cache for it."""

@@ -55,6 +55,8 @@ def read_trtllm_folder(folder: Path) -> tuple[Any, dict[str, Any], PlanLimits]:
             num_key_value_heads=kv_heads,
             head_dim=dim,
             max_position_embeddings=max(model["max_position_embeddings"], limits.max_seq_len),
+            # trtllm-build's files do not say what ends a text: give stop_token_ids.
+            eos_token_id=None,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConfigError):

@@ -69,9 +69,80 @@ def test_imports_point_down(name: str, path: Path) -> None:
                 assert LAYERS.index(below[1]) <= own, f"{name} imports {target}, which is above it"
 
 
+LONGEST_FUNCTION = 75
+"""Lines of a function, without its docstring and the classes inside it. A Triton kernel cannot be divided."""
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    statements = function.body[1:] if ast.get_docstring(function) and len(function.body) > 1 else function.body
+    inner = sum(
+        (node.end_lineno or 0) - node.lineno + 1 for node in ast.walk(function) if isinstance(node, ast.ClassDef)
+    )
+    return (function.end_lineno or 0) - statements[0].lineno + 1 - inner
+
+
 @pytest.mark.parametrize(("name", "path"), sorted(modules().items()))
-def test_no_file_holds_two_ideas(name: str, path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400, f"{name} is too long"
+def test_functions_fit_a_screen(name: str, path: Path) -> None:
+    functions = (
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    written = [each for each in functions if not any("triton.jit" in ast.unparse(each) for each in each.decorator_list)]
+    long = {each.name: lines_of(each) for each in written if lines_of(each) > LONGEST_FUNCTION}
+    assert not long, f"{name}: {long}"
+
+
+def imported(path: Path, known: set[str]) -> set[str]:
+    """The project's modules that a module imports when it is imported itself."""
+    found: set[str] = set()
+
+    def visit(nodes: list[ast.stmt]) -> None:
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found.update(each for name in node.names if (each := f"{node.module}.{name.name}") in known)
+                found.update({node.module} & known)
+            elif isinstance(node, ast.Import):
+                found.update({name.name for name in node.names} & known)
+            elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                visit(node.orelse)
+            elif isinstance(node, ast.If | ast.Try | ast.With | ast.ClassDef):
+                visit([child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)])
+
+    visit(ast.parse(path.read_text()).body)
+    return found
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    found = modules()
+    # A package's __init__ only names what its modules hold.
+    graph = {
+        name: {each for each in imported(path, set(found)) if found[each].name != "__init__.py"}
+        for name, path in found.items()
+        if path.name != "__init__.py"
+    }
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " imports ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for each in sorted(graph[name]):
+                visit(each, (*path, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+@pytest.mark.parametrize(("name", "path"), sorted(modules().items()))
+def test_no_private_name_of_another_package_is_imported(name: str, path: Path) -> None:
+    own = name.split(".")[:2]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trtllm_vattn."):
+            private = [each.name for each in node.names if each.name.startswith("_")]
+            assert not private or (node.module or "").split(".")[:2] == own, (
+                f"{name} imports {private} of {node.module}"
+            )
 
 
 def test_it_is_typed_and_licensed() -> None:

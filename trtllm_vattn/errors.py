@@ -77,5 +77,13 @@ class CaptureError(VattnError):
     """A step did something that a captured graph cannot hold."""
 
 
+class CacheInterrupted(VattnError):
+    """A call was cut short (KeyboardInterrupt) while it changed the cache; call `reset()` or `close()`."""
+
+
+class WrongProcess(VattnError):
+    """A cache or driver was used in a process that was forked after it was made; nothing was touched."""
+
+
 class InvariantViolation(VattnError):
     """Our own bug: the books do not agree with one another. The message carries the numbers."""

@@ -22,6 +22,7 @@ from tensorrt_llm.models import LLaMAForCausalLM, QWenForCausalLM
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins.build import profile_sizes, profiles_of
 from trtllm_vattn.plugins.fields import AttentionFields
+from trtllm_vattn.plugins.networks.config_fields import wrong_trtllm_fields
 from trtllm_vattn.plugins.networks.decoder import inputs_of
 from trtllm_vattn.plugins.networks.spec import PlanLimits
 from trtllm_vattn.plugins.networks.trt_pen import add_attention
@@ -86,14 +87,13 @@ class VattnDecoder:
             wrong.append(f"{config.mapping.world_size} ranks (1 is supported)")
         if config.kv_dtype != config.dtype:
             wrong.append(f"KV of {config.kv_dtype} under {config.dtype}")
-        if config.moe.has_moe() or getattr(config, "residual_mlp", False) or getattr(config, "use_logn_attn", False):
-            wrong.append("experts, residual MLPs or logn attention")
+        if config.moe.has_moe():
+            wrong.append("experts")
         scaling = getattr(config, "rotary_scaling", None) or {}
         kind = scaling.get("type", scaling.get("rope_type", "none"))
         if kind not in PLAIN_SCALING:
             wrong.append(f"RoPE scaled by {kind} (there are {', '.join(PLAIN_SCALING)})")
-        factors = ("embedding_multiplier", "residual_multiplier", "output_multiplier_scale")
-        wrong += [f"{name} {getattr(config, name)}" for name in factors if getattr(config, name, 1.0) != 1.0]
+        wrong += wrong_trtllm_fields(vars(config), getattr(config, "head_size", None))
         if wrong:
             raise ConfigError(f"this checkpoint has {'; '.join(wrong)}: not supported; use TensorRT-LLM's own model")
 

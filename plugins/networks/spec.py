@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins.fields import DTYPES, AttentionFields, Slots
+from trtllm_vattn.plugins.networks.config_fields import check_config, check_weights
 from trtllm_vattn.runtime.binding import scale_of, shape_of
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
@@ -76,19 +77,29 @@ class DecoderSpec:
 
     @classmethod
     def of(cls, model: PreTrainedModel, max_seq_len: int) -> DecoderSpec:
-        """The spec of a model in memory. Raises ConfigError for a family that is not known, or too few positions."""
+        """The spec of a model in memory.
+
+        Raises ConfigError for a family that is not known, a field of its configuration or a tensor that the network
+        would leave out (config_fields.py), or too few positions.
+        """
         config = model.config.get_text_config()
         if config.model_type not in FAMILIES:
             raise ConfigError(f"no network for a {config.model_type} model; there are {', '.join(FAMILIES)}")
+        check_config(config)
         dtype = next((name for name, each in DTYPES.items() if each == model.dtype), None)
         if dtype is None:
             raise ConfigError(f"the model is of {model.dtype}; load it as one of {', '.join(DTYPES)}")
         shape = shape_of(model, 1, max_seq_len)
         weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        check_weights(weights, shape.num_layers)
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
         with torch.inference_mode():
             positions = torch.arange(max_seq_len, device=model.device)[None]
             cos, sin = model.model.rotary_emb(weights["model.norm.weight"], positions)
+        if cos.shape[-1] != shape.head_dim:
+            raise ConfigError(
+                f"the model turns {cos.shape[-1]} of {shape.head_dim} dimensions of a head; the network turns all"
+            )
         half = shape.head_dim // 2
         weights.update({"rope.cos": cos[0, :, :half].contiguous(), "rope.sin": sin[0, :, :half].contiguous()})
         return cls(

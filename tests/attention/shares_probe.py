@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trtllm_vattn.attention.shares import (
+from trtllm_vattn.attention.shares_launch import (
     Features,
     Rows,
     Settings,
@@ -70,7 +70,9 @@ class Checked:
         q = torch.randn(len(lanes), queries, self.heads, shape.head_dim).to(device, shape.dtype)
         out = torch.full_like(q, torch.nan)
         rows = Rows.of(self.heads // shape.num_kv_heads, queries, shape.head_dim)
-        settings = self.settings or settings_for(100 << 10, shape.head_dim, shape.dtype.itemsize, rows.rows)
+        settings = self.settings or settings_for(
+            100 << 10, shape.head_dim, shape.dtype.itemsize, rows.rows, 64 + len(lanes), False
+        )
         workspace = Workspace(q.device, self.programs, len(lanes), shape.num_kv_heads, rows, shape.head_dim)
         for buffer in (workspace.tops, workspace.totals, workspace.outs):
             buffer.fill_(torch.nan)
@@ -144,7 +146,7 @@ def shares(device: str, features: Features) -> None:
     for tile, start, fewest, programs in settings if big else settings[:4]:
         lengths = [chooser.choice((0, chooser.randint(1, 40), chooser.randint(1, longest))) for _ in range(5)]
         shape = CacheShape(2, 2, 64, torch.bfloat16 if big else torch.float32, 5, longest)
-        checked = Checked(shape, 8, device, lengths, features, Settings(tile, 4, 3, 1, start, fewest), 2, programs)
+        checked = Checked(shape, 8, device, lengths, features, Settings(tile, 4, 3, start, fewest), 2, programs)
         checked.ask(1)
         checked.ask(2, counts=[min(2, n) for n in lengths])
         checked.ask(1, slots=[4, 3, 2, 1, 0])
@@ -238,7 +240,6 @@ def graph(device: str, features: Features) -> None:
             assert all(torch.equal(bits[0], other) for other in bits), "equal lengths gave different bits"
         assert not attention._workspace.arrived.any()
     print(f"done random lengths under one graph: {checked.worst:.1e}", flush=True)
-    del attention
     checked.cache.close()
 
 

@@ -17,13 +17,15 @@ from trtllm_vattn.errors import ConfigError
 
 SLOTS, MAX = 8, 1104
 CACHES = ["contiguous", "paged", "vattn-1", "vattn-3", "blocks-1", "blocks-3"]
+READ_BY = {"xqa-fmha": "blocks", "shares": ("contiguous", "vattn")}
+"""What the names of caches begin with that a backend reads; others read all."""
 BACKENDS = [("torch", "cpu"), ("torch", "cuda:0"), ("cudnn", "cuda:0")]
-BACKENDS += [(name, device) for name in ("xqa", "xqa-fmha") for device in ("cpu", "cuda:0")]
+BACKENDS += [(name, device) for name in ("xqa", "xqa-fmha", "shares") for device in ("cpu", "cuda:0")]
 CASES = [
     pytest.param((name, device, kind), id=f"{name}-{device}-{kind}", marks=[pytest.mark.gpu] if device != "cpu" else [])
     for name, device in BACKENDS
     for kind in CACHES
-    if name != "xqa-fmha" or kind.startswith("blocks")
+    if kind.startswith(READ_BY.get(name, ""))
 ]
 KINDS = (torch.int64, torch.int32, torch.int32)
 LENGTHS = [0, 1, 15, 16, 17, 100, 1000, 0]
@@ -146,8 +148,10 @@ def test_prefill_chunks(build: Callable[..., Case], start: int, count: int, padd
     close(got[:count], expected(q[:count], k[every], v[every], visible, attention.scale))
 
 
-def test_chunks_of_several_prompts_packed(build: Callable[..., Case]) -> None:
-    # The last one's keys end where nothing is mapped behind, or what is there is no number.
+@pytest.mark.parametrize("bad", [None, 2, 5, 1, 6, 3])
+def test_chunks_of_several_prompts_packed(build: Callable[..., Case], bad: int | None) -> None:
+    # The last one's keys end where nothing is mapped behind, or what is there is no number. Where a prompt's own K and
+    # V are NaN, or infinite, the others have what they have without it.
     spans = [Span(2, 0, 100), Span(5, 37, 101), Span(1, 0, 1), Span(6, 900, 999), Span(3, 0, 17)]
     lengths = [0] * SLOTS
     for span in spans:
@@ -156,6 +160,11 @@ def test_chunks_of_several_prompts_packed(build: Callable[..., Case]) -> None:
     counts = [span.end - span.start for span in spans]
     padded = sum(counts) + 7
     q = torch.randn(padded, 8, 64).to(k.dtype)
+    if bad is not None:
+        where = torch.full((lengths[bad],), bad), torch.arange(lengths[bad])
+        numbers = torch.full((lengths[bad], 2, 64), torch.nan, dtype=k.dtype, device=cache.device)
+        numbers[::2] = torch.inf
+        attention.write(1, numbers, numbers, *(each.to(cache.device) for each in where))
 
     def on_device(values: list[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=cache.device)
@@ -169,10 +178,12 @@ def test_chunks_of_several_prompts_packed(build: Callable[..., Case]) -> None:
         for span, count in zip(spans, counts, strict=True)
     ]
     got = attention.prefill_packed(1, q.to(cache.device), PackedPrefill(chunks, spans))
-    assert torch.isfinite(got).all()
     slots = [span.slot for span in spans for _ in range(span.start, span.end)]
     visible = [position + 1 for span in spans for position in range(span.start, span.end)]
-    close(got[: sum(counts)], expected(q[: sum(counts)], k[slots], v[slots], visible, attention.scale))
+    want = expected(q[: sum(counts)], k[slots], v[slots], visible, attention.scale)
+    good = torch.tensor([slot != bad for slot in slots])
+    close(got[: sum(counts)].cpu()[good], want[good])
+    assert torch.isfinite(got[sum(counts) :]).all()
 
 
 def test_queries_and_keys_are_turned_as_they_are_stored(build: Callable[..., Case]) -> None:

@@ -7,22 +7,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from ties import agree, by_request
 
 from trtllm_vattn.attention.select import available, make_attention
-from trtllm_vattn.attention.shares import (
-    HEAD_SIZES,
-    MOST_QUERIES,
-    Rows,
-    SharesAttention,
-    fits_tma,
-    settings_for,
-)
+from trtllm_vattn.attention.shares import HEAD_SIZES, MOST_QUERIES, SharesAttention
+from trtllm_vattn.attention.shares_launch import Rows, Settings, fits_tma, programs_at_once, settings_for
 from trtllm_vattn.cache.base import CacheShape, FlatKV
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.request import TokenEvent
+from trtllm_vattn.runtime.sampling import SamplingParams
 
 PROBE = Path(__file__).with_name("shares_probe.py")
 
@@ -31,6 +33,8 @@ def probe(*arguments: str, interpreted: bool) -> None:
     """Run the probe's cases in a process of its own, which may die of a load too far."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
+    if interpreted and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("Triton's interpreter makes numbers of arrays, which numpy refuses from 2.4 on")
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpreted else "0"}
     command = [sys.executable, str(PROBE), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
@@ -111,6 +115,11 @@ def test_more_queries_or_lanes_than_there_may_be_are_refused(backend: SharesAtte
         backend.decode_queries(1, torch.randn(5, 1, 6, 64), None, torch.ones(5, dtype=torch.int32))
 
 
+def test_queries_of_another_dtype_are_refused(backend: SharesAttention) -> None:
+    with pytest.raises(ConfigError, match=r"queries are torch.float16, the cache is torch.float32; convert"):
+        backend.decode(1, torch.randn(4, 6, 64).half(), torch.ones(4, dtype=torch.int32))
+
+
 def test_blocks_are_refused() -> None:
     with (
         make_cache("paged", CacheShape(1, 1, 64, torch.float32, 1, 32), "cpu") as cache,
@@ -119,16 +128,40 @@ def test_blocks_are_refused() -> None:
         make_attention("shares", cache, 1)
 
 
-def test_settings_fit_into_shared_memory() -> None:
-    for shared in (100 << 10, 164 << 10, 228 << 10):
-        for head_dim in HEAD_SIZES:
-            for itemsize in (2, 4):
-                for rows in (16, 32, 64):
-                    settings = settings_for(shared, head_dim, itemsize, rows)
-                    # One of the stages is under way in registers or just used.
-                    tiles = (settings.stages - 1) * 2 * settings.tile * (1 << (head_dim - 1).bit_length()) * itemsize
-                    assert tiles * settings.programs <= shared
-                    assert settings.tile >= 16
+@pytest.mark.parametrize("lanes", [8, 256])
+@pytest.mark.parametrize("shared", [100 << 10, 164 << 10, 228 << 10])
+def test_settings_fit_into_shared_memory(shared: int, lanes: int) -> None:
+    for head_dim in HEAD_SIZES:
+        for itemsize in (2, 4):
+            for rows in (16, 32, 64):
+                if rows * head_dim > 64 * 128:
+                    continue
+                settings = settings_for(shared, head_dim, itemsize, rows, lanes, few=lanes == 8)
+                tiles = (settings.stages - 1) * 2 * settings.tile * (1 << (head_dim - 1).bit_length()) * itemsize
+                assert tiles < (shared if settings.warps == 8 else shared // 2)
+                assert settings.tile >= 16
+                assert settings.stages >= 2
+
+
+def test_settings_are_those_that_were_measured() -> None:
+    def on_h200(lanes: int) -> Settings:
+        return settings_for(228 << 10, 128, 2, 16, lanes, few=lanes * 8 <= 132)
+
+    assert on_h200(8) == Settings(tile=128, warps=4, stages=2, start=2)
+    assert on_h200(64) == Settings(tile=128, warps=4, stages=2, start=1)
+    assert on_h200(256) == Settings(tile=64, warps=4, stages=3, start=3)
+
+
+def test_as_many_programs_are_launched_as_a_multiprocessor_holds() -> None:
+    def kernel(registers: int, shared: int, warps: int = 4) -> SimpleNamespace:
+        return SimpleNamespace(n_regs=registers, metadata=SimpleNamespace(num_warps=warps, shared=shared))
+
+    h200 = 228 << 10
+    assert programs_at_once(kernel(217, 73752), h200) == 2
+    assert programs_at_once(kernel(161, 71712), h200) == 3
+    assert programs_at_once(kernel(169, 71712), h200) == 2, "169 registers are taken as 176"
+    assert programs_at_once(kernel(100, 115 << 10), h200) == 1, "by shared memory"
+    assert programs_at_once(kernel(255, 1024, 16), h200) == 1, "one at least"
 
 
 def test_rows_hold_every_query_of_a_head() -> None:
@@ -150,3 +183,32 @@ def test_what_a_tensor_map_can_hold_is_known() -> None:
     assert not fits_tma(flat(2, 4, 8)), "heads of 8 bytes"
     kv = flat(2, 64, 128)
     assert not fits_tma(FlatKV(kv.k, kv.v.as_strided(kv.v.shape, kv.v.stride(), 1))), "an address of 2 bytes"
+
+
+def generated(attention: str, capture: bool, name: str, device: str, dtype: torch.dtype) -> list[list[TokenEvent]]:
+    """Tokens of some prompts, more than there are lanes, by prompt."""
+    model = load_model(name, device, dtype)
+    prompts = [np.random.default_rng(n).integers(0, model.config.vocab_size, n).tolist() for n in (3, 40, 1, 16, 75)]
+    cache = make_cache("vattn", shape_of(model, 3, 128), device)
+    with Engine(model, cache, attention=attention, capture=capture, compile=False, record_margins=True) as engine:
+        numbers = [engine.submit(prompt, SamplingParams(max_tokens=10)) for prompt in prompts]
+        events = list(engine.run())
+        engine.cache.check_integrity()
+        if capture:
+            engine.decode.audit().raise_if_foreign()
+    return by_request(events, numbers)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_an_engine_on_the_host_decodes_by_the_reference(capture: bool) -> None:
+    runs = [generated(name, capture, "tiny-llama", "cpu", torch.float32) for name in ("shares", "torch")]
+    of_shares, of_torch = ([[event.token for event in each] for each in run] for run in runs)
+    assert of_shares == of_torch
+    assert [len(tokens) for tokens in of_shares] == [10] * 5
+
+
+@pytest.mark.gpu
+def test_captured_and_eager_steps_agree_and_the_graphs_hold_nothing_foreign() -> None:
+    if available()["shares"] != "yes":
+        pytest.skip(available()["shares"])
+    agree(*(generated("shares", capture, "llama-3.2-1b", "cuda:0", torch.bfloat16) for capture in (False, True)))

@@ -60,7 +60,7 @@ def test_graph_times_steps_on_a_gpu_alone(capsys: pytest.CaptureFixture[str]) ->
 
 def test_start_sizes_after_capturing(tmp_path: Path) -> None:
     report = tmp_path / "start.json"
-    command = ["bench", "start", *HOST, "--budgets-mib", "4,12,4", "--output-json", str(report)]
+    command = ["bench", "start", *HOST, "--budgets", "4MiB,12MiB,4MiB", "--output-json", str(report)]
     assert main(command) == 0
     results = json.loads(report.read_text())
     summary = results["summary"]
@@ -73,7 +73,7 @@ def test_start_sizes_after_capturing(tmp_path: Path) -> None:
 
 def test_policies_take_turns(tmp_path: Path) -> None:
     report = tmp_path / "policy.json"
-    command = ["bench", "policy", *HOST, "--batch", "3", "--rounds", "1", "--soak-seconds", "0.2"]
+    command = ["bench", "policy", *HOST, "--batch-size", "3", "--rounds", "1", "--soak-seconds", "0.2"]
     assert main([*command, "--steps", "40", "--output-json", str(report)]) == 0
     results = json.loads(report.read_text())
     rows = {row["policy"]: row for row in results["results"]["runs"]}
@@ -118,7 +118,7 @@ def test_a_strangers_address_in_any_captured_graph_is_found(
 
 def test_fragmentation_is_counted_by_the_caches_own_books(tmp_path: Path) -> None:
     report = tmp_path / "fragmentation.json"
-    command = ["bench", "fragmentation", "--requests", "60", "--max-seqs", "32", "--budget-gib", "8"]
+    command = ["bench", "fragmentation", "--requests", "60", "--max-seqs", "32", "--budget", "2GiB"]
     plot = tmp_path / "fragmentation.png"
     assert main([*command, "--max-output", "64", "--output-json", str(report), "--plot", str(plot)]) == 0
     assert plot.stat().st_size > 10_000
@@ -301,8 +301,8 @@ def test_a_trace_is_served_by_every_cache(tmp_path: Path, monkeypatch: pytest.Mo
         "--rounds",
         "1",
         "--at-once",
-        "--budget-gib",
-        "0.001",
+        "--budget",
+        "1MiB",
         "--chunk",
         "32",
     ]

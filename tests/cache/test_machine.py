@@ -5,6 +5,7 @@ The bytes of all live tokens and the integrity of the books are checked after ev
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from itertools import groupby
 
@@ -22,6 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from interrupting import interrupt_at
 from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -232,6 +234,42 @@ class CacheMachine(RuleBasedStateMachine):
             assert used - surplus > budget
         else:
             assert pool.budget == budget
+
+    @rule()
+    def reset(self) -> None:
+        self.cache.reset()
+        self.model.clear()
+        self.authors.clear()
+
+    @rule(data=st.data(), at=st.integers(0, 400), then_reset=st.booleans())
+    def interrupt(self, data: st.DataObject, at: int, then_reset: bool) -> None:
+        """Ctrl-C at some instruction of some call: it is done whole or not at all, and the cache goes on."""
+        new, calls = self.count, [lambda: self.cache.admit(new, 7), self.cache.map_ahead]
+        if self.model:
+            sequence = data.draw(st.sampled_from(sorted(self.model)))
+            calls += [
+                lambda: self.cache.release(sequence),
+                lambda: self.cache.extend(sequence, 5),
+                lambda: self.cache.fork(sequence, new, self.model[sequence]),
+                lambda: self.cache.replace(sequence),
+                lambda: self.cache.truncate(sequence, 1),
+            ]
+        self.count += 1
+        with contextlib.suppress(OutOfPages, NoFreeSlot, SequenceTooLong):
+            interrupt_at(at, data.draw(st.sampled_from(calls)))
+        if then_reset:
+            self.reset()
+        here = {self.cache.sequence_at(slot) for slot in range(SHAPE.num_slots)}
+        for gone in set(self.model) - here:
+            del self.model[gone], self.authors[gone]
+        for known in self.model:
+            length = int(self.cache.lengths[self.cache.slot_of(known)])
+            before, self.model[known] = self.model[known], length
+            if length > before:
+                self.write(known, range(before, length))
+        if new in here:
+            # Admitted or forked: its tokens are whoever's until somebody writes them, which copies what is shared.
+            self.cache.release(new)
 
     @rule(pages=st.integers(1, 5))
     def reclaim(self, pages: int) -> None:

@@ -12,6 +12,7 @@ from shapes import SHAPE
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError, DriverError, DuplicateSequence, NoFreeSlot, OutOfPages, UnmappedAccess
 from trtllm_vattn.graphs.guard import Guard
+from trtllm_vattn.memory.leftovers import ATTEMPTS
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
@@ -303,18 +304,32 @@ def test_every_driver_call_of_an_operation_may_fail_once(name: str, layers_per_r
         assert failures > 1
 
 
+def test_a_replacement_whose_way_back_fails_once_changes_nothing() -> None:
+    driver = FaultyDriver(HostDriver())
+    with KVCacheManager(SHAPE, driver, 300 * PAGE, 4, lookahead=0) as cache:
+        admit(cache, "a", 20)
+        before = serials(cache, "a")
+        for _ in range(2):
+            driver.fail("map", skip=len(before))
+        with pytest.raises(DriverError):
+            cache.replace("a")
+        assert serials(cache, "a") == before
+        expect(cache, "a", range(20))
+        cache.check_integrity()
+
+
 def test_a_replacement_whose_way_back_fails_cuts_the_sequence_and_says_so() -> None:
     host = HostDriver()
     driver = FaultyDriver(host)
     with KVCacheManager(SHAPE, driver, 300 * PAGE, 4, lookahead=0) as cache:
         admit(cache, "a", 20)
         admit(cache, "b", 20)
-        # The scratch mapping succeeds, the one at the old address fails, and so does the way back.
-        driver.fail("map", skip=len(serials(cache, "a")))
-        driver.fail("map", skip=len(serials(cache, "a")))
+        # The scratch mapping succeeds, the one at the old address fails, and so does the way back, however often.
+        for _ in range(1 + ATTEMPTS):
+            driver.fail("map", skip=len(serials(cache, "a")))
         with pytest.raises(DriverError):
             cache.replace("a")
-        cache.arena.check_integrity()
+        cache.check_integrity()
         assert cache.frontiers[0] == 0
         with pytest.raises(UnmappedAccess, match="sequence 'a' in slot 0"):
             lane(Guard(cache), 0, 20)

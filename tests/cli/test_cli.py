@@ -98,28 +98,6 @@ def test_a_trace_file_is_replayed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--trace", "/nowhere.csv"], "cannot read the trace /nowhere.csv"),
-        (["--model", "gpt-5"], "no model 'gpt-5'"),
-        (
-            ["--caches", "orca"],
-            "--caches names ['orca']; there are contiguous, paged, paged-64, token, published, vattn",
-        ),
-        (["--attention", "flash"], "no attention backend 'flash'"),
-    ],
-)
-def test_what_the_user_can_mend_is_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*SMALL, *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("trtllm-vattn: ")
-    assert message in captured.err
-    assert "Traceback" not in captured.err
-
-
-@pytest.mark.parametrize(
     ("asked", "device", "model"), [([], "cuda:0", "llama-3-8b"), (["--device", "cpu"], "cpu", "tiny-llama")]
 )
 def test_sizes_are_for_the_device_that_is_asked_for(
@@ -189,8 +167,8 @@ def test_the_module_is_the_command() -> None:
     )
     assert done.stdout.strip() == "0.1.0"
     done = subprocess.run([sys.executable, "-m", "trtllm_vattn"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "doctor" in done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "doctor" in done.stdout
 
 
 def test_doctor_asks_a_gpu_about_its_virtual_memory(monkeypatch: pytest.MonkeyPatch) -> None:

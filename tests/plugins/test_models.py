@@ -303,12 +303,37 @@ def test_what_the_plugin_does_not_do_is_refused(world: World, changes: dict[str,
         ({"moe": SimpleNamespace(has_moe=lambda: True)}, "experts"),
         ({"rotary_scaling": {"rope_type": "yarn"}}, "RoPE scaled by yarn"),
         ({"residual_multiplier": 0.5}, "residual_multiplier 0.5"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier 12.0"),
+        ({"output_multiplier_scale": 0.125}, "output_multiplier_scale 0.125"),
+        ({"residual_mlp": True}, "residual_mlp True"),
+        ({"fc_after_embed": True}, "fc_after_embed True"),
+        ({"use_last_layernorm": False}, "use_last_layernorm False"),
+        ({"position_embedding_type": "rope_gptj"}, "position_embedding_type 'rope_gptj'"),
+        ({"position_embedding_type": SimpleNamespace(name="alibi")}, "position_embedding_type 'alibi'"),
+        ({"head_size": 16, "rotary_embedding_dim": 8}, "rotary_embedding_dim 8"),
     ],
 )
 def test_checkpoints_that_are_not_drawn_are_refused(world: World, changes: dict[str, Any], message: str) -> None:
     model = load(world).VattnLlamaForCausalLM(**recorded_model("llama", world, **changes))
     with pytest.raises(ConfigError, match=message):
         model.prepare_inputs(**prepare_arguments())
+
+
+def test_unknown_fields_of_a_checkpoint_are_refused_and_known_ones_are_not(world: World) -> None:
+    state = recorded_model("llama", world)
+    known = {
+        "hidden_act": "silu",
+        "mlp_bias": True,
+        "norm_epsilon": 1e-6,
+        "runtime_defaults": object(),
+        "logit_cap": None,
+    }
+    # As TensorRT-LLM sets whatever a checkpoint's config.json has beside.
+    state["config"].__dict__.update(known, position_embedding_type="rope_gpt_neox", tie_word_embeddings=True)
+    load(world).VattnLlamaForCausalLM(**state).prepare_inputs(**prepare_arguments())
+    state["config"].__dict__.update(logit_cap=30.0)
+    with pytest.raises(ConfigError, match=r"logit_cap 30\.0 \(not known\)"):
+        load(world).VattnLlamaForCausalLM(**state).prepare_inputs(**prepare_arguments())
 
 
 def test_the_commands_in_the_document_use_recorded_flags() -> None:

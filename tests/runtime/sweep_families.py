@@ -24,7 +24,7 @@ from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
 
-VOCAB, LONGEST, NEW = 500, 96, 12
+VOCAB, LONGEST, NEW = 500, 96, 8
 PROMPTS = ([3, 1, 4, 1, 5], [(n * 37 + 11) % VOCAB for n in range(70)], [9])
 
 SMALL: dict[str, Any] = {
@@ -181,7 +181,7 @@ def _small(default: PreTrainedConfig) -> dict[str, Any]:
             continue
         try:
             has = hasattr(default, name)
-        except ValueError:  # a size by layer
+        except RuntimeError:  # a size by layer
             has = True
         if has:
             found[name] = value

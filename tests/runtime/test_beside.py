@@ -123,7 +123,7 @@ def test_memory_for_the_queue_is_created_beside_the_prompts_before(model: PreTra
         for _ in engine.run():
             pass
         # Nobody waits, so nothing is kept for them.
-        assert not cache._stock._waiting
+        assert not cache._stock.expected
 
 
 def test_memory_that_no_sequence_uses_goes_back_while_the_engine_is_idle() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import ConfigError, DriverError, OutOfPages
+from trtllm_vattn.errors import ConfigError, DriverError, OutOfPages, SequenceTooLong
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.decode import Launch
 from trtllm_vattn.runtime.engine import Engine
@@ -97,14 +97,19 @@ def test_first_tokens_are_not_lost_where_decoding_runs_out_of_memory() -> None:
         prompt = [5] * (layout.granule // layout.row_bytes)
         engine.set_budget(2 * layout.num_ranges * layout.granule)
         tokens = []
-        number = engine.submit(prompt, SamplingParams(3))
-        with pytest.raises(OutOfPages, match=f"request {number} alone outgrew"):
-            engine.step()
+        with pytest.raises(SequenceTooLong, match=r"max_tokens 3 take 8,192 bytes, and the budget has 4,096"):
+            engine.submit(prompt, SamplingParams(3))
         engine.set_budget(64 << 20)
+        engine.submit(prompt, SamplingParams(3))
+        engine.set_budget(2 * layout.num_ranges * layout.granule)
         while engine.busy:
-            tokens += [event.token for event in engine.step()]
+            tokens += engine.step()
+        assert [event.finish_reason for event in tokens] == [None, "error"]
+        assert tokens[1].error is not None
+        assert "it alone outgrew the cache's memory at 5 tokens" in tokens[1].error
+        engine.set_budget(64 << 20)
         (again,) = engine.generate([prompt], SamplingParams(3))
-        assert tokens == again.tokens
+        assert tokens[0].token == again.tokens[0]
 
 
 def test_a_release_that_fails_is_made_by_the_next_step() -> None:
@@ -183,8 +188,8 @@ def test_generate_leaves_nothing_behind() -> None:
             engine.generate([[1, 2], [9999]], SamplingParams(3))
         assert not engine.busy
         engine.set_budget(4 * engine.cache.layout.num_ranges * engine.cache.layout.granule)  # type: ignore[attr-defined]
-        with pytest.raises(OutOfPages):
-            engine.generate([[3] * 40, [1] * 100], SamplingParams(20))
+        with pytest.raises(SequenceTooLong):
+            engine.generate([[3] * 4, [1] * 100], SamplingParams(20))
         assert not engine.busy
         assert engine.cache.stats().sequences == 0
         engine.set_budget(64 << 20)

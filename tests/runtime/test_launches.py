@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.attention.gather import GatheringAttention
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import COMPARED, make_cache
-from trtllm_vattn.errors import CaptureError, ConfigError, OutOfPages
+from trtllm_vattn.errors import CaptureError, ConfigError, SequenceTooLong
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
@@ -248,10 +248,10 @@ def test_graphs_are_captured_over_the_dummy_slot_and_memory_comes_later(
         assert set(engine.startup.decode.replay_s) == {1, 2, 3}
         assert set(engine.startup.prefill.seconds) == {16, 32, 64, 128}
         assert engine.startup.capture_s > 0
-        engine.submit(PROMPTS[0], PARAMS[0])
-        with pytest.raises(OutOfPages):
-            engine.step()
+        with pytest.raises(SequenceTooLong, match="the budget has 0 for sequences"):
+            engine.submit(PROMPTS[0], PARAMS[0])
         engine.set_budget(256 << 20)
+        engine.submit(PROMPTS[0], PARAMS[0])
         assert [event.token for event in engine.run()] == single[0]
 
 
@@ -292,7 +292,7 @@ def test_a_short_prompt_is_one_replay(build: Callable[..., Engine]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps is 0; a launch has at least 1"),
+        ({"steps": 0}, "steps is 0; it is a whole number from 1 to 128"),
         ({"steps": 2, "record_margins": True}, "margins are recorded of single steps"),
         ({"mapping": "sometimes"}, "no mapping policy 'sometimes'"),
     ],

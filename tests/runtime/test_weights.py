@@ -382,6 +382,14 @@ def test_parameters_replaced_beneath_graphs_are_refused_by_name() -> None:
                 call()
 
 
+def test_a_model_without_parameters_is_refused() -> None:
+    class Plan(torch.nn.Module):
+        device = torch.device("cpu")
+
+    with pytest.raises(ConfigError, match="Plan has no weights to write, as a plan's; build the plan again"):
+        Weights(Plan(), True).check({Q: torch.zeros(1)}, None, False)  # type: ignore[arg-type]
+
+
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 

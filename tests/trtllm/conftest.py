@@ -33,10 +33,11 @@ def double(monkeypatch: pytest.MonkeyPatch, series: str) -> Iterator[SimpleNames
     monkeypatch.setattr("trtllm_vattn.trtllm.manager.open_driver", lambda device: open_driver("cpu"))
     monkeypatch.setenv("TRTLLM_DOUBLE_VERSION", VERSIONS[series])
     sys.path.insert(0, str(DOUBLE))
-    names = ("bindings", "_torch.pyexecutor.resource_manager", "_torch.pyexecutor.py_executor")
+    inner = "_torch.pyexecutor."
+    names = ("bindings", f"{inner}resource_manager", f"{inner}py_executor", f"{inner}_util")
     try:
-        bindings, managers, executor = (importlib.import_module(f"tensorrt_llm.{name}") for name in names)
-        yield SimpleNamespace(bindings=bindings, managers=managers, executor=executor)
+        bindings, managers, executor, util = (importlib.import_module(f"tensorrt_llm.{name}") for name in names)
+        yield SimpleNamespace(bindings=bindings, managers=managers, executor=executor, util=util)
     finally:
         uninstall()
         sys.path.remove(str(DOUBLE))

@@ -2,71 +2,97 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from trtllm_shape import DOUBLE, SHAPE
+from trtllm_shape import DOUBLE, SHAPE, VERSIONS
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.trtllm import TrtllmConfig, install, uninstall
 from trtllm_vattn.trtllm.features import UnsupportedFeature
-from trtllm_vattn.trtllm.installation import HOOK, TARGET, environment_for
+from trtllm_vattn.trtllm.installation import FALLBACK, HOOK, TARGET, environment_for
 
 RunApart = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def start(double: SimpleNamespace, util: Any, model: Any = None, **llm_args: Any) -> tuple[Any, bool]:
-    """What `create_py_executor` does with the names of `_util`."""
-    creator = util.KvCacheCreator(
+def creator(double: SimpleNamespace, model: Any = None, config: Any = None, **named: Any) -> Any:
+    """What `create_py_executor` makes first."""
+    transceiver = named.pop("transceiver", None)
+    return double.util.KvCacheCreator(
         model_config=model or SimpleNamespace(),
-        llm_args=SimpleNamespace(cache_transceiver_config=llm_args.get("transceiver")),
-        kv_cache_config=double.managers.KvCacheConfig(),
+        llm_args=SimpleNamespace(cache_transceiver_config=transceiver),
+        kv_cache_config=config or double.managers.KvCacheConfig(),
         mapping=double.managers.Mapping(),
         dtype=double.bindings.DataType.FLOAT,
         **SHAPE,
+        **named,
     )
-    estimating = creator.try_prepare_estimation()
-    resources: dict[str, Any] = {}
-    creator.build_managers(resources, estimating)
-    executor = util.PyExecutor(resources["kv"], 4) if hasattr(resources["kv"], "vattn_size") else None
-    if executor:
-        executor.start_worker()
-    return resources["kv"], estimating
 
 
-def test_a_start_makes_our_manager_once_and_sizes_it_last(
-    double: SimpleNamespace, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    assert install(lookahead=32)
-    util = importlib.import_module(TARGET)
-    manager, estimating = start(double, util)
-    try:
-        assert not estimating
-        assert isinstance(manager, double.managers.KVCacheManager)
-        assert manager._vattn_settings == TrtllmConfig(lookahead=32)
-        assert manager._vattn_sized
-        assert manager._vattn_target == manager.stock_blocks * manager._vattn_pages.block_bytes
-    finally:
+@pytest.fixture
+def start(double: SimpleNamespace) -> Iterator[Callable[..., tuple[Any, bool]]]:
+    """Runs a start as TensorRT-LLM does; gives the executor's manager and whether its size was estimated first."""
+    made = []
+
+    def run(*arguments: Any, **named: Any) -> tuple[Any, bool]:
+        executor, estimating = double.util.create_py_executor(creator(double, *arguments, **named))
+        made.append(executor.kv_cache_manager)
+        return executor.kv_cache_manager, estimating
+
+    yield run
+    for manager in made:
         manager.shutdown()
-        manager._vattn_pages.cache.driver.close()
-    said = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-    assert any("trtllm-vattn is installed in process" in text for text in said)
-    assert any("KV cache at fixed addresses" in text for text in said)
 
 
-def test_uninstalled_everything_is_as_it_was(double: SimpleNamespace) -> None:
-    util = importlib.import_module(TARGET)
+@pytest.mark.parametrize("series", list(VERSIONS))
+def test_a_start_makes_our_manager_once_and_sizes_it_last(
+    double: SimpleNamespace, start: Callable[..., tuple[Any, bool]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    assert install(lookahead=32)
+    made = creator(double)
+    assert not caplog.records
+    assert not made.try_prepare_estimation()
+    manager, estimating = start()
+    assert not estimating
+    assert isinstance(manager, double.managers.KVCacheManager)
+    assert manager._vattn_settings == TrtllmConfig(lookahead=32)
+    assert manager._vattn_sized
+    assert manager._vattn_target == manager.stock_blocks * manager._vattn_pages.block_bytes
+    said = [record.message for record in caplog.records if "at fixed addresses" in record.message]
+    (line,) = said
+    assert f"the first at {manager.kv_cache_pool_pointers[0, 0]:#x}; 4 requests of 128 tokens" in line
+
+
+@pytest.mark.parametrize("series", list(VERSIONS))
+def test_the_users_limit_on_bytes_is_heeded(
+    double: SimpleNamespace, start: Callable[..., tuple[Any, bool]], series: str
+) -> None:
+    """The estimate that would have heeded it is skipped."""
+    install()
+    config = double.managers.KvCacheConfig(max_gpu_total_bytes=150_000)
+    assert start(config=config)[0]._vattn_target == 150_000
+    assert config.max_gpu_total_bytes == 150_000
+    install(budget=200_000)
+    assert start(config=config)[0]._vattn_target == 150_000
+    assert start(config=double.managers.KvCacheConfig())[0]._vattn_target == 200_000
+
+
+@pytest.mark.parametrize("series", ["1.2", "1.4.0rc"])
+def test_uninstalled_everything_is_as_it_was(
+    double: SimpleNamespace, start: Callable[..., tuple[Any, bool]], series: str
+) -> None:
+    util = double.util
     names = [(util, "get_kv_cache_manager_cls"), (util.PyExecutor, "start_worker")]
     names += [(util.KvCacheCreator, name) for name in ("__init__", "try_prepare_estimation")]
+    names += [(util.KvCacheCreator, FALLBACK)] if series != "1.2" else []
     before = [getattr(*place) for place in names]
     environment = dict(os.environ)
     install()
@@ -77,25 +103,45 @@ def test_uninstalled_everything_is_as_it_was(double: SimpleNamespace) -> None:
     uninstall()
     assert [getattr(*place) for place in names] == before
     assert dict(os.environ) == environment
-    manager, estimating = start(double, util)
+    manager, estimating = start()
     assert estimating
     assert type(manager) is double.managers.KVCacheManager
 
 
-def test_classes_that_we_do_not_know_are_refused(double: SimpleNamespace) -> None:
-    util = importlib.import_module(TARGET)
+def test_classes_that_we_do_not_know_are_refused(
+    double: SimpleNamespace, start: Callable[..., tuple[Any, bool]], caplog: pytest.LogCaptureFixture
+) -> None:
     install()
     hybrid = type("MambaHybridCacheManager", (double.managers.KVCacheManager,), {})
-    with pytest.raises(UnsupportedFeature, match="a MambaHybridCacheManager, of which"):
-        start(double, util, SimpleNamespace(manager=hybrid))
+    with pytest.raises(UnsupportedFeature, match=r"a MambaHybridCacheManager, of which.*--allow-stock"):
+        start(SimpleNamespace(manager=hybrid))
     with pytest.raises(UnsupportedFeature, match="disaggregated serving"):
-        start(double, util, transceiver=object())
+        start(transceiver=object())
+    install(allow_stock=True)
+    manager, estimating = start(SimpleNamespace(manager=hybrid))
+    assert type(manager) is hybrid
+    assert estimating
+    assert "runs on TensorRT-LLM's own MambaHybridCacheManager" in caplog.text
+    assert "carrying on with it, as allow_stock says" in caplog.text
+    assert "requests of" not in caplog.text
 
 
 def test_another_util_is_refused(double: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    util = importlib.import_module(TARGET)
-    monkeypatch.delattr(util, "get_kv_cache_manager_cls")
-    with pytest.raises(ConfigError, match="has no get_kv_cache_manager_cls"):
+    executor = double.executor.PyExecutor
+    before = executor.start_worker
+    for owner, name, told in (
+        (double.util, "get_kv_cache_manager_cls", r"_util of the installed TensorRT-LLM has no get_kv_cache_manager"),
+        (double.util.KvCacheCreator, "try_prepare_estimation", "KvCacheCreator of .* has no try_prepare_estimation"),
+        (executor, "start_worker", "PyExecutor of .* has no start_worker"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.delattr(owner, name)
+            with pytest.raises(ConfigError, match=told):
+                install()
+        assert executor.start_worker is before
+        assert "VATTN_TRTLLM" not in os.environ
+    monkeypatch.setitem(sys.modules, TARGET, None)
+    with pytest.raises(ConfigError, match=r"_util of the installed TensorRT-LLM is not there.*install one of these"):
         install()
 
 
@@ -128,7 +174,7 @@ def test_the_launcher_reaches_the_processes_of_its_command() -> None:
     for script in (SCRIPT, nested):
         done = run_command("--budget", "2GiB", script=script)
         assert done.stdout.split() == ["FixedAddressKVCacheManager"], done.stderr
-        assert "budget=2147483648" in done.stderr
+        assert done.stderr == ""
 
 
 def test_the_hook_is_inert_elsewhere_and_runs_who_was_there_before(tmp_path: Path) -> None:
@@ -166,10 +212,13 @@ def test_settings_come_from_a_file_and_flags_over_it(tmp_path: Path) -> None:
     script = "import os; print(os.environ['VATTN_TRTLLM'], os.environ['TLLM_WORKER_USE_SINGLE_PROCESS'])"
     done = run_command("--config", str(path), "--lookahead", "32", "--single-process", script=script)
     assert done.stdout.strip() == '{"budget": 3221225472, "lookahead": 32} 1', done.stderr
+    done = run_command("--config", str(path), "--any-version", "--allow-stock", "--single-process", script=script)
+    assert '"lookahead": 64, "any_version": true, "allow_stock": true} 1' in done.stdout, done.stderr
 
 
 def test_the_environment_carries_all_settings() -> None:
-    config = TrtllmConfig(budget=5 << 30, layers_per_range=4, lookahead=0)
+    config = TrtllmConfig(budget="5GiB", layers_per_range=4, lookahead=0, any_version=True, allow_stock=True)
+    assert config.budget == config.budget_bytes == 5 << 30
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment_for(config).items():
             patch.setenv(name, value)
@@ -186,9 +235,12 @@ def test_the_environment_carries_all_settings() -> None:
 @pytest.mark.parametrize(
     ("settings", "wrong"),
     [
-        ({"bugdet": 1}, "no setting bugdet; there are budget, layers_per_range, lookahead"),
+        ({"bugdet": 1}, "no setting bugdet; there are budget, layers_per_range, lookahead, any_version"),
         ({"budget": "12 apples"}, "write 17179869184 or 16GiB"),
         ({"lookahead": -1}, "lookahead is -1"),
+        ({"budget": True}, "budget is True"),
+        ({"budget": 2.5e9}, "budget is 2500000000.0; it must be a whole number"),
+        ({"any_version": "yes"}, "any_version is 'yes'; it must be true or false"),
     ],
 )
 def test_settings_that_cannot_work(settings: dict[str, Any], wrong: str) -> None:

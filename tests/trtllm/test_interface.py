@@ -10,15 +10,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from trtllm_shape import VERSIONS, drafts
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.trtllm.features import REQUIRED, REQUIRED_GLOBALS
-from trtllm_vattn.trtllm.manager import books_alone, make_manager
+from trtllm_vattn.trtllm.manager import BOOK_HEAD_DIM, books_alone, make_manager
+from trtllm_vattn.trtllm.start import KINDS
+from trtllm_vattn.trtllm.versions import RECORDED as SERIES
+from trtllm_vattn.trtllm.versions import series_of
 
 RECORDED = json.loads((Path(__file__).parents[1] / "data" / "trtllm_interface.json").read_text())
-MANAGER = RECORDED["KVCacheManager"]
-METHODS = {each["name"]: [p.partition("=")[0] for p in each["params"] if p != "*"] for each in MANAGER["methods"]}
-ATTRIBUTES = set(MANAGER["attributes_used_by_others"])
+pytestmark = pytest.mark.parametrize("series", list(RECORDED))
+
+
+def methods(entry: Any) -> dict[str, list[str]]:
+    return {each["name"]: [p.partition("=")[0] for p in each["params"] if p != "*"] for each in entry["methods"]}
 
 
 def ours(name: str) -> bool:
@@ -29,41 +35,80 @@ def parameters(method: Any) -> list[str]:
     return [name for name in inspect.signature(method).parameters if name != "self"]
 
 
-def test_the_stand_in_is_what_was_recorded(double: SimpleNamespace) -> None:
+def public(kind: Any) -> set[str]:
+    """Methods of a stand-in's class and of those of the stand-in that it is made of."""
+    own = [each for each in kind.__mro__ if each.__module__.startswith("tensorrt_llm")]
+    named = {name for each in own for name in vars(each) if callable(getattr(kind, name)) and name[0] != "_"}
+    return named - {"Watched"}
+
+
+def test_the_record_says_where_it_is_from(series: str) -> None:
+    assert list(RECORDED) == list(SERIES)
+    assert series_of(VERSIONS[series]) == series
+    provenance = RECORDED[series]["provenance"]
+    assert "NVIDIA/TensorRT-LLM" in provenance["repository"]
+    assert provenance["files"]
+    assert all(each["path"] and each["read"] for each in provenance["files"])
+    assert provenance["not_read"]
+    assert provenance["read_on"] >= "2026"
+
+
+def test_the_stand_in_is_what_was_recorded(double: SimpleNamespace, series: str) -> None:
+    recorded = RECORDED[series]
     stock = double.managers.KVCacheManager
-    for name in {name for name in vars(stock) if callable(getattr(stock, name)) and not name.startswith("_")}:
+    known = methods(recorded["KVCacheManager"])
+    for name in {*public(stock), "__init__"}:
         # `*args` and `**kwargs` are recorded with their stars.
-        assert parameters(getattr(stock, name)) == [each.strip("*") for each in METHODS[name]], name
-    assert parameters(stock.__init__) == [each.strip("*") for each in METHODS["__init__"]]
-    impl = double.bindings.KVCacheManagerCpp
-    assert {name for name in vars(impl) if callable(getattr(impl, name)) and name[0] != "_"} <= set(
-        MANAGER["impl_methods_used"]
+        assert parameters(getattr(stock, name)) == [each.strip("*") for each in known[name]], name
+    assert public(double.bindings.KVCacheManagerCpp) <= set(recorded["KVCacheManager"]["impl_methods_used"])
+    util, executor = double.util, double.executor.PyExecutor
+    assert parameters(util.get_kv_cache_manager_cls) == [
+        each.partition("=")[0] for each in recorded["get_kv_cache_manager_cls"]["params"]
+    ]
+    for name in public(util.KvCacheCreator):
+        assert parameters(getattr(util.KvCacheCreator, name)) == methods(recorded["KvCacheCreator"])[name], name
+    fallback = "_fallback_if_unsupported_kv_cache_manager_v2"
+    assert hasattr(util.KvCacheCreator, fallback) == (fallback in methods(recorded["KvCacheCreator"]))
+    assert parameters(executor.start_worker) == methods(recorded["PyExecutor"])["start_worker"]
+    if recorded["KVCacheManagerV2"]:
+        hook = util.KVCacheManagerV2._build_cache_config
+        assert parameters(hook) == methods(recorded["KVCacheManagerV2"])["_build_cache_config"]
+
+
+def test_what_is_required_was_recorded(series: str) -> None:
+    recorded = RECORDED[series]["KVCacheManager"]
+    for name, wanted in REQUIRED.items():
+        assert set(wanted) <= set(methods(recorded)[name]), name
+    assert set(REQUIRED_GLOBALS) <= set(recorded["module_globals_used"])
+    assert "_kv_cache_manager_cls" in RECORDED[series]["KvCacheCreator"]["attributes"]
+    assert {"kv_cache_manager", "resource_manager.resource_managers", "is_warmup"} <= set(
+        RECORDED[series]["PyExecutor"]["attributes"]
     )
 
 
-def test_what_is_required_was_recorded() -> None:
-    for name, wanted in REQUIRED.items():
-        assert set(wanted) <= set(METHODS[name]), name
-    assert set(REQUIRED_GLOBALS) <= set(MANAGER["module_globals_used"])
+def test_resource_managers_are_named_as_ours_are_looked_for(double: SimpleNamespace) -> None:
+    assert set(KINDS) <= {each.name for each in double.managers.ResourceManagerType}
 
 
-def test_only_recorded_methods_are_overridden(double: SimpleNamespace) -> None:
+def test_only_recorded_methods_are_overridden(double: SimpleNamespace, series: str) -> None:
     stock = double.managers.KVCacheManager
+    known = methods(RECORDED[series]["KVCacheManager"])
     kind = make_manager(stock)
     mixed_in = [each for each in kind.__mro__ if each.__module__.startswith("trtllm_vattn")]
     overridden = {name: each for mixin in mixed_in for name, each in vars(mixin).items() if callable(each)}
     overridden = {name: each for name, each in overridden.items() if not ours(name)}
-    assert set(overridden) <= set(METHODS)
+    assert set(overridden) <= set(known)
     assert len(overridden) > 12
     for name, method in overridden.items():
         mine = inspect.signature(method).parameters.values()
-        named = [each.name for each in mine if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
+        named = [each.name for each in mine if each.kind is not inspect.Parameter.VAR_KEYWORD][1:]
+        named = [each for each in named if each != "arguments"]
         open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in mine)
-        recorded = [each for each in METHODS[name] if not each.startswith("*")]
+        recorded = [each for each in known[name] if not each.startswith("*")]
         assert named == (recorded[: len(named)] if open_ended else recorded), name
 
 
-def test_only_recorded_names_are_used(make: Callable[..., Any], double: SimpleNamespace) -> None:
+def test_only_recorded_names_are_used(make: Callable[..., Any], double: SimpleNamespace, series: str) -> None:
     watched = (
         double.managers.KVCacheManager,
         double.bindings.KVCacheManagerCpp,
@@ -72,7 +117,7 @@ def test_only_recorded_names_are_used(make: Callable[..., Any], double: SimpleNa
     )
     for each in watched:
         each.used.clear()
-    manager = make(spec_config=SimpleNamespace(max_total_draft_tokens=1))
+    manager = make(spec_config=drafts(1))
     executor = double.executor.PyExecutor(manager, 4, 128)
     manager.vattn_size()
     for number in range(6):
@@ -88,11 +133,18 @@ def test_only_recorded_names_are_used(make: Callable[..., Any], double: SimpleNa
     executor.cancel(3)
     executor.run()
     used = {each.__name__: {name for name in each.used if not ours(name)} for each in watched}
-    assert used["KVCacheManager"] <= set(METHODS) | ATTRIBUTES
+    recorded = RECORDED[series]["KVCacheManager"]
+    reserve = "_kv_reserve_draft_tokens"
+    attributes = {*recorded["attributes_used_by_others"], reserve}
+    assert used["KVCacheManager"] <= {*methods(recorded), *attributes}
     assert len(used["KVCacheManager"]) > 15
-    assert used["KVCacheManagerCpp"] <= set(MANAGER["impl_methods_used"])
-    assert "max_num_blocks" in used["KVCacheManagerCpp"]
-    requests = {text.split()[0] for text in RECORDED["requests"]["request"]}
+    # Asked for where it is not there, too: that is how it is found out.
+    assert hasattr(manager, reserve) == (reserve in recorded["attributes_used_by_others"])
+    cpp = used[double.bindings.KVCacheManagerCpp.__name__] - {"get_token_count"}
+    assert cpp <= set(recorded["impl_methods_used"])
+    assert hasattr(manager.impl, "get_token_count") == ("get_token_count" in recorded["impl_methods_used"])
+    assert "max_num_blocks" in cpp
+    requests = {text.split()[0] for text in RECORDED[series]["requests"]["request"]}
     assert used["LlmRequest"] == {"py_request_id", "prompt_len", "is_first_context_chunk"}
     assert used["LlmRequest"] <= requests
     assert used["ScheduledRequests"] == {"context_requests", "generation_requests"}
@@ -113,7 +165,7 @@ def test_a_name_that_is_not_recorded_would_show(make: Callable[..., Any], double
 def test_another_interface_is_refused_by_what_it_lacks(double: SimpleNamespace) -> None:
     stock = double.managers.KVCacheManager
     with pytest.MonkeyPatch.context() as patch:
-        patch.delattr(stock, "rewind_kv_cache")
+        patch.delattr(next(each for each in stock.__mro__ if "rewind_kv_cache" in vars(each)), "rewind_kv_cache")
         patch.setattr(stock, "get_buffers", lambda self, layer_idx: None)
         patch.delattr(double.managers, "KVCacheManagerCpp")
         with pytest.raises(
@@ -123,12 +175,24 @@ def test_another_interface_is_refused_by_what_it_lacks(double: SimpleNamespace) 
 
 
 def test_a_cpp_manager_of_other_arguments_is_refused(double: SimpleNamespace) -> None:
-    module = SimpleNamespace(KVCacheManagerCpp=dict)
+    module = SimpleNamespace(KVCacheManagerCpp=dict, PoolConfigurationCpp=double.bindings.PoolConfiguration)
+    pools = [double.bindings.PoolConfiguration(window_size=4096, size_per_head=256, dtype="BF16")]
     with books_alone(module):
         books = module.KVCacheManagerCpp(num_kv_heads_per_layer=[8] * 32, size_per_head=128, tokens_per_block=32)
-        assert books == {"num_kv_heads_per_layer": [1], "size_per_head": 8, "tokens_per_block": 32}
+        assert books == {"num_kv_heads_per_layer": [1], "size_per_head": BOOK_HEAD_DIM, "tokens_per_block": 32}
         later = module.KVCacheManagerCpp(num_kv_heads_per_layer=[8, 8], size_per_head_per_layer=[128, 128])
-        assert later == {"num_kv_heads_per_layer": [1], "size_per_head_per_layer": [8]}
+        assert later == {"num_kv_heads_per_layer": [1], "size_per_head_per_layer": [BOOK_HEAD_DIM]}
+        pooled = module.KVCacheManagerCpp(
+            num_kv_heads_per_layer=[8, 8],
+            size_per_head=256,
+            max_attention_window_vec=[4096, 4096],
+            pool_configurations=pools,
+        )
+        assert pooled["pool_configurations"] == [
+            double.bindings.PoolConfiguration(window_size=4096, size_per_head=BOOK_HEAD_DIM, dtype="BF16")
+        ]
+        assert pooled["max_attention_window_vec"] == [4096]
+        assert pools[0].size_per_head == 256
         with pytest.raises(ConfigError, match="is made of head_size, without num_kv_heads_per_layer or size_per_head"):
             module.KVCacheManagerCpp(head_size=128)
     assert module.KVCacheManagerCpp is dict

@@ -13,21 +13,20 @@ from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.vmm.tensors import upload
 
 TILE = 128
-"""Keys that a kernel loads at once. A tile may reach past a chunk's last key; what it holds there is multiplied by zero
-and must be finite. So tiles are not shared between chunks, whose keys may be infinite or NaN."""
+"""Keys that a kernel loads at once. A tile may reach past a chunk's last key; what it loads there must be mapped and
+finite."""
 
 
 @dataclass(frozen=True)
 class PackedInputs:
-    """Queries of chunks packed one after another, and the keys that they attend to, in tiles of one chunk each.
+    """Queries of chunks packed one after another, and the keys that they attend to, packed in the same order.
 
     Attributes
     ----------
     lanes, most_rows, most_keys : int
         Chunks, and upper bounds of a chunk's queries and keys; all are powers of two, so that there are few plans.
     slots, tokens : Tensor
-        The slot and position of each key, int64 ``[keys]``. A chunk's last key is repeated to the end of its tile, and
-        the last chunk's for one tile more.
+        The slot and position of each key, int64 ``[keys]``. The last key is repeated for at least one tile.
     query_lengths, lengths : Tensor
         Queries and keys of each chunk, int32 ``[lanes]``; 0 for lanes without a chunk.
     query_offsets, key_offsets : Tensor
@@ -50,18 +49,18 @@ class PackedInputs:
         rows = np.array([span.end - span.start for span in spans])
         keys = np.array([span.end for span in spans])
         lanes = _power_of_two(len(spans))
-        room = -(-keys // TILE) * TILE
-        room[-1] += TILE
-        where = np.empty((2, int(room.sum())), np.int64)
-        where[0] = np.repeat([span.slot for span in spans], room)
-        where[1] = np.concatenate([np.arange(most).clip(max=end - 1) for most, end in zip(room, keys, strict=True)])
+        total = int(keys.sum())
+        padded = (total // TILE + 2) * TILE
+        where = np.zeros((2, padded), np.int64)
+        where[0, :total] = np.repeat([span.slot for span in spans], keys)
+        where[1, :total] = np.concatenate([np.arange(end) for end in keys])
+        where[:, total:] = where[:, total - 1 : total]
         of_query, of_key = q.shape[1] * q.shape[2], cache.shape.num_kv_heads * cache.shape.head_dim
         # Each of the four rows begins at a cache line, because libraries require aligned addresses.
         numbers = np.zeros((4, (lanes // 16 + 1) * 16), np.int32)
         numbers[0, : len(spans)], numbers[1, : len(spans)] = rows, keys
         numbers[2, 1 : lanes + 1] = numbers[0, :lanes].cumsum() * of_query
-        numbers[3, 1 : len(spans) + 1] = room.cumsum() * of_key
-        numbers[3, len(spans) + 1 : lanes + 1] = numbers[3, len(spans)]
+        numbers[3, 1 : lanes + 1] = numbers[1, :lanes].cumsum() * of_key
         on_device = upload(numbers, q.device)
         counts, offsets = on_device[:2, :lanes], on_device[2:, : lanes + 1]
         most_rows, most_keys = (max(TILE, _power_of_two(int(most.max()))) for most in (rows, keys))

@@ -91,21 +91,21 @@ def _combined(  # type: ignore[no-untyped-def]
     total = tl.zeros([PART_ROWS], tl.float32)
     acc = tl.zeros([PART_ROWS, d.shape[0]], tl.float32)
     for some in range(first_program, last_program + 1, PARTS):
-        who = some + tl.arange(0, PARTS)
-        there = (who <= last_program)[:, None] & here[None, :]
-        part = (who * 2 + (who == first_program).to(tl.int32))[:, None] * ROWS + row_range[None, :]
-        # Bypass the L1 cache, which is not coherent with other multiprocessors' stores.
-        tops = tl.load(part_tops + part, mask=there, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(part_totals + part, mask=there, other=0.0, cache_modifier=".cg")
-        at = part_outs + part[:, :, None] * d.shape[0] + d[None, None, :]
-        outs = tl.load(at, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(top, tl.max(tops, 0))
-        higher = tl.where(higher == float("-inf"), 0.0, higher)
-        faded = tl.exp2(top - higher)
-        weights = tl.exp2(tops - higher[None, :])
-        total = total * faded + tl.sum(totals * weights, 0)
-        acc = acc * faded[:, None] + tl.sum(outs * weights[:, :, None], 0)
-        top = higher
+        for one in tl.static_range(PARTS):
+            who = some + one
+            there = here & (who <= last_program)
+            part = (who * 2 + (who == first_program).to(tl.int32)) * ROWS + row_range
+            # Bypass the L1 cache, which is not coherent with other multiprocessors' stores.
+            part_top = tl.load(part_tops + part, mask=there, other=float("-inf"), cache_modifier=".cg")
+            part_total = tl.load(part_totals + part, mask=there, other=0.0, cache_modifier=".cg")
+            at = part_outs + part[:, None] * d.shape[0] + d[None, :]
+            part_out = tl.load(at, mask=there[:, None], other=0.0, cache_modifier=".cg")
+            higher = tl.maximum(top, part_top)
+            higher = tl.where(higher == float("-inf"), 0.0, higher)
+            faded, weight = tl.exp2(top - higher), tl.exp2(part_top - higher)
+            total = total * faded + part_total * weight
+            acc = acc * faded[:, None] + part_out * weight[:, None]
+            top = higher
     return total, acc
 
 
@@ -197,6 +197,7 @@ def decode_shares(  # type: ignore[no-untyped-def]
         k_head, v_head = tl.multiple_of(k_head, 16), tl.multiple_of(v_head, 16)
         seen_by_all = length - count + 1
         whole = tl.minimum(last, seen_by_all // TILE)
+        # All that was read so far is older than the kernel before this one. A second wait costs nothing.
         if PDL:
             tl.extra.cuda.gdc_wait()
 

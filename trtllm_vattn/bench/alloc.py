@@ -11,13 +11,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from trtllm_vattn.bench.flags import add_device, as_config, positive
+from trtllm_vattn.bench.flags import add_device, add_results, as_config, numbers, positive
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_alloc
 from trtllm_vattn.bench.report import Result, finish, table
@@ -31,20 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench alloc`."""
     add_device(parser)
     add = parser.add_argument
-    add("--granules", default="1,2,8,32,128", help="extent sizes, in granules of the driver")
-    add("--repeats", type=positive, default=200, help="of each call")
-    add("--batch", type=positive, default=64, help="mappings made accessible by one call")
-    add("--threads", default="1,2,4", help="how many at once")
-    add("--seed", type=int, default=0, help="recorded; nothing here is random")
-    add("--output-json", type=Path, help="write all results there")
-    add("--plot", type=Path, help="write a PNG there")
+    text = "sizes of extents, in granules of the driver: 2 MiB each on a GPU, 4 KiB on the host"
+    add("--granules", type=numbers, default="1,2,8,32,128", metavar="GRANULES,...", help=text)
+    add("--repeats", type=positive, default=200, metavar="TIMES", help="times that each call is made")
+    text = "mappings that one call makes accessible"
+    add("--mappings-per-call", type=positive, default=64, metavar="MAPPINGS", help=text, dest="batch")
+    add("--threads", type=numbers, default="1,2,4", metavar="THREADS,...", help="threads that call at once")
+    add_results(parser, plots=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     driver = open_driver(args.device)
     granule = driver.granularity()
-    sizes = [int(number) * granule for number in args.granules.split(",")]
+    sizes = [number * granule for number in args.granules]
     rows: list[dict[str, Any]] = []
     for busy in (False, True):
         with _load(args.device) if busy else _quiet():
@@ -52,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
                 rows += _rows("one by one", size, busy, one_by_one(driver, size, args.repeats))
             rows += _rows("batched", granule, busy, batched(driver, granule, args.batch, args.repeats // 10 + 1))
     threads = [
-        {**threaded(driver, size, int(count), args.repeats), **lives(driver, size, int(count), args.repeats)}
-        for count in args.threads.split(",")
+        {**threaded(driver, size, count, args.repeats), **lives(driver, size, count, args.repeats)}
+        for count in args.threads
         for size in sizes
     ]
     result = Result.start("alloc", as_config(args), args.seed)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -19,8 +18,20 @@ from tqdm import tqdm
 
 from trtllm_vattn.attention.base import Attention, PrefillChunk
 from trtllm_vattn.attention.select import make_attention
+from trtllm_vattn.bench import decode_attention
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, timed_ms
-from trtllm_vattn.bench.flags import add_attention, add_device, as_config, dtype_of, numbers, positive
+from trtllm_vattn.bench.flags import (
+    HEADS,
+    add_attention,
+    add_device,
+    add_results,
+    as_config,
+    dtype_of,
+    heads,
+    numbers,
+    points,
+    positive,
+)
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_attention
 from trtllm_vattn.bench.report import Result, finish, table
@@ -37,30 +48,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench attention`."""
     gpu, add = add_device(parser), parser.add_argument
     add_attention(parser)
-    add("--blocks", type=numbers, default=[1, 16, 64, 128], help="tokens a block: 1,16,64,128")
-    add("--heads", type=numbers, default=[32, 8, 128] if gpu else [4, 2, 16], help="query heads, kv heads, their size")
+    add("--blocks", type=numbers, default="1,16,64,128", metavar="TOKENS,...", help="tokens of a block of block tables")
+    add("--heads", type=heads, default="32,8,128" if gpu else "4,2,16", metavar="Q,KV,SIZE", help=HEADS)
+    text = "sequences x tokens of each, several with commas"
+    usual = "1x32768,8x8192,32x8192,128x2048,3x131072" if gpu else "1x256,4x64"
+    add("--points", type=points, default=usual, metavar="SEQUENCESxTOKENS,...", help=text)
+    text = "sequences of an uneven batch: nine of ten short, one of ten long"
+    add("--uneven", type=positive, default=64 if gpu else 8, metavar="SEQUENCES", help=text)
+    text = "tokens of its long ones; the short ones have 200, or 5 beside long ones of no more than 1,000"
+    add("--long", type=positive, default=8000 if gpu else 200, metavar="TOKENS", help=text)
     add(
-        "--points",
-        default="1x32768,8x8192,32x8192,128x2048,3x131072" if gpu else "1x256,4x64",
-        help="sequences x tokens, with commas",
+        "--chunk", type=positive, default=2048 if gpu else 32, metavar="TOKENS", help="prompt tokens that go in at once"
     )
-    add(
-        "--uneven", type=positive, default=64 if gpu else 8, help="sequences of the uneven batch: 90 % short, 10 % long"
-    )
-    add(
-        "--long", type=positive, default=8000 if gpu else 200, help="tokens of its long ones; the others have 200, or 5"
-    )
-    add("--chunk", type=positive, default=2048 if gpu else 32, help="tokens of a prefill chunk")
-    add("--repeats", type=positive, default=20, help="of each kernel")
-    add("--seed", type=int, default=0)
-    add("--output-json", type=Path, help="write all results there")
-    add("--plot", type=Path, help="write a PNG there")
+    add("--repeats", type=positive, default=20, metavar="TIMES", help="times that each kernel is timed")
+    text = "random batches by which the choice between kernels is judged, on a GPU"
+    add("--picks", type=positive, default=200, metavar="BATCHES", help=text)
+    add_results(parser, plots=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     torch.manual_seed(args.seed)
-    points = [(f"{b} x {t}", np.full(b, t)) for b, t in (map(int, p.split("x")) for p in args.points.split(","))]
+    points = [(f"{sequences} x {tokens}", np.full(sequences, tokens)) for sequences, tokens in args.points]
     long = np.arange(args.uneven) % 10 == 9
     points.append((f"{args.uneven} uneven", np.where(long, args.long, 200 if args.long > 1000 else 5)))
     rows = []
@@ -68,10 +77,14 @@ def run(args: argparse.Namespace) -> int:
         systems = ("flat", *(f"blocks of {size}" for size in args.blocks))
         rows += [{"point": name, "system": system, **_point(args, system, lengths)} for system in systems]
     same = [row for name, lengths in points[:-1] for row in _same_kernels(args, name, lengths)]
+    decode = decode_attention.decode_points(
+        args.device, args.heads, dtype_of(args.device), args.repeats, args.picks, args.seed
+    )
     result = Result.start("attention", as_config(args), args.seed)
-    result.results.update(points=rows, same_kernels=same)
-    result.summary.update(_summary(rows, same))
+    result.results.update(points=rows, same_kernels=same, decode=decode)
+    result.summary.update(_summary(rows, same) | decode_attention.summary(decode))
     print(_show(rows))
+    print(decode_attention.show(decode))
     finish(result, args, plot_attention)
     return 0
 

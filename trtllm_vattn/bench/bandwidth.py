@@ -28,6 +28,11 @@ def timed_ms(work: Callable[[], object], repeats: int, device: torch.device) -> 
 
 
 def _captured_ms(work: Callable[[], object], repeats: int) -> list[float]:
+    return replays_ms(captured(work), repeats)
+
+
+def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of `work`, which is called once before."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(side):
         work()
@@ -35,6 +40,11 @@ def _captured_ms(work: Callable[[], object], repeats: int) -> list[float]:
     graph = torch.cuda.CUDAGraph()
     with collector_off(), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         work()
+    return graph
+
+
+def replays_ms(graph: torch.cuda.CUDAGraph, repeats: int) -> list[float]:
+    """Milliseconds of each of `repeats` replays, after one that is not timed."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
     graph.replay()
     for event in events[:-1]:

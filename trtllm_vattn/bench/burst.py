@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
 from typing import Any, ClassVar
@@ -22,7 +21,16 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.flags import add_attention, add_common, as_config, dtype_of, non_negative, positive
+from trtllm_vattn.bench.flags import (
+    add_attention,
+    add_common,
+    add_plot,
+    add_trace,
+    as_config,
+    dtype_of,
+    non_negative,
+    positive,
+)
 from trtllm_vattn.bench.ledger import LedgerDriver
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_burst
@@ -72,27 +80,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench burst`."""
     gpu, add = add_common(parser), parser.add_argument
     add_attention(parser)
-    add("--running", type=positive, default=32 if gpu else 2, help="sequences that decode")
-    add("--context", type=positive, default=2048 if gpu else 64, help="their tokens")
-    add("--prompts", type=positive, default=128 if gpu else 6, help="prompts of the burst")
-    add("--prompt-tokens", type=positive, default=2048 if gpu else 64, help="tokens of each")
-    add("--steps", type=positive, default=128 if gpu else 6, help="decode steps before the burst, and after it")
-    add("--trace", type=Path, help="a trace whose densest arrivals, --prompts of them, are another burst")
-    add("--rounds", type=non_negative, default=2, help="bursts of each kind, in turns; 0 for steady decode alone")
-    add(
-        "--steady-steps",
-        type=positive,
-        default=2000 if gpu else 60,
-        help="decode steps with sequences ending and joining",
-    )
-    add("--steady-seqs", type=positive, default=128 if gpu else 4, help="sequences of those")
-    add("--plot", type=Path, help="write a PNG there")
+    add("--running", type=positive, default=32 if gpu else 2, metavar="SEQUENCES", help="sequences that decode")
+    add("--context", type=positive, default=2048 if gpu else 64, metavar="TOKENS", help="tokens of each of them")
+    add("--prompts", type=positive, default=128 if gpu else 6, metavar="PROMPTS", help="prompts of the burst")
+    add("--prompt-tokens", type=positive, default=2048 if gpu else 64, metavar="TOKENS", help="tokens of each prompt")
+    text = "decode steps before the burst, and after it"
+    add("--steps", type=positive, default=128 if gpu else 6, metavar="STEPS", help=text)
+    add_trace(parser, help="its densest arrivals, --prompts of them, are another burst (default: no other burst)")
+    text = "turns that each way of mapping takes; 0 is steady decode alone"
+    add("--rounds", type=non_negative, default=2, metavar="TURNS", help=text)
+    text = "decode steps with sequences ending and joining"
+    add("--steady-steps", type=positive, default=2000 if gpu else 60, metavar="STEPS", help=text)
+    text = "sequences that decode in those"
+    add("--steady-seqs", type=positive, default=128 if gpu else 4, metavar="SEQUENCES", help=text)
+    add_plot(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     if args.plot and not args.rounds:
         raise ConfigError("--plot draws bursts and --rounds is 0: give at least 1 round, or leave --plot out")
+    if args.prompt_tokens < 3:
+        raise ConfigError(
+            f"--prompt-tokens is {args.prompt_tokens}: steady decode draws lengths below it; give 3 or more"
+        )
     kinds = {"equal": [args.prompt_tokens] * args.prompts}
     if args.trace:
         kinds["trace"], span_s = _arrivals(args)
@@ -239,7 +250,9 @@ def _steady(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
             while len(records) < args.steady_steps:
                 while len(engine.scheduler.waiting) < 4:
                     prompt, output = random.integers(2, args.prompt_tokens, 2).tolist()
-                    engine.submit(random.integers(0, vocab, prompt).tolist(), SamplingParams(max_tokens=output))
+                    engine.submit(
+                        random.integers(0, vocab, prompt).tolist(), SamplingParams(max_tokens=output, ignore_eos=True)
+                    )
                 ended += sum(event.finish_reason is not None for event in engine.step())
                 bar.update(len(records) - bar.n)
         stats = cache.stats()

@@ -13,14 +13,13 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.bench.flags import amount, as_config, positive
+from trtllm_vattn.bench.flags import add_results, amount, as_config, positive, probability
 from trtllm_vattn.bench.report import Result, finish
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -36,12 +35,13 @@ PAGE = 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench faults`."""
     add = parser.add_argument
-    add("--operations", type=positive, default=20_000, help="in all")
-    add("--life", type=positive, default=2_000, help="operations of one cache, from its construction to its end")
-    add("--life-seconds", type=amount, default=300.0, help="after which a life is taken to hang")
-    add("--probability", type=float, default=0.02, help="of a driver call to fail")
-    add("--seed", type=int, default=0)
-    add("--output-json", type=Path, help="write all results there")
+    add("--operations", type=positive, default=20_000, metavar="OPERATIONS", help="operations in all")
+    text = "operations of one cache, from its construction to its end"
+    add("--life", type=positive, default=2_000, metavar="OPERATIONS", help=text)
+    add("--life-seconds", type=amount, default=300.0, metavar="SECONDS", help="after which a life is taken to hang")
+    text = "of a driver call to fail, from 0 to 1"
+    add("--probability", type=probability, default=0.02, metavar="SHARE", help=text)
+    add_results(parser)
 
 
 def run(args: argparse.Namespace) -> int:

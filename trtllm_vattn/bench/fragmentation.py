@@ -8,16 +8,27 @@ others are counted. It runs on any machine.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.bench.flags import amount, as_config, positive
+from trtllm_vattn.bench.flags import (
+    BUDGET,
+    MAX_OUTPUT,
+    MAX_SEQ_LEN,
+    MAX_SEQS,
+    REQUESTS,
+    add_results,
+    add_trace,
+    as_config,
+    positive,
+    size,
+)
 from trtllm_vattn.bench.ledger import LedgerCache, LedgerDriver
 from trtllm_vattn.bench.plot import plot_fragmentation
 from trtllm_vattn.bench.report import Result, finish, table
@@ -25,7 +36,7 @@ from trtllm_vattn.bench.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.published import PublishedVattention
-from trtllm_vattn.errors import NoFreeSlot, OutOfPages
+from trtllm_vattn.errors import ConfigError, NoFreeSlot, OutOfPages
 from trtllm_vattn.memory.pace import Pace
 
 Make = Callable[[CacheShape, int], KVCache]
@@ -58,17 +69,16 @@ SYSTEMS: dict[str, Make] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `bench fragmentation`."""
+    """Flags of `bench fragmentation`. By default memory, not --max-seqs, is what keeps requests waiting."""
     add = parser.add_argument
-    add("--trace", type=Path, action="append", default=[], help="a trace file; may be given again")
-    add("--requests", type=positive, default=400, help="how many requests of each trace")
-    add("--max-output", type=positive, default=512, help="cap on a request's output tokens")
-    add("--max-seq-len", type=positive, default=16384, help="tokens of a slot")
-    add("--max-seqs", type=positive, default=256, help="sequences that run at once")
-    add("--budget-gib", type=amount, default=64.0, help="bytes of KV of each system, in GiB")
-    add("--seed", type=int, default=0)
-    add("--output-json", type=Path, help="write all results there")
-    add("--plot", type=Path, help="write a PNG there")
+    text = "a mix of requests, as for serve; may be given again (default: a generated one)"
+    add_trace(parser, action="append", default=[], help=text)
+    add("--requests", type=positive, default=400, metavar="REQUESTS", help=REQUESTS)
+    add("--max-output", type=positive, default=512, metavar="TOKENS", help=MAX_OUTPUT)
+    add("--max-seq-len", type=positive, default=16384, metavar="TOKENS", help=MAX_SEQ_LEN)
+    add("--max-seqs", type=positive, default=256, metavar="SEQUENCES", help=MAX_SEQS)
+    add("--budget", type=size, default="16GiB", metavar="BYTES", help=BUDGET)
+    add_results(parser, plots=True)
 
 
 def bimodal(count: int, seed: int) -> list[Request]:
@@ -81,19 +91,31 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     # Llama-3-8B's.
     shape = CacheShape(32, 8, 128, torch.bfloat16, args.max_seqs, args.max_seq_len)
+    if args.budget < (least := shape.max_seq_len * shape.token_bytes):
+        raise ConfigError(
+            f"the budget is {args.budget:,} bytes, and one sequence of {shape.max_seq_len:,} tokens takes {least:,}; "
+            "raise --budget, or lower --max-seq-len"
+        )
     mixes = {"bimodal": bimodal(args.requests, args.seed)}
     for path in args.trace:
-        mixes[path.stem] = load_trace(path)
+        mixes[path.stem] = load_trace(path, args.requests)
     if not args.trace:
         mixes["generated"] = generate_trace(args.requests, args.seed, median_prompt=1469, median_output=28)
     rows = []
     for mix, requests in mixes.items():
         fitted = fit(requests[: args.requests], args.max_seq_len, args.max_output)
         for name, make in tqdm(SYSTEMS.items(), desc=mix, disable=None):
-            with make(shape, int(args.budget_gib * (1 << 30))) as cache:
+            with make(shape, args.budget) as cache:
                 rows.append({"mix": mix, "system": name, **simulate(cache, fitted)})
     result = Result.start("fragmentation", as_config(args), args.seed)
     result.results.update(runs=rows)
+    free = [f"{row['system']} ({row['mix']})" for row in rows if row["kept_waiting_by_memory"] is False]
+    if free:
+        print(
+            f"for {', '.join(free)} not memory kept requests waiting, so that sequences at once say nothing of it: "
+            "lower --budget, or raise --max-seqs and --requests",
+            file=sys.stderr,
+        )
     for row in rows:
         if row["system"].startswith("vattn"):
             result.summary[f"waste, {row['system']}, {row['mix']}"] = row["waste_with_surplus"]
@@ -134,8 +156,10 @@ def simulate(cache: KVCache, requests: list[Request]) -> dict[str, Any]:
 
     Returns `waste`, (mapped - live) / mapped over all steps, where mapped is what running sequences have up to their
     lookahead, `waste_with_surplus`, the same with what is still mapped beyond it, `parked_share` of what is held, that
-    surplus included, `mean_sequences` and `most_sequences` that ran at once while others waited, `steps`,
-    `preemptions`, and mappings by when they were made.
+    surplus included, `mean_sequences` and `most_sequences` that ran at once while others waited,
+    `kept_waiting_by_memory`, whether those waited for memory and not for a slot in most steps (None where none waited),
+    `steps`, `preemptions`, and mappings by when they were made. What is printed and drawn as waste is
+    `waste_with_surplus`.
     """
     if isinstance(cache, KVCacheManager):
         cache.ahead.pace = ModelledPace(cache)
@@ -143,15 +167,18 @@ def simulate(cache: KVCache, requests: list[Request]) -> dict[str, Any]:
     running: dict[int, int] = {}
     mapped = live = parked = held = surplus = 0
     concurrent: list[int] = []
+    for_memory: list[bool] = []
+    short = True
     preemptions = steps = 0
     while waiting or running:
         while waiting:
             number, request = waiting[0]
             try:
                 cache.admit(number, request.prompt_tokens)
-            except (NoFreeSlot, OutOfPages):
+            except (NoFreeSlot, OutOfPages) as error:
                 if not running:
                     raise
+                short = isinstance(error, OutOfPages)
                 break
             running[number] = request.prompt_tokens + request.output_tokens
             waiting.popleft()
@@ -172,6 +199,7 @@ def simulate(cache: KVCache, requests: list[Request]) -> dict[str, Any]:
         surplus += stats.surplus_bytes
         if waiting:
             concurrent.append(len(running))
+            for_memory.append(short)
         steps += 1
         for number in [n for n, end in running.items() if cache.lengths[cache.slot_of(n)] >= end]:
             del running[number]
@@ -182,6 +210,7 @@ def simulate(cache: KVCache, requests: list[Request]) -> dict[str, Any]:
         "parked_share": (parked + surplus) / held,
         "mean_sequences": float(np.mean(concurrent)) if concurrent else None,
         "most_sequences": max(concurrent, default=None),
+        "kept_waiting_by_memory": 2 * sum(for_memory) > len(for_memory) if for_memory else None,
         "steps": steps,
         "preemptions": preemptions,
         "admission_maps": stats.admission_maps,
@@ -195,13 +224,16 @@ def _show(rows: list[dict[str, Any]]) -> str:
         return "-" if value is None else format(value, form)
 
     return table(
-        ["mix", "system", "waste", "with surplus", "parked", "sequences at once, mean", "most", "steps", "preempted"],
+        [
+            *("mix", "system", "waste", "without surplus", "parked or surplus", "sequences at once, mean", "most"),
+            *("steps", "preempted"),
+        ],
         [
             [
                 row["mix"],
                 row["system"],
-                f"{row['waste']:.1%}",
                 f"{row['waste_with_surplus']:.1%}",
+                f"{row['waste']:.1%}",
                 f"{row['parked_share']:.1%}",
                 number(row["mean_sequences"], ".1f"),
                 number(row["most_sequences"], "d"),

@@ -18,7 +18,25 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, fill_random, read_limit
-from trtllm_vattn.bench.flags import add_attention, add_device, as_config, dtype_of, non_negative, numbers, positive
+from trtllm_vattn.bench.flags import (
+    MAX_OUTPUT,
+    MAX_SEQ_LEN,
+    MAX_SEQS,
+    TIE_TOLERANCE,
+    add_attention,
+    add_device,
+    add_model,
+    add_results,
+    add_rounds,
+    add_trace,
+    as_config,
+    caches,
+    dtype_of,
+    non_negative,
+    numbers_or_none,
+    positive,
+    tolerance,
+)
 from trtllm_vattn.bench.identity import RequestTokens, compare
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_graph
@@ -34,7 +52,7 @@ from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins.session import EngineSession, LoadedEngine
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.models import SHAPES, load_model
+from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.prefill import LONGEST_CAPTURED
 from trtllm_vattn.runtime.sampling import SamplingParams
 
@@ -42,78 +60,46 @@ MODES = ("eager", "captured")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `bench graph`. Defaults that depend on the device are filled in by `settle`."""
-    add = parser.add_argument
-    add(
-        "--model",
-        help=f"checkpoint directory, or one of {', '.join(SHAPES)} (default: llama-3-8b, tiny without GPU)",
-    )
-    add("--engine", type=Path, help="an engine's folder (trtllm-vattn plugin build) in place of --model")
-    add_device(parser)
+    """Flags of `bench graph`."""
+    gpu, add = add_device(parser), parser.add_argument
+    add_model(parser, default="llama-3-8b" if gpu else "tiny-llama")
+    add("--engine", type=Path, metavar="FOLDER", help="built by `trtllm-vattn plugin build` (default: run --model)")
     add_attention(parser)
-    add(
-        "--caches",
-        help=f"default: {','.join(COMPARED)}, with --engine vattn; "
-        + f"of {', '.join(CACHES)}; the first is the reference",
-    )
-    add(
-        "--trace",
-        type=Path,
-        help="Azure code CSV, Mooncake JSONL or ShareGPT lengths CSV (default: generated)",
-    )
-    add("--requests", type=non_negative, help="how many requests of the trace; 0 for steady decode alone")
-    add("--max-output", type=positive, help="cap on a request's output tokens")
-    add("--max-seqs", type=positive, help="sequences that run at once")
-    add("--max-seq-len", type=positive, help="tokens of a slot")
-    add(
-        "--layers-per-range",
-        type=positive,
-        help="layers that share a token's row in the vattn cache (default: rows of 64 KiB)",
-    )
-    add(
-        "--sweep-layers", type=numbers, default=[], help="measure attention alone at these layers_per_range too: 1,8,32"
-    )
+    text = f"of {', '.join(CACHES)}; the first is the reference (default: {','.join(COMPARED)}; with --engine vattn)"
+    add("--caches", type=caches, metavar="CACHES", help=text)
+    add_trace(parser)
+    text = "requests taken from the trace; 0 is steady decode alone"
+    add("--requests", type=non_negative, default=32 if gpu else 24, metavar="REQUESTS", help=text)
+    add("--max-output", type=positive, default=64 if gpu else 24, metavar="TOKENS", help=MAX_OUTPUT)
+    add("--max-seqs", type=positive, default=16 if gpu else 8, metavar="SEQUENCES", help=MAX_SEQS)
+    add("--max-seq-len", type=positive, default=8192 if gpu else 512, metavar="TOKENS", help=MAX_SEQ_LEN)
+    text = "layers that share a token's row in the vattn cache (default: as many as make rows of 64 KiB)"
+    add("--layers-per-range", type=positive, metavar="LAYERS", help=text)
+    text = "measure attention alone at these layers a range too, as 1,8,32 (default: none)"
+    add("--sweep-layers", type=numbers_or_none, default="none", metavar="LAYERS,...", help=text)
+    text = "sequences in steady decode steps, which are timed on a GPU; none is the trace alone"
     add(
         "--batch-sizes",
-        type=numbers,
-        help="steady decode on a GPU at these (default: 1,8,32,128 with one)",
+        type=numbers_or_none,
+        default="1,8,32,128" if gpu else "none",
+        metavar="SEQUENCES,...",
+        help=text,
     )
-    add("--context", type=positive, default=2048, help="tokens a sequence in steady decode")
-    add("--rounds", type=positive, default=5, help="turns of each combination in steady decode")
-    add("--steps", type=positive, default=10, help="steps a turn")
-    add(
-        "--tie-tolerance",
-        type=float,
-        help="top two logits closer than this are a tie (default: 0 on CPU, else 0.25)",
-    )
-    add("--audit", action="store_true", help="list whose addresses captured graphs hold; 1 if a stranger's")
-    add("--seed", type=int, default=0)
-    add("--output-json", type=Path, help="write all results there")
-    add("--plot", type=Path, help="write a PNG there")
+    add("--context", type=positive, default=2048, metavar="TOKENS", help="tokens of each sequence in steady decode")
+    add_rounds(parser, 5, "combination of cache and mode in steady decode")
+    add("--steps", type=positive, default=10, metavar="STEPS", help="decode steps of a turn")
+    add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=TIE_TOLERANCE)
+    add("--audit", action="store_true", help="list whose addresses captured graphs hold; exit 1 if a stranger's")
+    add_results(parser, plots=True)
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Fill in the defaults that depend on the device."""
-    gpu = args.device != "cpu"
-    defaults: dict[str, Any] = {
-        "model": "llama-3-8b" if gpu else "tiny-llama",
-        "caches": "vattn" if args.engine else ",".join(COMPARED),
-        "requests": 32 if gpu else 24,
-        "max_output": 64 if gpu else 24,
-        "max_seqs": 16 if gpu else 8,
-        "max_seq_len": 8192 if gpu else 512,
-        "batch_sizes": [1, 8, 32, 128] if gpu else [],
-        "tie_tolerance": 0.25 if gpu else 0.0,
-    }
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.batch_sizes and not gpu:
+    """Fill in and check what depends on other flags. Raises ConfigError."""
+    args.caches = args.caches or (["vattn"] if args.engine else list(COMPARED))
+    if args.batch_sizes and args.device == "cpu":
         raise ConfigError("--batch-sizes times steps on a GPU and the device is the CPU: leave it out or give --device")
-    args.caches = [name for name in args.caches.split(",") if name]
-    unknown = set(args.caches) - set(CACHES)
-    if unknown or not args.caches:
-        raise ConfigError(f"--caches names {sorted(unknown) or 'nothing'}; there are {', '.join(CACHES)}")
+    if not args.batch_sizes and not args.requests:
+        raise ConfigError("--requests is 0 and --batch-sizes is none: there is nothing to do; give one of them")
 
 
 class GraphBenchmark:
@@ -151,8 +137,8 @@ class GraphBenchmark:
 
     def requests(self) -> list[Request]:
         args = self.args
-        whole = load_trace(args.trace) if args.trace else generate_trace(args.requests, args.seed)
-        return fit(whole[: args.requests], args.max_seq_len, args.max_output)
+        asked = load_trace(args.trace, args.requests) if args.trace else generate_trace(args.requests, args.seed)
+        return fit(asked, args.max_seq_len, args.max_output)
 
     def trace(self) -> dict[str, Any]:
         """All combinations over the trace, fed with the first one's tokens where kernels differ.
@@ -267,7 +253,7 @@ class GraphBenchmark:
             cache = self.make(name, 2, min(256, self.args.max_seq_len))
             with self.engine(cache, attention=self.args.attention, buckets=[2], steps=4, loop=loop) as engine:
                 for temperature in (0.0, 0.8):
-                    engine.generate([[1], [2, 3]], SamplingParams(9, temperature))
+                    engine.generate([[1], [2, 3]], SamplingParams(9, temperature, ignore_eos=True))
                 rows.append({"cache": name, "loop": loop, **engine.audit().as_dict()})
         return rows
 
@@ -326,17 +312,15 @@ def summary(
     return out
 
 
-def show(trace: dict[str, Any] | None, steady: dict[str, Any] | None) -> str:
-    """The results as text."""
+def show(trace: dict[str, Any] | None, steady: dict[str, Any] | None, times: bool = True) -> str:
+    """The results as text; of a trace, steps' times only where they are asked for."""
     parts = []
     header = [
         "cache",
         "mode",
         "tokens identical",
         "ties",
-        "step p50 ms",
-        "p90",
-        "p99",
+        *(["step p50 ms", "p90", "p99"] if times else []),
         "KV host us p99",
         "peak mapped MB",
     ]
@@ -349,7 +333,7 @@ def show(trace: dict[str, Any] | None, steady: dict[str, Any] | None) -> str:
                 row["mode"],
                 "yes" if row["tokens_identical"] else "NO",
                 str(row["ties"]),
-                *(f"{step[p]:.2f}" for p in ("p50", "p90", "p99")),
+                *([f"{step[p]:.2f}" for p in ("p50", "p90", "p99")] if times else []),
                 f"{row['kv_host_us']['p99']:.0f}",
                 f"{max(row['memory']['mapped_bytes']) / 1e6:,.1f}",
             ]
@@ -384,9 +368,9 @@ def run(args: argparse.Namespace) -> int:
     launches = benchmark.audit_launches() if args.audit else []
     result.results.update(trace=trace, steady=steady, audited_launches=launches)
     result.summary.update(summary(trace, steady, launches))
-    print(show(trace, steady))
+    print(show(trace, steady, times=args.device != "cpu"))
     if args.device == "cpu":
-        print("On the host a captured step is replayed by Python: compare tokens and memory here, not times.")
+        print("On the host Python replays a captured step, so that times are not shown: compare them on a GPU.")
     finish(result, args, plot_graph)
     wrong = []
     if not result.summary.get("tokens_identical", True):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.bench.flags import add_attention, add_common, as_config, dtype_of, numbers, positive
+from trtllm_vattn.bench.flags import add_attention, add_common, add_rounds, as_config, dtype_of, numbers, positive
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.steady import Lane, fill, settle_device_ms, take_turns
@@ -33,12 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench multistep`."""
     gpu, add = add_common(parser), parser.add_argument
     add_attention(parser)
-    add("--batch-sizes", type=numbers, default=[1, 8, 32] if gpu else [1, 4], help="sequences")
-    add("--step-counts", type=numbers, default=[1, 4, 16], help="decode steps of a launch")
-    add("--context", type=positive, default=2048 if gpu else 256, help="mean tokens a sequence while timed")
-    add("--rounds", type=positive, default=5, help="turns of each engine")
-    add("--steps", type=positive, default=32, help="decode steps a turn")
-    add("--identity-tokens", type=positive, default=48, help="tokens of each sequence that are compared")
+    text = "sequences in steady decode steps"
+    add("--batch-sizes", type=numbers, default="1,8,32" if gpu else "1,4", metavar="SEQUENCES,...", help=text)
+    add("--step-counts", type=numbers, default="1,4,16", metavar="STEPS,...", help="decode steps of a launch")
+    text = "tokens of each sequence, in the mean while steps are timed"
+    add("--context", type=positive, default=2048 if gpu else 256, metavar="TOKENS", help=text)
+    add_rounds(parser, 5, "number of steps in a launch")
+    add("--steps", type=positive, default=32, metavar="STEPS", help="decode steps of a turn")
+    text = "tokens of each sequence that are compared"
+    add("--identity-tokens", type=positive, default=48, metavar="TOKENS", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -115,7 +118,9 @@ def _identity(args: argparse.Namespace, model: Any, variants: list[tuple[int, bo
     vocab = model.config.get_text_config().vocab_size
     prompts = [torch.randint(0, vocab, (20 + 7 * i,), generator=generator).tolist() for i in range(batch)]
     params = [
-        SamplingParams(args.identity_tokens - i, temperature=0.8 * (i % 2), seed=i, stop_token_ids=(i,))
+        SamplingParams(
+            args.identity_tokens - i, temperature=0.8 * (i % 2), seed=i, stop_token_ids=(i,), ignore_eos=True
+        )
         for i in range(batch)
     ]
     answers = []

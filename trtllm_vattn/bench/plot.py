@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,25 @@ _COLOURS = {"contiguous": "#E69F00", "paged": "#56B4E9", "vattn": "#009E73"}
 
 
 def plot_graph(result: dict[str, Any], path: Path) -> None:
-    """Draw a `bench graph` result: step times of all combinations, and memory over time. Raises ConfigError without
-    matplotlib."""
+    """Draw a `bench graph` result: memory over time and, of a GPU, step times of all combinations. Raises ConfigError
+    without matplotlib."""
     pyplot = _pyplot()
     results = result["results"]
     steady = (results.get("steady") or {}).get("runs", [])
-    figure, axes = pyplot.subplots(1, 3 if steady else 2, figsize=(17 if steady else 12, 4.6), layout="constrained")
-    _steps(axes[0], results["trace"]["runs"])
-    _memory(axes[1], results["trace"]["runs"])
+    runs = results["trace"]["runs"] if results["trace"] else []
+    parts: list[tuple[Callable[[Any, list[dict[str, Any]]], None], list[dict[str, Any]]]] = []
+    if runs and on_gpu(result):
+        # On the host Python replays a graph call by call, which says nothing of graphs.
+        parts.append((_steps, runs))
+    if runs:
+        parts.append((_memory, runs))
     if steady:
-        _batches(axes[2], steady)
+        parts.append((_batches, steady))
+    figure, axes = pyplot.subplots(
+        1, len(parts), figsize=(1 + 5.5 * len(parts), 4.6), layout="constrained", squeeze=False
+    )
+    for axis, (draw, rows) in zip(axes[0], parts, strict=True):
+        draw(axis, rows)
     _save(figure, result, path)
 
 
@@ -37,12 +47,61 @@ def _pyplot() -> Any:
     return pyplot
 
 
+def where(result: dict[str, Any]) -> str:
+    """What a result was measured on, by its own record: the GPU's name, or the host."""
+    return str(result["machine"]["gpu"]["name"]) if on_gpu(result) else "the host"
+
+
+def on_gpu(result: dict[str, Any]) -> bool:
+    """Whether a result is of a GPU, by its own record; one without a device is counted on any machine."""
+    return result["machine"]["gpu"] is not None and result["config"].get("device", "cpu") != "cpu"
+
+
+def _device(result: dict[str, Any]) -> str:
+    return "the device" if on_gpu(result) else "the host"
+
+
+def _plain_log(axis: Any, unit: str = "", base: int = 10) -> None:
+    """Ticks of a logarithmic axis as people read them: 0.2, 5, 1,000 with their unit, and minor ones between."""
+    from matplotlib import ticker
+
+    minor, low_high = range(2, 10), axis.get_view_interval()
+    decades = abs(math.log10(max(low_high[1], 1e-300) / max(low_high[0], 1e-300)))
+    subs = (1.0,) if base == 2 or decades > 4 else (1.0, 2.0, 5.0) if decades > 1 else tuple(map(float, range(1, 10)))
+    axis.set_major_locator(ticker.LogLocator(base=base, subs=subs, numticks=99))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{_plain(value)}{unit}"))
+    if base == 10:
+        axis.set_minor_locator(ticker.LogLocator(base=base, subs=tuple(map(float, minor)), numticks=99))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _plain(value: float) -> str:
+    """A number in digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.6f}".rstrip("0").rstrip(".")
+
+
 def _save(figure: Any, result: dict[str, Any], path: Path) -> None:
-    gpu = result["machine"]["gpu"]
-    figure.suptitle(f"{result['config'].get('model', '')} on {gpu['name'] if gpu else 'the host driver'}".strip())
+    figure.suptitle(
+        f"{result['benchmark']}, {result['config'].get('model', '')}".rstrip(", ") + f", on {where(result)}"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     _pyplot().close(figure)
+
+
+def plot_demo(result: dict[str, Any], path: Path) -> None:
+    """Draw a `demo` result: memory beside the tokens of the sequences, over the steps. Raises ConfigError without
+    matplotlib."""
+    figure, axis = _pyplot().subplots(figsize=(11, 4.6), layout="constrained")
+    memory = result["results"]["memory"]
+    for name, label in (("mapped_bytes", "mapped for running sequences"), ("live_bytes", "tokens of sequences")):
+        axis.step(range(1, len(memory["steps"]) + 1), [step[name] / 1024 for step in memory["steps"]], label=label)
+    axis.axhline(memory["reserved_bytes"] / 1024, color="black", linestyle=":", label="every slot at its longest")
+    axis.set_xlabel("decode step")
+    axis.set_ylabel("KiB of K and V")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8)
+    _save(figure, result, path)
 
 
 def plot_burst(result: dict[str, Any], path: Path) -> None:
@@ -57,7 +116,7 @@ def plot_burst(result: dict[str, Any], path: Path) -> None:
     for at in (edge, edge + len(first[0]["steps"]["during"])):
         steps.axvline(at, color="black", linewidth=0.6, linestyle=":")
     steps.set_xlabel("decode step; the burst goes in between the dotted lines")
-    steps.set_ylabel("decode step, ms on the device")
+    steps.set_ylabel(f"decode step, ms on {_device(result)}")
     steps.legend(fontsize=8)
     mapped = [row for row in first if row["mappings"]]
     for number, call in enumerate(("create", "map", "set_access")):
@@ -66,6 +125,7 @@ def plot_burst(result: dict[str, Any], path: Path) -> None:
     spent.set_xticks(range(len(mapped)), [row["variant"] for row in mapped])
     spent.set_ylabel("driver calls of the burst, ms")
     spent.set_yscale("log")
+    _plain_log(spent.yaxis, " ms")
     spent.tick_params(axis="x", labelsize=8)
     spent.legend(fontsize=8)
     _save(figure, result, path)
@@ -86,8 +146,10 @@ def plot_alloc(result: dict[str, Any], path: Path) -> None:
             axis.fill_between(sizes, low, high, alpha=0.15)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        _plain_log(axis.xaxis, base=2)
+        _plain_log(axis.yaxis, " us")
         axis.set_xlabel(f"extent, granules of {granule:,} bytes")
-        axis.set_title("device busy" if busy else "device idle")
+        axis.set_title(f"{_device(result)} {'busy' if busy else 'idle'}".removeprefix("the "))
     axes[0].set_ylabel("us a call, p50 to p99")
     axes[0].legend(fontsize=8)
     _save(figure, result, path)
@@ -107,10 +169,10 @@ def plot_fragmentation(result: dict[str, Any], path: Path) -> None:
     ConfigError without matplotlib."""
     figure, (waste, sequences) = _pyplot().subplots(2, 1, figsize=(12, 8), layout="constrained")
     rows = result["results"]["runs"]
-    _grouped(waste, rows, "mix", "system", lambda row: max(1e-4, row["waste_with_surplus"]))
+    _grouped(waste, rows, "mix", "system", lambda row: max(1e-2, 100 * row["waste_with_surplus"]))
     waste.set_yscale("log")
-    waste.set_ylabel("mapped for running sequences, holding no token")
-    waste.yaxis.set_major_formatter("{x:.2%}")
+    waste.set_ylabel("waste: mapped bytes without a token\n(the lowest bars are 0.01 % or less)")
+    _plain_log(waste.yaxis, " %")
     _grouped(sequences, rows, "mix", "system", lambda row: row["mean_sequences"] or 0)
     sequences.set_ylabel("sequences at once while others wait")
     names = [mix[:24] for mix in dict.fromkeys(row["mix"] for row in rows)]
@@ -198,7 +260,7 @@ def _memory(axis: Any, runs: list[dict[str, Any]]) -> None:
     )
     axis.set_xlabel("seconds")
     axis.set_ylabel("KV memory, MB")
-    axis.set_yscale("symlog", linthresh=1)
+    axis.set_ylim(bottom=0)
     axis.legend(fontsize=8)
     axis.set_title("Memory, captured runs")
 

@@ -24,7 +24,7 @@ from transformers import AutoConfig
 
 import trtllm_vattn
 from trtllm_vattn import plugins
-from trtllm_vattn.bench.flags import add_common, as_config, dtype_of, positive
+from trtllm_vattn.bench.flags import MAX_SEQ_LEN, add_attention, add_common, add_rounds, as_config, dtype_of, positive
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plugin_layers import PlayedLayers
 from trtllm_vattn.bench.report import Result, finish
@@ -48,15 +48,20 @@ PROMPT = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench plugin`."""
     gpu, add = add_common(parser), parser.add_argument
-    add("--module", default="auto", help=f"whose plugin classes: auto, {', '.join(MODULES)}, or plain (no TensorRT)")
-    add("--attention", default="auto", help="auto, torch or cudnn")
-    add("--lanes", type=positive, default=32 if gpu else 4)
-    add("--max-seq-len", type=positive, default=4096 if gpu else 128)
-    add("--context", type=positive, default=2048 if gpu else 64, help="tokens a sequence where steps are timed")
-    add("--contexts", type=positive, default=2, help="execution contexts; each is captured once")
-    add("--replays", type=positive, default=10_000 if gpu else 200)
-    add("--check-every", type=positive, default=50 if gpu else 10, help="replays between checks of the outputs")
-    add("--rounds", type=positive, default=20 if gpu else 3, help="turns of steps with and without the plugin")
+    text = "whose plugin classes; auto is TensorRT's where it is installed, plain needs none"
+    add("--module", default="auto", choices=["auto", *MODULES, "plain"], help=text)
+    add_attention(parser)
+    add("--lanes", type=positive, default=32 if gpu else 4, metavar="SEQUENCES", help="sequences of a decode step")
+    add("--max-seq-len", type=positive, default=4096 if gpu else 128, metavar="TOKENS", help=MAX_SEQ_LEN)
+    text = "tokens of each sequence where steps are timed"
+    add("--context", type=positive, default=2048 if gpu else 64, metavar="TOKENS", help=text)
+    text = "TensorRT's execution contexts; each is captured once"
+    add("--execution-contexts", type=positive, default=2, metavar="CONTEXTS", help=text, dest="contexts")
+    text = "replays over remapped memory, in all"
+    add("--replays", type=positive, default=10_000 if gpu else 200, metavar="REPLAYS", help=text)
+    text = "replays between checks of the outputs"
+    add("--check-every", type=positive, default=50 if gpu else 10, metavar="REPLAYS", help=text)
+    add_rounds(parser, 20 if gpu else 3, "kind of step, with the plugin and without")
 
 
 class PluginBenchmark:
@@ -65,6 +70,10 @@ class PluginBenchmark:
     def __init__(self, args: argparse.Namespace) -> None:
         if args.model not in SHAPES:
             raise ConfigError(f"no shape {args.model!r}: no weights are needed here, give one of {', '.join(SHAPES)}")
+        if args.max_seq_len < 4:
+            raise ConfigError(
+                f"--max-seq-len is {args.max_seq_len}: prompts are shorter than half of it; give 4 or more"
+            )
         self.args = args
         config = AutoConfig.for_model(**SHAPES[args.model])
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-from trtllm_vattn.bench.flags import add_attention, add_common, amount, as_config, dtype_of, positive
+from trtllm_vattn.bench.flags import add_attention, add_common, add_rounds, amount, as_config, dtype_of, positive
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.steady import Lane, fill, take_turns
@@ -34,11 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench policy`."""
     gpu, add = add_common(parser), parser.add_argument
     add_attention(parser)
-    add("--batch", type=positive, default=32 if gpu else 4, help="sequences")
-    add("--context", type=positive, default=2048 if gpu else 64, help="tokens a sequence")
-    add("--rounds", type=positive, default=5, help="turns of each engine")
-    add("--steps", type=positive, default=64 if gpu else 16, help="decode steps a turn")
-    add("--soak-seconds", type=amount, default=3.0, help="of the soak that chooses a policy")
+    text = "sequences in steady decode steps"
+    add("--batch-size", type=positive, default=32 if gpu else 4, metavar="SEQUENCES", help=text, dest="batch")
+    add("--context", type=positive, default=2048 if gpu else 64, metavar="TOKENS", help="tokens of each sequence")
+    add_rounds(parser, 5, "policy")
+    add("--steps", type=positive, default=64 if gpu else 16, metavar="STEPS", help="decode steps of a turn")
+    text = "how long the soak that chooses a policy lasts"
+    add("--soak-seconds", type=amount, default=3.0, metavar="SECONDS", help=text)
 
 
 def run(args: argparse.Namespace) -> int:

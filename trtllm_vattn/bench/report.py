@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -51,11 +52,16 @@ class Result:
 
 
 def write(result: Result, path: Path) -> None:
-    """Write a result; the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a result; the file is there whole or not at all. Raises ConfigError where it cannot be written."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result.as_dict(), indent=1) + "\n")
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(result.as_dict(), indent=1) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise ConfigError(f"cannot write the results to {path}: {error.strerror}") from error
 
 
 def finish(
@@ -73,9 +79,11 @@ def finish(
 def load(path: Path) -> dict[str, Any]:
     """Read a result. Raises ConfigError where there is none."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the result {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"cannot read the result {path}: it holds {type(found).__name__}, not an object")
     return found
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 from collections import defaultdict
-from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
@@ -17,7 +16,22 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.flags import add_attention, add_common, amount, as_config, dtype_of, positive
+from trtllm_vattn.bench.flags import (
+    BUDGET,
+    MAX_OUTPUT,
+    MAX_SEQ_LEN,
+    MAX_SEQS,
+    REQUESTS,
+    add_attention,
+    add_common,
+    add_rounds,
+    add_trace,
+    as_config,
+    caches,
+    dtype_of,
+    positive,
+    size,
+)
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.traces import Request, fit, generate_trace, load_trace
@@ -34,28 +48,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench serve`."""
     gpu, add = add_common(parser), parser.add_argument
     add_attention(parser)
-    add("--caches", default="contiguous,paged,paged-64,published,vattn", help=f"of {', '.join(CACHES)}")
-    add("--trace", type=Path, help="Azure code CSV, Mooncake JSONL or ShareGPT lengths CSV (default: generated)")
-    add("--requests", type=positive, default=128 if gpu else 10, help="how many requests of the trace")
-    add("--densest", action="store_true", help="the part of the trace where so many arrive in the shortest time")
+    text = f"of {', '.join(CACHES)}"
+    add("--caches", type=caches, default="contiguous,paged,paged-64,published,vattn", metavar="CACHES", help=text)
+    add_trace(parser)
+    add("--requests", type=positive, default=128 if gpu else 10, metavar="REQUESTS", help=REQUESTS)
+    text = "take the part of the trace where so many arrive in the shortest time, for which all of it is read"
+    add("--densest", action="store_true", help=text)
     add("--at-once", action="store_true", help="all arrive at once, instead of as the trace says")
-    add("--max-output", type=positive, default=256 if gpu else 12, help="cap on a request's output tokens")
-    add("--max-seq-len", type=positive, default=8192 if gpu else 256, help="tokens of a slot")
-    add("--max-seqs", type=positive, default=128 if gpu else 6, help="sequences at once, where memory allows")
-    add("--budget-gib", type=amount, default=16.0 if gpu else 0.004, help="bytes of KV of each cache, in GiB")
-    add("--chunk", type=positive, default=2048, help="prompt tokens a step")
-    add("--rounds", type=positive, default=2, help="runs of each cache, in turns")
+    add("--max-output", type=positive, default=256 if gpu else 12, metavar="TOKENS", help=MAX_OUTPUT)
+    add("--max-seq-len", type=positive, default=8192 if gpu else 256, metavar="TOKENS", help=MAX_SEQ_LEN)
+    add("--max-seqs", type=positive, default=128 if gpu else 6, metavar="SEQUENCES", help=MAX_SEQS)
+    add("--budget", type=size, default="16GiB" if gpu else "4MiB", metavar="BYTES", help=BUDGET)
+    add("--chunk", type=positive, default=2048, metavar="TOKENS", help="prompt tokens that go in at once")
+    add_rounds(parser, 2, "cache")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
-    model = load_model(args.model, args.device, dtype_of(args.device), args.seed)
     requests = _requests(args)
-    names = [name for name in args.caches.split(",") if name]
+    model = load_model(args.model, args.device, dtype_of(args.device), args.seed)
     runs = [
         {"cache": name, "round": number, **replay(model, args, name, requests)}
         for number in range(args.rounds)
-        for name in names
+        for name in args.caches
     ]
     result = Result.start("serve", as_config(args), args.seed)
     span_s = requests[-1].arrival_s - requests[0].arrival_s
@@ -83,7 +98,10 @@ def compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _requests(args: argparse.Namespace) -> list[Request]:
-    whole = load_trace(args.trace) if args.trace else generate_trace(4 * args.requests, args.seed)
+    if args.trace:
+        whole = load_trace(args.trace, None if args.densest else args.requests)
+    else:
+        whole = generate_trace(4 * args.requests, args.seed)
     first = densest(whole, args.requests) if args.densest else 0
     return fit(whole[first : first + args.requests], args.max_seq_len, args.max_output)
 
@@ -102,7 +120,7 @@ def densest(requests: list[Request], count: int) -> int:
 def slots_of(name: str, args: argparse.Namespace, slot_bytes: int) -> int:
     """Sequences that may run at once: with maximum reservation, as many as the memory has slots for."""
     most: int = args.max_seqs
-    return min(most, int(args.budget_gib * (1 << 30)) // slot_bytes) if name == "contiguous" else most
+    return min(most, args.budget // slot_bytes) if name == "contiguous" else most
 
 
 def replay(model: PreTrainedModel, args: argparse.Namespace, name: str, requests: list[Request]) -> dict[str, Any]:
@@ -110,9 +128,9 @@ def replay(model: PreTrainedModel, args: argparse.Namespace, name: str, requests
     one = shape_of(model, 1, args.max_seq_len)
     slots = slots_of(name, args, args.max_seq_len * one.token_bytes)
     if slots < 1:
-        raise ConfigError(f"{args.budget_gib} GiB hold no slot of {args.max_seq_len} tokens; raise --budget-gib")
+        raise ConfigError(f"{args.budget:,} bytes hold no slot of {args.max_seq_len} tokens; raise --budget")
     shape = shape_of(model, slots, args.max_seq_len)
-    budget = None if name == "contiguous" else int(args.budget_gib * (1 << 30))
+    budget = None if name == "contiguous" else args.budget
     vocab = model.config.get_text_config().vocab_size
     prompts = [prompt_ids(request, i, vocab, args.seed).tolist() for i, request in enumerate(requests)]
     begin = requests[0].arrival_s
@@ -128,7 +146,7 @@ def replay(model: PreTrainedModel, args: argparse.Namespace, name: str, requests
             while submitted < len(requests) or engine.busy:
                 now = perf_counter() - started
                 while submitted < len(requests) and arrivals[submitted] <= now:
-                    wanted = SamplingParams(max_tokens=requests[submitted].output_tokens)
+                    wanted = SamplingParams(max_tokens=requests[submitted].output_tokens, ignore_eos=True)
                     came[engine.submit(prompts[submitted], wanted)] = started + arrivals[submitted]
                     submitted += 1
                 if not engine.busy:

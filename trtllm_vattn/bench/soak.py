@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -18,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from trtllm_vattn.bench.controls import fenced_unmap, run_controls
-from trtllm_vattn.bench.flags import add_common, amount, as_config, positive
+from trtllm_vattn.bench.flags import add_common, amount, as_config, output, positive, tolerance
 from trtllm_vattn.bench.machine import commit
-from trtllm_vattn.bench.report import Result, write
+from trtllm_vattn.bench.report import Result, load, write
 from trtllm_vattn.bench.twins import MAX_SEQ_LEN, SLOTS, Side, Tally, Twins
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
@@ -34,13 +33,15 @@ from trtllm_vattn.vmm.wrappers import CountingDriver
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench soak`."""
     gpu, add = add_common(parser, on_gpu="small-llama"), parser.add_argument
-    add("--replays", type=positive, default=100_000 if gpu else 400, help="replays in all")
-    add("--seconds", type=amount, default=420.0, help="end this chunk after so many; go on with --state")
-    add(
-        "--repeatable", type=positive, default=2000 if gpu else 60, help="replays of two twins that are both left alone"
-    )
-    add("--tolerance", type=float, default=0.05, help="of eager logits, in standard deviations")
-    add("--state", type=Path, help="a file to go on from, and to write what was done to")
+    add("--replays", type=positive, default=100_000 if gpu else 400, metavar="REPLAYS", help="replays in all")
+    text = "end this part after so many; go on with --state"
+    add("--seconds", type=amount, default=420.0, metavar="SECONDS", help=text)
+    text = "replays of two twins that are both left alone"
+    add("--repeatable", type=positive, default=2000 if gpu else 60, metavar="REPLAYS", help=text)
+    text = "of eager logits, in standard deviations"
+    add("--tolerance", type=tolerance, default=0.05, metavar="DEVIATIONS", help=text)
+    text = "a file to go on from, and to write what was done to (default: begin anew, and keep nothing)"
+    add("--state", type=output, metavar="FILE", help=text)
 
 
 class Soak:
@@ -131,7 +132,9 @@ def _chunks(args: argparse.Namespace) -> list[dict[str, Any]]:
     """What earlier chunks did. Raises ConfigError where they were of another soak."""
     if args.state is None or not args.state.exists():
         return []
-    state = json.loads(args.state.read_text())
+    state = load(args.state)
+    if missing := [name for name in ("seed", "model", "chunks") if name not in state]:
+        raise ConfigError(f"{args.state} has no {', '.join(missing)}: it is no state of a soak; give another file")
     if (state["seed"], state["model"]) != (args.seed, args.model):
         raise ConfigError(
             f"{args.state} is of a soak of {state['model']} with seed {state['seed']}; give the same, or another file"

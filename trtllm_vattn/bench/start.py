@@ -16,7 +16,16 @@ import tempfile
 from time import perf_counter, time
 from typing import Any
 
-from trtllm_vattn.bench.flags import add_common, as_config, dtype_of, numbers, positive
+from trtllm_vattn.bench.flags import (
+    MAX_SEQS,
+    TIE_TOLERANCE,
+    add_common,
+    as_config,
+    dtype_of,
+    positive,
+    sizes,
+    tolerance,
+)
 from trtllm_vattn.bench.identity import RequestTokens, compare
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -35,7 +44,7 @@ from trtllm_vattn.runtime import Engine, SamplingParams
 imported = time()
 with Engine.from_pretrained(sys.argv[2], device=sys.argv[3], max_seqs=int(sys.argv[4]), max_seq_len=2048) as engine:
     built = time()
-    engine.submit([1, 2, 3], SamplingParams(max_tokens=2))
+    engine.submit([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))
     engine.step()
     first = time()
     report = engine.startup
@@ -50,23 +59,13 @@ with Engine.from_pretrained(sys.argv[2], device=sys.argv[3], max_seqs=int(sys.ar
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench start`."""
     gpu, add = add_common(parser), parser.add_argument
-    add("--max-seqs", type=positive, default=32 if gpu else 4, help="sequences of the engine that is started")
-    add(
-        "--budgets-mib", type=numbers, default=[8192, 61440, 102400, 61440, 8192] if gpu else [4, 16, 4], help="in turn"
-    )
-    add(
-        "--tie-tolerance",
-        type=float,
-        default=0.25 if gpu else 0.0,
-        help="top two logits closer than this are a tie: cuDNN's decode of many lanes is not the same to the last bit "
-        "from one call to the next",
-    )
-    add(
-        "--filler-tokens",
-        type=positive,
-        default=7900 if gpu else 500,
-        help="tokens of the sequences that fill a budget",
-    )
+    add("--max-seqs", type=positive, default=32 if gpu else 4, metavar="SEQUENCES", help=MAX_SEQS)
+    usual = "8GiB,60GiB,100GiB,60GiB,8GiB" if gpu else "4MiB,16MiB,4MiB"
+    add("--budgets", type=sizes, default=usual, metavar="BYTES,...", help="of KV, set one after the other")
+    text = f"{TIE_TOLERANCE}: cuDNN's decode of many lanes is not the same to the last bit from one call to the next"
+    add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=text)
+    text = "tokens of each sequence of those that fill a budget"
+    add("--filler-tokens", type=positive, default=7900 if gpu else 500, metavar="TOKENS", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,16 +115,16 @@ def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
     # Fillers take whole slots, so that nothing is mapped ahead for them.
     longest = args.filler_tokens
     one = longest * shape_of(model, 1, longest).token_bytes
-    slots = max(args.budgets_mib) * (1 << 20) // one + 4
+    slots = max(args.budgets) // one + 4
     cache = KVCacheManager(shape_of(model, slots, longest), open_driver(args.device))
     # One bucket, so that the same graph gives the tokens whichever slots are taken.
     with Engine(model, cache, buckets=[slots], record_margins=True) as engine:
         captured = [engine.decode.runner.graph(slots), *map(engine.prefill.runner.graph, engine.prefill.runner.buckets)]
         want = None
         rows = []
-        for mebibytes in args.budgets_mib:
+        for budget in args.budgets:
             started = perf_counter()
-            engine.set_budget(mebibytes << 20)
+            engine.set_budget(budget)
             set_s = perf_counter() - started
             fillers, fill_s = _fill(cache, args.filler_tokens)
             held = cache.stats().held_bytes
@@ -137,7 +136,7 @@ def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
             now = [engine.decode.runner.graph(slots), *map(engine.prefill.runner.graph, engine.prefill.runner.buckets)]
             rows.append(
                 {
-                    "budget_mib": mebibytes,
+                    "budget_mib": budget / (1 << 20),
                     "set_s": set_s,
                     "fill_s": fill_s,
                     "sequences": len(fillers) + 1,
@@ -156,7 +155,7 @@ def _generated(engine: Engine, *prompts: list[int]) -> RequestTokens:
     """Tokens of prompts run one by one, numbered in their order."""
     tokens: RequestTokens = {}
     for number, prompt in enumerate(prompts):
-        engine.submit(prompt, SamplingParams(max_tokens=24))
+        engine.submit(prompt, SamplingParams(max_tokens=24, ignore_eos=True))
         tokens[number] = list(engine.run())
     return tokens
 

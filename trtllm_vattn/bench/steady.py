@@ -48,7 +48,9 @@ def fill(engine: Engine, batch: int, context: int, tokens: int, seed: int) -> No
     random = np.random.default_rng(seed)
     vocab_size = engine.model.config.get_text_config().vocab_size
     for _ in range(batch):
-        engine.submit(random.integers(0, vocab_size, context).tolist(), SamplingParams(max_tokens=tokens))
+        engine.submit(
+            random.integers(0, vocab_size, context).tolist(), SamplingParams(max_tokens=tokens, ignore_eos=True)
+        )
     while engine.prefilling:
         engine.step()
 

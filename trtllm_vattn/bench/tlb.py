@@ -14,7 +14,6 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -27,15 +26,18 @@ from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.attention import fill
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, timed_ms
 from trtllm_vattn.bench.flags import (
+    HEADS,
     add_attention,
     add_device,
+    add_results,
     amount,
-    amounts,
     as_config,
     dtype_of,
+    heads,
     non_negative,
     numbers,
     positive,
+    sizes,
 )
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.plot import plot_tlb
@@ -66,29 +68,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench tlb`."""
     gpu, add = add_device(parser), parser.add_argument
     add_attention(parser)
-    add("--heads", type=numbers, default=[32, 8, 128] if gpu else [2, 1, 16], help="query heads, kv heads, their size")
-    add("--layers", type=positive, default=32 if gpu else 4, help="layers; the working set is all of them")
-    add(
-        "--layers-per-range",
-        type=numbers,
-        default=[1, 8, 16, 32] if gpu else [1, 4],
-        help="layouts; the last in all orders",
-    )
-    add("--contexts", type=numbers, default=[2048, 16384, 131072] if gpu else [100], help="tokens a sequence")
-    add(
-        "--working-sets-gb",
-        type=amounts,
-        default=[1, 16, 32, 64, 110, 130] if gpu else [5e-4],
-        help="of K and V; a GB is 1e9 bytes",
-    )
-    add("--blocks", type=numbers, default=[16, 64] if gpu else [16], help="tokens a block of the block tables")
-    add("--read-bytes", type=numbers, default=[512, 4096, 32768], help="sizes of plain random reads")
-    add("--churn", type=non_negative, default=10, help="sequences a slot that come and go before 'after churn'")
-    add("--repeats", type=positive, default=5)
-    add("--most-seconds", type=amount, default=600.0, help="what would begin later is left out")
-    add("--seed", type=int, default=0)
-    add("--output-json", type=Path, help="write all results there")
-    add("--plot", type=Path, help="write a PNG there")
+    add("--heads", type=heads, default="32,8,128" if gpu else "2,1,16", metavar="Q,KV,SIZE", help=HEADS)
+    add("--layers", type=positive, default=32 if gpu else 4, metavar="LAYERS", help="the working set is all of them")
+    text = "layouts by layers that share a token's row; the last one in all orders of pages"
+    add("--layers-per-range", type=numbers, default="1,8,16,32" if gpu else "1,4", metavar="LAYERS,...", help=text)
+    text = "tokens of each sequence"
+    add("--contexts", type=numbers, default="2048,16384,131072" if gpu else "100", metavar="TOKENS,...", help=text)
+    usual = "1GiB,16GiB,32GiB,64GiB,102GiB,121GiB" if gpu else "500000"
+    add("--working-sets", type=sizes, default=usual, metavar="BYTES,...", help="of K and V, all layers together")
+    text = "tokens of a block of block tables"
+    add("--blocks", type=numbers, default="16,64" if gpu else "16", metavar="TOKENS,...", help=text)
+    add("--read-bytes", type=sizes, default="512,4096,32768", metavar="BYTES,...", help="sizes of plain random reads")
+    text = "sequences of each slot that come and go before 'after churn'"
+    add("--churn", type=non_negative, default=10, metavar="SEQUENCES", help=text)
+    add("--repeats", type=positive, default=5, metavar="TIMES", help="times that each point is timed")
+    add("--most-seconds", type=amount, default=600.0, metavar="SECONDS", help="what would begin later is left out")
+    add_results(parser, plots=True)
 
 
 class Sweep:
@@ -132,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     for size in args.read_bytes:
         check_size(size)
     sweep = Sweep(args)
-    points = [(gb, context) for gb in args.working_sets_gb for context in args.contexts]
+    points = [(nbytes / 1e9, context) for nbytes in args.working_sets for context in args.contexts]
     for gb, context in tqdm(points, desc="points", disable=None):
         shape, why = _shape(args, gb, context)
         if shape is None:

@@ -54,7 +54,7 @@ def run_traced(
     numbers = {}
     for index, (prompt, wanted) in enumerate(zip(prompts, outputs, strict=True)):
         fed = None if forced is None else [event.token for event in forced[index] if event.token is not None]
-        numbers[engine.submit(prompt, SamplingParams(max_tokens=wanted), fed)] = index
+        numbers[engine.submit(prompt, SamplingParams(max_tokens=wanted, ignore_eos=True), fed)] = index
     run = TracedRun({index: [] for index in numbers.values()}, [], MemorySamples(), 0.0, 0)
     engine.observer = run.steps.append
     started = perf_counter()

@@ -1,27 +1,43 @@
 """Request traces: three public formats told apart by their content, and a generator for when there is none.
 
-* Azure code (Azure/AzurePublicDataset; Splitwise, ISCA'24): CSV with TIMESTAMP, ContextTokens, GeneratedTokens.
-* Mooncake (kvcache-ai/Mooncake, FAST'25): JSON lines with timestamp (ms), input_length, output_length, hash_ids, one
-  for each block of 512 prompt tokens.
+* Azure (Azure/AzurePublicDataset; Splitwise, ISCA'24): CSV with TIMESTAMP, ContextTokens, GeneratedTokens. A timestamp
+  has any number of digits of a second or none, and an offset from UTC or none, which is taken as UTC.
+* Mooncake (kvcache-ai/Mooncake, FAST'25): JSON lines, or one JSON list, of objects with timestamp (ms), input_length,
+  output_length and, where known, hash_ids, one for each block of 512 prompt tokens.
 * ShareGPT lengths (microsoft/sarathi-serve): CSV with num_prefill_tokens, num_decode_tokens; no arrival times.
+
+Files are UTF-8, with or without a byte order mark, lines end in LF or CRLF, and a name that ends in ``.gz`` is
+decompressed. A file is read no further than to the last request asked for.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
+import itertools
 import json
 import logging
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, TextIO
 
 import numpy as np
 
 from trtllm_vattn.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+LONGEST = 1 << 24
+"""Tokens of a prompt or an output from which on a row is taken for a mistake."""
+_LATEST_MS = 1e15
+"""Milliseconds beyond which a timestamp is taken for a mistake."""
+_LINE_CHARACTERS = 1 << 22
+"""Longest line of CSV or JSON lines, and longest request of a JSON list."""
+_CHUNK_CHARACTERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -34,81 +50,234 @@ class Request:
     prefix_blocks: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Timed:
+    """A request whose arrival is in whole nanoseconds, which a float of seconds since 1970 would round."""
+
+    arrival_ns: int
+    request: Request
+
+
 Row = dict[str, str]
-_Row = TypeVar("_Row")
+
+_TIMESTAMP = re.compile(
+    r"(\d{4})-(\d\d)-(\d\d)[ T](\d\d):(\d\d):(\d\d)(?:[.,](\d+))? ?(?:(Z|z|UTC)|([+-])(\d\d):?(\d\d))?", re.ASCII
+)
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
-def _azure(row: Row) -> Request:
-    # Seven digits of a second; Python reads six.
-    arrival = datetime.fromisoformat(row["TIMESTAMP"][:26])
-    return Request(arrival.timestamp(), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+def _nanoseconds(text: str) -> tuple[int, bool]:
+    """Since 1970, and whether the text has an offset from UTC. Raises ValueError."""
+    if not (found := _TIMESTAMP.fullmatch(text.strip())):
+        raise ValueError(f"TIMESTAMP is {text!r:.60}; write 2024-05-10 00:00:01.25 or 2024-05-10 00:00:01+00:00")
+    *whole, fraction, utc, sign, hours, minutes = found.groups()
+    year, month, day, hour, minute, second = map(int, whole)
+    try:
+        moment = datetime(year, month, day, hour, minute, second, tzinfo=timezone.utc)
+    except ValueError as error:
+        raise ValueError(f"TIMESTAMP is {text!r:.60}: {error}") from error
+    seconds = (moment - _EPOCH) // timedelta(seconds=1)
+    if sign:
+        seconds -= int(f"{sign}1") * (3600 * int(hours) + 60 * int(minutes))
+    return 10**9 * seconds + int((fraction or "0")[:9].ljust(9, "0")), bool(utc or sign)
 
 
-def _sharegpt(row: Row) -> Request:
-    return Request(0.0, int(float(row["num_prefill_tokens"])), int(float(row["num_decode_tokens"])))
+def _tokens(name: str, value: object) -> int:
+    """A whole number of tokens from a cell's text or a JSON number. Raises ValueError."""
+    text = value.strip() if isinstance(value, str) else json.dumps(value)
+    # Whole numbers exactly; pandas writes 12.0 and 1e3 for them too.
+    if isinstance(value, bool) or not re.fullmatch(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", text, re.ASCII):
+        raise ValueError(f"{name} is {value!r:.60}; it must be a whole number of tokens")
+    number = float(text)
+    if abs(number) >= LONGEST:
+        raise ValueError(f"{name} is {value!r:.60}; requests have fewer than {LONGEST:,} tokens")
+    if not number.is_integer():
+        raise ValueError(f"{name} is {value!r:.60}; it must be a whole number of tokens")
+    return int(number)
 
 
-_CSV: list[tuple[set[str], Callable[[Row], Request]]] = [
-    ({"TIMESTAMP", "ContextTokens", "GeneratedTokens"}, _azure),
-    ({"num_prefill_tokens", "num_decode_tokens"}, _sharegpt),
-]
+class _Azure:
+    columns: ClassVar[tuple[str, ...]] = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+
+    def __init__(self) -> None:
+        self._with_offset: bool | None = None
+
+    def __call__(self, row: Row) -> _Timed:
+        at, prompt, output = (row[name] for name in self.columns)
+        arrival, with_offset = _nanoseconds(at)
+        if self._with_offset not in (None, with_offset):
+            raise ValueError(f"TIMESTAMP is {at!r}; give an offset from UTC in every row, or in none")
+        self._with_offset = with_offset
+        return _Timed(arrival, _request((self.columns[1], prompt), (self.columns[2], output)))
 
 
-def _mooncake(line: str) -> Request:
-    row = json.loads(line)
-    blocks = tuple(row.get("hash_ids", ()))
-    return Request(row["timestamp"] / 1e3, int(row["input_length"]), int(row["output_length"]), blocks)
+class _ShareGPT:
+    columns: ClassVar[tuple[str, ...]] = ("num_prefill_tokens", "num_decode_tokens")
+
+    def __call__(self, row: Row) -> _Timed:
+        prompt, output = ((name, row[name]) for name in self.columns)
+        return _Timed(0, _request(prompt, output))
 
 
-def load_trace(path: Path) -> list[Request]:
-    """Read a trace in any of the three formats; arrivals count from its first request.
+def _request(prompt: tuple[str, object], output: tuple[str, object], blocks: tuple[int, ...] = ()) -> Request:
+    """A request from the names and values of its lengths. Raises ValueError."""
+    lengths = _tokens(*prompt), _tokens(*output)
+    for (name, value), length, least in zip((prompt, output), lengths, (1, 0), strict=True):
+        if length < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    return Request(0.0, *lengths, blocks)
 
-    Raises ConfigError where the file is missing, empty, of another format, or has a row that cannot be read.
+
+def _mooncake(row: Any) -> _Timed:
+    if not isinstance(row, dict):
+        raise ValueError(f"it is {type(row).__name__}; a request is an object with timestamp, input_length, …")
+    if missing := [name for name in ("timestamp", "input_length", "output_length") if name not in row]:
+        raise ValueError(f"{', '.join(missing)} missing")
+    at, blocks = row["timestamp"], row.get("hash_ids") or []
+    if isinstance(at, bool) or not isinstance(at, int | float) or not abs(at) <= _LATEST_MS:
+        raise ValueError(f"timestamp is {at!r:.60}; it must be a number of milliseconds")
+    if not isinstance(blocks, list) or not all(type(block) is int and block >= 0 for block in blocks):
+        raise ValueError("hash_ids must be a list of whole numbers from 0 on")
+    prompt, output = ((name, row[name]) for name in ("input_length", "output_length"))
+    arrival = 10**6 * at if isinstance(at, int) else round(1e6 * at)
+    return _Timed(arrival, _request(prompt, output, tuple(blocks)))
+
+
+def load_trace(path: Path, count: int | None = None) -> list[Request]:
+    """Read a trace in any of the three formats.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    count : int or None
+        Requests to read, from the beginning of the file; None is all of them.
+
+    Returns
+    -------
+    list of Request
+        In order of arrival; arrivals count from the first.
+
+    Raises
+    ------
+    ConfigError
+        The file is missing, empty or of another format, or a row cannot be read; it names the file and the line.
     """
+    opener: Callable[..., TextIO] = gzip.open if path.suffix == ".gz" else open
     try:
-        with path.open(newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            requests = list(_rows(path, first, iter(file)))
-    except OSError as error:
-        raise ConfigError(f"cannot read the trace {path}: {error.strerror}") from error
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            found = list(itertools.islice(_rows(path, file), count))
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"cannot read the trace {path}: {getattr(error, 'strerror', None) or error}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"the trace {path} is no text: {error}") from error
-    if not requests:
+        raise ConfigError(f"the trace {path} is no text in UTF-8: {error}") from error
+    if not found:
         raise ConfigError(f"the trace {path} has no requests")
-    start = min(request.arrival_s for request in requests)
-    return [replace(request, arrival_s=request.arrival_s - start) for request in requests]
+    late = sum(one.arrival_ns > other.arrival_ns for one, other in itertools.pairwise(found))
+    if late:
+        logger.warning("%s: %d requests arrive before the one above them; all were sorted by time", path, late)
+        found.sort(key=lambda timed: timed.arrival_ns)
+    start = found[0].arrival_ns
+    return [replace(timed.request, arrival_s=(timed.arrival_ns - start) / 1e9) for timed in found]
 
 
-def _rows(path: Path, first: str, lines: Iterator[str]) -> Iterator[Request]:
-    if first.lstrip().startswith("{"):
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _checked(path, number, _mooncake, line)
-        return
-    reader = csv.DictReader(lines)
-    found = set(reader.fieldnames or ())
-    for needed, parse in _CSV:
-        if needed <= found:
-            for number, row in enumerate(reader, 2):
-                yield _checked(path, number, parse, row)
+def _rows(path: Path, file: TextIO) -> Iterator[_Timed]:
+    for number, first in _lines(path, file):
+        if not first.strip():
+            continue
+        if first.lstrip().startswith("["):
+            return _json_list(path, number, first, file)
+        rest = itertools.chain([(number, first)], _lines(path, file, number + 1))
+        return _json_lines(path, rest) if first.lstrip().startswith("{") else _table(path, rest)
+    return iter(())
+
+
+def _lines(path: Path, file: TextIO, number: int = 1) -> Iterator[tuple[int, str]]:
+    """Lines and their numbers; the first may be the beginning of a longer one."""
+    while line := file.readline(_LINE_CHARACTERS):
+        if len(line) == _LINE_CHARACTERS and not line.lstrip().startswith("["):
+            raise _wrong(path, number, f"it has more than {_LINE_CHARACTERS:,} characters")
+        yield number, line
+        number += 1
+
+
+def _wrong(path: Path, number: int, what: object) -> ConfigError:
+    return ConfigError(f"{path}, line {number}: {what}")
+
+
+def _json_lines(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[_Timed]:
+    for number, line in lines:
+        if line.strip():
+            try:
+                yield _mooncake(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise _wrong(path, number, error) from error
+
+
+def _json_list(path: Path, number: int, text: str, file: TextIO) -> Iterator[_Timed]:
+    """Elements of a list, of which no more is read than is asked for."""
+    decoder, at, expected = json.JSONDecoder(), text.index("[") + 1, "a request or ]"
+    size = _CHUNK_CHARACTERS
+    while True:
+        # Past white space, and the comma between two elements.
+        while at < len(text) and (text[at].isspace() or (text[at] == "," and expected == ", or ]")):
+            if text[at] == ",":
+                expected = "a request"
+            number += text[at] == "\n"
+            at += 1
+        element, end = None, at
+        if at < len(text) and text[at] == "]" and expected != "a request":
             return
-    raise ConfigError(
-        f"the trace {path} has columns {sorted(found)}; known are Azure code (TIMESTAMP, ContextTokens, "
-        "GeneratedTokens), ShareGPT lengths (num_prefill_tokens, num_decode_tokens) and Mooncake's JSON lines"
-    )
+        if at < len(text):
+            if expected == ", or ]":
+                raise _wrong(path, number, f"{text[at : at + 20]!r} where {expected} should be")
+            try:
+                element, end = decoder.raw_decode(text, at)
+            except (ValueError, RecursionError) as error:
+                broken = error
+        # A number may go on where the text ends.
+        if end == at or end == len(text):
+            if len(text) - at <= _LINE_CHARACTERS and (more := file.read(size)):
+                text, at, size = text[at:] + more, 0, 2 * size
+                continue
+            if end == at:
+                what: object = broken if at < len(text) else f"the file ends where {expected} should be"
+                raise _wrong(path, number, what)
+        try:
+            yield _mooncake(element)
+        except ValueError as error:
+            raise _wrong(path, number, error) from error
+        number += text.count("\n", at, end)
+        at, expected, size = end, ", or ]", _CHUNK_CHARACTERS
 
 
-def _checked(path: Path, number: int, parse: Callable[[_Row], Request], row: _Row) -> Request:
+def _table(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[_Timed]:
+    number, first = next(lines)
+    before, reader = number - 1, csv.reader(itertools.chain([first], (line for _, line in lines)))
     try:
-        request = parse(row)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
-    if request.prompt_tokens < 1 or request.output_tokens < 0:
-        raise ConfigError(
-            f"{path}, line {number}: {request.prompt_tokens} prompt and {request.output_tokens} output tokens"
-        )
-    return request
+        header = [name.strip() for name in next(reader)]
+        parse = next((make() for make in (_Azure, _ShareGPT) if set(make.columns) <= set(header)), None)
+        if parse is None:
+            raise ConfigError(
+                f"the trace {path} has columns {sorted(header)}; known are Azure (TIMESTAMP, ContextTokens, "
+                "GeneratedTokens), ShareGPT lengths (num_prefill_tokens, num_decode_tokens) and Mooncake's JSON"
+            )
+        if twice := [name for name in parse.columns if header.count(name) > 1]:
+            raise ConfigError(f"the trace {path} has two columns {twice[0]}")
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            row = dict(zip(header, cells, strict=False))
+            try:
+                if missing := [name for name in parse.columns if name not in row]:
+                    raise ValueError(f"{', '.join(missing)} missing")
+                if any(cell.strip() for cell in cells[len(header) :]):
+                    raise ValueError(f"{len(cells)} cells under {len(header)} columns")
+                yield parse(row)
+            except ValueError as error:
+                raise _wrong(path, before + reader.line_num, error) from error
+    except csv.Error as error:
+        raise _wrong(path, before + reader.line_num, error) from error
 
 
 def generate_trace(count: int, seed: int, *, median_prompt: int = 120, median_output: int = 16) -> list[Request]:
@@ -131,7 +300,8 @@ def fit(requests: list[Request], max_seq_len: int, max_output: int) -> list[Requ
     """
     if max_output >= max_seq_len:
         raise ConfigError(
-            f"outputs of {max_output} tokens leave no room for a prompt in {max_seq_len}; lower max_output"
+            f"outputs of {max_output} tokens leave no room for a prompt in {max_seq_len}; lower --max-output, or raise "
+            "--max-seq-len"
         )
     fitted = []
     for request in requests:

@@ -15,7 +15,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trtllm_vattn.bench.flags import add_common, as_config, dtype_of, numbers, positive
+from trtllm_vattn.bench.flags import (
+    MAX_OUTPUT,
+    TIE_TOLERANCE,
+    add_common,
+    add_rounds,
+    as_config,
+    dtype_of,
+    numbers,
+    positive,
+    tolerance,
+)
 from trtllm_vattn.bench.identity import Identity, RequestTokens, compare
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.random_blocks import RandomBlocks
@@ -37,18 +47,22 @@ from trtllm_vattn.runtime.models import load_model
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench xqa`."""
     gpu, add = add_common(parser), parser.add_argument
-    add("--attention", default="xqa", choices=["xqa", "xqa-fmha"], help="compared with flat attention")
+    add("--attention", default="xqa", choices=["xqa", "xqa-fmha"], help="kernels that are compared with flat attention")
     add("--tokens-per-block", type=positive, default=32, choices=BLOCK_SIZES, help="tokens of a block")
-    add("--layers-per-range", type=positive, help="layers of a block's record (default: rows of 64 KiB)")
-    add("--batch-sizes", type=numbers, default=[1, 8, 32, 128] if gpu else [2], help="sequences of steady decode")
-    add("--context", type=positive, default=2048 if gpu else 64, help="tokens a sequence")
-    add("--rounds", type=positive, default=5 if gpu else 1, help="turns of each table")
-    add("--steps", type=positive, default=20 if gpu else 4, help="decode steps a turn")
-    add("--requests", type=positive, default=16 if gpu else 6, help="requests whose tokens are compared")
-    add("--max-output", type=positive, default=48 if gpu else 8, help="tokens of a request at most")
+    text = "layers of a block's record (default: as many as make rows of 64 KiB)"
+    add("--layers-per-range", type=positive, metavar="LAYERS", help=text)
+    text = "sequences in steady decode steps"
+    add("--batch-sizes", type=numbers, default="1,8,32,128" if gpu else "2", metavar="SEQUENCES,...", help=text)
+    add("--context", type=positive, default=2048 if gpu else 64, metavar="TOKENS", help="tokens of each sequence")
+    add_rounds(parser, 5 if gpu else 1, "kind of table")
+    add("--steps", type=positive, default=20 if gpu else 4, metavar="STEPS", help="decode steps of a turn")
+    text = "generated requests whose tokens are compared"
+    add("--requests", type=positive, default=16 if gpu else 6, metavar="REQUESTS", help=text)
+    add("--max-output", type=positive, default=48 if gpu else 8, metavar="TOKENS", help=MAX_OUTPUT)
     # Kernels that round differently choose between logits up to 0.41 apart (tests/runtime/rounding_probe.py).
-    add("--tie-tolerance", type=float, default=0.5 if gpu else 0.0, help="logits closer than this are a tie")
-    add("--replays", type=positive, default=10_000 if gpu else 40, help="replays of one graph over replaced memory")
+    add("--tie-tolerance", type=tolerance, default=0.5 if gpu else 0.0, metavar="LOGITS", help=TIE_TOLERANCE)
+    text = "replays of one graph over replaced memory"
+    add("--replays", type=positive, default=10_000 if gpu else 40, metavar="REPLAYS", help=text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,6 +11,9 @@ C2. `lengths[slot]` tokens of a slot belong to its sequence; `lengths <= frontie
 C3. A call succeeds whole or raises and changes nothing.
 C4. Tensors from `layer()` are made once and stay valid until `close()`, at the same addresses.
 C5. `close()` is idempotent; any other call after it raises `ManagerClosed`.
+C6. A call that is interrupted (KeyboardInterrupt) is done whole, or not at all, or the next call raises
+    `CacheInterrupted`, until `reset()` or `close()`. Nothing waits for ever, and `close()` then gives everything back.
+C7. In a forked child every call raises `WrongProcess`, and the parent's memory is not touched.
 """
 
 from __future__ import annotations
@@ -218,8 +221,16 @@ class KVCache(ABC):
         """Raise InvariantViolation, with its numbers, where the books disagree."""
 
     @abstractmethod
+    def reset(self) -> None:
+        """Drop every sequence and take their memory back, once the device is done with it; the cache is as it was built
+        then, with its budget, and tensors and addresses stay. Idempotent.
+
+        For whoever was interrupted and does not know what became of a call (`sequence_at` tells what there is).
+        """
+
+    @abstractmethod
     def close(self) -> None:
-        """Give everything back. Idempotent."""
+        """Give everything back. Idempotent; where it raised or was interrupted, calling again goes on."""
 
     def __enter__(self) -> Self:
         return self

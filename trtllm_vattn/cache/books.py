@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from trtllm_vattn.cache.base import CacheShape, KVCache, SequenceId
 from trtllm_vattn.errors import (
+    CacheInterrupted,
     ConfigError,
     DuplicateSequence,
     InvariantViolation,
@@ -16,7 +21,13 @@ from trtllm_vattn.errors import (
     NoFreeSlot,
     SequenceTooLong,
     UnknownSequence,
+    VattnError,
+    WrongProcess,
 )
+from trtllm_vattn.vmm.uninterrupted import drain
+
+T = TypeVar("T")
+_caches: weakref.WeakSet[SlottedCache] = weakref.WeakSet()
 
 
 class SlottedCache(KVCache):
@@ -32,6 +43,12 @@ class SlottedCache(KVCache):
         self._occupied = np.zeros(shape.num_slots, np.bool_)
         self._flags = np.zeros(shape.num_slots, np.bool_)
         self._closed = False
+        self._process = os.getpid()
+        self._attention = False
+        """Whether the next call has to look closer before it begins: at what became of the last one, at whether the
+        cache is closed, or another process's."""
+        self._under_way: str | None = None
+        _caches.add(self)
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
@@ -48,6 +65,10 @@ class SlottedCache(KVCache):
         """A slot's sequence is gone."""
 
     @abstractmethod
+    def _clear(self) -> None:
+        """All sequences go; take their memory back."""
+
+    @abstractmethod
     def _free(self) -> None:
         """Give all memory back; called by `close()`, again where it raised."""
 
@@ -55,6 +76,9 @@ class SlottedCache(KVCache):
 
     def admit(self, sequence: SequenceId, prompt_len: int) -> int:
         self._check_new(sequence, prompt_len)
+        return self._run(self._admit, sequence, prompt_len)
+
+    def _admit(self, sequence: SequenceId, prompt_len: int) -> int:
         slot = self._claim(prompt_len)
         self._house(sequence, slot, prompt_len)
         return slot
@@ -77,7 +101,9 @@ class SlottedCache(KVCache):
         self.lengths[slot] = length
 
     def release(self, sequence: SequenceId) -> None:
-        slot = self.slot_of(sequence)
+        self._run(self._release, sequence, self.slot_of(sequence))
+
+    def _release(self, sequence: SequenceId, slot: int) -> None:
         self._vacate(slot)
         del self._slot_of[sequence], self._owner[slot]
         self._occupied[slot] = False
@@ -95,7 +121,12 @@ class SlottedCache(KVCache):
         np.less(lengths, self.lengths, out=flags)
         if unusual or (np.count_nonzero(flags) and lengths[flags].any()):
             self._check_step(lengths)
-            self._back(lengths)
+            self._run(self._prepare_step, lengths)
+        else:
+            np.maximum(self.lengths, lengths, out=self.lengths)
+
+    def _prepare_step(self, lengths: np.ndarray) -> None:
+        self._back(lengths)
         np.maximum(self.lengths, lengths, out=self.lengths)
 
     def _check_step(self, lengths: np.ndarray) -> None:
@@ -112,6 +143,8 @@ class SlottedCache(KVCache):
             raise ConfigError(f"slots {slots} would become shorter; use truncate")
 
     def sequence_at(self, slot: int) -> SequenceId | None:
+        if self._attention and not self._closed:
+            self._attend()
         return self._owner.get(slot)
 
     def slot_of(self, sequence: SequenceId) -> int:
@@ -125,6 +158,9 @@ class SlottedCache(KVCache):
 
     def check_integrity(self) -> None:
         self._check_open()
+        self._run(self._check_integrity)
+
+    def _check_integrity(self) -> None:
         owned = {slot: sequence for sequence, slot in self._slot_of.items()}
         if owned != self._owner or sorted(owned) != np.flatnonzero(self._occupied).tolist():
             raise InvariantViolation(
@@ -132,13 +168,33 @@ class SlottedCache(KVCache):
                 f"occupied are {np.flatnonzero(self._occupied).tolist()}"
             )
         for slot in np.flatnonzero((self.lengths > self.frontiers) | ((self.lengths > 0) != self._occupied)).tolist():
-            raise InvariantViolation(
-                f"slot {slot} of sequence {self._owner.get(slot)!r}: length {self.lengths[slot]}, "
-                f"frontier {self.frontiers[slot]}"
-            )
+            if not self._is_cut(slot):
+                raise InvariantViolation(
+                    f"slot {slot} of sequence {self._owner.get(slot)!r}: length {self.lengths[slot]}, "
+                    f"frontier {self.frontiers[slot]}"
+                )
+
+    def _is_cut(self, slot: int) -> bool:
+        """Whether a driver failure took memory away that its sequence needs."""
+        return False
+
+    def reset(self) -> None:
+        if self._attention:
+            self._attend(recovering=True)
+        self._run(self._reset)
+
+    def _reset(self) -> None:
+        self._clear()
+        self._slot_of.clear()
+        self._owner.clear()
+        self._occupied[:] = False
+        self.lengths[:] = 0
 
     def close(self) -> None:
-        self._closed = True
+        if self._attention:
+            self._check_process()
+            drain()
+        self._attention = self._closed = True
         self._free()
 
     def _rehouse(self, sequence: SequenceId, slot: int) -> None:
@@ -171,8 +227,36 @@ class SlottedCache(KVCache):
     # -- for siblings ----------------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
+        if self._attention:
+            self._attend()
+
+    def _attend(self, recovering: bool = False) -> None:
+        """Look closer, before a call begins; `recovering` is one that mends what another left half done."""
+        self._check_process()
         if self._closed:
             raise ManagerClosed("this cache is closed; build another")
+        drain()
+        if self._under_way is not None and not recovering:
+            raise CacheInterrupted(f"interrupted inside {self._under_way}(); call reset() or close()")
+        self._attention = False
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise WrongProcess(f"this cache was made in process {self._process}; make one in this process")
+
+    def _run(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Make a call that changes the cache. Where it is cut short (KeyboardInterrupt), or what it raises is not of
+        those that change nothing, the cache says so from then on."""
+        self._attention = True
+        self._under_way = call.__name__.removeprefix("_")
+        try:
+            answer = call(*arguments)
+        except VattnError:
+            self._under_way = None
+            raise
+        self._under_way = None
+        self._attention = False
+        return answer
 
     def _check_fits(self, sequence: SequenceId, tokens: int) -> None:
         if tokens > self.shape.max_seq_len:
@@ -193,3 +277,12 @@ class SlottedCache(KVCache):
     def live_bytes(self) -> int:
         """Bytes that hold tokens of sequences."""
         return int(self.lengths.sum()) * self.shape.token_bytes
+
+
+def _refuse_in_child() -> None:
+    """What a forked child inherits is its parent's: the next call of it finds out."""
+    for cache in _caches:
+        cache._attention = True
+
+
+os.register_at_fork(after_in_child=_refuse_in_child)

@@ -36,6 +36,9 @@ class ContiguousCache(SlottedCache):
     def _vacate(self, slot: int) -> None:
         self.frontiers[slot] = 0
 
+    def _clear(self) -> None:
+        self.frontiers[:] = 0
+
     def _free(self) -> None:
         self._layers = []
 

@@ -7,9 +7,8 @@ extents of many sizes instead of one page at a time).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -17,25 +16,33 @@ import torch
 from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV, PagedKV, SequenceId
 from trtllm_vattn.cache.books import SlottedCache
 from trtllm_vattn.errors import ConfigError, InvariantViolation, NoFreeSlot
-from trtllm_vattn.memory import remap
-from trtllm_vattn.memory.ahead import BackgroundThread, Gate
+from trtllm_vattn.memory import leftovers, remap
+from trtllm_vattn.memory.ahead import BackgroundThread
 from trtllm_vattn.memory.arena import Arena
+from trtllm_vattn.memory.backing import Backing, Lease
 from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
 from trtllm_vattn.memory.lookahead import Lookahead
 from trtllm_vattn.memory.placement import Placement, placement
 from trtllm_vattn.memory.pool import CLASSES, ExtentPool
-from trtllm_vattn.memory.reclaim import return_idle, set_budget, surplus_bytes, take_surplus, trim
+from trtllm_vattn.memory.reclaim import set_budget, surplus_bytes, take_surplus, trim
 from trtllm_vattn.memory.stock import Stock
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.values import finite, whole
 from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.regions import RESERVATION, Region, tensor_regions
-from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, strided, tensor_at
+from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, on_stream, stream_of, strided, tensor_at
+from trtllm_vattn.vmm.uninterrupted import uninterrupted
+
+T = TypeVar("T")
 
 
 class KVCacheManager(SlottedCache):
     """A KV cache at fixed addresses over one device's virtual memory. Used from one stream and one
     thread, beside its own that maps ahead.
+
+    An interrupted call (KeyboardInterrupt) is done to its end all the same, or was not begun: what changes the cache is
+    done where no signal comes (vmm/uninterrupted.py). A cache that is dropped without `close()` is closed, with a
+    ResourceWarning, once nobody holds a tensor over its memory either.
 
     Parameters
     ----------
@@ -91,23 +98,30 @@ class KVCacheManager(SlottedCache):
         idle_floor = parse_bytes(idle_floor, "idle_floor")
         self.driver = driver
         self.idle_after_s, self.idle_floor = idle_after_s, idle_floor
-        self._gate = Gate()
-        self._thread: BackgroundThread | None = None
         self.layout = self._make_layout(layers_per_range)
-        with ExitStack() as undo:
-            pool = ExtentPool(driver, self.layout.least_bytes if budget is None else budget, self.extent_classes)
-            undo.callback(pool.close)
-            self.arena = Arena(pool, self.layout, self.one_by_one)
-            undo.pop_all()
+        uninterrupted(self._build, budget, lookahead)
+        self._backing.is_owned = True
+
+    def _build(self, budget: int | None, lookahead: int | None) -> None:
+        leftovers.retry()
+        pool = ExtentPool(self.driver, self.layout.least_bytes if budget is None else budget, self.extent_classes)
+        self.arena = Arena(pool, self.layout, self.one_by_one)
         self.frontiers = self.arena.frontiers
         self.ahead = Lookahead(self.arena, self.lengths, lookahead)
+        self._backing = Backing(self.arena, self.ahead, self.idle_after_s, self.idle_floor)
+        self._gate = self._backing.gate
         self._stock = Stock(self.arena.pool, self.layout)
         self._admission_maps = self._critical_path_maps = self._told = 0
-        self._flat = [
-            tensor_at(reservation.base, reservation.size, driver.device, owner=reservation)
-            for reservation in self.arena.reservations
-        ]
-        self._layers = [self._view(layer) for layer in range(shape.num_layers)]
+        self._lease = Lease(self._backing)
+        try:
+            self._flat = [
+                tensor_at(reservation.base, reservation.size, self.driver.device, owner=self._lease)
+                for reservation in self.arena.reservations
+            ]
+            self._layers = [self._view(layer) for layer in range(self.shape.num_layers)]
+        except BaseException:
+            self._backing.discard()
+            raise
 
     def _make_layout(self, layers_per_range: int | None) -> SlotLayout:
         return SlotLayout(**self._sizes(layers_per_range))
@@ -137,6 +151,23 @@ class KVCacheManager(SlottedCache):
             for at in (offset, offset + half * (shape.kv_factor - 1))
         )
         return FlatKV(k, v)
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+
+    def _run(self, call: Callable[..., T], *arguments: Any) -> T:
+        # Attention is left where the call raised or was interrupted; it costs the next call a moment.
+        self._attention = True
+        answer = self._apart(call, *arguments)
+        self._attention = False
+        return answer
+
+    def _apart(self, call: Callable[..., T], *arguments: Any) -> T:
+        answer: T = uninterrupted(on_stream, stream_of(self.device), call, *arguments)
+        return answer
+
+    @property
+    def _thread(self) -> BackgroundThread | None:
+        return self._backing.thread
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -181,15 +212,16 @@ class KVCacheManager(SlottedCache):
         """Slots below this are worth taking: a lane is a slot, so that adopting one beyond the current bucket would
         replay a larger graph than is needed. Raises NoFreeSlot where none is."""
         self.arena.settle()
-        if not (free := self.arena.free_slots()):
+        first = self.arena.first_free()
+        if first is None:
             self.arena.settle(wait=True)
-            free = self.arena.free_slots()
-        if not free:
+            first = self.arena.first_free()
+        if first is None:
             raise NoFreeSlot(
                 f"no slot is usable: {self.shape.num_slots - len(self._slot_of)} are retired after a driver call "
                 "failed in them; close the cache and build another"
             )
-        return 1 << max([free[0], *self._owner]).bit_length()
+        return 1 << max([first, *self._owner]).bit_length()
 
     def _back(self, lengths: np.ndarray) -> None:
         with self._gate:
@@ -202,6 +234,10 @@ class KVCacheManager(SlottedCache):
         with self._gate:
             self.arena.park(slot, self._fence())
 
+    def _clear(self) -> None:
+        with self._gate:
+            self.arena.clear(self._fence())
+
     def _fence(self) -> Fence:
         return self.driver.record(current_stream(self.device))
 
@@ -213,7 +249,9 @@ class KVCacheManager(SlottedCache):
         OutOfPages where running sequences have more: release or preempt some first. Nothing changed then.
         """
         self._check_open()
-        budget = parse_bytes(budget, "the budget")
+        self._run(self._set_budget, parse_bytes(budget, "the budget"))
+
+    def _set_budget(self, budget: int) -> None:
         with self._gate:
             pool = self.arena.pool
             used = pool.held_bytes - pool.stock_bytes - self.arena.parked_bytes
@@ -229,6 +267,9 @@ class KVCacheManager(SlottedCache):
         once. Raises ConfigError, DriverError.
         """
         self._check_open()
+        self._run(self._stock_up, sequences, tokens)
+
+    def _stock_up(self, sequences: int, tokens: int) -> None:
         with self._gate:
             self._stock.announce(sequences, tokens)
             while self._thread is None and self.arena.pool.restock():
@@ -239,8 +280,11 @@ class KVCacheManager(SlottedCache):
         """Have the thread keep memory created ahead for prompts of these tokens, which will come in this order: for
         those that no parked slot is there for, as far as the budget goes. Waits for nothing; needs `start_thread`."""
         self._check_open()
-        if self._thread is not None and self._stock.expect(prompts[self.arena.parked_slots :]):
-            self._wake()
+        if self._thread is not None:
+            fitting = self._stock.fitting(prompts[self.arena.parked_slots :])
+            if fitting != self._stock.expected:
+                self._run(self._stock.expect, fitting)
+                self._wake()
 
     def move(self, sequence: SequenceId, slot: int) -> int:
         """Give a running sequence another, free slot by remapping; returns the mappings made.
@@ -248,7 +292,9 @@ class KVCacheManager(SlottedCache):
         Nothing is copied and nothing waits: its memory is mapped at both addresses until work submitted so far is done.
         Raises UnknownSequence, ConfigError where the slot is not free, DriverError; nothing changed.
         """
-        source = self.slot_of(sequence)
+        return self._run(self._move, sequence, self.slot_of(sequence), slot)
+
+    def _move(self, sequence: SequenceId, source: int, slot: int) -> int:
         with self._gate:
             moved = remap.move(self.arena, source, slot, self._fence)
             self._rehouse(sequence, slot)
@@ -269,22 +315,28 @@ class KVCacheManager(SlottedCache):
         if tokens > self.lengths[source]:
             raise ConfigError(f"sequence {sequence!r} has {self.lengths[source]} tokens, not {tokens} to fork")
         self._check_new(new_sequence, tokens)
+        return self._run(self._fork, source, new_sequence, tokens)
+
+    def _fork(self, source: int, new_sequence: SequenceId, tokens: int) -> int:
         with self._gate:
             limit = self._limit()
-            free = [slot for slot in self.arena.free_slots() if slot < limit]
-            target = min(free, key=lambda slot: (self.arena.slots[slot].mapped, slot))
+            target = min(self.arena.free_slots(limit), key=lambda slot: (self.arena.slots[slot].mapped, slot))
             shared = remap.share(self.arena, source, tokens, tokens, target)
             rest = self.layout.touched_bytes(tokens) - shared
-            for reservation in self.arena.reservations if rest else ():
-                to, at = (reservation.base + slot * self.layout.slot_stride + shared for slot in (target, source))
-                copy_bytes(self.driver.device, to, at, rest)
+            try:
+                for reservation in self.arena.reservations if rest else ():
+                    to, at = (reservation.base + slot * self.layout.slot_stride + shared for slot in (target, source))
+                    copy_bytes(self.driver.device, to, at, rest)
+            except BaseException:
+                self.arena.park(target, self._fence())
+                raise
             self._house(new_sequence, target, tokens)
         return target
 
     def truncate(self, sequence: SequenceId, length: int) -> None:
         slot = self.slot_of(sequence)
-        if 0 < length < self.lengths[slot]:
-            self._own_from(slot, self.layout.whole_bytes(length))
+        if 0 < length < self.lengths[slot] and self.arena.places:
+            self._run(self._own_from, slot, self.layout.whole_bytes(length))
         super().truncate(sequence, length)
 
     def _own_from(self, slot: int, start: int) -> None:
@@ -301,7 +353,7 @@ class KVCacheManager(SlottedCache):
 
         Waits for the device. Raises UnknownSequence, OutOfPages, DriverError; nothing changed.
         """
-        return self._replace(self.slot_of(sequence), 0)
+        return self._run(self._replace, self.slot_of(sequence), 0)
 
     def _replace(self, slot: int, first: int) -> int:
         def copy(to: int, source: int, nbytes: int) -> None:
@@ -316,8 +368,7 @@ class KVCacheManager(SlottedCache):
         """Have a thread map ahead from now on, so that `map_ahead` has no more to do than wake it when something is
         due. Idempotent; `close` ends it."""
         self._check_open()
-        if self._thread is None:
-            self._thread = BackgroundThread(self._work_ahead, self.idle_after_s)
+        self._run(self._backing.start_thread)
 
     def map_ahead(self) -> int:
         """Keep running slots' frontiers up to the lookahead past their lengths; returns the mappings made.
@@ -328,12 +379,9 @@ class KVCacheManager(SlottedCache):
         self._check_open()
         self.ahead.pace.observe_lengths(self.lengths)
         if self._thread is None:
-            with self._gate:
-                self.arena.settle()
-                made = self.ahead.map_due(self.ahead.at_once())
-                if not made:
-                    trim(self.arena, self.ahead.at_once())
-                return made
+            if not self.arena.is_leaving and not self.ahead.due(self.ahead.at_once()).size:
+                return 0
+            return self._run(self._map_due)
         self._thread.raise_error()
         if self.arena.is_leaving or self.ahead.due().size:
             self._wake()
@@ -344,31 +392,27 @@ class KVCacheManager(SlottedCache):
         if self._thread is not None:
             self._thread.wake()
 
-    def _work_ahead(self) -> bool:
-        """One bite of the thread's work: a slot's growth, an extent for the stock, from a slot or new, or one for the
-        driver."""
-        with self._gate.in_background():
-            if self._closed:
-                return False
+    def _map_due(self) -> int:
+        with self._gate:
             self.arena.settle()
-            return (
-                self.ahead.map_due() > 0
-                or trim(self.arena)
-                or self.arena.pool.restock()
-                or (self.idle_after_s is not None and return_idle(self.arena, self.idle_after_s, self.idle_floor))
-            )
+            made = self.ahead.map_due(self.ahead.at_once())
+            if not made:
+                trim(self.arena, self.ahead.at_once())
+            return made
 
     def wait_ahead(self, timeout_s: float = 10.0) -> bool:
         """Whether the thread has nothing left to do, within so many seconds; at once without one."""
         return self._thread is None or self._thread.wait_idle(timeout_s)
 
     def _free(self) -> None:
-        if self._thread is not None:
-            self._thread.close()
-        self.arena.close(self._fence())
-        self._layers, self._flat = [], []
-        if self._thread is not None:
-            self._thread.raise_error()
+        self._apart(self._close_backing)
+
+    def _close_backing(self) -> None:
+        try:
+            self._backing.close(self._fence())
+        finally:
+            if self._backing.is_closed:
+                self._layers, self._flat = [], []
 
     # -- views and books -------------------------------------------------------------------------------------------
 
@@ -384,6 +428,9 @@ class KVCacheManager(SlottedCache):
 
     def stats(self) -> CacheStats:
         self._check_open()
+        return self._run(self._stats)
+
+    def _stats(self) -> CacheStats:
         with self._gate:
             pool = self.arena.pool
             return CacheStats(
@@ -408,15 +455,20 @@ class KVCacheManager(SlottedCache):
     def placement(self) -> Placement:
         """How nearly slots' memory lies in the order of its creation."""
         self._check_open()
+        return self._run(self._placement)
+
+    def _placement(self) -> Placement:
         with self._gate:
             return placement(self.arena)
 
-    def check_integrity(self) -> None:
-        self._check_open()
+    def _is_cut(self, slot: int) -> bool:
+        return self.arena.slots[slot].broken
+
+    def _check_integrity(self) -> None:
         with self._gate:
-            super().check_integrity()
+            super()._check_integrity()
             self.arena.check_integrity()
-            free = self.arena.free_slots()
+            free = set(self.arena.free_slots())
             for slot in range(self.shape.num_slots):
                 if self._occupied[slot] and slot in free:
                     raise InvariantViolation(f"slot {slot} of sequence {self._owner[slot]!r} is free in the arena")

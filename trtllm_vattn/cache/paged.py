@@ -46,7 +46,8 @@ class PagedCache(SlottedCache):
         self._layers = [PagedKV(p[0].transpose(1, 2), p[-1].transpose(1, 2), self._table) for p in pools]
         self._rows = np.zeros((shape.num_slots, self.blocks_per_slot), np.int32)
         self._held = np.zeros(shape.num_slots, np.int64)
-        self._free_blocks = list(range(self.num_blocks, 0, -1))
+        self._free_blocks: list[int] = []
+        self._clear()
 
     def _make_pools(self, size: tuple[int, int, int, int]) -> list[list[torch.Tensor]]:
         """K and V (one tensor where `kv_factor` is 1) of each layer, ``[blocks, heads, tokens, dim]``."""
@@ -100,6 +101,12 @@ class PagedCache(SlottedCache):
         self.frontiers[slot] = 0
         self._publish()
 
+    def _clear(self) -> None:
+        self._free_blocks = list(range(self.num_blocks, 0, -1))
+        for each in (self._rows, self._held, self.frontiers):
+            each[...] = 0
+        self._publish()
+
     def _free(self) -> None:
         self._layers = []
 
@@ -122,8 +129,8 @@ class PagedCache(SlottedCache):
             budget_bytes=self.num_blocks * block_bytes,
         )
 
-    def check_integrity(self) -> None:
-        super().check_integrity()
+    def _check_integrity(self) -> None:
+        super()._check_integrity()
         used = [int(block) for slot, held in enumerate(self._held) for block in self._rows[slot, :held]]
         if sorted(used + self._free_blocks) != list(range(1, self.num_blocks + 1)):
             raise InvariantViolation(

@@ -68,7 +68,7 @@ def make_cache(
     if name in ("vattn", "blocks", "published"):
         driver = open_driver(str(device)) if driver is None else driver
         made: KVCacheManager
-        idle = (idle_after_s, idle_floor)
+        idle = (idle_after_s, parse_bytes(idle_floor, "idle_floor"))
         if name == "published":
             made = PublishedVattention(shape, driver, budget)
         elif name == "blocks":

@@ -1,1 +1,1 @@
-"""The command line: `trtllm-vattn doctor`, `trtllm-vattn bench`."""
+"""The command line: `trtllm-vattn doctor`, `demo`, `run`, `plugin` and `bench`."""

@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=MODEL,
         metavar="MODEL",
-        help=f"instead, run stock and fixed-address TensorRT-LLM side by side on a small model (default: {MODEL})",
+        help="instead, run stock and fixed-address TensorRT-LLM side by side on a small model "
+        f"(default: not; without a name {MODEL})",
     )
 
 

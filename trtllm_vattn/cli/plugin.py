@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from trtllm_vattn.bench.flags import device, non_negative, output_folder, positive
 from trtllm_vattn.bench.report import table
 from trtllm_vattn.plugins.build import PLAYED, RTX_TARGETS, build_folder
 from trtllm_vattn.plugins.fields import DTYPES, KINDS
@@ -18,29 +19,40 @@ from trtllm_vattn.runtime.models import SHAPES, load_model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sub-commands list, build, inspect."""
-    actions = parser.add_subparsers(dest="action", required=True)
-    actions.add_parser("list", help="the plugin's fields, and which TensorRT is installed")
-    build = actions.add_parser("build", help="an engine from a model")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    text = "the plugin's fields, and which TensorRT is installed"
+    actions.add_parser("list", help=text, description=text)
+    text = "an engine from a model"
+    build = actions.add_parser("build", help=text, description=text)
     add = build.add_argument
-    add("model", help=f"checkpoint directory, or one of {', '.join(SHAPES)}")
-    add("--output", type=Path, required=True, help="the engine's folder")
-    add("--with", dest="module", default="auto", help=f"auto, {', '.join(MODULES)}, or {PLAYED} (no plan)")
-    add("--targets", default="", help=f"compute capabilities for tensorrt_rtx (default: {','.join(RTX_TARGETS)})")
-    add("--dtype", default="bfloat16", choices=list(DTYPES))
-    add("--device", default="cpu", help="where weights are loaded")
+    add("model", metavar="MODEL", help=f"checkpoint folder, or a shape with random weights: {', '.join(SHAPES)}")
+    add("--output", type=output_folder, required=True, metavar="FOLDER", help="where the engine goes")
+    text = f"what builds the plan; auto is the first of {', '.join(MODULES)} that is installed, {PLAYED} makes no plan"
+    add("--with", dest="module", default="auto", choices=["auto", *MODULES, PLAYED], help=text)
+    text = f"compute capabilities, for tensorrt_rtx (default: {','.join(RTX_TARGETS)})"
+    add("--targets", default="", metavar="CAPABILITIES", help=text)
+    add("--dtype", default="bfloat16", choices=list(DTYPES), help="type of the weights, and of K and V")
+    add("--device", type=device, default="cpu", metavar="DEVICE", help="where weights are loaded: cpu or cuda:N")
     defaults = PlanLimits()
-    add("--max-lanes", type=int, default=defaults.max_lanes, help="sequences of a decode step")
-    add("--max-chunk", type=int, default=defaults.max_chunk, help="prompt tokens of one call")
-    add("--max-seq-len", type=int, default=defaults.max_seq_len, help="tokens of a sequence")
+    text = "sequences of a decode step, at most"
+    add("--max-lanes", type=positive, default=defaults.max_lanes, metavar="SEQUENCES", help=text)
+    text = "prompt tokens that go in at once, at most; 0 is a plan without prompts"
+    add("--max-chunk", type=non_negative, default=defaults.max_chunk, metavar="TOKENS", help=text)
+    text = "longest sequence, prompt and output together"
+    add("--max-seq-len", type=positive, default=defaults.max_seq_len, metavar="TOKENS", help=text)
     add("--any-slot", action="store_true", help="look lanes' slots up in decode, too")
-    add("--cache", default=defaults.cache, help="the name under which the cache will be attached")
-    inspect = actions.add_parser("inspect", help="what an engine's folder holds")
-    inspect.add_argument("folder", type=Path)
+    add("--cache", default=defaults.cache, metavar="NAME", help="under which the cache will be attached")
+    text = "what an engine's folder holds"
+    inspect = actions.add_parser("inspect", help=text, description=text)
+    inspect.add_argument("folder", type=Path, metavar="FOLDER", help="that `plugin build` made")
     inspect.add_argument("--json", action="store_true", help="everything, TensorRT's own description included")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a sub-command; 1 where an engine is not what it should be."""
+    """Run a sub-command, or show the help without one; 1 where an engine is not what it should be."""
+    if args.action is None:
+        args.shown.print_help()
+        return 0
     return {"list": _list, "build": _build, "inspect": _inspect}[args.action](args)
 
 

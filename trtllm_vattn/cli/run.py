@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from trtllm_vattn.bench.flags import non_negative, positive, size
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.installation import environment_for
@@ -20,10 +21,13 @@ from trtllm_vattn.trtllm.versions import RANGE
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `run`; a setting given by flag goes before the file's."""
     add = parser.add_argument
-    add("--config", type=Path, help="YAML file whose section `vattn` holds settings")
-    add("--budget", help="bytes of KV memory on each GPU: 40GiB (default: what TensorRT-LLM would take, once captured)")
-    add("--layers-per-range", type=int, help="layers of one pool (default: all)")
-    add("--lookahead", type=int, help="tokens mapped before they are needed (default: one block)")
+    text = "YAML file whose section `vattn` holds settings (default: flags alone)"
+    add("--config", type=Path, metavar="FILE", help=text)
+    text = "KV memory on each GPU, as 40GiB (default: what TensorRT-LLM would take, once captured)"
+    add("--budget", type=size, metavar="BYTES", help=text)
+    add("--layers-per-range", type=positive, metavar="LAYERS", help="layers of one pool (default: all)")
+    text = "tokens mapped before they are needed (default: one block)"
+    add("--lookahead", type=non_negative, metavar="TOKENS", help=text)
     add(
         "--any-version",
         action="store_true",

@@ -6,13 +6,20 @@ would only wait there, out of sight. The gate is where waiting is seen, and wher
 
 from __future__ import annotations
 
+import _thread
+import atexit
 import logging
+import os
+import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from types import TracebackType
+
+from trtllm_vattn.vmm.uninterrupted import uninterrupted
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +64,8 @@ class Gate:
 class BackgroundThread:
     """Runs `work` when woken, again and again for as long as it returns True; sleeps otherwise.
 
+    It holds `work` and nothing else alive, and is stopped when the interpreter ends.
+
     Parameters
     ----------
     work : callable
@@ -72,39 +81,54 @@ class BackgroundThread:
 
     def __init__(self, work: Callable[[], bool], period_s: float | None = None) -> None:
         self._work, self._period_s = work, period_s
-        self._state = threading.Condition()
-        self._pending, self._asleep, self._stopping = True, False, False
+        # None wakes it; a lock is released once all that was asked for before is done. Putting either is one operation
+        # for signals, so that nobody who is interrupted leaves the thread waiting.
+        self._asked: queue.SimpleQueue[_thread.LockType | None] = queue.SimpleQueue()
+        self._asked.put(None)
+        self._stopping = False
         self._errors: deque[Exception] = deque()
         self.wakes = 0
         self._thread = threading.Thread(target=self._run, name="vattn-map-ahead", daemon=True)
-        self._thread.start()
+        uninterrupted(self._thread.start)
+        _running.add(self)
 
     def _run(self) -> None:
         while not self._stopping:
-            with self._state:
-                self._asleep = True
-                self._state.notify_all()
-                self._state.wait_for(lambda: self._pending, self._period_s)
-                self._pending = self._asleep = False
-            self.wakes += 1
-            try:
-                while not self._stopping and self._work():
-                    pass
-            except Exception as error:
-                # Raised where somebody can act on it: by the next `raise_error`.
-                logger.warning("mapping ahead failed: %s", error)
-                self._errors.append(error)
+            woken, waiting = self._next()
+            if woken:
+                self.wakes += 1
+                try:
+                    while not self._stopping and self._work():
+                        pass
+                except Exception as error:
+                    # Raised where somebody can act on it: by the next `raise_error`.
+                    logger.warning("mapping ahead failed: %s", error)
+                    self._errors.append(error)
+            for each in waiting:
+                each.release()
+
+    def _next(self) -> tuple[bool, list[_thread.LockType]]:
+        """Sleep until something is asked; whether to work, and whom to tell afterwards."""
+        waiting: list[_thread.LockType] = []
+        try:
+            asked = [self._asked.get(timeout=self._period_s)]
+        except queue.Empty:
+            return True, waiting
+        while not self._asked.empty():
+            asked.append(self._asked.get())
+        waiting = [each for each in asked if each is not None]
+        return None in asked, waiting
 
     def wake(self) -> None:
         """There is something to do. Does not wait for it."""
-        with self._state:
-            self._pending = True
-            self._state.notify_all()
+        self._asked.put(None)
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Whether it fell asleep, with nothing left to do, within so many seconds."""
-        with self._state:
-            return self._state.wait_for(lambda: self._asleep and not self._pending, timeout_s)
+        """Whether it did all that it was woken for, and sleeps, within so many seconds."""
+        idle = _thread.allocate_lock()
+        idle.acquire()
+        self._asked.put(idle)
+        return self._stopping or idle.acquire(timeout=timeout_s)
 
     def raise_error(self) -> None:
         """Raise the oldest error that `work` met and nobody was told of; after `close`, only that one."""
@@ -114,8 +138,22 @@ class BackgroundThread:
                 self._errors.clear()
             raise error
 
-    def close(self) -> None:
-        """Stop after the bite it is in. Idempotent."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Stop after the bite it is in, waiting so long for that. Idempotent."""
         self._stopping = True
         self.wake()
-        self._thread.join()
+        self._thread.join(timeout_s)
+
+
+_running: weakref.WeakSet[BackgroundThread] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A thread that comes back from a driver call to an interpreter that is gone would end the process."""
+    for thread in list(_running):
+        thread.close(timeout_s=5.0)
+
+
+# A forked child has none of its parent's threads.
+os.register_at_fork(after_in_child=_running.clear)

@@ -14,9 +14,10 @@ from time import monotonic
 
 import numpy as np
 
-from trtllm_vattn.errors import ConfigError, DriverError, OutOfPages
+from trtllm_vattn.errors import AddressSpaceExhausted, ConfigError, DriverError, OutOfPages
 from trtllm_vattn.memory.integrity import check_arena
 from trtllm_vattn.memory.layout import SlotLayout
+from trtllm_vattn.memory.leftovers import discard
 from trtllm_vattn.memory.pool import ExtentPool
 from trtllm_vattn.memory.reclaim import is_short_for, make_available, reclaim
 from trtllm_vattn.memory.slot import FREE, RETIRED, RUNNING, Slot
@@ -42,7 +43,7 @@ class Arena:
     ConfigError
         The budget cannot back one token of the dummy slot.
     AddressSpaceExhausted, DriverError
-        A reservation, or the dummy slot's memory, could not be had; nothing is left behind.
+        A reservation, or the dummy slot's memory, could not be had; nothing is left behind (see leftovers.py).
     """
 
     def __init__(self, pool: ExtentPool, layout: SlotLayout, one_by_one: bool = False) -> None:
@@ -55,6 +56,8 @@ class Arena:
         self.reservations: list[Reservation] = []
         self.withheld: set[int] = set()
         """Slots of which not all is offered to their sequence."""
+        self._touched = 0
+        """Slots from here on never had memory: with very many slots, most are never looked at."""
         self._leaving: set[int] = set()
         self._scratches: list[Reservation] = []
         dummy = layout.num_slots
@@ -64,14 +67,26 @@ class Arena:
                 f"the budget of {pool.budget:,} bytes is smaller than one granule in each of {layout.num_ranges} "
                 f"ranges ({least:,} bytes); raise the budget or layers_per_range"
             )
-        with ExitStack() as undo:
+        try:
             for _ in range(layout.num_ranges):
-                reservation = Reservation(pool.driver, layout.range_bytes)
-                undo.callback(reservation.close)
-                self.reservations.append(reservation)
+                self.reservations.append(self._reserve())
             self.slots[dummy].state = RUNNING
             self.grow({dummy: 1})
-            undo.pop_all()
+        except BaseException:
+            discard(self)
+            raise
+
+    def _reserve(self) -> Reservation:
+        layout = self.layout
+        try:
+            return Reservation(self.pool.driver, layout.range_bytes)
+        except AddressSpaceExhausted as error:
+            raise AddressSpaceExhausted(
+                f"{layout.num_slots:,} slots and a dummy of {layout.slot_stride:,} bytes of addresses each, in "
+                f"{layout.num_ranges} ranges, take {layout.num_ranges * layout.range_bytes:,} bytes, of which the "
+                f"driver gave {sum(made.size for made in self.reservations):,}; lower the number of slots or "
+                "max_seq_len"
+            ) from error
 
     # -- growing ---------------------------------------------------------------------------------------------------
 
@@ -136,8 +151,18 @@ class Arena:
         self.pool.give(extent for extent in extents if not extent.mappings)
 
     def set_mapped(self, slot: int, mapped: int) -> None:
+        self._touch(slot)
         self.slots[slot].mapped = mapped
         self.set_frontier(slot)
+
+    def _touch(self, slot: int) -> None:
+        if self._touched <= slot < self.layout.num_slots:
+            self._touched = slot + 1
+
+    @property
+    def touched(self) -> list[Slot]:
+        """The first slots, up to the last one that ever had memory; never the dummy."""
+        return self.slots[: self._touched]
 
     def set_frontier(self, slot: int) -> None:
         if slot < self.layout.num_slots:
@@ -145,9 +170,18 @@ class Arena:
 
     # -- running and parking ---------------------------------------------------------------------------------------
 
-    def free_slots(self) -> list[int]:
-        """Slots that a sequence may be given, in order."""
-        return [i for i, slot in enumerate(self.slots[:-1]) if slot.state is FREE and not slot.leaving]
+    def free_slots(self, below: int | None = None) -> list[int]:
+        """Slots that a sequence may be given, in order; only those below a number where one is given."""
+        last = self.layout.num_slots if below is None else min(below, self.layout.num_slots)
+        free = [i for i, slot in enumerate(self.slots[: min(last, self._touched)]) if slot.is_free]
+        return [*free, *range(self._touched, last)]
+
+    def first_free(self) -> int | None:
+        """The lowest slot that a sequence may be given."""
+        for index, slot in enumerate(self.touched):
+            if slot.is_free:
+                return index
+        return self._touched if self._touched < self.layout.num_slots else None
 
     def occupy(self, tokens: int, limit: int, ahead: int = 0) -> tuple[int, int]:
         """Choose a free slot below `limit`, back it for `tokens`; returns the slot and the mappings made.
@@ -166,7 +200,7 @@ class Arena:
                 return (0, mapped, slot) if mapped <= 2 * need else (2, mapped, slot)
             return (1, -mapped, slot)
 
-        chosen = min((slot for slot in self.free_slots() if slot < limit), key=fit)
+        chosen = min(self.free_slots(limit), key=fit)
         mapped, fence = self.slots[chosen].mapped, self.slots[chosen].fence
         if is_short_for(self, need):
             if mapped > need + need // SLACK:
@@ -229,7 +263,7 @@ class Arena:
 
     def idle_slots(self) -> list[int]:
         """Slots without a sequence, the longest-parked first."""
-        idle = (i for i, slot in enumerate(self.slots) if slot.state is not RUNNING)
+        idle = (i for i, slot in enumerate(self.touched) if slot.state is not RUNNING)
         return sorted(idle, key=lambda index: self.slots[index].since)
 
     @property
@@ -255,17 +289,17 @@ class Arena:
     @property
     def parked_bytes(self) -> int:
         """Bytes mapped for nobody, in all ranges."""
-        return sum(slot.mapped for slot in self.slots if slot.state is not RUNNING) * self.layout.num_ranges
+        return sum(slot.mapped for slot in self.touched if slot.state is not RUNNING) * self.layout.num_ranges
 
     @property
     def parked_slots(self) -> int:
         """Free slots with memory in them."""
-        return sum(slot.state is FREE and bool(slot.columns) for slot in self.slots[:-1])
+        return sum(slot.state is FREE and bool(slot.columns) for slot in self.touched)
 
     @property
     def running_bytes(self) -> int:
         """Bytes mapped for running sequences, in all ranges, without the dummy slot; what they share counts once."""
-        running = [slot for slot in self.slots[:-1] if slot.state is RUNNING]
+        running = [slot for slot in self.touched if slot.state is RUNNING]
         if not self.places:
             return sum(slot.mapped for slot in running) * self.layout.num_ranges
         extents = {m.extent.serial: m.size for slot in running for column in slot.columns for m in column}
@@ -315,6 +349,7 @@ class Arena:
     def set_aside(self, index: int, stuck: list[Mapping]) -> None:
         """Quarantine mappings that could not be undone, and the slot whose addresses they hold."""
         if stuck:
+            self._touch(index)
             self.quarantine += stuck
             self.slots[index].broken = True
             if self.slots[index].state is not RUNNING:
@@ -367,25 +402,45 @@ class Arena:
         running = self.slots[slot].state is RUNNING
         return self.layout.tokens_in(mapped if offered is None else min(offered, mapped)) if running else 0
 
-    def close(self, fence: Fence) -> None:
+    def clear(self, fence: Fence) -> None:
+        """Take the memory of all slots but the dummy into the pool once `fence` is done; all are free then, but for
+        those that an unmap fails in. What was quarantined is tried again. Idempotent. Raises DriverError where a fence
+        fails; calling again goes on."""
+        fence.wait()
+        self.settle(wait=True)
+        for index, slot in enumerate(self.touched):
+            while slot.columns:
+                self.unmap_tail(index)
+            slot.fence, slot.since = None, 0.0
+        self._retry_quarantine()
+        self.pool.retry()
+        broken = {m.offset // self.layout.slot_stride for m in self.quarantine if m.reservation in self.reservations}
+        for index, slot in enumerate(self.touched):
+            slot.broken = index in broken
+            self.set_idle(index)
+
+    def _retry_quarantine(self) -> None:
+        retry, self.quarantine = self.quarantine, []
+        self.quarantine = [mapping for mapping in retry if not self.unmap(mapping)]
+        self.pool.give({m.extent.serial: m.extent for m in retry if not m.extent.mappings}.values())
+
+    def close(self, fence: Fence | None = None) -> None:
         """Unmap and free everything once `fence` is done; what was quarantined is tried again.
 
         Idempotent. Raises DriverError where something still fails; calling again tries again.
         """
-        fence.wait()
+        if fence is not None:
+            fence.wait()
         self.settle(wait=True)
         for index in range(len(self.slots)):
             while self.slots[index].columns:
                 self.unmap_tail(index)
-        retry, self.quarantine = self.quarantine, []
-        stuck = [mapping for mapping in retry if not self.unmap(mapping)]
-        self.pool.give({m.extent.serial: m.extent for m in retry if not m.extent.mappings}.values())
-        self.quarantine = stuck
+        self._retry_quarantine()
         with ExitStack() as closing:
             closing.callback(self.pool.close)
             for reservation in (*self.reservations, *self._scratches):
                 if not reservation.mappings:
                     closing.callback(reservation.close)
-        if stuck:
-            held = sum(mapping.size for mapping in stuck)
-            raise DriverError("NOT_UNMAPPED", "unmap", (held,), f"{len(stuck)} mappings are still held")
+        if self.quarantine:
+            held = sum(mapping.size for mapping in self.quarantine)
+            raise DriverError("NOT_UNMAPPED", "unmap", (held,), f"{len(self.quarantine)} mappings are still held")

@@ -222,10 +222,16 @@ class ExtentPool:
         """Extents in stock, in creation order within a class."""
         return [extent for stock in self._stock.values() for extent in stock]
 
+    def retry(self) -> None:
+        """Try again to release what was quarantined."""
+        retry, self.quarantine = self.quarantine, []
+        for extent in retry:
+            self._release(extent)
+
     def close(self) -> None:
         """Release all stock and retry what was quarantined. Idempotent; raises DriverError where some still fails."""
-        retry, self.quarantine = self.quarantine, []
-        for extent in [*self.stocked(), *retry]:
+        self.retry()
+        for extent in self.stocked():
             self._release(extent)
         for stock in self._stock.values():
             stock.clear()

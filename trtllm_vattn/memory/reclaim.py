@@ -143,7 +143,7 @@ def surplus_bytes(arena: Arena, needed: Sequence[int]) -> int:
 
 
 def _surplus(arena: Arena, needed: Sequence[int]) -> Iterator[tuple[int, list[Mapping]]]:
-    running = [index for index in range(arena.layout.num_slots) if arena.slots[index].state is RUNNING]
+    running = [index for index, slot in enumerate(arena.touched) if slot.state is RUNNING]
     for index in sorted(running, key=lambda index: arena.slots[index].since):
         left, least = arena.slots[index].mapped, arena.layout.bytes_for(max(1, int(needed[index])))
         for column in reversed(arena.slots[index].columns):

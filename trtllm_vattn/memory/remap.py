@@ -7,16 +7,20 @@ leaves the state as it was.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from time import monotonic
 
 from trtllm_vattn.errors import ConfigError, DriverError
 from trtllm_vattn.memory.arena import Arena
+from trtllm_vattn.memory.leftovers import ATTEMPTS
 from trtllm_vattn.memory.reclaim import make_available
 from trtllm_vattn.memory.slot import RUNNING
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation, RollbackFailed
+
+logger = logging.getLogger(__name__)
 
 Columns = list[list[Mapping]]
 
@@ -93,7 +97,7 @@ def replace(
     Raises
     ------
     OutOfPages, DriverError
-        The old memory is in place. RollbackFailed where even that failed: the slot then ends before `first`.
+        The old memory is in place; where the driver refuses even that, the slot is broken and ends before `first`.
     """
     columns = arena.slots[slot].columns[first:]
     if not columns:
@@ -196,8 +200,18 @@ def _put_back(arena: Arena, slot: int, first: int, index: int, closed: Columns) 
         # Cut short already, while another range was put back: the old memory is in the pool.
         return
     for column in closed:
-        try:
-            (column[index],) = _map(arena, slot, reservation, column[index].offset, [column[index].extent])
-        except DriverError:
+        extent, offset = column[index].extent, column[index].offset
+        for _ in range(ATTEMPTS):
+            try:
+                (column[index],) = _map(arena, slot, reservation, offset, [extent])
+            except DriverError as error:
+                failed = error
+                if isinstance(error, RollbackFailed):
+                    break
+            else:
+                break
+        if not column[index].is_open:
+            # What is raised is why the memory was to be put back.
+            logger.warning("slot %d loses its memory from mapping %d on: %s", slot, first, failed)
             arena.cut(slot, first)
-            raise
+            return

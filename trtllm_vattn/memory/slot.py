@@ -39,3 +39,8 @@ class Slot:
     since: float = 0.0
     leaving: list[Mapping] = field(default_factory=list)
     broken: bool = False
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a sequence may be given it."""
+        return self.state is FREE and not self.leaving

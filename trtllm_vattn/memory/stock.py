@@ -15,12 +15,17 @@ class Stock:
     """Tells a pool how many extents of each class to keep. Makes no driver call.
 
     Of a class as many are kept as the larger of two needs asks for: those who wait may be the burst that was announced.
+
+    Attributes
+    ----------
+    expected : tuple of int
+        Tokens of the prompts that wait, as far as they fit.
     """
 
     def __init__(self, pool: ExtentPool, layout: SlotLayout) -> None:
         self._pool, self._layout = pool, layout
         self._announced: Counter[int] = Counter()
-        self._waiting: tuple[int, ...] = ()
+        self.expected: tuple[int, ...] = ()
 
     def announce(self, sequences: int, tokens: int) -> None:
         """So many prompts of so many tokens may come at once. Raises ConfigError where they cannot."""
@@ -34,21 +39,21 @@ class Stock:
         self._announced = Counter({size: count * sequences for size, count in each.items()})
         self._keep()
 
-    def expect(self, prompts: Sequence[int]) -> bool:
-        """Prompts of these tokens wait and will come in this order; those count that the budget's rest holds together,
-        but for what keeps memory from being short. Returns whether anything is another than before."""
+    def fitting(self, prompts: Sequence[int]) -> tuple[int, ...]:
+        """The first of these prompts, in tokens, that the budget's rest holds together, but for what keeps memory from
+        being short."""
         left, fitting = self._pool.available_bytes - self._pool.budget // HEADROOM, 0
         for tokens in prompts:
             left -= self._layout.bytes_for(tokens) * self._layout.num_ranges
             if left < 0:
                 break
             fitting += 1
-        waiting = tuple(prompts[:fitting])
-        if waiting == self._waiting:
-            return False
-        self._waiting = waiting
+        return tuple(prompts[:fitting])
+
+    def expect(self, prompts: tuple[int, ...]) -> None:
+        """Prompts of these tokens wait and will come in this order."""
+        self.expected = prompts
         self._keep()
-        return True
 
     def _extents(self, prompts: Iterable[int]) -> Counter[int]:
         found: Counter[int] = Counter()
@@ -57,4 +62,4 @@ class Stock:
         return found
 
     def _keep(self) -> None:
-        self._pool.keep_in_stock(self._announced | self._extents(self._waiting))
+        self._pool.keep_in_stock(self._announced | self._extents(self.expected))

@@ -214,8 +214,8 @@ def shape_of(model: PreTrainedModel, num_slots: int, max_seq_len: int) -> CacheS
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if other := sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"}):
         raise ConfigError(
-            f"{type(model).__name__} ({config.model_type}) is not served: it has layers of kinds {', '.join(other)}, for "
-            "which no cache here holds what they need; a cache serves full attention only"
+            f"{type(model).__name__} ({config.model_type}) is not served: it has layers of kinds {', '.join(other)}, "
+            "whose needs no cache here holds; a cache serves full attention only"
         )
     window = getattr(config, "sliding_window", None)
     windowed = "sliding_attention" in kinds or (not getattr(config, "layer_types", None) and window is not None)
@@ -227,15 +227,15 @@ def shape_of(model: PreTrainedModel, num_slots: int, max_seq_len: int) -> CacheS
     positions = positions_of(config)
     if positions is not None and max_seq_len > positions:
         raise ConfigError(f"max_seq_len is {max_seq_len}, the model has {positions} positions; lower it")
-    sizes: dict[str, Any] = {
-        name: getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    }
-    sizes["num_key_value_heads"] = _or(getattr(config, "num_key_value_heads", None), sizes["num_attention_heads"])
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    sizes = {name: _field(config, name) for name in names}
+    sizes["num_key_value_heads"] = _field(config, "num_key_value_heads", sizes["num_attention_heads"])
+    sizes["head_dim"] = _field(config, "head_dim", 1)
     unclear = [f"{name} is {value!r}" for name, value in sizes.items() if not isinstance(value, int) or value < 1]
     if unclear:
         raise ConfigError(
             f"{type(model).__name__} ({config.model_type}) is not served: in its configuration {', '.join(unclear)}; a "
-            "cache has as many heads of keys and values in each layer"
+            "cache has as many heads of keys and values, as large, in each layer"
         )
     head_dim = getattr(config, "head_dim", None) or sizes["hidden_size"] // sizes["num_attention_heads"]
     return CacheShape(
@@ -248,8 +248,13 @@ def shape_of(model: PreTrainedModel, num_slots: int, max_seq_len: int) -> CacheS
     )
 
 
-def _or(value: Any, other: Any) -> Any:
-    return other if value is None else value
+def _field(config: Any, name: str, otherwise: Any = None) -> Any:
+    """A configuration's field, or where it has none, something else."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers' for a field of heterogeneous layers
+        return "another by layer"
+    return otherwise if value is None else value
 
 
 def refuse_family(config: Any, name: str) -> None:
@@ -280,7 +285,7 @@ def positions_of(config: Any) -> int | None:
     context itself, as those of ``llama3`` always do; the larger one holds. Where layers of different kinds turn
     differently, the least stretched bounds. (vLLM derives max_model_len the same way.)
     """
-    named: int | None = getattr(config, "max_position_embeddings", None)
+    named = _field(config, "max_position_embeddings")
     if not isinstance(named, int):
         return None
     return max(named, min((_stretched(each, named) for each in _rope_of(config)), default=named))
@@ -309,9 +314,16 @@ def check_fit(model: PreTrainedModel, shape: CacheShape) -> None:
         )
 
 
-def scale_of(model: PreTrainedModel) -> float | None:
-    """The factor by which the model's attention scales scores, as its modules name it; None where they do not."""
-    return next((module.scaling for module in model.modules() if hasattr(module, "scaling")), None)
+def scale_of(model: torch.nn.Module) -> float | None:
+    """The factor by which the model's attention scales scores, as its modules name it; None where they do not.
+
+    Raises ConfigError where they name different ones.
+    """
+    values = (vars(module).get("scaling") for module in model.modules())
+    named = {float(value) for value in values if isinstance(value, float | int)}
+    if len(named) > 1:
+        raise ConfigError(f"{type(model).__name__} scales scores by different factors, {sorted(named)}, by layer")
+    return named.pop() if named else None
 
 
 def bind(model: PreTrainedModel, shape: CacheShape | None = None) -> float | None:
@@ -328,13 +340,11 @@ def bind(model: PreTrainedModel, shape: CacheShape | None = None) -> float | Non
     """
     config = model.config.get_text_config()
     refuse_family(config, type(model).__name__)
-    scale = scale_of(model)
+    scale: float | None
     if isinstance(model, PreTrainedModel):
         if not model._supports_attention_backend:
-            raise cannot_serve(
-                model,
-                f"it computes attention by its own code; families that take ours are {', '.join(each.name for each in FAMILIES.values())}",
-            )
+            names = ", ".join(each.name for each in FAMILIES.values())
+            raise cannot_serve(model, f"it computes attention by its own code; families that take ours are {names}")
         model.eval()
         before = config._attn_implementation
         try:
@@ -342,6 +352,8 @@ def bind(model: PreTrainedModel, shape: CacheShape | None = None) -> float | Non
         except BaseException:
             model.set_attn_implementation(before)
             raise
+    else:
+        scale = scale_of(model)
     AttentionInterface.register(ATTENTION_NAME, attend)
     model.set_attn_implementation(ATTENTION_NAME)
     for module in model.modules():

@@ -22,7 +22,9 @@ SHOWN = 4
 """Names in a message; the others are counted."""
 
 
-def load_checkpoint(name: str, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
+def load_checkpoint(
+    name: str, device: torch.device | str, dtype: torch.dtype, shapes: Iterable[str] = ()
+) -> PreTrainedModel:
     """The causal language model of a checkpoint on a device.
 
     Parameters
@@ -30,6 +32,8 @@ def load_checkpoint(name: str, device: torch.device | str, dtype: torch.dtype) -
     name : str
         A directory, or a name on the Hugging Face Hub, which transformers looks up in its cache and, unless
         ``HF_HUB_OFFLINE`` is set, downloads. Code that comes with a checkpoint is not run.
+    shapes : iterable of str
+        What else could have been named, for the message where there is no such checkpoint.
 
     Raises
     ------
@@ -44,7 +48,7 @@ def load_checkpoint(name: str, device: torch.device | str, dtype: torch.dtype) -
             raise ConfigError(f"{name} is a directory without a config.json; give a Hugging Face checkpoint")
         if damaged := _damaged_json(where):
             raise ConfigError(f"{name} cannot be read: {_listed(damaged)}; get its files again")
-    config = _config(name, local)
+    config = _config(name, local, shapes)
     try:
         with torch.device(device):
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -68,14 +72,14 @@ def load_checkpoint(name: str, device: torch.device | str, dtype: torch.dtype) -
     return loaded
 
 
-def _config(name: str, local: bool) -> PreTrainedConfig:
+def _config(name: str, local: bool, shapes: Iterable[str]) -> PreTrainedConfig:
     """A checkpoint's configuration, of a family that can be served at all: known before its weights are read."""
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except Exception as error:
         if local:
             raise ConfigError(f"{Path(name) / 'config.json'} cannot be read: {_said(error)}") from error
-        raise _not_found(name, error) from error
+        raise _not_found(name, shapes, error) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         refuse_family(config, name)
         raise ConfigError(
@@ -86,13 +90,13 @@ def _config(name: str, local: bool) -> PreTrainedConfig:
     return config
 
 
-def _not_found(name: str, error: Exception) -> ConfigError:
+def _not_found(name: str, shapes: Iterable[str], error: Exception) -> ConfigError:
     from huggingface_hub import constants
 
     how = "its cache alone, as HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "its cache and the Hub"
     return ConfigError(
-        f"no model {name!r}: it is no directory here, no named shape, and transformers did not find it as a checkpoint "
-        f"in {how} ({constants.HF_HUB_CACHE}): {_said(error)}"
+        f"no model {name!r}: it is no directory here, none of the shapes {', '.join(shapes)}, and transformers did not "
+        f"find it as a checkpoint in {how} ({constants.HF_HUB_CACHE}): {_said(error)}"
     )
 
 

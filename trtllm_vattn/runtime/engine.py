@@ -39,9 +39,15 @@ from trtllm_vattn.runtime.request import (
     as_prompts,
     make_request,
 )
-from trtllm_vattn.runtime.sampling import NO_TOKEN, SamplingParams, choose, have_token, margins
+from trtllm_vattn.runtime.sampling import LARGEST_COUNT, NO_TOKEN, SamplingParams, choose, have_token, margins
 from trtllm_vattn.runtime.scheduler import Scheduler
-from trtllm_vattn.runtime.settings import check_device, check_dtype, check_model_name, check_settings
+from trtllm_vattn.runtime.settings import (
+    MOST_SEQUENCES,
+    check_device,
+    check_dtype,
+    check_model_name,
+    check_settings,
+)
 from trtllm_vattn.runtime.startup import StartupReport, memory_left
 from trtllm_vattn.runtime.tokens import TokenIds
 from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
@@ -75,7 +81,8 @@ class Engine:
     capture : bool
         Whether decode steps are captured once a bucket and replayed, or run eagerly.
     buckets : sequence of int or None
-        Batch sizes to capture, the cache's slots the largest of them; None for the usual ones.
+        Batch sizes to capture, of at most the cache's slots; all slots, which may run at once, are added. None for the
+        usual ones.
     steps : int
         Most decode steps of one launch, no more than `max_seq_len`. With more than one, tokens are chosen on the device
         and come in groups; what a sequence has beyond its end is discarded.
@@ -221,12 +228,15 @@ class Engine:
         """
         model, device = check_model_name(model), check_device(device)
         dtype = check_dtype(dtype, device)
-        max_seqs, max_seq_len = whole("max_seqs", max_seqs, 1), whole("max_seq_len", max_seq_len, 1)
+        max_seqs = whole("max_seqs", max_seqs, 1, MOST_SEQUENCES)
+        max_seq_len = whole("max_seq_len", max_seq_len, 1, LARGEST_COUNT)
         budget = None if budget is None else parse_bytes(budget, "the budget")
         idle_floor = parse_bytes(idle_floor, "idle_floor")
         if idle_after_s is not None and finite("idle_after_s", idle_after_s) <= 0:
             raise ConfigError(f"idle_after_s is {idle_after_s}; it is a positive number of seconds, or None")
-        if cache not in CACHES:
+        if not isinstance(mapping, str):
+            raise ConfigError(f"mapping is {described(mapping)}; give a policy's name, or auto")
+        if not isinstance(cache, str) or cache not in CACHES:
             raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
         check_settings(max_seqs, max_seq_len, **options)
         with ExitStack() as undo:
@@ -293,7 +303,8 @@ class Engine:
         SequenceTooLong
             It can never fit the slot or the budget; nothing is queued.
         """
-        self.weights.require_in_place()
+        if not self.busy:  # it costs as much as there are weights
+            self.weights.require_in_place()
         request = self._request(prompt, params, forced)
         self.scheduler.add(request)
         return request.id
@@ -312,7 +323,7 @@ class Engine:
         Raises ConfigError for an unknown one, and DriverError where releasing failed, which the next step tries again.
         """
         self._check_open()
-        number = whole("request", request, 0)
+        number = whole("request", request, 0, LARGEST_COUNT)
         known = self.scheduler.requests.get(number)
         if known is None and all(event.request != number for event in self._events):
             raise ConfigError(f"no request {number} is waiting or running")
@@ -348,7 +359,8 @@ class Engine:
         an interrupt, drops these requests and no others; events of others are kept for `run` and `step`.
         """
         self._check_open()
-        given, each = as_prompts(prompts), as_params(params, len(prompts))
+        given = as_prompts(prompts)
+        each = as_params(params, len(given))
         truth("progress", progress)
         if self.scheduler.requests:
             raise ConfigError("requests are running, whose tokens nobody would get; use run(), or abort them")
@@ -545,7 +557,8 @@ class Engine:
             float16, bfloat16, float32 and float64 are converted to the model's dtype; others must be equal.
         manifest : mapping of str to (shape, dtype), or None
             What a generator will give. Tensors are then copied as they come, one at a time, and may be reused as soon
-            as the generator is asked for the next one. Without it, a generator's tensors are all collected first.
+            as the generator is asked for the next one (on the current stream, where they are on the GPU). Without it, a
+            generator's tensors are all collected first.
         partial : bool
             Whether weights that are not named keep their values. Else every parameter and persistent buffer must be.
         running : str

@@ -107,7 +107,7 @@ def load_model(name: str, device: torch.device | str, dtype: torch.dtype, seed: 
         It is none of them, or the checkpoint is not whole.
     """
     if name not in SHAPES or Path(name).is_dir():
-        return load_checkpoint(name, device, dtype)
+        return load_checkpoint(name, device, dtype, SHAPES)
     config = AutoConfig.for_model(**SHAPES[name], eos_token_id=None)
     torch.manual_seed(seed)
     with torch.device(device):

@@ -57,8 +57,8 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished request: its tokens, why it ended (``stop``, ``length``, ``abort``, or ``error``, which `error` explains;
-    the tokens are those before it), and the version of the weights that each token was computed with."""
+    """A finished request: its tokens, why it ended (``stop``, ``length``, ``abort``, or ``error``, which `error`
+    explains; the tokens are those before it), and the version of the weights that each token was computed with."""
 
     request: int
     prompt_len: int
@@ -218,8 +218,8 @@ def as_prompts(given: Any) -> Sequence[Any]:
     if isinstance(given, TEXT):
         raise ConfigError(f"the prompts are text ({type(given).__name__}); {advice}: tokenise each first")
     if isinstance(given, np.ndarray | torch.Tensor):
-        if given.ndim == 1:
-            raise ConfigError(f"the prompts are one prompt of shape {tuple(given.shape)}; {advice}: wrap it, [prompt]")
+        if given.ndim < 2:
+            raise ConfigError(f"the prompts are an array of shape {tuple(given.shape)}; {advice}: for one, [prompt]")
         return list(given)
     if not isinstance(given, Sequence):
         raise ConfigError(f"the prompts are {described(given)}; {advice}")

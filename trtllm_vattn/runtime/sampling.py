@@ -193,8 +193,9 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequ
     """
     device = logits.device
     rows = torch.tensor([settings(each) for each in params], dtype=torch.float64, device=device).view(-1, 3)
+    temperature, top_p, top_k = rows.unbind(1)
     keys = [0 if each.greedy else each.key(index) for each, index in zip(params, indices, strict=True)]
-    return draw(logits, *rows.unbind(1), torch.tensor(keys, dtype=torch.int64, device=device))
+    return draw(logits, temperature, top_p, top_k, torch.tensor(keys, dtype=torch.int64, device=device))
 
 
 def choose(logits: torch.Tensor, rows: Sequence[tuple[SamplingParams, int]]) -> list[int]:

@@ -22,8 +22,8 @@ def token_ids(name: str, given: Any, vocab_size: int | None = None) -> list[int]
     ids = _integers(name, given)
     if ids and (min(ids) < 0 or (vocab_size is not None and max(ids) >= vocab_size)):
         wrong = next(i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size))
-        there = "they are 0 or more" if vocab_size is None else f"the vocabulary has ids 0 to {vocab_size - 1}"
-        raise ConfigError(f"{name} holds token id {shown(wrong)}; {there}")
+        bounds = "below 0" if vocab_size is None else f"outside 0 to {vocab_size - 1}"
+        raise ConfigError(f"{name} has token ids {bounds}: {shown(wrong)}")
     return ids
 
 

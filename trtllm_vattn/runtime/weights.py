@@ -174,6 +174,8 @@ class Weights:
         """
         if self.state is not WeightsState.CURRENT and partial:
             raise ConfigError("an update of the weights broke; only a full one (partial=False) mends that")
+        if next(self.model.parameters(), None) is None:
+            raise ConfigError(f"{type(self.model).__name__} has no weights to write, as a plan's; build the plan again")
         self.require_in_place()
         known = destinations(self.model)
         streamed = manifest is not None and not isinstance(tensors, Mapping | list | tuple)

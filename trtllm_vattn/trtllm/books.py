@@ -44,11 +44,13 @@ class Books(Adapter):
                 if booked > ours:
                     behind[number] = (booked, ours)
         if behind:
-            told = "; ".join(f"request {number}: {booked} tokens, {ours}" for number, (booked, ours) in behind.items())
+            told = "; ".join(
+                f"request {number}: {booked} tokens, memory for {ours}" for number, (booked, ours) in behind.items()
+            )
             raise UnmappedAccess(
-                f"TensorRT-LLM's books are ahead of the memory at fixed addresses ({told} with memory), so nothing "
-                "was launched: this version grows its requests by a rule that the adapter does not know; report it, "
-                "and run without trtllm-vattn"
+                f"TensorRT-LLM's books are ahead of the memory at fixed addresses ({told}), so nothing was launched: "
+                "this version grows its requests by a rule that the adapter does not know; report it, and run without "
+                "trtllm-vattn"
             )
 
     def _vattn_blocks_add_up(self) -> bool:

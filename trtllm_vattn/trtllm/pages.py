@@ -67,6 +67,9 @@ class ExactBlocks(BlockKVCache):
 
     def drop_ahead(self) -> int:
         """Take back what is mapped beyond running sequences' lengths; returns the bytes."""
+        return self._run(self._drop_ahead)
+
+    def _drop_ahead(self) -> int:
         with self._gate:
             return drop_surplus(self.arena, self.lengths.tolist(), self._fence())
 

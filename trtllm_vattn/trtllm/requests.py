@@ -99,12 +99,14 @@ class Requests(Books):
                 raise ConfigError(f"dummy requests cannot take the ids {taken}, which running requests have")
             self._vattn_ballast.hold(self._vattn_ballast.blocks - len(request_ids) * (self.max_blocks_per_seq + 1))
             before = self.get_num_free_blocks()
-            made = super().add_dummy_requests(request_ids, *arguments, **named)
-            numbers = [request.py_request_id for request in made or []]
-            booked = self.get_num_free_blocks() < before
-            counts = self._vattn_booked(numbers) if booked else [0] * len(numbers)
-            self._vattn_dummies.update(zip(numbers, counts, strict=True))
-            self._vattn_sync()
+            try:
+                made = super().add_dummy_requests(request_ids, *arguments, **named)
+                numbers = [request.py_request_id for request in made or []]
+                booked = self.get_num_free_blocks() < before
+                counts = self._vattn_booked(numbers) if booked else [0] * len(numbers)
+                self._vattn_dummies.update(zip(numbers, counts, strict=True))
+            finally:
+                self._vattn_sync()
             return made
 
     # -- what only the C++ pool can do -----------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def self_check(model: str = MODEL, probe: Callable[[str, str], dict[str, Any]] =
         version = importlib.metadata.version("tensorrt_llm")
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(
-            "tensorrt_llm is not installed, so there is nothing to check; pip install 'tensorrt-llm>=1.2,<1.3' on a "
+            "tensorrt_llm is not installed, so there is nothing to check; pip install 'tensorrt-llm>=1.2,<1.5' on a "
             f"machine with a GPU (the adapter was held against {RANGE})"
         ) from None
     stock, fixed = probe(model, "stock"), probe(model, "fixed")

@@ -107,8 +107,9 @@ class RowGatherer:
         if held and held.epoch == self.epoch and held.prompts == prompts and held.ids == request_ids:
             return False
         ids, count = list(request_ids), len(request_ids)
-        if count > destination.shape[1]:
-            raise ConfigError(f"{count} requests for a table of {destination.shape[1]} rows; raise max_batch_size")
+        room = min(destination.shape[1], self.host.shape[1])
+        if count > room:
+            raise ConfigError(f"{count} requests for a table of {room} rows; raise max_batch_size")
         slots = self._slots_of(ids)
         index = upload(torch.tensor(slots, dtype=torch.int64).numpy(), destination.device)
         ends = torch.tensor(self._blocks_of(ids[:prompts]), dtype=torch.int64)[:, None, None]

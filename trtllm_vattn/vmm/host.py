@@ -15,10 +15,12 @@ import mmap
 import os
 import resource
 import threading
+import warnings
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trtllm_vattn.errors import ConfigError, DriverError
+from trtllm_vattn.errors import ConfigError, DriverError, WrongProcess
 from trtllm_vattn.vmm.base import Driver, Fence, MappingCount
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -33,9 +35,11 @@ _libc.mmap.argtypes = [
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _PROT_NONE = 0
+_DONTFORK = 10
 _RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 
 
@@ -72,8 +76,24 @@ class HostFence(Fence):
             raise DriverError("CUDA_ERROR_NOT_READY", "wait", (self._ticket,), "the work is held; call complete()")
 
 
+class _WrongLock:
+    """Stands in for the lock of a driver that a forked child inherited, so that every call is refused."""
+
+    def __init__(self, process: int) -> None:
+        self._process = process
+
+    def __enter__(self) -> None:
+        raise WrongProcess(f"this driver was made in process {self._process}; make one in this process")
+
+    def __exit__(self, *error: object) -> None:
+        """Never entered."""
+
+
 class HostDriver(Driver):
     """Virtual memory of the host.
+
+    A driver that is dropped open takes down what is left in it, with a ResourceWarning. In a forked child every call
+    raises WrongProcess; what is mapped is not there in the child, so that it cannot write to its parent's memory.
 
     Parameters
     ----------
@@ -95,7 +115,8 @@ class HostDriver(Driver):
         if granule < mmap.PAGESIZE or granule % mmap.PAGESIZE:
             raise ConfigError(f"granule is {granule}; it must be a multiple of the page size, {mmap.PAGESIZE} bytes")
         self._granule, self._capacity = granule, capacity
-        self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._lock: threading.Lock | _WrongLock = threading.Lock()
         self._handles: dict[int, _Handle] = {}
         self._next_handle = 1
         self._bases: list[int] = []
@@ -103,6 +124,8 @@ class HostDriver(Driver):
         self._tickets = self.completed = 0
         self.max_mappings = _mappings_of_a_process()
         self._held = False
+        weakref.finalize(self, _drop, self._ranges, self._handles, self._process).atexit = False
+        _drivers.add(self)
 
     def granularity(self) -> int:
         return self._granule
@@ -210,6 +233,7 @@ class HostDriver(Driver):
                 mmap.MAP_SHARED | _MAP_FIXED,
                 found.fd,
             )
+            _libc.madvise(address, size, _DONTFORK)
             home.starts.insert(at, address)
             home.mapped[address] = (size, handle)
             found.mappings += 1
@@ -289,13 +313,8 @@ class HostDriver(Driver):
     def close(self) -> None:
         """Tear down whatever is left. Idempotent."""
         with self._lock:
-            for base, found in self._ranges.items():
-                _libc.munmap(base, found.size)
-            for handle in self._handles.values():
-                os.close(handle.fd)
-            self._ranges.clear()
+            _tear_down(self._ranges, self._handles)
             self._bases.clear()
-            self._handles.clear()
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
@@ -321,6 +340,39 @@ class HostDriver(Driver):
             if address + size <= base + self._ranges[base].size:
                 return self._ranges[base]
         raise DriverError("CUDA_ERROR_INVALID_VALUE", call, (address, size), "not inside a reservation")
+
+
+def _tear_down(ranges: dict[int, _Range], handles: dict[int, _Handle]) -> None:
+    while ranges:
+        base, found = ranges.popitem()
+        _libc.munmap(base, found.size)
+    while handles:
+        os.close(handles.popitem()[1].fd)
+
+
+def _drop(ranges: dict[int, _Range], handles: dict[int, _Handle], process: int) -> None:
+    """A driver is gone; what is left in it goes, in the process that made it."""
+    left = (len(handles), len(ranges))
+    if any(left) and process == os.getpid():
+        _tear_down(ranges, handles)
+        warnings.warn(
+            f"a HostDriver was dropped with {left[0]} handles and {left[1]} reservations; close what it was made for",
+            ResourceWarning,
+            stacklevel=2,
+        )
+
+
+_drivers: weakref.WeakSet[HostDriver] = weakref.WeakSet()
+
+
+def _refuse_in_child() -> None:
+    """A forked child has none of its parent's mappings; a lock may have been held by a thread that is not here."""
+    for driver in _drivers:
+        driver._lock = _WrongLock(driver._process)
+    HostDriver.mappings = MappingCount()
+
+
+os.register_at_fork(after_in_child=_refuse_in_child)
 
 
 def _mmap(call: str, arguments: tuple[int, ...], address: int, size: int, access: int, flags: int, fd: int) -> int:

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.vmm.uninterrupted import uninterrupted
+
+T = TypeVar("T")
 
 
 class _Device(ctypes.Structure):
@@ -36,12 +41,12 @@ class _Tensor(ctypes.Structure):
     )
 
 
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
 class _ManagedTensor(ctypes.Structure):
-    pass
+    _fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
 
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_ManagedTensor))
-_ManagedTensor._fields_ = [("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter)]
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
@@ -52,11 +57,8 @@ _alive: dict[int, tuple[_ManagedTensor, object, object]] = {}
 """What each imported capsule needs until its storage dies: the structure, its shape, and the owner."""
 
 
-def _forget(managed: ctypes._Pointer[_ManagedTensor]) -> None:
-    _alive.pop(ctypes.addressof(managed.contents), None)
-
-
-_delete = _Deleter(_forget)
+# A function of Python could be interrupted in the middle, and what it was to forget would stay.
+_delete = _Deleter(_alive.__delitem__)
 
 
 @atexit.register
@@ -77,6 +79,18 @@ def tensor_at(address: int, nbytes: int, device: str, owner: object = None) -> t
     owner : object
         Kept alive until the tensor's storage dies.
     """
+    made: list[torch.Tensor] = []
+    if owner is None:
+        _import(made, address, nbytes, device, None)
+    else:
+        # Interrupted between its halves, an import would keep the owner for ever.
+        uninterrupted(_import, made, address, nbytes, device, owner)
+    return made[0]
+
+
+def _import(made: list[torch.Tensor], address: int, nbytes: int, device: str, owner: object) -> None:
+    """Put the tensor into a list: one that dies with an exception on its way, as what stands in the middle of an
+    expression does, calls `_delete` in the middle of it, and Python takes that for an error of its own."""
     where = torch.device(device)
     kind, index = (_CPU, 0) if where.type == "cpu" else (_CUDA, where.index or 0)
     shape = (ctypes.c_int64 * 1)(nbytes)
@@ -91,8 +105,11 @@ def tensor_at(address: int, nbytes: int, device: str, owner: object = None) -> t
     managed.deleter = _delete
     key = ctypes.addressof(managed)
     _alive[key] = (managed, shape, owner)
-    flat: torch.Tensor = torch.utils.dlpack.from_dlpack(_new_capsule(key, b"dltensor", None))
-    return flat
+    try:
+        made.extend(map(torch.utils.dlpack.from_dlpack, (_new_capsule(key, b"dltensor", None),)))
+    except Exception:
+        del _alive[key]
+        raise
 
 
 def strided(
@@ -116,9 +133,17 @@ def strided(
     return flat.view(dtype).as_strided(tuple(shape), tuple(strides), offset_bytes // dtype.itemsize)
 
 
+def finish(device: str) -> None:
+    """Wait until a device has done all that was submitted to it."""
+    where = torch.device(device)
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+
+
 def copy_bytes(device: str, to: int, source: int, nbytes: int) -> None:
     """Copy between addresses of a device, on the stream that torch launches on."""
-    tensor_at(to, nbytes, device).copy_(tensor_at(source, nbytes, device), non_blocking=True)
+    target, origin = tensor_at(to, nbytes, device), tensor_at(source, nbytes, device)
+    target.copy_(origin, non_blocking=True)
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -127,6 +152,17 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
         return torch.from_numpy(array.copy())
     # A copy into pinned memory that torch does not use again before the transfer is over.
     return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
+
+
+def stream_of(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream that torch launches on in this thread; None on the host."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def on_stream(stream: torch.cuda.Stream | None, call: Callable[..., T], *arguments: Any) -> T:
+    """Make a call with torch launching on this stream, in whatever thread."""
+    with torch.cuda.stream(stream) if stream is not None else nullcontext():
+        return call(*arguments)
 
 
 def current_stream(device: torch.device | str) -> int:

@@ -82,7 +82,12 @@ class KvCacheCreator:
 
     def build_managers(self, resources: dict[Any, Any], estimating_kv_cache: bool = False) -> None:
         resources[ResourceManagerType.KV_CACHE_MANAGER] = self._kv_cache_manager_cls(
-            self._kv_cache_config, CacheTypeCpp.SELF, is_estimating_kv_cache=estimating_kv_cache, **self._shape
+            self._kv_cache_config,
+            CacheTypeCpp.SELF,
+            is_estimating_kv_cache=estimating_kv_cache,
+            kv_connector_manager=self._kv_connector_manager,
+            max_beam_width=self._max_beam_width,
+            **self._shape,
         )
 
     def teardown_managers(self, resources: dict[Any, Any]) -> None:

@@ -1,0 +1,116 @@
+"""The parser of all commands: errors in one line, defaults in the help, modules loaded when they are asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+# Name, what it does, and where, of each command; a module has add_arguments(parser) and run(args).
+COMMANDS = {
+    "doctor": ("what will and will not work on this machine, and why", "trtllm_vattn.cli.doctor"),
+    "demo": ("addresses that stay, memory that follows the sequences, identical tokens", "trtllm_vattn.bench.demo"),
+    "plugin": ("TensorRT engines: list, build, inspect", "trtllm_vattn.cli.plugin"),
+    "run": ("run a command with TensorRT-LLM's KV cache at fixed addresses", "trtllm_vattn.cli.run"),
+}
+BENCHMARKS = {
+    "graph": "graphs against none, over three kinds of cache, with tokens compared",
+    "soak": "a captured graph replayed while its memory is remapped, bit for bit against a twin",
+    "fragmentation": "mapped bytes that hold no token, and sequences at once in the same memory; on any machine",
+    "alloc": "each driver call by size: alone, batched, beside a busy device, from several threads",
+    "attention": "one library's attention over flat KV and over block tables",
+    "burst": "many prompts at once: what mapping costs, and whom; steady decode with sequences ending and joining",
+    "faults": "a random life in which driver calls fail: leaks, wrong bytes, hangs; on any machine",
+    "start": "capture first, size later: a start's cost, budgets changed without a recapture",
+    "policy": "steps with memory mapped beside them, between them, or with the device quiet",
+    "serve": "a trace replayed over every kind of cache at equal memory: throughput, TTFT, ITL",
+    "tlb": "bandwidth against context, working set and the order of pages",
+    "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",
+    "xqa": "TensorRT-LLM's kernels over affine tables: tokens, steps against random tables, remapped replays",
+    "multistep": "many decode steps in one launch, and a loop that the device ends",
+}
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows a default that the help's text does not tell itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        told = text is None or "default:" in text or not action.option_strings
+        if told or default is None or default is argparse.SUPPRESS or isinstance(default, bool):
+            return text
+        if isinstance(default, list):
+            default = ",".join(map(str, default))
+        shown = str(default).replace("%", "%%") or "none"
+        return f"{text} (default: {shown})"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; takes no abbreviated flags, on which defaults could not be made to depend."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **options})
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        for argument in itertools.takewhile(lambda each: each != "--", args or ()):
+            # Python 3.11's argparse makes an empty list of it.
+            if argument.startswith("--") and argument.endswith("=--"):
+                self.error(f"argument {argument[:-3]}: it is '--'; give a value")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {one_line(message)} (see {self.prog} --help)\n")
+
+
+def one_line(text: object) -> str:
+    """A message without line breaks, and no longer than somebody reads."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= 1000 else f"{line[:997]}..."
+
+
+def build_parser(arguments: Sequence[str], version: str) -> Parser:
+    """The parser for these arguments: only the command that they name has its flags, for its module may take seconds to
+    import."""
+    parser = Parser(prog="trtllm-vattn", description="A KV cache whose addresses never change.")
+    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what is done, on stderr")
+    parser.set_defaults(run=None, shown=parser)
+    named = [argument for argument in arguments if not argument.startswith("-")][:2]
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (text, module) in COMMANDS.items():
+        _add(commands, name, text, module, arguments, load=named[:1] == [name])
+    bench = commands.add_parser("bench", help="benchmarks", description="benchmarks")
+    bench.set_defaults(shown=bench)
+    benchmarks = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK")
+    for name, text in BENCHMARKS.items():
+        _add(benchmarks, name, text, f"trtllm_vattn.bench.{name}", arguments, load=named == ["bench", name])
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[Parser],
+    name: str,
+    text: str,
+    module: str,
+    arguments: Sequence[str],
+    load: bool,
+) -> None:
+    command = commands.add_parser(name, help=text, description=text)
+    if not load:
+        return
+    loaded = importlib.import_module(module)
+    # Known before the other flags are added, since their defaults depend on it.
+    if (device := _device_in(arguments)) is not None:
+        command.set_defaults(device=device)
+    command.set_defaults(run=loaded.run, shown=command)
+    loaded.add_arguments(command)
+
+
+def _device_in(arguments: Sequence[str]) -> str | None:
+    """What ``--device`` asks for, if it is there."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", nargs="?")
+    device: str | None = parser.parse_known_args(list(arguments))[0].device
+    return device
