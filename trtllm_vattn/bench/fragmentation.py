@@ -146,7 +146,7 @@ def _beside_step(cache: KVCache) -> None:
     pace.observe_lengths(cache.lengths)
     left, mappings, more = pace.step_s, cache.arena.live_mappings, True
     while more and left > 0:
-        more = cache._work_ahead()
+        more = cache.work_ahead()
         before, mappings = mappings, cache.arena.live_mappings
         left -= pace.mapping_s * abs(mappings - before)
 

@@ -400,6 +400,15 @@ class KVCacheManager(SlottedCache):
                 trim(self.arena, self.ahead.at_once())
             return made
 
+    def work_ahead(self) -> bool:
+        """Do one unit of the background thread's work in this call, and return whether there may be more; for caches
+        without a thread. Raises DriverError."""
+        self._check_open()
+        return self._run(self._work_ahead)
+
+    def _work_ahead(self) -> bool:
+        return self._backing.work()
+
     def wait_ahead(self, timeout_s: float = 10.0) -> bool:
         """Whether the thread has nothing left to do, within so many seconds; at once without one."""
         return self._thread is None or self._thread.wait_idle(timeout_s)
