@@ -1,4 +1,4 @@
-"""Capture and replay of a step: runner, guard, and the host's stand-in for a CUDA graph.
+"""Capture and replay of a step, the guard before a replay, the audit of captured graphs, and a CUDA graph for the host.
 
-Installs as `trtllm_vattn.graphs`. May import `attention`, `cache` and below.
+Installs as `trtllm_vattn.graphs`. May import `cache` and below.
 """

@@ -1,7 +1,8 @@
-"""The audit: which addresses did a captured graph bake in, and whose are they?
+"""The audit: read the addresses in captured graphs, and say whose memory each of them points to.
 
-Every address that can be seen must lie in a reservation of the cache, in the graphs' memory pool, or in a static
-buffer. Anything else is a finding: memory that somebody may free beneath the graph. What cannot be seen is listed.
+An address is accounted for if it lies in a region that an owner named: the cache's reservations or storages, a static
+tensor, the graphs' memory pool. Any other address is a finding, for somebody may free that memory while the graph
+still uses it. The report also lists what the audit cannot read.
 """
 
 from __future__ import annotations
@@ -14,57 +15,45 @@ from typing import Any
 
 import torch
 
-from trtllm_vattn.attention.base import Attention
-from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import CaptureError
 from trtllm_vattn.graphs.host_graph import HostGraph
 from trtllm_vattn.graphs.nodes import Node, Opaque, Word
-
-RESERVATION, POOL, STATIC = "reservation", "pool", "static"
-
-
-@dataclass(frozen=True)
-class Region:
-    """`size` bytes from `base` that a graph may hold addresses of; `kind` is one of the three above."""
-
-    kind: str
-    base: int
-    size: int
+from trtllm_vattn.vmm.regions import POOL, Region
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What the driver says of an address: the allocation it lies in."""
+    """The allocation that an address lies in, as the driver reports it; `where` is ``device`` or ``host``."""
 
     base: int
     size: int
     where: str
 
 
-SMALLEST_UPPER = 1 << 12
-"""Large allocations lie at low addresses, where eight bytes that are two small numbers point too. From here on the
-upper four bytes are too large for that."""
+MIN_UPPER_WORD = 1 << 12
+"""Two small int32 numbers side by side look like a low address. A word whose upper four bytes are at least this is
+taken for an address."""
 
 
-UNTIDY = {
+PADDED_PARAM_KERNELS = {
     "index_elementwise_kernel": 0,
     "scatter_gather_elementwise_kernel": 0,
     "reduce_kernel": 0,
     "native18elementwise_kernel": 0,
     "CatArrayBatchedCopy": 16,
 }
-"""Kernels of PyTorch, by a part of their names, that are given more room than they use: for the strides of 25
-dimensions (OffsetCalculator.cuh), or for addresses, sizes and strides of many tensors that are joined (Shape.cu). It is
-filled as far as there are dimensions or tensors; the rest is what lay on the stack. With each the bytes at the start of
-its first two parameters that are always filled: of those that join, where the result goes and two of the tensors."""
+"""PyTorch kernels, by a part of their names, whose parameters are only partly initialised: they have room for the
+strides of 25 dimensions (OffsetCalculator.cuh) or for many tensors to concatenate (Shape.cu), and what is unused holds
+whatever was on the stack. The value is how many bytes at the start of each of the first two parameters are always
+initialised: for concatenation, the result's address and the first two tensors."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A word that points into memory of nobody we know; `node` counts within its `graph`.
+    """A word that points into memory outside all known regions; `node` is an index in its `graph`.
 
-    `certain` where it is the start of an allocation or too large for two numbers side by side, and all of the parameter
-    means something; what is not may be a constant of the kernel's that only looks like an address.
+    It is `certain` to be an address if it is the start of an allocation or too large to be two small numbers, and lies
+    in an initialised part of its parameter. Otherwise it may be a constant that only looks like an address.
     """
 
     node: int
@@ -78,7 +67,7 @@ class Finding:
     graph: str = "graph"
 
 
-_OF_KERNELS = (
+_LIMITS_FOR_KERNELS = (
     "addresses that a kernel reads from memory (arrays of pointers) are not among its parameters",
     "an address that is not a multiple of 8 bytes into its parameter is not looked for",
     "a foreign address below 16 TiB that is not where an allocation begins passes for a number",
@@ -88,11 +77,20 @@ _OF_KERNELS = (
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What graphs hold, which `graphs` names.
+    """What the audited graphs hold.
 
-    `nodes` counts them by kind, `addresses` those seen by the kind of their region; `numbers` the words that are no
-    address the driver knows. `findings` are foreign addresses, `lookalikes` words that may be. `opaque` lists what
-    could not be read, by its graph's node and that node's name; `unseen` says it in sentences.
+    Attributes
+    ----------
+    graphs : tuple of str
+        Names of the graphs.
+    nodes, addresses : dict
+        Nodes by kind, and addresses within known regions by the region's kind.
+    numbers : int
+        Words that are no address which the driver knows.
+    findings, lookalikes : tuple of Finding
+        Addresses outside all known regions, and words that may be such addresses.
+    opaque : tuple
+        What could not be read: the node's index, its name, and the reason.
     """
 
     graphs: tuple[str, ...]
@@ -105,12 +103,16 @@ class AuditReport:
 
     @classmethod
     def joined(cls, reports: Iterable[AuditReport]) -> AuditReport:
-        """One report of several graphs."""
+        """Merge the reports of several graphs."""
         each = list(reports)
+
+        def counted(name: str) -> dict[str, int]:
+            return dict(sum((Counter(getattr(report, name)) for report in each), Counter[str]()))
+
         return cls(
             tuple(name for report in each for name in report.graphs),
-            dict(sum((Counter(report.nodes) for report in each), Counter())),
-            dict(sum((Counter(report.addresses) for report in each), Counter())),
+            counted("nodes"),
+            counted("addresses"),
             sum(report.numbers for report in each),
             tuple(finding for report in each for finding in report.findings),
             tuple(finding for report in each for finding in report.lookalikes),
@@ -119,13 +121,13 @@ class AuditReport:
 
     @property
     def unseen(self) -> tuple[str, ...]:
-        """What an audit cannot see, and how often that was so."""
+        """What the audit could not see, as sentences with counts."""
         reasons = Counter(part.why for _, _, part in self.opaque)
         sentences = [f"{count} times: {why}" for why, count in reasons.items()]
-        return tuple(sentences + (list(_OF_KERNELS) if self.nodes.get("kernel") else []))
+        return tuple(sentences + (list(_LIMITS_FOR_KERNELS) if self.nodes.get("kernel") else []))
 
     def raise_if_foreign(self) -> None:
-        """Raise CaptureError naming the first finding."""
+        """Raise CaptureError, naming the first finding, if there is one."""
         if self.findings:
             first = self.findings[0]
             where = first.allocation
@@ -137,7 +139,7 @@ class AuditReport:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: counts, findings, different look-alikes, and sentences."""
+        """The report for JSON; lookalikes are counted, and their different values listed."""
         return {
             "graphs": list(self.graphs),
             "nodes": self.nodes,
@@ -155,14 +157,17 @@ Probe = Callable[[int], Allocation | None]
 
 
 class Regions:
-    """Looks an address up among regions that do not overlap."""
+    """Looks addresses up in regions that do not overlap; of several with the same base the first one counts."""
 
     def __init__(self, regions: Iterable[Region]) -> None:
-        self._regions = sorted(regions, key=lambda region: region.base)
+        by_base: dict[int, Region] = {}
+        for region in regions:
+            by_base.setdefault(region.base, region)
+        self._regions = sorted(by_base.values(), key=lambda region: region.base)
         self._bases = [region.base for region in self._regions]
 
     def find(self, address: int) -> Region | None:
-        """The region that an address lies in; its end does not."""
+        """The region that an address lies in, from its base to before its end; None if there is none."""
         index = bisect.bisect_right(self._bases, address) - 1
         if index >= 0 and address < self._regions[index].base + self._regions[index].size:
             return self._regions[index]
@@ -181,11 +186,11 @@ def audit(
     Parameters
     ----------
     probe : callable
-        What the driver knows of an address; None if nothing.
+        Returns the allocation that an address lies in, or None.
     blocks : collection of int
-        Where allocations inside the driver's begin, as a caching allocator knows them.
+        Addresses at which a caching allocator has handed out memory inside the driver's allocations.
     name : str
-        What to call the graph.
+        The graph's name in the report.
     """
     known = Regions(regions)
     seen: Counter[str] = Counter()
@@ -202,8 +207,8 @@ def audit(
                 numbers += 1
             else:
                 starts = word.value == allocation.base or word.value in blocks
-                certain = starts or word.value >> 32 >= SMALLEST_UPPER
-                certain &= _filled(node, word)
+                certain = starts or word.value >> 32 >= MIN_UPPER_WORD
+                certain &= _initialised(node, word)
                 findings.append(_finding(index, node, word, allocation, certain, name))
     opaque = tuple((index, node.name, part) for index, node in enumerate(nodes) for part in node.opaque)
     return AuditReport(
@@ -217,11 +222,11 @@ def audit(
     )
 
 
-def _filled(node: Node, word: Word) -> bool:
-    """Whether a word of a parameter was given a value for sure."""
-    for untidy, filled in UNTIDY.items():
-        if untidy in node.name:
-            return word.parameter < 2 and word.offset < filled
+def _initialised(node: Node, word: Word) -> bool:
+    """Whether a word lies in a part of its parameter that is always initialised."""
+    for kernel, size in PADDED_PARAM_KERNELS.items():
+        if kernel in node.name:
+            return word.parameter < 2 and word.offset < size
     return True
 
 
@@ -230,7 +235,7 @@ def _finding(index: int, node: Node, word: Word, allocation: Allocation, certain
 
 
 def audit_host(graph: HostGraph, regions: Iterable[Region], name: str = "graph") -> AuditReport:
-    """The same for a `HostGraph`: what its operations made themselves counts as the pool's."""
+    """The same for a `HostGraph`; memory that its operations allocated counts as the pool's."""
     known = Regions(regions)
     made = {tensor.untyped_storage().data_ptr() for record in graph.records for _, tensor in record.results}
     seen: Counter[str] = Counter()
@@ -251,7 +256,7 @@ def audit_host(graph: HostGraph, regions: Iterable[Region], name: str = "graph")
 
 
 def cuda_probe(cuda: Any) -> Probe:
-    """What the CUDA driver knows of an address; `cuda` is `cuda.bindings.driver`."""
+    """Look addresses up in the CUDA driver; `cuda` is `cuda.bindings.driver`."""
     attribute = cuda.CUpointer_attribute
 
     def ask(what: Any, address: int) -> Any:
@@ -271,31 +276,15 @@ def cuda_probe(cuda: Any) -> Probe:
 
 
 def pool_regions(pool: Any) -> list[Region]:
-    """The segments of a torch memory pool, by the handle that its graphs were captured with."""
+    """The segments of a torch memory pool; `pool` is the handle that graphs were captured with."""
     return [
-        Region(POOL, segment["address"], segment["total_size"])
+        Region(segment["address"], segment["total_size"], POOL)
         for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         if tuple(segment["segment_pool_id"]) == tuple(pool)
     ]
 
 
 def torch_blocks() -> set[int]:
-    """Where the tensors begin that torch's caching allocator has handed out."""
+    """Addresses of the blocks that torch's caching allocator has handed out."""
     segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
     return {block["address"] for segment in segments for block in segment["blocks"] if block["state"] != "inactive"}
-
-
-def attention_regions(attention: Attention, static: Iterable[torch.Tensor]) -> list[Region]:
-    """What a step over a cache may hold addresses of: the cache, which is a reservation where it is ours; what its
-    attention backend keeps; and the tensors declared static."""
-    kind = RESERVATION if isinstance(attention.cache, KVCacheManager) else STATIC
-    regions = tensor_regions(kind, attention.cache.storages())
-    known = {region.base for region in regions}
-    others = tensor_regions(STATIC, [*static, *attention.storages()])
-    return [*regions, *(region for region in others if region.base not in known)]
-
-
-def tensor_regions(kind: str, tensors: Iterable[torch.Tensor]) -> list[Region]:
-    """The storages of tensors, each once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return [Region(kind, base, size) for base, size in storages.items() if base and size]

@@ -1,7 +1,7 @@
-"""The guard: before a replay, every address it can touch lies under a frontier.
+"""The guard: before a replay, check that every address which the graph can touch is backed by memory.
 
-It trusts the cache's frontiers, which are lowered before an unmapping is even queued, and the backend's word for how
-far past a length its kernels may load.
+The guard trusts two things: the cache's frontiers, which the cache lowers before it queues an unmapping, and the
+attention backend's `over_read`.
 """
 
 from __future__ import annotations
@@ -15,41 +15,48 @@ from trtllm_vattn.errors import ConfigError, UnmappedAccess
 
 
 class Guard:
-    """Checks the lanes of a step against what is mapped.
+    """Checks the lanes of a step against the cache's frontiers.
 
     Parameters
     ----------
     over_read : int
-        Tokens past a length that the attention backend may load.
+        Tokens past a sequence's length that the attention backend's kernels may load.
     """
 
     def __init__(self, cache: KVCache, over_read: int = 0) -> None:
         self.cache, self.over_read = cache, over_read
-        # The dummy slot's is 0: an idle lane may have no length.
+        # 0 for the dummy slot: an idle lane has length 0.
         self._longest = np.zeros(cache.dummy_slot + 1, np.int64)
-        # Lanes stay in their slots for many steps: those last looked at, and how many of them are no idle ones.
+        # Lanes keep their slots for many steps, so the slots of the last check and its count of busy lanes are kept.
         self._slots, self._writing = b"", 0
 
     def longest(self) -> np.ndarray:
-        """How long each slot's sequence may be, int64 ``[num_slots]``, so that what is loaded past it is mapped too."""
+        """The greatest length, int64 ``[num_slots]``, at which all that a kernel loads from each slot is mapped."""
         frontiers = self.cache.frontiers
         if not self.over_read:
             return frontiers
-        # What is loaded past a length ends with the slot.
+        # Kernels load nothing past the end of a slot.
         whole = frontiers >= self.cache.shape.max_seq_len
         return np.where(whole, frontiers, np.maximum(frontiers - self.over_read, 0))
 
     def check(self, lengths: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> None:
-        """Pass, or raise UnmappedAccess naming the sequence; ConfigError where the lanes contradict themselves.
+        """Raise UnmappedAccess, naming the sequence, if the step would touch memory that is not mapped.
 
         Parameters
         ----------
         lengths : int ``[lanes]``
-            Tokens of each lane once its last step has written its own; 0 for an idle lane.
+            Each lane's sequence length after the last step of the launch; 0 for an idle lane.
         slots : int ``[lanes]``
-            Where each lane reads and writes, every one a slot of its own; the dummy slot for an idle lane.
+            The slot that each lane reads and writes, no two the same; the dummy slot for an idle lane.
         positions : int ``[lanes]``
-            Where each lane writes first; 0 for an idle lane.
+            The first position that each lane writes; 0 for an idle lane.
+
+        Raises
+        ------
+        UnmappedAccess
+            A lane would read or write past its slot's frontier.
+        ConfigError
+            The arrays' sizes differ, two lanes share a slot, or a lane is neither busy nor idle.
         """
         lanes, dummy = len(lengths), self.cache.dummy_slot
         if not (len(slots) == len(positions) == lanes <= dummy):
@@ -64,27 +71,27 @@ class Guard:
         longest[:-1] = self.longest()
         same = slots.tobytes()
         try:
-            # Too large an index has no element, and a negative one no count.
+            # A slot that is too large raises IndexError, a negative one ValueError.
             beyond = longest[slots] - lengths
             lanes_of = None if same == self._slots else np.bincount(slots, minlength=dummy + 1)
         except (IndexError, ValueError):
             self._refuse(lengths, slots, positions)
         if lanes_of is not None:
             used = int(np.count_nonzero(lanes_of[:dummy]))
-            # Each slot that is used has one lane if all lanes but the idle ones are as many.
+            # No two lanes share a slot if there are as many different slots as busy lanes.
             if used != lanes - lanes_of[dummy]:
                 self._refuse(lengths, slots, positions)
             self._slots, self._writing = same, used
         left = lengths - positions
-        # One test for all lanes: as soon as one of the three is negative, so are they or-ed together. Who writes has a
-        # length, for which the dummy slot has no room.
+        # One test for all lanes: the bitwise or of numbers is negative if one of them is. A lane in the dummy slot
+        # cannot write, because its length may only be 0.
         beyond |= left
         beyond |= positions
         if beyond[beyond.argmin()] < 0 or np.count_nonzero(left) != self._writing:
             self._refuse(lengths, slots, positions)
 
     def check_chunk(self, slot: int, length: int) -> None:
-        """The same for a chunk of a prompt in one slot, which makes its sequence `length` tokens long."""
+        """`check` for a chunk of a prompt that makes the sequence in `slot` `length` tokens long."""
         self.check(np.array([length]), np.array([slot]), np.array([length - 1]))
 
     # -- saying what is wrong --------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""`HostGraph`: the host's stand-in for a CUDA graph.
+"""`HostGraph` is a CUDA graph for the CPU: it captures a step once and replays it at fixed addresses.
 
-A step runs once under a dispatch mode that records every aten operation with the tensors it was given, raw addresses
-and all; a replay runs the records again into the same storages. So what a captured step relies on, that its addresses
-stay valid, is tested without a GPU, and what a CUDA graph could not hold is refused here too.
+A capture runs the step under a dispatch mode that records every aten operation with its tensors. A replay runs the
+recorded operations again on the same storages. So tests without a GPU show whether a step's addresses stay valid, and a
+capture refuses what a CUDA graph could not hold.
 
-What is not seen: a host read that calls no operation, which on the host `tolist()` and `numpy()` are.
+Limit: reads by the host that call no aten operation are not noticed; on the CPU these are `tolist()` and `numpy()`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _INDEXED = {
     _aten._index_put_impl_.default,
     _aten._unsafe_index_put.default,
 }
-"""Their shapes depend on data, or they must look for it, where an index is a mask."""
+"""Operations whose result shape, or work on the host, depends on data if an index is a mask."""
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -42,16 +42,16 @@ def _storage(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class Record:
-    """One operation: what to call, with what, and which of its results must be copied to where the capture had them."""
+    """One recorded operation with its arguments, and the results that a replay copies to their captured addresses."""
 
     operation: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     results: list[tuple[int, torch.Tensor]]
-    """Results with storages of their own, by their place among the operation's results."""
+    """Results that are no views of an argument, with their index among the operation's results."""
 
     def storages(self) -> list[torch.UntypedStorage]:
-        """What it reads and writes."""
+        """The storages that the operation reads and writes."""
         made = [tensor for _, tensor in self.results]
         return [tensor.untyped_storage() for tensor in (*_tensors((self.args, self.kwargs)), *made)]
 
@@ -73,15 +73,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         given = _tensors((args, kwargs))
         self._refuse_outside(operation, given)
-        # In inference mode operations arrive whole; what they are made of tells what a graph could not hold.
+        # In inference mode composite operations arrive undecomposed; only their parts tell what a graph cannot hold.
         with self:
             decomposed = operation.decompose(*args, **kwargs)
         if decomposed is not NotImplemented:
             return decomposed
         _refuse_data_dependent(operation, args, kwargs)
         inputs = {_storage(tensor) for tensor in given}
-        # Aliases, because operations like squeeze_ change the shape of the very tensor they are given. A record keeps
-        # its results alive, so that no later one is given a storage that a replay still needs.
+        # Detached aliases, because operations like squeeze_ change the shape of their argument. A record keeps its
+        # results alive, so that the allocator gives their storages to no later operation.
         recorded_args, recorded_kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         answer = operation(*args, **kwargs)
         made = [(i, tensor.detach()) for i, tensor in enumerate(_tensors(answer)) if _storage(tensor) not in inputs]
@@ -91,7 +91,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _refuse_outside(self, operation: Any, given: list[torch.Tensor]) -> None:
         if operation is _aten.lift_fresh.default and given[0].dim() == 0:
-            # A number made into a tensor, as x[0] = 5.0 does: on CUDA too it is an argument of the kernel.
+            # A Python number that became a tensor, as in x[0] = 5.0; on CUDA it is an argument of the kernel.
             self._known.add(_storage(given[0]))
         for tensor in given:
             if _storage(tensor) not in self._known and tensor.numel():
@@ -119,7 +119,7 @@ def _refuse_data_dependent(operation: Any, args: tuple[Any, ...], kwargs: dict[s
 
 
 class HostGraph:
-    """A recorded step; `replay()` runs it again over the same addresses."""
+    """A recorded step; `replay()` runs it again at the same addresses."""
 
     _capturing = False
 
@@ -137,12 +137,12 @@ class HostGraph:
         Parameters
         ----------
         static : iterable of Tensor
-            Every tensor that the step may touch and does not make itself; views share their storages.
+            Every tensor that the step may touch and does not make itself. A tensor's views need not be listed.
 
         Raises
         ------
         CaptureError
-            The step did what a CUDA graph could not hold; the message names the operation.
+            The step does what a CUDA graph cannot hold; the message names the operation.
         """
         static = list(static)
         if HostGraph._capturing:
@@ -156,20 +156,20 @@ class HostGraph:
         return cls(recorder.records, static)
 
     def __len__(self) -> int:
-        """Operations recorded."""
+        """The number of recorded operations."""
         return len(self._records or ())
 
     @property
     def records(self) -> list[Record]:
-        """What was recorded, in order; nothing after `close()`."""
+        """The recorded operations in order; none after `close()`."""
         return list(self._records or ())
 
     def operations(self) -> list[str]:
-        """The names of what was recorded, in order."""
+        """The names of the recorded operations in order."""
         return [str(record.operation) for record in self._records or ()]
 
     def replay(self) -> None:
-        """Run the records again. Raises CaptureError after `close()`, or where a tensor of the capture was moved."""
+        """Run the operations again. Raises CaptureError after `close()`, or if a captured tensor's memory has moved."""
         if self._records is None:
             raise CaptureError("this graph is closed; capture the step again")
         for tensor, address in self._static:
@@ -184,7 +184,7 @@ class HostGraph:
                     f"{operation} was captured with a storage at {address:#x}, which has moved to "
                     f"{storage.data_ptr():#x}; do not resize what a captured step uses, or capture it again"
                 )
-        # Inference tensors, which a capture in inference mode makes, may be written in inference mode only.
+        # A capture in inference mode makes inference tensors, which may be written in that mode only.
         with torch.inference_mode():
             for record in self._records:
                 record.run()

@@ -1,8 +1,8 @@
-"""What a captured CUDA graph holds, read node by node through the driver.
+"""Read the nodes of a captured CUDA graph and their parameters through the driver.
 
-A kernel's parameters are read where the driver keeps them; their number, offsets and sizes come from
-`cuFuncGetParamInfo`. What they mean is not known to the driver: a parameter may be an address, a number, or a structure
-with addresses in it.
+The driver tells where it keeps a kernel's parameters, and with `cuFuncGetParamInfo` how many there are and their
+offsets and sizes. It does not know their types: a parameter may be an address, a number, or a structure that
+contains addresses.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 from trtllm_vattn.errors import DriverError
 
 TMA_BYTES, TMA_ALIGNMENT = 128, 64
-"""Of a CUtensorMap, the descriptor of the tensor memory accelerator; the address in it is encoded."""
+"""Bytes and alignment of a CUtensorMap, the descriptor of the tensor memory accelerator; it encodes its address."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """Eight aligned bytes of a parameter, `offset` bytes from its start."""
+    """Eight bytes of a parameter; `offset` bytes from its start, a multiple of 8."""
 
     parameter: int
     offset: int
@@ -29,7 +29,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Opaque:
-    """A parameter, or with -1 all of a node, that may hold addresses which cannot be read."""
+    """A parameter (or with -1 the whole node) that may hold addresses which cannot be read, and why."""
 
     parameter: int
     size: int
@@ -38,7 +38,7 @@ class Opaque:
 
 @dataclass(frozen=True)
 class Node:
-    """One node: its `kind` as the driver names it (``kernel``, ``memcpy``, …) and the kernel's `name`."""
+    """One node: its `kind` as the driver names it (``kernel``, ``memcpy``, …), and the kernel's `name`."""
 
     kind: str
     name: str
@@ -51,8 +51,8 @@ _END, _BUFFER = 0, 1
 
 
 def _packed(extra: int) -> int:
-    """Where a launcher that packed all parameters into one buffer has it; 0 where it did not. `extra` points to pairs
-    of a name and a value (cuLaunchKernel, CU_LAUNCH_PARAM_BUFFER_POINTER)."""
+    """The address of the buffer if a launcher packed all parameters into one, else 0. `extra` points to pairs of a name
+    and a value (cuLaunchKernel, CU_LAUNCH_PARAM_BUFFER_POINTER)."""
     if not extra:
         return 0
     pairs = ctypes.cast(extra, _POINTERS)
@@ -65,16 +65,16 @@ def _packed(extra: int) -> int:
 
 
 class GraphReader:
-    """Reads graphs through `cuda.bindings.driver`, or whatever answers like it."""
+    """Reads graphs through `cuda.bindings.driver`, or an object with the same functions."""
 
     def __init__(self, cuda: Any) -> None:
         self._cuda = cuda
 
     def read(self, graph: Any, bodies: Mapping[int, Sequence[Any]] | None = None) -> list[Node]:
-        """All nodes of a graph (a CUgraph) and of the graphs inside it. Raises DriverError.
+        """All nodes of a graph (a CUgraph) and of its child graphs. Raises DriverError.
 
-        `bodies` are the graphs of conditional nodes, by the node's address: whoever adds such a node is told them, and
-        the driver does not say them again.
+        `bodies` are the body graphs of conditional nodes, by the node's address: the driver returns them only to the
+        call that adds the node.
         """
         return list(self._nodes(graph, bodies or {}))
 
@@ -112,7 +112,7 @@ class GraphReader:
 
     def _kernel(self, node: Any) -> Node:
         params = self._call("cuGraphKernelNodeGetParams", node)
-        # Libraries that are loaded lazily are known by a CUkernel and have no CUfunction yet.
+        # A lazily loaded library's kernel has a CUkernel and no CUfunction yet.
         if int(params.func):
             name, handle, info = self._call("cuFuncGetName", params.func), params.func, "cuFuncGetParamInfo"
         else:
@@ -123,7 +123,7 @@ class GraphReader:
             return Node("kernel", name, opaque=(Opaque(-1, 0, "the driver keeps no parameters of it"),))
         words: list[Word] = []
         opaque: list[Opaque] = []
-        for index, (offset, size) in enumerate(self._places(handle, info)):
+        for index, (offset, size) in enumerate(self._parameters(handle, info)):
             address = ctypes.cast(table, _POINTERS)[index] if table else packed + offset
             if not address:
                 opaque.append(Opaque(index, size, "the driver keeps no value for it"))
@@ -135,8 +135,8 @@ class GraphReader:
             words += [Word(index, 8 * i, value) for i, value in enumerate(values)]
         return Node("kernel", name, tuple(words), tuple(opaque))
 
-    def _places(self, handle: Any, info: str) -> Iterator[tuple[int, int]]:
-        """Offset and size of each parameter; the driver ends the list with an error."""
+    def _parameters(self, handle: Any, info: str) -> Iterator[tuple[int, int]]:
+        """Offset and size of each parameter; the driver reports the end by an error."""
         index = 0
         while True:
             code, *values = getattr(self._cuda, info)(handle, index)
@@ -152,11 +152,11 @@ class GraphReader:
         types = self._cuda.CUmemorytype
         words: list[Word] = []
         opaque: list[Opaque] = []
-        for place, end in enumerate(("src", "dst")):
+        for parameter, end in enumerate(("src", "dst")):
             kind = getattr(params, f"{end}MemoryType")
             if kind == types.CU_MEMORYTYPE_ARRAY:
-                opaque.append(Opaque(place, 0, "it copies from or to a CUDA array, whose memory the driver hides"))
+                opaque.append(Opaque(parameter, 0, "it copies from or to a CUDA array, whose memory the driver hides"))
                 continue
             value = getattr(params, f"{end}Host" if kind == types.CU_MEMORYTYPE_HOST else f"{end}Device")
-            words.append(Word(place, 0, int(value or 0)))
+            words.append(Word(parameter, 0, int(value or 0)))
         return Node("memcpy", "", tuple(words), tuple(opaque))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention.base import Attention, PrefillChunk
 from trtllm_vattn.cache.base import FlatKV
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins.fields import AttentionFields, Slots
@@ -62,6 +62,8 @@ def attend(
         )
     counts = given["query_lengths"] if rows > 1 else None
     attention = attached.attention(fields.num_heads, fields.scale)
+    # TensorRT does not say where a step begins, so every layer's call is a step of its own.
+    attention.begin_step()
     _store(attention, fields.layer, k, v, lengths, counts, slots, rows)
     result = out.view(len(q), fields.num_heads, fields.head_dim)
     if rows == 1:
@@ -72,7 +74,8 @@ def attend(
     for lane in range(len(lengths)):
         at, own = slice(lane * rows, (lane + 1) * rows), slice(lane, lane + 1)
         slot = torch.full_like(lengths[own], lane) if slots is None else slots[own]
-        result[at] = attention.prefill(fields.layer, q[at], slot, counts[own], lengths[own], most)
+        chunk = PrefillChunk(rows, slot, counts[own], lengths[own], most)
+        result[at] = attention.prefill(fields.layer, q[at], chunk)
 
 
 def _heads(

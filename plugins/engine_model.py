@@ -102,11 +102,11 @@ class EngineModel(nn.Module):
                 "chunk, or build with a larger max_chunk"
             )
         static = self._static[CONTEXT]
-        (part,) = step.chunks.parts
-        for name, value in (("lengths", part.length), ("query_lengths", part.query_len), ("slots", part.slot)):
+        (chunk,) = step.packed.chunks
+        for name, value in (("lengths", chunk.length), ("query_lengths", chunk.query_len), ("slots", chunk.slot)):
             static[name].copy_(value)
         static["last"].copy_(logits_to_keep)
-        return self._run(CONTEXT, tokens, 1, part.max_length, input_ids[0], position_ids[0])
+        return self._run(CONTEXT, tokens, 1, chunk.max_length, input_ids[0], position_ids[0])
 
     def _decode(self, step: DecodeStep, lanes: int, ids: torch.Tensor, positions: torch.Tensor) -> SimpleNamespace:
         if lanes > self.limits.max_lanes:

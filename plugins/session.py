@@ -18,7 +18,7 @@ from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.graphs.policy import start_choosing
+from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.plugins import plain, registry
 from trtllm_vattn.plugins.build import EMULATED, config_of, make_logger, read_folder
 from trtllm_vattn.plugins.callback_errors import clear_errors, error_of
@@ -128,7 +128,7 @@ class EngineSession(Engine):
         The cache does not fit the plan, or another one is attached under its name.
     """
 
-    together: ClassVar[bool] = False
+    supports_packed_prefill: ClassVar[bool] = False
 
     def __init__(self, loaded: LoadedEngine, cache: KVCache, *, attention: str = "auto", **options: Any) -> None:
         limits = loaded.limits
@@ -181,14 +181,14 @@ class EngineSession(Engine):
             Bytes of KV memory; None is what is left of 90 % of the GPU's memory after capturing, or on the host enough
             for all sequences.
         mapping : str
-            ``auto`` asks a short soak on this machine's driver, made once and remembered (graphs/policy.py).
+            ``auto`` runs a short probe of this driver, once, and stores its report (memory/mapping_policy.py).
         """
         device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
         with ExitStack() as undo:
-            choosing = undo.enter_context(start_choosing(device, mapping))
+            probe = undo.enter_context(start_policy_probe(device, mapping))
             loaded = LoadedEngine.load(Path(folder), device)
             shape = loaded.cache_shape(max_seqs or loaded.limits.max_lanes, max_seq_len)
-            policy = choosing.result().policy
+            policy = probe.result().policy
             if device == "cpu":
                 cache = make_cache("vattn", shape, device, budget)
             else:

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from trtllm_vattn.attention.base import Attention, Chunks, Part, Span
+from trtllm_vattn.attention.base import Attention, PackedPrefill, PrefillChunk, Span
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import CacheShape, FlatKV
 from trtllm_vattn.cache.select import make_cache
@@ -71,21 +71,21 @@ def prefill_case(attention: Attention, slot: int, count: int, padded: int, layer
     print(f"start {case}", flush=True)
     q = torch.randn(padded, HEADS, 128, device="cuda", dtype=torch.bfloat16)
     sizes = (torch.tensor([n], dtype=torch.int32, device="cuda") for n in (count, length))
-    out = attention.prefill(layer, q, torch.tensor([slot], device="cuda"), *sizes, length)
+    out = attention.prefill(layer, q, PrefillChunk(padded, torch.tensor([slot], device="cuda"), *sizes, length))
     if not bool(torch.isfinite(out).all()):
         raise SystemExit(f"{case}: padding rows are not finite")
     check(case, out[:count], reference(q[:count], *kept(attention, layer, slot, length)))
 
 
-def together_case(attention: Attention, layer: int) -> None:
+def packed_case(attention: Attention, layer: int) -> None:
     """Chunks of several prompts, the last keys of each being the last that are mapped."""
     spans = [Span(slot, start, LENGTHS[slot]) for slot, start in ((5, 0), (8, 1000), (0, 0), (13, 512), (4, 1))]
-    case = f"prefill of {len(spans)} chunks together, layer {layer}"
+    case = f"prefill of {len(spans)} chunks packed, layer {layer}"
     print(f"start {case}", flush=True)
     counts = [span.end - span.start for span in spans]
     q = torch.randn(sum(counts) + 9, HEADS, 128, device="cuda", dtype=torch.bfloat16)
-    parts = [
-        Part(
+    chunks = [
+        PrefillChunk(
             count,
             torch.tensor([span.slot], device="cuda"),
             *(torch.tensor([n], dtype=torch.int32, device="cuda") for n in (count, span.end)),
@@ -93,7 +93,7 @@ def together_case(attention: Attention, layer: int) -> None:
         )
         for span, count in zip(spans, counts, strict=True)
     ]
-    out = attention.prefill_together(layer, q, Chunks(parts, spans))
+    out = attention.prefill_packed(layer, q, PackedPrefill(chunks, spans))
     if not bool(torch.isfinite(out).all()):
         raise SystemExit(f"{case}: padding rows are not finite")
     rows = zip(spans, q[: sum(counts)].split(counts), strict=True)
@@ -138,7 +138,7 @@ def main(backend: str, layers_per_range: int, kind: str, beyond: bool) -> None:
                 prefill_case(attention, slot, count, padded, layer)
             for slot, count, padded in ((10, 97, 128), (6, 1000, 1024), (13, 512, 512), (13, 2048, 2048)):
                 prefill_case(attention, slot, count, padded, layer)
-            together_case(attention, layer)
+            packed_case(attention, layer)
     print("all cases passed", flush=True)
 
 

@@ -34,6 +34,7 @@ def probe(attention: Attention, kv: FlatKV, lanes: int, tokens: int, how: str) -
             for storage in attention.storages():
                 if storage.dtype == torch.uint8:
                     storage.zero_()
+        attention.begin_step()
         again = attention.decode(1, q, lengths).clone()
         differ = (again != first).flatten(1).any(1).nonzero().flatten().tolist()
         which.update(differ)

@@ -210,9 +210,14 @@ def graph(device: str, features: Features) -> None:
         slots = torch.arange(lanes, device=device)
         out = torch.empty_like(q)
 
-        def step(q: torch.Tensor = q, given: tuple[torch.Tensor, ...] = (counts, lengths, slots, out)) -> None:
+        def step(
+            backend: SharesAttention = attention,
+            q: torch.Tensor = q,
+            given: tuple[torch.Tensor, ...] = (counts, lengths, slots, out),
+        ) -> None:
+            backend.begin_step()
             for layer in range(3):
-                attention.decode_queries(layer, q, *given)
+                backend.decode_queries(layer, q, *given)
 
         step()
         torch.cuda.synchronize()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trtllm_vattn.attention.base import Attention, Chunks, Part, Span, rotated
+from trtllm_vattn.attention.base import Attention, PackedPrefill, PrefillChunk, Span, rotated
 from trtllm_vattn.attention.cudnn_plan import prefer_cudnn
 from trtllm_vattn.attention.select import available, make_attention
 from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
@@ -134,10 +134,13 @@ def test_prefill_chunks(build: Callable[..., Case], start: int, count: int, padd
     got = attention.prefill(
         1,
         q.to(cache.device),
-        torch.tensor([2], device=cache.device),
-        torch.tensor([count], dtype=torch.int32, device=cache.device),
-        torch.tensor([length], dtype=torch.int32, device=cache.device),
-        length,
+        PrefillChunk(
+            padded,
+            torch.tensor([2], device=cache.device),
+            torch.tensor([count], dtype=torch.int32, device=cache.device),
+            torch.tensor([length], dtype=torch.int32, device=cache.device),
+            length,
+        ),
     )
     assert torch.isfinite(got).all()
     visible = list(range(start + 1, length + 1))
@@ -146,7 +149,7 @@ def test_prefill_chunks(build: Callable[..., Case], start: int, count: int, padd
 
 
 @pytest.mark.parametrize("bad", [None, 2, 5, 1, 6, 3])
-def test_chunks_of_several_prompts_together(build: Callable[..., Case], bad: int | None) -> None:
+def test_chunks_of_several_prompts_packed(build: Callable[..., Case], bad: int | None) -> None:
     # The last one's keys end where nothing is mapped behind, or what is there is no number. Where a prompt's own K and
     # V are NaN, or infinite, the others have what they have without it.
     spans = [Span(2, 0, 100), Span(5, 37, 101), Span(1, 0, 1), Span(6, 900, 999), Span(3, 0, 17)]
@@ -166,15 +169,15 @@ def test_chunks_of_several_prompts_together(build: Callable[..., Case], bad: int
     def on_device(values: list[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=cache.device)
 
-    parts = [
-        Part(
+    chunks = [
+        PrefillChunk(
             count,
             *(on_device([n], kind) for n, kind in zip((span.slot, count, span.end), KINDS, strict=True)),
             span.end,
         )
         for span, count in zip(spans, counts, strict=True)
     ]
-    got = attention.prefill_together(1, q.to(cache.device), Chunks(parts, spans))
+    got = attention.prefill_packed(1, q.to(cache.device), PackedPrefill(chunks, spans))
     slots = [span.slot for span in spans for _ in range(span.start, span.end)]
     visible = [position + 1 for span in spans for position in range(span.start, span.end)]
     want = expected(q[: sum(counts)], k[slots], v[slots], visible, attention.scale)

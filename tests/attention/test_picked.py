@@ -11,6 +11,7 @@ import torch
 
 from trtllm_vattn.attention.cost import Cost, CostFile, Load, calibration_lengths, cheapest
 from trtllm_vattn.attention.picked import PickedAttention
+from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
@@ -69,7 +70,7 @@ def test_a_place_that_cannot_be_written_costs_only_a_warning(tmp_path: Path, cap
     (tmp_path / "costs").write_text("a file where a folder should be")
     with caplog.at_level(logging.WARNING):
         CostFile(tmp_path / "costs" / "costs.json").put("H200", {"shares": SHARES})
-    assert "not remembered" in caplog.text
+    assert "not stored" in caplog.text
 
 
 @pytest.fixture
@@ -134,3 +135,11 @@ def test_deterministic_keeps_one_kernel(cache) -> None:  # type: ignore[no-untyp
     assert list(attention.kernels) == ["torch"]
     attention.learn(np.full(4, 64), Clock())
     assert attention.pick(np.array([60000, 1, 1, 1])) == "torch"
+
+
+def test_every_kernel_is_told_that_a_step_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(TorchAttention, "begin_step", lambda self: begun.append(self.name))
+    with make_cache("vattn", CacheShape(1, 2, 64, torch.float32, 2, 32), "cpu") as cache:
+        PickedAttention(cache, 4, kernels={name: TorchAttention(cache, 4) for name in ("a", "b")}).begin_step()
+    assert begun == ["torch", "torch"]

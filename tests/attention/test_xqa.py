@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from trtllm_vattn.attention import fmha
+from trtllm_vattn.attention.base import PrefillChunk
+from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.attention.select import available, make_attention
 from trtllm_vattn.attention.xqa import XqaAttention
 from trtllm_vattn.bench.xqa_parts import replay_remapped
@@ -44,9 +46,10 @@ def test_the_kernel_gets_blocks_by_strides_and_rows_once_a_step(kind: str, layou
         calls = Calls(attention)
         cache.admit("a", 40)
         lengths = torch.tensor([40, 0, 0], dtype=torch.int32)
-        for layer in range(3):
-            attention.decode(layer, torch.randn(3, 4, 16), lengths)
-        attention.decode(0, torch.randn(3, 4, 16), lengths)
+        for layers in ((0, 2, 1), (2,)):
+            attention.begin_step()
+            for layer in layers:
+                attention.decode(layer, torch.randn(3, 4, 16), lengths)
         rows = [arguments[3] for arguments, _ in calls.seen]
         assert rows[0] is rows[1] is rows[2] is not rows[3]
         dummy = cache.dummy_slot if kind == "vattn" else None
@@ -61,6 +64,38 @@ def test_the_kernel_gets_blocks_by_strides_and_rows_once_a_step(kind: str, layou
             assert k.shape[-1] == v.shape[-1] == 16
             assert int(table.max()) < len(k)
             assert dummy is None or table[1, 0] == len(k) - 1
+
+
+def test_a_step_reads_the_lengths_that_it_began_with() -> None:
+    with make_cache("blocks", SHAPE, "cpu") as cache:
+        mine, theirs = (make_attention(name, cache, 4) for name in ("xqa", "torch"))
+        cache.admit("a", 40)
+        mine.write(0, *torch.randn(2, 40, 2, 16), torch.zeros(40, dtype=torch.long), torch.arange(40))
+        lengths, q = torch.zeros(1, dtype=torch.int32), torch.randn(1, 4, 16)
+        for length in (7, 40, 33):
+            lengths.fill_(length)  # in place, as a step's static buffers are written
+            mine.begin_step()
+            assert torch.allclose(mine.decode(0, q, lengths), theirs.decode(0, q, lengths), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["xqa", "shares"])
+def test_the_backend_of_prompts_is_told_that_a_step_begins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(TorchAttention, "begin_step", lambda self: begun.append(self.name))
+    with make_cache("vattn", SHAPE, "cpu") as cache:
+        make_attention(name, cache, 4).begin_step()
+    assert begun == ["torch"]
+
+
+def test_a_forward_pass_begins_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(TorchAttention, "begin_step", lambda self: begun.append(self.name))
+    with Engine.from_pretrained(
+        "tiny-llama", device="cpu", attention="torch", max_seqs=2, max_seq_len=64, capture=False, compile=False
+    ) as engine:
+        begun.clear()
+        engine.generate([[1, 2, 3]], SamplingParams(max_tokens=1))
+        assert len(begun) == 1, "one chunk of a prompt"
 
 
 @pytest.mark.parametrize(("kind", "slots"), [("blocks", None), ("vattn", [2, 0, 1])])
@@ -92,10 +127,11 @@ def test_what_the_context_kernel_loads_past_a_length_is_finite(length: int) -> N
             count = length - start if start else max(1, length - 1)
             where = torch.full((count,), slot), torch.arange(start, start + count)
             query_len, end = (torch.tensor([n], dtype=torch.int32) for n in (count, start + count))
+            chunk = PrefillChunk(count, torch.tensor([slot]), query_len, end, start + count)
+            attention.begin_step()
             for layer in range(3):
                 attention.write(layer, *torch.randn(2, count, 2, 16), *where)
-                q = torch.randn(count, 4, 16)
-                assert attention.prefill(layer, q, torch.tensor([slot]), query_len, end, start + count).isfinite().all()
+                assert attention.prefill(layer, torch.randn(count, 4, 16), chunk).isfinite().all()
         whole = -(-length // 32) * 32
         for kv in map(cache.layer, range(3)):
             for part in (kv.k, kv.v):
@@ -154,13 +190,13 @@ def test_an_engine_by_names() -> None:
 
 def test_what_all_layers_share_is_made_once_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    chunk = fmha.Chunk
+    tables = fmha.ChunkTables
 
-    def counted(*arguments: Any) -> fmha.Chunk:
-        made.append(chunk(*arguments))
+    def counted(*arguments: Any) -> fmha.ChunkTables:
+        made.append(tables(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(fmha, "Chunk", counted)
+    monkeypatch.setattr(fmha, "ChunkTables", counted)
     with Engine.from_pretrained(
         "tiny-llama", device="cpu", cache="blocks", attention="xqa-fmha", max_seqs=2, max_seq_len=64, capture=False
     ) as engine:

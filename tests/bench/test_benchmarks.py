@@ -22,7 +22,7 @@ from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.graphs.runner import GraphRunner
+from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.runtime.engine import Engine
 
 HOST = ["--device", "cpu", "--model", "tiny-llama"]

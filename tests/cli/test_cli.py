@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from trtllm_vattn.cli.main import main
-from trtllm_vattn.graphs.policy import MappingPolicy, PolicyChoice
+from trtllm_vattn.memory.mapping_policy import MappingPolicy, PolicyChoice
 
 SMALL = ["bench", "graph", "--device", "cpu", "--model", "tiny-llama", "--requests", "5", "--max-seqs", "3"]
 
@@ -135,11 +135,11 @@ def test_doctor_shows_the_mapping_policy_an_engine_would_get(
     asked: list[str] = []
 
     @contextmanager
-    def start_choosing(device: str) -> Iterator[SimpleNamespace]:
+    def start_policy_probe(device: str) -> Iterator[SimpleNamespace]:
         asked.append(device)
         yield SimpleNamespace(result=lambda: PolicyChoice(policy, "as this test has it"))
 
-    monkeypatch.setattr(doctor, "start_choosing", start_choosing)
+    monkeypatch.setattr(doctor, "start_policy_probe", start_policy_probe)
     assert main(["doctor"]) == 0
     assert f"mapping policy  ok: {policy.value}: as this test has it" in capsys.readouterr().out
     assert asked == ["cuda:0" if torch.cuda.is_available() else "cpu"]

@@ -8,24 +8,20 @@ from graph_doubles import CUmemorytype, FakeCuda, Kernel, Other
 
 from trtllm_vattn.errors import CaptureError, DriverError
 from trtllm_vattn.graphs.audit import (
-    POOL,
-    RESERVATION,
-    STATIC,
     AuditReport,
-    Region,
     audit,
     audit_host,
     cuda_probe,
     pool_regions,
-    tensor_regions,
     torch_blocks,
 )
 from trtllm_vattn.graphs.host_graph import HostGraph
 from trtllm_vattn.graphs.nodes import GraphReader
+from trtllm_vattn.vmm.regions import POOL, RESERVATION, STATIC, Region, tensor_regions
 
 DEVICE, HOST = CUmemorytype.CU_MEMORYTYPE_DEVICE, CUmemorytype.CU_MEMORYTYPE_HOST
 KV, MINE, STRANGE = 0x7F00_0000_0000, 0x7F10_0000_0000, 0x7F20_0000_0000
-REGIONS = [Region(RESERVATION, KV, 1 << 20), Region(STATIC, MINE, 4096), Region(POOL, MINE + 4096, 4096)]
+REGIONS = [Region(KV, 1 << 20, RESERVATION), Region(MINE, 4096, STATIC), Region(MINE + 4096, 4096, POOL)]
 
 
 def word(*values: int) -> bytes:
@@ -224,7 +220,7 @@ def test_a_host_graph_is_audited_by_its_storages() -> None:
 
 @pytest.mark.gpu
 def test_a_captured_graph_is_audited_on_the_card() -> None:
-    from trtllm_vattn.graphs.runner import GraphRunner
+    from trtllm_vattn.graphs.replay import GraphRunner
     from trtllm_vattn.vmm.cuda import CudaDriver
     from trtllm_vattn.vmm.owners import Extent, Reservation
     from trtllm_vattn.vmm.tensors import tensor_at
@@ -246,7 +242,7 @@ def test_a_captured_graph_is_audited_on_the_card() -> None:
     runner.capture()
     graph = driver.cuda.CUgraph(runner.graph(1).raw_cuda_graph())
     nodes = GraphReader(driver.cuda).read(graph)
-    mine = [Region(RESERVATION, reservation.base, granule), *tensor_regions(STATIC, [static])]
+    mine = [Region(reservation.base, granule, RESERVATION), *tensor_regions(STATIC, [static])]
     known = [*mine, *pool_regions(runner.pool)]
     found = audit(nodes, known, cuda_probe(driver.cuda))
     assert {RESERVATION, STATIC, POOL} <= set(found.addresses)
@@ -255,6 +251,7 @@ def test_a_captured_graph_is_audited_on_the_card() -> None:
     assert audit(nodes, known, cuda_probe(driver.cuda), torch_blocks()).findings
     assert audit(nodes, [*known, region], cuda_probe(driver.cuda)).findings == ()
     assert runner.audit(mine).findings
+    assert runner.audit(mine).addresses == found.addresses, "its static tensors do not hide the reservation"
     assert runner.audit([*mine, region]).findings == ()
     runner.close()
     for owner in (mapping, extent, reservation):
@@ -263,7 +260,7 @@ def test_a_captured_graph_is_audited_on_the_card() -> None:
 
 @pytest.mark.gpu
 def test_graphs_composed_of_a_step_are_audited_on_the_card() -> None:
-    from trtllm_vattn.graphs.runner import GraphRunner
+    from trtllm_vattn.graphs.replay import GraphRunner
 
     count, go, foreign = (torch.zeros(1, dtype=torch.int32, device="cuda:0") for _ in range(3))
 
@@ -274,12 +271,11 @@ def test_graphs_composed_of_a_step_are_audited_on_the_card() -> None:
 
     runner = GraphRunner(step, [2, 1], [count, go], count.device, go)
     runner.capture()
-    mine = tensor_regions(STATIC, [count, go])
-    once = runner.audit(mine, "step", 2)
+    once = runner.audit([], "step", 2)
     runner.replay(2, 3)
     runner.replay_while(2)
     runner.replay(1, 2)
-    whole = runner.audit(mine, "step", 2)
+    whole = runner.audit([], "step", 2)
     assert whole.graphs == ("step of 2", "step of 2, 3 times over", "step of 2, in a loop")
     assert whole.nodes["graph"] == 3 + 1
     assert whole.nodes["conditional"] == 1
@@ -288,21 +284,22 @@ def test_graphs_composed_of_a_step_are_audited_on_the_card() -> None:
     assert not [part for _, _, part in whole.opaque if "conditional" in part.why]
     strangers = tensor_regions(STATIC, [foreign])
     assert {finding.graph for finding in (*whole.findings, *whole.lookalikes)} == set(whole.graphs)
-    assert runner.audit([*mine, *strangers]).findings == ()
-    assert len(runner.audit([*mine, *strangers]).graphs) == 5
+    assert runner.audit(strangers).findings == ()
+    assert len(runner.audit(strangers).graphs) == 5
     runner.close()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 def test_nothing_captured_is_nothing_to_look_at(device: str) -> None:
-    from trtllm_vattn.graphs.runner import GraphRunner
+    from trtllm_vattn.graphs.replay import GraphRunner
 
     x = torch.zeros(4, device=device)
     runner = GraphRunner(lambda bucket: (x[:bucket] + 1,), [4, 2], [x], x.device)
     with pytest.raises(CaptureError, match="no prompt is captured"):
         runner.audit([], "prompt")
     runner.capture([2])
-    assert runner.audit(tensor_regions(STATIC, [x]), "prompt").graphs == ("prompt of 2",)
+    assert runner.audit([], "prompt").graphs == ("prompt of 2",)
+    assert runner.audit().findings == (), "a runner knows its static tensors"
     with pytest.raises(CaptureError, match=r"no graph for 4 lanes: the runner is captured for \[2\]"):
         runner.audit([], "prompt", 4)
     runner.close()

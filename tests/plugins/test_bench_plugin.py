@@ -48,7 +48,7 @@ def test_a_wrong_output_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_python_in_a_replay_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A layer that was not captured would be called again in each replay."""
-    from trtllm_vattn.graphs.runner import GraphRunner
+    from trtllm_vattn.graphs.replay import GraphRunner
 
     def calling(self: GraphRunner, bucket: int, steps: int = 1) -> object:
         return self._step(bucket)

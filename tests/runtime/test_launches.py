@@ -75,7 +75,7 @@ def build(model: PreTrainedModel) -> Iterator[Callable[..., Engine]]:
 def single(model: PreTrainedModel) -> list[list[int]]:
     cache = make_cache("contiguous", shape_of(model, 3, 128), model.device)
     with Engine(model, cache, attention="torch", compile=False, capture=False) as engine:
-        engine.pipeline.one_by_one, engine.prefill.together = True, False
+        engine.pipeline.one_by_one, engine.prefill.supports_packed_prefill = True, False
         return [done.tokens for done in engine.generate(PROMPTS, PARAMS)]
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from trtllm_vattn.attention.base import PrefillChunk
 from trtllm_vattn.cache.base import FlatKV
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import UnmappedAccess
@@ -97,7 +97,7 @@ def passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_step_puts_a_whole_chunk_in_by_one_pass(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build(chunk=64)
     alone = build(chunk=64)
-    alone.prefill.together = False
+    alone.prefill.supports_packed_prefill = False
     params = SamplingParams(3)
     want = [done.tokens for done in alone.generate(PROMPTS, params)]
     seen = passes(engine, monkeypatch)
@@ -134,11 +134,12 @@ def test_backends_get_rows_enough_and_aligned_lengths(build: Build, monkeypatch:
     seen: list[tuple[int, int, int]] = []
     prefill = engine.attention.prefill
 
-    def noted(layer: int, q: torch.Tensor, slot: torch.Tensor, *lengths: Any) -> torch.Tensor:
+    def noted(layer: int, q: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
         if layer == 0:
-            assert all(length.shape == (1,) and length.data_ptr() % 64 == 0 for length in lengths[:2])
-            seen.append((len(q), int(lengths[0]), int(lengths[1])))
-        return prefill(layer, q, slot, *lengths)
+            lengths = chunk.query_len, chunk.length
+            assert all(length.shape == (1,) and length.data_ptr() % 64 == 0 for length in lengths)
+            seen.append((len(q), int(chunk.query_len), int(chunk.length)))
+        return prefill(layer, q, chunk)
 
     monkeypatch.setattr(engine.attention, "prefill", noted)
     engine.generate(PROMPTS[:3], SamplingParams(1))
@@ -169,7 +170,7 @@ def test_nothing_is_launched_where_one_of_them_has_no_memory(build: Build, monke
 def test_who_draws_and_who_does_not_in_one_pass(build: Build) -> None:
     mixed = [SamplingParams(4, temperature=0.9 * (i % 2), seed=i) for i in range(5)]
     alone = build()
-    alone.prefill.together = False
+    alone.prefill.supports_packed_prefill = False
     want = [alone.generate([prompt], params)[0].tokens for prompt, params in zip(PROMPTS, mixed, strict=True)]
     assert [done.tokens for done in build(chunk=256).generate(PROMPTS, mixed)] == want
 

@@ -15,7 +15,7 @@ import torch
 
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.graphs.runner import GraphRunner
+from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.runtime import engine as engine_module
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
@@ -131,8 +131,8 @@ def test_an_engine_captures_before_its_cache_is_sized(monkeypatch: pytest.Monkey
         order.append("what is left")
         return left
 
-    choose = engine_module.start_choosing
-    monkeypatch.setattr(engine_module, "start_choosing", lambda device, mapping: choose("cpu", mapping))
+    choose = engine_module.start_policy_probe
+    monkeypatch.setattr(engine_module, "start_policy_probe", lambda device, mapping: choose("cpu", mapping))
     monkeypatch.setattr(engine_module, "load_model", load)
     monkeypatch.setattr(engine_module, "open_driver", opened)
     monkeypatch.setattr(engine_module, "memory_left", asked)

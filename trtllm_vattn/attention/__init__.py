@@ -1,4 +1,4 @@
-"""Attention backends over flat KV and over block tables, behind one contract (`base.py`).
+"""Attention backends over flat KV and over block tables; `base.py` is their contract.
 
-May import `cache` and below.
+May import `graphs` and below.
 """

@@ -1,7 +1,7 @@
-"""Flat memory seen as blocks behind an affine table, for kernels that read block tables only.
+"""Describe flat KV as blocks behind a block table, for kernels that read block tables only.
 
-A slot's tokens lie one after another, so `block` of them are a block, and block j of slot s is block
-``s * blocks_per_slot + j``: nothing moves, and the table is made once.
+A slot's tokens are contiguous, so every `block` tokens are a block, and block j of slot s is block
+``s * blocks_per_slot + j`` of the pool. The table is affine in s and j and never changes; no data is moved.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from trtllm_vattn.errors import ConfigError
 
 
 def fitting_block(kv: FlatKV, blocks: Sequence[int]) -> int:
-    """The first of `blocks` (tokens) that a slot is a whole number of. Raises ConfigError where none is."""
+    """The first of `blocks` (tokens) that divides the distance between slots. Raises ConfigError if none does."""
     apart = kv.k.stride(0) // kv.k.stride(1)
     for block in blocks:
         if apart % block == 0:
@@ -27,7 +27,7 @@ def fitting_block(kv: FlatKV, blocks: Sequence[int]) -> int:
 
 
 def affine_table(kv: FlatKV, block: int) -> torch.Tensor:
-    """int32 ``[slots, blocks of a slot]`` on the device, the dummy slot's row last."""
+    """The block table, int32 ``[slots, blocks of a slot]`` on the device; the last row is the dummy slot's."""
     slots, tokens, _, _ = kv.k.shape
     per_slot = kv.k.stride(0) // (block * kv.k.stride(1))
     firsts = torch.arange(slots, dtype=torch.int32, device=kv.k.device)[:, None] * per_slot
@@ -35,7 +35,7 @@ def affine_table(kv: FlatKV, block: int) -> torch.Tensor:
 
 
 def as_blocks(kv: FlatKV, block: int, table: torch.Tensor) -> PagedKV:
-    """The same memory behind `table`; the last block is the dummy slot's first."""
+    """Views of the same memory as a pool of blocks behind `table`; the pool's last block is the dummy slot's first."""
     of_slot, of_token, of_head, of_dim = kv.k.stride()
     per_slot = of_slot // (block * of_token)
     size = (per_slot * (kv.k.shape[0] - 1) + 1, block, *kv.k.shape[2:])

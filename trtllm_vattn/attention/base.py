@@ -1,35 +1,53 @@
-"""The contract of an attention backend: write a step's K and V, attend over a cache by lengths that live on the device.
+"""The contract of an attention backend: store a step's K and V in a cache, and attend over the cache.
 
-Nothing here synchronises with the host or depends on the values of a device tensor, so every call may be captured.
+Lengths and slots are tensors on the device. No call waits for the device or depends on the values of a device tensor,
+so every call may be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch.nn import functional
 
 from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
 
-FEWEST_ROWS = 16
-"""Of a prompt's chunk that `Attention.prefill` is given."""
+MIN_CHUNK_ROWS = 16
+"""The fewest rows that `Attention.prefill` is given; shorter chunks are padded."""
+
+T = TypeVar("T")
 
 
 class Span(NamedTuple):
-    """Tokens `start` to `end` of a slot's sequence, as the host knows them."""
+    """Tokens `start` to `end` (exclusive) of the sequence in `slot`."""
 
     slot: int
     start: int
     end: int
 
 
-@dataclass(frozen=True)
-class Part:
-    """`rows` rows of a pass that are a chunk of one prompt, as `Attention.prefill` takes them."""
+@dataclass(frozen=True, eq=False)
+class PrefillChunk:
+    """One chunk of a prompt.
+
+    Attributes
+    ----------
+    rows : int
+        Rows of the pass that belong to the chunk, padding included.
+    slot : Tensor
+        int64 ``[1]`` on the device.
+    query_len : Tensor
+        int32 ``[1]`` on the device: the chunk's tokens.
+    length : Tensor
+        int32 ``[1]`` on the device: the sequence's length after the chunk.
+    max_length : int
+        An upper bound of `length`.
+    """
 
     rows: int
     slot: torch.Tensor
@@ -39,47 +57,71 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Chunks:
-    """Chunks of different prompts, one behind another in the rows of a pass.
+class PackedPrefill:
+    """Chunks of different prompts, packed one after another in the rows of a pass.
 
-    The same chunks as parts on the device and as `spans` on the host; of a captured pass there are no spans.
+    `spans` are the same chunks as the host knows them; a captured pass has none.
     """
 
-    parts: Sequence[Part]
+    chunks: Sequence[PrefillChunk]
     spans: Sequence[Span] = ()
 
 
 class Attention(ABC):
     """Attention over one cache.
 
+    A step calls `begin_step` once, then for each layer `write` or `rotate_and_write`, and `decode`, `prefill` or
+    `prefill_packed`. Layers may come in any order.
+
     Parameters
     ----------
     cache : KVCache
-        What is read and written; its layout must be one of the backend's.
+        The cache to read and write; the backend must support its layout.
     num_heads : int
-        Query heads; a multiple of the cache's kv heads.
+        Query heads; a multiple of the cache's KV heads.
     scale : float or None
-        Softmax scale; ``head_dim ** -0.5`` where None.
+        Softmax scale; None is ``head_dim ** -0.5``.
     """
 
     name: ClassVar[str]
     over_read: ClassVar[int] = 0
-    """Tokens past a lane's length that a kernel may load. The guard adds it; 0 was shown on the card for ours."""
+    """Tokens past a sequence's length that a kernel may load; the guard requires that they are mapped."""
 
     def __init__(self, cache: KVCache, num_heads: int, scale: float | None = None) -> None:
         self.cache, self.num_heads = cache, num_heads
         self.scale = cache.shape.head_dim**-0.5 if scale is None else scale
+        self._of_step: dict[tuple[int, ...], tuple[tuple[object, ...], Any]] = {}
+
+    def begin_step(self) -> None:
+        """Say that the calls which follow belong to a new step; call it before the first layer of every step.
+
+        Until the next call, a backend reuses what it computed from the same tensors for another layer.
+        """
+        self._of_step.clear()
+
+    def _once_a_step(self, make: Callable[[], T], *inputs: object) -> T:
+        """The result of `make`, which is called once a step for the same `inputs` (the same objects)."""
+        key = tuple(map(id, inputs))
+        if key not in self._of_step:
+            # The inputs are kept too: an id is an object's own only as long as the object lives.
+            self._of_step[key] = (inputs, make())
+        made: T = self._of_step[key][1]
+        return made
 
     def storages(self) -> list[torch.Tensor]:
-        """Tensors of the backend's own (index ranges, workspaces) that a captured step may touch."""
+        """Tensors of the backend itself (index ranges, workspaces) that a captured step may touch."""
         return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+
+    def regions(self) -> list[Region]:
+        """Where the addresses lie that a captured step may touch: the cache's regions and the backend's tensors."""
+        return [*self.cache.regions(), *tensor_regions(STATIC, self.storages())]
 
     @abstractmethod
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
         """Store K and V of some tokens.
 
-        k, v ``[tokens, num_kv_heads, head_dim]``; slots, positions int64 ``[tokens]`` on the device. Padding tokens
-        name the dummy slot at position 0.
+        k, v ``[tokens, num_kv_heads, head_dim]``; slots, positions int64 ``[tokens]`` on the device. Padding tokens go
+        to position 0 of the dummy slot.
         """
 
     def rotate_and_write(
@@ -93,7 +135,7 @@ class Attention(ABC):
         slots: torch.Tensor,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """`write` of keys that are turned first, by rotary position embeddings; returns the turned queries.
+        """Apply rotary position embeddings to q and k, and `write` k and v; returns the rotated q.
 
         q ``[tokens, num_heads, head_dim]`` to the same shape, contiguous; cos, sin ``[tokens, head_dim]``.
         """
@@ -109,45 +151,38 @@ class Attention(ABC):
         slots: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One query token a lane: q ``[lanes, num_heads, head_dim]`` to the same shape, in `out` where given.
+        """Attention of one query token per lane: q ``[lanes, num_heads, head_dim]`` to the same shape.
 
-        lengths int32 ``[lanes]`` on the device, this step's token included; a lane of length 0 reads nothing and
-        its output is finite but means nothing. Lane i reads slot i, or `slots[i]` (int64 or int32
-        ``[lanes]``, on the device).
+        lengths int32 ``[lanes]`` on the device, this step's token included. A lane of length 0 reads nothing; its
+        output is finite and means nothing. Lane i reads slot i, or with `slots` (int64 or int32 ``[lanes]`` on the
+        device) ``slots[i]``. The result is written to `out` if given.
         """
 
     @abstractmethod
-    def prefill(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        slot: torch.Tensor,
-        query_len: torch.Tensor,
-        length: torch.Tensor,
-        max_length: int,
-    ) -> torch.Tensor:
-        """A chunk of a prompt in `slot`, int64 ``[1]``, causal: q ``[padded_tokens, num_heads, head_dim]`` to the same.
+    def prefill(self, layer: int, q: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
+        """Causal attention of a chunk's queries: q ``[rows, num_heads, head_dim]`` to the same shape.
 
-        Query i (of the first `query_len`, int32 ``[1]`` on the device) sits at position ``length - query_len + i``;
-        length int32 ``[1]`` on the device counts the chunk and what was there before; `max_length` is a host-side
-        bound on it (a multiple of nothing in particular). Rows past `query_len` are finite and mean nothing.
+        `rows` is `chunk.rows` or more, at least `MIN_CHUNK_ROWS`. Query i of the first `query_len` is at position
+        ``length - query_len + i``; the other rows of the result are finite and mean nothing.
         """
 
-    def prefill_together(self, layer: int, q: torch.Tensor, chunks: Chunks) -> torch.Tensor:
-        """`prefill` of several chunks: q ``[rows, num_heads, head_dim]`` to the same; what is in no part is finite."""
+    def prefill_packed(self, layer: int, q: torch.Tensor, packed: PackedPrefill) -> torch.Tensor:
+        """`prefill` of several chunks: q ``[rows, num_heads, head_dim]`` to the same shape; rows behind the last chunk
+        are finite and mean nothing. This default calls `prefill` for each chunk."""
         out = torch.zeros_like(q)
         row = 0
-        for part in chunks.parts:
-            mine = q[row : row + part.rows]
-            padded = functional.pad(mine, (0, 0, 0, 0, 0, max(0, FEWEST_ROWS - part.rows)))
-            attended = self.prefill(layer, padded, part.slot, part.query_len, part.length, part.max_length)
-            out[row : row + part.rows] = attended[: part.rows]
-            row += part.rows
+        for chunk in packed.chunks:
+            own = q[row : row + chunk.rows]
+            padded = functional.pad(own, (0, 0, 0, 0, 0, max(0, MIN_CHUNK_ROWS - chunk.rows)))
+            out[row : row + chunk.rows] = self.prefill(layer, padded, chunk)[: chunk.rows]
+            row += chunk.rows
         return out
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x ``[tokens, heads, head_dim]`` turned by angles ``[tokens, head_dim]``, the halves of a head being the two
-    coordinates (RoFormer, arXiv 2104.09864, in the form of GPT-NeoX)."""
+    """Apply rotary position embeddings (RoFormer, arXiv 2104.09864, in the layout of GPT-NeoX).
+
+    x ``[tokens, heads, head_dim]`` to the same shape; cos, sin ``[tokens, head_dim]``.
+    """
     first, second = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]

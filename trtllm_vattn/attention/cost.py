@@ -1,9 +1,9 @@
-"""What decode attention costs by the lengths of a batch, as measured, and which kernel is the fastest for them.
+"""A cost model of decode attention kernels by the lengths of a batch, and the choice of the fastest kernel.
 
-A kernel that reads all tokens at full speed takes time by their sum; one that gives a sequence to few multiprocessors
-takes as long as its longest sequence. Both are `Cost`, fitted to a few measured batches (`calibration_lengths`) of each
-number of lanes, once: `CostFile` remembers them by card and shape. Choosing is arithmetic on the lengths, which the
-host knows before it launches.
+A kernel that reads all tokens at full bandwidth takes time in proportion to their sum; a kernel that gives a sequence
+to few multiprocessors takes as long as the longest sequence. `Cost` models both. It is fitted once for each number of
+lanes to a few measured batches (`calibration_lengths`), and `CostFile` stores it by GPU and shape. The choice computes
+with the lengths only, which the host knows before a launch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Load:
-    """A batch as costs see it: tokens in all, tokens of its longest sequence, sequences that are not empty."""
+    """What a cost depends on: the tokens of all sequences, those of the longest one, and the number of sequences."""
 
     tokens: int
     longest: int
@@ -31,7 +31,7 @@ class Load:
 
     @classmethod
     def of(cls, lengths: np.ndarray) -> Load:
-        """Of lengths, int ``[lanes]``, 0 for an idle lane."""
+        """The load of lengths, int ``[lanes]``, 0 for an idle lane."""
         if not len(lengths):
             return cls(0, 0, 0)
         return cls(int(lengths.sum()), int(lengths.max()), int(np.count_nonzero(lengths)))
@@ -41,8 +41,8 @@ class Load:
 class Cost:
     """Microseconds of a layer: ``fixed + per_token * hypot(tokens, skew * longest) + per_sequence * sequences``.
 
-    `skew` says how much of the card waits for the longest sequence: 0 where none does, the number of lanes where each
-    lane has its own part of the card.
+    `skew` says how much of the GPU waits for the longest sequence: 0 if none does, the number of lanes if each lane has
+    its own part of the GPU.
     """
 
     fixed: float
@@ -51,7 +51,7 @@ class Cost:
     skew: float
 
     def of(self, load: Load) -> float:
-        """Microseconds for a batch."""
+        """Microseconds a layer for a batch."""
         return (
             self.fixed
             + self.per_token * float(np.hypot(load.tokens, self.skew * load.longest))
@@ -60,7 +60,7 @@ class Cost:
 
     @classmethod
     def fitted(cls, loads: Sequence[Load], microseconds: Sequence[float], lanes: int) -> Cost:
-        """The cost that is nearest to what was measured, by relative error."""
+        """The cost with the least relative error from measured batches."""
         took = np.asarray(microseconds, np.float64)
         tokens, longest, sequences = np.array([(x.tokens, x.longest, x.sequences) for x in loads], np.float64).T
         best, least = cls(0.0, 0.0, 0.0, 0.0), np.inf
@@ -76,7 +76,7 @@ class Cost:
 
 
 def cheapest(costs: Mapping[str, Cost], lengths: np.ndarray) -> str:
-    """The name whose cost is the least for these lengths, int ``[lanes]``; the first of equal ones."""
+    """The name with the least cost for lengths, int ``[lanes]``; the first of equal ones."""
     load = Load.of(lengths)
     return min(costs, key=lambda name: costs[name].of(load))
 
@@ -95,19 +95,21 @@ def calibration_lengths(backed: np.ndarray) -> list[np.ndarray]:
 
 
 def default_path() -> Path:
-    """Where costs are remembered: below XDG_CACHE_HOME, or ``~/.cache``."""
+    """The file in which costs are stored: below XDG_CACHE_HOME, or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trtllm-vattn" / "attention-costs.json"
 
 
 class CostFile:
-    """Costs by a key that names card, versions, shape and lanes, in a JSON file; one that cannot be read or written
-    is logged and costs only another measurement."""
+    """A JSON file of costs by a key that names the GPU, versions, shape and lanes.
+
+    If the file cannot be read or written, this is logged, and costs are measured again.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = default_path() if path is None else path
 
     def get(self, key: str) -> dict[str, Cost] | None:
-        """Costs by kernel, or None where there are none for the key."""
+        """Costs by kernel, or None if there are none for the key."""
         try:
             found = self._read().get(key)
             return None if found is None else {name: Cost(**cost) for name, cost in found.items()}
@@ -116,7 +118,7 @@ class CostFile:
             return None
 
     def put(self, key: str, costs: Mapping[str, Cost]) -> None:
-        """Remember; other processes' keys stay."""
+        """Store costs; the file's other keys stay."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -128,7 +130,7 @@ class CostFile:
                 json.dump(known, file, indent=1)
             os.replace(file.name, self.path)
         except OSError as error:
-            logger.warning("costs are not remembered, %s cannot be written: %s", self.path, error)
+            logger.warning("costs are not stored, %s cannot be written: %s", self.path, error)
 
     def _read(self) -> dict[str, dict[str, dict[str, float]]]:
         if not self.path.exists():

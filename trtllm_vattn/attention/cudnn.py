@@ -1,35 +1,50 @@
-"""The cuDNN backend: dense and block-table attention of one library, with lengths on the device.
+"""The cudnn backend: cuDNN's attention over flat KV and over block tables, with lengths on the device.
 
-On flat KV a lane is a slot and K and V are strided tensors. Where lanes are not slots, the same memory is seen as
-blocks behind an affine table: block j of slot s is block ``s * blocks_per_slot + j``. Nothing past a length is loaded
-and nothing of a lane of length 0 (tests/attention shows both on the card, over unmapped pages).
+Over flat KV, K and V are strided tensors and lane i is slot i. If lanes are not slots, flat KV is described as blocks
+behind an affine table (affine.py). The decode kernels load nothing past a length and nothing of a lane of length 0;
+tests/attention shows this on a GPU over unmapped pages.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 
 from trtllm_vattn.attention.affine import affine_table, as_blocks, fitting_block
-from trtllm_vattn.attention.base import Chunks
+from trtllm_vattn.attention.base import PackedPrefill, PrefillChunk
 from trtllm_vattn.attention.cudnn_plan import Operand, Plan, PlanShape
 from trtllm_vattn.attention.gather import GatheringAttention
-from trtllm_vattn.attention.packed import Packed
+from trtllm_vattn.attention.packed import PackedInputs
 from trtllm_vattn.cache.base import FlatKV, KVCache, PagedKV
 from trtllm_vattn.errors import ConfigError
 
 BLOCK = 16
-"""Tokens of the blocks that flat memory is seen as where lanes are not slots."""
+"""Tokens a block, if flat KV is described as blocks."""
+
+
+def availability() -> str:
+    """``yes`` if the backend works on this machine, else the reason."""
+    if not torch.cuda.is_available():
+        return "no GPU"
+    if importlib.util.find_spec("cudnn") is None:
+        return "nvidia-cudnn-frontend is not installed: pip install 'trtllm-vattn[cuda]'"
+    return "yes"
 
 
 class CudnnAttention(GatheringAttention):
     """Attention by nvidia-cudnn-frontend; bf16 and fp16 on a GPU.
 
-    A shape is planned at its first call, which must be outside a capture; the runner's warm-up sees to that.
+    The first call of each shape builds a plan and must come outside of a capture: run a step once before capturing it.
+
+    Raises
+    ------
+    ConfigError
+        The cache is on the host, its dtype is another, or nvidia-cudnn-frontend is missing.
     """
 
     name: ClassVar[str] = "cudnn"
@@ -51,7 +66,6 @@ class CudnnAttention(GatheringAttention):
         self._plans: dict[PlanShape, Plan] = {}
         self._table: torch.Tensor | None = None
         self._tables: dict[int, torch.Tensor] = {}
-        self._packed: WeakKeyDictionary[Chunks, Packed] = WeakKeyDictionary()
         self._ones = torch.ones(cache.shape.num_slots, dtype=torch.int32, device=cache.device)
 
     def storages(self) -> list[torch.Tensor]:
@@ -75,51 +89,41 @@ class CudnnAttention(GatheringAttention):
         table = kv.table if slots is None else self._rows(kv.table, slots)
         return self._run(shape, q, kv.k, kv.v, self._ones, lengths, {Operand.TABLE: table}, out)
 
-    def prefill(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        slot: torch.Tensor,
-        query_len: torch.Tensor,
-        length: torch.Tensor,
-        max_length: int,
-    ) -> torch.Tensor:
-        # The kernel loads whole tiles of keys, past the length too; the tiles must be mapped and finite. So it is given
-        # a copy. Its extent is rounded up, and the count of queries, so that few shapes are planned for.
-        extent = min(self.cache.shape.max_seq_len, max(128, 1 << (max_length - 1).bit_length()))
-        k, v = self._gather(layer, slot, length, extent)
+    def prefill(self, layer: int, q: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
+        # The kernel loads whole tiles of keys, also past the length, and they must be mapped and finite: so it reads a
+        # copy. The copy's extent and the number of queries are powers of two, so that there are few plans.
+        extent = min(self.cache.shape.max_seq_len, max(128, 1 << (chunk.max_length - 1).bit_length()))
+        k, v = self._gather(layer, chunk.slot, chunk.length, extent)
         rows = 1 << (len(q) - 1).bit_length()
         shape = self._flat_shape(FlatKV(k, v), 1, rows=rows, causal=True)
         padded = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, rows - len(q))) if rows > len(q) else q
-        return self._run(shape, padded, k, v, query_len, length)[: len(q)]
+        return self._run(shape, padded, k, v, chunk.query_len, chunk.length)[: len(q)]
 
-    def prefill_together(self, layer: int, q: torch.Tensor, chunks: Chunks) -> torch.Tensor:
-        packed = self._packed.get(chunks)
-        if packed is None:
-            packed = self._packed[chunks] = Packed.of(chunks.spans, q, self.cache)
-        # A copy, for the reason that `prefill` has one.
-        k, v = self._rows_at(layer, packed.slots, packed.tokens)
+    def prefill_packed(self, layer: int, q: torch.Tensor, packed: PackedPrefill) -> torch.Tensor:
+        inputs = self._once_a_step(partial(PackedInputs.of, packed.spans, q, self.cache), packed)
+        # A copy, for the same reason as in `prefill`.
+        k, v = self._rows_at(layer, inputs.slots, inputs.tokens)
         _, heads, dim = k.shape
-        kv_shape = (packed.lanes, heads, packed.most_keys, dim)
-        strides = (heads * packed.most_keys * dim, dim, heads * dim, 1)
-        shape = PlanShape(packed.lanes, packed.most_rows, self.num_heads, kv_shape, strides, True, packed=True)
+        kv_shape = (inputs.lanes, heads, inputs.most_keys, dim)
+        strides = (heads * inputs.most_keys * dim, dim, heads * dim, 1)
+        shape = PlanShape(inputs.lanes, inputs.most_rows, self.num_heads, kv_shape, strides, True, packed=True)
         more = {
-            Operand.QUERY_OFFSETS: packed.query_offsets,
-            Operand.OUT_OFFSETS: packed.query_offsets,
-            Operand.KEY_OFFSETS: packed.key_offsets,
-            Operand.VALUE_OFFSETS: packed.key_offsets,
+            Operand.QUERY_OFFSETS: inputs.query_offsets,
+            Operand.OUT_OFFSETS: inputs.query_offsets,
+            Operand.KEY_OFFSETS: inputs.key_offsets,
+            Operand.VALUE_OFFSETS: inputs.key_offsets,
         }
-        return self._run(shape, q, k, v, packed.query_lengths, packed.lengths, more)
+        return self._run(shape, q, k, v, inputs.query_lengths, inputs.lengths, more)
 
     def _rows(self, table: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """A table's rows of some slots, in a buffer that all layers share."""
+        """A table's rows for some slots, in a buffer that all layers share."""
         rows = self._tables.get(len(slots))
         if rows is None:
             rows = self._tables[len(slots)] = table.new_empty(len(slots), table.shape[1])
         return torch.index_select(table, 0, slots, out=rows)
 
     def _as_blocks(self, kv: FlatKV) -> PagedKV:
-        """Flat memory as blocks of `BLOCK` tokens behind the affine table; slots must be whole blocks apart."""
+        """Flat KV as blocks of `BLOCK` tokens. Raises ConfigError if slots are no whole number of blocks apart."""
         block = fitting_block(kv, [BLOCK])
         if self._table is None:
             self._table = affine_table(kv, block)

@@ -1,7 +1,7 @@
-"""One cuDNN attention graph of fixed shape, planned once and executed on raw addresses.
+"""A cuDNN attention graph of fixed shape, built once and executed on raw addresses.
 
-Built with nvidia-cudnn-frontend's `pygraph.sdpa`; what each argument means is in cuDNN's frontend documentation of
-scaled dot product attention.
+It is built with `pygraph.sdpa` of nvidia-cudnn-frontend, whose documentation of scaled dot product attention explains
+the arguments.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trtllm_vattn.errors import CaptureError, ConfigError
 
 
 class Operand(enum.IntEnum):
-    """Names of the graph's tensors; a plan is executed with an address for each that it has."""
+    """Ids of the graph's tensors; `Plan.execute` takes an address for each tensor that the graph has."""
 
     Q = 1
     K = 2
@@ -33,13 +33,13 @@ class Operand(enum.IntEnum):
 
 @dataclass(frozen=True)
 class PlanShape:
-    """What a plan is made for.
+    """The sizes and options that a plan is built for.
 
     q and the output are ``[lanes, rows, num_heads, head_dim]``, contiguous. K and V have `kv_shape`
     ``[lanes or blocks, num_kv_heads, tokens, head_dim]`` with `kv_strides`. With `blocks_per_lane` they are blocks
-    behind an int32 table ``[lanes, blocks_per_lane]``. `causal` aligns the last query row with the last key. `packed`
-    lanes lie one behind another: lane i begins at element i of int32 offsets ``[lanes + 1]``, and `rows` and the tokens
-    of `kv_shape` are only bounds.
+    behind an int32 table ``[lanes, blocks_per_lane]``. `causal` masks keys after a query; the last query row is at the
+    last key. With `packed`, lane i's queries and keys begin at the element that int32 offsets ``[lanes + 1]`` give, and
+    `rows` and the tokens of `kv_shape` are upper bounds.
     """
 
     lanes: int
@@ -53,10 +53,10 @@ class PlanShape:
 
 
 def prefer_cudnn(graph: Any) -> None:
-    """Pin a planned graph to cuDNN's own engines where the frontend would rather run one of its own.
+    """Select an engine of cuDNN itself if the frontend selected one of its own.
 
-    It offers its own where nvidia-cutlass-dsl is installed. What cuDNN's engines load past a length was looked at on
-    the card; of the others it is not known. Raises ConfigError where there is no engine of cuDNN's.
+    The frontend has engines of its own if nvidia-cutlass-dsl is installed. Tests on a GPU show what cuDNN's engines
+    load past a length; for the frontend's this is unknown. Raises ConfigError if cuDNN has no engine for the graph.
     """
     chosen = getattr(graph, "selected_engine", None)
     if chosen is None:
@@ -72,7 +72,10 @@ def prefer_cudnn(graph: Any) -> None:
 
 
 class Plan:
-    """A built graph with a workspace of its own, which captured graphs may hold on to."""
+    """A built graph and its workspace, whose address captured CUDA graphs may contain.
+
+    Raises CaptureError during a capture, and ConfigError if cuDNN has no attention for the shape.
+    """
 
     def __init__(self, cudnn: Any, handle: Any, shape: PlanShape, dtype: torch.dtype, scale: float) -> None:
         if torch.cuda.is_current_stream_capturing():
@@ -156,5 +159,5 @@ class Plan:
         return graph
 
     def execute(self, addresses: dict[int, int]) -> None:
-        """Launch on the handle's stream; addresses by `Operand`."""
+        """Launch on the handle's stream; `addresses` are keyed by `Operand`."""
         self._graph.execute(addresses, self.workspace.data_ptr(), handle=self._handle)

@@ -1,4 +1,4 @@
-"""What `flashinfer.prefill.trtllm_fmha_v2_prefill` computes for one sequence, in plain torch, for any device."""
+"""A reference of `flashinfer.prefill.trtllm_fmha_v2_prefill` for one sequence, in plain torch for any device."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def fmha_reference(
 ) -> None:
     """Causal attention of a chunk's queries, the last of `seq_lens` tokens, over pages behind a table.
 
-    It gathers rows with indices clamped to length - 1, so it reads no row past a length, and works in float32.
+    It gathers rows with indices clamped to length - 1, so it reads no row past a length, and computes in float32.
 
     Parameters
     ----------
     qkv : tuple of Tensor
-        Queries ``[rows, num_heads, head_dim]``, and pages ``[pages, 2, num_kv_heads, page_size, head_dim]``, which
-        have to lie one after another.
+        Queries ``[rows, num_heads, head_dim]``, and contiguous pages ``[pages, 2, num_kv_heads, page_size,
+        head_dim]``.
     seq_lens : Tensor
         int32 ``[1]``: tokens of K and V.
     max_kv_len : int
-        A bound on it.
+        An upper bound of `seq_lens`.
     bmm1_scale, bmm2_scale : float
-        Scores and results are multiplied by them.
+        Factors of the scores and of the result.
     cum_seq_lens_q : Tensor
-        int32 ``[2]``: 0, and the count of queries; rows of `out` beyond it stay as they are.
+        int32 ``[2]``: 0, and the number of queries; further rows of `out` are not written.
     block_tables : Tensor
         int32 ``[1, pages of the sequence]``.
     """

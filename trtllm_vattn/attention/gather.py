@@ -1,4 +1,4 @@
-"""What every backend does alike: storing K and V of new tokens, and gathering rows of a sequence."""
+"""What all backends share: storing K and V of new tokens, and gathering K and V of a sequence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trtllm_vattn.cache.base import FlatKV, KVCache
 
 
 class GatheringAttention(Attention):
-    """Writes by one Triton kernel on a GPU, by advanced indexing on the host; gathers by advanced indexing."""
+    """Stores by a Triton kernel on a GPU and by advanced indexing on the host; gathers by advanced indexing."""
 
     def __init__(self, cache: KVCache, num_heads: int, scale: float | None = None) -> None:
         super().__init__(cache, num_heads, scale)
@@ -53,13 +53,15 @@ class GatheringAttention(Attention):
     def _gather(
         self, layer: int, slots: torch.Tensor, lengths: torch.Tensor, extent: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V ``[lanes, extent, num_kv_heads, head_dim]``; past a length its last row is repeated, and a lane of
-        length 0 repeats the dummy slot's first row."""
+        """K and V ``[lanes, extent, num_kv_heads, head_dim]`` of the first `extent` positions.
+
+        Positions past a length repeat its last row; a lane of length 0 repeats the dummy slot's first row.
+        """
         slots = torch.where(lengths > 0, slots, self.cache.dummy_slot)[:, None]
         return self._rows_at(layer, slots, self._range[:extent].minimum((lengths[:, None] - 1).clamp(min=0)))
 
     def _rows_at(self, layer: int, slots: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V ``[..., num_kv_heads, head_dim]`` of some tokens of some slots, int64 of one shape."""
+        """K and V ``[..., num_kv_heads, head_dim]`` at positions `tokens` of `slots`, int64 of the same shape."""
         kv = self.cache.layer(layer)
         if isinstance(kv, FlatKV):
             return kv.k[slots, tokens], kv.v[slots, tokens]

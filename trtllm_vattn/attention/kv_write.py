@@ -1,10 +1,12 @@
-"""Triton kernels that store K and V of a step's tokens, into flat memory or behind a block table; one of them turns
-queries and keys by their positions first.
+"""Triton kernels that store K and V of a step's tokens in flat KV or in blocks; one also applies rotary position
+embeddings.
 
-Offsets are 64-bit: a slot may lie terabytes from the first one.
+Offsets are 64-bit, because slots may be terabytes apart.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +28,7 @@ def _place(  # type: ignore[no-untyped-def]
     table_row,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Where a token's row begins, in elements."""
+    """The offset of a token's row in the cache, in elements."""
     slot = tl.load(slots + token * slots_step).to(tl.int64)
     position = tl.load(positions + token * positions_step).to(tl.int64)
     if BLOCK_SIZE:
@@ -109,7 +111,7 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
     BOTH: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    # Programs of a token take its query heads by groups, the last ones its key and value heads.
+    # A token's first programs take groups of query heads, the others groups of key and value heads.
     group = tl.program_id(1)
     groups_of_queries = tl.cdiv(QUERY_HEADS, GROUP)
     dim = tl.arange(0, WIDTH)[None, :]
@@ -147,7 +149,36 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
 
 
 GROUP = 8
-"""Heads that one program of `_rotate_and_write` takes."""
+"""Heads per program of `_rotate_and_write`."""
+
+
+def _storing(
+    kv: FlatKV | PagedKV, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, both: bool
+) -> dict[str, Any]:
+    """The arguments by which both kernels store K and V."""
+    table = kv.table if isinstance(kv, PagedKV) else slots
+    of_slot, of_token, of_head, _ = kv.k.stride()
+    return {
+        # Plain numbers, because Triton asks the driver about pointers, and the first slot may have no memory.
+        "k_cache": kv.k.data_ptr(),
+        "v_cache": kv.v.data_ptr(),
+        "slots": slots,
+        "positions": positions,
+        "table": table,
+        "slots_step": slots.stride(0),
+        "positions_step": positions.stride(0),
+        "k_new_token": k.stride(0),
+        "k_new_head": k.stride(1),
+        "v_new_token": v.stride(0),
+        "v_new_head": v.stride(1),
+        "of_slot": of_slot,
+        "of_token": of_token,
+        "of_head": of_head,
+        "table_row": table.stride(0),
+        "HEADS": k.shape[1],
+        "BLOCK_SIZE": kv.k.shape[1] if isinstance(kv, PagedKV) else 0,
+        "BOTH": both,
+    }
 
 
 def write_kv(
@@ -158,36 +189,13 @@ def write_kv(
     positions: torch.Tensor,
     both: bool = True,
 ) -> None:
-    """Store k and, where `both`, v ``[tokens, num_kv_heads, head_dim]`` of tokens at `positions` of `slots`, int64
-    ``[tokens]``; all on the GPU. k and v may have any strides but in their last dimension, where it is 1."""
+    """Store k and, if `both`, v of some tokens in a layer's cache, on the GPU.
+
+    k, v ``[tokens, num_kv_heads, head_dim]`` with stride 1 in the last dimension; slots, positions int64 ``[tokens]``.
+    """
     heads, dim = k.shape[1:]
-    block_size = kv.k.shape[1] if isinstance(kv, PagedKV) else 0
-    table = kv.table if isinstance(kv, PagedKV) else slots
-    of_slot, of_token, of_head, _ = kv.k.stride()
     _write[(len(k),)](
-        k,
-        v,
-        # Plain numbers, because Triton asks the driver about pointers, and the first slot may have no memory.
-        kv.k.data_ptr(),
-        kv.v.data_ptr(),
-        slots,
-        positions,
-        table,
-        slots.stride(0),
-        positions.stride(0),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        of_slot,
-        of_token,
-        of_head,
-        table.stride(0),
-        HEADS=heads,
-        DIM=dim,
-        ROW=triton.next_power_of_2(heads * dim),
-        BLOCK_SIZE=block_size,
-        BOTH=both,
+        k, v, **_storing(kv, k, v, slots, positions, both), DIM=dim, ROW=triton.next_power_of_2(heads * dim)
     )
 
 
@@ -202,15 +210,14 @@ def rotate_and_write_kv(
     positions: torch.Tensor,
     both: bool = True,
 ) -> torch.Tensor:
-    """`write_kv` of keys turned by ``cos``, ``sin`` ``[tokens, head_dim]``; returns q ``[tokens, num_heads, head_dim]``
-    turned alike, contiguous. All have any strides but in their last dimension, where it is 1."""
+    """Apply rotary position embeddings to q and k, and `write_kv` k and v; returns the rotated q.
+
+    q ``[tokens, num_heads, head_dim]`` to the same shape, contiguous; cos, sin ``[tokens, head_dim]``. All inputs have
+    stride 1 in the last dimension.
+    """
     tokens, query_heads, dim = q.shape
-    heads = k.shape[1]
-    block_size = kv.k.shape[1] if isinstance(kv, PagedKV) else 0
-    table = kv.table if isinstance(kv, PagedKV) else slots
-    of_slot, of_token, of_head, _ = kv.k.stride()
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    groups = triton.cdiv(query_heads, GROUP) + triton.cdiv(heads, GROUP)
+    groups = triton.cdiv(query_heads, GROUP) + triton.cdiv(k.shape[1], GROUP)
     _rotate_and_write[(tokens, groups)](
         q,
         k,
@@ -218,31 +225,14 @@ def rotate_and_write_kv(
         cos,
         sin,
         out,
-        kv.k.data_ptr(),
-        kv.v.data_ptr(),
-        slots,
-        positions,
-        table,
-        slots.stride(0),
-        positions.stride(0),
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        cos.stride(0),
-        sin.stride(0),
-        of_slot,
-        of_token,
-        of_head,
-        table.stride(0),
+        **_storing(kv, k, v, slots, positions, both),
+        q_token=q.stride(0),
+        q_head=q.stride(1),
+        cos_token=cos.stride(0),
+        sin_token=sin.stride(0),
         QUERY_HEADS=query_heads,
-        HEADS=heads,
         HALF=dim // 2,
         GROUP=GROUP,
         WIDTH=triton.next_power_of_2(dim // 2),
-        BLOCK_SIZE=block_size,
-        BOTH=both,
     )
     return out

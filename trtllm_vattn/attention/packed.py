@@ -1,4 +1,4 @@
-"""Chunks of several prompts as kernels of variable length take them: what is the same for all layers of a pass."""
+"""Inputs of a variable-length attention kernel for chunks of several prompts; they are the same for all layers."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.vmm.tensors import upload
 
 TILE = 128
-"""Keys that a kernel loads at once, past a chunk's last one too; they must be there and finite."""
+"""Keys that a kernel loads at once. A tile may reach past a chunk's last key; what it loads there must be mapped and
+finite."""
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Queries of chunks one behind another, and all keys that they see, each chunk's behind those of the one before.
+class PackedInputs:
+    """Queries of chunks packed one after another, and the keys that they attend to, packed in the same order.
 
     Attributes
     ----------
     lanes, most_rows, most_keys : int
-        Chunks, and bounds on their queries and keys; powers of two, so that few shapes are planned for.
+        Chunks, and upper bounds of a chunk's queries and keys; all are powers of two, so that there are few plans.
     slots, tokens : Tensor
-        Where the keys are, int64 ``[keys]``; behind the last one it is repeated for a tile and more.
+        The slot and position of each key, int64 ``[keys]``. The last key is repeated for at least one tile.
     query_lengths, lengths : Tensor
-        int32 ``[lanes]``; 0 where there is no chunk.
+        Queries and keys of each chunk, int32 ``[lanes]``; 0 for lanes without a chunk.
     query_offsets, key_offsets : Tensor
-        Elements of queries and of keys before each chunk, int32 ``[lanes + 1]``.
+        The element at which each chunk's queries and keys begin, int32 ``[lanes + 1]``.
     """
 
     lanes: int
@@ -43,8 +44,8 @@ class Packed:
     key_offsets: torch.Tensor
 
     @classmethod
-    def of(cls, spans: Sequence[Span], q: torch.Tensor, cache: KVCache) -> Packed:
-        """For queries q ``[rows, num_heads, head_dim]`` of `spans`."""
+    def of(cls, spans: Sequence[Span], q: torch.Tensor, cache: KVCache) -> PackedInputs:
+        """The inputs for queries q ``[rows, num_heads, head_dim]`` of `spans`, on the device of q."""
         rows = np.array([span.end - span.start for span in spans])
         keys = np.array([span.end for span in spans])
         lanes = _power_of_two(len(spans))
@@ -55,7 +56,7 @@ class Packed:
         where[1, :total] = np.concatenate([np.arange(end) for end in keys])
         where[:, total:] = where[:, total - 1 : total]
         of_query, of_key = q.shape[1] * q.shape[2], cache.shape.num_kv_heads * cache.shape.head_dim
-        # Four rows, each on cache lines of its own: libraries ask that what they are given be aligned.
+        # Each of the four rows begins at a cache line, because libraries require aligned addresses.
         numbers = np.zeros((4, (lanes // 16 + 1) * 16), np.int32)
         numbers[0, : len(spans)], numbers[1, : len(spans)] = rows, keys
         numbers[2, 1 : lanes + 1] = numbers[0, :lanes].cumsum() * of_query

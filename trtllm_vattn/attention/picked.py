@@ -1,10 +1,10 @@
-"""Decode attention by whichever kernel is the fastest for the lengths at hand.
+"""Decode attention by the kernel that is fastest for a batch's lengths.
 
-On a GPU that is cuDNN's or our own by equal shares (shares.py): cuDNN's is a little faster where sequences are equal,
-ours by up to several times where they are not. Whoever steps asks `pick` with the lengths, which the host knows before
-a launch, and says `use`; a captured step is captured once for each kernel that is picked. Neighbours' lengths then
-decide on the kernel, and so on the last bits of a sequence's logits; `deterministic` keeps to one kernel whose result
-for a sequence depends on that sequence alone.
+On a GPU the kernels are cuDNN's and the shares kernel (shares.py): cuDNN's is a little faster for equal lengths, the
+shares kernel up to several times faster for unequal ones. Before a launch, the caller gives `pick` the lengths, which
+the host knows, and passes the result to `use`; a step is captured once for each kernel. So the other sequences' lengths
+choose the kernel, and with it the last bits of a sequence's logits. With `deterministic` one kernel is always used,
+whose result for a sequence depends on that sequence alone.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from trtllm_vattn.attention.base import Attention, Chunks
+from trtllm_vattn.attention.base import Attention, PackedPrefill, PrefillChunk
 from trtllm_vattn.attention.cost import Cost, CostFile, Load, calibration_lengths, cheapest
+from trtllm_vattn.attention.cudnn import CudnnAttention
 from trtllm_vattn.attention.gather import GatheringAttention
 from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.attention.shares import SharesAttention
@@ -24,18 +25,18 @@ from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import ConfigError
 
 Timed = Callable[[Callable[[], object]], float]
-"""Calls a function of all layers, captured where that is possible, and says how many microseconds it took."""
+"""Calls a function of all layers (captured if possible) and returns how many microseconds it took."""
 
 
 class PickedAttention(GatheringAttention):
-    """Several backends over one cache, one of which is in use at a time; at first that is the first of `kernels`.
+    """Several backends over one cache, of which one is used at a time; initially the first of `kernels`.
 
     Parameters
     ----------
     deterministic : bool
-        Keep to the first kernel, cuDNN's on a GPU.
+        Always use the first kernel, which is cuDNN's on a GPU.
     kernels : mapping or None
-        Backends by name; None: cuDNN's and ours on a GPU, the reference and ours on the host.
+        Backends by name; None: cudnn and shares on a GPU, torch and shares on the host.
 
     Raises
     ------
@@ -63,31 +64,24 @@ class PickedAttention(GatheringAttention):
 
     def _usual(self, deterministic: bool) -> dict[str, Attention]:
         cache, heads, scale = self.cache, self.num_heads, self.scale
-        first: Attention
-        if cache.device.type == "cuda":
-            from trtllm_vattn.attention.cudnn import CudnnAttention
-
-            first = CudnnAttention(cache, heads, scale)
-        else:
-            first = TorchAttention(cache, heads, scale)
-        return (
-            {first.name: first}
-            if deterministic
-            else {first.name: first, "shares": SharesAttention(cache, heads, scale)}
-        )
+        backend = CudnnAttention if cache.device.type == "cuda" else TorchAttention
+        first: Attention = backend(cache, heads, scale)
+        if deterministic:
+            return {first.name: first}
+        return {first.name: first, "shares": SharesAttention(cache, heads, scale)}
 
     # -- choosing --------------------------------------------------------------------------------------------------
 
     def pick(self, lengths: np.ndarray, anywhere: bool = False) -> str:
-        """The kernel for a batch, int ``[lanes]``, 0 for idle lanes; a few microseconds of arithmetic.
+        """The fastest kernel for lengths int ``[lanes]``, 0 for idle lanes; it takes a few microseconds.
 
-        `anywhere` says that lane i need not be slot i. Of what was not measured (`learn`) the first kernel is picked.
+        `anywhere` says that lane i need not be slot i. For a number of lanes without costs (`learn`), the first kernel.
         """
         costs = self._costs.get((len(lengths), anywhere))
         return self._first if costs is None else cheapest(costs, lengths)
 
     def use(self, kernel: str) -> None:
-        """Decode by this kernel from now on. Raises ConfigError for one that is not among `kernels`."""
+        """Decode by this kernel from now on. Raises ConfigError if it is not among `kernels`."""
         if kernel not in self.kernels:
             raise ConfigError(f"no kernel {kernel!r} to pick from; there are {', '.join(self.kernels)}")
         self._current = kernel
@@ -95,10 +89,10 @@ class PickedAttention(GatheringAttention):
     def learn(
         self, backed: np.ndarray, timed: Timed, anywhere: bool = False, file: CostFile | None = None, card: str = ""
     ) -> dict[str, Cost]:
-        """Costs of each kernel for ``len(backed)`` lanes: from `file`, or measured and remembered there.
+        """Find each kernel's cost for ``len(backed)`` lanes: read it from `file`, or measure it and store it there.
 
-        Slots 0 to ``len(backed) - 1`` are read, of each so many tokens at most as `backed` says, which must be mapped
-        and finite. `card` names the GPU and the versions of what runs on it.
+        A measurement reads up to ``backed[i]`` tokens of slot i, which must be mapped and finite. `card` names the GPU
+        and the versions of the software.
         """
         lanes = len(backed)
         key = self._key(lanes, anywhere, card)
@@ -126,6 +120,7 @@ class PickedAttention(GatheringAttention):
             for name, kernel in self.kernels.items():
 
                 def layers(kernel: Attention = kernel, lengths: torch.Tensor = lengths) -> None:
+                    kernel.begin_step()
                     for layer in range(shape.num_layers):
                         kernel.decode(layer, q, lengths, slots)
 
@@ -134,6 +129,11 @@ class PickedAttention(GatheringAttention):
         return {name: Cost.fitted(loads, times, lanes) for name, times in took.items()}
 
     # -- the backend in use ------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        super().begin_step()
+        for kernel in self.kernels.values():
+            kernel.begin_step()
 
     def storages(self) -> list[torch.Tensor]:
         return [*super().storages(), *(tensor for kernel in self.kernels.values() for tensor in kernel.storages())]
@@ -148,16 +148,8 @@ class PickedAttention(GatheringAttention):
     ) -> torch.Tensor:
         return self.kernels[self._current].decode(layer, q, lengths, slots, out)
 
-    def prefill(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        slot: torch.Tensor,
-        query_len: torch.Tensor,
-        length: torch.Tensor,
-        max_length: int,
-    ) -> torch.Tensor:
-        return self.kernels[self._first].prefill(layer, q, slot, query_len, length, max_length)
+    def prefill(self, layer: int, q: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
+        return self.kernels[self._first].prefill(layer, q, chunk)
 
-    def prefill_together(self, layer: int, q: torch.Tensor, chunks: Chunks) -> torch.Tensor:
-        return self.kernels[self._first].prefill_together(layer, q, chunks)
+    def prefill_packed(self, layer: int, q: torch.Tensor, packed: PackedPrefill) -> torch.Tensor:
+        return self.kernels[self._first].prefill_packed(layer, q, packed)

@@ -1,6 +1,6 @@
-"""The reference backend: plain torch, on any device, over flat KV and block tables alike.
+"""The torch backend, the reference: plain torch on any device, over flat KV and over block tables.
 
-It gathers rows with indices clamped to length - 1, so it reads no row past the length, and works in float32.
+It gathers rows with indices clamped to length - 1, so it reads no row past a length, and computes in float32.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from typing import ClassVar
 
 import torch
 
+from trtllm_vattn.attention.base import PrefillChunk
 from trtllm_vattn.attention.gather import GatheringAttention
 
 
 class TorchAttention(GatheringAttention):
-    """Right for any lengths, grouped queries, and lengths on the device; for speed there are others."""
+    """Attention in plain torch; correct for any shape, and slow."""
 
     name: ClassVar[str] = "torch"
 
@@ -37,7 +38,7 @@ class TorchAttention(GatheringAttention):
         slots: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Some query tokens a lane, the last at position ``lengths - 1``: what `SharesAttention.decode_queries` does.
+        """Several query tokens per lane, the last at position ``lengths - 1``; see `SharesAttention.decode_queries`.
 
         q ``[lanes, queries, num_heads, head_dim]`` to the same shape; query_lens int32 ``[lanes]`` (None: all queries).
         """
@@ -51,24 +52,16 @@ class TorchAttention(GatheringAttention):
         result = self._attend(q, k, v, self._range < sees[..., None])
         return result if out is None else out.copy_(result)
 
-    def prefill(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        slot: torch.Tensor,
-        query_len: torch.Tensor,
-        length: torch.Tensor,
-        max_length: int,
-    ) -> torch.Tensor:
-        k, v = self._gather(layer, slot, length, max_length)
-        # Rows past query_len see what its last row sees.
-        row = torch.arange(len(q), device=q.device).minimum(query_len - 1)
-        visible = self._range[:max_length] <= (length - query_len + row)[:, None]
+    def prefill(self, layer: int, q: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
+        k, v = self._gather(layer, chunk.slot, chunk.length, chunk.max_length)
+        # Rows past query_len attend to the same keys as its last row.
+        row = torch.arange(len(q), device=q.device).minimum(chunk.query_len - 1)
+        visible = self._range[: chunk.max_length] <= (chunk.length - chunk.query_len + row)[:, None]
         return self._attend(q[None], k, v, visible[None])[0]
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """q ``[lanes, rows, num_heads, head_dim]``; k, v ``[lanes, extent, num_kv_heads, head_dim]``; visible
-        ``[lanes, rows, extent]``, false everywhere for a lane of length 0, whose output is zeros."""
+        """q ``[lanes, rows, num_heads, head_dim]`` to the same shape; k, v ``[lanes, extent, num_kv_heads, head_dim]``;
+        visible bool ``[lanes, rows, extent]``. A row that sees no key gives zeros."""
         heads = k.shape[2]
         grouped = q.reshape(*q.shape[:2], heads, -1, q.shape[3]).float()
         scores = torch.einsum("nrhgd,nthd->nhgrt", grouped, k.float()) * self.scale

@@ -1,14 +1,14 @@
-"""The shares backend: decode attention of our own, made for fixed addresses and uneven lengths.
+"""The shares backend: a decode kernel of this project for flat KV and uneven lengths.
 
-One Triton kernel (shares_kernel.py) gives every program of the GPU an equal share of all tokens, so that a few long
-sequences among many short ones keep the whole card reading. Lengths, slots and counts of queries are read on the
-device: no table, no plan on the host, and one captured graph serves any lengths. Nothing past a length is loaded and
-nothing of a lane of length 0 (tests/attention shows it on the card, over unmapped pages). Into which parts a sequence
-is cut depends on the lengths of its neighbours, and so do the last bits of its output; equal lengths give equal bits.
+One Triton kernel (shares_kernel.py) gives every program an equal share of all tokens, so that a few long sequences
+among many short ones keep the whole GPU busy. The kernel reads lengths, slots and query counts on the device: there is
+no table and no plan on the host, and one captured graph serves all lengths. It loads nothing past a length and nothing
+of a lane of length 0; tests/attention shows this on a GPU over unmapped pages. How a sequence is split depends on the
+other sequences' lengths, and so do the last bits of its output; equal lengths give equal bits.
 
-On compute capability 9 whole tiles come by TMA, and a layer's launch overlaps the end of the kernel before it
-(programmatic dependent launch); elsewhere the same source loads by ordinary instructions and waits. On the host, a
-reference of the same interface takes the kernel's place. Prompts go through another backend (cuDNN's, else torch's).
+On compute capability 9 the kernel loads whole tiles by TMA, and a layer's launch overlaps the end of the kernel before
+it (programmatic dependent launch, PDL). Other GPUs use ordinary loads and launches. On the host the torch backend takes
+the kernel's place.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from trtllm_vattn.attention.base import Attention, Chunks
-from trtllm_vattn.attention.gather import GatheringAttention
+from trtllm_vattn.attention.decode_only import DecodeOnlyAttention
 from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.attention.shares_launch import (
     Features,
@@ -36,14 +35,14 @@ from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.errors import ConfigError
 
 MOST_QUERIES = 8
-"""Of a lane: a token and the drafts that are verified with it."""
+"""Queries of a lane: a token and the draft tokens to verify with it."""
 HEAD_SIZES = (64, 96, 128, 192, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAST_CAPABILITY = (8, 0)
 
 
-def why_not() -> str:
-    """``yes`` where the kernel runs on this machine, else the reason."""
+def availability() -> str:
+    """``yes`` if the kernel runs on this machine, else the reason."""
     if not torch.cuda.is_available():
         return "no GPU; over a cache on the host a reference in torch takes its place"
     if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
@@ -53,11 +52,10 @@ def why_not() -> str:
     return "yes"
 
 
-class SharesAttention(GatheringAttention):
-    """Decode by equal shares, over flat K and V; for launches on one stream.
+class SharesAttention(DecodeOnlyAttention):
+    """Decode by equal shares over flat KV; all launches must be on one stream.
 
-    Lengths and slots of a step are the same tensors for all its layers, and layers come in order; where they do not, a
-    launch only waits for the kernel before it.
+    Give all layers of a step the same tensors of lengths and slots: only then do launches overlap by PDL.
 
     Raises
     ------
@@ -76,12 +74,12 @@ class SharesAttention(GatheringAttention):
                 "cache, or the cudnn or xqa backend"
             )
         self._group = num_heads // cache.shape.num_kv_heads
-        self._context = self._choose_context()
+        self._launched_with: tuple[torch.Tensor | None, ...] = ()
         self._on_gpu = cache.device.type == "cuda"
         if not self._on_gpu:
             return
-        if why_not() != "yes":
-            raise ConfigError(f"the shares backend does not work here: {why_not()}")
+        if availability() != "yes":
+            raise ConfigError(f"the shares backend does not work here: {availability()}")
         shape = cache.shape
         if shape.head_dim not in HEAD_SIZES or shape.dtype not in DTYPES:
             raise ConfigError(
@@ -93,25 +91,17 @@ class SharesAttention(GatheringAttention):
         programs = self._card.multi_processor_count * most_programs(shape.head_dim)
         self._workspace = Workspace(cache.device, programs, shape.num_slots, shape.num_kv_heads, most, shape.head_dim)
         self._fitting: dict[tuple[object, ...], int] = {}
-        """Programs of a multiprocessor, by what the kernel is compiled for; known once it was launched."""
+        """Programs per multiprocessor, by what the kernel is compiled for; known after its first launch."""
         self._features = Features.of(cache.device, first)
         self._maps: dict[tuple[int, int], list[Any]] = {}
-        self._step: tuple[torch.Tensor | None, ...] = ()
-        self._last_layer = -1
 
-    def _choose_context(self) -> Attention:
-        """The backend of prompts."""
-        cache = self.cache
-        half = cache.shape.dtype in (torch.bfloat16, torch.float16)
-        if cache.device.type != "cuda" or not half or importlib.util.find_spec("cudnn") is None:
-            return TorchAttention(cache, self.num_heads, self.scale)
-        from trtllm_vattn.attention.cudnn import CudnnAttention
-
-        return CudnnAttention(cache, self.num_heads, self.scale)
+    def begin_step(self) -> None:
+        super().begin_step()
+        self._launched_with = ()
 
     def storages(self) -> list[torch.Tensor]:
         own = self._workspace.storages() if self._on_gpu else []
-        return [*super().storages(), *own, *self._context.storages()]
+        return [*super().storages(), *own]
 
     def decode(
         self,
@@ -133,13 +123,13 @@ class SharesAttention(GatheringAttention):
         slots: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Up to `MOST_QUERIES` query tokens a lane: q ``[lanes, queries, num_heads, head_dim]`` to the same shape.
+        """Up to `MOST_QUERIES` query tokens per lane: q ``[lanes, queries, num_heads, head_dim]`` to the same shape.
 
-        Of lane i the first `query_lens[i]` are there (int32 ``[lanes]`` on the device; None: all), the last of them at
-        position ``lengths[i] - 1``, and each sees the tokens up to its own. The others' output is zeros, and that of a
-        lane without queries or of length 0, which reads nothing. The rest is as in `decode`.
+        Lane i has ``query_lens[i]`` queries (int32 ``[lanes]`` on the device; None: all). The last one is at position
+        ``lengths[i] - 1``, and each attends to the tokens up to its own. The output is zeros for the other rows, and
+        for a lane without queries or of length 0, which reads nothing. The other parameters are those of `decode`.
 
-        Raises ConfigError for more queries or lanes than there may be, or queries of another dtype than the cache's.
+        Raises ConfigError for too many queries or lanes, and for queries of another dtype than the cache's.
         """
         lanes, queries = q.shape[:2]
         if q.dtype != self.cache.shape.dtype:
@@ -150,14 +140,14 @@ class SharesAttention(GatheringAttention):
                 f"slots, of 1 to {MOST_QUERIES} queries: give longer rows of queries to prefill"
             )
         if not self._on_gpu:
-            assert isinstance(self._context, TorchAttention)
-            return self._context.decode_queries(layer, q, query_lens, lengths, slots, out)
+            assert isinstance(self._prefill, TorchAttention)
+            return self._prefill.decode_queries(layer, q, query_lens, lengths, slots, out)
         kv = self.cache.layer(layer)
         assert isinstance(kv, FlatKV)
         q = q.contiguous()
         out = torch.empty_like(q) if out is None else out
         settings, multiprocessors = self._settings(lanes, queries), self._card.multi_processor_count
-        dependent = self._features.pdl and self._follows(layer, lengths, query_lens, slots)
+        dependent = self._features.pdl and self._follows(lengths, query_lens, slots)
         kind = (settings, queries, lanes, query_lens is None, slots is None, dependent)
         kernel = launch(
             q,
@@ -189,32 +179,16 @@ class SharesAttention(GatheringAttention):
             lanes * shape.num_kv_heads <= self._card.multi_processor_count,
         )
 
-    def _follows(self, layer: int, *step: torch.Tensor | None) -> bool:
-        """Whether a launch is of a later layer of the same step as the one before.
+    def _follows(self, *given: torch.Tensor | None) -> bool:
+        """Whether an earlier launch of this step was given the same tensors.
 
-        Only then may it read lengths before it waits for the kernel that it follows: they are older than that kernel.
+        Only then may a launch read lengths before it waits for the kernel before it: they are older than that kernel.
         """
-        same = len(step) == len(self._step) and all(a is b for a, b in zip(step, self._step, strict=True))
-        follows = same and layer > self._last_layer
-        self._step, self._last_layer = step, layer
-        return follows
+        before, self._launched_with = self._launched_with, given
+        return len(before) == len(given) and all(a is b for a, b in zip(before, given, strict=True))
 
     def _tiles(self, layer: int, kv: FlatKV, tile: int) -> list[Any]:
         maps = self._maps.get((layer, tile))
         if maps is None:
             maps = self._maps[layer, tile] = tensor_maps(kv, tile)
         return maps
-
-    def prefill(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        slot: torch.Tensor,
-        query_len: torch.Tensor,
-        length: torch.Tensor,
-        max_length: int,
-    ) -> torch.Tensor:
-        return self._context.prefill(layer, q, slot, query_len, length, max_length)
-
-    def prefill_together(self, layer: int, q: torch.Tensor, chunks: Chunks) -> torch.Tensor:
-        return self._context.prefill_together(layer, q, chunks)

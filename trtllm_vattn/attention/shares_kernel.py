@@ -1,13 +1,13 @@
 """The Triton kernel of decode attention by equal shares, after LeanAttention (arXiv 2405.10480).
 
-The work of a launch is a line of tiles of `TILE` tokens: lane after lane, of a lane one KV head after another. Every
-program takes an equal piece of the line, wherever sequences and heads begin and end in it. A program that has a whole
-head stores its output; of a head that several programs share, each stores its part and whoever comes last combines
-them, in their order, so that equal lengths give equal bits. All of it follows from the lengths, which each program
-reads on the device.
+The work of a launch is a list of tiles of `TILE` tokens, ordered by lane and then by KV head. Every program takes an
+equal part of the list, regardless of where sequences and heads begin. A program that has all tiles of a head stores the
+head's output. If several programs share a head, each stores a partial result, and the last one to finish combines the
+partial results in a fixed order, so that equal lengths give equal bits. Each program computes its part of the list from
+the lengths, which it reads on the device.
 
-Offsets are 64-bit: a slot may lie terabytes from the first one. K and V are addressed by plain numbers, because Triton
-asks the driver about pointers, and the first slot may have no memory.
+Offsets are 64-bit, because slots may be terabytes apart. K and V are passed as plain numbers, because Triton asks the
+driver about pointers, and the first slot may have no memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _tiles_of(base, tiles, slot, token, head, of_token, d, TILE: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``[TILE, len(d)]`` rows of K or V from `token` on, all of which exist; dimensions past `DIM` are zeros."""
+    """Rows of K or V from `token` on, ``[TILE, len(d)]``, all below the length; dimensions past `DIM` are zeros."""
     if TMA:
         return tiles.load([slot.to(tl.int32), token, head, 0]).reshape(TILE, d.shape[0])
     at = base + (token + tl.arange(0, TILE)).to(tl.int64)[:, None] * of_token + d[None, :]
@@ -29,14 +29,13 @@ def _tiles_of(base, tiles, slot, token, head, of_token, d, TILE: tl.constexpr, D
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend(q, k, v, visible, scale, top, total, acc, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One tile more in the running softmax of each row: its largest score, the sum of its weights, its output."""
-    # A row of fp8 is converted here; its scales join `scale` and the output.
+    """Add a tile to each row's online softmax: its largest score, the sum of its weights, and its output."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1))
     if MASKED:
-        # A row that has seen nothing yet.
+        # The row has attended to no token yet.
         higher = tl.where(higher == float("-inf"), 0.0, higher)
     faded = tl.exp2(top - higher)
     weights = tl.exp2(scores - higher[:, None])
@@ -47,7 +46,7 @@ def _attend(q, k, v, visible, scale, top, total, acc, MASKED: tl.constexpr):  # 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _row_offsets(rows, lane, head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where rows of a KV head lie among all rows of q and of out."""
+    """The indices of a KV head's rows among all rows of q and out."""
     return (lane.to(tl.int64) * QUERIES + rows // GROUP) * (KV_HEADS * GROUP) + head * GROUP + rows % GROUP
 
 
@@ -66,7 +65,7 @@ def _store(  # type: ignore[no-untyped-def]
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Store the output of rows; zeros for queries past `count`."""
+    """Store the output of some rows; zeros for queries past `count`."""
     given = (rows // GROUP < count) & (total > 0)
     result = tl.where(given[:, None], acc / total[:, None], 0.0)
     to = out + _row_offsets(rows, lane, head, KV_HEADS, GROUP, QUERIES)[:, None] * DIM + d[None, :]
@@ -86,7 +85,7 @@ def _combined(  # type: ignore[no-untyped-def]
     PART_ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Sum of weights and output of each row over the parts that programs left, `PARTS` of them under way at once."""
+    """Combine the partial results of a head, `PARTS` at a time: each row's sum of weights, and its output."""
     row_range = tl.arange(0, PART_ROWS)
     top = tl.full([PART_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([PART_ROWS], tl.float32)
@@ -96,7 +95,7 @@ def _combined(  # type: ignore[no-untyped-def]
             who = some + one
             there = here & (who <= last_program)
             part = (who * 2 + (who == first_program).to(tl.int32)) * ROWS + row_range
-            # Past the first level of cache, which does not see what others store.
+            # Bypass the L1 cache, which is not coherent with other multiprocessors' stores.
             part_top = tl.load(part_tops + part, mask=there, other=float("-inf"), cache_modifier=".cg")
             part_total = tl.load(part_totals + part, mask=there, other=0.0, cache_modifier=".cg")
             at = part_outs + part[:, None] * d.shape[0] + d[None, :]
@@ -149,15 +148,17 @@ def decode_shares(  # type: ignore[no-untyped-def]
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """q and out ``[lanes, QUERIES, KV_HEADS * GROUP, DIM]``; K and V elements at ``slot * of_slot + token * of_token +
-    head * of_head``. A row is one query of one query head of a KV head; there are `ROW_BLOCKS` times `ROWS` of them.
-    What beginning a sequence costs counts as `start` tiles; a program takes `fewest` at least."""
+    """Decode attention: q, out ``[lanes, QUERIES, KV_HEADS * GROUP, DIM]``.
+
+    K and V of a token are at element ``slot * of_slot + token * of_token + head * of_head``. A row is one query of one
+    query head; a KV head has `ROW_BLOCKS` blocks of `ROWS` rows. The cost of starting a sequence counts as `start`
+    tiles; a program takes at least `fewest` tiles.
+    """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     lane_range = tl.arange(0, LANES)
-    # Lengths of a head's own, or a window's first token, would be read here and where `length` is below.
     n = tl.load(lengths + lane_range, mask=lane_range < lanes, other=0)
     if HAS_QUERY_LENS:
         n = tl.where(tl.load(query_lens + lane_range, mask=lane_range < lanes, other=0) > 0, n, 0)
@@ -172,7 +173,7 @@ def decode_shares(  # type: ignore[no-untyped-def]
     kv_dtype = q.dtype.element_ty
 
     while at < end:
-        # The last lane that begins here or before; lanes of length 0 begin where the next one does.
+        # The last lane that begins at or before `at`; a lane of length 0 begins where the next one does.
         place = tl.max(tl.where(begins <= at, places, 0), 0)
         lane = (place & 0xFFFFFFFF).to(tl.int32)
         length = tl.load(lengths + lane)
@@ -196,7 +197,7 @@ def decode_shares(  # type: ignore[no-untyped-def]
         k_head, v_head = tl.multiple_of(k_head, 16), tl.multiple_of(v_head, 16)
         seen_by_all = length - count + 1
         whole = tl.minimum(last, seen_by_all // TILE)
-        # Only what is older than the kernel before was read so far. Waiting again costs nothing.
+        # All that was read so far is older than the kernel before this one. A second wait costs nothing.
         if PDL:
             tl.extra.cuda.gdc_wait()
 
@@ -205,7 +206,6 @@ def decode_shares(  # type: ignore[no-untyped-def]
         here = rows < GROUP * QUERIES
         from_lane = _row_offsets(rows, lane, head, KV_HEADS, GROUP, QUERIES)[:, None] * DIM + d[None, :]
         queries = tl.load(q + from_lane, mask=here[:, None] & (d < DIM)[None, :], other=0.0)
-        # Sinks would be what `top` and `total` begin with.
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, DIMS], tl.float32)
@@ -226,7 +226,7 @@ def decode_shares(  # type: ignore[no-untyped-def]
         if (first == 0) & (last == tiles):
             _store(out, total, acc, rows, lane, head, count, d, KV_HEADS, GROUP, QUERIES, DIM)
         elif last > first:
-            # A program has two parts at most: the end of one head and the beginning of another.
+            # A program has at most two partial results: the end of one head and the beginning of another.
             part = (program * 2 + (first == 0).to(tl.int32)) * ROWS
             tl.store(part_tops + part + row_range, top, mask=here)
             tl.store(part_totals + part + row_range, total, mask=here)

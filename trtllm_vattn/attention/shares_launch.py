@@ -1,4 +1,4 @@
-"""How the kernel of decode by equal shares is built and launched: its settings, workspace and tensor maps."""
+"""Compile and launch the shares kernel: its settings, workspace and TMA descriptors."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import torch
 from trtllm_vattn.cache.base import FlatKV
 
 HOPPER = 9
-"""The major compute capability whose TMA and dependent launches are used."""
+"""The major compute capability on which the kernel uses TMA and PDL."""
 MOST_ROWS = 64
 MOST_OUTPUTS = 64 * 128
-"""Queries of a KV head in one tile, and numbers of their output; a head with more is gone through again for the rest.
-"""
+"""The most queries of a KV head in one tile, and the most elements of their output; for more queries, K and V are read
+again."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the kernel is built and launched.
+    """How the kernel is compiled and launched.
 
-    `tile` tokens are loaded at once and `stages` such tiles are under way, by `warps` warps. What beginning a sequence
-    costs counts as `start` tiles; no program takes fewer than `fewest`.
+    A program of `warps` warps loads tiles of `tile` tokens, `stages` of them in flight. The cost of starting a sequence
+    counts as `start` tiles; a program takes at least `fewest` tiles.
     """
 
     tile: int
@@ -36,14 +36,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Features:
-    """What the kernel may use of Hopper's: tiles by TMA, and programmatic dependent launch."""
+    """Features of Hopper that the kernel uses: loads by TMA, and programmatic dependent launch (PDL)."""
 
     tma: bool
     pdl: bool
 
     @classmethod
     def of(cls, device: torch.device, kv: FlatKV) -> Features:
-        """What a GPU, its Triton, and the strides of K and V allow."""
+        """The features that the GPU, Triton, and the layout of K and V allow."""
         if torch.cuda.get_device_capability(device)[0] != HOPPER:
             return cls(False, False)
         import triton.language as tl
@@ -54,7 +54,7 @@ class Features:
 
 
 def fits_tma(kv: FlatKV) -> bool:
-    """Whether strides and addresses are those that a tensor map can hold: multiples of 16 bytes, less than 2**40."""
+    """Whether a TMA descriptor can hold the addresses and strides: multiples of 16 bytes, strides below 2**40."""
     return all(
         x.data_ptr() % 16 == 0
         and x.stride(3) == 1
@@ -65,7 +65,7 @@ def fits_tma(kv: FlatKV) -> bool:
 
 @dataclass(frozen=True)
 class Rows:
-    """Queries of one KV head as rows of tiles: `blocks` times `rows`, of which `real` in all are there."""
+    """The queries of one KV head as `blocks` tiles of `rows` rows; `real` rows hold queries, the others are padding."""
 
     real: int
     rows: int
@@ -73,7 +73,7 @@ class Rows:
 
     @classmethod
     def of(cls, group: int, queries: int, head_dim: int) -> Rows:
-        """For `group` query heads a KV head and `queries` of each lane."""
+        """For `group` query heads per KV head and `queries` queries per lane."""
         real = group * queries
         most = min(MOST_ROWS, MOST_OUTPUTS // _power_of_two(head_dim))
         rows = min(most, max(16, _power_of_two(real)))
@@ -81,23 +81,23 @@ class Rows:
 
 
 def settings_for(shared_bytes: int, head_dim: int, itemsize: int, rows: int, lanes: int, few: bool) -> Settings:
-    """Settings by the shared memory of a multiprocessor and the size of a tile, for two programs on each; by the number
-    of lanes, and by whether the heads of all lanes are `few`, no more than multiprocessors.
+    """Settings for a multiprocessor with `shared_bytes` of shared memory, on which two programs of small tiles run.
 
-    Measured on the H200 with Llama-3-8B's heads: many lanes are mostly short sequences, which larger tiles do not fit.
+    `few` says that the KV heads of all lanes are no more than the GPU's multiprocessors. The choice was measured on an
+    H200 with the heads of Llama-3-8B: large tiles are slow for many lanes, whose sequences are mostly short.
     """
     large = rows * _power_of_two(head_dim) > MOST_OUTPUTS // 2
     shared_bytes = shared_bytes if large else shared_bytes // 2
     tile = 128 if lanes <= MANY_LANES and not large else 64
     while tile > 16 and _tile_bytes(tile, head_dim, itemsize) > shared_bytes - RESERVE:
         tile //= 2
-    # One of the stages is being used or on its way there.
+    # One of the stages is in use and not in shared memory.
     fitting = 1 + (shared_bytes - RESERVE) // _tile_bytes(tile, head_dim, itemsize)
     return Settings(tile, 8 if large else 4, min(3, fitting), start=(2 if few else 1) if tile > 64 else 3)
 
 
 MANY_LANES = 64
-"""With more than these, tiles are smaller."""
+"""With more lanes than these, tiles are smaller."""
 RESERVE = 8 << 10
 """Bytes of shared memory that a program needs besides its tiles."""
 
@@ -111,15 +111,15 @@ def _power_of_two(least: int) -> int:
 
 
 REGISTERS = 65536
-"""Of a multiprocessor, from compute capability 8.0 to 10.0."""
+"""Registers of a multiprocessor, for compute capabilities 8.0 to 10.0."""
 
 
 def programs_at_once(kernel: Any, shared_bytes: int) -> int:
-    """Programs of a compiled kernel that a multiprocessor with so many bytes of shared memory holds.
+    """Programs of a compiled kernel that fit on a multiprocessor with `shared_bytes` of shared memory.
 
-    That many are launched on each: places left over would be taken by programs of the launch that follows, which wait
-    there, and then those of one launch lie unevenly. A warp takes registers 256 at a time; a program 1 KiB of shared
-    memory besides its own (CUDA C++ Programming Guide, compute capabilities).
+    A launch starts this many per multiprocessor. With fewer, programs of the next launch would take the free places and
+    wait there, and a launch's programs would be spread unevenly. A warp takes registers in units of 256; a program
+    takes 1 KiB of shared memory besides its own (CUDA C++ Programming Guide, compute capabilities).
     """
     of_warp = -(-int(kernel.n_regs) * 32 // 256) * 256
     by_registers = REGISTERS // (of_warp * int(kernel.metadata.num_warps))
@@ -127,22 +127,22 @@ def programs_at_once(kernel: Any, shared_bytes: int) -> int:
 
 
 def most_programs(head_dim: int) -> int:
-    """Of a multiprocessor, that there is room in a `Workspace` for."""
+    """Programs per multiprocessor for which a `Workspace` has room."""
     return 8 if head_dim <= 64 else 4
 
 
 class Workspace:
-    """Where programs leave parts of heads for one another; for launches on one stream, of up to `lanes` lanes."""
+    """Memory in which programs leave partial results of heads; for launches of up to `lanes` lanes on one stream."""
 
     def __init__(self, device: torch.device, programs: int, lanes: int, kv_heads: int, rows: Rows, head_dim: int):
         parts, dims = 2 * programs, _power_of_two(head_dim)
         self.tops, self.totals = torch.empty(2, parts, rows.rows, dtype=torch.float32, device=device)
         self.outs = torch.empty(parts, rows.rows, dims, dtype=torch.float32, device=device)
         self.arrived = torch.zeros(lanes * kv_heads * rows.blocks, dtype=torch.int32, device=device)
-        """Of each head, how many parts are there; left at 0 by whoever combines them."""
+        """For each head, how many partial results are there; the program that combines them resets it to 0."""
 
     def storages(self) -> list[torch.Tensor]:
-        """All of it."""
+        """All tensors."""
         return [self.tops, self.outs, self.arrived]
 
 
@@ -218,11 +218,11 @@ def launch(
 
 
 LOG2_E = 1.4426950408889634
-"""The kernel's exponentials are powers of two."""
+"""The kernel computes powers of two instead of exponentials."""
 
 
 def tensor_maps(kv: FlatKV, tile: int) -> list[Any]:
-    """K and V of a layer as TMA reads them, `tile` tokens of a head at once."""
+    """TMA descriptors of K and V of a layer, for loads of `tile` tokens of a head."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     box = [1, tile, 1, _power_of_two(kv.k.shape[3])]

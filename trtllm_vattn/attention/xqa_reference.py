@@ -1,6 +1,6 @@
-"""What `flashinfer.xqa.xqa` computes, in plain torch, for any device: the same arguments, the same blocks and table.
+"""A reference of `flashinfer.xqa.xqa` in plain torch: it takes the same arguments and runs on any device.
 
-It gathers rows with indices clamped to length - 1, so it reads no row past a length, and works in float32.
+It gathers rows with indices clamped to length - 1, so it reads no row past a length, and computes in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def xqa_reference(
     q_scale: float = 1.0,
     kv_layout: str = "NHD",
 ) -> None:
-    """Decode attention of one query token a lane over blocks behind a table, written to `output`.
+    """Decode attention of one query token per lane over blocks behind a table; the result is written to `output`.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ def xqa_reference(
     seq_lens : Tensor
         uint32 ``[lanes, 1]``, at least 1.
     workspace_buffer, semaphores : Tensor
-        The kernel's own; not used here.
+        Memory that the kernel needs; not used here.
     q_scale : float
         Scores are scaled by ``q_scale * head_dim ** -0.5``.
     """

@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention.base import Attention, PrefillChunk
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench import decode_attention
 from trtllm_vattn.bench.bandwidth import attention_bandwidth, timed_ms
@@ -151,10 +151,12 @@ def _prefill_us(attention: Attention, args: argparse.Namespace) -> list[float]:
     q = torch.randn(chunk, args.heads[0], shape.head_dim, dtype=shape.dtype, device=device)
     one = torch.full((1,), slot, dtype=torch.int64, device=device)
     query_len, whole = (torch.full((1,), n, dtype=torch.int32, device=device) for n in (chunk, length))
+    last = PrefillChunk(chunk, one, query_len, whole, length)
 
     def work() -> None:
+        attention.begin_step()
         for layer in range(shape.num_layers):
-            attention.prefill(layer, q, one, query_len, whole, length)
+            attention.prefill(layer, q, last)
 
     return [1e3 * ms / shape.num_layers for ms in timed_ms(work, max(3, args.repeats // 4), device)]
 

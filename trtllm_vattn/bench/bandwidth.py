@@ -11,7 +11,7 @@ import torch
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.bench.machine import summarise
-from trtllm_vattn.graphs.runner import collector_off
+from trtllm_vattn.graphs.capture import collector_off
 
 
 def timed_ms(work: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
@@ -73,6 +73,7 @@ def attention_bandwidth(attention: Attention, lengths: np.ndarray, repeats: int 
     q = torch.randn(len(lengths), attention.num_heads, shape.head_dim, dtype=shape.dtype, device=device)
 
     def work() -> None:
+        attention.begin_step()
         for layer in range(shape.num_layers):
             attention.decode(layer, q, on_device)
 

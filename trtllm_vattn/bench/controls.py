@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.bench.twins import LANES, Side, Twins
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import CaptureError, UnmappedAccess
-from trtllm_vattn.graphs.audit import STATIC, tensor_regions
-from trtllm_vattn.graphs.runner import GraphRunner
+from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.vmm.base import Driver, Fence
@@ -114,7 +113,7 @@ def foreign_address(device: torch.device) -> str:
     runner = GraphRunner(lambda bucket: (mine[:bucket] + foreign[:bucket],), [8], [mine], device)
     try:
         runner.capture()
-        runner.audit(tensor_regions(STATIC, [mine])).raise_if_foreign()
+        runner.audit().raise_if_foreign()
     except CaptureError as error:
         return f"refused: {error}"
     finally:

@@ -32,7 +32,7 @@ from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.guard import Guard
-from trtllm_vattn.graphs.runner import GraphRunner
+from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.plugins import plain, registry
 from trtllm_vattn.plugins.fields import AttentionFields, Slots
 from trtllm_vattn.plugins.tensorrt import MODULES, load_tensorrt

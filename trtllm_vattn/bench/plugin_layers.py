@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trtllm_vattn.graphs.runner import Outputs
+from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.plugins.emulated import built_layer, describe
 from trtllm_vattn.plugins.fields import AttentionFields
 from trtllm_vattn.plugins.registry import AttachedCache
@@ -149,6 +149,7 @@ class EmulatedLayers:
         fields = self.fields[0]
         attention = self.attached.attention(fields.num_heads, fields.scale)
         outputs = []
+        attention.begin_step()
         for layer in range(len(self.fields)):
             q = self.q[layer][:bucket].view(bucket, fields.num_heads, fields.head_dim)
             k, v = (

@@ -16,9 +16,9 @@ from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.steady import Lane, fill, take_turns
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.graphs.policy import MappingPolicy
-from trtllm_vattn.graphs.remap_soak import soak
 from trtllm_vattn.memory.ahead import BackgroundThread
+from trtllm_vattn.memory.mapping_policy import MappingPolicy
+from trtllm_vattn.memory.remap_probe import probe_remapping
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where the soak read a wrong word."""
-    verdict = soak(open_driver(args.device), args.soak_seconds, args.seed)
+    verdict = probe_remapping(open_driver(args.device), args.soak_seconds, args.seed)
     rows = _timed(args)
     result = Result.start("policy", as_config(args), args.seed)
     result.results.update(runs=rows, soak=asdict(verdict))

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from trtllm_vattn.attention.base import PrefillChunk
 from trtllm_vattn.attention.select import available, make_attention
 from trtllm_vattn.bench.bandwidth import fill_random, timed_ms
 from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.blocks import BlockKVCache
-from trtllm_vattn.graphs.runner import GraphRunner, Outputs
+from trtllm_vattn.graphs.capture import Outputs
+from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.memory.blocks import BlockLayout
 from trtllm_vattn.memory.reclaim import reclaim
 from trtllm_vattn.trtllm.tables import AffineTables, RowGatherer
@@ -43,6 +45,7 @@ def replay_remapped(cache: BlockKVCache, num_heads: int, context: int, replays: 
     q = torch.randn(shape.num_layers, lanes, num_heads, shape.head_dim, dtype=shape.dtype, device=cache.device)
 
     def step(bucket: int) -> Outputs:
+        attention.begin_step()
         return tuple(attention.decode(layer, q[layer, :bucket], lengths) for layer in range(shape.num_layers))
 
     static = [*cache.storages(), *attention.storages(), q, lengths]
@@ -91,10 +94,12 @@ def prefill_us(cache: BlockKVCache, num_heads: int, tokens: int, repeats: int) -
     q = torch.randn(tokens, num_heads, shape.head_dim, dtype=shape.dtype, device=cache.device)
     query_len, length = (torch.tensor([tokens], dtype=torch.int32, device=cache.device) for _ in range(2))
     slot = torch.tensor([cache.slot_of(0)], device=cache.device)
+    prompt = PrefillChunk(tokens, slot, query_len, length, tokens)
 
     def work(name: str) -> None:
+        backends[name].begin_step()
         for layer in range(shape.num_layers):
-            backends[name].prefill(layer, q, slot, query_len, length, tokens)
+            backends[name].prefill(layer, q, prompt)
 
     took: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(3):

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -198,6 +199,10 @@ class KVCache(ABC):
     @abstractmethod
     def storages(self) -> list[torch.Tensor]:
         """Every tensor whose storage a captured step may touch (views share them)."""
+
+    def regions(self) -> list[Region]:
+        """Where the addresses lie that a captured step may touch: the storages, or reservations where it has them."""
+        return tensor_regions(STATIC, self.storages())
 
     @abstractmethod
     def sequence_at(self, slot: int) -> SequenceId | None:

@@ -13,6 +13,7 @@ from trtllm_vattn.cache.base import CacheShape, PagedKV
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.memory.blocks import BlockLayout
 from trtllm_vattn.vmm.base import Driver
+from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
 from trtllm_vattn.vmm.tensors import strided
 
 DEFAULT_BLOCK = 32
@@ -98,3 +99,6 @@ class BlockKVCache(KVCacheManager):
 
     def storages(self) -> list[torch.Tensor]:
         return [self.table, *super().storages()]
+
+    def regions(self) -> list[Region]:
+        return [*super().regions(), *tensor_regions(STATIC, [self.table])]

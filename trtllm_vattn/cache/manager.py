@@ -29,6 +29,7 @@ from trtllm_vattn.memory.stock import Stock
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.values import finite, whole
 from trtllm_vattn.vmm.base import Driver, Fence
+from trtllm_vattn.vmm.regions import RESERVATION, Region, tensor_regions
 from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, on_stream, stream_of, strided, tensor_at
 from trtllm_vattn.vmm.uninterrupted import uninterrupted
 
@@ -435,6 +436,9 @@ class KVCacheManager(SlottedCache):
 
     def storages(self) -> list[torch.Tensor]:
         return list(self._flat)
+
+    def regions(self) -> list[Region]:
+        return tensor_regions(RESERVATION, self._flat)
 
     def stats(self) -> CacheStats:
         self._check_open()

@@ -15,7 +15,7 @@ import torch
 from trtllm_vattn.attention.select import available
 from trtllm_vattn.bench.machine import machine, versions
 from trtllm_vattn.errors import VattnError
-from trtllm_vattn.graphs.policy import start_choosing
+from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.plugins import tensorrt
 from trtllm_vattn.trtllm.selfcheck import MODEL, self_check
 from trtllm_vattn.trtllm.versions import OVERRIDE, RANGE, series_of
@@ -115,9 +115,9 @@ def _tensorrt_llm() -> Finding:
 
 
 def _mapping() -> Finding:
-    """The policy that an engine would get on this machine; on a GPU by a soak, unless one was made before."""
-    with start_choosing("cuda:0" if torch.cuda.is_available() else "cpu") as choosing:
-        choice = choosing.result()
+    """The policy that an engine would get on this machine; on a GPU by a probe, unless its report is stored."""
+    with start_policy_probe("cuda:0" if torch.cuda.is_available() else "cpu") as probe:
+        choice = probe.result()
     return Finding("mapping policy", True, f"{choice.policy.value}: {choice.why}")
 
 

@@ -7,7 +7,7 @@ from time import perf_counter
 
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import DriverError
-from trtllm_vattn.graphs.policy import MappingPolicy
+from trtllm_vattn.memory.mapping_policy import MappingPolicy
 
 
 class MappingBeside:

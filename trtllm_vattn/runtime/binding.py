@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
-from trtllm_vattn.attention.base import Attention, Chunks
+from trtllm_vattn.attention.base import Attention, PackedPrefill
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.dry_pass import TOKENS, attention_scale, cannot_serve
@@ -60,7 +60,7 @@ class DecodeStep:
 
 @dataclass(frozen=True)
 class PrefillStep:
-    """Chunks of prompts one behind another, padded at the end; a single one may be padded itself.
+    """Chunks of prompts packed one after another, padded at the end; a single chunk may contain the padding.
 
     slots, positions int64 ``[padded]``.
     """
@@ -68,13 +68,12 @@ class PrefillStep:
     attention: Attention
     slots: torch.Tensor
     positions: torch.Tensor
-    chunks: Chunks
+    packed: PackedPrefill
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        if len(self.chunks.parts) > 1:
-            return self.attention.prefill_together(layer, q, self.chunks)
-        (part,) = self.chunks.parts
-        return self.attention.prefill(layer, q, part.slot, part.query_len, part.length, part.max_length)
+        if len(self.packed.chunks) > 1:
+            return self.attention.prefill_packed(layer, q, self.packed)
+        return self.attention.prefill(layer, q, self.packed.chunks[0])
 
 
 class _Current(threading.local):
@@ -89,6 +88,7 @@ _current = _Current()
 
 @contextmanager
 def _running(step: Step) -> Iterator[None]:
+    step.attention.begin_step()
     _current.steps.append(step)
     try:
         yield

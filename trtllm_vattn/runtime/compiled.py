@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.graphs.runner import collector_off
+from trtllm_vattn.graphs.capture import collector_off
 from trtllm_vattn.runtime.rewrites import rotate_with_attention, share_products, split_even_products
 
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

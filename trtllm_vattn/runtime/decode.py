@@ -18,9 +18,10 @@ import torch
 from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
-from trtllm_vattn.graphs.audit import AuditReport, attention_regions
+from trtllm_vattn.graphs.audit import AuditReport
+from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.graphs.guard import Guard
-from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner, Outputs
+from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import DecodeStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
 from trtllm_vattn.runtime.sampling import SamplingParams, add_noise, draw, in_parts, of_parts, settings
@@ -366,7 +367,7 @@ class DecodeBatch:
     def audit(self, bucket: int | None = None) -> AuditReport:
         """Whose the addresses are that graphs hold, of a bucket or of all: steps by the likeliest token, those that
         draw tokens where any did, and launches of many steps. Raises CaptureError where there is no graph."""
-        regions = attention_regions(self.attention, self.runner.static)
+        regions = self.attention.regions()
         reports = [self.runner.audit(regions, "decode step", bucket)]
         if bucket in self._drawer.captured or (bucket is None and self._drawer.captured):
             reports.append(self._drawer.audit(regions, "drawing step", bucket))

@@ -19,7 +19,7 @@ from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import CACHES, make_cache
 from trtllm_vattn.errors import ConfigError, EngineClosed, OutOfPages
 from trtllm_vattn.graphs.audit import AuditReport
-from trtllm_vattn.graphs.policy import start_choosing
+from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.runtime.beside import MappingBeside
 from trtllm_vattn.runtime.binding import bind, check_fit, shape_of
 from trtllm_vattn.runtime.checkpoint import end_of_text
@@ -95,7 +95,7 @@ class Engine:
         place.
     mapping : str
         When memory is mapped ahead: ``concurrent`` is while the device computes, ``between-steps`` and ``quiesce``
-        before a launch (graphs/policy.py).
+        before a launch (memory/mapping_policy.py).
     chunk : int
         Prompt tokens that go in at once; longer prompts go in by chunks, between decode steps.
     record_margins : bool
@@ -109,7 +109,7 @@ class Engine:
         A setting cannot work, or the model and the cache do not fit one another.
     """
 
-    together: ClassVar[bool] = True
+    supports_packed_prefill: ClassVar[bool] = True
     """Whether the model takes chunks of several prompts in one pass."""
 
     def __init__(
@@ -169,7 +169,7 @@ class Engine:
             started = perf_counter()
             wrap = compile_model(model) if compiling else as_it_is
             self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
-            self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, self.together)
+            self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, self.supports_packed_prefill)
             if compiling:
                 with tracing():
                     self.prefill.warm_up(UNUSUAL)
@@ -217,7 +217,7 @@ class Engine:
         idle_after_s, idle_floor
             When memory that no sequence uses goes back to the driver, but for so many bytes (`KVCacheManager`).
         mapping : str
-            ``auto`` asks a short soak on this machine's driver, made once and remembered (graphs/policy.py).
+            ``auto`` runs a short probe of this driver, once, and stores its report (memory/mapping_policy.py).
         options
             Further parameters of `Engine`.
 
@@ -240,12 +240,12 @@ class Engine:
             raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
         check_settings(max_seqs, max_seq_len, **options)
         with ExitStack() as undo:
-            choosing = undo.enter_context(start_choosing(device, mapping))
+            probe = undo.enter_context(start_policy_probe(device, mapping))
             started = perf_counter()
             loaded = load_model(model, device, dtype)
             load_s = perf_counter() - started
             shape = shape_of(loaded, max_seqs, max_seq_len)
-            policy = choosing.result().policy
+            policy = probe.result().policy
             later = cache in ("vattn", "blocks") and device != "cpu"
             idle: dict[str, Any] = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "sized_later": later}
             driver = policy.wrap(open_driver(device)) if later else None

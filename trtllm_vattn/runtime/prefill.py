@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.attention.base import FEWEST_ROWS, Attention, Chunks, Part, Span
-from trtllm_vattn.graphs.audit import AuditReport, attention_regions
+from trtllm_vattn.attention.base import MIN_CHUNK_ROWS, Attention, PackedPrefill, PrefillChunk, Span
+from trtllm_vattn.graphs.audit import AuditReport
+from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.graphs.guard import Guard
-from trtllm_vattn.graphs.runner import CaptureReport, GraphRunner, Outputs
+from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import PrefillStep, forward
 from trtllm_vattn.vmm.tensors import upload
 
@@ -30,7 +31,7 @@ def padded_length(tokens: int, chunk: int) -> int:
     are, and whole tiles beyond."""
     if tokens > LONGEST_CAPTURED:
         return min(chunk, -(-tokens // TILE) * TILE)
-    return min(chunk, max(FEWEST_ROWS, 1 << (tokens - 1).bit_length()))
+    return min(chunk, max(MIN_CHUNK_ROWS, 1 << (tokens - 1).bit_length()))
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,20 @@ class Prefill:
 
     Parameters
     ----------
-    together : bool
+    supports_packed_prefill : bool
         Whether the model takes chunks of several prompts in one pass.
     """
 
     def __init__(
-        self, model: PreTrainedModel, attention: Attention, chunk: int, pool: object = None, together: bool = True
+        self,
+        model: PreTrainedModel,
+        attention: Attention,
+        chunk: int,
+        pool: object = None,
+        supports_packed_prefill: bool = True,
     ) -> None:
-        self.model, self.attention, self.chunk, self.together = model, attention, chunk, together
+        self.model, self.attention, self.chunk = model, attention, chunk
+        self.supports_packed_prefill = supports_packed_prefill
         cache = attention.cache
         self._guard = Guard(cache, attention.over_read)
         longest = padded_length(min(chunk, cache.shape.max_seq_len, LONGEST_CAPTURED), chunk)
@@ -85,7 +92,7 @@ class Prefill:
         """Capture every size; short prompts are replays from then on, where that is sooner over than a pass."""
         report = self.runner.capture()
         self.captured = True
-        if self.together and self.attention.cache.device.type == "cuda":
+        if self.supports_packed_prefill and self.attention.cache.device.type == "cuda":
             self._replay_s = report.replay_s
             self._pass_s = min(self._timed_pass() for _ in range(2))
         return report
@@ -110,7 +117,7 @@ class Prefill:
         """
         for chunk in chunks:
             self._guard.check_chunk(chunk.slot, chunk.end)
-        if self.together and not self._should_replay(chunks):
+        if self.supports_packed_prefill and not self._should_replay(chunks):
             return self._pass(chunks)
         # Copies: the next replay writes to the same tensor.
         return torch.cat([self._pass([chunk]).clone() for chunk in chunks])
@@ -172,14 +179,15 @@ class Prefill:
         counts, lengths = numbers[:2, :, None].to(torch.int32).repeat(1, 1, 16)
         last, where = numbers[2:]
         made = [
-            Part(count, where[i : i + 1], counts[i, :1], lengths[i, :1], most) for i, (count, most) in enumerate(parts)
+            PrefillChunk(rows, where[i : i + 1], counts[i, :1], lengths[i, :1], most)
+            for i, (rows, most) in enumerate(parts)
         ]
-        step = PrefillStep(self.attention, slots, positions, Chunks(made, spans))
+        step = PrefillStep(self.attention, slots, positions, PackedPrefill(made, spans))
         return forward(self.model, ids, positions, step, last)
 
     def audit(self) -> AuditReport:
         """Whose the addresses are that the captured sizes' graphs hold. Raises CaptureError where there is none."""
-        return self.runner.audit(attention_regions(self.attention, self.runner.static), "prompt")
+        return self.runner.audit(self.attention.regions(), "prompt")
 
     def close(self) -> None:
         """Drop all graphs. Idempotent."""

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.graphs.policy import MappingPolicy
-from trtllm_vattn.graphs.runner import default_buckets
+from trtllm_vattn.graphs.replay import default_buckets
+from trtllm_vattn.memory.mapping_policy import MappingPolicy
 from trtllm_vattn.values import described, shown, truth, whole
 
 LONGEST_CHUNK = (1 << 31) - 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.graphs.runner import CaptureReport
+from trtllm_vattn.graphs.replay import CaptureReport
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""Larger graphs out of a captured one: the same step several times over, or again and again while the device says so.
+"""Compose a captured graph into larger ones: the same step several times in a row, or in a loop that the device ends.
 
 The captured step becomes a child-graph node (CUDA driver API, section 6.20), so nothing is captured again. A loop is a
-conditional WHILE node; its condition is an int32 on the device that the step itself leaves behind.
+conditional WHILE node; the step itself writes the condition, an int32 on the device.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from trtllm_vattn.errors import ConfigError, DriverError
 from trtllm_vattn.vmm.cuda import CudaDriver
 
-_DECIDE = b"""
+_SOURCE = b"""
 extern "C" __device__ __cudart_builtin__ void CUDARTAPI
 cudaGraphSetConditional(cudaGraphConditionalHandle handle, unsigned int value);
 
-extern "C" __global__ void decide(cudaGraphConditionalHandle handle, const int *go)
+extern "C" __global__ void set_condition(cudaGraphConditionalHandle handle, const int *go)
 {
     cudaGraphSetConditional(handle, *go != 0);
 }
@@ -26,14 +26,14 @@ extern "C" __global__ void decide(cudaGraphConditionalHandle handle, const int *
 
 
 class ComposedGraph:
-    """An executable graph of child graphs; the graph they were cloned from must outlive it.
+    """An executable graph whose child graphs are clones of a captured one, which must outlive it.
 
     Attributes
     ----------
     graph : CUgraph
-        What it was made executable from, until it is closed.
+        The graph that was instantiated; valid until `close`.
     bodies : dict
-        The graphs of its conditional nodes, by the node's address.
+        The body graphs of its conditional nodes, by the node's address.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class ComposedGraph:
             raise
 
     def launch(self, stream: int) -> None:
-        """Start on a stream (a cudaStream_t)."""
+        """Launch on a stream (a cudaStream_t)."""
         self._driver.call("cuGraphLaunch", self._executable, stream)
 
     def close(self) -> None:
-        """Destroy both. Idempotent."""
+        """Destroy the graph and its executable. Idempotent."""
         executable, self._executable = self._executable, None
         if executable is not None:
             self._driver.call("cuGraphExecDestroy", executable)
@@ -60,7 +60,7 @@ class ComposedGraph:
 
 
 def repeat(driver: CudaDriver, captured: int, times: int) -> ComposedGraph:
-    """A captured graph (a cudaGraph_t) `times` over, one after another."""
+    """A graph that runs a captured graph (a cudaGraph_t) `times` times in a row."""
     child = driver.cuda.CUgraph(captured)
     graph = driver.call("cuGraphCreate", 0)
     before: list[Any] = []
@@ -69,10 +69,10 @@ def repeat(driver: CudaDriver, captured: int, times: int) -> ComposedGraph:
     return ComposedGraph(driver, graph)
 
 
-class Decision:
-    """The kernel that tells a WHILE node whether to go on, compiled for a device at run time.
+class WhileConditionKernel:
+    """The kernel that sets a WHILE node's condition; NVRTC compiles it for the device.
 
-    Raises ConfigError where NVRTC or the driver has no conditional nodes.
+    Raises ConfigError if NVRTC is missing or this CUDA has no conditional nodes.
     """
 
     def __init__(self, driver: CudaDriver) -> None:
@@ -88,23 +88,23 @@ class Decision:
                 raise ConfigError(f"{name} answered {result.name}: this CUDA has no conditional graph nodes; use steps")
             return values[0] if values else None
 
-        program = call("nvrtcCreateProgram", _DECIDE, b"decide.cu", 0, [], [])
+        program = call("nvrtcCreateProgram", _SOURCE, b"set_condition.cu", 0, [], [])
         call("nvrtcCompileProgram", program, 1, [f"--gpu-architecture=sm_{major}{minor}".encode()])
         code = b" " * call("nvrtcGetCUBINSize", program)
         call("nvrtcGetCUBIN", program, code)
         call("nvrtcDestroyProgram", program)
         self._module = driver.call("cuModuleLoadData", code)
-        self.function = driver.call("cuModuleGetFunction", self._module, b"decide")
+        self.function = driver.call("cuModuleGetFunction", self._module, b"set_condition")
 
 
-def loop_while(driver: CudaDriver, captured: int, go: torch.Tensor, decision: Decision) -> ComposedGraph:
-    """A captured graph (a cudaGraph_t) run once, and again while `go`, int32 ``[1]`` on the device, is not 0 then."""
+def loop_while(driver: CudaDriver, captured: int, go: torch.Tensor, condition: WhileConditionKernel) -> ComposedGraph:
+    """A graph that runs a captured graph (a cudaGraph_t) until `go`, int32 ``[1]`` on the device, is 0 after a run."""
     cuda, call = driver.cuda, driver.call
     graph = call("cuGraphCreate", 0)
     try:
         context = call("cuCtxGetCurrent")
-        at_launch_true = 1  # CU_GRAPH_COND_ASSIGN_DEFAULT: the condition starts as the handle's default, 1
-        handle = call("cuGraphConditionalHandleCreate", graph, context, 1, at_launch_true)
+        assign_default = 1  # CU_GRAPH_COND_ASSIGN_DEFAULT: at a launch the condition is the handle's default, 1
+        handle = call("cuGraphConditionalHandleCreate", graph, context, 1, assign_default)
         node = cuda.CUgraphNodeParams()
         node.type = cuda.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
         node.conditional.handle = handle
@@ -114,13 +114,13 @@ def loop_while(driver: CudaDriver, captured: int, go: torch.Tensor, decision: De
         loop = call("cuGraphAddNode", graph, None, None, 0, node)
         body = node.conditional.phGraph_out[0]
         step = call("cuGraphAddChildGraphNode", body, None, 0, cuda.CUgraph(captured))
-        decide = cuda.CUDA_KERNEL_NODE_PARAMS()
-        decide.func = decision.function
-        decide.gridDimX = decide.gridDimY = decide.gridDimZ = 1
-        decide.blockDimX = decide.blockDimY = decide.blockDimZ = 1
-        decide.kernelParams = ((int(handle), go.data_ptr()), (ctypes.c_ulonglong, ctypes.c_void_p))
-        call("cuGraphAddKernelNode", body, [step], 1, decide)
+        launch = cuda.CUDA_KERNEL_NODE_PARAMS()
+        launch.func = condition.function
+        launch.gridDimX = launch.gridDimY = launch.gridDimZ = 1
+        launch.blockDimX = launch.blockDimY = launch.blockDimZ = 1
+        launch.kernelParams = ((int(handle), go.data_ptr()), (ctypes.c_ulonglong, ctypes.c_void_p))
+        call("cuGraphAddKernelNode", body, [step], 1, launch)
     except BaseException:
         call("cuGraphDestroy", graph)
         raise
-    return ComposedGraph(driver, graph, keep=(decision, go), bodies={int(loop): [cuda.CUgraph(int(body))]})
+    return ComposedGraph(driver, graph, keep=(condition, go), bodies={int(loop): [cuda.CUgraph(int(body))]})

@@ -12,7 +12,7 @@ import torch
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import CaptureError
-from trtllm_vattn.graphs.runner import GraphRunner
+from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.owners import Extent, Reservation
 from trtllm_vattn.vmm.tensors import tensor_at

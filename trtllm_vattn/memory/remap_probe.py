@@ -1,7 +1,7 @@
-"""The start-up soak: does reading mapped pages stay right while others in the same reservation come and go?
+"""Test a driver: do reads of mapped pages stay correct while other pages of the same reservation are remapped?
 
-``python -m trtllm_vattn.graphs.remap_soak`` prints its report as one line of JSON. It belongs in a process of its own:
-what it looks for may end the process.
+``python -m trtllm_vattn.memory.remap_probe`` prints a `RemapReport` as one line of JSON. Run it in a process of its
+own: the fault that it looks for ends the process.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.owners import Extent, Reservation
 from trtllm_vattn.vmm.tensors import tensor_at
 
-READ_PAGES, CHURNED_PAGES = 32, 8
-AHEAD = 4
-"""Reads that the device has before it, so that it is never idle while the host remaps."""
+READ_PAGES, REMAPPED_PAGES = 32, 8
+QUEUED_READS = 4
+"""Reads queued on the device, so that it is never idle while the host remaps."""
 
 
 @dataclass(frozen=True)
-class SoakReport:
-    """How often all read pages were read, how many mappings were made and taken away meanwhile, and how many 64-bit
-    words read wrong; `error` says what kept the soak from its end."""
+class RemapReport:
+    """How often all pages were read, how many pages were mapped and unmapped meanwhile, and how many 64-bit words were
+    read wrong; `error` says why the probe did not finish."""
 
     reads: int
     remaps: int
@@ -41,7 +41,7 @@ class SoakReport:
 
 
 class Readers:
-    """Reads pages again and again and counts words that are not their own index times a number."""
+    """Fills pages with known words, and counts the words that differ whenever it reads the pages."""
 
     FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
 
@@ -59,37 +59,37 @@ class Readers:
             self.wrong += (page != right).sum()
 
 
-def soak(driver: Driver, seconds: float, seed: int = 0) -> SoakReport:
-    """Remap pages between the pages being read, for so many seconds."""
-    granule = driver.granularity()
+def probe_remapping(driver: Driver, seconds: float, seed: int = 0) -> RemapReport:
+    """For this many seconds, map and unmap pages that lie between pages which are being read."""
+    granularity = driver.granularity()
     generator = random.Random(seed)
     with ExitStack() as closing:
-        reservation = Reservation(driver, (READ_PAGES + CHURNED_PAGES) * granule)
+        reservation = Reservation(driver, (READ_PAGES + REMAPPED_PAGES) * granularity)
         closing.callback(reservation.close)
-        order = list(range(READ_PAGES + CHURNED_PAGES))
+        order = list(range(READ_PAGES + REMAPPED_PAGES))
         generator.shuffle(order)
         pages = []
-        for place in order[CHURNED_PAGES:]:
-            extent = Extent(driver, granule)
+        for page in order[REMAPPED_PAGES:]:
+            extent = Extent(driver, granularity)
             closing.callback(extent.close)
-            (mapping,) = reservation.map(place * granule, [extent])
+            (mapping,) = reservation.map(page * granularity, [extent])
             closing.callback(mapping.close)
-            pages.append(tensor_at(mapping.address, granule, driver.device, owner=mapping))
-        spare = [Extent(driver, granule) for _ in range(CHURNED_PAGES)]
+            pages.append(tensor_at(mapping.address, granularity, driver.device, owner=mapping))
+        spare = [Extent(driver, granularity) for _ in range(REMAPPED_PAGES)]
         for extent in spare:
             closing.callback(extent.close)
 
-        def churn() -> None:
-            place = generator.choice(order[:CHURNED_PAGES])
-            (mapping,) = reservation.map(place * granule, [generator.choice(spare)])
+        def remap() -> None:
+            page = generator.choice(order[:REMAPPED_PAGES])
+            (mapping,) = reservation.map(page * granularity, [generator.choice(spare)])
             mapping.close()
 
         beside = _beside_device if driver.device.startswith("cuda") else _beside_thread
-        return beside(Readers(pages), churn, seconds)
+        return beside(Readers(pages), remap, seconds)
 
 
-def _beside_device(readers: Readers, churn: Callable[[], None], seconds: float) -> SoakReport:
-    """The reads are a captured graph, replayed ahead of the host."""
+def _beside_device(readers: Readers, remap: Callable[[], None], seconds: float) -> RemapReport:
+    """A captured graph reads; its replays are queued ahead of the host."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -98,27 +98,27 @@ def _beside_device(readers: Readers, churn: Callable[[], None], seconds: float) 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         readers.read()
-    ahead: deque[torch.cuda.Event] = deque()
+    queued: deque[torch.cuda.Event] = deque()
     reads = remaps = 0
     started = perf_counter()
     while perf_counter() - started < seconds:
-        while len(ahead) < AHEAD:
+        while len(queued) < QUEUED_READS:
             with torch.cuda.stream(stream):
                 graph.replay()
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(stream)
-            ahead.append(event)
-        churn()
+            queued.append(event)
+        remap()
         remaps += 1
-        while ahead and ahead[0].query():  # type: ignore[no-untyped-call]
-            ahead.popleft()
+        while queued and queued[0].query():  # type: ignore[no-untyped-call]
+            queued.popleft()
             reads += 1
     torch.cuda.synchronize()
-    return SoakReport(reads + len(ahead), remaps, int(readers.wrong.item()), perf_counter() - started)
+    return RemapReport(reads + len(queued), remaps, int(readers.wrong.item()), perf_counter() - started)
 
 
-def _beside_thread(readers: Readers, churn: Callable[[], None], seconds: float) -> SoakReport:
-    """On the host a thread reads."""
+def _beside_thread(readers: Readers, remap: Callable[[], None], seconds: float) -> RemapReport:
+    """On the host a second thread reads."""
     stop = threading.Event()
     reads = remaps = 0
 
@@ -133,21 +133,21 @@ def _beside_thread(readers: Readers, churn: Callable[[], None], seconds: float) 
     thread.start()
     try:
         while perf_counter() - started < seconds or not reads:
-            churn()
+            remap()
             remaps += 1
     finally:
         stop.set()
         thread.join()
-    return SoakReport(reads, remaps, int(readers.wrong.item()), perf_counter() - started)
+    return RemapReport(reads, remaps, int(readers.wrong.item()), perf_counter() - started)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Remap pages beside running reads; report what was read wrong.")
+    parser = argparse.ArgumentParser(description="Remap pages while others are read; report wrong words.")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    print(json.dumps(asdict(soak(open_driver(args.device), args.seconds, args.seed))), flush=True)
+    print(json.dumps(asdict(probe_remapping(open_driver(args.device), args.seconds, args.seed))), flush=True)
 
 
 if __name__ == "__main__":

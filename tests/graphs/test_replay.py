@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trtllm_vattn.errors import CaptureError, ConfigError
-from trtllm_vattn.graphs.runner import GraphRunner, default_buckets
+from trtllm_vattn.graphs.replay import GraphRunner, default_buckets
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.owners import Extent, Reservation
 from trtllm_vattn.vmm.tensors import tensor_at

@@ -1,8 +1,8 @@
-"""When memory may be mapped and unmapped: beside running work, or not.
+"""When the driver may map and unmap memory: while kernels run, or only while they do not.
 
-Mapping beside running kernels was reported to end in faults on some machines ("driver TLB interference"). So a short
-soak asks the machine's own driver (`remap_soak.py`), in a process of its own, because a fault ends a process; its
-verdict is remembered by GPU and driver version.
+Mapping beside running kernels was reported to cause faults on some machines ("driver TLB interference"). So
+`remap_probe.py` tests this machine's driver for a second or two, in a process of its own because a fault ends a
+process. Its report is stored by GPU and driver version.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.graphs.remap_soak import SoakReport
+from trtllm_vattn.memory.remap_probe import RemapReport
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.wrappers import QuiescingDriver
 
@@ -33,22 +33,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SOAK_SECONDS = 1.5
+PROBE_SECONDS = 1.5
 
 
 class MappingPolicy(str, enum.Enum):
     """When driver calls that change mappings happen."""
 
     CONCURRENT = "concurrent"
-    """Beside running work: memory is mapped ahead while the device computes."""
+    """While the device computes: memory is mapped ahead of the steps that need it."""
     BETWEEN_STEPS = "between-steps"
-    """When the work of our own stream is done."""
+    """When all work of torch's current stream has finished."""
     QUIESCE = "quiesce"
     """When the whole device is idle."""
 
     @classmethod
     def named(cls, name: str) -> Self:
-        """The policy of that name. Raises ConfigError where there is none."""
+        """The policy with this name. Raises ConfigError if there is none."""
         try:
             return cls(name)
         except ValueError:
@@ -56,7 +56,7 @@ class MappingPolicy(str, enum.Enum):
             raise ConfigError(f"no mapping policy {name!r}; there are {names}, and auto at start-up") from None
 
     def wrap(self, driver: Driver) -> Driver:
-        """A driver that keeps to the policy. On the host nothing runs beside it, and the driver is as it was."""
+        """Wrap a driver so that its mapping calls wait as the policy says. A host driver is returned as it is."""
         if self is MappingPolicy.CONCURRENT or not driver.device.startswith("cuda"):
             return driver
         device = torch.device(driver.device)
@@ -67,27 +67,29 @@ class MappingPolicy(str, enum.Enum):
 
 @dataclass(frozen=True)
 class PolicyChoice:
-    """A policy, why it was chosen, and the soak that it rests on, if there was one."""
+    """A policy, the reason for it, and the probe's report, if a probe decided."""
 
     policy: MappingPolicy
     why: str
-    soak: SoakReport | None = None
+    report: RemapReport | None = None
 
 
-class Choosing:
-    """A choice under way: the soak runs beside whatever else starts. Closed by leaving its context."""
+class PolicyProbe:
+    """The choice of a policy, while the probe's process runs; leaving the context ends the process."""
 
-    def __init__(self, choice: PolicyChoice | None, soak: subprocess.Popen[str] | None, file: Path | None) -> None:
-        self._choice, self._soak, self._file = choice, soak, file
+    def __init__(
+        self, choice: PolicyChoice | None, process: subprocess.Popen[str] | None = None, file: Path | None = None
+    ) -> None:
+        self._choice, self._process, self._file = choice, process, file
 
     def result(self, timeout_s: float = 60.0) -> PolicyChoice:
-        """Wait for the soak, judge it, and remember what it found."""
+        """Wait for the probe's report, store it, and choose a policy by it."""
         if self._choice is None:
-            assert self._soak is not None
+            assert self._process is not None
             assert self._file is not None
-            report = _await(self._soak, timeout_s)
+            report = _await(self._process, timeout_s)
             self._choice = _judge(report)
-            _remember(self._file, report)
+            _store(self._file, report)
         return self._choice
 
     def __enter__(self) -> Self:
@@ -96,28 +98,28 @@ class Choosing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._soak is not None:
-            self._soak.kill()
-            self._soak.communicate()
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
 
 
-def start_choosing(
+def start_policy_probe(
     device: str,
     wanted: str = "auto",
     *,
     cache_dir: Path | None = None,
     command: Sequence[str] | None = None,
-) -> Choosing:
-    """Begin to choose a policy for a device.
+) -> PolicyProbe:
+    """Start choosing a policy for a device; on a GPU without a stored report this starts the probe's process.
 
     Parameters
     ----------
     wanted : str
         A policy's name, taken as it is, or ``auto``.
     cache_dir : Path or None
-        Where verdicts are kept; None is ``trtllm-vattn`` in the user's cache folder.
+        Where reports are stored; None is ``trtllm-vattn`` in the user's cache folder.
     command : sequence of str or None
-        What to run for the soak; it prints a `SoakReport` as one line of JSON.
+        The probe's command, which prints a `RemapReport` as one line of JSON; None is `remap_probe.py`.
 
     Raises
     ------
@@ -125,23 +127,23 @@ def start_choosing(
         There is no such policy.
     """
     if wanted != "auto":
-        return Choosing(PolicyChoice(MappingPolicy.named(wanted), "asked for"), None, None)
+        return PolicyProbe(PolicyChoice(MappingPolicy.named(wanted), "asked for"))
     if not device.startswith("cuda"):
-        return Choosing(PolicyChoice(MappingPolicy.CONCURRENT, "no device runs beside the host"), None, None)
+        return PolicyProbe(PolicyChoice(MappingPolicy.CONCURRENT, "no device runs beside the host"))
     folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trtllm-vattn"
     file = folder / f"mapping-{_machine_key(device)}.json"
-    known = _recall(file)
-    if known is not None:
-        return Choosing(_judge(known), None, None)
+    stored = _load(file)
+    if stored is not None:
+        return PolicyProbe(_judge(stored))
     if command is None:
-        command = [sys.executable, "-m", "trtllm_vattn.graphs.remap_soak", "--device", device]
-        command += ["--seconds", str(SOAK_SECONDS)]
-    soak = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return Choosing(None, soak, file)
+        command = [sys.executable, "-m", "trtllm_vattn.memory.remap_probe", "--device", device]
+        command += ["--seconds", str(PROBE_SECONDS)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return PolicyProbe(None, process, file)
 
 
 def _machine_key(device: str) -> str:
-    """The GPU and its driver, fit for a file's name."""
+    """The GPU's UUID and the driver's version, as part of a file name."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -152,21 +154,21 @@ def _machine_key(device: str) -> str:
     return f"{torch.cuda.get_device_properties(torch.device(device)).uuid}-{version}"
 
 
-def _await(soak: subprocess.Popen[str], timeout_s: float) -> SoakReport:
+def _await(process: subprocess.Popen[str], timeout_s: float) -> RemapReport:
     try:
-        printed, complaint = soak.communicate(timeout=timeout_s)
-        return SoakReport(**json.loads(printed.strip().splitlines()[-1]))
+        printed, complaint = process.communicate(timeout=timeout_s)
+        return RemapReport(**json.loads(printed.strip().splitlines()[-1]))
     except subprocess.TimeoutExpired:
-        soak.kill()
-        soak.communicate()
-        error = f"the soak did not end within {timeout_s:.0f} s"
+        process.kill()
+        process.communicate()
+        error = f"the probe did not end within {timeout_s:.0f} s"
     except (ValueError, TypeError, IndexError):
         last = complaint.strip().splitlines()[-1:] or ["it printed nothing"]
-        error = f"the soak ended with code {soak.returncode}: {last[0]}"
-    return SoakReport(reads=0, remaps=0, wrong_words=0, seconds=0.0, error=error)
+        error = f"the probe ended with code {process.returncode}: {last[0]}"
+    return RemapReport(reads=0, remaps=0, wrong_words=0, seconds=0.0, error=error)
 
 
-def _judge(report: SoakReport) -> PolicyChoice:
+def _judge(report: RemapReport) -> PolicyChoice:
     did = f"{report.remaps:,} remappings beside {report.reads:,} reads in {report.seconds:.1f} s"
     if report.error or report.wrong_words or not report.remaps or not report.reads:
         why = report.error or f"{report.wrong_words:,} wrong words in {did}"
@@ -174,18 +176,18 @@ def _judge(report: SoakReport) -> PolicyChoice:
     return PolicyChoice(MappingPolicy.CONCURRENT, f"{did}, no wrong word", report)
 
 
-def _recall(file: Path) -> SoakReport | None:
+def _load(file: Path) -> RemapReport | None:
     try:
-        return SoakReport(**json.loads(file.read_text()))
+        return RemapReport(**json.loads(file.read_text()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        logger.warning("%s is not a soak's report (%s); the soak runs again", file, error)
+        logger.warning("%s is not a probe's report (%s); the probe runs again", file, error)
         return None
 
 
-def _remember(file: Path, report: SoakReport) -> None:
-    """Written whole or not at all. A folder that cannot be written costs the next start another soak."""
+def _store(file: Path, report: RemapReport) -> None:
+    """Write the file whole or not at all. If the folder cannot be written, the next start probes again."""
     written = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +195,7 @@ def _remember(file: Path, report: SoakReport) -> None:
             json.dump(asdict(report), written)
         os.replace(written.name, file)
     except OSError as error:
-        logger.warning("the soak's verdict could not be kept in %s: %s", file, error)
+        logger.warning("the probe's report could not be stored in %s: %s", file, error)
         if written is not None:
             with suppress(FileNotFoundError):
                 os.unlink(written.name)
