@@ -61,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chunk", type=positive, default=2048 if gpu else 32, metavar="TOKENS", help="prompt tokens that go in at once"
     )
     add("--repeats", type=positive, default=20, metavar="TIMES", help="times that each kernel is timed")
-    text = "random batches by which the choice between kernels is judged, on a GPU"
-    add("--picks", type=positive, default=200, metavar="BATCHES", help=text)
+    text = "times that the choice between kernels is judged, by a random batch each, on a GPU"
+    add("--picks", type=positive, default=200, metavar="TIMES", help=text)
     add_results(parser, plots=True)
 
 
