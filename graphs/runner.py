@@ -41,8 +41,8 @@ def default_buckets(most: int) -> list[int]:
 def collector_off() -> Iterator[None]:
     """No garbage is collected meanwhile. A collection that came upon a graph dropped earlier would end a capture."""
     was_on = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if was_on:
@@ -148,6 +148,21 @@ class GraphRunner:
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
         def capture(bucket: int) -> tuple[torch.cuda.CUDAGraph, Outputs]:
+            around = torch.cuda.current_stream(self._device)
+            graph = torch.cuda.CUDAGraph(keep_graph=True)
+            try:
+                return captured(bucket, graph)
+            except BaseException:
+                # An interrupt may come between a capture's beginning and torch's noting it, or the like of a stream.
+                with torch.cuda.stream(stream):
+                    if torch.cuda.is_current_stream_capturing():
+                        with suppress(RuntimeError):
+                            graph.capture_end()
+                        self._leave_pool(graph)
+                torch.cuda.set_stream(around)
+                raise
+
+        def captured(bucket: int, graph: torch.cuda.CUDAGraph) -> tuple[torch.cuda.CUDAGraph, Outputs]:
             # Libraries plan, allocate workspaces and load kernels at their first call, which no graph can hold.
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):
@@ -155,7 +170,6 @@ class GraphRunner:
             torch.cuda.synchronize(self._device)
             # The workspaces that the warm-up made are torch's, which may drop them; captured ones are the pool's.
             torch._C._cuda_clearCublasWorkspaces()
-            graph = torch.cuda.CUDAGraph(keep_graph=True)
             try:
                 # Other threads may make driver calls meanwhile: only this one is held to what capture allows. Where a
                 # capture fails, torch leaves its stream the current one; the outer context does not.
