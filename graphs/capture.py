@@ -21,8 +21,8 @@ _failed: list[torch.cuda.CUDAGraph] = []
 def collector_off() -> Iterator[None]:
     """Disable garbage collection: a collection that frees an older graph during a capture would end the capture."""
     was_on = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if was_on:
@@ -64,6 +64,21 @@ class GraphCapture:
         return graph, outputs[0]
 
     def _capture_cuda(self, step: Callable[[], Outputs], lanes: int) -> tuple[torch.cuda.CUDAGraph, Outputs]:
+        around = torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        try:
+            return graph, self._capture_into(graph, step, lanes)
+        except BaseException:
+            # An interrupt may come after a capture has begun and before torch notes it; the same holds for a stream.
+            with torch.cuda.stream(self._stream):
+                if torch.cuda.is_current_stream_capturing():
+                    with suppress(RuntimeError):
+                        graph.capture_end()
+                    self._leave_pool(graph)
+            torch.cuda.set_stream(around)
+            raise
+
+    def _capture_into(self, graph: torch.cuda.CUDAGraph, step: Callable[[], Outputs], lanes: int) -> Outputs:
         stream = self._stream
         # Libraries plan, allocate workspaces and load kernels at their first call, which a graph cannot hold.
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -72,7 +87,6 @@ class GraphCapture:
         torch.cuda.synchronize(self._device)
         # torch may drop the cuBLAS workspaces of the warm-up; those made during the capture belong to the pool.
         torch._C._cuda_clearCublasWorkspaces()
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
         try:
             # "thread_local": other threads may call the driver meanwhile. The outer stream context restores the
             # current stream after a failed capture, which torch does not.
@@ -90,7 +104,7 @@ class GraphCapture:
                 f"the step for {lanes} lanes cannot be captured: {reason}; it may not read the device from the "
                 "host, allocate outside torch, or change streams"
             ) from error
-        return graph, outputs
+        return outputs
 
     def _leave_pool(self, failed: torch.cuda.CUDAGraph) -> None:
         """Use another pool from now on: torch counts a failed capture as running and gives its pool to no other."""

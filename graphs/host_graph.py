@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from trtllm_vattn.errors import CaptureError
+from trtllm_vattn.vmm.tensors import inference
 
 _aten = torch.ops.aten
 _INDEXED = {
@@ -121,8 +122,6 @@ def _refuse_data_dependent(operation: Any, args: tuple[Any, ...], kwargs: dict[s
 class HostGraph:
     """A recorded step; `replay()` runs it again at the same addresses."""
 
-    _capturing = False
-
     def __init__(self, records: list[Record], static: list[torch.Tensor]) -> None:
         self._records: list[Record] | None = records
         self._static = [(tensor, tensor.data_ptr()) for tensor in static]
@@ -145,14 +144,16 @@ class HostGraph:
             The step does what a CUDA graph cannot hold; the message names the operation.
         """
         static = list(static)
-        if HostGraph._capturing:
+        around = _get_current_dispatch_mode_stack()
+        if any(isinstance(mode, _Recorder) for mode in around):
             raise CaptureError("a capture is under way; captures do not nest")
-        HostGraph._capturing = True
         try:
             with _Recorder(static) as recorder:
                 step()
         finally:
-            HostGraph._capturing = False
+            # An interrupt may come between a mode's beginning and torch's noting it: nothing is recorded for ever.
+            while len(_get_current_dispatch_mode_stack()) > len(around):
+                _pop_mode()
         return cls(recorder.records, static)
 
     def __len__(self) -> int:
@@ -184,8 +185,8 @@ class HostGraph:
                     f"{operation} was captured with a storage at {address:#x}, which has moved to "
                     f"{storage.data_ptr():#x}; do not resize what a captured step uses, or capture it again"
                 )
-        # A capture in inference mode makes inference tensors, which may be written in that mode only.
-        with torch.inference_mode():
+        # Inference tensors, which a capture in inference mode makes, may be written in inference mode only.
+        with inference():
             for record in self._records:
                 record.run()
 

@@ -20,25 +20,29 @@ THOROUGH = bool(os.environ.get("VATTN_THOROUGH"))
 """Whether tests interrupt at every instruction, not at every so manieth (VATTN_THOROUGH=1 in the environment)."""
 
 
-class _Tracer:
-    """Counts instructions and raises at number `at`, once."""
+def nowhere(frame: FrameType) -> bool:
+    return False
 
-    def __init__(self, at: int | None) -> None:
-        self.at, self.seen = at, 0
+
+class _Tracer:
+    """Counts instructions and raises at number `at`, once; but not where `spared` says so of a frame."""
+
+    def __init__(self, at: int | None, spared: Callable[[FrameType], bool]) -> None:
+        self.at, self.seen, self.spared = at, 0, spared
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(PLACES):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode":
+        if event == "opcode" and not self.spared(frame):
             if self.seen == self.at:
                 raise KeyboardInterrupt
             self.seen += 1
         return self
 
 
-def _traced(call: Callable[[], object], at: int | None) -> int:
-    tracer = _Tracer(at)
+def _traced(call: Callable[[], object], at: int | None, spared: Callable[[FrameType], bool]) -> int:
+    tracer = _Tracer(at, spared)
     before = sys.gettrace()
     sys.settrace(tracer)
     try:
@@ -48,18 +52,23 @@ def _traced(call: Callable[[], object], at: int | None) -> int:
     return tracer.seen
 
 
-def instructions_of(call: Callable[[], object]) -> int:
+def instructions_of(call: Callable[[], object], spared: Callable[[FrameType], bool] = nowhere) -> int:
     """How many instructions of the package a call runs in this thread."""
-    return _traced(call, None)
+    return _traced(call, None, spared)
 
 
-def interrupt_at(number: int, call: Callable[[], object]) -> bool:
+def interrupt_at(number: int, call: Callable[[], object], spared: Callable[[FrameType], bool] = nowhere) -> bool:
     """Make a call and raise KeyboardInterrupt in it before instruction `number`, from 0 on; whether it came so far.
 
     Whatever else the call raises is raised.
+
+    Parameters
+    ----------
+    spared : callable
+        Of frames whose present instruction is not counted, where Python runs no signal handler.
     """
     try:
-        _traced(call, number)
+        _traced(call, number, spared)
     except KeyboardInterrupt:
         return True
     return False

@@ -225,8 +225,8 @@ SIZES = {key: SHAPES["tiny-llama"][key] for key in SHAPES["tiny-llama"] if key !
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("gemma2", {"sliding_window": 4096}, "Gemma2Attention asks for attention with softcap"),
-        ("stablelm", {}, "StableLmForCausalLM computes attention by its own code"),
+        ("gemma2", {"sliding_window": 4096}, "layer 0 asks for attention with softcap = 50.0"),
+        ("stablelm", {}, "StableLmForCausalLM .* is not served: it computes attention by its own code"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -237,8 +237,8 @@ SIZES = {key: SHAPES["tiny-llama"][key] for key in SHAPES["tiny-llama"] if key !
 def test_attention_that_is_not_computed_here_is_refused(kind: str, options: dict[str, Any], message: str) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **options}), dtype=torch.float32)
     with (
-        make_cache("contiguous", shape_of(model, 2, 64), "cpu") as cache,
         pytest.raises(ConfigError, match=message),
+        make_cache("contiguous", shape_of(model, 2, 64), "cpu") as cache,
         Engine(model, cache, compile=False, capture=False) as engine,
     ):
         engine.generate([[1, 2, 3]], SamplingParams(2))

@@ -21,7 +21,7 @@ from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.request import TokenEvent
-from trtllm_vattn.runtime.sampling import NO_TOKEN, SamplingParams, choose
+from trtllm_vattn.runtime.sampling import SamplingParams, choose
 
 BAD = 500
 """Its embedding is NaN or infinite: the first pass over it has no finite logits."""
@@ -95,7 +95,7 @@ def test_a_prompt_without_finite_logits_ends_alone(device: str, way: str, temper
             got = by_request(list(engine.run()))
             assert [tokens_of(got[number]) for number in numbers] == wanted(device)
             (end,) = got[bad]
-            assert (end.token, end.finish_reason, end.index) == (NO_TOKEN, "error", 0)
+            assert (end.token, end.finish_reason, end.index) == (None, "error", 0)
             assert end.error is not None
             assert end.error.startswith(f"request {bad}: its logits are NaN or infinite")
             assert engine.cache.stats().sequences == 0
@@ -128,7 +128,7 @@ def test_logits_that_become_nan_while_decoding_end_one_request(device: str, way:
         with torch.no_grad():
             weights[alone.tokens[at]] = kept
         assert [tokens_of(got[number]) for number in numbers] == wanted(device)[:2]
-        assert tokens_of(got[bad]) == [*alone.tokens[: at + 1], NO_TOKEN]
+        assert tokens_of(got[bad]) == [*alone.tokens[: at + 1], None]
         assert got[bad][-1].finish_reason == "error"
         assert engine.cache.stats().sequences == 0
         assert [done.tokens for done in engine.generate(PROMPTS, PARAMS)] == wanted(device)

@@ -77,30 +77,24 @@ class PrefillStep:
 
 
 class _Current(threading.local):
-    """The steps of the forward passes under way in a thread; none between passes."""
+    """The step of the forward pass under way in a thread; None between passes."""
 
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
+    step: Step | None = None
 
 
 _current = _Current()
 
 
-@contextmanager
-def _running(step: Step) -> Iterator[None]:
-    step.attention.begin_step()
-    _current.steps.append(step)
-    try:
-        yield
-    finally:
-        _current.steps.pop()
+def end_pass() -> None:
+    """No forward pass is under way in this thread, whatever one that was interrupted has left."""
+    _current.step = None
 
 
 def current_step() -> Step:
     """The step of the forward pass under way. Raises ConfigError outside of one."""
-    if not _current.steps:
+    if _current.step is None:
         raise ConfigError("this model is bound to a trtllm_vattn cache; run it through its Engine")
-    return _current.steps[-1]
+    return _current.step
 
 
 class BoundCache(Cache):  # type: ignore[misc]
@@ -349,11 +343,17 @@ def bind(model: PreTrainedModel, shape: CacheShape | None = None) -> float | Non
         before = config._attn_implementation
         try:
             scale = attention_scale(model, shape or shape_of(model, 1, TOKENS), BoundCache())
+            _point_at_ours(model)
         except BaseException:
             model.set_attn_implementation(before)
             raise
     else:
         scale = scale_of(model)
+        _point_at_ours(model)
+    return scale
+
+
+def _point_at_ours(model: PreTrainedModel) -> None:
     AttentionInterface.register(ATTENTION_NAME, attend)
     model.set_attn_implementation(ATTENTION_NAME)
     for module in model.modules():
@@ -361,7 +361,6 @@ def bind(model: PreTrainedModel, shape: CacheShape | None = None) -> float | Non
             # A number would be compiled in, and every layer compiled again.
             module.vattn_layer = torch.tensor(module.layer_idx, device="cpu")
     model.eval()
-    return scale
 
 
 def forward(
@@ -378,14 +377,19 @@ def forward(
     and the model is the same for both.
     """
     keep = {} if last is None else {"logits_to_keep": last}
-    with _running(step), _products_by_cublas_lt(tokens.device):
-        output = model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            past_key_values=BoundCache(),
-            use_cache=True,
-            **keep,
-        )
+    try:
+        _current.step = step
+        step.attention.begin_step()
+        with _products_by_cublas_lt(tokens.device):
+            output = model(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                past_key_values=BoundCache(),
+                use_cache=True,
+                **keep,
+            )
+    finally:
+        _current.step = None
     logits: torch.Tensor = output.logits[0]
     return logits
 

@@ -159,6 +159,8 @@ class DecodeBatch:
         # Two launches' tokens, and a row with the count of steps.
         self._out = torch.zeros(2 * steps + 1, lanes, dtype=torch.int64, device=device)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._left: torch.cuda.Stream | None = None
+        """The caller's stream, while another is the current one."""
         self._go = torch.zeros(1, dtype=torch.int32, device=device)
         self.lane_of: dict[int, int] = {}
         self._changed = True
@@ -271,6 +273,17 @@ class DecodeBatch:
         self.slots[lane] = self.attention.cache.dummy_slot
         self._stops[:, lane] = -1
 
+    def clear(self) -> None:
+        """Take all lanes away, whatever became of a call that was interrupted, and forget what was launched. The device
+        is done with it."""
+        self._under_way.clear()
+        self.lane_of.clear()
+        self._params.clear()
+        self._host.numpy()[:] = 0
+        self.slots[:] = self.attention.cache.dummy_slot
+        self._stops[:] = -1
+        self._changed = True
+
     def lengths_after(self, steps: int) -> np.ndarray:
         """Lengths by slot, int64 ``[num_slots]``, once so many steps were taken; 0 where there is no lane."""
         ends: np.ndarray = np.minimum(self.lengths + (steps - 1), self.limits)
@@ -329,13 +342,22 @@ class DecodeBatch:
         out = self._out[:, :bucket]
         if self._copies is None:
             return out, None
-        self._copies.wait_stream(torch.cuda.current_stream(out.device))
+        stream = torch.cuda.current_stream(out.device)
+        self._copies.wait_stream(stream)
+        self._left = stream
         with torch.cuda.stream(self._copies):
             copy = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
             copy.copy_(out, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
+        self._left = None
         return copy, arrived
+
+    def return_to_stream(self) -> None:
+        """Make the stream the current one again that a launch was interrupted on."""
+        if self._left is not None:
+            torch.cuda.set_stream(self._left)
+            self._left = None
 
     @property
     def bucket(self) -> int:

@@ -97,9 +97,9 @@ _current = _Current()
 
 @contextmanager
 def _recording(marked: bool) -> Iterator[Recorder]:
-    _current.recorder = Recorder(marked)
     try:
-        yield _current.recorder
+        _current.recorder = recorder = Recorder(marked)
+        yield recorder
     finally:
         _current.recorder = None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from time import perf_counter
@@ -17,11 +19,11 @@ from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import CACHES, make_cache
-from trtllm_vattn.errors import ConfigError, EngineClosed, OutOfPages
+from trtllm_vattn.errors import CacheInterrupted, ConfigError, EngineClosed, OutOfPages, VattnError, WrongProcess
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.runtime.beside import MappingBeside
-from trtllm_vattn.runtime.binding import bind, check_fit, shape_of
+from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, shape_of
 from trtllm_vattn.runtime.checkpoint import end_of_text
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
@@ -54,6 +56,8 @@ from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.values import described, finite, shown, truth, whole
 from trtllm_vattn.vmm.open import open_driver
+from trtllm_vattn.vmm.tensors import finish, inference
+from trtllm_vattn.vmm.uninterrupted import drain
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -66,8 +70,40 @@ UNUSUAL = 509
 kernels are tuned by it, which with few tokens would all seem alike."""
 
 
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+class _Changing:
+    """Context of what changes an engine's books: where it is left half done, the next call recovers before it begins.
+
+    An error of this library is raised before or after a change, never in the middle of one, but for `CacheInterrupted`.
+    Anything else may come from anywhere: an interrupt, or torch in the middle of a launch.
+    """
+
+    __slots__ = ("_engine",)
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = weakref.ref(engine)
+
+    def __enter__(self) -> None:
+        engine = self._engine()
+        assert engine is not None
+        engine._interrupted = engine._attention = True
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None or (issubclass(kind, VattnError) and kind is not CacheInterrupted):
+            engine = self._engine()
+            assert engine is not None
+            engine._interrupted = engine._attention = False
+
+
 class Engine:
     """Runs requests over a model and a cache. Not thread-safe; used from one stream.
+
+    Whatever interrupts a call (KeyboardInterrupt, at any instruction), the next one goes on: requests keep the tokens
+    they have, are prefilled again where their memory's state is not known, and each token comes once. An interrupted
+    `submit` queued nothing, an interrupted `close` is called again. An engine that is dropped without `close()` gives
+    everything back, with a ResourceWarning of its cache. A forked child's calls raise WrongProcess.
 
     Parameters
     ----------
@@ -157,6 +193,9 @@ class Engine:
         self._vocab_size: int = config.vocab_size
         self._end_of_text = end_of_text(model)
         self.attention = make_attention(attention, cache, config.num_attention_heads, scale)
+        self._process = os.getpid()
+        self._attention = self._interrupted = False
+        self._changing = _Changing(self)
         self._prefilled = 0
         self._read_at = 0.0
         self._events: list[TokenEvent] = []
@@ -165,7 +204,7 @@ class Engine:
         self._closed = False
         self.startup = StartupReport()
         compiling = cache.device.type == "cuda" if compile is None else compile
-        with torch.inference_mode(), naming(model):
+        with inference(), naming(model):
             started = perf_counter()
             wrap = compile_model(model) if compiling else as_it_is
             self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
@@ -183,6 +222,7 @@ class Engine:
         compaction = Compaction(cast(KVCacheManager, cache), self.startup.decode.replay_s) if movable else None
         self.scheduler = Scheduler(cache, self.decode, compaction, chunk, self._fail)
         self.pipeline = Pipeline(self.scheduler, steps, one_by_one=loop or record_margins)
+        _engines.add(self)
 
     @classmethod
     def from_pretrained(
@@ -278,7 +318,8 @@ class Engine:
             except OutOfPages:
                 if not self.scheduler.holders:
                     raise
-                self.scheduler.preempt_youngest()
+                with self._changing:
+                    self.scheduler.preempt_youngest()
         self.startup.budget_bytes = budget
 
     # -- requests --------------------------------------------------------------------------------------------------
@@ -303,14 +344,18 @@ class Engine:
         SequenceTooLong
             It can never fit the slot or the budget; nothing is queued.
         """
+        self._check_open()
         if not self.busy:  # it costs as much as there are weights
             self.weights.require_in_place()
         request = self._request(prompt, params, forced)
-        self.scheduler.add(request)
-        return request.id
+        try:
+            self.scheduler.add(request)
+            return request.id
+        except BaseException:
+            self.scheduler.drop(request)
+            raise
 
     def _request(self, prompt: object, params: object, forced: object = None, silent: bool = False) -> Running:
-        self._check_open()
         if forced is not None and self.steps > 1:
             raise ConfigError(f"tokens are forced in single steps; this engine takes {self.steps} a launch, make it 1")
         return make_request(
@@ -327,19 +372,57 @@ class Engine:
         known = self.scheduler.requests.get(number)
         if known is None and all(event.request != number for event in self._events):
             raise ConfigError(f"no request {number} is waiting or running")
-        self._events = [event for event in self._events if event.request != number]
-        if known is not None:
-            self.scheduler.end(known)
-        self.scheduler.release_ended()
+        with self._changing:
+            if known is not None:
+                self.scheduler.end(known)
+            # Behind the end: no token of a request that goes on is lost.
+            self._events = [event for event in self._events if event.request != number]
+            self.scheduler.release_ended()
 
     def _check_open(self) -> None:
+        if self._attention:
+            self._attend()
+
+    def _attend(self) -> None:
+        """Look closer, before a call begins: at whose engine it is, whether it is closed, what became of the last."""
+        self._check_process()
         if self._closed:
             raise EngineClosed("this engine is closed; build another")
+        if self._interrupted:
+            self._recover()
+        self._attention = False
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise WrongProcess(f"this engine was made in process {self._process}; make one in this process")
+
+    def _recover(self) -> None:
+        """Begin anew with what requests' records say, after a call that was interrupted. May be interrupted itself.
+
+        An event that was put to the others has its token put to the output; what else was half done is forgotten, and
+        who has not ended waits to be prefilled with the tokens it has.
+        """
+        drain()
+        self.decode.return_to_stream()
+        finish(str(self.cache.device))
+        end_pass()
+        self.pipeline.forget()
+        self.decode.clear()
+        self.cache.reset()
+        self.scheduler.begin_anew()
+        for event in self._events:
+            request = self.scheduler.requests.get(event.request)
+            if request is not None and (event.index == len(request.chosen) or event.finish_reason):
+                self._note(request, event)
+        # What `generate` was called for is nobody's any more.
+        for request in [request for request in self.scheduler.requests.values() if request.silent]:
+            self.scheduler.drop(request)
+        self._interrupted = False
 
     @property
     def busy(self) -> bool:
         """Whether any request is not finished, or has events that nobody took yet."""
-        return bool(self.scheduler.requests or self.scheduler.ended or self._events)
+        return bool(self.scheduler.requests or self.scheduler.ended or self._events or self._interrupted)
 
     @property
     def prefilling(self) -> bool:
@@ -373,13 +456,21 @@ class Engine:
                 while any(request.finish_reason is None for request in requests):
                     self._step()
                     bar.update(sum(request.finish_reason is not None for request in requests) - bar.n)
-            self.scheduler.release_ended()
+            with self._changing:
+                self.scheduler.release_ended()
         except BaseException:
-            for request in requests:
-                self.scheduler.end(request)
-            self.scheduler.release_ended()
+            self._drop_silent()
             raise
         return [request.completion() for request in requests]
+
+    def _drop_silent(self) -> None:
+        """Forget what `generate` was called for. What fails in that is tried again by the next call, so that the error
+        or interrupt that led here is the one raised."""
+        self._interrupted = self._attention = True
+        try:
+            self._attend()
+        except Exception as error:
+            logger.warning("taking the memory of requests that failed is tried again by the next call: %s", error)
 
     def run(self) -> Iterator[TokenEvent]:
         """Step until no request is left, streaming tokens as they come; more may be submitted meanwhile.
@@ -392,7 +483,7 @@ class Engine:
 
     def _stream(self) -> Iterator[TokenEvent]:
         while self.busy or self._closed:
-            if not self._events:
+            if not self._events or self._attention:
                 self._step()
                 continue
             # Between these two there is no call, so that no interrupt comes between them.
@@ -414,20 +505,23 @@ class Engine:
         events, self._events = self._events, []
         return events
 
-    @torch.inference_mode()
     def _step(self) -> None:
         """One step; its events are put to the others."""
         self._check_open()
         self.weights.require_current()
-        self._mapping.before_step()
-        self.scheduler.release_ended()
-        self.scheduler.admit()
-        if not self.pipeline.running:
-            self.scheduler.compact()
-        self._prefilled = 0
-        for half in (self._prefill, self._decode):
-            half()
+        with inference(), self._changing:
+            self._mapping.before_step()
             self.scheduler.release_ended()
+            self.scheduler.admit()
+            if not self.pipeline.running:
+                self.scheduler.compact()
+            self._prefilled = 0
+            self._prefill()
+            self.scheduler.release_ended()
+            record = self._decode()
+            self.scheduler.release_ended()
+        if record is not None and self.observer is not None:
+            self.observer(record)
 
     def _prefill(self) -> None:
         chunks = self.scheduler.next_chunks()
@@ -459,19 +553,22 @@ class Engine:
             return [self._choose([request], logits[i : i + 1])[0] for i, request in enumerate(requests)]
         return [token if good else NO_TOKEN for token, good in zip(tokens, there, strict=True)]
 
-    def _decode(self, drain: bool = False) -> None:
-        """A launch's tokens, of the next one or of one that is under way (`drain`)."""
+    def _decode(self, drain: bool = False) -> StepRecord | None:
+        """A launch's tokens, of the next one or of one that is under way (`drain`); None where there is none."""
         running = self.scheduler.decoding
         if not running:
             self.pipeline.forget()
-            return
+            return None
         started = self._read_at if self.pipeline.running else perf_counter()
         launch = self.pipeline.drain() if drain else self.pipeline.start()
         if launch is None:
-            return
+            return None
         ahead = self._mapping.beside_step()
         waited = perf_counter()
+        # Nothing is half done while the device is waited for, which is where an interrupt mostly comes.
+        self._interrupted = False
         rows = launch.read()
+        self._interrupted = True
         waited = perf_counter() - waited
         if self.loop:
             # The device went no further than memory reached.
@@ -489,8 +586,7 @@ class Engine:
         for request in running.values():
             if request.forced is not None:
                 self.scheduler.decode_next(request)
-        if self.observer is not None:
-            self.observer(StepRecord(lanes, len(rows), self._prefilled, wall_s, self.pipeline.kv_s, ahead, waited))
+        return StepRecord(lanes, len(rows), self._prefilled, wall_s, self.pipeline.kv_s, ahead, waited)
 
     def _settle(self, requests: list[Running], chosen: Sequence[int | str], apart: list[float] | None) -> None:
         """Append each request's token; those that end with it leave, who is new takes part in the next launch. Who has
@@ -502,14 +598,19 @@ class Engine:
             event = request.event(token, apart[i] if apart else None, self.weights.version)
             if not request.silent:
                 self._events += [event]
-            # Once for each token, also where an interrupt kept the token from the output.
-            request.weights_versions[len(request.chosen) :] = [self.weights.version]
-            request.chosen += [token]
-            if event.finish_reason:
-                request.finish_reason = event.finish_reason
-                self.scheduler.end(request)
-            elif request.slot not in self.scheduler.decoding:
+            self._note(request, event)
+            if not event.finish_reason and request.slot not in self.scheduler.decoding:
                 self.scheduler.decode_next(request)
+
+    def _note(self, request: Running, event: TokenEvent) -> None:
+        """What an event says becomes part of the request's record; it ends, where the event is its last. Of its newest
+        event it may be done again, where it was interrupted."""
+        if event.token is not None:
+            request.weights_versions[event.index :] = [event.weights_version]
+            request.chosen[event.index :] = [event.token]
+        if event.finish_reason:
+            request.error, request.finish_reason = event.error, event.finish_reason
+            self.scheduler.end(request)
 
     def _fail(self, request: Running, message: str) -> None:
         """End a request with an error; its slot is taken by `Scheduler.release_ended`."""
@@ -520,8 +621,7 @@ class Engine:
         event = request.end_event(reason, message, self.weights.version)
         if not request.silent:
             self._events += [event]
-        request.error, request.finish_reason = event.error, reason
-        self.scheduler.end(request)
+        self._note(request, event)
 
     def audit(self) -> AuditReport:
         """Whose the addresses are that all captured graphs hold. Raises CaptureError where nothing is captured."""
@@ -580,28 +680,38 @@ class Engine:
         self._check_open()
         update = self.weights.check(named_tensors, manifest, partial)
         self._drain()
-        if running == "restart":
-            self.scheduler.preempt_all()
-        elif running == "abort":
-            for request in list(self.scheduler.requests.values()):
-                self._end_without_token(request, "abort", None)
-            self.scheduler.release_ended()
+        with self._changing:
+            if running == "restart":
+                self.scheduler.preempt_all()
+            elif running == "abort":
+                for request in list(self.scheduler.requests.values()):
+                    self._end_without_token(request, "abort", None)
+                self.scheduler.release_ended()
         return self.weights.write(update)
 
-    @torch.inference_mode()
     def _drain(self) -> None:
         """Take the tokens of all launches under way."""
         self._prefilled = 0
         while self.pipeline.running:
-            self._decode(drain=True)
-        self.scheduler.release_ended()
+            with inference(), self._changing:
+                record = self._decode(drain=True)
+                self.scheduler.release_ended()
+            if record is not None and self.observer is not None:
+                self.observer(record)
 
     # -- ending ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Drop all requests, the graphs, and the cache. Idempotent; every other call raises EngineClosed then. Raises
-        what failed beside the last step, closed."""
-        self._closed = True
+        """Drop all requests, the graphs, and the cache. Idempotent, and where it raised or was interrupted, calling it
+        again goes on; every other call raises EngineClosed then. Raises what failed beside the last step, closed."""
+        if self._attention:
+            self._check_process()
+            drain()
+            if self._interrupted:
+                self.decode.return_to_stream()
+                end_pass()
+        self._attention = self._closed = True
+        self._interrupted = False
         self._events = []
         self.scheduler.clear()
         with ExitStack() as all_of_it:
@@ -616,3 +726,12 @@ class Engine:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _refuse_in_child() -> None:
+    """What a forked child inherits is its parent's: the next call of it finds out."""
+    for engine in _engines:
+        engine._attention = True
+
+
+os.register_at_fork(after_in_child=_refuse_in_child)

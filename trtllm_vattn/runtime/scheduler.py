@@ -206,6 +206,22 @@ class Scheduler:
             self.prefilling.remove(request)
         self.leave(request)
 
+    def drop(self, request: Running) -> None:
+        """Forget a request that waits."""
+        self.requests.pop(request.id, None)
+        self.waiting.remove(request)
+
+    def begin_anew(self) -> None:
+        """Have all requests wait, in their order, for nobody holds a slot any more. Begins from any state; only which
+        requests there are and what they have in their records has to be right."""
+        self.waiting.clear()
+        self.prefilling.clear()
+        self.decoding.clear()
+        self.ended.clear()
+        for _, request in sorted(self.requests.items()):
+            request.slot, request.prefilled = -1, 0
+            self.waiting.append(request)
+
     def clear(self) -> None:
         """Forget all requests."""
         self.requests.clear()

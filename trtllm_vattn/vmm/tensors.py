@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -163,6 +163,13 @@ def on_stream(stream: torch.cuda.Stream | None, call: Callable[..., T], *argumen
     """Make a call with torch launching on this stream, in whatever thread."""
     with torch.cuda.stream(stream) if stream is not None else nullcontext():
         return call(*arguments)
+
+
+def inference() -> AbstractContextManager[object]:
+    """A context in inference mode. Entering or leaving it is one operation for signals; in `torch.inference_mode`,
+    which is written in Python, an interrupt may come in between, and the mode stay on."""
+    guard: AbstractContextManager[object] = torch._C._InferenceMode(True)
+    return guard
 
 
 def current_stream(device: torch.device | str) -> int:
