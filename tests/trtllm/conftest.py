@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from trtllm_shape import DOUBLE, SHAPE, VERSIONS
+from trtllm_shape import FAKE, SHAPE, VERSIONS
 
 from trtllm_vattn.trtllm import uninstall
 from trtllm_vattn.trtllm.config import TrtllmConfig
@@ -25,14 +25,14 @@ def series() -> str:
 
 
 @pytest.fixture
-def double(monkeypatch: pytest.MonkeyPatch, series: str) -> Iterator[SimpleNamespace]:
+def fake(monkeypatch: pytest.MonkeyPatch, series: str) -> Iterator[SimpleNamespace]:
     """The stand-in's modules, freshly imported; nothing of it is left behind.
 
     Its kernels are the host's, so managers that it leads to are over the host driver on any machine.
     """
     monkeypatch.setattr("trtllm_vattn.trtllm.manager.open_driver", lambda device: open_driver("cpu"))
-    monkeypatch.setenv("TRTLLM_DOUBLE_VERSION", VERSIONS[series])
-    sys.path.insert(0, str(DOUBLE))
+    monkeypatch.setenv("TRTLLM_FAKE_VERSION", VERSIONS[series])
+    sys.path.insert(0, str(FAKE))
     inner = "_torch.pyexecutor."
     names = ("bindings", f"{inner}resource_manager", f"{inner}py_executor", f"{inner}_util")
     try:
@@ -40,20 +40,20 @@ def double(monkeypatch: pytest.MonkeyPatch, series: str) -> Iterator[SimpleNames
         yield SimpleNamespace(bindings=bindings, managers=managers, executor=executor, util=util)
     finally:
         uninstall()
-        sys.path.remove(str(DOUBLE))
+        sys.path.remove(str(FAKE))
         for name in [name for name in sys.modules if name.partition(".")[0] == "tensorrt_llm"]:
             del sys.modules[name]
 
 
 @pytest.fixture
-def make(double: SimpleNamespace, host_driver: HostDriver) -> Iterator[Callable[..., Any]]:
+def make(fake: SimpleNamespace, host_driver: HostDriver) -> Iterator[Callable[..., Any]]:
     """Makes fixed-address managers over the host driver, shut down at the end."""
     made = []
 
     def build(config: TrtllmConfig | None = None, cache_config: Any = None, **shape: Any) -> Any:
-        kind = make_manager(double.managers.KVCacheManager, config, lambda: host_driver)
-        arguments = {**SHAPE, "mapping": double.managers.Mapping(), "dtype": double.bindings.DataType.FLOAT, **shape}
-        manager = kind(cache_config or double.managers.KvCacheConfig(), double.bindings.CacheType.SELF, **arguments)
+        kind = make_manager(fake.managers.KVCacheManager, config, lambda: host_driver)
+        arguments = {**SHAPE, "mapping": fake.managers.Mapping(), "dtype": fake.bindings.DataType.FLOAT, **shape}
+        manager = kind(cache_config or fake.managers.KvCacheConfig(), fake.bindings.CacheType.SELF, **arguments)
         made.append(manager)
         return manager
 

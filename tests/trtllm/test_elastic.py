@@ -18,66 +18,66 @@ BUDGET = 300_000
 
 
 @pytest.fixture
-def executor(make: Make, double: SimpleNamespace) -> Any:
+def executor(make: Make, fake: SimpleNamespace) -> Any:
     """With a budget of its own, in force after warm-up."""
     manager = make(TrtllmConfig(budget=BUDGET))
-    made = double.executor.PyExecutor(manager, 4, 128)
-    manager.vattn_size()
+    made = fake.executor.PyExecutor(manager, 4, 128)
+    manager.vattn.set_initial_budget()
     return made
 
 
-def submit(executor: Any, double: SimpleNamespace, count: int, first: int = 0, seed: int = 1) -> None:
+def submit(executor: Any, fake: SimpleNamespace, count: int, first: int = 0, seed: int = 1) -> None:
     choose = random.Random(seed)
     for number in range(first, first + count):
-        executor.submit(double.managers.LlmRequest(number, choose.randint(10, 70), choose.randint(5, 50)))
+        executor.submit(fake.managers.LlmRequest(number, choose.randint(10, 70), choose.randint(5, 50)))
 
 
 def healthy(executor: Any) -> None:
     assert executor.wrong == []
-    executor.manager._vattn_pages.cache.check_integrity()
+    executor.manager.vattn.cache.check_integrity()
 
 
 def held(executor: Any) -> int:
-    return int(executor.manager._vattn_pages.cache.stats().held_bytes)
+    return int(executor.manager.vattn.cache.stats().held_bytes)
 
 
 def test_the_scheduler_is_told_what_the_budget_backs(executor: Any) -> None:
     manager = executor.manager
-    backed = manager._vattn_pages.blocks_in(BUDGET)
-    assert 8 <= backed < manager._vattn_total
+    backed = manager.vattn.slots.blocks_backed_by(BUDGET)
+    assert 8 <= backed < manager.vattn.total_blocks
     assert manager.get_num_free_blocks() == manager.get_max_resource_count() == backed
     assert manager.get_kv_cache_stats().max_num_blocks == backed
-    assert manager._vattn_pages.bytes_of(backed) <= BUDGET < manager._vattn_pages.bytes_of(backed + 1)
+    assert manager.vattn.slots.budget_for(backed) <= BUDGET < manager.vattn.slots.budget_for(backed + 1)
 
 
-def test_lowered_while_requests_run_it_is_approached_as_they_end(executor: Any, double: SimpleNamespace) -> None:
+def test_lowered_while_requests_run_it_is_approached_as_they_end(executor: Any, fake: SimpleNamespace) -> None:
     manager = executor.manager
-    submit(executor, double, 12)
+    submit(executor, fake, 12)
     for _ in range(6):
         executor.step()
-    least = manager._vattn_pages.bytes_of(8)
+    least = manager.vattn.slots.budget_for(8)
     in_force = elastic.set_budget(least)
     assert in_force >= least
     seen = []
     while executor.waiting or executor.running:
         executor.step()
         healthy(executor)
-        seen.append(manager._vattn_pages.cache.arena.pool.budget)
+        seen.append(manager.vattn.cache.budget_bytes)
     assert seen[-1] == least >= held(executor)
     assert sorted(seen, reverse=True)[0] <= BUDGET
     assert len(executor.finished) == 12
     assert manager.get_max_resource_count() == 8
 
 
-def test_raised_it_serves_more_at_once(make: Make, double: SimpleNamespace) -> None:
+def test_raised_it_serves_more_at_once(make: Make, fake: SimpleNamespace) -> None:
     manager = make(TrtllmConfig(budget=BUDGET))
-    executor = double.executor.PyExecutor(manager, 4, 128)
-    manager.vattn_size()
-    elastic.set_budget(manager._vattn_pages.bytes_of(8))
-    submit(executor, double, 1, seed=3)
+    executor = fake.executor.PyExecutor(manager, 4, 128)
+    manager.vattn.set_initial_budget()
+    elastic.set_budget(manager.vattn.slots.budget_for(8))
+    submit(executor, fake, 1, seed=3)
     executor.run()
     for number in range(1, 5):
-        executor.submit(double.managers.LlmRequest(number, 60, 30))
+        executor.submit(fake.managers.LlmRequest(number, 60, 30))
     together = [executor.step() for _ in range(3)]
     assert max(together) == 1
     elastic.set_budget(2 * BUDGET)
@@ -87,17 +87,17 @@ def test_raised_it_serves_more_at_once(make: Make, double: SimpleNamespace) -> N
     assert max(together) > 1
 
 
-def test_released_it_keeps_what_lives_and_grows_again_on_demand(executor: Any, double: SimpleNamespace) -> None:
+def test_released_it_keeps_what_lives_and_grows_again_on_demand(executor: Any, fake: SimpleNamespace) -> None:
     manager = executor.manager
-    submit(executor, double, 5)
+    submit(executor, fake, 5)
     executor.run()
-    assert held(executor) > manager._vattn_pages.least_bytes
-    assert elastic.release() == manager._vattn_pages.least_bytes == held(executor)
+    assert held(executor) > manager.vattn.slots.least_bytes
+    assert elastic.release() == manager.vattn.slots.least_bytes == held(executor)
     # A request that comes takes its memory; nothing is recaptured, no address is another.
     pointers = manager.kv_cache_pool_pointers.tolist()
-    submit(executor, double, 3, first=10)
+    submit(executor, fake, 3, first=10)
     executor.step()
-    assert held(executor) > manager._vattn_pages.least_bytes
+    assert held(executor) > manager.vattn.slots.least_bytes
     elastic.release()
     executor.run()
     healthy(executor)
@@ -105,10 +105,10 @@ def test_released_it_keeps_what_lives_and_grows_again_on_demand(executor: Any, d
     assert manager.kv_cache_pool_pointers.tolist() == pointers
 
 
-def test_budgets_change_all_the_time_and_no_history_is_lost(executor: Any, double: SimpleNamespace) -> None:
+def test_budgets_change_all_the_time_and_no_history_is_lost(executor: Any, fake: SimpleNamespace) -> None:
     manager, choose = executor.manager, random.Random(11)
-    submit(executor, double, 40, seed=7)
-    least = manager._vattn_pages.bytes_of(8)
+    submit(executor, fake, 40, seed=7)
+    least = manager.vattn.slots.budget_for(8)
     steps = 0
     while executor.waiting or executor.running:
         assert executor.step() or steps
@@ -139,37 +139,37 @@ def test_without_a_manager_it_says_where_to_call() -> None:
         elastic.release()
 
 
-def test_ranks_agree_on_the_least_that_one_of_them_backs(make: Make, double: SimpleNamespace) -> None:
-    manager = make(TrtllmConfig(budget=BUDGET), mapping=double.managers.Mapping(world_size=2))
-    mine = manager._vattn_pages.blocks_in(BUDGET)
-    manager.vattn_size()
+def test_ranks_agree_on_the_least_that_one_of_them_backs(make: Make, fake: SimpleNamespace) -> None:
+    manager = make(TrtllmConfig(budget=BUDGET), mapping=fake.managers.Mapping(world_size=2))
+    mine = manager.vattn.slots.blocks_backed_by(BUDGET)
+    manager.vattn.set_initial_budget()
     assert manager.get_max_resource_count() == mine
-    other = make(TrtllmConfig(budget=BUDGET), mapping=double.managers.Mapping(world_size=2))
+    other = make(TrtllmConfig(budget=BUDGET), mapping=fake.managers.Mapping(world_size=2))
     type(other).other_ranks_blocks = mine - 5
-    other.vattn_size()
+    other.vattn.set_initial_budget()
     assert other.get_max_resource_count() == mine - 5
-    assert other._vattn_pages.blocks_in(other._vattn_target) == mine - 5
+    assert other.vattn.slots.blocks_backed_by(other.vattn.target) == mine - 5
 
 
-def test_what_requests_might_still_need_is_not_promised_twice(make: Make, double: SimpleNamespace) -> None:
+def test_what_requests_might_still_need_is_not_promised_twice(make: Make, fake: SimpleNamespace) -> None:
     """A scheduler that overcommits runs more than fits to its end; that is no reason to have more memory."""
     manager = make(TrtllmConfig(budget=110_000))
-    manager.vattn_size()
+    manager.vattn.set_initial_budget()
     backed = manager.get_max_resource_count()
-    batch = [double.managers.LlmRequest(number, 20, 108) for number in range(4)]
-    manager.prepare_resources(double.managers.ScheduledRequests(batch, []))
+    batch = [fake.managers.LlmRequest(number, 20, 108) for number in range(4)]
+    manager.prepare_resources(fake.managers.ScheduledRequests(batch, []))
     assert sum(manager.get_needed_resource_to_completion(request) for request in batch) > backed
     manager.free_resources(batch.pop())
     assert manager.get_max_resource_count() == backed
-    assert manager._vattn_pages.cache.arena.pool.budget == 110_000
+    assert manager.vattn.cache.budget_bytes == 110_000
 
 
-def test_a_dummy_that_grew_leaves_the_count_as_it_was(executor: Any, double: SimpleNamespace) -> None:
+def test_a_dummy_that_grew_leaves_the_count_as_it_was(executor: Any, fake: SimpleNamespace) -> None:
     """As attention data parallelism's dummies do, which take part in steps."""
     manager = executor.manager
     backed, free = manager.get_max_resource_count(), manager.get_num_free_blocks()
     (dummy,) = manager.add_dummy_requests([900], [16], is_gen=True)
-    manager.prepare_resources(double.managers.ScheduledRequests([], [dummy]))
+    manager.prepare_resources(fake.managers.ScheduledRequests([], [dummy]))
     manager.free_resources(dummy)
     assert manager.get_max_resource_count() == backed
     assert manager.get_num_free_blocks() == free

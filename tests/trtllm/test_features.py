@@ -25,8 +25,8 @@ Make = Callable[..., Any]
         ({"max_attention_window": [64, 128]}, "sliding windows"),
     ],
 )
-def test_settings_of_the_cpp_pool(make: Make, double: SimpleNamespace, settings: dict[str, Any], name: str) -> None:
-    config = double.managers.KvCacheConfig(**settings)
+def test_settings_of_the_cpp_pool(make: Make, fake: SimpleNamespace, settings: dict[str, Any], name: str) -> None:
+    config = fake.managers.KvCacheConfig(**settings)
     with pytest.raises(UnsupportedFeature, match=name):
         make(cache_config=config)
 
@@ -48,30 +48,30 @@ def test_arguments(make: Make, arguments: dict[str, Any], name: str) -> None:
         make(**arguments)
 
 
-def test_context_parallelism_and_cache_types(make: Make, double: SimpleNamespace) -> None:
+def test_context_parallelism_and_cache_types(make: Make, fake: SimpleNamespace) -> None:
     with pytest.raises(UnsupportedFeature, match="context parallelism"):
-        make(mapping=double.managers.Mapping(cp_size=2))
+        make(mapping=fake.managers.Mapping(cp_size=2))
     with pytest.raises(UnsupportedFeature, match=r"dtype NVFP4 is not supported.*HALF, BF16, FLOAT, FP8"):
-        make(dtype=double.bindings.DataType.NVFP4)
+        make(dtype=fake.bindings.DataType.NVFP4)
 
 
 def test_reuse_by_default_is_switched_off_and_said(
-    make: Make, double: SimpleNamespace, caplog: pytest.LogCaptureFixture
+    make: Make, fake: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = double.managers.KvCacheConfig()
+    config = fake.managers.KvCacheConfig()
     manager = make(cache_config=config)
     assert (manager.enable_block_reuse, manager.enable_partial_reuse) == (False, False)
     assert config.enable_block_reuse  # the user's own is left alone
     assert "block reuse, on by default, is switched off" in caplog.text
 
 
-def test_a_full_window_is_none(make: Make, double: SimpleNamespace) -> None:
-    assert make(cache_config=double.managers.KvCacheConfig(max_attention_window=[128])).max_seq_len == 128
+def test_a_full_window_is_none(make: Make, fake: SimpleNamespace) -> None:
+    assert make(cache_config=fake.managers.KvCacheConfig(max_attention_window=[128])).max_seq_len == 128
 
 
-def test_other_dtypes_and_a_latent(make: Make, double: SimpleNamespace) -> None:
+def test_other_dtypes_and_a_latent(make: Make, fake: SimpleNamespace) -> None:
     for name in ("HALF", "BF16", "FP8"):
-        manager = make(dtype=getattr(double.bindings.DataType, name))
+        manager = make(dtype=getattr(fake.bindings.DataType, name))
         assert not manager.check_invalid_values_in_kv_cache(fill_with_zero=True)
 
 

@@ -29,12 +29,12 @@ class Machine(RuleBasedStateMachine):
     """An executor with the overlap scheduler, as far as its manager sees it: a step is updated after the next one has
     been prepared, so a request may have been paused, ended or begun again in between."""
 
-    double: SimpleNamespace
+    fake: SimpleNamespace
     driver: HostDriver
 
     @initialize(extra=st.integers(0, 2), attention_dp=st.booleans())
     def begin(self, extra: int, attention_dp: bool) -> None:
-        managers, bindings = self.double.managers, self.double.bindings
+        managers, bindings = self.fake.managers, self.fake.bindings
         kind = make_manager(managers.KVCacheManager, TrtllmConfig(budget=400_000), lambda: self.driver)
         # TensorRT-LLM makes room for drafts beyond the sequence the user may have.
         shape = {**SHAPE, "mapping": managers.Mapping(enable_attention_dp=attention_dp)}
@@ -85,10 +85,10 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.waiting) < 3)
     def submit(self, prompt: int) -> None:
         self.next += 1
-        self.waiting.append(self.double.managers.LlmRequest(self.next, prompt, 50))
+        self.waiting.append(self.fake.managers.LlmRequest(self.next, prompt, 50))
 
     def _prepare(self, drafted: list[int], with_dummies: bool) -> None:
-        managers, states = self.double.managers, self.double.bindings.LlmRequestState
+        managers, states = self.fake.managers, self.fake.bindings.LlmRequestState
         room = SHAPE["max_batch_size"] - len(self.running)
         starting = [self.waiting.pop(0) for _ in range(min(room, len(self.waiting)))]
         going = [each for each in self.running if self._length(each) + 2 * (MOST + 1) <= self.longest]
@@ -115,7 +115,7 @@ class Machine(RuleBasedStateMachine):
         self.running = going + starting
 
     def _length(self, request: Any) -> int:
-        cache = self.manager._vattn_pages.cache
+        cache = self.manager.vattn.cache
         return int(cache.lengths[cache.slot_of(request.py_request_id)])
 
     def _update(self) -> None:
@@ -142,7 +142,7 @@ class Machine(RuleBasedStateMachine):
         request = self.running.pop(index % len(self.running))
         tokens = min(self._length(request), 70)
         self.manager.free_resources(request)
-        request.state = self.double.bindings.LlmRequestState.CONTEXT_INIT
+        request.state = self.fake.bindings.LlmRequestState.CONTEXT_INIT
         request.is_first_context_chunk, request.prompt_len, request.draft_tokens = True, tokens, 0
         self.waiting.append(request)
 
@@ -150,7 +150,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     def end(self, index: int) -> None:
         request = self.running.pop(index % len(self.running))
-        request.state = self.double.bindings.LlmRequestState.GENERATION_COMPLETE
+        request.state = self.fake.bindings.LlmRequestState.GENERATION_COMPLETE
         self.manager.free_resources(request)
         self.manager.free_resources(request)  # Cancelled and finished at once.
 
@@ -158,11 +158,11 @@ class Machine(RuleBasedStateMachine):
     def memory_reaches_as_far_as_the_books(self) -> None:
         if not hasattr(self, "manager"):
             return
-        cache = self.manager._vattn_pages.cache
-        for number in self.manager._vattn_live:
+        cache = self.manager.vattn.cache
+        for number in self.manager.vattn.running:
             slot = cache.slot_of(number)
             assert self.manager.impl._tokens[number] == cache.lengths[slot] <= cache.frontiers[slot]
-        self.manager._vattn_check_frontiers(list(self.manager._vattn_live))
+        self.manager.vattn.check_mapped(list(self.manager.vattn.running))
         cache.check_integrity()
 
     def teardown(self) -> None:
@@ -171,8 +171,8 @@ class Machine(RuleBasedStateMachine):
 
 
 @every
-def test_random_lives(double: SimpleNamespace, host_driver: HostDriver) -> None:
-    machine: Any = type("Life", (Machine,), {"double": double, "driver": host_driver})
+def test_random_lives(fake: SimpleNamespace, host_driver: HostDriver) -> None:
+    machine: Any = type("Life", (Machine,), {"fake": fake, "driver": host_driver})
     case = machine.TestCase
     case.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
     case("runTest").runTest()
@@ -180,13 +180,13 @@ def test_random_lives(double: SimpleNamespace, host_driver: HostDriver) -> None:
 
 
 @pytest.fixture
-def stepped(make: Make, double: SimpleNamespace) -> Any:
+def stepped(make: Make, fake: SimpleNamespace) -> Any:
     """Two requests in the middle of decoding, and a dummy."""
     manager = make(spec_config=drafts(2))
-    executor = double.executor.PyExecutor(manager, manager.max_batch_size, manager.max_seq_len)
-    manager.vattn_size()
+    executor = fake.executor.PyExecutor(manager, manager.max_batch_size, manager.max_seq_len)
+    manager.vattn.set_initial_budget()
     for number in (11, 12):
-        executor.submit(double.managers.LlmRequest(number, 30, 30))
+        executor.submit(fake.managers.LlmRequest(number, 30, 30))
     executor.step()
     executor.step()
     return executor
@@ -217,13 +217,13 @@ def test_books_that_are_ahead_stop_the_step_by_the_requests_name(stepped: Any, w
 
 @every
 def test_a_growth_rule_that_we_do_not_know_is_caught(
-    make: Make, double: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, series: str
+    make: Make, fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, series: str
 ) -> None:
     """As 1.3's was for an adapter of 1.2: books grow by more at every step, and nothing else tells."""
     manager = make()
-    executor = double.executor.PyExecutor(manager, manager.max_batch_size, manager.max_seq_len)
-    manager.vattn_size()
-    executor.submit(double.managers.LlmRequest(5, 20, 60))
+    executor = fake.executor.PyExecutor(manager, manager.max_batch_size, manager.max_seq_len)
+    manager.vattn.set_initial_budget()
+    executor.submit(fake.managers.LlmRequest(5, 20, 60))
     executor.step()
     token = manager.impl.add_token
     monkeypatch.setattr(type(manager.impl), "add_token", lambda self, number: (token(number), token(number)))
@@ -234,10 +234,10 @@ def test_a_growth_rule_that_we_do_not_know_is_caught(
 @every
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
 def test_books_that_fail_amid_a_step_leave_nothing_unbacked_or_held(
-    stepped: Any, double: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, at: int
+    stepped: Any, fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """Some of the batch is in the books by then, and some is not."""
-    manager, requests = stepped.manager, double.managers
+    manager, requests = stepped.manager, fake.managers
     starting = [requests.LlmRequest(number, 20, 5) for number in (21, 22)]
     real, calls = type(manager.impl)._fit, iter(range(100))
 
@@ -250,9 +250,9 @@ def test_books_that_fail_amid_a_step_leave_nothing_unbacked_or_held(
         patch.setattr(type(manager.impl), "_fit", fit)
         with pytest.raises(RuntimeError, match="no free block"):
             manager.prepare_resources(requests.ScheduledRequests(starting, list(stepped.running)))
-    cache = manager._vattn_pages.cache
+    cache = manager.vattn.cache
     for number in (11, 12, 21, 22):
-        assert manager._vattn_pages.holds(number) == (number in manager.impl._ids), number
+        assert manager.vattn.slots.holds(number) == (number in manager.impl._ids), number
         if number in manager.impl._ids:
             assert cache.lengths[cache.slot_of(number)] >= manager.impl._tokens[number]
     cache.check_integrity()

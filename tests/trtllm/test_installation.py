@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from trtllm_shape import DOUBLE, SHAPE, VERSIONS
+from trtllm_shape import FAKE, SHAPE, VERSIONS
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.trtllm import TrtllmConfig, install, uninstall
@@ -22,27 +22,27 @@ from trtllm_vattn.trtllm.installation import FALLBACK, HOOK, TARGET, environment
 RunApart = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def creator(double: SimpleNamespace, model: Any = None, config: Any = None, **named: Any) -> Any:
+def creator(fake: SimpleNamespace, model: Any = None, config: Any = None, **named: Any) -> Any:
     """What `create_py_executor` makes first."""
     transceiver = named.pop("transceiver", None)
-    return double.util.KvCacheCreator(
+    return fake.util.KvCacheCreator(
         model_config=model or SimpleNamespace(),
         llm_args=SimpleNamespace(cache_transceiver_config=transceiver),
-        kv_cache_config=config or double.managers.KvCacheConfig(),
-        mapping=double.managers.Mapping(),
-        dtype=double.bindings.DataType.FLOAT,
+        kv_cache_config=config or fake.managers.KvCacheConfig(),
+        mapping=fake.managers.Mapping(),
+        dtype=fake.bindings.DataType.FLOAT,
         **SHAPE,
         **named,
     )
 
 
 @pytest.fixture
-def start(double: SimpleNamespace) -> Iterator[Callable[..., tuple[Any, bool]]]:
+def start(fake: SimpleNamespace) -> Iterator[Callable[..., tuple[Any, bool]]]:
     """Runs a start as TensorRT-LLM does; gives the executor's manager and whether its size was estimated first."""
     made = []
 
     def run(*arguments: Any, **named: Any) -> tuple[Any, bool]:
-        executor, estimating = double.util.create_py_executor(creator(double, *arguments, **named))
+        executor, estimating = fake.util.create_py_executor(creator(fake, *arguments, **named))
         made.append(executor.kv_cache_manager)
         return executor.kv_cache_manager, estimating
 
@@ -53,19 +53,19 @@ def start(double: SimpleNamespace) -> Iterator[Callable[..., tuple[Any, bool]]]:
 
 @pytest.mark.parametrize("series", list(VERSIONS))
 def test_a_start_makes_our_manager_once_and_sizes_it_last(
-    double: SimpleNamespace, start: Callable[..., tuple[Any, bool]], caplog: pytest.LogCaptureFixture
+    fake: SimpleNamespace, start: Callable[..., tuple[Any, bool]], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
     assert install(lookahead=32)
-    made = creator(double)
+    made = creator(fake)
     assert not caplog.records
     assert not made.try_prepare_estimation()
     manager, estimating = start()
     assert not estimating
-    assert isinstance(manager, double.managers.KVCacheManager)
-    assert manager._vattn_settings == TrtllmConfig(lookahead=32)
-    assert manager._vattn_sized
-    assert manager._vattn_target == manager.stock_blocks * manager._vattn_pages.block_bytes
+    assert isinstance(manager, fake.managers.KVCacheManager)
+    assert manager._vattn_config == TrtllmConfig(lookahead=32)
+    assert manager.vattn.is_budget_set
+    assert manager.vattn.target == manager.stock_blocks * manager.vattn.slots.block_bytes
     said = [record.message for record in caplog.records if "at fixed addresses" in record.message]
     (line,) = said
     assert f"the first at {manager.kv_cache_pool_pointers[0, 0]:#x}; 4 requests of 128 tokens" in line
@@ -73,23 +73,23 @@ def test_a_start_makes_our_manager_once_and_sizes_it_last(
 
 @pytest.mark.parametrize("series", list(VERSIONS))
 def test_the_users_limit_on_bytes_is_heeded(
-    double: SimpleNamespace, start: Callable[..., tuple[Any, bool]], series: str
+    fake: SimpleNamespace, start: Callable[..., tuple[Any, bool]], series: str
 ) -> None:
     """The estimate that would have heeded it is skipped."""
     install()
-    config = double.managers.KvCacheConfig(max_gpu_total_bytes=150_000)
-    assert start(config=config)[0]._vattn_target == 150_000
+    config = fake.managers.KvCacheConfig(max_gpu_total_bytes=150_000)
+    assert start(config=config)[0].vattn.target == 150_000
     assert config.max_gpu_total_bytes == 150_000
     install(budget=200_000)
-    assert start(config=config)[0]._vattn_target == 150_000
-    assert start(config=double.managers.KvCacheConfig())[0]._vattn_target == 200_000
+    assert start(config=config)[0].vattn.target == 150_000
+    assert start(config=fake.managers.KvCacheConfig())[0].vattn.target == 200_000
 
 
 @pytest.mark.parametrize("series", ["1.2", "1.4.0rc"])
 def test_uninstalled_everything_is_as_it_was(
-    double: SimpleNamespace, start: Callable[..., tuple[Any, bool]], series: str
+    fake: SimpleNamespace, start: Callable[..., tuple[Any, bool]], series: str
 ) -> None:
-    util = double.util
+    util = fake.util
     names = [(util, "get_kv_cache_manager_cls"), (util.PyExecutor, "start_worker")]
     names += [(util.KvCacheCreator, name) for name in ("__init__", "try_prepare_estimation")]
     names += [(util.KvCacheCreator, FALLBACK)] if series != "1.2" else []
@@ -105,14 +105,14 @@ def test_uninstalled_everything_is_as_it_was(
     assert dict(os.environ) == environment
     manager, estimating = start()
     assert estimating
-    assert type(manager) is double.managers.KVCacheManager
+    assert type(manager) is fake.managers.KVCacheManager
 
 
 def test_classes_that_we_do_not_know_are_refused(
-    double: SimpleNamespace, start: Callable[..., tuple[Any, bool]], caplog: pytest.LogCaptureFixture
+    fake: SimpleNamespace, start: Callable[..., tuple[Any, bool]], caplog: pytest.LogCaptureFixture
 ) -> None:
     install()
-    hybrid = type("MambaHybridCacheManager", (double.managers.KVCacheManager,), {})
+    hybrid = type("MambaHybridCacheManager", (fake.managers.KVCacheManager,), {})
     with pytest.raises(UnsupportedFeature, match=r"a MambaHybridCacheManager, of which.*--allow-stock"):
         start(SimpleNamespace(manager=hybrid))
     with pytest.raises(UnsupportedFeature, match="disaggregated serving"):
@@ -126,12 +126,12 @@ def test_classes_that_we_do_not_know_are_refused(
     assert "requests of" not in caplog.text
 
 
-def test_another_util_is_refused(double: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = double.executor.PyExecutor
+def test_another_util_is_refused(fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = fake.executor.PyExecutor
     before = executor.start_worker
     for owner, name, told in (
-        (double.util, "get_kv_cache_manager_cls", r"_util of the installed TensorRT-LLM has no get_kv_cache_manager"),
-        (double.util.KvCacheCreator, "try_prepare_estimation", "KvCacheCreator of .* has no try_prepare_estimation"),
+        (fake.util, "get_kv_cache_manager_cls", r"_util of the installed TensorRT-LLM has no get_kv_cache_manager"),
+        (fake.util.KvCacheCreator, "try_prepare_estimation", "KvCacheCreator of .* has no try_prepare_estimation"),
         (executor, "start_worker", "PyExecutor of .* has no start_worker"),
     ):
         with monkeypatch.context() as patch:
@@ -155,7 +155,7 @@ def test_without_tensorrt_llm_it_is_inert(run_apart: RunApart) -> None:
 SCRIPT = f"""
 import sys
 assert "torch" not in sys.modules, "the hook is heavy"
-sys.path.insert(0, {str(DOUBLE)!r})
+sys.path.insert(0, {str(FAKE)!r})
 import {TARGET} as util
 print(util.get_kv_cache_manager_cls(None).__name__)
 """
@@ -236,7 +236,7 @@ def test_the_environment_carries_all_settings() -> None:
     ("settings", "wrong"),
     [
         ({"bugdet": 1}, "no setting bugdet; there are budget, layers_per_range, lookahead, any_version"),
-        ({"budget": "12 apples"}, "write 17179869184 or 16GiB"),
+        ({"budget": "12 apples"}, "write 17179869184 or '16GiB'"),
         ({"lookahead": -1}, "lookahead is -1"),
         ({"budget": True}, "budget is True"),
         ({"budget": 2.5e9}, "budget is 2500000000.0; it must be a whole number"),
@@ -263,12 +263,12 @@ def test_files_that_cannot_work(tmp_path: Path) -> None:
 def test_importing_the_ray_extension_installs(run_apart: RunApart) -> None:
     code = f"""
 import sys
-sys.path.insert(0, {str(DOUBLE)!r})
+sys.path.insert(0, {str(FAKE)!r})
 from trtllm_vattn.trtllm.ray_extension import WorkerExtension
 import {TARGET} as util
 print(util.get_kv_cache_manager_cls(None).__name__)
 try:
-    WorkerExtension().vattn_set_budget(1 << 30)
+    WorkerExtension().vattn.set_budget(1 << 30)
 except ValueError as error:
     print("no fixed-address KV cache lives in this process" in str(error))
 """

@@ -14,7 +14,7 @@ from trtllm_shape import VERSIONS, drafts
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.trtllm.features import REQUIRED, REQUIRED_GLOBALS
-from trtllm_vattn.trtllm.manager import BOOK_HEAD_DIM, books_alone, make_manager
+from trtllm_vattn.trtllm.manager import CPP_HEAD_DIM, make_manager, shrunken_cpp_pool
 from trtllm_vattn.trtllm.start import KINDS
 from trtllm_vattn.trtllm.versions import RECORDED as SERIES
 from trtllm_vattn.trtllm.versions import series_of
@@ -53,15 +53,15 @@ def test_the_record_says_where_it_is_from(series: str) -> None:
     assert provenance["read_on"] >= "2026"
 
 
-def test_the_stand_in_is_what_was_recorded(double: SimpleNamespace, series: str) -> None:
+def test_the_stand_in_is_what_was_recorded(fake: SimpleNamespace, series: str) -> None:
     recorded = RECORDED[series]
-    stock = double.managers.KVCacheManager
+    stock = fake.managers.KVCacheManager
     known = methods(recorded["KVCacheManager"])
     for name in {*public(stock), "__init__"}:
         # `*args` and `**kwargs` are recorded with their stars.
         assert parameters(getattr(stock, name)) == [each.strip("*") for each in known[name]], name
-    assert public(double.bindings.KVCacheManagerCpp) <= set(recorded["KVCacheManager"]["impl_methods_used"])
-    util, executor = double.util, double.executor.PyExecutor
+    assert public(fake.bindings.KVCacheManagerCpp) <= set(recorded["KVCacheManager"]["impl_methods_used"])
+    util, executor = fake.util, fake.executor.PyExecutor
     assert parameters(util.get_kv_cache_manager_cls) == [
         each.partition("=")[0] for each in recorded["get_kv_cache_manager_cls"]["params"]
     ]
@@ -86,12 +86,12 @@ def test_what_is_required_was_recorded(series: str) -> None:
     )
 
 
-def test_resource_managers_are_named_as_ours_are_looked_for(double: SimpleNamespace) -> None:
-    assert set(KINDS) <= {each.name for each in double.managers.ResourceManagerType}
+def test_resource_managers_are_named_as_ours_are_looked_for(fake: SimpleNamespace) -> None:
+    assert set(KINDS) <= {each.name for each in fake.managers.ResourceManagerType}
 
 
-def test_only_recorded_methods_are_overridden(double: SimpleNamespace, series: str) -> None:
-    stock = double.managers.KVCacheManager
+def test_only_recorded_methods_are_overridden(fake: SimpleNamespace, series: str) -> None:
+    stock = fake.managers.KVCacheManager
     known = methods(RECORDED[series]["KVCacheManager"])
     kind = make_manager(stock)
     mixed_in = [each for each in kind.__mro__ if each.__module__.startswith("trtllm_vattn")]
@@ -108,24 +108,24 @@ def test_only_recorded_methods_are_overridden(double: SimpleNamespace, series: s
         assert named == (recorded[: len(named)] if open_ended else recorded), name
 
 
-def test_only_recorded_names_are_used(make: Callable[..., Any], double: SimpleNamespace, series: str) -> None:
+def test_only_recorded_names_are_used(make: Callable[..., Any], fake: SimpleNamespace, series: str) -> None:
     watched = (
-        double.managers.KVCacheManager,
-        double.bindings.KVCacheManagerCpp,
-        double.managers.LlmRequest,
-        double.managers.ScheduledRequests,
+        fake.managers.KVCacheManager,
+        fake.bindings.KVCacheManagerCpp,
+        fake.managers.LlmRequest,
+        fake.managers.ScheduledRequests,
     )
     for each in watched:
         each.used.clear()
     manager = make(spec_config=drafts(1))
-    executor = double.executor.PyExecutor(manager, 4, 128)
-    manager.vattn_size()
+    executor = fake.executor.PyExecutor(manager, 4, 128)
+    manager.vattn.set_initial_budget()
     for number in range(6):
-        request = double.managers.LlmRequest(number, 20, 15)
+        request = fake.managers.LlmRequest(number, 20, 15)
         request.draft_tokens = number % 2
         executor.submit(request)
     executor.step()
-    manager.vattn_set_budget(manager._vattn_target - 1)
+    manager.vattn.set_budget(manager.vattn.target - 1)
     manager.get_buffers(0)
     manager.get_batch_cache_indices([0])
     manager.get_kv_cache_stats()
@@ -140,7 +140,7 @@ def test_only_recorded_names_are_used(make: Callable[..., Any], double: SimpleNa
     assert len(used["KVCacheManager"]) > 15
     # Asked for where it is not there, too: that is how it is found out.
     assert hasattr(manager, reserve) == (reserve in recorded["attributes_used_by_others"])
-    cpp = used[double.bindings.KVCacheManagerCpp.__name__] - {"get_token_count"}
+    cpp = used[fake.bindings.KVCacheManagerCpp.__name__] - {"get_token_count"}
     assert cpp <= set(recorded["impl_methods_used"])
     assert hasattr(manager.impl, "get_token_count") == ("get_token_count" in recorded["impl_methods_used"])
     assert "max_num_blocks" in cpp
@@ -150,38 +150,38 @@ def test_only_recorded_names_are_used(make: Callable[..., Any], double: SimpleNa
     assert used["ScheduledRequests"] == {"context_requests", "generation_requests"}
 
 
-def test_a_name_that_is_not_recorded_would_show(make: Callable[..., Any], double: SimpleNamespace) -> None:
+def test_a_name_that_is_not_recorded_would_show(make: Callable[..., Any], fake: SimpleNamespace) -> None:
     """The watch sees what our code does, and not what the stand-in does itself."""
-    stock = double.managers.KVCacheManager
+    stock = fake.managers.KVCacheManager
     manager = make()
     stock.used.clear()
     code = compile("manager.no_such_name = 1; manager.head_dim", "/x/trtllm_vattn/trtllm/y.py", "exec")
     exec(code, {"manager": manager})
     assert stock.used == {"no_such_name", "head_dim"}
-    assert manager.get_needed_resource_to_completion(double.managers.LlmRequest(1, 20, 5)) == 2
+    assert manager.get_needed_resource_to_completion(fake.managers.LlmRequest(1, 20, 5)) == 2
     assert "tokens_per_block" not in stock.used
 
 
-def test_another_interface_is_refused_by_what_it_lacks(double: SimpleNamespace) -> None:
-    stock = double.managers.KVCacheManager
+def test_another_interface_is_refused_by_what_it_lacks(fake: SimpleNamespace) -> None:
+    stock = fake.managers.KVCacheManager
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(next(each for each in stock.__mro__ if "rewind_kv_cache" in vars(each)), "rewind_kv_cache")
         patch.setattr(stock, "get_buffers", lambda self, layer_idx: None)
-        patch.delattr(double.managers, "KVCacheManagerCpp")
+        patch.delattr(fake.managers, "KVCacheManagerCpp")
         with pytest.raises(
             ConfigError, match=r"lacks KVCacheManagerCpp, get_buffers\(… kv_layout …\), rewind_kv_cache"
         ):
             make_manager(stock)
 
 
-def test_a_cpp_manager_of_other_arguments_is_refused(double: SimpleNamespace) -> None:
-    module = SimpleNamespace(KVCacheManagerCpp=dict, PoolConfigurationCpp=double.bindings.PoolConfiguration)
-    pools = [double.bindings.PoolConfiguration(window_size=4096, size_per_head=256, dtype="BF16")]
-    with books_alone(module):
+def test_a_cpp_manager_of_other_arguments_is_refused(fake: SimpleNamespace) -> None:
+    module = SimpleNamespace(KVCacheManagerCpp=dict, PoolConfigurationCpp=fake.bindings.PoolConfiguration)
+    pools = [fake.bindings.PoolConfiguration(window_size=4096, size_per_head=256, dtype="BF16")]
+    with shrunken_cpp_pool(module):
         books = module.KVCacheManagerCpp(num_kv_heads_per_layer=[8] * 32, size_per_head=128, tokens_per_block=32)
-        assert books == {"num_kv_heads_per_layer": [1], "size_per_head": BOOK_HEAD_DIM, "tokens_per_block": 32}
+        assert books == {"num_kv_heads_per_layer": [1], "size_per_head": CPP_HEAD_DIM, "tokens_per_block": 32}
         later = module.KVCacheManagerCpp(num_kv_heads_per_layer=[8, 8], size_per_head_per_layer=[128, 128])
-        assert later == {"num_kv_heads_per_layer": [1], "size_per_head_per_layer": [BOOK_HEAD_DIM]}
+        assert later == {"num_kv_heads_per_layer": [1], "size_per_head_per_layer": [CPP_HEAD_DIM]}
         pooled = module.KVCacheManagerCpp(
             num_kv_heads_per_layer=[8, 8],
             size_per_head=256,
@@ -189,7 +189,7 @@ def test_a_cpp_manager_of_other_arguments_is_refused(double: SimpleNamespace) ->
             pool_configurations=pools,
         )
         assert pooled["pool_configurations"] == [
-            double.bindings.PoolConfiguration(window_size=4096, size_per_head=BOOK_HEAD_DIM, dtype="BF16")
+            fake.bindings.PoolConfiguration(window_size=4096, size_per_head=CPP_HEAD_DIM, dtype="BF16")
         ]
         assert pooled["max_attention_window_vec"] == [4096]
         assert pools[0].size_per_head == 256

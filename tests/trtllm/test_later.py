@@ -19,13 +19,13 @@ every = pytest.mark.parametrize("series", list(VERSIONS))
 later = pytest.mark.parametrize("series", ["1.3.0rc", "1.4.0rc"])
 
 
-def serve(double: SimpleNamespace, manager: Any, requests: list[tuple[int, int, int]]) -> Any:
+def serve(fake: SimpleNamespace, manager: Any, requests: list[tuple[int, int, int]]) -> Any:
     """Runs requests of prompt, new tokens and drafts a step to their end."""
     longest = manager.max_seq_len - manager.num_extra_kv_tokens
-    executor = double.executor.PyExecutor(manager, manager.max_batch_size, longest)
-    manager.vattn_size()
+    executor = fake.executor.PyExecutor(manager, manager.max_batch_size, longest)
+    manager.vattn.set_initial_budget()
     for number, (prompt, new, drafted) in enumerate(requests, 1):
-        request = double.managers.LlmRequest(number, prompt, new)
+        request = fake.managers.LlmRequest(number, prompt, new)
         request.draft_tokens = drafted
         executor.submit(request)
     return executor
@@ -33,15 +33,15 @@ def serve(double: SimpleNamespace, manager: Any, requests: list[tuple[int, int, 
 
 @every
 def test_books_and_memory_agree_where_drafts_are_shorter_than_the_most(
-    make: Make, double: SimpleNamespace, series: str
+    make: Make, fake: SimpleNamespace, series: str
 ) -> None:
     manager = make(spec_config=drafts(4, extra=1))
-    executor = serve(double, manager, [(20, 60, 1), (33, 40, 0), (5, 50, 4), (17, 30, 2), (9, 30, 3)])
+    executor = serve(fake, manager, [(20, 60, 1), (33, 40, 0), (5, 50, 4), (17, 30, 2), (9, 30, 3)])
     while executor.waiting or executor.running:
         executor.step()
         assert executor.wrong == []
-        cache = manager._vattn_pages.cache
-        for number in manager._vattn_live:
+        cache = manager.vattn.cache
+        for number in manager.vattn.running:
             booked = manager.impl._tokens[number]
             assert booked == cache.lengths[cache.slot_of(number)], number
         cache.check_integrity()
@@ -49,12 +49,12 @@ def test_books_and_memory_agree_where_drafts_are_shorter_than_the_most(
 
 
 @later
-def test_the_books_are_shrunken_in_pools_of_their_own_shape(make: Make, double: SimpleNamespace) -> None:
-    pool = double.managers.PoolConfiguration(window_size=128, head_dim=8, dtype=double.bindings.DataType.FLOAT)
+def test_the_books_are_shrunken_in_pools_of_their_own_shape(make: Make, fake: SimpleNamespace) -> None:
+    pool = fake.managers.PoolConfiguration(window_size=128, head_dim=8, dtype=fake.bindings.DataType.FLOAT)
     manager = make(pool_configurations=[pool])
-    allocated = double.bindings.KVCacheManagerCpp.pool_bytes_allocated
-    assert 0 < allocated <= manager._vattn_total * 2 * 16 * 8 * 4
-    executor = serve(double, manager, [(40, 30, 0)])
+    allocated = fake.bindings.KVCacheManagerCpp.pool_bytes_allocated
+    assert 0 < allocated <= manager.vattn.total_blocks * 2 * 16 * 8 * 4
+    executor = serve(fake, manager, [(40, 30, 0)])
     executor.run()
     assert executor.wrong == []
 
@@ -68,33 +68,33 @@ def test_the_books_are_shrunken_in_pools_of_their_own_shape(make: Make, double: 
     ],
 )
 def test_pools_of_other_shapes_are_refused(
-    make: Make, double: SimpleNamespace, changes: dict[str, Any], name: str
+    make: Make, fake: SimpleNamespace, changes: dict[str, Any], name: str
 ) -> None:
-    usual = {"window_size": 128, "head_dim": 8, "dtype": double.bindings.DataType.FLOAT}
+    usual = {"window_size": 128, "head_dim": 8, "dtype": fake.bindings.DataType.FLOAT}
     with pytest.raises(UnsupportedFeature, match=name):
-        make(pool_configurations=[double.managers.PoolConfiguration(**{**usual, **changes})])
+        make(pool_configurations=[fake.managers.PoolConfiguration(**{**usual, **changes})])
     with pytest.raises(UnsupportedFeature, match=r"linear attention's states"):
         make(linear_attention_metadata=object())
 
 
 @every
 def test_a_pool_that_is_not_shrunken_is_noticed(
-    make: Make, double: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    make: Make, fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the argument is called by which a later version sizes it."""
-    monkeypatch.setattr("trtllm_vattn.trtllm.manager.BOOK_HEAD_DIM", 4)
-    cpp = double.managers.KVCacheManagerCpp
+    monkeypatch.setattr("trtllm_vattn.trtllm.manager.CPP_HEAD_DIM", 4)
+    cpp = fake.managers.KVCacheManagerCpp
     wide = lambda **named: cpp(**{**named, "size_per_head": 1024})  # noqa: E731
-    monkeypatch.setattr(double.managers, "KVCacheManagerCpp", wide)
-    with pytest.raises(ConfigError, match=r"allocated [\d,]+ bytes for its books, which need"):
+    monkeypatch.setattr(fake.managers, "KVCacheManagerCpp", wide)
+    with pytest.raises(ConfigError, match=r"allocated [\d,]+ bytes to count blocks, which needs"):
         make()
-    assert double.bindings.KVCacheManagerCpp.pool_bytes_allocated == 0
+    assert fake.bindings.KVCacheManagerCpp.pool_bytes_allocated == 0
 
 
 @later
-def test_blocks_are_asked_for_in_later_ways_too(make: Make, double: SimpleNamespace) -> None:
+def test_blocks_are_asked_for_in_later_ways_too(make: Make, fake: SimpleNamespace) -> None:
     manager = make()
-    executor = serve(double, manager, [(40, 30, 0)])
+    executor = serve(fake, manager, [(40, 30, 0)])
     executor.step()
     (ids,) = manager.get_batch_cache_indices([1], layer_idx=0)
     assert len(ids) == 3
@@ -107,30 +107,30 @@ def test_blocks_are_asked_for_in_later_ways_too(make: Make, double: SimpleNamesp
 
 
 @pytest.mark.parametrize("series", ["1.4.0rc"])
-def test_what_can_never_fit_is_known_when_it_comes(make: Make, double: SimpleNamespace) -> None:
+def test_what_can_never_fit_is_known_when_it_comes(make: Make, fake: SimpleNamespace) -> None:
     """The stock class answers for itself alone, and for every subclass not at all."""
     manager = make(TrtllmConfig(budget=200_000))
-    manager.vattn_size()
+    manager.vattn.set_initial_budget()
     assert manager.kv_block_budget_applies()
-    request = double.managers.LlmRequest(1, 100, 60)
+    request = fake.managers.LlmRequest(1, 100, 60)
     needed, backed = manager.get_request_kv_block_budget(request)
-    assert (needed, backed) == (10, manager._vattn_pages.blocks_in(200_000))
+    assert (needed, backed) == (10, manager.vattn.slots.blocks_backed_by(200_000))
     assert manager.blocks_in_primary_pool > backed
 
 
 @pytest.mark.parametrize("series", ["1.4.0rc"])
-def test_ranks_agree_where_the_stock_constructor_would_have(make: Make, double: SimpleNamespace) -> None:
-    manager = make(TrtllmConfig(budget=300_000), mapping=double.managers.Mapping(world_size=2))
-    mine = manager._vattn_pages.blocks_in(300_000)
+def test_ranks_agree_where_the_stock_constructor_would_have(make: Make, fake: SimpleNamespace) -> None:
+    manager = make(TrtllmConfig(budget=300_000), mapping=fake.managers.Mapping(world_size=2))
+    mine = manager.vattn.slots.blocks_backed_by(300_000)
     type(manager).other_ranks_blocks = mine - 5
-    manager.vattn_size()
+    manager.vattn.set_initial_budget()
     assert manager.get_max_resource_count() == mine - 5
 
 
 @every
-def test_dummies_do_not_take_a_running_requests_id(make: Make, double: SimpleNamespace) -> None:
+def test_dummies_do_not_take_a_running_requests_id(make: Make, fake: SimpleNamespace) -> None:
     manager = make()
-    executor = serve(double, manager, [(40, 30, 0)])
+    executor = serve(fake, manager, [(40, 30, 0)])
     executor.step()
     with pytest.raises(ConfigError, match=r"cannot take the ids \[1\], which running requests have"):
         manager.add_dummy_requests([7, 1], is_gen=True)
@@ -140,11 +140,11 @@ def test_dummies_do_not_take_a_running_requests_id(make: Make, double: SimpleNam
 
 @every
 def test_dummies_that_fail_leave_the_promise_as_it_was(
-    make: Make, double: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    make: Make, fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Room was made for them in the books, beyond what memory backs."""
     manager = make(TrtllmConfig(budget=200_000))
-    manager.vattn_size()
+    manager.vattn.set_initial_budget()
     backed, free = manager.get_max_resource_count(), manager.get_num_free_blocks()
     with pytest.raises(RuntimeError, match="too long"):
         manager.add_dummy_requests([1 << 61], [10_000], is_gen=True)

@@ -23,13 +23,13 @@ def series() -> str:
 
 
 @pytest.fixture
-def make_v2(double: SimpleNamespace) -> Iterator[Callable[..., Any]]:
+def make_v2(fake: SimpleNamespace) -> Iterator[Callable[..., Any]]:
     made = []
 
     def build(config: TrtllmConfig, cache_config: Any = None, **named: Any) -> Any:
-        kind = make_manager_v2(double.util.KVCacheManagerV2, config)
-        given = cache_config or double.managers.KvCacheConfig()
-        made.append(kind(given, double.bindings.CacheType.SELF, mapping=double.managers.Mapping(), **named))
+        kind = make_manager_v2(fake.util.KVCacheManagerV2, config)
+        given = cache_config or fake.managers.KvCacheConfig()
+        made.append(kind(given, fake.bindings.CacheType.SELF, mapping=fake.managers.Mapping(), **named))
         return made[-1]
 
     yield build
@@ -37,22 +37,22 @@ def make_v2(double: SimpleNamespace) -> Iterator[Callable[..., Any]]:
         manager.shutdown()
 
 
-def start(double: SimpleNamespace, config: Any = None, **named: Any) -> tuple[Any, bool]:
+def start(fake: SimpleNamespace, config: Any = None, **named: Any) -> tuple[Any, bool]:
     """A start with V2 chosen by TensorRT-LLM."""
-    creator = double.util.KvCacheCreator(
-        model_config=SimpleNamespace(manager=double.util.KVCacheManagerV2),
+    creator = fake.util.KvCacheCreator(
+        model_config=SimpleNamespace(manager=fake.util.KVCacheManagerV2),
         llm_args=SimpleNamespace(cache_transceiver_config=None),
-        kv_cache_config=config or double.managers.KvCacheConfig(),
-        mapping=double.managers.Mapping(),
-        dtype=double.bindings.DataType.FLOAT,
+        kv_cache_config=config or fake.managers.KvCacheConfig(),
+        mapping=fake.managers.Mapping(),
+        dtype=fake.bindings.DataType.FLOAT,
         **{**SHAPE, **named},
     )
-    executor, estimating = double.util.create_py_executor(creator)
+    executor, estimating = fake.util.create_py_executor(creator)
     return executor.kv_cache_manager, estimating
 
 
 @both
-def test_a_budget_alone_is_enough_to_start(make_v2: Callable[..., Any], double: SimpleNamespace) -> None:
+def test_a_budget_alone_is_enough_to_start(make_v2: Callable[..., Any], fake: SimpleNamespace) -> None:
     """Without it, and without an estimate, the stock class has no quota and says so by an assertion."""
     manager = make_v2(TrtllmConfig(budget="100KiB"))
     assert manager.impl.get_quota(0) == 100 << 10
@@ -62,27 +62,27 @@ def test_a_budget_alone_is_enough_to_start(make_v2: Callable[..., Any], double: 
 
 
 @both
-def test_other_limits_that_are_lower_stay(make_v2: Callable[..., Any], double: SimpleNamespace) -> None:
-    config = double.managers.KvCacheConfig(max_gpu_total_bytes=50_000)
+def test_other_limits_that_are_lower_stay(make_v2: Callable[..., Any], fake: SimpleNamespace) -> None:
+    config = fake.managers.KvCacheConfig(max_gpu_total_bytes=50_000)
     assert make_v2(TrtllmConfig(budget=80_000), config).impl.get_quota(0) == 50_000
     assert make_v2(TrtllmConfig(), config).impl.get_quota(0) == 50_000
     assert config.max_gpu_total_bytes == 50_000
-    tokens = double.managers.KvCacheConfig(max_tokens=300)
+    tokens = fake.managers.KvCacheConfig(max_tokens=300)
     assert make_v2(TrtllmConfig(budget=80_000), tokens).impl.get_quota(0) == 30_000
 
 
 @both
 def test_a_quota_that_was_rounded_up_is_cut_to_the_budget(
-    make_v2: Callable[..., Any], double: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    make_v2: Callable[..., Any], fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(double.util.KVCacheManagerV2, "rounds_up", 500)
+    monkeypatch.setattr(fake.util.KVCacheManagerV2, "rounds_up", 500)
     assert make_v2(TrtllmConfig(budget=80_000)).impl.get_quota(0) == 80_000
 
 
 def test_a_version_that_does_not_heed_it_is_refused(
-    make_v2: Callable[..., Any], double: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    make_v2: Callable[..., Any], fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stock = double.util.KVCacheManagerV2
+    stock = fake.util.KVCacheManagerV2
     monkeypatch.setattr(stock, "rounds_up", 500)
     # As bindings do that give copies of what they hold.
     frozen = property(lambda self: [SimpleNamespace(quota=each.quota) for each in self.__dict__["cache_tiers"]])
@@ -103,12 +103,12 @@ def test_a_version_that_does_not_heed_it_is_refused(
 
 @both
 def test_a_start_estimates_within_the_budget_and_announces_once(
-    double: SimpleNamespace, caplog: pytest.LogCaptureFixture
+    fake: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:
     install(budget=300_000)
-    manager, estimating = start(double)
+    manager, estimating = start(fake)
     assert estimating
-    assert isinstance(manager, double.util.KVCacheManagerV2)
+    assert isinstance(manager, fake.util.KVCacheManagerV2)
     assert not manager.is_estimating_kv_cache
     assert manager.impl.get_quota(0) == 300_000
     (record,) = caplog.records
@@ -117,39 +117,39 @@ def test_a_start_estimates_within_the_budget_and_announces_once(
     manager.shutdown()
 
 
-def test_without_a_budget_it_has_what_was_estimated(double: SimpleNamespace) -> None:
+def test_without_a_budget_it_has_what_was_estimated(fake: SimpleNamespace) -> None:
     install()
-    config = double.managers.KvCacheConfig()
-    manager, estimating = start(double, config)
+    config = fake.managers.KvCacheConfig()
+    manager, estimating = start(fake, config)
     assert estimating
-    assert manager.impl.get_quota(0) == double.util.ESTIMATE
+    assert manager.impl.get_quota(0) == fake.util.ESTIMATE
     manager.shutdown()
 
 
 @both
-def test_the_fallback_to_v1_gives_ours(double: SimpleNamespace) -> None:
+def test_the_fallback_to_v1_gives_ours(fake: SimpleNamespace) -> None:
     install()
-    chosen = double.util.KvCacheCreator(
-        model_config=SimpleNamespace(manager=double.util.KVCacheManagerV2),
+    chosen = fake.util.KvCacheCreator(
+        model_config=SimpleNamespace(manager=fake.util.KVCacheManagerV2),
         llm_args=SimpleNamespace(cache_transceiver_config=None),
-        kv_cache_config=double.managers.KvCacheConfig(),
+        kv_cache_config=fake.managers.KvCacheConfig(),
         max_beam_width=4,
     )
     assert chosen._kv_cache_manager_cls.__name__ == "FixedAddressKVCacheManager"
     assert not chosen.try_prepare_estimation()
     # And ours refuses what it cannot do, by name, where the stock class would have served it silently.
     with pytest.raises(UnsupportedFeature, match="beam search"):
-        start(double, max_beam_width=4)
+        start(fake, max_beam_width=4)
     with pytest.raises(UnsupportedFeature, match="KV connectors"):
-        start(double, kv_connector_manager=object())
+        start(fake, kv_connector_manager=object())
 
 
-def test_the_same_class_chosen_twice_is_the_same_class_of_ours(double: SimpleNamespace) -> None:
+def test_the_same_class_chosen_twice_is_the_same_class_of_ours(fake: SimpleNamespace) -> None:
     install(budget=100_000)
-    model = SimpleNamespace(manager=double.util.KVCacheManagerV2)
-    first = double.util.get_kv_cache_manager_cls(model, None)
-    assert first is double.util.get_kv_cache_manager_cls(model, None)
-    assert issubclass(first, double.util.KVCacheManagerV2)
+    model = SimpleNamespace(manager=fake.util.KVCacheManagerV2)
+    first = fake.util.get_kv_cache_manager_cls(model, None)
+    assert first is fake.util.get_kv_cache_manager_cls(model, None)
+    assert issubclass(first, fake.util.KVCacheManagerV2)
 
 
 @both
@@ -157,7 +157,7 @@ def test_it_is_resized_while_no_request_runs(make_v2: Callable[..., Any], series
     manager = make_v2(TrtllmConfig(budget=100_000))
     assert elastic.set_budget("64KiB") == 64 << 10 == manager.impl.get_quota(0)
     assert elastic.release() == elastic.resume() == 64 << 10
-    manager.vattn_size()
+    manager.vattn.set_initial_budget()
     manager.kv_cache_map[7] = object()
     manager.impl.active.add(7)
     with pytest.raises(ConfigError, match=r"only while no request runs, and 1 do \(the first: 7\)"):

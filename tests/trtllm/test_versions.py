@@ -9,7 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from trtllm_shape import DOUBLE
+from trtllm_shape import FAKE
 
 from trtllm_vattn.cli import doctor
 from trtllm_vattn.errors import ConfigError
@@ -41,20 +41,20 @@ def test_the_series_of_a_version(version: str, series: str | None) -> None:
 
 
 def test_install_refuses_with_the_range_and_the_override(
-    double: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = sys.modules["tensorrt_llm.version"]
     monkeypatch.setattr(version, "__version__", "1.5.0")
-    before = double.executor.PyExecutor.start_worker
+    before = fake.executor.PyExecutor.start_worker
     with pytest.raises(ConfigError) as refused:
         install()
     assert REFUSED.format("1.5.0") in str(refused.value)
     assert "any_version=True (trtllm-vattn run --any-version)" in str(refused.value)
     assert "\n" not in str(refused.value)
-    assert double.executor.PyExecutor.start_worker is before
+    assert fake.executor.PyExecutor.start_worker is before
     assert "VATTN_TRTLLM" not in os.environ
     assert install(any_version=True)
-    assert double.executor.PyExecutor.start_worker is not before
+    assert fake.executor.PyExecutor.start_worker is not before
     uninstall()
     monkeypatch.delattr(version, "__version__")
     with pytest.raises(ConfigError, match="tensorrt_llm of no named version"):
@@ -63,7 +63,7 @@ def test_install_refuses_with_the_range_and_the_override(
 
 SCRIPT = f"""
 import sys
-sys.path.insert(0, {str(DOUBLE)!r})
+sys.path.insert(0, {str(FAKE)!r})
 for attempt in range(2):
     # A second attempt is no way around.
     try:
@@ -83,7 +83,7 @@ def test_the_launchers_processes_refuse_too(flags: list[str]) -> None:
         text=True,
         timeout=120,
         check=True,
-        env={**os.environ, "TRTLLM_DOUBLE_VERSION": "1.2.0rc9"},
+        env={**os.environ, "TRTLLM_FAKE_VERSION": "1.2.0rc9"},
     )
     lines = done.stdout.splitlines()
     if flags:

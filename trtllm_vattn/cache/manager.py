@@ -174,6 +174,11 @@ class KVCacheManager(SlottedCache):
         return self.layout.bytes_for(tokens) * self.layout.num_ranges
 
     @property
+    def budget_bytes(self) -> int:
+        """Bytes of physical memory that the cache may hold."""
+        return self.arena.pool.budget
+
+    @property
     def bytes_for_sequences(self) -> int:
         """Of the budget, without what the dummy slot takes and what could not be given back to the driver."""
         pool = self.arena.pool

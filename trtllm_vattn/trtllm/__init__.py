@@ -1,7 +1,7 @@
-"""TensorRT-LLM's PyTorch backend on fixed addresses: a manager adapter, its installation, and a launcher's hook.
+"""The adapter for TensorRT-LLM's PyTorch backend: its KV cache at fixed addresses.
 
-May import everything below `plugins`; imports TensorRT-LLM only where it is installed and asked for. What is imported
-by the hook in every process (`installation`, `config`) is light.
+May import everything below `plugins`. The hook imports `installation` in every Python process, so that module and what
+it imports load neither torch nor TensorRT-LLM.
 """
 
 from trtllm_vattn.trtllm.config import TrtllmConfig

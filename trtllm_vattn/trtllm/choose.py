@@ -1,4 +1,5 @@
-"""Which class takes the place of the one that TensorRT-LLM chose."""
+"""Which class takes the place of the KV cache manager that TensorRT-LLM chose. Imports neither torch nor TensorRT-LLM
+until a `Chooser` is made."""
 
 from __future__ import annotations
 
@@ -8,47 +9,52 @@ from typing import Any
 
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.features import UnsupportedFeature
-from trtllm_vattn.trtllm.manager import FixedAddress, make_manager
 from trtllm_vattn.trtllm.v2 import is_v2, make_manager_v2
 
 logger = logging.getLogger(__name__)
 
 
 class Chooser:
-    """Called with the class chosen, gives ours.
+    """Called with the class that TensorRT-LLM chose, returns the class that is used.
 
     Raises
     ------
     ConfigError
-        The installed `KVCacheManager` is none that the adapter fits.
+        The installed `KVCacheManager` is not one that the adapter fits.
     """
 
     def __init__(self, stock: Any, config: TrtllmConfig) -> None:
+        from trtllm_vattn.trtllm.manager import make_manager
+
         self._stock, self._config = stock, config
-        self._ours = make_manager(stock, config)
+        self._fixed = make_manager(stock, config)
         self._v2: dict[Any, Any] = {}
-        """Our classes by the V2 classes that they stand for."""
+        """Classes with a budget, by the V2 classes that they replace."""
+
+    def is_fixed(self, chosen: Any) -> bool:
+        """Whether a class is the one at fixed addresses."""
+        return issubclass(chosen, self._fixed)
 
     def __call__(self, chosen: Any) -> Any:
-        """The same class of ours for the same class chosen; ours for itself.
+        """The replacement of a class, always the same; a replacement is returned as it is.
 
         Raises UnsupportedFeature for a class that keeps more than attention's K and V, or keeps them otherwise;
-        with `allow_stock` it is left as it is.
+        with `allow_stock` such a class is returned as it is.
         """
         if chosen is self._stock:
-            return self._ours
-        if issubclass(chosen, FixedAddress) or chosen in self._v2.values():
+            return self._fixed
+        if self.is_fixed(chosen) or chosen in self._v2.values():
             return chosen
         if is_v2(chosen):
             if chosen not in self._v2:
                 self._v2[chosen] = make_manager_v2(chosen, self._config)
             return self._v2[chosen]
-        told = f"this model's KV cache is a {chosen.__name__}, of which the fixed-address KV cache knows nothing"
+        what = f"this model's KV cache is a {chosen.__name__}, of which the fixed-address KV cache knows nothing"
         if self._config.allow_stock:
-            logger.warning("%s; it is left as it is, as allow_stock says", told)
+            logger.warning("%s; it is left as it is, as allow_stock says", what)
             return chosen
         raise UnsupportedFeature(
-            f"{told} (hybrid and sparse models have such); run it without trtllm-vattn, or carry on with the stock KV "
+            f"{what} (hybrid and sparse models have such); run it without trtllm-vattn, or carry on with the stock KV "
             "cache by allow_stock=True (trtllm-vattn run --allow-stock)"
         )
 

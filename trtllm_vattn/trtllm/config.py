@@ -1,4 +1,4 @@
-"""Settings of the TensorRT-LLM adapter: keywords, a YAML section, the environment. Read once."""
+"""Settings of the TensorRT-LLM adapter, from keywords, a YAML file or the environment."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.sizes import parse_bytes
 
 ENVIRONMENT = "VATTN_TRTLLM"
-"""Holds all settings as JSON; the launcher sets it for the processes it starts."""
+"""The environment variable with all settings as JSON; the launcher sets it for the processes it starts."""
 SECTION = "vattn"
-"""The part of a YAML file that is ours; a file without it is taken whole."""
+"""The section of a YAML file with the settings; a file without it holds nothing else."""
 
 
 @dataclass(frozen=True)
 class TrtllmConfig:
-    """How TensorRT-LLM's KV cache is kept.
+    """Settings of the fixed-address KV cache under TensorRT-LLM.
 
     Parameters
     ----------
     budget : int or None
-        Bytes of physical memory on each GPU; None is what TensorRT-LLM itself would take (its
-        ``free_gpu_memory_fraction`` and ``max_tokens``), asked once its graphs are captured.
+        Bytes of physical memory on each GPU, or text such as ``"40GiB"``. None is what TensorRT-LLM itself would take
+        (by ``free_gpu_memory_fraction`` and ``max_tokens``) once its graphs are captured.
     layers_per_range : int or None
-        Layers of one pool; None is all of them in one pool.
+        Layers of one pool; None is all of them.
     lookahead : int or None
-        Tokens that are mapped before a sequence needs them; None is one block.
+        Tokens that are mapped before a request needs them; None is one block.
     any_version : bool
-        Accept versions of TensorRT-LLM that the adapter was not held against.
+        Accept versions of TensorRT-LLM whose interface was not recorded.
     allow_stock : bool
-        Where TensorRT-LLM uses a KV cache manager that is not ours (AutoDeploy, a hybrid model, …), say so and carry on
-        with it. By default that is an error.
+        Where TensorRT-LLM uses a KV cache manager that the adapter does not replace (AutoDeploy, a hybrid model, …),
+        log a warning and carry on with it. By default that is an error.
 
     Raises
     ------
@@ -44,7 +44,6 @@ class TrtllmConfig:
     """
 
     budget: int | str | None = None
-    """Bytes; text such as ``"40GiB"`` becomes a number here."""
     layers_per_range: int | None = None
     lookahead: int | None = None
     any_version: bool = False
@@ -68,7 +67,7 @@ class TrtllmConfig:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> TrtllmConfig:
-        """From a mapping whose budget may be text. Raises ConfigError for a name that is none of ours."""
+        """From a mapping of field names to values. Raises ConfigError for an unknown name."""
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
@@ -77,7 +76,7 @@ class TrtllmConfig:
 
     @classmethod
     def from_yaml(cls, path: Path) -> TrtllmConfig:
-        """From the section ``vattn`` of a YAML file, or the whole of one without it. Raises ConfigError."""
+        """From the section ``vattn`` of a YAML file, or from all of a file without it. Raises ConfigError."""
         try:
             import yaml
         except ImportError as error:
@@ -95,7 +94,7 @@ class TrtllmConfig:
 
     @classmethod
     def from_environment(cls) -> TrtllmConfig:
-        """From the variable ``VATTN_TRTLLM``; the defaults where it is not set. Raises ConfigError."""
+        """From the environment variable ``VATTN_TRTLLM``; the defaults without it. Raises ConfigError."""
         text = os.environ.get(ENVIRONMENT, "{}")
         try:
             found = json.loads(text)

@@ -1,4 +1,4 @@
-"""The budget of the managers in this process, while they run."""
+"""Changing the KV budget of the running managers in this process."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ _managers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def register(manager: Any) -> None:
-    """A manager was made."""
+    """Add a manager that was made."""
     _managers.add(manager)
 
 
 def forget(manager: Any) -> None:
-    """It was shut down."""
+    """Remove a manager that was shut down."""
     _managers.discard(manager)
 
 
 def is_ours(manager: Any) -> bool:
-    """Whether a manager is one of ours that lives."""
+    """Whether a manager was registered and not shut down."""
     return manager in _managers
 
 
 def managers() -> list[Any]:
-    """Managers that live in this process and may be resized.
+    """The managers of this process, which may be resized.
 
-    Raises ConfigError where there is none, or where one is of an LLM of several ranks: their schedulers must see the
-    same budget at the same step, which a call on one of them cannot promise.
+    Raises ConfigError where there is none, or where one belongs to an LLM of several ranks: their schedulers must see
+    the same budget at the same step, which a call on one rank cannot ensure.
     """
     found = list(_managers)
     if not found:
@@ -49,21 +49,21 @@ def managers() -> list[Any]:
 
 
 def set_budget(budget: int | str) -> int:
-    """Raise or lower the bytes of every manager here, a number or ``"40GiB"``; returns the sum of the budgets in force.
+    """Set the bytes of every manager of this process, a number or ``"40GiB"``; returns the sum of the budgets in force.
 
-    Raises ConfigError as `managers`, or for too little.
+    Raises ConfigError as `managers`, or for a budget that is too small; no budget changed then.
     """
     size, found = parse_bytes(budget), managers()
     for manager in found:
-        manager.vattn_check_budget(size)
-    return sum(manager.vattn_set_budget(size) for manager in found)
+        manager.vattn.check_budget(size)
+    return sum(manager.vattn.set_budget(size) for manager in found)
 
 
 def release() -> int:
-    """Give back all memory that no live request needs; returns the bytes that are kept. Raises as `managers`."""
-    return sum(manager.vattn_release() for manager in managers())
+    """Give back all memory that no running request needs; returns the bytes kept. Raises as `managers`."""
+    return sum(manager.vattn.release() for manager in managers())
 
 
 def resume() -> int:
-    """Be allowed the whole budget again; returns it. Raises as `managers`."""
-    return sum(manager.vattn_resume() for manager in managers())
+    """Allow the whole budget again after `release`; returns it. Raises as `managers`."""
+    return sum(manager.vattn.resume() for manager in managers())

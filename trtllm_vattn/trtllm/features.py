@@ -1,17 +1,15 @@
-"""What the installed TensorRT-LLM must have, and what it must not be asked for while we keep its KV cache.
+"""What the installed TensorRT-LLM must have, and which of its features the fixed-address KV cache refuses.
 
 Names and parameters are those that the `KVCacheManager` of every recorded version has
-(tensorrt_llm/_torch/pyexecutor/resource_manager.py; tests/data/trtllm_interface.json). A feature that lives in the C++
-pool's own memory is refused by its name, at start.
+(tensorrt_llm/_torch/pyexecutor/resource_manager.py; tests/data/trtllm_interface.json). A feature that needs the C++
+pool's own memory is refused by its name, at start. Nothing here imports torch or TensorRT-LLM.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.trtllm.versions import RANGE
@@ -47,25 +45,17 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "rewind_kv_cache": ("request", "rewind_len"),
     "copy_batch_block_offsets": ("dst_tensor", "request_ids", "beam_width", "num_context", "num_seqs"),
 }
-"""Methods that are overridden or called, and the parameters they are overridden or called with."""
+"""Methods that the adapter overrides or calls, and the parameters with which it does."""
 REQUIRED_GLOBALS = ("KVCacheManagerCpp", "CacheTypeCpp", "get_draft_token_length")
-"""Names of the module that the class is in."""
-
-DTYPES: dict[str, torch.dtype] = {
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "FLOAT": torch.float32,
-    "FP8": torch.float8_e4m3fn,
-}
-"""Of K and V, by TensorRT-LLM's names."""
+"""Names that the class's module must have."""
 
 
 class UnsupportedFeature(ConfigError):
-    """TensorRT-LLM was asked for something that this KV cache does not serve; switch it off, or run without us."""
+    """TensorRT-LLM was asked for something that this KV cache does not serve."""
 
 
 def check_interface(manager: type, module: Any) -> None:
-    """Raise ConfigError, naming what is missing, where a class is not one that the adapter fits."""
+    """Raise ConfigError, naming what is missing, where a class lacks a name or a parameter that the adapter needs."""
     missing = [name for name in REQUIRED_GLOBALS if not hasattr(module, name)]
     for name, parameters in REQUIRED.items():
         method = getattr(manager, name, None)
@@ -82,36 +72,36 @@ def check_interface(manager: type, module: Any) -> None:
         )
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """The torch dtype of a TensorRT-LLM KV dtype by name. Raises UnsupportedFeature."""
-    if name not in DTYPES:
-        raise UnsupportedFeature(
-            f"KV cache of dtype {name} is not supported at fixed addresses; there are {', '.join(DTYPES)}: set "
-            "kv_cache_config.dtype"
-        )
-    return DTYPES[name]
+def enum_name(value: Any) -> str:
+    """The name of an enumerator of TensorRT-LLM's bindings."""
+    return str(getattr(value, "name", value)).rpartition(".")[2]
+
+
+def unsupported(what: str, instead: str = "run without trtllm-vattn") -> UnsupportedFeature:
+    """The error for a call that this KV cache does not serve."""
+    return UnsupportedFeature(f"{what} is not supported by the fixed-address KV cache; {instead}")
 
 
 def _asked(config: Any, name: str) -> bool:
-    """Whether a user has set a field of a configuration, and not only its default stands there."""
+    """Whether a user set a field of a configuration to something true; a default does not count."""
     chosen = getattr(config, "model_fields_set", None)
     return chosen is not None and name in chosen and bool(getattr(config, name, None))
 
 
 def refuse(config: Any, cache_type: str, arguments: Mapping[str, Any]) -> None:
-    """Raise UnsupportedFeature naming every feature asked for that the cache does not serve.
+    """Raise UnsupportedFeature, naming every feature that a manager is asked for and this cache does not serve.
 
     Parameters
     ----------
     config : KvCacheConfig
-        As the manager is given it.
+        The manager's first argument.
     cache_type : str
         Name of the manager's ``kv_cache_type``.
     arguments : mapping
         The manager's other arguments.
     """
     window = getattr(config, "max_attention_window", None) or []
-    mapping = arguments["mapping"]
+    mapping, heads = arguments["mapping"], arguments["num_kv_heads"]
     found = {
         "block reuse (kv_cache_config.enable_block_reuse)": _asked(config, "enable_block_reuse"),
         "host offload (kv_cache_config.host_cache_size)": bool(getattr(config, "host_cache_size", None)),
@@ -124,7 +114,7 @@ def refuse(config: Any, cache_type: str, arguments: Mapping[str, Any]) -> None:
         "a draft model with a KV cache of its own (speculative_config)": bool(arguments.get("is_draft", False)),
         "sparse attention's indexer cache": bool(arguments.get("enable_indexer_k_cache", False)),
         "cross attention": cache_type not in ("SELF", "SELFKONLY"),
-        "layers of different numbers of KV heads": _differ(arguments["num_kv_heads"]),
+        "layers of different numbers of KV heads": not isinstance(heads, int) and len(set(heads)) > 1,
         "a mask of layers": not all(arguments.get("layer_mask") or ()),
         "layers of different head sizes": not isinstance(arguments["head_dim"], int) or _pools_differ(arguments),
         "linear attention's states (linear_attention_metadata)": arguments.get("linear_attention_metadata") is not None,
@@ -139,11 +129,7 @@ def refuse(config: Any, cache_type: str, arguments: Mapping[str, Any]) -> None:
 
 
 def _pools_differ(arguments: Mapping[str, Any]) -> bool:
-    """Whether pools are asked for whose head size or dtype is not the manager's own (`pool_configurations`)."""
+    """Whether `pool_configurations` asks for a pool of another head size or dtype than the manager's own."""
     own = {"head_dim": arguments["head_dim"], "dtype": arguments.get("dtype")}
     pools = arguments.get("pool_configurations") or ()
     return any(getattr(pool, name) != value for pool in pools for name, value in own.items() if value is not None)
-
-
-def _differ(heads: int | Iterable[int | None]) -> bool:
-    return not isinstance(heads, int) and len(set(heads)) > 1

@@ -1,10 +1,10 @@
-"""Putting the adapter where TensorRT-LLM takes its KV cache manager from, and taking it away again.
+"""Patching TensorRT-LLM so that it makes the adapter's KV cache managers, and undoing that.
 
 There is no official hook for a manager's class. `KvCacheCreator` asks the module global `get_kv_cache_manager_cls` of
-``tensorrt_llm._torch.pyexecutor._util`` for it, and later versions may then fall back to another; both are wrapped,
-whatever their arguments. Start-up is cut short too: V1's estimate of the cache's size, with its second set of managers
-and graphs, is skipped. Whichever way an executor came to its manager, that manager is looked at when the executor
-starts; until then nothing is announced. Nothing here imports torch or TensorRT-LLM.
+``tensorrt_llm._torch.pyexecutor._util`` for it, and later versions may then fall back to another class; both functions
+are wrapped. V1's estimate of the cache's size, with its second set of managers and graphs, is skipped. Executors are
+patched too: each checks its managers when it starts (`start.check_executor`), however it came to them. Nothing here
+imports torch or TensorRT-LLM.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from types import ModuleType
 from typing import Any
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.trtllm.choose import Chooser, refuse_disaggregation
 from trtllm_vattn.trtllm.config import ENVIRONMENT, TrtllmConfig
+from trtllm_vattn.trtllm.start import check_executor
+from trtllm_vattn.trtllm.v2 import is_v2, limit_bytes
 from trtllm_vattn.trtllm.versions import RANGE, VERSION_MODULE, refuse_unrecorded
 
 logger = logging.getLogger(__name__)
@@ -33,11 +36,11 @@ TARGET = "tensorrt_llm._torch.pyexecutor._util"
 EXECUTOR = "tensorrt_llm._torch.pyexecutor.py_executor"
 """Where every executor of the PyTorch backend and of AutoDeploy starts."""
 HOOK = Path(__file__).with_name("hook")
-"""A folder for PYTHONPATH, whose sitecustomize makes every Python process watch for the target."""
+"""A folder for PYTHONPATH, whose sitecustomize has every Python process call `watch`."""
 
 
 class _Patches:
-    """Attributes put over others, and put back in reverse."""
+    """Replaced attributes, restored in reverse order."""
 
     def __init__(self) -> None:
         self._before: list[tuple[Any, str, Any]] = []
@@ -54,12 +57,12 @@ class _Patches:
 
 _patches = _Patches()
 _environment: dict[str, str | None] = {}
-"""Variables as they were before they were set."""
+"""Environment variables as they were before `install` set them."""
 
 
 def install(config: TrtllmConfig | None = None, **keywords: Any) -> bool:
-    """Have every LLM that is made from now on, here and in processes started from here, keep its KV cache at fixed
-    addresses, or fail; returns whether TensorRT-LLM is there.
+    """Have every LLM that is made from now on, in this process and its children, keep its KV cache at fixed addresses,
+    or fail; returns whether TensorRT-LLM is installed.
 
     Parameters
     ----------
@@ -70,8 +73,8 @@ def install(config: TrtllmConfig | None = None, **keywords: Any) -> bool:
     Raises
     ------
     ConfigError
-        Settings are wrong, or the installed TensorRT-LLM is of a version that the adapter was not held against, or none
-        that it fits; nothing is changed.
+        A setting is wrong, the installed version was not recorded (unless ``any_version``), or it lacks a name that the
+        adapter needs; nothing is changed then.
     """
     if importlib.util.find_spec("tensorrt_llm") is None:
         logger.warning("tensorrt_llm is not installed; trtllm-vattn has nothing to do")
@@ -92,7 +95,7 @@ def install(config: TrtllmConfig | None = None, **keywords: Any) -> bool:
 
 
 def uninstall() -> None:
-    """Take everything back; LLMs that live keep what they have. Idempotent."""
+    """Undo `install`; LLMs that were made keep their KV caches. Idempotent."""
     _patches.undo()
     for finder in [each for each in sys.meta_path if isinstance(each, _Watch)]:
         sys.meta_path.remove(finder)
@@ -104,21 +107,21 @@ def uninstall() -> None:
 
 
 def environment_for(config: TrtllmConfig) -> dict[str, str]:
-    """Variables with which a Python process, and those that it starts, install the adapter by themselves."""
+    """Environment variables with which a Python process and its children install the adapter by themselves."""
     others = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and part != str(HOOK)]
     return {**config.as_environment(), "PYTHONPATH": os.pathsep.join([str(HOOK), *others])}
 
 
 def watch() -> None:
-    """Install as soon as TensorRT-LLM is imported; nothing happens in a process that does not import it."""
+    """Install when TensorRT-LLM is imported; a process that does not import it stays as it is."""
     if ENVIRONMENT in os.environ and not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
 
 
 class _Watch(MetaPathFinder):
-    """Finds the modules as everyone else does, and acts on each once it is loaded.
+    """Has each module of `ACTIONS` patched right after it is loaded.
 
-    It stays, so that a module whose import failed for what we found does not come in by a second attempt.
+    It stays on ``sys.meta_path``, so that a module refused at its first import is refused at the next one too.
     """
 
     def __init__(self) -> None:
@@ -140,7 +143,7 @@ class _Watch(MetaPathFinder):
 
 
 class _Acting(Loader):
-    """A loader that acts on what it has loaded."""
+    """A loader that calls `act` with each module it has loaded."""
 
     def __init__(self, real: Loader, act: Callable[[Any, TrtllmConfig], None]) -> None:
         self._real, self._act = real, act
@@ -154,7 +157,7 @@ class _Acting(Loader):
 
 
 def _import(name: str) -> Any:
-    """A module of the installed TensorRT-LLM. Raises ConfigError where there is none of that name."""
+    """Import a module of the installed TensorRT-LLM. Raises ConfigError where there is none of that name."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -177,21 +180,19 @@ def _require(owner: Any, name: str, names: Sequence[str]) -> None:
 
 
 def check_version(module: Any, config: TrtllmConfig) -> None:
-    """Refuse a version that the adapter was not held against, unless ``any_version``. Raises ConfigError."""
+    """Raise ConfigError for a version that was not recorded, unless ``any_version``."""
     if not config.any_version:
         refuse_unrecorded(str(getattr(module, "__version__", "of no named version")))
 
 
 def patch_executor(module: Any, config: TrtllmConfig) -> None:
-    """Patch a loaded ``py_executor``: executors look at their managers when they start. Raises ConfigError where it is
-    another than the adapter knows."""
+    """Patch a loaded ``py_executor``: executors check their managers when they start. Raises ConfigError where it lacks
+    a name that is needed."""
     _require(module, EXECUTOR, ["PyExecutor"])
     _require(module.PyExecutor, f"{EXECUTOR}.PyExecutor", ["start_worker"])
 
     def checking(original: Any) -> Any:
         def start_worker(self: Any, *args: Any, **named: Any) -> Any:
-            from trtllm_vattn.trtllm.start import check_executor
-
             check_executor(self, config)
             return original(self, *args, **named)
 
@@ -201,11 +202,7 @@ def patch_executor(module: Any, config: TrtllmConfig) -> None:
 
 
 def patch(module: Any, config: TrtllmConfig) -> None:
-    """Patch a loaded ``_util``. Raises ConfigError where it is another than the adapter knows."""
-    from trtllm_vattn.trtllm.choose import Chooser, refuse_disaggregation
-    from trtllm_vattn.trtllm.manager import FixedAddress
-    from trtllm_vattn.trtllm.v2 import is_v2, limit_bytes
-
+    """Patch a loaded ``_util``. Raises ConfigError where it lacks a name that is needed."""
     _require(module, TARGET, ["get_kv_cache_manager_cls", "KvCacheCreator", "KVCacheManager"])
     creator = module.KvCacheCreator
     _require(creator, f"{TARGET}.KvCacheCreator", ["try_prepare_estimation"])
@@ -232,7 +229,7 @@ def patch(module: Any, config: TrtllmConfig) -> None:
     def skipping(original: Any) -> Any:
         def try_prepare_estimation(self: Any) -> bool:
             # V2 must be estimated: that is where its quota comes from.
-            return not issubclass(self._kv_cache_manager_cls, FixedAddress) and bool(original(self))
+            return not choose.is_fixed(self._kv_cache_manager_cls) and bool(original(self))
 
         return functools.wraps(original)(try_prepare_estimation)
 
@@ -245,7 +242,7 @@ def patch(module: Any, config: TrtllmConfig) -> None:
 
 
 FALLBACK = "_fallback_if_unsupported_kv_cache_manager_v2"
-"""A method of `KvCacheCreator` that gives the stock V1 class where V2 does not do."""
+"""The method of `KvCacheCreator` that falls back from V2 to the stock V1 class."""
 ACTIONS: dict[str, Callable[[Any, TrtllmConfig], None]] = {
     VERSION_MODULE: check_version,
     EXECUTOR: patch_executor,

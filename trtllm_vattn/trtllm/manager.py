@@ -1,10 +1,10 @@
 """TensorRT-LLM's `KVCacheManager` with its memory at fixed addresses.
 
-The class is made from whatever `KVCacheManager` is installed, as a subclass, because the C++ capacity scheduler is
-handed its `impl`. The C++ manager goes on keeping the books, in blocks, over a pool of a few bytes a block; what
-kernels touch is ours: the pools' base addresses, the tables, the buffers. Attributes and methods of ours begin with
-``vattn`` or ``_vattn``; everything else that is overridden, called or read is in the recorded interface of the version
-(tests/data/trtllm_interface.json), and what only some versions have is asked for before it is used.
+`make_manager` subclasses the `KVCacheManager` that is installed, because the C++ capacity scheduler is handed its
+`impl`. The C++ manager goes on counting blocks, over a pool of a few bytes a block. What kernels touch lies at fixed
+addresses and belongs to `ManagerMemory`, the attribute ``vattn``; the overridden methods only call it. Every other name
+that is overridden, called or read is recorded for each version (tests/data/trtllm_interface.json); names that only some
+versions have are asked for before they are used.
 
 Prior art: TensorRT-LLM PR #15931 put per-sequence arenas beneath KVCacheManagerV2.
 """
@@ -14,31 +14,29 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.trtllm import elastic
-from trtllm_vattn.trtllm.capacity import Capacity
 from trtllm_vattn.trtllm.config import TrtllmConfig
-from trtllm_vattn.trtllm.features import UnsupportedFeature, check_interface, dtype_of, refuse
-from trtllm_vattn.trtllm.kernels import KernelViews
-from trtllm_vattn.trtllm.later import LATER
-from trtllm_vattn.trtllm.pages import Pages
-from trtllm_vattn.trtllm.requests import Requests
+from trtllm_vattn.trtllm.features import check_interface, enum_name, refuse, unsupported
+from trtllm_vattn.trtllm.holdback import StatsWithoutHoldback
+from trtllm_vattn.trtllm.memory import ManagerMemory
 from trtllm_vattn.trtllm.versions import RANGE
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 
 logger = logging.getLogger(__name__)
 
-BOOK_HEAD_DIM = 8
-"""Elements a token that the C++ manager allocates, in one layer with one head: its pool is for the books alone."""
+CPP_HEAD_DIM = 8
+"""Elements that the C++ manager allocates for a token, in one layer with one head."""
+
+# The installed KVCacheManager stands behind the mixins in the final class; which one is not known before.
+Stock: Any = object
 
 
 def current_driver() -> Driver:
@@ -46,19 +44,16 @@ def current_driver() -> Driver:
     return open_driver(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
 
 
-def name_of(value: Any) -> str:
-    """The name of an enumerator of TensorRT-LLM's bindings."""
-    return str(getattr(value, "name", value)).rpartition(".")[2]
-
-
 @contextmanager
-def books_alone(module: Any) -> Iterator[None]:
-    """Have the C++ manager that is made meanwhile allocate next to nothing: one layer of one head of a few elements, in
-    each pool. Raises ConfigError where it takes none of the arguments that say how much."""
+def shrunken_cpp_pool(module: Any) -> Iterator[None]:
+    """Within the context, C++ managers allocate one layer of one head of a few elements in each pool.
+
+    Raises ConfigError from the C++ manager's constructor where it takes none of the arguments that say how much.
+    """
     real = module.KVCacheManagerCpp
 
     def make(*arguments: Any, **named: Any) -> Any:
-        small = {"size_per_head": BOOK_HEAD_DIM, "size_per_head_per_layer": [BOOK_HEAD_DIM]}
+        small = {"size_per_head": CPP_HEAD_DIM, "size_per_head_per_layer": [CPP_HEAD_DIM]}
         sizes = {name: value for name, value in small.items() if name in named}
         if not sizes or "num_kv_heads_per_layer" not in named:
             raise ConfigError(
@@ -69,11 +64,11 @@ def books_alone(module: Any) -> Iterator[None]:
         named.update(sizes, num_kv_heads_per_layer=[1])
         if named.get("pool_configurations"):
             named["pool_configurations"] = [
-                module.PoolConfigurationCpp(window_size=pool.window_size, size_per_head=BOOK_HEAD_DIM, dtype=pool.dtype)
+                module.PoolConfigurationCpp(window_size=pool.window_size, size_per_head=CPP_HEAD_DIM, dtype=pool.dtype)
                 for pool in named["pool_configurations"]
             ]
         if len(set(named.get("max_attention_window_vec") or ())) == 1:
-            # One entry a layer in later versions; here there is one layer.
+            # Later versions give one entry a layer; here there is one layer.
             named["max_attention_window_vec"] = named["max_attention_window_vec"][:1]
         return real(*arguments, **named)
 
@@ -84,8 +79,21 @@ def books_alone(module: Any) -> Iterator[None]:
         module.KVCacheManagerCpp = real
 
 
-def without_reuse(config: Any) -> Any:
-    """A copy of a `KvCacheConfig` with what only the C++ pool can do switched off."""
+def check_cpp_pool_is_small(manager: Any) -> None:
+    """Raise ConfigError where the C++ manager allocated more than `shrunken_cpp_pool` asks for; nobody would use it."""
+    allocated = getattr(manager.impl.get_kv_cache_stats(), "allocated_bytes", 0)
+    element = 4
+    needed = manager.impl.max_num_blocks * manager.tokens_per_block * manager.kv_factor * CPP_HEAD_DIM * element
+    if allocated > needed:
+        raise ConfigError(
+            f"the C++ manager of the installed TensorRT-LLM allocated {allocated:,} bytes to count blocks, which needs "
+            f"{needed:,} at most: its pools are sized by arguments that the adapter does not know; install one of "
+            f"{RANGE}, or run without trtllm-vattn"
+        )
+
+
+def without_block_reuse(config: Any) -> Any:
+    """A copy of a `KvCacheConfig` with block reuse off; a warning says so where it was on."""
     plain = copy.copy(config)
     if getattr(plain, "enable_block_reuse", False):
         logger.warning("block reuse, on by default, is switched off: the fixed-address KV cache does not support it")
@@ -93,81 +101,171 @@ def without_reuse(config: Any) -> Any:
     return plain
 
 
-def refuse_a_large_pool(manager: Any) -> None:
-    """Raise ConfigError where the C++ manager allocated more than books need, whatever it was told: memory that nobody
-    would use."""
-    allocated = getattr(manager.impl.get_kv_cache_stats(), "allocated_bytes", 0)
-    element = 4
-    books = manager.impl.max_num_blocks * manager.tokens_per_block * manager.kv_factor * BOOK_HEAD_DIM * element
-    if allocated > books:
-        raise ConfigError(
-            f"the C++ manager of the installed TensorRT-LLM allocated {allocated:,} bytes for its books, which need "
-            f"{books:,} at most: its pools are sized by arguments that the adapter does not know; install one of "
-            f"{RANGE}, or run without trtllm-vattn"
-        )
+def refuse_beams(width: int) -> None:
+    """Raise UnsupportedFeature for more than one beam."""
+    if width > 1:
+        raise unsupported("beam search", "use beam width 1")
 
 
-class FixedAddress(Requests, KernelViews, Capacity):
-    """How a manager is made and shut down."""
+class FixedAddress(Stock):  # type: ignore[misc]
+    """Overrides of `KVCacheManager`, each a call of the same transition of `ManagerMemory`."""
+
+    vattn: ManagerMemory
+    _vattn_config: TrtllmConfig
+    _vattn_module: Any
+    """The module that the stock class is in."""
+    _vattn_driver: Callable[[], Driver]
 
     def __init__(self, kv_cache_config: Any, kv_cache_type: Any, **arguments: Any) -> None:
         """As the stock class. Raises UnsupportedFeature by name, ConfigError, AddressSpaceExhausted, DriverError."""
-        refuse(kv_cache_config, name_of(kv_cache_type), arguments)
+        refuse(kv_cache_config, enum_name(kv_cache_type), arguments)
         if "is_estimating_kv_cache" in arguments:
             arguments["is_estimating_kv_cache"] = False
-        self._vattn_lock = threading.RLock()
-        self._vattn_live, self._vattn_dummies = {}, {}
-        self._vattn_sized = self._vattn_closed = False
-        self._vattn_cap = int(getattr(kv_cache_config, "max_gpu_total_bytes", None) or 0)
-        budget = self._vattn_settings.budget_bytes
-        self._vattn_target = budget if budget is None else min(budget, self._vattn_cap or budget)
+        module = self._vattn_module
+        byte_limit = int(getattr(kv_cache_config, "max_gpu_total_bytes", None) or 0)
+        self.vattn = ManagerMemory(
+            self, super(), lambda request: module.get_draft_token_length(request), self._vattn_config, byte_limit
+        )
         with ExitStack() as undo:
-            with books_alone(self._vattn_module):
-                super().__init__(without_reuse(kv_cache_config), kv_cache_type, **arguments)
+            with shrunken_cpp_pool(module):
+                super().__init__(without_block_reuse(kv_cache_config), kv_cache_type, **arguments)
             undo.callback(super().shutdown)
-            refuse_a_large_pool(self)
-            self._vattn_token_count = getattr(self.impl, "get_token_count", None)
-            self._vattn_total = self.impl.max_num_blocks
-            self._vattn_ballast = self._vattn_make_ballast()
-            self._vattn_pages = self._vattn_open(arguments.get("execution_stream"))
-            undo.callback(self._vattn_pages.cache.close)
-            self._vattn_publish()
-            if self._vattn_target is not None:
-                self.vattn_check_budget(self._vattn_target)
+            check_cpp_pool_is_small(self)
+            self.vattn.open(type(self)._vattn_driver(), arguments.get("execution_stream"))
             undo.pop_all()
         elastic.register(self)
 
-    def _vattn_open(self, stream: Any) -> Pages:
-        heads = set(self.num_kv_heads_per_layer)
-        if len(heads) != 1:
-            raise UnsupportedFeature(
-                f"layers have {sorted(heads)} KV heads; the fixed-address KV cache needs the same number in each"
-            )
-        shape = CacheShape(
-            num_layers=self.num_local_layers,
-            num_kv_heads=heads.pop(),
-            head_dim=self.head_dim,
-            dtype=dtype_of(name_of(self.dtype)),
-            num_slots=self.max_batch_size,
-            max_seq_len=self.max_blocks_per_seq * self.tokens_per_block,
-            kv_factor=self.kv_factor,
-        )
-        settings = self._vattn_settings
-        lookahead = self.tokens_per_block if settings.lookahead is None else settings.lookahead
-        layers = settings.layers_per_range or self.num_local_layers
-        pages = Pages(shape, type(self)._vattn_driver(), layers, lookahead, self.tokens_per_block)
-        if stream is not None:
-            pages.cache.streams.append(stream.cuda_stream)
-        return pages
-
     def shutdown(self) -> None:
-        """The stock shutdown; then all memory goes back. Idempotent."""
-        if self._vattn_closed:
-            return
-        self._vattn_closed = True
-        elastic.forget(self)
-        super().shutdown()
-        self._vattn_pages.cache.close()
+        """The stock shutdown; then all memory is given back. Idempotent."""
+        if not self.vattn.is_closed:
+            self.vattn.is_closed = True
+            elastic.forget(self)
+            super().shutdown()
+            self.vattn.close()
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def prepare_resources(self, scheduled_batch: Any) -> None:
+        """As `ManagerMemory.prepare`."""
+        self.vattn.prepare(scheduled_batch)
+
+    def update_resources(self, scheduled_batch: Any, *arguments: Any, **named: Any) -> None:
+        """As `ManagerMemory.update`."""
+        self.vattn.update(scheduled_batch, *arguments, **named)
+
+    def rewind_kv_cache(self, request: Any, rewind_len: int) -> None:
+        """As `ManagerMemory.rewind`."""
+        self.vattn.rewind(request, rewind_len)
+
+    def free_resources(self, request: Any, pin_on_release: bool = False) -> Any:
+        """As `ManagerMemory.free`. Raises UnsupportedFeature for `pin_on_release`."""
+        if pin_on_release:
+            raise unsupported("pinning blocks on release")
+        return self.vattn.free(request)
+
+    def add_dummy_requests(self, request_ids: Sequence[int], *arguments: Any, **named: Any) -> Any:
+        """As `ManagerMemory.add_dummies`."""
+        return self.vattn.add_dummies(request_ids, *arguments, **named)
+
+    # -- capacity --------------------------------------------------------------------------------------------------
+
+    def calculate_max_num_blocks(self, *arguments: Any, **named: Any) -> tuple[int, int]:
+        """Blocks for the C++ manager to count, and none on the host."""
+        return self.vattn.count_blocks(arguments, named), 0
+
+    def get_max_resource_count(self) -> int:
+        """Blocks that the budget backs."""
+        return self.vattn.promised_blocks
+
+    def get_kv_cache_stats(self) -> StatsWithoutHoldback:
+        """The stock statistics without the blocks that the budget does not back."""
+        return self.vattn.stats()
+
+    # -- what kernels are given ------------------------------------------------------------------------------------
+
+    def copy_batch_block_offsets(
+        self, dst_tensor: torch.Tensor, request_ids: Sequence[int], beam_width: int, num_context: int, num_seqs: int
+    ) -> None:
+        """As `ManagerMemory.fill_table`. Raises UnsupportedFeature for several beams."""
+        refuse_beams(beam_width)
+        self.vattn.fill_table(dst_tensor, request_ids, num_context)
+
+    def get_batch_cache_indices(
+        self, request_ids: Sequence[int], layer_idx: int | None = None, **named: Any
+    ) -> list[list[int]]:
+        """As `ManagerMemory.block_ids`. Later versions ask for the first few blocks of each request
+        (`num_blocks_per_seq`), and name a window and a beam width. Raises UnsupportedFeature for several beams."""
+        refuse_beams(named.get("beam_width") or 1)
+        found = self.vattn.block_ids(request_ids)
+        counts = named.get("num_blocks_per_seq")
+        return found if counts is None else [ids[:count] for ids, count in zip(found, counts, strict=True)]
+
+    def get_cache_indices(self, request: Any, window_size: int | None = None) -> list[int]:
+        """Block numbers of a request."""
+        return self.vattn.block_ids([request.py_request_id])[0]
+
+    def get_buffers(self, layer_idx: int, kv_layout: str = "NHD") -> torch.Tensor:
+        """A layer's blocks, ``[blocks, kv_factor, heads, tokens, dim]`` (HND), or the same memory taken as
+        ``[blocks, kv_factor, tokens, heads, dim]`` (NHD). Most blocks have no memory."""
+        blocks = self.vattn.cache.blocks(self.layer_offsets[layer_idx])
+        if kv_layout == "HND":
+            return blocks
+        if kv_layout != "NHD":
+            raise ConfigError(f"kv_layout is {kv_layout!r}; there are NHD and HND")
+        count, factor, heads, tokens, dim = blocks.shape
+        return blocks.as_strided((count, factor, tokens, heads, dim), (*blocks.stride()[:2], heads * dim, dim, 1))
+
+    def check_invalid_values_in_kv_cache(self, fill_with_zero: bool = False) -> bool:
+        """Whether any mapped element is NaN or infinite; all is zeroed then, if `fill_with_zero`."""
+        return self.vattn.has_invalid(fill_with_zero)
+
+    # -- what only the C++ pool can do -----------------------------------------------------------------------------
+
+    def pin_blocks(self, request_id: int) -> None:
+        """Raises UnsupportedFeature."""
+        raise unsupported("pinning blocks")
+
+    def store_blocks_for_reuse(self, request: Any, pin_blocks: bool = False) -> None:
+        """Raises UnsupportedFeature."""
+        raise unsupported("block reuse")
+
+    def get_unique_primary_pool(self) -> None:
+        """Raises UnsupportedFeature: most of the pool has no memory, and a caller would read all of it."""
+        raise unsupported("the whole pool as one tensor")
+
+    def get_last_block_id(self, request_id: int) -> None:
+        """Raises UnsupportedFeature."""
+        raise unsupported("block ids for a KV connector")
+
+
+class BlockBudget(Stock):  # type: ignore[misc]
+    """Since 1.4 a request that can never fit is refused when it comes. The stock class answers for itself alone; its
+    estimate of a request's blocks is right here too."""
+
+    def kv_block_budget_applies(self) -> bool:
+        """Whether the estimate is made: for the K and V of self-attention."""
+        return enum_name(self.kv_cache_type) == "SELF"
+
+    def get_request_kv_block_budget(self, request: Any) -> tuple[int, int] | None:
+        """Blocks that a request needs to its end, and those that the budget backs."""
+        found: tuple[int, int] | None = super().get_request_kv_block_budget(request)
+        backed = self.vattn.capacity_blocks()
+        return found if found is None or backed is None else (found[0], backed)
+
+
+class PoolIndices(Stock):  # type: ignore[misc]
+    """Since 1.3 KV connectors and transfers ask where in the C++ pool a block is."""
+
+    def get_memory_pool_block_indices(self, block_ids: list[int], *, window_size: int) -> None:
+        """Raises UnsupportedFeature: the blocks are not in that pool."""
+        raise unsupported("places in the C++ pool")
+
+
+LATER: dict[type, str] = {
+    BlockBudget: "get_request_kv_block_budget",
+    PoolIndices: "get_memory_pool_block_indices",
+}
+"""Mixins for later versions, each with the stock method that asks for it."""
 
 
 def make_manager(stock: Any, config: TrtllmConfig | None = None, driver: Callable[[], Driver] = current_driver) -> Any:
@@ -189,13 +287,12 @@ def make_manager(stock: Any, config: TrtllmConfig | None = None, driver: Callabl
     """
     module = sys.modules[stock.__module__]
     check_interface(stock, module)
-
     later = [mixin for mixin, name in LATER.items() if hasattr(stock, name)]
 
     class FixedAddressKVCacheManager(FixedAddress, *later, stock):  # type: ignore[misc]
         """`KVCacheManager` whose pools never move and are backed as far as requests need."""
 
-        _vattn_settings = config or TrtllmConfig()
+        _vattn_config = config or TrtllmConfig()
         _vattn_module = module
         _vattn_driver = staticmethod(driver)
 

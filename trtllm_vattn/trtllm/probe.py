@@ -1,7 +1,6 @@
-"""One LLM, a few prompts: ``python -m trtllm_vattn.trtllm.probe MODEL KIND`` prints what it measured as JSON.
+"""``python -m trtllm_vattn.trtllm.probe MODEL KIND`` runs a few prompts through one LLM and prints JSON.
 
-Run by `selfcheck` once with the stock KV cache and once with the fixed-address one, each in a process of its own, with
-the same arguments for both.
+`selfcheck` runs it once with the stock KV cache and once with the fixed-address one, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ ROUNDS = 3
 
 
 def measure(model: str, kind: str) -> dict[str, Any]:
-    """Greedy tokens of `PROMPTS`, seconds a token of the batch, and bytes of GPU memory after start and after work.
+    """Greedy tokens of `PROMPTS`, milliseconds a step, and bytes of GPU memory in use after start and after the runs.
 
     Parameters
     ----------
@@ -57,7 +56,7 @@ def measure(model: str, kind: str) -> dict[str, Any]:
 
 
 def _gpu_bytes() -> int:
-    """Memory in use on the first GPU, by everyone."""
+    """Memory in use on the first GPU, by all processes."""
     import pynvml
 
     pynvml.nvmlInit()

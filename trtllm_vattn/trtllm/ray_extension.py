@@ -1,7 +1,7 @@
 """For ``LLM(orchestrator_type="ray", ray_worker_extension_cls="trtllm_vattn.trtllm.ray_extension.WorkerExtension")``.
 
-Importing this module, which every Ray worker does before it makes its executor, installs the adapter by the settings
-in the environment.
+Every Ray worker imports this module before it makes its executor; the import installs the adapter with the settings in
+the environment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ install()
 
 
 class WorkerExtension:
-    """Methods that a Ray worker is given, to be called with the LLM's collective RPC."""
+    """Methods added to each Ray worker, for the LLM's collective RPC to call."""
 
     def vattn_set_budget(self, budget: int | str) -> int:
         """As `elastic.set_budget`."""

@@ -1,4 +1,4 @@
-"""The five-minute check of an installation: stock and fixed-address manager side by side on a small model."""
+"""The self-check of an installation: the stock and the fixed-address KV cache side by side on a small model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trtllm_vattn.trtllm.versions import RANGE, series_of
 MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 TIMEOUT = 900
 SLOWER = 1.05
-"""A step may take this many times the stock one's before the check says so."""
+"""The check fails where a step takes more than this many times the stock one's time."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Check:
 
 
 def run_probe(model: str, kind: str) -> dict[str, Any]:
-    """Run one side in a process of its own, whatever the version: what it is good for is what this finds out. Raises
-    ConfigError with the end of what it said where it fails."""
+    """Run `probe` with one KV cache (``stock`` or ``fixed``) in a process of its own, whatever the version; returns
+    what it measured. Raises ConfigError with the end of its stderr where it fails."""
     command = [sys.executable, "-m", "trtllm_vattn.trtllm.probe", model, kind]
     environment = {**os.environ, "TLLM_WORKER_USE_SINGLE_PROCESS": "1"}
     if kind == "stock":
@@ -52,7 +52,7 @@ def run_probe(model: str, kind: str) -> dict[str, Any]:
 
 
 def self_check(model: str = MODEL, probe: Callable[[str, str], dict[str, Any]] = run_probe) -> list[Check]:
-    """All checks. Raises ConfigError where TensorRT-LLM is not installed or a side does not run at all."""
+    """Run both caches and compare them. Raises ConfigError where TensorRT-LLM is not installed or a run fails."""
     try:
         version = importlib.metadata.version("tensorrt_llm")
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What an executor really runs on, looked at when it starts; nothing is said of a KV cache before."""
+"""The check of an executor's KV cache managers when it starts; only then is a KV cache announced."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ KINDS = ("KV_CACHE_MANAGER", "DRAFT_KV_CACHE_MANAGER", "CROSS_KV_CACHE_MANAGER")
 
 
 def check_executor(executor: Any, config: TrtllmConfig) -> None:
-    """Look at the managers that a `PyExecutor` uses; set the budgets of ours, and say what is served.
+    """Check the managers that a `PyExecutor` uses, put budgets in force, and log what is served.
 
     Raises
     ------
     UnsupportedFeature
-        One of them is not ours (unless ``allow_stock``): whoever made the executor chose its manager by another way
-        than the one that is patched.
+        A manager is a stock one (unless ``allow_stock``): the executor's maker chose it by another way than the one
+        that is patched.
     ConfigError
-        The executor is built otherwise than recorded; or a budget is too small.
+        The executor lacks a recorded attribute, or a budget is too small.
     """
     found = managers_of(executor)
     if not found:
@@ -34,19 +34,19 @@ def check_executor(executor: Any, config: TrtllmConfig) -> None:
     stock = [manager for manager in found if not elastic.is_ours(manager)]
     if stock:
         names = ", ".join(type(manager).__name__ for manager in stock)
-        told = f"the executor runs on TensorRT-LLM's own {names}, not on a KV cache at fixed addresses"
+        what = f"the executor runs on TensorRT-LLM's own {names}, not on a KV cache at fixed addresses"
         if not config.allow_stock:
             raise UnsupportedFeature(
-                f"{told}: AutoDeploy makes one of its own, other backends may; use the PyTorch backend, run without "
+                f"{what}: AutoDeploy makes one of its own, other backends may; use the PyTorch backend, run without "
                 "trtllm-vattn, or carry on with the stock KV cache by allow_stock=True (trtllm-vattn run --allow-stock)"
             )
-        logger.warning("%s; carrying on with it, as allow_stock says", told)
+        logger.warning("%s; carrying on with it, as allow_stock says", what)
     for manager in found:
         if elastic.is_ours(manager):
-            manager.vattn_size()
-            # A run that only measures is followed by another with the manager that serves.
+            manager.vattn.set_initial_budget()
+            # A warm-up executor is followed by the one that serves.
             if not getattr(executor, "is_warmup", False):
-                logger.warning("%s", manager.vattn_describe())
+                logger.warning("%s", manager.vattn.describe())
 
 
 def managers_of(executor: Any) -> list[Any]:

@@ -1,13 +1,12 @@
-"""Block tables that are never rewritten: a constant on the device, of which a batch's rows are gathered.
+"""Block tables that are made once; a batch's rows are gathered from them on the device.
 
-TensorRT-LLM's kernels take a table with K and V apart, as offsets that count one layer's K or V of one block
-(``block × layers × kv_factor``, and one more for V); others take one table of block numbers. All pools have the same
-layout, so one constant serves them all. Rows follow the batch's order and are copied on the device, and only when the
-batch is made of other sequences than before.
+TensorRT-LLM's kernels take a table ``[sequence][K, V][block]`` of offsets that count one layer's K or V of one block
+(``block × layers × kv_factor``, plus one for V). A slot's blocks have consecutive numbers, so its row never changes,
+and all pools have the same layout, so one table serves them all. Rows are copied only when the batch consists of other
+sequences than before.
 
-A row goes on past its sequence, to blocks that may have no memory. Decode kernels do not look there. Context attention
-loads whole tiles of keys, past a prompt's end too: so the rows of prompts name the tail behind their last block. They
-do not grow while they are prompts, and when one begins to decode the batch is another.
+A row goes on past its sequence, to blocks that may have no memory. Decode kernels do not read there. Context attention
+loads whole tiles of keys, past a prompt's end too, so a prompt's row names the null block behind its last block.
 """
 
 from __future__ import annotations
@@ -24,40 +23,38 @@ from trtllm_vattn.vmm.tensors import upload
 
 
 class AffineTables:
-    """The constants.
+    """One row for each slot, and one row of null blocks (`dummy_row`), for dummy requests of any length.
 
     Parameters
     ----------
     width : int
-        Entries of a row; those beyond a slot's blocks name the tail.
-    tail : int
-        A block that is always mapped. There is one row more than the layout's slots, and all of it is the tail: the
-        row of dummy requests, whatever their length.
+        Entries of a row; those beyond a slot's blocks name the null block.
+    null_block : int
+        A block that is always mapped.
+
+    Attributes
+    ----------
+    block_numbers : Tensor
+        int32 ``[slots + 1, width]`` on the device, for kernels that take block numbers.
+    host, offsets : Tensor
+        int32 ``[slots + 1, 2, width]`` on the host and on the device: offsets of K and of V.
     """
 
-    def __init__(self, layout: BlockLayout, width: int, tail: int, device: torch.device) -> None:
+    def __init__(self, layout: BlockLayout, width: int, null_block: int, device: torch.device) -> None:
         self.ordinals = ordinals = torch.arange(width, dtype=torch.int32)
         firsts = torch.arange(layout.num_slots + 1, dtype=torch.int32)[:, None] * layout.blocks_per_slot
-        blocks = torch.where(ordinals < layout.blocks_per_slot, firsts + ordinals, tail)
-        blocks[layout.num_slots] = tail
+        blocks = torch.where(ordinals < layout.blocks_per_slot, firsts + ordinals, null_block)
+        blocks[layout.num_slots] = null_block
         self.dummy_row = layout.num_slots
-        self.one = blocks.to(device)
-        """int32 ``[slots + 1, width]``: block numbers, for kernels that take one table."""
+        self.block_numbers = blocks.to(device)
         k = blocks * (layout.layers_per_range * layout.kv_factor)
         self.host = torch.stack([k, k + (layout.kv_factor - 1)], dim=1)
-        """int32 ``[slots + 1, 2, width]`` on the host: offsets of K and of V."""
-        self.apart = self.host.to(device)
-        """The same on the device, for kernels that take K and V apart."""
-
-    def rows(self, slots: Sequence[int], apart: bool = True) -> torch.Tensor:
-        """The rows of some slots, in their order, ``[len(slots), 2, width]`` or, not apart, ``[len(slots), width]``."""
-        index = torch.tensor(slots, dtype=torch.int64, device=self.one.device)
-        return (self.apart if apart else self.one)[index]
+        self.offsets = self.host.to(device)
 
 
 @dataclass
 class _Gathered:
-    """What a destination holds: rows of these requests, as of `epoch`; `version` counts torch's writes to it."""
+    """Rows that a destination holds: of these requests, as of `epoch`. `version` is torch's count of writes to it."""
 
     ids: list[int]
     prompts: int
@@ -71,15 +68,14 @@ class RowGatherer:
     Parameters
     ----------
     slots_of, blocks_of : callable
-        The rows of request ids, in order; how many blocks each has.
+        ``slots_of(ids)`` gives the table rows of requests, ``blocks_of(ids)`` how many blocks each has.
     host : Tensor
-        int32 ``[pools, sequences, 2, width]`` on the host, which kernels are given beside the one on the device; kept
-        the same.
+        int32 ``[pools, sequences, 2, width]`` on the host; always filled like the destination on the device.
 
     Attributes
     ----------
     epoch : int
-        To be raised by whoever takes a request's slot, so that its id may come to name another.
+        Callers raise it when a request loses its slot: its id may name another slot later.
     copies : int
         How often rows were copied.
     """
@@ -98,10 +94,10 @@ class RowGatherer:
         self._host_holds: tuple[list[int], int, int] = ([], 0, -1)
 
     def fill(self, destination: torch.Tensor, request_ids: Sequence[int], prompts: int = 0) -> bool:
-        """Have the first rows of every pool of `destination` be those of `request_ids`, the first `prompts` of them of
-        prompts; returns whether any was copied.
+        """Fill the first rows of every pool of `destination` with those of `request_ids`, of which the first `prompts`
+        are prompts; returns whether rows were copied.
 
-        Raises ConfigError where they are more than its rows.
+        Raises ConfigError where there are more requests than rows.
         """
         held = self._known(destination)
         if held and held.epoch == self.epoch and held.prompts == prompts and held.ids == request_ids:
@@ -115,10 +111,10 @@ class RowGatherer:
         ends = torch.tensor(self._blocks_of(ids[:prompts]), dtype=torch.int64)[:, None, None]
         past = self.tables.ordinals >= ends
         first = destination[0, :count]
-        torch.index_select(self.tables.apart, 0, index, out=first)
+        torch.index_select(self.tables.offsets, 0, index, out=first)
         if prompts:
-            tail = self.tables.apart[self.tables.dummy_row]
-            first[:prompts] = torch.where(upload(past.numpy(), destination.device), tail, first[:prompts])
+            null = self.tables.offsets[self.tables.dummy_row]
+            first[:prompts] = torch.where(upload(past.numpy(), destination.device), null, first[:prompts])
         if len(destination) > 1:
             destination[1:, :count] = first
         if self._host_holds != (ids, prompts, self.epoch):
@@ -133,7 +129,7 @@ class RowGatherer:
         return True
 
     def _known(self, destination: torch.Tensor) -> _Gathered | None:
-        """What we left in a destination, where nobody has written to it since."""
+        """Rows that `fill` left in a destination; None where somebody has written to it since."""
         found = self._held.get(id(destination))
         if found is None or found[0]() is not destination or found[1].version != _version(destination):
             return None
@@ -141,5 +137,5 @@ class RowGatherer:
 
 
 def _version(tensor: torch.Tensor) -> int | None:
-    """How often torch has written to a tensor; None where it does not count."""
+    """Torch's count of writes to a tensor; None where it does not count."""
     return None if tensor.is_inference() else tensor._version

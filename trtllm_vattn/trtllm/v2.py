@@ -1,9 +1,9 @@
-"""`KVCacheManagerV2`: a thin adapter on what is official.
+"""`KVCacheManagerV2` under a budget; nothing else of it is changed.
 
-V2 sits on virtual memory of its own already: a pool group's base never changes while it grows and shrinks at its tail.
-What is left to give it is the budget: at start through ``kv_cache_config.max_gpu_total_bytes``, which it makes its
-quota of, and at run time through ``impl.resize``. The hook `_build_cache_config` is where the quota is seen; its
-arguments differ between versions and are handed on as they come. Internals are not touched.
+V2 has virtual memory of its own: a pool group's base never changes while the group grows and shrinks at its tail. It
+gets a budget in bytes by official means: at start from ``kv_cache_config.max_gpu_total_bytes``, later from
+``impl.resize``, which wants no active request. The hook `_build_cache_config` shows the quota; its arguments differ
+between versions and are passed on unread.
 """
 
 from __future__ import annotations
@@ -36,8 +36,76 @@ def limit_bytes(config: Any, budget: int) -> None:
     config.max_gpu_total_bytes = min(given, budget) if given > 0 else budget
 
 
+class V2Budget:
+    """The GPU quota of one V2 manager, with the methods by which `ManagerMemory` sets a budget."""
+
+    quota: int
+    """Bytes; known once the manager is made."""
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+
+    def limit(self, built: Any, budget: int | None) -> None:
+        """Take the quota of a configuration that is being built, lowered to `budget`.
+
+        Raises ConfigError where this version does not heed the lower value.
+        """
+        tiers = built.cache_tiers
+        if budget is not None and tiers[GPU_LEVEL].quota > budget:
+            # Some versions round up so that ranks agree on tokens.
+            tiers[GPU_LEVEL].quota = budget
+        self.quota = int(built.cache_tiers[GPU_LEVEL].quota)
+        if budget is not None and self.quota > budget:
+            raise ConfigError(
+                f"KVCacheManagerV2 of the installed TensorRT-LLM takes {self.quota:,} bytes and does not heed a budget "
+                f"of {budget:,}: leave the budget out, or set kv_cache_config.use_kv_cache_manager_v2: false"
+            )
+
+    def describe(self) -> str:
+        """What is served, in one line."""
+        return (
+            "KVCacheManagerV2 keeps its addresses fixed by itself; trtllm-vattn gives it its budget alone, of "
+            f"{self.quota:,} bytes"
+        )
+
+    def set_initial_budget(self) -> None:
+        """Nothing: V2 has its quota from the start."""
+
+    def check_budget(self, budget: int) -> None:
+        """Raise ConfigError where this version cannot be resized, or while requests run."""
+        manager = self._manager
+        if not hasattr(manager.impl, "resize") or not hasattr(manager, "kv_cache_map"):
+            raise ConfigError("this KVCacheManagerV2 cannot be resized at run time; give the budget at start")
+        is_active = getattr(manager, "is_request_active", lambda number: True)
+        running = [number for number in list(manager.kv_cache_map) if is_active(number)]
+        if running:
+            raise ConfigError(
+                f"KVCacheManagerV2 is resized only while no request runs, and {len(running)} do (the first: "
+                f"{running[0]}); wait until they have ended, or give the budget at start"
+            )
+
+    def set_budget(self, budget: int) -> int:
+        """Resize the GPU's quota, in bytes, while the executor is idle; returns it.
+
+        Raises ConfigError as `check_budget`, and where V2 says that it could not.
+        """
+        self.check_budget(budget)
+        if self._manager.impl.resize(GPU_LEVEL, budget) is False:
+            raise ConfigError(
+                f"KVCacheManagerV2 could not be resized to {budget:,} bytes; its quota is {self.quota:,} as before"
+            )
+        self.quota = budget
+        return budget
+
+    def release(self) -> int:
+        """Nothing more than `set_budget` can do; returns the quota."""
+        return self.quota
+
+    resume = release
+
+
 def make_manager_v2(stock: Any, config: TrtllmConfig) -> Any:
-    """A subclass of an installed `KVCacheManagerV2` with our budget. Raises ConfigError where its hook is missing."""
+    """A subclass of an installed `KVCacheManagerV2` with a budget. Raises ConfigError where its hook is missing."""
     if not hasattr(stock, "_build_cache_config"):
         raise ConfigError(
             f"the installed {stock.__name__} has no hook _build_cache_config; set "
@@ -53,67 +121,15 @@ def make_manager_v2(stock: Any, config: TrtllmConfig) -> Any:
             if budget is not None:
                 kv_cache_config = copy.copy(kv_cache_config)
                 limit_bytes(kv_cache_config, budget)
+            self.vattn = V2Budget(self)
             super().__init__(kv_cache_config, *arguments, **named)
             elastic.register(self)
 
         def _build_cache_config(self, *arguments: Any, **named: Any) -> Any:
-            """The stock configuration; its quota for the GPU is ours, or lower by what else limits it."""
+            """The stock configuration with the budget as its GPU quota, where that is not lower already."""
             built = super()._build_cache_config(*arguments, **named)
-            if budget is not None and built.cache_tiers[GPU_LEVEL].quota > budget:
-                # Where ranks agree on tokens, some versions round the bytes up.
-                built.cache_tiers[GPU_LEVEL].quota = budget
-            self._vattn_quota = int(built.cache_tiers[GPU_LEVEL].quota)
-            if budget is not None and self._vattn_quota > budget:
-                raise ConfigError(
-                    f"KVCacheManagerV2 of the installed TensorRT-LLM takes {self._vattn_quota:,} bytes and does not "
-                    f"heed a budget of {budget:,}: leave the budget out, or set "
-                    "kv_cache_config.use_kv_cache_manager_v2: false"
-                )
+            self.vattn.limit(built, budget)
             return built
-
-        def vattn_describe(self) -> str:
-            """What is served, in a line."""
-            return (
-                "KVCacheManagerV2 keeps its addresses fixed by itself; trtllm-vattn gives it its budget alone, of "
-                f"{self._vattn_quota:,} bytes"
-            )
-
-        def vattn_size(self) -> None:
-            """Nothing: V2 has its quota from the start."""
-
-        def vattn_check_budget(self, budget: int) -> None:
-            """Raise ConfigError where this version cannot be resized, or requests run: `resize` wants none active."""
-            if not hasattr(self.impl, "resize") or not hasattr(self, "kv_cache_map"):
-                raise ConfigError("this KVCacheManagerV2 cannot be resized at run time; give the budget at start")
-            active = getattr(self, "is_request_active", lambda number: True)
-            running = [number for number in list(self.kv_cache_map) if active(number)]
-            if running:
-                raise ConfigError(
-                    f"KVCacheManagerV2 is resized only while no request runs, and {len(running)} do (the first: "
-                    f"{running[0]}); wait until they have ended, or give the budget at start"
-                )
-
-        def vattn_set_budget(self, budget: int) -> int:
-            """Resize the GPU's quota, in bytes; returns it. For when the executor is idle.
-
-            Raises ConfigError as `vattn_check_budget`, and where V2 says that it could not.
-            """
-            self.vattn_check_budget(budget)
-            if self.impl.resize(GPU_LEVEL, budget) is False:
-                raise ConfigError(
-                    f"KVCacheManagerV2 could not be resized to {budget:,} bytes; its quota is {self._vattn_quota:,} as "
-                    "before"
-                )
-            self._vattn_quota = budget
-            return budget
-
-        def vattn_release(self) -> int:
-            """Nothing more than `vattn_set_budget` can do; returns the quota."""
-            return int(self._vattn_quota)
-
-        def vattn_resume(self) -> int:
-            """The quota stays as it is; returns it."""
-            return int(self._vattn_quota)
 
         def shutdown(self) -> None:
             """The stock shutdown."""

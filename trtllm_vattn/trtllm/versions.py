@@ -1,4 +1,4 @@
-"""Which versions of TensorRT-LLM the adapter was held against. Imports nothing heavy."""
+"""Which versions of TensorRT-LLM the adapter accepts: those whose interface is recorded. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ RECORDED = {
     "1.3.0rc": r"1\.3\.0rc\d+",
     "1.4.0rc": r"1\.4\.0rc\d+",
 }
-"""Series whose interface is recorded (tests/data/trtllm_interface.json has the same keys), and what their versions look
-like; a post-release or a local build of one counts as the one."""
+"""Version patterns of each recorded series (tests/data/trtllm_interface.json has the same keys). A post-release or a
+local build of a version counts as that version."""
 RANGE = "1.2.x, 1.3.0rc* and 1.4.0rc*"
 OVERRIDE = "any_version=True (trtllm-vattn run --any-version)"
 
@@ -27,7 +27,7 @@ def series_of(version: str) -> str | None:
 
 
 def refuse_unrecorded(version: str) -> None:
-    """Raise ConfigError, with the range and the override, for a version that the adapter was not held against."""
+    """Raise ConfigError, with the range and the override, for a version that is in no recorded series."""
     if series_of(version) is None:
         raise ConfigError(
             f"tensorrt_llm {version} is installed, but the fixed-address KV cache was held against {RANGE} only: "

@@ -1,1 +1,1 @@
-"""A folder for PYTHONPATH: every Python process started with it watches for TensorRT-LLM. Imports nothing heavy."""
+"""A folder for PYTHONPATH: its `sitecustomize` installs the adapter when a process imports TensorRT-LLM."""

@@ -1,5 +1,5 @@
-"""Run by Python at start, with this folder on PYTHONPATH: watch for TensorRT-LLM, and run the sitecustomize that would
-have been found without us."""
+"""Python runs this at start where this folder is on PYTHONPATH. It runs the next `sitecustomize` on the path, if there
+is one, and has the adapter installed when TensorRT-LLM is imported."""
 
 from __future__ import annotations
 

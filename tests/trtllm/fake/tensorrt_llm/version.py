@@ -2,5 +2,5 @@
 
 import os
 
-__version__ = os.environ.get("TRTLLM_DOUBLE_VERSION", "1.2.1")
+__version__ = os.environ.get("TRTLLM_FAKE_VERSION", "1.2.1")
 MINOR = int(__version__.split(".")[1])
