@@ -61,27 +61,27 @@ class Readers:
 
 def soak(driver: Driver, seconds: float, seed: int = 0) -> SoakReport:
     """Remap pages between the pages being read, for so many seconds."""
-    granule = driver.granularity()
+    granularity = driver.granularity()
     generator = random.Random(seed)
     with ExitStack() as closing:
-        reservation = Reservation(driver, (READ_PAGES + CHURNED_PAGES) * granule)
+        reservation = Reservation(driver, (READ_PAGES + CHURNED_PAGES) * granularity)
         closing.callback(reservation.close)
         order = list(range(READ_PAGES + CHURNED_PAGES))
         generator.shuffle(order)
         pages = []
         for place in order[CHURNED_PAGES:]:
-            extent = Extent(driver, granule)
+            extent = Extent(driver, granularity)
             closing.callback(extent.close)
-            (mapping,) = reservation.map(place * granule, [extent])
+            (mapping,) = reservation.map(place * granularity, [extent])
             closing.callback(mapping.close)
-            pages.append(tensor_at(mapping.address, granule, driver.device, owner=mapping))
-        spare = [Extent(driver, granule) for _ in range(CHURNED_PAGES)]
+            pages.append(tensor_at(mapping.address, granularity, driver.device, owner=mapping))
+        spare = [Extent(driver, granularity) for _ in range(CHURNED_PAGES)]
         for extent in spare:
             closing.callback(extent.close)
 
         def churn() -> None:
             place = generator.choice(order[:CHURNED_PAGES])
-            (mapping,) = reservation.map(place * granule, [generator.choice(spare)])
+            (mapping,) = reservation.map(place * granularity, [generator.choice(spare)])
             mapping.close()
 
         beside = _beside_device if driver.device.startswith("cuda") else _beside_thread

@@ -17,7 +17,7 @@ from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import CACHES, make_cache
-from trtllm_vattn.errors import ConfigError, EngineClosed, OutOfPages
+from trtllm_vattn.errors import ConfigError, EngineClosed, KVCacheOutOfMemory
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.graphs.policy import start_choosing
 from trtllm_vattn.runtime.beside import MappingBeside
@@ -274,7 +274,7 @@ class Engine:
             try:
                 self.cache.set_budget(budget)
                 break
-            except OutOfPages:
+            except KVCacheOutOfMemory:
                 if not self.scheduler.holders:
                     raise
                 self.scheduler.preempt_youngest()

@@ -9,7 +9,7 @@ from itertools import islice
 
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import DriverError, NoFreeSlot, OutOfPages
+from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.prefill import PromptChunk
@@ -83,7 +83,7 @@ class Scheduler:
                 if not self.holders:
                     raise
                 return
-            except OutOfPages as error:
+            except KVCacheOutOfMemory as error:
                 cache = self.cache
                 if request.length > cache.longest_alone:
                     self.fail(
@@ -106,7 +106,7 @@ class Scheduler:
         self.admit()
         if isinstance(self.cache, KVCacheManager):
             free = self.cache.shape.num_slots - len(self.holders)
-            self.cache.stock_for([request.length for request in islice(self.waiting, free)])
+            self.cache.preallocate_for([request.length for request in islice(self.waiting, free)])
 
     def next_chunks(self) -> list[tuple[Running, PromptChunk]]:
         """What goes in now, in the order of requests."""
@@ -129,7 +129,7 @@ class Scheduler:
         for source, target in self.compaction.plan(left):
             try:
                 self.compaction.move(source, target)
-            except (OutOfPages, DriverError) as error:
+            except (KVCacheOutOfMemory, DriverError) as error:
                 logger.warning("sequences stay where they are, for a move failed: %s", error)
                 return
             request = by_slot[source]
