@@ -1,4 +1,4 @@
-"""What one layer of a plan does when it runs: store this call's K and V, attend, all on the tensors it is given."""
+"""Running one attention layer of a plan: store this call's K and V in the cache, then attend."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.cache.base import FlatKV
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins.fields import AttentionFields, Slots
-from trtllm_vattn.plugins.registry import Attached
+from trtllm_vattn.plugins.registry import AttachedCache
 from trtllm_vattn.vmm.tensors import tensor_at
 
 
-def lanes_and_rows(fields: AttentionFields, tokens: int, lanes: int) -> int:
-    """Rows a lane: 1 is decode, more is a chunk of a prompt a lane.
+def rows_per_lane(fields: AttentionFields, tokens: int, lanes: int) -> int:
+    """Rows of each lane: 1 in decode, more where each lane is a chunk of a prompt.
 
     Raises ConfigError where tokens are no whole number of rows, or chunks come to a plan without a context phase.
     """
@@ -29,15 +29,17 @@ def lanes_and_rows(fields: AttentionFields, tokens: int, lanes: int) -> int:
     return rows
 
 
-def attend(fields: AttentionFields, attached: Attached, given: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-    """Run a layer.
+def attend(
+    fields: AttentionFields, attached: AttachedCache, given: Mapping[str, torch.Tensor], out: torch.Tensor
+) -> None:
+    """Store K and V and write the attention's result to `out`.
 
     Parameters
     ----------
     given : mapping of str to Tensor
         By the names of `AttentionFields.inputs`.
     out : Tensor
-        ``[tokens, num_heads * head_dim]``; a padding lane's rows are finite and mean nothing.
+        ``[tokens, num_heads * head_dim]``; a padding lane's rows are finite and of no meaning.
 
     Nothing waits for the device. A decode call allocates nothing but what `attached.attention` does at a shape's first
     call; a chunk of a prompt takes a copy of its sequence's keys from torch's allocator.
@@ -45,12 +47,12 @@ def attend(fields: AttentionFields, attached: Attached, given: Mapping[str, torc
     Raises
     ------
     ConfigError
-        The shapes are not those of a call, or the cache is not the plan's.
+        The shapes do not fit the layer, or the cache does not fit the plan.
     """
     fields.check_cache(attached.cache.shape)
     q, k, v = _heads(fields, attached, given)
     lengths, slots = given["lengths"], given.get("slots")
-    rows = lanes_and_rows(fields, len(q), len(lengths))
+    rows = rows_per_lane(fields, len(q), len(lengths))
     if rows == 1 and fields.slots != Slots.ALWAYS:
         slots = None
     if slots is None and len(lengths) > attached.cache.shape.num_slots:
@@ -74,14 +76,14 @@ def attend(fields: AttentionFields, attached: Attached, given: Mapping[str, torc
 
 
 def _heads(
-    fields: AttentionFields, attached: Attached, given: Mapping[str, torch.Tensor]
+    fields: AttentionFields, attached: AttachedCache, given: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q ``[tokens, num_heads, head_dim]``; k, v ``[tokens, num_kv_heads, head_dim]``."""
     if fields.packed_qkv:
         qkv = given["qkv"].view(len(given["qkv"]), -1, fields.head_dim)
         keys, values = fields.num_heads, fields.num_heads + fields.num_kv_heads
         q, k, v = qkv[:, :keys], qkv[:, keys:values], qkv[:, values:]
-        # Kernels want queries one after another; the copy's place is shared by all layers.
+        # Kernels want contiguous queries; all layers share the buffer of the copy.
         return attached.buffer(q.shape, q.dtype).copy_(q), k, v
     q, k, v = (given[name].view(len(given["q"]), -1, fields.head_dim) for name in ("q", "k", "v"))
     return q, k, v
@@ -113,7 +115,7 @@ def _store(
 
 
 def tensor_over(address: int, dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor over memory that is TensorRT's."""
+    """A tensor over memory of TensorRT's."""
     count = 1
     for size in dims:
         count *= size

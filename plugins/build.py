@@ -1,6 +1,6 @@
-"""From a model to a folder with an engine: the network, its optimisation profiles, the plan, and what is known of it.
+"""Building an engine's folder from a model: the network, its optimisation profiles, the plan and its description.
 
-A plan has two profiles, decode (a row a lane) and context (one lane of many rows), and no addresses. Folders hold
+A plan has two profiles, decode (one row for each lane) and context (one lane of many rows). Folders hold
 ``engine.json``, the model's ``config.json``, ``engine.plan``, and for tensorrt-rtx the ONNX model it came from.
 """
 
@@ -19,26 +19,31 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.plugins.callback_errors import clear_errors, error_of
 from trtllm_vattn.plugins.networks.decoder import inputs_of
-from trtllm_vattn.plugins.networks.onnx_pen import write_onnx
+from trtllm_vattn.plugins.networks.onnx_emitter import write_onnx
 from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
-from trtllm_vattn.plugins.networks.trt_pen import TrtPen, draw_network
+from trtllm_vattn.plugins.networks.trt_emitter import TensorRTEmitter, build_network
 from trtllm_vattn.plugins.plugin import NAME, register
-from trtllm_vattn.plugins.refusals import explain, forget
 from trtllm_vattn.runtime.checkpoint import end_of_text
 
 logger = logging.getLogger(__name__)
 
 DECODE, CONTEXT = 0, 1
 """The optimisation profiles by number."""
-PLAYED = "played"
-"""In place of a module's name: no plan, torch plays the network and calls the plugin as TensorRT would."""
+EMULATED = "emulated"
+"""In place of a TensorRT module's name: a folder without a plan, for `plugins.emulated`."""
 RTX_TARGETS = ("80", "89", "120")
-"""Compute capabilities that tensorrt-rtx builds for unless told otherwise."""
+"""Compute capabilities that tensorrt-rtx builds for by default."""
+
+
+def module_name(name: str) -> str:
+    """A module's name; ``played`` is an alias of `EMULATED`, for 0.1."""
+    return EMULATED if name == "played" else name
 
 
 def profile_sizes(limits: PlanLimits, profile: int) -> dict[str, tuple[int, int, int]]:
-    """Smallest, best and largest size of each of the network's dimensions in a profile."""
+    """Smallest, optimal and largest size of each dimension of the network in a profile."""
     lanes, chunk, longest = limits.max_lanes, limits.max_chunk, limits.max_seq_len
     if profile == DECODE:
         return {"tokens": (1, lanes, lanes), "lanes": (1, lanes, lanes), "most": (1, 1, 1)}
@@ -46,12 +51,12 @@ def profile_sizes(limits: PlanLimits, profile: int) -> dict[str, tuple[int, int,
 
 
 def profiles_of(limits: PlanLimits) -> tuple[int, ...]:
-    """A plan's profiles."""
+    """The profiles of a plan with these limits."""
     return (DECODE, CONTEXT) if limits.max_chunk else (DECODE,)
 
 
 def make_logger(trt: Any) -> Any:
-    """TensorRT's messages into `logging`."""
+    """An ILogger of a TensorRT module that passes its messages to `logging`."""
 
     def start(self: Any) -> None:
         trt.ILogger.__init__(self)
@@ -69,8 +74,7 @@ class PlanBuilder:
     Parameters
     ----------
     targets : sequence of str
-        Compute capabilities like ``89``, for tensorrt-rtx, which builds for cards that are not there. TensorRT builds
-        for the card at hand and takes none.
+        Compute capabilities like ``89``, for tensorrt-rtx. TensorRT builds for the GPU at hand and takes none.
     """
 
     def __init__(self, trt: Any, limits: PlanLimits, targets: Sequence[str] = ()) -> None:
@@ -83,7 +87,7 @@ class PlanBuilder:
         self.config = self.builder.create_builder_config()
         self.config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         self._target(targets)
-        self._pen: TrtPen | None = None
+        self._emitter: TensorRTEmitter | None = None
 
     def _target(self, targets: Sequence[str]) -> None:
         if not targets:
@@ -99,21 +103,21 @@ class PlanBuilder:
         for index, target in enumerate(targets):
             self.config.set_compute_capability(known[f"SM{target}"], index)
 
-    def draw(self, spec: DecoderSpec) -> None:
-        """The network by TensorRT's own API."""
-        self._pen = draw_network(self.trt, self.network, spec, self.limits)
+    def emit(self, spec: DecoderSpec) -> None:
+        """Build the network with TensorRT's own API."""
+        self._emitter = build_network(self.trt, self.network, spec, self.limits)
 
     def parse(self, path: Path) -> None:
-        """The network from ONNX. Raises ConfigError with what the parser and the plugin say."""
-        forget()
+        """Parse the network from ONNX. Raises ConfigError with the messages of parser and plugin."""
+        clear_errors()
         parser = self.trt.OnnxParser(self.network, self.log)
         if not parser.parse_from_file(str(path)):
             errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-            raise explain(f"{self.trt.__name__} does not take {path}", "; ".join(errors))
+            raise error_of(f"{self.trt.__name__} does not take {path}", "; ".join(errors))
 
     def build(self) -> bytes:
         """The serialised plan. Raises ConfigError where the plugin or the builder refuses the network."""
-        forget()
+        clear_errors()
         inputs = inputs_of(self.limits)
         for number in profiles_of(self.limits):
             profile = self.builder.create_optimization_profile()
@@ -123,7 +127,7 @@ class PlanBuilder:
             self.config.add_optimization_profile(profile)
         plan = self.builder.build_serialized_network(self.network, self.config)
         if plan is None:
-            raise explain(f"{self.trt.__name__} {self.trt.__version__} built no plan")
+            raise error_of(f"{self.trt.__name__} {self.trt.__version__} built no plan")
         return bytes(plan)
 
     def layers(self) -> dict[str, int]:
@@ -151,19 +155,19 @@ def build_folder(
     Parameters
     ----------
     trt : module or None
-        Who builds; None for a folder without a plan (`PLAYED`).
+        The TensorRT module; None for a folder without a plan (`EMULATED`).
     source : str
-        Where the model came from, which a folder without a plan has to load again.
+        Where the model came from; a folder without a plan loads it again from there.
 
     Raises
     ------
     ConfigError
-        The model's family is not known, or the module refuses the network.
+        The model's family is not known, or TensorRT refuses the network.
     """
     spec = DecoderSpec.of(model, limits.max_seq_len)
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
-        "module": PLAYED if trt is None else trt.__name__,
+        "module": EMULATED if trt is None else trt.__name__,
         "version": None if trt is None else str(trt.__version__),
         "targets": list(targets),
         "limits": asdict(limits),
@@ -173,7 +177,7 @@ def build_folder(
     if trt is not None:
         builder = PlanBuilder(trt, limits, targets)
         if hasattr(builder.network, "add_plugin_v3"):
-            builder.draw(spec)
+            builder.emit(spec)
         else:
             builder.parse(write_onnx(spec, limits, folder / "onnx" / "model.onnx"))
         plan = builder.build()
@@ -191,7 +195,7 @@ def build_folder(
 
 
 def config_of(model: PreTrainedModel) -> Any:
-    """A model's configuration as its engine keeps it: with all tokens that end a text, whichever file named them."""
+    """A model's configuration for its engine's folder, with all end-of-text tokens, whichever file named them."""
     config = copy.deepcopy(model.config.get_text_config())
     config.eos_token_id = list(end_of_text(model)) or None
     return config
@@ -203,7 +207,8 @@ def read_folder(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((folder / "engine.json").read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no engine: {error}; make one with `trtllm-vattn plugin build`") from error
-    if found["module"] != PLAYED:
+    found["module"] = module_name(found["module"])
+    if found["module"] != EMULATED:
         path = folder / "engine.plan"
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
         if digest != found["plan_sha256"]:

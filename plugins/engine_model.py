@@ -1,7 +1,7 @@
-"""An engine in a model's place: what the Engine calls as a Hugging Face model runs a plan.
+"""`EngineModel`: a TensorRT engine with the interface of a Hugging Face model, for `runtime.Engine`.
 
-Its inputs and outputs lie at fixed addresses and each batch size has an execution context of its own, so nothing that a
-captured step uses is ever bound again. Contexts share one piece of device memory: they run one after another.
+Inputs and outputs lie at fixed addresses and each batch size has its own execution context, so a captured step stays
+valid. The contexts run one after another and share their device memory.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from torch import nn
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins.build import CONTEXT, DECODE
+from trtllm_vattn.plugins.callback_errors import clear_errors, error_of
 from trtllm_vattn.plugins.networks.decoder import inputs_of
 from trtllm_vattn.plugins.networks.spec import PlanLimits
-from trtllm_vattn.plugins.refusals import explain, forget
-from trtllm_vattn.plugins.registry import Attached
+from trtllm_vattn.plugins.registry import AttachedCache
 from trtllm_vattn.runtime.binding import DecodeStep, PrefillStep, current_step
 from trtllm_vattn.vmm.tensors import current_stream
 
 
 class EngineModel(nn.Module):
-    """Runs an engine where a causal language model is expected.
+    """Runs a TensorRT engine where a causal language model is expected.
 
     Parameters
     ----------
-    engine : ICudaEngine or PlayedEngine
+    engine : ICudaEngine or EmulatedEngine
     config : PretrainedConfig
         Of the model that the engine was built from.
     scaling : float
-        By which the engine's attention scales scores.
-    attached : Attached
+        Factor of the attention scores in the engine.
+    attached : AttachedCache
         The cache, under the name that the engine asks for.
     allocation : object
-        The module's ExecutionContextAllocationStrategy for memory of the caller's, or None.
+        ExecutionContextAllocationStrategy.USER_MANAGED of the TensorRT module, or None.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class EngineModel(nn.Module):
         config: Any,
         scaling: float,
         limits: PlanLimits,
-        attached: Attached,
+        attached: AttachedCache,
         allocation: object = None,
     ) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class EngineModel(nn.Module):
         self._bound: dict[tuple[int, int], tuple[int, int, int]] = {}
 
     def _allocate(self, tokens: int, lanes: int, most: int) -> dict[str, torch.Tensor]:
-        """A profile's inputs and output at their largest."""
+        """A profile's inputs and output at their largest sizes."""
         sizes = {"tokens": tokens, "lanes": lanes, "most": most}
         made = {
             name: torch.zeros(sizes[dimension], dtype=torch.int32, device=self.device)
@@ -74,10 +74,10 @@ class EngineModel(nn.Module):
         return made
 
     def set_attn_implementation(self, name: str) -> None:
-        """Attention is the plan's own."""
+        """Nothing: the plan has its own attention."""
 
     def buffers(self, recurse: bool = True) -> Iterator[torch.Tensor]:
-        """Everything that a captured step touches beside the cache."""
+        """Every tensor that a captured step touches, except the cache's."""
         yield self._memory
         for static in self._static.values():
             yield from static.values()
@@ -87,9 +87,9 @@ class EngineModel(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, logits_to_keep: Any = None, **kwargs: Any
     ) -> SimpleNamespace:
-        """Logits ``[1, rows, vocab]`` of tokens and positions int64 ``[1, tokens]``, for the step under way.
+        """Logits ``[1, rows, vocab]`` of tokens and positions int64 ``[1, tokens]``, for the current step.
 
-        Raises ConfigError where the plan has no such shapes, or TensorRT fails.
+        Raises ConfigError where the plan does not take the shapes, or TensorRT fails.
         """
         step = current_step()
         tokens = input_ids.shape[1]
@@ -125,18 +125,18 @@ class EngineModel(nn.Module):
         static = self._static[profile]
         static["input_ids"][:tokens].copy_(ids)
         static["positions"][:tokens].copy_(positions)
-        # A whole short prompt may be captured and keeps a context; chunks of long ones share one.
+        # A whole short prompt may be captured, so it keeps a context; chunks of long prompts share one.
         key = (profile, tokens if most <= tokens else -1) if profile == CONTEXT else (profile, tokens)
         stream = current_stream(self.device)
         context = self._context(key, stream)
         self._bind(key, context, tokens, lanes, most)
-        forget()
+        clear_errors()
         try:
             done = context.execute_async_v3(stream)
         except RuntimeError as error:
-            raise explain("TensorRT did not run the engine", str(error)) from error
+            raise error_of("TensorRT did not run the engine", str(error)) from error
         if not done:
-            raise explain("TensorRT did not run the engine")
+            raise error_of("TensorRT did not run the engine")
         return SimpleNamespace(logits=static["logits"][None, :lanes])
 
     def _context(self, key: tuple[int, int], stream: int) -> Any:
@@ -145,7 +145,7 @@ class EngineModel(nn.Module):
             options = () if self._allocation is None else (self._allocation,)
             context = self.engine.create_execution_context(*options)
             if context is None:
-                raise explain("TensorRT made no execution context")
+                raise error_of("TensorRT made no execution context")
             if self._allocation is not None:
                 context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
             context.set_optimization_profile_async(key[0], stream)
@@ -155,13 +155,13 @@ class EngineModel(nn.Module):
         return context
 
     def _bind(self, key: tuple[int, int], context: Any, tokens: int, lanes: int, most: int) -> None:
-        """Shapes, only where they are others than before: a captured context is never bound again."""
+        """Set input shapes where they changed; a captured context's shapes never do."""
         if self._bound.get(key) == (tokens, lanes, most):
             return
         sizes = {"tokens": tokens, "lanes": lanes, "most": most}
         for name, dimension in inputs_of(self.limits).items():
             if not context.set_input_shape(name, (sizes[dimension],)):
-                raise explain(f"the plan does not take {name} of size {sizes[dimension]}")
+                raise error_of(f"the plan does not take {name} of size {sizes[dimension]}")
         self._bound[key] = (tokens, lanes, most)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a plan says about one attention layer: names, sizes, never an address."""
+"""The fields of one attention layer in a plan: names and sizes, but no address."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class Slots(IntEnum):
-    """What the input ``slots`` is for."""
+    """Whether a layer has the input ``slots``, and when it reads it."""
 
     NONE = 0
-    """There is no such input: lane i is slot i."""
+    """No such input: lane i is slot i."""
     CONTEXT = 1
-    """It says which slot a chunk of a prompt goes to; in decode lane i is slot i, which kernels read fastest."""
+    """Read for chunks of prompts; in decode lane i is slot i, which kernels read fastest."""
     ALWAYS = 2
-    """It is looked at in decode, too."""
+    """Read in decode, too."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class AttentionFields:
         The cache's layer.
     num_heads, num_kv_heads, head_dim : int
     scale : float
-        By which scores are multiplied; kept as float32, which is what a plan holds.
+        Factor of the attention scores; rounded to float32, which is what a plan holds.
     window : int
         Tokens of a sliding window; 0 for full attention. A cache longer than the window is refused.
     dtype : str
@@ -49,7 +49,7 @@ class AttentionFields:
     slots : int
         A value of `Slots`.
     context : int
-        1 where the plan has a context phase, too: inputs ``query_lengths`` and ``extent``.
+        1 where the plan also has a context phase, with inputs ``query_lengths`` and ``extent``.
 
     Raises
     ------
@@ -143,7 +143,7 @@ class AttentionFields:
             )
 
     def check_cache(self, shape: CacheShape) -> None:
-        """Raise ConfigError where a cache is not the one that the layer was built for, naming what differs."""
+        """Raise ConfigError, naming what differs, where a cache is not one that the layer was built for."""
         differing = [
             f"{name} is {theirs}, the plan's {ours}"
             for name, theirs, ours in (
@@ -169,11 +169,11 @@ KINDS: Mapping[str, str] = {
     field.name: {"str": "CHAR", "int": "INT32", "float": "FLOAT32"}[str(field.type)]
     for field in fields(AttentionFields)
 }
-"""The fields' PluginFieldType by name. ONNX integers arrive as INT32, too."""
+"""PluginFieldType of each field by name. ONNX integers arrive as INT32, too."""
 
 
 def to_collection(trt: Any, values: AttentionFields) -> tuple[Any, list[Any]]:
-    """A PluginFieldCollection, and the buffers that must outlive it."""
+    """A PluginFieldCollection of a layer's fields, and the buffers that must outlive it."""
     buffers: list[Any] = []
     out = []
     for name, value in asdict(values).items():
@@ -188,7 +188,7 @@ def to_collection(trt: Any, values: AttentionFields) -> tuple[Any, list[Any]]:
 
 
 def from_collection(collection: Iterable[Any]) -> AttentionFields:
-    """Read what `to_collection` or an ONNX node's attributes made.
+    """The fields in a collection made by `to_collection` or from an ONNX node's attributes.
 
     Raises ConfigError for a field that is missing, unknown, or cannot be read.
     """

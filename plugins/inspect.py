@@ -1,4 +1,4 @@
-"""What an engine's folder holds, and whether the cache stayed outside of it."""
+"""Inspecting an engine's folder: what it holds, and whether the plan is free of cache tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.plugins.build import PLAYED, make_logger, read_folder
+from trtllm_vattn.plugins.build import EMULATED, make_logger, read_folder
 from trtllm_vattn.plugins.networks.decoder import inputs_of
 from trtllm_vattn.plugins.networks.spec import PlanLimits
 from trtllm_vattn.plugins.plugin import NAME, register
@@ -18,7 +18,7 @@ from trtllm_vattn.plugins.tensorrt import load_tensorrt
 
 @dataclass(frozen=True)
 class Inspection:
-    """An engine: what ``engine.json`` says, what was found wrong, and TensorRT's own words where it runs here."""
+    """``engine.json``, what was found wrong, and TensorRT's own description (JSON) where it loads the plan here."""
 
     folder: Path
     engine: dict[str, Any]
@@ -27,7 +27,7 @@ class Inspection:
 
     @property
     def lines(self) -> list[str]:
-        """For people."""
+        """The inspection as text."""
         engine, limits = self.engine, self.engine["limits"]
         out = [
             f"{self.folder}: {engine['decoder']['num_layers']} layers of {engine['decoder']['dtype']}, "
@@ -35,8 +35,8 @@ class Inspection:
             f"cache {limits['cache']!r}, {limits['max_lanes']} lanes, chunks of {limits['max_chunk']} tokens, "
             f"sequences of {limits['max_seq_len']}",
         ]
-        if engine["module"] == PLAYED:
-            return [*out, f"no plan: torch plays {engine['source']} and calls the plugin as TensorRT would"]
+        if engine["module"] == EMULATED:
+            return [*out, f"no plan: torch computes {engine['source']} and calls the plugin as TensorRT would"]
         targets = ", ".join(f"sm_{target}" for target in engine["targets"]) or "the card it was built on"
         out += [
             f"plan of {engine['plan_bytes']:,} bytes for {targets}, sha256 {engine['plan_sha256'][:16]}",
@@ -47,12 +47,12 @@ class Inspection:
 
 
 def inspect_folder(folder: Path) -> Inspection:
-    """Look at an engine's folder; on a machine whose card the plan is for, ask TensorRT's inspector, too.
+    """Inspect an engine's folder; where TensorRT loads the plan here, its own inspector is asked, too.
 
     Raises ConfigError where there is no engine.
     """
     engine = read_folder(folder)
-    if engine["module"] == PLAYED:
+    if engine["module"] == EMULATED:
         return Inspection(folder, engine, [], None)
     wrong = []
     layers, wanted = engine["layers"].get("PLUGIN_V3", 0), engine["decoder"]["num_layers"]
@@ -61,14 +61,14 @@ def inspect_folder(folder: Path) -> Inspection:
     if engine["plugins_in_plan"] < wanted:
         wrong.append(f"the plan names {NAME} {engine['plugins_in_plan']} times, the decoder has {wanted} layers")
     known = {*inputs_of(PlanLimits(**engine["limits"])), "logits"}
-    strangers = set(engine["tensors"]) - known
-    if strangers:
-        wrong.append(f"inputs or outputs that are not ours: {sorted(strangers)}; is a cache among them?")
+    unknown = set(engine["tensors"]) - known
+    if unknown:
+        wrong.append(f"inputs or outputs that are not ours: {sorted(unknown)}; is a cache among them?")
     return Inspection(folder, engine, wrong, _ask(folder, engine["module"]))
 
 
 def _ask(folder: Path, module: str) -> str | None:
-    """TensorRT's own description of a plan as JSON; None where it is not installed or does not take the plan here."""
+    """TensorRT's own description of a plan as JSON; None where TensorRT is not installed or refuses the plan here."""
     if not torch.cuda.is_available():
         return None
     try:

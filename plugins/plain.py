@@ -1,7 +1,7 @@
-"""A stand-in for a TensorRT module, as far as a plugin's life needs one; written from the published interface.
+"""The part of TensorRT's Python interface that plugins are made of, written from the published interface.
 
-Where no TensorRT can execute (none is installed, or none that runs on the card at hand), `played.PlayedEngine` calls
-plugins of these classes in the order in which TensorRT does. It builds nothing and runs nothing itself.
+`emulated.EmulatedEngine` calls plugins of these classes where no TensorRT is installed, or none that runs on the GPU at
+hand. The module itself builds nothing and runs nothing.
 """
 
 from __future__ import annotations
@@ -13,27 +13,10 @@ from typing import Any
 __version__ = "stand-in"
 
 
-class DataType(enum.Enum):
-    FLOAT = enum.auto()
-    HALF = enum.auto()
-    BF16 = enum.auto()
-    INT32 = enum.auto()
-
-
-class TensorFormat(enum.Enum):
-    LINEAR = enum.auto()
-    CHW32 = enum.auto()
-
-
-class TensorRTPhase(enum.Enum):
-    BUILD = enum.auto()
-    RUNTIME = enum.auto()
-
-
-class PluginFieldType(enum.Enum):
-    CHAR = enum.auto()
-    INT32 = enum.auto()
-    FLOAT32 = enum.auto()
+DataType = enum.Enum("DataType", "FLOAT HALF BF16 INT32")
+TensorFormat = enum.Enum("TensorFormat", "LINEAR CHW32")
+TensorRTPhase = enum.Enum("TensorRTPhase", "BUILD RUNTIME")
+PluginFieldType = enum.Enum("PluginFieldType", "CHAR INT32 FLOAT32")
 
 
 @dataclass(frozen=True)
@@ -49,7 +32,7 @@ PluginFieldCollection = list
 
 
 class DimsExprs(list[Any]):
-    """Dimensions that are expressions, to be filled in."""
+    """Dimensions of an output, to be filled in."""
 
     def __init__(self, count: int) -> None:
         super().__init__([None] * count)
@@ -60,15 +43,15 @@ class IPluginV3:
 
 
 class IPluginV3OneCore:
-    """What a plugin is called."""
+    """A plugin's name and version."""
 
 
 class IPluginV3OneBuild:
-    """What a plugin does while a network is built."""
+    """A plugin's callbacks while a network is built."""
 
 
 class IPluginV3OneRuntime:
-    """What a plugin does while an engine runs."""
+    """A plugin's callbacks while an engine runs."""
 
 
 class IPluginCreatorV3One:

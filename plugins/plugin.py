@@ -1,11 +1,10 @@
-"""`VattnAttention`, a TensorRT plugin of version 3 in Python, and its creator.
+"""`VattnAttention`, a TensorRT plugin (IPluginV3) in Python, and its creator.
 
-Its lengths and slots are device tensors and the cache's addresses never change, so an engine that holds it is captured
-once: whatever memory does beneath the cache, a replay stays right, and no Python runs in it. TensorRT-LLM's own plugin
-takes lengths on the host, which is why its session captures anew in every step.
+Lengths and slots are device tensors and the cache's addresses never change, so a CUDA graph of an engine with this
+plugin is captured once and stays valid while memory is remapped beneath the cache; no Python runs in a replay.
+TensorRT-LLM's own plugin takes lengths on the host, so its session captures anew in every step.
 
-RoPE is outside: q and k arrive rotated. The same classes serve `tensorrt` and `tensorrt_rtx`, and `plain`, which stands
-in for either where only the plugin's life is played through.
+q and k arrive with RoPE applied. The same classes serve `tensorrt`, `tensorrt_rtx` and `plain`.
 """
 
 from __future__ import annotations
@@ -20,27 +19,26 @@ import torch
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins import registry
-from trtllm_vattn.plugins.attend import attend, lanes_and_rows, tensor_over
+from trtllm_vattn.plugins.attend import attend, rows_per_lane, tensor_over
+from trtllm_vattn.plugins.callback_errors import keep_error
 from trtllm_vattn.plugins.fields import KINDS, AttentionFields, from_collection, to_collection
-from trtllm_vattn.plugins.refusals import reported
 
 NAME = "VattnAttention"
 VERSION = "1"
 NAMESPACE = ""
 
 TRT_DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
-"""Names of DataType by ours."""
+"""TensorRT's DataType names by the names in `fields.DTYPES`."""
 
 
 class AttentionLayer:
-    """The plugin's methods, in the words of a TensorRT module; `plugin_types` joins it with that module's interfaces.
+    """The plugin's methods. `plugin_types` combines them with the interfaces of a TensorRT module.
 
     Parameters
     ----------
     building : bool
-        Whether it is part of a network that is being built. A builder may time it, on inputs of any content, lengths
-        and slots among them: it launches nothing, whether a cache is attached or not. An engine that is to run is
-        loaded from its plan, whose layers are made with the phase RUNTIME.
+        Whether the layer belongs to a network that is being built. A builder may time it on inputs of any content,
+        lengths and slots among them, so it launches nothing then. Layers of a loaded plan have the phase RUNTIME.
     """
 
     def __init__(self, trt: Any, fields: AttentionFields, building: bool) -> None:
@@ -57,7 +55,7 @@ class AttentionLayer:
         return plugin_types(self.trt).plugin(self.fields, self.building)
 
     def attach_to_context(self, context: Any) -> Any:
-        """Each execution context gets a layer of its own; all of them find the same cache."""
+        """A clone for an execution context; clones attend over the same cache."""
         return self.clone()
 
     def get_fields_to_serialize(self) -> Any:
@@ -66,7 +64,7 @@ class AttentionLayer:
 
     # -- building --------------------------------------------------------------------------------------------------
 
-    @reported
+    @keep_error
     def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
         self._check_count(len(input_types))
         for name, got in zip(self.fields.inputs, input_types, strict=True):
@@ -77,7 +75,7 @@ class AttentionLayer:
                 )
         return [self._dtype]
 
-    @reported
+    @keep_error
     def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], expressions: Any) -> list[Any]:
         self._check_count(len(inputs))
         for name, dims in zip(self.fields.inputs, inputs, strict=True):
@@ -86,44 +84,44 @@ class AttentionLayer:
         out[0], out[1] = inputs[0][0], expressions.constant(self.fields.q_width)
         return [out]
 
-    @reported
+    @keep_error
     def supports_format_combination(self, position: int, in_out: Sequence[Any], num_inputs: int) -> bool:
-        """Linear memory only, in the plan's dtype, int32 for the rest."""
+        """Linear memory only: q, k, v and the output in the plan's dtype, all else int32."""
         self._check_count(num_inputs)
         names = (*self.fields.inputs, "out")
         described = in_out[position].desc
         linear = described.format == self.trt.TensorFormat.LINEAR
         return bool(linear and described.type == self._type_of(names[position]))
 
-    @reported
+    @keep_error
     def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         self._check_count(len(inputs))
         for name, dynamic in zip(self.fields.inputs, inputs, strict=True):
             self.fields.check_input(name, dynamic.desc.dims)
 
     def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-        """None: what the kernels need between calls, the attention backend holds for all layers together."""
+        """0: the attention backend holds the kernels' workspace, one for all layers."""
         return 0
 
     def get_valid_tactics(self) -> list[int]:
         return []
 
     def set_tactic(self, tactic: int) -> None:
-        """There is one way to do it."""
+        """There is only one tactic."""
 
     # -- running ---------------------------------------------------------------------------------------------------
 
-    @reported
+    @keep_error
     def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Refuse shapes and caches that do not fit, before anything runs."""
+        """Raise ConfigError for shapes and caches that do not fit, before anything runs."""
         given = dict(zip(self.fields.inputs, (tuple(desc.dims) for desc in inputs), strict=True))
         for name, dims in given.items():
             self.fields.check_input(name, dims)
-        lanes_and_rows(self.fields, given[self.fields.inputs[0]][0], given["lengths"][0])
+        rows_per_lane(self.fields, given[self.fields.inputs[0]][0], given["lengths"][0])
         if registry.is_attached(self.fields.cache):
             self.fields.check_cache(registry.attached(self.fields.cache).cache.shape)
 
-    @reported
+    @keep_error
     def enqueue(
         self,
         input_desc: Sequence[Any],
@@ -133,7 +131,7 @@ class AttentionLayer:
         workspace: int,
         stream: int,
     ) -> None:
-        """Launch the layer on `stream`: nothing waits, so it may be captured; then no Python runs any more."""
+        """Launch the layer on `stream`. Nothing waits for the device, so the call may be captured in a CUDA graph."""
         fields = self.fields
         if self.building:
             return
@@ -164,14 +162,14 @@ class AttentionLayer:
 
 
 def launching_on(stream: int, device: torch.device) -> Any:
-    """A context in which torch launches on a stream of TensorRT's; nothing to do on the host."""
+    """A context in which torch launches on TensorRT's stream; it does nothing on the host."""
     if device.type != "cuda" or stream == torch.cuda.current_stream(device).cuda_stream:
         return nullcontext()
     return torch.cuda.stream(torch.cuda.ExternalStream(stream, device))  # type: ignore[no-untyped-call]
 
 
 class AttentionCreator:
-    """The creator's methods, as `AttentionLayer` has the plugin's."""
+    """The creator's methods; see `AttentionLayer`."""
 
     def __init__(self, trt: Any) -> None:
         self.trt = trt
@@ -179,15 +177,15 @@ class AttentionCreator:
         kinds = [trt.PluginField(name, b"", getattr(trt.PluginFieldType, kind)) for name, kind in KINDS.items()]
         self.field_names = trt.PluginFieldCollection(kinds)
 
-    @reported
+    @keep_error
     def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
-        """A layer of a network (phase BUILD) or of a plan that is being loaded. Raises ConfigError for its fields."""
+        """A layer of a network (phase BUILD) or of a loaded plan (RUNTIME). Raises ConfigError for wrong fields."""
         return plugin_types(self.trt).plugin(from_collection(collection), phase == self.trt.TensorRTPhase.BUILD)
 
 
 @dataclass(frozen=True)
 class PluginTypes:
-    """The two classes over one TensorRT module; ``plugin(fields, building)``, ``creator()``."""
+    """Classes over one TensorRT module: ``plugin(fields, building)`` and ``creator()``."""
 
     plugin: Any
     creator: Any
@@ -197,7 +195,7 @@ _types: dict[str, PluginTypes] = {}
 
 
 def plugin_types(trt: Any) -> PluginTypes:
-    """The plugin and its creator as classes of a TensorRT module; made once a module."""
+    """The plugin's and the creator's class for a TensorRT module; the same ones every time."""
     made = _types.get(trt.__name__)
     if made is None:
         bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
@@ -227,9 +225,9 @@ _registered: dict[str, Any] = {}
 
 
 def register(trt: Any) -> Any:
-    """Put the creator into the module's plugin registry, once; returns the creator.
+    """Register the creator with a TensorRT module, once; returns the creator.
 
-    A process that loads plans must have done so before it deserialises one.
+    A process must do so before it loads plans. Raises ConfigError where the module refuses it.
     """
     creator = _registered.get(trt.__name__)
     if creator is None:

@@ -1,7 +1,6 @@
-"""The caches of this process by name: what a plan's layers ask for when they run.
+"""Caches of this process by name, for the layers of plans.
 
-A plan holds the name alone, so it may be moved to another process, or run over another cache there: whoever runs it
-attaches a cache under that name first.
+A plan holds only a cache's name. The process that runs the plan attaches a cache under that name first.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import ConfigError
 
 
-class Attached:
-    """One cache with its attention backends, made at the first layer that needs one.
+class AttachedCache:
+    """One cache with its attention backends, each made when a layer first needs it.
 
     Parameters
     ----------
@@ -30,7 +29,7 @@ class Attached:
         self._buffers: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = {}
 
     def attention(self, num_heads: int, scale: float) -> Attention:
-        """The backend for so many query heads; the same object every time."""
+        """The backend for so many query heads and a scale; the same object every time."""
         scale = float(np.float32(scale))  # as plans hold it
         made = self._attentions.get((num_heads, scale))
         if made is None:
@@ -39,14 +38,14 @@ class Attached:
         return made
 
     def buffer(self, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Scratch memory of a size, the same every time: layers run one after another."""
+        """Scratch memory of a size, shared by all layers, because they run one after another."""
         made = self._buffers.get((size, dtype))
         if made is None:
             made = self._buffers[size, dtype] = torch.empty(size, dtype=dtype, device=self.cache.device)
         return made
 
     def storages(self) -> list[torch.Tensor]:
-        """Every tensor beside the cache's that a captured step may touch."""
+        """Every tensor that a captured step may touch, except the cache's."""
         own = [tensor for attention in self._attentions.values() for tensor in attention.storages()]
         return [*own, *self._buffers.values()]
 
@@ -55,11 +54,11 @@ class Attached:
         return list(self._attentions.values())
 
 
-_attached: dict[str, Attached] = {}
+_attached: dict[str, AttachedCache] = {}
 
 
-def attach(name: str, cache: KVCache, backend: str = "auto") -> Attached:
-    """Let plans of this process find `cache` under `name`; the same cache may have several names.
+def attach(name: str, cache: KVCache, backend: str = "auto") -> AttachedCache:
+    """Let the plans of this process find `cache` under `name`. A cache may have several names.
 
     Raises ConfigError where another cache has the name.
     """
@@ -69,7 +68,7 @@ def attach(name: str, cache: KVCache, backend: str = "auto") -> Attached:
             f"another cache is attached as {name!r}; detach it first, or build the plan with another name"
         )
     if there is None:
-        there = _attached[name] = Attached(name, cache, backend)
+        there = _attached[name] = AttachedCache(name, cache, backend)
     return there
 
 
@@ -83,7 +82,7 @@ def is_attached(name: str) -> bool:
     return name in _attached
 
 
-def attached(name: str) -> Attached:
+def attached(name: str) -> AttachedCache:
     """The cache attached under a name. Raises ConfigError where there is none."""
     there = _attached.get(name)
     if there is None:

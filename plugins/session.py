@@ -1,12 +1,13 @@
-"""`EngineSession`: requests over a TensorRT engine, with the Engine's own interface, scheduler and captured steps.
+"""`EngineSession`: `runtime.Engine` over a TensorRT engine.
 
-Steps are captured once a batch size and replayed for life: lengths, slots and tokens are on the device, the cache's
-addresses fixed. TensorRT-LLM's `GenerationSession` captures anew every step, because its plugin takes host tensors.
+Steps are captured once for each batch size, because lengths, slots and tokens are on the device and the cache's
+addresses fixed. TensorRT-LLM's `GenerationSession` captures in every step, because its plugin takes host tensors.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -19,13 +20,13 @@ from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.policy import start_choosing
 from trtllm_vattn.plugins import plain, registry
-from trtllm_vattn.plugins.build import PLAYED, config_of, make_logger, read_folder
+from trtllm_vattn.plugins.build import EMULATED, config_of, make_logger, read_folder
+from trtllm_vattn.plugins.callback_errors import clear_errors, error_of
+from trtllm_vattn.plugins.emulated import EmulatedEngine
 from trtllm_vattn.plugins.engine_model import EngineModel
 from trtllm_vattn.plugins.fields import DTYPES
 from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
-from trtllm_vattn.plugins.played import PlayedEngine
 from trtllm_vattn.plugins.plugin import register
-from trtllm_vattn.plugins.refusals import explain, forget
 from trtllm_vattn.plugins.tensorrt import load_tensorrt
 from trtllm_vattn.plugins.trtllm_folder import PLAN, is_trtllm_folder, read_trtllm_folder
 from trtllm_vattn.runtime.engine import Engine
@@ -37,46 +38,42 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@dataclass(eq=False)
 class LoadedEngine:
-    """An engine in memory, with what its folder says of it.
+    """An engine in memory, with the description in its folder.
 
     Parameters
     ----------
-    engine : ICudaEngine or PlayedEngine
+    engine : ICudaEngine or EmulatedEngine
     decoder : dict
         `DecoderSpec.sizes`.
     allocation : object
         See `EngineModel`.
     keep : object
-        Kept alive with the engine (TensorRT's runtime).
+        An object that must live as long as the engine (TensorRT's runtime).
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        config: Any,
-        decoder: dict[str, Any],
-        limits: PlanLimits,
-        allocation: object = None,
-        keep: object = None,
-    ) -> None:
-        self.engine, self.config, self.decoder, self.limits = engine, config, decoder, limits
-        self.allocation, self._keep = allocation, keep
+    engine: Any
+    config: Any
+    decoder: dict[str, Any]
+    limits: PlanLimits
+    allocation: object = None
+    keep: object = None
 
     @classmethod
     def load(cls, folder: Path, device: str) -> LoadedEngine:
-        """An engine from its folder, or from one of `trtllm-build`; a folder without a plan is played by torch.
+        """Load an engine from its folder, or from one of `trtllm-build`; a folder without a plan is emulated by torch.
 
-        Raises ConfigError where the folder is none, or TensorRT does not take the plan here.
+        Raises ConfigError where the folder holds no engine, or TensorRT does not take the plan here.
         """
         if is_trtllm_folder(folder):
             config, decoder, limits = read_trtllm_folder(folder)
             return cls._from_plan("tensorrt", folder / PLAN, config, decoder, limits)
         found = read_folder(folder)
         limits, config = PlanLimits(**found["limits"]), AutoConfig.from_pretrained(folder, local_files_only=True)
-        if found["module"] == PLAYED:
+        if found["module"] == EMULATED:
             model = load_model(found["source"], device, DTYPES[found["decoder"]["dtype"]])
-            return cls.played(model, limits)
+            return cls.emulated(model, limits)
         return cls._from_plan(found["module"], folder / "engine.plan", config, found["decoder"], limits)
 
     @classmethod
@@ -85,22 +82,22 @@ class LoadedEngine:
     ) -> LoadedEngine:
         trt = load_tensorrt(module)
         register(trt)
-        forget()
+        clear_errors()
         runtime = trt.Runtime(make_logger(trt))
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
-            raise explain(f"{trt.__name__} {trt.__version__} does not take {path} on this machine")
+            raise error_of(f"{trt.__name__} {trt.__version__} does not take {path} on this machine")
         allocation = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         return cls(engine, config, decoder, limits, allocation, keep=runtime)
 
     @classmethod
-    def played(cls, model: PreTrainedModel, limits: PlanLimits, trt: Any = plain) -> LoadedEngine:
-        """A model's network without a plan, the plugin of module `trt` called as TensorRT calls it."""
+    def emulated(cls, model: PreTrainedModel, limits: PlanLimits, trt: Any = plain) -> LoadedEngine:
+        """An emulated engine of a model, whose plugin classes are those of module `trt`."""
         spec = DecoderSpec.of(model, limits.max_seq_len)
-        return cls(PlayedEngine(spec, limits, trt), config_of(model), spec.sizes(), limits)
+        return cls(EmulatedEngine(spec, limits, trt), config_of(model), spec.sizes(), limits)
 
     def cache_shape(self, num_slots: int, max_seq_len: int | None = None) -> CacheShape:
-        """The shape of a cache for it."""
+        """The shape of a cache for this engine."""
         sizes = self.decoder
         return CacheShape(
             sizes["num_layers"],
@@ -113,7 +110,7 @@ class LoadedEngine:
 
 
 class EngineSession(Engine):
-    """Runs requests over a TensorRT engine and a cache, which it attaches under the engine's name and closes.
+    """Runs requests over a TensorRT engine and a cache, which it attaches under the plan's cache name and closes.
 
     Parameters
     ----------
@@ -123,7 +120,7 @@ class EngineSession(Engine):
     attention : str
         The backend that the plan's layers run on: ``auto``, ``torch`` or ``cudnn``.
     options
-        Further parameters of `Engine`; nothing is compiled, and `packed` follows the plan.
+        Further parameters of `Engine`, except `compile` (off) and `packed` (by the plan).
 
     Raises
     ------
@@ -174,7 +171,7 @@ class EngineSession(Engine):
         mapping: str = "auto",
         **options: Any,
     ) -> Self:
-        """A session over an engine's folder (`trtllm-vattn plugin build`) and a cache made for it.
+        """A session over an engine's folder (`trtllm-vattn plugin build`) and a new cache.
 
         Parameters
         ----------

@@ -1,7 +1,7 @@
-"""One Triton kernel that stores a step's K and V where its lengths say, with nothing worked out beforehand.
+"""A Triton kernel that stores a step's K and V at the positions that its lengths give.
 
-The engine's own writing kernel is given a slot and a position a token. A plan's layer has lengths alone, and a kernel
-more a layer to turn them into positions would cost more than the plugin may.
+The writing kernel of `attention.kv_write` takes a slot and a position for each token. A plan's layer has only lengths,
+and a second kernel in each layer, to turn them into positions, would cost too much.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _write(  # type: ignore[no-untyped-def]
     position = length - count + row
     element = tl.arange(0, ROW)
     head, dim = element // DIM, element % DIM
-    # A padding lane, and the rows of a chunk that are no tokens, write nothing at all.
+    # Padding lanes, and rows of a chunk that are no tokens, write nothing.
     there = (element < HEADS * DIM) & (length > 0) & (row < count)
     to = slot * of_slot + position * of_token + head * of_head + dim
     k = tl.load(k_new + token * k_new_token + element, mask=there)

@@ -1,8 +1,8 @@
-"""Finding TensorRT: the `tensorrt` module or `tensorrt_rtx`, which offer the same plugin interface.
+"""Importing TensorRT: the module `tensorrt` or `tensorrt_rtx`, which offer the same plugin interface.
 
-The wheels of tensorrt-rtx hold `libtensorrt_rtx.so.1` alone, and the library looks for itself by its unversioned name
-when it loads a plan's kernels or parses ONNX. Nobody can write into site-packages for certain, so the link is made in a
-cache folder of the user's and loaded by its path before the module is imported.
+The wheels of tensorrt-rtx hold only `libtensorrt_rtx.so.1`, but the library looks for its unversioned name when it
+loads a plan's kernels or parses ONNX. A link of that name is made in the user's cache folder, because site-packages may
+be read-only, and loaded by its path before the module is imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _linked: list[ctypes.CDLL] = []
 
 
 def available() -> dict[str, str]:
-    """Each module with its version, or why it is not there."""
+    """Each module's version, or why it cannot be imported."""
     found = {}
     for name in MODULES:
         try:
@@ -36,7 +36,7 @@ def available() -> dict[str, str]:
 
 
 def load_tensorrt(name: str = "auto") -> Any:
-    """The module `name`, or with ``auto`` the first of `MODULES` that is installed.
+    """Import the module `name`, or with ``auto`` the first of `MODULES` that is installed.
 
     Raises ConfigError for another name, where it is not installed, or where it has no Python plugins of version 3.
     """
@@ -61,7 +61,7 @@ def _checked(name: str) -> ModuleType:
 
 
 def _load_unversioned() -> list[ctypes.CDLL]:
-    """Load the wheel's libraries under the names that the library itself looks for."""
+    """Load the wheel's libraries by their unversioned names."""
     spec = importlib.util.find_spec("tensorrt_rtx_libs")
     if spec is None or spec.origin is None:
         return []  # installed by other means, with its libraries on the loader's path
@@ -72,9 +72,9 @@ def _load_unversioned() -> list[ctypes.CDLL]:
 
 
 def link_folder(libraries: Path) -> Path:
-    """A folder with unversioned links to the libraries of another one; made at its first use.
+    """A folder with unversioned links to the libraries in another folder, made at the first call.
 
-    It is what to put on LD_LIBRARY_PATH for other programs that load tensorrt-rtx (its own command line tools).
+    Other programs that load tensorrt-rtx, such as its command line tools, need it on LD_LIBRARY_PATH.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trtllm-vattn" / "tensorrt-rtx"
     root.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Engines that `trtllm-build` wrote with our model file, read as our own folders are."""
+"""Reading engine folders that `trtllm-build` wrote with the model file of `plugins.models`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PLAN = "rank0.engine"
 
 
 def is_trtllm_folder(folder: Path) -> bool:
-    """Whether it is an output of `trtllm-build`."""
+    """Whether `trtllm-build` wrote a folder."""
     return (folder / PLAN).is_file()
 
 
 def read_trtllm_folder(folder: Path) -> tuple[Any, dict[str, Any], PlanLimits]:
-    """A configuration as transformers has them, the decoder's sizes, and the plan's limits.
+    """The model's configuration for transformers, the decoder's sizes, and the plan's limits.
 
     Raises ConfigError where ``config.json`` does not say them, or the engine has several ranks.
     """

@@ -1,6 +1,6 @@
 """The model file for ``trtllm-build --model_cls_file``: Llama and Qwen whose attention is VattnAttention.
 
-TensorRT-LLM 1.2.x. The classes keep TensorRT-LLM's own modules, so that its checkpoints load as ever, and draw another
+TensorRT-LLM 1.2.x. The classes keep TensorRT-LLM's own modules, so its checkpoints load unchanged, but build another
 network from them: RoPE outside the attention layer, lengths and slots on the device, no KV tensors among the inputs.
 The engine's inputs are those of `networks.decoder.inputs_of`, which `EngineSession` feeds; TensorRT-LLM's own C++
 executor does not know them.
@@ -22,10 +22,10 @@ from tensorrt_llm.models import LLaMAForCausalLM, QWenForCausalLM
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins.build import profile_sizes, profiles_of
 from trtllm_vattn.plugins.fields import AttentionFields
-from trtllm_vattn.plugins.networks.config_fields import wrong_trtllm_fields
+from trtllm_vattn.plugins.networks.config_fields import unsupported_trtllm_fields
 from trtllm_vattn.plugins.networks.decoder import inputs_of
 from trtllm_vattn.plugins.networks.spec import PlanLimits
-from trtllm_vattn.plugins.networks.trt_pen import add_attention
+from trtllm_vattn.plugins.networks.trt_emitter import add_attention
 from trtllm_vattn.plugins.tensorrt import load_tensorrt
 
 PLAIN_SCALING = ("none", "linear", "llama3", "default")
@@ -33,7 +33,7 @@ PLAIN_SCALING = ("none", "linear", "llama3", "default")
 
 
 class VattnDecoder:
-    """What both families draw; stands before TensorRT-LLM's class in the order of inheritance."""
+    """The network of both families; a mixin before TensorRT-LLM's class."""
 
     config: Any
     transformer: Any
@@ -93,12 +93,12 @@ class VattnDecoder:
         kind = scaling.get("type", scaling.get("rope_type", "none"))
         if kind not in PLAIN_SCALING:
             wrong.append(f"RoPE scaled by {kind} (there are {', '.join(PLAIN_SCALING)})")
-        wrong += wrong_trtllm_fields(vars(config), getattr(config, "head_size", None))
+        wrong += unsupported_trtllm_fields(vars(config), getattr(config, "head_size", None))
         if wrong:
             raise ConfigError(f"this checkpoint has {'; '.join(wrong)}: not supported; use TensorRT-LLM's own model")
 
     def forward(self, **given: Any) -> Any:
-        """Draw the network; marks ``logits`` ``[lanes, vocab]`` as its output."""
+        """Build the network; marks ``logits`` ``[lanes, vocab]`` as its output."""
         cos, sin = self._rotations(given["positions"])
         hidden = self.transformer.vocab_embedding(given["input_ids"])
         for number, layer in enumerate(self.transformer.layers):

@@ -1,4 +1,4 @@
-"""Networks that hold the plugin: one description of a decoder, and who draws it: TensorRT's network API, ONNX, torch.
+"""Networks with the plugin: one description of a decoder, emitted to TensorRT's network API, to ONNX or to torch.
 
 May import the plugin and `runtime`.
 """

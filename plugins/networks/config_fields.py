@@ -1,7 +1,7 @@
-"""Which fields of a model's configuration the drawn networks heed; all others must be what they are by default.
+"""Which fields of a model's configuration the built networks handle; all others must have their default values.
 
-A network is drawn from a configuration and weights, not from the model's code, so a field that the drawing does not
-know would be left out without a sign. Each known field stands in one table, by what is done with it.
+A network is built from a configuration and weights, not from the model's code, so a field that `build_decoder` does not
+know would be ignored silently. Each known field is in one table, by what is done with it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from trtllm_vattn.errors import ConfigError
 
-HEEDED = {
+HANDLED = {
     "dtype": "weights and attention are of it",
     "head_dim": "DecoderSpec.head_dim",
     "hidden_size": "the weights' shapes",
@@ -23,9 +23,9 @@ HEEDED = {
     "num_key_value_heads": "DecoderSpec.num_kv_heads",
     "max_position_embeddings": "shape_of bounds max_seq_len by it",
     "rms_norm_eps": "DecoderSpec.eps",
-    "rope_parameters": "the model's own cosines and sines are drawn",
-    "rope_scaling": "the model's own cosines and sines are drawn",
-    "rope_theta": "the model's own cosines and sines are drawn",
+    "rope_parameters": "the model's own cosines and sines are used",
+    "rope_scaling": "the model's own cosines and sines are used",
+    "rope_theta": "the model's own cosines and sines are used",
     "tie_word_embeddings": "lm_head is among the weights, or the embeddings are taken",
     "vocab_size": "DecoderSpec.vocab_size",
     "layer_types": "shape_of refuses a window shorter than max_seq_len",
@@ -34,9 +34,9 @@ HEEDED = {
     "use_sliding_window": "shape_of refuses a window shorter than max_seq_len",
     "model_type": "DecoderSpec.of takes FAMILIES alone",
 }
-"""Fields of transformers' configurations that change what is computed, with where they are heeded."""
+"""Fields of transformers' configurations that change what is computed, with where each is handled."""
 
-NEUTRAL = (
+NO_EFFECT = (
     "_attn_implementation",
     "_attn_implementation_internal",
     "_commit_hash",
@@ -67,12 +67,12 @@ NEUTRAL = (
     "transformers_version",
     "use_cache",
 )
-"""Fields that change nothing of what is computed from tokens to logits."""
+"""Fields that change nothing between tokens and logits."""
 
-ONLY: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
-"""Fields of which the networks know these values alone, whatever the default."""
+ACCEPTED: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
+"""Fields of which only these values are served, whatever the default."""
 
-TRTLLM_HEEDED = (
+TRTLLM_HANDLED = (
     "architecture",
     "attention_multiplier",
     "attn_bias",
@@ -102,9 +102,9 @@ TRTLLM_HEEDED = (
     "use_parallel_embedding",
     "vocab_size",
 )
-"""Fields of TensorRT-LLM's configurations that its own modules heed, which the network is drawn from, or our checks."""
+"""Fields of TensorRT-LLM's configurations that its own modules handle, of which the network is built, or our checks."""
 
-TRTLLM_NEUTRAL = (
+TRTLLM_NO_EFFECT = (
     "disable_weight_only_quant_plugin",
     "layer_idx_offset",
     "moe_intermediate_size",
@@ -116,7 +116,7 @@ TRTLLM_NEUTRAL = (
     "seq_length",
 )
 
-TRTLLM_ONLY: dict[str, tuple[Any, ...]] = {
+TRTLLM_ACCEPTED: dict[str, tuple[Any, ...]] = {
     "embedding_multiplier": (1.0,),
     "fc_after_embed": (False,),
     "output_multiplier_scale": (1.0,),
@@ -127,41 +127,36 @@ TRTLLM_ONLY: dict[str, tuple[Any, ...]] = {
     "use_last_layernorm": (True,),
     "use_logn_attn": (False,),
 }
-"""Fields that the drawing leaves out, so that only these values are served."""
+"""Fields that the network ignores, so that only these values are served."""
 
 
 def check_config(config: Any) -> None:
-    """Raise ConfigError where a transformers configuration has a field that a drawn network would leave out."""
-    fields = {**config.to_dict(), **{name: getattr(config, name) for name in ONLY if hasattr(config, name)}}
+    """Raise ConfigError where a transformers configuration has a field that the network would ignore."""
+    fields = {**config.to_dict(), **{name: getattr(config, name) for name in ACCEPTED if hasattr(config, name)}}
     default = type(config)().to_dict()
-    wrong = [
-        f"{name} {fields[name]!r} (served: {_or(known)})" for name, known in ONLY.items() if _other(fields, name, known)
-    ]
-    unknown = sorted(fields.keys() - HEEDED.keys() - set(NEUTRAL) - ONLY.keys())
+    wrong = _not_accepted(fields, ACCEPTED)
+    unknown = sorted(fields.keys() - HANDLED.keys() - set(NO_EFFECT) - ACCEPTED.keys())
     wrong += [
         f"{name} {fields[name]!r} (by default {default.get(name)!r})"
         for name in unknown
         if fields[name] != default.get(name)
     ]
-    _refuse(f"a {config.model_type} model", wrong, "serve it by Engine, which runs the model's own code")
+    _refuse(f"a {config.model_type} model", wrong)
 
 
-def wrong_trtllm_fields(fields: Mapping[str, Any], head_size: int | None) -> list[str]:
-    """What of a TensorRT-LLM configuration's fields the network of its modules leaves out."""
+def unsupported_trtllm_fields(fields: Mapping[str, Any], head_size: int | None) -> list[str]:
+    """Descriptions of a TensorRT-LLM configuration's fields that the network would ignore."""
     plain = {name: getattr(value, "name", value) for name, value in fields.items() if not name.startswith("_")}
-    only = {**TRTLLM_ONLY, "rotary_embedding_dim": (None, 0, head_size), "rotary_pct": (None, 1.0)}
-    wrong = [
-        f"{name} {plain[name]!r} (served: {_or(known)})" for name, known in only.items() if _other(plain, name, known)
-    ]
-    unknown = plain.keys() - set(TRTLLM_HEEDED) - set(TRTLLM_NEUTRAL) - only.keys()
+    accepted = {**TRTLLM_ACCEPTED, "rotary_embedding_dim": (None, 0, head_size), "rotary_pct": (None, 1.0)}
+    wrong = _not_accepted(plain, accepted)
+    unknown = plain.keys() - set(TRTLLM_HANDLED) - set(TRTLLM_NO_EFFECT) - accepted.keys()
     wrong += [f"{name} {plain[name]!r} (not known)" for name in sorted(unknown) if plain[name] not in (None, False)]
     return wrong
 
 
 def check_weights(names: Iterable[str], layers: int) -> None:
-    """Raise ConfigError where a model has tensors that a drawn network has no place for, or lacks some it needs."""
-    both = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-    both += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    """Raise ConfigError where a model has tensors that the network has no place for, or lacks some that it needs."""
+    both = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
     needed = {"model.embed_tokens.weight", "model.norm.weight"}
     known = {"lm_head.weight", "lm_head.bias"}
     for layer in range(layers):
@@ -173,17 +168,20 @@ def check_weights(names: Iterable[str], layers: int) -> None:
     missing, left_out = sorted(needed - there), sorted(there - needed - known)
     wrong = [f"{len(missing)} tensors missing, {missing[0]} first"] if missing else []
     wrong += [f"{len(left_out)} tensors that the network has no place for, {left_out[0]} first"] if left_out else []
-    _refuse("the model", wrong, "serve it by Engine, which runs the model's own code")
+    _refuse("the model", wrong)
 
 
-def _other(fields: Mapping[str, Any], name: str, known: tuple[Any, ...]) -> bool:
-    return name in fields and fields[name] not in known
+def _not_accepted(fields: Mapping[str, Any], accepted: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    return [
+        f"{name} {fields[name]!r} (served: {' or '.join(map(repr, values))})"
+        for name, values in accepted.items()
+        if name in fields and fields[name] not in values
+    ]
 
 
-def _or(values: tuple[Any, ...]) -> str:
-    return " or ".join(repr(value) for value in values)
-
-
-def _refuse(what: str, wrong: list[str], instead: str) -> None:
+def _refuse(what: str, wrong: list[str]) -> None:
     if wrong:
-        raise ConfigError(f"{what} has {'; '.join(wrong)}, which the network would leave out; {instead}")
+        raise ConfigError(
+            f"{what} has {'; '.join(wrong)}, which the network would leave out; serve it by Engine, which runs the "
+            "model's own code"
+        )

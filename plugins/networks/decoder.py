@@ -1,7 +1,7 @@
-"""One description of a decoder, drawn by whoever can draw: TensorRT's network API, ONNX, or torch at once.
+"""One description of a decoder, emitted by operations: to TensorRT's network API, to ONNX, or to torch eagerly.
 
-Operations follow transformers' own code step by step (norms in float32, RoPE in the model's dtype), so that a network
-differs from the model by its kernels' rounding alone.
+Operations follow transformers' code step by step (norms in float32, RoPE in the model's dtype), so that a network
+differs from the model only by rounding in its kernels.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
 T = TypeVar("T")
 
 
-class Pen(Protocol[T]):
-    """What a network is drawn with; T is a tensor of the drawing. Shapes of results are those of numpy."""
+class NetworkEmitter(Protocol[T]):
+    """Emits a network's operations. T is the emitter's tensor; shapes of results are numpy's."""
 
     def weight(self, name: str, value: torch.Tensor) -> T:
         """A constant."""
@@ -30,19 +30,19 @@ class Pen(Protocol[T]):
         """x ``[tokens, in]`` times weight ``[out, in]`` transposed."""
 
     def add(self, a: T, b: T) -> T:
-        """Element by element; sizes of 1 are repeated, as in `subtract` and `multiply`."""
+        """Elementwise with broadcasting, as `subtract` and `multiply`."""
 
     def subtract(self, a: T, b: T) -> T: ...
 
     def multiply(self, a: T, b: T) -> T: ...
 
     def reshape(self, x: T, shape: Sequence[int]) -> T:
-        """-1 is what is left."""
+        """As numpy; -1 is inferred."""
 
-    def part(self, x: T, start: int, stop: int) -> T:
-        """A slice of the last of three dimensions."""
+    def slice(self, x: T, start: int, stop: int) -> T:
+        """``x[..., start:stop]`` of a tensor of three dimensions."""
 
-    def join(self, a: T, b: T) -> T:
+    def concat(self, a: T, b: T) -> T:
         """Along the last of three dimensions."""
 
     def rms_norm(self, x: T, weight: T, eps: float) -> T:
@@ -51,10 +51,10 @@ class Pen(Protocol[T]):
     def silu(self, x: T) -> T: ...
 
     def to_float(self, x: T) -> T:
-        """As float32."""
+        """Cast to float32."""
 
     def attention(self, fields: AttentionFields, given: Mapping[str, T]) -> T:
-        """The plugin; `given` by the names of `AttentionFields.inputs`."""
+        """The plugin's layer; `given` has the names of `AttentionFields.inputs`."""
 
 
 def inputs_of(limits: PlanLimits) -> dict[str, str]:
@@ -70,40 +70,40 @@ def inputs_of(limits: PlanLimits) -> dict[str, str]:
     return {**names, "last": "lanes"}
 
 
-def draw(pen: Pen[T], spec: DecoderSpec, limits: PlanLimits, given: Mapping[str, T]) -> T:
-    """Draw the network over its inputs; returns the logits, float32 ``[lanes, vocab]``."""
+def build_decoder(emitter: NetworkEmitter[T], spec: DecoderSpec, limits: PlanLimits, given: Mapping[str, T]) -> T:
+    """Emit the network over its inputs (`inputs_of`); returns the logits, float32 ``[lanes, vocab]``."""
     weights = spec.weights
 
     def weight(name: str) -> T:
-        return pen.weight(name, weights[name])
+        return emitter.weight(name, weights[name])
 
     def norm(x: T, name: str, dimensions: int = 2) -> T:
         value = weights[name]
-        return pen.rms_norm(x, pen.weight(name, value.view(*[1] * (dimensions - 1), -1)), spec.eps)
+        return emitter.rms_norm(x, emitter.weight(name, value.view(*[1] * (dimensions - 1), -1)), spec.eps)
 
     def linear(x: T, name: str) -> T:
-        out = pen.linear(x, weight(f"{name}.weight"))
+        out = emitter.linear(x, weight(f"{name}.weight"))
         if f"{name}.bias" in weights:
-            out = pen.add(out, pen.weight(f"{name}.bias", weights[f"{name}.bias"].view(1, -1)))
+            out = emitter.add(out, emitter.weight(f"{name}.bias", weights[f"{name}.bias"].view(1, -1)))
         return out
 
     def rotated(x: T, heads: int, norm_name: str) -> T:
-        x = pen.reshape(x, [-1, heads, spec.head_dim])
+        x = emitter.reshape(x, [-1, heads, spec.head_dim])
         if norm_name in weights:
             x = norm(x, norm_name, dimensions=3)
         half = spec.head_dim // 2
-        a, b = pen.part(x, 0, half), pen.part(x, half, spec.head_dim)
-        turned = pen.join(
-            pen.subtract(pen.multiply(a, cos), pen.multiply(b, sin)),
-            pen.add(pen.multiply(b, cos), pen.multiply(a, sin)),
+        a, b = emitter.slice(x, 0, half), emitter.slice(x, half, spec.head_dim)
+        turned = emitter.concat(
+            emitter.subtract(emitter.multiply(a, cos), emitter.multiply(b, sin)),
+            emitter.add(emitter.multiply(b, cos), emitter.multiply(a, sin)),
         )
-        return pen.reshape(turned, [-1, heads * spec.head_dim])
+        return emitter.reshape(turned, [-1, heads * spec.head_dim])
 
     cos, sin = (
-        pen.reshape(pen.gather(weight(name), given["positions"]), [-1, 1, spec.head_dim // 2])
+        emitter.reshape(emitter.gather(weight(name), given["positions"]), [-1, 1, spec.head_dim // 2])
         for name in ("rope.cos", "rope.sin")
     )
-    x = pen.gather(weight("model.embed_tokens.weight"), given["input_ids"])
+    x = emitter.gather(weight("model.embed_tokens.weight"), given["input_ids"])
     for layer in range(spec.num_layers):
         prefix = f"model.layers.{layer}"
         fields = spec.layer_fields(layer, limits)
@@ -114,10 +114,10 @@ def draw(pen: Pen[T], spec: DecoderSpec, limits: PlanLimits, given: Mapping[str,
             "k": rotated(linear(h, f"{attn}.k_proj"), spec.num_kv_heads, f"{attn}.k_norm.weight"),
             "v": linear(h, f"{attn}.v_proj"),
         }
-        out = pen.attention(fields, {name: own[name] if name in own else given[name] for name in fields.inputs})
-        x = pen.add(x, linear(out, f"{attn}.o_proj"))
+        out = emitter.attention(fields, {name: own[name] if name in own else given[name] for name in fields.inputs})
+        x = emitter.add(x, linear(out, f"{attn}.o_proj"))
         h = norm(x, f"{prefix}.post_attention_layernorm.weight")
-        gated = pen.multiply(pen.silu(linear(h, f"{prefix}.mlp.gate_proj")), linear(h, f"{prefix}.mlp.up_proj"))
-        x = pen.add(x, linear(gated, f"{prefix}.mlp.down_proj"))
-    x = norm(pen.gather(x, given["last"]), "model.norm.weight")
-    return pen.to_float(linear(x, "lm_head"))
+        gated = emitter.multiply(emitter.silu(linear(h, f"{prefix}.mlp.gate_proj")), linear(h, f"{prefix}.mlp.up_proj"))
+        x = emitter.add(x, linear(gated, f"{prefix}.mlp.down_proj"))
+    x = norm(emitter.gather(x, given["last"]), "model.norm.weight")
+    return emitter.to_float(linear(x, "lm_head"))

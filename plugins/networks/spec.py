@@ -1,4 +1,4 @@
-"""What a network is made of: a decoder's sizes and weights, taken from a Hugging Face model."""
+"""A decoder's sizes and weights, taken from a Hugging Face model, and the limits of its plan."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins.fields import DTYPES, AttentionFields, Slots
 from trtllm_vattn.plugins.networks.config_fields import check_config, check_weights
 from trtllm_vattn.runtime.binding import scale_of, shape_of
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-"""Model types whose decoder `draw` knows."""
+"""Model types that `build_decoder` knows."""
 
 
 @dataclass(frozen=True)
 class PlanLimits:
-    """What a plan can be asked for.
+    """The most that a plan can be asked for.
 
     Parameters
     ----------
@@ -31,7 +30,7 @@ class PlanLimits:
     max_seq_len : int
         Tokens of a sequence.
     any_slot : bool
-        Whether a decode step looks its lanes' slots up, instead of lane i being slot i.
+        Whether a decode step reads its lanes' slots from an input; otherwise lane i is slot i.
     cache : str
         The name under which the cache is attached.
     """
@@ -58,7 +57,7 @@ class PlanLimits:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Sizes of a decoder of one of `FAMILIES`, as its layers are drawn.
+    """Sizes and weights of a decoder of one of `FAMILIES`.
 
     `weights` are named as transformers names them, with ``rope.cos`` and ``rope.sin`` ``[positions, head_dim / 2]``
     beside them; RoPE is part of the network and the attention layer gets rotated queries and keys.
@@ -131,11 +130,6 @@ class DecoderSpec:
             slots=int(limits.slots),
             context=int(limits.max_chunk > 0),
         )
-
-    def cache_shape(self, num_slots: int, max_seq_len: int) -> CacheShape:
-        """The shape of a cache for it."""
-        dtype = DTYPES[self.dtype]
-        return CacheShape(self.num_layers, self.num_kv_heads, self.head_dim, dtype, num_slots, max_seq_len)
 
     def sizes(self) -> dict[str, Any]:
         """All but the weights, for JSON."""

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.plugins import refusals, registry
+from trtllm_vattn.plugins import callback_errors, registry
 from trtllm_vattn.plugins.tensorrt import load_tensorrt
 
 
 @pytest.fixture(autouse=True)
 def _nothing_stays() -> Iterator[None]:
     """Each test leaves no cache attached; what was refused in it is its own."""
-    refusals.forget()
+    callback_errors.clear_errors()
     yield
     left = list(registry._attached)
     for name in left:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from trtllm_vattn.plugins import plain
+from trtllm_vattn.plugins.emulated import built_layer, describe
 from trtllm_vattn.plugins.fields import AttentionFields, Slots
-from trtllm_vattn.plugins.played import built_layer, describe
 from trtllm_vattn.vmm.tensors import current_stream
 
 HEADS, KV_HEADS, DIM, LAYERS, TOKENS = 4, 2, 16, 2, 64

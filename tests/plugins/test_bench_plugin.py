@@ -86,7 +86,7 @@ def test_an_eager_layer_allocates_nothing_and_waits_for_nothing() -> None:
     from trtllm_vattn.cache.base import CacheShape
     from trtllm_vattn.cache.manager import KVCacheManager
     from trtllm_vattn.plugins import plain, registry
-    from trtllm_vattn.plugins.played import describe
+    from trtllm_vattn.plugins.emulated import describe
     from trtllm_vattn.vmm.cuda import CudaDriver
 
     fields = fields_of(num_heads=8, num_kv_heads=2, head_dim=128, dtype="bfloat16")

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.plugins.networks.config_fields import HEEDED, NEUTRAL, ONLY, check_config
+from trtllm_vattn.plugins.networks.config_fields import ACCEPTED, HANDLED, NO_EFFECT, check_config
 from trtllm_vattn.plugins.networks.spec import FAMILIES, DecoderSpec, PlanLimits
 from trtllm_vattn.plugins.session import EngineSession, LoadedEngine
 from trtllm_vattn.runtime import SamplingParams
@@ -53,7 +53,7 @@ def model_of(kind: str = "llama", **fields: Any) -> PreTrainedModel:
 @torch.inference_mode()
 def test_fields_that_are_heeded_give_the_models_tokens(fields: dict[str, Any]) -> None:
     model = model_of(**fields)
-    loaded = LoadedEngine.played(model, LIMITS)
+    loaded = LoadedEngine.emulated(model, LIMITS)
     with EngineSession(loaded, make_cache("vattn", loaded.cache_shape(1), "cpu"), capture=False) as session:
         (done,) = session.generate([PROMPT], SamplingParams(max_tokens=6))
     logits = model(input_ids=torch.tensor([PROMPT + done.tokens])).logits[0, len(PROMPT) - 1 : -1]
@@ -103,12 +103,12 @@ def test_layers_that_scale_scores_differently_are_refused() -> None:
 def test_every_field_of_a_familys_configuration_is_in_the_table(kind: str) -> None:
     config = CONFIG_MAPPING[kind]()
     check_config(config)
-    assert set(config.to_dict()) - HEEDED.keys() - set(NEUTRAL) - ONLY.keys() <= {"is_encoder_decoder"}
+    assert set(config.to_dict()) - HANDLED.keys() - set(NO_EFFECT) - ACCEPTED.keys() <= {"is_encoder_decoder"}
 
 
 def test_the_engine_keeps_what_ends_a_text() -> None:
     model = model_of()
     model.generation_config.eos_token_id, model.config.eos_token_id = [3, 4], 5
-    loaded = LoadedEngine.played(model, LIMITS)
+    loaded = LoadedEngine.emulated(model, LIMITS)
     assert loaded.config.eos_token_id == [3, 4]
     assert model.config.eos_token_id == 5

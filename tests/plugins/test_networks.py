@@ -15,9 +15,10 @@ from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins import registry
 from trtllm_vattn.plugins.fields import AttentionFields
 from trtllm_vattn.plugins.networks.decoder import inputs_of
-from trtllm_vattn.plugins.networks.onnx_pen import write_onnx
+from trtllm_vattn.plugins.networks.onnx_emitter import write_onnx
 from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
 from trtllm_vattn.plugins.plugin import NAME
+from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.models import load_model
 
 LIMITS = PlanLimits(max_lanes=2, max_chunk=16, max_seq_len=64)
@@ -56,7 +57,7 @@ def test_onnx_computes_the_models_logits(name: str, tmp_path: Path) -> None:
         logits: np.ndarray = session.run(None, given)[0]
         return logits
 
-    with make_cache("vattn", spec.cache_shape(2, 64), "cpu") as cache:
+    with make_cache("vattn", shape_of(model, 2, 64), "cpu") as cache:
         registry.attach("kv", cache, "torch")
         cache.admit("a", 5)
         slot, padded = cache.slot_of("a"), [*prompt[:5], 0, 0, 0]

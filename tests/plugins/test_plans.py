@@ -19,8 +19,9 @@ from trtllm_vattn.plugins.fields import AttentionFields
 from trtllm_vattn.plugins.inspect import inspect_folder
 from trtllm_vattn.plugins.networks.decoder import inputs_of
 from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
-from trtllm_vattn.plugins.networks.trt_pen import add_attention, draw_network
+from trtllm_vattn.plugins.networks.trt_emitter import add_attention, build_network
 from trtllm_vattn.plugins.plugin import NAME
+from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.models import load_model
 
 LIMITS = PlanLimits(max_lanes=4, max_chunk=32, max_seq_len=128)
@@ -58,9 +59,9 @@ def build(trt: Any, path: Path) -> bytes:
     builder.config.add_optimization_profile(profile)
     plan = builder.builder.build_serialized_network(builder.network, builder.config)
     if plan is None:
-        from trtllm_vattn.plugins.refusals import explain
+        from trtllm_vattn.plugins.callback_errors import error_of
 
-        raise explain("no plan")
+        raise error_of("no plan")
     return bytes(plan)
 
 
@@ -122,7 +123,7 @@ def test_a_plan_holds_no_copy_of_a_cache(rtx: Any, tmp_path: Path) -> None:
     for lanes in (4, 1024):
         limits = PlanLimits(max_lanes=lanes, max_chunk=32, max_seq_len=128)
         sizes.append(build_folder(model, tmp_path / str(lanes), limits, rtx, ["89"])["plan_bytes"])
-    cache = 1024 * DecoderSpec.of(model, 128).cache_shape(1024, 128).token_bytes * 128
+    cache = 1024 * shape_of(model, 1024, 128).token_bytes * 128
     assert abs(sizes[1] - sizes[0]) < 1 << 16 < cache // 1000, (sizes, cache)
 
 
@@ -177,13 +178,13 @@ def test_the_network_apis_drawing_is_taken_by_a_real_builder(rtx: Any, name: str
     spec = DecoderSpec.of(model, LIMITS.max_seq_len)
     builder = PlanBuilder(rtx, LIMITS, ["89"])
     network = WithPlugins(builder.network)
-    pen = draw_network(rtx, network, spec, LIMITS)
+    emitter = build_network(rtx, network, spec, LIMITS)
     assert [plugin.fields.layer for _, plugin in network.plugins] == [0, 1, 2, 3]
     assert network.plugins[0][0][:3] == [(-1, 64), (-1, 32), (-1, 32)]
     assert tuple(builder.network.get_output(0).shape) == (-1, spec.vocab_size)
     plan = builder.build()
     assert len(plan) > 100_000
-    assert set(spec.weights) <= set(pen.weights), "a weight was left out of the network"
+    assert set(spec.weights) <= set(emitter.weights), "a weight was left out of the network"
 
 
 def test_a_network_that_takes_no_plugins_says_where_to_go(rtx: Any) -> None:

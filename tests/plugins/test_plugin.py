@@ -13,9 +13,9 @@ from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.host_graph import HostGraph
-from trtllm_vattn.plugins import plain, refusals, registry
+from trtllm_vattn.plugins import callback_errors, plain, registry
+from trtllm_vattn.plugins.emulated import Constants, Desc, built_layer, describe
 from trtllm_vattn.plugins.fields import Slots
-from trtllm_vattn.plugins.played import Constants, Desc, built_layer, describe
 from trtllm_vattn.plugins.plugin import NAME, VERSION, register
 from trtllm_vattn.vmm.base import Driver
 
@@ -188,7 +188,7 @@ def test_a_builder_may_time_a_layer_on_anything(attached: bool, host_driver: Dri
 def test_a_plan_that_runs_needs_its_cache() -> None:
     with pytest.raises(ConfigError, match=r"no cache is attached as 'kv' in this process \(attached: none\); call"):
         Layer(fields_of()).call({"q": torch.zeros(1, Q), "k": torch.zeros(1, KV), "v": torch.zeros(1, KV)}, [1])
-    assert "no cache is attached as 'kv'" in str(refusals.explain("TensorRT failed"))
+    assert "no cache is attached as 'kv'" in str(callback_errors.error_of("TensorRT failed"))
 
 
 def test_what_does_not_fit_the_cache_is_refused(cache: KVCacheManager) -> None:

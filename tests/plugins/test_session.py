@@ -1,4 +1,4 @@
-"""Requests over an engine that torch plays, token for token those of the Engine over the model itself."""
+"""Requests over an emulated engine, token for token those of the Engine over the model itself."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins import registry
+from trtllm_vattn.plugins.emulated import EmulatedContext
 from trtllm_vattn.plugins.engine_model import EngineModel
 from trtllm_vattn.plugins.networks.spec import PlanLimits
-from trtllm_vattn.plugins.played import PlayedContext
 from trtllm_vattn.plugins.session import EngineSession, LoadedEngine
 from trtllm_vattn.runtime import Engine, SamplingParams
 from trtllm_vattn.runtime.binding import shape_of
@@ -56,7 +56,7 @@ def llama() -> PreTrainedModel:
 
 
 def session(model: PreTrainedModel, limits: PlanLimits = LIMITS, slots: int = 4, **options: Any) -> EngineSession:
-    loaded = LoadedEngine.played(model, limits)
+    loaded = LoadedEngine.emulated(model, limits)
     device = str(model.device)
     return EngineSession(loaded, make_cache("vattn", loaded.cache_shape(slots), device), **options)
 
@@ -105,13 +105,13 @@ def test_a_step_is_captured_once_and_then_only_replayed(
 ) -> None:
     want = over_the_model("tiny-llama")
     executed = []
-    execute = PlayedContext.execute_async_v3
+    execute = EmulatedContext.execute_async_v3
 
-    def counted(self: PlayedContext, stream: int) -> bool:
+    def counted(self: EmulatedContext, stream: int) -> bool:
         executed.append(self)
         return execute(self, stream)
 
-    monkeypatch.setattr(PlayedContext, "execute_async_v3", counted)
+    monkeypatch.setattr(EmulatedContext, "execute_async_v3", counted)
     with session(llama, chunk=32) as engine:
         captured = len(executed)
         short = [PROMPTS[0], PROMPTS[2]]
@@ -144,13 +144,13 @@ def test_budget_and_memory_change_beneath_the_captured_steps(llama: PreTrainedMo
 
 
 def test_what_does_not_fit_is_refused(llama: PreTrainedModel) -> None:
-    loaded = LoadedEngine.played(llama, LIMITS)
+    loaded = LoadedEngine.emulated(llama, LIMITS)
     with (
         make_cache("vattn", loaded.cache_shape(5), "cpu") as cache,
         pytest.raises(ConfigError, match=r"the cache has 5 slots of 128 tokens, the plan takes 4 lanes and 128"),
     ):
         EngineSession(loaded, cache)
-    without = LoadedEngine.played(llama, PlanLimits(4, 0, 128))
+    without = LoadedEngine.emulated(llama, PlanLimits(4, 0, 128))
     with (
         make_cache("vattn", loaded.cache_shape(4), "cpu") as cache,
         pytest.raises(ConfigError, match="this plan has no context phase"),
@@ -185,7 +185,7 @@ def test_the_name_is_free_again_when_a_session_ends(llama: PreTrainedModel) -> N
 def test_a_chunk_of_one_token_is_refused(llama: PreTrainedModel) -> None:
     # A call of one row is a decode step, in which lane i is slot i.
     for limits, options in ((LIMITS, {"chunk": 1}), (PlanLimits(max_lanes=4, max_chunk=1, max_seq_len=128), {})):
-        loaded = LoadedEngine.played(llama, limits)
+        loaded = LoadedEngine.emulated(llama, limits)
         with (
             make_cache("vattn", loaded.cache_shape(4), "cpu") as cache,
             pytest.raises(ConfigError, match="chunk of 1 token would be taken for a decode step"),
@@ -197,11 +197,12 @@ def test_a_chunk_of_one_token_is_refused(llama: PreTrainedModel) -> None:
         assert tokens_of(engine) == over_the_model("tiny-llama")
 
 
-def test_a_folder_without_a_plan_is_played(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_plan_is_emulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "engine"
+    # An alias of "emulated", for 0.1.
     arguments = ["plugin", "build", "tiny-llama", "--with", "played", "--dtype", "float32", "--output", str(folder)]
     assert main([*arguments, "--max-lanes", "4", "--max-chunk", "32", "--max-seq-len", "128"]) == 0
-    assert "torch plays tiny-llama" in capsys.readouterr().out
+    assert "torch computes tiny-llama" in capsys.readouterr().out
     with EngineSession.from_folder(folder, device="cpu") as engine:
         assert tokens_of(engine) == over_the_model("tiny-llama")
 
@@ -209,7 +210,7 @@ def test_a_folder_without_a_plan_is_played(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.gpu
 def test_a_session_that_cannot_have_its_budget_leaves_nothing_attached(tmp_path: Path) -> None:
     folder = tmp_path / "engine"
-    arguments = ["plugin", "build", "tiny-llama", "--with", "played", "--dtype", "float32", "--output", str(folder)]
+    arguments = ["plugin", "build", "tiny-llama", "--with", "emulated", "--dtype", "float32", "--output", str(folder)]
     assert main([*arguments, "--max-lanes", "4", "--max-chunk", "32", "--max-seq-len", "128"]) == 0
     with pytest.raises(ConfigError, match="budget"):
         EngineSession.from_folder(folder, device="cuda:0", attention="torch", budget=1)
@@ -219,7 +220,7 @@ def test_a_session_that_cannot_have_its_budget_leaves_nothing_attached(tmp_path:
 def test_a_plan_in_another_process(tmp_path: Path, run_apart: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     """What a folder holds is enough, and a layer there asks for its cache by name."""
     folder = tmp_path / "engine"
-    arguments = ["plugin", "build", "tiny-llama", "--with", "played", "--dtype", "float32", "--output", str(folder)]
+    arguments = ["plugin", "build", "tiny-llama", "--with", "emulated", "--dtype", "float32", "--output", str(folder)]
     sizes = ["--max-lanes", "4", "--max-chunk", "32", "--max-seq-len", "128", "--cache", "theirs"]
     assert main([*arguments, *sizes]) == 0
     done = run_apart(ELSEWHERE, str(folder))
@@ -243,7 +244,7 @@ def test_on_a_gpu_captured_steps_are_the_eager_ones(options: dict[str, Any]) -> 
 
 def test_the_benchmark_runs_over_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = tmp_path / "engine", tmp_path / "graph.json"
-    arguments = ["plugin", "build", "tiny-llama", "--with", "played", "--dtype", "float32", "--output", str(folder)]
+    arguments = ["plugin", "build", "tiny-llama", "--with", "emulated", "--dtype", "float32", "--output", str(folder)]
     assert main([*arguments, "--max-lanes", "4", "--max-chunk", "64", "--max-seq-len", "128"]) == 0
     sizes = ["--requests", "4", "--max-output", "6", "--max-seqs", "4", "--max-seq-len", "128"]
     command = ["bench", "graph", "--engine", str(folder), "--device", "cpu", *sizes, "--audit"]

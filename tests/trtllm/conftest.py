@@ -1,4 +1,4 @@
-"""The stand-in for TensorRT-LLM on the path, for one test; small managers over the host driver."""
+"""A fake TensorRT-LLM on the path, for one test; small managers over the host driver."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from trtllm_vattn.vmm.open import open_driver
 
 @pytest.fixture
 def series() -> str:
-    """Which recorded version the stand-in plays; tests that are parametrized over `series` play several."""
+    """Which recorded version the fake is; tests that are parametrized over `series` play several."""
     return "1.2"
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, series: str) -> Iterator[SimpleNamespace]:
-    """The stand-in's modules, freshly imported; nothing of it is left behind.
+    """The fake's modules, freshly imported; nothing of it is left behind.
 
-    Its kernels are the host's, so managers that it leads to are over the host driver on any machine.
+    Its kernels run on the host, so its managers are over the host driver on any machine.
     """
     monkeypatch.setattr("trtllm_vattn.trtllm.manager.open_driver", lambda device: open_driver("cpu"))
     monkeypatch.setenv("TRTLLM_FAKE_VERSION", VERSIONS[series])

@@ -1,4 +1,4 @@
-"""Memory reaches as far as the C++ books say, whatever requests do; where it did not, nothing would be launched."""
+"""Memory reaches as far as the C++ manager counts, whatever requests do; else nothing is launched."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Machine(RuleBasedStateMachine):
         self.manager.free_resources(request)  # Cancelled and finished at once.
 
     @invariant()
-    def memory_reaches_as_far_as_the_books(self) -> None:
+    def memory_reaches_as_far_as_the_count(self) -> None:
         if not hasattr(self, "manager"):
             return
         cache = self.manager.vattn.cache
@@ -194,7 +194,7 @@ def stepped(make: Make, fake: SimpleNamespace) -> Any:
 
 @every
 @pytest.mark.parametrize("way", ["copy_batch_block_offsets", "get_batch_cache_indices", "get_cache_indices"])
-def test_books_that_are_ahead_stop_the_step_by_the_requests_name(stepped: Any, way: str, series: str) -> None:
+def test_counts_that_are_ahead_stop_the_step_by_the_requests_name(stepped: Any, way: str, series: str) -> None:
     manager = stepped.manager
     calls = {
         "copy_batch_block_offsets": lambda: manager.copy_batch_block_offsets(stepped.table, [11, 12], 1, 0, 2),
@@ -219,7 +219,7 @@ def test_books_that_are_ahead_stop_the_step_by_the_requests_name(stepped: Any, w
 def test_a_growth_rule_that_we_do_not_know_is_caught(
     make: Make, fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, series: str
 ) -> None:
-    """As 1.3's was for an adapter of 1.2: books grow by more at every step, and nothing else tells."""
+    """As 1.3's was for an adapter of 1.2: sequences grow by more at every step, and nothing else tells."""
     manager = make()
     executor = fake.executor.PyExecutor(manager, manager.max_batch_size, manager.max_seq_len)
     manager.vattn.set_initial_budget()
@@ -233,10 +233,10 @@ def test_a_growth_rule_that_we_do_not_know_is_caught(
 
 @every
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
-def test_books_that_fail_amid_a_step_leave_nothing_unbacked_or_held(
+def test_counts_that_fail_amid_a_step_leave_nothing_unbacked_or_held(
     stepped: Any, fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """Some of the batch is in the books by then, and some is not."""
+    """The C++ manager counts some of the batch by then, and some not."""
     manager, requests = stepped.manager, fake.managers
     starting = [requests.LlmRequest(number, 20, 5) for number in (21, 22)]
     real, calls = type(manager.impl)._fit, iter(range(100))

@@ -1,4 +1,4 @@
-"""Installed, the stand-in's own way to a manager leads to ours; uninstalled, nothing is left; elsewhere it is inert."""
+"""Installed, the fake's own way to a manager leads to ours; uninstalled, nothing is left; elsewhere it is inert."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ from trtllm_vattn.trtllm.ray_extension import WorkerExtension
 import {TARGET} as util
 print(util.get_kv_cache_manager_cls(None).__name__)
 try:
-    WorkerExtension().vattn.set_budget(1 << 30)
+    WorkerExtension().vattn_set_budget(1 << 30)
 except ValueError as error:
     print("no fixed-address KV cache lives in this process" in str(error))
 """

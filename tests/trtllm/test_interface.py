@@ -36,7 +36,7 @@ def parameters(method: Any) -> list[str]:
 
 
 def public(kind: Any) -> set[str]:
-    """Methods of a stand-in's class and of those of the stand-in that it is made of."""
+    """Methods of a fake's class and of those of the fake that it is made of."""
     own = [each for each in kind.__mro__ if each.__module__.startswith("tensorrt_llm")]
     named = {name for each in own for name in vars(each) if callable(getattr(kind, name)) and name[0] != "_"}
     return named - {"Watched"}
@@ -151,7 +151,7 @@ def test_only_recorded_names_are_used(make: Callable[..., Any], fake: SimpleName
 
 
 def test_a_name_that_is_not_recorded_would_show(make: Callable[..., Any], fake: SimpleNamespace) -> None:
-    """The watch sees what our code does, and not what the stand-in does itself."""
+    """The watch sees what our code does, and not what the fake does itself."""
     stock = fake.managers.KVCacheManager
     manager = make()
     stock.used.clear()
@@ -178,8 +178,8 @@ def test_a_cpp_manager_of_other_arguments_is_refused(fake: SimpleNamespace) -> N
     module = SimpleNamespace(KVCacheManagerCpp=dict, PoolConfigurationCpp=fake.bindings.PoolConfiguration)
     pools = [fake.bindings.PoolConfiguration(window_size=4096, size_per_head=256, dtype="BF16")]
     with shrunken_cpp_pool(module):
-        books = module.KVCacheManagerCpp(num_kv_heads_per_layer=[8] * 32, size_per_head=128, tokens_per_block=32)
-        assert books == {"num_kv_heads_per_layer": [1], "size_per_head": CPP_HEAD_DIM, "tokens_per_block": 32}
+        made = module.KVCacheManagerCpp(num_kv_heads_per_layer=[8] * 32, size_per_head=128, tokens_per_block=32)
+        assert made == {"num_kv_heads_per_layer": [1], "size_per_head": CPP_HEAD_DIM, "tokens_per_block": 32}
         later = module.KVCacheManagerCpp(num_kv_heads_per_layer=[8, 8], size_per_head_per_layer=[128, 128])
         assert later == {"num_kv_heads_per_layer": [1], "size_per_head_per_layer": [CPP_HEAD_DIM]}
         pooled = module.KVCacheManagerCpp(

@@ -32,7 +32,7 @@ def serve(fake: SimpleNamespace, manager: Any, requests: list[tuple[int, int, in
 
 
 @every
-def test_books_and_memory_agree_where_drafts_are_shorter_than_the_most(
+def test_counts_and_memory_agree_where_drafts_are_shorter_than_the_most(
     make: Make, fake: SimpleNamespace, series: str
 ) -> None:
     manager = make(spec_config=drafts(4, extra=1))
@@ -42,14 +42,14 @@ def test_books_and_memory_agree_where_drafts_are_shorter_than_the_most(
         assert executor.wrong == []
         cache = manager.vattn.cache
         for number in manager.vattn.running:
-            booked = manager.impl._tokens[number]
-            assert booked == cache.lengths[cache.slot_of(number)], number
+            counted = manager.impl._tokens[number]
+            assert counted == cache.lengths[cache.slot_of(number)], number
         cache.check_integrity()
     assert len(executor.finished) == 5
 
 
 @later
-def test_the_books_are_shrunken_in_pools_of_their_own_shape(make: Make, fake: SimpleNamespace) -> None:
+def test_the_cpp_pool_is_shrunken_in_pools_of_their_own_shape(make: Make, fake: SimpleNamespace) -> None:
     pool = fake.managers.PoolConfiguration(window_size=128, head_dim=8, dtype=fake.bindings.DataType.FLOAT)
     manager = make(pool_configurations=[pool])
     allocated = fake.bindings.KVCacheManagerCpp.pool_bytes_allocated
@@ -142,7 +142,7 @@ def test_dummies_do_not_take_a_running_requests_id(make: Make, fake: SimpleNames
 def test_dummies_that_fail_leave_the_promise_as_it_was(
     make: Make, fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Room was made for them in the books, beyond what memory backs."""
+    """Room was made for them in the C++ manager's count, beyond what memory backs."""
     manager = make(TrtllmConfig(budget=200_000))
     manager.vattn.set_initial_budget()
     backed, free = manager.get_max_resource_count(), manager.get_num_free_blocks()

@@ -1,4 +1,4 @@
-"""The adapter under the stand-in's scheduler iterations, with page contents checked through its pointers and tables."""
+"""The adapter under the fake's scheduler iterations, with page contents checked through its pointers and tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ask(fake: SimpleNamespace, number: int, prompt: int, new: int) -> Any:
 
 
 def healthy(executor: Any) -> None:
-    """Histories hold what was written, the memory's books agree, and no more blocks run than are backed."""
+    """Histories hold what was written, the cache is consistent, and no more blocks run than are backed."""
     assert executor.wrong == []
     executor.manager.vattn.cache.check_integrity()
 
@@ -158,16 +158,15 @@ def test_a_request_that_was_paused_may_come_back_in_another_slot(make: Make, fak
     assert torch.equal(table[0, 0, :, :2], manager.vattn.rows.tables.offsets[slot][:, :2])
 
 
-def test_tables_for_kernels_of_either_kind(make: Make, fake: SimpleNamespace) -> None:
+def test_tables_hold_the_offsets_of_k_and_v(make: Make, fake: SimpleNamespace) -> None:
     manager = make()
     executor_of(fake, manager)
     layout, tables = manager.vattn.cache.layout, manager.vattn.rows.tables
-    one, apart = tables.block_numbers[[1, 3]], tables.offsets[[1, 3]]
+    offsets = tables.offsets[[1, 3]]
     first = [slot * layout.blocks_per_slot for slot in (1, 3)]
-    assert one.tolist() == [[start + j for j in range(8)] for start in first]
-    assert torch.equal(apart[:, 0], one * 3 * 2)
-    assert torch.equal(apart[:, 1], apart[:, 0] + 1)
-    assert tables.block_numbers[[tables.dummy_row]].tolist() == [[0] * 8]
+    assert offsets[:, 0].tolist() == [[(start + j) * 3 * 2 for j in range(8)] for start in first]
+    assert torch.equal(offsets[:, 1], offsets[:, 0] + 1)
+    assert tables.offsets[tables.dummy_row].tolist() == [[0] * 8, [1] * 8]
 
 
 def test_rejected_draft_tokens_are_rewound(make: Make, fake: SimpleNamespace) -> None:

@@ -1,4 +1,4 @@
-"""The self-check's verdicts, and its probe over a stand-in of the LLM."""
+"""The self-check's verdicts, and its probe over a fake of the LLM."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_rows_are_gathered_on_the_device_only_when_they_change(slots: RequestSlo
     layout = slots.cache.layout
     tables = AffineTables(layout, 8, 0, torch.device(device))
     # Beyond a slot's own blocks a row names the tail.
-    assert tables.block_numbers[2].tolist() == [
+    assert (tables.offsets[2, 0] // (layout.layers_per_range * layout.kv_factor)).tolist() == [
         2 * layout.blocks_per_slot + j if j < layout.blocks_per_slot else 0 for j in range(8)
     ]
     host = torch.zeros((2, 4, 2, 8), dtype=torch.int32)

@@ -1,6 +1,6 @@
 """`bench plugin`: the TensorRT plugin called as TensorRT calls it, captured once, replayed while memory moves.
 
-No TensorRT runtime takes part: the calls are those of `plugins.played`. Sequences come and go, their pages are
+No TensorRT runtime takes part: the calls are those of `plugins.emulated`. Sequences come and go, their pages are
 replaced, parked memory is taken away and given back, and every output checked follows from the tokens alone. Beside it
 the same layers are timed without the plugin.
 """
@@ -26,7 +26,7 @@ import trtllm_vattn
 from trtllm_vattn import plugins
 from trtllm_vattn.bench.flags import MAX_SEQ_LEN, add_attention, add_common, add_rounds, as_config, dtype_of, positive
 from trtllm_vattn.bench.machine import summarise
-from trtllm_vattn.bench.plugin_layers import PlayedLayers
+from trtllm_vattn.bench.plugin_layers import EmulatedLayers
 from trtllm_vattn.bench.report import Result, finish
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -104,7 +104,7 @@ class PluginBenchmark:
         attention = attached.attention(fields.num_heads, fields.scale)
         self.backend = attention.name
         self.guard = Guard(self.cache, attention.over_read)
-        self.layers = PlayedLayers(trt, fields, attached, args.lanes, args.contexts, args.seed)
+        self.layers = EmulatedLayers(trt, fields, attached, args.lanes, args.contexts, args.seed)
         self.random = np.random.default_rng(args.seed)
         self.offsets = np.zeros(args.lanes, np.int64)
         self._next = 0

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from trtllm_vattn.graphs.runner import Outputs
+from trtllm_vattn.plugins.emulated import built_layer, describe
 from trtllm_vattn.plugins.fields import AttentionFields
-from trtllm_vattn.plugins.played import built_layer, describe
-from trtllm_vattn.plugins.registry import Attached
+from trtllm_vattn.plugins.registry import AttachedCache
 from trtllm_vattn.vmm.tensors import current_stream
 
 ROWS = 997
 """Rows of the tables; a prime, so that no page or block of tokens repeats another."""
 
 
-class PlayedLayers:
+class EmulatedLayers:
     """Every attention layer of a decoder in one execution context after another.
 
     Parameters
@@ -34,7 +34,7 @@ class PlayedLayers:
     """
 
     def __init__(
-        self, trt: Any, fields: AttentionFields, attached: Attached, lanes: int, contexts: int, seed: int
+        self, trt: Any, fields: AttentionFields, attached: AttachedCache, lanes: int, contexts: int, seed: int
     ) -> None:
         self.trt, self.attached, self.lanes = trt, attached, lanes
         cache = attached.cache

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trtllm_vattn.bench.flags import device, non_negative, output_folder, positive
 from trtllm_vattn.bench.report import table
-from trtllm_vattn.plugins.build import PLAYED, RTX_TARGETS, build_folder
+from trtllm_vattn.plugins.build import EMULATED, RTX_TARGETS, build_folder, module_name
 from trtllm_vattn.plugins.fields import DTYPES, KINDS
 from trtllm_vattn.plugins.inspect import inspect_folder
 from trtllm_vattn.plugins.networks.spec import PlanLimits
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = build.add_argument
     add("model", metavar="MODEL", help=f"checkpoint folder, or a shape with random weights: {', '.join(SHAPES)}")
     add("--output", type=output_folder, required=True, metavar="FOLDER", help="where the engine goes")
-    text = f"what builds the plan; auto is the first of {', '.join(MODULES)} that is installed, {PLAYED} makes no plan"
-    add("--with", dest="module", default="auto", choices=["auto", *MODULES, PLAYED], help=text)
+    text = f"what builds the plan; auto is the first of {', '.join(MODULES)} installed, {EMULATED} makes no plan"
+    add("--with", dest="module", type=module_name, default="auto", choices=["auto", *MODULES, EMULATED], help=text)
     text = f"compute capabilities, for tensorrt_rtx (default: {','.join(RTX_TARGETS)})"
     add("--targets", default="", metavar="CAPABILITIES", help=text)
     add("--dtype", default="bfloat16", choices=list(DTYPES), help="type of the weights, and of K and V")
@@ -65,7 +65,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     limits = PlanLimits(args.max_lanes, args.max_chunk, args.max_seq_len, args.any_slot, args.cache)
-    trt = None if args.module == PLAYED else load_tensorrt(args.module)
+    trt = None if args.module == EMULATED else load_tensorrt(args.module)
     targets = [target for target in args.targets.split(",") if target]
     if trt is not None and not targets and hasattr(trt, "ComputeCapability"):
         targets = list(RTX_TARGETS)

@@ -190,7 +190,7 @@ class ManagerMemory:
             try:
                 self.slots.prepare_step(admitted, grown)
             except KVCacheOutOfMemory:
-                # The budget was lowered, or memory released, after the scheduler was told how many blocks are free.
+                # The budget was lowered, or memory released, after the scheduler had asked how many blocks are free.
                 promised = self.slots.budget_for(self.promised_blocks)
                 if self.cache.budget_bytes >= promised:
                     raise
@@ -365,9 +365,9 @@ class ManagerMemory:
 
     def _do_blocks_add_up(self) -> bool:
         lengths = self.cache.lengths[[self.cache.sequences[number] for number in self.running]]
-        ours = int((-(-lengths // self._manager.tokens_per_block)).sum())
+        running = int((-(-lengths // self._manager.tokens_per_block)).sum())
         used = self.total_blocks - self._manager.get_num_free_blocks()
-        return bool(used == ours + sum(self.dummies.values()) + self.holdback.blocks)
+        return bool(used == running + sum(self.dummies.values()) + self.holdback.blocks)
 
     def _take_blocks(self, number: int, blocks: int) -> Any:
         manager = self._manager

@@ -15,14 +15,6 @@ install()
 class WorkerExtension:
     """Methods added to each Ray worker, for the LLM's collective RPC to call."""
 
-    def vattn_set_budget(self, budget: int | str) -> int:
-        """As `elastic.set_budget`."""
-        return elastic.set_budget(budget)
-
-    def vattn_release(self) -> int:
-        """As `elastic.release`."""
-        return elastic.release()
-
-    def vattn_resume(self) -> int:
-        """As `elastic.resume`."""
-        return elastic.resume()
+    vattn_set_budget = staticmethod(elastic.set_budget)
+    vattn_release = staticmethod(elastic.release)
+    vattn_resume = staticmethod(elastic.resume)

@@ -23,7 +23,7 @@ from trtllm_vattn.vmm.tensors import upload
 
 
 class AffineTables:
-    """One row for each slot, and one row of null blocks (`dummy_row`), for dummy requests of any length.
+    """One row of offsets for each slot, and one row of null blocks (`dummy_row`), for dummy requests of any length.
 
     Parameters
     ----------
@@ -34,8 +34,6 @@ class AffineTables:
 
     Attributes
     ----------
-    block_numbers : Tensor
-        int32 ``[slots + 1, width]`` on the device, for kernels that take block numbers.
     host, offsets : Tensor
         int32 ``[slots + 1, 2, width]`` on the host and on the device: offsets of K and of V.
     """
@@ -46,7 +44,6 @@ class AffineTables:
         blocks = torch.where(ordinals < layout.blocks_per_slot, firsts + ordinals, null_block)
         blocks[layout.num_slots] = null_block
         self.dummy_row = layout.num_slots
-        self.block_numbers = blocks.to(device)
         k = blocks * (layout.layers_per_range * layout.kv_factor)
         self.host = torch.stack([k, k + (layout.kv_factor - 1)], dim=1)
         self.offsets = self.host.to(device)

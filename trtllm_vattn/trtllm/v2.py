@@ -48,7 +48,7 @@ class V2Budget:
     def limit(self, built: Any, budget: int | None) -> None:
         """Take the quota of a configuration that is being built, lowered to `budget`.
 
-        Raises ConfigError where this version does not heed the lower value.
+        Raises ConfigError where this version takes more all the same.
         """
         tiers = built.cache_tiers
         if budget is not None and tiers[GPU_LEVEL].quota > budget:
@@ -117,7 +117,7 @@ def make_manager_v2(stock: Any, config: TrtllmConfig) -> Any:
         """V2 under a budget that may change."""
 
         def __init__(self, kv_cache_config: Any, *arguments: Any, **named: Any) -> None:
-            """As the stock class, within the budget. Raises ConfigError where this version does not heed it."""
+            """As the stock class, within the budget. Raises ConfigError where this version exceeds it."""
             if budget is not None:
                 kv_cache_config = copy.copy(kv_cache_config)
                 limit_bytes(kv_cache_config, budget)

@@ -1,4 +1,4 @@
-"""What of the C++ side the Python side sees: enumerators, and a block manager that keeps books and touches nothing."""
+"""What of the C++ side the Python side sees: enumerators, and a block manager that counts and touches no memory."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Networks as ONNX models, with the plugin as a node: the way into tensorrt-rtx, which takes plugins from there alone.
+"""Networks as ONNX models with the plugin as a node, for tensorrt-rtx, which takes plugins only from ONNX.
 
-Weights lie in a file beside the model, so that models of any size are below protobuf's limit of 2 GB.
+Weights are in a file beside the model, so that models of any size stay below protobuf's limit of 2 GB.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins.fields import AttentionFields
-from trtllm_vattn.plugins.networks.decoder import draw, inputs_of
+from trtllm_vattn.plugins.networks.decoder import build_decoder, inputs_of
 from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
 from trtllm_vattn.plugins.plugin import NAME
 
@@ -23,8 +23,8 @@ IR_VERSION = 9
 KINDS = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.int64: "INT64"}
 
 
-class OnnxPen:
-    """Draws nodes; T is the name of a tensor. Weights go to `file` as they come."""
+class OnnxEmitter:
+    """Emits nodes; T is the name of a tensor. Weights are written to `file` as they come."""
 
     def __init__(self, file: Path, dtype: torch.dtype) -> None:
         try:
@@ -86,10 +86,10 @@ class OnnxPen:
     def reshape(self, x: str, shape: Sequence[int]) -> str:
         return self._node("Reshape", [x, self._integers(shape)])
 
-    def part(self, x: str, start: int, stop: int) -> str:
+    def slice(self, x: str, start: int, stop: int) -> str:
         return self._node("Slice", [x, *(self._integers([value]) for value in (start, stop, 2))])
 
-    def join(self, a: str, b: str) -> str:
+    def concat(self, a: str, b: str) -> str:
         return self._node("Concat", [a, b], axis=2)
 
     def _cast(self, x: str, dtype: torch.dtype) -> str:
@@ -117,17 +117,17 @@ def write_onnx(spec: DecoderSpec, limits: PlanLimits, path: Path) -> Path:
     Inputs and outputs are named as `decoder.inputs_of` and ``logits``. Raises ConfigError without the onnx package.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    pen = OnnxPen(path.parent / "weights.bin", spec.weights["lm_head.weight"].dtype)
-    helper, tensor = pen.onnx.helper, pen.onnx.TensorProto
+    emitter = OnnxEmitter(path.parent / "weights.bin", spec.weights["lm_head.weight"].dtype)
+    helper, tensor = emitter.onnx.helper, emitter.onnx.TensorProto
     inputs = inputs_of(limits)
-    logits = draw(pen, spec, limits, {name: name for name in inputs})
-    pen.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="logits"))
+    logits = build_decoder(emitter, spec, limits, {name: name for name in inputs})
+    emitter.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="logits"))
     graph = helper.make_graph(
-        pen.nodes,
+        emitter.nodes,
         "decoder",
         [helper.make_tensor_value_info(name, tensor.INT32, [size]) for name, size in inputs.items()],
         [helper.make_tensor_value_info("logits", tensor.FLOAT, ["lanes", spec.vocab_size])],
-        pen.initializers,
+        emitter.initializers,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     path.write_bytes(model.SerializeToString())

@@ -1,7 +1,4 @@
-"""Networks by TensorRT's own network API, for those who have TensorRT 10 or newer and nothing else.
-
-Networks are strongly typed: what is computed in float32 says so.
-"""
+"""Networks by TensorRT's own network API (TensorRT 10 or newer). Networks are strongly typed, so casts are explicit."""
 
 from __future__ import annotations
 
@@ -12,11 +9,11 @@ import numpy as np
 import torch
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.plugins.callback_errors import clear_errors, error_of
 from trtllm_vattn.plugins.fields import AttentionFields, to_collection
-from trtllm_vattn.plugins.networks.decoder import draw, inputs_of
+from trtllm_vattn.plugins.networks.decoder import build_decoder, inputs_of
 from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
 from trtllm_vattn.plugins.plugin import NAME, NAMESPACE, VERSION, register
-from trtllm_vattn.plugins.refusals import explain, forget
 
 KINDS = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16", torch.int32: "INT32"}
 
@@ -29,23 +26,25 @@ def add_attention(trt: Any, network: Any, fields: AttentionFields, inputs: Seque
     """
     register(trt)
     if not hasattr(network, "add_plugin_v3"):
-        raise ConfigError(f"{trt.__name__} adds no plugins to networks; write ONNX and parse it (networks.onnx_pen)")
+        raise ConfigError(
+            f"{trt.__name__} adds no plugins to networks; write ONNX and parse it (networks.onnx_emitter)"
+        )
     for name, tensor in zip(fields.inputs, inputs, strict=True):
         fields.check_input(name, tensor.shape)
-    forget()
+    clear_errors()
     collection, keep = to_collection(trt, fields)
     creator = trt.get_plugin_registry().get_creator(NAME, VERSION, NAMESPACE)
     plugin = creator.create_plugin(f"attention_{fields.layer}", collection, trt.TensorRTPhase.BUILD)
     layer = network.add_plugin_v3(list(inputs), [], plugin)
     del keep
     if layer is None:
-        raise explain(f"TensorRT did not take attention layer {fields.layer}")
+        raise error_of(f"TensorRT did not take attention layer {fields.layer}")
     layer.name = f"attention_{fields.layer}"
     return layer
 
 
-class TrtPen:
-    """Draws layers of a network; T is an ITensor. Weights must outlive the building: `weights` holds them."""
+class TensorRTEmitter:
+    """Emits layers of a network; T is an ITensor. `weights` keeps the weights alive until the plan is built."""
 
     def __init__(self, trt: Any, network: Any, dtype: torch.dtype) -> None:
         self.trt, self.network, self.dtype = trt, network, dtype
@@ -87,8 +86,8 @@ class TrtPen:
         layer.reshape_dims = tuple(shape)
         return layer.get_output(0)
 
-    def part(self, x: Any, start: int, stop: int) -> Any:
-        # The number of tokens is known when the network runs, so the slice's size is computed there.
+    def slice(self, x: Any, start: int, stop: int) -> Any:
+        # The number of tokens is known only when the network runs, so the slice's size is computed there.
         shape = self._cast_to(self.network.add_shape(x).get_output(0), self.trt.DataType.INT32)
         times = self._constant(f"narrow_to_{stop - start}", np.array([1, 1, stop - start], np.int32))
         over = self._constant(f"narrow_from_{x.shape[2]}", np.array([1, 1, x.shape[2]], np.int32))
@@ -103,7 +102,7 @@ class TrtPen:
             self.weights[name] = (values, layer.get_output(0))
         return self.weights[name][1]
 
-    def join(self, a: Any, b: Any) -> Any:
+    def concat(self, a: Any, b: Any) -> Any:
         layer = self.network.add_concatenation([a, b])
         layer.axis = 2
         return layer.get_output(0)
@@ -134,11 +133,11 @@ class TrtPen:
         return add_attention(self.trt, self.network, fields, inputs).get_output(0)
 
 
-def draw_network(trt: Any, network: Any, spec: DecoderSpec, limits: PlanLimits) -> TrtPen:
-    """Draw a decoder into an empty, strongly typed network, with its inputs and the output ``logits``."""
-    pen = TrtPen(trt, network, spec.weights["lm_head.weight"].dtype)
+def build_network(trt: Any, network: Any, spec: DecoderSpec, limits: PlanLimits) -> TensorRTEmitter:
+    """Emit a decoder into an empty, strongly typed network, with its inputs and the output ``logits``."""
+    emitter = TensorRTEmitter(trt, network, spec.weights["lm_head.weight"].dtype)
     inputs = {name: network.add_input(name, trt.DataType.INT32, (-1,)) for name in inputs_of(limits)}
-    logits = draw(pen, spec, limits, inputs)
+    logits = build_decoder(emitter, spec, limits, inputs)
     logits.name = "logits"
     network.mark_output(logits)
-    return pen
+    return emitter

@@ -1,10 +1,10 @@
-"""An engine played by torch: the network computed layer by layer, the plugin called as TensorRT calls it.
+"""An emulated TensorRT engine: torch computes the network and calls the plugin as TensorRT would.
 
-No TensorRT runtime may be there, or none that runs on the card at hand (tensorrt-rtx refuses compute capability 9.0).
-What this shows about the plugin holds for the real thing as far as the calls are the same: one instance a layer built
-(phase BUILD), asked for types, shapes and formats, configured, serialised; made again from its fields (phase RUNTIME);
-one clone an execution context; `on_shape_change` before the first `enqueue` and after each new shape; then raw
-addresses, a workspace and a stream.
+It serves where no TensorRT runtime is installed, or none that runs on the GPU at hand (tensorrt-rtx refuses compute
+capability 9.0). The plugin gets TensorRT's calls in TensorRT's order: an instance for each layer is made (phase BUILD),
+asked for types, shapes and formats, configured and serialised; it is made again from its fields (phase RUNTIME) and
+cloned for each execution context; `on_shape_change` comes before the first `enqueue` and at each new shape; `enqueue`
+gets raw addresses, a workspace and a stream.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins import plain
 from trtllm_vattn.plugins.attend import tensor_over
 from trtllm_vattn.plugins.fields import AttentionFields, to_collection
-from trtllm_vattn.plugins.networks.decoder import draw, inputs_of
+from trtllm_vattn.plugins.networks.decoder import build_decoder, inputs_of
 from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
 from trtllm_vattn.plugins.plugin import NAME, NAMESPACE, TRT_DTYPES, VERSION, launching_on, register
 
@@ -34,19 +34,19 @@ class Desc:
 
     @property
     def desc(self) -> Desc:
-        """What a DynamicPluginTensorDesc has around it."""
+        """This descriptor as a DynamicPluginTensorDesc's field."""
         return self
 
 
 class Constants:
-    """Expressions of a network's dimensions, as far as the plugin uses them."""
+    """The IExprBuilder, of which the plugin uses constants alone."""
 
     def constant(self, value: int) -> int:
         return value
 
 
 def describe(trt: Any, fields: AttentionFields, tokens: int, lanes: int, most: int) -> tuple[list[Desc], list[Desc]]:
-    """Inputs and outputs of a layer; -1 is a size not known yet."""
+    """Descriptors of a layer's inputs and outputs; -1 is a size not known yet."""
     linear, own = trt.TensorFormat.LINEAR, getattr(trt.DataType, TRT_DTYPES[fields.dtype])
     inputs = []
     for name in fields.inputs:
@@ -58,7 +58,7 @@ def describe(trt: Any, fields: AttentionFields, tokens: int, lanes: int, most: i
 
 
 def built_layer(trt: Any, fields: AttentionFields) -> Any:
-    """A layer that went through a builder's questions, into a plan, and out of it; raises what the plugin refuses."""
+    """A layer that was built, serialised and loaded as TensorRT does it. Raises as the plugin's callbacks."""
     register(trt)
     creator = trt.get_plugin_registry().get_creator(NAME, VERSION, NAMESPACE)
     collection, keep = to_collection(trt, fields)
@@ -68,7 +68,7 @@ def built_layer(trt: Any, fields: AttentionFields) -> Any:
     inputs, outputs = describe(trt, fields, -1, -1, -1)
     layer.get_output_data_types([each.type for each in inputs])
     if trt is plain:
-        # Expressions of dimensions can be made by a real builder alone.
+        # Real expressions can only be made by a real builder.
         layer.get_output_shapes([list(each.dims) for each in inputs], [], Constants())
     both = [*inputs, *outputs]
     for position in range(len(both)):
@@ -81,8 +81,8 @@ def built_layer(trt: Any, fields: AttentionFields) -> Any:
     )
 
 
-class TorchPen:
-    """Computes at once; T is a torch tensor. `layers` are an execution context's plugins."""
+class TorchEmitter:
+    """Computes eagerly; T is a torch tensor. `layers` are an execution context's plugins by layer number."""
 
     def __init__(self, trt: Any, layers: Mapping[int, Any], stream: int, shaped: dict[int, tuple[int, ...]]) -> None:
         self.trt, self.layers, self.stream, self.shaped = trt, layers, stream, shaped
@@ -108,10 +108,10 @@ class TorchPen:
     def reshape(self, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         return x.reshape(tuple(shape))
 
-    def part(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def slice(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         return x[..., start:stop]
 
-    def join(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def concat(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.cat([a, b], dim=-1)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -125,7 +125,7 @@ class TorchPen:
         return x.float()
 
     def attention(self, fields: AttentionFields, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """`on_shape_change` where shapes are new, then `enqueue`."""
+        """Call `on_shape_change` where shapes are new, then `enqueue`."""
         inputs = [given[name].contiguous() for name in fields.inputs]
         sizes = (len(inputs[0]), len(given["lengths"]), len(given.get("extent", ())))
         described, outputs = describe(self.trt, fields, *sizes)
@@ -139,10 +139,10 @@ class TorchPen:
         return out
 
 
-class PlayedContext:
-    """An execution context: what `EngineModel` uses of TensorRT's."""
+class EmulatedContext:
+    """The part of IExecutionContext that `EngineModel` uses."""
 
-    def __init__(self, engine: PlayedEngine) -> None:
+    def __init__(self, engine: EmulatedEngine) -> None:
         self.engine = engine
         self.layers = {number: layer.attach_to_context(None) for number, layer in engine.layers.items()}
         self._shaped: dict[int, tuple[int, ...]] = {}
@@ -153,7 +153,7 @@ class PlayedContext:
         return 0 <= index < self.engine.num_optimization_profiles
 
     def set_device_memory(self, address: int, size: int) -> None:
-        """It needs none."""
+        """Emulation needs none."""
 
     def set_input_shape(self, name: str, dims: Sequence[int]) -> bool:
         self._dims[name] = tuple(dims)
@@ -164,26 +164,26 @@ class PlayedContext:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        """Compute the network on a stream, from the inputs' addresses to the output's."""
+        """Compute the network on a stream, reading inputs and writing ``logits`` at the addresses that were set."""
         engine = self.engine
         given = {
             name: tensor_over(self._addresses[name], self._dims[name], torch.int32, engine.device)
             for name in inputs_of(engine.limits)
         }
-        pen = TorchPen(engine.trt, self.layers, stream, self._shaped)
+        emitter = TorchEmitter(engine.trt, self.layers, stream, self._shaped)
         with launching_on(stream, engine.device), torch.inference_mode():
-            logits = draw(pen, engine.spec, engine.limits, given)
+            logits = build_decoder(emitter, engine.spec, engine.limits, given)
             tensor_over(self._addresses["logits"], tuple(logits.shape), logits.dtype, engine.device).copy_(logits)
         return True
 
 
-class PlayedEngine:
-    """An engine without a plan.
+class EmulatedEngine:
+    """The part of ICudaEngine that `EngineModel` uses, without a plan.
 
     Parameters
     ----------
     trt : module
-        Whose plugin classes; `plain` where no TensorRT is installed.
+        The TensorRT module whose plugin classes are used; `plain` where none is installed.
 
     Raises
     ------
@@ -201,8 +201,8 @@ class PlayedEngine:
 
     @property
     def storages(self) -> list[torch.Tensor]:
-        """Its weights, which a captured step touches."""
+        """The weights, which a captured step reads."""
         return list(self.spec.weights.values())
 
-    def create_execution_context(self, strategy: object = None) -> PlayedContext:
-        return PlayedContext(self)
+    def create_execution_context(self, strategy: object = None) -> EmulatedContext:
+        return EmulatedContext(self)
