@@ -89,4 +89,4 @@ class InvariantViolation(VattnError):
     """Our own bug: the books do not agree with one another. The message carries the numbers."""
 
 
-KVCacheOutOfMemory = KVCacheOutOfMemory  # alias for 0.1
+OutOfPages = KVCacheOutOfMemory  # alias for 0.1

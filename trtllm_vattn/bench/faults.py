@@ -145,7 +145,7 @@ class Life:
         actions: list[Callable[[], None]] = [
             *[self.admit, self.step, self.step] * 3,
             *[self.release, self.truncate] * 2,
-            *[self.fork, self.move, self.replace, self.set_budget, self.preallocate],
+            *[self.fork, self.move, self.replace, self.set_budget, self.stock_up],
         ]
         for number in range(operations):
             action = self.random.choice(actions)
@@ -282,5 +282,5 @@ class Life:
     def set_budget(self) -> None:
         self.cache.set_budget(self.random.randint(12, 120) * PAGE)
 
-    def preallocate(self) -> None:
+    def stock_up(self) -> None:
         self.cache.preallocate(self.random.randint(0, 3), self.random.randint(1, SHAPE.max_seq_len))

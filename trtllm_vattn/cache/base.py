@@ -239,7 +239,7 @@ class KVCache(ABC):
     # -- capabilities: what not every cache can do ------------------------------------------------------------------
 
     def _cannot(self, what: str) -> NoReturn:
-        raise ConfigError(f"a {type(self).__name__} cannot {what}: its memory is not remapped; use the vattn cache")
+        raise ConfigError(f"a {type(self).__name__} has its memory for life and cannot {what}; use the vattn cache")
 
     @property
     def budget_bytes(self) -> int:
@@ -271,14 +271,14 @@ class KVCache(ABC):
         """Put other physical memory with the same bytes under a sequence; returns the mappings replaced."""
         self._cannot("replace a sequence's memory")
 
-    def preallocate(self, sequences: int, tokens: int) -> None:
+    def preallocate(self, sequences: int, tokens: int) -> None:  # noqa: B027
         """Keep enough memory created ahead for a burst of so many prompts of so many tokens, within the budget.
 
         The cache's thread creates it (`start_thread`), and again when less than half is left; without a thread it is
         created now, once. Nothing to do where memory is backed from the start. Raises ConfigError, DriverError.
         """
 
-    def preallocate_for(self, prompts: Sequence[int]) -> None:
+    def preallocate_for(self, prompts: Sequence[int]) -> None:  # noqa: B027
         """Have the thread keep memory created ahead for prompts of these tokens, which will come in this order: for
         those that find no parked slot, as far as the budget goes. Waits for nothing; needs `start_thread`."""
 

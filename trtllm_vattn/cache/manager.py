@@ -334,8 +334,8 @@ class KVCacheManager(SlottedCache):
                 self._run(self._preallocation.expect, fitting)
                 self._wake()
 
-    preallocate = preallocate  # alias for 0.1
-    preallocate_for = preallocate_for  # alias for 0.1
+    stock_up = preallocate  # alias for 0.1
+    stock_for = preallocate_for  # alias for 0.1
 
     def move(self, sequence: SequenceId, slot: int) -> int:
         """Give a running sequence another, free slot by remapping; returns the mappings made.

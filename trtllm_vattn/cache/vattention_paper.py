@@ -20,4 +20,4 @@ def vattention_paper(shape: CacheShape, driver: Driver, budget: int | None = Non
     return KVCacheManager(shape, driver, budget, config=PAPER)
 
 
-vattention_paper = vattention_paper  # alias for 0.1
+PublishedVattention = vattention_paper  # alias for 0.1
