@@ -11,7 +11,7 @@ class ConfigError(VattnError, ValueError):
     """A setting or an argument cannot work; change it."""
 
 
-class OutOfPages(VattnError):
+class KVCacheOutOfMemory(VattnError):
     """No physical memory left under the budget; nothing changed. Release or preempt a sequence, or raise the budget."""
 
 
@@ -87,3 +87,6 @@ class WrongProcess(VattnError):
 
 class InvariantViolation(VattnError):
     """Our own bug: the books do not agree with one another. The message carries the numbers."""
+
+
+OutOfPages = KVCacheOutOfMemory  # alias for 0.1

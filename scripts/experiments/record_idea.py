@@ -144,7 +144,7 @@ def record() -> dict[str, Any]:
     """The whole run: what the machine is, what was called, and what came of it."""
     run = Recorder()
     cache = run.cache
-    run.operate("Memory is created ahead, mapped nowhere yet", lambda: cache.stock_up(11, run.tokens_a_page), 2)
+    run.operate("Memory is created ahead, mapped nowhere yet", lambda: cache.preallocate(11, run.tokens_a_page), 2)
     run.operate("Request A arrives: its prompt is mapped", lambda: run.admit("A", 20), 3)
     run.operate("Request B arrives", lambda: run.admit("B", 19), 3)
     run.operate("Request C arrives; all grow, mapped ahead", lambda: run.admit("C", 9), 9)

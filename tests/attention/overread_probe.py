@@ -14,7 +14,6 @@ from trtllm_vattn.attention.base import Attention, PackedPrefill, PrefillChunk, 
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import CacheShape, FlatKV
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.memory.reclaim import reclaim
 
 HEADS, LAYERS = 32, 32
 LENGTHS = [1, 15, 16, 17, 33, 160, 1000, 1023, 1024, 1025, 4097, 0, 0, 2048]
@@ -126,7 +125,7 @@ def main(backend: str, layers_per_range: int, kind: str, beyond: bool) -> None:
                     attention.write(layer, *kv, *where)
         for slot in (11, 12):
             cache.release(slot)
-        reclaim(cache.arena, cache.arena.parked_bytes)  # type: ignore[attr-defined]
+        cache.arena.reclaim(cache.arena.parked_bytes)  # type: ignore[attr-defined]
         if any(cache.arena.slots[slot].mapped for slot in (11, 12)):  # type: ignore[attr-defined]
             raise SystemExit("slots 11 and 12 are still mapped")
         if beyond:

@@ -178,9 +178,7 @@ def far(device: str, features: Features) -> None:
     for slot in range(4):
         checked.cache.release(slot)
     arena = checked.cache.arena  # type: ignore[attr-defined]
-    from trtllm_vattn.memory.reclaim import reclaim
-
-    reclaim(arena, arena.parked_bytes)
+    arena.reclaim(arena.parked_bytes)
     assert not any(arena.slots[slot].mapped for slot in range(4))
     checked.ask(1, slots=[5, 4])
     checked.lengths[:4] = [0] * 4

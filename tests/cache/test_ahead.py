@@ -12,8 +12,8 @@ from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import DriverError, OutOfPages
-from trtllm_vattn.memory.pace import Pace
+from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory
+from trtllm_vattn.memory.lookahead import StepTimingModel
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import CountingDriver, FaultyDriver
@@ -26,7 +26,7 @@ def step(cache: KVCacheManager) -> None:
     cache.prepare_step(np.where(cache.lengths > 0, cache.lengths + 1, 0))
 
 
-class EvenPace(Pace):
+class EvenPace(StepTimingModel):
     """Steps of 10 ms and mappings of 100 us, whatever the machine does."""
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ def test_where_nothing_is_due_no_call_is_made_and_the_thread_sleeps(
 ) -> None:
     counting = CountingDriver(host_driver)
     with KVCacheManager(LONG, counting, 64 << 20, 4, lookahead) as cache:
-        cache.ahead.pace = EvenPace()
+        cache.ahead.timing = EvenPace()
         cache.start_thread()
         cache.admit("a", 10)
         cache.admit("b", 100)
@@ -162,9 +162,9 @@ def test_a_closed_cache_has_no_thread(host_driver: HostDriver) -> None:
 
 
 def test_a_prompt_takes_what_running_ones_hold_beyond_their_lookahead(driver: Driver) -> None:
-    granule = driver.granularity()
-    page = granule // 1536
-    with KVCacheManager(replace(LONG, max_seq_len=9 * page), driver, 11 * granule, 4, lookahead=0) as cache:
+    granularity = driver.granularity()
+    page = granularity // 1536
+    with KVCacheManager(replace(LONG, max_seq_len=9 * page), driver, 11 * granularity, 4, lookahead=0) as cache:
         cache.admit("long", 1)
         for pages in range(1, 8):
             cache.extend("long", pages * page - int(cache.lengths[0]))
@@ -182,7 +182,7 @@ def test_a_prompt_takes_what_running_ones_hold_beyond_their_lookahead(driver: Dr
         expect(cache, "b", range(6 * page))
         cache.check_integrity()
         frontiers = cache.frontiers.tolist()
-        with pytest.raises(OutOfPages):
+        with pytest.raises(KVCacheOutOfMemory):
             cache.admit("c", 3 * page)
         assert cache.frontiers.tolist() == frontiers
 
@@ -198,7 +198,7 @@ def test_a_step_takes_the_lookahead_of_others_before_it_fails(host_driver: HostD
             frontier = cache.frontiers[0]
             try:
                 cache.extend("b", 1)
-            except OutOfPages:
+            except KVCacheOutOfMemory:
                 break
             fill(cache, "b", range(cache.lengths[1] - 1, cache.lengths[1]))
             assert cache.frontiers[0] <= frontier
@@ -234,7 +234,7 @@ def test_the_thread_gives_a_surplus_found_at_adoption_to_the_stock(host_driver: 
         fill(cache, "a", range(600))
         assert cache.wait_ahead()
         # What may still be read stays; it is nobody's all the same.
-        assert (cache.arena.slots[0].mapped, cache.arena.pool.stock_bytes) == (parked, 0)
+        assert (cache.arena.slots[0].mapped, cache.arena.pool.free_bytes) == (parked, 0)
         assert 608 <= cache.frontiers[0] < 620
         host_driver.complete()
         for length in range(600, 700):
@@ -243,8 +243,8 @@ def test_the_thread_gives_a_surplus_found_at_adoption_to_the_stock(host_driver: 
             step(cache)
             fill(cache, "a", range(length, length + 1))
         stats = cache.stats()
-        assert (stats.critical_path_maps, cache.arena.withheld) == (0, set())
-        assert cache.arena.slots[0].mapped + cache.arena.pool.stock_bytes >= parked > cache.arena.slots[0].mapped
+        assert (stats.critical_path_maps, cache.arena.trim_pending) == (0, set())
+        assert cache.arena.slots[0].mapped + cache.arena.pool.free_bytes >= parked > cache.arena.slots[0].mapped
         expect(cache, "a", range(700))
         cache.check_integrity()
 
@@ -260,9 +260,11 @@ def test_a_mapping_too_many_is_refused_before_the_driver_is_asked(host_driver: H
         assert stats.live_mappings == host_driver.live_mappings
         assert stats.max_mappings == host_driver.max_mappings
         host_driver.max_mappings = stats.device_mappings + 3
-        with pytest.raises(OutOfPages, match=r"4 mappings asked for; \d+ are alive, \d+ of them .* bears about \d+"):
+        with pytest.raises(
+            KVCacheOutOfMemory, match=r"4 mappings asked for; \d+ are alive, \d+ of them .* bears about \d+"
+        ):
             cache.admit("b", 2)
-        with pytest.raises(OutOfPages, match="mappings asked for"):
+        with pytest.raises(KVCacheOutOfMemory, match="mappings asked for"):
             cache.fork("a", "b", 50)
         cache.check_integrity()
         host_driver.max_mappings = stats.device_mappings + 4
@@ -282,10 +284,10 @@ def test_the_ceiling_is_that_of_all_caches_of_the_process(host_driver: HostDrive
         assert stats.live_mappings == 1
         assert stats.device_mappings == one.stats().device_mappings >= stats.live_mappings + one.stats().live_mappings
         other.max_mappings = stats.device_mappings
-        with pytest.raises(OutOfPages, match=r"1 mappings asked for; \d+ are alive, 1 of them in this cache"):
+        with pytest.raises(KVCacheOutOfMemory, match=r"1 mappings asked for; \d+ are alive, 1 of them in this cache"):
             two.admit("b", 2)
         one.release("a")
-        one.arena.empty(0)
+        one.arena.unmap_parked(0)
         two.admit("b", 2)
     other.close()
 

@@ -12,7 +12,7 @@ from shapes import SHAPE
 
 from trtllm_vattn.cache.blocks import BlockKVCache
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import OutOfPages
+from trtllm_vattn.errors import KVCacheOutOfMemory
 from trtllm_vattn.vmm.base import Driver
 
 BLOCK = 16
@@ -118,7 +118,7 @@ def test_what_is_short_is_refused_whole(build: Callable[..., BlockKVCache]) -> N
     cache.set_budget(cache.arena.pool.held_bytes)
     frontier = int(cache.frontiers[0])
     if frontier < 50:
-        with pytest.raises(OutOfPages):
+        with pytest.raises(KVCacheOutOfMemory):
             cache.extend("a", frontier)
         assert cache.lengths[0] == 1
     expect(cache, "a", range(1))

@@ -16,9 +16,9 @@ from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import (
     ConfigError,
     DuplicateSequence,
+    KVCacheOutOfMemory,
     ManagerClosed,
     NoFreeSlot,
-    OutOfPages,
     SequenceTooLong,
     UnknownSequence,
     VattnError,
@@ -173,12 +173,12 @@ def test_memory_that_runs_out_takes_nothing_and_serves_what_fits(small: Callable
     cache.admit("a", 160)
     fill(cache, "a", range(160))
     before = cache.stats()
-    with pytest.raises(OutOfPages):
+    with pytest.raises(KVCacheOutOfMemory):
         cache.admit("b", 320)
     assert cache.stats() == before
     cache.admit("b", 128)
     lengths, frontiers = cache.lengths.copy(), cache.frontiers.copy()
-    with pytest.raises(OutOfPages):
+    with pytest.raises(KVCacheOutOfMemory):
         cache.prepare_step(after(cache, a=320, b=320))
     assert (cache.lengths == lengths).all()
     assert (cache.frontiers == frontiers).all()
@@ -219,7 +219,9 @@ def test_bad_settings_of_a_cache_are_refused() -> None:
         make_cache("paged", shape, "cpu", 5)
     with pytest.raises(ConfigError, match="block_size is 0"):
         PagedCache(shape, "cpu", block_size=0)
-    with pytest.raises(ConfigError, match=r"budget of 8,192 bytes is smaller than one granule in each of 4 ranges"):
+    with pytest.raises(
+        ConfigError, match=r"budget of 8,192 bytes is smaller than the least that can be mapped in each of 4 ranges"
+    ):
         make_cache("vattn", shape, "cpu", 8192, layers_per_range=1)
     with pytest.raises(ConfigError, match="lookahead is -1"):
         make_cache("vattn", shape, "cpu", lookahead=-1)

@@ -13,8 +13,8 @@ from contents import expect, fill
 from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import AddressSpaceExhausted, DriverError, OutOfPages
-from trtllm_vattn.memory import leftovers
+from trtllm_vattn.errors import AddressSpaceExhausted, DriverError, KVCacheOutOfMemory
+from trtllm_vattn.memory.arena import retry_discarded
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
 
@@ -32,7 +32,7 @@ CALLS: dict[str, Callable[[KVCacheManager], object]] = {
     "move": lambda cache: cache.move("a", 3),
     "replace": lambda cache: cache.replace("a"),
     "set_budget": lambda cache: cache.set_budget(cache.stats().held_bytes - PAGE),
-    "stock_up": lambda cache: cache.stock_up(2, 9),
+    "preallocate": lambda cache: cache.preallocate(2, 9),
     "reset": lambda cache: cache.reset(),
 }
 
@@ -70,11 +70,11 @@ def test_any_call_and_any_that_undoes_it_may_fail(name: str, layers_per_range: i
                 raised: Exception | None = None
                 try:
                     CALLS[name](cache)
-                except (DriverError, OutOfPages, AddressSpaceExhausted) as error:
+                except (DriverError, KVCacheOutOfMemory, AddressSpaceExhausted) as error:
                     raised = error
                 driver.disarm()
                 cache.check_integrity()
-                if raised is not None and "a" in cache._slot_of and not cache._is_cut(cache.slot_of("a")):
+                if raised is not None and "a" in cache._slot_of and not cache._lost_memory(cache.slot_of("a")):
                     expect(cache, "a", range(20))
                 cache.reset()
                 cache.check_integrity()
@@ -122,11 +122,11 @@ def test_what_cannot_be_undone_at_all_is_tried_again_by_the_next_cache(caplog: p
         KVCacheManager(SHAPE, driver, 1 << 20, 4)
     assert host.live_mappings == 1
     assert "tried again at the next cache's construction or close" in caplog.text
-    assert leftovers.retry() == 1
+    assert retry_discarded() == 1
     driver.disarm()
     KVCacheManager(SHAPE, HostDriver(), 1 << 20, 4).close()
     assert left(host) == (0, 0, 0)
-    assert leftovers.retry() == 0
+    assert retry_discarded() == 0
 
 
 @pytest.mark.parametrize("call", ["unmap", "release", "free", "record"])

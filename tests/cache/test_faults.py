@@ -11,7 +11,6 @@ from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import DriverError
-from trtllm_vattn.memory.reclaim import reclaim
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
 
@@ -90,7 +89,7 @@ class Script:
 
     def give_back(self) -> None:
         """Parked memory to the pool, and from there to the driver."""
-        reclaim(self.cache.arena, 4 * PAGE)
+        self.cache.arena.reclaim(4 * PAGE)
         while self.cache.arena.pool.shrink():
             pass
 
@@ -176,7 +175,7 @@ def test_a_slot_whose_unmap_failed_is_not_used_again() -> None:
         cache.admit("a", 20)
         cache.release("a")
         driver.fail("unmap")
-        reclaim(cache.arena, PAGE)
+        cache.arena.reclaim(PAGE)
         assert cache.stats().quarantined == 1
         assert cache.arena.free_slots() == [1, 2, 3]
         assert cache.admit("b", 20) == 1

@@ -24,7 +24,7 @@ from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import CACHES, make_cache
 from trtllm_vattn.errors import CacheInterrupted, ManagerClosed, NoFreeSlot, UnknownSequence
-from trtllm_vattn.memory.ahead import BackgroundThread
+from trtllm_vattn.memory.lookahead import BackgroundThread
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.tensors import tensor_at
 from trtllm_vattn.vmm.uninterrupted import drain, uninterrupted
@@ -57,8 +57,8 @@ CALLS: dict[str, Call] = {
     "replace": lambda cache: cache.replace("a"),
     "set_budget up": lambda cache: cache.set_budget(100 * PAGE),
     "set_budget down": lambda cache: cache.set_budget(cache.stats().held_bytes - PAGE),
-    "stock_up": lambda cache: cache.stock_up(2, 9),
-    "stock_for": lambda cache: cache.stock_for([9, 9]),
+    "preallocate": lambda cache: cache.preallocate(2, 9),
+    "preallocate_for": lambda cache: cache.preallocate_for([9, 9]),
     "map_ahead": lambda cache: cache.map_ahead(),
     "start_thread": lambda cache: cache.start_thread(),
     "placement": lambda cache: cache.placement(),

@@ -27,8 +27,7 @@ from interrupting import interrupt_at
 from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import ConfigError, NoFreeSlot, OutOfPages, SequenceTooLong
-from trtllm_vattn.memory.reclaim import reclaim
+from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory, NoFreeSlot, SequenceTooLong
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
@@ -52,13 +51,13 @@ class CacheMachine(RuleBasedStateMachine):
     def start(self, layers_per_range: int, lookahead: int | None, spare: int, threaded: bool, stocked: int) -> None:
         driver = self.open_driver()
         ranges = 4 // layers_per_range
-        granule = driver.granularity()
+        granularity = driver.granularity()
         # From a little more than the dummy slot needs to about half of what all slots could take.
-        budget = granule * (2 * ranges + spare)
+        budget = granularity * (2 * ranges + spare)
         self.cache = KVCacheManager(SHAPE, driver, budget, layers_per_range, lookahead)
         if threaded:
             self.cache.start_thread()
-        self.cache.stock_up(stocked, 20)
+        self.cache.preallocate(stocked, 20)
         self.model: dict[int, int] = {}
         self.authors: dict[int, list[int]] = {}
         self.count = 0
@@ -66,7 +65,7 @@ class CacheMachine(RuleBasedStateMachine):
     def room(self) -> int:
         """Bytes that an operation may still take: free, leaving, parked or stocked; the thread is at rest then."""
         assert self.cache.wait_ahead()
-        self.cache.arena.settle(wait=True)
+        self.cache.arena.complete_pending_unmaps(wait=True)
         return self.cache.arena.pool.available_bytes + self.cache.arena.parked_bytes
 
     def surplus(self, needed: dict[int, int]) -> int:
@@ -76,11 +75,11 @@ class CacheMachine(RuleBasedStateMachine):
         for sequence, tokens in needed.items():
             slot = slots[self.cache.slot_of(sequence)]
             left = slot.mapped
-            for column in reversed(slot.columns):
-                left -= column[0].size
+            for stripe in reversed(slot.stripes):
+                left -= stripe[0].size
                 if left < layout.bytes_for(tokens):
                     break
-                found += sum(m.size for m in column if m.extent.mappings == 1)
+                found += sum(m.size for m in stripe if m.extent.mappings == 1)
         return found
 
     def write(self, sequence: int, tokens: range) -> None:
@@ -105,7 +104,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert tokens > SHAPE.max_seq_len
         except NoFreeSlot:
             assert len(self.model) == SHAPE.num_slots
-        except OutOfPages:
+        except KVCacheOutOfMemory:
             assert need > room
         else:
             assert self.cache.sequence_at(slot) == sequence
@@ -123,7 +122,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.extend(sequence, more)
         except SequenceTooLong:
             assert length > SHAPE.max_seq_len
-        except OutOfPages:
+        except KVCacheOutOfMemory:
             assert self.missing({sequence: length}) > self.room() + self.surplus({**self.model, sequence: length})
         else:
             self.write(sequence, range(self.model[sequence], length))
@@ -137,10 +136,10 @@ class CacheMachine(RuleBasedStateMachine):
         room = self.room()
         try:
             self.cache.truncate(sequence, length)
-        except OutOfPages:
+        except KVCacheOutOfMemory:
             # What it shares and may write to again has to become its own.
             slot = self.cache.arena.slots[self.cache.slot_of(sequence)]
-            shared = sum(m.size for column in slot.columns for m in column if m.extent.mappings > 1)
+            shared = sum(m.size for stripe in slot.stripes for m in stripe if m.extent.mappings > 1)
             assert shared
             assert slot.mapped * self.cache.layout.num_ranges > room
         else:
@@ -165,7 +164,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.prepare_step(lengths)
         except SequenceTooLong:
             assert max(wanted.values()) > SHAPE.max_seq_len
-        except OutOfPages:
+        except KVCacheOutOfMemory:
             assert self.missing(wanted) > self.room() + self.surplus(self.model | wanted)
         else:
             for sequence, length in wanted.items():
@@ -198,7 +197,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.fork(sequence, new, tokens)
         except NoFreeSlot:
             assert len(self.model) == SHAPE.num_slots
-        except OutOfPages:
+        except KVCacheOutOfMemory:
             assert need > room
         else:
             self.count += 1
@@ -210,27 +209,27 @@ class CacheMachine(RuleBasedStateMachine):
     def replace(self, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(sorted(self.model)))
         room, slot = self.room(), self.cache.slot_of(sequence)
-        before = [m.extent.serial for column in self.cache.arena.slots[slot].columns for m in column]
+        before = [m.extent.serial for stripe in self.cache.arena.slots[slot].stripes for m in stripe]
         try:
             self.cache.replace(sequence)
-        except OutOfPages:
+        except KVCacheOutOfMemory:
             assert self.cache.arena.slots[slot].mapped * self.cache.layout.num_ranges > room
         else:
-            after = [m.extent.serial for column in self.cache.arena.slots[slot].columns for m in column]
+            after = [m.extent.serial for stripe in self.cache.arena.slots[slot].stripes for m in stripe]
             assert not set(before) & set(after)
 
     @rule(pages=st.integers(0, 60))
     def set_budget(self, pages: int) -> None:
-        budget = pages * self.cache.layout.granule
+        budget = pages * self.cache.layout.granularity
         self.room()
         pool, arena = self.cache.arena.pool, self.cache.arena
-        used = pool.held_bytes - pool.stock_bytes - arena.parked_bytes
+        used = pool.held_bytes - pool.free_bytes - arena.parked_bytes
         surplus = self.surplus(self.model)
         try:
             self.cache.set_budget(budget)
         except ConfigError:
             assert budget < self.cache.layout.least_bytes
-        except OutOfPages:
+        except KVCacheOutOfMemory:
             assert used - surplus > budget
         else:
             assert pool.budget == budget
@@ -255,7 +254,7 @@ class CacheMachine(RuleBasedStateMachine):
                 lambda: self.cache.truncate(sequence, 1),
             ]
         self.count += 1
-        with contextlib.suppress(OutOfPages, NoFreeSlot, SequenceTooLong):
+        with contextlib.suppress(KVCacheOutOfMemory, NoFreeSlot, SequenceTooLong):
             interrupt_at(at, data.draw(st.sampled_from(calls)))
         if then_reset:
             self.reset()
@@ -276,9 +275,9 @@ class CacheMachine(RuleBasedStateMachine):
         """Someone needs memory: parked slots give it up, from their tails."""
         self.room()
         before = self.cache.arena.parked_bytes
-        wanted = pages * self.cache.layout.granule
-        with self.cache._gate:
-            assert reclaim(self.cache.arena, wanted) >= min(before, wanted)
+        wanted = pages * self.cache.layout.granularity
+        with self.cache._lock:
+            assert self.cache.arena.reclaim(wanted) >= min(before, wanted)
 
     @invariant()
     def every_live_token_holds_what_was_written(self) -> None:

@@ -12,8 +12,7 @@ from shapes import SHAPE
 
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import AddressSpaceExhausted, ConfigError, DriverError, InvariantViolation, OutOfPages
-from trtllm_vattn.memory.reclaim import reclaim
+from trtllm_vattn.errors import AddressSpaceExhausted, ConfigError, DriverError, InvariantViolation, KVCacheOutOfMemory
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import CountingDriver
@@ -166,17 +165,17 @@ def test_nothing_is_unmapped_before_its_fence(host_driver: HostDriver) -> None:
         before = host_driver.live_mappings
         cache.arena.slots[0].state = type(cache.arena.slots[0].state).FREE
         with pytest.raises(Exception, match="NOT_READY"):
-            reclaim(cache.arena, PAGE)
+            cache.arena.reclaim(PAGE)
         assert host_driver.live_mappings == before
         host_driver.complete()
-        assert reclaim(cache.arena, PAGE) >= PAGE
+        assert cache.arena.reclaim(PAGE) >= PAGE
         cache.check_integrity()
 
 
 def test_out_of_pages_names_what_there_is(host_driver: HostDriver) -> None:
     with KVCacheManager(SHAPE, host_driver, 10 * PAGE, lookahead=0) as cache:
         cache.admit("a", 20)  # 8 pages; one is the dummy slot's
-        with pytest.raises(OutOfPages, match=r"only 4,096 are free and 0 parked; release or preempt"):
+        with pytest.raises(KVCacheOutOfMemory, match=r"only 4,096 are free and 0 parked; release or preempt"):
             cache.admit("b", 10)
 
 
@@ -217,10 +216,10 @@ def test_the_books_are_checked(host_driver: HostDriver) -> None:
         with pytest.raises(InvariantViolation, match="extents add up to"):
             cache.check_integrity()
         cache.arena.pool.held_bytes -= 1
-        (extent,) = cache.arena.pool.take(PAGE)
+        (extent,) = cache.arena.pool.acquire(PAGE)
         with pytest.raises(InvariantViolation, match="extents add up to"):
             cache.check_integrity()
-        cache.arena.pool.give([extent])
+        cache.arena.pool.release([extent])
         cache.check_integrity()
 
 
@@ -293,11 +292,11 @@ def test_a_surplus_goes_to_the_stock_beside_the_next_step_behind_its_fence(host_
         host_driver.complete()
         cache.map_ahead()
         assert cache.arena.slots[0].mapped == 8 * PAGE
-        assert cache.arena.pool.stock_bytes == 4 * PAGE
+        assert cache.arena.pool.free_bytes == 4 * PAGE
         assert cache.stats().surplus_bytes == 0
         fill(cache, "a", range(21))
         cache.extend("a", 10)
-        assert cache.arena.pool.stock_bytes == 0
+        assert cache.arena.pool.free_bytes == 0
         expect(cache, "a", range(21))
         cache.check_integrity()
 
@@ -305,12 +304,12 @@ def test_a_surplus_goes_to_the_stock_beside_the_next_step_behind_its_fence(host_
 def test_a_surplus_that_others_took_first_is_not_looked_for_again(host_driver: HostDriver) -> None:
     with parked(host_driver, 1 << 20, 30) as cache:
         cache.admit("a", 20)
-        assert cache.arena.withheld == {0}
-        used = cache.stats().held_bytes - cache.arena.pool.stock_bytes
+        assert cache.arena.trim_pending == {0}
+        used = cache.stats().held_bytes - cache.arena.pool.free_bytes
         cache.set_budget(used - 2 * PAGE)
         assert cache.arena.slots[0].mapped == 8 * PAGE
         cache.map_ahead()
-        assert not cache.arena.is_leaving
+        assert not cache.arena.has_pending_work
         assert cache.frontiers[0] == 21
         cache.check_integrity()
 
@@ -324,8 +323,8 @@ def test_memory_withheld_follows_its_sequence_to_another_slot(host_driver: HostD
         cache.check_integrity()
         cache.map_ahead()
         assert cache.arena.slots[2].mapped == 8 * PAGE
-        cache.arena.settle(wait=True)
-        assert cache.arena.pool.stock_bytes == 4 * PAGE
+        cache.arena.complete_pending_unmaps(wait=True)
+        assert cache.arena.pool.free_bytes == 4 * PAGE
         expect(cache, "a", range(20))
         cache.check_integrity()
 

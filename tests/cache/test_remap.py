@@ -10,9 +10,16 @@ from contents import expect, fill
 from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import ConfigError, DriverError, DuplicateSequence, NoFreeSlot, OutOfPages, UnmappedAccess
+from trtllm_vattn.errors import (
+    ConfigError,
+    DriverError,
+    DuplicateSequence,
+    KVCacheOutOfMemory,
+    NoFreeSlot,
+    UnmappedAccess,
+)
 from trtllm_vattn.graphs.guard import Guard
-from trtllm_vattn.memory.leftovers import ATTEMPTS
+from trtllm_vattn.memory.arena import ATTEMPTS
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
@@ -36,8 +43,8 @@ def build(request: pytest.FixtureRequest, driver: Driver) -> Iterator[Callable[.
 
 
 def serials(cache: KVCacheManager, sequence: str) -> list[int]:
-    columns = cache.arena.slots[cache.slot_of(sequence)].columns
-    return [mapping.extent.serial for column in columns for mapping in column]
+    stripes = cache.arena.slots[cache.slot_of(sequence)].stripes
+    return [mapping.extent.serial for stripe in stripes for mapping in stripe]
 
 
 def admit(cache: KVCacheManager, sequence: str, tokens: int) -> int:
@@ -56,10 +63,10 @@ def test_a_cache_without_a_budget_has_its_dummy_slot_and_grows_when_it_is_given_
     cache = build(None)
     assert cache.stats().held_bytes == cache.layout.least_bytes == cache.stats().budget_bytes
     addresses = [cache.layer(layer).k.data_ptr() for layer in range(SHAPE.num_layers)]
-    with pytest.raises(OutOfPages):
+    with pytest.raises(KVCacheOutOfMemory):
         cache.admit("a", 1)
     for pages in (200, 100, 300):
-        cache.set_budget(pages * cache.layout.granule)
+        cache.set_budget(pages * cache.layout.granularity)
         admit(cache, "a", 50)
         expect(cache, "a", range(50))
         cache.check_integrity()
@@ -78,8 +85,8 @@ def test_a_lower_budget_takes_what_is_parked_and_in_stock(build: Callable[..., K
     assert (stats.held_bytes, stats.parked_bytes, stats.budget_bytes) == (least, 0, least)
     expect(cache, "stays", range(20))
     cache.check_integrity()
-    with pytest.raises(OutOfPages, match="but running slots hold"):
-        cache.set_budget(least - cache.layout.granule)
+    with pytest.raises(KVCacheOutOfMemory, match="but running slots hold"):
+        cache.set_budget(least - cache.layout.granularity)
     with pytest.raises(ConfigError, match="the dummy slot alone takes"):
         cache.set_budget(cache.layout.least_bytes - 1)
     assert cache.stats().budget_bytes == least
@@ -111,7 +118,7 @@ def test_what_is_parked_where_a_sequence_moves_to_goes_back_to_the_pool(build: C
     assert cache.stats().parked_bytes > 0
     cache.move("a", 0)
     expect(cache, "a", range(20))
-    cache.arena.settle(wait=True)
+    cache.arena.complete_pending_unmaps(wait=True)
     assert cache.stats().parked_bytes == 0
     cache.check_integrity()
 
@@ -171,10 +178,10 @@ def test_a_fork_shares_what_lies_wholly_below_and_copies_the_rest(build: Callabl
     own = cache.arena.running_bytes - before
     row = cache.layout.row_bytes
     whole = 0
-    for column in cache.arena.slots[0].columns:
-        if whole + column[0].size > 40 * row:
+    for stripe in cache.arena.slots[0].stripes:
+        if whole + stripe[0].size > 40 * row:
             break
-        whole += column[0].size
+        whole += stripe[0].size
     assert bool(shared) == bool(whole)
     assert own == (cache.layout.bytes_for(40) - whole) * cache.layout.num_ranges
     expect(cache, "b", range(40), "a")
@@ -223,11 +230,11 @@ def test_a_fork_that_cannot_be_changes_nothing(build: Callable[..., KVCacheManag
         with pytest.raises(error):
             cache.fork(*arguments)
     cache.set_budget(cache.stats().held_bytes)
-    with pytest.raises(OutOfPages):
+    with pytest.raises(KVCacheOutOfMemory):
         cache.fork("a", "b", 3)
     cache.check_integrity()
     assert cache.stats().sequences == 1
-    cache.set_budget(300 * cache.layout.granule)
+    cache.set_budget(300 * cache.layout.granularity)
     for name in "bcd":
         cache.fork("a", name, 20)
     with pytest.raises(NoFreeSlot):
@@ -280,7 +287,7 @@ def test_every_driver_call_of_an_operation_may_fail_once(name: str, layers_per_r
         driver.fail("*", skip=index)
         try:
             OPERATIONS[name](cache)
-        except (DriverError, OutOfPages):
+        except (DriverError, KVCacheOutOfMemory):
             failures += 1
             assert [(cache.sequence_at(slot), int(cache.lengths[slot])) for slot in range(4)] == before
             cache.check_integrity()

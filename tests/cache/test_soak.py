@@ -10,7 +10,7 @@ from contents import expect, fill
 from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import ConfigError, DriverError, NoFreeSlot, OutOfPages, SequenceTooLong
+from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory, NoFreeSlot, SequenceTooLong
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
 
@@ -55,7 +55,7 @@ def test_random_failures_lose_nothing(layers_per_range: int) -> None:
                 one_step(cache, lengths, choose, number)
             except DriverError:
                 failures += 1
-            except (OutOfPages, NoFreeSlot, SequenceTooLong):
+            except (KVCacheOutOfMemory, NoFreeSlot, SequenceTooLong):
                 for sequence in list(lengths)[:1]:
                     del lengths[sequence]
                     driver.disarm()

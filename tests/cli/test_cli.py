@@ -116,7 +116,7 @@ def test_sizes_are_for_the_device_that_is_asked_for(
 def test_doctor_checks_the_host_driver_and_explains_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert "host driver seam  ok: granule 4,096 bytes; remap check passed" in text
+    assert "host driver seam  ok: granularity 4,096 bytes; remap check passed" in text
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     findings = {finding["name"]: finding for finding in report["findings"]}

@@ -226,10 +226,10 @@ def test_a_captured_graph_is_audited_on_the_card() -> None:
     from trtllm_vattn.vmm.tensors import tensor_at
 
     driver = CudaDriver()
-    granule = driver.granularity()
-    reservation, extent = Reservation(driver, granule), Extent(driver, granule)
+    granularity = driver.granularity()
+    reservation, extent = Reservation(driver, granularity), Extent(driver, granularity)
     (mapping,) = reservation.map(0, [extent])
-    window = tensor_at(reservation.base, granule, driver.device).view(torch.float32)
+    window = tensor_at(reservation.base, granularity, driver.device).view(torch.float32)
     static, foreign = torch.ones(1024, device="cuda:0"), torch.ones(1024, device="cuda:0")
     window.zero_()
 
@@ -242,7 +242,7 @@ def test_a_captured_graph_is_audited_on_the_card() -> None:
     runner.capture()
     graph = driver.cuda.CUgraph(runner.graph(1).raw_cuda_graph())
     nodes = GraphReader(driver.cuda).read(graph)
-    mine = [Region(reservation.base, granule, RESERVATION), *tensor_regions(STATIC, [static])]
+    mine = [Region(reservation.base, granularity, RESERVATION), *tensor_regions(STATIC, [static])]
     known = [*mine, *pool_regions(runner.pool)]
     found = audit(nodes, known, cuda_probe(driver.cuda))
     assert {RESERVATION, STATIC, POOL} <= set(found.addresses)

@@ -158,15 +158,15 @@ def test_two_managers_live_in_one_process_and_one_ends_before_the_other(device: 
 @pytest.mark.parametrize("device", DEVICES)
 def test_capture_while_another_thread_maps(device: str) -> None:
     driver = open_driver(device)
-    granule = driver.granularity()
+    granularity = driver.granularity()
     stop, started = threading.Event(), threading.Event()
     rounds = [0]
 
     def churn() -> None:
-        reservation = Reservation(driver, granule)
-        window = tensor_at(reservation.base, granule, driver.device)
+        reservation = Reservation(driver, granularity)
+        window = tensor_at(reservation.base, granularity, driver.device)
         while not stop.is_set():
-            extent = Extent(driver, granule)
+            extent = Extent(driver, granularity)
             (mapping,) = reservation.map(0, [extent])
             if device == "cpu":
                 # What another thread does is not recorded, or a replay would write where nothing is mapped.

@@ -219,10 +219,10 @@ def test_what_torch_had_cached_is_not_taken_off_the_pools_bytes() -> None:
 @pytest.mark.gpu
 def test_a_page_remapped_beneath_a_captured_graph_is_read() -> None:
     driver = open_driver("cuda:0")
-    granule = driver.granularity()
-    reservation = Reservation(driver, granule)
-    pages = [Extent(driver, granule) for _ in range(2)]
-    window = tensor_at(reservation.base, granule, driver.device)
+    granularity = driver.granularity()
+    reservation = Reservation(driver, granularity)
+    pages = [Extent(driver, granularity) for _ in range(2)]
+    window = tensor_at(reservation.base, granularity, driver.device)
     for value, page in ((3, pages[1]), (1, pages[0])):
         (mapping,) = reservation.map(0, [page])
         window.fill_(value)

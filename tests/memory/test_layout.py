@@ -7,7 +7,9 @@ from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
 
 
 def layout(**changes: int) -> SlotLayout:
-    settings = dict(num_layers=8, layers_per_range=4, layer_token_bytes=96, max_seq_len=100, num_slots=3, granule=4096)
+    settings = dict(
+        num_layers=8, layers_per_range=4, layer_token_bytes=96, max_seq_len=100, num_slots=3, granularity=4096
+    )
     return SlotLayout(**{**settings, **changes})
 
 
@@ -15,9 +17,9 @@ def test_rows_straddle_pages_and_slots_start_on_them() -> None:
     it = layout()
     assert it.num_ranges == 2
     assert it.row_bytes == 384
-    assert it.granule % it.row_bytes  # 10.67 rows a page: rows straddle
+    assert it.granularity % it.row_bytes  # 10.67 rows a page: rows straddle
     assert it.slot_stride == 49152  # 100 rows are 38,400 bytes, rounded up to whole pages and whole blocks of rows
-    assert it.slot_stride % (128 * it.row_bytes) == it.slot_stride % it.granule == 0
+    assert it.slot_stride % (128 * it.row_bytes) == it.slot_stride % it.granularity == 0
     assert it.range_bytes == 4 * 49152
     assert it.bytes_for(10) == 4096
     assert it.bytes_for(11) == 8192

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from trtllm_vattn.memory.arena import Arena
-from trtllm_vattn.memory.lookahead import Lookahead
-from trtllm_vattn.memory.pace import LEAST, Pace
+from trtllm_vattn.memory.lookahead import LEAST, Lookahead, StepTimingModel
 
 
 def lookahead(left: list[int], fixed: int | None = None) -> Lookahead:
@@ -21,8 +20,8 @@ def lookahead(left: list[int], fixed: int | None = None) -> Lookahead:
     return Lookahead(cast(Arena, SimpleNamespace(frontiers=frontiers, layout=layout)), lengths, fixed)
 
 
-def paced(step_s: float, mapping_s: float, launch: int = 1) -> Pace:
-    pace = Pace()
+def paced(step_s: float, mapping_s: float, launch: int = 1) -> StepTimingModel:
+    pace = StepTimingModel()
     pace.step_s, pace.mapping_s, pace.launch = step_s, mapping_s, launch
     return pace
 
@@ -44,29 +43,29 @@ def test_slots_are_due_as_late_as_mapping_allows(
     step_ms: float, mapping_us: float, launch: int, due: list[int]
 ) -> None:
     ahead = lookahead([-1, 6, 6, 20, LEAST + 1, 300])
-    ahead.pace = paced(step_ms / 1e3, mapping_us / 1e6, launch)
+    ahead.timing = paced(step_ms / 1e3, mapping_us / 1e6, launch)
     assert ahead.due().tolist() == due
 
 
 def test_who_would_be_late_is_served_after_those_with_fewer_left() -> None:
     """Nobody is late alone, but the third one would be if the two before it were not served now."""
     ahead = lookahead([9, 11, 11, 60])
-    ahead.pace = paced(1e-3, 250e-6)  # two steps a slot
+    ahead.timing = paced(1e-3, 250e-6)  # two steps a slot
     assert ahead.due().tolist() == []
     ahead = lookahead([9, 9, 9, 60])
-    ahead.pace = paced(1e-3, 250e-6)
+    ahead.timing = paced(1e-3, 250e-6)
     assert ahead.due().tolist() == [0, 1, 2]
 
 
 def test_with_so_many_served_in_a_step_the_turns_are_theirs() -> None:
     ahead = lookahead([5, 5, 5, 5, 6, 6])
-    ahead.pace = paced(1.0, 1e-6)
+    ahead.timing = paced(1.0, 1e-6)
     assert ahead.due(at_once=100).tolist() == []
     assert ahead.due(at_once=2).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_fixed_lookahead_minds_no_pace() -> None:
     ahead = lookahead([-1, 19, 20, 5], fixed=40)
-    ahead.pace = paced(1.0, 1.0)
+    ahead.timing = paced(1.0, 1.0)
     assert ahead.due().tolist() == [3, 1]
     assert ahead.tokens == 40

@@ -150,9 +150,9 @@ def test_mappings_wait_for_the_work_that_the_policy_names(name: str) -> None:
     from trtllm_vattn.vmm.owners import Extent, Reservation
 
     driver = MappingPolicy(name).wrap(CudaDriver())
-    granule = driver.granularity()
+    granularity = driver.granularity()
     busy = torch.randn(4096, 4096, device="cuda:0")
-    reservation, extent = Reservation(driver, granule), Extent(driver, granule)
+    reservation, extent = Reservation(driver, granularity), Extent(driver, granularity)
     for _ in range(50):
         busy @ busy
     done = torch.cuda.Event()

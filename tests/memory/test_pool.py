@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
-from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, OutOfPages
+from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, KVCacheOutOfMemory
 from trtllm_vattn.memory.pool import ExtentPool
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.host import HostDriver
@@ -21,14 +21,14 @@ class LendingPool(ExtentPool):
         super().__init__(driver, budget)
         self.lent: dict[int, Extent] = {}
 
-    def take(self, size: int) -> list[Extent]:
-        taken = super().take(size)
+    def acquire(self, size: int) -> list[Extent]:
+        taken = super().acquire(size)
         self.lent.update({extent.serial: extent for extent in taken})
         return taken
 
-    def give(self, extents: Iterable[Extent]) -> None:
+    def release(self, extents: Iterable[Extent]) -> None:
         for extent in list(extents):
-            super().give([extent])
+            super().release([extent])
             self.lent.pop(extent.serial, None)
 
 
@@ -42,7 +42,7 @@ def make_pool() -> Iterator[Callable[[Driver, int], LendingPool]]:
 
     yield make
     for pool in made:
-        pool.give(pool.lent.values())
+        pool.release(pool.lent.values())
         pool.close()
 
 
@@ -51,38 +51,38 @@ MakePool = Callable[[Driver, int], LendingPool]
 
 def test_take_answers_with_the_fewest_extents_largest_first(host_driver: HostDriver, make_pool: MakePool) -> None:
     pool = make_pool(host_driver, 1024 * G)
-    assert [extent.size // G for extent in pool.take(300 * G)] == [128, 128, 32, 8, 4]
-    pool.give(pool.take(0))
-    assert [extent.size // G for extent in pool.take(5 * G - 1)] == [4, 1]
+    assert [extent.size // G for extent in pool.acquire(300 * G)] == [128, 128, 32, 8, 4]
+    pool.release(pool.acquire(0))
+    assert [extent.size // G for extent in pool.acquire(5 * G - 1)] == [4, 1]
     assert pool.held_bytes == 305 * G
 
 
 def test_a_class_never_exceeds_128_granules(host_driver: HostDriver, make_pool: MakePool) -> None:
     pool = make_pool(host_driver, 1024 * G)
-    assert {extent.size for extent in pool.take(512 * G)} == {128 * G}
+    assert {extent.size for extent in pool.acquire(512 * G)} == {128 * G}
 
 
 def test_stock_goes_out_in_creation_order(host_driver: HostDriver, make_pool: MakePool) -> None:
     pool = make_pool(host_driver, 64 * G)
-    first = [pool.take(G)[0] for _ in range(4)]
-    pool.give([first[2], first[0], first[3], first[1]])
-    assert [pool.take(G)[0].serial for _ in range(4)] == [extent.serial for extent in first]
+    first = [pool.acquire(G)[0] for _ in range(4)]
+    pool.release([first[2], first[0], first[3], first[1]])
+    assert [pool.acquire(G)[0].serial for _ in range(4)] == [extent.serial for extent in first]
 
 
 def test_stock_is_reused_without_a_driver_call(host_driver: HostDriver, make_pool: MakePool) -> None:
     counting = CountingDriver(host_driver)
     pool = make_pool(counting, 64 * G)
-    pool.give(pool.take(7 * G))
+    pool.release(pool.acquire(7 * G))
     before = counting.calls["create"]
-    pool.give(pool.take(7 * G))
+    pool.release(pool.acquire(7 * G))
     assert counting.calls["create"] == before == 3
 
 
 def test_stock_of_other_classes_is_converted_under_pressure(host_driver: HostDriver, make_pool: MakePool) -> None:
     pool = make_pool(host_driver, 8 * G)
-    pool.give([pool.take(G)[0] for _ in range(8)])
-    assert [extent.size for extent in pool.stocked()] == 8 * [G]
-    (large,) = pool.take(8 * G)
+    pool.release([pool.acquire(G)[0] for _ in range(8)])
+    assert [extent.size for extent in pool.free_extents()] == 8 * [G]
+    (large,) = pool.acquire(8 * G)
     assert large.size == 8 * G
     assert pool.held_bytes == 8 * G
     assert pool.available_bytes == 0
@@ -90,19 +90,19 @@ def test_stock_of_other_classes_is_converted_under_pressure(host_driver: HostDri
 
 def test_out_of_pages_takes_nothing_and_says_what_there_is(host_driver: HostDriver, make_pool: MakePool) -> None:
     pool = make_pool(host_driver, 8 * G)
-    pool.take(5 * G)
-    with pytest.raises(OutOfPages, match=r"16,384 bytes asked for, 12,288 left of a budget of 32,768"):
-        pool.take(4 * G)
+    pool.acquire(5 * G)
+    with pytest.raises(KVCacheOutOfMemory, match=r"16,384 bytes asked for, 12,288 left of a budget of 32,768"):
+        pool.acquire(4 * G)
     assert pool.available_bytes == 3 * G
-    assert sum(extent.size for extent in pool.take(3 * G)) == 3 * G
+    assert sum(extent.size for extent in pool.acquire(3 * G)) == 3 * G
 
 
 def test_a_device_without_memory_is_out_of_pages(make_pool: MakePool) -> None:
-    pool = make_pool(HostDriver(granule=G, capacity=4 * G), 64 * G)
-    with pytest.raises(OutOfPages, match="the device has no memory"):
-        pool.take(4 * G + 2 * G)
+    pool = make_pool(HostDriver(granularity=G, capacity=4 * G), 64 * G)
+    with pytest.raises(KVCacheOutOfMemory, match="the device has no memory"):
+        pool.acquire(4 * G + 2 * G)
     assert pool.available_bytes == 64 * G
-    assert sum(extent.size for extent in pool.take(3 * G)) == 3 * G
+    assert sum(extent.size for extent in pool.acquire(3 * G)) == 3 * G
 
 
 def test_a_failed_create_gives_back_what_was_taken(host_driver: HostDriver, make_pool: MakePool) -> None:
@@ -110,16 +110,16 @@ def test_a_failed_create_gives_back_what_was_taken(host_driver: HostDriver, make
     pool = make_pool(driver, 64 * G)
     driver.fail("create", skip=1)
     with pytest.raises(DriverError):
-        pool.take(3 * G)
+        pool.acquire(3 * G)
     assert pool.available_bytes == 64 * G
-    assert len(pool.stocked()) == 1
-    assert [extent.size // G for extent in pool.take(3 * G)] == [2, 1]
+    assert len(pool.free_extents()) == 1
+    assert [extent.size // G for extent in pool.acquire(3 * G)] == [2, 1]
 
 
 def test_a_failed_release_is_quarantined_and_retried_at_close(host_driver: HostDriver, make_pool: MakePool) -> None:
     driver = FaultyDriver(host_driver)
     pool = make_pool(driver, 8 * G)
-    pool.give(pool.take(7 * G))
+    pool.release(pool.acquire(7 * G))
     driver.fail("release")
     with pytest.raises(DriverError):
         pool.close()
@@ -133,14 +133,14 @@ def test_a_failed_release_is_quarantined_and_retried_at_close(host_driver: HostD
 def test_a_mapped_extent_is_not_taken_back(host_driver: HostDriver, make_pool: MakePool) -> None:
     pool = make_pool(host_driver, 8 * G)
     reservation = Reservation(host_driver, 8 * G)
-    extents = pool.take(G)
+    extents = pool.acquire(G)
     (mapping,) = reservation.map(0, extents)
     with pytest.raises(InvariantViolation, match="1 mappings"):
-        pool.give(extents)
+        pool.release(extents)
     mapping.close()
     reservation.close()
 
 
 def test_a_budget_below_a_granule_is_refused(host_driver: HostDriver) -> None:
-    with pytest.raises(ConfigError, match="less than one granule of 4,096"):
+    with pytest.raises(ConfigError, match="less than the driver's granularity of 4,096"):
         ExtentPool(host_driver, G - 1)

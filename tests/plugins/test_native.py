@@ -49,12 +49,12 @@ def test_a_native_cache_is_head_major(rtx: Any, caplog: pytest.LogCaptureFixture
 def test_what_a_head_major_sequence_would_take() -> None:
     """Every head's K and V of every layer grows apart, so its first token takes a page each."""
     shape = CacheShape(32, 8, 128, torch.bfloat16, 1, 8192)
-    granule = 2 << 20
+    granularity = 2 << 20
     heads_apart = shape.num_layers * shape.kv_factor * shape.num_kv_heads
-    driver = HostDriver(granule=granule)
+    driver = HostDriver(granularity=granularity)
     with KVCacheManager(shape, driver) as cache:
         ours: SlotLayout = cache.layout
-        assert heads_apart * granule == 1 << 30
-        assert ours.num_ranges * granule == 4 << 20
-        assert granule // (shape.head_dim * shape.dtype.itemsize) == 8192
+        assert heads_apart * granularity == 1 << 30
+        assert ours.num_ranges * granularity == 4 << 20
+        assert granularity // (shape.head_dim * shape.dtype.itemsize) == 8192
     driver.close()

@@ -86,7 +86,7 @@ def test_what_fails_beside_the_last_step_is_raised_by_close_which_closes_all_the
         left -= len(engine.step())
     assert cache.wait_ahead()
     driver.fail("create")
-    cache.stock_up(1, 100)
+    cache.preallocate(1, 100)
     assert cache.wait_ahead()
     assert (len(engine.step()), engine.busy) == (1, False)
     with pytest.raises(DriverError, match="injected"):
@@ -113,7 +113,7 @@ def test_memory_for_the_queue_is_created_beside_the_prompts_before(model: PreTra
         # Two have slots; of the six that wait four will find one free.
         assert len(engine.scheduler.waiting) == 6
         each = cache.layout.bytes_for(399) * cache.layout.num_ranges
-        assert cache.arena.pool.stock_bytes >= 4 * each
+        assert cache.arena.pool.free_bytes >= 4 * each
         large = max(cache.arena.pool.split(cache.layout.bytes_for(399)))
         made_by.clear()
         while engine.scheduler.waiting:
@@ -123,7 +123,7 @@ def test_memory_for_the_queue_is_created_beside_the_prompts_before(model: PreTra
         for _ in engine.run():
             pass
         # Nobody waits, so nothing is kept for them.
-        assert not cache._stock.expected
+        assert not cache._preallocation.expected
 
 
 def test_memory_that_no_sequence_uses_goes_back_while_the_engine_is_idle() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import ConfigError, DriverError, OutOfPages, SequenceTooLong
+from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory, SequenceTooLong
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.decode import Launch
 from trtllm_vattn.runtime.engine import Engine
@@ -94,14 +94,14 @@ def test_first_tokens_are_not_lost_where_decoding_runs_out_of_memory() -> None:
     with build() as engine:
         layout = engine.cache.layout  # type: ignore[attr-defined]
         # The prompt fits to the last byte of a page.
-        prompt = [5] * (layout.granule // layout.row_bytes)
-        engine.set_budget(2 * layout.num_ranges * layout.granule)
+        prompt = [5] * (layout.granularity // layout.row_bytes)
+        engine.set_budget(2 * layout.num_ranges * layout.granularity)
         tokens = []
         with pytest.raises(SequenceTooLong, match=r"max_tokens 3 take 8,192 bytes, and the budget has 4,096"):
             engine.submit(prompt, SamplingParams(3))
         engine.set_budget(64 << 20)
         engine.submit(prompt, SamplingParams(3))
-        engine.set_budget(2 * layout.num_ranges * layout.granule)
+        engine.set_budget(2 * layout.num_ranges * layout.granularity)
         while engine.busy:
             tokens += engine.step()
         assert [event.finish_reason for event in tokens] == [None, "error"]
@@ -141,7 +141,7 @@ def test_who_is_in_a_broken_slot_goes_on_in_another() -> None:
         assert any(slot.broken for slot in engine.cache.arena.slots)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("error", [OutOfPages("no room"), DriverError("CUDA_ERROR_UNKNOWN", "map", ())])
+@pytest.mark.parametrize("error", [KVCacheOutOfMemory("no room"), DriverError("CUDA_ERROR_UNKNOWN", "map", ())])
 def test_a_move_that_fails_changes_nothing_but_the_estimate(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
@@ -187,7 +187,7 @@ def test_generate_leaves_nothing_behind() -> None:
         with pytest.raises(ConfigError, match="token ids outside"):
             engine.generate([[1, 2], [9999]], SamplingParams(3))
         assert not engine.busy
-        engine.set_budget(4 * engine.cache.layout.num_ranges * engine.cache.layout.granule)  # type: ignore[attr-defined]
+        engine.set_budget(4 * engine.cache.layout.num_ranges * engine.cache.layout.granularity)  # type: ignore[attr-defined]
         with pytest.raises(SequenceTooLong):
             engine.generate([[3] * 4, [1] * 100], SamplingParams(20))
         assert not engine.busy

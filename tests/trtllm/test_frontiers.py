@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from trtllm_shape import SHAPE, VERSIONS, drafts
 
-from trtllm_vattn.errors import OutOfPages, UnmappedAccess
+from trtllm_vattn.errors import KVCacheOutOfMemory, UnmappedAccess
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.manager import make_manager
 from trtllm_vattn.vmm.host import HostDriver
@@ -101,7 +101,7 @@ class Machine(RuleBasedStateMachine):
         batch = managers.ScheduledRequests(starting, going + (self.dummies[:space] if with_dummies else []))
         try:
             self.manager.prepare_resources(batch)
-        except OutOfPages:
+        except KVCacheOutOfMemory:
             self.waiting = starting + self.waiting
             return
         numbers = [request.py_request_id for request in batch.all_requests()]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from trtllm_vattn.errors import ConfigError, DriverError, OutOfPages
+from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.features import UnsupportedFeature
 
@@ -243,7 +243,7 @@ def test_a_batch_beyond_all_promises_changes_nothing(make: Make, fake: SimpleNam
     executor_of(fake, manager)
     free = manager.get_num_free_blocks()
     requests = [ask(fake, number, 120, 1) for number in range(3)]
-    with pytest.raises(OutOfPages, match="release or preempt"):
+    with pytest.raises(KVCacheOutOfMemory, match="release or preempt"):
         manager.prepare_resources(fake.managers.ScheduledRequests(requests, []))
     assert manager.get_num_free_blocks() == free
     assert manager.vattn.cache.stats().sequences == 1

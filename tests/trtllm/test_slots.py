@@ -9,7 +9,7 @@ import torch
 from contents import expect, fill
 
 from trtllm_vattn.cache.base import CacheShape
-from trtllm_vattn.errors import ConfigError, NoFreeSlot, OutOfPages
+from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.trtllm.slots import RequestSlots
 from trtllm_vattn.trtllm.tables import AffineTables, RowGatherer
 from trtllm_vattn.vmm.base import Driver
@@ -56,7 +56,7 @@ def test_what_is_mapped_ahead_of_one_is_taken_back_for_another(slots: RequestSlo
         pass
     assert slots.cache.frontiers[slots.cache.slot_of(1)] >= 32
     # On the card a page holds a request's blocks and more, so there is nothing to map ahead.
-    assert slots.cache.stats().ahead_maps > 0 or slots.cache.layout.granule > slots.cache.layout.block_bytes
+    assert slots.cache.stats().ahead_maps > 0 or slots.cache.layout.granularity > slots.cache.layout.block_bytes
     slots.cache.shrink_towards(slots.budget_for(8))
     slots.prepare_step({3: 96}, {})
     assert slots.cache.frontiers[slots.cache.slot_of(3)] == 96
@@ -78,7 +78,7 @@ def test_what_is_mapped_ahead_of_one_is_taken_back_for_anothers_next_token(slots
 
 def test_a_step_is_for_all_or_for_none(slots: RequestSlots) -> None:
     slots.prepare_step({1: 20}, {})
-    with pytest.raises((NoFreeSlot, OutOfPages)):
+    with pytest.raises((NoFreeSlot, KVCacheOutOfMemory)):
         slots.prepare_step({2: 20, 3: 20, 4: 20}, {1: 1})
     assert slots.cache.stats().sequences == 2
     assert slots.cache.lengths[slots.cache.slot_of(1)] == 20

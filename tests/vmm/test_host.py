@@ -22,18 +22,18 @@ from trtllm_vattn.vmm.owners import Extent, Reservation
 from trtllm_vattn.vmm.tensors import tensor_at
 
 driver = open_driver(sys.argv[1])
-granule = driver.granularity()
-reservation = Reservation(driver, 2 * granule)
-extent = Extent(driver, granule)
+granularity = driver.granularity()
+reservation = Reservation(driver, 2 * granularity)
+extent = Extent(driver, granularity)
 (mapping,) = reservation.map(0, [extent])
-window = tensor_at(reservation.base, 2 * granule, driver.device)
-print("mapped page reads", int(window[granule - 1]), flush=True)
+window = tensor_at(reservation.base, 2 * granularity, driver.device)
+print("mapped page reads", int(window[granularity - 1]), flush=True)
 if sys.argv[2] == "after unmap":
     mapping.close()
     print("unmapped", flush=True)
     print("survived", int(window[:9].sum()), flush=True)
 else:
-    print("survived", int(window[granule:].sum()), flush=True)
+    print("survived", int(window[granularity:].sum()), flush=True)
 """
 
 
@@ -52,25 +52,25 @@ def test_a_reader_of_an_unmapped_page_dies(run_apart: RunApart, device: str, whe
 
 def test_physical_memory_is_limited_and_counted_until_the_last_mapping_goes() -> None:
     driver = HostDriver(capacity=2 * mmap.PAGESIZE)
-    granule = driver.granularity()
-    first = driver.create(granule)
-    second = driver.create(granule)
+    granularity = driver.granularity()
+    first = driver.create(granularity)
+    second = driver.create(granularity)
     with pytest.raises(DriverError, match=r"CUDA_ERROR_OUT_OF_MEMORY \(8,192 of 8,192 bytes are taken\)"):
-        driver.create(granule)
-    base = driver.reserve(granule)
-    driver.map(base, granule, first)
+        driver.create(granularity)
+    base = driver.reserve(granularity)
+    driver.map(base, granularity, first)
     driver.release(first)
     with pytest.raises(DriverError, match="OUT_OF_MEMORY"):
-        driver.create(granule)
-    driver.unmap(base, granule)
-    driver.release(driver.create(granule))
+        driver.create(granularity)
+    driver.unmap(base, granularity)
+    driver.release(driver.create(granularity))
     driver.release(second)
-    driver.free(base, granule)
+    driver.free(base, granularity)
     assert driver.live_handles == 0
 
 
 def test_a_granule_of_two_mebibytes_mirrors_the_card() -> None:
-    driver = HostDriver(granule=2 << 20)
+    driver = HostDriver(granularity=2 << 20)
     base = driver.reserve(4 << 20)
     assert base % (2 << 20) == 0
     handle = driver.create(2 << 20)
@@ -80,10 +80,10 @@ def test_a_granule_of_two_mebibytes_mirrors_the_card() -> None:
     driver.free(base, 4 << 20)
 
 
-@pytest.mark.parametrize("granule", [0, 1000, mmap.PAGESIZE + 512])
-def test_a_granule_of_part_pages_is_refused(granule: int) -> None:
+@pytest.mark.parametrize("granularity", [0, 1000, mmap.PAGESIZE + 512])
+def test_a_granule_of_part_pages_is_refused(granularity: int) -> None:
     with pytest.raises(ConfigError, match="multiple of the page size"):
-        HostDriver(granule=granule)
+        HostDriver(granularity=granularity)
 
 
 def test_fences_wait_for_work_that_a_test_holds(host_driver: HostDriver) -> None:
@@ -103,9 +103,9 @@ def test_fences_wait_for_work_that_a_test_holds(host_driver: HostDriver) -> None
 
 def test_close_tears_down_what_is_left_and_may_be_repeated() -> None:
     driver = HostDriver()
-    granule = driver.granularity()
-    base = driver.reserve(granule)
-    driver.map(base, granule, driver.create(granule))
+    granularity = driver.granularity()
+    base = driver.reserve(granularity)
+    driver.map(base, granularity, driver.create(granularity))
     assert (driver.live_mappings, driver.live_handles, driver.live_reservations) == (1, 1, 1)
     driver.close()
     driver.close()

@@ -14,16 +14,16 @@ from trtllm_vattn.vmm.wrappers import CountingDriver, FaultyDriver
 
 
 def test_extents_map_in_a_row_with_one_set_access(driver: CountingDriver) -> None:
-    granule = driver.granularity()
-    reservation = Reservation(driver, 8 * granule)
-    extents = [Extent(driver, size * granule) for size in (1, 2, 1)]
-    mappings = reservation.map(2 * granule, extents)
-    assert [mapping.offset // granule for mapping in mappings] == [2, 3, 5]
+    granularity = driver.granularity()
+    reservation = Reservation(driver, 8 * granularity)
+    extents = [Extent(driver, size * granularity) for size in (1, 2, 1)]
+    mappings = reservation.map(2 * granularity, extents)
+    assert [mapping.offset // granularity for mapping in mappings] == [2, 3, 5]
     assert [mapping.address - reservation.base for mapping in mappings] == [m.offset for m in mappings]
     assert driver.calls["set_access"] == 1
-    window = tensor_at(reservation.base + 2 * granule, 4 * granule, driver.device)
+    window = tensor_at(reservation.base + 2 * granularity, 4 * granularity, driver.device)
     window.fill_(3)
-    assert int(window.sum(dtype=torch.int64)) == 12 * granule
+    assert int(window.sum(dtype=torch.int64)) == 12 * granularity
     assert (reservation.mappings, [extent.mappings for extent in extents]) == (3, [1, 1, 1])
     for owner in (*mappings, *extents, reservation):
         owner.close()

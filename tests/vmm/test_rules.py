@@ -48,101 +48,101 @@ def mapped(driver: Driver, address: int, handle: int, granules: int = 1) -> Iter
 
 
 def test_r1_sizes_and_addresses_are_multiples_of_the_granule(driver: Driver) -> None:
-    granule = driver.granularity()
+    granularity = driver.granularity()
     with refused("CUDA_ERROR_INVALID_VALUE"):
-        driver.create(granule // 2)
+        driver.create(granularity // 2)
     with refused("CUDA_ERROR_INVALID_VALUE"):
-        driver.reserve(granule + 1)
+        driver.reserve(granularity + 1)
     with reserved(driver, 4) as base, created(driver) as handle:
-        assert base % granule == 0
+        assert base % granularity == 0
         with refused("CUDA_ERROR_INVALID_VALUE"):
-            driver.map(base + granule // 2, granule, handle)
+            driver.map(base + granularity // 2, granularity, handle)
 
 
 def test_r2_a_handle_maps_whole(driver: Driver) -> None:
-    granule = driver.granularity()
+    granularity = driver.granularity()
     with reserved(driver, 4) as base, created(driver, 2) as handle:
         with refused("CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_INVALID_VALUE"):
-            driver.map(base, granule, handle)
+            driver.map(base, granularity, handle)
         with refused("CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_INVALID_VALUE"):
-            driver.map(base, 3 * granule, handle)
+            driver.map(base, 3 * granularity, handle)
 
 
 def test_r3_nothing_is_mapped_over_a_mapping_or_outside_a_reservation(driver: Driver) -> None:
-    granule = driver.granularity()
+    granularity = driver.granularity()
     with reserved(driver, 4) as base, created(driver) as one, created(driver, 2) as two:
-        with mapped(driver, base + granule, one):
-            for address in (base + granule, base):
+        with mapped(driver, base + granularity, one):
+            for address in (base + granularity, base):
                 with refused("CUDA_ERROR_INVALID_VALUE", "CUDA_ERROR_ALREADY_MAPPED"):
-                    driver.map(address, 2 * granule, two)
+                    driver.map(address, 2 * granularity, two)
         with refused("CUDA_ERROR_INVALID_VALUE"):
-            driver.map(base + 4 * granule, granule, one)
+            driver.map(base + 4 * granularity, granularity, one)
 
 
 def test_r4_set_access_needs_mapped_memory(driver: Driver) -> None:
-    granule = driver.granularity()
+    granularity = driver.granularity()
     with (
         reserved(driver, 4) as base,
         created(driver) as handle,
         mapped(driver, base, handle),
         refused("CUDA_ERROR_INVALID_VALUE"),
     ):
-        driver.set_access(base, 2 * granule)
+        driver.set_access(base, 2 * granularity)
 
 
 def test_r5_one_handle_at_two_addresses_is_one_memory(driver: Driver) -> None:
-    granule = driver.granularity()
+    granularity = driver.granularity()
     with (
         reserved(driver, 4) as base,
         created(driver) as handle,
         mapped(driver, base, handle) as here,
-        mapped(driver, base + 2 * granule, handle) as there,
+        mapped(driver, base + 2 * granularity, handle) as there,
     ):
-        here[:] = torch.arange(granule, device=here.device) % 251
+        here[:] = torch.arange(granularity, device=here.device) % 251
         assert torch.equal(here, there)
         there[17] = 255
         assert int(here[17]) == 255
 
 
 def test_r6_a_mapped_handle_may_be_released(driver: Driver) -> None:
-    granule = driver.granularity()
+    granularity = driver.granularity()
     with reserved(driver, 2) as base:
-        handle = driver.create(granule)
-        driver.map(base, granule, handle)
+        handle = driver.create(granularity)
+        driver.map(base, granularity, handle)
         driver.release(handle)
-        driver.set_access(base, granule)
-        window = tensor_at(base, granule, driver.device)
+        driver.set_access(base, granularity)
+        window = tensor_at(base, granularity, driver.device)
         window.fill_(7)
-        assert int(window.sum()) == 7 * granule
-        driver.unmap(base, granule)
+        assert int(window.sum()) == 7 * granularity
+        driver.unmap(base, granularity)
 
 
 def test_r7_a_reservation_is_freed_once_whole_and_empty(driver: Driver) -> None:
-    granule = driver.granularity()
-    base = driver.reserve(4 * granule)
+    granularity = driver.granularity()
+    base = driver.reserve(4 * granularity)
     with created(driver) as handle, mapped(driver, base, handle), refused("CUDA_ERROR_INVALID_VALUE"):
-        driver.free(base, 2 * granule)
-    driver.free(base, 4 * granule)
+        driver.free(base, 2 * granularity)
+    driver.free(base, 4 * granularity)
     with refused("CUDA_ERROR_INVALID_VALUE"):
-        driver.free(base, 4 * granule)
+        driver.free(base, 4 * granularity)
 
 
 def test_r7_the_host_driver_refuses_to_free_what_is_mapped(host_driver: Driver) -> None:
-    granule = host_driver.granularity()
-    base = host_driver.reserve(granule)
+    granularity = host_driver.granularity()
+    base = host_driver.reserve(granularity)
     with created(host_driver) as handle, mapped(host_driver, base, handle), refused("CUDA_ERROR_INVALID_VALUE"):
-        host_driver.free(base, granule)
-    host_driver.free(base, granule)
+        host_driver.free(base, granularity)
+    host_driver.free(base, granularity)
 
 
 def test_r8_unmap_covers_whole_mappings(driver: Driver) -> None:
-    granule = driver.granularity()
+    granularity = driver.granularity()
     with reserved(driver, 4) as base, created(driver, 2) as one, created(driver) as two:
-        driver.map(base, 2 * granule, one)
-        driver.map(base + 2 * granule, granule, two)
+        driver.map(base, 2 * granularity, one)
+        driver.map(base + 2 * granularity, granularity, two)
         with refused("CUDA_ERROR_INVALID_VALUE"):
-            driver.unmap(base, granule)
-        driver.unmap(base, 3 * granule)
+            driver.unmap(base, granularity)
+        driver.unmap(base, 3 * granularity)
 
 
 def test_r8_the_host_driver_refuses_to_unmap_what_is_not_mapped(host_driver: Driver) -> None:
@@ -164,17 +164,17 @@ def test_r10_every_call_is_legal_during_capture() -> None:
     from trtllm_vattn.vmm.cuda import CudaDriver
 
     driver = CudaDriver()
-    granule = driver.granularity()
+    granularity = driver.granularity()
     static = torch.ones(4, device="cuda")
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="global"):
         doubled = static * 2
         with reserved(driver, 1) as base:
-            handle = driver.create(granule)
-            driver.map(base, granule, handle)
-            driver.set_access(base, granule)
-            driver.unmap(base, granule)
+            handle = driver.create(granularity)
+            driver.map(base, granularity, handle)
+            driver.set_access(base, granularity)
+            driver.unmap(base, granularity)
             driver.release(handle)
     graph.replay()
     torch.cuda.synchronize()

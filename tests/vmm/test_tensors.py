@@ -18,17 +18,17 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_strided_view_made_before_anything_is_mapped(driver: Driver, dtype: torch.dtype) -> None:
-    granule = driver.granularity()
-    reservation = Reservation(driver, 4 * granule)
-    flat = tensor_at(reservation.base, 4 * granule, driver.device)
-    # Rows of 48 elements from an offset of one row on, 24 of each seen, in the second granule.
+    granularity = driver.granularity()
+    reservation = Reservation(driver, 4 * granularity)
+    flat = tensor_at(reservation.base, 4 * granularity, driver.device)
+    # Rows of 48 elements from an offset of one row on, 24 of each seen, in the second granularity.
     row = 48 * dtype.itemsize
-    view = strided(flat, dtype, (10, 24), (48, 1), offset_bytes=granule + row)
-    assert view.data_ptr() == reservation.base + granule + row
-    extent = Extent(driver, granule)
-    (mapping,) = reservation.map(granule, [extent])
+    view = strided(flat, dtype, (10, 24), (48, 1), offset_bytes=granularity + row)
+    assert view.data_ptr() == reservation.base + granularity + row
+    extent = Extent(driver, granularity)
+    (mapping,) = reservation.map(granularity, [extent])
     view.copy_(torch.arange(240).view(10, 24).remainder(8).to(dtype))
-    raw = tensor_at(reservation.base + granule, granule, driver.device).view(dtype)
+    raw = tensor_at(reservation.base + granularity, granularity, driver.device).view(dtype)
     for index in range(10):
         got = raw[(index + 1) * 48 : (index + 1) * 48 + 24].float().cpu()
         assert torch.equal(got, torch.arange(index * 24, index * 24 + 24).remainder(8).float())

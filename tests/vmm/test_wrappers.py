@@ -12,14 +12,14 @@ from trtllm_vattn.vmm.wrappers import CountingDriver, FaultyDriver, QuiescingDri
 
 
 def use(driver: CountingDriver | TracingDriver | FaultyDriver) -> None:
-    granule = driver.granularity()
-    address, handle = driver.reserve(granule), driver.create(granule)
-    driver.map(address, granule, handle)
-    driver.set_access(address, granule)
+    granularity = driver.granularity()
+    address, handle = driver.reserve(granularity), driver.create(granularity)
+    driver.map(address, granularity, handle)
+    driver.set_access(address, granularity)
     assert driver.record(0).done()
-    driver.unmap(address, granule)
+    driver.unmap(address, granularity)
     driver.release(handle)
-    driver.free(address, granule)
+    driver.free(address, granularity)
 
 
 CALLS = ["reserve", "create", "map", "set_access", "record", "unmap", "release", "free"]
@@ -100,8 +100,8 @@ def test_mappings_change_only_after_quiescing(host_driver: HostDriver) -> None:
             return super()._call(name, *arguments)
 
     driver = QuiescingDriver(Noting(host_driver), lambda: order.append("quiesce"))
-    granule = driver.granularity()
-    reservation, extent = Reservation(driver, granule), Extent(driver, granule)
+    granularity = driver.granularity()
+    reservation, extent = Reservation(driver, granularity), Extent(driver, granularity)
     (mapping,) = reservation.map(0, [extent])
     for owner in (mapping, extent, reservation):
         owner.close()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from statistics import median
 from time import perf_counter, sleep
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,9 +40,10 @@ from trtllm_vattn.bench.steady import fill
 from trtllm_vattn.bench.timer import Clock, Timer
 from trtllm_vattn.bench.traces import load_trace
 from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.contiguous import ContiguousCache
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.cache.published import PublishedVattention
+from trtllm_vattn.cache.vattention_paper import vattention_paper
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.runtime.binding import shape_of
@@ -58,18 +59,16 @@ PHASES = ("before", "during", "after")
 CALLS = ("create", "map", "set_access", "unmap", "release")
 
 
-class PageByPage(KVCacheManager):
+def page_by_page(shape: CacheShape, driver: CountingDriver, budget: int) -> KVCacheManager:
     """Our layout, backed by one page after another."""
-
-    extent_classes: ClassVar[int] = 1
-    one_by_one: ClassVar[bool] = True
+    return KVCacheManager(shape, driver, budget, config=CacheConfig(extent_classes=1, batch_access=False))
 
 
 VARIANTS: dict[str, tuple[Callable[[CacheShape, CountingDriver, int], KVCache], bool]] = {
     "vattn, warm stock": (KVCacheManager, True),
     "vattn, cold": (KVCacheManager, False),
-    "page by page": (PageByPage, False),
-    "published": (PublishedVattention, False),
+    "page by page": (page_by_page, False),
+    "published": (vattention_paper, False),
     "contiguous": (lambda shape, driver, budget: ContiguousCache(shape, driver.device), False),
 }
 # For a trace's prompts the cache that reserves the longest for everyone would take more than a card has.
@@ -225,14 +224,14 @@ def _burst(
 
 def _restock(cache: KVCacheManager, prompts: list[int]) -> None:
     """Have nothing in stock but for these prompts, which are about to be admitted, and no more created from then on."""
-    cache.stock_for([])
+    cache.preallocate_for([])
     cache.wait_ahead(120)
-    with cache._gate:
+    with cache._lock:
         while cache.arena.pool.shrink():
             pass
-    cache.stock_for(prompts)
+    cache.preallocate_for(prompts)
     cache.wait_ahead(120)
-    cache.stock_for([])
+    cache.preallocate_for([])
 
 
 def _steady(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:

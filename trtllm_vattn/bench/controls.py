@@ -65,7 +65,7 @@ def swapped_page(twins: Twins) -> str:
         twins.release()
     for _ in range(2):
         twins.admit(prompt_len=64)
-    first, second = (cache.arena.slots[cache.slot_of(sequence)].columns[0] for sequence in twins.limits)
+    first, second = (cache.arena.slots[cache.slot_of(sequence)].stripes[0] for sequence in twins.limits)
     for mapping in (*first, *second):
         mapping.close()
     for index, (one, other) in enumerate(zip(list(first), list(second), strict=True)):
@@ -160,7 +160,7 @@ def _unmap_beside_replays(model: PreTrainedModel, device: str, fenced: bool) -> 
     if fenced:
         _wait(fence)
     print(f"unmapping {'after' if fence.done() else 'beside'} replays", flush=True)
-    for column in cache.arena.slots[cache.slot_of(0)].columns:
+    for column in cache.arena.slots[cache.slot_of(0)].stripes:
         for mapping in column:
             mapping.close()
     _wait(fence)

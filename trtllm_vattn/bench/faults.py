@@ -23,7 +23,7 @@ from trtllm_vattn.bench.flags import add_results, amount, as_config, positive, p
 from trtllm_vattn.bench.report import Result, finish
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, NoFreeSlot, OutOfPages
+from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
 
@@ -154,7 +154,7 @@ class Life:
                 action()
             except DriverError:
                 self.counts["failed"] += 1
-            except (OutOfPages, NoFreeSlot):
+            except (KVCacheOutOfMemory, NoFreeSlot):
                 self.counts["refused"] += 1
                 self.give_up_one()
             self.settle()
@@ -283,4 +283,4 @@ class Life:
         self.cache.set_budget(self.random.randint(12, 120) * PAGE)
 
     def stock_up(self) -> None:
-        self.cache.stock_up(self.random.randint(0, 3), self.random.randint(1, SHAPE.max_seq_len))
+        self.cache.preallocate(self.random.randint(0, 3), self.random.randint(1, SHAPE.max_seq_len))

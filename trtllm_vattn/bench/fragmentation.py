@@ -35,9 +35,9 @@ from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.cache.published import PublishedVattention
-from trtllm_vattn.errors import ConfigError, NoFreeSlot, OutOfPages
-from trtllm_vattn.memory.pace import Pace
+from trtllm_vattn.cache.vattention_paper import vattention_paper
+from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory, NoFreeSlot
+from trtllm_vattn.memory.lookahead import StepTimingModel
 
 Make = Callable[[CacheShape, int], KVCache]
 
@@ -54,7 +54,7 @@ SYSTEMS: dict[str, Make] = {
     "paged": lambda shape, budget: LedgerCache(shape, budget, 16),
     "paged-64": lambda shape, budget: LedgerCache(shape, budget, 64),
     "token": lambda shape, budget: LedgerCache(shape, budget, 1),
-    "published": lambda shape, budget: PublishedVattention(shape, LedgerDriver(), budget),
+    "published": lambda shape, budget: vattention_paper(shape, LedgerDriver(), budget),
     "vattn": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget),
     "vattn, no lookahead": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, lookahead=0),
     "vattn, 8 layers a row": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, 8),
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class ModelledPace(Pace):
+class ModelledPace(StepTimingModel):
     """Steps as long as reading the weights and all KV takes on the card, mappings as long as measured there."""
 
     def __init__(self, cache: KVCacheManager) -> None:
@@ -142,7 +142,7 @@ def _beside_step(cache: KVCache) -> None:
     """What a cache's own thread does beside a step, for as long as that lasts."""
     if not isinstance(cache, KVCacheManager):
         return
-    pace = cache.ahead.pace
+    pace = cache.ahead.timing
     pace.observe_lengths(cache.lengths)
     left, mappings, more = pace.step_s, cache.arena.live_mappings, True
     while more and left > 0:
@@ -162,7 +162,7 @@ def simulate(cache: KVCache, requests: list[Request]) -> dict[str, Any]:
     `waste_with_surplus`.
     """
     if isinstance(cache, KVCacheManager):
-        cache.ahead.pace = ModelledPace(cache)
+        cache.ahead.timing = ModelledPace(cache)
     waiting = deque(enumerate(requests))
     running: dict[int, int] = {}
     mapped = live = parked = held = surplus = 0
@@ -175,10 +175,10 @@ def simulate(cache: KVCache, requests: list[Request]) -> dict[str, Any]:
             number, request = waiting[0]
             try:
                 cache.admit(number, request.prompt_tokens)
-            except (NoFreeSlot, OutOfPages) as error:
+            except (NoFreeSlot, KVCacheOutOfMemory) as error:
                 if not running:
                     raise
-                short = isinstance(error, OutOfPages)
+                short = isinstance(error, KVCacheOutOfMemory)
                 break
             running[number] = request.prompt_tokens + request.output_tokens
             waiting.popleft()
@@ -186,7 +186,7 @@ def simulate(cache: KVCache, requests: list[Request]) -> dict[str, Any]:
             try:
                 cache.prepare_step(np.where(cache.lengths > 0, cache.lengths + 1, 0))
                 break
-            except OutOfPages:
+            except KVCacheOutOfMemory:
                 youngest = max(running)
                 del running[youngest]
                 cache.release(youngest)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV
-from trtllm_vattn.cache.books import SlottedCache
-from trtllm_vattn.errors import ConfigError, OutOfPages
+from trtllm_vattn.cache.slotted import SlottedCache
+from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
 from trtllm_vattn.vmm.base import Driver, Fence, MappingCount
 
 
@@ -26,14 +26,14 @@ class LedgerDriver(Driver):
 
     device = "cpu"
 
-    def __init__(self, granule: int = 2 << 20) -> None:
-        self._granule, self.mappings = granule, MappingCount()
+    def __init__(self, granularity: int = 2 << 20) -> None:
+        self._granularity, self.mappings = granularity, MappingCount()
         self._next = itertools.count(1)
         self._address = 1 << 40
         self.handles: dict[int, int] = {}
 
     def granularity(self) -> int:
-        return self._granule
+        return self._granularity
 
     def reserve(self, size: int) -> int:
         base = self._address
@@ -74,21 +74,21 @@ class LedgerCache(SlottedCache):
         self._blocks = budget // self._block_bytes
         self._held = np.zeros(shape.num_slots, np.int64)
 
-    def _claim(self, tokens: int) -> int:
+    def _allocate(self, tokens: int) -> int:
         slot = self._lowest_free()
         lengths = np.zeros_like(self.lengths)
         lengths[slot] = tokens
-        self._back(lengths)
+        self._grow(lengths)
         return slot
 
-    def _back(self, lengths: np.ndarray) -> None:
+    def _grow(self, lengths: np.ndarray) -> None:
         wanted = np.maximum(self._held, -(-lengths // self.block_size))
         if wanted.sum() > self._blocks:
-            raise OutOfPages(f"{wanted.sum()} blocks wanted of {self._blocks}; release or preempt a sequence")
+            raise KVCacheOutOfMemory(f"{wanted.sum()} blocks wanted of {self._blocks}; release or preempt a sequence")
         self._held[:] = wanted
         np.minimum(wanted * self.block_size, self.shape.max_seq_len, out=self.frontiers)
 
-    def _vacate(self, slot: int) -> None:
+    def _release(self, slot: int) -> None:
         self._held[slot] = self.frontiers[slot] = 0
 
     def _clear(self) -> None:

@@ -16,7 +16,7 @@ from trtllm_vattn.bench.machine import summarise
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.bench.steady import Lane, fill, take_turns
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.memory.ahead import BackgroundThread
+from trtllm_vattn.memory.lookahead import BackgroundThread
 from trtllm_vattn.memory.mapping_policy import MappingPolicy
 from trtllm_vattn.memory.remap_probe import probe_remapping
 from trtllm_vattn.runtime.binding import shape_of
@@ -108,7 +108,7 @@ class Churn:
 
     def __init__(self, cache: KVCacheManager, sequences: int) -> None:
         layout = cache.layout
-        tokens_a_page = layout.granule / layout.row_bytes
+        tokens_a_page = layout.granularity / layout.row_bytes
         # Each sequence takes a page in each range once in so many steps.
         self.pages = max(1, round(TIMES * sequences / tokens_a_page))
         self.mappings = 0
@@ -127,11 +127,11 @@ class Churn:
     def _work(self) -> bool:
         layout = self._cache.layout
         for page in range(1, self.pages + 1):
-            with self._cache._gate.in_background():
-                tokens = min(layout.max_seq_len, page * layout.granule // layout.row_bytes)
+            with self._cache._lock.in_background():
+                tokens = min(layout.max_seq_len, page * layout.granularity // layout.row_bytes)
                 self.mappings += self._cache.arena.grow({self._slot: tokens}, wait=False)
-        with self._cache._gate.in_background():
-            self._cache.arena.empty(self._slot)
+        with self._cache._lock.in_background():
+            self._cache.arena.unmap_parked(self._slot)
         return False
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ from trtllm_vattn.bench.flags import (
 from trtllm_vattn.bench.identity import RequestTokens, compare
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import NoFreeSlot, OutOfPages, VattnError
+from trtllm_vattn.errors import KVCacheOutOfMemory, NoFreeSlot, VattnError
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
@@ -169,5 +169,5 @@ def _fill(cache: KVCacheManager, tokens: int) -> tuple[list[object], float]:
             filler = ("filler", len(fillers))
             cache.admit(filler, tokens)
             fillers.append(filler)
-    except (OutOfPages, NoFreeSlot):
+    except (KVCacheOutOfMemory, NoFreeSlot):
         return fillers, perf_counter() - started

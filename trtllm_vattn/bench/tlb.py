@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,10 +44,10 @@ from trtllm_vattn.bench.plot import plot_tlb
 from trtllm_vattn.bench.random_reads import check_size, random_rows, reader
 from trtllm_vattn.bench.report import Result, finish, table
 from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.paged import PagedCache
-from trtllm_vattn.errors import OutOfPages, VattnError
-from trtllm_vattn.memory.reclaim import reclaim
+from trtllm_vattn.errors import KVCacheOutOfMemory, VattnError
 from trtllm_vattn.vmm.open import open_driver
 
 ORDERS = ("in order", "single pages in order", "scattered", "after churn", "created again")
@@ -58,10 +58,8 @@ SPARE = 2 << 30
 """Bytes of the device that a point leaves: for the context, kernels and what is read."""
 
 
-class SinglePages(KVCacheManager):
-    """Backed by single pages, so that their order can be chosen."""
-
-    extent_classes: ClassVar[int] = 1
+SINGLE_PAGES = CacheConfig(extent_classes=1, lookahead=0)
+"""Backed by single pages, so that their order can be chosen."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,10 +167,10 @@ def _flat(sweep: Sweep, shape: CacheShape, g: int, at: dict[str, Any]) -> None:
     args = sweep.args
     systems = {order: f"flat, {g} layers a row, {order}" for order in ORDERS}
     few = ("scattered",) if g != args.layers_per_range[-1] else ORDERS[1:]
-    for kind, orders in ((KVCacheManager, ORDERS[:1]), (SinglePages, few)):
+    for config, orders in ((CacheConfig(lookahead=0), ORDERS[:1]), (SINGLE_PAGES, few)):
         with sweep.systems(*(systems[order] for order in orders), **at) as left:
             sweep.check_time()
-            with kind(shape, open_driver(args.device), None, g, lookahead=0) as cache:
+            with KVCacheManager(shape, open_driver(args.device), None, g, config=config) as cache:
                 cache.set_budget(cache.layout.num_ranges * cache.layout.range_bytes)
                 attention = make_attention(args.attention, cache, args.heads[0])
                 for order in orders:
@@ -189,11 +187,11 @@ def arrange(cache: KVCacheManager, order: str, churn: int, seed: int) -> None:
     """End sequences 0, 1, …, and have the cache back those that come next in this order."""
     for sequence in range(cache.stats().sequences):
         cache.release(sequence)
-    reclaim(cache.arena, cache.arena.parked_bytes)
+    cache.arena.reclaim(cache.arena.parked_bytes)
     if order == "scattered":
-        cache.stock_up(cache.shape.num_slots, cache.shape.max_seq_len)
-        random.Random(seed).shuffle(cache.arena.pool._stock[cache.layout.granule])
-        cache.stock_up(0, 1)
+        cache.preallocate(cache.shape.num_slots, cache.shape.max_seq_len)
+        random.Random(seed).shuffle(cache.arena.pool._free[cache.layout.granularity])
+        cache.preallocate(0, 1)
     elif order == "after churn":
         _churn(cache, churn * cache.shape.num_slots, seed)
     elif order == "created again":
@@ -226,7 +224,7 @@ def _churn(cache: KVCacheManager, sequences: int, seed: int) -> None:
                     else:
                         cache.prepare_step(np.where(cache.lengths > 0, np.minimum(cache.lengths + more, longest), 0))
                     break
-                except OutOfPages:
+                except KVCacheOutOfMemory:
                     end_one()
     while running:
         end_one()

@@ -15,8 +15,7 @@ from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import OutOfPages
-from trtllm_vattn.memory.reclaim import reclaim
+from trtllm_vattn.errors import KVCacheOutOfMemory
 from trtllm_vattn.runtime.binding import DecodeStep, bind, forward
 from trtllm_vattn.runtime.decode import DecodeBatch, Launch
 from trtllm_vattn.runtime.prefill import Prefill, PromptChunk
@@ -223,17 +222,17 @@ class Twins:
 
     def take_away(self) -> None:
         assert isinstance(self.subject.cache, KVCacheManager)
-        reclaim(self.subject.cache.arena, self.random.randint(1, 4) * self.subject.cache.layout.granule)
+        self.subject.cache.arena.reclaim(self.random.randint(1, 4) * self.subject.cache.layout.granularity)
         self._count("take away")
 
     def resize(self) -> None:
         cache = self.subject.cache
         assert isinstance(cache, KVCacheManager)
-        pages = -(-MAX_SEQ_LEN * cache.shape.token_bytes // cache.layout.granule) + cache.layout.num_ranges
+        pages = -(-MAX_SEQ_LEN * cache.shape.token_bytes // cache.layout.granularity) + cache.layout.num_ranges
         least, most = LANES * pages + 2 * cache.layout.num_ranges, SLOTS * pages
         try:
-            cache.set_budget(self.random.randint(least, 2 * most) * cache.layout.granule)
-        except OutOfPages:
+            cache.set_budget(self.random.randint(least, 2 * most) * cache.layout.granularity)
+        except KVCacheOutOfMemory:
             self._count("budget too low")
         else:
             self._count("budget")

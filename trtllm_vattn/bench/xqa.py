@@ -38,7 +38,7 @@ from trtllm_vattn.bench.xqa_parts import prefill_us, replay_remapped, table_host
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.blocks import BlockKVCache
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.memory.blocks import BLOCK_SIZES
+from trtllm_vattn.memory.layout import BLOCK_SIZES
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
@@ -76,10 +76,10 @@ def run(args: argparse.Namespace) -> int:
     shape = shape_of(model, 9, args.context + 64)
     with make_blocks(args, model, 9, args.context + 64) as cache:
         replayed = replay_remapped(cache, heads, args.context, args.replays, args.seed)
-        granule = cache.layout.granule
+        granularity = cache.layout.granularity
     with make_blocks(args, model, 1, args.context) as cache:
         prompts = prefill_us(cache, heads, args.context, repeats=5)
-    host = table_host(shape_of(model, 128, shape.max_seq_len), granule, args.tokens_per_block, args.device)
+    host = table_host(shape_of(model, 128, shape.max_seq_len), granularity, args.tokens_per_block, args.device)
     result = Result.start("xqa", as_config(args), args.seed)
     result.results.update(identity=vars(identity), by_table=vars(by_table), steady=steps, replayed=replayed)
     result.results.update(tables=host, prefill=prompts)

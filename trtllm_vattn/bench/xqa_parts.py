@@ -18,8 +18,7 @@ from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.blocks import BlockKVCache
 from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.graphs.replay import GraphRunner
-from trtllm_vattn.memory.blocks import BlockLayout
-from trtllm_vattn.memory.reclaim import reclaim
+from trtllm_vattn.memory.layout import BlockLayout
 from trtllm_vattn.trtllm.tables import AffineTables, RowGatherer
 
 TOLERANCE = 2e-2
@@ -62,7 +61,7 @@ def replay_remapped(cache: BlockKVCache, num_heads: int, context: int, replays: 
             cache.admit("passing", chance.randint(1, context))
             cache.release("passing")
         if chance.random() < 0.1:
-            reclaim(cache.arena, cache.layout.granule)
+            cache.arena.reclaim(cache.layout.granularity)
         apart = torch.stack(
             [(a - b).abs().max().float() for a, b in zip(runner.replay(lanes), first, strict=True)]
         ).max()
@@ -109,7 +108,7 @@ def prefill_us(cache: BlockKVCache, num_heads: int, tokens: int, repeats: int) -
 
 
 def table_host(
-    shape: CacheShape, granule: int, tokens_per_block: int, device: str, rounds: int = 500
+    shape: CacheShape, granularity: int, tokens_per_block: int, device: str, rounds: int = 500
 ) -> dict[str, Any]:
     """Microseconds of the host for a step's table, ``[1, lanes, 2, blocks]``, when the batch is the one before and when
     it is another."""
@@ -119,7 +118,7 @@ def table_host(
         layer_token_bytes=shape.layer_token_bytes,
         max_seq_len=shape.max_seq_len,
         num_slots=shape.num_slots,
-        granule=granule,
+        granularity=granularity,
         tokens_per_block=tokens_per_block,
         kv_factor=shape.kv_factor,
     )

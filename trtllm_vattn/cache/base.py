@@ -19,10 +19,10 @@ C7. In a forked child every call raises `WrongProcess`, and the parent's memory 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -131,6 +131,8 @@ class CacheStats:
 class KVCache(ABC):
     """One KV cache; see the module's numbered contract. Not thread-safe."""
 
+    remaps: ClassVar[bool] = False
+    """Whether the memory beneath its fixed addresses can be moved; calls that need it raise ConfigError otherwise."""
     shape: CacheShape
     device: torch.device
     lengths: np.ndarray
@@ -161,12 +163,12 @@ class KVCache(ABC):
     def admit(self, sequence: SequenceId, prompt_len: int) -> int:
         """Give a sequence a slot backed for `prompt_len` tokens; returns the slot.
 
-        Raises DuplicateSequence, SequenceTooLong, NoFreeSlot, OutOfPages.
+        Raises DuplicateSequence, SequenceTooLong, NoFreeSlot, KVCacheOutOfMemory.
         """
 
     @abstractmethod
     def extend(self, sequence: SequenceId, tokens: int) -> None:
-        """Lengthen a sequence by `tokens`, backed. Raises UnknownSequence, SequenceTooLong, OutOfPages."""
+        """Lengthen a sequence by `tokens`, backed. Raises UnknownSequence, SequenceTooLong, KVCacheOutOfMemory."""
 
     @abstractmethod
     def truncate(self, sequence: SequenceId, length: int) -> None:
@@ -179,7 +181,9 @@ class KVCache(ABC):
     @abstractmethod
     def prepare_step(self, lengths: np.ndarray) -> None:
         """Back a whole batch for one step: `lengths` is int ``[num_slots]``, each slot's length after the step, 0 where
-        the slot takes no part. For all or for none. Raises UnknownSequence, SequenceTooLong, OutOfPages, ConfigError.
+        the slot takes no part. For all or for none.
+
+        Raises UnknownSequence, SequenceTooLong, KVCacheOutOfMemory, ConfigError.
         """
 
     def map_ahead(self) -> int:
@@ -218,7 +222,7 @@ class KVCache(ABC):
 
     @abstractmethod
     def check_integrity(self) -> None:
-        """Raise InvariantViolation, with its numbers, where the books disagree."""
+        """Raise InvariantViolation, with its numbers, where the cache's own counts contradict one another."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -231,6 +235,69 @@ class KVCache(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give everything back. Idempotent; where it raised or was interrupted, calling again goes on."""
+
+    # -- capabilities: what not every cache can do ------------------------------------------------------------------
+
+    def _cannot(self, what: str) -> NoReturn:
+        raise ConfigError(f"a {type(self).__name__} has its memory for life and cannot {what}; use the vattn cache")
+
+    @property
+    def budget_bytes(self) -> int:
+        """Bytes of physical memory that the cache may hold."""
+        return self.stats().budget_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of physical memory that the cache holds."""
+        return self.stats().held_bytes
+
+    def set_budget(self, budget: int | str) -> None:
+        """Raise or lower the bytes (``"40GiB"`` too) of physical memory that the cache may hold; no address changes.
+
+        Raises ConfigError for too little and where the cache cannot; KVCacheOutOfMemory where running sequences have
+        more: release or preempt some first. Nothing changed then.
+        """
+        self._cannot("change its budget")
+
+    def move(self, sequence: SequenceId, slot: int) -> int:
+        """Give a running sequence another, free slot by remapping; returns the mappings made."""
+        self._cannot("move a sequence")
+
+    def fork(self, sequence: SequenceId, new_sequence: SequenceId, tokens: int) -> int:
+        """Begin a sequence with the first `tokens` of another one; returns its slot."""
+        self._cannot("fork a sequence")
+
+    def replace(self, sequence: SequenceId) -> int:
+        """Put other physical memory with the same bytes under a sequence; returns the mappings replaced."""
+        self._cannot("replace a sequence's memory")
+
+    def preallocate(self, sequences: int, tokens: int) -> None:  # noqa: B027
+        """Keep enough memory created ahead for a burst of so many prompts of so many tokens, within the budget.
+
+        The cache's thread creates it (`start_thread`), and again when less than half is left; without a thread it is
+        created now, once. Nothing to do where memory is backed from the start. Raises ConfigError, DriverError.
+        """
+
+    def preallocate_for(self, prompts: Sequence[int]) -> None:  # noqa: B027
+        """Have the thread keep memory created ahead for prompts of these tokens, which will come in this order: for
+        those that find no parked slot, as far as the budget goes. Waits for nothing; needs `start_thread`."""
+
+    def free_slots(self) -> list[int]:
+        """Slots that a sequence may be given, in order."""
+        return [slot for slot in range(self.shape.num_slots) if self.sequence_at(slot) is None]
+
+    def broken_slots(self) -> list[int]:
+        """Slots whose memory cannot grow any more, because a driver call failed in them."""
+        return []
+
+    def mappings_in(self, slot: int) -> int:
+        """Mappings that back a slot."""
+        return 0
+
+    def release_free_memory(self, size: int | None = None) -> int:
+        """Unmap `size` bytes of memory that no sequence uses, for the next sequences to take; None gives all of it back
+        to the driver. Returns the bytes."""
+        return 0
 
     def __enter__(self) -> Self:
         return self

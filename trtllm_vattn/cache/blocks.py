@@ -1,23 +1,24 @@
 """`BlockKVCache`: fixed addresses, seen as TensorRT-LLM's kernels see a paged cache.
 
-Memory is reserved, mapped and taken away as in `KVCacheManager`; only the order of bytes in a slot is another, and
-what a kernel is given is a pool of blocks and a table. The table is affine in slot and ordinal, so it is made once and
-never changes: sequences come and go, and grow, without a word written to it.
+Memory is reserved, mapped and unmapped as in `KVCacheManager`; only the order of bytes in a slot differs, and a kernel
+is given a pool of blocks and a table. The table is affine in slot and block, so it is made once and never changes:
+sequences come, go and grow without a write to it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from typing import ClassVar
+
 import torch
 
 from trtllm_vattn.cache.base import CacheShape, PagedKV
+from trtllm_vattn.cache.config import CacheConfig, Layout
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.memory.blocks import BlockLayout
+from trtllm_vattn.memory.layout import BlockLayout
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
 from trtllm_vattn.vmm.tensors import strided
-
-DEFAULT_BLOCK = 32
-"""Tokens; TensorRT-LLM's own default."""
 
 
 class BlockKVCache(KVCacheManager):
@@ -28,8 +29,8 @@ class BlockKVCache(KVCacheManager):
 
     Parameters
     ----------
-    tokens_per_block : int
-        16, 32, 64 or 128.
+    tokens_per_block, and the others
+        As `CacheConfig` and `KVCacheManager` have them.
 
     Raises
     ------
@@ -37,22 +38,28 @@ class BlockKVCache(KVCacheManager):
         As `KVCacheManager`; or the blocks are too many for the kernels' 31-bit offsets.
     """
 
+    layouts: ClassVar[tuple[Layout, ...]] = (Layout.BLOCKS,)
     layout: BlockLayout
 
     def __init__(
         self,
         shape: CacheShape,
         driver: Driver,
-        budget: int | None = None,
+        budget: int | str | None = None,
         layers_per_range: int | None = None,
         lookahead: int | None = None,
-        tokens_per_block: int = DEFAULT_BLOCK,
+        tokens_per_block: int | None = None,
         idle_after_s: float | None = None,
-        idle_floor: int = 0,
+        idle_floor: int | str | None = None,
+        *,
+        config: CacheConfig | None = None,
     ) -> None:
-        self.tokens_per_block = tokens_per_block
+        config = config or CacheConfig(layout=Layout.BLOCKS)
+        if tokens_per_block is not None:
+            config = dataclasses.replace(config, tokens_per_block=tokens_per_block)
+        self.tokens_per_block = config.tokens_per_block
         self._table: torch.Tensor | None = None
-        super().__init__(shape, driver, budget, layers_per_range, lookahead, idle_after_s, idle_floor)
+        super().__init__(shape, driver, budget, layers_per_range, lookahead, idle_after_s, idle_floor, config=config)
 
     @property
     def table(self) -> torch.Tensor:
@@ -66,9 +73,9 @@ class BlockKVCache(KVCacheManager):
             self._table = table.to(self.device)
         return self._table
 
-    def _make_layout(self, layers_per_range: int | None) -> BlockLayout:
+    def _make_layout(self) -> BlockLayout:
         return BlockLayout(
-            **self._sizes(layers_per_range), tokens_per_block=self.tokens_per_block, kv_factor=self.shape.kv_factor
+            **self._layout_sizes(), tokens_per_block=self.tokens_per_block, kv_factor=self.shape.kv_factor
         )
 
     def blocks(self, layer: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV
-from trtllm_vattn.cache.books import SlottedCache
+from trtllm_vattn.cache.slotted import SlottedCache
 
 
 class ContiguousCache(SlottedCache):
@@ -25,15 +25,15 @@ class ContiguousCache(SlottedCache):
             k = allocate()
             self._layers.append(FlatKV(k, allocate() if shape.kv_factor == 2 else k))
 
-    def _claim(self, tokens: int) -> int:
+    def _allocate(self, tokens: int) -> int:
         slot = self._lowest_free()
         self.frontiers[slot] = self.shape.max_seq_len
         return slot
 
-    def _back(self, lengths: np.ndarray) -> None:
+    def _grow(self, lengths: np.ndarray) -> None:
         """Everything is backed from the start."""
 
-    def _vacate(self, slot: int) -> None:
+    def _release(self, slot: int) -> None:
         self.frontiers[slot] = 0
 
     def _clear(self) -> None:

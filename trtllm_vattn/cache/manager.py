@@ -1,33 +1,31 @@
 """`KVCacheManager`: the cache whose addresses never change.
 
-Reservations are made once; a slot's K and V lie at the same addresses for life, so tensors over them, and CUDA graphs
-that baked those addresses in, stay valid while extents come and go beneath (vAttention, arXiv 2405.04437, with
+Reservations are made once, and a slot's K and V keep their addresses for life. So tensors over them, and the addresses
+in captured CUDA graphs, stay valid while extents are mapped and unmapped beneath (vAttention, arXiv 2405.04437, with
 extents of many sizes instead of one page at a time).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 
 from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV, PagedKV, SequenceId
-from trtllm_vattn.cache.books import SlottedCache
+from trtllm_vattn.cache.config import CacheConfig, Layout
+from trtllm_vattn.cache.slotted import SlottedCache
 from trtllm_vattn.errors import ConfigError, InvariantViolation, NoFreeSlot
-from trtllm_vattn.memory import leftovers, remap
-from trtllm_vattn.memory.ahead import BackgroundThread
-from trtllm_vattn.memory.arena import Arena
-from trtllm_vattn.memory.backing import Backing, Lease
+from trtllm_vattn.memory import remap
+from trtllm_vattn.memory.arena import Arena, Placement, retry_discarded
 from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
-from trtllm_vattn.memory.lookahead import Lookahead
-from trtllm_vattn.memory.placement import Placement, placement
-from trtllm_vattn.memory.pool import CLASSES, ExtentPool
-from trtllm_vattn.memory.reclaim import set_budget, surplus_bytes, take_surplus, trim
-from trtllm_vattn.memory.stock import Stock
+from trtllm_vattn.memory.lifetime import CacheMemory, MemoryRef
+from trtllm_vattn.memory.lookahead import BackgroundThread, Lookahead
+from trtllm_vattn.memory.pool import ExtentPool, Preallocation
+from trtllm_vattn.memory.reclaim import drop_surplus, set_budget, surplus_bytes, take_surplus, trim
 from trtllm_vattn.sizes import parse_bytes
-from trtllm_vattn.values import finite, whole
 from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.regions import RESERVATION, Region, tensor_regions
 from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, on_stream, stream_of, strided, tensor_at
@@ -36,12 +34,26 @@ from trtllm_vattn.vmm.uninterrupted import uninterrupted
 T = TypeVar("T")
 
 
-class KVCacheManager(SlottedCache):
-    """A KV cache at fixed addresses over one device's virtual memory. Used from one stream and one
-    thread, beside its own that maps ahead.
+class AllFences(Fence):
+    """Several fences as one: done when each of them is."""
 
-    An interrupted call (KeyboardInterrupt) is done to its end all the same, or was not begun: what changes the cache is
-    done where no signal comes (vmm/uninterrupted.py). A cache that is dropped without `close()` is closed, with a
+    def __init__(self, fences: Iterable[Fence]) -> None:
+        self._fences = list(fences)
+
+    def done(self) -> bool:
+        return all(fence.done() for fence in self._fences)
+
+    def wait(self) -> None:
+        for fence in self._fences:
+            fence.wait()
+
+
+class KVCacheManager(SlottedCache):
+    """A KV cache at fixed addresses over one device's virtual memory. Used from one stream and one thread; a thread of
+    its own may map ahead beside it.
+
+    A call that is interrupted (KeyboardInterrupt) is still done to its end, or was not begun: signals do not reach what
+    changes the cache (vmm/uninterrupted.py). A cache that is dropped without `close()` is closed, with a
     ResourceWarning, once nobody holds a tensor over its memory either.
 
     Parameters
@@ -52,17 +64,10 @@ class KVCacheManager(SlottedCache):
     budget : int, str or None
         Bytes of physical memory the cache may hold, ``"40GiB"`` too; None is what the dummy slot takes, which is enough
         to capture graphs over. `set_budget` changes it.
-    layers_per_range : int or None
-        Layers that share a token's row; more of them make a page hold fewer tokens. None is as many as make a row of
-        64 KiB, 16 for Llama-3-8B.
-    lookahead : int or None
-        Tokens that `map_ahead` keeps mapped past a sequence's length; 0 maps each token in its own step. None is as
-        many as the measured times of steps and mappings ask for (memory/pace.py).
-    idle_after_s : float or None
-        With a thread of its own (`start_thread`), the cache gives memory back to the driver that no sequence has used
-        for so long; None keeps it for the next sequence.
-    idle_floor : int or str
-        Bytes of idle memory that are kept all the same.
+    layers_per_range, lookahead, idle_after_s, idle_floor
+        As `CacheConfig` has them; what is given here takes the place of what `config` says.
+    config : CacheConfig or None
+        Everything else; None is `CacheConfig()`.
 
     Attributes
     ----------
@@ -72,13 +77,13 @@ class KVCacheManager(SlottedCache):
     Raises
     ------
     ConfigError
-        The budget is smaller than one granule a range, or a setting is out of its range.
+        The budget is smaller than the driver's granularity in each range, or a setting is out of its range.
     AddressSpaceExhausted, DriverError
         The driver refused; nothing is left behind.
     """
 
-    extent_classes: ClassVar[int] = CLASSES
-    one_by_one: ClassVar[bool] = False
+    remaps: ClassVar[bool] = True
+    layouts: ClassVar[tuple[Layout, ...]] = (Layout.ROWS, Layout.TENSORS)
 
     def __init__(
         self,
@@ -88,86 +93,98 @@ class KVCacheManager(SlottedCache):
         layers_per_range: int | None = None,
         lookahead: int | None = None,
         idle_after_s: float | None = None,
-        idle_floor: int | str = 0,
+        idle_floor: int | str | None = None,
+        *,
+        config: CacheConfig | None = None,
     ) -> None:
         super().__init__(shape, driver.device)
         budget = None if budget is None else parse_bytes(budget, "the budget")
-        lookahead = None if lookahead is None else whole("lookahead", lookahead, 0)
-        if idle_after_s is not None and finite("idle_after_s", idle_after_s) <= 0:
-            raise ConfigError(f"idle_after_s is {idle_after_s}; it is a positive number of seconds, or None")
-        idle_floor = parse_bytes(idle_floor, "idle_floor")
+        config = config or CacheConfig(layout=self.layouts[0])
+        settings = {
+            "layers_per_range": layers_per_range,
+            "lookahead": lookahead,
+            "idle_after_s": idle_after_s,
+            "idle_floor": idle_floor,
+        }
+        given = {name: value for name, value in settings.items() if value is not None}
+        self.config = dataclasses.replace(config, **given)  # type: ignore[arg-type]
+        if self.config.layout not in self.layouts:
+            raise ConfigError(f"{type(self).__name__} has no layout {self.config.layout.value!r}")
         self.driver = driver
-        self.idle_after_s, self.idle_floor = idle_after_s, idle_floor
-        self.layout = self._make_layout(layers_per_range)
-        uninterrupted(self._build, budget, lookahead)
-        self._backing.is_owned = True
+        self.layout = self._make_layout()
+        uninterrupted(self._build, budget)
+        self._memory.is_owned = True
 
-    def _build(self, budget: int | None, lookahead: int | None) -> None:
-        leftovers.retry()
-        pool = ExtentPool(self.driver, self.layout.least_bytes if budget is None else budget, self.extent_classes)
-        self.arena = Arena(pool, self.layout, self.one_by_one)
+    def _build(self, budget: int | None) -> None:
+        retry_discarded()
+        config = self.config
+        pool = ExtentPool(self.driver, self.layout.least_bytes if budget is None else budget, config.extent_classes)
+        self.arena = Arena(pool, self.layout, one_by_one=not config.batch_access)
         self.frontiers = self.arena.frontiers
-        self.ahead = Lookahead(self.arena, self.lengths, lookahead)
-        self._backing = Backing(self.arena, self.ahead, self.idle_after_s, self.idle_floor)
-        self._gate = self._backing.gate
-        self._stock = Stock(self.arena.pool, self.layout)
-        self._admission_maps = self._critical_path_maps = self._told = 0
-        self._lease = Lease(self._backing)
+        self.ahead = Lookahead(self.arena, self.lengths, config.lookahead)
+        self._memory = CacheMemory(self.arena, self.ahead, config.idle_after_s, parse_bytes(config.idle_floor))
+        self._lock = self._memory.lock
+        self._preallocation = Preallocation(pool, self.layout)
+        self._admission_maps = self._critical_path_maps = self._reported_maps = 0
+        self._memory_ref = MemoryRef(self._memory)
         try:
             self._flat = [
-                tensor_at(reservation.base, reservation.size, self.driver.device, owner=self._lease)
+                tensor_at(reservation.base, reservation.size, self.driver.device, owner=self._memory_ref)
                 for reservation in self.arena.reservations
             ]
             self._layers = [self._view(layer) for layer in range(self.shape.num_layers)]
         except BaseException:
-            self._backing.discard()
+            self._memory.discard()
             raise
 
-    def _make_layout(self, layers_per_range: int | None) -> SlotLayout:
-        return SlotLayout(**self._sizes(layers_per_range))
+    def _make_layout(self) -> SlotLayout:
+        return SlotLayout(**self._layout_sizes())
 
-    def _sizes(self, layers_per_range: int | None) -> dict[str, int]:
-        """What every layout of this cache is made of."""
-        shape = self.shape
-        if layers_per_range is None:
-            layers_per_range = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
+    def _layout_sizes(self) -> dict[str, int]:
+        shape, layers, tensors = self.shape, self.config.layers_per_range, 1
+        if self.config.layout is Layout.TENSORS:
+            layers, tensors = 1, shape.kv_factor
+        elif layers is None:
+            layers = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
         return {
-            "num_layers": shape.num_layers,
-            "layers_per_range": layers_per_range,
-            "layer_token_bytes": shape.layer_token_bytes,
+            "num_layers": shape.num_layers * tensors,
+            "layers_per_range": layers,
+            "layer_token_bytes": shape.layer_token_bytes // tensors,
             "max_seq_len": shape.max_seq_len,
             "num_slots": shape.num_slots,
-            "granule": self.driver.granularity(),
+            "granularity": self.driver.granularity(),
         }
 
     def _view(self, layer: int) -> FlatKV | PagedKV:
-        shape, itemsize = self.shape, self.shape.dtype.itemsize
-        index, offset = self.layout.place_of(layer)
+        shape, layout, itemsize = self.shape, self.layout, self.shape.dtype.itemsize
         size = (shape.num_slots + 1, shape.max_seq_len, shape.num_kv_heads, shape.head_dim)
-        strides = (self.layout.slot_stride // itemsize, self.layout.row_bytes // itemsize, shape.head_dim, 1)
-        half = shape.layer_token_bytes // shape.kv_factor
-        k, v = (
-            strided(self._flat[index], shape.dtype, size, strides, at)
-            for at in (offset, offset + half * (shape.kv_factor - 1))
-        )
+        strides = (layout.slot_stride // itemsize, layout.row_bytes // itemsize, shape.head_dim, 1)
+        half = shape.num_kv_heads * shape.head_dim * itemsize
+        if self.config.layout is Layout.TENSORS:
+            first = layer * shape.kv_factor
+            places = [layout.place_of(first), layout.place_of(first + shape.kv_factor - 1)]
+        else:
+            index, offset = layout.place_of(layer)
+            places = [(index, offset), (index, offset + half * (shape.kv_factor - 1))]
+        k, v = (strided(self._flat[index], shape.dtype, size, strides, offset) for index, offset in places)
         return FlatKV(k, v)
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
     def _run(self, call: Callable[..., T], *arguments: Any) -> T:
-        # Attention is left where the call raised or was interrupted; it costs the next call a moment.
-        self._attention = True
-        answer = self._apart(call, *arguments)
-        self._attention = False
+        # It stays set where the call raised or was interrupted: the next call looks then.
+        self._needs_check = True
+        answer = self._uninterrupted(call, *arguments)
+        self._needs_check = False
         return answer
 
-    def _apart(self, call: Callable[..., T], *arguments: Any) -> T:
+    def _uninterrupted(self, call: Callable[..., T], *arguments: Any) -> T:
         answer: T = uninterrupted(on_stream, stream_of(self.device), call, *arguments)
         return answer
 
     @property
     def _thread(self) -> BackgroundThread | None:
-        return self._backing.thread
+        return self._memory.thread
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -176,29 +193,31 @@ class KVCacheManager(SlottedCache):
 
     @property
     def budget_bytes(self) -> int:
-        """Bytes of physical memory that the cache may hold."""
         return self.arena.pool.budget
+
+    @property
+    def held_bytes(self) -> int:
+        return self.arena.pool.held_bytes
 
     @property
     def bytes_for_sequences(self) -> int:
         """Of the budget, without what the dummy slot takes and what could not be given back to the driver."""
         pool = self.arena.pool
-        lost = sum(extent.size for extent in pool.quarantine)
-        return max(0, pool.budget - self.layout.least_bytes - lost)
+        return max(0, pool.budget - self.layout.least_bytes - pool.quarantined_bytes)
 
     @property
     def longest_alone(self) -> int:
         layout = self.layout
-        pages = self.bytes_for_sequences // (layout.num_ranges * layout.granule)
-        return layout.tokens_in(pages * layout.granule)
+        pages = self.bytes_for_sequences // (layout.num_ranges * layout.granularity)
+        return layout.tokens_in(pages * layout.granularity)
 
-    def _claim(self, tokens: int) -> int:
-        with self._gate:
-            limit = self._limit()
+    def _allocate(self, tokens: int) -> int:
+        with self._lock:
+            limit, exact = self._limit(), self.config.exact_admission
             need = self.layout.bytes_for(tokens) * self.layout.num_ranges
-            # Those that run keep what their next steps need.
-            self._make_room(need, self.ahead.past(self.ahead.tokens))
-            slot, maps = self.arena.occupy(tokens, limit, self.ahead.tokens)
+            # Those that run keep what their next steps need, unless this sequence was promised its memory.
+            self._make_room(need, self.lengths if exact else self.ahead.past(self.ahead.tokens))
+            slot, maps = self.arena.allocate_slot(tokens, limit, self.ahead.tokens, exact)
             self._admission_maps += maps
         self._wake()
         return slot
@@ -208,7 +227,7 @@ class KVCacheManager(SlottedCache):
         enough; waits for the device then."""
         pool = self.arena.pool
         if size > pool.available_bytes:
-            self.arena.settle(wait=True)
+            self.arena.complete_pending_unmaps(wait=True)
             short = size - pool.available_bytes - self.arena.parked_bytes
             if short > 0:
                 take_surplus(self.arena, short, needed.tolist(), self._fence())
@@ -216,10 +235,10 @@ class KVCacheManager(SlottedCache):
     def _limit(self) -> int:
         """Slots below this are worth taking: a lane is a slot, so that adopting one beyond the current bucket would
         replay a larger graph than is needed. Raises NoFreeSlot where none is."""
-        self.arena.settle()
+        self.arena.complete_pending_unmaps()
         first = self.arena.first_free()
         if first is None:
-            self.arena.settle(wait=True)
+            self.arena.complete_pending_unmaps(wait=True)
             first = self.arena.first_free()
         if first is None:
             raise NoFreeSlot(
@@ -228,68 +247,95 @@ class KVCacheManager(SlottedCache):
             )
         return 1 << max([first, *self._owner]).bit_length()
 
-    def _back(self, lengths: np.ndarray) -> None:
-        with self._gate:
+    def _grow(self, lengths: np.ndarray) -> None:
+        with self._lock:
             wants = {slot: int(lengths[slot]) for slot in np.flatnonzero(lengths > self.frontiers).tolist()}
-            more = (self.layout.bytes_for(wanted) - self.arena.slots[slot].mapped for slot, wanted in wants.items())
+            more = (self.layout.bytes_for(wanted) - self.arena.slots[slot].frontier for slot, wanted in wants.items())
             self._make_room(sum(more) * self.layout.num_ranges, np.maximum(self.lengths, lengths))
             self._critical_path_maps += self.arena.grow(wants)
 
-    def _vacate(self, slot: int) -> None:
-        with self._gate:
+    def _release(self, slot: int) -> None:
+        with self._lock:
             self.arena.park(slot, self._fence())
 
     def _clear(self) -> None:
-        with self._gate:
+        with self._lock:
             self.arena.clear(self._fence())
 
     def _fence(self) -> Fence:
-        return self.driver.record(current_stream(self.device))
+        streams = (current_stream(self.device), *self.config.fence_streams)
+        fences = [self.driver.record(stream) for stream in streams]
+        return fences[0] if len(fences) == 1 else AllFences(fences)
 
     def set_budget(self, budget: int | str) -> None:
         """Raise or lower the bytes (``"40GiB"`` too) of physical memory that the cache may hold, at any time; no
         address changes.
 
         Lowering it takes parked memory away, behind its fences. Raises ConfigError for less than the dummy slot takes,
-        OutOfPages where running sequences have more: release or preempt some first. Nothing changed then.
+        KVCacheOutOfMemory where running sequences have more: release or preempt some first. Nothing changed then.
         """
         self._check_open()
-        self._run(self._set_budget, parse_bytes(budget, "the budget"))
+        self._run(self._do_set_budget, parse_bytes(budget, "the budget"))
 
-    def _set_budget(self, budget: int) -> None:
-        with self._gate:
-            pool = self.arena.pool
-            used = pool.held_bytes - pool.stock_bytes - self.arena.parked_bytes
+    def _do_set_budget(self, budget: int) -> None:
+        with self._lock:
+            used = self.arena.used_bytes
             if budget < used:
-                self.arena.settle(wait=True)
+                self.arena.complete_pending_unmaps(wait=True)
                 take_surplus(self.arena, used - budget, self.lengths.tolist(), self._fence())
             set_budget(self.arena, budget)
 
-    def stock_up(self, sequences: int, tokens: int) -> None:
-        """Keep enough memory created ahead for a burst of so many prompts of so many tokens, within the budget.
+    def shrink_towards(self, budget: int) -> int:
+        """Set the budget to `budget` bytes, or as near above it as running sequences allow; returns the budget set.
 
-        The thread creates it (`start_thread`), and again when less than half is left; without one it is created now,
-        once. Raises ConfigError, DriverError.
+        Memory beyond it that is parked or mapped ahead goes back to the driver.
         """
         self._check_open()
-        self._run(self._stock_up, sequences, tokens)
+        return self._run(self._do_shrink_towards, budget)
 
-    def _stock_up(self, sequences: int, tokens: int) -> None:
-        with self._gate:
-            self._stock.announce(sequences, tokens)
-            while self._thread is None and self.arena.pool.restock():
+    def _do_shrink_towards(self, budget: int) -> int:
+        with self._lock:
+            if budget < self.held_bytes:
+                drop_surplus(self.arena, self.lengths.tolist(), self._fence())
+                self.arena.complete_pending_unmaps(wait=True)
+            set_budget(self.arena, max(budget, self.arena.used_bytes))
+            return self.budget_bytes
+
+    def release_free_memory(self, size: int | None = None) -> int:
+        self._check_open()
+        return self._run(self._do_release_free_memory, size)
+
+    def _do_release_free_memory(self, size: int | None) -> int:
+        with self._lock:
+            if size is not None:
+                return self.arena.reclaim(size)
+            before = self.held_bytes
+            self.arena.complete_pending_unmaps(wait=True)
+            self.arena.reclaim(self.arena.parked_bytes)
+            self.arena.pool.drop_free()
+            return before - self.held_bytes
+
+    def preallocate(self, sequences: int, tokens: int) -> None:
+        self._check_open()
+        self._run(self._do_preallocate, sequences, tokens)
+
+    def _do_preallocate(self, sequences: int, tokens: int) -> None:
+        with self._lock:
+            self._preallocation.announce(sequences, tokens)
+            while self._thread is None and self.arena.pool.create_one():
                 pass
         self._wake()
 
-    def stock_for(self, prompts: Sequence[int]) -> None:
-        """Have the thread keep memory created ahead for prompts of these tokens, which will come in this order: for
-        those that no parked slot is there for, as far as the budget goes. Waits for nothing; needs `start_thread`."""
+    def preallocate_for(self, prompts: Sequence[int]) -> None:
         self._check_open()
         if self._thread is not None:
-            fitting = self._stock.fitting(prompts[self.arena.parked_slots :])
-            if fitting != self._stock.expected:
-                self._run(self._stock.expect, fitting)
+            fitting = self._preallocation.fitting(prompts[self.arena.parked_slots :])
+            if fitting != self._preallocation.expected:
+                self._run(self._preallocation.expect, fitting)
                 self._wake()
+
+    stock_up = preallocate  # alias for 0.1
+    stock_for = preallocate_for  # alias for 0.1
 
     def move(self, sequence: SequenceId, slot: int) -> int:
         """Give a running sequence another, free slot by remapping; returns the mappings made.
@@ -297,12 +343,12 @@ class KVCacheManager(SlottedCache):
         Nothing is copied and nothing waits: its memory is mapped at both addresses until work submitted so far is done.
         Raises UnknownSequence, ConfigError where the slot is not free, DriverError; nothing changed.
         """
-        return self._run(self._move, sequence, self.slot_of(sequence), slot)
+        return self._run(self._do_move, sequence, self.slot_of(sequence), slot)
 
-    def _move(self, sequence: SequenceId, source: int, slot: int) -> int:
-        with self._gate:
+    def _do_move(self, sequence: SequenceId, source: int, slot: int) -> int:
+        with self._lock:
             moved = remap.move(self.arena, source, slot, self._fence)
-            self._rehouse(sequence, slot)
+            self._move_sequence(sequence, slot)
         return moved
 
     def fork(self, sequence: SequenceId, new_sequence: SequenceId, tokens: int) -> int:
@@ -313,20 +359,20 @@ class KVCacheManager(SlottedCache):
 
         Raises
         ------
-        UnknownSequence, DuplicateSequence, ConfigError, NoFreeSlot, OutOfPages, DriverError
+        UnknownSequence, DuplicateSequence, ConfigError, NoFreeSlot, KVCacheOutOfMemory, DriverError
             Nothing changed.
         """
         source = self.slot_of(sequence)
         if tokens > self.lengths[source]:
             raise ConfigError(f"sequence {sequence!r} has {self.lengths[source]} tokens, not {tokens} to fork")
         self._check_new(new_sequence, tokens)
-        return self._run(self._fork, source, new_sequence, tokens)
+        return self._run(self._do_fork, source, new_sequence, tokens)
 
-    def _fork(self, source: int, new_sequence: SequenceId, tokens: int) -> int:
-        with self._gate:
+    def _do_fork(self, source: int, new_sequence: SequenceId, tokens: int) -> int:
+        with self._lock:
             limit = self._limit()
             target = min(self.arena.free_slots(limit), key=lambda slot: (self.arena.slots[slot].mapped, slot))
-            shared = remap.share(self.arena, source, tokens, tokens, target)
+            shared = remap.fork(self.arena, source, tokens, target)
             rest = self.layout.touched_bytes(tokens) - shared
             try:
                 for reservation in self.arena.reservations if rest else ():
@@ -335,36 +381,36 @@ class KVCacheManager(SlottedCache):
             except BaseException:
                 self.arena.park(target, self._fence())
                 raise
-            self._house(new_sequence, target, tokens)
+            self._place_sequence(new_sequence, target, tokens)
         return target
 
     def truncate(self, sequence: SequenceId, length: int) -> None:
         slot = self.slot_of(sequence)
-        if 0 < length < self.lengths[slot] and self.arena.places:
+        if 0 < length < self.lengths[slot] and self.arena.extent_refs:
             self._run(self._own_from, slot, self.layout.whole_bytes(length))
         super().truncate(sequence, length)
 
     def _own_from(self, slot: int, start: int) -> None:
         """Copy on write: what a slot shares at or behind a byte of it becomes its own."""
         end = 0
-        for index, column in enumerate(self.arena.slots[slot].columns):
-            end += column[0].size
-            if end > start and any(mapping.extent.serial in self.arena.places for mapping in column):
-                self._replace(slot, index)
+        for index, stripe in enumerate(self.arena.slots[slot].stripes):
+            end += stripe[0].size
+            if end > start and any(mapping.extent.serial in self.arena.extent_refs for mapping in stripe):
+                self._do_replace(slot, index)
                 return
 
     def replace(self, sequence: SequenceId) -> int:
         """Put other physical memory with the same bytes under a sequence; returns the mappings replaced.
 
-        Waits for the device. Raises UnknownSequence, OutOfPages, DriverError; nothing changed.
+        Waits for the device. Raises UnknownSequence, KVCacheOutOfMemory, DriverError; nothing changed.
         """
-        return self._run(self._replace, self.slot_of(sequence), 0)
+        return self._run(self._do_replace, self.slot_of(sequence), 0)
 
-    def _replace(self, slot: int, first: int) -> int:
+    def _do_replace(self, slot: int, first: int) -> int:
         def copy(to: int, source: int, nbytes: int) -> None:
             copy_bytes(self.driver.device, to, source, nbytes)
 
-        with self._gate:
+        with self._lock:
             return remap.replace(self.arena, slot, first, copy, self._fence)
 
     # -- ahead -----------------------------------------------------------------------------------------------------
@@ -373,7 +419,7 @@ class KVCacheManager(SlottedCache):
         """Have a thread map ahead from now on, so that `map_ahead` has no more to do than wake it when something is
         due. Idempotent; `close` ends it."""
         self._check_open()
-        self._run(self._backing.start_thread)
+        self._run(self._memory.start_thread)
 
     def map_ahead(self) -> int:
         """Keep running slots' frontiers up to the lookahead past their lengths; returns the mappings made.
@@ -382,15 +428,15 @@ class KVCacheManager(SlottedCache):
         since the last call, and an error that it met is raised here.
         """
         self._check_open()
-        self.ahead.pace.observe_lengths(self.lengths)
+        self.ahead.timing.observe_lengths(self.lengths)
         if self._thread is None:
-            if not self.arena.is_leaving and not self.ahead.due(self.ahead.at_once()).size:
+            if not self.arena.has_pending_work and not self.ahead.due(self.ahead.at_once()).size:
                 return 0
             return self._run(self._map_due)
         self._thread.raise_error()
-        if self.arena.is_leaving or self.ahead.due().size:
+        if self.arena.has_pending_work or self.ahead.due().size:
             self._wake()
-        made, self._told = self.ahead.maps - self._told, self.ahead.maps
+        made, self._reported_maps = self.ahead.maps - self._reported_maps, self.ahead.maps
         return made
 
     def _wake(self) -> None:
@@ -398,8 +444,8 @@ class KVCacheManager(SlottedCache):
             self._thread.wake()
 
     def _map_due(self) -> int:
-        with self._gate:
-            self.arena.settle()
+        with self._lock:
+            self.arena.complete_pending_unmaps()
             made = self.ahead.map_due(self.ahead.at_once())
             if not made:
                 trim(self.arena, self.ahead.at_once())
@@ -409,23 +455,23 @@ class KVCacheManager(SlottedCache):
         """Do one unit of the background thread's work in this call, and return whether there may be more; for caches
         without a thread. Raises DriverError."""
         self._check_open()
-        return self._run(self._work_ahead)
+        return self._run(self._do_work_ahead)
 
-    def _work_ahead(self) -> bool:
-        return self._backing.work()
+    def _do_work_ahead(self) -> bool:
+        return self._memory.work()
 
     def wait_ahead(self, timeout_s: float = 10.0) -> bool:
         """Whether the thread has nothing left to do, within so many seconds; at once without one."""
         return self._thread is None or self._thread.wait_idle(timeout_s)
 
     def _free(self) -> None:
-        self._apart(self._close_backing)
+        self._uninterrupted(self._close_memory)
 
-    def _close_backing(self) -> None:
+    def _close_memory(self) -> None:
         try:
-            self._backing.close(self._fence())
+            self._memory.close(self._fence())
         finally:
-            if self._backing.is_closed:
+            if self._memory.is_closed:
                 self._layers, self._flat = [], []
 
     # -- views and books -------------------------------------------------------------------------------------------
@@ -440,12 +486,36 @@ class KVCacheManager(SlottedCache):
     def regions(self) -> list[Region]:
         return tensor_regions(RESERVATION, self._flat)
 
+    @property
+    def sequences(self) -> Mapping[SequenceId, int]:
+        """Slots by sequence."""
+        return self._slot_of
+
+    def mapped_tensors(self) -> Iterator[torch.Tensor]:
+        """Flat views, of the cache's dtype, over all memory that is mapped: one for each slot in each range."""
+        itemsize = self.shape.dtype.itemsize
+        for index, slot in enumerate(self.arena.slots):
+            start = index * self.layout.slot_stride
+            for group in slot.groups:
+                for where in group.ranges:
+                    size = group.mapped // itemsize * itemsize
+                    yield self._flat[where][start + group.lower :][:size].view(self.shape.dtype)
+
+    def free_slots(self) -> list[int]:
+        return self.arena.free_slots()
+
+    def broken_slots(self) -> list[int]:
+        return [index for index, slot in enumerate(self.arena.used_slots) if slot.broken]
+
+    def mappings_in(self, slot: int) -> int:
+        return sum(len(group.stripes) * len(group.ranges) for group in self.arena.slots[slot].groups)
+
     def stats(self) -> CacheStats:
         self._check_open()
-        return self._run(self._stats)
+        return self._run(self._do_stats)
 
-    def _stats(self) -> CacheStats:
-        with self._gate:
+    def _do_stats(self) -> CacheStats:
+        with self._lock:
             pool = self.arena.pool
             return CacheStats(
                 sequences=len(self._slot_of),
@@ -463,24 +533,24 @@ class KVCacheManager(SlottedCache):
                 max_mappings=self.driver.max_mappings,
                 surplus_bytes=surplus_bytes(self.arena, self.ahead.past(self.ahead.tokens).tolist()),
                 lookahead=self.ahead.tokens,
-                ahead_wait_s=self._gate.waited_s,
+                ahead_wait_s=self._lock.waited_s,
             )
 
     def placement(self) -> Placement:
         """How nearly slots' memory lies in the order of its creation."""
         self._check_open()
-        return self._run(self._placement)
+        return self._run(self._do_placement)
 
-    def _placement(self) -> Placement:
-        with self._gate:
-            return placement(self.arena)
+    def _do_placement(self) -> Placement:
+        with self._lock:
+            return self.arena.placement()
 
-    def _is_cut(self, slot: int) -> bool:
+    def _lost_memory(self, slot: int) -> bool:
         return self.arena.slots[slot].broken
 
-    def _check_integrity(self) -> None:
-        with self._gate:
-            super()._check_integrity()
+    def _do_check_integrity(self) -> None:
+        with self._lock:
+            super()._do_check_integrity()
             self.arena.check_integrity()
             free = set(self.arena.free_slots())
             for slot in range(self.shape.num_slots):

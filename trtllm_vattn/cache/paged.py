@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from trtllm_vattn.cache.base import CacheShape, CacheStats, PagedKV
-from trtllm_vattn.cache.books import SlottedCache
-from trtllm_vattn.errors import ConfigError, InvariantViolation, OutOfPages
+from trtllm_vattn.cache.slotted import SlottedCache
+from trtllm_vattn.errors import ConfigError, InvariantViolation, KVCacheOutOfMemory
 from trtllm_vattn.vmm.tensors import upload
 
 
@@ -68,18 +68,18 @@ class PagedCache(SlottedCache):
     def longest_alone(self) -> int:
         return min(self.shape.max_seq_len, self.num_blocks * self.block_size)
 
-    def _claim(self, tokens: int) -> int:
+    def _allocate(self, tokens: int) -> int:
         slot = self._lowest_free()
         lengths = np.zeros_like(self.lengths)
         lengths[slot] = tokens
-        self._back(lengths)
+        self._grow(lengths)
         return slot
 
-    def _back(self, lengths: np.ndarray) -> None:
+    def _grow(self, lengths: np.ndarray) -> None:
         wanted = -(-lengths // self.block_size)
         missing = np.maximum(wanted - self._held, 0)
         if missing.sum() > len(self._free_blocks):
-            raise OutOfPages(
+            raise KVCacheOutOfMemory(
                 f"{missing.sum()} blocks of {self.block_size} tokens asked for, {len(self._free_blocks)} of "
                 f"{self.num_blocks} free; release or preempt a sequence, or raise num_blocks"
             )
@@ -93,7 +93,7 @@ class PagedCache(SlottedCache):
     def _publish(self) -> None:
         self._table[:-1].copy_(upload(self._rows, self.device))
 
-    def _vacate(self, slot: int) -> None:
+    def _release(self, slot: int) -> None:
         held = int(self._held[slot])
         self._free_blocks += self._rows[slot, :held].tolist()
         self._rows[slot] = 0
@@ -129,8 +129,8 @@ class PagedCache(SlottedCache):
             budget_bytes=self.num_blocks * block_bytes,
         )
 
-    def _check_integrity(self) -> None:
-        super()._check_integrity()
+    def _do_check_integrity(self) -> None:
+        super()._do_check_integrity()
         used = [int(block) for slot, held in enumerate(self._held) for block in self._rows[slot, :held]]
         if sorted(used + self._free_blocks) != list(range(1, self.num_blocks + 1)):
             raise InvariantViolation(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from trtllm_vattn.cache.base import CacheShape, KVCache
-from trtllm_vattn.cache.blocks import DEFAULT_BLOCK, BlockKVCache
+from trtllm_vattn.cache.blocks import BlockKVCache
+from trtllm_vattn.cache.config import CacheConfig, Layout
 from trtllm_vattn.cache.contiguous import ContiguousCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.paged import PagedCache
-from trtllm_vattn.cache.published import PublishedVattention
+from trtllm_vattn.cache.vattention_paper import PAPER
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.vmm.base import Driver
@@ -31,7 +32,7 @@ def make_cache(
     *,
     layers_per_range: int | None = None,
     lookahead: int | None = None,
-    tokens_per_block: int = DEFAULT_BLOCK,
+    tokens_per_block: int = CacheConfig.tokens_per_block,
     idle_after_s: float | None = None,
     idle_floor: int | str = 0,
     sized_later: bool = False,
@@ -67,14 +68,19 @@ def make_cache(
         return PagedCache(shape, device, BLOCKS[name], blocks)
     if name in ("vattn", "blocks", "published"):
         driver = open_driver(str(device)) if driver is None else driver
-        made: KVCacheManager
-        idle = (idle_after_s, parse_bytes(idle_floor, "idle_floor"))
-        if name == "published":
-            made = PublishedVattention(shape, driver, budget)
-        elif name == "blocks":
-            made = BlockKVCache(shape, driver, budget, layers_per_range, lookahead, tokens_per_block, *idle)
-        else:
-            made = KVCacheManager(shape, driver, budget, layers_per_range, lookahead, *idle)
+        kind: type[KVCacheManager] = KVCacheManager
+        config = PAPER
+        if name != "published":
+            kind = BlockKVCache if name == "blocks" else KVCacheManager
+            config = CacheConfig(
+                layout=Layout.BLOCKS if name == "blocks" else Layout.ROWS,
+                layers_per_range=layers_per_range,
+                tokens_per_block=tokens_per_block,
+                lookahead=lookahead,
+                idle_after_s=idle_after_s,
+                idle_floor=idle_floor,
+            )
+        made = kind(shape, driver, budget, config=config)
         if budget is None and not sized_later:
             made.set_budget(made.layout.num_ranges * made.layout.range_bytes)
         return made

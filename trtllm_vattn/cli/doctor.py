@@ -158,25 +158,25 @@ def _attributes() -> list[Finding]:
 
 def _remap(driver: Driver) -> str:
     """Map a page, look through a tensor, put another page beneath it, look again."""
-    granule = driver.granularity()
+    granularity = driver.granularity()
     started = perf_counter()
-    reservation = Reservation(driver, granule)
-    extents = [Extent(driver, granule) for _ in range(2)]
-    window = tensor_at(reservation.base, granule, driver.device)
+    reservation = Reservation(driver, granularity)
+    extents = [Extent(driver, granularity) for _ in range(2)]
+    window = tensor_at(reservation.base, granularity, driver.device)
     seen = []
     for value, extent in enumerate(extents, 1):
         (mapping,) = reservation.map(0, [extent])
         window.fill_(value)
         # Reading waits for the device: an unmap is not ordered behind what it still has to do.
-        seen.append(int(window[granule // 2]))
+        seen.append(int(window[granularity // 2]))
         mapping.close()
     for extent in extents:
         (mapping,) = reservation.map(0, [extent])
-        seen.append(int(window[granule // 2]))
+        seen.append(int(window[granularity // 2]))
         mapping.close()
     for extent in extents:
         extent.close()
     reservation.close()
     if seen != [1, 2, 1, 2]:
         raise VattnError(f"under two pages in turn, the same address read {seen} instead of [1, 2, 1, 2]")
-    return f"granule {granule:,} bytes; remap check passed in {1e3 * (perf_counter() - started):.1f} ms"
+    return f"granularity {granularity:,} bytes; remap check passed in {1e3 * (perf_counter() - started):.1f} ms"

@@ -1,76 +1,103 @@
-"""Slots at fixed addresses, backed by extents that come and go.
+"""Slots at fixed addresses, backed by extents that are mapped and unmapped beneath them.
 
-A slot is free or running. A free slot may be *parked*: its last sequence is gone and its extents are still mapped, so
-that the next sequence adopts them without a driver call (the idea of TensorRT-LLM PR #15931's parked ranges). Only
-pressure unmaps, from the tail of the longest-parked slot, behind the fence that was recorded when it was parked.
+A slot that no sequence uses may keep its memory mapped (*parked*), so that the next sequence adopts it without a driver
+call (the idea of TensorRT-LLM PR #15931's parked ranges). Only pressure unmaps it, from the tail of the longest-parked
+slot, once the fence is done that was recorded when it was parked.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Mapping as MappingType
 from contextlib import ExitStack
-from time import monotonic
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from trtllm_vattn.errors import AddressSpaceExhausted, ConfigError, DriverError, OutOfPages
-from trtllm_vattn.memory.integrity import check_arena
+from trtllm_vattn.errors import AddressSpaceExhausted, ConfigError, DriverError, InvariantViolation, KVCacheOutOfMemory
 from trtllm_vattn.memory.layout import SlotLayout
-from trtllm_vattn.memory.leftovers import discard
 from trtllm_vattn.memory.pool import ExtentPool
-from trtllm_vattn.memory.reclaim import is_short_for, make_available, reclaim
-from trtllm_vattn.memory.slot import FREE, RETIRED, RUNNING, Slot
+from trtllm_vattn.memory.slot import PARKED, RUNNING, RangeGroup, Slot, Stripe
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation, RollbackFailed
 
 logger = logging.getLogger(__name__)
 
 SLACK = 32
-"""Parts of a sequence's need; a surplus of one is not worth taking away."""
+"""A surplus of less than this part of a sequence's need is not worth unmapping."""
+ATTEMPTS = 3
+"""How often a driver call that undoes a failure is tried before the undoing counts as failed, too."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How nearly the order of memory in slots is the order of its creation, which tends to be physical order; random
+    reads over more than about 64 GB feel it (scripts/results/README.md, TLB reach).
+
+    `neighbours` are pairs of mappings that follow one another in a slot; of these, `ascending` are in the order of
+    their creation, and `adjacent` were created one right after the other.
+    """
+
+    mappings: int
+    neighbours: int
+    ascending: int
+    adjacent: int
 
 
 class Arena:
-    """Equal reservations divided into slots; a slot's frontier is the same in all of them.
+    """Equal reservations (ranges) divided into slots.
 
     Parameters
     ----------
     one_by_one : bool
         Make each mapping accessible by a call of its own, instead of all of a growth at once.
 
+    Attributes
+    ----------
+    frontiers : numpy.ndarray
+        int64 ``[num_slots]``; tokens of each slot that its sequence may use.
+    extent_refs : dict
+        Reference counts of extents that are mapped in more than one slot, by serial.
+    trim_pending : set of int
+        Slots of which not all memory is visible to their sequence; `reclaim.trim` unmaps the rest.
+    quarantine : list of Mapping
+        Mappings that could not be unmapped.
+
     Raises
     ------
     ConfigError
         The budget cannot back one token of the dummy slot.
     AddressSpaceExhausted, DriverError
-        A reservation, or the dummy slot's memory, could not be had; nothing is left behind (see leftovers.py).
+        A reservation, or the dummy slot's memory, could not be had; nothing is left behind (see `discard`).
     """
 
     def __init__(self, pool: ExtentPool, layout: SlotLayout, one_by_one: bool = False) -> None:
         self.pool, self.layout, self._one_by_one = pool, layout, one_by_one
-        self.slots = [Slot() for _ in range(layout.num_slots + 1)]
+        self.slots = [Slot(layout.num_ranges) for _ in range(layout.num_slots + 1)]
         self.frontiers = np.zeros(layout.num_slots, np.int64)
         self.quarantine: list[Mapping] = []
-        self.places: dict[int, int] = {}
-        """In how many slots an extent stands, by serial; of those in more than one."""
+        self.extent_refs: dict[int, int] = {}
         self.reservations: list[Reservation] = []
-        self.withheld: set[int] = set()
-        """Slots of which not all is offered to their sequence."""
-        self._touched = 0
-        """Slots from here on never had memory: with very many slots, most are never looked at."""
-        self._leaving: set[int] = set()
+        self.trim_pending: set[int] = set()
+        self._pending_unmap: set[int] = set()
         self._scratches: list[Reservation] = []
-        dummy = layout.num_slots
-        least = layout.least_bytes
+        self._used_slots = 0
+        """Slots from here on never had memory: with very many slots, most are never looked at."""
+        dummy, least = layout.num_slots, layout.least_bytes
         if least > pool.available_bytes:
             raise ConfigError(
-                f"the budget of {pool.budget:,} bytes is smaller than one granule in each of {layout.num_ranges} "
-                f"ranges ({least:,} bytes); raise the budget or layers_per_range"
+                f"the budget of {pool.budget:,} bytes is smaller than the least that can be mapped in each of "
+                f"{layout.num_ranges} ranges ({least:,} bytes); raise the budget or layers_per_range"
             )
         try:
             for _ in range(layout.num_ranges):
                 self.reservations.append(self._reserve())
-            self.slots[dummy].state = RUNNING
+            self.slots[dummy].start()
             self.grow({dummy: 1})
         except BaseException:
             discard(self)
@@ -93,229 +120,328 @@ class Arena:
     def grow(self, wants: MappingType[int, int], wait: bool = True) -> int:
         """Back each slot for the tokens wanted, all or none; returns the number of mappings made.
 
-        With `wait`, memory that is parked or leaving is had by waiting for its fence.
-        Raises OutOfPages, or DriverError where a driver call failed; nothing changed.
+        With `wait`, it waits for the fences of memory that is parked or pending, where that is needed.
+        Raises KVCacheOutOfMemory, or DriverError where a driver call failed; nothing changed.
         """
         needs = {slot: self.layout.bytes_for(tokens) for slot, tokens in wants.items()}
-        more = {slot: need - self.slots[slot].mapped for slot, need in needs.items()}
-        growth = {slot: size for slot, size in more.items() if size > 0}
+        growth = [
+            (slot, group, need - group.frontier)
+            for slot, need in needs.items()
+            for group in self.slots[slot].groups
+            if need > group.frontier
+        ]
         made = self._grow(growth, wait) if growth else 0
         for slot, need in needs.items():
-            self.offer(slot, need)
+            self.extend_visible(slot, need)
         return made
 
-    def _grow(self, growth: MappingType[int, int], wait: bool) -> int:
-        total = sum(growth.values()) * self.layout.num_ranges
+    def _grow(self, growth: list[tuple[int, RangeGroup, int]], wait: bool) -> int:
+        total = sum(size * len(group.ranges) for _, group, size in growth)
         while True:
-            make_available(self, total, wait)
+            self.make_available(total, wait)
             try:
-                return self._place_all(growth)
-            except OutOfPages:
-                # The device, quarantine or the ceiling leaves less than the budget says; what is parked may make up.
-                if not reclaim(self, total, wait):
+                return self._map_all(growth)
+            except KVCacheOutOfMemory:
+                # The device, quarantine or the ceiling leaves less than the budget says; parked memory may make up.
+                if not self.reclaim(total, wait):
                     raise
 
-    def _place_all(self, growth: MappingType[int, int]) -> int:
-        self.check_ceiling(sum(len(self.pool.split(more)) for more in growth.values()) * self.layout.num_ranges)
+    def _map_all(self, growth: list[tuple[int, RangeGroup, int]]) -> int:
+        self.check_ceiling(sum(len(self.pool.split(size)) * len(group.ranges) for _, group, size in growth))
         with ExitStack() as undo:
-            grown = {slot: self._place(slot, more, undo) for slot, more in growth.items()}
+            made = [self._map_more(slot, group, size, undo) for slot, group, size in growth]
             undo.pop_all()
-        for slot, columns in grown.items():
-            self.slots[slot].columns += columns
-            self.set_mapped(slot, self.slots[slot].mapped + growth[slot])
-        return sum(len(columns) for columns in grown.values()) * self.layout.num_ranges
+        for (slot, group, _), stripes in zip(growth, made, strict=True):
+            self.slots[slot].push(group, stripes)
+            self.publish(slot)
+        return sum(len(stripes) * len(group.ranges) for (_, group, _), stripes in zip(growth, made, strict=True))
 
-    def _place(self, slot: int, size: int, undo: ExitStack) -> list[list[Mapping]]:
-        """Map `size` more bytes at the end of a slot in every range; the way back is pushed onto `undo`."""
+    def _map_more(self, slot: int, group: RangeGroup, size: int, undo: ExitStack) -> list[Stripe]:
+        """Map `size` more bytes at a group's frontier, in each of its ranges; `undo` gets what reverts it."""
         if self.slots[slot].broken:
             raise DriverError("QUARANTINED", "map", (slot,), "an unmap failed in this slot, so it cannot grow")
-        offset = slot * self.layout.slot_stride + self.slots[slot].mapped
+        offset = slot * self.layout.slot_stride + group.frontier
         rows = []
-        for reservation in self.reservations:
-            extents = self.pool.take(size)
-            placed: list[Mapping] = []
-            undo.callback(self._take_back, slot, extents, placed)
+        for index in group.ranges:
+            extents = self.pool.acquire(size)
+            made: list[Mapping] = []
+            undo.callback(self._revert, slot, extents, made)
             at = offset
-            try:
-                for batch in [[extent] for extent in extents] if self._one_by_one else [extents]:
-                    placed += reservation.map(at, batch)
-                    at += sum(extent.size for extent in batch)
-            except RollbackFailed as error:
-                self.set_aside(slot, error.left)
-                raise
-            rows.append(placed)
-        return [list(column) for column in zip(*rows, strict=True)]
+            for batch in [[extent] for extent in extents] if self._one_by_one else [extents]:
+                made += self.map_extents(slot, self.reservations[index], at, batch)
+                at += sum(extent.size for extent in batch)
+            rows.append(made)
+        return [list(stripe) for stripe in zip(*rows, strict=True)]
 
-    def _take_back(self, slot: int, extents: list[Extent], placed: list[Mapping]) -> None:
-        self.set_aside(slot, [mapping for mapping in reversed(placed) if not self.unmap(mapping)])
-        self.pool.give(extent for extent in extents if not extent.mappings)
+    def map_extents(
+        self, slot: int | None, reservation: Reservation, offset: int, extents: list[Extent]
+    ) -> list[Mapping]:
+        """Map extents one after another in a slot, or in scratch addresses (None); raises DriverError, with nothing
+        mapped but what is quarantined."""
+        try:
+            return reservation.map(offset, extents)
+        except RollbackFailed as error:
+            self.quarantine_mappings(slot, error.left)
+            raise
 
-    def set_mapped(self, slot: int, mapped: int) -> None:
-        self._touch(slot)
-        self.slots[slot].mapped = mapped
-        self.set_frontier(slot)
+    def _revert(self, slot: int, extents: list[Extent], made: list[Mapping]) -> None:
+        self.unmap(slot, made[::-1])
+        self.release_unmapped(extents)
 
-    def _touch(self, slot: int) -> None:
-        if self._touched <= slot < self.layout.num_slots:
-            self._touched = slot + 1
+    def publish(self, index: int) -> None:
+        """What is mapped in a slot, or visible of it, changed: bring its frontier up to date."""
+        if index < self.layout.num_slots:
+            self._used_slots = max(self._used_slots, index + 1)
+            self.frontiers[index] = self.frontier_of(index)
+
+    def frontier_of(self, index: int) -> int:
+        """Tokens that a slot's sequence may use; 0 without one: what is mapped there may go at any time."""
+        return self.layout.tokens_in(self.slots[index].visible_frontier)
 
     @property
-    def touched(self) -> list[Slot]:
+    def used_slots(self) -> list[Slot]:
         """The first slots, up to the last one that ever had memory; never the dummy."""
-        return self.slots[: self._touched]
-
-    def set_frontier(self, slot: int) -> None:
-        if slot < self.layout.num_slots:
-            self.frontiers[slot] = self.frontier_of(slot)
+        return self.slots[: self._used_slots]
 
     # -- running and parking ---------------------------------------------------------------------------------------
 
     def free_slots(self, below: int | None = None) -> list[int]:
         """Slots that a sequence may be given, in order; only those below a number where one is given."""
         last = self.layout.num_slots if below is None else min(below, self.layout.num_slots)
-        free = [i for i, slot in enumerate(self.slots[: min(last, self._touched)]) if slot.is_free]
-        return [*free, *range(self._touched, last)]
+        free = [i for i, slot in enumerate(self.slots[: min(last, self._used_slots)]) if slot.is_free]
+        return [*free, *range(self._used_slots, last)]
 
     def first_free(self) -> int | None:
         """The lowest slot that a sequence may be given."""
-        for index, slot in enumerate(self.touched):
+        for index, slot in enumerate(self.used_slots):
             if slot.is_free:
                 return index
-        return self._touched if self._touched < self.layout.num_slots else None
+        return self._used_slots if self._used_slots < self.layout.num_slots else None
 
-    def occupy(self, tokens: int, limit: int, ahead: int = 0) -> tuple[int, int]:
-        """Choose a free slot below `limit`, back it for `tokens`; returns the slot and the mappings made.
+    def allocate_slot(self, tokens: int, limit: int, ahead: int = 0, exact: bool = False) -> tuple[int, int]:
+        """Choose a free slot below `limit`, of which there must be one, and back it for `tokens`; returns the slot and
+        the number of mappings made.
 
         The best-fitting parked slot is adopted: the smallest that holds `tokens` and not more than twice as much, else
-        the largest that holds less; where none is parked, the lowest free slot is taken. There must be one below
-        `limit`. What is parked there beyond the need comes along while memory is plenty and it is not much; else it is
-        taken away first. What comes along beyond `ahead` tokens more is withheld, for `reclaim.trim` to take.
-        Raises OutOfPages or DriverError; no sequence changed.
+        the largest that holds less; where none is parked, the lowest free slot is taken. What is parked there beyond
+        the need is unmapped first where memory is short, where it is much, or with `exact`. Otherwise the sequence
+        keeps it, and sees `ahead` tokens of it; the rest is left to `reclaim.trim`.
+        Raises KVCacheOutOfMemory or DriverError; no sequence changed.
         """
         need = self.layout.bytes_for(tokens)
 
-        def fit(slot: int) -> tuple[int, int, int]:
-            mapped = self.slots[slot].mapped
+        def misfit(index: int) -> tuple[int, int, int]:
+            mapped = self.slots[index].mapped
             if need <= mapped:
-                return (0, mapped, slot) if mapped <= 2 * need else (2, mapped, slot)
-            return (1, -mapped, slot)
+                return (0, mapped, index) if mapped <= 2 * need else (2, mapped, index)
+            return (1, -mapped, index)
 
-        chosen = min(self.free_slots(limit), key=fit)
-        mapped, fence = self.slots[chosen].mapped, self.slots[chosen].fence
-        if is_short_for(self, need):
-            if mapped > need + need // SLACK:
-                self._trim(chosen, need)
-        elif mapped > 2 * need and (fence is None or fence.done()):
-            self._trim(chosen, need)
-        self.slots[chosen].state = RUNNING
+        chosen = min(self.free_slots(limit), key=misfit)
+        slot = self.slots[chosen]
+        if self._is_short_for(need):
+            trims = slot.mapped > need + need // SLACK
+        else:
+            trims = slot.mapped > 2 * need and (slot.fence is None or slot.fence.done())
+        since = slot.since
+        slot.start()
         try:
+            if exact or trims:
+                self._trim(chosen, need)
             maps = self.grow({chosen: tokens})
         except BaseException:
-            self.set_idle(chosen)
+            self.stop(chosen)
+            slot.since = since
             raise
-        slot, need = self.slots[chosen], self.layout.bytes_for(min(tokens + ahead, self.layout.max_seq_len))
-        whole_beyond = slot.mapped - slot.columns[-1][0].size >= need
-        self.withhold(chosen, need if whole_beyond else None)
-        slot.since = monotonic()
+        visible = self.layout.bytes_for(min(tokens + ahead, self.layout.max_seq_len))
+        has_more = slot.frontier - slot.stripes[-1][0].size >= visible
+        self.set_visible(chosen, visible if has_more else None)
         return chosen, maps
 
-    def withhold(self, index: int, offered: int | None) -> None:
-        """Offer a slot's sequence so many bytes a range of what is mapped and no more; None is all."""
-        self.slots[index].offered = offered
-        if offered is None:
-            self.withheld.discard(index)
-        else:
-            self.withheld.add(index)
-        self.set_frontier(index)
+    def _is_short_for(self, need: int) -> bool:
+        """Whether less than the headroom would be free once a sequence has so many bytes in each range."""
+        free = self.pool.available_bytes + self.parked_bytes - need * self.layout.num_ranges
+        return free < self.pool.headroom
 
-    def offer(self, index: int, size: int) -> None:
-        """Let a slot's sequence use so many bytes a range of what is mapped, if it may not yet. No driver call."""
+    def set_visible(self, index: int, visible: int | None) -> None:
+        """Let a slot's sequence use so many bytes a range of what is mapped, and no more; None is all."""
+        self.slots[index].visible_bytes = visible
+        if visible is None:
+            self.trim_pending.discard(index)
+        else:
+            self.trim_pending.add(index)
+        self.publish(index)
+
+    def extend_visible(self, index: int, size: int) -> None:
+        """Let a slot's sequence use at least so many bytes a range of what is mapped. Makes no driver call."""
         slot = self.slots[index]
-        if slot.offered is not None:
-            offered = max(slot.offered, size)
-            self.withhold(index, offered if offered < slot.mapped else None)
+        if slot.visible_bytes is not None:
+            visible = max(slot.visible_bytes, size)
+            self.set_visible(index, visible if visible < slot.frontier else None)
+
+    def start(self, index: int, stripes: list[Stripe], lower: int = 0) -> None:
+        """Have a free, empty slot run with memory that was mapped in it from byte `lower` on."""
+        slot = self.slots[index]
+        slot.start()
+        (group,) = slot.groups
+        group.lower = group.frontier = lower
+        slot.push(group, stripes)
+        self.publish(index)
+
+    def stop(self, index: int) -> None:
+        """A slot's sequence is gone, and nothing on the device uses it."""
+        self.slots[index].stop()
+        self.set_visible(index, None)
+
+    def park(self, index: int, fence: Fence) -> None:
+        """End a slot's use. Its memory stays mapped until it is adopted or, once `fence` is done, unmapped.
+
+        Memory that is shared with another slot, or does not begin at the slot's start, cannot be adopted: it is
+        unmapped once `fence` is done.
+        """
+        slot = self.slots[index]
+        slot.park(fence)
+        self.set_visible(index, None)
+        if slot.lower or any(mapping.extent.serial in self.extent_refs for mapping in slot.mappings()):
+            self.begin_unmap(index, fence)
+
+    def raise_lower_edge(self, index: int, tokens: int, fence: Fence) -> None:
+        """A running sequence reads and writes nothing below `tokens` any more: unmap what lies wholly below, once
+        `fence` is done. Its frontier stays."""
+        front = self.slots[index].raise_lower(self.layout.whole_bytes(tokens), fence)
+        if front:
+            self._pending_unmap.add(index)
+            for mapping in front:
+                self.decref(mapping.extent)
+
+    def lower_edge(self, index: int) -> int:
+        """The first token of a slot that is backed, and with it all up to the frontier."""
+        return self.layout.first_token(self.slots[index].lower)
+
+    # -- unmapping -------------------------------------------------------------------------------------------------
+
+    def make_available(self, size: int, wait: bool = True) -> None:
+        """Have the pool able to hand out `size` bytes, by unmapping what is pending or parked.
+
+        Without `wait`, only what no fence holds back. Raises KVCacheOutOfMemory.
+        """
+        pool = self.pool
+        if size > pool.available_bytes:
+            self.complete_pending_unmaps(wait)
+        short = size - pool.available_bytes
+        if short <= 0:
+            return
+        parked = sum(self.slots[index].mapped_bytes for index in self.reclaimable(wait))
+        if short > parked:
+            raise KVCacheOutOfMemory(
+                f"{size:,} bytes asked for; of a budget of {pool.budget:,} only {pool.available_bytes:,} are free and "
+                f"{parked:,} parked; release or preempt a sequence, or raise the budget"
+            )
+        self.reclaim(short, wait)
+
+    def reclaim(self, size: int, wait: bool = True) -> int:
+        """Unmap `size` bytes of parked slots or all there are, the longest-parked first; returns the bytes released to
+        the pool."""
+        released = 0
+        for index in self.reclaimable(wait):
+            slot = self.slots[index]
+            while slot.mapped and released < size:
+                if slot.fence is not None:
+                    slot.fence.wait()
+                released += self.unmap_tail(index)
+        return released
+
+    def reclaimable(self, wait: bool) -> list[int]:
+        """Slots without a sequence, the longest-parked first; without `wait`, those with memory that no fence holds."""
+        idle = (index for index, slot in enumerate(self.used_slots) if slot.state is not RUNNING)
+        if not wait:
+            idle = (
+                index
+                for index in idle
+                if self.slots[index].mapped and ((fence := self.slots[index].fence) is None or fence.done())
+            )
+        return sorted(idle, key=lambda index: self.slots[index].since)
 
     def _trim(self, index: int, keep: int) -> None:
-        """Unmap the tail of a free slot, behind its fence, until no more than `keep` bytes a range are left."""
+        """Unmap the tail of a slot, once its fence is done, until no more than `keep` bytes a range are left."""
         slot = self.slots[index]
-        if slot.fence is not None:
+        if slot.mapped > keep and slot.fence is not None:
             slot.fence.wait()
         while slot.mapped > keep:
             self.unmap_tail(index)
 
-    def park(self, slot: int, fence: Fence) -> None:
-        """End a slot's use. Its memory stays mapped until adopted or, once `fence` is done, taken away.
-
-        Memory shared with another slot is not for adopting: such a slot is emptied.
-        """
-        self.slots[slot].fence = fence
-        self.set_idle(slot)
-        self.slots[slot].since = monotonic()
-        if any(mapping.extent.serial in self.places for column in self.slots[slot].columns for mapping in column):
-            self.leave(slot, fence)
-
-    def set_idle(self, slot: int) -> None:
-        broken = self.slots[slot].broken
-        self.slots[slot].state = RETIRED if broken else FREE
-        self.withhold(slot, None)
-
-    # -- taking away -----------------------------------------------------------------------------------------------
-
-    def idle_slots(self) -> list[int]:
-        """Slots without a sequence, the longest-parked first."""
-        idle = (i for i, slot in enumerate(self.touched) if slot.state is not RUNNING)
-        return sorted(idle, key=lambda index: self.slots[index].since)
-
-    @property
-    def is_leaving(self) -> bool:
-        """Whether anything waits for a fence to be unmapped, or can be."""
-        return bool(self._leaving or self.withheld)
-
-    @property
-    def live_mappings(self) -> int:
-        """Mappings that the driver holds for this arena."""
-        return sum(reservation.mappings for reservation in (*self.reservations, *self._scratches))
-
-    def check_ceiling(self, more: int) -> None:
-        """Raise OutOfPages where the driver would not bear so many more mappings."""
-        driver = self.pool.driver
-        if driver.mappings.alive + more > driver.max_mappings:
-            raise OutOfPages(
-                f"{more:,} mappings asked for; {driver.mappings.alive:,} are alive, {self.live_mappings:,} of them in "
-                f"this cache, and the driver bears about {driver.max_mappings:,}; release sequences, or use fewer "
-                "ranges (layers_per_range) or larger prompts' extents"
-            )
-
-    @property
-    def parked_bytes(self) -> int:
-        """Bytes mapped for nobody, in all ranges."""
-        return sum(slot.mapped for slot in self.touched if slot.state is not RUNNING) * self.layout.num_ranges
-
-    @property
-    def parked_slots(self) -> int:
-        """Free slots with memory in them."""
-        return sum(slot.state is FREE and bool(slot.columns) for slot in self.touched)
-
-    @property
-    def running_bytes(self) -> int:
-        """Bytes mapped for running sequences, in all ranges, without the dummy slot; what they share counts once."""
-        running = [slot for slot in self.touched if slot.state is RUNNING]
-        if not self.places:
-            return sum(slot.mapped for slot in running) * self.layout.num_ranges
-        extents = {m.extent.serial: m.size for slot in running for column in slot.columns for m in column}
-        return sum(extents.values())
-
-    def empty(self, index: int) -> None:
-        """Unmap all that is parked in a free slot, behind its fence."""
+    def unmap_parked(self, index: int) -> None:
+        """Unmap all that is parked in a free slot, once its fence is done."""
         self._trim(index, 0)
 
-    def cut(self, index: int, first: int) -> None:
-        """Take a slot's memory from its column `first` on, though its sequence needs it: its books are in order then,
-        and its frontier says what is left."""
+    def truncate_broken(self, index: int, first: int) -> None:
+        """Unmap a slot's memory from stripe `first` on although its sequence needs it, and let it grow no more; its
+        frontier tells what is left."""
         slot = self.slots[index]
-        slot.broken = True
-        while len(slot.columns) > first:
+        slot.mark_broken()
+        while len(slot.stripes) > first:
             self.unmap_tail(index)
+
+    def unmap_tail(self, index: int) -> int:
+        """Unmap the last stripe of a slot, whose last use must be over; returns the bytes released to the pool."""
+        stripe = self.slots[index].pop()
+        self.publish(index)
+        for mapping in stripe:
+            self.decref(mapping.extent)
+        self.unmap(index, stripe)
+        return self.release_unmapped(mapping.extent for mapping in stripe)
+
+    def begin_unmap(self, index: int, fence: Fence) -> None:
+        """Take all memory of a slot without a sequence out of use at once, to be unmapped once `fence` is done."""
+        self._pending_unmap.add(index)
+        for mapping in self.slots[index].mappings():
+            self.decref(mapping.extent)
+        self.slots[index].begin_unmap(fence)
+        self.publish(index)
+
+    def complete_pending_unmaps(self, wait: bool = False) -> None:
+        """Unmap what is pending and whose fence is done; with `wait`, all of it."""
+        for index in sorted(self._pending_unmap):
+            slot = self.slots[index]
+            if slot.fence is not None and (wait or slot.fence.done()):
+                slot.fence.wait()
+                self._pending_unmap.discard(index)
+                pending = slot.complete_unmap()
+                self.unmap(index, pending)
+                self.release_unmapped(mapping.extent for mapping in pending)
+
+    def unmap(self, index: int | None, mappings: Iterable[Mapping]) -> None:
+        """Unmap mappings of a slot, or of the scratch addresses (None); what the driver refuses is quarantined."""
+        stuck = []
+        for mapping in mappings:
+            try:
+                mapping.close()
+            except DriverError as error:
+                logger.warning("a mapping of %d bytes at %#x is quarantined: %s", mapping.size, mapping.address, error)
+                stuck.append(mapping)
+        self.quarantine_mappings(index, stuck)
+
+    def quarantine_mappings(self, index: int | None, stuck: list[Mapping]) -> None:
+        """Keep mappings that could not be undone, and use no more the addresses of the slot that they are in."""
+        self.quarantine += stuck
+        if stuck and index is not None:
+            self.slots[index].mark_broken()
+            self.publish(index)
+
+    def release_unmapped(self, extents: Iterable[Extent]) -> int:
+        """Release those extents that are mapped nowhere to the pool; returns their bytes."""
+        unmapped = [extent for extent in extents if not extent.mappings]
+        self.pool.release(unmapped)
+        return sum(extent.size for extent in unmapped)
+
+    def incref(self, extent: Extent) -> None:
+        """An extent is mapped in one more slot."""
+        self.extent_refs[extent.serial] = self.extent_refs.get(extent.serial, 1) + 1
+
+    def decref(self, extent: Extent) -> None:
+        """An extent is mapped in one slot less."""
+        refs = self.extent_refs.pop(extent.serial, 1) - 1
+        if refs > 1:
+            self.extent_refs[extent.serial] = refs
 
     def scratch(self) -> Reservation:
         """Addresses for one slot in each range, with nothing mapped in them."""
@@ -326,114 +452,167 @@ class Arena:
         self._scratches.append(made)
         return made
 
-    def unmap_tail(self, index: int) -> int:
-        slot = self.slots[index]
-        column = slot.columns.pop()
-        self.set_mapped(index, slot.mapped - column[0].size)
-        stuck = [mapping for mapping in column if not self.unmap(mapping)]
-        for mapping in column:
-            self.unshare(mapping.extent)
-        given = [mapping.extent for mapping in column if not mapping.extent.mappings]
-        self.pool.give(given)
-        self.set_aside(index, stuck)
-        return sum(extent.size for extent in given)
+    # -- statistics ------------------------------------------------------------------------------------------------
 
-    def unmap(self, mapping: Mapping) -> bool:
-        try:
-            mapping.close()
-        except DriverError as error:
-            logger.warning("a mapping of %d bytes at %#x is quarantined: %s", mapping.size, mapping.address, error)
-            return False
-        return True
+    @property
+    def has_pending_work(self) -> bool:
+        """Whether anything is to be unmapped once a fence is done."""
+        return bool(self._pending_unmap or self.trim_pending)
 
-    def set_aside(self, index: int, stuck: list[Mapping]) -> None:
-        """Quarantine mappings that could not be undone, and the slot whose addresses they hold."""
-        if stuck:
-            self._touch(index)
-            self.quarantine += stuck
-            self.slots[index].broken = True
-            if self.slots[index].state is not RUNNING:
-                self.slots[index].state = RETIRED
+    @property
+    def live_mappings(self) -> int:
+        """Mappings that the driver holds for this arena."""
+        return sum(reservation.mappings for reservation in (*self.reservations, *self._scratches))
 
-    # -- leaving ---------------------------------------------------------------------------------------------------
+    def check_ceiling(self, more: int) -> None:
+        """Raise KVCacheOutOfMemory where so many more mappings would pass the driver's limit."""
+        driver = self.pool.driver
+        if driver.mappings.alive + more > driver.max_mappings:
+            raise KVCacheOutOfMemory(
+                f"{more:,} mappings asked for; {driver.mappings.alive:,} are alive, {self.live_mappings:,} of them in "
+                f"this cache, and the driver bears about {driver.max_mappings:,}; release sequences, or use fewer "
+                "ranges (layers_per_range) or larger prompts' extents"
+            )
 
-    def leave(self, index: int, fence: Fence) -> None:
-        """Take everything out of a slot's books at once, and out of its addresses once `fence` is done."""
-        slot = self.slots[index]
-        slot.leaving = [mapping for column in slot.columns for mapping in column]
-        self._leaving.add(index)
-        slot.fence = fence
-        for mapping in slot.leaving:
-            self.unshare(mapping.extent)
-        slot.columns = []
-        self.set_mapped(index, 0)
+    @property
+    def parked_bytes(self) -> int:
+        """Bytes mapped for nobody, in all ranges."""
+        return sum(slot.mapped_bytes for slot in self.used_slots if slot.state is not RUNNING)
 
-    def settle(self, wait: bool = False) -> None:
-        """Unmap what is leaving and whose fence is done; with `wait`, all of it."""
-        for index in sorted(self._leaving):
-            slot = self.slots[index]
-            if slot.fence is not None and (wait or slot.fence.done()):
-                slot.fence.wait()
-                self._leaving.discard(index)
-                leaving, slot.leaving = slot.leaving, []
-                self.set_aside(index, [mapping for mapping in leaving if not self.unmap(mapping)])
-                self.pool.give(mapping.extent for mapping in leaving if not mapping.extent.mappings)
+    @property
+    def parked_slots(self) -> int:
+        """Free slots with memory in them."""
+        return sum(slot.state is PARKED for slot in self.used_slots)
 
-    def share(self, extent: Extent) -> None:
-        """An extent stands in one more slot."""
-        self.places[extent.serial] = self.places.get(extent.serial, 1) + 1
+    @property
+    def used_bytes(self) -> int:
+        """Bytes held that are neither free nor parked: running sequences', the dummy slot's, pending or quarantined."""
+        return self.pool.held_bytes - self.pool.free_bytes - self.parked_bytes
 
-    def unshare(self, extent: Extent) -> None:
-        """It stands in one slot less; nothing where it stood in one alone."""
-        places = self.places.pop(extent.serial, 1) - 1
-        if places > 1:
-            self.places[extent.serial] = places
+    @property
+    def running_bytes(self) -> int:
+        """Bytes mapped for running sequences, in all ranges, without the dummy slot; what they share counts once."""
+        running = [slot for slot in self.used_slots if slot.state is RUNNING]
+        if not self.extent_refs:
+            return sum(slot.mapped_bytes for slot in running)
+        return sum({m.extent.serial: m.size for slot in running for m in slot.mappings()}.values())
 
-    # -- books -----------------------------------------------------------------------------------------------------
+    def placement(self) -> Placement:
+        """Of all that is mapped in slots, parked ones too."""
+        mappings = 0
+        steps = []
+        for slot in self.used_slots:
+            for group in slot.groups:
+                for row in zip(*group.stripes, strict=True):
+                    mappings += len(row)
+                    steps += [after.extent.serial - before.extent.serial for before, after in pairwise(row)]
+        return Placement(mappings, len(steps), sum(step > 0 for step in steps), sum(step == 1 for step in steps))
+
+    # -- integrity -------------------------------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
-        """Raise InvariantViolation, with its numbers, unless every extent is in exactly one place, or in several slots
-        as shared, and every frontier is backed."""
-        check_arena(self)
+        """Raise InvariantViolation, with its numbers, unless every extent is in exactly one place, or in as many slots
+        as its reference count says, and every frontier is backed (I1, C1)."""
+        self._check_extents()
+        for index, slot in enumerate(self.slots):
+            for group in slot.groups:
+                self._check_group(index, group)
+            self._check_pending(index)
+            if index < self.layout.num_slots and self.frontiers[index] != self.frontier_of(index):
+                raise InvariantViolation(
+                    f"slot {index} ({slot.state.value}): frontier {self.frontiers[index]}, but {slot.mapped:,} bytes "
+                    f"back {self.frontier_of(index)} tokens"
+                )
 
-    def frontier_of(self, slot: int) -> int:
-        """Tokens that a slot's sequence may use; 0 without one: what is mapped there may go at any time."""
-        mapped, offered = self.slots[slot].mapped, self.slots[slot].offered
-        running = self.slots[slot].state is RUNNING
-        return self.layout.tokens_in(mapped if offered is None else min(offered, mapped)) if running else 0
+    def _check_extents(self) -> None:
+        pool = self.pool
+        in_slots = Counter(m.extent.serial for slot in self.slots for m in slot.mappings())
+        held = [m for slot in self.slots for m in (*slot.mappings(), *slot.pending_unmap)] + self.quarantine
+        extents = {mapping.extent.serial: mapping.extent for mapping in held}
+        mapped = Counter(mapping.extent.serial for mapping in held)
+        for serial, extent in extents.items():
+            if mapped[serial] != extent.mappings:
+                raise InvariantViolation(
+                    f"extent {serial} is mapped {extent.mappings} times, {mapped[serial]} in the books"
+                )
+        for serial in in_slots.keys() | self.extent_refs.keys():
+            refs = self.extent_refs.get(serial, 1)
+            if in_slots[serial] != refs:
+                raise InvariantViolation(
+                    f"extent {serial} is mapped in {in_slots[serial]} slots, its reference count is {refs}"
+                )
+        for extent in [*pool.free_extents(), *pool.quarantine]:
+            if extent.serial in extents or extent.mappings:
+                raise InvariantViolation(f"extent {extent.serial} is in the pool and mapped {extent.mappings} times")
+            extents[extent.serial] = extent
+        total = sum(extent.size for extent in extents.values())
+        if total != pool.held_bytes:
+            raise InvariantViolation(f"extents add up to {total:,} bytes, the pool holds {pool.held_bytes:,}")
+        if pool.held_bytes > pool.budget:
+            raise InvariantViolation(f"{pool.held_bytes:,} bytes held of a budget of {pool.budget:,}")
+
+    def _check_group(self, index: int, group: RangeGroup) -> None:
+        start = index * self.layout.slot_stride
+        offset = start + group.lower
+        for stripe in group.stripes:
+            for mapping, where in zip(stripe, group.ranges, strict=True):
+                found = (mapping.reservation, mapping.offset, mapping.size)
+                if found != (self.reservations[where], offset, stripe[0].size):
+                    raise InvariantViolation(
+                        f"slot {index}: {mapping.size:,} bytes at offset {mapping.offset:,}, expected "
+                        f"{stripe[0].size:,} at {offset:,}"
+                    )
+            offset += stripe[0].size
+        if offset - start != group.frontier:
+            raise InvariantViolation(
+                f"slot {index}: {offset - start - group.lower:,} bytes mapped, {group.mapped:,} in the books"
+            )
+
+    def _check_pending(self, index: int) -> None:
+        slot = self.slots[index]
+        if slot.state is RUNNING:
+            end = index * self.layout.slot_stride + min(group.lower for group in slot.groups)
+            in_use = [m for m in slot.pending_unmap if m.offset + m.size > end]
+        else:
+            in_use = slot.pending_unmap if slot.mapped else []
+        if in_use:
+            raise InvariantViolation(
+                f"slot {index} ({slot.state.value}) is in use while {len(in_use)} mappings are pending unmap"
+            )
+
+    # -- ends ------------------------------------------------------------------------------------------------------
 
     def clear(self, fence: Fence) -> None:
-        """Take the memory of all slots but the dummy into the pool once `fence` is done; all are free then, but for
-        those that an unmap fails in. What was quarantined is tried again. Idempotent. Raises DriverError where a fence
+        """Release the memory of all slots but the dummy to the pool once `fence` is done; all are free then, but for
+        those that an unmap fails in. What is quarantined is tried again. Idempotent. Raises DriverError where a fence
         fails; calling again goes on."""
         fence.wait()
-        self.settle(wait=True)
-        for index, slot in enumerate(self.touched):
-            while slot.columns:
+        self.complete_pending_unmaps(wait=True)
+        for index, slot in enumerate(self.used_slots):
+            while slot.mapped:
                 self.unmap_tail(index)
-            slot.fence, slot.since = None, 0.0
         self._retry_quarantine()
         self.pool.retry()
         broken = {m.offset // self.layout.slot_stride for m in self.quarantine if m.reservation in self.reservations}
-        for index, slot in enumerate(self.touched):
-            slot.broken = index in broken
-            self.set_idle(index)
+        for index, slot in enumerate(self.used_slots):
+            slot.reset(index in broken)
+            self.set_visible(index, None)
 
     def _retry_quarantine(self) -> None:
         retry, self.quarantine = self.quarantine, []
-        self.quarantine = [mapping for mapping in retry if not self.unmap(mapping)]
-        self.pool.give({m.extent.serial: m.extent for m in retry if not m.extent.mappings}.values())
+        self.unmap(None, retry)
+        self.release_unmapped({mapping.extent.serial: mapping.extent for mapping in retry}.values())
 
     def close(self, fence: Fence | None = None) -> None:
-        """Unmap and free everything once `fence` is done; what was quarantined is tried again.
+        """Unmap and free everything once `fence` is done; what is quarantined is tried again.
 
         Idempotent. Raises DriverError where something still fails; calling again tries again.
         """
         if fence is not None:
             fence.wait()
-        self.settle(wait=True)
-        for index in range(len(self.slots)):
-            while self.slots[index].columns:
+        self.complete_pending_unmaps(wait=True)
+        for index, slot in enumerate(self.slots):
+            while slot.mapped:
                 self.unmap_tail(index)
         self._retry_quarantine()
         with ExitStack() as closing:
@@ -444,3 +623,47 @@ class Arena:
         if self.quarantine:
             held = sum(mapping.size for mapping in self.quarantine)
             raise DriverError("NOT_UNMAPPED", "unmap", (held,), f"{len(self.quarantine)} mappings are still held")
+
+
+# -- arenas that nobody holds any more: a constructor failed, or a cache was dropped without close() -----------------
+
+_unclosed: list[Arena] = []
+_lock = threading.Lock()
+
+
+def discard(arena: Arena) -> None:
+    """Give all that an arena holds back to the driver, or keep the arena for `retry_discarded`. Raises nothing.
+
+    Nothing submitted to the device may still use its memory.
+    """
+    for _ in range(ATTEMPTS):
+        if (error := _try_close(arena)) is None:
+            return
+    logger.warning("memory of a cache that is gone is tried again at the next cache's construction or close: %s", error)
+    with _lock:
+        _unclosed.append(arena)
+
+
+def retry_discarded() -> int:
+    """Try again to close the arenas that `discard` kept; returns how many are left."""
+    with _lock:
+        _unclosed[:] = [arena for arena in _unclosed if _try_close(arena) is not None]
+        return len(_unclosed)
+
+
+def _try_close(arena: Arena) -> DriverError | None:
+    try:
+        arena.close()
+    except DriverError as error:
+        return error
+    return None
+
+
+def _enter_child() -> None:
+    """A forked child has none of its parent's memory."""
+    global _lock
+    _unclosed.clear()
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_enter_child)

@@ -1,4 +1,7 @@
-"""Where a token's bytes lie: pure arithmetic over sizes, no memory and no driver."""
+"""Where a token's bytes lie: arithmetic over sizes, without memory and without a driver.
+
+`SlotLayout` is the layout of `KVCacheManager`, `BlockLayout` the one that TensorRT-LLM's kernels read.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from trtllm_vattn.errors import ConfigError
 
 BLOCK = 128
 """Tokens; the largest block of the attention kernels that read block tables."""
+BLOCK_SIZES = (16, 32, 64, 128)
+"""Tokens a block that TensorRT-LLM's kernels are built for."""
+INT31 = 1 << 31
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -39,8 +45,8 @@ class SlotLayout:
     ----------
     layer_token_bytes : int
         Bytes of one token in one layer.
-    granule : int
-        Bytes; what sizes and addresses of the driver are multiples of.
+    granularity : int
+        Bytes; sizes and addresses given to the driver are multiples of it.
     """
 
     num_layers: int
@@ -48,7 +54,7 @@ class SlotLayout:
     layer_token_bytes: int
     max_seq_len: int
     num_slots: int
-    granule: int
+    granularity: int
 
     def __post_init__(self) -> None:
         if self.layers_per_range < 1 or self.num_layers % self.layers_per_range:
@@ -69,9 +75,9 @@ class SlotLayout:
 
     @property
     def slot_stride(self) -> int:
-        """Bytes from one slot to the next in a range: whole pages and whole blocks of `BLOCK` rows, so that a slot can
-        be seen as blocks behind an affine table too. Addresses cost nothing."""
-        return round_up(self.max_seq_len * self.row_bytes, math.lcm(self.granule, BLOCK * self.row_bytes))
+        """Bytes from one slot to the next in a range: whole pages and whole blocks of `BLOCK` rows, so that an
+        affine block table can address the slot too. Addresses cost no memory."""
+        return round_up(self.max_seq_len * self.row_bytes, math.lcm(self.granularity, BLOCK * self.row_bytes))
 
     @property
     def range_bytes(self) -> int:
@@ -85,7 +91,7 @@ class SlotLayout:
 
     def bytes_for(self, tokens: int) -> int:
         """Bytes a range must map for a slot to hold `tokens`."""
-        return round_up(tokens * self.row_bytes, self.granule)
+        return round_up(tokens * self.row_bytes, self.granularity)
 
     def tokens_in(self, mapped: int) -> int:
         """Tokens of a slot that `mapped` bytes a range back."""
@@ -99,7 +105,125 @@ class SlotLayout:
         """Bytes from a slot's start that its first `tokens` tokens lie in."""
         return tokens * self.row_bytes
 
+    def first_token(self, lower: int) -> int:
+        """The first token of a slot whose bytes, in each range, all lie at or behind byte `lower`."""
+        return -(-lower // self.row_bytes)
+
     def place_of(self, layer: int) -> tuple[int, int]:
         """The range of a layer, and the bytes from the start of a row to it."""
         index, within = divmod(layer, self.layers_per_range)
         return index, within * self.layer_token_bytes
+
+
+@dataclass(frozen=True)
+class BlockLayout(SlotLayout):
+    """Blocks of tokens as TensorRT-LLM's kernels read them: ``[slot][block][layer][K,V][head][token][dim]``.
+
+    Kernels find a block at ``pool + offset × bytes`` with a signed 32-bit offset that counts one layer's K or V of one
+    block, and index their tables with signed 32-bit numbers; what does not fit is refused before any address is
+    reserved (limits as read in TensorRT-LLM 1.2's sources).
+
+    Block `j` of slot `s` is block ``s × blocks_per_slot + j`` of its range; the first block of the dummy slot, which is
+    always mapped, is the dummy block.
+
+    Parameters
+    ----------
+    tokens_per_block : int
+        16, 32, 64 or 128.
+    kv_factor : int
+        2 for K and V, 1 where one latent serves as both.
+
+    Raises
+    ------
+    ConfigError
+        Another block size, or offsets or table indices that 31 bits do not hold; the message says what would do.
+    """
+
+    tokens_per_block: int
+    kv_factor: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens_per_block not in BLOCK_SIZES:
+            sizes = ", ".join(map(str, BLOCK_SIZES))
+            raise ConfigError(f"tokens_per_block is {self.tokens_per_block}; kernels read blocks of {sizes} tokens")
+        self._check_offsets()
+        self._check_table()
+
+    def _check_offsets(self) -> None:
+        each = self.blocks_per_slot * self.layers_per_range * self.kv_factor
+        offsets = (self.num_slots + 1) * each
+        if offsets > INT31:
+            most = INT31 // each - 1
+            fitting = [
+                g
+                for g in range(1, self.layers_per_range)
+                if self.num_layers % g == 0 and offsets // self.layers_per_range * g <= INT31
+            ]
+            instead = f"layers_per_range {max(fitting)}, " if fitting else ""
+            raise ConfigError(
+                f"{self.num_slots:,} slots of {self.max_seq_len:,} tokens in blocks of {self.tokens_per_block} with "
+                f"{self.layers_per_range} layers a block need {offsets:,} offsets; kernels count them in 31 bits "
+                f"({INT31:,}): use {instead}larger blocks, a smaller max_seq_len, or at most {max(0, most):,} slots"
+            )
+
+    def _check_table(self) -> None:
+        entries = self.num_slots * self.blocks_per_slot * 2 + self.blocks_per_slot
+        if entries > INT31 - 1:
+            most = (INT31 - 1 - self.blocks_per_slot) // (2 * self.blocks_per_slot)
+            raise ConfigError(
+                f"a table of {self.num_slots + 1:,} rows of 2 × {self.blocks_per_slot:,} blocks has {entries:,} "
+                f"entries; kernels index it with 31 bits ({INT31 - 1:,}): use larger blocks than "
+                f"{self.tokens_per_block} tokens, a smaller max_seq_len than {self.max_seq_len:,}, or at most "
+                f"{max(0, most):,} slots"
+            )
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in one range: all its layers, K and V."""
+        return self.tokens_per_block * self.row_bytes
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of K, or of V, of one layer in one block; what the kernels' offsets count."""
+        return self.tokens_per_block * self.layer_token_bytes // self.kv_factor
+
+    @property
+    def slot_stride(self) -> int:
+        """Bytes from one slot to the next: whole pages and whole blocks."""
+        whole = self.blocks_of(self.max_seq_len) * self.block_bytes
+        return round_up(whole, math.lcm(self.granularity, self.block_bytes))
+
+    @property
+    def blocks_per_slot(self) -> int:
+        """Blocks from one slot's first to the next slot's first."""
+        return self.slot_stride // self.block_bytes
+
+    @property
+    def dummy_block(self) -> int:
+        """A block that is always mapped."""
+        return self.num_slots * self.blocks_per_slot
+
+    def blocks_of(self, tokens: int) -> int:
+        """Blocks that so many tokens lie in."""
+        return -(-tokens // self.tokens_per_block)
+
+    def bytes_for(self, tokens: int) -> int:
+        return round_up(self.touched_bytes(tokens), self.granularity)
+
+    def tokens_in(self, mapped: int) -> int:
+        return min(self.max_seq_len, mapped // self.block_bytes * self.tokens_per_block)
+
+    def whole_bytes(self, tokens: int) -> int:
+        return tokens // self.tokens_per_block * self.block_bytes
+
+    def touched_bytes(self, tokens: int) -> int:
+        return self.blocks_of(tokens) * self.block_bytes
+
+    def first_token(self, lower: int) -> int:
+        return -(-lower // self.block_bytes) * self.tokens_per_block
+
+    def place_of(self, layer: int) -> tuple[int, int]:
+        """The range of a layer, and the bytes from the start of a block to its K."""
+        index, within = divmod(layer, self.layers_per_range)
+        return index, within * self.kv_factor * self.part_bytes

@@ -5,107 +5,120 @@ from __future__ import annotations
 import bisect
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 
-from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, OutOfPages
-from trtllm_vattn.memory.layout import round_up
+from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, KVCacheOutOfMemory
+from trtllm_vattn.memory.layout import SlotLayout, round_up
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.owners import Extent
 
 logger = logging.getLogger(__name__)
 
 CLASSES = 8
-"""Classes of extents: granule × 2^0 … 2^7, which is 2 to 256 MiB on the card."""
+"""Classes of extents: granularity × 2^0 … 2^7, which is 2 to 256 MiB on CUDA."""
+HEADROOM = 8
+"""Memory is short where less than this part of the budget would be free."""
 
 
 class ExtentPool:
     """Physical memory of one cache.
 
-    The price of backing memory is per handle, not per byte, so `take` answers with the fewest extents. What comes back
-    stays in stock for the next taker; a class that lacks stock while the budget is spent is served by releasing stock
-    of other classes.
+    Driver calls cost per handle, not per byte, so `acquire` answers with the fewest extents. Extents that are released
+    stay in the pool as free extents. Where the budget is used up and no free extent has the size that is needed, free
+    extents of other sizes are given back to the driver.
 
     Parameters
     ----------
     driver : Driver
     budget : int
-        Bytes of physical memory that may be held: handed out, in stock, or quarantined.
+        Bytes of physical memory that may be held: in use, free, or quarantined.
     classes : int
-        Sizes of extents: the granule and so many doublings of it, less one.
+        Number of extent sizes: the granularity, and doublings of it.
 
     Raises
     ------
     ConfigError
-        The budget is smaller than one granule.
+        The budget is smaller than the granularity.
     """
 
     def __init__(self, driver: Driver, budget: int, classes: int = CLASSES) -> None:
         self.driver = driver
-        self.granule = driver.granularity()
-        if budget < self.granule:
+        self.granularity = driver.granularity()
+        if budget < self.granularity:
             raise ConfigError(
-                f"the budget is {budget:,} bytes, less than one granule of {self.granule:,}; raise the budget"
+                f"the budget is {budget:,} bytes, less than the driver's granularity of {self.granularity:,}; raise "
+                "the budget"
             )
         self.budget = budget
-        self.classes = [self.granule << power for power in reversed(range(classes))]
-        self._stock: dict[int, list[Extent]] = {size: [] for size in self.classes}
-        self.stock_bytes = 0
+        self.classes = [self.granularity << power for power in reversed(range(classes))]
+        self._free: dict[int, list[Extent]] = {size: [] for size in self.classes}
+        self.free_bytes = 0
         self.held_bytes = 0
         self.quarantine: list[Extent] = []
-        self._high_water: Counter[int] = Counter()
+        self._targets: Counter[int] = Counter()
         self._filling: set[int] = set()
 
     @property
     def available_bytes(self) -> int:
-        """Bytes that `take` can still hand out."""
-        return self.budget - (self.held_bytes - self.stock_bytes)
+        """Bytes that `acquire` can still hand out."""
+        return self.budget - (self.held_bytes - self.free_bytes)
+
+    @property
+    def headroom(self) -> int:
+        """Bytes; memory is short where less would be available."""
+        return self.budget // HEADROOM
+
+    @property
+    def quarantined_bytes(self) -> int:
+        """Bytes that could not be given back to the driver."""
+        return sum(extent.size for extent in self.quarantine)
 
     def set_budget(self, budget: int) -> None:
-        """Raise or lower the budget; stock beyond it is released.
+        """Raise or lower the budget; free extents beyond it are given back to the driver.
 
-        Raises OutOfPages, and keeps the old budget, where more than that is handed out or cannot be released.
+        Raises KVCacheOutOfMemory, and keeps the old budget, where more is in use or quarantined.
         """
         before, self.budget = self.budget, budget
         while self.held_bytes > self.budget and self._drop_one([]):
             pass
         if self.held_bytes > self.budget:
             self.budget = before
-            raise OutOfPages(
+            raise KVCacheOutOfMemory(
                 f"a budget of {budget:,} bytes asked for, but {self.held_bytes:,} are handed out or quarantined; "
                 "release or preempt a sequence first"
             )
 
-    def take(self, size: int) -> list[Extent]:
-        """The fewest extents that add up to `size` bytes, rounded up to a granule, largest first.
+    def acquire(self, size: int) -> list[Extent]:
+        """The fewest extents that add up to `size` bytes, rounded up to the granularity, largest first.
 
         Raises
         ------
-        OutOfPages
-            The budget, or the device, has no more; nothing was taken.
+        KVCacheOutOfMemory
+            The budget, or the device, has no more; nothing changed.
         DriverError
-            A create failed for another reason; nothing was taken.
+            A create failed for another reason; nothing changed.
         """
-        size = round_up(size, self.granule)
+        size = round_up(size, self.granularity)
         if size > self.available_bytes:
-            raise OutOfPages(
+            raise KVCacheOutOfMemory(
                 f"{size:,} bytes asked for, {max(0, self.available_bytes):,} left of a budget of {self.budget:,}; "
                 "release or preempt a sequence, or raise the budget"
             )
-        taken: list[Extent] = []
+        acquired: list[Extent] = []
         wanted = self.split(size)
         try:
             for position, each in enumerate(wanted):
-                taken.append(self._take_one(each, spare=wanted[position + 1 :]))
-        except (DriverError, OutOfPages) as error:
-            self.give(taken)
+                acquired.append(self._acquire_one(each, spare=wanted[position + 1 :]))
+        except (DriverError, KVCacheOutOfMemory) as error:
+            self.release(acquired)
             if isinstance(error, DriverError) and error.code == "CUDA_ERROR_OUT_OF_MEMORY":
-                raise OutOfPages(
+                raise KVCacheOutOfMemory(
                     f"{size:,} bytes asked for and within the budget of {self.budget:,}, but the device has no memory "
                     "left; lower the budget or free device memory"
                 ) from error
             raise
-        return taken
+        return acquired
 
     def split(self, size: int) -> list[int]:
         """Sizes of the fewest extents that add up to `size` bytes, largest first."""
@@ -115,17 +128,17 @@ class ExtentPool:
             pieces += [each] * count
         return pieces
 
-    def _take_one(self, size: int, spare: list[int]) -> Extent:
-        stock = self._stock[size]
-        if stock:
-            self.stock_bytes -= size
-            return stock.pop(0)
+    def _acquire_one(self, size: int, spare: list[int]) -> Extent:
+        free = self._free[size]
+        if free:
+            self.free_bytes -= size
+            return free.pop(0)
         while self.held_bytes + size > self.budget and self._drop_one(spare):
             pass
         if self.held_bytes + size > self.budget:
-            raise OutOfPages(
-                f"{size:,} bytes asked for, but {sum(e.size for e in self.quarantine):,} bytes could not be released "
-                f"under a budget of {self.budget:,}; close the cache to retry them"
+            raise KVCacheOutOfMemory(
+                f"{size:,} bytes asked for, but {self.quarantined_bytes:,} bytes could not be released under a budget "
+                f"of {self.budget:,}; close the cache to retry them"
             )
         extent = self._create(size, spare)
         self.held_bytes += size
@@ -139,20 +152,34 @@ class ExtentPool:
                 if error.code != "CUDA_ERROR_OUT_OF_MEMORY" or not self._drop_one(spare):
                     raise
 
-    # -- stock -----------------------------------------------------------------------------------------------------
+    def release(self, extents: Iterable[Extent]) -> None:
+        """Take extents back; they must be unmapped, and are free then."""
+        for extent in extents:
+            if extent.mappings:
+                raise InvariantViolation(
+                    f"extent {extent.serial} came back to the pool with {extent.mappings} mappings"
+                )
+            bisect.insort(self._free[extent.size], extent, key=attrgetter("serial"))
+            self.free_bytes += extent.size
 
-    def keep_in_stock(self, high_water: Mapping[int, int]) -> None:
-        """How many extents of each class `restock` shall create ahead. A class is filled up when less than half of its
+    # -- free extents ----------------------------------------------------------------------------------------------
+
+    def free_extents(self) -> list[Extent]:
+        """Extents that nobody uses, in creation order within a class."""
+        return [extent for free in self._free.values() for extent in free]
+
+    def set_targets(self, targets: Mapping[int, int]) -> None:
+        """How many free extents of each class `create_one` shall keep. A class is filled up when less than half of its
         number is left."""
-        unknown = high_water.keys() - set(self.classes)
+        unknown = targets.keys() - set(self.classes)
         if unknown:
             raise ConfigError(f"there are no extents of {sorted(unknown)} bytes; the classes are {self.classes}")
-        self._high_water = Counter(high_water)
+        self._targets = Counter(targets)
 
-    def next_for_stock(self) -> int | None:
-        """The class whose next extent should be created, and fits the budget; None where the stock is in order."""
-        for size, most in self._high_water.items():
-            have = len(self._stock[size])
+    def next_to_create(self) -> int | None:
+        """The class of which a further free extent should be created and fits the budget; None where all are filled."""
+        for size, most in self._targets.items():
+            have = len(self._free[size])
             if have >= most:
                 self._filling.discard(size)
             elif 2 * have < most:
@@ -161,9 +188,9 @@ class ExtentPool:
                 return size
         return None
 
-    def restock(self) -> bool:
-        """Create one extent ahead, if one is wanted; whether it did. Raises DriverError."""
-        size = self.next_for_stock()
+    def create_one(self) -> bool:
+        """Create one free extent, if one is wanted; returns whether it did. Raises DriverError."""
+        size = self.next_to_create()
         if size is None:
             return False
         try:
@@ -171,35 +198,41 @@ class ExtentPool:
         except DriverError as error:
             if error.code != "CUDA_ERROR_OUT_OF_MEMORY":
                 raise
-            logger.info("the device has no memory to keep %d bytes in stock", size)
-            self._high_water[size] = len(self._stock[size])
+            logger.info("the device has no memory to preallocate %d bytes", size)
+            self._targets[size] = len(self._free[size])
             return False
         self.held_bytes += size
-        self.give([extent])
+        self.release([extent])
         return True
 
     def shrink(self) -> bool:
-        """Release one extent of a class that has more in stock than is to be kept; whether there was one."""
+        """Give one extent of a class that has more free than its target back to the driver; returns whether it did."""
         for size in self.classes:
-            if len(self._stock[size]) > self._high_water[size]:
-                self.stock_bytes -= size
-                self._release(self._stock[size].pop())
+            if len(self._free[size]) > self._targets[size]:
+                self._drop(size)
                 return True
         return False
 
+    def drop_free(self) -> None:
+        """Give all free extents back to the driver."""
+        while self._drop_one([]):
+            pass
+
     def _drop_one(self, spare: list[int]) -> bool:
-        """Release one extent of the stock, of a small class first and its youngest, so that what lies in order stays;
-        what the same request will ask for next goes last. False where the stock is empty."""
+        """Give one free extent back to the driver: of the smallest class, and the youngest of it, so that what lies in
+        order stays. `spare`, which the same request needs next, goes last. False where nothing is free."""
         for keep in (spare, []):
             for size in reversed(self.classes):
-                if len(self._stock[size]) > keep.count(size):
-                    extent = self._stock[size].pop()
-                    self.stock_bytes -= size
-                    self._release(extent)
+                if len(self._free[size]) > keep.count(size):
+                    self._drop(size)
                     return True
         return False
 
-    def _release(self, extent: Extent) -> None:
+    def _drop(self, size: int) -> None:
+        self.free_bytes -= size
+        self._destroy(self._free[size].pop())
+
+    def _destroy(self, extent: Extent) -> None:
         try:
             extent.close()
         except DriverError as error:
@@ -208,34 +241,70 @@ class ExtentPool:
         else:
             self.held_bytes -= extent.size
 
-    def give(self, extents: Iterable[Extent]) -> None:
-        """Take extents back into stock; they must be unmapped."""
-        for extent in extents:
-            if extent.mappings:
-                raise InvariantViolation(
-                    f"extent {extent.serial} came back to the pool with {extent.mappings} mappings"
-                )
-            bisect.insort(self._stock[extent.size], extent, key=attrgetter("serial"))
-            self.stock_bytes += extent.size
-
-    def stocked(self) -> list[Extent]:
-        """Extents in stock, in creation order within a class."""
-        return [extent for stock in self._stock.values() for extent in stock]
-
     def retry(self) -> None:
-        """Try again to release what was quarantined."""
+        """Try again to give quarantined extents back to the driver."""
         retry, self.quarantine = self.quarantine, []
         for extent in retry:
-            self._release(extent)
+            self._destroy(extent)
 
     def close(self) -> None:
-        """Release all stock and retry what was quarantined. Idempotent; raises DriverError where some still fails."""
+        """Give all free and quarantined extents back. Idempotent; raises DriverError where some still fails."""
         self.retry()
-        for extent in self.stocked():
-            self._release(extent)
-        for stock in self._stock.values():
-            stock.clear()
-        self.stock_bytes = 0
+        self.drop_free()
         if self.quarantine:
-            held = sum(extent.size for extent in self.quarantine)
-            raise DriverError("NOT_RELEASED", "release", (held,), f"{len(self.quarantine)} extents are still held")
+            raise DriverError(
+                "NOT_RELEASED", "release", (self.quarantined_bytes,), f"{len(self.quarantine)} extents are still held"
+            )
+
+
+class Preallocation:
+    """Tells a pool how many free extents to keep: for a burst that was announced, and for prompts that wait already.
+
+    Makes no driver call. Of a class, as many are kept as the larger of the two needs: those who wait may be the burst.
+
+    Attributes
+    ----------
+    expected : tuple of int
+        Tokens of the waiting prompts that memory is preallocated for.
+    """
+
+    def __init__(self, pool: ExtentPool, layout: SlotLayout) -> None:
+        self._pool, self._layout = pool, layout
+        self._announced: Counter[int] = Counter()
+        self.expected: tuple[int, ...] = ()
+
+    def announce(self, sequences: int, tokens: int) -> None:
+        """So many prompts of so many tokens may come at once. Raises ConfigError for impossible numbers."""
+        longest = self._layout.max_seq_len
+        if sequences < 0 or not 1 <= tokens <= longest:
+            raise ConfigError(
+                f"preallocation for {sequences} prompts of {tokens} tokens asked for; give 0 or more, of 1 to "
+                f"{longest} tokens"
+            )
+        each = self._extents([tokens])
+        self._announced = Counter({size: count * sequences for size, count in each.items()})
+        self._update()
+
+    def fitting(self, prompts: Sequence[int]) -> tuple[int, ...]:
+        """The first of these prompts, in tokens, that the budget's rest holds together, without its headroom."""
+        left, fitting = self._pool.available_bytes - self._pool.headroom, 0
+        for tokens in prompts:
+            left -= self._layout.bytes_for(tokens) * self._layout.num_ranges
+            if left < 0:
+                break
+            fitting += 1
+        return tuple(prompts[:fitting])
+
+    def expect(self, prompts: tuple[int, ...]) -> None:
+        """Prompts of these tokens wait and will come in this order."""
+        self.expected = prompts
+        self._update()
+
+    def _extents(self, prompts: Iterable[int]) -> Counter[int]:
+        found: Counter[int] = Counter()
+        for tokens in prompts:
+            found.update(self._pool.split(self._layout.bytes_for(tokens)) * self._layout.num_ranges)
+        return found
+
+    def _update(self) -> None:
+        self._pool.set_targets(self._announced | self._extents(self.expected))

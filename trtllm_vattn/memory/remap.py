@@ -1,5 +1,5 @@
-"""What can be done to memory beneath a sequence without copying its addresses: moving it to another slot, sharing its
-beginning with a new one, putting other physical memory under it.
+"""Changing the memory beneath a sequence: moving it to another slot, sharing its beginning with a new sequence, putting
+other physical memory under it.
 
 Nothing here waits for the device but `replace`, and nothing unmaps before a fence. Every operation succeeds whole or
 leaves the state as it was.
@@ -8,84 +8,81 @@ leaves the state as it was.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from time import monotonic
 
 from trtllm_vattn.errors import ConfigError, DriverError
-from trtllm_vattn.memory.arena import Arena
-from trtllm_vattn.memory.leftovers import ATTEMPTS
-from trtllm_vattn.memory.reclaim import make_available
-from trtllm_vattn.memory.slot import RUNNING
+from trtllm_vattn.memory.arena import ATTEMPTS, Arena
+from trtllm_vattn.memory.slot import Stripe
 from trtllm_vattn.vmm.base import Fence
-from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation, RollbackFailed
+from trtllm_vattn.vmm.owners import RollbackFailed
 
 logger = logging.getLogger(__name__)
-
-Columns = list[list[Mapping]]
 
 
 def move(arena: Arena, source: int, target: int, record: Callable[[], Fence]) -> int:
     """Give a running slot's memory, and its state, to a free slot; returns the mappings made.
 
-    The memory is mapped at both addresses for a while (rule R5); the old ones are left once `record()`'s fence is done.
-    Raises ConfigError where the target is not free, or DriverError; nothing changed.
+    The memory is mapped at both addresses for a while (rule R5); the old ones are unmapped once `record()`'s fence is
+    done. Raises ConfigError where the target is not free, or DriverError; nothing changed.
     """
-    _vacant(arena, target)
+    _empty(arena, target)
     slot = arena.slots[source]
+    (group,) = slot.groups
+    lower, visible = group.lower, slot.visible_bytes
     fence = record()
     with ExitStack() as undo:
-        columns = _alias(arena, slot.columns, target, undo)
+        stripes = _alias(arena, group.stripes, target, lower, undo)
         undo.pop_all()
-    for column in slot.columns:
-        for mapping in column:
-            arena.share(mapping.extent)
-    mapped, offered = slot.mapped, slot.offered
-    arena.set_idle(source)
-    arena.leave(source, fence)
-    _settle_in(arena, target, columns, mapped)
-    arena.withhold(target, offered)
-    return sum(len(column) for column in columns)
+    for mapping in slot.mappings():
+        arena.incref(mapping.extent)
+    arena.stop(source)
+    arena.begin_unmap(source, fence)
+    arena.start(target, stripes, lower)
+    arena.set_visible(target, visible)
+    return len(stripes) * len(group.ranges)
 
 
-def share(arena: Arena, source: int, tokens: int, need: int, target: int) -> int:
-    """Put the mappings of a running slot that lie wholly below `tokens` under a free slot too, and memory of its own
-    behind them for `need` tokens in all; returns the bytes a range that are shared.
+def fork(arena: Arena, source: int, tokens: int, target: int) -> int:
+    """Have a free slot back `tokens` tokens: by the mappings of a running slot that lie wholly below them, which both
+    share then, and by memory of its own behind those. Returns up to which byte of a range the memory is shared.
 
-    Raises OutOfPages or DriverError; nothing changed.
+    Where the source's lower edge is raised, so is the target's.
+    Raises KVCacheOutOfMemory or DriverError; nothing changed.
     """
-    _vacant(arena, target)
-    shared: Columns = []
-    size = 0
-    for column in arena.slots[source].columns:
-        if size + column[0].size > arena.layout.whole_bytes(tokens):
+    _empty(arena, target)
+    (group,) = arena.slots[source].groups
+    shared: list[Stripe] = []
+    end = group.lower
+    for stripe in group.stripes:
+        if end + stripe[0].size > arena.layout.whole_bytes(tokens):
             break
-        shared.append(column)
-        size += column[0].size
+        shared.append(stripe)
+        end += stripe[0].size
+    extents = [mapping.extent for stripe in shared for mapping in stripe]
     with ExitStack() as undo:
-        columns = _alias(arena, shared, target, undo)
-        for column in shared:
-            for mapping in column:
-                arena.share(mapping.extent)
-        _settle_in(arena, target, columns, size)
+        stripes = _alias(arena, shared, target, group.lower, undo)
+        for extent in extents:
+            arena.incref(extent)
+        arena.start(target, stripes, group.lower)
 
         def part() -> None:
-            arena.slots[target].columns, arena.slots[target].mapped = [], 0
-            arena.set_idle(target)
-            for column in shared:
-                for mapping in column:
-                    arena.unshare(mapping.extent)
+            for each in arena.slots[target].groups:
+                each.clear()
+            arena.stop(target)
+            for extent in extents:
+                arena.decref(extent)
 
         undo.callback(part)
-        arena.grow({target: need})
+        arena.grow({target: tokens})
         undo.pop_all()
-    return size
+    return end
 
 
 def replace(
-    arena: Arena, slot: int, first: int, copy: Callable[[int, int, int], None], record: Callable[[], Fence]
+    arena: Arena, index: int, first: int, copy: Callable[[int, int, int], None], record: Callable[[], Fence]
 ) -> int:
-    """Put other extents with the same bytes under a slot, from its column `first` on; returns the mappings replaced.
+    """Put other extents with the same bytes under a slot, from its stripe `first` on; returns the mappings replaced.
 
     Waits for the device: the bytes are copied behind all work submitted before, and none runs while addresses change.
 
@@ -96,122 +93,90 @@ def replace(
 
     Raises
     ------
-    OutOfPages, DriverError
+    KVCacheOutOfMemory, DriverError
         The old memory is in place; where the driver refuses even that, the slot is broken and ends before `first`.
     """
-    columns = arena.slots[slot].columns[first:]
-    if not columns:
+    (group,) = arena.slots[index].groups
+    stripes = group.stripes[first:]
+    if not stripes:
         return 0
-    start, size = columns[0][0].offset, sum(column[0].size for column in columns)
-    make_available(arena, size * len(arena.reservations))
+    start, size = stripes[0][0].offset, sum(stripe[0].size for stripe in stripes)
+    arena.make_available(size * len(arena.reservations))
     arena.check_ceiling(len(arena.pool.split(size)))
     scratch = arena.scratch()
     rows = []
     with ExitStack() as undo:
-        for index, reservation in enumerate(arena.reservations):
-            extents = arena.pool.take(size)
-            undo.callback(_give_unmapped, arena, extents)
-            at = index * arena.layout.slot_stride
+        for where, reservation in enumerate(arena.reservations):
+            extents = arena.pool.acquire(size)
+            undo.callback(arena.release_unmapped, extents)
+            at = where * arena.layout.slot_stride
             with ExitStack() as aside:
-                for mapping in _map(arena, None, scratch, at, extents):
-                    aside.callback(_take_away, arena, None, [mapping])
+                aside.callback(arena.unmap, None, arena.map_extents(None, scratch, at, extents)[::-1])
                 copy(scratch.base + at, reservation.base + start, size)
                 record().wait()
             rows.append(extents)
-        placed = []
-        for index, reservation in enumerate(arena.reservations):
-            closed: list[list[Mapping]] = []
-            undo.callback(_put_back, arena, slot, first, index, closed)
-            for column in columns:
-                column[index].close()
-                closed.append(column)
-            fresh = _map(arena, slot, reservation, start, rows[index])
-            undo.callback(_take_away, arena, slot, fresh)
-            placed.append(fresh)
+        made = []
+        for where, reservation in enumerate(arena.reservations):
+            closed: list[Stripe] = []
+            undo.callback(_put_back, arena, index, first, where, closed)
+            for stripe in stripes:
+                stripe[where].close()
+                closed.append(stripe)
+            fresh = arena.map_extents(index, reservation, start, rows[where])
+            undo.callback(arena.unmap, index, fresh[::-1])
+            made.append(fresh)
         undo.pop_all()
-    for mapping in (m for column in columns for m in column):
-        arena.unshare(mapping.extent)
-    arena.slots[slot].columns[first:] = [list(column) for column in zip(*placed, strict=True)]
-    _give_unmapped(arena, [mapping.extent for column in columns for mapping in column])
-    return len(placed) * len(placed[0])
+    old = [mapping.extent for stripe in stripes for mapping in stripe]
+    for extent in old:
+        arena.decref(extent)
+    group.stripes[first:] = [list(stripe) for stripe in zip(*made, strict=True)]
+    arena.release_unmapped(old)
+    return len(made) * len(made[0])
 
 
-def _vacant(arena: Arena, target: int) -> None:
+def _empty(arena: Arena, target: int) -> None:
     """Make sure that a slot is free and nothing is parked in it."""
     free = arena.free_slots()
     if target not in free:
         some = f"free are {free[:8]}" if free else "none is"
         raise ConfigError(f"slot {target} is not free; {some}")
-    arena.empty(target)
+    arena.unmap_parked(target)
     if arena.slots[target].broken:
         raise DriverError("QUARANTINED", "unmap", (target,), "an unmap failed in this slot, so it cannot be used")
 
 
-def _alias(arena: Arena, columns: Columns, target: int, undo: ExitStack) -> Columns:
-    """Map what columns hold at the start of a slot as well; the way back is pushed onto `undo`."""
-    if not columns:
+def _alias(arena: Arena, stripes: list[Stripe], target: int, lower: int, undo: ExitStack) -> list[Stripe]:
+    """Map the extents of stripes in a slot as well, from byte `lower` on; `undo` gets what reverts it."""
+    if not stripes:
         return []
-    arena.check_ceiling(len(columns) * len(arena.reservations))
+    arena.check_ceiling(len(stripes) * len(arena.reservations))
     rows = []
-    for index, reservation in enumerate(arena.reservations):
-        extents = [column[index].extent for column in columns]
-        placed = _map(arena, target, reservation, target * arena.layout.slot_stride, extents)
-        undo.callback(_take_away, arena, target, placed)
-        rows.append(placed)
-    return [list(column) for column in zip(*rows, strict=True)]
+    for where, reservation in enumerate(arena.reservations):
+        extents = [stripe[where].extent for stripe in stripes]
+        made = arena.map_extents(target, reservation, target * arena.layout.slot_stride + lower, extents)
+        undo.callback(arena.unmap, target, made[::-1])
+        rows.append(made)
+    return [list(stripe) for stripe in zip(*rows, strict=True)]
 
 
-def _settle_in(arena: Arena, target: int, columns: Columns, mapped: int) -> None:
-    arena.slots[target].columns = columns
-    arena.slots[target].state, arena.slots[target].since = RUNNING, monotonic()
-    arena.set_mapped(target, mapped)
-
-
-def _map(
-    arena: Arena, slot: int | None, reservation: Reservation, offset: int, extents: Sequence[Extent]
-) -> list[Mapping]:
-    try:
-        return reservation.map(offset, extents)
-    except RollbackFailed as error:
-        _quarantine(arena, slot, error.left)
-        raise
-
-
-def _take_away(arena: Arena, slot: int | None, mappings: Sequence[Mapping]) -> None:
-    _quarantine(arena, slot, [mapping for mapping in reversed(mappings) if not arena.unmap(mapping)])
-
-
-def _quarantine(arena: Arena, slot: int | None, stuck: list[Mapping]) -> None:
-    """Of a slot, or of the scratch addresses."""
-    if slot is None:
-        arena.quarantine += stuck
-    else:
-        arena.set_aside(slot, stuck)
-
-
-def _give_unmapped(arena: Arena, extents: Sequence[Extent]) -> None:
-    arena.pool.give(extent for extent in extents if not extent.mappings)
-
-
-def _put_back(arena: Arena, slot: int, first: int, index: int, closed: Columns) -> None:
-    """Map what was closed again where it was; cut the slot short where the driver does not let us."""
-    reservation = arena.reservations[index]
-    if len(arena.slots[slot].columns) == first:
-        # Cut short already, while another range was put back: the old memory is in the pool.
+def _put_back(arena: Arena, index: int, first: int, where: int, closed: list[Stripe]) -> None:
+    """Map what was closed in a range again where it was; where the driver refuses, the slot ends before `first`."""
+    if len(arena.slots[index].stripes) == first:
+        # It does already, since another range could not be put back: the old memory is in the pool.
         return
-    for column in closed:
-        extent, offset = column[index].extent, column[index].offset
+    for stripe in closed:
+        extent, offset = stripe[where].extent, stripe[where].offset
         for _ in range(ATTEMPTS):
             try:
-                (column[index],) = _map(arena, slot, reservation, offset, [extent])
+                (stripe[where],) = arena.map_extents(index, arena.reservations[where], offset, [extent])
             except DriverError as error:
                 failed = error
                 if isinstance(error, RollbackFailed):
                     break
             else:
                 break
-        if not column[index].is_open:
+        if not stripe[where].is_open:
             # What is raised is why the memory was to be put back.
-            logger.warning("slot %d loses its memory from mapping %d on: %s", slot, first, failed)
-            arena.cut(slot, first)
+            logger.warning("slot %d loses its memory from mapping %d on: %s", index, first, failed)
+            arena.truncate_broken(index, first)
             return

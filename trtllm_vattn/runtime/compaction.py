@@ -12,8 +12,8 @@ from time import perf_counter
 
 import numpy as np
 
-from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import DriverError, OutOfPages
+from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory
 
 FIRST_GUESS_S = 300e-6
 """Seconds to map, make accessible and unmap one extent under load, as measured on an H200 (README)."""
@@ -33,7 +33,7 @@ class Compaction:
         Sequences moved so far.
     """
 
-    def __init__(self, cache: KVCacheManager, replay_s: Mapping[int, float]) -> None:
+    def __init__(self, cache: KVCache, replay_s: Mapping[int, float]) -> None:
         self.cache, self.replay_s = cache, dict(sorted(replay_s.items()))
         self.seconds_per_mapping = FIRST_GUESS_S
         self.moves = 0
@@ -49,7 +49,7 @@ class Compaction:
         current = self._bucket(taken[-1] + 1)
         best: list[tuple[int, int]] = []
         gained = 0.0
-        free = self.cache.arena.free_slots()
+        free = self.cache.free_slots()
         for bucket in self.replay_s:
             if not len(taken) <= bucket < current:
                 continue
@@ -58,14 +58,11 @@ class Compaction:
             if len(holes) < len(high):
                 continue
             saved = (self.replay_s[current] - self.replay_s[bucket]) * max(steps_left[slot] for slot in high)
-            mappings = sum(self._mappings_in(slot) for slot in (*high, *holes))
+            mappings = sum(self.cache.mappings_in(slot) for slot in (*high, *holes))
             gain = saved - mappings * self.seconds_per_mapping
             if gain > gained:
                 best, gained = list(zip(high, holes, strict=True)), gain
         return best
-
-    def _mappings_in(self, slot: int) -> int:
-        return len(self.cache.arena.slots[slot].columns) * self.cache.layout.num_ranges
 
     def _bucket(self, lanes: int) -> int:
         return next(bucket for bucket in self.replay_s if bucket >= lanes)
@@ -73,12 +70,12 @@ class Compaction:
     def move(self, source: int, target: int) -> None:
         """Move the sequence in a slot to another slot and remember what it took.
 
-        Raises OutOfPages or DriverError; it is where it was then, and moves count as twice as dear.
+        Raises KVCacheOutOfMemory or DriverError; it is where it was then, and moves count as twice as dear.
         """
         started = perf_counter()
         try:
             moved = self.cache.move(self.cache.sequence_at(source), target)
-        except (OutOfPages, DriverError):
+        except (KVCacheOutOfMemory, DriverError):
             self.seconds_per_mapping *= 2
             raise
         took = (perf_counter() - started) / max(1, moved)

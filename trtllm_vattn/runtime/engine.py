@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from tqdm import tqdm
@@ -17,9 +17,15 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import CACHES, make_cache
-from trtllm_vattn.errors import CacheInterrupted, ConfigError, EngineClosed, OutOfPages, VattnError, WrongProcess
+from trtllm_vattn.errors import (
+    CacheInterrupted,
+    ConfigError,
+    EngineClosed,
+    KVCacheOutOfMemory,
+    VattnError,
+    WrongProcess,
+)
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.runtime.beside import MappingBeside
@@ -218,8 +224,8 @@ class Engine:
                 self.startup.prefill = self.prefill.capture()
         self.weights = Weights(model, capture)
         self._mapping = MappingBeside(cache, policy, self.decode.publish_frontiers if loop else None)
-        movable = isinstance(cache, KVCacheManager) and capture and not packed
-        compaction = Compaction(cast(KVCacheManager, cache), self.startup.decode.replay_s) if movable else None
+        movable = cache.remaps and capture and not packed
+        compaction = Compaction(cache, self.startup.decode.replay_s) if movable else None
         self.scheduler = Scheduler(cache, self.decode, compaction, chunk, self._fail)
         self.pipeline = Pipeline(self.scheduler, steps, one_by_one=loop or record_margins)
         _engines.add(self)
@@ -309,13 +315,11 @@ class Engine:
         """
         self._check_open()
         budget = parse_bytes(budget, "the budget")
-        if not isinstance(self.cache, KVCacheManager):
-            raise ConfigError(f"a {type(self.cache).__name__} has its memory for life; use the vattn cache")
         while True:
             try:
                 self.cache.set_budget(budget)
                 break
-            except OutOfPages:
+            except KVCacheOutOfMemory:
                 if not self.scheduler.holders:
                     raise
                 with self._changing:

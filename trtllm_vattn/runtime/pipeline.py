@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from time import perf_counter
 
-from trtllm_vattn.errors import DriverError, OutOfPages
+from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory
 from trtllm_vattn.runtime.decode import Launch
 from trtllm_vattn.runtime.scheduler import Scheduler
 
@@ -93,7 +93,7 @@ class Pipeline:
             steps = min(self.steps, 1 << (self._most_left() - 1).bit_length())
             try:
                 cache.prepare_step(decode.lengths_after(1 if decode.loop else steps))
-            except OutOfPages:
+            except KVCacheOutOfMemory:
                 self.scheduler.preempt()
             except DriverError:
                 self.scheduler.preempt_broken()
@@ -119,7 +119,7 @@ class Pipeline:
         started = perf_counter()
         try:
             scheduler.cache.prepare_step(decode.lengths_after(launch.steps + steps))
-        except OutOfPages:
+        except KVCacheOutOfMemory:
             return None
         self.kv_s += perf_counter() - started
         return self._counted(decode.launch(steps, unread=launch.steps))

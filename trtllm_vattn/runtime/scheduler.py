@@ -8,8 +8,7 @@ from collections.abc import Callable
 from itertools import islice
 
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import DriverError, NoFreeSlot, OutOfPages
+from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.prefill import PromptChunk
@@ -83,7 +82,7 @@ class Scheduler:
                 if not self.holders:
                     raise
                 return
-            except OutOfPages as error:
+            except KVCacheOutOfMemory as error:
                 cache = self.cache
                 if request.length > cache.longest_alone:
                     self.fail(
@@ -104,9 +103,8 @@ class Scheduler:
         """`admit` while the device is busy; and have the cache's thread, if it has one, create memory for those left
         waiting whom there are slots for."""
         self.admit()
-        if isinstance(self.cache, KVCacheManager):
-            free = self.cache.shape.num_slots - len(self.holders)
-            self.cache.stock_for([request.length for request in islice(self.waiting, free)])
+        free = self.cache.shape.num_slots - len(self.holders)
+        self.cache.preallocate_for([request.length for request in islice(self.waiting, free)])
 
     def next_chunks(self) -> list[tuple[Running, PromptChunk]]:
         """What goes in now, in the order of requests."""
@@ -129,7 +127,7 @@ class Scheduler:
         for source, target in self.compaction.plan(left):
             try:
                 self.compaction.move(source, target)
-            except (OutOfPages, DriverError) as error:
+            except (KVCacheOutOfMemory, DriverError) as error:
                 logger.warning("sequences stay where they are, for a move failed: %s", error)
                 return
             request = by_slot[source]
@@ -171,10 +169,10 @@ class Scheduler:
 
     def preempt_broken(self) -> None:
         """Send back who is in a slot that cannot grow any more, since unmapping failed in it; it starts in another."""
-        if isinstance(self.cache, KVCacheManager):
-            for request in sorted(self.holders, key=lambda request: -request.id):
-                if self.cache.arena.slots[request.slot].broken:
-                    self._send_back(request)
+        broken = self.cache.broken_slots()
+        for request in sorted(self.holders, key=lambda request: -request.id):
+            if request.slot in broken:
+                self._send_back(request)
 
     def _send_back(self, request: Running) -> None:
         if request in self.prefilling:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from trtllm_vattn.cache.base import CacheShape
-from trtllm_vattn.cache.exact import ExactBlockKVCache
-from trtllm_vattn.errors import ConfigError, DriverError, OutOfPages, UnknownSequence, UnmappedAccess
+from trtllm_vattn.cache.blocks import BlockKVCache
+from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory, UnknownSequence, UnmappedAccess
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.features import UnsupportedFeature, enum_name
 from trtllm_vattn.trtllm.holdback import BlockHoldback, StatsWithoutHoldback
@@ -65,7 +65,7 @@ class ManagerMemory:
     """
 
     slots: RequestSlots
-    cache: ExactBlockKVCache
+    cache: BlockKVCache
     holdback: BlockHoldback
     rows: RowGatherer
     total_blocks: int
@@ -134,12 +134,11 @@ class ManagerMemory:
         self.holdback = BlockHoldback(
             self._take_blocks, self._stock.free_resources, manager.get_num_free_blocks, manager.max_blocks_per_seq
         )
-        self.slots = RequestSlots(shape, driver, layers, lookahead, block)
+        streams = () if stream is None else (stream.cuda_stream,)
+        self.slots = RequestSlots(shape, driver, layers, lookahead, block, streams)
         self.cache = self.slots.cache
         with ExitStack() as undo:
             undo.callback(self.cache.close)
-            if stream is not None:
-                self.cache.fence_streams.append(stream.cuda_stream)
             self._publish()
             if self.target is not None:
                 self.check_budget(self.target)
@@ -181,8 +180,8 @@ class ManagerMemory:
     def prepare(self, batch: Any) -> None:
         """Back a batch's new tokens, then have the C++ manager count them.
 
-        Raises OutOfPages; nothing changed then. Where the stock class raises, each request keeps the memory that the
-        C++ manager counts for it by then.
+        Raises KVCacheOutOfMemory; nothing changed then. Where the stock class raises, each request keeps the memory
+        that the C++ manager counts for it by then.
         """
         with self._lock:
             admitted, grown = self._new_tokens(batch)
@@ -190,7 +189,7 @@ class ManagerMemory:
                 self.set_initial_budget()
             try:
                 self.slots.prepare_step(admitted, grown)
-            except OutOfPages:
+            except KVCacheOutOfMemory:
                 # The budget was lowered, or memory released, after the scheduler had asked how many blocks are free.
                 promised = self.slots.budget_for(self.promised_blocks)
                 if self.cache.budget_bytes >= promised:

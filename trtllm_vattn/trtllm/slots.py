@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from trtllm_vattn.cache.base import CacheShape
-from trtllm_vattn.cache.exact import ExactBlockKVCache
+from trtllm_vattn.cache.blocks import BlockKVCache
+from trtllm_vattn.cache.config import CacheConfig, Layout
 from trtllm_vattn.vmm.base import Driver
 
 NULL_BLOCK = 0
@@ -29,24 +30,38 @@ class RequestSlots:
     ----------
     shape : CacheShape
         `num_slots` is the number of requests; the cache gets one slot more, slot 0.
-    layers_per_range, lookahead, tokens_per_block : int
-        As `BlockKVCache`.
+    layers_per_range, lookahead, tokens_per_block, fence_streams
+        As `CacheConfig` has them.
 
     Raises
     ------
     ConfigError
         The blocks are too many for the kernels' 31-bit offsets.
-    AddressSpaceExhausted, DriverError, OutOfPages
+    AddressSpaceExhausted, DriverError, KVCacheOutOfMemory
         The driver refused; nothing is left behind.
     """
 
     def __init__(
-        self, shape: CacheShape, driver: Driver, layers_per_range: int, lookahead: int, tokens_per_block: int
+        self,
+        shape: CacheShape,
+        driver: Driver,
+        layers_per_range: int,
+        lookahead: int,
+        tokens_per_block: int,
+        fence_streams: tuple[int, ...] = (),
     ) -> None:
         self.max_requests = shape.num_slots
         shape = replace(shape, num_slots=shape.num_slots + 1)
         with ExitStack() as undo:
-            self.cache = ExactBlockKVCache(shape, driver, layers_per_range, lookahead, tokens_per_block)
+            config = CacheConfig(
+                layout=Layout.BLOCKS,
+                layers_per_range=layers_per_range,
+                tokens_per_block=tokens_per_block,
+                exact_admission=True,
+                fence_streams=fence_streams,
+                lookahead=lookahead,
+            )
+            self.cache = BlockKVCache(shape, driver, config=config)
             undo.callback(self.cache.close)
             self.cache.set_budget(self.least_bytes)
             self.cache.admit("null block", 1)
@@ -71,7 +86,7 @@ class RequestSlots:
     def rounding_bytes(self) -> int:
         """Bytes that one request may lose by rounding its blocks up to pages, in all pools."""
         layout = self.cache.layout
-        return (layout.granule - math.gcd(layout.granule, layout.block_bytes)) * layout.num_ranges
+        return (layout.granularity - math.gcd(layout.granularity, layout.block_bytes)) * layout.num_ranges
 
     def blocks_backed_by(self, budget: int) -> int:
         """Blocks that a budget of bytes backs, however requests share them."""
@@ -95,7 +110,7 @@ class RequestSlots:
     def prepare_step(self, admitted: Mapping[int, int], grown: Mapping[int, int]) -> None:
         """Back the tokens of a step: tokens of new requests, and additional tokens of running ones, by request id.
 
-        Raises OutOfPages, NoFreeSlot, SequenceTooLong, UnknownSequence; nothing changed then.
+        Raises KVCacheOutOfMemory, NoFreeSlot, SequenceTooLong, UnknownSequence; nothing changed then.
         """
         cache = self.cache
         with ExitStack() as undo:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.memory.blocks import BlockLayout
+from trtllm_vattn.memory.layout import BlockLayout
 from trtllm_vattn.vmm.tensors import upload
 
 

@@ -3,7 +3,7 @@
 Rules of the CUDA driver that the code above relies on; `HostDriver` keeps the same, and tests/vmm/test_rules.py
 holds a test named after each:
 
-R1. Sizes and addresses are multiples of the granule; anything else is refused (CUDA_ERROR_INVALID_VALUE).
+R1. Sizes and addresses are multiples of the granularity; anything else is refused (CUDA_ERROR_INVALID_VALUE).
 R2. A handle maps whole and at offset 0: part of one is refused (CUDA_ERROR_NOT_SUPPORTED).
 R3. A mapping over a mapping is refused; so is one outside a reservation (CUDA_ERROR_INVALID_VALUE).
 R4. Mapped memory is not accessible before `set_access`; the price of `set_access` is per handle, not per byte.

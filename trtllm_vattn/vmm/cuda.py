@@ -81,7 +81,7 @@ class CudaDriver(Driver):
         access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         self._access = [access]
         least = cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        self._granule = int(self.call("cuMemGetAllocationGranularity", self._properties, least))
+        self._granularity = int(self.call("cuMemGetAllocationGranularity", self._properties, least))
 
     # -- calling ---------------------------------------------------------------------------------------------------
 
@@ -105,11 +105,11 @@ class CudaDriver(Driver):
     # -- the seam --------------------------------------------------------------------------------------------------
 
     def granularity(self) -> int:
-        return self._granule
+        return self._granularity
 
     def reserve(self, size: int) -> int:
         self.bind()
-        return int(self.call("cuMemAddressReserve", size, self._granule, 0, 0))
+        return int(self.call("cuMemAddressReserve", size, self._granularity, 0, 0))
 
     def free(self, address: int, size: int) -> None:
         self.bind()

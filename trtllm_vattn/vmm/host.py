@@ -97,7 +97,7 @@ class HostDriver(Driver):
 
     Parameters
     ----------
-    granule : int
+    granularity : int
         Bytes; a multiple of the page size. 2 MiB mirrors the card.
     capacity : int or None
         Bytes of physical memory that handles may take together; None is no limit.
@@ -111,10 +111,12 @@ class HostDriver(Driver):
     device = "cpu"
     mappings = MappingCount()
 
-    def __init__(self, granule: int = mmap.PAGESIZE, capacity: int | None = None) -> None:
-        if granule < mmap.PAGESIZE or granule % mmap.PAGESIZE:
-            raise ConfigError(f"granule is {granule}; it must be a multiple of the page size, {mmap.PAGESIZE} bytes")
-        self._granule, self._capacity = granule, capacity
+    def __init__(self, granularity: int = mmap.PAGESIZE, capacity: int | None = None) -> None:
+        if granularity < mmap.PAGESIZE or granularity % mmap.PAGESIZE:
+            raise ConfigError(
+                f"granularity is {granularity}; it must be a multiple of the page size, {mmap.PAGESIZE} bytes"
+            )
+        self._granularity, self._capacity = granularity, capacity
         self._process = os.getpid()
         self._lock: threading.Lock | _WrongLock = threading.Lock()
         self._handles: dict[int, _Handle] = {}
@@ -128,17 +130,17 @@ class HostDriver(Driver):
         _drivers.add(self)
 
     def granularity(self) -> int:
-        return self._granule
+        return self._granularity
 
     # -- addresses -------------------------------------------------------------------------------------------------
 
     def reserve(self, size: int) -> int:
         with self._lock:
             self._check_aligned("reserve", size)
-            # Room to align the base to the granule; the slack is given back at once.
-            whole = size + self._granule - mmap.PAGESIZE
+            # Room to align the base to the granularity; the slack is given back at once.
+            whole = size + self._granularity - mmap.PAGESIZE
             start = _mmap("reserve", (size,), 0, whole, _PROT_NONE, _RESERVED, -1)
-            base = -(-start // self._granule) * self._granule
+            base = -(-start // self._granularity) * self._granularity
             for address, slack in ((start, base - start), (base + size, start + whole - base - size)):
                 if slack:
                     _libc.munmap(address, slack)
@@ -319,12 +321,12 @@ class HostDriver(Driver):
     # -- checks ----------------------------------------------------------------------------------------------------
 
     def _check_aligned(self, call: str, *values: int) -> None:
-        if any(value <= 0 or value % self._granule for value in values):
+        if any(value <= 0 or value % self._granularity for value in values):
             raise DriverError(
                 "CUDA_ERROR_INVALID_VALUE",
                 call,
                 values,
-                f"everything is a positive multiple of {self._granule:#x}",
+                f"everything is a positive multiple of {self._granularity:#x}",
             )
 
     def _find_handle(self, call: str, handle: int) -> _Handle:

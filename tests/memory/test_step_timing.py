@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trtllm_vattn.memory.pace import LEAST, Pace
+from trtllm_vattn.memory.lookahead import LEAST, StepTimingModel
 
 
 class Clock:
@@ -15,7 +15,7 @@ class Clock:
         return self.now
 
 
-def run(pace: Pace, clock: Clock, steps: int, seconds: float, each: int = 1) -> None:
+def run(pace: StepTimingModel, clock: Clock, steps: int, seconds: float, each: int = 1) -> None:
     lengths = np.array([10, 0, 30])
     pace.observe_lengths(lengths)
     for _ in range(steps):
@@ -26,7 +26,7 @@ def run(pace: Pace, clock: Clock, steps: int, seconds: float, each: int = 1) -> 
 
 def test_steps_are_timed_by_what_sequences_grow() -> None:
     clock = Clock()
-    pace = Pace(clock)
+    pace = StepTimingModel(clock)
     run(pace, clock, 20, 0.02)
     assert abs(pace.step_s - 0.02) < 1e-9
     run(pace, clock, 20, 0.02, each=4)
@@ -36,7 +36,7 @@ def test_steps_are_timed_by_what_sequences_grow() -> None:
 
 def test_a_prompt_is_not_a_step() -> None:
     clock = Clock()
-    pace = Pace(clock)
+    pace = StepTimingModel(clock)
     run(pace, clock, 20, 0.02)
     before = pace.step_s
     clock.now += 1e-6
@@ -46,7 +46,7 @@ def test_a_prompt_is_not_a_step() -> None:
 
 def test_one_short_or_long_step_changes_nothing() -> None:
     clock = Clock()
-    pace = Pace(clock)
+    pace = StepTimingModel(clock)
     run(pace, clock, 20, 0.02)
     run(pace, clock, 1, 1e-5)
     run(pace, clock, 1, 5.0)
@@ -55,7 +55,7 @@ def test_one_short_or_long_step_changes_nothing() -> None:
 
 def test_mapping_is_counted_in_steps_with_something_to_spare() -> None:
     clock = Clock()
-    pace = Pace(clock)
+    pace = StepTimingModel(clock)
     run(pace, clock, 20, 0.01)
     for _ in range(20):
         pace.observe_mappings(4, 4 * 100e-6)
@@ -64,7 +64,7 @@ def test_mapping_is_counted_in_steps_with_something_to_spare() -> None:
 
 
 def test_slow_mappings_count() -> None:
-    pace = Pace(Clock())
+    pace = StepTimingModel(Clock())
     for _ in range(20):
         pace.observe_mappings(1, 100e-6)
     fast = pace.steps_to_map(4)
@@ -77,6 +77,6 @@ def test_slow_mappings_count() -> None:
 
 def test_launches_of_many_steps_are_covered() -> None:
     clock = Clock()
-    pace = Pace(clock)
+    pace = StepTimingModel(clock)
     run(pace, clock, 3, 1.0, each=16)
     assert pace.least == 2 * 16

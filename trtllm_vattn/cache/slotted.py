@@ -31,7 +31,7 @@ _caches: weakref.WeakSet[SlottedCache] = weakref.WeakSet()
 
 
 class SlottedCache(KVCache):
-    """Checks every call against the contract, keeps the books, and leaves the memory to three hooks."""
+    """Checks every call against the contract and keeps track of sequences, slots and lengths; hooks do the memory."""
 
     def __init__(self, shape: CacheShape, device: torch.device | str) -> None:
         self.shape = shape
@@ -44,29 +44,29 @@ class SlottedCache(KVCache):
         self._flags = np.zeros(shape.num_slots, np.bool_)
         self._closed = False
         self._process = os.getpid()
-        self._attention = False
-        """Whether the next call has to look closer before it begins: at what became of the last one, at whether the
-        cache is closed, or another process's."""
-        self._under_way: str | None = None
+        self._needs_check = False
+        """Whether the next call must look first whether the last one was cut short, the cache is closed, or the process
+        is another."""
+        self._call_under_way: str | None = None
         _caches.add(self)
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _claim(self, tokens: int) -> int:
+    def _allocate(self, tokens: int) -> int:
         """Choose a free slot (there is one) and back it for `tokens`, or raise and change nothing."""
 
     @abstractmethod
-    def _back(self, lengths: np.ndarray) -> None:
+    def _grow(self, lengths: np.ndarray) -> None:
         """Raise the frontier of every slot to `lengths` where it is lower; for all, or raise and change nothing."""
 
     @abstractmethod
-    def _vacate(self, slot: int) -> None:
-        """A slot's sequence is gone."""
+    def _release(self, slot: int) -> None:
+        """A slot's sequence has ended."""
 
     @abstractmethod
     def _clear(self) -> None:
-        """All sequences go; take their memory back."""
+        """All sequences have ended; take their memory back."""
 
     @abstractmethod
     def _free(self) -> None:
@@ -76,11 +76,11 @@ class SlottedCache(KVCache):
 
     def admit(self, sequence: SequenceId, prompt_len: int) -> int:
         self._check_new(sequence, prompt_len)
-        return self._run(self._admit, sequence, prompt_len)
+        return self._run(self._do_admit, sequence, prompt_len)
 
-    def _admit(self, sequence: SequenceId, prompt_len: int) -> int:
-        slot = self._claim(prompt_len)
-        self._house(sequence, slot, prompt_len)
+    def _do_admit(self, sequence: SequenceId, prompt_len: int) -> int:
+        slot = self._allocate(prompt_len)
+        self._place_sequence(sequence, slot, prompt_len)
         return slot
 
     def extend(self, sequence: SequenceId, tokens: int) -> None:
@@ -101,10 +101,10 @@ class SlottedCache(KVCache):
         self.lengths[slot] = length
 
     def release(self, sequence: SequenceId) -> None:
-        self._run(self._release, sequence, self.slot_of(sequence))
+        self._run(self._do_release, sequence, self.slot_of(sequence))
 
-    def _release(self, sequence: SequenceId, slot: int) -> None:
-        self._vacate(slot)
+    def _do_release(self, sequence: SequenceId, slot: int) -> None:
+        self._release(slot)
         del self._slot_of[sequence], self._owner[slot]
         self._occupied[slot] = False
         self.lengths[slot] = 0
@@ -121,12 +121,12 @@ class SlottedCache(KVCache):
         np.less(lengths, self.lengths, out=flags)
         if unusual or (np.count_nonzero(flags) and lengths[flags].any()):
             self._check_step(lengths)
-            self._run(self._prepare_step, lengths)
+            self._run(self._do_prepare_step, lengths)
         else:
             np.maximum(self.lengths, lengths, out=self.lengths)
 
-    def _prepare_step(self, lengths: np.ndarray) -> None:
-        self._back(lengths)
+    def _do_prepare_step(self, lengths: np.ndarray) -> None:
+        self._grow(lengths)
         np.maximum(self.lengths, lengths, out=self.lengths)
 
     def _check_step(self, lengths: np.ndarray) -> None:
@@ -143,8 +143,8 @@ class SlottedCache(KVCache):
             raise ConfigError(f"slots {slots} would become shorter; use truncate")
 
     def sequence_at(self, slot: int) -> SequenceId | None:
-        if self._attention and not self._closed:
-            self._attend()
+        if self._needs_check and not self._closed:
+            self._check_state()
         return self._owner.get(slot)
 
     def slot_of(self, sequence: SequenceId) -> int:
@@ -158,9 +158,9 @@ class SlottedCache(KVCache):
 
     def check_integrity(self) -> None:
         self._check_open()
-        self._run(self._check_integrity)
+        self._run(self._do_check_integrity)
 
-    def _check_integrity(self) -> None:
+    def _do_check_integrity(self) -> None:
         owned = {slot: sequence for sequence, slot in self._slot_of.items()}
         if owned != self._owner or sorted(owned) != np.flatnonzero(self._occupied).tolist():
             raise InvariantViolation(
@@ -168,22 +168,22 @@ class SlottedCache(KVCache):
                 f"occupied are {np.flatnonzero(self._occupied).tolist()}"
             )
         for slot in np.flatnonzero((self.lengths > self.frontiers) | ((self.lengths > 0) != self._occupied)).tolist():
-            if not self._is_cut(slot):
+            if not self._lost_memory(slot):
                 raise InvariantViolation(
                     f"slot {slot} of sequence {self._owner.get(slot)!r}: length {self.lengths[slot]}, "
                     f"frontier {self.frontiers[slot]}"
                 )
 
-    def _is_cut(self, slot: int) -> bool:
+    def _lost_memory(self, slot: int) -> bool:
         """Whether a driver failure took memory away that its sequence needs."""
         return False
 
     def reset(self) -> None:
-        if self._attention:
-            self._attend(recovering=True)
-        self._run(self._reset)
+        if self._needs_check:
+            self._check_state(recovering=True)
+        self._run(self._do_reset)
 
-    def _reset(self) -> None:
+    def _do_reset(self) -> None:
         self._clear()
         self._slot_of.clear()
         self._owner.clear()
@@ -191,20 +191,20 @@ class SlottedCache(KVCache):
         self.lengths[:] = 0
 
     def close(self) -> None:
-        if self._attention:
+        if self._needs_check:
             self._check_process()
             drain()
-        self._attention = self._closed = True
+        self._needs_check = self._closed = True
         self._free()
 
-    def _rehouse(self, sequence: SequenceId, slot: int) -> None:
+    def _move_sequence(self, sequence: SequenceId, slot: int) -> None:
         """A sequence is in another slot now."""
         old = self._slot_of[sequence]
         self._slot_of[sequence], self._owner[slot] = slot, self._owner.pop(old)
         self._occupied[[old, slot]] = False, True
         self.lengths[slot], self.lengths[old] = self.lengths[old], 0
 
-    def _house(self, sequence: SequenceId, slot: int, tokens: int) -> None:
+    def _place_sequence(self, sequence: SequenceId, slot: int, tokens: int) -> None:
         """A new sequence of so many tokens is in a slot."""
         self._slot_of[sequence], self._owner[slot] = slot, sequence
         self._occupied[slot] = True
@@ -227,18 +227,18 @@ class SlottedCache(KVCache):
     # -- for siblings ----------------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
-        if self._attention:
-            self._attend()
+        if self._needs_check:
+            self._check_state()
 
-    def _attend(self, recovering: bool = False) -> None:
-        """Look closer, before a call begins; `recovering` is one that mends what another left half done."""
+    def _check_state(self, recovering: bool = False) -> None:
+        """What `_needs_check` asks for, before a call begins; `recovering` is one that mends what was cut short."""
         self._check_process()
         if self._closed:
             raise ManagerClosed("this cache is closed; build another")
         drain()
-        if self._under_way is not None and not recovering:
-            raise CacheInterrupted(f"interrupted inside {self._under_way}(); call reset() or close()")
-        self._attention = False
+        if self._call_under_way is not None and not recovering:
+            raise CacheInterrupted(f"interrupted inside {self._call_under_way}(); call reset() or close()")
+        self._needs_check = False
 
     def _check_process(self) -> None:
         if self._process != os.getpid():
@@ -247,15 +247,15 @@ class SlottedCache(KVCache):
     def _run(self, call: Callable[..., T], *arguments: Any) -> T:
         """Make a call that changes the cache. Where it is cut short (KeyboardInterrupt), or what it raises is not of
         those that change nothing, the cache says so from then on."""
-        self._attention = True
-        self._under_way = call.__name__.removeprefix("_")
+        self._needs_check = True
+        self._call_under_way = call.__name__.removeprefix("_do_")
         try:
             answer = call(*arguments)
         except VattnError:
-            self._under_way = None
+            self._call_under_way = None
             raise
-        self._under_way = None
-        self._attention = False
+        self._call_under_way = None
+        self._needs_check = False
         return answer
 
     def _check_fits(self, sequence: SequenceId, tokens: int) -> None:
@@ -282,7 +282,7 @@ class SlottedCache(KVCache):
 def _refuse_in_child() -> None:
     """What a forked child inherits is its parent's: the next call of it finds out."""
     for cache in _caches:
-        cache._attention = True
+        cache._needs_check = True
 
 
 os.register_at_fork(after_in_child=_refuse_in_child)

@@ -29,43 +29,43 @@ def faulty() -> Iterator[FaultyDriver]:
 
 def test_a_stock_is_kept_and_filled_again(faulty: FaultyDriver) -> None:
     with KVCacheManager(LONG, faulty, 64 << 20, 4, lookahead=0) as cache:
-        cache.stock_up(3, 1000)
-        stocked = cache.arena.pool.stock_bytes
+        cache.preallocate(3, 1000)
+        stocked = cache.arena.pool.free_bytes
         assert stocked == 3 * cache.layout.bytes_for(1000)
         cache.start_thread()
         faulty.fail("create")
         cache.admit("a", 1000)
         assert cache.wait_ahead()
         # One of three is not worth while yet; with the second, less than half is left.
-        assert cache.arena.pool.stock_bytes == stocked * 2 // 3
+        assert cache.arena.pool.free_bytes == stocked * 2 // 3
         faulty.disarm()
         cache.admit("b", 1000)
         assert cache.wait_ahead()
-        assert cache.arena.pool.stock_bytes == stocked
-        cache.stock_up(0, 1)
+        assert cache.arena.pool.free_bytes == stocked
+        cache.preallocate(0, 1)
         cache.check_integrity()
 
 
 def test_a_stock_stays_within_the_budget(host_driver: HostDriver) -> None:
     with KVCacheManager(LONG, host_driver, 100 * PAGE, 4) as cache:
-        cache.stock_up(1000, 40)
+        cache.preallocate(1000, 40)
         stats = cache.stats()
         assert stats.held_bytes <= stats.budget_bytes
-        assert cache.arena.pool.stock_bytes > 80 * PAGE
+        assert cache.arena.pool.free_bytes > 80 * PAGE
         # It is as good as free memory.
         cache.admit("a", 98 * PAGE // 1536)
-        with pytest.raises(ConfigError, match="a stock for -1 prompts of 40 tokens asked for"):
-            cache.stock_up(-1, 40)
+        with pytest.raises(ConfigError, match="preallocation for -1 prompts of 40 tokens asked for"):
+            cache.preallocate(-1, 40)
         with pytest.raises(ConfigError, match="of 1 to 4000 tokens"):
-            cache.stock_up(1, 4001)
+            cache.preallocate(1, 4001)
         cache.check_integrity()
 
 
 def test_a_device_without_memory_ends_the_stocking_quietly() -> None:
     host = HostDriver(capacity=20 * PAGE)
     with KVCacheManager(LONG, host, 100 * PAGE, 4) as cache:
-        cache.stock_up(50, 2)
-        assert cache.arena.pool.stock_bytes == 19 * PAGE
+        cache.preallocate(50, 2)
+        assert cache.arena.pool.free_bytes == 19 * PAGE
         cache.check_integrity()
     host.close()
 
@@ -82,10 +82,10 @@ def test_idle_memory_goes_back_to_the_driver_but_for_the_floor(host_driver: Host
         assert cache.wait_ahead()
         assert cache.stats().parked_bytes == parked
         until = monotonic() + 10
-        while cache.stats().parked_bytes + cache.arena.pool.stock_bytes > floor and monotonic() < until:
+        while cache.stats().parked_bytes + cache.arena.pool.free_bytes > floor and monotonic() < until:
             sleep(0.01)
         stats = cache.stats()
-        assert stats.parked_bytes + cache.arena.pool.stock_bytes <= floor
+        assert stats.parked_bytes + cache.arena.pool.free_bytes <= floor
         assert stats.held_bytes < parked
         expect(cache, "kept", range(500))
         cache.check_integrity()
@@ -107,18 +107,18 @@ def test_the_next_prompts_are_stocked_by_the_thread_as_far_as_the_budget_goes(ho
             return super().create(size)
 
     with KVCacheManager(LONG, Watched(host_driver), 200 * PAGE, 4, lookahead=0) as cache:
-        cache.stock_for([40, 40])
+        cache.preallocate_for([40, 40])
         assert cache.wait_ahead()
-        assert cache.arena.pool.stock_bytes == 0  # nobody but the stepping thread could create it
+        assert cache.arena.pool.free_bytes == 0  # nobody but the stepping thread could create it
         cache.start_thread()
         made_by.clear()
         each = cache.layout.bytes_for(40)
-        cache.stock_for([40, 40, 100])
+        cache.preallocate_for([40, 40, 100])
         assert cache.wait_ahead()
-        assert cache.arena.pool.stock_bytes == 2 * each + cache.layout.bytes_for(100)
+        assert cache.arena.pool.free_bytes == 2 * each + cache.layout.bytes_for(100)
         # The third is longer than what the budget has left, so what is behind it waits, too.
-        cache.stock_for([40, 40, 500, 40])
-        assert cache.arena.pool.next_for_stock() is None
+        cache.preallocate_for([40, 40, 500, 40])
+        assert cache.arena.pool.next_to_create() is None
         for sequence in range(2):
             cache.admit(sequence, 40)
         assert made_by
@@ -126,9 +126,9 @@ def test_the_next_prompts_are_stocked_by_the_thread_as_far_as_the_budget_goes(ho
         cache.check_integrity()
         # What is parked is adopted, and need not be created.
         cache.release(0)
-        cache.stock_for([40])
-        assert cache._stock.expected == ()
+        cache.preallocate_for([40])
+        assert cache._preallocation.expected == ()
         # An announced burst stays announced.
-        cache.stock_up(1, 40)
-        cache.stock_for([])
-        assert cache.arena.pool._high_water == dict.fromkeys(cache.arena.pool.split(each), 1)
+        cache.preallocate(1, 40)
+        cache.preallocate_for([])
+        assert cache.arena.pool._targets == dict.fromkeys(cache.arena.pool.split(each), 1)

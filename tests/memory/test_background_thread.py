@@ -1,4 +1,4 @@
-"""The thread that works ahead, and the gate it shares with the thread that steps."""
+"""The thread that works ahead, and the lock it shares with the thread that steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from time import perf_counter, sleep
 
 import pytest
 
-from trtllm_vattn.memory.ahead import BackgroundThread, Gate
+from trtllm_vattn.memory.lookahead import BackgroundThread, PriorityLock
 
 
 def test_it_works_until_there_is_nothing_left_and_then_sleeps() -> None:
@@ -81,30 +81,30 @@ def test_it_wakes_by_itself_where_told_to() -> None:
     assert len(times) >= 4
 
 
-def test_the_gate_lets_one_in_and_the_stepping_thread_first() -> None:
-    gate = Gate()
+def test_the_lock_lets_one_in_and_the_stepping_thread_first() -> None:
+    lock = PriorityLock()
     inside = threading.Event()
-    bites = [0]
+    units = [0]
 
     def work() -> bool:
-        with gate.in_background():
+        with lock.in_background():
             assert not inside.is_set()
-            bites[0] += 1
+            units[0] += 1
             sleep(0.002)
-        return bites[0] < 10_000
+        return units[0] < 10_000
 
     thread = BackgroundThread(work)
     try:
         for _ in range(20):
-            before = bites[0]
-            with gate, gate:
+            before = units[0]
+            with lock, lock:
                 inside.set()
-                # It waits for the bite under way, not for its turn in a queue.
-                assert bites[0] <= before + 2
+                # It waits for the unit under way, not for its turn in a queue.
+                assert units[0] <= before + 2
                 sleep(0.001)
                 inside.clear()
             sleep(0.001)
-        assert gate.waited_s > 0
+        assert lock.waited_s > 0
     finally:
         thread.close()
     thread.raise_error()

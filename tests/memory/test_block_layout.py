@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.memory.blocks import BlockLayout
+from trtllm_vattn.memory.layout import BlockLayout
 
 
 def layout(**changes: int) -> BlockLayout:
@@ -15,7 +15,7 @@ def layout(**changes: int) -> BlockLayout:
         layer_token_bytes=96,
         max_seq_len=100,
         num_slots=3,
-        granule=4096,
+        granularity=4096,
         tokens_per_block=32,
         kv_factor=2,
     )
@@ -44,12 +44,12 @@ def test_backing_counts_whole_blocks() -> None:
     assert it.least_bytes == 2 * 12288
 
 
-@pytest.mark.parametrize("granule", [4096, 2 << 20])
+@pytest.mark.parametrize("granularity", [4096, 2 << 20])
 @pytest.mark.parametrize("tokens", [16, 32, 64, 128])
-def test_every_block_of_every_slot_has_its_own_bytes(tokens: int, granule: int) -> None:
-    it = layout(tokens_per_block=tokens, granule=granule, max_seq_len=300)
+def test_every_block_of_every_slot_has_its_own_bytes(tokens: int, granularity: int) -> None:
+    it = layout(tokens_per_block=tokens, granularity=granularity, max_seq_len=300)
     starts = [(s * it.blocks_per_slot + j) * it.block_bytes for s in range(4) for j in range(it.blocks_of(300))]
-    assert all(s * it.slot_stride % granule == 0 for s in range(4))
+    assert all(s * it.slot_stride % granularity == 0 for s in range(4))
     assert starts[:: it.blocks_of(300)] == [s * it.slot_stride for s in range(4)]
     assert len(set(starts)) == len(starts)
     assert max(starts) + it.block_bytes <= it.range_bytes
@@ -62,7 +62,7 @@ def test_other_block_sizes_are_refused(tokens: int) -> None:
 
 
 def test_offsets_beyond_31_bits_are_refused_with_what_would_do() -> None:
-    huge = dict(num_layers=80, layers_per_range=80, layer_token_bytes=1024, granule=2 << 20, tokens_per_block=16)
+    huge = dict(num_layers=80, layers_per_range=80, layer_token_bytes=1024, granularity=2 << 20, tokens_per_block=16)
     fits = layout(**huge, max_seq_len=131072, num_slots=1637)
     assert (fits.num_slots + 1) * fits.blocks_per_slot * 80 * 2 <= 1 << 31
     with pytest.raises(ConfigError, match=r"2,148,270,080 offsets.*layers_per_range 40.*at most 1,637 slots") as caught:

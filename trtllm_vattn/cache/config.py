@@ -1,0 +1,82 @@
+"""`CacheConfig`: how a cache at fixed addresses lays out, maps and gives back its memory."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.memory.pool import CLASSES
+from trtllm_vattn.sizes import parse_bytes
+from trtllm_vattn.values import finite, whole
+
+
+class Layout(enum.Enum):
+    """The order of bytes in a slot."""
+
+    ROWS = "rows"
+    """A token's row holds the K and V of several layers: ``[token][layer][K,V][head][dim]``."""
+    BLOCKS = "blocks"
+    """Blocks of tokens, as TensorRT-LLM's kernels read them: ``[block][layer][K,V][head][token][dim]``."""
+    TENSORS = "tensors"
+    """K and V of every layer are tensors of their own, in ranges of their own: ``[token][head][dim]`` (vAttention)."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Settings of a `KVCacheManager`; each default is what it takes where nothing is said.
+
+    Parameters
+    ----------
+    layout : Layout
+    layers_per_range : int or None
+        Layers that share a token's row, or a block; more of them make a page hold fewer tokens. None is as many as make
+        a row of 64 KiB, 16 for Llama-3-8B. Not for tensors, which have ranges of their own.
+    tokens_per_block : int
+        16, 32, 64 or 128; for blocks. 32 is TensorRT-LLM's own default.
+    extent_classes : int
+        Number of extent sizes: the driver's granularity, and doublings of it.
+    batch_access : bool
+        Make all mappings of a growth accessible by one driver call; False is a call for each.
+    exact_admission : bool
+        A new sequence gets the memory of its own tokens and no more, and what others have beyond their lengths is taken
+        for it: every sequence whose need is within the budget is admitted. For whoever promises memory to a scheduler.
+    fence_streams : tuple of int
+        CUDA streams that fences cover besides torch's current one.
+    lookahead : int or None
+        Tokens that `map_ahead` keeps mapped past a sequence's length; 0 maps each token in its own step. None is as
+        many as the measured times of steps and mappings ask for (memory/lookahead.py).
+    idle_after_s : float or None
+        With a thread of its own (`start_thread`), the cache gives memory back to the driver that no sequence has used
+        for so many seconds; None keeps it for the next sequence.
+    idle_floor : int or str
+        Bytes (``"1GiB"`` too) of idle memory that are kept all the same.
+
+    Raises
+    ------
+    ConfigError
+        A setting is out of its range.
+    """
+
+    layout: Layout = Layout.ROWS
+    layers_per_range: int | None = None
+    tokens_per_block: int = 32
+    extent_classes: int = CLASSES
+    batch_access: bool = True
+    exact_admission: bool = False
+    fence_streams: tuple[int, ...] = ()
+    lookahead: int | None = None
+    idle_after_s: float | None = None
+    idle_floor: int | str = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layout, Layout):
+            raise ConfigError(f"layout is {self.layout!r}; it is one of {', '.join(map(str, Layout))}")
+        if self.layers_per_range is not None and self.layout is Layout.TENSORS:
+            raise ConfigError("layers_per_range is for rows and blocks; tensors have ranges of their own")
+        whole("extent_classes", self.extent_classes, 1)
+        if self.lookahead is not None:
+            object.__setattr__(self, "lookahead", whole("lookahead", self.lookahead, 0))
+        if self.idle_after_s is not None and finite("idle_after_s", self.idle_after_s) <= 0:
+            raise ConfigError(f"idle_after_s is {self.idle_after_s}; it is a positive number of seconds, or None")
+        object.__setattr__(self, "idle_floor", parse_bytes(self.idle_floor, "idle_floor"))
