@@ -163,11 +163,12 @@ def test_a_step_interrupted_anywhere(name: str) -> None:
     mode, want = MODES[name], wanted(name)
     hits = 0
     with empty_driver() as driver, build(mode, driver) as engine:
-        for each in zip(PROMPTS, mode.params, strict=True):
-            engine.submit(*each)
-        longest = 0
-        while engine.busy:
-            longest = max(longest, instructions_of(engine.step, handing_over))
+        for _ in range(2):  # what is captured when it is needed is captured in the first round
+            longest = 0
+            for each in zip(PROMPTS, mode.params, strict=True):
+                engine.submit(*each)
+            while engine.busy:
+                longest = max(longest, instructions_of(engine.step, handing_over))
         at, stride = 0, 1 if THOROUGH else longest // 15
         while at < longest:
             requests = [engine.submit(*each) for each in zip(PROMPTS, mode.params, strict=True)]
@@ -185,6 +186,21 @@ def test_a_step_interrupted_anywhere(name: str) -> None:
             check_tokens(seen, requests, want)
             check_peace(engine)
     assert hits > 5
+
+
+def test_a_capture_in_a_step_interrupted_anywhere() -> None:
+    mode = Mode({"capture": True}, DRAWN)
+    with empty_driver() as driver, build(mode, driver) as engine:
+        engine.submit(PROMPTS[0], DRAWN[0])
+        count = instructions_of(engine.step, handing_over)
+    for number in numbers(count, count // 5 + 1):
+        with empty_driver() as driver, build(mode, driver) as engine:
+            requests = [engine.submit(PROMPTS[0], DRAWN[0])]
+            assert interrupt_at(number, engine.step, handing_over)
+            check_thread()
+            check_tokens(list(engine.run()), requests, wanted("drawn")[:1])
+            check_peace(engine)
+            engine.audit()
 
 
 def serving(driver: HostDriver, mode: Mode) -> tuple[Engine, list[int], list[TokenEvent]]:
@@ -375,8 +391,8 @@ def test_a_dropped_engine_gives_everything_back(steps: int) -> None:
     engine.submit([1, 2, 3])
     for _ in range(steps):
         engine.step()
+    del engine
     with pytest.warns(ResourceWarning, match="a KV cache of .* bytes was not closed; its memory is given back"):
-        del engine
         gc.collect()
     drain()
     assert held() == before
