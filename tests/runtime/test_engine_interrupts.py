@@ -79,7 +79,7 @@ def cache_of(mode: Mode, driver: HostDriver) -> KVCache:
         return make_cache(mode.kind, shape, "cpu")
     cache = KVCacheManager(shape, driver, 64 << 20)
     if mode.pages is not None:
-        cache.set_budget(cache.layout.least_bytes + mode.pages * cache.layout.num_ranges * cache.layout.granule)
+        cache.set_budget(cache.layout.least_bytes + mode.pages * cache.layout.num_ranges * cache.layout.granularity)
     return cache
 
 
