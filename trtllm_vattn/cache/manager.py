@@ -479,7 +479,7 @@ class KVCacheManager(SlottedCache):
             if self._memory.is_closed:
                 self._layers, self._flat = [], []
 
-    # -- views and books -------------------------------------------------------------------------------------------
+    # -- views and counts ------------------------------------------------------------------------------------------
 
     def layer(self, layer: int) -> FlatKV | PagedKV:
         self._check_layer(layer)

@@ -550,7 +550,7 @@ class Arena:
         for serial, extent in extents.items():
             if mapped[serial] != extent.mappings:
                 raise InvariantViolation(
-                    f"extent {serial} is mapped {extent.mappings} times, {mapped[serial]} in the books"
+                    f"extent {serial} is mapped {extent.mappings} times, {mapped[serial]} by the arena's slots"
                 )
         for serial in in_slots.keys() | self.extent_refs.keys():
             refs = self.extent_refs.get(serial, 1)
@@ -582,7 +582,7 @@ class Arena:
             offset += stripe[0].size
         if offset - start != group.frontier:
             raise InvariantViolation(
-                f"slot {index}: {offset - start - group.lower:,} bytes mapped, {group.mapped:,} in the books"
+                f"slot {index}: {offset - start - group.lower:,} bytes mapped, {group.mapped:,} by its edges"
             )
 
     def _check_pending(self, index: int) -> None:
