@@ -69,6 +69,8 @@ class Guard:
         lengths, slots = np.asarray(lengths, np.int64), np.asarray(slots, np.int64)
         longest = self._longest
         longest[:-1] = self.longest()
+        if (edges := self.cache.lower_edges) is not None:
+            self._check_edges(edges, slots)
         same = slots.tobytes()
         try:
             # A slot that is too large raises IndexError, a negative one ValueError.
@@ -119,6 +121,15 @@ class Guard:
             f"touch {reach}, but {self.cache.frontiers[slot]} are mapped in layers 0 to "
             f"{self.cache.shape.num_layers - 1}; call prepare_step with these lengths before the step"
         )
+
+    def _check_edges(self, edges: np.ndarray, slots: np.ndarray) -> None:
+        """Raise UnmappedAccess where a lane's sequence has no memory at its beginning, which every kernel reads."""
+        for slot in slots[(slots >= 0) & (slots < self.cache.dummy_slot)].tolist():
+            if edges[slot]:
+                raise UnmappedAccess(
+                    f"sequence {self.cache.sequence_at(slot)!r} in slot {slot} is read from position 0 on, but only "
+                    f"positions from {edges[slot]} on are mapped"
+                )
 
     def _refuse_shared(self, slots: np.ndarray) -> NoReturn:
         slot = int(np.bincount(slots)[: self.cache.dummy_slot].argmax())

@@ -42,6 +42,24 @@ def test_it_passes_up_to_the_frontier_and_names_what_is_beyond(host_driver: Host
             check(guard, [0, 0, 0, 1])
 
 
+def test_reads_below_the_lower_edge_are_refused(host_driver: HostDriver) -> None:
+    with KVCacheManager(SHAPE, host_driver, 1 << 20, lookahead=0) as cache:
+        cache.admit("windowed", 50)
+        cache.admit("other", 10)
+        guard = Guard(cache)
+        check(guard, [50, 10, 0, 0])
+        cache.arena.raise_lower_edge(0, 40, host_driver.record(0))
+        edge = cache.arena.lower_edge(0)
+        assert 0 < edge <= 40
+        check(guard, [0, 10, 0, 0])
+        with pytest.raises(UnmappedAccess, match=f"'windowed' in slot 0 is read from position 0 on, .* from {edge} on"):
+            check(guard, [50, 10, 0, 0])
+        cache.check_integrity()
+        cache.release("windowed")
+        assert cache.admit("next", 50) == 2
+        check(guard, [0, 10, 50, 0])
+
+
 def test_over_read_counts_and_ends_with_the_slot(host_driver: HostDriver) -> None:
     with KVCacheManager(SHAPE, host_driver, 1 << 20, lookahead=0) as cache:
         cache.admit("a", 10)

@@ -5,8 +5,8 @@ backed, that padding writes to. A sequence owns a slot from `admit` to `release`
 
 Numbered contract, tested over every sibling in tests/cache/test_contract.py:
 
-C1. `frontiers[slot]` tokens of a sequence's slot are backed by memory: positions below it may be written and read. It
-    is 0 for a free slot, whatever is still mapped there.
+C1. Positions of a sequence's slot from `lower_edges[slot]` (0 where that is None) up to `frontiers[slot]` are backed by
+    memory: they may be written and read. Both are 0 for a free slot, whatever is still mapped there.
 C2. `lengths[slot]` tokens of a slot belong to its sequence; `lengths <= frontiers` always.
 C3. A call succeeds whole or raises and changes nothing.
 C4. Tensors from `layer()` are made once and stay valid until `close()`, at the same addresses.
@@ -139,6 +139,11 @@ class KVCache(ABC):
     """int64 ``[num_slots]``, tokens of each slot's sequence, 0 for a free slot. Read-only for callers."""
     frontiers: np.ndarray
     """int64 ``[num_slots]``, tokens backed by memory, 0 for a free slot. Read-only for callers."""
+
+    @property
+    def lower_edges(self) -> np.ndarray | None:
+        """int64 ``[num_slots]``, the first token of each slot that is backed by memory; None where all are 0."""
+        return None
 
     @property
     def dummy_slot(self) -> int:

@@ -188,6 +188,10 @@ class KVCacheManager(SlottedCache):
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
+    @property
+    def lower_edges(self) -> np.ndarray | None:
+        return self.arena.lower_edges
+
     def bytes_of(self, tokens: int) -> int:
         return self.layout.bytes_for(tokens) * self.layout.num_ranges
 
@@ -392,8 +396,9 @@ class KVCacheManager(SlottedCache):
 
     def _own_from(self, slot: int, start: int) -> None:
         """Copy on write: what a slot shares at or behind a byte of it becomes its own."""
-        end = 0
-        for index, stripe in enumerate(self.arena.slots[slot].stripes):
+        (group,) = self.arena.slots[slot].groups
+        end = group.lower
+        for index, stripe in enumerate(group.stripes):
             end += stripe[0].size
             if end > start and any(mapping.extent.serial in self.arena.extent_refs for mapping in stripe):
                 self._do_replace(slot, index)
@@ -474,7 +479,7 @@ class KVCacheManager(SlottedCache):
             if self._memory.is_closed:
                 self._layers, self._flat = [], []
 
-    # -- views and books -------------------------------------------------------------------------------------------
+    # -- views and counts ------------------------------------------------------------------------------------------
 
     def layer(self, layer: int) -> FlatKV | PagedKV:
         self._check_layer(layer)

@@ -61,6 +61,8 @@ class Arena:
     ----------
     frontiers : numpy.ndarray
         int64 ``[num_slots]``; tokens of each slot that its sequence may use.
+    lower_edges : numpy.ndarray or None
+        int64 ``[num_slots]``; the first token of each slot that its sequence may use. None while all are 0.
     extent_refs : dict
         Reference counts of extents that are mapped in more than one slot, by serial.
     trim_pending : set of int
@@ -80,6 +82,7 @@ class Arena:
         self.pool, self.layout, self._one_by_one = pool, layout, one_by_one
         self.slots = [Slot(layout.num_ranges) for _ in range(layout.num_slots + 1)]
         self.frontiers = np.zeros(layout.num_slots, np.int64)
+        self.lower_edges: np.ndarray | None = None
         self.quarantine: list[Mapping] = []
         self.extent_refs: dict[int, int] = {}
         self.reservations: list[Reservation] = []
@@ -193,6 +196,8 @@ class Arena:
         if index < self.layout.num_slots:
             self._used_slots = max(self._used_slots, index + 1)
             self.frontiers[index] = self.frontier_of(index)
+            if self.lower_edges is not None:
+                self.lower_edges[index] = self.lower_edge(index)
 
     def frontier_of(self, index: int) -> int:
         """Tokens that a slot's sequence may use; 0 without one: what is mapped there may go at any time."""
@@ -310,12 +315,16 @@ class Arena:
         front = self.slots[index].raise_lower(self.layout.whole_bytes(tokens), fence)
         if front:
             self._pending_unmap.add(index)
+            if self.lower_edges is None:
+                self.lower_edges = np.zeros(self.layout.num_slots, np.int64)
+            self.publish(index)
             for mapping in front:
                 self.decref(mapping.extent)
 
     def lower_edge(self, index: int) -> int:
-        """The first token of a slot that is backed, and with it all up to the frontier."""
-        return self.layout.first_token(self.slots[index].lower)
+        """The first token of a slot that its sequence may use; from it to the frontier all are backed."""
+        slot = self.slots[index]
+        return self.layout.first_token(slot.lower) if slot.state is RUNNING else 0
 
     # -- unmapping -------------------------------------------------------------------------------------------------
 
@@ -518,7 +527,15 @@ class Arena:
             for group in slot.groups:
                 self._check_group(index, group)
             self._check_pending(index)
-            if index < self.layout.num_slots and self.frontiers[index] != self.frontier_of(index):
+            if index == self.layout.num_slots:
+                continue
+            lower = 0 if self.lower_edges is None else self.lower_edges[index]
+            if lower != self.lower_edge(index):
+                raise InvariantViolation(
+                    f"slot {index} ({slot.state.value}): lower edge {lower}, but tokens from {self.lower_edge(index)} "
+                    "on are backed"
+                )
+            if self.frontiers[index] != self.frontier_of(index):
                 raise InvariantViolation(
                     f"slot {index} ({slot.state.value}): frontier {self.frontiers[index]}, but {slot.mapped:,} bytes "
                     f"back {self.frontier_of(index)} tokens"
@@ -533,7 +550,7 @@ class Arena:
         for serial, extent in extents.items():
             if mapped[serial] != extent.mappings:
                 raise InvariantViolation(
-                    f"extent {serial} is mapped {extent.mappings} times, {mapped[serial]} in the books"
+                    f"extent {serial} is mapped {extent.mappings} times, {mapped[serial]} by the arena's slots"
                 )
         for serial in in_slots.keys() | self.extent_refs.keys():
             refs = self.extent_refs.get(serial, 1)
@@ -565,7 +582,7 @@ class Arena:
             offset += stripe[0].size
         if offset - start != group.frontier:
             raise InvariantViolation(
-                f"slot {index}: {offset - start - group.lower:,} bytes mapped, {group.mapped:,} in the books"
+                f"slot {index}: {offset - start - group.lower:,} bytes mapped, {group.mapped:,} by its edges"
             )
 
     def _check_pending(self, index: int) -> None:

@@ -48,10 +48,13 @@ def fork(arena: Arena, source: int, tokens: int, target: int) -> int:
     share then, and by memory of its own behind those. Returns up to which byte of a range the memory is shared.
 
     Where the source's lower edge is raised, so is the target's.
-    Raises KVCacheOutOfMemory or DriverError; nothing changed.
+    Raises ConfigError where the target is not free or all of `tokens` lie below the lower edge, KVCacheOutOfMemory or
+    DriverError; nothing changed.
     """
-    _empty(arena, target)
     (group,) = arena.slots[source].groups
+    if tokens <= (edge := arena.lower_edge(source)):
+        raise ConfigError(f"slot {source} backs tokens from {edge} on, so its first {tokens} cannot be forked")
+    _empty(arena, target)
     shared: list[Stripe] = []
     end = group.lower
     for stripe in group.stripes:

@@ -163,7 +163,7 @@ class Slot:
 
     def begin_unmap(self, fence: Fence) -> list[Mapping]:
         """Any state without a sequence → PENDING_UNMAP; returns all its mappings."""
-        self._check(FREE, PARKED, RETIRED)
+        self._check(FREE, PARKED, PENDING_UNMAP, RETIRED)
         self.fence = fence
         self.pending_unmap += [mapping for group in self.groups for mapping in group.clear()]
         self.state = self._idle_state()

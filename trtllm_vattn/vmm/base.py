@@ -17,7 +17,7 @@ R10. Every call is legal while a stream is being captured.
 
 Numbered invariants of the code above the seam:
 
-I1. An extent is in exactly one place: the pool's stock, a slot, or quarantine.
+I1. An extent is in exactly one place: the pool's free extents, a slot, pending unmap, or quarantine.
 I2. A mapping holds its reservation and its extent; what is held is not freed.
 I3. An operation of several steps succeeds whole or leaves the state as it was.
 I4. What failed to unmap, release or free is quarantined: counted, never reused, tried again at close.
