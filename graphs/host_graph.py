@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from trtllm_vattn.errors import CaptureError
 from trtllm_vattn.vmm.tensors import inference
@@ -34,7 +33,26 @@ _INDEXED = {
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+    """All in an operation's arguments or results, which are nested in lists, tuples and dicts alone."""
+    # Not torch's own for any tree, which would take most of a replay's time.
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [tensor for each in tree for tensor in _tensors(each)]
+
+
+def _aliases(tree: Any) -> Any:
+    """The same, with other tensors over the same memory."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach()
+    if isinstance(tree, list | tuple):
+        return type(tree)([_aliases(each) for each in tree])
+    if isinstance(tree, dict):
+        return {key: _aliases(each) for key, each in tree.items()}
+    return tree
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -66,6 +84,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, static: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.records: list[Record] = []
+        self._whole: set[Any] = set()
+        """Operations that are not made of others."""
         self._known = {_storage(tensor) for tensor in static}
 
     def __torch_dispatch__(
@@ -74,16 +94,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         given = _tensors((args, kwargs))
         self._refuse_outside(operation, given)
-        # In inference mode composite operations arrive undecomposed; only their parts tell what a graph cannot hold.
-        with self:
-            decomposed = operation.decompose(*args, **kwargs)
-        if decomposed is not NotImplemented:
-            return decomposed
+        # In inference mode operations arrive whole; what they are made of tells what a graph could not hold.
+        if operation not in self._whole:
+            with self:
+                decomposed = operation.decompose(*args, **kwargs)
+            if decomposed is not NotImplemented:
+                return decomposed
+            self._whole.add(operation)
         _refuse_data_dependent(operation, args, kwargs)
         inputs = {_storage(tensor) for tensor in given}
-        # Detached aliases, because operations like squeeze_ change the shape of their argument. A record keeps its
-        # results alive, so that the allocator gives their storages to no later operation.
-        recorded_args, recorded_kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+        # Aliases, because operations like squeeze_ change the shape of the very tensor they are given. A record keeps
+        # its results alive, so that no later one is given a storage that a replay still needs.
+        recorded_args, recorded_kwargs = _aliases(args), _aliases(kwargs)
         answer = operation(*args, **kwargs)
         made = [(i, tensor.detach()) for i, tensor in enumerate(_tensors(answer)) if _storage(tensor) not in inputs]
         self._known.update(_storage(tensor) for _, tensor in made)
