@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trtllm_vattn.bench import plot
+from trtllm_vattn.bench.publish import plots as plot
 
 HOST = {"gpu": None}
 GPU = {"gpu": {"name": "NVIDIA H200"}}

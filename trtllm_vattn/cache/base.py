@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -136,6 +136,9 @@ class KVCache(ABC):
     """int64 ``[num_slots]``, tokens of each slot's sequence, 0 for a free slot. Read-only for callers."""
     frontiers: np.ndarray
     """int64 ``[num_slots]``, tokens backed by memory, 0 for a free slot. Read-only for callers."""
+    remaps: ClassVar[bool] = False
+    """Whether memory beneath fixed addresses can be moved. Where it is False, the calls below that do so raise
+    ConfigError."""
 
     @property
     def dummy_slot(self) -> int:
@@ -190,6 +193,38 @@ class KVCache(ABC):
 
     def start_thread(self) -> None:  # noqa: B027
         """Have `map_ahead` done by a thread of its own from now on, where there is anything to map."""
+
+    # -- capabilities of caches whose memory can be moved (`remaps`) ----------------------------------------------
+
+    def _cannot(self, what: str) -> ConfigError:
+        return ConfigError(
+            f"{type(self).__name__} cannot {what}: its memory stays where it is; use a cache that remaps"
+        )
+
+    def free_slots(self) -> list[int]:
+        """Slots that a running sequence can be moved to."""
+        raise self._cannot("list slots to move to")
+
+    def move(self, sequence: SequenceId, slot: int) -> int:
+        """Give a running sequence another, free slot; returns the mappings made."""
+        raise self._cannot("move a sequence")
+
+    def fork(self, sequence: SequenceId, new_sequence: SequenceId, tokens: int) -> int:
+        """Begin a sequence with the first `tokens` of another one; returns its slot."""
+        raise self._cannot("fork a sequence")
+
+    def replace(self, sequence: SequenceId) -> int:
+        """Put other physical memory with the same bytes under a sequence; returns the mappings replaced."""
+        raise self._cannot("replace memory")
+
+    def set_budget(self, budget: int | str) -> None:
+        """Raise or lower the bytes of physical memory that the cache may hold."""
+        raise self._cannot("change its budget")
+
+    def release_free_memory(self, size: int | None = None) -> int:
+        """Give `size` bytes of memory that no sequence uses back to the pool or, with None, all of it to the driver;
+        returns the bytes given."""
+        raise self._cannot("release memory")
 
     @abstractmethod
     def layer(self, layer: int) -> FlatKV | PagedKV:

@@ -24,7 +24,7 @@ from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
 from trtllm_vattn.memory.lookahead import Lookahead
 from trtllm_vattn.memory.placement import Placement, placement
 from trtllm_vattn.memory.pool import CLASSES, ExtentPool
-from trtllm_vattn.memory.reclaim import set_budget, surplus_bytes, take_surplus, trim
+from trtllm_vattn.memory.reclaim import reclaim, set_budget, surplus_bytes, take_surplus, trim
 from trtllm_vattn.memory.stock import Stock
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.values import finite, whole
@@ -76,6 +76,7 @@ class KVCacheManager(SlottedCache):
         The driver refused; nothing is left behind.
     """
 
+    remaps: ClassVar[bool] = True
     extent_classes: ClassVar[int] = CLASSES
     one_by_one: ClassVar[bool] = False
 
@@ -285,6 +286,29 @@ class KVCacheManager(SlottedCache):
                 self._run(self._stock.expect, fitting)
                 self._wake()
 
+    def release_free_memory(self, size: int | None = None) -> int:
+        self._check_open()
+        return self._run(self._release_free_memory, size)
+
+    def _release_free_memory(self, size: int | None) -> int:
+        with self._gate:
+            pool = self.arena.pool
+            if size is not None:
+                return reclaim(self.arena, size)
+            held = pool.held_bytes
+            reclaim(self.arena, self.arena.parked_bytes)
+            while pool.shrink():
+                pass
+            return held - pool.held_bytes
+
+    def free_slots(self) -> list[int]:
+        self._check_open()
+        return self._run(self._free_slots)
+
+    def _free_slots(self) -> list[int]:
+        with self._gate:
+            return self.arena.free_slots()
+
     def move(self, sequence: SequenceId, slot: int) -> int:
         """Give a running sequence another, free slot by remapping; returns the mappings made.
 
@@ -386,6 +410,12 @@ class KVCacheManager(SlottedCache):
             self._wake()
         made, self._told = self.ahead.maps - self._told, self.ahead.maps
         return made
+
+    def work_ahead(self) -> bool:
+        """One unit of the work that a thread does beside steps (`start_thread`), for callers that have none of their
+        own and decide themselves how much of it a step leaves room for; whether there may be more."""
+        self._check_open()
+        return self._run(self._backing.work)
 
     def _wake(self) -> None:
         if self._thread is not None:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from trtllm_vattn.attention.select import available
-from trtllm_vattn.bench.machine import machine, versions
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.graphs.policy import start_choosing
+from trtllm_vattn.machine import machine, versions
 from trtllm_vattn.plugins import tensorrt
 from trtllm_vattn.trtllm.selfcheck import MODEL, self_check
 from trtllm_vattn.trtllm.versions import OVERRIDE, RANGE, series_of

@@ -54,9 +54,9 @@ class Backing:
     def start_thread(self) -> None:
         """Have a thread map ahead. Idempotent."""
         if self.thread is None:
-            self.thread = BackgroundThread(self._work, self._idle_after_s)
+            self.thread = BackgroundThread(self.work, self._idle_after_s)
 
-    def _work(self) -> bool:
+    def work(self) -> bool:
         """One bite of the thread's work: a slot's growth, an extent for the stock, from a slot or new, or one for the
         driver."""
         with self.gate.in_background():
