@@ -25,8 +25,9 @@ def parse_bytes(given: Any, name: str = "") -> int:
     refused = ConfigError(f"{what} is no number of bytes; write 17179869184 or 16GiB")
     if isinstance(given, str):
         written = _WRITTEN.fullmatch(given)
-        if written is None:
+        if written is None or ("." in written[1] and not written[2]):
             raise refused
+        # 2.7GiB is no whole number of bytes; what is beyond the last one is left out.
         number: int | None = int(Decimal(written[1]) * _UNITS[written[2].lower()])
     else:
         number = as_whole(given)

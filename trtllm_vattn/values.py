@@ -14,7 +14,7 @@ def as_whole(value: Any) -> int | None:
     """A Python or numpy integer as an int; None for everything else, booleans among it."""
     if type(value) is int:
         return value
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+    if type(value) is not bool and isinstance(value, numbers.Integral):
         return int(value)
     return None
 
@@ -30,7 +30,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 def finite(name: str, value: Any) -> float:
     """A Python or numpy number, neither NaN nor infinite, as a float."""
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if type(value) is not bool and isinstance(value, numbers.Real):
         try:
             number = float(value)
         except OverflowError:

@@ -160,7 +160,7 @@ def wrong_trtllm_fields(fields: Mapping[str, Any], head_size: int | None) -> lis
 
 def check_weights(names: Iterable[str], layers: int) -> None:
     """Raise ConfigError where a model has tensors that a drawn network has no place for, or lacks some it needs."""
-    both = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    both: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     both += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     needed = {"model.embed_tokens.weight", "model.norm.weight"}
     known = {"lm_head.weight", "lm_head.bias"}

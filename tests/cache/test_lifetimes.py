@@ -28,6 +28,7 @@ def left(driver: HostDriver) -> tuple[int, int, int]:
 @pytest.mark.parametrize("threaded", [False, True])
 def test_a_cache_that_is_dropped_gives_everything_back_and_warns(threaded: bool) -> None:
     driver = HostDriver()
+    before = set(threading.enumerate())
     cache = KVCacheManager(SHAPE, driver, 1 << 20)
     if threaded:
         cache.start_thread()
@@ -37,7 +38,7 @@ def test_a_cache_that_is_dropped_gives_everything_back_and_warns(threaded: bool)
         del cache
     assert gone() is None
     assert left(driver) == (0, 0, 0)
-    assert "vattn-map-ahead" not in [thread.name for thread in threading.enumerate()]
+    assert not [each for each in set(threading.enumerate()) - before if each.name == "vattn-map-ahead"]
 
 
 def test_a_tensor_keeps_the_memory_of_a_cache_that_is_dropped() -> None:
@@ -161,7 +162,7 @@ def test_a_hundred_thousand_slots_are_made_and_used() -> None:
         cache.release(3)
         # Slots that were never used are not looked at.
         assert perf_counter() - started < 0.5
-        assert cache.admit("again", 5) == 3
+        assert cache.admit("again", 20) == 3
         cache.move("again", 99_999)
         cache.release("again")
         cache.check_integrity()

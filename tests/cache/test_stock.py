@@ -127,7 +127,7 @@ def test_the_next_prompts_are_stocked_by_the_thread_as_far_as_the_budget_goes(ho
         # What is parked is adopted, and need not be created.
         cache.release(0)
         cache.stock_for([40])
-        assert cache._stock._waiting == ()
+        assert cache._stock.expected == ()
         # An announced burst stays announced.
         cache.stock_up(1, 40)
         cache.stock_for([])

@@ -261,7 +261,7 @@ def test_numbers_of_numpy_and_sizes_in_words_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    "budget", [NAN, True, -1, 1e9, 4.0, "-1", "much", "1e9", "nan", None, [], 2**70, "9" * 400, ""]
+    "budget", [NAN, True, -1, 1e9, 4.0, "-1", "much", "1e9", "1.5", "1.5B", "nan", None, [], 2**70, "9" * 400, ""]
 )
 def test_a_budget_is_a_number_of_bytes(engine: Engine, budget: Any) -> None:
     before = engine.cache.stats().budget_bytes
@@ -363,10 +363,19 @@ def test_stop_tokens_are_of_the_vocabulary(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("buckets", [[1, 2], [4, 8], [], [0, 4], [-1, 4], [4, 4], "4", ["4"], [2.0, 4], [True, 4], 4])
-def test_buckets_serve_every_slot_or_are_refused(buckets: Any, packed: bool) -> None:
+@pytest.mark.parametrize("buckets", [[8], [4, 8], [], [0, 4], [-1, 4], [4, 4], "4", ["4"], [2.0, 4], [True, 4], 4])
+def test_buckets_that_cannot_be_are_refused(buckets: Any, packed: bool) -> None:
     with pytest.raises(ConfigError, match="bucket"):
         build(4, buckets=buckets, packed=packed)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("buckets", "all_of_them"), [([2, 1], [1, 2, 4]), ([3], [3, 4]), ((4, 1), [1, 4])])
+def test_buckets_are_completed_to_all_slots(buckets: Any, all_of_them: list[int], packed: bool) -> None:
+    with build(4, buckets=buckets, packed=packed, capture=True) as engine:
+        assert sorted(engine.startup.decode.seconds) == all_of_them
+        done = engine.generate([[1, 2, 3]] * 6, SamplingParams(5))
+        assert len({tuple(each.tokens) for each in done}) == 1
 
 
 def test_a_prompt_and_its_output_but_the_last_token_fill_a_slot(engine: Engine) -> None:

@@ -11,7 +11,7 @@ from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.owners import Extent, Reservation
-from trtllm_vattn.vmm.tensors import current_stream, strided, tensor_at, upload
+from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, strided, tensor_at, upload
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
 
@@ -108,3 +108,15 @@ torch.kept = tensor_at(memory.data_ptr(), 100, "cpu", owner=memory)
 """
     done = run_apart(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_copy_that_fails_raises_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that die with an exception on its way must not hide it."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no copy")
+
+    memory = torch.zeros(8192, dtype=torch.uint8)
+    monkeypatch.setattr(torch.Tensor, "copy_", fail)
+    with pytest.raises(RuntimeError, match="no copy"):
+        copy_bytes("cpu", memory.data_ptr(), memory.data_ptr() + 4096, 4096)

@@ -411,12 +411,6 @@ class KVCacheManager(SlottedCache):
         made, self._told = self.ahead.maps - self._told, self.ahead.maps
         return made
 
-    def work_ahead(self) -> bool:
-        """One unit of the work that a thread does beside steps (`start_thread`), for callers that have none of their
-        own and decide themselves how much of it a step leaves room for; whether there may be more."""
-        self._check_open()
-        return self._run(self._backing.work)
-
     def _wake(self) -> None:
         if self._thread is not None:
             self._thread.wake()
@@ -428,6 +422,15 @@ class KVCacheManager(SlottedCache):
             if not made:
                 trim(self.arena, self.ahead.at_once())
             return made
+
+    def work_ahead(self) -> bool:
+        """Do one unit of the background thread's work in this call, and return whether there may be more; for caches
+        without a thread. Raises DriverError."""
+        self._check_open()
+        return self._run(self._work_ahead)
+
+    def _work_ahead(self) -> bool:
+        return self._backing.work()
 
     def wait_ahead(self, timeout_s: float = 10.0) -> bool:
         """Whether the thread has nothing left to do, within so many seconds; at once without one."""

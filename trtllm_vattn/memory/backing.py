@@ -57,8 +57,8 @@ class Backing:
             self.thread = BackgroundThread(self.work, self._idle_after_s)
 
     def work(self) -> bool:
-        """One bite of the thread's work: a slot's growth, an extent for the stock, from a slot or new, or one for the
-        driver."""
+        """One unit of the thread's work: a slot's growth, an extent for the stock, from a slot or new, or one for the
+        driver. Returns whether there may be more."""
         with self.gate.in_background():
             if self.is_closed:
                 return False
@@ -100,7 +100,12 @@ def _drop(backing: Backing) -> None:
     if backing.is_closed or backing.process != os.getpid():
         return
     held = backing.arena.pool.held_bytes
-    finalize(backing.discard)
+    try:
+        finalize(backing.discard)
+    except BaseException:
+        # An interrupt in a finalizer is lost on its user; the memory is not. It may be asked for twice.
+        finalize(backing.discard)
+        raise
     if backing.is_owned:
         warnings.warn(
             f"a KV cache of {held:,} bytes was not closed; its memory is given back, but call close() or use `with`",

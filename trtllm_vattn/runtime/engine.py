@@ -81,7 +81,8 @@ class Engine:
     capture : bool
         Whether decode steps are captured once a bucket and replayed, or run eagerly.
     buckets : sequence of int or None
-        Batch sizes to capture, the cache's slots the largest of them; None for the usual ones.
+        Batch sizes to capture, of at most the cache's slots; all slots, which may run at once, are added. None for the
+        usual ones.
     steps : int
         Most decode steps of one launch, no more than `max_seq_len`. With more than one, tokens are chosen on the device
         and come in groups; what a sequence has beyond its end is discarded.

@@ -65,23 +65,18 @@ def check_settings(
 
 
 def check_buckets(given: Any, num_slots: int) -> list[int]:
-    """Batch sizes to capture, in order: different whole numbers, the largest of them all slots; the usual ones for
-    None."""
+    """Batch sizes to capture, in order: different whole numbers of at most all slots, and all slots, which may run at
+    once, whether given or not; the usual ones for None."""
     if given is None:
         return default_buckets(num_slots)
     if isinstance(given, np.ndarray) and given.ndim == 1:
         given = given.tolist()
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         raise ConfigError(f"buckets are {described(given)}; give a list of batch sizes, or None for the usual ones")
-    buckets = sorted(whole("a bucket", bucket, 1) for bucket in given)
-    if len(set(buckets)) < len(buckets):
-        raise ConfigError(f"buckets are {shown(buckets)}; give different batch sizes")
-    if not buckets or buckets[-1] != num_slots:
-        raise ConfigError(
-            f"buckets are {shown(buckets)}, and as many sequences run at once as the cache has slots: make the largest "
-            f"bucket {num_slots}"
-        )
-    return buckets
+    buckets: list[int] = sorted(whole("a bucket", bucket, 1, num_slots) for bucket in given)
+    if not buckets or len(set(buckets)) < len(buckets):
+        raise ConfigError(f"buckets are {shown(buckets)}; give different batch sizes, at least one")
+    return buckets if buckets[-1] == num_slots else [*buckets, num_slots]
 
 
 def check_device(given: Any) -> str:

@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.trtllm.config import parse_bytes
+from trtllm_vattn.sizes import parse_bytes
 
 _managers: weakref.WeakSet[Any] = weakref.WeakSet()
 

@@ -125,7 +125,7 @@ def show_addresses(engine: Engine, plain: PreTrainedModel, seed: int) -> dict[st
 
     def decode(tokens: int) -> None:
         while len(got) < tokens and engine.busy:
-            got.extend(event.token for event in engine.step())
+            got.extend(event.token for event in engine.step() if event.token is not None)
 
     decode(2)
     slot = cache.slot_of(request)

@@ -91,6 +91,9 @@ class LedgerCache(SlottedCache):
     def _vacate(self, slot: int) -> None:
         self._held[slot] = self.frontiers[slot] = 0
 
+    def _clear(self) -> None:
+        self._held[:] = self.frontiers[:] = 0
+
     def _free(self) -> None:
         """There is nothing."""
 
