@@ -1,4 +1,6 @@
-"""`bench tlb`: does attention feel where pages lie? Bandwidth against context, working set, layout and page order.
+"""Does attention feel where pages lie? Bandwidth against context, working set, layout and page order.
+
+An experiment: ``python scripts/experiments/tlb.py --help``. Its results and tables are in scripts/results.
 
 At each point flat KV stands beside block tables. Flat slots are backed in the order of creation by the largest extents,
 by single pages in that order and in a random one, and as hours of sequences coming and going leave them; the last also
@@ -12,8 +14,9 @@ import argparse
 import gc
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -27,16 +30,17 @@ from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.cases.attention import fill
 from trtllm_vattn.bench.harness.bandwidth import attention_bandwidth
-from trtllm_vattn.bench.harness.flags import HEADS, add_attention, add_device, add_results, as_config, dtype_of, heads
-from trtllm_vattn.bench.harness.report import Result, finish
+from trtllm_vattn.bench.harness.case import conclude
+from trtllm_vattn.bench.harness.flags import HEADS, add_attention, add_device, add_results, dtype_of, heads
 from trtllm_vattn.bench.harness.timing import summarise, timed_ms
-from trtllm_vattn.bench.publish.plots import plot_tlb
+from trtllm_vattn.bench.publish.plots import pyplot, save
 from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.paged import PagedCache
+from trtllm_vattn.cli.parser import Parser, device_in
 from trtllm_vattn.errors import OutOfPages, VattnError
-from trtllm_vattn.memory.reclaim import reclaim
 from trtllm_vattn.table import table
+from trtllm_vattn.verify.workload import CacheWorkload
 from trtllm_vattn.vmm.open import open_driver
 
 ORDERS = ("in order", "single pages in order", "scattered", "after churn", "created again")
@@ -54,7 +58,7 @@ class SinglePages(KVCacheManager):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `bench tlb`."""
+    """Flags of the experiment."""
     gpu, add = add_device(parser), parser.add_argument
     add_attention(parser)
     add("--heads", type=heads, default="32,8,128" if gpu else "2,1,16", metavar="Q,KV,SIZE", help=HEADS)
@@ -111,7 +115,7 @@ class Sweep:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark."""
+    """Run the experiment."""
     torch.manual_seed(args.seed)
     for size in args.read_bytes:
         check_size(size)
@@ -126,12 +130,13 @@ def run(args: argparse.Namespace) -> int:
         for g in args.layers_per_range:
             _flat(sweep, shape, g, at)
         _blocks(sweep, shape, at)
-    result = Result.start("tlb", as_config(args), args.seed)
-    result.results.update(attention=sweep.attention, reads=sweep.reads, skipped=sweep.skipped)
-    result.summary.update(_summary(sweep.attention, sweep.reads, args.layers_per_range[-1]), skipped=len(sweep.skipped))
-    print(_show(sweep.attention))
-    finish(result, args, plot_tlb)
-    return 0
+    results = {"attention": sweep.attention, "reads": sweep.reads, "skipped": sweep.skipped}
+    summary = {
+        **_summary(sweep.attention, sweep.reads, args.layers_per_range[-1]),
+        "skipped": len(sweep.skipped),
+    }
+    program = "python scripts/experiments/tlb.py"
+    return conclude("tlb", args, results, summary, _show(sweep.attention), plot_tlb, program=program)
 
 
 def _shape(args: argparse.Namespace, gb: float, context: int) -> tuple[CacheShape | None, str]:
@@ -178,47 +183,42 @@ def arrange(cache: KVCacheManager, order: str, churn: int, seed: int) -> None:
     """End sequences 0, 1, …, and have the cache back those that come next in this order."""
     for sequence in range(cache.stats().sequences):
         cache.release(sequence)
-    reclaim(cache.arena, cache.arena.parked_bytes)
+    cache.release_free_memory(cache.stats().parked_bytes)
     if order == "scattered":
         cache.stock_up(cache.shape.num_slots, cache.shape.max_seq_len)
+        # The order in which free extents are handed out, which no public call changes: the pool's insides.
         random.Random(seed).shuffle(cache.arena.pool._stock[cache.layout.granule])
         cache.stock_up(0, 1)
     elif order == "after churn":
         _churn(cache, churn * cache.shape.num_slots, seed)
     elif order == "created again":
-        while cache.arena.pool.shrink():
-            pass
+        cache.release_free_memory()
 
 
 def _churn(cache: KVCacheManager, sequences: int, seed: int) -> None:
     """So many sequences of all lengths come, grow and go, at most in all slots and at times in half of them, in less
     memory than there is, so that what is parked is taken away for others. None is left running."""
-    choose = np.random.default_rng(seed)
+    workload = CacheWorkload(cache, seed)
     slots, longest = cache.shape.num_slots, cache.shape.max_seq_len
-    whole = cache.arena.pool.budget
+    whole = cache.stats().budget_bytes
     cache.set_budget(whole * 5 // 8)
-    running: list[tuple[str, int]] = []
 
-    def end_one() -> None:
-        cache.release(running.pop(int(choose.integers(len(running)))))
+    def grow() -> None:
+        more = np.array([workload.random.randint(0, longest // slots + 1) for _ in range(slots)])
+        cache.prepare_step(np.where(cache.lengths > 0, np.minimum(cache.lengths + more, longest), 0))
 
-    for number in range(sequences):
-        while len(running) >= choose.integers(slots // 2 + 1, slots + 1):
-            end_one()
-        for tokens in (int(choose.integers(1, longest + 1)), 0):
-            more = choose.integers(0, longest // slots + 2, slots)
+    for _ in range(sequences):
+        while len(workload.authors) >= workload.random.randint(slots // 2 + 1, slots):
+            workload.release()
+        for operation in (workload.admit, grow):
             while True:
                 try:
-                    if tokens:
-                        cache.admit(("churn", number), tokens)
-                        running.append(("churn", number))
-                    else:
-                        cache.prepare_step(np.where(cache.lengths > 0, np.minimum(cache.lengths + more, longest), 0))
+                    operation()
                     break
                 except OutOfPages:
-                    end_one()
-    while running:
-        end_one()
+                    workload.release()
+    while workload.authors:
+        workload.release()
     cache.set_budget(whole)
 
 
@@ -321,3 +321,54 @@ def _show(rows: list[dict[str, Any]]) -> str:
         ["sequences x tokens", "GB", *systems],
         [[f"{n} x {c}", f"{gb:.3g}", *(cell(c, gb, system) for system in systems)] for c, gb, n in points],
     )
+
+
+def plot_tlb(result: dict[str, Any], path: Path) -> None:
+    """Draw bandwidth against the working set, of attention by context and of plain reads by size. Raises ConfigError
+    without matplotlib."""
+    attention, reads = (result["results"][name] for name in ("attention", "reads"))
+    contexts = list(dict.fromkeys(row["context"] for row in attention))
+    sizes = list(dict.fromkeys(row["read_bytes"] for row in reads))
+    width = max(len(contexts), len(sizes), 1)
+    figure, axes = pyplot().subplots(2, width, figsize=(6 * width, 9), layout="constrained", squeeze=False)
+    for axis, context in zip(axes[0], contexts, strict=False):
+        _by_working_set(axis, [row for row in attention if row["context"] == context])
+        axis.set_title(f"decode attention, sequences of {context:,} tokens")
+    for axis, size in zip(axes[1], sizes, strict=False):
+        _by_working_set(axis, [row for row in reads if row["read_bytes"] == size])
+        axis.set_title(f"random reads of {size:,} bytes")
+    for axis in axes.flat:
+        axis.set_visible(bool(axis.lines))
+    if attention:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    save(figure, result, path)
+
+
+def _by_working_set(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """A line a system."""
+    colours = pyplot().get_cmap("tab20")
+    for number, system in enumerate(dict.fromkeys(row["system"] for row in rows)):
+        found = sorted((row["working_set_gb"], row["gb_per_s"]) for row in rows if row["system"] == system)
+        dashed = "--" if system.startswith("blocks") else "-"
+        axis.plot(*zip(*found, strict=True), dashed, marker=".", linewidth=0.9, label=system, color=colours(number))
+    axis.set_xlabel("working set, GB")
+    axis.set_ylabel("GB/s")
+    axis.set_ylim(bottom=0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the experiment; 2 for what the user can mend, with one line that says what."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    parser = Parser(prog="tlb.py", description=str(__doc__).partition("\n")[0])
+    if (device := device_in(given)) is not None:
+        parser.set_defaults(device=device)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(given))
+    except VattnError as error:
+        print(f"tlb.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

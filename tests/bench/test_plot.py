@@ -19,7 +19,7 @@ def texts(
     """Everything that is written in a plot, and its axes."""
     found: list[str] = []
     axes: list[Any] = []
-    pyplot = plot._pyplot()
+    pyplot = plot.pyplot()
     close = pyplot.close
 
     def look(figure: Any) -> None:

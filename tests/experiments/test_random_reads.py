@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from random_reads import check_size, random_rows, reader
 
-from trtllm_vattn.bench.random_reads import check_size, random_rows, reader
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError

@@ -1,4 +1,4 @@
-"""`bench tlb` on the host, small: orders of pages are what they are called, and what is left out is said."""
+"""The sweep over orders of pages, small: they are what they are called, and what is left out is said."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tlb
 import torch
 
-from trtllm_vattn.bench.tlb import ORDERS, SinglePages, arrange
 from trtllm_vattn.cache.base import CacheShape
-from trtllm_vattn.cli.main import main
 from trtllm_vattn.vmm.host import HostDriver
+
+ORDERS, SinglePages, arrange, main = tlb.ORDERS, tlb.SinglePages, tlb.arrange, tlb.main
 
 
 def run(tmp_path: Path, *flags: str) -> dict[str, Any]:
     report = tmp_path / "tlb.json"
-    assert main(["bench", "tlb", *flags, "--output-json", str(report)]) == 0
+    assert main([*flags, "--output-json", str(report)]) == 0
     loaded: dict[str, Any] = json.loads(report.read_text())
     return loaded
 
@@ -50,7 +51,7 @@ def test_what_a_sweep_leaves_out_is_said_and_recorded(tmp_path: Path, capsys: py
     assert "left out: system blocks of 16, context 100, sequences 9" in said
     assert "1e-09 s are over (--most-seconds)" in said
     assert "left out: working_set_gb 0.0005, context 100000: one sequence takes 0.0512 GB" in said
-    assert main(["bench", "tlb", *small, "--read-bytes", "96"]) == 2
+    assert main([*small, "--read-bytes", "96"]) == 2
     assert "rows of 96 bytes asked for; give a power of two from 64 on" in capsys.readouterr().err
 
 

@@ -107,13 +107,13 @@ def _add(
         return
     loaded = importlib.import_module(module)
     # Known before the other flags are added, since their defaults depend on it.
-    if (device := _device_in(arguments)) is not None:
+    if (device := device_in(arguments)) is not None:
         command.set_defaults(device=device)
     command.set_defaults(run=loaded.run, shown=command)
     loaded.add_arguments(command)
 
 
-def _device_in(arguments: Sequence[str]) -> str | None:
+def device_in(arguments: Sequence[str]) -> str | None:
     """What ``--device`` asks for, if it is there."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", nargs="?")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -96,6 +97,16 @@ class FaultStress(CacheWorkload):
 
     def run(self, operations: int) -> None:
         """Raises InvariantViolation for a wrong byte, a cache that contradicts itself, or anything left at the end."""
+        try:
+            self._run(operations)
+        except InvariantViolation:
+            # What it found is raised; the cache is not left to its finalizer.
+            self.driver.disarm()
+            with suppress(InvariantViolation, DriverError):
+                self.cache.close()
+            raise
+
+    def _run(self, operations: int) -> None:
         self.driver.fail_randomly(self.probability, self.random.randrange(1 << 30))
         for number in range(operations):
             self.number = number

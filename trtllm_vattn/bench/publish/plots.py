@@ -16,7 +16,6 @@ _COLOURS = {"contiguous": "#E69F00", "paged": "#56B4E9", "vattn": "#009E73"}
 def plot_graph(result: dict[str, Any], path: Path) -> None:
     """Draw a `bench graph` result: memory over time and, of a GPU, step times of all combinations. Raises ConfigError
     without matplotlib."""
-    pyplot = _pyplot()
     results = result["results"]
     steady = (results.get("steady") or {}).get("runs", [])
     runs = results["trace"]["runs"] if results["trace"] else []
@@ -28,23 +27,24 @@ def plot_graph(result: dict[str, Any], path: Path) -> None:
         parts.append((_memory, runs))
     if steady:
         parts.append((_batches, steady))
-    figure, axes = pyplot.subplots(
+    figure, axes = pyplot().subplots(
         1, len(parts), figsize=(1 + 5.5 * len(parts), 4.6), layout="constrained", squeeze=False
     )
     for axis, (draw, rows) in zip(axes[0], parts, strict=True):
         draw(axis, rows)
-    _save(figure, result, path)
+    save(figure, result, path)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files. Raises ConfigError without matplotlib."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib import pyplot as found
     except ImportError as error:
         raise ConfigError("plots need matplotlib: pip install 'trtllm-vattn[bench]'") from error
-    return pyplot
+    return found
 
 
 def where(result: dict[str, Any]) -> str:
@@ -80,19 +80,20 @@ def _plain(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.6f}".rstrip("0").rstrip(".")
 
 
-def _save(figure: Any, result: dict[str, Any], path: Path) -> None:
+def save(figure: Any, result: dict[str, Any], path: Path) -> None:
+    """Write a figure, titled by what was measured and on what."""
     figure.suptitle(
         f"{result['benchmark']}, {result['config'].get('model', '')}".rstrip(", ") + f", on {where(result)}"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
 def plot_demo(result: dict[str, Any], path: Path) -> None:
     """Draw a `demo` result: memory beside the tokens of the sequences, over the steps. Raises ConfigError without
     matplotlib."""
-    figure, axis = _pyplot().subplots(figsize=(11, 4.6), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(11, 4.6), layout="constrained")
     memory = result["results"]["memory"]
     for name, label in (("mapped_bytes", "mapped for running sequences"), ("live_bytes", "tokens of sequences")):
         axis.step(range(1, len(memory["steps"]) + 1), [step[name] / 1024 for step in memory["steps"]], label=label)
@@ -101,13 +102,13 @@ def plot_demo(result: dict[str, Any], path: Path) -> None:
     axis.set_ylabel("KiB of K and V")
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=8)
-    _save(figure, result, path)
+    save(figure, result, path)
 
 
 def plot_burst(result: dict[str, Any], path: Path) -> None:
     """Draw a `bench burst` result: decode steps over time, and where the burst's mapping time went. Raises ConfigError
     without matplotlib."""
-    figure, (steps, spent) = _pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained")
+    figure, (steps, spent) = pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained")
     first = [row for row in result["results"]["bursts"] if row["round"] == 0]
     for row in first:
         whole = [value for phase in ("before", "during", "after") for value in row["steps"][phase]]
@@ -128,13 +129,13 @@ def plot_burst(result: dict[str, Any], path: Path) -> None:
     _plain_log(spent.yaxis, " ms")
     spent.tick_params(axis="x", labelsize=8)
     spent.legend(fontsize=8)
-    _save(figure, result, path)
+    save(figure, result, path)
 
 
 def plot_alloc(result: dict[str, Any], path: Path) -> None:
     """Draw a `bench alloc` result: each call by extent size, the device idle and busy. Raises ConfigError without
     matplotlib."""
-    figure, axes = _pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained", sharey=True)
+    figure, axes = pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained", sharey=True)
     granule = result["results"]["granule"]
     rows = [row for row in result["results"]["calls"] if row["how"] == "one by one"]
     for axis, busy in zip(axes, (False, True), strict=True):
@@ -152,22 +153,22 @@ def plot_alloc(result: dict[str, Any], path: Path) -> None:
         axis.set_title(f"{_device(result)} {'busy' if busy else 'idle'}".removeprefix("the "))
     axes[0].set_ylabel("us a call, p50 to p99")
     axes[0].legend(fontsize=8)
-    _save(figure, result, path)
+    save(figure, result, path)
 
 
 def plot_attention(result: dict[str, Any], path: Path) -> None:
     """Draw a `bench attention` result: bandwidth of decode attention by point and system. Raises ConfigError without
     matplotlib."""
-    figure, axis = _pyplot().subplots(figsize=(11, 4.6), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(11, 4.6), layout="constrained")
     _grouped(axis, result["results"]["points"], "point", "system", lambda row: row["bytes_per_s"]["p50"] / 1e9)
     axis.set_ylabel("decode attention, GB/s of K and V")
-    _save(figure, result, path)
+    save(figure, result, path)
 
 
 def plot_fragmentation(result: dict[str, Any], path: Path) -> None:
     """Draw a `bench fragmentation` result: what holds no token, and sequences at once, by mix and system. Raises
     ConfigError without matplotlib."""
-    figure, (waste, sequences) = _pyplot().subplots(2, 1, figsize=(12, 8), layout="constrained")
+    figure, (waste, sequences) = pyplot().subplots(2, 1, figsize=(12, 8), layout="constrained")
     rows = result["results"]["runs"]
     _grouped(waste, rows, "mix", "system", lambda row: max(1e-2, 100 * row["waste_with_surplus"]))
     waste.set_yscale("log")
@@ -179,40 +180,7 @@ def plot_fragmentation(result: dict[str, Any], path: Path) -> None:
     for axis in (waste, sequences):
         axis.set_xticks(range(len(names)), names)
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    _save(figure, result, path)
-
-
-def plot_tlb(result: dict[str, Any], path: Path) -> None:
-    """Draw a `bench tlb` result: bandwidth against the working set, of attention by context and of plain reads by size.
-    Raises ConfigError without matplotlib."""
-    attention, reads = (result["results"][name] for name in ("attention", "reads"))
-    contexts = list(dict.fromkeys(row["context"] for row in attention))
-    sizes = list(dict.fromkeys(row["read_bytes"] for row in reads))
-    width = max(len(contexts), len(sizes), 1)
-    figure, axes = _pyplot().subplots(2, width, figsize=(6 * width, 9), layout="constrained", squeeze=False)
-    for axis, context in zip(axes[0], contexts, strict=False):
-        _by_working_set(axis, [row for row in attention if row["context"] == context])
-        axis.set_title(f"decode attention, sequences of {context:,} tokens")
-    for axis, size in zip(axes[1], sizes, strict=False):
-        _by_working_set(axis, [row for row in reads if row["read_bytes"] == size])
-        axis.set_title(f"random reads of {size:,} bytes")
-    for axis in axes.flat:
-        axis.set_visible(bool(axis.lines))
-    if attention:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    _save(figure, result, path)
-
-
-def _by_working_set(axis: Any, rows: list[dict[str, Any]]) -> None:
-    """A line a system."""
-    colours = _pyplot().get_cmap("tab20")
-    for number, system in enumerate(dict.fromkeys(row["system"] for row in rows)):
-        found = sorted((row["working_set_gb"], row["gb_per_s"]) for row in rows if row["system"] == system)
-        dashed = "--" if system.startswith("blocks") else "-"
-        axis.plot(*zip(*found, strict=True), dashed, marker=".", linewidth=0.9, label=system, color=colours(number))
-    axis.set_xlabel("working set, GB")
-    axis.set_ylabel("GB/s")
-    axis.set_ylim(bottom=0)
+    save(figure, result, path)
 
 
 def _grouped(
@@ -220,7 +188,7 @@ def _grouped(
 ) -> None:
     """Bars of `value`, a colour for each of `series`; rows that were refused have none."""
     groups, names = (list(dict.fromkeys(row[key] for row in rows)) for key in (group, series))
-    width, colours = 0.8 / len(names), _pyplot().get_cmap("tab20" if len(names) > 10 else "tab10")
+    width, colours = 0.8 / len(names), pyplot().get_cmap("tab20" if len(names) > 10 else "tab10")
     for number, name in enumerate(names):
         found = {row[group]: value(row) for row in rows if row[series] == name and "refused" not in row}
         places = [groups.index(where) + (number - (len(names) - 1) / 2) * width for where in found]
