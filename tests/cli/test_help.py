@@ -22,7 +22,19 @@ PATHS = [
     *(["plugin", action] for action in ("list", "build", "inspect")),
 ]
 UNITS = {
-    *("TOKENS", "SEQUENCES", "REQUESTS", "PROMPTS", "STEPS", "REPLAYS", "TURNS", "TIMES", "LAYERS", "OPERATIONS"),
+    *(
+        "TOKENS",
+        "SEQUENCES",
+        "REQUESTS",
+        "PROMPTS",
+        "STEPS",
+        "REPLAYS",
+        "TURNS",
+        "TIMES",
+        "LAYERS",
+        "OPERATIONS",
+        "BATCHES",
+    ),
     *("GRANULES", "MAPPINGS", "THREADS", "CONTEXTS", "BYTES", "SECONDS", "LOGITS", "DEVIATIONS", "SHARE", "N"),
     *("FILE", "FOLDER", "MODEL", "DEVICE", "CACHES", "NAME", "CAPABILITIES", "Q,KV,SIZE", "SEQUENCESxTOKENS"),
 }
