@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from trtllm_vattn.bench.publish.readme import TABLES, caption, main, policies, render, serve
+from trtllm_vattn.bench.publish.readme import caption, main, render
+from trtllm_vattn.bench.publish.tables import TABLES, policies, serve
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.machine import card
 

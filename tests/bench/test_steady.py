@@ -16,7 +16,7 @@ from trtllm_vattn.bench.cases.steady import run_steady
 from trtllm_vattn.bench.harness import contenders
 from trtllm_vattn.bench.harness.contenders import PROFILED, Contender, fill, take_turns
 from trtllm_vattn.bench.harness.device_utilization import DeviceUtilization, covered, device_utilization, work_of
-from trtllm_vattn.bench.publish import readme
+from trtllm_vattn.bench.publish import tables
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
@@ -52,7 +52,7 @@ def test_on_the_host_nothing_is_said_of_a_device() -> None:
     for row in rows:
         assert abs(row["mean_length"] - row["context"]) <= 2
         assert {row[name] for name in ("device_busy_ms", "device_step_ms", "idle_share")} == {None}
-    for text in (graph.show(None, {"runs": rows}), readme.batches({"results": {"steady": {"runs": rows}}})):
+    for text in (graph.show(None, {"runs": rows}), tables.batches({"results": {"steady": {"runs": rows}}})):
         assert [cell.strip() for cell in text.splitlines()[-1].split("|")][-3:-1] == ["-", "-"]
 
 
@@ -174,5 +174,5 @@ def test_short_prompts_are_timed_by_replay_and_by_pass(monkeypatch: pytest.Monke
         assert {row[way]["count"] for row in rows for way in ("replay_ms", "pass_ms")} == {3}
         assert engine.prefill.captured
         assert engine.generate([[1, 2]], SamplingParams(max_tokens=2))[0].tokens
-    last = readme.prompts({"results": {"steady": {"prompts": rows}}}).splitlines()[-1]
+    last = tables.prompts({"results": {"steady": {"prompts": rows}}}).splitlines()[-1]
     assert last.split("|")[1].strip() == "100"

@@ -22,21 +22,10 @@ PATHS = [
     *(["plugin", action] for action in ("list", "build", "inspect")),
 ]
 UNITS = {
-    *(
-        "TOKENS",
-        "SEQUENCES",
-        "REQUESTS",
-        "PROMPTS",
-        "STEPS",
-        "REPLAYS",
-        "TURNS",
-        "TIMES",
-        "LAYERS",
-        "OPERATIONS",
-        "BATCHES",
-    ),
+    *("TOKENS", "SEQUENCES", "REQUESTS", "PROMPTS", "STEPS", "REPLAYS", "TURNS", "TIMES", "LAYERS", "OPERATIONS"),
     *("GRANULES", "MAPPINGS", "THREADS", "CONTEXTS", "BYTES", "SECONDS", "LOGITS", "DEVIATIONS", "SHARE", "N"),
     *("FILE", "FOLDER", "MODEL", "DEVICE", "CACHES", "NAME", "CAPABILITIES", "Q,KV,SIZE", "SEQUENCESxTOKENS"),
+    "BATCHES",
 }
 
 
