@@ -13,6 +13,9 @@ LAYERS = [
     "errors",
     "values",
     "sizes",
+    "arguments",
+    "machine",
+    "table",
     "vmm",
     "memory",
     "tenancy",
@@ -22,6 +25,7 @@ LAYERS = [
     "runtime",
     "trtllm",
     "plugins",
+    "verify",
     "bench",
     "cli",
 ]

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from trtllm_vattn.bench.machine import commit, machine, versions
 from trtllm_vattn.cache.base import CacheShape, FlatKV
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.host_graph import HostGraph
+from trtllm_vattn.machine import commit, machine, versions
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import WrappedDriver

@@ -12,7 +12,7 @@ from trtllm_vattn.attention.base import PrefillChunk
 from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.attention.select import available, make_attention
 from trtllm_vattn.attention.xqa import XqaAttention
-from trtllm_vattn.bench.xqa_parts import replay_remapped
+from trtllm_vattn.bench.cases.xqa_parts import replay_remapped
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.blocks import BlockKVCache
 from trtllm_vattn.cache.select import make_cache

@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from trtllm_vattn.bench.faults import Life
-from trtllm_vattn.bench.ledger import LedgerDriver
-from trtllm_vattn.bench.serve import compared, densest
-from trtllm_vattn.bench.timer import Clock, Timer
-from trtllm_vattn.bench.traces import Request
+from trtllm_vattn.bench.cases.ledger import LedgerDriver
+from trtllm_vattn.bench.cases.serve import compared, densest
+from trtllm_vattn.bench.harness.timing import Clock, Timer
+from trtllm_vattn.bench.harness.traces import Request
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.verify.fault_injection import FaultStress
 
 HOST = ["--device", "cpu", "--model", "tiny-llama"]
 
@@ -336,19 +336,19 @@ def test_a_life_among_failures_ends_clean_and_a_wrong_byte_shows(
 ) -> None:
     # Among them lives in which taking back failed too, while memory was being replaced.
     for seed in range(16):
-        Life(seed, 0.02, Counter()).run(400)
+        FaultStress(seed, 0.02, Counter()).run(400)
     report = run_small(tmp_path, "faults", "--operations", "600", "--life", "200")
     assert report["summary"]["operations"] == 600
     assert report["summary"]["driver_calls_failed"] > 0
     assert report["summary"]["wrong_bytes_or_leaks"] == report["summary"]["hangs"] == 0
     assert report["summary"]["sequences_lost"] == report["results"]["counts"].get("lost", 0)
-    written = Life.write
+    written = FaultStress.write
 
-    def forgetful(self: Life, sequence: int, tokens: range) -> None:
+    def forgetful(self: FaultStress, sequence: int, tokens: range) -> None:
         written(self, sequence, tokens)
         self.views[0][self.cache.slot_of(sequence), tokens.start] += 1
 
-    monkeypatch.setattr(Life, "write", forgetful)
+    monkeypatch.setattr(FaultStress, "write", forgetful)
     assert main(["bench", "faults", "--operations", "50"]) == 1
     assert "holds bytes that were not written there" in capsys.readouterr().out
 
@@ -357,14 +357,14 @@ def test_a_life_that_hangs_is_told_by_its_operation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     go_on = Event()
-    truncate = Life.truncate
+    truncate = FaultStress.truncate
 
-    def hanging(self: Life) -> None:
+    def hanging(self: FaultStress) -> None:
         go_on.wait(60)
         truncate(self)
 
     hanging.__name__ = "truncate"
-    monkeypatch.setattr(Life, "truncate", hanging)
+    monkeypatch.setattr(FaultStress, "truncate", hanging)
     report = tmp_path / "faults.json"
     command = ["bench", "faults", "--operations", "100", "--life-seconds", "1", "--output-json", str(report)]
     assert main(command) == 1
@@ -372,5 +372,5 @@ def test_a_life_that_hangs_is_told_by_its_operation(
     assert json.loads(report.read_text())["summary"]["hangs"] == 1
     go_on.set()
     for thread in threading.enumerate():
-        if thread.name == "vattn-life":
+        if thread.name == "vattn-fault-stress":
             thread.join(60)

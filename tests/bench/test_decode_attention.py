@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trtllm_vattn.bench import decode_attention
+from trtllm_vattn.bench.cases import decode_attention
 
 
 def test_even_and_uneven_batches_are_timed_with_one_query_and_with_four() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trtllm_vattn.bench import demo
+from trtllm_vattn.bench.cases import demo
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.runtime.models import load_model
 

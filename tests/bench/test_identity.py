@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from trtllm_vattn.bench.identity import RequestTokens, compare
+from trtllm_vattn.bench.harness.identity import RequestTokens, compare
 from trtllm_vattn.runtime.request import TokenEvent
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trtllm_vattn.bench import plot
+from trtllm_vattn.bench.publish import plots as plot
 
 HOST = {"gpu": None}
 GPU = {"gpu": {"name": "NVIDIA H200"}}
@@ -19,7 +19,7 @@ def texts(
     """Everything that is written in a plot, and its axes."""
     found: list[str] = []
     axes: list[Any] = []
-    pyplot = plot._pyplot()
+    pyplot = plot.pyplot()
     close = pyplot.close
 
     def look(figure: Any) -> None:

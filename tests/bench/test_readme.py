@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from trtllm_vattn.bench.machine import card
-from trtllm_vattn.bench.readme import TABLES, caption, main, policies, render, serve
+from trtllm_vattn.bench.publish.readme import caption, main, render
+from trtllm_vattn.bench.publish.tables import TABLES, policies, serve
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.machine import card
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "results"

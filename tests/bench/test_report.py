@@ -1,18 +1,20 @@
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
-from trtllm_vattn.bench.machine import commit, gpu, machine, summarise, versions
-from trtllm_vattn.bench.report import Result, load, table, write
+from trtllm_vattn.bench.harness.report import Result, load, write
+from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.machine import commit, gpu, machine, versions
+from trtllm_vattn.table import table, tabulate
 
 
 def test_a_result_carries_what_is_needed_to_repeat_it(tmp_path: Path) -> None:
-    result = Result.start("graph", {"model": "x"}, 7)
-    result.summary["ratio"] = 1.5
+    result = Result.of("graph", argparse.Namespace(model="x", seed=7), {}, {"ratio": 1.5})
     write(result, tmp_path / "deep" / "result.json")
     loaded = load(tmp_path / "deep" / "result.json")
     assert loaded == json.loads(json.dumps(result.as_dict()))
@@ -44,6 +46,15 @@ def test_a_table_is_aligned_text_and_markdown() -> None:
         "| ------ | ----: |",
         "| a      |  1.50 |",
         "| longer | 12.25 |",
+    ]
+
+
+def test_a_table_of_records_takes_paths_formats_and_functions() -> None:
+    rows = [{"name": "a", "us": {"p50": 1.256}, "device": None}, {"name": "b", "us": {"p50": 3.0}, "device": 2}]
+    columns = {"name": "name", "us": "us.p50:.2f", "device": "device", "both": lambda row: row["name"] * 2}
+    assert tabulate(rows, columns).splitlines()[2:] == [
+        "| a    | 1.26 | -      | aa   |",
+        "| b    | 3.00 | 2      | bb   |",
     ]
 
 

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from trtllm_vattn.bench import graph, readme, steady
-from trtllm_vattn.bench.busy import Busy, covered, device_busy, work_of
-from trtllm_vattn.bench.prompts import time_prompts
-from trtllm_vattn.bench.steady import Lane, fill, run_steady, take_turns
+from trtllm_vattn.bench.cases import decode as graph
+from trtllm_vattn.bench.cases import steady
+from trtllm_vattn.bench.cases.prompts import time_prompts
+from trtllm_vattn.bench.cases.steady import run_steady
+from trtllm_vattn.bench.harness import contenders
+from trtllm_vattn.bench.harness.contenders import PROFILED, Contender, fill, take_turns
+from trtllm_vattn.bench.harness.device_utilization import DeviceUtilization, covered, device_utilization, work_of
+from trtllm_vattn.bench.publish import tables
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
@@ -48,7 +52,7 @@ def test_on_the_host_nothing_is_said_of_a_device() -> None:
     for row in rows:
         assert abs(row["mean_length"] - row["context"]) <= 2
         assert {row[name] for name in ("device_busy_ms", "device_step_ms", "idle_share")} == {None}
-    for text in (graph.show(None, {"runs": rows}), readme.batches({"results": {"steady": {"runs": rows}}})):
+    for text in (graph.show(None, {"runs": rows}), tables.batches({"results": {"steady": {"runs": rows}}})):
         assert [cell.strip() for cell in text.splitlines()[-1].split("|")][-3:-1] == ["-", "-"]
 
 
@@ -57,11 +61,11 @@ def test_mappings_that_a_step_waited_for_are_counted_by_the_end_of_the_turns() -
     cache = make_cache("vattn", shape_of(model, 2, 512), "cpu", lookahead=0)
     with Engine(model, cache, attention="torch", compile=False, buckets=[2]) as engine:
         fill(engine, 2, 120, 300, seed=0)
-        lane = Lane("vattn", "captured", engine)
-        take_turns([lane], 1, 40, "turns")
-        assert 0 < lane.critical_path_maps == cache.stats().critical_path_maps
+        contender = Contender("vattn", "captured", engine)
+        take_turns([contender], 1, 40, "turns")
+        assert 0 < contender.critical_path_maps == cache.stats().critical_path_maps
         cache.prepare_step(engine.decode.lengths_after(100))
-        assert lane.critical_path_maps < cache.stats().critical_path_maps
+        assert contender.critical_path_maps < cache.stats().critical_path_maps
 
 
 @pytest.mark.usefixtures("no_bandwidth")
@@ -74,14 +78,14 @@ def test_each_mode_is_measured_by_its_own_steps_and_nothing_is_cut_off(monkeypat
         engines.append(self)
         build(self, *arguments, **options)
 
-    def measured(decode: Callable[[], int], device: torch.device) -> Busy:
+    def measured(decode: Callable[[], int], device: torch.device) -> DeviceUtilization:
         seen.append((engines[0].decode.captured, decode()))
-        return Busy(1e9 if engines[0].decode.captured else 1e-9, 1.0, 1.0)
+        return DeviceUtilization(1e9 if engines[0].decode.captured else 1e-9, 1.0, 1.0)
 
     monkeypatch.setattr(Engine, "__init__", built)
-    monkeypatch.setattr(steady, "device_busy", measured)
+    monkeypatch.setattr(contenders, "device_utilization", measured)
     captured, eager = run_small()
-    assert seen == [(True, steady.PROFILED), (False, steady.PROFILED)]
+    assert seen == [(True, PROFILED), (False, PROFILED)]
     assert captured["idle_share"] == 1 - 1e9 / captured["step_ms"]["p50"] < 0
     assert 0.99 < eager["idle_share"] < 1
     assert eager["device_step_ms"] is None
@@ -136,7 +140,7 @@ def test_pauses_are_told_from_work_and_graphs_are_looked_into() -> None:
             time.sleep(0.05)
         return 3
 
-    whole, part = device_busy(replays, device), device_busy(pauses, device)
+    whole, part = device_utilization(replays, device), device_utilization(pauses, device)
     assert whole is not None
     assert part is not None
     # A product may be of several kernels.
@@ -170,5 +174,5 @@ def test_short_prompts_are_timed_by_replay_and_by_pass(monkeypatch: pytest.Monke
         assert {row[way]["count"] for row in rows for way in ("replay_ms", "pass_ms")} == {3}
         assert engine.prefill.captured
         assert engine.generate([[1, 2]], SamplingParams(max_tokens=2))[0].tokens
-    last = readme.prompts({"results": {"steady": {"prompts": rows}}}).splitlines()[-1]
+    last = tables.prompts({"results": {"steady": {"prompts": rows}}}).splitlines()[-1]
     assert last.split("|")[1].strip() == "100"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from trtllm_vattn.bench.traces import Request, fit, generate_trace, load_trace
-from trtllm_vattn.bench.workload import prompt_ids
+from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
+from trtllm_vattn.bench.harness.workload import prompt_ids
 from trtllm_vattn.errors import ConfigError
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trtllm_vattn.bench.random_blocks import RandomBlocks
+from trtllm_vattn.bench.cases.random_blocks import RandomBlocks
 from trtllm_vattn.cli.main import main
 
 HOST = ["--device", "cpu", "--model", "tiny-llama"]
@@ -45,7 +45,7 @@ def test_xqa_says_when_tokens_hang_on_the_table(
             super().__init__(*given)
             self._free_blocks[:] = self._free_blocks[:1] * len(self._free_blocks)
 
-    monkeypatch.setattr("trtllm_vattn.bench.xqa.RandomBlocks", Astray)
+    monkeypatch.setattr("trtllm_vattn.bench.cases.xqa.RandomBlocks", Astray)
     report = tmp_path / "xqa.json"
     command = ["bench", "xqa", *HOST, "--batch-sizes", "2", "--output-json", str(report)]
     assert main(command) == 1

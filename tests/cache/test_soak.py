@@ -2,68 +2,49 @@
 
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
 from contents import expect, fill
 from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory, NoFreeSlot, SequenceTooLong
+from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory, NoFreeSlot
+from trtllm_vattn.verify.workload import CacheWorkload
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
 
+WEIGHTS = {"admit": 2, "step": 3, "release": 1, "truncate": 1}
 
-def one_step(cache: KVCacheManager, lengths: dict[int, int], choose: random.Random, number: int) -> None:
-    action = choose.choice(("admit", "admit", "step", "step", "step", "release", "truncate"))
-    if action == "admit":
-        tokens = choose.randint(1, SHAPE.max_seq_len)
-        cache.admit(number, tokens)
-        fill(cache, number, range(tokens))
-        lengths[number] = tokens
-    elif action == "step":
-        wanted = np.where(cache.lengths > 0, cache.lengths + 1, 0)
-        cache.prepare_step(wanted)
-        for sequence, length in lengths.items():
-            fill(cache, sequence, range(length, length + 1))
-            lengths[sequence] = length + 1
-        cache.map_ahead()
-    elif lengths:
-        sequence = choose.choice(sorted(lengths))
-        if action == "release":
-            cache.release(sequence)
-            del lengths[sequence]
-        else:
-            lengths[sequence] = choose.randint(1, lengths[sequence])
-            cache.truncate(sequence, lengths[sequence])
+
+class Filled(CacheWorkload):
+    """Tokens hold the pattern of their sequence."""
+
+    def write(self, sequence: int, tokens: range) -> None:
+        fill(self.cache, sequence, tokens)
 
 
 @pytest.mark.parametrize("layers_per_range", [1, 4])
 def test_random_failures_lose_nothing(layers_per_range: int) -> None:
     host = HostDriver()
     driver = FaultyDriver(host)
-    choose = random.Random(layers_per_range)
     failures = rebuilt = 0
     for life in range(12):
         driver.disarm()
         cache = KVCacheManager(SHAPE, driver, 60 * 4096, layers_per_range, lookahead=8)
         driver.fail_randomly(0.02, seed=life)
-        lengths: dict[int, int] = {}
+        workload = Filled(cache, 12 * layers_per_range + life)
         for number in range(150):
             try:
-                one_step(cache, lengths, choose, number)
+                workload.run_one(WEIGHTS)
             except DriverError:
                 failures += 1
-            except (KVCacheOutOfMemory, NoFreeSlot, SequenceTooLong):
-                for sequence in list(lengths)[:1]:
-                    del lengths[sequence]
+            except (KVCacheOutOfMemory, NoFreeSlot):
+                for sequence in list(workload.authors)[:1]:
                     driver.disarm()
-                    cache.release(sequence)
+                    workload.end(sequence)
                     driver.fail_randomly(0.02, seed=number)
             cache.check_integrity()
-            for sequence, length in lengths.items():
-                expect(cache, sequence, range(length))
+            for sequence, authors in workload.authors.items():
+                expect(cache, sequence, range(len(authors)))
         for _ in range(50):
             try:
                 cache.close()

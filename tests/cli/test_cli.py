@@ -103,7 +103,7 @@ def test_a_trace_file_is_replayed(tmp_path: Path) -> None:
 def test_sizes_are_for_the_device_that_is_asked_for(
     asked: list[str], device: str, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trtllm_vattn.bench import serve
+    from trtllm_vattn.bench.cases import serve
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from trtllm_vattn.bench import faults, report
+from trtllm_vattn.bench.cases import faults
+from trtllm_vattn.bench.harness import report
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError, InvariantViolation
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trtllm_vattn.bench import flags
+from trtllm_vattn import arguments as types
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.cli.parser import BENCHMARKS, COMMANDS, Parser, build_parser
 
@@ -25,6 +25,7 @@ UNITS = {
     *("TOKENS", "SEQUENCES", "REQUESTS", "PROMPTS", "STEPS", "REPLAYS", "TURNS", "TIMES", "LAYERS", "OPERATIONS"),
     *("GRANULES", "MAPPINGS", "THREADS", "CONTEXTS", "BYTES", "SECONDS", "LOGITS", "DEVIATIONS", "SHARE", "N"),
     *("FILE", "FOLDER", "MODEL", "DEVICE", "CACHES", "NAME", "CAPABILITIES", "Q,KV,SIZE", "SEQUENCESxTOKENS"),
+    "BATCHES",
 }
 
 
@@ -149,13 +150,13 @@ def test_values_that_cannot_be_end_in_one_line(path: list[str], capsys: pytest.C
             refused.append(value)
         # Texts are judged where they are used, but what a flag counts is not.
         if action.type in (
-            flags.positive,
-            flags.non_negative,
-            flags.amount,
-            flags.tolerance,
-            flags.size,
-            flags.numbers,
-            flags.seed,
+            types.positive,
+            types.non_negative,
+            types.amount,
+            types.tolerance,
+            types.size,
+            types.numbers,
+            types.seed,
         ):
             assert set(BAD) <= set(refused), (option, set(BAD) - set(refused))
 
@@ -188,8 +189,8 @@ def required(parser: argparse.ArgumentParser, but: str) -> list[str]:
         (["bench", "serve", "--attention", "flash"], "argument --attention: invalid choice: 'flash'"),
         (["bench", "serve", "--device", "mps"], "argument --device: it is 'mps'; there"),
         (["bench", "serve", "--device", "cuda:99"], "argument --device: it is 'cuda:99'; there"),
-        (["bench", "tlb", "--heads", "32,8"], "give query heads, KV heads and their size, as 32,8,128"),
-        (["bench", "tlb", "--heads", "5,2,16"], "query heads a multiple"),
+        (["bench", "attention", "--heads", "32,8"], "give query heads, KV heads and their size, as 32,8,128"),
+        (["bench", "attention", "--heads", "5,2,16"], "query heads a multiple"),
         (["bench", "attention", "--points", "8"], "write sequences x tokens, as 8x8192"),
         (["bench", "faults", "--probability", "1.01"], "give a number from 0 to 1"),
         (["bench", "xqa", "--tie-tolerance", "nan"], "give a number from 0 on"),
@@ -218,10 +219,10 @@ def test_a_wrong_argument_is_one_line_that_says_what_to_give(
 
 
 def test_sizes_are_bytes_as_people_write_them() -> None:
-    assert flags.size("40GiB") == 40 << 30
-    assert flags.size("1.5 MiB") == 3 << 19
-    assert flags.size("4096") == 4096
-    assert flags.sizes("4MiB,1GiB") == [4 << 20, 1 << 30]
+    assert types.size("40GiB") == 40 << 30
+    assert types.size("1.5 MiB") == 3 << 19
+    assert types.size("4096") == 4096
+    assert types.sizes("4MiB,1GiB") == [4 << 20, 1 << 30]
     parsed = build_parser(["bench", "serve"], "0").parse_args(["bench", "serve", "--device", "cpu", "--budget", "3GiB"])
     assert parsed.budget == 3 << 30
 

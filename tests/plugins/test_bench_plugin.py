@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trtllm_vattn.bench.plugin import PluginBenchmark
+from trtllm_vattn.bench.cases.plugin import PluginBenchmark
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.plugins.plugin import AttentionLayer
 

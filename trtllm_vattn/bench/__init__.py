@@ -1,4 +1,1 @@
-"""Workloads, comparisons, reports and plots.
-
-May import everything but `cli`.
-"""
+"""Benchmarks: `cases` measure, `harness` is what they share, `publish` draws plots and writes the documents' tables."""

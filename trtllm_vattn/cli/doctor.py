@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from trtllm_vattn.attention.select import available
-from trtllm_vattn.bench.machine import machine, versions
 from trtllm_vattn.errors import VattnError
+from trtllm_vattn.machine import machine, versions
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.plugins import tensorrt
 from trtllm_vattn.trtllm.selfcheck import MODEL, self_check

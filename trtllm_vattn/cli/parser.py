@@ -11,7 +11,10 @@ from typing import Any, NoReturn
 # Name, what it does, and where, of each command; a module has add_arguments(parser) and run(args).
 COMMANDS = {
     "doctor": ("what will and will not work on this machine, and why", "trtllm_vattn.cli.doctor"),
-    "demo": ("addresses that stay, memory that follows the sequences, identical tokens", "trtllm_vattn.bench.demo"),
+    "demo": (
+        "addresses that stay, memory that follows the sequences, identical tokens",
+        "trtllm_vattn.bench.cases.demo",
+    ),
     "plugin": ("TensorRT engines: list, build, inspect", "trtllm_vattn.cli.plugin"),
     "run": ("run a command with TensorRT-LLM's KV cache at fixed addresses", "trtllm_vattn.cli.run"),
 }
@@ -26,11 +29,12 @@ BENCHMARKS = {
     "start": "capture first, size later: a start's cost, budgets changed without a recapture",
     "policy": "steps with memory mapped beside them, between them, or with the device quiet",
     "serve": "a trace replayed over every kind of cache at equal memory: throughput, TTFT, ITL",
-    "tlb": "bandwidth against context, working set and the order of pages",
     "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",
     "xqa": "TensorRT-LLM's kernels over affine tables: tokens, steps against random tables, remapped replays",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }
+MODULES = {"graph": "decode", "alloc": "driver_calls", "start": "startup"}
+"""Modules of bench/cases whose name is not the command's."""
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -85,7 +89,8 @@ def build_parser(arguments: Sequence[str], version: str) -> Parser:
     bench.set_defaults(shown=bench)
     benchmarks = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK")
     for name, text in BENCHMARKS.items():
-        _add(benchmarks, name, text, f"trtllm_vattn.bench.{name}", arguments, load=named == ["bench", name])
+        module = MODULES.get(name, name)
+        _add(benchmarks, name, text, f"trtllm_vattn.bench.cases.{module}", arguments, load=named == ["bench", name])
     return parser
 
 
@@ -102,13 +107,13 @@ def _add(
         return
     loaded = importlib.import_module(module)
     # Known before the other flags are added, since their defaults depend on it.
-    if (device := _device_in(arguments)) is not None:
+    if (device := device_in(arguments)) is not None:
         command.set_defaults(device=device)
     command.set_defaults(run=loaded.run, shown=command)
     loaded.add_arguments(command)
 
 
-def _device_in(arguments: Sequence[str]) -> str | None:
+def device_in(arguments: Sequence[str]) -> str | None:
     """What ``--device`` asks for, if it is there."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", nargs="?")

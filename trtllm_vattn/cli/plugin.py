@@ -6,8 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from trtllm_vattn.bench.flags import device, non_negative, output_folder, positive
-from trtllm_vattn.bench.report import table
+from trtllm_vattn.arguments import device, non_negative, output_folder, positive
 from trtllm_vattn.plugins.build import EMULATED, RTX_TARGETS, build_folder, module_name
 from trtllm_vattn.plugins.fields import DTYPES, KINDS
 from trtllm_vattn.plugins.inspect import inspect_folder
@@ -15,6 +14,7 @@ from trtllm_vattn.plugins.networks.spec import PlanLimits
 from trtllm_vattn.plugins.plugin import NAME, VERSION
 from trtllm_vattn.plugins.tensorrt import MODULES, available, load_tensorrt
 from trtllm_vattn.runtime.models import SHAPES, load_model
+from trtllm_vattn.table import table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from trtllm_vattn.bench.flags import non_negative, positive, size
+from trtllm_vattn.arguments import non_negative, positive, size
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.installation import environment_for

@@ -1,0 +1,334 @@
+"""`bench graph`: what do graphs gain, and what does a fixed-address cache cost?
+
+The same requests through {eager, captured} × {contiguous, paged, vattn}, on one model, with one attention library.
+Two parts: a request trace run to its end (tokens compared, memory over time), and, on a GPU, steady decode at given
+batch sizes with all six combinations in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from trtllm_vattn.arguments import non_negative, numbers_or_none, positive, tolerance
+from trtllm_vattn.attention.select import make_attention
+from trtllm_vattn.bench.cases.prompts import time_prompts
+from trtllm_vattn.bench.cases.steady import run_steady
+from trtllm_vattn.bench.harness.bandwidth import attention_bandwidth, fill_random
+from trtllm_vattn.bench.harness.case import conclude, model_of
+from trtllm_vattn.bench.harness.flags import (
+    MAX_OUTPUT,
+    MAX_SEQ_LEN,
+    MAX_SEQS,
+    TIE_TOLERANCE,
+    add_attention,
+    add_device,
+    add_model,
+    add_results,
+    add_steady,
+    add_trace,
+    caches,
+)
+from trtllm_vattn.bench.harness.identity import RequestTokens, compare
+from trtllm_vattn.bench.harness.timing import read_limit, summarise
+from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
+from trtllm_vattn.bench.harness.workload import TracedRun, prompts_of, run_traced
+from trtllm_vattn.bench.publish.plots import plot_graph
+from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.select import CACHES, COMPARED, make_cache
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.plugins.session import EngineSession, LoadedEngine
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.prefill import LONGEST_CAPTURED
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.table import tabulate
+
+MODES = ("eager", "captured")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench graph`."""
+    gpu, add = add_device(parser), parser.add_argument
+    add_model(parser, default="llama-3-8b" if gpu else "tiny-llama")
+    add("--engine", type=Path, metavar="FOLDER", help="built by `trtllm-vattn plugin build` (default: run --model)")
+    add_attention(parser)
+    text = f"of {', '.join(CACHES)}; the first is the reference (default: {','.join(COMPARED)}; with --engine vattn)"
+    add("--caches", type=caches, metavar="CACHES", help=text)
+    add_trace(parser)
+    text = "requests taken from the trace; 0 is steady decode alone"
+    add("--requests", type=non_negative, default=32 if gpu else 24, metavar="REQUESTS", help=text)
+    add("--max-output", type=positive, default=64 if gpu else 24, metavar="TOKENS", help=MAX_OUTPUT)
+    add("--max-seqs", type=positive, default=16 if gpu else 8, metavar="SEQUENCES", help=MAX_SEQS)
+    add("--max-seq-len", type=positive, default=8192 if gpu else 512, metavar="TOKENS", help=MAX_SEQ_LEN)
+    text = "layers that share a token's row in the vattn cache (default: as many as make rows of 64 KiB)"
+    add("--layers-per-range", type=positive, metavar="LAYERS", help=text)
+    text = "measure attention alone at these layers a range too, as 1,8,32 (default: none)"
+    add("--sweep-layers", type=numbers_or_none, default="none", metavar="LAYERS,...", help=text)
+    text = "sequences in steady decode steps, which are timed on a GPU; none is the trace alone"
+    usual = "1,8,32,128" if gpu else "none"
+    add("--batch-sizes", type=numbers_or_none, default=usual, metavar="SEQUENCES,...", help=text)
+    add_steady(parser, "combination of cache and mode in steady decode", context=2048, rounds=5, steps=10)
+    add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=TIE_TOLERANCE)
+    add("--audit", action="store_true", help="list whose addresses captured graphs hold; exit 1 if a stranger's")
+    add_results(parser, plots=True)
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Fill in and check what depends on other flags. Raises ConfigError."""
+    args.caches = args.caches or (["vattn"] if args.engine else list(COMPARED))
+    if args.batch_sizes and args.device == "cpu":
+        raise ConfigError("--batch-sizes times steps on a GPU and the device is the CPU: leave it out or give --device")
+    if not args.batch_sizes and not args.requests:
+        raise ConfigError("--requests is 0 and --batch-sizes is none: there is nothing to do; give one of them")
+
+
+class GraphBenchmark:
+    """One invocation: the model, and how its caches are made."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.loaded = LoadedEngine.load(args.engine, args.device) if args.engine else None
+        if self.loaded is None:
+            self.model: PreTrainedModel = model_of(args)
+        config = self.model.config.get_text_config() if self.loaded is None else self.loaded.config
+        self.vocab, self.heads = config.vocab_size, config.num_attention_heads
+
+    def shape(self, num_slots: int, max_seq_len: int) -> CacheShape:
+        if self.loaded is not None:
+            return self.loaded.cache_shape(num_slots, max_seq_len)
+        return shape_of(self.model, num_slots, max_seq_len)
+
+    def engine(self, cache: KVCache, **options: Any) -> Engine:
+        """An Engine over the model, or a session over the TensorRT engine."""
+        if self.loaded is not None:
+            return EngineSession(self.loaded, cache, **options)
+        return Engine(self.model, cache, **options)
+
+    def make(self, name: str, num_slots: int, max_seq_len: int) -> KVCache:
+        shape = self.shape(num_slots, max_seq_len)
+        return make_cache(name, shape, self.args.device, layers_per_range=self.args.layers_per_range)
+
+    # -- the trace -------------------------------------------------------------------------------------------------
+
+    def requests(self) -> list[Request]:
+        args = self.args
+        asked = load_trace(args.trace, args.requests) if args.trace else generate_trace(args.requests, args.seed)
+        return fit(asked, args.max_seq_len, args.max_output)
+
+    def trace(self) -> dict[str, Any]:
+        """All combinations over the trace, fed with the first one's tokens where kernels differ.
+
+        Each mode's first cache is the reference whose tokens the others must give in that mode; how the modes differ,
+        whose kernels are others where layers are compiled, is told apart.
+        """
+        args = self.args
+        requests = self.requests()
+        prompts = prompts_of(requests, self.vocab, args.seed)
+        outputs = [request.output_tokens for request in requests]
+        forcing = args.tie_tolerance > 0
+        references: dict[str, RequestTokens] = {}
+        fed: RequestTokens | None = None
+        rows = []
+        combinations = [(name, mode) for name in args.caches for mode in MODES]
+        if forcing:
+            # The reference once more: what differs then is what its own kernels leave to chance.
+            combinations.insert(1, combinations[0])
+        for name, mode in combinations:
+            cache = self.make(name, args.max_seqs, args.max_seq_len)
+            with (
+                torch.compiler.set_stance("default" if mode == "captured" else "force_eager"),
+                self.engine(
+                    cache, attention=args.attention, capture=mode == "captured", record_margins=forcing
+                ) as engine,
+            ):
+                run = run_traced(engine, prompts, outputs, fed if forcing else None, f"{name}, {mode}")
+                start_up = engine.startup.capture_s
+                audited = args.audit and mode == "captured"
+                audit = engine.audit().as_dict() if audited else None
+            fed = fed or run.tokens
+            reference = references.setdefault(mode if forcing else "all", run.tokens)
+            rows.append({**self._trace_row(name, mode, run, reference, start_up), "audit": audit})
+        return {
+            "runs": [rows[0], *rows[2:]] if forcing else rows,
+            "control": rows[1] if forcing else None,
+            "requests": len(requests),
+            "prompt_tokens": sum(map(len, prompts)),
+            "output_tokens": sum(outputs),
+            "teacher_forced": args.tie_tolerance > 0,
+            "tie_tolerance": args.tie_tolerance,
+            "modes": vars(compare(references["eager"], references["captured"], args.tie_tolerance))
+            if forcing
+            else None,
+        }
+
+    def _trace_row(
+        self, name: str, mode: str, run: TracedRun, reference: RequestTokens, capture_s: float
+    ) -> dict[str, Any]:
+        identity = compare(reference, run.tokens, self.args.tie_tolerance)
+        return {
+            "cache": name,
+            "mode": mode,
+            "tokens_identical": identity.identical,
+            "tokens": identity.tokens,
+            "ties": identity.ties,
+            "mismatches": identity.mismatches,
+            "widest_tie": identity.widest_tie,
+            "seconds": run.seconds,
+            "capture_s": capture_s,
+            "output_throughput": identity.tokens / run.seconds,
+            "step_ms": summarise([1e3 * record.wall_s for record in run.steps if not record.prefilled]),
+            "step_with_prefill_ms": summarise([1e3 * record.wall_s for record in run.steps if record.prefilled]),
+            "kv_host_us": summarise([1e6 * record.kv_s for record in run.steps]),
+            "map_ahead_us": summarise([1e6 * record.ahead_s for record in run.steps]),
+            "critical_path_maps": run.critical_path_maps,
+            "memory": run.memory.thinned(),
+        }
+
+    # -- steady decode ---------------------------------------------------------------------------------------------
+
+    def steady(self) -> dict[str, Any]:
+        """All combinations in turns, at each batch size; and the read limit of the card in the same run."""
+        args = self.args
+        limit = read_limit()
+        parts = [
+            run_steady(
+                self.engine,
+                args.caches,
+                self.make,
+                attention=args.attention,
+                batch=batch,
+                context=args.context,
+                rounds=args.rounds,
+                steps=args.steps,
+                seed=args.seed,
+                audit=args.audit,
+            )
+            for batch in tqdm(args.batch_sizes, desc="batch sizes", disable=None)
+        ]
+        whole: dict[str, Any] = {key: [row for part in parts for row in part[key]] for key in parts[0]}
+        # Before and after, because the card's clocks move.
+        whole["read_limit_bytes_per_s"] = max(limit, read_limit())
+        whole["layers"] = [self._layout(g, batch) for batch in args.batch_sizes for g in args.sweep_layers]
+        whole["prompts"] = self._prompts() if self.loaded is None else []
+        return whole
+
+    def _prompts(self) -> list[dict[str, Any]]:
+        """Short prompts by replays and by passes, in the last of the caches."""
+        cache = self.make(self.args.caches[-1], 1, min(2 * LONGEST_CAPTURED, self.args.max_seq_len))
+        with self.engine(cache, attention=self.args.attention) as engine:
+            return time_prompts(engine, self.args.rounds * self.args.steps, self.args.seed)
+
+    def audit_launches(self) -> list[dict[str, Any]]:
+        """Audits of what else a step becomes: one that draws tokens, several in a launch, and a loop."""
+        rows = []
+        for name, loop in [(name, loop) for name in self.args.caches for loop in (False, True)]:
+            cache = self.make(name, 2, min(256, self.args.max_seq_len))
+            with self.engine(cache, attention=self.args.attention, buckets=[2], steps=4, loop=loop) as engine:
+                for temperature in (0.0, 0.8):
+                    engine.generate([[1], [2, 3]], SamplingParams(9, temperature, ignore_eos=True))
+                rows.append({"cache": name, "loop": loop, **engine.audit().as_dict()})
+        return rows
+
+    def _layout(self, layers_per_range: int, batch: int) -> dict[str, Any]:
+        """Attention's bandwidth alone in the vattn cache with so many layers a range."""
+        shape = self.shape(batch, self.args.context + 16)
+        with make_cache("vattn", shape, self.args.device, layers_per_range=layers_per_range) as cache:
+            attention = make_attention(self.args.attention, cache, self.heads)
+            lengths = fill_random(attention, self.args.context)
+            measured = attention_bandwidth(attention, lengths)
+        return {"layers_per_range": layers_per_range, "batch": batch, "context": self.args.context, **measured}
+
+
+def summary(
+    trace: dict[str, Any] | None, steady: dict[str, Any] | None, launches: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The figures that are quoted."""
+    out: dict[str, Any] = {}
+    audits = [row["audit"] for row in (trace["runs"] if trace else []) if row["audit"]]
+    audits += [*(steady["audits"] if steady else []), *launches]
+    if audits:
+        out["audited_graphs"] = sum(len(audit["graphs"]) for audit in audits)
+        out["audit_findings"] = sum(len(audit["findings"]) for audit in audits)
+        out["audit_lookalikes"] = sum(audit["lookalikes"] for audit in audits)
+    if trace:
+        out.update(
+            tokens_identical=all(row["tokens_identical"] for row in trace["runs"]),
+            tokens_compared=sum(row["tokens"] for row in trace["runs"]),
+            ties=sum(row["ties"] for row in trace["runs"]),
+            widest_tie=max(row["widest_tie"] for row in trace["runs"]),
+        )
+        if trace["control"]:
+            out["ties_of_reference_with_itself"] = trace["control"]["ties"] + trace["control"]["mismatches"]
+            out["captured_against_eager_ties"] = trace["modes"]["ties"]
+            out["captured_against_eager_mismatches"] = trace["modes"]["mismatches"]
+    if steady:
+        for other in ("contiguous", "paged"):
+            ratios = [row["ratio"] for row in steady["ratios"] if row["over"] == other]
+            if ratios:
+                out[f"vattn_over_{other}_step_ratio"] = max(ratios)
+        step = {(row["cache"], row["mode"], row["batch"]): row for row in steady["runs"]}
+        if ("vattn", "eager", 1) in step:
+            eager, captured = (step["vattn", mode, 1]["step_ms"]["p50"] for mode in MODES)
+            out["graph_speedup_batch1"] = eager / captured
+        ours = [row for row in steady["runs"] if row["cache"] == "vattn" and row["mode"] == "captured"]
+        if ours:
+            largest = max(ours, key=lambda row: row["batch"])
+            out["kv_host_us_p99"] = largest["kv_host_us"]["p99"]
+            out["kv_host_batch"] = largest["batch"]
+            out["critical_path_maps"] = sum(row["critical_path_maps"] for row in ours)
+        limit = steady["read_limit_bytes_per_s"]
+        out["read_limit_gb_per_s"] = limit / 1e9
+        for row in steady["attention"]:
+            if row["cache"] == "vattn":
+                out[f"attention_of_read_limit_batch{row['batch']}"] = row["bytes_per_s"]["p50"] / limit
+    return out
+
+
+def show(trace: dict[str, Any] | None, steady: dict[str, Any] | None, times: bool = True) -> str:
+    """The results as text; of a trace, steps' times only where they are asked for."""
+    parts = []
+    percentiles = {"step p50 ms": "step_ms.p50:.2f", "p90": "step_ms.p90:.2f", "p99": "step_ms.p99:.2f"}
+    host = {"KV host us p99": "kv_host_us.p99:.0f"}
+    if trace:
+        columns: dict[str, str | Callable[[Any], str]] = {
+            "cache": "cache",
+            "mode": "mode",
+            "tokens identical": lambda row: "yes" if row["tokens_identical"] else "NO",
+            "ties": "ties",
+            **(percentiles if times else {}),
+            **host,
+            "peak mapped MB": lambda row: f"{max(row['memory']['mapped_bytes']) / 1e6:,.1f}",
+        }
+        parts.append(tabulate(trace["runs"], columns))
+    if steady:
+        first = {"batch": "batch", "cache": "cache", "mode": "mode"}
+        device = {"device busy ms": "device_busy_ms:.3f", "idle": "idle_share:.1%"}
+        parts.append(tabulate(steady["runs"], {**first, **percentiles, **host, **device}))
+    return "\n\n".join(parts)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 where tokens were not identical, or a graph holds what is nobody's."""
+    settle(args)
+    benchmark = GraphBenchmark(args)
+    trace = benchmark.trace() if args.requests else None
+    steady = benchmark.steady() if args.batch_sizes else None
+    launches = benchmark.audit_launches() if args.audit else []
+    found = summary(trace, steady, launches)
+    shown = show(trace, steady, times=args.device != "cpu")
+    if args.device == "cpu":
+        shown += "\nOn the host Python replays a captured step, so that times are not shown: compare them on a GPU."
+    wrong = []
+    if not found.get("tokens_identical", True):
+        wrong.append("tokens differ between combinations")
+    if found.get("audit_findings"):
+        wrong.append(f"captured graphs hold {found['audit_findings']} addresses of nobody we know")
+    results = {"trace": trace, "steady": steady, "audited_launches": launches}
+    return conclude("graph", args, results, found, shown, plot_graph, wrong)

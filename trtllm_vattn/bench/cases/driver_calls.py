@@ -1,0 +1,210 @@
+"""`bench alloc`: what does each driver call of virtual memory management cost, by size, alone, batched, and in company?
+
+The calls that back addresses with memory (create, map, set_access) and take it away (unmap, release), of every extent
+size: alone, many mappings made accessible by one call, beside a busy device, and from several threads at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from trtllm_vattn.arguments import numbers, positive
+from trtllm_vattn.bench.harness.case import conclude
+from trtllm_vattn.bench.harness.flags import add_device, add_results
+from trtllm_vattn.bench.harness.timing import summarise
+from trtllm_vattn.bench.publish.plots import plot_alloc
+from trtllm_vattn.table import table
+from trtllm_vattn.vmm.base import Driver
+from trtllm_vattn.vmm.open import open_driver
+
+CALLS = ("create", "map", "set_access", "unmap", "release")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench alloc`."""
+    add_device(parser)
+    add = parser.add_argument
+    text = "sizes of extents, in granules of the driver: 2 MiB each on a GPU, 4 KiB on the host"
+    add("--granules", type=numbers, default="1,2,8,32,128", metavar="GRANULES,...", help=text)
+    add("--repeats", type=positive, default=200, metavar="TIMES", help="times that each call is made")
+    text = "mappings that one call makes accessible"
+    add("--mappings-per-call", type=positive, default=64, metavar="MAPPINGS", help=text, dest="batch")
+    add("--threads", type=numbers, default="1,2,4", metavar="THREADS,...", help="threads that call at once")
+    add_results(parser, plots=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark."""
+    driver = open_driver(args.device)
+    granule = driver.granularity()
+    sizes = [number * granule for number in args.granules]
+    rows: list[dict[str, Any]] = []
+    for busy in (False, True):
+        with _load(args.device) if busy else nullcontext():
+            for size in sizes:
+                rows += _rows("one by one", size, busy, one_by_one(driver, size, args.repeats))
+            rows += _rows("batched", granule, busy, batched(driver, granule, args.batch, args.repeats // 10 + 1))
+    threads = [
+        {**threaded(driver, size, count, args.repeats), **lives(driver, size, count, args.repeats)}
+        for count in args.threads
+        for size in sizes
+    ]
+    summary = {}
+    for row in rows:
+        if row["size"] == granule:
+            name = (
+                f"{row['call']}_{'batched_' if row['how'] == 'batched' else ''}us_{'busy' if row['busy'] else 'idle'}"
+            )
+            summary[name] = row["us"]["p50"]
+    for row in threads:
+        if row["size"] == sizes[0]:
+            summary[f"pairs_per_s_{row['threads']}_threads"] = row["pairs_per_s"]
+            for call in CALLS:
+                summary[f"{call}_us_{row['threads']}_threads"] = row["us"][call]["p50"]
+    results = {"calls": rows, "threads": threads, "granule": granule}
+    return conclude(
+        "alloc", args, results, summary, f"{_show(rows, granule)}\n{_show_threads(threads, granule)}", plot_alloc
+    )
+
+
+def one_by_one(driver: Driver, size: int, repeats: int) -> dict[str, list[float]]:
+    """Microseconds of each call on an extent of `size` bytes, a whole life at a time."""
+    took: dict[str, list[float]] = {name: [] for name in CALLS}
+    base = driver.reserve(size)
+    try:
+        for _ in range(repeats):
+            handle = _timed(took["create"], driver.create, size)
+            _timed(took["map"], driver.map, base, size, handle)
+            _timed(took["set_access"], driver.set_access, base, size)
+            _timed(took["unmap"], driver.unmap, base, size)
+            _timed(took["release"], driver.release, handle)
+    finally:
+        driver.free(base, size)
+    return took
+
+
+def batched(driver: Driver, size: int, count: int, repeats: int) -> dict[str, list[float]]:
+    """Microseconds an extent where one set_access, and one unmap, cover `count` of them."""
+    took: dict[str, list[float]] = {"set_access": [], "unmap": []}
+    base = driver.reserve(count * size)
+    handles = [driver.create(size) for _ in range(count)]
+    try:
+        for _ in range(repeats):
+            for i, handle in enumerate(handles):
+                driver.map(base + i * size, size, handle)
+            for name, call in (("set_access", driver.set_access), ("unmap", driver.unmap)):
+                _timed(took[name], call, base, count * size)
+    finally:
+        for handle in handles:
+            driver.release(handle)
+        driver.free(base, count * size)
+    return {name: [value / count for value in values] for name, values in took.items()}
+
+
+def threaded(driver: Driver, size: int, count: int, repeats: int) -> dict[str, Any]:
+    """Pairs of map+set_access and unmap a second, by `count` threads at once, each in a reservation of its own."""
+    homes = [(driver.reserve(size), driver.create(size)) for _ in range(count)]
+
+    def work(number: int) -> None:
+        base, handle = homes[number]
+        for _ in range(repeats):
+            driver.map(base, size, handle)
+            driver.set_access(base, size)
+            driver.unmap(base, size)
+
+    seconds = _at_once(count, work)
+    for base, handle in homes:
+        driver.release(handle)
+        driver.free(base, size)
+    pairs = count * repeats
+    return {"threads": count, "size": size, "pairs_per_s": pairs / seconds, "us_a_pair": 1e6 * seconds / pairs}
+
+
+def lives(driver: Driver, size: int, count: int, repeats: int) -> dict[str, Any]:
+    """Microseconds of each call where `count` threads take extents through whole lives at once, and lives a second."""
+    took: list[dict[str, list[float]]] = [{} for _ in range(count)]
+
+    def work(number: int) -> None:
+        took[number] = one_by_one(driver, size, repeats)
+
+    seconds = _at_once(count, work)
+    us = {call: summarise([value for each in took for value in each[call]]) for call in CALLS}
+    return {"lives_per_s": count * repeats / seconds, "us": us}
+
+
+def _at_once(count: int, work: Callable[[int], None]) -> float:
+    """Seconds that so many threads take for a piece of work each, begun together."""
+    ready = threading.Barrier(count + 1)
+
+    def run(number: int) -> None:
+        ready.wait()
+        work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        pending = [pool.submit(run, number) for number in range(count)]
+        ready.wait()
+        started = perf_counter()
+        for each in pending:
+            each.result()
+        return perf_counter() - started
+
+
+def _timed(into: list[float], call: Callable[..., Any], *arguments: int) -> Any:
+    started = perf_counter()
+    answer = call(*arguments)
+    into.append(1e6 * (perf_counter() - started))
+    return answer
+
+
+@contextmanager
+def _load(device: str) -> Iterator[None]:
+    """The device reads memory without a pause; on the host, another thread does."""
+    stop = threading.Event()
+    data = torch.zeros(1 << 28 if device != "cpu" else 1 << 20, device=device)
+    stream = torch.cuda.Stream(device) if device != "cpu" else None  # type: ignore[no-untyped-call]
+
+    def read() -> None:
+        with torch.cuda.stream(stream):
+            while not stop.is_set():
+                for _ in range(8):
+                    data.sum()
+                if stream is not None:
+                    stream.synchronize()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _rows(how: str, size: int, busy: bool, took: dict[str, list[float]]) -> list[dict[str, Any]]:
+    return [{"how": how, "size": size, "busy": busy, "call": name, "us": summarise(us)} for name, us in took.items()]
+
+
+def _show_threads(rows: list[dict[str, Any]], granule: int) -> str:
+    lines = []
+    for row in rows:
+        values = [f"{row['us'][call]['p50']:.1f} / {row['us'][call]['p99']:.1f}" for call in CALLS]
+        lines.append([str(row["threads"]), str(row["size"] // granule), f"{row['lives_per_s']:,.0f}", *values])
+    return table(["threads", "granules", "lives/s", *(f"{call}, us p50 / p99" for call in CALLS)], lines)
+
+
+def _show(rows: list[dict[str, Any]], granule: int) -> str:
+    cells = {(row["how"], row["size"], row["busy"], row["call"]): row["us"] for row in rows}
+    lines = []
+    for how, size, busy in dict.fromkeys((row["how"], row["size"], row["busy"]) for row in rows):
+        found = [cells.get((how, size, busy, call)) for call in CALLS]
+        values = [f"{us['p50']:.1f} / {us['p99']:.1f}" if us else "-" for us in found]
+        lines.append([how, str(size // granule), "busy" if busy else "idle", *values])
+    return table(["how", "granules", "device", *(f"{call}, us p50 / p99" for call in CALLS)], lines)

@@ -1,0 +1,225 @@
+"""`bench fragmentation`: how much of what a cache maps holds no token, and how many sequences run in the same memory?
+
+Traces go through the books of each system: admission first come, first served, a token a step for everyone, the
+youngest preempted when memory is short. The fixed-address caches run their own code over a driver without memory; the
+others are counted. It runs on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from trtllm_vattn.arguments import positive, size
+from trtllm_vattn.bench.cases.ledger import LedgerCache, LedgerDriver
+from trtllm_vattn.bench.harness.case import conclude
+from trtllm_vattn.bench.harness.flags import (
+    BUDGET,
+    MAX_OUTPUT,
+    MAX_SEQ_LEN,
+    MAX_SEQS,
+    REQUESTS,
+    add_results,
+    add_trace,
+)
+from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
+from trtllm_vattn.bench.publish.plots import plot_fragmentation
+from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.cache.vattention_paper import vattention_paper
+from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory, NoFreeSlot
+from trtllm_vattn.memory.lookahead import StepTimingModel
+from trtllm_vattn.table import tabulate
+
+Make = Callable[[CacheShape, int], KVCache]
+
+WEIGHT_BYTES = 15.0e9
+READ_BYTES_PER_S = 4.3e12
+"""Llama-3-8B's weights in bfloat16, and what an H200 reads a second: no step is shorter than reading weights and KV, so
+the lookahead is none too short."""
+MAPPING_S = 96e-6
+"""To create, map and make accessible a page there beside a busy device, by the 99th percentile of each (`bench alloc`);
+what takes memory away is reckoned as slow."""
+
+SYSTEMS: dict[str, Make] = {
+    "contiguous": lambda shape, budget: LedgerCache(shape, budget, shape.max_seq_len),
+    "paged": lambda shape, budget: LedgerCache(shape, budget, 16),
+    "paged-64": lambda shape, budget: LedgerCache(shape, budget, 64),
+    "token": lambda shape, budget: LedgerCache(shape, budget, 1),
+    "published": lambda shape, budget: vattention_paper(shape, LedgerDriver(), budget),
+    "vattn": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget),
+    "vattn, no lookahead": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, lookahead=0),
+    "vattn, 8 layers a row": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, 8),
+    "vattn, 8 layers a row, no lookahead": lambda shape, budget: KVCacheManager(
+        shape, LedgerDriver(), budget, 8, lookahead=0
+    ),
+    "vattn, all layers a row": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, shape.num_layers),
+    "vattn, all layers a row, no lookahead": lambda shape, budget: KVCacheManager(
+        shape, LedgerDriver(), budget, shape.num_layers, lookahead=0
+    ),
+}
+
+COLUMNS = {
+    "mix": "mix",
+    "system": "system",
+    "waste": "waste_with_surplus:.1%",
+    "without surplus": "waste:.1%",
+    "parked or surplus": "parked_share:.1%",
+    "sequences at once, mean": "mean_sequences:.1f",
+    "most": "most_sequences",
+    "steps": "steps",
+    "preempted": "preemptions",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench fragmentation`. By default memory, not --max-seqs, is what keeps requests waiting."""
+    add = parser.add_argument
+    text = "a mix of requests, as for serve; may be given again (default: a generated one)"
+    add_trace(parser, action="append", default=[], help=text)
+    add("--requests", type=positive, default=400, metavar="REQUESTS", help=REQUESTS)
+    add("--max-output", type=positive, default=512, metavar="TOKENS", help=MAX_OUTPUT)
+    add("--max-seq-len", type=positive, default=16384, metavar="TOKENS", help=MAX_SEQ_LEN)
+    add("--max-seqs", type=positive, default=256, metavar="SEQUENCES", help=MAX_SEQS)
+    add("--budget", type=size, default="16GiB", metavar="BYTES", help=BUDGET)
+    add_results(parser, plots=True)
+
+
+def bimodal(count: int, seed: int) -> list[Request]:
+    """90 % of sequences end at 200 tokens, 10 % at 8,000; 64 of them are output."""
+    long = np.random.default_rng(seed).random(count) < 0.1
+    return [Request(0.0, 7936 if is_long else 136, 64) for is_long in long.tolist()]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark."""
+    # Llama-3-8B's.
+    shape = CacheShape(32, 8, 128, torch.bfloat16, args.max_seqs, args.max_seq_len)
+    if args.budget < (least := shape.max_seq_len * shape.token_bytes):
+        raise ConfigError(
+            f"the budget is {args.budget:,} bytes, and one sequence of {shape.max_seq_len:,} tokens takes {least:,}; "
+            "raise --budget, or lower --max-seq-len"
+        )
+    mixes = {"bimodal": bimodal(args.requests, args.seed)}
+    for path in args.trace:
+        mixes[path.stem] = load_trace(path, args.requests)
+    if not args.trace:
+        mixes["generated"] = generate_trace(args.requests, args.seed, median_prompt=1469, median_output=28)
+    rows = []
+    for mix, requests in mixes.items():
+        fitted = fit(requests[: args.requests], args.max_seq_len, args.max_output)
+        for name, make in tqdm(SYSTEMS.items(), desc=mix, disable=None):
+            with make(shape, args.budget) as cache:
+                rows.append({"mix": mix, "system": name, **simulate(cache, fitted)})
+    free = [f"{row['system']} ({row['mix']})" for row in rows if row["kept_waiting_by_memory"] is False]
+    if free:
+        print(
+            f"for {', '.join(free)} not memory kept requests waiting, so that sequences at once say nothing of it: "
+            "lower --budget, or raise --max-seqs and --requests",
+            file=sys.stderr,
+        )
+    ours = [row for row in rows if row["system"].startswith("vattn")]
+    summary = {f"waste, {row['system']}, {row['mix']}": row["waste_with_surplus"] for row in ours}
+    return conclude("fragmentation", args, {"runs": rows}, summary, tabulate(rows, COLUMNS), plot_fragmentation)
+
+
+class ModelledPace(StepTimingModel):
+    """Steps as long as reading the weights and all KV takes on the card, mappings as long as measured there."""
+
+    def __init__(self, cache: KVCacheManager) -> None:
+        super().__init__()
+        self._cache, self.mapping_s = cache, MAPPING_S
+
+    def observe_lengths(self, lengths: np.ndarray) -> None:
+        self.step_s = (WEIGHT_BYTES + self._cache.live_bytes) / READ_BYTES_PER_S
+
+    def observe_mappings(self, count: int, seconds: float) -> None:
+        """A ledger's take no time."""
+
+
+def _beside_step(cache: Any) -> None:
+    """What a cache's own thread does beside a step, for as long as that lasts."""
+    if not cache.remaps:
+        return
+    pace = cache.ahead.timing
+    pace.observe_lengths(cache.lengths)
+    left, mappings, more = pace.step_s, cache.driver.mappings.alive, True
+    while more and left > 0:
+        more = cache.work_ahead()
+        before, mappings = mappings, cache.driver.mappings.alive
+        left -= pace.mapping_s * abs(mappings - before)
+
+
+def simulate(cache: Any, requests: list[Request]) -> dict[str, Any]:
+    """Run requests through a cache's books; all arrive at once.
+
+    Returns `waste`, (mapped - live) / mapped over all steps, where mapped is what running sequences have up to their
+    lookahead, `waste_with_surplus`, the same with what is still mapped beyond it, `parked_share` of what is held, that
+    surplus included, `mean_sequences` and `most_sequences` that ran at once while others waited,
+    `kept_waiting_by_memory`, whether those waited for memory and not for a slot in most steps (None where none waited),
+    `steps`, `preemptions`, and mappings by when they were made. What is printed and drawn as waste is
+    `waste_with_surplus`.
+    """
+    if cache.remaps:
+        cache.ahead.timing = ModelledPace(cache)
+    waiting = deque(enumerate(requests))
+    running: dict[int, int] = {}
+    mapped = live = parked = held = surplus = 0
+    concurrent: list[int] = []
+    for_memory: list[bool] = []
+    short = True
+    preemptions = steps = 0
+    while waiting or running:
+        while waiting:
+            number, request = waiting[0]
+            try:
+                cache.admit(number, request.prompt_tokens)
+            except (NoFreeSlot, KVCacheOutOfMemory) as error:
+                if not running:
+                    raise
+                short = isinstance(error, KVCacheOutOfMemory)
+                break
+            running[number] = request.prompt_tokens + request.output_tokens
+            waiting.popleft()
+        while True:
+            try:
+                cache.prepare_step(np.where(cache.lengths > 0, cache.lengths + 1, 0))
+                break
+            except KVCacheOutOfMemory:
+                youngest = max(running)
+                del running[youngest]
+                cache.release(youngest)
+                waiting.appendleft((youngest, requests[youngest]))
+                preemptions += 1
+        _beside_step(cache)
+        stats = cache.stats()
+        mapped, live = mapped + stats.mapped_bytes, live + stats.live_bytes
+        parked, held = parked + stats.parked_bytes, held + stats.held_bytes
+        surplus += stats.surplus_bytes
+        if waiting:
+            concurrent.append(len(running))
+            for_memory.append(short)
+        steps += 1
+        for number in [n for n, end in running.items() if cache.lengths[cache.slot_of(n)] >= end]:
+            del running[number]
+            cache.release(number)
+    return {
+        "waste": (mapped - surplus - live) / (mapped - surplus),
+        "waste_with_surplus": (mapped - live) / mapped,
+        "parked_share": (parked + surplus) / held,
+        "mean_sequences": float(np.mean(concurrent)) if concurrent else None,
+        "most_sequences": max(concurrent, default=None),
+        "kept_waiting_by_memory": 2 * sum(for_memory) > len(for_memory) if for_memory else None,
+        "steps": steps,
+        "preemptions": preemptions,
+        "admission_maps": stats.admission_maps,
+        "ahead_maps": stats.ahead_maps,
+        "critical_path_maps": stats.critical_path_maps,
+    }

@@ -1,0 +1,157 @@
+"""`bench multistep`: what is gained by many decode steps in one launch, and by a loop that the device ends?
+
+One model and one captured step a batch size; engines that launch it once, four times, sixteen times, or until the
+device stops take turns. Tokens are compared with those of single steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from statistics import mean
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from trtllm_vattn.arguments import numbers, positive
+from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.contenders import Contest, device_step_ms, take_turns
+from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_steady
+from trtllm_vattn.bench.harness.timing import summarise
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.table import tabulate
+
+IDENTITY_ATTENTION = "torch"
+"""Whose arithmetic is the same from run to run; cuDNN's decode attention over several sequences is not (README)."""
+
+COLUMNS: dict[str, str | Callable[[Any], str]] = {
+    "batch": "batch",
+    "steps a launch": lambda row: f"loop, up to {row['steps']}" if row["loop"] else str(row["steps"]),
+    "mean length": "mean_length:.0f",
+    "step p50 ms": "step_ms.p50:.3f",
+    "p99": "step_ms.p99:.3f",
+    "host us a step": "host_us_a_step.p50:.0f",
+    "device step ms": "device_step_ms:.3f",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench multistep`."""
+    gpu, add = add_common(parser), parser.add_argument
+    add_attention(parser)
+    add("--step-counts", type=numbers, default="1,4,16", metavar="STEPS,...", help="decode steps of a launch")
+    context, batches = (2048, "1,8,32") if gpu else (256, "1,4")
+    add_steady(parser, "number of steps in a launch", context, rounds=5, steps=32, batches=batches)
+    text = "tokens of each sequence that are compared"
+    add("--identity-tokens", type=positive, default=48, metavar="TOKENS", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 where tokens were not identical."""
+    model = model_of(args)
+    variants = [(count, False) for count in args.step_counts] + [(max(args.step_counts), True)]
+    batches = tqdm(args.batch_sizes, desc="batch sizes", disable=None)
+    rows = [row for batch in batches for row in _timed(args, model, variants, batch)]
+    identity = [_identity(args, model, variants, batch) for batch in args.batch_sizes if batch <= 8]
+    summary = _summary(rows, identity)
+    conclude("multistep", args, {"runs": rows, "identity": identity}, summary, tabulate(rows, COLUMNS))
+    return int(not summary["tokens_identical"])
+
+
+def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]], batch: int) -> list[dict[str, Any]]:
+    most_steps = max(args.step_counts)
+    untimed = 2 * most_steps
+    # A turn is of whole launches. The first sequence decodes while others go in, one a step; half of what is decoded
+    # comes before the middle of the timed steps, where sequences have `context` tokens.
+    a_turn = sum(-(-tokens // most_steps) * most_steps for tokens in (untimed, args.steps))
+    before = batch // 2 + (args.rounds * a_turn + untimed) // 2
+    start = args.context - before
+    if start < 1:
+        raise ConfigError(
+            f"--context is {args.context}, but {before} tokens are decoded before the middle of the timed steps; make "
+            f"it {before + 1} or more, or lower --rounds, --steps or --step-counts"
+        )
+    # Launches that the device ends early are followed by others, and the device's own time takes some more steps.
+    most = batch + args.rounds * (a_turn + untimed) + 64
+    with Contest(batch, start, most, args.seed) as contest:
+        for count, loop in variants:
+            cache = make_cache("vattn", shape_of(model, batch, start + most), args.device)
+            engine = Engine(
+                model, cache, attention=args.attention, buckets=[batch], steps=count, loop=loop, chunk=max(2048, start)
+            )
+            # One step a launch while prompts go in, and as many untimed steps for all: sequences are of equal length.
+            engine.pipeline.steps = 1
+            contest.add("vattn", engine)
+            engine.pipeline.steps = count
+        take_turns(contest.contenders, args.rounds, args.steps, f"batch {batch}", untimed)
+        device_ms = device_step_ms(contest.contenders[0].engine)
+        rows = []
+        for (count, loop), each in zip(variants, contest.contenders, strict=True):
+            records = [record for turn in each.rounds for record in turn]
+            host = [1e6 * (record.wall_s - record.wait_s) / record.steps for record in records]
+            rows.append(
+                {
+                    "batch": batch,
+                    "steps": count,
+                    "loop": loop,
+                    "context": args.context,
+                    "mean_length": mean(each.tokens),
+                    "step_ms": summarise([1e3 * record.wall_s / record.steps for record in records]),
+                    "host_us_a_step": summarise(host),
+                    "steps_a_launch": summarise([record.steps for record in records]),
+                    "device_step_ms": device_ms,
+                    "critical_path_maps": each.critical_path_maps,
+                }
+            )
+        return rows
+
+
+def _identity(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]], batch: int) -> dict[str, Any]:
+    """Free-running tokens by `IDENTITY_ATTENTION`."""
+    generator = torch.Generator().manual_seed(args.seed)
+    prompts = [torch.randint(0, vocab_of(model), (20 + 7 * i,), generator=generator).tolist() for i in range(batch)]
+    params = [
+        SamplingParams(
+            args.identity_tokens - i, temperature=0.8 * (i % 2), seed=i, stop_token_ids=(i,), ignore_eos=True
+        )
+        for i in range(batch)
+    ]
+    answers = []
+    for count, loop in variants:
+        cache = make_cache("vattn", shape_of(model, batch, 256), args.device)
+        with Engine(model, cache, attention=IDENTITY_ATTENTION, buckets=[batch], steps=count, loop=loop) as engine:
+            answers.append([done.tokens for done in engine.generate(prompts, params)])
+    return {
+        "batch": batch,
+        "attention": IDENTITY_ATTENTION,
+        "tokens": sum(map(len, answers[0])),
+        "identical": all(answer == answers[0] for answer in answers[1:]),
+    }
+
+
+def _summary(rows: list[dict[str, Any]], identity: list[dict[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "tokens_identical": all(row["identical"] for row in identity),
+        "tokens_compared": sum(row["tokens"] for row in identity),
+        "identity_attention": IDENTITY_ATTENTION,
+        "identity_batches": ", ".join(str(row["batch"]) for row in identity),
+        "context": rows[0]["context"],
+        "mean_length_least": min(row["mean_length"] for row in rows),
+        "mean_length_most": max(row["mean_length"] for row in rows),
+    }
+    single = {row["batch"]: row for row in rows if row["steps"] == 1}
+    for row in rows:
+        if row["steps"] > 1 and row["batch"] in single:
+            out[f"gain_{_name(row)}"] = single[row["batch"]]["step_ms"]["p50"] / row["step_ms"]["p50"]
+    for row in rows:
+        out[f"host_us_{_name(row)}"] = row["host_us_a_step"]["p50"]
+    return out
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{'loop' if row['loop'] else row['steps']}_batch{row['batch']}"

@@ -1,0 +1,334 @@
+"""`bench plugin`: the TensorRT plugin called as TensorRT calls it, captured once, replayed while memory moves.
+
+No TensorRT runtime takes part: the calls are those of `plugins.emulated`. Sequences come and go, their pages are
+replaced, parked memory is taken away and given back, and every output checked follows from the tokens alone. Beside it
+the same layers are timed without the plugin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig
+
+import trtllm_vattn
+from trtllm_vattn import plugins
+from trtllm_vattn.arguments import positive
+from trtllm_vattn.bench.cases.plugin_layers import EmulatedLayers
+from trtllm_vattn.bench.harness.case import conclude
+from trtllm_vattn.bench.harness.flags import MAX_SEQ_LEN, add_attention, add_common, add_rounds, dtype_of
+from trtllm_vattn.bench.harness.timing import summarise
+from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.graphs.guard import Guard
+from trtllm_vattn.graphs.replay import GraphRunner
+from trtllm_vattn.plugins import plain, registry
+from trtllm_vattn.plugins.fields import AttentionFields, Slots
+from trtllm_vattn.plugins.tensorrt import MODULES, load_tensorrt
+from trtllm_vattn.runtime.models import SHAPES
+from trtllm_vattn.vmm.open import open_driver
+from trtllm_vattn.vmm.wrappers import CountingDriver
+
+NAME = "bench-plugin"
+PROMPT = 64
+"""Most tokens of a sequence's prompt."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench plugin`."""
+    gpu, add = add_common(parser), parser.add_argument
+    text = "whose plugin classes; auto is TensorRT's where it is installed, plain needs none"
+    add("--module", default="auto", choices=["auto", *MODULES, "plain"], help=text)
+    add_attention(parser)
+    add("--lanes", type=positive, default=32 if gpu else 4, metavar="SEQUENCES", help="sequences of a decode step")
+    add("--max-seq-len", type=positive, default=4096 if gpu else 128, metavar="TOKENS", help=MAX_SEQ_LEN)
+    text = "tokens of each sequence where steps are timed"
+    add("--context", type=positive, default=2048 if gpu else 64, metavar="TOKENS", help=text)
+    text = "TensorRT's execution contexts; each is captured once"
+    add("--execution-contexts", type=positive, default=2, metavar="CONTEXTS", help=text, dest="contexts")
+    text = "replays over remapped memory, in all"
+    add("--replays", type=positive, default=10_000 if gpu else 200, metavar="REPLAYS", help=text)
+    text = "replays between checks of the outputs"
+    add("--check-every", type=positive, default=50 if gpu else 10, metavar="REPLAYS", help=text)
+    add_rounds(parser, 20 if gpu else 3, "kind of step, with the plugin and without")
+
+
+class PluginBenchmark:
+    """One invocation: a cache without a model, and the plugin's layers over it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        if args.model not in SHAPES:
+            raise ConfigError(f"no shape {args.model!r}: no weights are needed here, give one of {', '.join(SHAPES)}")
+        if args.max_seq_len < 4:
+            raise ConfigError(
+                f"--max-seq-len is {args.max_seq_len}: prompts are shorter than half of it; give 4 or more"
+            )
+        self.args = args
+        config = AutoConfig.for_model(**SHAPES[args.model])
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dtype = dtype_of(args.device)
+        shape = CacheShape(
+            config.num_hidden_layers, config.num_key_value_heads, dim, dtype, args.lanes, args.max_seq_len
+        )
+        self.driver = CountingDriver(open_driver(args.device))
+        self.cache = KVCacheManager(shape, self.driver)
+        self.budget = self.cache.layout.num_ranges * self.cache.layout.range_bytes
+        self.cache.set_budget(self.budget)
+        trt = self._module()
+        fields = AttentionFields(
+            NAME,
+            0,
+            config.num_attention_heads,
+            shape.num_kv_heads,
+            dim,
+            dim**-0.5,
+            0,
+            str(dtype).removeprefix("torch."),
+            0,
+            int(Slots.CONTEXT),
+            1,
+        )
+        self.trt = trt
+        attached = registry.attach(NAME, self.cache, args.attention)
+        attention = attached.attention(fields.num_heads, fields.scale)
+        self.backend = attention.name
+        self.guard = Guard(self.cache, attention.over_read)
+        self.layers = EmulatedLayers(trt, fields, attached, args.lanes, args.contexts, args.seed)
+        self.random = np.random.default_rng(args.seed)
+        self.offsets = np.zeros(args.lanes, np.int64)
+        self._next = 0
+        self.python_calls = 0
+        self._ours = tuple(
+            str(Path(path).resolve()) for path in (*plugins.__path__, f"{next(iter(trtllm_vattn.__path__))}/attention")
+        )
+
+    def _module(self) -> Any:
+        if self.args.module == "plain":
+            return plain
+        try:
+            return load_tensorrt(self.args.module)
+        except ConfigError:
+            if self.args.module != "auto":
+                raise
+            return plain
+
+    # -- sequences -------------------------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """A new sequence, its prompt put in by the plugin's context phase."""
+        number, self._next = self._next, self._next + 1
+        tokens = int(self.random.integers(1, min(PROMPT, self.args.max_seq_len // 2)))
+        slot = self.cache.admit(number, tokens)
+        self.offsets[slot] = int(self.random.integers(0, 1 << 20))
+        self.layers.prefill(slot, int(self.offsets[slot]), tokens, PROMPT)
+
+    def _upload(self, lengths: dict[int, int]) -> None:
+        lanes = np.zeros(self.args.lanes, np.int32)
+        for slot, length in lengths.items():
+            lanes[slot] = length
+        self.layers.integers["lengths"].copy_(torch.from_numpy(lanes))
+        self.layers.offsets.copy_(torch.from_numpy(self.offsets))
+
+    def prepare(self) -> np.ndarray:
+        """Make the next step's lengths true in the cache, pass the guard, and put them on the device."""
+        cache = self.cache
+        lengths = np.where(cache.lengths > 0, cache.lengths + 1, 0)
+        cache.prepare_step(lengths)
+        slots = np.where(lengths > 0, np.arange(len(lengths)), cache.dummy_slot)
+        self.guard.check(lengths, slots, np.maximum(lengths - 1, 0))
+        self._upload({slot: int(lengths[slot]) for slot in np.flatnonzero(lengths).tolist()})
+        return lengths
+
+    def churn(self, turn: int) -> None:
+        """Sequences end and begin, pages are replaced, parked memory is taken away."""
+        cache = self.cache
+        running = [slot for slot in range(self.args.lanes) if cache.lengths[slot]]
+        ended = [slot for slot in running if cache.lengths[slot] + 2 >= self.args.max_seq_len]
+        if turn % 3 == 0 and running:
+            ended.append(int(self.random.choice(running)))
+        for slot in set(ended):
+            cache.release(cache.sequence_at(slot))
+        if turn % 20 == 7:
+            # Takes what is parked, then lets it come back.
+            cache.set_budget(max(cache.stats().mapped_bytes + cache.layout.least_bytes, cache.layout.least_bytes))
+            cache.set_budget(self.budget)
+        left = [slot for slot in running if cache.lengths[slot]]
+        if turn % 5 == 0 and left:
+            cache.replace(cache.sequence_at(int(self.random.choice(left))))
+        while cache.stats().sequences < self.args.lanes - turn % 2:
+            self.admit()
+
+    # -- measuring -------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def replays(self) -> dict[str, Any]:
+        """Capture each context once; replay, churn, check."""
+        args, layers = self.args, self.layers
+        for _ in range(args.lanes):
+            self.admit()
+        # Eager first: shapes are planned, and the reference must be met without a graph, too.
+        self.prepare()
+        layers.step(0, args.lanes)
+        eager_error = self._check()
+        runners = []
+        for context in range(args.contexts):
+            runner = GraphRunner(partial(layers.step, context), [args.lanes], layers.static, self.cache.device)
+            self._upload({})
+            runner.capture()
+            runners.append(runner)
+        enqueued, remapped = layers.enqueued, self._remaps()
+        prompts = 0
+        worst, checks = 0.0, 0
+        for turn in tqdm(range(args.replays), desc="replays", disable=None):
+            before = layers.enqueued
+            self.churn(turn)
+            prompts += layers.enqueued - before
+            self.prepare()
+            self._counted(partial(runners[turn % len(runners)].replay, args.lanes))
+            if turn % args.check_every == 0 or turn == args.replays - 1:
+                worst, checks = max(worst, self._check()), checks + 1
+        self.cache.check_integrity()
+        for runner in runners:
+            runner.close()
+        return {
+            "replays": args.replays,
+            "graphs": len(runners),
+            "remaps": self._remaps() - remapped,
+            "sequences": self._next,
+            "checks": checks,
+            "eager_error": eager_error,
+            "worst_error": worst,
+            "enqueues_during_replay": layers.enqueued - enqueued - prompts,
+            "python_calls_during_replay": self.python_calls,
+        }
+
+    def _remaps(self) -> int:
+        """Mappings made and taken away so far."""
+        return self.driver.calls["map"] + self.driver.calls["unmap"]
+
+    def _check(self) -> float:
+        """The largest distance of any lane's output from the reference, over some layers."""
+        count = len(self.layers.fields)
+        some = {0, count - 1, int(self.random.integers(0, count))}
+        errors = [
+            self.layers.error(layer, slot, int(self.offsets[slot]), int(self.cache.lengths[slot]))
+            for layer in some
+            for slot in np.flatnonzero(self.cache.lengths).tolist()
+        ]
+        return max(errors)
+
+    def _counted(self, replay: Callable[[], object]) -> None:
+        """Count the Python functions of the plugin and of attention that a replay calls."""
+
+        def count(frame: FrameType, event: str, argument: object) -> None:
+            if event == "call" and frame.f_code.co_filename.startswith(self._ours):
+                self.python_calls += 1
+
+        sys.setprofile(count)
+        try:
+            replay()
+        finally:
+            sys.setprofile(None)
+
+    @torch.inference_mode()
+    def times(self) -> dict[str, Any]:
+        """Captured steps of all layers, with the plugin and without, in turns."""
+        args, cache, layers = self.args, self.cache, self.layers
+        for slot in np.flatnonzero(cache.lengths).tolist():
+            cache.release(cache.sequence_at(slot))
+        for _ in range(args.lanes):
+            number, self._next = self._next, self._next + 1
+            cache.admit(number, args.context)
+        for layer in range(cache.shape.num_layers):
+            kv = cache.layer(layer)
+            for slot in range(args.lanes):
+                kv.k[slot, : args.context].normal_()
+                kv.v[slot, : args.context].normal_()
+        lengths = torch.full((args.lanes,), args.context, dtype=torch.int32)
+        layers.integers["lengths"].copy_(lengths)
+        slots = torch.arange(args.lanes, device=cache.device)
+        positions = torch.full_like(slots, args.context - 1)
+        static = [*layers.static, slots, positions]
+        steps = {
+            "plugin": layers.plugin_alone,
+            "without": lambda bucket: layers.without_plugin(bucket, slots, positions),
+        }
+        on_gpu = cache.device.type == "cuda"
+        runners = {name: GraphRunner(step, [args.lanes], static, cache.device) for name, step in steps.items()}
+        for runner in runners.values() if on_gpu else ():
+            runner.capture()
+        samples: dict[str, list[float]] = {name: [] for name in runners}
+        ratios = []
+        for turn in range(args.rounds):
+            order = list(runners) if turn % 2 else list(runners)[::-1]
+            for name in order:
+                run = runners[name].replay if on_gpu else steps[name]
+                samples[name].append(_milliseconds(partial(run, args.lanes), on_gpu))
+            ratios.append(samples["plugin"][-1] / samples["without"][-1])
+        for runner in runners.values():
+            runner.close()
+        return {
+            **{f"{name}_ms": summarise(values) for name, values in samples.items()},
+            "captured": on_gpu,
+            "by_round": summarise(ratios),
+            "step_ratio": median(samples["plugin"]) / median(samples["without"]),
+        }
+
+    def close(self) -> None:
+        registry.detach(NAME)
+        self.cache.close()
+
+
+def _milliseconds(run: Callable[[], object], on_gpu: bool, times: int = 5) -> float:
+    """One call, of several without a pause."""
+    if not on_gpu:
+        started = perf_counter()
+        for _ in range(times):
+            run()
+        return 1e3 * (perf_counter() - started) / times
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    run()
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / times
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 where an output was wrong, or Python ran in a replay."""
+    benchmark = PluginBenchmark(args)
+    try:
+        replays = benchmark.replays()
+        times = benchmark.times()
+    finally:
+        benchmark.close()
+    tolerance = 1e-4 if dtype_of(args.device) == torch.float32 else 2e-2
+    summary = {name: replays[name] for name in ("python_calls_during_replay", "replays", "remaps", "graphs", "checks")}
+    summary |= {name: replays[name] for name in ("worst_error", "eager_error", "enqueues_during_replay")}
+    summary |= {
+        "module": benchmark.trt.__name__.rpartition(".")[2],
+        "attention": benchmark.backend,
+        "layers": benchmark.cache.shape.num_layers,
+        # On the host every step runs in Python, plugin or not: another figure.
+        "step_ratio" if times["captured"] else "eager_step_ratio": times["step_ratio"],
+    }
+    wrong = []
+    if max(replays["worst_error"], replays["eager_error"]) > tolerance:
+        wrong.append(f"an output is {replays['worst_error']:.3g} from the reference, more than {tolerance}")
+    if replays["python_calls_during_replay"] or replays["enqueues_during_replay"]:
+        wrong.append("Python ran in a replay")
+    return conclude("plugin", args, {"replays": replays, "times": times}, summary, wrong=wrong)

@@ -1,0 +1,81 @@
+"""`bench soak`: a captured graph replayed while its memory is remapped, with the same bits as over memory that never
+changes, in parts that go on from a file (verify/soak.py)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from trtllm_vattn.arguments import amount, output, positive, tolerance
+from trtllm_vattn.bench.harness.case import conclude
+from trtllm_vattn.bench.harness.flags import add_common
+from trtllm_vattn.bench.harness.report import load
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.machine import commit
+from trtllm_vattn.verify.negative_controls import fenced_unmap
+from trtllm_vattn.verify.soak import Soak
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench soak`."""
+    gpu, add = add_common(parser, on_gpu="small-llama"), parser.add_argument
+    add("--replays", type=positive, default=100_000 if gpu else 400, metavar="REPLAYS", help="replays in all")
+    text = "end this part after so many; go on with --state"
+    add("--seconds", type=amount, default=420.0, metavar="SECONDS", help=text)
+    text = "replays of two twins that are both left alone"
+    add("--repeatable", type=positive, default=2000 if gpu else 60, metavar="REPLAYS", help=text)
+    text = "of eager logits, in standard deviations"
+    add("--tolerance", type=tolerance, default=0.05, metavar="DEVIATIONS", help=text)
+    text = "a file to go on from, and to write what was done to (default: begin anew, and keep nothing)"
+    add("--state", type=output, metavar="FILE", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a part; 1 where bits differed, a control was missed, or the fenced unmap did not survive."""
+    parts = _earlier(args)
+    soak = Soak(args.model, args.device, args.seed, args.tolerance, args.seconds)
+    alone = soak.left_alone(args.repeatable)
+    part = soak.remapped(args.replays, len(parts), sum(each["replays"] for each in parts))
+    parts.append({**part, "commit": commit()})
+    controls = soak.controls()
+    fenced = fenced_unmap(args.device, args.model)
+    if args.state:
+        args.state.write_text(json.dumps({"seed": args.seed, "model": args.model, "chunks": parts}))
+
+    def total(name: str) -> Any:
+        return sum(each[name] for each in parts)
+
+    summary = {
+        "replays": total("replays"),
+        "remaps": sum(each["driver_calls"].get(name, 0) for each in parts for name in ("map", "unmap")),
+        **{name: total(name) for name in ("mismatches", "tokens")},
+        "graphs_captured": total("captures"),
+        **{name: total(name) for name in ("eager_checks", "eager_mismatches")},
+        "left_alone_replays": alone.replays,
+        "left_alone_mismatches": alone.mismatches,
+        "controls_caught": sum(not how.startswith("missed") for how in controls.values()),
+        "fenced_unmap_survived": fenced == "survived",
+        "seconds": total("seconds"),
+    }
+    results = {"chunks": parts, "left_alone": asdict(alone), "controls": controls, "fenced_unmap": fenced}
+    said = [f"control, {name}: {how}" for name, how in controls.items()]
+    conclude("soak", args, results, summary, "\n".join([*said, f"the same unmap behind its fence: {fenced}"]))
+    wrong = summary["mismatches"] + summary["eager_mismatches"] + alone.mismatches
+    return int(wrong > 0 or summary["controls_caught"] < len(controls) or fenced != "survived")
+
+
+def _earlier(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What earlier parts did. Raises ConfigError where they were of another soak."""
+    if args.state is None or not args.state.exists():
+        return []
+    state = load(args.state)
+    if missing := [name for name in ("seed", "model", "chunks") if name not in state]:
+        raise ConfigError(f"{args.state} has no {', '.join(missing)}: it is no state of a soak; give another file")
+    if (state["seed"], state["model"]) != (args.seed, args.model):
+        raise ConfigError(
+            f"{args.state} is of a soak of {state['model']} with seed {state['seed']}; give the same, or another file"
+        )
+    parts: list[dict[str, Any]] = state["chunks"]
+    return parts

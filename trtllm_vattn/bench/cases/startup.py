@@ -1,0 +1,164 @@
+"""`bench start`: capture first, size later. What does a start cost, and does a budget change ever recapture?
+
+Fresh processes start the engine to its first token, cold and again with what torch and Python kept on disk; then one
+engine is captured over its dummy slot, and its budget raised and lowered while the same prompts must give the same
+tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from time import perf_counter, time
+from typing import Any
+
+from trtllm_vattn.arguments import positive, sizes, tolerance
+from trtllm_vattn.bench.harness.case import conclude, model_of
+from trtllm_vattn.bench.harness.flags import MAX_SEQS, TIE_TOLERANCE, add_common
+from trtllm_vattn.bench.harness.identity import RequestTokens, compare
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.errors import KVCacheOutOfMemory, NoFreeSlot, VattnError
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.table import table
+from trtllm_vattn.vmm.open import open_driver
+
+_START = """
+import json, sys
+from time import time
+started = float(sys.argv[1])
+from trtllm_vattn.runtime import Engine, SamplingParams
+imported = time()
+with Engine.from_pretrained(sys.argv[2], device=sys.argv[3], max_seqs=int(sys.argv[4]), max_seq_len=2048) as engine:
+    built = time()
+    engine.submit([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))
+    engine.step()
+    first = time()
+    report = engine.startup
+    print(json.dumps({
+        "first_token_s": first - started, "import_s": imported - started, "load_s": report.load_s,
+        "compile_s": report.compile_s, "capture_s": report.capture_s, "capture_bytes": report.capture_bytes,
+        "graphs": len(report.decode.seconds) + len(report.prefill.seconds), "budget_bytes": report.budget_bytes,
+    }))
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench start`."""
+    gpu, add = add_common(parser), parser.add_argument
+    add("--max-seqs", type=positive, default=32 if gpu else 4, metavar="SEQUENCES", help=MAX_SEQS)
+    usual = "8GiB,60GiB,100GiB,60GiB,8GiB" if gpu else "4MiB,16MiB,4MiB"
+    add("--budgets", type=sizes, default=usual, metavar="BYTES,...", help="of KV, set one after the other")
+    text = f"{TIE_TOLERANCE}: cuDNN's decode of many lanes is not the same to the last bit from one call to the next"
+    add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=text)
+    text = "tokens of each sequence of those that fill a budget"
+    add("--filler-tokens", type=positive, default=7900 if gpu else 500, metavar="TOKENS", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 where tokens changed."""
+    with tempfile.TemporaryDirectory() as kept:
+        starts = [{"start": name, **_started(args, kept)} for name in ("cold", "warm")]
+    sizes = _sized(args)
+    summary = {
+        "cold_first_token_s": starts[0]["first_token_s"],
+        "warm_first_token_s": starts[1]["first_token_s"],
+        "capture_s": starts[1]["capture_s"],
+        "capture_bytes": starts[1]["capture_bytes"],
+        "budgets": len(sizes),
+        "largest_held_bytes": max(row["held_bytes"] for row in sizes),
+        "tokens_unchanged": all(row["tokens_unchanged"] for row in sizes),
+        "ties": sum(row["ties"] for row in sizes),
+        "recaptures": sum(row["captures"] for row in sizes),
+    }
+    shown = "\n".join(
+        table(list(rows[0]), [[_short(value) for value in row.values()] for row in rows]) for rows in (starts, sizes)
+    )
+    conclude("start", args, {"starts": starts, "budgets": sizes}, summary, shown)
+    return int(not summary["tokens_unchanged"])
+
+
+def _short(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _started(args: argparse.Namespace, kept: str) -> dict[str, Any]:
+    """One start in a fresh process; torch's compiled code, Python's and the mapping verdict are kept in `kept`."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{kept}/inductor", "TRITON_CACHE_DIR": f"{kept}/triton"}
+    environment.update(XDG_CACHE_HOME=kept, PYTHONPYCACHEPREFIX=f"{kept}/bytecode")
+    # Container images set this, and then every start compiles the source of all that it imports.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    command = [sys.executable, "-c", _START, str(time()), args.model, args.device, str(args.max_seqs)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise VattnError(f"the engine did not start: {done.stderr.strip()[-500:]}")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
+    model = model_of(args)
+    # Fillers take whole slots, so that nothing is mapped ahead for them.
+    longest = args.filler_tokens
+    one = longest * shape_of(model, 1, longest).token_bytes
+    slots = max(args.budgets) // one + 4
+    cache = KVCacheManager(shape_of(model, slots, longest), open_driver(args.device))
+    # One bucket, so that the same graph gives the tokens whichever slots are taken.
+    with Engine(model, cache, buckets=[slots], record_margins=True) as engine:
+        captured = [engine.decode.runner.graph(slots), *map(engine.prefill.runner.graph, engine.prefill.runner.buckets)]
+        want = None
+        rows = []
+        for budget in args.budgets:
+            started = perf_counter()
+            engine.set_budget(budget)
+            set_s = perf_counter() - started
+            fillers, fill_s = _fill(cache, args.filler_tokens)
+            held = cache.stats().held_bytes
+            # Room for the prompts, in memory that was somebody's before.
+            cache.release(fillers.pop())
+            tokens = _generated(engine, [1, 2, 3], [5] * 60)
+            want = want or tokens
+            identity = compare(want, tokens, args.tie_tolerance, free=True)
+            now = [engine.decode.runner.graph(slots), *map(engine.prefill.runner.graph, engine.prefill.runner.buckets)]
+            rows.append(
+                {
+                    "budget_mib": budget / (1 << 20),
+                    "set_s": set_s,
+                    "fill_s": fill_s,
+                    "sequences": len(fillers) + 1,
+                    "held_bytes": held,
+                    "tokens_unchanged": identity.identical,
+                    "ties": identity.ties,
+                    "captures": sum(a is not b for a, b in zip(captured, now, strict=True)),
+                }
+            )
+            for filler in fillers:
+                cache.release(filler)
+        return rows
+
+
+def _generated(engine: Engine, *prompts: list[int]) -> RequestTokens:
+    """Tokens of prompts run one by one, numbered in their order."""
+    tokens: RequestTokens = {}
+    for number, prompt in enumerate(prompts):
+        engine.submit(prompt, SamplingParams(max_tokens=24, ignore_eos=True))
+        tokens[number] = list(engine.run())
+    return tokens
+
+
+def _fill(cache: KVCacheManager, tokens: int) -> tuple[list[object], float]:
+    """Admit sequences until nothing is left."""
+    started = perf_counter()
+    fillers: list[object] = []
+    try:
+        while True:
+            filler = ("filler", len(fillers))
+            cache.admit(filler, tokens)
+            fillers.append(filler)
+    except (KVCacheOutOfMemory, NoFreeSlot):
+        return fillers, perf_counter() - started

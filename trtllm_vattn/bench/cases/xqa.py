@@ -1,0 +1,189 @@
+"""`bench xqa`: TensorRT-LLM's kernels over affine tables.
+
+Tokens against flat attention, teacher-forced, and of the decode kernel over affine against random tables, which have to
+be the same; attention for a prompt, by its kernel and by cuDNN's; steps over both tables in turns; one captured graph
+replayed while its memory is replaced; the host's time for a step's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tqdm import tqdm
+
+from trtllm_vattn.arguments import positive, tolerance
+from trtllm_vattn.bench.cases.random_blocks import RandomBlocks
+from trtllm_vattn.bench.cases.xqa_parts import prefill_us, replay_remapped, table_host
+from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.contenders import Contest, device_step_ms, take_turns
+from trtllm_vattn.bench.harness.flags import (
+    MAX_OUTPUT,
+    TIE_TOLERANCE,
+    add_common,
+    add_steady,
+)
+from trtllm_vattn.bench.harness.identity import Identity, RequestTokens, compare
+from trtllm_vattn.bench.harness.traces import fit, generate_trace
+from trtllm_vattn.bench.harness.workload import prompts_of, run_traced
+from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.cache.blocks import BlockKVCache
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.memory.layout import BLOCK_SIZES
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.table import tabulate
+
+COLUMNS = {
+    "batch": "batch",
+    "table": "table",
+    "step p50 ms": "step_ms.p50:.3f",
+    "p99": "step_ms.p99:.3f",
+    "device ms": "device_step_ms:.3f",
+    "affine / random": "affine_over_random:.4f",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench xqa`."""
+    gpu, add = add_common(parser), parser.add_argument
+    add("--attention", default="xqa", choices=["xqa", "xqa-fmha"], help="kernels that are compared with flat attention")
+    add("--tokens-per-block", type=positive, default=32, choices=BLOCK_SIZES, help="tokens of a block")
+    text = "layers of a block's record (default: as many as make rows of 64 KiB)"
+    add("--layers-per-range", type=positive, metavar="LAYERS", help=text)
+    context, rounds, steps, batches = (2048, 5, 20, "1,8,32,128") if gpu else (64, 1, 4, "2")
+    add_steady(parser, "kind of table", context, rounds, steps, batches)
+    text = "generated requests whose tokens are compared"
+    add("--requests", type=positive, default=16 if gpu else 6, metavar="REQUESTS", help=text)
+    add("--max-output", type=positive, default=48 if gpu else 8, metavar="TOKENS", help=MAX_OUTPUT)
+    # Kernels that round differently choose between logits up to 0.41 apart (tests/runtime/rounding_probe.py).
+    add("--tie-tolerance", type=tolerance, default=0.5 if gpu else 0.0, metavar="LOGITS", help=TIE_TOLERANCE)
+    text = "replays of one graph over replaced memory"
+    add("--replays", type=positive, default=10_000 if gpu else 40, metavar="REPLAYS", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 where tokens differ or a replay was wrong."""
+    model = model_of(args)
+    identity, by_table = tokens(args, model)
+    batches = tqdm(args.batch_sizes, desc="batch sizes", disable=None)
+    steps = [row for batch in batches for row in steady(args, model, batch)]
+    heads = model.config.get_text_config().num_attention_heads
+    shape = shape_of(model, 9, args.context + 64)
+    with make_blocks(args, model, 9, args.context + 64) as cache:
+        replayed = replay_remapped(cache, heads, args.context, args.replays, args.seed)
+        granularity = cache.layout.granularity
+    with make_blocks(args, model, 1, args.context) as cache:
+        prompts = prefill_us(cache, heads, args.context, repeats=5)
+    host = table_host(shape_of(model, 128, shape.max_seq_len), granularity, args.tokens_per_block, args.device)
+    results = {
+        "identity": vars(identity),
+        "by_table": vars(by_table),
+        "steady": steps,
+        "replayed": replayed,
+        "tables": host,
+        "prefill": prompts,
+    }
+    figures = summary(identity, by_table, steps, replayed, host)
+    figures |= {f"prefill_us_a_layer_{name}": value["p50"] for name, value in prompts.items()}
+    wrong = [] if identity.identical else ["tokens differ between flat attention and XQA over affine tables"]
+    wrong += [] if by_table.identical else ["tokens differ between affine and random tables of the same kernel"]
+    wrong += [f"{replayed['wrong']} replays over replaced memory were wrong"] if replayed["wrong"] else []
+    return conclude("xqa", args, results, figures, tabulate(steps, COLUMNS), wrong=wrong)
+
+
+def make_blocks(args: argparse.Namespace, model: Any, num_slots: int, max_seq_len: int) -> BlockKVCache:
+    """A cache in the block layout with room for all."""
+    made = make_cache(
+        "blocks",
+        shape_of(model, num_slots, max_seq_len),
+        args.device,
+        layers_per_range=args.layers_per_range,
+        tokens_per_block=args.tokens_per_block,
+    )
+    assert isinstance(made, BlockKVCache)
+    return made
+
+
+def tokens(args: argparse.Namespace, model: Any) -> tuple[Identity, Identity]:
+    """Flat attention's tokens beside those over affine tables, and XQA's over random beside affine tables; all but the
+    first are fed with the first's."""
+    longest = 2 * args.context
+    requests = fit(generate_trace(args.requests, args.seed), longest, args.max_output)
+    prompts = prompts_of(requests, vocab_of(model), args.seed)
+    outputs = [request.output_tokens for request in requests]
+    forcing = args.tie_tolerance > 0
+    slots = min(8, args.requests)
+    shape = shape_of(model, slots, longest)
+
+    def served(cache: KVCache, attention: str, forced: RequestTokens | None = None) -> RequestTokens:
+        with Engine(model, cache, attention=attention, record_margins=forcing) as engine:
+            return run_traced(engine, prompts, outputs, forced, f"{attention}, {type(cache).__name__}").tokens
+
+    flat = served(make_cache("vattn", shape, args.device), "auto")
+    forced = flat if forcing else None
+    affine = served(make_blocks(args, model, slots, longest), "xqa", forced)
+    random = served(RandomBlocks(shape, args.device, args.tokens_per_block, args.seed), "xqa", forced)
+    asked = affine
+    if args.attention != "xqa":
+        asked = served(make_blocks(args, model, slots, longest), args.attention, forced)
+    return compare(flat, asked, args.tie_tolerance), compare(affine, random, 0.0)
+
+
+def steady(args: argparse.Namespace, model: Any, batch: int) -> list[dict[str, Any]]:
+    """Captured decode steps with affine and with random tables, in turns."""
+    most = batch + 2 * args.rounds * (args.steps + 4) + 40
+    start = max(1, args.context - most // 2)
+    shape = shape_of(model, batch, start + most)
+    with Contest(batch, start, most, args.seed) as contest:
+        for name in ("affine", "random"):
+            cache: KVCache
+            if name == "affine":
+                cache = make_blocks(args, model, batch, start + most)
+            else:
+                cache = RandomBlocks(shape, args.device, args.tokens_per_block, args.seed)
+            contest.add(name, Engine(model, cache, attention="xqa", buckets=[batch], chunk=max(2048, start)))
+        take_turns(contest.contenders, args.rounds, args.steps, f"batch {batch}")
+        affine, random = contest.contenders
+        ratio, by_round = affine.over(random)
+        return [
+            {
+                "table": each.name,
+                "batch": batch,
+                "context": args.context,
+                "device_step_ms": device_step_ms(each.engine),
+                "affine_over_random": ratio,
+                "by_round": by_round,
+                **each.times(),
+            }
+            for each in contest.contenders
+        ]
+
+
+def summary(
+    identity: Identity,
+    by_table: Identity,
+    steps: list[dict[str, Any]],
+    replayed: dict[str, Any],
+    host: dict[str, Any],
+) -> dict[str, Any]:
+    """The figures that are quoted."""
+    return {
+        "tokens_identical": identity.identical,
+        "tokens_compared": identity.tokens,
+        "ties": identity.ties,
+        "widest_tie": identity.widest_tie,
+        "mismatches": identity.mismatches,
+        "widest_mismatch": identity.widest_mismatch,
+        "tables_tokens_identical": by_table.identical,
+        "affine_over_random_step_ratio": max(row["affine_over_random"] for row in steps),
+        "table_host_us": host["unchanged_us"]["p50"],
+        "table_host_us_p99": host["unchanged_us"]["p99"],
+        "table_host_changed_us": host["changed_us"]["p50"],
+        "replays": replayed["replays"],
+        "remaps": replayed["remaps"],
+        "graphs_captured": replayed["graphs_captured"],
+        "wrong_replays": replayed["wrong"],
+        "replays_of_other_bits": replayed["bits_differ"],
+        "critical_path_maps": sum(row["critical_path_maps"] for row in steps),
+    }

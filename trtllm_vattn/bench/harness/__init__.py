@@ -1,0 +1,1 @@
+"""What the cases share: contenders that take turns, timing, traces, flags, results."""

@@ -1,0 +1,165 @@
+"""Engines that decode the same sequences in turns on one device, so that what changes meanwhile meets all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from trtllm_vattn.bench.harness.device_utilization import DeviceUtilization, device_utilization
+from trtllm_vattn.bench.harness.timing import summarise
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.request import StepRecord
+from trtllm_vattn.runtime.sampling import SamplingParams
+
+PROFILED = 4
+"""Steps of each contender that the profiler looks at, after all that are timed."""
+
+
+@dataclass
+class Contender:
+    """One engine under measurement, in one mode.
+
+    Attributes
+    ----------
+    name : str
+        Of what tells it from the others: its cache, its table, its policy.
+    mode : str
+        ``captured`` or ``eager``.
+    rounds : list
+        Step records of each turn.
+    tokens : list of float
+        How long its sequences were in the middle of each turn.
+    critical_path_maps : int
+        Of its cache, by the end of the last turn.
+    """
+
+    name: str
+    mode: str
+    engine: Engine
+    rounds: list[list[StepRecord]] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
+    critical_path_maps: int = 0
+
+    def samples(self, name: str) -> list[float]:
+        """A field of all step records, in seconds."""
+        return [getattr(record, name) for records in self.rounds for record in records]
+
+    def times(self) -> dict[str, Any]:
+        """What every case reports of its steps."""
+        return {
+            "step_ms": summarise([1e3 * value for value in self.samples("wall_s")]),
+            "kv_host_us": summarise([1e6 * value for value in self.samples("kv_s")]),
+            "map_ahead_us": summarise([1e6 * value for value in self.samples("ahead_s")]),
+            "critical_path_maps": self.critical_path_maps,
+        }
+
+    def over(self, other: Contender) -> tuple[float, dict[str, float]]:
+        """The median of its steps over the other's: of all rounds, and round by round."""
+        by_round = [
+            median(record.wall_s for record in ours) / median(record.wall_s for record in theirs)
+            for ours, theirs in zip(self.rounds, other.rounds, strict=True)
+        ]
+        return median(self.samples("wall_s")) / median(other.samples("wall_s")), summarise(by_round)
+
+
+class Contest(ExitStack):
+    """Contenders with the same sequences; leaving it closes their engines.
+
+    Parameters
+    ----------
+    batch, context, tokens : int
+        Sequences of each engine, the tokens of their prompts, and those that they may decode.
+    """
+
+    def __init__(self, batch: int, context: int, tokens: int, seed: int) -> None:
+        super().__init__()
+        self.batch, self.context, self.tokens, self.seed = batch, context, tokens, seed
+        self.contenders: list[Contender] = []
+
+    def add(self, name: str, engine: Engine, modes: Sequence[str] = ("captured",)) -> None:
+        """Fill an engine, which is closed at the end, and let it take part."""
+        self.callback(engine.close)
+        fill(engine, self.batch, self.context, self.tokens, self.seed)
+        self.contenders += [Contender(name, mode, engine) for mode in modes]
+
+
+def fill(engine: Engine, batch: int, context: int, tokens: int, seed: int) -> None:
+    """Prefill `batch` random prompts of `context` tokens and leave them decoding."""
+    random = np.random.default_rng(seed)
+    vocab_size = engine.model.config.get_text_config().vocab_size
+    for _ in range(batch):
+        engine.submit(
+            random.integers(0, vocab_size, context).tolist(), SamplingParams(max_tokens=tokens, ignore_eos=True)
+        )
+    while engine.prefilling:
+        engine.step()
+
+
+def take_turns(contenders: Sequence[Contender], rounds: int, steps: int, label: str, untimed: int = 2) -> None:
+    """Let each contender decode `steps` steps a round, after a few that are not timed."""
+    for number in tqdm(range(rounds), desc=label, unit="round", disable=None):
+        # Rotated, so that no contender always follows the same one.
+        for each in [*contenders[number % len(contenders) :], *contenders[: number % len(contenders)]]:
+            with _mode_of(each):
+                # What was under way in another mode, and what was started beside it.
+                _decode(each.engine, untimed)
+                before = each.engine.decode.lengths.mean()
+                each.rounds.append(_decode(each.engine, steps))
+                each.tokens.append(float(before + each.engine.decode.lengths.mean()) / 2)
+    # Counted now: what is measured next may prepare more steps at once than any engine would.
+    for each in contenders:
+        each.critical_path_maps = each.engine.cache.stats().critical_path_maps
+
+
+@contextmanager
+def _mode_of(contender: Contender) -> Iterator[None]:
+    captured = contender.mode == "captured"
+    with torch.compiler.set_stance("default" if captured else "force_eager"):
+        contender.engine.decode.captured = captured
+        yield
+
+
+def utilization(contender: Contender) -> DeviceUtilization | None:
+    """The device's work in a few steps more; each of them is submitted while the one before is read."""
+    with _mode_of(contender):
+        _decode(contender.engine, 2)
+        return device_utilization(
+            lambda: sum(record.steps for record in _decode(contender.engine, PROFILED)), contender.engine.cache.device
+        )
+
+
+def _decode(engine: Engine, steps: int) -> list[StepRecord]:
+    """At least so many decode steps."""
+    records: list[StepRecord] = []
+    engine.observer = records.append
+    while sum(record.steps for record in records) < steps:
+        engine.step()
+    engine.observer = None
+    return records
+
+
+@torch.inference_mode()
+def device_step_ms(engine: Engine, replays: int = 10) -> float | None:
+    """Milliseconds of the device for one captured step of the sequences that an engine is decoding, replayed without
+    a pause; None on the host. Their steps are real, but nobody reads their tokens."""
+    cache, decode = engine.cache, engine.decode
+    if cache.device.type != "cuda":
+        return None
+    engine.pipeline.forget()
+    cache.prepare_step(decode.lengths_after(2 * replays + 2))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]  # type: ignore[no-untyped-call]
+    decode.launch(1)
+    for event in events[:-1]:
+        event.record()
+        decode.runner.replay(decode.bucket)
+    events[-1].record()
+    torch.cuda.synchronize(cache.device)
+    return float(median(start.elapsed_time(end) for start, end in pairwise(events)))

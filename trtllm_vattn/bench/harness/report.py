@@ -1,0 +1,84 @@
+"""One JSON file a benchmark run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from trtllm_vattn.bench.harness.flags import as_config
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.machine import commit, machine, versions
+
+
+@dataclass
+class Result:
+    """What a benchmark measured, with what is needed to measure it again; `summary` holds the figures quoted."""
+
+    benchmark: str
+    config: dict[str, Any]
+    seed: int
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    commit: str
+    command: str
+    started: str
+    results: dict[str, Any]
+    summary: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        benchmark: str,
+        args: argparse.Namespace,
+        results: dict[str, Any],
+        summary: dict[str, Any],
+        program: str = "trtllm-vattn",
+    ) -> Result:
+        """What this command measured on this machine, now."""
+        return cls(
+            benchmark,
+            as_config(args),
+            args.seed,
+            machine(),
+            versions(),
+            commit(),
+            f"{program} {shlex.join(sys.argv[1:])}",
+            datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            results,
+            summary,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def write(result: Result, path: Path) -> None:
+    """Write a result; the file is there whole or not at all. Raises ConfigError where it cannot be written."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(result.as_dict(), indent=1) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise ConfigError(f"cannot write the results to {path}: {error.strerror}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a result. Raises ConfigError where there is none."""
+    try:
+        found: Any = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the result {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"cannot read the result {path}: it holds {type(found).__name__}, not an object")
+    return found

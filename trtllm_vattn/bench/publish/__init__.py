@@ -1,0 +1,1 @@
+"""Plots, and the tables of the documents, from results."""

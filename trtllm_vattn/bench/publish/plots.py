@@ -1,0 +1,249 @@
+"""Plots from a benchmark's JSON, with matplotlib (extra ``bench``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trtllm_vattn.errors import ConfigError
+
+# Okabe and Ito's palette, told apart by the colour-blind.
+_COLOURS = {"contiguous": "#E69F00", "paged": "#56B4E9", "vattn": "#009E73"}
+
+
+def plot_graph(result: dict[str, Any], path: Path) -> None:
+    """Draw a `bench graph` result: memory over time and, of a GPU, step times of all combinations. Raises ConfigError
+    without matplotlib."""
+    results = result["results"]
+    steady = (results.get("steady") or {}).get("runs", [])
+    runs = results["trace"]["runs"] if results["trace"] else []
+    parts: list[tuple[Callable[[Any, list[dict[str, Any]]], None], list[dict[str, Any]]]] = []
+    if runs and on_gpu(result):
+        # On the host Python replays a graph call by call, which says nothing of graphs.
+        parts.append((_steps, runs))
+    if runs:
+        parts.append((_memory, runs))
+    if steady:
+        parts.append((_batches, steady))
+    figure, axes = pyplot().subplots(
+        1, len(parts), figsize=(1 + 5.5 * len(parts), 4.6), layout="constrained", squeeze=False
+    )
+    for axis, (draw, rows) in zip(axes[0], parts, strict=True):
+        draw(axis, rows)
+    save(figure, result, path)
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files. Raises ConfigError without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as found
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib: pip install 'trtllm-vattn[bench]'") from error
+    return found
+
+
+def where(result: dict[str, Any]) -> str:
+    """What a result was measured on, by its own record: the GPU's name, or the host."""
+    return str(result["machine"]["gpu"]["name"]) if on_gpu(result) else "the host"
+
+
+def on_gpu(result: dict[str, Any]) -> bool:
+    """Whether a result is of a GPU, by its own record; one without a device is counted on any machine."""
+    return result["machine"]["gpu"] is not None and result["config"].get("device", "cpu") != "cpu"
+
+
+def _device(result: dict[str, Any]) -> str:
+    return "the device" if on_gpu(result) else "the host"
+
+
+def _plain_log(axis: Any, unit: str = "", base: int = 10) -> None:
+    """Ticks of a logarithmic axis as people read them: 0.2, 5, 1,000 with their unit, and minor ones between."""
+    from matplotlib import ticker
+
+    minor, low_high = range(2, 10), axis.get_view_interval()
+    decades = abs(math.log10(max(low_high[1], 1e-300) / max(low_high[0], 1e-300)))
+    subs = (1.0,) if base == 2 or decades > 4 else (1.0, 2.0, 5.0) if decades > 1 else tuple(map(float, range(1, 10)))
+    axis.set_major_locator(ticker.LogLocator(base=base, subs=subs, numticks=99))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{_plain(value)}{unit}"))
+    if base == 10:
+        axis.set_minor_locator(ticker.LogLocator(base=base, subs=tuple(map(float, minor)), numticks=99))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _plain(value: float) -> str:
+    """A number in digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.6f}".rstrip("0").rstrip(".")
+
+
+def save(figure: Any, result: dict[str, Any], path: Path) -> None:
+    """Write a figure, titled by what was measured and on what."""
+    figure.suptitle(
+        f"{result['benchmark']}, {result['config'].get('model', '')}".rstrip(", ") + f", on {where(result)}"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot().close(figure)
+
+
+def plot_demo(result: dict[str, Any], path: Path) -> None:
+    """Draw a `demo` result: memory beside the tokens of the sequences, over the steps. Raises ConfigError without
+    matplotlib."""
+    figure, axis = pyplot().subplots(figsize=(11, 4.6), layout="constrained")
+    memory = result["results"]["memory"]
+    for name, label in (("mapped_bytes", "mapped for running sequences"), ("live_bytes", "tokens of sequences")):
+        axis.step(range(1, len(memory["steps"]) + 1), [step[name] / 1024 for step in memory["steps"]], label=label)
+    axis.axhline(memory["reserved_bytes"] / 1024, color="black", linestyle=":", label="every slot at its longest")
+    axis.set_xlabel("decode step")
+    axis.set_ylabel("KiB of K and V")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8)
+    save(figure, result, path)
+
+
+def plot_burst(result: dict[str, Any], path: Path) -> None:
+    """Draw a `bench burst` result: decode steps over time, and where the burst's mapping time went. Raises ConfigError
+    without matplotlib."""
+    figure, (steps, spent) = pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained")
+    first = [row for row in result["results"]["bursts"] if row["round"] == 0]
+    for row in first:
+        whole = [value for phase in ("before", "during", "after") for value in row["steps"][phase]]
+        steps.plot(whole, linewidth=0.8, label=row["variant"])
+    edge = len(first[0]["steps"]["before"])
+    for at in (edge, edge + len(first[0]["steps"]["during"])):
+        steps.axvline(at, color="black", linewidth=0.6, linestyle=":")
+    steps.set_xlabel("decode step; the burst goes in between the dotted lines")
+    steps.set_ylabel(f"decode step, ms on {_device(result)}")
+    steps.legend(fontsize=8)
+    mapped = [row for row in first if row["mappings"]]
+    for number, call in enumerate(("create", "map", "set_access")):
+        places = [place + 0.27 * (number - 1) for place in range(len(mapped))]
+        spent.bar(places, [row["driver_ms"][call] for row in mapped], width=0.27, label=call)
+    spent.set_xticks(range(len(mapped)), [row["variant"] for row in mapped])
+    spent.set_ylabel("driver calls of the burst, ms")
+    spent.set_yscale("log")
+    _plain_log(spent.yaxis, " ms")
+    spent.tick_params(axis="x", labelsize=8)
+    spent.legend(fontsize=8)
+    save(figure, result, path)
+
+
+def plot_alloc(result: dict[str, Any], path: Path) -> None:
+    """Draw a `bench alloc` result: each call by extent size, the device idle and busy. Raises ConfigError without
+    matplotlib."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained", sharey=True)
+    granule = result["results"]["granule"]
+    rows = [row for row in result["results"]["calls"] if row["how"] == "one by one"]
+    for axis, busy in zip(axes, (False, True), strict=True):
+        for call in dict.fromkeys(row["call"] for row in rows):
+            found = [row for row in rows if row["call"] == call and row["busy"] is busy]
+            sizes = [row["size"] // granule for row in found]
+            axis.plot(sizes, [row["us"]["p50"] for row in found], marker="o", label=call)
+            low, high = ([row["us"][p] for row in found] for p in ("p50", "p99"))
+            axis.fill_between(sizes, low, high, alpha=0.15)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        _plain_log(axis.xaxis, base=2)
+        _plain_log(axis.yaxis, " us")
+        axis.set_xlabel(f"extent, granules of {granule:,} bytes")
+        axis.set_title(f"{_device(result)} {'busy' if busy else 'idle'}".removeprefix("the "))
+    axes[0].set_ylabel("us a call, p50 to p99")
+    axes[0].legend(fontsize=8)
+    save(figure, result, path)
+
+
+def plot_attention(result: dict[str, Any], path: Path) -> None:
+    """Draw a `bench attention` result: bandwidth of decode attention by point and system. Raises ConfigError without
+    matplotlib."""
+    figure, axis = pyplot().subplots(figsize=(11, 4.6), layout="constrained")
+    _grouped(axis, result["results"]["points"], "point", "system", lambda row: row["bytes_per_s"]["p50"] / 1e9)
+    axis.set_ylabel("decode attention, GB/s of K and V")
+    save(figure, result, path)
+
+
+def plot_fragmentation(result: dict[str, Any], path: Path) -> None:
+    """Draw a `bench fragmentation` result: what holds no token, and sequences at once, by mix and system. Raises
+    ConfigError without matplotlib."""
+    figure, (waste, sequences) = pyplot().subplots(2, 1, figsize=(12, 8), layout="constrained")
+    rows = result["results"]["runs"]
+    _grouped(waste, rows, "mix", "system", lambda row: max(1e-2, 100 * row["waste_with_surplus"]))
+    waste.set_yscale("log")
+    waste.set_ylabel("waste: mapped bytes without a token\n(the lowest bars are 0.01 % or less)")
+    _plain_log(waste.yaxis, " %")
+    _grouped(sequences, rows, "mix", "system", lambda row: row["mean_sequences"] or 0)
+    sequences.set_ylabel("sequences at once while others wait")
+    names = [mix[:24] for mix in dict.fromkeys(row["mix"] for row in rows)]
+    for axis in (waste, sequences):
+        axis.set_xticks(range(len(names)), names)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, result, path)
+
+
+def _grouped(
+    axis: Any, rows: list[dict[str, Any]], group: str, series: str, value: Callable[[dict[str, Any]], float]
+) -> None:
+    """Bars of `value`, a colour for each of `series`; rows that were refused have none."""
+    groups, names = (list(dict.fromkeys(row[key] for row in rows)) for key in (group, series))
+    width, colours = 0.8 / len(names), pyplot().get_cmap("tab20" if len(names) > 10 else "tab10")
+    for number, name in enumerate(names):
+        found = {row[group]: value(row) for row in rows if row[series] == name and "refused" not in row}
+        places = [groups.index(where) + (number - (len(names) - 1) / 2) * width for where in found]
+        axis.bar(places, list(found.values()), width, label=name, color=colours(number))
+    axis.set_xticks(range(len(groups)), groups)
+    axis.legend(fontsize=8)
+
+
+def _steps(axis: Any, runs: list[dict[str, Any]]) -> None:
+    for place, run in enumerate(runs):
+        p50, p99 = run["step_ms"]["p50"], run["step_ms"]["p99"]
+        hatch = "//" if run["mode"] == "eager" else ""
+        axis.bar(place, p50, color=_COLOURS[run["cache"]], hatch=hatch, edgecolor="white")
+        axis.errorbar(place, p50, yerr=[[0], [p99 - p50]], color="black", capsize=3)
+        axis.annotate(f"{p50:.1f}", (place, p50), ha="center", va="bottom", xytext=(-14, 1), textcoords="offset points")
+    axis.set_xticks(range(len(runs)), [f"{run['cache']}\n{run['mode']}" for run in runs], fontsize=8)
+    axis.set_ylabel("decode step, ms (bar p50, whisker p99)")
+    axis.set_title("Replaying the trace")
+
+
+def _memory(axis: Any, runs: list[dict[str, Any]]) -> None:
+    captured = [run for run in runs if run["mode"] == "captured"]
+    for run in captured:
+        memory = run["memory"]
+        axis.plot(
+            memory["time_s"],
+            [value / 1e6 for value in memory["mapped_bytes"]],
+            color=_COLOURS[run["cache"]],
+            label=f"{run['cache']}, for running sequences",
+        )
+    memory = captured[-1]["memory"]
+    axis.fill_between(
+        memory["time_s"],
+        [value / 1e6 for value in memory["live_bytes"]],
+        color="#BBBBBB",
+        label=f"live tokens ({captured[-1]['cache']})",
+    )
+    axis.set_xlabel("seconds")
+    axis.set_ylabel("KV memory, MB")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8)
+    axis.set_title("Memory, captured runs")
+
+
+def _batches(axis: Any, runs: list[dict[str, Any]]) -> None:
+    batches = sorted({run["batch"] for run in runs})
+    for run_cache, colour in _COLOURS.items():
+        for mode, style in (("eager", "--"), ("captured", "-")):
+            rows = {r["batch"]: r["step_ms"]["p50"] for r in runs if r["cache"] == run_cache and r["mode"] == mode}
+            if rows:
+                values = [rows[batch] for batch in batches]
+                axis.plot(range(len(batches)), values, style, marker="o", color=colour, label=f"{run_cache}, {mode}")
+    axis.set_xticks(range(len(batches)), [str(batch) for batch in batches])
+    axis.set_xlabel("sequences")
+    axis.set_ylabel("decode step, ms (p50)")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8)
+    axis.set_title(f"Steady decode at {runs[0]['context']:,} tokens")

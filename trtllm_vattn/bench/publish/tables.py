@@ -1,0 +1,227 @@
+"""The tables of the documents, each made from the results of one card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from trtllm_vattn.table import table
+
+Result = dict[str, Any]
+
+
+def spread(sample: dict[str, float], digits: int = 2) -> str:
+    """Median and 99th percentile."""
+    return f"{sample['p50']:,.{digits}f} / {sample['p99']:,.{digits}f}"
+
+
+def steady(result: Result) -> str:
+    """Decode steps of all combinations; a row a batch size and mode."""
+    runs = result["results"]["steady"]["runs"]
+    step = {(row["cache"], row["mode"], row["batch"]): row["step_ms"] for row in runs}
+    caches = list(dict.fromkeys(row["cache"] for row in runs))
+    rows = []
+    for mode in ("eager", "captured"):
+        for batch in sorted({row["batch"] for row in runs}):
+            each = [step[cache, mode, batch] for cache in caches]
+            ours = step["vattn", mode, batch]["p50"]
+            ratio = f"{ours / step['contiguous', mode, batch]['p50']:.3f}"
+            rows.append([mode, str(batch), *map(spread, each), ratio])
+    return table(["mode", "sequences", *(f"{cache}, ms p50 / p99" for cache in caches), "vattn / contiguous"], rows)
+
+
+def batches(result: Result) -> str:
+    """Eager against captured steps of one cache, with the share of an eager step that the device idles."""
+    rows = result["results"]["steady"]["runs"]
+    found = {(row["mode"], row["batch"]): row for row in rows}
+    lines = []
+    for batch in sorted({row["batch"] for row in rows}):
+        eager, captured = found["eager", batch], found["captured", batch]
+        steps = [eager["step_ms"], captured["step_ms"]]
+        gain = f"{steps[0]['p50'] / steps[1]['p50']:.1f}"
+        # A little below nothing is nothing, without a sign.
+        shares = [row["idle_share"] for row in (eager, captured)]
+        idle = ["-" if share is None else f"{round(share, 2) + 0:.0%}" for share in shares]
+        lines.append([str(batch), *map(spread, steps), gain, *idle])
+    header = ["sequences", "eager, ms p50 / p99", "captured, ms p50 / p99", "eager / captured"]
+    return table([*header, "device idle, eager", "captured"], lines)
+
+
+def prompts(result: Result) -> str:
+    """Short prompts by a pass and by a replay."""
+    rows = []
+    for row in result["results"]["steady"]["prompts"]:
+        pair = row["pass_ms"], row["replay_ms"]
+        rows.append([str(row["tokens"]), *map(spread, pair), f"{pair[0]['p50'] / pair[1]['p50']:.1f}"])
+    return table(["prompt tokens", "pass, ms p50 / p99", "replay, ms p50 / p99", "pass / replay"], rows)
+
+
+def _over_rounds(values: list[float], digits: int) -> str:
+    """The mean, with the least and the most where there was more than one round."""
+    middle = f"{sum(values) / len(values):,.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def serve(result: Result) -> str:
+    """Throughput of every cache over all rounds, ours over it round by round, and latencies' medians over rounds."""
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(result["results"]["runs"], key=lambda row: row["round"]):
+        rounds.setdefault(row["cache"], []).append(row)
+    lines = []
+    for cache, rows in rounds.items():
+        pairs = [
+            spread({p: median(row[name][p] for row in rows) for p in ("p50", "p99")}, 0)
+            for name in ("ttft_ms", "itl_ms")
+        ]
+        rates = [
+            _over_rounds([row[name] for row in rows], 0) for name in ("output_throughput", "total_token_throughput")
+        ]
+        over = [
+            ours["output_throughput"] / row["output_throughput"]
+            for ours, row in zip(rounds["vattn"], rows, strict=True)
+        ]
+        lines.append([cache, *rates, *pairs, f"{rows[0]['mean_sequences']:.1f}", _over_rounds(over, 2)])
+    header = ["cache", "output tok/s", "total tok/s", "TTFT, ms p50 / p99", "ITL, ms p50 / p99", "sequences"]
+    return table([*header, "vattn's output over it"], lines)
+
+
+def policies(result: Result) -> str:
+    """Steps under each policy of mapping, and over those of the cache that was mapped whole before."""
+    rows = result["results"]["runs"]
+    none = rows[0]["step_ms"]
+    lines = []
+    for row in rows:
+        step = row["step_ms"]
+        over = [f"{step[p] / none[p]:.3f}" for p in ("p50", "p99")]
+        lines.append([row["policy"], *(f"{step[p]:.3f}" for p in ("p50", "p99")), *over, str(row["mappings"])])
+    header = ["mapping", "step p50, ms", "p99, ms", "p50 over no mapping", "p99 over no mapping", "mappings"]
+    return table(header, lines)
+
+
+def layers(result: Result) -> str:
+    """Attention's bandwidth alone by layers that share a row."""
+    limit = result["results"]["steady"]["read_limit_bytes_per_s"]
+    found = result["results"]["steady"]["layers"]
+    batches = sorted({row["batch"] for row in found})
+    rows = []
+    for g in sorted({row["layers_per_range"] for row in found}):
+        rates = {row["batch"]: row["bytes_per_s"]["p50"] for row in found if row["layers_per_range"] == g}
+        rows.append([str(g), *(f"{rates[b] / 1e9:,.0f} ({100 * rates[b] / limit:.0f} %)" for b in batches)])
+    return table(["layers a range", *(f"{batch} sequences, GB/s (of the read limit)" for batch in batches)], rows)
+
+
+def fragmentation(result: Result) -> str:
+    """Waste, all that is mapped counted, and sequences at once, of every system on every mix."""
+    rows = result["results"]["runs"]
+    mixes = list(dict.fromkeys(row["mix"] for row in rows))
+    cells = {
+        (row["system"], row["mix"]): f"{row['waste_with_surplus']:.1%}, {row['mean_sequences']:.1f}" for row in rows
+    }
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    return table(["system", *mixes], [[system, *(cells[system, mix] for mix in mixes)] for system in systems])
+
+
+def attention(result: Result) -> str:
+    """Decode attention by point and system; points that could not be had are left out."""
+    rows = [row for row in result["results"]["points"] if "refused" not in row]
+    points, systems = (list(dict.fromkeys(row[key] for row in rows)) for key in ("point", "system"))
+    cells = {
+        (r["point"], r["system"]): f"{r['layer_us']['p50']:.1f} ({r['bytes_per_s']['p50'] / 1e9:,.0f})" for r in rows
+    }
+    header = ["sequences x tokens", *(f"{system}, us (GB/s)" for system in systems)]
+    return table(header, [[point, *(cells[point, system] for system in systems)] for point in points])
+
+
+def bandwidths(result: Result) -> str:
+    """Decode attention in the largest working set of each context, with the least and the most that was seen."""
+    rows = result["results"]["attention"]
+    largest: dict[int, float] = {}
+    for row in rows:
+        largest[row["context"]] = max(row["working_set_gb"], largest.get(row["context"], 0))
+    cells = {}
+    for row in rows:
+        if row["working_set_gb"] < largest[row["context"]]:
+            continue
+        middle, least, most = (f"{row['bytes_per_s'][name] / 1e9:,.0f}" for name in ("p50", "min", "max"))
+        point = f"{row['sequences']} x {row['context']}, {row['working_set_gb']:.0f} GB"
+        cells[point, row["system"]] = f"{middle} ({least} to {most})"
+    points, systems = (list(dict.fromkeys(key[i] for key in cells)) for i in range(2))
+    return table(["system, GB/s", *points], [[s, *(cells[point, s] for point in points)] for s in systems])
+
+
+def figures(result: Result) -> str:
+    """The summary, as it stands in the JSON."""
+    rows = [[name, f"{v:,.4g}" if isinstance(v, float) else str(v)] for name, v in result["summary"].items()]
+    return table(["figure", "value"], rows)
+
+
+def headline(graph: Result, burst: Result, soak: Result, start: Result) -> str:
+    """The four rows of the README: a captured step, a burst, the soak, a start."""
+    rows = graph["results"]["steady"]["runs"]
+    steps = {(r["cache"], r["batch"]): r["step_ms"]["p50"] for r in rows if r["mode"] == "captured"}
+    sizes = [batch for batch in (1, 32, 128) if ("vattn", batch) in steps]
+
+    def at(cache: str) -> str:
+        return " / ".join(f"{steps[cache, batch]:.2f}" for batch in sizes)
+
+    shape, context = graph["config"]["model"], graph["config"]["context"]
+    calls, config = burst["summary"], burst["config"]
+    changes, begin = soak["summary"], start["summary"]
+    budgets = [f"{mib // 1024}" for mib in start["config"]["budgets_mib"]]
+    faults = len(soak["results"]["controls"])
+    lines = [
+        [
+            f"Captured decode step of {shape}, {' / '.join(map(str, sizes))} sequences of {context:,} tokens",
+            f"**{at('vattn')} ms**",
+            f"contiguous {at('contiguous')} ms, paged {at('paged')} ms",
+        ],
+        [
+            f"Mapping memory for a burst of {config['prompts']} prompts of {config['prompt_tokens']:,} tokens",
+            f"**{calls['burst_map_ms']:.1f} ms** of driver calls; decode p99 x {calls['p99_ratio']:.3f}",
+            f"page by page {calls['burst_map_ms_page_by_page']:,.0f} ms; contiguous maps nothing, decode p99 x "
+            f"{calls['p99_ratio_contiguous']:.3f}",
+        ],
+        [
+            f"Soak: {changes['graphs_captured']} graph replayed {changes['replays']:,} times, {changes['remaps']:,} "
+            "mappings changed",
+            f"**{changes['mismatches']} replays with other bits**",
+            f"{changes['controls_caught']} of {faults} deliberate faults caught",
+        ],
+        [
+            f"First token after process start; then budgets of {', '.join(budgets)} GiB",
+            f"**{begin['warm_first_token_s']:.1f} s**; **{begin['recaptures']} graphs captured again**",
+            f"{begin['cold_first_token_s']:.1f} s with cold caches of torch and Python",
+        ],
+    ]
+    sources = zip((graph, burst, soak, start), lines, strict=True)
+    named = [[*line, f"{result['machine']['gpu']['name']}, {result['started'][:10]}"] for result, line in sources]
+    return table(["", "trtllm-vattn", "beside it", "card, date"], named)
+
+
+TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "headline": (("graph.json", "burst.json", "soak.json", "start.json"), headline),
+    "graph-steady": (("graph.json",), steady),
+    "graph-summary": (("graph.json",), figures),
+    "graph-prompts": (("graph.json",), prompts),
+    "graph-batches": (("graph_batches.json",), batches),
+    "graph-small": (("graph_small.json",), batches),
+    "graph-layers": (("graph_rows_8.json",), layers),
+    "soak": (("soak.json",), figures),
+    "start": (("start.json",), figures),
+    "policy": (("policy.json",), policies),
+    "multistep": (("multistep.json",), figures),
+    "burst": (("burst.json",), figures),
+    "tlb": (("tlb.json",), figures),
+    "tlb-largest": (("tlb.json",), bandwidths),
+    "serve": (("serve.json",), serve),
+    "serve-burst": (("serve_burst.json",), serve),
+    "serve-azure": (("serve_azure.json",), serve),
+    "serve-sharegpt": (("serve_sharegpt.json",), serve),
+    "attention": (("attention.json",), attention),
+    "plugin": (("plugin.json",), figures),
+    "xqa": (("xqa.json",), figures),
+    "faults": (("faults.json",), figures),
+    "fragmentation": (("fragmentation.json",), fragmentation),
+}
+"""By name: the results that a table is made of, in the folder of one card, and how."""
