@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 import torch
 
-from trtllm_vattn.graphs.runner import collector_off
+from trtllm_vattn.graphs.capture import collector_off
 
 P = ParamSpec("P")
 T = TypeVar("T")
