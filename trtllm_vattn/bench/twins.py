@@ -70,12 +70,12 @@ class Side:
     def admit(self, sequence: int, prompt: list[int], limit: int) -> None:
         slot = self.cache.admit(sequence, len(prompt))
         token = int(self.prefill.run([PromptChunk(slot, prompt, 0)]).argmax())
-        self.decode.occupy(slot, token, len(prompt) + 1, limit)
+        self.decode.set_lane(slot, token, len(prompt) + 1, limit)
 
     def resume(self, sequence: int, token: int, limit: int) -> None:
         """The sequence goes on with a token behind what the cache holds of it."""
         slot = self.cache.slot_of(sequence)
-        self.decode.occupy(slot, token, int(self.cache.lengths[slot]) + 1, limit)
+        self.decode.set_lane(slot, token, int(self.cache.lengths[slot]) + 1, limit)
 
     def fork(self, sequence: int, new: int, tokens: int) -> None:
         if isinstance(self.cache, KVCacheManager):
@@ -89,7 +89,7 @@ class Side:
                 tensor[target, :tokens] = tensor[source, :tokens]
 
     def release(self, sequence: int) -> None:
-        self.decode.vacate(self.cache.slot_of(sequence))
+        self.decode.clear_lane(self.cache.slot_of(sequence))
         self.cache.release(sequence)
 
     def launch(self, steps: int) -> Launch:
@@ -263,7 +263,7 @@ class Twins:
             self.tally.mismatches += 1
         for side, launch, taken in zip((self.subject, self.twin), launches, (rows, theirs), strict=True):
             launch.lane_of.update({slot: lane for slot, lane in side.decode.lane_of.items() if lane < lanes})
-            side.decode.took(launch, taken)
+            side.decode.commit(launch, taken)
         self.tally.replays += steps
         self.tally.tokens += steps * lanes
         if self.tally.replays % 1000 < steps:

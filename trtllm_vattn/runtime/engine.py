@@ -22,19 +22,19 @@ from trtllm_vattn.cache.select import CACHES, make_cache
 from trtllm_vattn.errors import CacheInterrupted, ConfigError, EngineClosed, OutOfPages, VattnError, WrongProcess
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
-from trtllm_vattn.runtime.beside import MappingBeside
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, shape_of
 from trtllm_vattn.runtime.checkpoint import end_of_text
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.dry_pass import naming
+from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
 from trtllm_vattn.runtime.request import (
     Completion,
-    Running,
+    RequestState,
     StepRecord,
     TokenEvent,
     as_params,
@@ -217,7 +217,7 @@ class Engine:
                 self.startup.decode = self.decode.capture()
                 self.startup.prefill = self.prefill.capture()
         self.weights = Weights(model, capture)
-        self._mapping = MappingBeside(cache, policy, self.decode.publish_frontiers if loop else None)
+        self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
         movable = isinstance(cache, KVCacheManager) and capture and not packed
         compaction = Compaction(cast(KVCacheManager, cache), self.startup.decode.replay_s) if movable else None
         self.scheduler = Scheduler(cache, self.decode, compaction, chunk, self._fail)
@@ -296,7 +296,7 @@ class Engine:
             if later:
                 engine.set_budget(memory_left(made.device) if budget is None else budget)
             undo.pop_all()
-        engine.startup.load_s = load_s
+        engine.startup.load_s, engine.startup.budget_bytes = load_s, made.stats().budget_bytes
         return engine
 
     def set_budget(self, budget: int | str) -> None:
@@ -320,7 +320,6 @@ class Engine:
                     raise
                 with self._changing:
                     self.scheduler.preempt_youngest()
-        self.startup.budget_bytes = budget
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -355,7 +354,7 @@ class Engine:
             self.scheduler.drop(request)
             raise
 
-    def _request(self, prompt: object, params: object, forced: object = None, silent: bool = False) -> Running:
+    def _request(self, prompt: object, params: object, forced: object = None, silent: bool = False) -> RequestState:
         if forced is not None and self.steps > 1:
             raise ConfigError(f"tokens are forced in single steps; this engine takes {self.steps} a launch, make it 1")
         return make_request(
@@ -510,7 +509,7 @@ class Engine:
         self._check_open()
         self.weights.require_current()
         with inference(), self._changing:
-            self._mapping.before_step()
+            self._map_ahead.before_step()
             self.scheduler.release_ended()
             self.scheduler.admit()
             if not self.pipeline.running:
@@ -529,8 +528,8 @@ class Engine:
             return
         logits = self.prefill.run([chunk for _, chunk in chunks])
         # The device is busy: the sequences' first steps, and the next prompts, find their memory there.
-        self._mapping.beside_step()
-        self.scheduler.admit_beside()
+        self._map_ahead.during_step()
+        self.scheduler.admit_during_step()
         finished = [request for request, chunk in chunks if chunk.end == request.length]
         first = self._choose(finished, logits[: len(finished)]) if finished else []
         for request, chunk in chunks:
@@ -538,9 +537,9 @@ class Engine:
             self._prefilled += len(chunk.tokens)
         for request in finished:
             self.scheduler.prefilling.remove(request)
-        self._settle(finished, first, margins(logits[: len(finished)]) if self.record_margins else None)
+        self._commit_tokens(finished, first, margins(logits[: len(finished)]) if self.record_margins else None)
 
-    def _choose(self, requests: Sequence[Running], logits: torch.Tensor) -> list[int | str]:
+    def _choose(self, requests: Sequence[RequestState], logits: torch.Tensor) -> list[int | str]:
         """Each request's next token by its row of logits, or what kept it from having one."""
         rows = [(request.params, len(request.chosen)) for request in requests]
         there = have_token(logits)
@@ -563,7 +562,7 @@ class Engine:
         launch = self.pipeline.drain() if drain else self.pipeline.start()
         if launch is None:
             return None
-        ahead = self._mapping.beside_step()
+        ahead = self._map_ahead.during_step()
         waited = perf_counter()
         # Nothing is half done while the device is waited for, which is where an interrupt mostly comes.
         self._interrupted = False
@@ -580,15 +579,17 @@ class Engine:
             requests = [request for request in running.values() if request.slot in launch.lane_of]
             theirs = [launch.lane_of[request.slot] for request in requests]
             apart = margins(launch.logits[theirs]) if self.record_margins else None
-            self._settle(requests, [row[lane] for lane in theirs], apart)
-        self.decode.took(launch, rows)
-        self.pipeline.settled()
+            self._commit_tokens(requests, [row[lane] for lane in theirs], apart)
+        self.decode.commit(launch, rows)
+        self.pipeline.commit()
         for request in running.values():
             if request.forced is not None:
                 self.scheduler.decode_next(request)
         return StepRecord(lanes, len(rows), self._prefilled, wall_s, self.pipeline.kv_s, ahead, waited)
 
-    def _settle(self, requests: list[Running], chosen: Sequence[int | str], apart: list[float] | None) -> None:
+    def _commit_tokens(
+        self, requests: list[RequestState], chosen: Sequence[int | str], apart: list[float] | None
+    ) -> None:
         """Append each request's token; those that end with it leave, who is new takes part in the next launch. Who has
         none, but the reason or `NO_TOKEN`, ends with an error."""
         for i, (request, token) in enumerate(zip(requests, chosen, strict=True)):
@@ -602,7 +603,7 @@ class Engine:
             if not event.finish_reason and request.slot not in self.scheduler.decoding:
                 self.scheduler.decode_next(request)
 
-    def _note(self, request: Running, event: TokenEvent) -> None:
+    def _note(self, request: RequestState, event: TokenEvent) -> None:
         """What an event says becomes part of the request's record; it ends, where the event is its last. Of its newest
         event it may be done again, where it was interrupted."""
         if event.token is not None:
@@ -612,12 +613,12 @@ class Engine:
             request.error, request.finish_reason = event.error, event.finish_reason
             self.scheduler.end(request)
 
-    def _fail(self, request: Running, message: str) -> None:
+    def _fail(self, request: RequestState, message: str) -> None:
         """End a request with an error; its slot is taken by `Scheduler.release_ended`."""
         logger.warning("request %d: %s", request.id, message)
         self._end_without_token(request, "error", message)
 
-    def _end_without_token(self, request: Running, reason: str, message: str | None) -> None:
+    def _end_without_token(self, request: RequestState, reason: str, message: str | None) -> None:
         event = request.end_event(reason, message, self.weights.version)
         if not request.silent:
             self._events += [event]
@@ -703,7 +704,8 @@ class Engine:
 
     def close(self) -> None:
         """Drop all requests, the graphs, and the cache. Idempotent, and where it raised or was interrupted, calling it
-        again goes on; every other call raises EngineClosed then. Raises what failed beside the last step, closed."""
+        again goes on; every other call raises EngineClosed then. Raises what failed during the last step, after all
+        is closed."""
         if self._attention:
             self._check_process()
             drain()
@@ -716,9 +718,10 @@ class Engine:
         self.scheduler.clear()
         with ExitStack() as all_of_it:
             # In this order backwards, each whatever the others raise.
-            all_of_it.callback(self._mapping.close)
+            all_of_it.callback(self.cache.close)
             all_of_it.callback(self.prefill.close)
             all_of_it.callback(self.decode.close)
+        self._map_ahead.raise_failed()
 
     def __enter__(self) -> Self:
         self._check_open()

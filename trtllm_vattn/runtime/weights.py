@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from trtllm_vattn.errors import ConfigError, WeightsMixed
-from trtllm_vattn.runtime.compiled import Part
+from trtllm_vattn.runtime.compiled import LinearSlice
 
 Manifest = Mapping[str, tuple[Sequence[int], torch.dtype]]
 """Shape and dtype of each tensor, by its name."""
@@ -133,7 +133,7 @@ class Weights:
         self.version = 0
         self.state = WeightsState.CURRENT
         self._broken_by = ""
-        merged = any(isinstance(module, Part) for module in model.modules())
+        merged = any(isinstance(module, LinearSlice) for module in model.modules())
         self._fixed = [
             (f"{prefix}.{name}".lstrip("."), module._parameters, name, parameter.data_ptr())
             for prefix, module in (model.named_modules() if captured or merged else ())
