@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.graphs.audit import AuditReport
@@ -25,6 +24,7 @@ from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import DecodeStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
 from trtllm_vattn.runtime.sampling import SamplingParams, add_noise, in_parts, of_parts, sample_on_device, settings
+from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.vmm.tensors import tensor_at, upload
 
 STOPS = 4
@@ -120,7 +120,7 @@ class DecodeBatch:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: StepModel,
         attention: Attention,
         buckets: Sequence[int],
         *,

@@ -51,6 +51,7 @@ from trtllm_vattn.runtime.settings import (
     check_settings,
 )
 from trtllm_vattn.runtime.startup import StartupReport, memory_left
+from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.runtime.tokens import TokenIds
 from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
 from trtllm_vattn.sizes import parse_bytes
@@ -107,7 +108,7 @@ class Engine:
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : StepModel
         A Hugging Face causal language model (of `runtime.families.FAMILIES`, or another that a dry pass finds
         servable), on the cache's device; its code is not changed, its attention is pointed at ours.
     cache : KVCache
@@ -150,7 +151,7 @@ class Engine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: StepModel,
         cache: KVCache,
         *,
         attention: str = "auto",
@@ -206,7 +207,7 @@ class Engine:
         compiling = cache.device.type == "cuda" if compile is None else compile
         with inference(), naming(model):
             started = perf_counter()
-            wrap = compile_model(model) if compiling else as_it_is
+            wrap = compile_model(cast(PreTrainedModel, model)) if compiling else as_it_is
             self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, self.supports_packed_prefill)
             if compiling:
