@@ -26,7 +26,7 @@ from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, shape_of
 from trtllm_vattn.runtime.checkpoint import end_of_text
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
-from trtllm_vattn.runtime.decode import DecodeBatch
+from trtllm_vattn.runtime.decode import DecodeBatch, Launch
 from trtllm_vattn.runtime.dry_pass import naming
 from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
 from trtllm_vattn.runtime.models import load_model
@@ -42,7 +42,7 @@ from trtllm_vattn.runtime.request import (
     make_request,
 )
 from trtllm_vattn.runtime.sampling import LARGEST_COUNT, NO_TOKEN, SamplingParams, choose, have_token, margins
-from trtllm_vattn.runtime.scheduler import Scheduler
+from trtllm_vattn.runtime.scheduler import PromptChunks, Scheduler
 from trtllm_vattn.runtime.settings import (
     MOST_SEQUENCES,
     check_device,
@@ -506,31 +506,31 @@ class Engine:
         return events
 
     def _step(self) -> None:
-        """One step; its events are put to the others."""
+        """One step, whose events are put to the others: plan, launch and commit; first the prompts, because a prompt's
+        first token takes part in the step's decode launch, then the sequences that decode."""
         self._check_open()
         self.weights.require_current()
         with inference(), self._changing:
             self._map_ahead.before_step()
-            self.scheduler.release_ended()
-            self.scheduler.admit()
-            if not self.pipeline.running:
-                self.scheduler.compact()
             self._prefilled = 0
-            self._prefill()
-            self.scheduler.release_ended()
+            if chunks := self.scheduler.plan_prompts(may_move=not self.pipeline.running):
+                self._commit_prompts(chunks, self._launch_prompts(chunks))
             record = self._decode()
             self.scheduler.release_ended()
         if record is not None and self.observer is not None:
             self.observer(record)
 
-    def _prefill(self) -> None:
-        chunks = self.scheduler.next_chunks()
-        if not chunks:
-            return
+    def _launch_prompts(self, chunks: PromptChunks) -> torch.Tensor:
+        """Logits ``[chunks, vocab]`` after each chunk, not waited for; meanwhile memory is mapped and requests are
+        admitted."""
         logits = self.prefill.run([chunk for _, chunk in chunks])
-        # The device is busy: the sequences' first steps, and the next prompts, find their memory there.
+        # Their first decode steps, and the next prompts, find their memory mapped.
         self._map_ahead.during_step()
         self.scheduler.admit_during_step()
+        return logits
+
+    def _commit_prompts(self, chunks: PromptChunks, logits: torch.Tensor) -> None:
+        """Note what went in. Requests whose prompt is complete get a first token and join the next decode launch."""
         finished = [request for request, chunk in chunks if chunk.end == request.length]
         first = self._choose(finished, logits[: len(finished)]) if finished else []
         for request, chunk in chunks:
@@ -539,6 +539,7 @@ class Engine:
         for request in finished:
             self.scheduler.prefilling.remove(request)
         self._commit_tokens(finished, first, margins(logits[: len(finished)]) if self.record_margins else None)
+        self.scheduler.release_ended()
 
     def _choose(self, requests: Sequence[RequestState], logits: torch.Tensor) -> list[int | str]:
         """Each request's next token by its row of logits, or what kept it from having one."""
@@ -554,39 +555,47 @@ class Engine:
         return [token if good else NO_TOKEN for token, good in zip(tokens, there, strict=True)]
 
     def _decode(self, drain: bool = False) -> StepRecord | None:
-        """A launch's tokens, of the next one or of one that is under way (`drain`); None where there is none."""
-        running = self.scheduler.decoding
-        if not running:
+        """Commit the tokens of the next launch, or with `drain` of one that is under way; None where there is none."""
+        if not self.scheduler.decoding:
             self.pipeline.forget()
             return None
         started = self._read_at if self.pipeline.running else perf_counter()
         launch = self.pipeline.drain() if drain else self.pipeline.start()
         if launch is None:
             return None
-        ahead = self._map_ahead.during_step()
-        waited = perf_counter()
+        ahead_s = self._map_ahead.during_step()
+        rows, wait_s = self._read(launch)
+        lanes, wall_s = len(launch.lane_of), self._read_at - started
+        self._commit_launch(launch, rows)
+        return StepRecord(lanes, len(rows), self._prefilled, wall_s, self.pipeline.kv_s, ahead_s, wait_s)
+
+    def _read(self, launch: Launch) -> tuple[list[list[int]], float]:
+        """A launch's tokens, by step and lane, and the seconds that they were waited for."""
+        started = perf_counter()
         # Nothing is half done while the device is waited for, which is where an interrupt mostly comes.
         self._interrupted = False
         rows = launch.read()
         self._interrupted = True
-        waited = perf_counter() - waited
+        waited = perf_counter() - started
         if self.loop:
             # The device went no further than memory reached.
             self.cache.prepare_step(self.decode.lengths_after(len(rows)))
         self._read_at = perf_counter()
-        lanes, wall_s = len(launch.lane_of), self._read_at - started
+        return rows, waited
+
+    def _commit_launch(self, launch: Launch, rows: list[list[int]]) -> None:
+        """Append a launch's tokens to their requests, and have the next launch go on behind them."""
+        running = self.scheduler.decoding
         for row in rows:
             # Who has ended with an earlier row, or joined since the launch, has no part in it.
             requests = [request for request in running.values() if request.slot in launch.lane_of]
-            theirs = [launch.lane_of[request.slot] for request in requests]
-            apart = margins(launch.logits[theirs]) if self.record_margins else None
-            self._commit_tokens(requests, [row[lane] for lane in theirs], apart)
-        self.decode.commit(launch, rows)
-        self.pipeline.commit()
+            lanes = [launch.lane_of[request.slot] for request in requests]
+            apart = margins(launch.logits[lanes]) if self.record_margins else None
+            self._commit_tokens(requests, [row[lane] for lane in lanes], apart)
+        self.pipeline.commit(launch, rows)
         for request in running.values():
             if request.forced is not None:
                 self.scheduler.decode_next(request)
-        return StepRecord(lanes, len(rows), self._prefilled, wall_s, self.pipeline.kv_s, ahead, waited)
 
     def _commit_tokens(
         self, requests: list[RequestState], chosen: Sequence[int | str], apart: list[float] | None

@@ -7,6 +7,7 @@ is discarded, and its slot is not written by anybody else before, because all wo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 
 from trtllm_vattn.errors import DriverError, OutOfPages
@@ -76,8 +77,10 @@ class Pipeline:
             self._first, self.unread = self.unread, None
         return self._first
 
-    def commit(self) -> None:
-        """The tokens of the launch that `start` gave are in the requests' records; `start` gives the one behind it."""
+    def commit(self, launch: Launch, rows: Sequence[Sequence[int]]) -> None:
+        """The tokens of the launch that `start` gave, a row a step, are in the requests' records: lanes go on with the
+        last ones, and `start` gives the launch behind it."""
+        self.scheduler.decode.commit(launch, rows)
         self._first = None
 
     def forget(self) -> None:

@@ -17,6 +17,9 @@ from trtllm_vattn.runtime.request import RequestQueue, RequestState
 
 logger = logging.getLogger(__name__)
 
+PromptChunks = list[tuple[RequestState, PromptChunk]]
+"""Prompt tokens that go in at once, in the order of their requests."""
+
 
 class Scheduler:
     """First come, first served; the youngest is preempted first and prefilled again later.
@@ -108,7 +111,16 @@ class Scheduler:
             free = self.cache.shape.num_slots - len(self.holders)
             self.cache.stock_for([request.length for request in islice(self.waiting, free)])
 
-    def next_chunks(self) -> list[tuple[RequestState, PromptChunk]]:
+    def plan_prompts(self, may_move: bool) -> PromptChunks:
+        """Decide which prompts go in next: release what ended requests held, admit who waits, and give the chunks.
+        `may_move` says that no launch is under way, so that sequences may be moved to other slots (`compact`)."""
+        self.release_ended()
+        self.admit()
+        if may_move:
+            self.compact()
+        return self.next_chunks()
+
+    def next_chunks(self) -> PromptChunks:
         """What goes in now, in the order of requests."""
         room = self.chunk
         chunks = []
