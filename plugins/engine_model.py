@@ -1,4 +1,4 @@
-"""`EngineModel`: a TensorRT engine with the interface of a Hugging Face model, for `runtime.Engine`.
+"""`EngineModel`: a TensorRT engine as the model (`StepModel`) of `runtime.Engine`.
 
 Inputs and outputs lie at fixed addresses and each batch size has its own execution context, so a captured step stays
 valid. The contexts run one after another and share their device memory.
@@ -24,7 +24,7 @@ from trtllm_vattn.vmm.tensors import current_stream
 
 
 class EngineModel(nn.Module):
-    """Runs a TensorRT engine where a causal language model is expected.
+    """Runs a TensorRT engine as a `runtime.step_model.StepModel`.
 
     Parameters
     ----------
@@ -72,9 +72,6 @@ class EngineModel(nn.Module):
         }
         made["logits"] = torch.zeros(lanes, self.config.vocab_size, dtype=torch.float32, device=self.device)
         return made
-
-    def set_attn_implementation(self, name: str) -> None:
-        """Nothing: the plan has its own attention."""
 
     def buffers(self, recurse: bool = True) -> Iterator[torch.Tensor]:
         """Every tensor that a captured step touches, except the cache's."""

@@ -155,7 +155,7 @@ class EngineSession(Engine):
                     "have to be at least 2"
                 )
             options["compile"], options["packed"] = False, limits.any_slot
-            super().__init__(cast(PreTrainedModel, model), cache, attention=attention, **options)
+            super().__init__(model, cache, attention=attention, **options)
             undo.pop_all()
         self.loaded = loaded
 

@@ -95,7 +95,7 @@ def test_captured_graphs_are_audited(tmp_path: Path) -> None:
     assert audits[0]["graphs"] == ["decode step of 1", "decode step of 2", *prompts]
     # On the host nothing is composed: a launch of many steps is as many replays.
     for audit in audits[1:]:
-        assert audit["graphs"] == ["decode step of 2", "drawing step of 2", *prompts[:5]]
+        assert audit["graphs"] == ["decode step of 2", "sampling step of 2", *prompts[:5]]
     assert results["summary"]["audited_graphs"] == sum(len(audit["graphs"]) for audit in audits)
     assert results["summary"]["audit_findings"] == 0
 
@@ -107,7 +107,7 @@ def test_a_strangers_address_in_any_captured_graph_is_found(
 
     def without_static(self: GraphRunner, regions: Any, what: str = "step", bucket: int | None = None) -> Any:
         """As though nobody had declared what drawing tokens needs."""
-        known = [region for region in regions if what != "drawing step" or region.kind != "static"]
+        known = [region for region in regions if what != "sampling step" or region.kind != "static"]
         return audit(self, known, what, bucket)
 
     monkeypatch.setattr(GraphRunner, "audit", without_static)

@@ -16,7 +16,7 @@ from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import bind, shape_of
-from trtllm_vattn.runtime.compiled import Part, compile_around_layers, compile_layers, merge_projections
+from trtllm_vattn.runtime.compiled import LinearSlice, compile_around_layers, compile_layers, merge_projections
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.engine import UNUSUAL, Engine
 from trtllm_vattn.runtime.models import load_model
@@ -128,7 +128,7 @@ def test_what_ends_a_step_is_one_function_for_all_batch_sizes() -> None:
     attention = make_attention("torch", make_cache("contiguous", shape_of(model, 4, 64), "cpu"), 4)
     wrap = partial(torch.compile, backend=backend, dynamic=True)
     batch = DecodeBatch(model, attention, [1, 2, 4], wrap=wrap)
-    batch.occupy(0, token=3, length=1, limit=9)
+    batch.set_lane(0, token=3, length=1, limit=9)
     for step, bucket in enumerate((4, 2, 1)):
         (logits,) = batch._greedy_step(bucket)
         assert len(logits) == bucket
@@ -178,7 +178,7 @@ def test_merged_projections_compute_what_they_did(name: str) -> None:
     assert merge_projections(model) == 3 * 4
     for projection, want in zip(names, before, strict=True):
         part = getattr(attention, projection)
-        assert isinstance(part, Part)
+        assert isinstance(part, LinearSlice)
         assert torch.allclose(part(x), want, atol=1e-6)
     assert (attention.q_proj.whole.bias is not None) == (name == "tiny-qwen2")
     assert sum(parameter.numel() for parameter in model.parameters()) == weights

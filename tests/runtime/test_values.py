@@ -254,7 +254,8 @@ def test_numbers_of_numpy_and_sizes_in_words_are_taken() -> None:
         assert engine.cache.stats().budget_bytes == 1 << 20
         for budget in ("512KiB", np.int64(600 << 10)):
             engine.set_budget(budget)  # type: ignore[arg-type]
-        assert engine.startup.budget_bytes == engine.cache.stats().budget_bytes == 600 << 10
+        assert engine.cache.stats().budget_bytes == 600 << 10
+        assert engine.startup.budget_bytes == 1 << 20
         params = SamplingParams(np.int64(4), np.float32(0.5), np.float64(0.5), np.uint8(5), np.uint64(2**64 - 1))  # type: ignore[arg-type]
         assert (type(params.max_tokens), type(params.temperature), params.seed) == (int, float, 2**64 - 1)
         assert len(engine.generate([[1, 2]], params)[0].tokens) == 4

@@ -17,7 +17,7 @@ from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, WeightsMixed
 from trtllm_vattn.runtime import weights
 from trtllm_vattn.runtime.binding import bind, shape_of
-from trtllm_vattn.runtime.compiled import Part, compile_layers, merge_projections
+from trtllm_vattn.runtime.compiled import LinearSlice, compile_layers, merge_projections
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -169,7 +169,7 @@ def test_parameters_separated_from_the_merged_ones_are_merged_again() -> None:
     model = merged(drawn())
     model.double().float()
     part = model.model.layers[0].self_attn.k_proj
-    assert isinstance(part, Part)
+    assert isinstance(part, LinearSlice)
     assert not part.intact
     assert merge_projections(model) == 0 + 3 * 2
     assert model.model.layers[0].self_attn.k_proj.intact

@@ -21,6 +21,7 @@ from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.dry_pass import TOKENS, attention_scale, cannot_serve
 from trtllm_vattn.runtime.families import FAMILIES
+from trtllm_vattn.runtime.step_model import StepModel
 
 ATTENTION_NAME = "trtllm_vattn"
 
@@ -194,7 +195,7 @@ def attend(
     return out.view(batch, tokens, heads, dim), None
 
 
-def shape_of(model: PreTrainedModel, num_slots: int, max_seq_len: int) -> CacheShape:
+def shape_of(model: StepModel, num_slots: int, max_seq_len: int) -> CacheShape:
     """The shape of a cache for this model, by its configuration.
 
     Raises
@@ -294,7 +295,7 @@ def _stretched(rope: dict[str, Any], named: int) -> int:
     return named
 
 
-def check_fit(model: PreTrainedModel, shape: CacheShape) -> None:
+def check_fit(model: StepModel, shape: CacheShape) -> None:
     """Raise ConfigError where a cache's shape is not the model's, naming what differs."""
     needed = shape_of(model, shape.num_slots, shape.max_seq_len)
     differing = [
@@ -308,7 +309,7 @@ def check_fit(model: PreTrainedModel, shape: CacheShape) -> None:
         )
 
 
-def scale_of(model: torch.nn.Module) -> float | None:
+def scale_of(model: StepModel) -> float | None:
     """The factor by which the model's attention scales scores, as its modules name it; None where they do not.
 
     Raises ConfigError where they name different ones.
@@ -320,8 +321,9 @@ def scale_of(model: torch.nn.Module) -> float | None:
     return named.pop() if named else None
 
 
-def bind(model: PreTrainedModel, shape: CacheShape | None = None) -> float | None:
-    """Point the model's attention at ours, after dry passes (dry_pass.py); its code stays as it is.
+def bind(model: StepModel, shape: CacheShape | None = None) -> float | None:
+    """Point a Hugging Face model's attention at ours, after dry passes (dry_pass.py); its code stays as it is. Another
+    model calls our attention by itself.
 
     Returns the factor by which its attention scales scores; None is ``head_dim ** -0.5``. Windows are looked for up to
     the `max_seq_len` of `shape`; without one, only what any cache asks of the model is.
@@ -334,22 +336,19 @@ def bind(model: PreTrainedModel, shape: CacheShape | None = None) -> float | Non
     """
     config = model.config.get_text_config()
     refuse_family(config, type(model).__name__)
-    scale: float | None
-    if isinstance(model, PreTrainedModel):
-        if not model._supports_attention_backend:
-            names = ", ".join(each.name for each in FAMILIES.values())
-            raise cannot_serve(model, f"it computes attention by its own code; families that take ours are {names}")
-        model.eval()
-        before = config._attn_implementation
-        try:
-            scale = attention_scale(model, shape or shape_of(model, 1, TOKENS), BoundCache())
-            _point_at_ours(model)
-        except BaseException:
-            model.set_attn_implementation(before)
-            raise
-    else:
-        scale = scale_of(model)
+    if not isinstance(model, PreTrainedModel):
+        return scale_of(model)
+    if not model._supports_attention_backend:
+        names = ", ".join(each.name for each in FAMILIES.values())
+        raise cannot_serve(model, f"it computes attention by its own code; families that take ours are {names}")
+    model.eval()
+    before = config._attn_implementation
+    try:
+        scale = attention_scale(model, shape or shape_of(model, 1, TOKENS), BoundCache())
         _point_at_ours(model)
+    except BaseException:
+        model.set_attn_implementation(before)
+        raise
     return scale
 
 
@@ -364,7 +363,7 @@ def _point_at_ours(model: PreTrainedModel) -> None:
 
 
 def forward(
-    model: PreTrainedModel,
+    model: StepModel,
     tokens: torch.Tensor,
     positions: torch.Tensor,
     step: Step,

@@ -29,7 +29,7 @@ MOST_VARIANTS = 64
 """Compiled variants of one layer class in a process: two a model."""
 
 
-class Part(nn.Module):
+class LinearSlice(nn.Module):
     """Some outputs of a merged linear module, in place of the module that computed them.
 
     `weight` and `bias` are parameters under the names they had, views of the merged ones, so that whoever writes to
@@ -71,7 +71,7 @@ def merge_projections(model: PreTrainedModel) -> int:
     """Merge the weights of `MERGED` in place; returns how many products a pass over the model has less.
 
     Memory for one merged weight is taken at a time. Modules that are not plain linear ones stay as they are, merged
-    ones too, unless their parameters were separated from what was merged (`Part.intact`).
+    ones too, unless their parameters were separated from what was merged (`LinearSlice.intact`).
     """
     fewer = 0
     # A parameter made in inference mode could not be written to outside of it.
@@ -80,7 +80,8 @@ def merge_projections(model: PreTrainedModel) -> int:
             for names in MERGED:
                 parts: list[Any] = [getattr(parent, name, None) for name in names]
                 plain = all(type(part) is nn.Linear for part in parts)
-                separated = all(isinstance(part, Part) for part in parts) and not all(part.intact for part in parts)
+                slices = all(isinstance(part, LinearSlice) for part in parts)
+                separated = slices and not all(part.intact for part in parts)
                 if plain or separated:
                     fewer += _merge(parent, names, parts)
     return fewer
@@ -99,7 +100,7 @@ def _merge(parent: nn.Module, names: Sequence[str], parts: Sequence[Any]) -> int
         whole.bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]), weight.requires_grad)
     start = 0
     for name, count in zip(names, rows, strict=True):
-        setattr(parent, name, Part(whole, start, start + count))
+        setattr(parent, name, LinearSlice(whole, start, start + count))
         start += count
     return len(names) - 1
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.graphs.audit import AuditReport
@@ -24,7 +23,8 @@ from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import DecodeStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
-from trtllm_vattn.runtime.sampling import SamplingParams, add_noise, draw, in_parts, of_parts, settings
+from trtllm_vattn.runtime.sampling import SamplingParams, add_noise, in_parts, of_parts, sample_on_device, settings
+from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.vmm.tensors import tensor_at, upload
 
 STOPS = 4
@@ -120,7 +120,7 @@ class DecodeBatch:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: StepModel,
         attention: Attention,
         buckets: Sequence[int],
         *,
@@ -155,7 +155,7 @@ class DecodeBatch:
             else frontiers
         )
         # Temperature, top_p and top_k, whose bits are float64, and a key for each step of two launches.
-        self._drawing = torch.zeros(3 + 2 * steps, lanes, dtype=torch.int64, device=device)
+        self._sampling = torch.zeros(3 + 2 * steps, lanes, dtype=torch.int64, device=device)
         # Two launches' tokens, and a row with the count of steps.
         self._out = torch.zeros(2 * steps + 1, lanes, dtype=torch.int64, device=device)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -169,7 +169,7 @@ class DecodeBatch:
         """Steps started since the inputs were uploaded."""
         self._under_way: deque[Launch] = deque(maxlen=2)
         self._params: dict[int, tuple[SamplingParams, int]] = {}
-        """By slot: how its lane's tokens are drawn, and how many it has so far; for lanes that are not greedy."""
+        """By slot: how its lane's tokens are sampled, and how many it has so far; for lanes that are not greedy."""
         self.guard = Guard(cache, attention.over_read)
         self._advance, self._advance_greedily, self._add_noise = wrap(advance), wrap(advance_greedily), wrap(add_noise)
         static = [
@@ -179,14 +179,14 @@ class DecodeBatch:
             *attention.storages(),
             self._device,
             self._frontiers_seen,
-            self._drawing,
+            self._sampling,
             self._out,
             self._go,
         ]
         go = self._go if loop else None
         self.runner = GraphRunner(self._greedy_step, buckets, static, device, go)
-        # Captured when a sequence that draws first comes: sorting a vocabulary takes a lot of the pool.
-        self._drawer = GraphRunner(self._drawing_step, buckets, static, device, go, pool=self.runner.pool)
+        # Captured when the first sequence comes whose tokens are sampled: sorting a vocabulary takes a lot of the pool.
+        self._sampler = GraphRunner(self._sampling_step, buckets, static, device, go, pool=self.runner.pool)
         self.captured = False
 
     def capture(self) -> CaptureReport:
@@ -212,13 +212,13 @@ class DecodeBatch:
         self._advance_greedily(largest, place, parts.shape[2], *self._lanes())
         return (logits,)
 
-    def _drawing_step(self, bucket: int) -> Outputs:
+    def _sampling_step(self, bucket: int) -> Outputs:
         logits = self._forward(bucket)
         row = self._device[-2:-1].remainder(2 * self.steps)
-        keys = self._drawing[3:, :bucket].index_select(0, row)[0]
-        temperature, top_p, top_k = self._drawing[:3].view(torch.float64)[:, :bucket]
+        keys = self._sampling[3:, :bucket].index_select(0, row)[0]
+        temperature, top_p, top_k = self._sampling[:3].view(torch.float64)[:, :bucket]
         chosen = self._inputs.new_empty(len(self.lengths))
-        chosen[:bucket].copy_(draw(logits, temperature, top_p, top_k, keys, self._add_noise))
+        chosen[:bucket].copy_(sample_on_device(logits, temperature, top_p, top_k, keys, self._add_noise))
         self._advance(chosen, *self._lanes())
         return (logits,)
 
@@ -229,11 +229,11 @@ class DecodeBatch:
 
     # -- lanes -----------------------------------------------------------------------------------------------------
 
-    def occupy(
-        self, slot: int, token: int, length: int, limit: int, params: SamplingParams | None = None, drawn: int = 0
+    def set_lane(
+        self, slot: int, token: int, length: int, limit: int, params: SamplingParams | None = None, generated: int = 0
     ) -> None:
         """Give a slot's sequence a lane. Its next step writes `token` and makes it `length` tokens long; no step makes
-        it longer than `limit`. `params` are those of the sequence, which has `drawn` tokens of its own so far."""
+        it longer than `limit`. `params` are those of the sequence, which has `generated` tokens of its own so far."""
         lane = self.lane_of.get(slot)
         if lane is None:
             lane = self.lane_of[slot] = len(self.lane_of) if self.packed else slot
@@ -244,9 +244,9 @@ class DecodeBatch:
             self._stops[: len(some), lane] = some
         self._changed = True
         if params is not None and not params.greedy:
-            self._params[slot] = (params, drawn)
+            self._params[slot] = (params, generated)
 
-    def took(self, launch: Launch, rows: Sequence[Sequence[int]]) -> None:
+    def commit(self, launch: Launch, rows: Sequence[Sequence[int]]) -> None:
         """A launch gave these tokens, a row a step: its lanes that are left take part in the next one with the last."""
         there = [(lane, launch.lane_of[slot]) for slot, lane in self.lane_of.items() if slot in launch.lane_of]
         lanes, before = np.array(there, np.int64).reshape(-1, 2).T
@@ -254,10 +254,10 @@ class DecodeBatch:
         self.lengths[lanes] += len(rows)
         self.positions[lanes] += len(rows)
         for slot in self._params.keys() & launch.lane_of.keys():
-            params, drawn = self._params[slot]
-            self._params[slot] = (params, drawn + len(rows))
+            params, generated = self._params[slot]
+            self._params[slot] = (params, generated + len(rows))
 
-    def vacate(self, slot: int) -> None:
+    def clear_lane(self, slot: int) -> None:
         """Take a slot's lane away."""
         self._changed = True
         for launch in self._under_way:
@@ -308,7 +308,7 @@ class DecodeBatch:
         self.guard.check(np.minimum(self.lengths + (ahead - 1), self.limits), self.slots, self.positions)
         guarded = perf_counter() - started
         bucket = self.bucket
-        runner = self._drawer if self._params else self.runner
+        runner = self._sampler if self._params else self.runner
         if self.captured and bucket not in runner.captured:
             # What is captured is also run, over idle lanes.
             self._inputs[:5].zero_()
@@ -320,7 +320,7 @@ class DecodeBatch:
             self.publish_frontiers()
             self._device.copy_(self._host, non_blocking=True)
         if self._params:
-            self._upload_drawing(steps, unread)
+            self._upload_sampling(steps, unread)
         if not self.captured:
             (logits,) = self._run_eagerly(runner, bucket, steps)
         elif self.loop:
@@ -369,36 +369,36 @@ class DecodeBatch:
         self._frontiers[:-1] = self.guard.longest()
 
     def _run_eagerly(self, runner: GraphRunner, bucket: int, steps: int) -> Outputs:
-        step = self._drawing_step if runner is self._drawer else self._greedy_step
+        step = self._sampling_step if runner is self._sampler else self._greedy_step
         for _ in range(steps):
             outputs = step(bucket)
             if self.loop and not self._go.item():
                 break
         return outputs
 
-    def _upload_drawing(self, steps: int, unread: int) -> None:
-        rows = np.zeros(self._drawing.shape, np.int64)
+    def _upload_sampling(self, steps: int, unread: int) -> None:
+        rows = np.zeros(self._sampling.shape, np.int64)
         parameters, keys = rows[:3].view(np.float64), rows[3:]
-        for slot, (params, drawn) in self._params.items():
+        for slot, (params, generated) in self._params.items():
             lane = self.lane_of[slot]
             parameters[:, lane] = settings(params)
             for step in range(steps):
-                keys[(self._taken + step) % (2 * self.steps), lane] = params.key(drawn + unread + step)
-        self._drawing.copy_(upload(rows, self._drawing.device))
+                keys[(self._taken + step) % (2 * self.steps), lane] = params.key(generated + unread + step)
+        self._sampling.copy_(upload(rows, self._sampling.device))
 
     def audit(self, bucket: int | None = None) -> AuditReport:
-        """Whose the addresses are that graphs hold, of a bucket or of all: steps by the likeliest token, those that
-        draw tokens where any did, and launches of many steps. Raises CaptureError where there is no graph."""
+        """Whose the addresses are that graphs hold, of a bucket or of all: greedy steps, those that sample,
+        where any did, and launches of many steps. Raises CaptureError where there is no graph."""
         regions = self.attention.regions()
         reports = [self.runner.audit(regions, "decode step", bucket)]
-        if bucket in self._drawer.captured or (bucket is None and self._drawer.captured):
-            reports.append(self._drawer.audit(regions, "drawing step", bucket))
+        if bucket in self._sampler.captured or (bucket is None and self._sampler.captured):
+            reports.append(self._sampler.audit(regions, "sampling step", bucket))
         return AuditReport.joined(reports)
 
     def close(self) -> None:
         """Drop all graphs. Idempotent."""
         self.runner.close()
-        self._drawer.close()
+        self._sampler.close()
 
 
 def _mirrored(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import CaptureError, ConfigError
+from trtllm_vattn.runtime.step_model import StepModel
 
 DRY_NAME = "trtllm_vattn_dry_pass"
 """Under which the stand-in is registered with transformers."""
@@ -168,7 +169,7 @@ def attention_scale(model: PreTrainedModel, shape: CacheShape, cache: Cache) -> 
 
 
 @contextmanager
-def naming(model: PreTrainedModel) -> Iterator[None]:
+def naming(model: object) -> Iterator[None]:
     """Where a model's step cannot be captured or compiled, the error names the model and what serves it instead."""
     from torch._dynamo.exc import TorchDynamoException
 
@@ -183,7 +184,7 @@ def naming(model: PreTrainedModel) -> Iterator[None]:
         raise ConfigError(f"{type(model).__name__} cannot be compiled (use compile=False): {text}") from error
 
 
-def cannot_serve(model: PreTrainedModel, why: str) -> ConfigError:
+def cannot_serve(model: StepModel, why: str) -> ConfigError:
     """The error for a model that this runtime does not serve."""
     kind = model.config.get_text_config().model_type
     return ConfigError(f"{type(model).__name__} ({kind}) is not served: {why}")

@@ -28,19 +28,19 @@ from trtllm_vattn.errors import (
 )
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
-from trtllm_vattn.runtime.beside import MappingBeside
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, shape_of
 from trtllm_vattn.runtime.checkpoint import end_of_text
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
-from trtllm_vattn.runtime.decode import DecodeBatch
+from trtllm_vattn.runtime.decode import DecodeBatch, Launch
 from trtllm_vattn.runtime.dry_pass import naming
+from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
 from trtllm_vattn.runtime.request import (
     Completion,
-    Running,
+    RequestState,
     StepRecord,
     TokenEvent,
     as_params,
@@ -48,7 +48,7 @@ from trtllm_vattn.runtime.request import (
     make_request,
 )
 from trtllm_vattn.runtime.sampling import LARGEST_COUNT, NO_TOKEN, SamplingParams, choose, have_token, margins
-from trtllm_vattn.runtime.scheduler import Scheduler
+from trtllm_vattn.runtime.scheduler import PromptChunks, Scheduler
 from trtllm_vattn.runtime.settings import (
     MOST_SEQUENCES,
     check_device,
@@ -57,6 +57,7 @@ from trtllm_vattn.runtime.settings import (
     check_settings,
 )
 from trtllm_vattn.runtime.startup import StartupReport, memory_left
+from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.runtime.tokens import TokenIds
 from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
 from trtllm_vattn.sizes import parse_bytes
@@ -113,7 +114,7 @@ class Engine:
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : StepModel
         A Hugging Face causal language model (of `runtime.families.FAMILIES`, or another that a dry pass finds
         servable), on the cache's device; its code is not changed, its attention is pointed at ours.
     cache : KVCache
@@ -156,7 +157,7 @@ class Engine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: StepModel,
         cache: KVCache,
         *,
         attention: str = "auto",
@@ -212,7 +213,7 @@ class Engine:
         compiling = cache.device.type == "cuda" if compile is None else compile
         with inference(), naming(model):
             started = perf_counter()
-            wrap = compile_model(model) if compiling else as_it_is
+            wrap = compile_model(cast(PreTrainedModel, model)) if compiling else as_it_is
             self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, self.supports_packed_prefill)
             if compiling:
@@ -223,7 +224,7 @@ class Engine:
                 self.startup.decode = self.decode.capture()
                 self.startup.prefill = self.prefill.capture()
         self.weights = Weights(model, capture)
-        self._mapping = MappingBeside(cache, policy, self.decode.publish_frontiers if loop else None)
+        self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
         movable = cache.remaps and capture and not packed
         compaction = Compaction(cache, self.startup.decode.replay_s) if movable else None
         self.scheduler = Scheduler(cache, self.decode, compaction, chunk, self._fail)
@@ -302,7 +303,7 @@ class Engine:
             if later:
                 engine.set_budget(memory_left(made.device) if budget is None else budget)
             undo.pop_all()
-        engine.startup.load_s = load_s
+        engine.startup.load_s, engine.startup.budget_bytes = load_s, made.stats().budget_bytes
         return engine
 
     def set_budget(self, budget: int | str) -> None:
@@ -324,7 +325,6 @@ class Engine:
                     raise
                 with self._changing:
                     self.scheduler.preempt_youngest()
-        self.startup.budget_bytes = budget
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -359,7 +359,7 @@ class Engine:
             self.scheduler.drop(request)
             raise
 
-    def _request(self, prompt: object, params: object, forced: object = None, silent: bool = False) -> Running:
+    def _request(self, prompt: object, params: object, forced: object = None, silent: bool = False) -> RequestState:
         if forced is not None and self.steps > 1:
             raise ConfigError(f"tokens are forced in single steps; this engine takes {self.steps} a launch, make it 1")
         return make_request(
@@ -510,31 +510,31 @@ class Engine:
         return events
 
     def _step(self) -> None:
-        """One step; its events are put to the others."""
+        """One step, whose events are put to the others: plan, launch and commit; first the prompts, because a prompt's
+        first token takes part in the step's decode launch, then the sequences that decode."""
         self._check_open()
         self.weights.require_current()
         with inference(), self._changing:
-            self._mapping.before_step()
-            self.scheduler.release_ended()
-            self.scheduler.admit()
-            if not self.pipeline.running:
-                self.scheduler.compact()
+            self._map_ahead.before_step()
             self._prefilled = 0
-            self._prefill()
-            self.scheduler.release_ended()
+            if chunks := self.scheduler.plan_prompts(may_move=not self.pipeline.running):
+                self._commit_prompts(chunks, self._launch_prompts(chunks))
             record = self._decode()
             self.scheduler.release_ended()
         if record is not None and self.observer is not None:
             self.observer(record)
 
-    def _prefill(self) -> None:
-        chunks = self.scheduler.next_chunks()
-        if not chunks:
-            return
+    def _launch_prompts(self, chunks: PromptChunks) -> torch.Tensor:
+        """Logits ``[chunks, vocab]`` after each chunk, not waited for; meanwhile memory is mapped and requests are
+        admitted."""
         logits = self.prefill.run([chunk for _, chunk in chunks])
-        # The device is busy: the sequences' first steps, and the next prompts, find their memory there.
-        self._mapping.beside_step()
-        self.scheduler.admit_beside()
+        # Their first decode steps, and the next prompts, find their memory mapped.
+        self._map_ahead.during_step()
+        self.scheduler.admit_during_step()
+        return logits
+
+    def _commit_prompts(self, chunks: PromptChunks, logits: torch.Tensor) -> None:
+        """Note what went in. Requests whose prompt is complete get a first token and join the next decode launch."""
         finished = [request for request, chunk in chunks if chunk.end == request.length]
         first = self._choose(finished, logits[: len(finished)]) if finished else []
         for request, chunk in chunks:
@@ -542,9 +542,10 @@ class Engine:
             self._prefilled += len(chunk.tokens)
         for request in finished:
             self.scheduler.prefilling.remove(request)
-        self._settle(finished, first, margins(logits[: len(finished)]) if self.record_margins else None)
+        self._commit_tokens(finished, first, margins(logits[: len(finished)]) if self.record_margins else None)
+        self.scheduler.release_ended()
 
-    def _choose(self, requests: Sequence[Running], logits: torch.Tensor) -> list[int | str]:
+    def _choose(self, requests: Sequence[RequestState], logits: torch.Tensor) -> list[int | str]:
         """Each request's next token by its row of logits, or what kept it from having one."""
         rows = [(request.params, len(request.chosen)) for request in requests]
         there = have_token(logits)
@@ -558,41 +559,51 @@ class Engine:
         return [token if good else NO_TOKEN for token, good in zip(tokens, there, strict=True)]
 
     def _decode(self, drain: bool = False) -> StepRecord | None:
-        """A launch's tokens, of the next one or of one that is under way (`drain`); None where there is none."""
-        running = self.scheduler.decoding
-        if not running:
+        """Commit the tokens of the next launch, or with `drain` of one that is under way; None where there is none."""
+        if not self.scheduler.decoding:
             self.pipeline.forget()
             return None
         started = self._read_at if self.pipeline.running else perf_counter()
         launch = self.pipeline.drain() if drain else self.pipeline.start()
         if launch is None:
             return None
-        ahead = self._mapping.beside_step()
-        waited = perf_counter()
+        ahead_s = self._map_ahead.during_step()
+        rows, wait_s = self._read(launch)
+        lanes, wall_s = len(launch.lane_of), self._read_at - started
+        self._commit_launch(launch, rows)
+        return StepRecord(lanes, len(rows), self._prefilled, wall_s, self.pipeline.kv_s, ahead_s, wait_s)
+
+    def _read(self, launch: Launch) -> tuple[list[list[int]], float]:
+        """A launch's tokens, by step and lane, and the seconds that they were waited for."""
+        started = perf_counter()
         # Nothing is half done while the device is waited for, which is where an interrupt mostly comes.
         self._interrupted = False
         rows = launch.read()
         self._interrupted = True
-        waited = perf_counter() - waited
+        waited = perf_counter() - started
         if self.loop:
             # The device went no further than memory reached.
             self.cache.prepare_step(self.decode.lengths_after(len(rows)))
         self._read_at = perf_counter()
-        lanes, wall_s = len(launch.lane_of), self._read_at - started
+        return rows, waited
+
+    def _commit_launch(self, launch: Launch, rows: list[list[int]]) -> None:
+        """Append a launch's tokens to their requests, and have the next launch go on behind them."""
+        running = self.scheduler.decoding
         for row in rows:
             # Who has ended with an earlier row, or joined since the launch, has no part in it.
             requests = [request for request in running.values() if request.slot in launch.lane_of]
-            theirs = [launch.lane_of[request.slot] for request in requests]
-            apart = margins(launch.logits[theirs]) if self.record_margins else None
-            self._settle(requests, [row[lane] for lane in theirs], apart)
-        self.decode.took(launch, rows)
-        self.pipeline.settled()
+            lanes = [launch.lane_of[request.slot] for request in requests]
+            apart = margins(launch.logits[lanes]) if self.record_margins else None
+            self._commit_tokens(requests, [row[lane] for lane in lanes], apart)
+        self.pipeline.commit(launch, rows)
         for request in running.values():
             if request.forced is not None:
                 self.scheduler.decode_next(request)
-        return StepRecord(lanes, len(rows), self._prefilled, wall_s, self.pipeline.kv_s, ahead, waited)
 
-    def _settle(self, requests: list[Running], chosen: Sequence[int | str], apart: list[float] | None) -> None:
+    def _commit_tokens(
+        self, requests: list[RequestState], chosen: Sequence[int | str], apart: list[float] | None
+    ) -> None:
         """Append each request's token; those that end with it leave, who is new takes part in the next launch. Who has
         none, but the reason or `NO_TOKEN`, ends with an error."""
         for i, (request, token) in enumerate(zip(requests, chosen, strict=True)):
@@ -606,7 +617,7 @@ class Engine:
             if not event.finish_reason and request.slot not in self.scheduler.decoding:
                 self.scheduler.decode_next(request)
 
-    def _note(self, request: Running, event: TokenEvent) -> None:
+    def _note(self, request: RequestState, event: TokenEvent) -> None:
         """What an event says becomes part of the request's record; it ends, where the event is its last. Of its newest
         event it may be done again, where it was interrupted."""
         if event.token is not None:
@@ -616,12 +627,12 @@ class Engine:
             request.error, request.finish_reason = event.error, event.finish_reason
             self.scheduler.end(request)
 
-    def _fail(self, request: Running, message: str) -> None:
+    def _fail(self, request: RequestState, message: str) -> None:
         """End a request with an error; its slot is taken by `Scheduler.release_ended`."""
         logger.warning("request %d: %s", request.id, message)
         self._end_without_token(request, "error", message)
 
-    def _end_without_token(self, request: Running, reason: str, message: str | None) -> None:
+    def _end_without_token(self, request: RequestState, reason: str, message: str | None) -> None:
         event = request.end_event(reason, message, self.weights.version)
         if not request.silent:
             self._events += [event]
@@ -707,7 +718,8 @@ class Engine:
 
     def close(self) -> None:
         """Drop all requests, the graphs, and the cache. Idempotent, and where it raised or was interrupted, calling it
-        again goes on; every other call raises EngineClosed then. Raises what failed beside the last step, closed."""
+        again goes on; every other call raises EngineClosed then. Raises what failed during the last step, after all
+        is closed."""
         if self._attention:
             self._check_process()
             drain()
@@ -720,9 +732,10 @@ class Engine:
         self.scheduler.clear()
         with ExitStack() as all_of_it:
             # In this order backwards, each whatever the others raise.
-            all_of_it.callback(self._mapping.close)
+            all_of_it.callback(self.cache.close)
             all_of_it.callback(self.prefill.close)
             all_of_it.callback(self.decode.close)
+        self._map_ahead.raise_failed()
 
     def __enter__(self) -> Self:
         self._check_open()

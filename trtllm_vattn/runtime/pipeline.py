@@ -7,6 +7,7 @@ is discarded, and its slot is not written by anybody else before, because all wo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 
 from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory
@@ -36,7 +37,7 @@ class Pipeline:
         self.scheduler, self.steps, self.one_by_one = scheduler, steps, one_by_one
         self.unread: Launch | None = None
         self._first: Launch | None = None
-        """What runs and is read next, until it is settled."""
+        """What runs and is read next, until it is committed."""
         self.kv_s = 0.0
 
     @property
@@ -49,7 +50,7 @@ class Pipeline:
         """The launch to read next, started now if it was not before; and the one after it, where possible. None where
         nobody is left to run for lack of memory.
 
-        The same one until it is `settled`, so that no token is skipped where reading it was interrupted.
+        The same one until `commit`, so that no token is skipped where reading it was interrupted.
         """
         self.kv_s = 0.0
         if not self.running:
@@ -69,15 +70,17 @@ class Pipeline:
         return self._first
 
     def drain(self) -> Launch | None:
-        """The launch to read next among those under way, or None, until it is `settled`; starts none."""
+        """The launch to read next among those under way, or None, until `commit`; starts none."""
         if not self.running:
             self.forget()
         elif self._first is None:
             self._first, self.unread = self.unread, None
         return self._first
 
-    def settled(self) -> None:
-        """The tokens of what `start` gave are in the books."""
+    def commit(self, launch: Launch, rows: Sequence[Sequence[int]]) -> None:
+        """The tokens of the launch that `start` gave, a row a step, are in the requests' records: lanes go on with the
+        last ones, and `start` gives the launch behind it."""
+        self.scheduler.decode.commit(launch, rows)
         self._first = None
 
     def forget(self) -> None:

@@ -8,7 +8,6 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import MIN_CHUNK_ROWS, Attention, PackedPrefill, PrefillChunk, Span
 from trtllm_vattn.graphs.audit import AuditReport
@@ -16,6 +15,7 @@ from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import PrefillStep, forward
+from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.vmm.tensors import upload
 
 LONGEST_CAPTURED = 512
@@ -66,7 +66,7 @@ class Prefill:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: StepModel,
         attention: Attention,
         chunk: int,
         pool: object = None,

@@ -88,13 +88,13 @@ class StepRecord:
 
 
 @dataclass(eq=False)
-class Running:
+class RequestState:
     """A request inside the engine.
 
     Attributes
     ----------
     params : SamplingParams
-        With a seed, where tokens are drawn.
+        With a seed, where tokens are sampled.
     max_tokens : int
         Tokens to generate at most.
     forced : list of int or None
@@ -182,29 +182,29 @@ class RequestQueue:
 
     def __init__(self) -> None:
         # Not a dict, which looks for its first entry among all that were there before it.
-        self._by_id: OrderedDict[int, Running] = OrderedDict()
+        self._by_id: OrderedDict[int, RequestState] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def __iter__(self) -> Iterator[Running]:
+    def __iter__(self) -> Iterator[RequestState]:
         return iter(self._by_id.values())
 
     @property
-    def first(self) -> Running:
+    def first(self) -> RequestState:
         """The next one. Raises StopIteration where there is none."""
         return next(iter(self._by_id.values()))
 
-    def append(self, request: Running) -> None:
+    def append(self, request: RequestState) -> None:
         """Behind all others."""
         self._by_id[request.id] = request
 
-    def put_back(self, request: Running) -> None:
+    def put_back(self, request: RequestState) -> None:
         """Before all others."""
         self._by_id[request.id] = request
         self._by_id.move_to_end(request.id, last=False)
 
-    def remove(self, request: Running) -> None:
+    def remove(self, request: RequestState) -> None:
         """Take a request out, if it is there."""
         self._by_id.pop(request.id, None)
 
@@ -248,7 +248,7 @@ def make_request(
     vocab_size: int,
     end_of_text: Sequence[int] = (),
     silent: bool = False,
-) -> Running:
+) -> RequestState:
     """A request out of what a caller gave, everything checked against the vocabulary, the slots and the budget.
 
     Raises ConfigError, or SequenceTooLong where it can never fit.
@@ -269,7 +269,7 @@ def make_request(
     most = _most_tokens(len(prompt), params.max_tokens, cache)
     if params.max_tokens is None and forced is not None:
         most = min(most, len(forced))
-    return Running(number, prompt, params.seeded().stopping_at(end_of_text), most, forced, silent)
+    return RequestState(number, prompt, params.seeded().stopping_at(end_of_text), most, forced, silent)
 
 
 def _most_tokens(prompt_len: int, wanted: int | None, cache: KVCache) -> int:

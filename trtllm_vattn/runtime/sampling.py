@@ -99,7 +99,7 @@ class SamplingParams:
         return self.temperature < COLDEST
 
     def seeded(self) -> SamplingParams:
-        """These, with a fresh seed where they have none and draw."""
+        """These, with a fresh seed where they sample and have none."""
         return replace(self, seed=secrets.randbits(64)) if self.seed is None and not self.greedy else self
 
     def key(self, index: int) -> int:
@@ -126,9 +126,9 @@ def _signed(x: int) -> int:
     return x - (1 << 64)
 
 
-def add_noise(scores: torch.Tensor, keys: torch.Tensor, drawn: torch.Tensor) -> None:
+def add_noise(scores: torch.Tensor, keys: torch.Tensor, sampled: torch.Tensor) -> None:
     """Add each token's Gumbel noise, in place: scores ``[rows, vocab]``, keys int64 ``[rows]``; nothing to rows that
-    are not `drawn`, bool ``[rows]``. The device's integers are 64-bit and wrap around, as the hash wants them."""
+    are not `sampled`, bool ``[rows]``. The device's integers are 64-bit and wrap around, as the hash wants them."""
     ids = torch.arange(1, scores.shape[1] + 1, device=scores.device)
     x = keys[:, None] + ids * _signed(_GOLDEN)
     # A shift to the right brings the sign in, which is masked away.
@@ -137,7 +137,7 @@ def add_noise(scores: torch.Tensor, keys: torch.Tensor, drawn: torch.Tensor) -> 
     x = x ^ ((x >> 31) & ((1 << 33) - 1))
     uniform = (((x >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52
     noise = -(-uniform.log()).log()
-    scores.add_(torch.where(drawn[:, None], noise, 0.0))
+    scores.add_(torch.where(sampled[:, None], noise, 0.0))
 
 
 FIXED_POINT = 2.0**40
@@ -145,7 +145,7 @@ FIXED_POINT = 2.0**40
 and 2**22 tokens fit into 63 bits."""
 
 
-def draw(
+def sample_on_device(
     logits: torch.Tensor,
     temperature: torch.Tensor,
     top_p: torch.Tensor,
@@ -161,8 +161,8 @@ def draw(
     column = (-1, 1)
     logits = logits.float()
     best = logits.amax(dim=-1, keepdim=True)
-    drawn = temperature > 0
-    warmth = torch.where(drawn, temperature, 1.0).float().view(column)
+    sampled = temperature > 0
+    warmth = torch.where(sampled, temperature, 1.0).float().view(column)
     scaled = (logits - best) / warmth
     ordered, tokens = scaled.sort(dim=-1, descending=True, stable=True)
     # Equal ones are in the order of their ids. Both kinds of truncation keep the first so many.
@@ -176,18 +176,18 @@ def draw(
     last = (within.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     edge, edge_id = ordered.gather(1, last), tokens.gather(1, last)
     cut = (scaled < edge) | ((scaled == edge) & (ids > edge_id))
-    noise(scaled, keys, drawn)
+    noise(scaled, keys, sampled)
     chosen = scaled.masked_fill_(cut, -torch.inf).argmax(dim=-1)
     return torch.where(best.isfinite().squeeze(1), chosen, NO_TOKEN)
 
 
 def settings(params: SamplingParams) -> tuple[float, float, float]:
-    """A row's temperature, top_p and top_k, as `draw` takes them."""
+    """A row's temperature, top_p and top_k, as `sample_on_device` takes them."""
     return 0.0 if params.greedy else min(params.temperature, HOTTEST), params.top_p, float(params.top_k)
 
 
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequence[int]) -> torch.Tensor:
-    """Draw one token a row, or `NO_TOKEN`: logits ``[rows, vocab]`` to int64 ``[rows]``.
+    """Sample one token a row, or `NO_TOKEN`: logits ``[rows, vocab]`` to int64 ``[rows]``.
 
     `indices` counts the tokens that each row's request has generated so far.
     """
@@ -195,16 +195,16 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequ
     rows = torch.tensor([settings(each) for each in params], dtype=torch.float64, device=device).view(-1, 3)
     temperature, top_p, top_k = rows.unbind(1)
     keys = [0 if each.greedy else each.key(index) for each, index in zip(params, indices, strict=True)]
-    return draw(logits, temperature, top_p, top_k, torch.tensor(keys, dtype=torch.int64, device=device))
+    return sample_on_device(logits, temperature, top_p, top_k, torch.tensor(keys, dtype=torch.int64, device=device))
 
 
 def choose(logits: torch.Tensor, rows: Sequence[tuple[SamplingParams, int]]) -> list[int]:
-    """One token a row, the likeliest or one drawn as by `sample`: logits ``[rows, vocab]``, and for each row how many
+    """One token a row, the likeliest one or as by `sample`: logits ``[rows, vocab]``, and for each row how many
     tokens its request has generated so far. Of a row that gives none (`have_token`), some token of the vocabulary."""
     chosen = logits.argmax(dim=-1)
-    drawn = [row for row, (params, _) in enumerate(rows) if not params.greedy]
-    if drawn:
-        chosen[drawn] = sample(logits[drawn], *zip(*(rows[row] for row in drawn), strict=True)).clamp(min=0)
+    sampled = [row for row, (params, _) in enumerate(rows) if not params.greedy]
+    if sampled:
+        chosen[sampled] = sample(logits[sampled], *zip(*(rows[row] for row in sampled), strict=True)).clamp(min=0)
     tokens: list[int] = chosen.tolist()
     return tokens
 

@@ -12,9 +12,12 @@ from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.prefill import PromptChunk
-from trtllm_vattn.runtime.request import RequestQueue, Running
+from trtllm_vattn.runtime.request import RequestQueue, RequestState
 
 logger = logging.getLogger(__name__)
+
+PromptChunks = list[tuple[RequestState, PromptChunk]]
+"""Prompt tokens that go in at once, in the order of their requests."""
 
 
 class Scheduler:
@@ -29,13 +32,13 @@ class Scheduler:
 
     Attributes
     ----------
-    requests : dict of int to Running
+    requests : dict of int to RequestState
         By number, all that have not ended, wherever they are.
     waiting : RequestQueue
         Those without a slot, in the order in which they get one.
-    prefilling : deque of Running
+    prefilling : deque of RequestState
         In the order of their requests; they hold a slot.
-    decoding : dict of int to Running
+    decoding : dict of int to RequestState
         By slot, in the order in which they joined; each has a lane.
     ended : deque of int
         Requests that left and whose slot and memory are still to be released.
@@ -47,22 +50,22 @@ class Scheduler:
         decode: DecodeBatch,
         compaction: Compaction | None,
         chunk: int,
-        fail: Callable[[Running, str], None],
+        fail: Callable[[RequestState, str], None],
     ) -> None:
         self.cache, self.decode, self.compaction, self.chunk, self.fail = cache, decode, compaction, chunk, fail
-        self.requests: dict[int, Running] = {}
+        self.requests: dict[int, RequestState] = {}
         self.waiting = RequestQueue()
-        self.prefilling: deque[Running] = deque()
-        self.decoding: dict[int, Running] = {}
+        self.prefilling: deque[RequestState] = deque()
+        self.decoding: dict[int, RequestState] = {}
         self.ended: deque[int] = deque()
 
-    def add(self, request: Running) -> None:
+    def add(self, request: RequestState) -> None:
         """Queue a new request."""
         self.requests[request.id] = request
         self.waiting.append(request)
 
     @property
-    def holders(self) -> list[Running]:
+    def holders(self) -> list[RequestState]:
         """Requests with a slot."""
         return [*self.decoding.values(), *self.prefilling]
 
@@ -99,14 +102,23 @@ class Scheduler:
             self.prefilling.append(request)
             left += request.length
 
-    def admit_beside(self) -> None:
+    def admit_during_step(self) -> None:
         """`admit` while the device is busy; and have the cache's thread, if it has one, create memory for those left
         waiting whom there are slots for."""
         self.admit()
         free = self.cache.shape.num_slots - len(self.holders)
         self.cache.preallocate_for([request.length for request in islice(self.waiting, free)])
 
-    def next_chunks(self) -> list[tuple[Running, PromptChunk]]:
+    def plan_prompts(self, may_move: bool) -> PromptChunks:
+        """Decide which prompts go in next: release what ended requests held, admit who waits, and give the chunks.
+        `may_move` says that no launch is under way, so that sequences may be moved to other slots (`compact`)."""
+        self.release_ended()
+        self.admit()
+        if may_move:
+            self.compact()
+        return self.next_chunks()
+
+    def next_chunks(self) -> PromptChunks:
         """What goes in now, in the order of requests."""
         room = self.chunk
         chunks = []
@@ -133,14 +145,14 @@ class Scheduler:
             request = by_slot[source]
             request.slot = target
             if self.decoding.pop(source, None) is not None:
-                self.decode.vacate(source)
+                self.decode.clear_lane(source)
                 self.decode_next(request)
 
-    def decode_next(self, request: Running) -> None:
+    def decode_next(self, request: RequestState) -> None:
         """Have a request take part in the next launch, with its last token."""
         self.decoding[request.slot] = request
-        drawn = len(request.chosen)
-        self.decode.occupy(request.slot, request.last, request.length, request.limit, request.params, drawn)
+        generated = len(request.chosen)
+        self.decode.set_lane(request.slot, request.last, request.length, request.limit, request.params, generated)
 
     def preempt(self) -> None:
         """Send the youngest request back to the queue. Where it is the only one nobody can make room for it, and it
@@ -174,7 +186,7 @@ class Scheduler:
             if request.slot in broken:
                 self._send_back(request)
 
-    def _send_back(self, request: Running) -> None:
+    def _send_back(self, request: RequestState) -> None:
         if request in self.prefilling:
             self.prefilling.remove(request)
         self.leave(request)
@@ -182,10 +194,10 @@ class Scheduler:
         self.waiting.put_back(request)
         self.release_ended()
 
-    def leave(self, request: Running) -> None:
+    def leave(self, request: RequestState) -> None:
         """Take a request's lane; its slot and memory are taken by `release_ended`."""
         if self.decoding.pop(request.slot, None) is not None:
-            self.decode.vacate(request.slot)
+            self.decode.clear_lane(request.slot)
         if request.slot >= 0:
             request.slot = -1
             self.ended.append(request.id)
@@ -196,7 +208,7 @@ class Scheduler:
             self.cache.release(self.ended[0])
             self.ended.popleft()
 
-    def end(self, request: Running) -> None:
+    def end(self, request: RequestState) -> None:
         """Take a request out wherever it is; its slot and memory are taken by `release_ended`."""
         self.requests.pop(request.id, None)
         self.waiting.remove(request)
@@ -204,7 +216,7 @@ class Scheduler:
             self.prefilling.remove(request)
         self.leave(request)
 
-    def drop(self, request: Running) -> None:
+    def drop(self, request: RequestState) -> None:
         """Forget a request that waits."""
         self.requests.pop(request.id, None)
         self.waiting.remove(request)

@@ -14,7 +14,7 @@ from trtllm_vattn.graphs.replay import CaptureReport
 class StartupReport:
     """Seconds and bytes of an engine's start.
 
-    `compile_s` is the first pass over compiled layers; `budget_bytes` what the cache may hold afterwards.
+    `compile_s` is the first pass over compiled layers; `budget_bytes` is what the cache may hold once it has started.
     """
 
     load_s: float = 0.0

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -18,7 +19,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from trtllm_vattn.errors import ConfigError, WeightsMixed
-from trtllm_vattn.runtime.compiled import Part
+from trtllm_vattn.runtime.compiled import LinearSlice
+from trtllm_vattn.runtime.step_model import StepModel
 
 Manifest = Mapping[str, tuple[Sequence[int], torch.dtype]]
 """Shape and dtype of each tensor, by its name."""
@@ -113,7 +115,7 @@ class Weights:
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : StepModel
         As it is run: bound, and compiled if it will be.
     captured : bool
         Whether graphs hold the addresses of its parameters.
@@ -127,13 +129,13 @@ class Weights:
         wherever it falls, makes an engine serve weights of two versions.
     """
 
-    def __init__(self, model: PreTrainedModel, captured: bool) -> None:
+    def __init__(self, model: StepModel, captured: bool) -> None:
         self.model = model
         self.device = model.device
         self.version = 0
         self.state = WeightsState.CURRENT
         self._broken_by = ""
-        merged = any(isinstance(module, Part) for module in model.modules())
+        merged = any(isinstance(module, LinearSlice) for module in model.modules())
         self._fixed = [
             (f"{prefix}.{name}".lstrip("."), module._parameters, name, parameter.data_ptr())
             for prefix, module in (model.named_modules() if captured or merged else ())
@@ -177,7 +179,7 @@ class Weights:
         if next(self.model.parameters(), None) is None:
             raise ConfigError(f"{type(self.model).__name__} has no weights to write, as a plan's; build the plan again")
         self.require_in_place()
-        known = destinations(self.model)
+        known = destinations(cast(PreTrainedModel, self.model))
         streamed = manifest is not None and not isinstance(tensors, Mapping | list | tuple)
         pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
         if not isinstance(pairs, Iterable) or isinstance(pairs, torch.Tensor | str):

@@ -69,12 +69,12 @@ class Replica:
         """A prompt goes in; its sequence decodes up to `limit` tokens."""
         slot = self.cache.admit(sequence, len(prompt))
         token = int(self.prefill.run([PromptChunk(slot, prompt, 0)]).argmax())
-        self.decode.occupy(slot, token, len(prompt) + 1, limit)
+        self.decode.set_lane(slot, token, len(prompt) + 1, limit)
 
     def resume(self, sequence: int, token: int, limit: int) -> None:
         """The sequence goes on with a token behind what the cache holds of it."""
         slot = self.cache.slot_of(sequence)
-        self.decode.occupy(slot, token, int(self.cache.lengths[slot]) + 1, limit)
+        self.decode.set_lane(slot, token, int(self.cache.lengths[slot]) + 1, limit)
 
     def fork(self, sequence: int, new: int, tokens: int) -> None:
         """`new` begins with the first tokens of a sequence: shared where the cache can, else copied."""
@@ -90,7 +90,7 @@ class Replica:
 
     def release(self, sequence: int) -> None:
         """The sequence ends."""
-        self.decode.vacate(self.cache.slot_of(sequence))
+        self.decode.clear_lane(self.cache.slot_of(sequence))
         self.cache.release(sequence)
 
     def launch(self, steps: int) -> Launch:
@@ -271,7 +271,7 @@ class Differential(Workload):
             self.tally.mismatches += 1
         for replica, launch, taken in zip((self.subject, self.reference), launches, (rows, theirs), strict=True):
             launch.lane_of.update({slot: lane for slot, lane in replica.decode.lane_of.items() if lane < lanes})
-            replica.decode.took(launch, taken)
+            replica.decode.commit(launch, taken)
         self.tally.replays += steps
         self.tally.tokens += steps * lanes
         if self.tally.replays % 1000 < steps:

@@ -1,4 +1,4 @@
-"""Mapping ahead at the moment that the machine's policy allows: beside running work, or before it is launched."""
+"""When a step maps memory ahead: while the device computes, or before the launch, as the mapping policy says."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from trtllm_vattn.errors import DriverError
 from trtllm_vattn.memory.mapping_policy import MappingPolicy
 
 
-class MappingBeside:
+class MapAheadHook:
     """Calls a cache's `map_ahead` once a step.
 
     Parameters
     ----------
     policy : MappingPolicy
-        ``concurrent`` has a thread of the cache do the mapping, or the calling one where the device has to be told.
+        With ``concurrent`` the cache's background thread maps; or the calling thread, where `publish` is given.
     publish : callable or None
-        Tells a loop on the device how far memory reaches now; called after each mapping, while the loop runs.
+        Publishes frontiers to a loop on the device; called after each mapping while the loop runs.
     """
 
     def __init__(self, cache: KVCache, policy: MappingPolicy, publish: Callable[[], None] | None) -> None:
@@ -28,16 +28,16 @@ class MappingBeside:
             cache.start_thread()
 
     def before_step(self) -> None:
-        """Map what the step will need now, if not beside it. Raises what failed beside the last one: that one had work
-        under way, whose tokens were not to be lost."""
-        if self._failed is not None:
-            error, self._failed = self._failed, None
-            raise error
+        """Map what the step will need, unless that is done during it. Raises what failed during the last step."""
+        self.raise_failed()
         if self._policy is not MappingPolicy.CONCURRENT:
             self._cache.map_ahead()
 
-    def beside_step(self) -> float:
-        """Map while the device is busy, where that is allowed; returns the seconds it took."""
+    def during_step(self) -> float:
+        """Map while the device computes, if the policy allows it; returns the seconds it took.
+
+        A DriverError is kept for `raise_failed`, so that no token of the running launch is lost.
+        """
         started = perf_counter()
         if self._policy is MappingPolicy.CONCURRENT:
             try:
@@ -47,9 +47,8 @@ class MappingBeside:
                 self._failed = error
         return perf_counter() - started
 
-    def close(self) -> None:
-        """Close the cache; then raise what failed beside the last step, which no step came to raise. Idempotent."""
-        failed, self._failed = self._failed, None
-        self._cache.close()
-        if failed is not None:
-            raise failed
+    def raise_failed(self) -> None:
+        """Raise the DriverError that `during_step` kept, if any; once."""
+        if self._failed is not None:
+            error, self._failed = self._failed, None
+            raise error

@@ -1,4 +1,4 @@
-"""What a loop on the device is told of memory, and when."""
+"""When frontiers are published to a loop on the device, and which."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Noting(WrappedDriver):
 
 
 def publish_early(cache: KVCacheManager, publish: Callable[[], None]) -> None:
-    """Has the cache's mapping ahead tell the device of memory before that is accessible."""
+    """Has the cache's mapping ahead publish frontiers before the memory is accessible."""
     grow = cache.arena.grow
 
     def early(wants: dict[int, int], **options: Any) -> Any:
@@ -74,12 +74,12 @@ def test_the_device_learns_of_memory_after_it_was_made_accessible(device: str, m
         def published() -> None:
             publish()
             order.append("publish")
-            told = cache.layout.touched_bytes(int(decode._frontiers[0]))
-            too_far.append(told - driver.reaches(cache.layer(0).k.data_ptr()))  # type: ignore[union-attr]
+            reached = cache.layout.touched_bytes(int(decode._frontiers[0]))
+            too_far.append(reached - driver.reaches(cache.layer(0).k.data_ptr()))  # type: ignore[union-attr]
 
         decode.runner.replay_while = launched  # type: ignore[method-assign]
         decode.publish_frontiers = published  # type: ignore[method-assign]
-        engine._mapping._publish = published
+        engine._map_ahead._publish = published
         if mistake == "an extra time before mapping":
             cache.map_ahead = lambda: (published(), map_ahead())[1]  # type: ignore[method-assign,func-returns-value]
         elif mistake:
