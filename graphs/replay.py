@@ -28,6 +28,10 @@ from trtllm_vattn.vmm.tensors import current_stream
 logger = logging.getLogger(__name__)
 
 
+def _closed(bucket: int) -> Outputs:
+    raise CaptureError("this runner is closed; build another")
+
+
 def default_buckets(most: int) -> list[int]:
     """Batch sizes to capture up to `most`: 1, 2, 4, then every 8 to 64, every 16 to 256, every 64 beyond."""
     usual = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most, 64)]
@@ -224,3 +228,5 @@ class GraphRunner:
         self._composed.clear()
         self._graphs.clear()
         self.static.clear()
+        # Mostly a method of the object that holds this runner: neither keeps the other alive.
+        self._step = _closed

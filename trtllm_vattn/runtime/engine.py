@@ -227,9 +227,11 @@ class Engine:
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
         movable = cache.remaps and capture and not packed
         compaction = Compaction(cache, self.startup.decode.replay_s) if movable else None
-        self.scheduler = Scheduler(cache, self.decode, compaction, chunk, self._fail)
+        self.scheduler = Scheduler(cache, self.decode, compaction, chunk, _failing(weakref.ref(self)))
         self.pipeline = Pipeline(self.scheduler, steps, one_by_one=loop or record_margins)
         _engines.add(self)
+        # Nothing at the end of the interpreter, when graphs may still run.
+        weakref.finalize(self, _drop, self._process, self.prefill, self.decode).atexit = False
 
     @classmethod
     def from_pretrained(
@@ -743,6 +745,25 @@ class Engine:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _failing(engine: weakref.ref[Engine]) -> Callable[[Running, str], None]:
+    """`Engine._fail` for what the engine itself holds: no cycle keeps a dropped engine's memory until garbage is
+    collected."""
+
+    def fail(request: Running, message: str) -> None:
+        there = engine()
+        assert there is not None
+        there._fail(request, message)
+
+    return fail
+
+
+def _drop(process: int, *graphs: DecodeBatch | Prefill) -> None:
+    """Nobody holds an engine any more. Without graphs nothing holds its cache either, which gives its memory back."""
+    if process == os.getpid():
+        for each in graphs:
+            each.close()
 
 
 def _refuse_in_child() -> None:
