@@ -11,9 +11,10 @@ import tlb
 import torch
 
 from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.vmm.host import HostDriver
 
-ORDERS, SinglePages, arrange, main = tlb.ORDERS, tlb.SinglePages, tlb.arrange, tlb.main
+ORDERS, SINGLE_PAGES, arrange, main = tlb.ORDERS, tlb.SINGLE_PAGES, tlb.arrange, tlb.main
 
 
 def run(tmp_path: Path, *flags: str) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def test_what_a_sweep_leaves_out_is_said_and_recorded(tmp_path: Path, capsys: py
 @pytest.mark.parametrize("slots", [3, 8])
 def test_churn_turns_all_slots_over_many_times(host_driver: HostDriver, slots: int) -> None:
     shape = CacheShape(2, 1, 64, torch.float32, slots, 200)
-    with SinglePages(shape, host_driver, 64 << 20, lookahead=0) as cache:
+    with KVCacheManager(shape, host_driver, 64 << 20, config=SINGLE_PAGES) as cache:
         admitted: list[int] = []
         admit = cache.admit
         cache.admit = lambda sequence, tokens: admitted.append(tokens) or admit(sequence, tokens)  # type: ignore

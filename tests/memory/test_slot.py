@@ -14,7 +14,7 @@ from trtllm_vattn.memory import remap
 from trtllm_vattn.memory.arena import Arena
 from trtllm_vattn.memory.layout import BlockLayout, SlotLayout
 from trtllm_vattn.memory.pool import ExtentPool
-from trtllm_vattn.memory.slot import FREE, PARKED, PENDING_UNMAP, RETIRED, RUNNING, Slot
+from trtllm_vattn.memory.slot import FREE, PARKED, PENDING_UNMAP, RETIRED, RUNNING, Slot, SlotState
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
@@ -37,6 +37,10 @@ def arena(host_driver: HostDriver) -> Iterator[Arena]:
 @pytest.fixture
 def record(host_driver: HostDriver) -> Callable[[], Fence]:
     return lambda: host_driver.record(0)
+
+
+def state_of(arena: Arena, index: int) -> SlotState:
+    return arena.slots[index].state
 
 
 def run(arena: Arena, tokens: int) -> int:
@@ -91,10 +95,10 @@ def test_a_slot_without_its_front_is_not_adopted(arena: Arena, record: Callable[
     index = run(arena, 40)
     arena.raise_lower_edge(index, 20, record())
     arena.park(index, record())
-    assert arena.slots[index].state is PENDING_UNMAP
+    assert state_of(arena, index) is PENDING_UNMAP
     assert index not in arena.free_slots()
     arena.complete_pending_unmaps(wait=True)
-    assert arena.slots[index].state is FREE
+    assert state_of(arena, index) is FREE
     assert run(arena, 4) == index
     assert arena.lower_edge(index) == 0
     arena.check_integrity()
@@ -141,7 +145,8 @@ def test_a_lower_edge_in_blocks_is_a_whole_block(host_driver: HostDriver) -> Non
 
 def test_nothing_counts_lower_edges_before_one_is_raised(arena: Arena, record: Callable[[], Fence]) -> None:
     arena.raise_lower_edge(run(arena, 40), 3, record())
-    assert arena.lower_edges is None
+    before = arena.lower_edges
+    assert before is None
     arena.raise_lower_edge(0, 4, record())
     assert arena.lower_edges is not None
     arena.park(0, record())
@@ -191,7 +196,7 @@ class SlotMachine(RuleBasedStateMachine):
         try:
             index, _ = self.arena.allocate_slot(tokens, LAYOUT.num_slots, ahead, exact)
         except KVCacheOutOfMemory:
-            assert set(free) == set(self.of(FREE, PARKED))
+            assert set(free) <= set(self.of(FREE, PARKED))  # and those whose unmapping was pending
         else:
             assert index in free
             assert self.arena.slots[index].state is RUNNING

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from tqdm import tqdm
@@ -747,11 +747,11 @@ class Engine:
         self.close()
 
 
-def _failing(engine: weakref.ref[Engine]) -> Callable[[Running, str], None]:
+def _failing(engine: weakref.ref[Engine]) -> Callable[[RequestState, str], None]:
     """`Engine._fail` for what the engine itself holds: no cycle keeps a dropped engine's memory until garbage is
     collected."""
 
-    def fail(request: Running, message: str) -> None:
+    def fail(request: RequestState, message: str) -> None:
         there = engine()
         assert there is not None
         there._fail(request, message)
