@@ -90,7 +90,7 @@ def test_a_full_disk_loses_no_summary_and_leaves_nothing(
             ["bench", "graph", "--device", "cpu", "--trace", "/nowhere.csv"],
             "cannot read the trace /nowhere.csv: No such",
         ),
-        (["bench", "graph", "--device", "cpu", "--model", "gpt-5"], "no model 'gpt-5': give a checkpoint"),
+        (["bench", "graph", "--device", "cpu", "--model", "gpt-5"], "no model 'gpt-5': it is no directory here"),
         (["bench", "graph", "--device", "cpu", "--batch-sizes", "1"], "--batch-sizes times steps on a GPU"),
         (["bench", "graph", "--device", "cpu", "--requests", "0"], "there is nothing to do; give one of them"),
         (["bench", "graph", "--device", "cpu", "--engine", "/nowhere"], "/nowhere holds no engine"),

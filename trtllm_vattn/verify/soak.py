@@ -7,7 +7,6 @@ kernels are repeatable, and negative controls show that what would be wrong is s
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
@@ -89,7 +88,7 @@ class Soak:
         made = {name: count - calls.get(name, 0) for name, count in self.driver.calls.items()}
         captures = differential.subject.captures
         differential.close()
-        return {**asdict(tally), "driver_calls": made, "captures": captures}
+        return {**vars(tally), "driver_calls": made, "captures": captures}
 
     @torch.inference_mode()
     def controls(self) -> dict[str, str]:
