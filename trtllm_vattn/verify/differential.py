@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -127,6 +128,10 @@ class Tally:
     worst_eager_difference: float = 0.0
     seconds: float = 0.0
     operations: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, for a report."""
+        return {**vars(self), "operations": dict(self.operations)}
 
 
 class Differential(Workload):

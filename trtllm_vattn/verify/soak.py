@@ -88,7 +88,7 @@ class Soak:
         made = {name: count - calls.get(name, 0) for name, count in self.driver.calls.items()}
         captures = differential.subject.captures
         differential.close()
-        return {**vars(tally), "driver_calls": made, "captures": captures}
+        return {**tally.as_dict(), "driver_calls": made, "captures": captures}
 
     @torch.inference_mode()
     def controls(self) -> dict[str, str]:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         "fenced_unmap_survived": fenced == "survived",
         "seconds": total("seconds"),
     }
-    results = {"chunks": parts, "left_alone": vars(alone), "controls": controls, "fenced_unmap": fenced}
+    results = {"chunks": parts, "left_alone": alone.as_dict(), "controls": controls, "fenced_unmap": fenced}
     said = [f"control, {name}: {how}" for name, how in controls.items()]
     conclude("soak", args, results, summary, "\n".join([*said, f"the same unmap behind its fence: {fenced}"]))
     wrong = summary["mismatches"] + summary["eager_mismatches"] + alone.mismatches
