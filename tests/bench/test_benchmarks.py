@@ -170,7 +170,9 @@ def test_a_burst_is_mapped_by_few_calls_and_from_stock(tmp_path: Path) -> None:
     report = run_small(tmp_path, *command, "--plot", str(tmp_path / "burst.png"), "--trace", str(trace))
     assert (tmp_path / "burst.png").stat().st_size > 10_000
     rows = {row["variant"]: row for row in report["results"]["bursts"]}
-    assert rows["vattn, warm stock"]["driver_calls"]["create"] == 0 < rows["vattn, cold"]["driver_calls"]["create"]
+    # The background thread maps ahead for a prompt that was just admitted, and may take what the next one was to have:
+    # at most one extent for each of the three.
+    assert rows["vattn, warm stock"]["driver_calls"]["create"] <= 3 < rows["vattn, cold"]["driver_calls"]["create"]
     assert rows["published"]["mappings"] > 8 * rows["vattn, cold"]["mappings"]
     assert rows["page by page"]["driver_calls"]["set_access"] == rows["page by page"]["mappings"]
     # One maps nothing and shows what prompts alone do to steps; a trace's prompts are too uneven for it.
