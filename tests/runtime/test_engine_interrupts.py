@@ -457,15 +457,15 @@ def test_a_forked_child_is_refused_by_name() -> None:
 
 
 @contextmanager
-def interrupts_by(timer: Callable[[], None]) -> Iterator[None]:
-    """KeyboardInterrupt where the timer's signal comes."""
+def interrupt_after(seconds: float) -> Iterator[None]:
+    """KeyboardInterrupt where a timer's signal comes."""
 
     def raise_it(*_: object) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, raise_it)
     try:
-        timer()
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
     finally:
         try:
@@ -489,7 +489,7 @@ def test_signals_at_random(seed: int) -> None:
                 wait = rng.uniform(1e-5, rng.choice([1e-3, 8e-3, 3e-2]))
                 got: list[TokenEvent] = []
                 try:
-                    with interrupts_by(lambda wait=wait: signal.setitimer(signal.ITIMER_REAL, wait)):  # type: ignore[misc]
+                    with interrupt_after(wait):
                         got = engine.step()
                 except KeyboardInterrupt:
                     hits += 1
