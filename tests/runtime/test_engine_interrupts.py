@@ -197,7 +197,8 @@ def test_a_step_interrupted_anywhere(name: str) -> None:
                     break
             check_tokens(seen, requests, want)
             check_peace(engine)
-    assert hits > 5
+    # Where one step is much longer than the others (a prompt's), only few are as long as the later instructions.
+    assert hits > 2
 
 
 def test_a_capture_in_a_step_interrupted_anywhere() -> None:
