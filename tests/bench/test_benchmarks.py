@@ -174,7 +174,9 @@ def test_a_burst_is_mapped_by_few_calls_and_from_stock(tmp_path: Path) -> None:
     # at most one extent for each of the three.
     assert rows["vattn, warm stock"]["driver_calls"]["create"] <= 3 < rows["vattn, cold"]["driver_calls"]["create"]
     assert rows["published"]["mappings"] > 8 * rows["vattn, cold"]["mappings"]
-    assert rows["page by page"]["driver_calls"]["set_access"] == rows["page by page"]["mappings"]
+    # One call for each mapping; the thread's own, made meanwhile, are counted among the calls alone.
+    calls = rows["page by page"]["driver_calls"]
+    assert calls["set_access"] == calls["map"] >= rows["page by page"]["mappings"]
     # One maps nothing and shows what prompts alone do to steps; a trace's prompts are too uneven for it.
     still = rows["contiguous"]
     assert still["mappings"] == still["map_ms"] == 0

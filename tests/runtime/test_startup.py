@@ -133,6 +133,7 @@ def test_an_engine_captures_before_its_cache_is_sized(monkeypatch: pytest.Monkey
 
     choose = engine_module.start_policy_probe
     monkeypatch.setattr(engine_module, "start_policy_probe", lambda device, mapping: choose("cpu", mapping))
+    monkeypatch.setattr(engine_module, "check_device", str)  # as on a machine with a GPU
     monkeypatch.setattr(engine_module, "load_model", load)
     monkeypatch.setattr(engine_module, "open_driver", opened)
     monkeypatch.setattr(engine_module, "memory_left", asked)

@@ -236,7 +236,7 @@ def test_the_environment_carries_all_settings() -> None:
     ("settings", "wrong"),
     [
         ({"bugdet": 1}, "no setting bugdet; there are budget, layers_per_range, lookahead, any_version"),
-        ({"budget": "12 apples"}, "write 17179869184 or '16GiB'"),
+        ({"budget": "12 apples"}, "write 17179869184 or 16GiB"),
         ({"lookahead": -1}, "lookahead is -1"),
         ({"budget": True}, "budget is True"),
         ({"budget": 2.5e9}, "budget is 2500000000.0; it must be a whole number"),
