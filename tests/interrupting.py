@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -78,3 +79,20 @@ def numbers(count: int, stride: int) -> Iterator[int]:
     """Instructions to interrupt at: every `stride`-th, all of them where `THOROUGH`; the first and last ones always."""
     some = {*range(0, count, 1 if THOROUGH else stride), *range(min(3, count)), *range(max(0, count - 3), count)}
     return iter(sorted(some))
+
+
+def within(seconds: float, call: Callable[[], object]) -> None:
+    """Make a call in another thread, as a watchdog does; it ends in time, and raises nothing."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), "it hangs"
+    assert not raised, raised

@@ -17,7 +17,7 @@ from time import monotonic
 import numpy as np
 import pytest
 from contents import expect, fill
-from interrupting import THOROUGH, instructions_of, interrupt_at, numbers
+from interrupting import THOROUGH, instructions_of, interrupt_at, numbers, within
 from shapes import SHAPE
 
 from trtllm_vattn.cache.base import KVCache
@@ -79,23 +79,6 @@ def started(kind: str, driver: HostDriver, threaded: bool = False) -> KVCache:
         cache.admit("parked", 20)
         cache.release("parked")
     return cache
-
-
-def within(seconds: float, call: Callable[[], object]) -> None:
-    """Make a call in a thread of its own, as a watchdog does; it ends in time, and raises nothing."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            call()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert not thread.is_alive(), "it hangs"
-    assert not raised, raised
 
 
 def goes_on(cache: KVCache, may_have_ended: bool) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interrupting import THOROUGH, instructions_of, interrupt_at
+from interrupting import THOROUGH, instructions_of, interrupt_at, within
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import PreTrainedModel
 
@@ -149,23 +149,6 @@ def check_tokens(seen: list[TokenEvent], requests: list[int], want: list[list[in
         assert [event.index for event in mine] == list(range(len(tokens)))
         assert [event.finish_reason for event in mine] == [None] * (len(tokens) - 1) + ["length"]
     assert {event.request for event in seen} <= set(requests)
-
-
-def within(seconds: float, call: Callable[[], object]) -> None:
-    """Make a call in another thread, as a watchdog does; it ends in time, and raises nothing."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            call()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert not thread.is_alive(), "it hangs"
-    assert not raised, raised
 
 
 @pytest.mark.parametrize("name", MODES)
