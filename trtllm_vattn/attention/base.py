@@ -60,18 +60,27 @@ class PrefillChunk:
 class PackedPrefill:
     """Chunks of different prompts, packed one after another in the rows of a pass.
 
-    `spans` are the same chunks as the host knows them; a captured pass has none.
+    Attributes
+    ----------
+    chunks : sequence of PrefillChunk
+        None where the pass is captured for any chunks (`Attention.captures_prompts`).
+    spans : sequence of Span
+        The same chunks as the host knows them; a captured pass has none.
+    descriptors : Tensor or None
+        int32 ``[chunks, 4]`` on the device: each chunk's first row in the pass, its rows, the sequence's length after
+        it, and its slot; rows is 0 where there is no chunk.
     """
 
     chunks: Sequence[PrefillChunk]
     spans: Sequence[Span] = ()
+    descriptors: torch.Tensor | None = None
 
 
 class Attention(ABC):
     """Attention over one cache.
 
-    A step calls `begin_step` once, then for each layer `write` or `rotate_and_write`, and `decode`, `prefill` or
-    `prefill_packed`. Layers may come in any order.
+    A step calls `begin_step` once, then for each layer `write` or `rotate_and_write`, and `decode`, `prefill`,
+    `prefill_packed` or `attend_mixed`. Layers may come in any order.
 
     Parameters
     ----------
@@ -86,6 +95,9 @@ class Attention(ABC):
     name: ClassVar[str]
     over_read: ClassVar[int] = 0
     """Tokens past a sequence's length that a kernel may load; the guard requires that they are mapped."""
+    captures_prompts: ClassVar[bool] = False
+    """Whether `attend_mixed` reads all about the chunks from `PackedPrefill.descriptors` on the device, so that one
+    captured pass serves any chunks."""
 
     def __init__(self, cache: KVCache, num_heads: int, scale: float | None = None) -> None:
         self.cache, self.num_heads = cache, num_heads
@@ -176,6 +188,34 @@ class Attention(ABC):
             padded = functional.pad(own, (0, 0, 0, 0, 0, max(0, MIN_CHUNK_ROWS - chunk.rows)))
             out[row : row + chunk.rows] = self.prefill(layer, padded, chunk)[: chunk.rows]
             row += chunk.rows
+        return out
+
+    def attend_mixed(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        decode_lengths: torch.Tensor,
+        decode_slots: torch.Tensor,
+        packed: PackedPrefill,
+    ) -> torch.Tensor:
+        """Attention of a mixed pass: q ``[rows, num_heads, head_dim]`` to the same shape.
+
+        The first rows are one token each of decoding sequences: row i attends to ``decode_lengths[i]`` tokens (int32
+        ``[lanes]``, its own included) of ``decode_slots[i]`` (int64 ``[lanes]``). A row of length 0 is no such token.
+        The prompts' chunks lie where `packed.descriptors` say. Other rows are finite and mean nothing.
+
+        This default calls `decode` and `prefill_packed`, or `prefill` for one chunk; it needs `packed.chunks`, of which
+        the first begins at row `lanes`. A backend with `captures_prompts` reads the descriptors alone; there chunks may
+        begin at any row behind the last token of a decoding sequence.
+        """
+        lanes = len(decode_lengths)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out[:lanes] = self.decode(layer, q[:lanes], decode_lengths, decode_slots)
+        prompts = q[lanes:]
+        if len(packed.chunks) > 1:
+            out[lanes:] = self.prefill_packed(layer, prompts, packed)
+        else:
+            out[lanes:] = self.prefill(layer, prompts, packed.chunks[0])
         return out
 
 

@@ -77,6 +77,25 @@ class PrefillStep:
         return self.attention.prefill(layer, q, self.packed.chunks[0])
 
 
+@dataclass(frozen=True)
+class MixedStep:
+    """One token each of decoding sequences in the first rows, chunks of prompts behind them, padding last.
+
+    slots, positions int64 ``[rows]``; decode_lengths int32 ``[lanes]``, decode_slots int64 ``[lanes]``; all on the
+    device (`Attention.attend_mixed`).
+    """
+
+    attention: Attention
+    slots: torch.Tensor
+    positions: torch.Tensor
+    decode_lengths: torch.Tensor
+    decode_slots: torch.Tensor
+    packed: PackedPrefill
+
+    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        return self.attention.attend_mixed(layer, q, self.decode_lengths, self.decode_slots, self.packed)
+
+
 class _Current(threading.local):
     """The step of the forward pass under way in a thread; None between passes."""
 
