@@ -232,6 +232,7 @@ engine.step()
 decode = engine.decode
 decode.lengths[0] = int(engine.cache.frontiers[0]) + 1
 decode.positions[0] = decode.lengths[0] - 1
+decode.resend()
 if sys.argv[2] == "guarded":
     from trtllm_vattn.errors import ConfigError, UnmappedAccess
     try:

@@ -77,6 +77,7 @@ def single(model: PreTrainedModel) -> list[list[int]]:
     cache = make_cache("contiguous", shape_of(model, 3, 128), model.device)
     with Engine(model, cache, attention="torch", compile=False, capture=False) as engine:
         engine.pipeline.one_by_one, engine.prefill.supports_packed_prefill = True, False
+        engine.scheduler.mixed = False
         return [done.tokens for done in engine.generate(PROMPTS, PARAMS)]
 
 
@@ -101,6 +102,9 @@ def test_a_launch_has_many_steps_and_what_is_beyond_an_end_is_discarded(
     (done,) = engine.generate([PROMPTS[5]], params)
     assert done.tokens == single[5][: single[5].index(stop) + 1]
     assert done.finish_reason == "stop"
+    # The first one is the prompt's pass.
+    assert [(record.prefilled, record.steps) for record in records[:1]] == [(33, 1)]
+    records = records[1:]
     assert {record.steps for record in records} == {8}
     # The prompt gave the first token.
     assert sum(record.steps for record in records) >= len(done.tokens) - 1
@@ -114,7 +118,7 @@ def test_a_loop_ends_at_a_stop_token(build: Callable[..., Engine], single: list[
     stop = single[5][9]
     (done,) = engine.generate([PROMPTS[5]], SamplingParams(50, stop_token_ids=(stop,)))
     assert done.tokens == single[5][: single[5].index(stop) + 1]
-    assert [record.steps for record in records] == [len(done.tokens) - 1]
+    assert [record.steps for record in records] == [1, len(done.tokens) - 1]
 
 
 def test_a_loop_goes_no_further_than_memory_reaches(build: Callable[..., Engine], single: list[list[int]]) -> None:
@@ -126,9 +130,10 @@ def test_a_loop_goes_no_further_than_memory_reaches(build: Callable[..., Engine]
     records: list[StepRecord] = []
     engine.observer = records.append
     engine.step()
+    engine.step()
     # It started at 4 tokens; on the card a page holds more than are wanted.
-    assert records[0].steps == min(32, int(cache.frontiers[0]) - 3)
-    assert cache.lengths[0] == 3 + records[0].steps
+    assert records[1].steps == min(32, int(cache.frontiers[0]) - 3)
+    assert cache.lengths[0] == 3 + records[1].steps
 
 
 def test_a_loop_leaves_room_for_what_a_backend_loads_past_a_length(
@@ -150,6 +155,7 @@ def test_a_loop_leaves_room_for_what_a_backend_loads_past_a_length(
 
     engine.decode.runner.replay_while = launched  # type: ignore[method-assign]
     engine.submit(PROMPTS[0], SamplingParams(100))
+    engine.step()
     engine.step()
     # A slot that is mapped whole, as on the card by one page, is read to its end and no further.
     longest = frontiers[0] if frontiers[0] == 128 else frontiers[0] - 5

@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, EngineClosed, ManagerClosed, SequenceTooLong
-from trtllm_vattn.runtime import engine as engine_module
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.request import TokenEvent
-from trtllm_vattn.runtime.sampling import SamplingParams, choose
+from trtllm_vattn.runtime.sampling import SamplingParams
 
 BAD = 500
 """Its embedding is NaN or infinite: the first pass over it has no finite logits."""
@@ -143,22 +142,6 @@ def test_nan_in_memory_stays_with_whoever_left_it(kind: str, attention: str) -> 
         first = [done.tokens for done in engine.generate(PROMPTS, PARAMS)]
         engine.generate([[BAD, *range(100)]] * 3, SamplingParams(9))
         assert [done.tokens for done in engine.generate(PROMPTS, PARAMS)] == first
-
-
-def test_a_sampler_that_fails_for_one_request_ends_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(logits: torch.Tensor, rows: Sequence[tuple[SamplingParams, int]]) -> list[int]:
-        if any(params.top_k == 77 for params, _ in rows):
-            raise RuntimeError("out of luck")
-        return choose(logits, rows)
-
-    monkeypatch.setattr(engine_module, "choose", failing)
-    with build() as engine:
-        numbers = [engine.submit(*each) for each in zip(PROMPTS[:2], PARAMS[:2], strict=True)]
-        bad = engine.submit([1, 2], SamplingParams(5, temperature=1.0, top_k=77))
-        got = by_request(list(engine.run()))
-        assert [tokens_of(got[number]) for number in numbers] == wanted()[:2]
-        assert got[bad][0].error == f"request {bad}: choosing its token failed: RuntimeError: out of luck"
-        assert engine.cache.stats().sequences == 0
 
 
 # -- room --------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from trtllm_vattn.attention.base import PrefillChunk
 from trtllm_vattn.cache.base import FlatKV
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import UnmappedAccess
+from trtllm_vattn.runtime import passes as passes_module
 from trtllm_vattn.runtime import prefill as prefill_module
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
@@ -90,20 +91,22 @@ def passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(tokens))
         return forward(model, tokens, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(prefill_module, "forward", counted)
+    for module in (prefill_module, passes_module):
+        monkeypatch.setattr(module, "forward", counted)
     return seen
 
 
 def test_a_step_puts_a_whole_chunk_in_by_one_pass(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build(chunk=64)
     alone = build(chunk=64)
-    alone.prefill.supports_packed_prefill = False
+    alone.prefill.supports_packed_prefill = alone.scheduler.mixed = False
     params = SamplingParams(3)
     want = [done.tokens for done in alone.generate(PROMPTS, params)]
     seen = passes(engine, monkeypatch)
     assert [done.tokens for done in engine.generate(PROMPTS, params)] == want
-    # 314 tokens of prompts, 64 a step, in the order of the requests.
-    assert seen == [64, 64, 64, 64, 64]
+    # 314 tokens of prompts, 64 a step with those who decode, in the order of the requests; from the third pass on some
+    # do, in rows before the prompts'.
+    assert seen == [64, 64, 69, 69, 69]
     seen.clear()
     alone.generate(PROMPTS[1:4], params)
     assert seen == [16, 64, 16, 32]
@@ -155,7 +158,8 @@ def test_no_more_prompts_hold_memory_than_two_chunks_need(build: Build) -> None:
     assert len(engine.scheduler.prefilling) == 3
     assert [len(chunk.tokens) for _, chunk in engine.scheduler.next_chunks()] == [64]
     engine.step()
-    assert [len(chunk.tokens) for _, chunk in engine.scheduler.next_chunks()] == [26, 3, 35]
+    # The pass behind it, of 26, 3 and 35 tokens, is under way.
+    assert [len(chunk.tokens) for _, chunk in engine.scheduler.next_chunks()] == [25, 31, 8]
 
 
 def test_nothing_is_launched_where_one_of_them_has_no_memory(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +174,7 @@ def test_nothing_is_launched_where_one_of_them_has_no_memory(build: Build, monke
 def test_who_draws_and_who_does_not_in_one_pass(build: Build) -> None:
     mixed = [SamplingParams(4, temperature=0.9 * (i % 2), seed=i) for i in range(5)]
     alone = build()
-    alone.prefill.supports_packed_prefill = False
+    alone.prefill.supports_packed_prefill = alone.scheduler.mixed = False
     want = [alone.generate([prompt], params)[0].tokens for prompt, params in zip(PROMPTS, mixed, strict=True)]
     assert [done.tokens for done in build(chunk=256).generate(PROMPTS, mixed)] == want
 

@@ -3,6 +3,10 @@
 One captured step is replayed alone, several times over in one launch, or in a loop that the device ends. Between the
 steps of a launch the host touches nothing: tokens, positions and lengths are advanced on the device. So a launch may
 also be started before the tokens of the one before it are read, as engines with asynchronous scheduling do.
+
+What the device has of the lanes is authoritative. The host sends patches: new columns for lanes that begin or end, and
+from where the columns of others move; it never needs to know their tokens for that. So lanes may join, leave and move
+although launches are unread.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from trtllm_vattn.runtime.binding import DecodeStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
 from trtllm_vattn.runtime.sampling import SamplingParams, add_noise, in_parts, of_parts, sample_on_device, settings
 from trtllm_vattn.runtime.step_model import StepModel
-from trtllm_vattn.vmm.tensors import tensor_at, upload
+from trtllm_vattn.vmm.tensors import finish, tensor_at, upload
 
 STOPS = 4
 """Stop tokens of a lane that the device looks for in a loop; further ones are found after the launch."""
@@ -35,8 +39,9 @@ STOPS = 4
 class Launch:
     """What was started.
 
-    `lane_of` are the lanes by slot then, without those whose sequence has left since; `logits` ``[bucket, vocab]`` are
-    of its last step. `first` counts the steps before it since the inputs were uploaded.
+    `lane_of` are the lanes by slot that take part, without those whose sequence has left since; `logits`
+    ``[bucket, vocab]`` are of its last step. `first` counts the steps before it. `prompt_tokens` went in with it; where
+    no lane takes part in such a launch it has no steps.
     """
 
     lane_of: dict[int, int]
@@ -46,11 +51,19 @@ class Launch:
     guard_s: float
     _out: torch.Tensor
     _arrived: torch.cuda.Event | None
+    prompt_tokens: int = 0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it has to be waited for: somebody wants its tokens, or prompts went in with it."""
+        return bool(self.lane_of or self.prompt_tokens)
 
     def read(self) -> list[list[int]]:
         """Wait, and give each step's tokens by lane; `sampling.NO_TOKEN` where its logits gave none."""
         if self._arrived is not None:
             self._arrived.synchronize()
+        if not self.steps:
+            return []
         *rows, counts = self._out.tolist()
         taken = min(self.steps, counts[0] - self.first)
         return [rows[(self.first + step) % len(rows)] for step in range(taken)]
@@ -90,6 +103,14 @@ def advance(
     lengths.copy_(torch.where(goes_on, longer, 0))
 
 
+def patch(inputs: torch.Tensor, packed: torch.Tensor) -> None:
+    """Change lanes: inputs int64 ``[rows, lanes]``; packed int64 ``[1 + rows, lanes]``, of which the first row says
+    from which lane each column comes, or -1 where it is the one below."""
+    source = packed[0]
+    moved = inputs.index_select(1, source.clamp(min=0))
+    inputs.copy_(torch.where(source < 0, packed[1:], moved))
+
+
 def advance_greedily(largest: torch.Tensor, place: torch.Tensor, width: int, *others: Any) -> None:
     """`advance` with each lane's likeliest token, by the largest logit of each part of it (`of_parts`)."""
     advance(of_parts(largest, place, width), *others)
@@ -112,10 +133,13 @@ class DecodeBatch:
     Attributes
     ----------
     tokens, positions, slots, lengths, limits : numpy.ndarray
-        int64 ``[lanes]``, the next launch's inputs on the host. `lengths` counts the first step's own token; `limits`
-        is the length of a lane's last step.
+        int64 ``[lanes]``, the next launch's inputs as the host knows them, behind all that was launched: of a lane
+        that the device advances, `tokens` is an older one. `lengths` counts the step's own token; `limits` is the
+        length of a lane's last step. A lane that has taken its last step is idle.
     lane_of : dict
         Lanes by slot.
+    inputs : Tensor
+        int64 ``[rows, lanes]``, what the device has: positions, tokens, slots, lengths, limits, stop tokens.
     """
 
     def __init__(
@@ -134,17 +158,17 @@ class DecodeBatch:
         cache = attention.cache
         lanes, device = cache.shape.num_slots, cache.device
         rows = 5 + STOPS
-        self._host = _mirrored([rows * lanes + 2], torch.int64, device)
-        self._device = torch.zeros_like(self._host, device=device)
-        self._inputs = self._device[:-2].view(rows, lanes)
-        staged = self._host.numpy()
+        # Two numbers behind the lanes: steps taken, and steps wanted.
+        self._device = torch.zeros(rows * lanes + 2, dtype=torch.int64, device=device)
+        self.inputs = self._device[:-2].view(rows, lanes)
         # Positions first: what is given to compiled code begins where its storage does, whatever the bucket.
-        self.positions, self.tokens, self.slots, self.lengths, self.limits, *_ = staged[:-2].reshape(rows, lanes)
-        self._stops = staged[:-2].reshape(rows, lanes)[5:]
-        self._control = staged[-2:]
-        self.slots[:] = cache.dummy_slot
-        self._stops[:] = -1
-        self._device.copy_(self._host)
+        self._columns = np.zeros((rows, lanes), np.int64)
+        self.positions, self.tokens, self.slots, self.lengths, self.limits, *_ = self._columns
+        self._source = np.full(lanes, -1)
+        """The lane that has each lane's column on the device, or -1 where it is the host's."""
+        self._columns[:] = self._idle_column()
+        self._idle = torch.from_numpy(self._idle_column()).to(device)
+        self._device[:-2].view(rows, lanes).copy_(self._idle.expand(rows, lanes))
         # Read by the device itself in the middle of a loop, so it stays on the host, where raising it is one store.
         frontiers = _mirrored([lanes + 1], torch.int64, device)
         self._frontiers = frontiers.numpy()
@@ -166,23 +190,29 @@ class DecodeBatch:
         self._changed = True
         """Whether lanes are other than those on the device."""
         self._taken = 0
-        """Steps started since the inputs were uploaded."""
+        """Steps started, counted as the device counts them."""
+        self._miscounted = True
+        """Whether the device's count is another one."""
         self._under_way: deque[Launch] = deque(maxlen=2)
         self._params: dict[int, tuple[SamplingParams, int]] = {}
-        """By slot: how its lane's tokens are sampled, and how many it has so far; for lanes that are not greedy."""
+        """By slot: how its lane's tokens are sampled, and how many it has behind all that was launched; for lanes that
+        are not greedy."""
         self.guard = Guard(cache, attention.over_read)
         self._advance, self._advance_greedily, self._add_noise = wrap(advance), wrap(advance_greedily), wrap(add_noise)
+        self._patch = wrap(patch)
         static = [
             *model.parameters(),
             *model.buffers(),
             *cache.storages(),
             *attention.storages(),
             self._device,
+            self._idle,
             self._frontiers_seen,
             self._sampling,
             self._out,
             self._go,
         ]
+        self.static = static
         go = self._go if loop else None
         self.runner = GraphRunner(self._greedy_step, buckets, static, device, go)
         # Captured when the first sequence comes whose tokens are sampled: sorting a vocabulary takes a lot of the pool.
@@ -192,40 +222,65 @@ class DecodeBatch:
     def capture(self) -> CaptureReport:
         """Capture every bucket; launches are replays from then on."""
         report = self.runner.capture()
-        self.captured = True
+        self.captured = self._miscounted = True
         return report
+
+    def _idle_column(self) -> np.ndarray:
+        """What the device has of a lane without a sequence, int64 ``[rows, 1]``."""
+        column = np.zeros((5 + STOPS, 1), np.int64)
+        column[2], column[5:] = self.attention.cache.dummy_slot, -1
+        return column
 
     # -- one step --------------------------------------------------------------------------------------------------
 
     def _forward(self, bucket: int) -> torch.Tensor:
-        positions, tokens, slots, lengths = self._inputs[:4, :bucket]
+        positions, tokens, slots, lengths = self.inputs[:4, :bucket]
         step = DecodeStep(self.attention, slots, positions, lengths.to(torch.int32), self.packed)
         return forward(self.model, tokens, positions, step)
 
     def _greedy_step(self, bucket: int) -> Outputs:
         logits = self._forward(bucket)
+        self.take_greedily(logits)
+        return (logits,)
+
+    def _sampling_step(self, bucket: int) -> Outputs:
+        logits = self._forward(bucket)
+        self.take_sampled(logits)
+        return (logits,)
+
+    def take_greedily(self, logits: torch.Tensor, only: torch.Tensor | None = None) -> None:
+        """Choose the likeliest tokens of the first lanes, logits ``[bucket, vocab]``, and `advance`; with `only`, bool
+        ``[lanes]``, those lanes alone."""
+        inputs, bucket = self._those(only), len(logits)
         parts = in_parts(logits)
         # Rows of idle lanes hold anything.
         largest = parts.new_empty(len(self.lengths), parts.shape[1])
         place = torch.empty_like(largest, dtype=torch.int64)
         torch.max(parts, dim=-1, out=(largest[:bucket], place[:bucket]))
-        self._advance_greedily(largest, place, parts.shape[2], *self._lanes())
-        return (logits,)
+        self._advance_greedily(largest, place, parts.shape[2], inputs, *self._books())
+        self._keep(inputs, only)
 
-    def _sampling_step(self, bucket: int) -> Outputs:
-        logits = self._forward(bucket)
+    def take_sampled(self, logits: torch.Tensor, only: torch.Tensor | None = None) -> None:
+        """`take_greedily`, but each lane's token as its parameters say."""
+        inputs, bucket = self._those(only), len(logits)
         row = self._device[-2:-1].remainder(2 * self.steps)
         keys = self._sampling[3:, :bucket].index_select(0, row)[0]
         temperature, top_p, top_k = self._sampling[:3].view(torch.float64)[:, :bucket]
-        chosen = self._inputs.new_empty(len(self.lengths))
+        chosen = self.inputs.new_empty(len(self.lengths))
         chosen[:bucket].copy_(sample_on_device(logits, temperature, top_p, top_k, keys, self._add_noise))
-        self._advance(chosen, *self._lanes())
-        return (logits,)
+        self._advance(chosen, inputs, *self._books())
+        self._keep(inputs, only)
 
-    def _lanes(self) -> tuple[Any, ...]:
-        """What `advance` takes besides tokens."""
-        dummy = self.attention.cache.dummy_slot
-        return self._inputs, self._device[-2:], self._frontiers_seen, self._out, self._go, dummy
+    def _those(self, only: torch.Tensor | None) -> torch.Tensor:
+        return self.inputs if only is None else torch.where(only, self.inputs, self._idle)
+
+    def _keep(self, inputs: torch.Tensor, only: torch.Tensor | None) -> None:
+        if only is not None:
+            self.inputs.copy_(torch.where(only, inputs, self.inputs))
+
+    def _books(self) -> tuple[Any, ...]:
+        """What `advance` takes besides tokens and lanes."""
+        return self._device[-2:], self._frontiers_seen, self._out, self._go, self.attention.cache.dummy_slot
 
     # -- lanes -----------------------------------------------------------------------------------------------------
 
@@ -239,23 +294,36 @@ class DecodeBatch:
             lane = self.lane_of[slot] = len(self.lane_of) if self.packed else slot
         self.tokens[lane], self.positions[lane] = token, length - 1
         self.slots[lane], self.lengths[lane], self.limits[lane] = slot, length, limit
+        self._columns[5:, lane] = -1
         if params is not None and params.stop_token_ids:
             some = params.stop_token_ids[:STOPS]
-            self._stops[: len(some), lane] = some
+            self._columns[5 : 5 + len(some), lane] = some
+        self._source[lane] = -1
         self._changed = True
         if params is not None and not params.greedy:
             self._params[slot] = (params, generated)
 
+    def feed(self, slot: int, forced: Sequence[int], prompt_len: int) -> None:
+        """Have a slot's sequence take its next token from `forced`, the tokens behind its prompt."""
+        lane = self.lane_of[slot]
+        if self.lengths[lane]:
+            self.tokens[lane] = forced[int(self.lengths[lane]) - prompt_len - 1]
+            self._source[lane] = -1
+            self._changed = True
+
+    def resend(self) -> None:
+        """Have the device take all lanes from the host's arrays, which somebody changed, or which it is ahead of."""
+        self._source[:] = -1
+        self._changed = self._miscounted = True
+
     def commit(self, launch: Launch, rows: Sequence[Sequence[int]]) -> None:
-        """A launch gave these tokens, a row a step: its lanes that are left take part in the next one with the last."""
-        there = [(lane, launch.lane_of[slot]) for slot, lane in self.lane_of.items() if slot in launch.lane_of]
-        lanes, before = np.array(there, np.int64).reshape(-1, 2).T
-        self.tokens[lanes] = np.array(rows[-1])[before]
-        self.lengths[lanes] += len(rows)
-        self.positions[lanes] += len(rows)
-        for slot in self._params.keys() & launch.lane_of.keys():
-            params, generated = self._params[slot]
-            self._params[slot] = (params, generated + len(rows))
+        """A launch gave these tokens, a row a step."""
+        if not rows:
+            return
+        there = {slot: lane for slot, lane in self.lane_of.items() if slot in launch.lane_of}
+        self.tokens[list(there.values())] = [rows[-1][launch.lane_of[slot]] for slot in there]
+        if self.loop and not launch.prompt_tokens:
+            self._count({slot: lane for slot, lane in there.items() if self.lengths[lane]}, len(rows))
 
     def clear_lane(self, slot: int) -> None:
         """Take a slot's lane away."""
@@ -264,14 +332,14 @@ class DecodeBatch:
             launch.lane_of.pop(slot, None)
         lane = self.lane_of.pop(slot)
         self._params.pop(slot, None)
-        columns = self._host[:-2].view(-1, len(self.lengths)).numpy()
         if self.packed and lane != (last := len(self.lane_of)):
-            columns[:, lane] = columns[:, last]
-            self.lane_of[int(self.slots[lane])] = lane
+            self._columns[:, lane] = self._columns[:, last]
+            self._source[lane] = self._source[last]
+            moved = next(slot for slot, where in self.lane_of.items() if where == last)
+            self.lane_of[moved] = lane
             lane = last
-        columns[:5, lane] = 0
-        self.slots[lane] = self.attention.cache.dummy_slot
-        self._stops[:, lane] = -1
+        self._columns[:, lane] = self._idle_column()[:, 0]
+        self._source[lane] = -1
 
     def clear(self) -> None:
         """Take all lanes away, whatever became of a call that was interrupted, and forget what was launched. The device
@@ -279,10 +347,30 @@ class DecodeBatch:
         self._under_way.clear()
         self.lane_of.clear()
         self._params.clear()
-        self._host.numpy()[:] = 0
-        self.slots[:] = self.attention.cache.dummy_slot
-        self._stops[:] = -1
-        self._changed = True
+        self._columns[:] = self._idle_column()
+        self._source[:] = -1
+        self._changed = self._miscounted = True
+
+    @property
+    def lanes(self) -> dict[int, int]:
+        """The lanes by slot that take part in the next launch: those that are not behind their last step."""
+        return {slot: lane for slot, lane in self.lane_of.items() if self.lengths[lane]}
+
+    @property
+    def most_left(self) -> int:
+        """Steps that the longest of the lanes still has before it."""
+        return int((self.limits - self.lengths)[self.lengths > 0].max(initial=-1)) + 1
+
+    def _count(self, lanes: dict[int, int], steps: int) -> None:
+        """These lanes, by slot, were given so many steps."""
+        where = np.fromiter(lanes.values(), np.int64, len(lanes))
+        self.lengths[where] += steps
+        self.positions[where] += steps
+        behind = where[self.lengths[where] > self.limits[where]]
+        self._columns[:5, behind] = self._idle_column()[:5]
+        for slot in self._params.keys() & lanes.keys():
+            params, generated = self._params[slot]
+            self._params[slot] = (params, generated + steps)
 
     def lengths_after(self, steps: int) -> np.ndarray:
         """Lengths by slot, int64 ``[num_slots]``, once so many steps were taken; 0 where there is no lane."""
@@ -296,50 +384,80 @@ class DecodeBatch:
 
     # -- launching -------------------------------------------------------------------------------------------------
 
-    def launch(self, steps: int = 1, unread: int = 0) -> Launch:
-        """Guard and start what the host arrays describe: `steps` steps, or in a loop so many at most.
-
-        With `unread` steps of an earlier launch, whose tokens have not been read, this one goes on from where the
-        device is then; lanes must be the same (`unchanged`).
-        Raises UnmappedAccess before anything is launched.
-        """
-        started = perf_counter()
-        ahead = unread + (1 if self.loop else steps)
-        self.guard.check(np.minimum(self.lengths + (ahead - 1), self.limits), self.slots, self.positions)
-        guarded = perf_counter() - started
+    def launch(self, steps: int = 1) -> Launch:
+        """Guard and start what the host arrays describe: `steps` steps, or in a loop so many at most, behind what is
+        under way. Raises UnmappedAccess before anything is launched."""
+        guarded = self.check(1 if self.loop else steps)
         bucket = self.bucket
         runner = self._sampler if self._params else self.runner
-        if self.captured and bucket not in runner.captured:
-            # What is captured is also run, over idle lanes.
-            self._inputs[:5].zero_()
-            self._inputs[2].fill_(self.attention.cache.dummy_slot)
-            runner.capture([bucket])
-        if not unread:
-            self._taken, self._changed = 0, False
-            self._control[:] = 0, steps
-            self.publish_frontiers()
-            self._device.copy_(self._host, non_blocking=True)
-        if self._params:
-            self._upload_sampling(steps, unread)
+        self.capture_missing(runner, bucket)
+        self.send(steps)
         if not self.captured:
             (logits,) = self._run_eagerly(runner, bucket, steps)
         elif self.loop:
             (logits,) = runner.replay_while(bucket)
         else:
             (logits,) = runner.replay(bucket, steps)
-        launch = Launch(dict(self.lane_of), self._taken, steps, logits, guarded, *self._fetch(bucket))
-        self._taken += steps
+        return self.launched(self.lanes, steps, logits, guarded)
+
+    def check(self, steps: int) -> float:
+        """Raise UnmappedAccess where so many steps of the lanes would touch memory that is not mapped; returns the
+        seconds that it took."""
+        started = perf_counter()
+        self.guard.check(np.minimum(self.lengths + (steps - 1), self.limits), self.slots, self.positions)
+        return perf_counter() - started
+
+    def send(self, steps: int) -> None:
+        """Bring the device's lanes up to date, on the stream of the launch that follows, of so many steps."""
+        device = self._device.device
+        if self.loop or self._miscounted:
+            # Only of a loop it is the device that knows how many were taken, and nobody wants more of the last one.
+            self._taken, self._miscounted = 0, False
+            self._device[-2:].copy_(upload(np.array([0, steps]), device))
+            self.publish_frontiers()
+        if self._changed:
+            self._patch(self.inputs, upload(np.concatenate((self._source[None], self._columns)), device))
+            self._source[:] = np.arange(len(self._source))
+            self._changed = False
+        if self._params:
+            self._upload_sampling(steps)
+
+    def launched(
+        self, lanes: dict[int, int], steps: int, logits: torch.Tensor, guard_s: float = 0.0, prompt_tokens: int = 0
+    ) -> Launch:
+        """Note what was started for these lanes, and start fetching their tokens."""
+        fetched = self._fetch(1 + max(lanes.values(), default=0))
+        launch = Launch(lanes, self._taken, steps, logits, guard_s, *fetched, prompt_tokens)
+        if not self.loop:
+            self._taken += steps
+        if not self.loop or prompt_tokens:
+            self._count(lanes, steps)
         self._under_way.append(launch)
         return launch
 
-    @property
-    def unchanged(self) -> bool:
-        """Whether the lanes are those that the device has, so that a launch may go on before tokens are read."""
-        return not self._changed
+    def capture_missing(self, runner: GraphRunner, bucket: int) -> None:
+        """Capture a bucket that is replayed next, where it is not yet; lanes and unread tokens stay as they are."""
+        if not self.captured or bucket in runner.captured:
+            return
+        # What is captured is also run, over idle lanes.
+        finish(str(self._device.device))
+        state = self._device, self._out
+        kept = [tensor.clone() for tensor in state]
+        self.inputs.copy_(self._idle.expand_as(self.inputs))
+        try:
+            runner.capture([bucket])
+        finally:
+            for tensor, value in zip(state, kept, strict=True):
+                tensor.copy_(value)
 
-    def _fetch(self, bucket: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Start copying tokens to the host, beside whatever is launched next."""
-        out = self._out[:, :bucket]
+    @property
+    def sampling(self) -> bool:
+        """Whether any lane's tokens are sampled."""
+        return bool(self._params)
+
+    def _fetch(self, lanes: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Start copying tokens of the first lanes to the host, beside whatever is launched next."""
+        out = self._out[:, :lanes]
         if self._copies is None:
             return out, None
         stream = torch.cuda.current_stream(out.device)
@@ -362,7 +480,11 @@ class DecodeBatch:
     @property
     def bucket(self) -> int:
         """The bucket of the next launch."""
-        return self.runner.bucket_for(max(self.lane_of.values()) + 1)
+        return self.bucket_of(self.lanes)
+
+    def bucket_of(self, lanes: dict[int, int]) -> int:
+        """The bucket of these lanes, by slot."""
+        return self.runner.bucket_for(1 + max(lanes.values(), default=0))
 
     def publish_frontiers(self) -> None:
         """Tell a running loop how long sequences may be now; to be called after memory was made accessible."""
@@ -376,14 +498,14 @@ class DecodeBatch:
                 break
         return outputs
 
-    def _upload_sampling(self, steps: int, unread: int) -> None:
+    def _upload_sampling(self, steps: int) -> None:
         rows = np.zeros(self._sampling.shape, np.int64)
         parameters, keys = rows[:3].view(np.float64), rows[3:]
         for slot, (params, generated) in self._params.items():
             lane = self.lane_of[slot]
             parameters[:, lane] = settings(params)
             for step in range(steps):
-                keys[(self._taken + step) % (2 * self.steps), lane] = params.key(generated + unread + step)
+                keys[(self._taken + step) % (2 * self.steps), lane] = params.key(generated + step)
         self._sampling.copy_(upload(rows, self._sampling.device))
 
     def audit(self, bucket: int | None = None) -> AuditReport:

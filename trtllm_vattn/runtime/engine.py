@@ -36,6 +36,7 @@ from trtllm_vattn.runtime.decode import DecodeBatch, Launch
 from trtllm_vattn.runtime.dry_pass import naming
 from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
 from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.passes import Passes
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
 from trtllm_vattn.runtime.request import (
@@ -47,8 +48,8 @@ from trtllm_vattn.runtime.request import (
     as_prompts,
     make_request,
 )
-from trtllm_vattn.runtime.sampling import LARGEST_COUNT, NO_TOKEN, SamplingParams, choose, have_token, margins
-from trtllm_vattn.runtime.scheduler import PromptChunks, Scheduler
+from trtllm_vattn.runtime.sampling import LARGEST_COUNT, NO_TOKEN, SamplingParams, margins
+from trtllm_vattn.runtime.scheduler import Scheduler
 from trtllm_vattn.runtime.settings import (
     MOST_SEQUENCES,
     check_device,
@@ -140,11 +141,11 @@ class Engine:
         When memory is mapped ahead: ``concurrent`` is while the device computes, ``between-steps`` and ``quiesce``
         before a launch (memory/mapping_policy.py).
     chunk : int
-        Prompt tokens that go in at once; longer prompts go in by chunks, between decode steps.
+        Most tokens of a pass: of prompts, which go in by chunks, and one of every running sequence.
     record_margins : bool
         Whether token events carry the distance of the two largest logits.
     observer : callable or None
-        Called with a `StepRecord` after each decode step.
+        Called with a `StepRecord` after each launch's tokens.
 
     Raises
     ------
@@ -203,7 +204,6 @@ class Engine:
         self._process = os.getpid()
         self._attention = self._interrupted = False
         self._changing = _Changing(self)
-        self._prefilled = 0
         self._read_at = 0.0
         self._events: list[TokenEvent] = []
         """Not delivered yet. An event is put here before its token is in the request's output."""
@@ -227,8 +227,11 @@ class Engine:
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
         movable = cache.remaps and capture and not packed
         compaction = Compaction(cache, self.startup.decode.replay_s) if movable else None
-        self.scheduler = Scheduler(cache, self.decode, compaction, chunk, _failing(weakref.ref(self)))
-        self.pipeline = Pipeline(self.scheduler, steps, one_by_one=loop or record_margins)
+        failing = _failing(weakref.ref(self))
+        mixed = self.supports_packed_prefill
+        self.scheduler = Scheduler(cache, self.decode, compaction, chunk, failing, steps=steps, mixed=mixed)
+        passes = Passes(self.decode, self.prefill, wrap)
+        self.pipeline = Pipeline(self.scheduler, passes, one_by_one=loop or record_margins)
         _engines.add(self)
         # Nothing at the end of the interpreter, when graphs may still run.
         weakref.finalize(self, _drop, self._process, self.prefill, self.decode).atexit = False
@@ -500,7 +503,8 @@ class Engine:
     # -- stepping --------------------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenEvent]:
-        """Admit what fits, put up to `chunk` prompt tokens in, decode `steps` tokens of every running sequence.
+        """Start the next launches and take the tokens of one: a pass of `chunk` tokens at most, of prompts that go in
+        and one of every running sequence; or, where no prompt does, `steps` decode steps of them.
 
         Raises DriverError where mapping ahead failed beside the last step. Whatever it raises, an interrupt among it,
         the next call goes on, and returns the tokens that this one had. Raises WeightsMixed after an update of the
@@ -512,68 +516,34 @@ class Engine:
         return events
 
     def _step(self) -> None:
-        """One step, whose events are put to the others: plan, launch and commit; first the prompts, because a prompt's
-        first token takes part in the step's decode launch, then the sequences that decode."""
+        """One step, whose events are put to the others: plan and launch (`Pipeline`), and commit."""
         self._check_open()
         self.weights.require_current()
         with inference(), self._changing:
             self._map_ahead.before_step()
-            self._prefilled = 0
-            if chunks := self.scheduler.plan_prompts(may_move=not self.pipeline.running):
-                self._commit_prompts(chunks, self._launch_prompts(chunks))
-            record = self._decode()
+            started = self._read_at if self.pipeline.running else perf_counter()
+            launch = self.pipeline.start()
+            record = None if launch is None else self._commit(launch, started)
             self.scheduler.release_ended()
         if record is not None and self.observer is not None:
             self.observer(record)
 
-    def _launch_prompts(self, chunks: PromptChunks) -> torch.Tensor:
-        """Logits ``[chunks, vocab]`` after each chunk, not waited for; meanwhile memory is mapped and requests are
+    def _commit(self, launch: Launch, started: float) -> StepRecord:
+        """Append a launch's tokens to their requests; while the device computes them, memory is mapped and requests are
         admitted."""
-        logits = self.prefill.run([chunk for _, chunk in chunks])
-        # Their first decode steps, and the next prompts, find their memory mapped.
-        self._map_ahead.during_step()
-        self.scheduler.admit_during_step()
-        return logits
-
-    def _commit_prompts(self, chunks: PromptChunks, logits: torch.Tensor) -> None:
-        """Note what went in. Requests whose prompt is complete get a first token and join the next decode launch."""
-        finished = [request for request, chunk in chunks if chunk.end == request.length]
-        first = self._choose(finished, logits[: len(finished)]) if finished else []
-        for request, chunk in chunks:
-            request.prefilled = chunk.end
-            self._prefilled += len(chunk.tokens)
-        for request in finished:
-            self.scheduler.prefilling.remove(request)
-        self._commit_tokens(finished, first, margins(logits[: len(finished)]) if self.record_margins else None)
-        self.scheduler.release_ended()
-
-    def _choose(self, requests: Sequence[RequestState], logits: torch.Tensor) -> list[int | str]:
-        """Each request's next token by its row of logits, or what kept it from having one."""
-        rows = [(request.params, len(request.chosen)) for request in requests]
-        there = have_token(logits)
-        try:
-            tokens: list[int | str] = list(choose(logits, rows))
-        except Exception as error:
-            if len(requests) == 1:
-                return [f"choosing its token failed: {type(error).__name__}: {error}"]
-            # Whose fault it is shows where each is asked alone.
-            return [self._choose([request], logits[i : i + 1])[0] for i, request in enumerate(requests)]
-        return [token if good else NO_TOKEN for token, good in zip(tokens, there, strict=True)]
-
-    def _decode(self, drain: bool = False) -> StepRecord | None:
-        """Commit the tokens of the next launch, or with `drain` of one that is under way; None where there is none."""
-        if not self.scheduler.decoding:
-            self.pipeline.forget()
-            return None
-        started = self._read_at if self.pipeline.running else perf_counter()
-        launch = self.pipeline.drain() if drain else self.pipeline.start()
-        if launch is None:
-            return None
+        # Next decode steps, and the next prompts, find their memory mapped.
         ahead_s = self._map_ahead.during_step()
+        self.scheduler.admit_during_step()
         rows, wait_s = self._read(launch)
         lanes, wall_s = len(launch.lane_of), self._read_at - started
-        self._commit_launch(launch, rows)
-        return StepRecord(lanes, len(rows), self._prefilled, wall_s, self.pipeline.kv_s, ahead_s, wait_s)
+        for row in rows:
+            # Who has ended with an earlier row, or joined since the launch, has no part in it.
+            requests = [request for request in self.scheduler.decoding.values() if request.slot in launch.lane_of]
+            where = [launch.lane_of[request.slot] for request in requests]
+            apart = margins(launch.logits[where]) if self.record_margins else None
+            self._commit_tokens(requests, [row[lane] for lane in where], apart)
+        self.pipeline.commit(launch, rows)
+        return StepRecord(lanes, len(rows), launch.prompt_tokens, wall_s, self.pipeline.kv_s, ahead_s, wait_s)
 
     def _read(self, launch: Launch) -> tuple[list[list[int]], float]:
         """A launch's tokens, by step and lane, and the seconds that they were waited for."""
@@ -583,41 +553,22 @@ class Engine:
         rows = launch.read()
         self._interrupted = True
         waited = perf_counter() - started
-        if self.loop:
+        if self.loop and not launch.prompt_tokens:
             # The device went no further than memory reached.
             self.cache.prepare_step(self.decode.lengths_after(len(rows)))
         self._read_at = perf_counter()
         return rows, waited
 
-    def _commit_launch(self, launch: Launch, rows: list[list[int]]) -> None:
-        """Append a launch's tokens to their requests, and have the next launch go on behind them."""
-        running = self.scheduler.decoding
-        for row in rows:
-            # Who has ended with an earlier row, or joined since the launch, has no part in it.
-            requests = [request for request in running.values() if request.slot in launch.lane_of]
-            lanes = [launch.lane_of[request.slot] for request in requests]
-            apart = margins(launch.logits[lanes]) if self.record_margins else None
-            self._commit_tokens(requests, [row[lane] for lane in lanes], apart)
-        self.pipeline.commit(launch, rows)
-        for request in running.values():
-            if request.forced is not None:
-                self.scheduler.decode_next(request)
-
-    def _commit_tokens(
-        self, requests: list[RequestState], chosen: Sequence[int | str], apart: list[float] | None
-    ) -> None:
-        """Append each request's token; those that end with it leave, who is new takes part in the next launch. Who has
-        none, but the reason or `NO_TOKEN`, ends with an error."""
+    def _commit_tokens(self, requests: list[RequestState], chosen: Sequence[int], apart: list[float] | None) -> None:
+        """Append each request's token; those that end with it leave. Who has none (`NO_TOKEN`) ends with an error."""
         for i, (request, token) in enumerate(zip(requests, chosen, strict=True)):
-            if isinstance(token, str) or token == NO_TOKEN:
-                self._fail(request, token if isinstance(token, str) else NOT_FINITE)
+            if token == NO_TOKEN:
+                self._fail(request, NOT_FINITE)
                 continue
             event = request.event(token, apart[i] if apart else None, self.weights.version)
             if not request.silent:
                 self._events += [event]
             self._note(request, event)
-            if not event.finish_reason and request.slot not in self.scheduler.decoding:
-                self.scheduler.decode_next(request)
 
     def _note(self, request: RequestState, event: TokenEvent) -> None:
         """What an event says becomes part of the request's record; it ends, where the event is its last. Of its newest
@@ -708,12 +659,13 @@ class Engine:
 
     def _drain(self) -> None:
         """Take the tokens of all launches under way."""
-        self._prefilled = 0
         while self.pipeline.running:
             with inference(), self._changing:
-                record = self._decode(drain=True)
+                launch = self.pipeline.drain()
+                assert launch is not None
+                record = self._commit(launch, self._read_at)
                 self.scheduler.release_ended()
-            if record is not None and self.observer is not None:
+            if self.observer is not None:
                 self.observer(record)
 
     # -- ending ----------------------------------------------------------------------------------------------------

@@ -52,6 +52,21 @@ class PromptChunk:
         return Span(self.slot, self.start, self.end)
 
 
+def packed_prefill(
+    numbers: torch.Tensor, parts: Sequence[tuple[int, int]], spans: Sequence[Span] = ()
+) -> PackedPrefill:
+    """Chunks as backends take them: numbers int64 ``[5, parts]`` as `Prefill.fill` writes them, on the device; `parts`
+    their rows and bounds on their lengths."""
+    # Each on a cache line of its own: libraries ask that what they are given be aligned.
+    counts, lengths = numbers[:2, :, None].to(torch.int32).repeat(1, 1, 16)
+    tokens, ends, _, where, first = numbers
+    made = [
+        PrefillChunk(rows, where[i : i + 1], counts[i, :1], lengths[i, :1], most)
+        for i, (rows, most) in enumerate(parts)
+    ]
+    return PackedPrefill(made, spans, torch.stack((first, tokens, ends, where), dim=1).to(torch.int32))
+
+
 class Prefill:
     """Puts prompts in, up to `chunk` tokens at a time; padding tokens write to the dummy slot.
 
@@ -78,9 +93,9 @@ class Prefill:
         self._guard = Guard(cache, attention.over_read)
         longest = padded_length(min(chunk, cache.shape.max_seq_len, LONGEST_CAPTURED), chunk)
         sizes = {padded_length(tokens, chunk) for tokens in range(1, longest + 1)}
-        self._static = torch.zeros(3 * longest + 4, dtype=torch.int64, device=cache.device)
+        self._static = torch.zeros(3 * longest + 5, dtype=torch.int64, device=cache.device)
         self._static[2 * longest : 3 * longest] = cache.dummy_slot
-        self._static[3 * longest :] = torch.tensor([1, 1, 0, cache.dummy_slot])
+        self._static[3 * longest :] = torch.tensor([1, 1, 0, cache.dummy_slot, 0])
         static = [*model.parameters(), *model.buffers(), *cache.storages(), *attention.storages(), self._static]
         self.runner = GraphRunner(self._step, sorted(sizes), static, cache.device, pool=pool)
         self.captured = False
@@ -105,7 +120,7 @@ class Prefill:
 
     def _step(self, size: int) -> Outputs:
         longest = self.runner.buckets[-1]
-        rows, numbers = self._static[:-4].view(3, longest)[:, :size], self._static[-4:].view(4, 1)
+        rows, numbers = self._static[:-5].view(3, longest)[:, :size], self._static[-5:].view(5, 1)
         most = min(size, self.attention.cache.shape.max_seq_len)
         return (self._forward(rows, numbers, [(size, most)]),)
 
@@ -115,12 +130,16 @@ class Prefill:
 
         Raises UnmappedAccess, with nothing launched, where one has no memory.
         """
-        for chunk in chunks:
-            self._guard.check_chunk(chunk.slot, chunk.end)
+        self.check(chunks)
         if self.supports_packed_prefill and not self._should_replay(chunks):
             return self._pass(chunks)
         # Copies: the next replay writes to the same tensor.
         return torch.cat([self._pass([chunk]).clone() for chunk in chunks])
+
+    def check(self, chunks: Sequence[PromptChunk]) -> None:
+        """Raise UnmappedAccess where one has no memory."""
+        for chunk in chunks:
+            self._guard.check_chunk(chunk.slot, chunk.end)
 
     def _should_replay(self, chunks: Sequence[PromptChunk]) -> bool:
         """Whether each is one replay: all are captured, and a pass, which launches kernel by kernel, takes longer."""
@@ -148,22 +167,28 @@ class Prefill:
         self._forward_packed(self._pack([chunk], rows), rows, [(rows, 1)], [chunk.span])
 
     def _pack(self, chunks: Sequence[PromptChunk], padded: int) -> torch.Tensor:
-        """Positions, token ids and slots, `padded` of each, and four numbers of each chunk, as int64 on the device."""
-        packed = np.zeros(3 * padded + 4 * len(chunks), np.int64)
-        positions, ids, slots = packed[: 3 * padded].reshape(3, padded)
+        """Positions, token ids and slots, `padded` of each, and five numbers of each chunk, as int64 on the device."""
+        packed = np.zeros(3 * padded + 5 * len(chunks), np.int64)
+        self.fill(chunks, packed[: 3 * padded].reshape(3, padded), packed[3 * padded :].reshape(5, -1))
+        return upload(packed, self.attention.cache.device)
+
+    def fill(self, chunks: Sequence[PromptChunk], rows: np.ndarray, numbers: np.ndarray, first: int = 0) -> None:
+        """Write chunks, packed one after another, to rows int64 ``[3, rows]`` (positions, tokens, slots), of which the
+        first is row `first` of the pass, and to numbers int64 ``[5, chunks]``: each chunk's tokens, the length after
+        it, its last row and its slot, and its first row."""
+        positions, ids, slots = rows
         slots[:] = self.attention.cache.dummy_slot
         at = 0
-        for chunk, numbers in zip(chunks, packed[3 * padded :].reshape(4, -1).T, strict=True):
-            rows = slice(at, at + len(chunk.tokens))
-            ids[rows], positions[rows], slots[rows] = chunk.tokens, np.arange(chunk.start, chunk.end), chunk.slot
-            at = rows.stop
-            numbers[:] = len(chunk.tokens), chunk.end, at - 1, chunk.slot
-        return upload(packed, self.attention.cache.device)
+        for chunk, column in zip(chunks, numbers.T, strict=True):
+            mine = slice(at, at + len(chunk.tokens))
+            ids[mine], positions[mine], slots[mine] = chunk.tokens, np.arange(chunk.start, chunk.end), chunk.slot
+            column[:] = len(chunk.tokens), chunk.end, first + mine.stop - 1, chunk.slot, first + at
+            at = mine.stop
 
     def _forward_packed(
         self, packed: torch.Tensor, padded: int, parts: Sequence[tuple[int, int]], spans: Sequence[Span]
     ) -> torch.Tensor:
-        return self._forward(packed[: 3 * padded].view(3, padded), packed[3 * padded :].view(4, -1), parts, spans)
+        return self._forward(packed[: 3 * padded].view(3, padded), packed[3 * padded :].view(5, -1), parts, spans)
 
     def _forward(
         self,
@@ -172,18 +197,11 @@ class Prefill:
         parts: Sequence[tuple[int, int]],
         spans: Sequence[Span] = (),
     ) -> torch.Tensor:
-        """Logits after each part; rows ``[3, padded]`` and numbers ``[4, parts]`` as packed, `parts` their rows and
+        """Logits after each part; rows ``[3, padded]`` and numbers ``[5, parts]`` as packed, `parts` their rows and
         bounds on their lengths."""
         positions, ids, slots = rows
-        # Each on a cache line of its own: libraries ask that what they are given be aligned.
-        counts, lengths = numbers[:2, :, None].to(torch.int32).repeat(1, 1, 16)
-        last, where = numbers[2:]
-        made = [
-            PrefillChunk(rows, where[i : i + 1], counts[i, :1], lengths[i, :1], most)
-            for i, (rows, most) in enumerate(parts)
-        ]
-        step = PrefillStep(self.attention, slots, positions, PackedPrefill(made, spans))
-        return forward(self.model, ids, positions, step, last)
+        step = PrefillStep(self.attention, slots, positions, packed_prefill(numbers, parts, spans))
+        return forward(self.model, ids, positions, step, numbers[2])
 
     def audit(self) -> AuditReport:
         """Whose the addresses are that the captured sizes' graphs hold. Raises CaptureError where there is none."""

@@ -70,10 +70,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one launch of `steps` decode steps cost, in seconds of host time.
+    """What one launch cost, in seconds of host time: `steps` decode steps, or a pass with `prefilled` prompt tokens.
 
-    `wall_s` ends with its tokens on the host. It starts where those of the launch before were, or, where none was under
-    way, with the bookkeeping; where `prefilled` prompt tokens went in just before, it includes waiting for them.
+    `lanes` sequences got tokens from it: none from a pass in which no prompt was completed and nobody decoded, whose
+    `steps` are 0. `wall_s` ends with the tokens on the host. It starts where those of the launch before were, or, where
+    none was under way, with the bookkeeping.
     `kv_s` went to the cache (`prepare_step`, guard) for launches started meanwhile, `ahead_s` to mapping ahead, and for
     `wait_s` the host had nothing to do but wait for the tokens.
     """
@@ -132,7 +133,9 @@ class RequestState:
 
     @property
     def last(self) -> int:
-        """The last token behind the prompt."""
+        """The last token known so far."""
+        if not self.chosen:
+            return self.prompt[-1]
         return self.chosen[-1] if self.forced is None else self.forced[len(self.chosen) - 1]
 
     @property

@@ -1,4 +1,5 @@
-"""Which requests run: the queue, the prompts going in, the sequences decoding, and who goes back for lack of memory."""
+"""Which requests run, and what the next launch does (`StepPlan`): the queue, the prompts going in, the sequences
+decoding, and who goes back for lack of memory."""
 
 from __future__ import annotations
 
@@ -7,12 +8,14 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 
+from trtllm_vattn.attention.base import MIN_CHUNK_ROWS
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.prefill import PromptChunk
 from trtllm_vattn.runtime.request import RequestQueue, RequestState
+from trtllm_vattn.runtime.step_plan import StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +29,11 @@ class Scheduler:
     Parameters
     ----------
     chunk : int
-        Prompt tokens that go in at once.
+        Most tokens of a pass, prompts' and decoding sequences' together.
+    steps : int
+        Most decode steps of a launch without prompts.
+    mixed : bool
+        Whether prompts and decoding sequences share a pass.
     fail : callable
         Called with a request that can never be served and the reason; it ends it (`end`).
 
@@ -51,8 +58,16 @@ class Scheduler:
         compaction: Compaction | None,
         chunk: int,
         fail: Callable[[RequestState, str], None],
+        *,
+        steps: int = 1,
+        mixed: bool = True,
     ) -> None:
         self.cache, self.decode, self.compaction, self.chunk, self.fail = cache, decode, compaction, chunk, fail
+        self.steps, self.mixed = steps, mixed
+        self._decoded_last = True
+        """Whether the last launch was of decode steps, where prompts go in apart from them."""
+        self._moved_out = False
+        """Whether anybody left since moves were looked for (`Compaction`)."""
         self.requests: dict[int, RequestState] = {}
         self.waiting = RequestQueue()
         self.prefilling: deque[RequestState] = deque()
@@ -109,18 +124,65 @@ class Scheduler:
         free = self.cache.shape.num_slots - len(self.holders)
         self.cache.preallocate_for([request.length for request in islice(self.waiting, free)])
 
-    def plan_prompts(self, may_move: bool) -> PromptChunks:
-        """Decide which prompts go in next: release what ended requests held, admit who waits, and give the chunks.
-        `may_move` says that no launch is under way, so that sequences may be moved to other slots (`compact`)."""
+    # -- planning --------------------------------------------------------------------------------------------------
+
+    def plan(self, ahead: bool) -> StepPlan | None:
+        """Decide what the next launch does: release what ended requests held, admit who waits, back what the launch
+        writes, by preemption where memory is short.
+
+        With `ahead` launches are under way whose tokens nobody knows yet: nobody is preempted or moved then. None where
+        there is nothing to launch, or nothing before these tokens are read.
+        """
         self.release_ended()
         self.admit()
-        if may_move:
-            self.compact()
-        return self.next_chunks()
+        if self._moves_wait(ahead):
+            return None
+        while True:
+            plan = self._next_plan()
+            if plan is None:
+                return None
+            if not plan.decodes or not self.decode.lanes:
+                return plan
+            try:
+                self.cache.prepare_step(self.decode.lengths_after(1 if self.decode.loop else plan.steps))
+            except KVCacheOutOfMemory:
+                if ahead:
+                    return None
+                self.preempt()
+            except DriverError:
+                if not ahead:
+                    self.preempt_broken()
+                raise
+            else:
+                return plan
+
+    def _next_plan(self) -> StepPlan | None:
+        """What comes next if there is memory."""
+        decoding = bool(self.decode.lanes)
+        for request in self.decoding.values():
+            if request.forced is not None:
+                self.decode.feed(request.slot, request.forced, len(request.prompt))
+        if self.prefilling and (self.mixed or self._decoded_last or not decoding):
+            return StepPlan(1, tuple(self.next_chunks()), decodes=self.mixed)
+        if not decoding:
+            return None
+        # What the longest of the requests still needs, but few different numbers.
+        return StepPlan(min(self.steps, 1 << (self.decode.most_left - 1).bit_length()))
+
+    def launched(self, plan: StepPlan) -> None:
+        """A plan was launched: its prompt tokens are in, and whose prompt is complete decodes from then on."""
+        self._decoded_last = not plan.chunks
+        for request, chunk in plan.chunks:
+            request.prefilled = chunk.end
+        for request in plan.joins:
+            self.prefilling.remove(request)
+            self.decoding[request.slot] = request
 
     def next_chunks(self) -> PromptChunks:
-        """What goes in now, in the order of requests."""
-        room = self.chunk
+        """What goes in now, in the order of requests: what running sequences leave of the pass, but at least a few
+        tokens."""
+        running = len(self.decode.lanes) if self.mixed else 0
+        room = max(self.chunk - running, min(self.chunk, MIN_CHUNK_ROWS))
         chunks = []
         for request in self.prefilling:
             if not room:
@@ -130,23 +192,34 @@ class Scheduler:
             room -= len(tokens)
         return chunks
 
-    def compact(self) -> None:
-        """Move sequences out of high slots where a smaller bucket repays it."""
-        if self.compaction is None or not self.decoding:
-            return
+    def _moves_wait(self, ahead: bool) -> bool:
+        """Move sequences out of high slots where a smaller bucket repays it. True where that has to wait for launches
+        that are under way, which use the slots."""
+        if self.compaction is None or not self.decoding or not self._moved_out:
+            return False
         by_slot = {request.slot: request for request in self.holders}
-        left = {slot: request.left for slot, request in by_slot.items()}
-        for source, target in self.compaction.plan(left):
+        moves = self.compaction.plan({slot: request.left for slot, request in by_slot.items()})
+        if moves and ahead:
+            return True
+        self._moved_out = False
+        for source, target in moves:
             try:
                 self.compaction.move(source, target)
             except (KVCacheOutOfMemory, DriverError) as error:
                 logger.warning("sequences stay where they are, for a move failed: %s", error)
-                return
+                break
             request = by_slot[source]
             request.slot = target
             if self.decoding.pop(source, None) is not None:
                 self.decode.clear_lane(source)
                 self.decode_next(request)
+        return False
+
+    def decode_again(self) -> None:
+        """Have all running sequences go on from their records: what was launched for them is not read."""
+        for request in self.decoding.values():
+            self.decode_next(request)
+        self.decode.resend()
 
     def decode_next(self, request: RequestState) -> None:
         """Have a request take part in the next launch, with its last token."""
@@ -199,6 +272,7 @@ class Scheduler:
         if self.decoding.pop(request.slot, None) is not None:
             self.decode.clear_lane(request.slot)
         if request.slot >= 0:
+            self._moved_out = True
             request.slot = -1
             self.ended.append(request.id)
 

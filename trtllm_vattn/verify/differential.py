@@ -44,11 +44,15 @@ class DigestedBatch(DecodeBatch):
         self._odd = odd.to(device)
         self.runner.static += [self.digests, self._odd]
 
+    def launch(self, steps: int = 1) -> Launch:
+        self._miscounted = True  # the first step's digests are in the first row
+        return super().launch(steps)
+
     def _forward(self, bucket: int) -> torch.Tensor:
         logits = super()._forward(bucket)
         words = logits.view(torch.int32 if logits.itemsize == 4 else torch.int16)
         digests = (words.to(torch.int64) * self._odd).sum(dim=-1)
-        lengths, taken = self._inputs[3, :bucket], self._device[-2:-1]
+        lengths, taken = self.inputs[3, :bucket], self._device[-2:-1]
         self.digests.index_copy_(0, taken.remainder(self.steps), torch.where(lengths > 0, digests, 0)[None])
         return logits
 
@@ -227,6 +231,7 @@ class Differential(Workload):
         decode = self.subject.decode
         lane = decode.lane_of[target] = decode.lane_of.pop(source)
         decode.slots[lane] = target
+        decode.resend()
         self.operations["move"] += 1
 
     def replace(self) -> None:

@@ -86,6 +86,7 @@ def stale_table(differential: Differential) -> str:
         if (decode.slots != before).any():
             break
     decode.slots[:] = before
+    decode.resend()
     return _guarded(lambda: differential.subject.launch(1))
 
 
@@ -96,6 +97,7 @@ def length_past_frontier(differential: Differential) -> str:
     slot, lane = next(iter(decode.lane_of.items()))
     decode.lengths[lane] = decode.limits[lane] = cache.frontiers[slot] + 1
     decode.positions[lane] = decode.lengths[lane] - 1
+    decode.resend()
     return _guarded(lambda: decode.launch(1))
 
 

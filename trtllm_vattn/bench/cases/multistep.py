@@ -85,9 +85,9 @@ def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]
                 model, cache, attention=args.attention, buckets=[batch], steps=count, loop=loop, chunk=max(2048, start)
             )
             # One step a launch while prompts go in, and as many untimed steps for all: sequences are of equal length.
-            engine.pipeline.steps = 1
+            engine.scheduler.steps = 1
             contest.add("vattn", engine)
-            engine.pipeline.steps = count
+            engine.scheduler.steps = count
         take_turns(contest.contenders, args.rounds, args.steps, f"batch {batch}", untimed)
         device_ms = device_step_ms(contest.contenders[0].engine)
         rows = []

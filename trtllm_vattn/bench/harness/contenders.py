@@ -160,6 +160,7 @@ def device_step_ms(engine: Engine, replays: int = 10) -> float | None:
     for event in events[:-1]:
         event.record()
         decode.runner.replay(decode.bucket)
+    engine.pipeline.forget()
     events[-1].record()
     torch.cuda.synchronize(cache.device)
     return float(median(start.elapsed_time(end) for start, end in pairwise(events)))

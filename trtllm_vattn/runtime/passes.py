@@ -1,0 +1,127 @@
+"""Passes over the model with chunks of prompts and one token of every running sequence (Sarathi-Serve, OSDI'24).
+
+Decoding sequences take the first rows, whatever their lanes; prompts follow. A prompt that is complete with the pass
+has a lane of its own in it, set as if its last token were the lane's token, with the prompt's last row for its logits.
+So the device chooses the tokens of both kinds as it does in a decode step, advances the lanes, and the next launch may
+start before anything is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from trtllm_vattn.attention.base import MIN_CHUNK_ROWS
+from trtllm_vattn.runtime.binding import MixedStep, forward
+from trtllm_vattn.runtime.compiled import Wrap, as_it_is
+from trtllm_vattn.runtime.decode import DecodeBatch, Launch
+from trtllm_vattn.runtime.prefill import Prefill, PromptChunk, packed_prefill, padded_length
+from trtllm_vattn.runtime.step_plan import StepPlan
+from trtllm_vattn.vmm.tensors import upload
+
+FEWEST_DECODE_ROWS = 8
+
+
+def decode_rows(lanes: int, most: int) -> int:
+    """Rows of a pass for so many decoding sequences: few different numbers, for backends that plan for each."""
+    return min(most, max(FEWEST_DECODE_ROWS, 1 << (lanes - 1).bit_length())) if lanes else 0
+
+
+def fill_rows(rows: torch.Tensor, lengths: torch.Tensor, inputs: torch.Tensor, lane_of_row: torch.Tensor) -> None:
+    """Put lanes into the first rows of a pass: rows int64 ``[3, rows]`` (positions, tokens, slots), lengths int32
+    ``[lanes]``; from inputs int64 ``[.., lanes]`` by lane_of_row int64 ``[lanes]``, -1 for a row that is no lane's,
+    which is left as it is, with length 0."""
+    there = lane_of_row >= 0
+    columns = inputs[:4].index_select(1, lane_of_row.clamp(min=0))
+    first = rows[:, : len(lane_of_row)]
+    first.copy_(torch.where(there, columns[:3], first))
+    lengths.copy_(torch.where(there, columns[3], 0))
+
+
+class Passes:
+    """Launches passes for `StepPlan`s with prompts, over the lanes of a `DecodeBatch`.
+
+    Parameters
+    ----------
+    prefill : Prefill
+        Puts prompts in alone, where nobody decodes, or where the model takes no others with them.
+    """
+
+    def __init__(self, decode: DecodeBatch, prefill: Prefill, wrap: Wrap = as_it_is) -> None:
+        self.decode, self.prefill = decode, prefill
+        self._fill_rows = wrap(fill_rows)
+
+    def launch(self, plan: StepPlan) -> Launch:
+        """Guard and start a plan with prompts. Raises UnmappedAccess before anything is launched or changed."""
+        decode = self.decode
+        chunks = [chunk for _, chunk in plan.chunks]
+        self.prefill.check(chunks)
+        guard_s = decode.check(1) if plan.decodes else 0.0
+        running = decode.lanes if plan.decodes else {}
+        for request in plan.joins:
+            decode.set_lane(
+                request.slot, request.last, request.length, request.limit, request.params, len(request.chosen)
+            )
+        lanes = {**running, **{request.slot: decode.lane_of[request.slot] for request in plan.joins}}
+        decode.send(1)
+        if running:
+            logits, only = self._mixed(chunks, running, lanes), None
+        else:
+            logits, only = self._alone(chunks, lanes), None if plan.decodes else self._mask(lanes)
+        if lanes:
+            take = decode.take_sampled if decode.sampling else decode.take_greedily
+            take(logits, only)
+        return decode.launched(lanes, 1 if lanes else 0, logits, guard_s, plan.prompt_tokens)
+
+    def _mask(self, lanes: dict[int, int]) -> torch.Tensor:
+        """Which lanes take part, bool ``[lanes]`` on the device."""
+        mask = np.zeros(len(self.decode.lengths), np.bool_)
+        mask[list(lanes.values())] = True
+        return upload(mask, self.decode.attention.cache.device)
+
+    def _alone(self, chunks: Sequence[PromptChunk], lanes: dict[int, int]) -> torch.Tensor:
+        """Logits ``[bucket, vocab]`` by lane of prompts that go in without decoding sequences."""
+        logits = self.prefill.run(chunks)
+        row = np.zeros(self.decode.bucket_of(lanes), np.int64)
+        for i, chunk in enumerate(chunks):
+            if chunk.slot in lanes:
+                row[lanes[chunk.slot]] = i
+        return logits.index_select(0, upload(row, logits.device))
+
+    def _mixed(self, chunks: Sequence[PromptChunk], running: dict[int, int], lanes: dict[int, int]) -> torch.Tensor:
+        """Logits ``[bucket, vocab]`` by lane of a pass that holds both."""
+        decode, cache = self.decode, self.decode.attention.cache
+        ahead = decode_rows(len(running), len(decode.lengths))
+        tokens = sum(len(chunk.tokens) for chunk in chunks)
+        prompts = max(MIN_CHUNK_ROWS, padded_length(tokens, self.prefill.chunk))
+        padded, bucket = ahead + prompts, decode.bucket_of(lanes)
+        packed = np.zeros(3 * padded + ahead + bucket + 5 * len(chunks), np.int64)
+        rows, lane_of_row, last, numbers = np.split(packed, np.cumsum((3 * padded, ahead, bucket)))
+        rows, numbers = rows.reshape(3, padded), numbers.reshape(5, len(chunks))
+        rows[2] = cache.dummy_slot
+        lane_of_row[:] = -1
+        lane_of_row[: len(running)] = list(running.values())
+        last[list(running.values())] = np.arange(len(running))
+        self.prefill.fill(chunks, rows[:, ahead:], numbers, ahead)
+        for slot, end in zip(numbers[3].tolist(), numbers[2].tolist(), strict=True):
+            if slot in lanes:
+                last[lanes[slot]] = end
+        sent = upload(packed, cache.device)
+        rows_, lane_of_row_, last_, numbers_ = sent.split([3 * padded, ahead, bucket, 5 * len(chunks)])
+        lengths = torch.empty(ahead, dtype=torch.int32, device=cache.device)
+        on_device = rows_.view(3, padded)
+        self._fill_rows(on_device, lengths, decode.inputs, lane_of_row_)
+        positions, ids, slots = on_device
+        # A single one is padded itself, so that few shapes are planned for.
+        parts = [(len(chunk.tokens) if len(chunks) > 1 else prompts, chunk.end) for chunk in chunks]
+        step = MixedStep(
+            decode.attention,
+            slots,
+            positions,
+            lengths,
+            slots[:ahead],
+            packed_prefill(numbers_.view(5, -1), parts, [chunk.span for chunk in chunks]),
+        )
+        return forward(decode.model, ids, positions, step, last_)
