@@ -27,6 +27,7 @@ from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import DecodeStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
+from trtllm_vattn.runtime.pass_cost import Timing
 from trtllm_vattn.runtime.sampling import SamplingParams, add_noise, in_parts, of_parts, sample_on_device, settings
 from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.vmm.tensors import finish, tensor_at, upload
@@ -52,6 +53,7 @@ class Launch:
     _out: torch.Tensor
     _arrived: torch.cuda.Event | None
     prompt_tokens: int = 0
+    timing: Timing | None = None
 
     @property
     def wanted(self) -> bool:
@@ -423,11 +425,17 @@ class DecodeBatch:
             self._upload_sampling(steps)
 
     def launched(
-        self, lanes: dict[int, int], steps: int, logits: torch.Tensor, guard_s: float = 0.0, prompt_tokens: int = 0
+        self,
+        lanes: dict[int, int],
+        steps: int,
+        logits: torch.Tensor,
+        guard_s: float = 0.0,
+        prompt_tokens: int = 0,
+        timing: Timing | None = None,
     ) -> Launch:
         """Note what was started for these lanes, and start fetching their tokens."""
         fetched = self._fetch(1 + max(lanes.values(), default=0))
-        launch = Launch(lanes, self._taken, steps, logits, guard_s, *fetched, prompt_tokens)
+        launch = Launch(lanes, self._taken, steps, logits, guard_s, *fetched, prompt_tokens, timing)
         if not self.loop:
             self._taken += steps
         if not self.loop or prompt_tokens:

@@ -140,8 +140,17 @@ class Engine:
     mapping : str
         When memory is mapped ahead: ``concurrent`` is while the device computes, ``between-steps`` and ``quiesce``
         before a launch (memory/mapping_policy.py).
+    max_step_tokens : int or None
+        Most tokens of a pass: of prompts, which go in by chunks, and one of every running sequence. 2048 where None.
     chunk : int
-        Most tokens of a pass: of prompts, which go in by chunks, and one of every running sequence.
+        The former name of `max_step_tokens`.
+    target_itl_ms : float or None
+        Milliseconds that a pass may take, and so the longest time between two tokens of a running sequence: chunks are
+        made as short as the cost of passes, which is measured all along, asks for.
+    max_wait_s : float
+        Seconds after which a request goes before all others, whatever their priorities.
+    clock : callable
+        Seconds, by which deadlines and waiting are counted; another one for virtual time.
     record_margins : bool
         Whether token events carry the distance of the two largest logits.
     observer : callable or None
@@ -170,6 +179,10 @@ class Engine:
         compile: bool | None = None,
         mapping: str = "concurrent",
         chunk: int = 2048,
+        max_step_tokens: int | None = None,
+        target_itl_ms: float | None = None,
+        max_wait_s: float = 30.0,
+        clock: Callable[[], float] = perf_counter,
         record_margins: bool = False,
         observer: Callable[[StepRecord], None] | None = None,
     ) -> None:
@@ -187,6 +200,10 @@ class Engine:
             compile=compile,
             mapping=mapping,
             chunk=chunk,
+            max_step_tokens=max_step_tokens,
+            target_itl_ms=target_itl_ms,
+            max_wait_s=max_wait_s,
+            clock=clock,
             record_margins=record_margins,
             observer=observer,
         )
@@ -197,6 +214,7 @@ class Engine:
         scale = bind(model, cache.shape)
         self.model, self.cache = model, cache
         self.steps, self.loop, self.record_margins, self.observer = steps, loop, record_margins, observer
+        self.clock = clock
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
         self._end_of_text = end_of_text(model)
@@ -216,25 +234,45 @@ class Engine:
             wrap = compile_model(cast(PreTrainedModel, model)) if compiling else as_it_is
             self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, self.supports_packed_prefill)
+            self.passes = Passes(self.decode, self.prefill, wrap)
             if compiling:
                 with tracing():
                     self.prefill.warm_up(UNUSUAL)
+            if cache.device.type == "cuda" and self.supports_packed_prefill:
+                with tracing():
+                    self.passes.warm_up()
             self.startup.compile_s = perf_counter() - started
             if capture:
                 self.startup.decode = self.decode.capture()
-                self.startup.prefill = self.prefill.capture()
+                if self.attention.captures_prompts and self.supports_packed_prefill:
+                    self.startup.passes = self.passes.capture()
+                else:
+                    self.startup.prefill = self.prefill.capture()
+            if settings["target_itl_ms"] is not None:
+                self.passes.learn()
         self.weights = Weights(model, capture)
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
         movable = cache.remaps and capture and not packed
         compaction = Compaction(cache, self.startup.decode.replay_s) if movable else None
         failing = _failing(weakref.ref(self))
         mixed = self.supports_packed_prefill
-        self.scheduler = Scheduler(cache, self.decode, compaction, chunk, failing, steps=steps, mixed=mixed)
-        passes = Passes(self.decode, self.prefill, wrap)
-        self.pipeline = Pipeline(self.scheduler, passes, one_by_one=loop or record_margins)
+        self.scheduler = Scheduler(
+            cache,
+            self.decode,
+            compaction,
+            chunk,
+            failing,
+            steps=steps,
+            mixed=mixed,
+            clock=clock,
+            max_wait_s=settings["max_wait_s"],
+            cost=self.passes.cost,
+            target_ms=settings["target_itl_ms"],
+        )
+        self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one=loop or record_margins)
         _engines.add(self)
         # Nothing at the end of the interpreter, when graphs may still run.
-        weakref.finalize(self, _drop, self._process, self.prefill, self.decode).atexit = False
+        weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
 
     @classmethod
     def from_pretrained(
@@ -333,7 +371,15 @@ class Engine:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def submit(self, prompt: TokenIds, params: SamplingParams | None = None, forced: TokenIds | None = None) -> int:
+    def submit(
+        self,
+        prompt: TokenIds,
+        params: SamplingParams | None = None,
+        forced: TokenIds | None = None,
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+    ) -> int:
         """Queue a prompt of token ids; returns the request's number.
 
         The prompt's tokens and all of the output but its last token, which is not stored, have to fit a slot, and the
@@ -345,6 +391,11 @@ class Engine:
         ----------
         prompt, forced : sequence, numpy array or torch tensor
             Integers of one dimension.
+        priority : int
+            Requests of higher priority are given slots first, and are preempted last.
+        deadline_s : float or None
+            Seconds from now. Of one priority, those whose deadline comes first go first. A request that has not ended
+            by then, waiting or running, ends with `finish_reason` ``deadline``, and keeps the tokens that it has.
 
         Raises
         ------
@@ -357,6 +408,11 @@ class Engine:
         if not self.busy:  # it costs as much as there are weights
             self.weights.require_in_place()
         request = self._request(prompt, params, forced)
+        request.priority = whole("priority", priority, -LARGEST_COUNT, LARGEST_COUNT)
+        if deadline_s is not None:
+            if finite("deadline_s", deadline_s) <= 0:
+                raise ConfigError(f"deadline_s is {deadline_s}; it is a positive number of seconds from now, or None")
+            request.deadline = request.arrived + float(deadline_s)
         try:
             self.scheduler.add(request)
             return request.id
@@ -367,9 +423,11 @@ class Engine:
     def _request(self, prompt: object, params: object, forced: object = None, silent: bool = False) -> RequestState:
         if forced is not None and self.steps > 1:
             raise ConfigError(f"tokens are forced in single steps; this engine takes {self.steps} a launch, make it 1")
-        return make_request(
+        made = make_request(
             next(self._ids), prompt, params, forced, self.cache, self._vocab_size, self._end_of_text, silent
         )
+        made.arrived = self.clock()
+        return made
 
     def abort(self, request: int) -> None:
         """Drop a request wherever it is, and its tokens that nobody took yet; its memory is free for others.
@@ -522,6 +580,8 @@ class Engine:
         with inference(), self._changing:
             self._map_ahead.before_step()
             started = self._read_at if self.pipeline.running else perf_counter()
+            for request in self.scheduler.overdue():
+                self._end_without_token(request, "deadline", None)
             launch = self.pipeline.start()
             record = None if launch is None else self._commit(launch, started)
             self.scheduler.release_ended()
@@ -594,7 +654,7 @@ class Engine:
     def audit(self) -> AuditReport:
         """Whose the addresses are that all captured graphs hold. Raises CaptureError where nothing is captured."""
         self._check_open()
-        return AuditReport.joined([self.decode.audit(), self.prefill.audit()])
+        return AuditReport.joined([self.decode.audit(), *(self.passes.audit() or [self.prefill.audit()])])
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -688,6 +748,7 @@ class Engine:
             # In this order backwards, each whatever the others raise.
             all_of_it.callback(self.cache.close)
             all_of_it.callback(self.prefill.close)
+            all_of_it.callback(self.passes.close)
             all_of_it.callback(self.decode.close)
         self._map_ahead.raise_failed()
 
@@ -711,7 +772,7 @@ def _failing(engine: weakref.ref[Engine]) -> Callable[[RequestState, str], None]
     return fail
 
 
-def _drop(process: int, *graphs: DecodeBatch | Prefill) -> None:
+def _drop(process: int, *graphs: DecodeBatch | Prefill | Passes) -> None:
     """Nobody holds an engine any more. Without graphs nothing holds its cache either, which gives its memory back."""
     if process == os.getpid():
         for each in graphs:

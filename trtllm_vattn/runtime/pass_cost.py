@@ -13,8 +13,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from time import perf_counter
 
 import numpy as np
+import torch
 
 from trtllm_vattn.errors import ConfigError
 
@@ -38,6 +40,34 @@ class PassLoad:
     def __post_init__(self) -> None:
         if min(self.tokens, self.prompt_attention, self.decode_kv) < 0:
             raise ConfigError(f"a pass of {self}; nothing of it is below 0")
+
+
+class Timing:
+    """How long a pass takes on its device; it begins when this is made, on the current stream."""
+
+    def __init__(self, load: PassLoad, device: torch.device) -> None:
+        self.load, self._on_gpu = load, device.type == "cuda"
+        self._began = self._now()
+        self._ended: float | torch.cuda.Event | None = None
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._on_gpu:
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def end(self) -> None:
+        """It ends with what was launched up to now."""
+        self._ended = self._now()
+
+    def milliseconds(self) -> float:
+        """What it took; of a pass whose tokens are read."""
+        if isinstance(self._began, float):
+            assert isinstance(self._ended, float)
+            return (self._ended - self._began) * 1e3
+        assert isinstance(self._ended, torch.cuda.Event)
+        return float(self._began.elapsed_time(self._ended))  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -84,6 +114,19 @@ class PassCost:
         self._new += 1
         if self._new >= REFIT_AFTER:
             self.fit()
+
+    @classmethod
+    def first_guess(
+        cls, rows: Sequence[int], took_ms: Sequence[float], weights: int, kv_bytes: int, weight_bytes: int, of_pair: int
+    ) -> PassCost:
+        """By passes of so many rows that read no KV: what a row attends to takes as long, operation by operation, as
+        products with weights, of which there are `weights` (twice as many operations a row; `of_pair` for each pair of
+        a query and a key); and KV is read as fast as all weights are."""
+        matrix = np.stack((np.ones(len(rows)), rows), axis=1)
+        base, of_row = np.linalg.lstsq(matrix, np.asarray(took_ms), rcond=None)[0].tolist()
+        if min(base, of_row) < 0:
+            base, of_row = min(took_ms), max(0.0, (took_ms[-1] - took_ms[0]) / max(1, rows[-1] - rows[0]))
+        return cls([base, of_row, of_row * of_pair / (2 * weights), min(took_ms) * kv_bytes / weight_bytes])
 
     def fit(self) -> None:
         """Take what was measured into account."""

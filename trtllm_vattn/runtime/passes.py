@@ -14,14 +14,20 @@ import numpy as np
 import torch
 
 from trtllm_vattn.attention.base import MIN_CHUNK_ROWS
+from trtllm_vattn.graphs.audit import AuditReport
+from trtllm_vattn.graphs.replay import CaptureReport
 from trtllm_vattn.runtime.binding import MixedStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
 from trtllm_vattn.runtime.decode import DecodeBatch, Launch
+from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad, Timing
+from trtllm_vattn.runtime.pass_graphs import PassGraphs, fill_rows
 from trtllm_vattn.runtime.prefill import Prefill, PromptChunk, packed_prefill, padded_length
 from trtllm_vattn.runtime.step_plan import StepPlan
-from trtllm_vattn.vmm.tensors import upload
+from trtllm_vattn.vmm.tensors import finish, upload
 
 FEWEST_DECODE_ROWS = 8
+LEARNT_ROWS = (64, 512, 2048)
+"""Of the passes by which costs are guessed first."""
 
 
 def decode_rows(lanes: int, most: int) -> int:
@@ -29,29 +35,56 @@ def decode_rows(lanes: int, most: int) -> int:
     return min(most, max(FEWEST_DECODE_ROWS, 1 << (lanes - 1).bit_length())) if lanes else 0
 
 
-def fill_rows(rows: torch.Tensor, lengths: torch.Tensor, inputs: torch.Tensor, lane_of_row: torch.Tensor) -> None:
-    """Put lanes into the first rows of a pass: rows int64 ``[3, rows]`` (positions, tokens, slots), lengths int32
-    ``[lanes]``; from inputs int64 ``[.., lanes]`` by lane_of_row int64 ``[lanes]``, -1 for a row that is no lane's,
-    which is left as it is, with length 0."""
-    there = lane_of_row >= 0
-    columns = inputs[:4].index_select(1, lane_of_row.clamp(min=0))
-    first = rows[:, : len(lane_of_row)]
-    first.copy_(torch.where(there, columns[:3], first))
-    lengths.copy_(torch.where(there, columns[3], 0))
-
-
 class Passes:
     """Launches passes for `StepPlan`s with prompts, over the lanes of a `DecodeBatch`.
+
+    Where the attention backend reads all about the prompts on the device (`Attention.captures_prompts`), whole passes
+    are captured for a few numbers of rows (`ladder`); else they run eagerly.
 
     Parameters
     ----------
     prefill : Prefill
-        Puts prompts in alone, where nobody decodes, or where the model takes no others with them.
+        Puts prompts in alone, where nobody decodes and nothing is captured here, or where the model takes no decoding
+        sequences with them.
+
+    Attributes
+    ----------
+    cost : PassCost or None
+        What passes cost, once it was learnt (`learn`).
     """
 
     def __init__(self, decode: DecodeBatch, prefill: Prefill, wrap: Wrap = as_it_is) -> None:
         self.decode, self.prefill = decode, prefill
         self._fill_rows = wrap(fill_rows)
+        self.cost: PassCost | None = None
+        self.graphs: PassGraphs | None = None
+
+    # -- starting --------------------------------------------------------------------------------------------------
+
+    def capture(self) -> CaptureReport:
+        """Capture whole passes, which are replays from then on. Raises ConfigError where the backend cannot."""
+        self.graphs = PassGraphs(self.decode, self.prefill, self._fill_rows)
+        return self.graphs.capture()
+
+    def learn(self) -> None:
+        """Find out what passes cost, by a few over the dummy slot; later ones are measured as they run."""
+        decode, cache = self.decode, self.decode.attention.cache
+        sizes = sorted({min(size, self.prefill.chunk) for size in LEARNT_ROWS})
+        took = [min(self._timed(rows) for _ in range(3)) for rows in sizes]
+        weights = sum(parameter.numel() for parameter in decode.model.parameters())
+        nbytes = sum(parameter.numel() * parameter.itemsize for parameter in decode.model.parameters())
+        of_pair = 4 * cache.shape.num_layers * decode.attention.num_heads * cache.shape.head_dim
+        self.cost = PassCost.first_guess(sizes, took, max(1, weights), cache.shape.token_bytes, max(1, nbytes), of_pair)
+
+    def _timed(self, rows: int) -> float:
+        device = self.decode.attention.cache.device
+        timing = Timing(PassLoad(rows), device)
+        self.prefill.warm_up(max(rows, MIN_CHUNK_ROWS))
+        timing.end()
+        finish(str(device))
+        return timing.milliseconds()
+
+    # -- launching -------------------------------------------------------------------------------------------------
 
     def launch(self, plan: StepPlan) -> Launch:
         """Guard and start a plan with prompts. Raises UnmappedAccess before anything is launched or changed."""
@@ -65,15 +98,42 @@ class Passes:
                 request.slot, request.last, request.length, request.limit, request.params, len(request.chosen)
             )
         lanes = {**running, **{request.slot: decode.lane_of[request.slot] for request in plan.joins}}
+        graphs = self.graphs if self.graphs is not None and self.graphs.fits(plan, running) else None
+        if graphs is not None:
+            graphs.prepare(plan, running)
         decode.send(1)
-        if running:
-            logits, only = self._mixed(chunks, running, lanes), None
+        timing = self._timing(chunks, running, graphs)
+        if graphs is not None:
+            logits = graphs.replay(chunks, running, lanes)
         else:
-            logits, only = self._alone(chunks, lanes), None if plan.decodes else self._mask(lanes)
-        if lanes:
-            take = decode.take_sampled if decode.sampling else decode.take_greedily
-            take(logits, only)
-        return decode.launched(lanes, 1 if lanes else 0, logits, guard_s, plan.prompt_tokens)
+            logits = self._mixed(chunks, running, lanes) if running else self._alone(chunks, lanes)
+            if lanes:
+                take = decode.take_sampled if decode.sampling else decode.take_greedily
+                take(logits, None if plan.decodes else self._mask(lanes))
+        if timing is not None:
+            timing.end()
+        # A captured pass takes its step whether or not it is anybody's.
+        steps = 1 if lanes or graphs is not None else 0
+        return decode.launched(lanes, steps, logits, guard_s, plan.prompt_tokens, timing)
+
+    def _timing(
+        self, chunks: Sequence[PromptChunk], running: dict[int, int], graphs: PassGraphs | None
+    ) -> Timing | None:
+        if self.cost is None:
+            return None
+        tokens = sum(len(chunk.tokens) for chunk in chunks)
+        if graphs is not None:
+            rows = graphs.rows_for(len(running) + tokens)
+        else:
+            rows = decode_rows(len(running), len(self.decode.lengths)) + padded_length(tokens, self.prefill.chunk)
+        pairs = sum(len(chunk.tokens) * chunk.end for chunk in chunks)
+        kv = int(self.decode.lengths[list(running.values())].sum())
+        return Timing(PassLoad(rows, pairs, kv), self.decode.attention.cache.device)
+
+    def measured(self, launch: Launch) -> None:
+        """A launch's tokens are read: learn from what it took."""
+        if self.cost is not None and launch.timing is not None:
+            self.cost.measure(launch.timing.load, launch.timing.milliseconds())
 
     def _mask(self, lanes: dict[int, int]) -> torch.Tensor:
         """Which lanes take part, bool ``[lanes]`` on the device."""
@@ -125,3 +185,12 @@ class Passes:
             packed_prefill(numbers_.view(5, -1), parts, [chunk.span for chunk in chunks]),
         )
         return forward(decode.model, ids, positions, step, last_)
+
+    def audit(self) -> list[AuditReport]:
+        """Whose the addresses are that captured passes hold; none where nothing is captured."""
+        return [] if self.graphs is None else self.graphs.audit()
+
+    def close(self) -> None:
+        """Drop all graphs. Idempotent."""
+        if self.graphs is not None:
+            self.graphs.close()

@@ -82,6 +82,7 @@ class Pipeline:
         """The tokens of the launch that `start` gave, a row a step, are in the requests' records; `start` gives the
         launch behind it."""
         self.scheduler.decode.commit(launch, rows)
+        self.passes.measured(launch)
         self._first = None
 
     def forget(self) -> None:

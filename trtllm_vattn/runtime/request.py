@@ -6,9 +6,9 @@ whatever becomes of its slot and its lane, its tokens can be prefilled again.
 
 from __future__ import annotations
 
+import math
 import numbers
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,11 +31,11 @@ class TokenEvent:
     request : int
         The number that `Engine.submit` gave.
     token : int or None
-        A token id; None where `finish_reason` is ``error`` or ``abort``: such an end has no token.
+        A token id; None where `finish_reason` is ``error``, ``abort`` or ``deadline``: such an end has no token.
     finish_reason : str or None
         With the last event of a request: ``stop`` after a stop token, ``length`` after the last token that was asked
-        for or fits, ``error`` where the request could not go on, ``abort`` where an update of the weights ended it.
-        None before.
+        for or fits, ``error`` where the request could not go on, ``abort`` where an update of the weights ended it,
+        ``deadline`` where its deadline passed first. None before.
     margin : float or None
         The distance between the two largest logits, where the engine was asked to record margins.
     error : str or None
@@ -57,8 +57,9 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished request: its tokens, why it ended (``stop``, ``length``, ``abort``, or ``error``, which `error`
-    explains; the tokens are those before it), and the version of the weights that each token was computed with."""
+    """A finished request: its tokens, why it ended (``stop``, ``length``, ``abort``, ``deadline``, or ``error``, which
+    `error` explains; the tokens are those before it), and the version of the weights that each token was computed
+    with."""
 
     request: int
     prompt_len: int
@@ -110,6 +111,10 @@ class RequestState:
         Tokens whose K and V are in the cache while a prompt goes in by chunks.
     silent : bool
         Whether nobody gets events of it, but the output at its end.
+    priority : int
+        Those of higher priority go first.
+    deadline, arrived : float
+        When it ends, finished or not, and when it came, by the engine's clock.
     """
 
     id: int
@@ -125,6 +130,9 @@ class RequestState:
     prefilled: int = 0
     weights_versions: list[int] = field(default_factory=list)
     """Of each chosen token."""
+    priority: int = 0
+    deadline: float = math.inf
+    arrived: float = 0.0
 
     @property
     def fed(self) -> list[int]:
@@ -178,41 +186,6 @@ class RequestState:
         """The output of a request that has ended."""
         assert self.finish_reason is not None
         return Completion(self.id, len(self.prompt), self.chosen, self.finish_reason, self.error, self.weights_versions)
-
-
-class RequestQueue:
-    """Waiting requests, first come, first served. Any of them is found and removed in constant time."""
-
-    def __init__(self) -> None:
-        # Not a dict, which looks for its first entry among all that were there before it.
-        self._by_id: OrderedDict[int, RequestState] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._by_id)
-
-    def __iter__(self) -> Iterator[RequestState]:
-        return iter(self._by_id.values())
-
-    @property
-    def first(self) -> RequestState:
-        """The next one. Raises StopIteration where there is none."""
-        return next(iter(self._by_id.values()))
-
-    def append(self, request: RequestState) -> None:
-        """Behind all others."""
-        self._by_id[request.id] = request
-
-    def put_back(self, request: RequestState) -> None:
-        """Before all others."""
-        self._by_id[request.id] = request
-        self._by_id.move_to_end(request.id, last=False)
-
-    def remove(self, request: RequestState) -> None:
-        """Take a request out, if it is there."""
-        self._by_id.pop(request.id, None)
-
-    def clear(self) -> None:
-        self._by_id.clear()
 
 
 def as_prompts(given: Any) -> Sequence[Any]:

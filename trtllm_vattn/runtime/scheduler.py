@@ -4,27 +4,42 @@ decoding, and who goes back for lack of memory."""
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from heapq import heapify, heappop, heappush
 from itertools import islice
+from time import perf_counter
+from typing import Literal
 
 from trtllm_vattn.attention.base import MIN_CHUNK_ROWS
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.decode import DecodeBatch
+from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad
 from trtllm_vattn.runtime.prefill import PromptChunk
-from trtllm_vattn.runtime.request import RequestQueue, RequestState
+from trtllm_vattn.runtime.request import RequestState
+from trtllm_vattn.runtime.request_queue import RequestQueue
 from trtllm_vattn.runtime.step_plan import StepPlan
 
 logger = logging.getLogger(__name__)
+
+MARGIN = 0.95
+"""Of a target time, what a pass is planned for."""
 
 PromptChunks = list[tuple[RequestState, PromptChunk]]
 """Prompt tokens that go in at once, in the order of their requests."""
 
 
+def choose_preemption(request: RequestState) -> Literal["recompute"]:
+    """What becomes of the keys and values of a request that has to give its memory up: they are computed again when
+    there is room."""
+    return "recompute"
+
+
 class Scheduler:
-    """First come, first served; the youngest is preempted first and prefilled again later.
+    """Whose turn it is says `RequestQueue`; whoever would be the last is preempted first, and prefilled again later.
 
     Parameters
     ----------
@@ -34,6 +49,10 @@ class Scheduler:
         Most decode steps of a launch without prompts.
     mixed : bool
         Whether prompts and decoding sequences share a pass.
+    clock, max_wait_s
+        As `RequestQueue` takes them.
+    cost, target_ms : PassCost, float, or None
+        With both, a pass holds no more prompt tokens than it can take in so many milliseconds.
     fail : callable
         Called with a request that can never be served and the reason; it ends it (`end`).
 
@@ -42,7 +61,7 @@ class Scheduler:
     requests : dict of int to RequestState
         By number, all that have not ended, wherever they are.
     waiting : RequestQueue
-        Those without a slot, in the order in which they get one.
+        Those without a slot.
     prefilling : deque of RequestState
         In the order of their requests; they hold a slot.
     decoding : dict of int to RequestState
@@ -61,15 +80,21 @@ class Scheduler:
         *,
         steps: int = 1,
         mixed: bool = True,
+        clock: Callable[[], float] = perf_counter,
+        max_wait_s: float = math.inf,
+        cost: PassCost | None = None,
+        target_ms: float | None = None,
     ) -> None:
         self.cache, self.decode, self.compaction, self.chunk, self.fail = cache, decode, compaction, chunk, fail
-        self.steps, self.mixed = steps, mixed
+        self.steps, self.mixed, self.cost, self.target_ms = steps, mixed, cost, target_ms
         self._decoded_last = True
         """Whether the last launch was of decode steps, where prompts go in apart from them."""
         self._moved_out = False
         """Whether anybody left since moves were looked for (`Compaction`)."""
         self.requests: dict[int, RequestState] = {}
-        self.waiting = RequestQueue()
+        self.waiting = RequestQueue(clock, max_wait_s)
+        self._deadlines: list[tuple[float, int]] = []
+        """A heap, of requests with a deadline, some of which have ended."""
         self.prefilling: deque[RequestState] = deque()
         self.decoding: dict[int, RequestState] = {}
         self.ended: deque[int] = deque()
@@ -77,7 +102,18 @@ class Scheduler:
     def add(self, request: RequestState) -> None:
         """Queue a new request."""
         self.requests[request.id] = request
-        self.waiting.append(request)
+        if request.deadline < math.inf:
+            heappush(self._deadlines, (request.deadline, request.id))
+        self.waiting.add(request)
+
+    def overdue(self) -> Iterator[RequestState]:
+        """Requests whose deadline has passed; each has to be ended before the next one is asked for."""
+        now = self.waiting.clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request = self.requests.get(self._deadlines[0][1])
+            if request is not None:
+                yield request
+            heappop(self._deadlines)
 
     @property
     def holders(self) -> list[RequestState]:
@@ -92,8 +128,10 @@ class Scheduler:
         would map all of it at once instead of beside the prompts before.
         """
         left = sum(request.length - request.prefilled for request in self.prefilling)
-        while self.waiting and (len(self.prefilling) < 2 or left < 2 * self.chunk):
+        while self.waiting:
             request = self.waiting.first
+            if len(self.prefilling) >= 2 and left >= 2 * self.chunk and not self._goes_before_all(request):
+                return
             try:
                 request.slot = self.cache.admit(request.id, request.length)
             except NoFreeSlot:
@@ -116,6 +154,10 @@ class Scheduler:
             self.waiting.remove(request)
             self.prefilling.append(request)
             left += request.length
+
+    def _goes_before_all(self, request: RequestState) -> bool:
+        rank = self.waiting.rank(request)
+        return all(rank[0] < self.waiting.rank(other)[0] for other in self.prefilling)
 
     def admit_during_step(self) -> None:
         """`admit` while the device is busy; and have the cache's thread, if it has one, create memory for those left
@@ -180,16 +222,26 @@ class Scheduler:
 
     def next_chunks(self) -> PromptChunks:
         """What goes in now, in the order of requests: what running sequences leave of the pass, but at least a few
-        tokens."""
-        running = len(self.decode.lanes) if self.mixed else 0
-        room = max(self.chunk - running, min(self.chunk, MIN_CHUNK_ROWS))
-        chunks = []
-        for request in self.prefilling:
-            if not room:
+        tokens; and with a target, as many as its cost allows."""
+        lanes = self.decode.lanes if self.mixed else {}
+        least = min(self.chunk, MIN_CHUNK_ROWS)
+        room = max(self.chunk - len(lanes), least)
+        left_ms = math.inf
+        if self.cost is not None and self.target_ms is not None:
+            kv = int(self.decode.lengths[list(lanes.values())].sum())
+            left_ms = MARGIN * self.target_ms - self.cost.milliseconds(PassLoad(len(lanes), 0, kv))
+        chunks: PromptChunks = []
+        for request in sorted(self.prefilling, key=self.waiting.rank):
+            rows = min(room, request.length - request.prefilled)
+            if self.cost is not None and left_ms < math.inf:
+                fits = self.cost.rows_within(left_ms, request.prefilled)
+                rows = min(rows, max(fits, 0 if chunks else least))
+                left_ms -= self.cost.chunk(rows, request.prefilled)
+            if not rows:
                 break
-            tokens = request.tokens[request.prefilled : request.prefilled + room]
+            tokens = request.tokens[request.prefilled : request.prefilled + rows]
             chunks.append((request, PromptChunk(request.slot, tokens, request.prefilled)))
-            room -= len(tokens)
+            room -= rows
         return chunks
 
     def _moves_wait(self, ahead: bool) -> bool:
@@ -244,8 +296,9 @@ class Scheduler:
         self.release_ended()
 
     def preempt_youngest(self) -> None:
-        """Send the youngest request back to the queue, even if it is the only one."""
-        self._send_back(max(self.holders, key=lambda request: request.id))
+        """Send the request back to the queue whose turn would come last, of equal ones the youngest; even if it is the
+        only one."""
+        self._send_back(max(self.holders, key=self.waiting.rank))
 
     def preempt_all(self) -> None:
         """Send every request with a slot back to the queue, where they stand in their order."""
@@ -263,8 +316,9 @@ class Scheduler:
         if request in self.prefilling:
             self.prefilling.remove(request)
         self.leave(request)
-        request.prefilled = 0
-        self.waiting.put_back(request)
+        if choose_preemption(request) == "recompute":
+            request.prefilled = 0
+        self.waiting.add(request)
         self.release_ended()
 
     def leave(self, request: RequestState) -> None:
@@ -304,7 +358,11 @@ class Scheduler:
         self.ended.clear()
         for _, request in sorted(self.requests.items()):
             request.slot, request.prefilled = -1, 0
-            self.waiting.append(request)
+            self.waiting.add(request)
+        self._deadlines = [
+            (request.deadline, number) for number, request in self.requests.items() if request.deadline < math.inf
+        ]
+        heapify(self._deadlines)
 
     def clear(self) -> None:
         """Forget all requests."""

@@ -12,7 +12,7 @@ import torch
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.replay import default_buckets
 from trtllm_vattn.memory.mapping_policy import MappingPolicy
-from trtllm_vattn.values import described, shown, truth, whole
+from trtllm_vattn.values import described, finite, shown, truth, whole
 
 LONGEST_CHUNK = (1 << 31) - 1
 MOST_SEQUENCES = 1 << 20
@@ -32,6 +32,10 @@ def check_settings(
     compile: Any = None,
     mapping: Any = "concurrent",
     chunk: Any = 2048,
+    max_step_tokens: Any = None,
+    target_itl_ms: Any = None,
+    max_wait_s: Any = 30.0,
+    clock: Any = None,
     record_margins: Any = False,
     observer: Any = None,
 ) -> dict[str, Any]:
@@ -56,12 +60,25 @@ def check_settings(
         "compile": None if compile is None else truth("compile", compile),
         "mapping": MappingPolicy.named(mapping),
         "chunk": whole("chunk", chunk, 1, LONGEST_CHUNK),
+        "target_itl_ms": None if target_itl_ms is None else _positive("target_itl_ms", target_itl_ms, "milliseconds"),
+        "max_wait_s": _positive("max_wait_s", max_wait_s, "seconds"),
         "record_margins": truth("record_margins", record_margins),
         "observer": observer,
     }
+    if max_step_tokens is not None:
+        checked["chunk"] = whole("max_step_tokens", max_step_tokens, 1, LONGEST_CHUNK)
+    if clock is not None and not callable(clock):
+        raise ConfigError(f"clock is {described(clock)}; give a function that returns seconds, or leave it out")
     if checked["record_margins"] and checked["steps"] > 1:
         raise ConfigError(f"margins are recorded of single steps; steps is {checked['steps']}, make it 1")
     return checked
+
+
+def _positive(name: str, given: Any, unit: str) -> float:
+    value = finite(name, given)
+    if value <= 0:
+        raise ConfigError(f"{name} is {value}; it is a positive number of {unit}")
+    return value
 
 
 def check_buckets(given: Any, num_slots: int) -> list[int]:

@@ -21,15 +21,16 @@ class StartupReport:
     compile_s: float = 0.0
     decode: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
     prefill: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
+    passes: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
     budget_bytes: int = 0
 
     @property
     def capture_s(self) -> float:
-        return sum(self.decode.seconds.values()) + sum(self.prefill.seconds.values())
+        return sum(sum(each.seconds.values()) for each in (self.decode, self.prefill, self.passes))
 
     @property
     def capture_bytes(self) -> int:
-        return self.decode.pool_bytes + self.prefill.pool_bytes
+        return self.decode.pool_bytes + self.prefill.pool_bytes + self.passes.pool_bytes
 
 
 def memory_left(device: torch.device, utilisation: float = 0.9) -> int:

@@ -1,0 +1,149 @@
+"""Whole passes captured, for a ladder of row counts: prompts and decoding sequences in one graph.
+
+All that differs between two passes of a rung is read on the device, from buffers that the host writes before a replay:
+the prompts' tokens, positions and slots, which lane each of the first rows is, where each lane's logits come from, and
+the chunks' descriptors (`PackedPrefill.descriptors`), which the attention backend has to read there itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from trtllm_vattn.attention.base import PackedPrefill
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.graphs.audit import AuditReport
+from trtllm_vattn.graphs.capture import Outputs
+from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
+from trtllm_vattn.runtime.binding import MixedStep, forward
+from trtllm_vattn.runtime.decode import DecodeBatch
+from trtllm_vattn.runtime.prefill import Prefill, PromptChunk
+from trtllm_vattn.runtime.step_plan import StepPlan
+from trtllm_vattn.vmm.tensors import upload
+
+RUNGS = (32, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+MOST_CHUNKS = 128
+"""Of a captured pass; one of more prompts runs eagerly."""
+
+
+def ladder(most: int) -> list[int]:
+    """Rows to capture passes for, up to `most` and no more than the largest rung."""
+    return [*(rung for rung in RUNGS if rung < most), min(most, RUNGS[-1])] if most < RUNGS[-1] else [*RUNGS]
+
+
+def fill_rows(rows: torch.Tensor, lengths: torch.Tensor, inputs: torch.Tensor, lane_of_row: torch.Tensor) -> None:
+    """Put lanes into the first rows of a pass: rows int64 ``[3, rows]`` (positions, tokens, slots), lengths int32
+    ``[lanes]``; from inputs int64 ``[.., lanes]`` by lane_of_row int64 ``[lanes]``, -1 for a row that is no lane's,
+    which is left as it is, with length 0."""
+    there = lane_of_row >= 0
+    columns = inputs[:4].index_select(1, lane_of_row.clamp(min=0))
+    first = rows[:, : len(lane_of_row)]
+    first.copy_(torch.where(there, columns[:3], first))
+    lengths.copy_(torch.where(there, columns[3], 0))
+
+
+class PassGraphs:
+    """Captures and replays passes over the lanes of a `DecodeBatch`. Raises ConfigError where the attention backend
+    does not read descriptors."""
+
+    def __init__(self, decode: DecodeBatch, prefill: Prefill, fill: Callable[..., None] = fill_rows) -> None:
+        attention = decode.attention
+        if not attention.captures_prompts:
+            raise ConfigError(f"the {attention.name} backend's prompts cannot be captured; passes run eagerly")
+        self.decode, self._fill, self._prefill = decode, fill, prefill
+        cache = attention.cache
+        lanes = len(decode.lengths)
+        rows = ladder(prefill.chunk)
+        self._most, self._chunks = rows[-1], min(lanes, MOST_CHUNKS)
+        self._sizes = 3 * self._most, lanes, lanes, 5 * self._chunks
+        self._idle = np.zeros(sum(self._sizes), np.int64)
+        positions_tokens_slots, lane_of_row, _, numbers = self._parts(self._idle)
+        positions_tokens_slots.reshape(3, -1)[2] = cache.dummy_slot
+        lane_of_row[:] = -1
+        numbers.reshape(5, -1)[3] = cache.dummy_slot
+        self._static = upload(self._idle, cache.device)
+        static = [*decode.static, self._static]
+        pool = decode.runner.pool
+        self.runner = GraphRunner(self._greedy_pass, rows, static, cache.device, pool=pool)
+        # Captured when the first sequence comes whose tokens are sampled.
+        self._sampler = GraphRunner(self._sampling_pass, rows, static, cache.device, pool=pool)
+
+    def _parts(self, array: np.ndarray) -> list[np.ndarray]:
+        return np.split(array, np.cumsum(self._sizes)[:-1])
+
+    def capture(self) -> CaptureReport:
+        """Capture all rungs; before any sequence has a lane."""
+        return self.runner.capture()
+
+    def rows_for(self, tokens: int) -> int:
+        """The rung of a pass of so many tokens."""
+        return self.runner.bucket_for(tokens)
+
+    def fits(self, plan: StepPlan, running: dict[int, int]) -> bool:
+        """Whether a plan is a replay."""
+        return plan.decodes and len(plan.chunks) <= self._chunks and len(running) + plan.prompt_tokens <= self._most
+
+    def prepare(self, plan: StepPlan, running: dict[int, int]) -> None:
+        """Capture what the plan needs, where it is not yet; before lanes are brought up to date."""
+        runner = self._sampler if self.decode.sampling else self.runner
+        rows = runner.bucket_for(len(running) + plan.prompt_tokens)
+        if rows not in runner.captured:
+            # What is captured is also run.
+            self._static.copy_(upload(self._idle, self._static.device))
+            self.decode.capture_missing(runner, rows)
+
+    def replay(self, chunks: Sequence[PromptChunk], running: dict[int, int], lanes: dict[int, int]) -> torch.Tensor:
+        """Logits ``[lanes, vocab]`` of a pass; tokens are chosen and lanes advanced with it."""
+        runner = self._sampler if self.decode.sampling else self.runner
+        first = len(running)
+        array = self._idle.copy()
+        rows, lane_of_row, last, numbers = self._parts(array)
+        where = list(running.values())
+        lane_of_row[:first], last[where] = where, np.arange(first)
+        columns = numbers.reshape(5, -1)
+        self._prefill.fill(chunks, rows.reshape(3, -1)[:, first:], columns[:, : len(chunks)], first)
+        for chunk, end in zip(chunks, columns[2].tolist(), strict=False):
+            if chunk.slot in lanes:
+                last[lanes[chunk.slot]] = end
+        self._static.copy_(upload(array, self._static.device))
+        (logits,) = runner.replay(self.rows_for(first + sum(len(chunk.tokens) for chunk in chunks)))
+        return logits
+
+    def _forward(self, rows: int) -> torch.Tensor:
+        decode = self.decode
+        everything, lane_of_row, last, numbers = self._static.split(self._sizes)
+        on_device = everything.view(3, self._most)[:, :rows]
+        lane_of_row = lane_of_row[:rows]
+        lengths = torch.empty(len(lane_of_row), dtype=torch.int32, device=last.device)
+        self._fill(on_device, lengths, decode.inputs, lane_of_row)
+        positions, ids, slots = on_device
+        tokens, ends, _, where, first = numbers.view(5, -1)
+        descriptors = torch.stack((first, tokens, ends, where), dim=1).to(torch.int32)
+        packed = PackedPrefill((), (), descriptors)
+        step = MixedStep(decode.attention, slots, positions, lengths, slots[: len(lengths)], packed)
+        return forward(decode.model, ids, positions, step, last)
+
+    def _greedy_pass(self, rows: int) -> Outputs:
+        logits = self._forward(rows)
+        self.decode.take_greedily(logits)
+        return (logits,)
+
+    def _sampling_pass(self, rows: int) -> Outputs:
+        logits = self._forward(rows)
+        self.decode.take_sampled(logits)
+        return (logits,)
+
+    def audit(self) -> list[AuditReport]:
+        """Whose the addresses are that the graphs hold. Raises CaptureError where there is none."""
+        regions = self.decode.attention.regions()
+        reports = [self.runner.audit(regions, "pass")]
+        if self._sampler.captured:
+            reports.append(self._sampler.audit(regions, "sampling pass"))
+        return reports
+
+    def close(self) -> None:
+        """Drop all graphs. Idempotent."""
+        self.runner.close()
+        self._sampler.close()
