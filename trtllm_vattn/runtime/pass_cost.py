@@ -67,7 +67,7 @@ class Timing:
             assert isinstance(self._ended, float)
             return (self._ended - self._began) * 1e3
         assert isinstance(self._ended, torch.cuda.Event)
-        return float(self._began.elapsed_time(self._ended))  # type: ignore[no-untyped-call]
+        return float(self._began.elapsed_time(self._ended))
 
 
 @dataclass

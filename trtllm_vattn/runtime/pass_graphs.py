@@ -55,7 +55,7 @@ class PassGraphs:
         self.decode, self._fill, self._prefill = decode, fill, prefill
         cache = attention.cache
         lanes = len(decode.lengths)
-        rows = ladder(prefill.chunk)
+        rows = ladder(min(prefill.chunk, lanes * (cache.shape.max_seq_len + 1)))
         self._most, self._chunks = rows[-1], min(lanes, MOST_CHUNKS)
         self._sizes = 3 * self._most, lanes, lanes, 5 * self._chunks
         self._idle = np.zeros(sum(self._sizes), np.int64)
@@ -113,7 +113,7 @@ class PassGraphs:
 
     def _forward(self, rows: int) -> torch.Tensor:
         decode = self.decode
-        everything, lane_of_row, last, numbers = self._static.split(self._sizes)
+        everything, lane_of_row, last, numbers = torch.split(self._static, self._sizes)
         on_device = everything.view(3, self._most)[:, :rows]
         lane_of_row = lane_of_row[:rows]
         lengths = torch.empty(len(lane_of_row), dtype=torch.int32, device=last.device)

@@ -58,19 +58,35 @@ class Passes:
         self._fill_rows = wrap(fill_rows)
         self.cost: PassCost | None = None
         self.graphs: PassGraphs | None = None
+        self.replay_s: dict[int, float] = {}
+        """Of each captured pass over idle rows, by its rows."""
 
     # -- starting --------------------------------------------------------------------------------------------------
 
     def capture(self) -> CaptureReport:
         """Capture whole passes, which are replays from then on. Raises ConfigError where the backend cannot."""
         self.graphs = PassGraphs(self.decode, self.prefill, self._fill_rows)
-        return self.graphs.capture()
+        report = self.graphs.capture()
+        self.replay_s = dict(sorted(report.replay_s.items()))
+        return report
+
+    def warm_up(self) -> None:
+        """One pass over the dummy slot for each number of decode rows: kernels are compiled and planned for them."""
+        most = len(self.decode.lengths)
+        chunk = PromptChunk(self.decode.attention.cache.dummy_slot, [0], 0)
+        self.decode.send(1)
+        eager = not self.decode.attention.captures_prompts
+        for rows in sorted({decode_rows(lanes, most) for lanes in range(1, most + 1 if eager else 2)}):
+            self._mixed([chunk], {}, {}, rows)
 
     def learn(self) -> None:
         """Find out what passes cost, by a few over the dummy slot; later ones are measured as they run."""
         decode, cache = self.decode, self.decode.attention.cache
-        sizes = sorted({min(size, self.prefill.chunk) for size in LEARNT_ROWS})
-        took = [min(self._timed(rows) for _ in range(3)) for rows in sizes]
+        if self.graphs is not None:
+            sizes, took = [*self.replay_s], [seconds * 1e3 for seconds in self.replay_s.values()]
+        else:
+            sizes = sorted({min(size, self.prefill.chunk) for size in LEARNT_ROWS})
+            took = [min(self._timed(rows) for _ in range(3)) for rows in sizes]
         weights = sum(parameter.numel() for parameter in decode.model.parameters())
         nbytes = sum(parameter.numel() * parameter.itemsize for parameter in decode.model.parameters())
         of_pair = 4 * cache.shape.num_layers * decode.attention.num_heads * cache.shape.head_dim
@@ -125,7 +141,7 @@ class Passes:
         if graphs is not None:
             rows = graphs.rows_for(len(running) + tokens)
         else:
-            rows = decode_rows(len(running), len(self.decode.lengths)) + padded_length(tokens, self.prefill.chunk)
+            rows = self._rows(decode_rows(len(running), len(self.decode.lengths)), tokens)
         pairs = sum(len(chunk.tokens) * chunk.end for chunk in chunks)
         kv = int(self.decode.lengths[list(running.values())].sum())
         return Timing(PassLoad(rows, pairs, kv), self.decode.attention.cache.device)
@@ -150,13 +166,20 @@ class Passes:
                 row[lanes[chunk.slot]] = i
         return logits.index_select(0, upload(row, logits.device))
 
-    def _mixed(self, chunks: Sequence[PromptChunk], running: dict[int, int], lanes: dict[int, int]) -> torch.Tensor:
-        """Logits ``[bucket, vocab]`` by lane of a pass that holds both."""
+    def _rows(self, ahead: int, tokens: int) -> int:
+        """Rows of an eager pass of so many prompt tokens behind `ahead` rows."""
+        return -(-(ahead + max(MIN_CHUNK_ROWS, padded_length(tokens, self.prefill.chunk))) // 16) * 16
+
+    def _mixed(
+        self, chunks: Sequence[PromptChunk], running: dict[int, int], lanes: dict[int, int], ahead: int | None = None
+    ) -> torch.Tensor:
+        """Logits ``[bucket, vocab]`` by lane of a pass that holds both, prompts from row `ahead` on."""
         decode, cache = self.decode, self.decode.attention.cache
-        ahead = decode_rows(len(running), len(decode.lengths))
+        ahead = ahead or decode_rows(len(running), len(decode.lengths))
         tokens = sum(len(chunk.tokens) for chunk in chunks)
-        prompts = max(MIN_CHUNK_ROWS, padded_length(tokens, self.prefill.chunk))
-        padded, bucket = ahead + prompts, decode.bucket_of(lanes)
+        # Whole cache lines of numbers: compiled code asks that what it is given be aligned.
+        padded = self._rows(ahead, tokens)
+        prompts, bucket = padded - ahead, decode.bucket_of(lanes)
         packed = np.zeros(3 * padded + ahead + bucket + 5 * len(chunks), np.int64)
         rows, lane_of_row, last, numbers = np.split(packed, np.cumsum((3 * padded, ahead, bucket)))
         rows, numbers = rows.reshape(3, padded), numbers.reshape(5, len(chunks))
@@ -169,7 +192,7 @@ class Passes:
             if slot in lanes:
                 last[lanes[slot]] = end
         sent = upload(packed, cache.device)
-        rows_, lane_of_row_, last_, numbers_ = sent.split([3 * padded, ahead, bucket, 5 * len(chunks)])
+        rows_, lane_of_row_, last_, numbers_ = torch.split(sent, [3 * padded, ahead, bucket, 5 * len(chunks)])
         lengths = torch.empty(ahead, dtype=torch.int32, device=cache.device)
         on_device = rows_.view(3, padded)
         self._fill_rows(on_device, lengths, decode.inputs, lane_of_row_)
