@@ -207,7 +207,7 @@ class Engine:
             record_margins=record_margins,
             observer=observer,
         )
-        buckets, steps, chunk, policy = (settings[name] for name in ("buckets", "steps", "chunk", "mapping"))
+        steps, chunk, policy = (settings[name] for name in ("steps", "chunk", "mapping"))
         if model.device != cache.device:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
@@ -228,34 +228,12 @@ class Engine:
         self._ids = itertools.count()
         self._closed = False
         self.startup = StartupReport()
-        compiling = cache.device.type == "cuda" if compile is None else compile
-        with inference(), naming(model):
-            started = perf_counter()
-            wrap = compile_model(cast(PreTrainedModel, model)) if compiling else as_it_is
-            self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
-            self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, self.supports_packed_prefill)
-            self.passes = Passes(self.decode, self.prefill, wrap)
-            if compiling:
-                with tracing():
-                    self.prefill.warm_up(UNUSUAL)
-            if cache.device.type == "cuda" and self.supports_packed_prefill:
-                with tracing():
-                    self.passes.warm_up()
-            self.startup.compile_s = perf_counter() - started
-            if capture:
-                self.startup.decode = self.decode.capture()
-                if self.attention.captures_prompts and self.supports_packed_prefill:
-                    self.startup.passes = self.passes.capture()
-                else:
-                    self.startup.prefill = self.prefill.capture()
-            if settings["target_itl_ms"] is not None:
-                self.passes.learn()
+        mixed = self._start_device(settings)
         self.weights = Weights(model, capture)
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
         movable = cache.remaps and capture and not packed
         compaction = Compaction(cache, self.startup.decode.replay_s) if movable else None
         failing = _failing(weakref.ref(self))
-        mixed = self.supports_packed_prefill
         self.scheduler = Scheduler(
             cache,
             self.decode,
@@ -273,6 +251,44 @@ class Engine:
         _engines.add(self)
         # Nothing at the end of the interpreter, when graphs may still run.
         weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
+
+    def _start_device(self, settings: dict[str, Any]) -> bool:
+        """Compile, plan and capture what runs on the device; returns whether prompts and decoding sequences share
+        passes."""
+        names = ("buckets", "steps", "loop", "packed", "chunk", "compile")
+        buckets, steps, loop, packed, chunk, compiling = (settings[name] for name in names)
+        model, mixed, on_gpu = self.model, self.supports_packed_prefill, self.cache.device.type == "cuda"
+        if compiling is None:
+            compiling = on_gpu
+        with inference(), naming(model):
+            started = perf_counter()
+            wrap = compile_model(cast(PreTrainedModel, model)) if compiling else as_it_is
+            self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
+            self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, mixed)
+            self.passes = Passes(self.decode, self.prefill, wrap)
+            with tracing():
+                if compiling:
+                    self.prefill.warm_up(UNUSUAL)
+                if on_gpu and mixed:
+                    mixed = self._warm_up_passes()
+            self.startup.compile_s = perf_counter() - started
+            if settings["capture"]:
+                self.startup.decode = self.decode.capture()
+                if self.attention.captures_prompts and mixed:
+                    self.startup.passes = self.passes.capture()
+                else:
+                    self.startup.prefill = self.prefill.capture()
+            if settings["target_itl_ms"] is not None:
+                self.passes.learn()
+        return mixed
+
+    def _warm_up_passes(self) -> bool:
+        try:
+            self.passes.warm_up()
+        except ConfigError as error:
+            logger.warning("prompts go in by passes of their own, between decode steps: %s", error)
+            return False
+        return True
 
     @classmethod
     def from_pretrained(
