@@ -266,10 +266,11 @@ class Engine:
             self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, mixed)
             self.passes = Passes(self.decode, self.prefill, wrap)
-            with tracing():
-                if compiling:
+            if compiling:
+                with tracing():
                     self.prefill.warm_up(UNUSUAL)
-                if on_gpu and mixed:
+            if on_gpu and mixed:
+                with tracing():
                     mixed = self._warm_up_passes()
             self.startup.compile_s = perf_counter() - started
             if settings["capture"]:
