@@ -102,8 +102,8 @@ def test_requests_that_join_late_change_nobodys_tokens(engine: Engine) -> None:
 def test_prompts_that_go_in_by_chunks_give_the_same(kind: str, capture: bool) -> None:
     chunks = []
     with engine_of(kind, capture, chunk=32) as engine:
-        run = engine.prefill.run
-        engine.prefill.run = lambda given: chunks.extend(given) or run(given)  # type: ignore
+        launched = engine.scheduler.launched
+        engine.scheduler.launched = lambda plan: chunks.extend(chunk for _, chunk in plan.chunks) or launched(plan)  # type: ignore
         done = engine.generate(PROMPTS, SamplingParams(max_tokens=12))
     assert [completion.tokens for completion in done] == own_tokens("tiny-llama", 12)
     assert max(len(chunk.tokens) for chunk in chunks) == 32
@@ -187,8 +187,8 @@ def test_steps_are_reported(engine: Engine) -> None:
     seen: list[StepRecord] = []
     engine.observer = seen.append
     engine.generate([PROMPTS[0], PROMPTS[3]], SamplingParams(max_tokens=5))
-    assert [record.lanes for record in seen] == [2, 2, 2, 2]
-    assert [record.prefilled for record in seen] == [19, 0, 0, 0]
+    assert [record.lanes for record in seen] == [2, 2, 2, 2, 2]
+    assert [record.prefilled for record in seen] == [19, 0, 0, 0, 0]
     assert all(0 < record.kv_s + record.ahead_s < record.wall_s for record in seen)
 
 
