@@ -15,10 +15,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from trtllm_vattn.attention.base import Attention, PackedPrefill, PrefillChunk
+from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.cost import Cost, CostFile, Load, calibration_lengths, cheapest
 from trtllm_vattn.attention.cudnn import CudnnAttention
-from trtllm_vattn.attention.gather import GatheringAttention
+from trtllm_vattn.attention.prompts import FlatPromptsAttention
 from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.attention.shares import SharesAttention
 from trtllm_vattn.cache.base import KVCache
@@ -28,7 +28,7 @@ Timed = Callable[[Callable[[], object]], float]
 """Calls a function of all layers (captured if possible) and returns how many microseconds it took."""
 
 
-class PickedAttention(GatheringAttention):
+class PickedAttention(FlatPromptsAttention):
     """Several backends over one cache, of which one is used at a time; initially the first of `kernels`.
 
     Parameters
@@ -68,7 +68,7 @@ class PickedAttention(GatheringAttention):
         first: Attention = backend(cache, heads, scale)
         if deterministic:
             return {first.name: first}
-        return {first.name: first, "shares": SharesAttention(cache, heads, scale)}
+        return {first.name: first, "shares": SharesAttention(cache, heads, scale, self.prompts)}
 
     # -- choosing --------------------------------------------------------------------------------------------------
 
@@ -148,8 +148,10 @@ class PickedAttention(GatheringAttention):
     ) -> torch.Tensor:
         return self.kernels[self._current].decode(layer, q, lengths, slots, out)
 
-    def prefill(self, layer: int, q: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
-        return self.kernels[self._first].prefill(layer, q, chunk)
-
-    def prefill_packed(self, layer: int, q: torch.Tensor, packed: PackedPrefill) -> torch.Tensor:
-        return self.kernels[self._first].prefill_packed(layer, q, packed)
+    def _decode_mixed(
+        self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        # It reads nothing of rows of length 0, wherever they are, and lanes need not be slots.
+        kernel = self.kernels.get(SharesAttention.name, self.kernels[self._current])
+        if len(q):
+            kernel.decode(layer, q, lengths, slots, out)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from trtllm_vattn.attention.base import PrefillChunk
+from trtllm_vattn.attention.base import PackedPrefill, PrefillChunk
 from trtllm_vattn.attention.gather import GatheringAttention
 
 
@@ -17,6 +17,7 @@ class TorchAttention(GatheringAttention):
     """Attention in plain torch; correct for any shape, and slow."""
 
     name: ClassVar[str] = "torch"
+    captures_prompts: ClassVar[bool] = True
 
     def decode(
         self,
@@ -59,11 +60,50 @@ class TorchAttention(GatheringAttention):
         visible = self._range[: chunk.max_length] <= (chunk.length - chunk.query_len + row)[:, None]
         return self._attend(q[None], k, v, visible[None])[0]
 
+    def prefill_packed(self, layer: int, q: torch.Tensor, packed: PackedPrefill) -> torch.Tensor:
+        if packed.descriptors is None:
+            return super().prefill_packed(layer, q, packed)
+        return self.attend_chunks(layer, q, torch.zeros_like(q), packed.descriptors)
+
+    def attend_mixed(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        decode_rows: int,
+        lengths: torch.Tensor,
+        slots: torch.Tensor,
+        packed: PackedPrefill,
+    ) -> torch.Tensor:
+        if packed.descriptors is None:
+            return super().attend_mixed(layer, q, decode_rows, lengths, slots, packed)
+        out = torch.zeros_like(q)
+        self.decode(layer, q[:decode_rows], lengths, slots, out[:decode_rows])
+        return self.attend_chunks(layer, q, out, packed.descriptors)
+
+    def attend_chunks(
+        self, layer: int, q: torch.Tensor, out: torch.Tensor, descriptors: torch.Tensor, extent: int | None = None
+    ) -> torch.Tensor:
+        """Causal attention of chunks that are read on the device (`PackedPrefill.descriptors`): q
+        ``[rows, num_heads, head_dim]`` to their rows of `out`, of the same shape; the others stay as they are.
+
+        `extent` is an upper bound of the lengths; None is the cache's `max_seq_len`.
+        """
+        rows = torch.arange(len(q), device=q.device)
+        extent = self.cache.shape.max_seq_len if extent is None else extent
+        for first, count, length, slot in (chunk.split(1) for chunk in descriptors):
+            count = torch.where(length >= count, count, 0)
+            mine = (rows >= first) & (rows < first + count)
+            sees = torch.where(mine, length - count + 1 + rows - first, 0)
+            k, v = self._gather(layer, slot.to(torch.int64), torch.where(count > 0, length, 0), extent)
+            result = self._attend(q[None], k, v, (self._range[:extent] < sees[:, None])[None])[0]
+            out.copy_(result.where(mine[:, None, None], out))
+        return out
+
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """q ``[lanes, rows, num_heads, head_dim]`` to the same shape; k, v ``[lanes, extent, num_kv_heads, head_dim]``;
         visible bool ``[lanes, rows, extent]``. A row that sees no key gives zeros."""
         heads = k.shape[2]
-        grouped = q.reshape(*q.shape[:2], heads, -1, q.shape[3]).float()
+        grouped = q.reshape(*q.shape[:2], heads, q.shape[2] // heads, q.shape[3]).float()
         scores = torch.einsum("nrhgd,nthd->nhgrt", grouped, k.float()) * self.scale
         lowest = torch.finfo(scores.dtype).min
         weights = scores.masked_fill(~visible[:, None, None], lowest).softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""The shares backend: a decode kernel of this project for flat KV and uneven lengths.
+"""The shares backend: kernels of this project for flat KV, for decode with uneven lengths and for prompts.
 
 One Triton kernel (shares_kernel.py) gives every program an equal share of all tokens, so that a few long sequences
 among many short ones keep the whole GPU busy. The kernel reads lengths, slots and query counts on the device: there is
@@ -8,7 +8,7 @@ other sequences' lengths, and so do the last bits of its output; equal lengths g
 
 On compute capability 9 the kernel loads whole tiles by TMA, and a layer's launch overlaps the end of the kernel before
 it (programmatic dependent launch, PDL). Other GPUs use ordinary loads and launches. On the host the torch backend takes
-the kernel's place.
+the kernel's place. Prompts and mixed passes go through the kernel of prompts.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from trtllm_vattn.attention.decode_only import DecodeOnlyAttention
-from trtllm_vattn.attention.reference import TorchAttention
+from trtllm_vattn.attention.prompts import FlatPromptsAttention, PromptKernel
 from trtllm_vattn.attention.shares_launch import (
     Features,
     Rows,
@@ -52,7 +51,7 @@ def availability() -> str:
     return "yes"
 
 
-class SharesAttention(DecodeOnlyAttention):
+class SharesAttention(FlatPromptsAttention):
     """Decode by equal shares over flat KV; all launches must be on one stream.
 
     Give all layers of a step the same tensors of lengths and slots: only then do launches overlap by PDL.
@@ -65,27 +64,18 @@ class SharesAttention(DecodeOnlyAttention):
 
     name: ClassVar[str] = "shares"
 
-    def __init__(self, cache: KVCache, num_heads: int, scale: float | None = None) -> None:
-        super().__init__(cache, num_heads, scale)
-        first = cache.layer(0)
-        if not isinstance(first, FlatKV):
-            raise ConfigError(
-                f"the shares backend reads flat K and V, not the blocks of a {type(cache).__name__}; use the vattn "
-                "cache, or the cudnn or xqa backend"
-            )
+    def __init__(
+        self, cache: KVCache, num_heads: int, scale: float | None = None, prompts: PromptKernel | None = None
+    ) -> None:
+        self._check(cache)
+        super().__init__(cache, num_heads, scale, prompts)
         self._group = num_heads // cache.shape.num_kv_heads
         self._launched_with: tuple[torch.Tensor | None, ...] = ()
-        self._on_gpu = cache.device.type == "cuda"
         if not self._on_gpu:
             return
-        if availability() != "yes":
-            raise ConfigError(f"the shares backend does not work here: {availability()}")
+        first = cache.layer(0)
+        assert isinstance(first, FlatKV)
         shape = cache.shape
-        if shape.head_dim not in HEAD_SIZES or shape.dtype not in DTYPES:
-            raise ConfigError(
-                f"the shares backend takes heads of {', '.join(map(str, HEAD_SIZES))} and bfloat16, float16 or "
-                f"float32, not {shape.head_dim} of {shape.dtype}; use the torch backend"
-            )
         self._card = torch.cuda.get_device_properties(cache.device)
         most = Rows.of(self._group, MOST_QUERIES, shape.head_dim)
         programs = self._card.multi_processor_count * most_programs(shape.head_dim)
@@ -94,6 +84,20 @@ class SharesAttention(DecodeOnlyAttention):
         """Programs per multiprocessor, by what the kernel is compiled for; known after its first launch."""
         self._features = Features.of(cache.device, first)
         self._maps: dict[tuple[int, int], list[Any]] = {}
+
+    @staticmethod
+    def _check(cache: KVCache) -> None:
+        """Raise ConfigError if the kernels do not run over the cache on this machine."""
+        shape = cache.shape
+        if cache.device.type != "cuda":
+            return
+        if availability() != "yes":
+            raise ConfigError(f"the shares backend does not work here: {availability()}")
+        if shape.head_dim not in HEAD_SIZES or shape.dtype not in DTYPES:
+            raise ConfigError(
+                f"the shares backend takes heads of {', '.join(map(str, HEAD_SIZES))} and bfloat16, float16 or "
+                f"float32, not {shape.head_dim} of {shape.dtype}; use the torch backend"
+            )
 
     def begin_step(self) -> None:
         super().begin_step()
@@ -140,8 +144,7 @@ class SharesAttention(DecodeOnlyAttention):
                 f"slots, of 1 to {MOST_QUERIES} queries: give longer rows of queries to prefill"
             )
         if not self._on_gpu:
-            assert isinstance(self._prefill, TorchAttention)
-            return self._prefill.decode_queries(layer, q, query_lens, lengths, slots, out)
+            return self._reference.decode_queries(layer, q, query_lens, lengths, slots, out)
         kv = self.cache.layer(layer)
         assert isinstance(kv, FlatKV)
         q = q.contiguous()

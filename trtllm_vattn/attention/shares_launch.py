@@ -75,8 +75,8 @@ class Rows:
     def of(cls, group: int, queries: int, head_dim: int) -> Rows:
         """For `group` query heads per KV head and `queries` queries per lane."""
         real = group * queries
-        most = min(MOST_ROWS, MOST_OUTPUTS // _power_of_two(head_dim))
-        rows = min(most, max(16, _power_of_two(real)))
+        most = min(MOST_ROWS, MOST_OUTPUTS // power_of_two(head_dim))
+        rows = min(most, max(16, power_of_two(real)))
         return cls(real, rows, -(-real // rows))
 
 
@@ -86,7 +86,7 @@ def settings_for(shared_bytes: int, head_dim: int, itemsize: int, rows: int, lan
     `few` says that the KV heads of all lanes are no more than the GPU's multiprocessors. The choice was measured on an
     H200 with the heads of Llama-3-8B: large tiles are slow for many lanes, whose sequences are mostly short.
     """
-    large = rows * _power_of_two(head_dim) > MOST_OUTPUTS // 2
+    large = rows * power_of_two(head_dim) > MOST_OUTPUTS // 2
     shared_bytes = shared_bytes if large else shared_bytes // 2
     tile = 128 if lanes <= MANY_LANES and not large else 64
     while tile > 16 and _tile_bytes(tile, head_dim, itemsize) > shared_bytes - RESERVE:
@@ -103,10 +103,10 @@ RESERVE = 8 << 10
 
 
 def _tile_bytes(tile: int, head_dim: int, itemsize: int) -> int:
-    return 2 * tile * _power_of_two(head_dim) * itemsize
+    return 2 * tile * power_of_two(head_dim) * itemsize
 
 
-def _power_of_two(least: int) -> int:
+def power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
@@ -135,7 +135,7 @@ class Workspace:
     """Memory in which programs leave partial results of heads; for launches of up to `lanes` lanes on one stream."""
 
     def __init__(self, device: torch.device, programs: int, lanes: int, kv_heads: int, rows: Rows, head_dim: int):
-        parts, dims = 2 * programs, _power_of_two(head_dim)
+        parts, dims = 2 * programs, power_of_two(head_dim)
         self.tops, self.totals = torch.empty(2, parts, rows.rows, dtype=torch.float32, device=device)
         self.outs = torch.empty(parts, rows.rows, dims, dtype=torch.float32, device=device)
         self.arrived = torch.zeros(lanes * kv_heads * rows.blocks, dtype=torch.int32, device=device)
@@ -171,7 +171,7 @@ def launch(
     lanes, queries, heads, dim = q.shape
     kv_heads = kv.k.shape[2]
     rows = Rows.of(heads // kv_heads, queries, dim)
-    dims, part_rows = _power_of_two(dim), min(rows.rows, _power_of_two(rows.real))
+    dims, part_rows = power_of_two(dim), min(rows.rows, power_of_two(rows.real))
     more = {"launch_pdl": True} if features.pdl else {}
     of_slot, of_token, of_head, _ = kv.k.stride()
     k_tiles, v_tiles = tiles if tiles is not None else (0, 0)
@@ -204,7 +204,7 @@ def launch(
         TILE=settings.tile,
         ROWS=rows.rows,
         ROW_BLOCKS=rows.blocks,
-        LANES=max(64, _power_of_two(lanes)),
+        LANES=max(64, power_of_two(lanes)),
         STAGES=settings.stages,
         PARTS=max(1, min(16, MOST_OUTPUTS // (part_rows * dims))),
         PART_ROWS=part_rows,
@@ -225,5 +225,5 @@ def tensor_maps(kv: FlatKV, tile: int) -> list[Any]:
     """TMA descriptors of K and V of a layer, for loads of `tile` tokens of a head."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    box = [1, tile, 1, _power_of_two(kv.k.shape[3])]
+    box = [1, tile, 1, power_of_two(kv.k.shape[3])]
     return [TensorDescriptor(x, list(x.shape), list(x.stride()), box) for x in (kv.k, kv.v)]

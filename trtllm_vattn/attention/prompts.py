@@ -1,0 +1,190 @@
+"""Prompts straight over flat KV: the Triton kernel of prompt_kernel.py on a GPU, the torch backend on the host.
+
+All chunks of a pass are attended to in one launch, which reads them on the device: a captured pass serves any chunks.
+Nothing past a sequence's length is loaded; tests/attention shows this on a GPU over unmapped pages.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from trtllm_vattn.attention.base import PackedPrefill, PrefillChunk
+from trtllm_vattn.attention.gather import GatheringAttention
+from trtllm_vattn.attention.prompt_launch import (
+    MOST_BLOCK_M,
+    PromptPlan,
+    PromptSettings,
+    PromptWorkspace,
+    attend,
+    plan,
+    prompt_settings,
+)
+from trtllm_vattn.attention.reference import TorchAttention
+from trtllm_vattn.attention.shares_launch import HOPPER, Features, programs_at_once, tensor_maps
+from trtllm_vattn.cache.base import FlatKV, KVCache
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.vmm.tensors import upload
+
+
+class PromptKernel:
+    """Causal attention of chunks over the flat KV of one cache on a GPU; all launches must be on one stream."""
+
+    name: ClassVar[str] = "triton"
+
+    def __init__(self, cache: KVCache, num_heads: int, scale: float) -> None:
+        first = cache.layer(0)
+        assert isinstance(first, FlatKV)
+        self.cache, self.num_heads, self.scale = cache, num_heads, scale
+        self._card = torch.cuda.get_device_properties(cache.device)
+        self._hopper = torch.cuda.get_device_capability(cache.device)[0] == HOPPER
+        self._tma = Features.of(cache.device, first).tma
+        self._workspace = PromptWorkspace(cache.device, self._card.multi_processor_count, cache.shape.head_dim)
+        self._resident: dict[PromptSettings, int] = {}
+        """Programs of a multiprocessor, by settings; known after the first launch."""
+        self._maps: dict[tuple[int, int], list[Any]] = {}
+
+    def storages(self) -> list[torch.Tensor]:
+        """Tensors that a captured step may touch."""
+        return self._workspace.storages()
+
+    def plan(self, descriptors: torch.Tensor, rows: int, keep: int) -> PromptPlan:
+        """What `attend` needs for a step of `rows` rows with these chunks, int32 ``[chunks, 4]``
+        (`PackedPrefill.descriptors`). Rows of no chunk stay as they are before `keep` and before the last chunk's end,
+        and get zeros behind them."""
+        shape, card = self.cache.shape, self._card
+        multiprocessors: int = card.multi_processor_count
+        tiles = -(-rows * self.num_heads // MOST_BLOCK_M)
+        shared = card.shared_memory_per_multiprocessor
+        settings = prompt_settings(shape.head_dim, shape.dtype.itemsize, shared, tiles, multiprocessors, self._hopper)
+        programs = multiprocessors * self._resident.get(settings, settings.resident)
+        most_parts = self._workspace.most_parts
+        return plan(descriptors, rows, keep, self.num_heads, shape.num_kv_heads, settings, programs, most_parts)
+
+    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor, planned: PromptPlan) -> None:
+        """Attend with the rows of the chunks in q ``[rows, num_heads, head_dim]``, contiguous; the result goes to the
+        same rows of `out`, of the same shape."""
+        kv = self.cache.layer(layer)
+        assert isinstance(kv, FlatKV)
+        maps = self._maps_of(layer, kv, planned.settings.block_n) if self._tma else None
+        kernel = attend(q, kv, out, planned, self._workspace, self.scale, maps)
+        if planned.settings not in self._resident:
+            fitting = programs_at_once(kernel, self._card.shared_memory_per_multiprocessor)
+            self._resident[planned.settings] = min(fitting, planned.settings.resident)
+
+    def _maps_of(self, layer: int, kv: FlatKV, block: int) -> list[Any]:
+        maps = self._maps.get((layer, block))
+        if maps is None:
+            maps = self._maps[layer, block] = tensor_maps(kv, block)
+        return maps
+
+
+class FlatPromptsAttention(GatheringAttention):
+    """Base of backends over flat KV whose prompts, and mixed passes, go through a `PromptKernel`.
+
+    Parameters
+    ----------
+    prompts : PromptKernel or None
+        One to share with another backend over the same cache; None makes one, on a GPU.
+
+    Raises
+    ------
+    ConfigError
+        The cache keeps blocks.
+    """
+
+    captures_prompts: ClassVar[bool] = True
+
+    def __init__(
+        self, cache: KVCache, num_heads: int, scale: float | None = None, prompts: PromptKernel | None = None
+    ) -> None:
+        super().__init__(cache, num_heads, scale)
+        if not isinstance(cache.layer(0), FlatKV):
+            raise ConfigError(
+                f"the {self.name} backend reads flat K and V, not the blocks of a {type(cache).__name__}; use the "
+                "vattn cache, or the cudnn or xqa backend"
+            )
+        self._on_gpu = cache.device.type == "cuda"
+        self.prompts = PromptKernel(cache, num_heads, self.scale) if prompts is None and self._on_gpu else prompts
+        self._reference = TorchAttention(cache, num_heads, scale)
+        """On the host it takes the kernels' place."""
+
+    def begin_step(self) -> None:
+        super().begin_step()
+        self._reference.begin_step()
+
+    def storages(self) -> list[torch.Tensor]:
+        own = self.prompts.storages() if self.prompts is not None else []
+        return [*super().storages(), *self._reference.storages(), *own]
+
+    def prefill(self, layer: int, q: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
+        packed = self._once_a_step(partial(PackedPrefill, [chunk]), chunk)
+        return self.prefill_packed(layer, q, packed)
+
+    def prefill_packed(self, layer: int, q: torch.Tensor, packed: PackedPrefill) -> torch.Tensor:
+        q = q.contiguous()
+        out = torch.empty_like(q) if self._on_gpu and not _has_gaps(packed) else torch.zeros_like(q)
+        self._attend_prompts(layer, q, out, packed, 0)
+        return out
+
+    def attend_mixed(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        decode_rows: int,
+        lengths: torch.Tensor,
+        slots: torch.Tensor,
+        packed: PackedPrefill,
+    ) -> torch.Tensor:
+        q = q.contiguous()
+        out = torch.empty_like(q) if self._on_gpu and not _has_gaps(packed) else torch.zeros_like(q)
+        self._decode_mixed(layer, q[:decode_rows], lengths, slots, out[:decode_rows])
+        self._attend_prompts(layer, q, out, packed, decode_rows)
+        return out
+
+    def _decode_mixed(
+        self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Decode the lanes of a mixed pass."""
+        if len(q):
+            self.decode(layer, q, lengths, slots, out)
+
+    def _attend_prompts(
+        self, layer: int, q: torch.Tensor, out: torch.Tensor, packed: PackedPrefill, decode_rows: int
+    ) -> None:
+        make = partial(_descriptors_of, packed, decode_rows, self.cache.device)
+        descriptors = self._once_a_step(make, packed)
+        if self.prompts is None:
+            extent = max(chunk.max_length for chunk in packed.chunks) if packed.chunks else None
+            self._reference.attend_chunks(layer, q, out, descriptors, extent)
+            return
+        planned = self._once_a_step(partial(self.prompts.plan, descriptors, len(q), decode_rows), packed, descriptors)
+        self.prompts.attend(layer, q, out, planned)
+
+
+def _descriptors_of(packed: PackedPrefill, first_row: int, device: torch.device) -> torch.Tensor:
+    """`PackedPrefill.descriptors`; where chunks have none, the first one begins at `first_row`."""
+    if packed.descriptors is not None:
+        return packed.descriptors
+    firsts = first_row + np.cumsum([0, *(chunk.rows for chunk in packed.chunks)])[:-1]
+    if packed.spans:
+        numbers = [(span.end - span.start, span.end, span.slot) for span in packed.spans]
+        return upload(np.column_stack([firsts, np.array(numbers)]).astype(np.int32), device)
+    made = [
+        torch.cat([chunk.length.new_full((1,), int(first)), chunk.query_len, chunk.length, chunk.slot.to(torch.int32)])
+        for first, chunk in zip(firsts, packed.chunks, strict=True)
+    ]
+    return torch.stack(made)
+
+
+def _has_gaps(packed: PackedPrefill) -> bool:
+    """Whether rows between chunks may belong to none: padding of a chunk that is not the last."""
+    if packed.descriptors is not None or len(packed.chunks) == 1:
+        return False
+    if not packed.spans:
+        return True
+    pairs = list(zip(packed.chunks, packed.spans, strict=True))
+    return any(chunk.rows != span.end - span.start for chunk, span in pairs[:-1])
