@@ -143,7 +143,6 @@ def test_a_mixed_pass_is_its_lanes_and_its_chunks(attention: Attention, data: st
     out = attention.attend_mixed(
         1,
         q,
-        len(lane_slots),
         torch.tensor(lane_lengths, dtype=torch.int32),
         torch.tensor(lane_slots, dtype=torch.int64),
         packed,
@@ -166,7 +165,7 @@ def test_the_default_of_a_mixed_pass_is_the_same(attention: Attention) -> None:
     outputs = []
     for backend in (attention, torch_backend):
         backend.begin_step()
-        outputs.append(backend.attend_mixed(1, q, 2, lengths, slots, packed))
+        outputs.append(backend.attend_mixed(1, q, lengths, slots, packed))
     torch.testing.assert_close(*outputs)
     assert attention.captures_prompts
 

@@ -130,15 +130,15 @@ class FlatPromptsAttention(GatheringAttention):
         self,
         layer: int,
         q: torch.Tensor,
-        decode_rows: int,
-        lengths: torch.Tensor,
-        slots: torch.Tensor,
+        decode_lengths: torch.Tensor,
+        decode_slots: torch.Tensor,
         packed: PackedPrefill,
     ) -> torch.Tensor:
         q = q.contiguous()
         out = torch.empty_like(q) if self._on_gpu and not _has_gaps(packed) else torch.zeros_like(q)
-        self._decode_mixed(layer, q[:decode_rows], lengths, slots, out[:decode_rows])
-        self._attend_prompts(layer, q, out, packed, decode_rows)
+        lanes = len(decode_lengths)
+        self._decode_mixed(layer, q[:lanes], decode_lengths, decode_slots, out[:lanes])
+        self._attend_prompts(layer, q, out, packed, lanes)
         return out
 
     def _decode_mixed(

@@ -69,15 +69,14 @@ class TorchAttention(GatheringAttention):
         self,
         layer: int,
         q: torch.Tensor,
-        decode_rows: int,
-        lengths: torch.Tensor,
-        slots: torch.Tensor,
+        decode_lengths: torch.Tensor,
+        decode_slots: torch.Tensor,
         packed: PackedPrefill,
     ) -> torch.Tensor:
         if packed.descriptors is None:
-            return super().attend_mixed(layer, q, decode_rows, lengths, slots, packed)
-        out = torch.zeros_like(q)
-        self.decode(layer, q[:decode_rows], lengths, slots, out[:decode_rows])
+            return super().attend_mixed(layer, q, decode_lengths, decode_slots, packed)
+        out, lanes = torch.zeros_like(q), len(decode_lengths)
+        self.decode(layer, q[:lanes], decode_lengths, decode_slots, out[:lanes])
         return self.attend_chunks(layer, q, out, packed.descriptors)
 
     def attend_chunks(
