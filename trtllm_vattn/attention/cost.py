@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,48 +95,67 @@ def calibration_lengths(backed: np.ndarray) -> list[np.ndarray]:
     return [np.minimum(np.maximum(shape, lane < 1), backed) for shape in shapes]
 
 
-def default_path() -> Path:
-    """The file in which costs are stored: below XDG_CACHE_HOME, or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trtllm-vattn" / "attention-costs.json"
+def default_path(name: str = "attention-costs.json") -> Path:
+    """A file in which measurements are stored: below XDG_CACHE_HOME, or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trtllm-vattn" / name
 
 
-class CostFile:
-    """A JSON file of costs by a key that names the GPU, versions, shape and lanes.
+class JsonFile:
+    """A JSON file of values by key, for what is measured once on a machine.
 
-    If the file cannot be read or written, this is logged, and costs are measured again.
+    If the file cannot be read or written, this is logged, and values are measured again.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = default_path() if path is None else path
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
-    def get(self, key: str) -> dict[str, Cost] | None:
-        """Costs by kernel, or None if there are none for the key."""
+    def read(self, key: str) -> Any:
+        """The value of a key; None if there is none."""
         try:
-            found = self._read().get(key)
-            return None if found is None else {name: Cost(**cost) for name, cost in found.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            logger.warning("costs in %s cannot be used and are measured again: %s", self.path, error)
+            return self._all().get(key)
+        except (OSError, ValueError) as error:
+            logger.warning("%s cannot be used, what it holds is measured again: %s", self.path, error)
             return None
 
-    def put(self, key: str, costs: Mapping[str, Cost]) -> None:
-        """Store costs; the file's other keys stay."""
+    def write(self, key: str, value: Any) -> None:
+        """Store a value; the file's other keys stay."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                known = self._read()
+                known = self._all()
             except ValueError:
                 known = {}
-            known[key] = {name: asdict(cost) for name, cost in costs.items()}
+            known[key] = value
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
                 json.dump(known, file, indent=1)
             os.replace(file.name, self.path)
         except OSError as error:
-            logger.warning("costs are not stored, %s cannot be written: %s", self.path, error)
+            logger.warning("what was measured is not stored, %s cannot be written: %s", self.path, error)
 
-    def _read(self) -> dict[str, dict[str, dict[str, float]]]:
+    def _all(self) -> dict[str, Any]:
         if not self.path.exists():
             return {}
         known = json.loads(self.path.read_text())
         if not isinstance(known, dict):
             raise ValueError("it holds no object")
         return known
+
+
+class CostFile(JsonFile):
+    """Costs by a key that names the GPU, versions, shape and lanes."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        super().__init__(default_path() if path is None else path)
+
+    def get(self, key: str) -> dict[str, Cost] | None:
+        """Costs by kernel, or None if there are none for the key."""
+        try:
+            found = self.read(key)
+            return None if found is None else {name: Cost(**cost) for name, cost in found.items()}
+        except (TypeError, AttributeError) as error:
+            logger.warning("costs in %s cannot be used and are measured again: %s", self.path, error)
+            return None
+
+    def put(self, key: str, costs: Mapping[str, Cost]) -> None:
+        """Store costs; the file's other keys stay."""
+        self.write(key, {name: asdict(cost) for name, cost in costs.items()})

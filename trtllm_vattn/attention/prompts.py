@@ -6,13 +6,14 @@ Nothing past a sequence's length is loaded; tests/attention shows this on a GPU 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 
-from trtllm_vattn.attention.base import PackedPrefill, PrefillChunk
+from trtllm_vattn.attention.base import PackedPrefill, PrefillChunk, Span
 from trtllm_vattn.attention.gather import GatheringAttention
 from trtllm_vattn.attention.prompt_launch import (
     MOST_BLOCK_M,
@@ -82,6 +83,18 @@ class PromptKernel:
         return maps
 
 
+class HostPlanned(Protocol):
+    """Another library's kernel for chunks that the host knows, which plans every pass on the host."""
+
+    name: ClassVar[str]
+
+    def plan(self, spans: Sequence[Span]) -> Any:
+        """What `attend` needs for a pass over these chunks, whose rows follow one another."""
+
+    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor, planned: Any) -> None:
+        """q ``[rows of all chunks, num_heads, head_dim]`` to `out`, of the same shape, contiguous."""
+
+
 class FlatPromptsAttention(GatheringAttention):
     """Base of backends over flat KV whose prompts, and mixed passes, go through a `PromptKernel`.
 
@@ -109,6 +122,8 @@ class FlatPromptsAttention(GatheringAttention):
             )
         self._on_gpu = cache.device.type == "cuda"
         self.prompts = PromptKernel(cache, num_heads, self.scale) if prompts is None and self._on_gpu else prompts
+        self.host_planned: HostPlanned | None = None
+        """If set, it attends in passes whose chunks the host knows."""
         self._reference = TorchAttention(cache, num_heads, scale)
         """On the host it takes the kernels' place."""
 
@@ -151,6 +166,12 @@ class FlatPromptsAttention(GatheringAttention):
     def _attend_prompts(
         self, layer: int, q: torch.Tensor, out: torch.Tensor, packed: PackedPrefill, decode_rows: int
     ) -> None:
+        if self.host_planned is not None and packed.spans and packed.descriptors is None and not _has_gaps(packed):
+            planned_by_host = self._once_a_step(partial(self.host_planned.plan, packed.spans), packed)
+            end = decode_rows + sum(span.end - span.start for span in packed.spans)
+            self.host_planned.attend(layer, q[decode_rows:end], out[decode_rows:end], planned_by_host)
+            out[end:] = 0
+            return
         make = partial(_descriptors_of, packed, decode_rows, self.cache.device)
         descriptors = self._once_a_step(make, packed)
         if self.prompts is None:

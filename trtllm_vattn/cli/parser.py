@@ -16,6 +16,7 @@ COMMANDS = {
         "trtllm_vattn.bench.cases.demo",
     ),
     "plugin": ("TensorRT engines: list, build, inspect", "trtllm_vattn.cli.plugin"),
+    "warm-up": ("compile once what would take minutes at a first request", "trtllm_vattn.cli.warm_up"),
     "run": ("run a command with TensorRT-LLM's KV cache at fixed addresses", "trtllm_vattn.cli.run"),
 }
 BENCHMARKS = {
