@@ -117,13 +117,10 @@ def ours(
 def peers(cache: KVCache, chunks: list[tuple[int, int]], q: torch.Tensor) -> dict[str, float | str]:
     """Microseconds a layer of other libraries' kernels, or why there are none."""
     scale, spans = q.shape[2] ** -0.5, [Span(slot, end - rows, end) for slot, (rows, end) in enumerate(chunks)]
-    made = [
-        PrefillChunk(
-            rows, torch.tensor([slot], device="cuda"), *(torch.tensor([n], dtype=torch.int32, device="cuda") for n in
-            (rows, end)), end
-        )
-        for slot, (rows, end) in enumerate(chunks)
-    ]  # fmt: skip
+    made = []
+    for slot, (rows, end) in enumerate(chunks):
+        count, length = (torch.tensor([n], dtype=torch.int32, device="cuda") for n in (rows, end))
+        made.append(PrefillChunk(rows, torch.tensor([slot], device="cuda"), count, length, end))
     result: dict[str, float | str] = {}
     packed = PackedPrefill(made, spans)
     try:

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
 
 MIN_CHUNK_ROWS = 16
@@ -119,6 +121,30 @@ class Attention(ABC):
             self._of_step[key] = (inputs, make())
         made: T = self._of_step[key][1]
         return made
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Kernels of `decode`, of which `pick` names one; a step is captured once for each."""
+        return (self.name,)
+
+    def measure(self, lanes: Sequence[int], anywhere: bool = False) -> None:  # noqa: B027
+        """Find out what `pick` needs to know for batches of so many lanes; measured once on a machine and stored.
+
+        `anywhere` says that lane i need not be slot i. Called outside of a capture.
+        """
+
+    def pick(self, lengths: np.ndarray, anywhere: bool = False) -> str:
+        """The fastest of `variants` for lengths int ``[lanes]``, 0 for idle lanes; the host alone is asked."""
+        return self.variants[0]
+
+    def use(self, variant: str) -> None:
+        """Decode by this one of `variants` from now on. Raises ConfigError if it is not among them."""
+        if variant not in self.variants:
+            raise ConfigError(f"no kernel {variant!r} to pick from; there are {', '.join(self.variants)}")
+
+    def describe(self) -> str:
+        """The kernels of decode and of prompts, for people."""
+        return self.name
 
     def storages(self) -> list[torch.Tensor]:
         """Tensors of the backend itself (index ranges, workspaces) that a captured step may touch."""

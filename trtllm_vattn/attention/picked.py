@@ -9,20 +9,39 @@ whose result for a sequence depends on that sequence alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from statistics import median
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention import trust
+from trtllm_vattn.attention.base import Attention, PackedPrefill, PrefillChunk, Span
 from trtllm_vattn.attention.cost import Cost, CostFile, Load, calibration_lengths, cheapest
 from trtllm_vattn.attention.cudnn import CudnnAttention
-from trtllm_vattn.attention.prompts import FlatPromptsAttention
+from trtllm_vattn.attention.prompts import FlatPromptsAttention, PromptKernel
 from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.attention.shares import SharesAttention
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import VattnError
+from trtllm_vattn.graphs.capture import collector_off
+
+logger = logging.getLogger(__name__)
+
+PROMPT_SIZES = ((256, 256), (2048, 2048), (2048, 8192))
+"""Rows and length of the chunks by which the kernel for prompts is chosen."""
+SCRATCH_LAYERS = 4
+SCRATCH_TOKENS = (8192, 2048)
+"""Tokens of each of the first `LONG_ONES` slots, and of the others, over which kernels are measured."""
+LONG_ONES = 16
+SCRATCH_SHARE = 8
+"""Measuring takes at most one part in so many of the GPU's free memory."""
 
 Timed = Callable[[Callable[[], object]], float]
 """Calls a function of all layers (captured if possible) and returns how many microseconds it took."""
@@ -75,16 +94,90 @@ class PickedAttention(FlatPromptsAttention):
     def pick(self, lengths: np.ndarray, anywhere: bool = False) -> str:
         """The fastest kernel for lengths int ``[lanes]``, 0 for idle lanes; it takes a few microseconds.
 
-        `anywhere` says that lane i need not be slot i. For a number of lanes without costs (`learn`), the first kernel.
+        `anywhere` says that lane i need not be slot i. For a number of lanes without costs (`learn`, `measure`), the
+        first kernel.
         """
-        costs = self._costs.get((len(lengths), anywhere))
+        costs = self._costs.get((measured_lanes(len(lengths), self.cache.shape.num_slots), anywhere))
         return self._first if costs is None else cheapest(costs, lengths)
 
-    def use(self, kernel: str) -> None:
-        """Decode by this kernel from now on. Raises ConfigError if it is not among `kernels`."""
-        if kernel not in self.kernels:
-            raise ConfigError(f"no kernel {kernel!r} to pick from; there are {', '.join(self.kernels)}")
-        self._current = kernel
+    def use(self, variant: str) -> None:
+        super().use(variant)
+        self._current = variant
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return tuple(self.kernels)
+
+    def describe(self) -> str:
+        decode = " or ".join(self.kernels) + (" by lengths" if len(self.kernels) > 1 else "")
+        prompts = self.prompts.name if self.prompts is not None else TorchAttention.name
+        if self.host_planned is not None:
+            prompts = f"{self.host_planned.name}, {prompts} where captured"
+        return f"decode: {decode}; prompts: {prompts}"
+
+    def measure(self, lanes: Sequence[int], anywhere: bool = False) -> None:
+        if len(self.kernels) == 1 or self.cache.device.type != "cuda":
+            return
+        try:
+            self._measure_here(lanes, anywhere, CostFile())
+        except (RuntimeError, VattnError) as error:
+            logger.warning("%s decodes all batches, and %s", self._first, f"measuring kernels failed: {error}")
+
+    def _measure_here(self, lanes: Sequence[int], anywhere: bool, file: CostFile) -> None:
+        """Costs for each number of lanes, rounded up as `pick` does, and the fastest kernel for prompts: from the file,
+        or measured over a cache made for it."""
+        wanted = sorted({measured_lanes(each, self.cache.shape.num_slots) for each in lanes})
+        card = card_and_versions()
+        keys = {each: self._key(each, anywhere, f"apart {card}") for each in wanted}
+        known = {
+            each: costs for each, key in keys.items() if (costs := file.get(key)) and set(costs) == set(self.kernels)
+        }
+        self._costs.update({(each, anywhere): costs for each, costs in known.items()})
+        prompts_key = f"prompts {self._key(0, False, card)}"
+        provider = file.read(prompts_key)
+        usable = [name for name in trust.PROVIDERS if trust.why_not(name, self.cache.shape, self.num_heads) == "yes"]
+        if len(known) < len(keys) or provider not in (PromptKernel.name, *usable):
+            with scratch_cache(self.cache, wanted[-1]) as cache:
+                apart = PickedAttention(cache, self.num_heads, self.scale)
+                for each in wanted:
+                    if each not in known:
+                        backed = cache.lengths[:each].copy()
+                        costs = apart.learn(backed, replayed_us, anywhere)
+                        file.put(keys[each], costs)
+                        self._costs[each, anywhere] = costs
+                times = apart.prompt_us(usable)
+            provider = min(times, key=lambda name: sum(times[name]))
+            logger.info("us a layer of prompts: %s", times)
+            file.write(prompts_key, provider)
+        if provider != PromptKernel.name:
+            self.host_planned = trust.PROVIDERS[provider][0](self.cache, self.num_heads, self.scale)
+
+    def prompt_us(self, providers: Sequence[str]) -> dict[str, list[float]]:
+        """Microseconds a layer of a few chunks of the first slot, by the kernel of prompts.py and by `providers`."""
+        shape, most = self.cache.shape, int(self.cache.lengths[0])
+        times: dict[str, list[float]] = {}
+        for name in (PromptKernel.name, *providers):
+            made = (
+                None if name == PromptKernel.name else trust.PROVIDERS[name][0](self.cache, self.num_heads, self.scale)
+            )
+            self.host_planned = made
+            for rows, length in PROMPT_SIZES:
+                length = min(length, most)
+                rows = min(rows, length)
+                q = torch.zeros(rows, self.num_heads, shape.head_dim, dtype=shape.dtype, device=self.cache.device)
+                count, end = (torch.full((1,), n, dtype=torch.int32, device=q.device) for n in (rows, length))
+                slot = torch.zeros(1, dtype=torch.int64, device=q.device)
+                packed = PackedPrefill([PrefillChunk(rows, slot, count, end, length)], [Span(0, length - rows, length)])
+                # A new step would plan again, which may not be captured.
+                self.begin_step()
+
+                def layers(q: torch.Tensor = q, packed: PackedPrefill = packed) -> None:
+                    for layer in range(shape.num_layers):
+                        self.prefill_packed(layer, q, packed)
+
+                times.setdefault(name, []).append(replayed_us(layers) / shape.num_layers)
+        self.host_planned = None
+        return times
 
     def learn(
         self, backed: np.ndarray, timed: Timed, anywhere: bool = False, file: CostFile | None = None, card: str = ""
@@ -155,3 +248,53 @@ class PickedAttention(FlatPromptsAttention):
         kernel = self.kernels.get(SharesAttention.name, self.kernels[self._current])
         if len(q):
             kernel.decode(layer, q, lengths, slots, out)
+
+
+def measured_lanes(lanes: int, most: int) -> int:
+    """The number of lanes whose costs are taken for `lanes`: a power of two, or `most`."""
+    return min(most, 1 << max(0, lanes - 1).bit_length())
+
+
+def card_and_versions() -> str:
+    """What costs depend on besides shapes."""
+    cudnn: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return f"{torch.cuda.get_device_name()} torch {torch.__version__} cudnn {cudnn}"
+
+
+def replayed_us(work: Callable[[], object], replays: int = 5) -> float:
+    """Microseconds of a captured call: the median of some replays."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with collector_off(), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        work()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]  # type: ignore[no-untyped-call]
+    graph.replay()
+    for event in events[:-1]:
+        event.record()
+        graph.replay()
+    events[-1].record()
+    torch.cuda.synchronize()
+    return 1e3 * float(median(start.elapsed_time(end) for start, end in pairwise(events)))
+
+
+@contextmanager
+def scratch_cache(like: KVCache, slots: int) -> Iterator[KVCache]:
+    """A flat cache of random tokens beside another one, as that one's shape is, for as long as kernels are measured."""
+    shape = like.shape
+    longest = min(SCRATCH_TOKENS[0], shape.max_seq_len)
+    lengths = np.where(np.arange(slots) < LONG_ONES, longest, min(SCRATCH_TOKENS[1], longest))
+    small = replace(shape, num_layers=min(SCRATCH_LAYERS, shape.num_layers), num_slots=slots, max_seq_len=longest)
+    free, _ = torch.cuda.mem_get_info(like.device)
+    share = free / SCRATCH_SHARE / (int(lengths.sum()) * small.token_bytes)
+    lengths = np.maximum(1, (lengths * min(1.0, share)).astype(np.int64))
+    with make_cache("vattn", small, like.device, lookahead=0) as cache:
+        for slot, length in enumerate(lengths.tolist()):
+            cache.admit(slot, length)
+            for layer in range(small.num_layers):
+                kv = cache.layer(layer)
+                kv.k[slot, :length].normal_()
+                kv.v[slot, :length].normal_()
+        yield cache

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+
 from trtllm_vattn.attention import cudnn, fmha, shares, xqa
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.decode_only import default_attention
+from trtllm_vattn.attention.picked import PickedAttention
 from trtllm_vattn.attention.reference import TorchAttention
-from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.errors import ConfigError
 
-_BACKENDS = {
-    "auto": default_attention,
+
+def automatic(cache: KVCache, num_heads: int, scale: float | None = None, *, deterministic: bool = False) -> Attention:
+    """The picked backend (picked.py) if its kernels work over this cache, else `default_attention`."""
+    shape = cache.shape
+    flat = isinstance(cache.layer(0), FlatKV) and shape.kv_factor == 2
+    half = shape.dtype in (torch.float16, torch.bfloat16) and shape.head_dim in shares.HEAD_SIZES
+    if cache.device.type == "cuda" and flat and half and cudnn.availability() == shares.availability() == "yes":
+        return PickedAttention(cache, num_heads, scale, deterministic=deterministic)
+    return default_attention(cache, num_heads, scale)
+
+
+_BACKENDS: dict[str, Callable[[KVCache, int, float | None], Attention]] = {
     "torch": TorchAttention,
     "cudnn": cudnn.CudnnAttention,
     "xqa": xqa.XqaAttention,
     "xqa-fmha": fmha.XqaFmhaAttention,
     "shares": shares.SharesAttention,
 }
-BACKENDS = tuple(_BACKENDS)
+BACKENDS = ("auto", *_BACKENDS)
 
 
-def make_attention(name: str, cache: KVCache, num_heads: int, scale: float | None = None) -> Attention:
-    """Make a backend over a cache; ``auto`` is cudnn if it works over the cache, else torch.
+def make_attention(
+    name: str, cache: KVCache, num_heads: int, scale: float | None = None, *, deterministic: bool = False
+) -> Attention:
+    """Make a backend over a cache.
+
+    ``auto`` is, over flat KV on a GPU, cudnn or shares by the lengths at hand, and cudnn alone if `deterministic`;
+    elsewhere cudnn if it works over the cache, else torch. The other backends have one kernel.
 
     Raises ConfigError for an unknown name, for query heads that are no multiple of the cache's KV heads, and if the
     backend does not support the cache or this machine.
@@ -30,8 +50,10 @@ def make_attention(name: str, cache: KVCache, num_heads: int, scale: float | Non
         raise ConfigError(
             f"{num_heads} query heads over {cache.shape.num_kv_heads} kv heads; there must be a multiple of the latter"
         )
-    if name not in _BACKENDS:
+    if name not in BACKENDS:
         raise ConfigError(f"no attention backend {name!r}; there are {', '.join(BACKENDS)}")
+    if name == "auto":
+        return automatic(cache, num_heads, scale, deterministic=deterministic)
     return _BACKENDS[name](cache, num_heads, scale)
 
 

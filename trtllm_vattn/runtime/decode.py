@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -216,13 +217,18 @@ class DecodeBatch:
         ]
         self.static = static
         go = self._go if loop else None
-        self.runner = GraphRunner(self._greedy_step, buckets, static, device, go)
-        # Captured when the first sequence comes whose tokens are sampled: sorting a vocabulary takes a lot of the pool.
-        self._sampler = GraphRunner(self._sampling_step, buckets, static, device, go, pool=self.runner.pool)
+        first, *others = attention.variants
+        self.runner = GraphRunner(partial(self._step, first, False), buckets, static, device, go)
+        # The others are captured when they are first used. Sorting a vocabulary takes a lot of the pool, and not every
+        # load has batches for which another kernel of attention is faster.
+        self._runners = {(first, False): self.runner}
+        for key in [(first, True), *((variant, sampled) for variant in others for sampled in (False, True))]:
+            self._runners[key] = GraphRunner(partial(self._step, *key), buckets, static, device, go, self.runner.pool)
         self.captured = False
 
     def capture(self) -> CaptureReport:
         """Capture every bucket; launches are replays from then on."""
+        self.attention.measure(self.runner.buckets, self.packed)
         report = self.runner.capture()
         self.captured = self._miscounted = True
         return report
@@ -234,6 +240,11 @@ class DecodeBatch:
         return column
 
     # -- one step --------------------------------------------------------------------------------------------------
+
+    def _step(self, variant: str, sampled: bool, bucket: int) -> Outputs:
+        """A step by one of the attention's kernels."""
+        self.attention.use(variant)
+        return self._sampling_step(bucket) if sampled else self._greedy_step(bucket)
 
     def _forward(self, bucket: int) -> torch.Tensor:
         positions, tokens, slots, lengths = self.inputs[:4, :bucket]
@@ -391,11 +402,12 @@ class DecodeBatch:
         under way. Raises UnmappedAccess before anything is launched."""
         guarded = self.check(1 if self.loop else steps)
         bucket = self.bucket
-        runner = self._sampler if self._params else self.runner
+        variant = self.attention.pick(self.lengths[:bucket], self.packed)
+        runner = self._runners[variant, self.sampling]
         self.capture_missing(runner, bucket)
         self.send(steps)
         if not self.captured:
-            (logits,) = self._run_eagerly(runner, bucket, steps)
+            (logits,) = self._run_eagerly(variant, bucket, steps)
         elif self.loop:
             (logits,) = runner.replay_while(bucket)
         else:
@@ -498,10 +510,9 @@ class DecodeBatch:
         """Tell a running loop how long sequences may be now; to be called after memory was made accessible."""
         self._frontiers[:-1] = self.guard.longest()
 
-    def _run_eagerly(self, runner: GraphRunner, bucket: int, steps: int) -> Outputs:
-        step = self._sampling_step if runner is self._sampler else self._greedy_step
+    def _run_eagerly(self, variant: str, bucket: int, steps: int) -> Outputs:
         for _ in range(steps):
-            outputs = step(bucket)
+            outputs = self._step(variant, self.sampling, bucket)
             if self.loop and not self._go.item():
                 break
         return outputs
@@ -517,18 +528,21 @@ class DecodeBatch:
         self._sampling.copy_(upload(rows, self._sampling.device))
 
     def audit(self, bucket: int | None = None) -> AuditReport:
-        """Whose the addresses are that graphs hold, of a bucket or of all: greedy steps, those that sample,
-        where any did, and launches of many steps. Raises CaptureError where there is no graph."""
+        """Whose the addresses are that graphs hold, of a bucket or of all: greedy steps, those that sample and those of
+        other kernels of attention, where any did, and launches of many steps. Raises CaptureError where there is no
+        graph."""
         regions = self.attention.regions()
-        reports = [self.runner.audit(regions, "decode step", bucket)]
-        if bucket in self._sampler.captured or (bucket is None and self._sampler.captured):
-            reports.append(self._sampler.audit(regions, "sampling step", bucket))
+        reports = []
+        for (variant, sampled), runner in self._runners.items():
+            if runner is self.runner or bucket in runner.captured or (bucket is None and runner.captured):
+                by = "" if len(self.attention.variants) == 1 else f" by {variant}"
+                reports.append(runner.audit(regions, f"{'sampling' if sampled else 'decode'} step{by}", bucket))
         return AuditReport.joined(reports)
 
     def close(self) -> None:
         """Drop all graphs. Idempotent."""
-        self.runner.close()
-        self._sampler.close()
+        for runner in self._runners.values():
+            runner.close()
 
 
 def _mirrored(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
