@@ -8,13 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ties import by_request
 
+from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.cost import Cost, CostFile, Load, calibration_lengths, cheapest
-from trtllm_vattn.attention.picked import PickedAttention
+from trtllm_vattn.attention.picked import PickedAttention, measured_lanes
 from trtllm_vattn.attention.reference import TorchAttention
-from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.attention.select import available, make_attention
+from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime import engine as engine_module
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.sampling import SamplingParams
 
 EVEN = Cost(fixed=8.0, per_token=0.00093, per_sequence=0.05, skew=16.0)
 """Fast where sequences are equal, slow where one is long."""
@@ -144,3 +152,79 @@ def test_every_kernel_is_told_that_a_step_begins(monkeypatch: pytest.MonkeyPatch
     with make_cache("vattn", CacheShape(1, 2, 64, torch.float32, 2, 32), "cpu") as cache:
         PickedAttention(cache, 4, kernels={name: TorchAttention(cache, 4) for name in ("a", "b")}).begin_step()
     assert begun == ["torch", "torch"]
+
+
+def generated(monkeypatch: pytest.MonkeyPatch, kernels: bool, **options: object) -> tuple[list[list[int]], set[str]]:
+    """Tokens of some prompts, by prompt, and the kernels that steps were captured by; with `kernels` a long sequence
+    picks another one than short sequences."""
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    prompts = [np.random.default_rng(n).integers(0, model.config.vocab_size, n).tolist() for n in (3, 40, 1, 16, 5)]
+
+    def make(name: str, cache: KVCache, heads: int, scale: float | None, deterministic: bool) -> Attention:
+        made = PickedAttention(cache, heads, scale, deterministic=deterministic)
+        by_longest = lambda lengths, anywhere=False: "shares" if lengths.max() > 30 else "torch"  # noqa: E731
+        if not deterministic:
+            monkeypatch.setattr(made, "pick", by_longest)
+        return made
+
+    if kernels:
+        monkeypatch.setattr(engine_module, "make_attention", make)
+    cache = make_cache("vattn", shape_of(model, 3, 128), "cpu")
+    with Engine(model, cache, compile=False, **options) as engine:  # type: ignore[arg-type]
+        params = [SamplingParams(max_tokens=12, temperature=n % 2, seed=n) for n in range(len(prompts))]
+        numbers = [engine.submit(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        events = list(engine.run())
+        engine.decode.audit().raise_if_foreign()
+        used = {variant for (variant, _), runner in engine.decode._runners.items() if runner.captured}
+        assert engine.startup.attention == engine.attention.describe()
+    return [[event.token for event in each] for each in by_request(events, numbers)], used
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 4}, {"steps": 4, "loop": True}, {"packed": True}])
+def test_each_step_is_captured_for_the_kernels_that_are_picked(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    expected, alone = generated(monkeypatch, False, **options)
+    tokens, used = generated(monkeypatch, True, **options)
+    assert tokens == expected
+    assert (alone, used) == ({"torch"}, {"torch", "shares"})
+
+
+def test_an_engine_that_is_deterministic_captures_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, used = generated(monkeypatch, True, deterministic=True)
+    assert used == {"torch"}
+    assert PickedAttention.captures_prompts
+
+
+def test_kernels_are_described(cache) -> None:  # type: ignore[no-untyped-def]
+    assert PickedAttention(cache, 2).describe() == "decode: torch or shares by lengths; prompts: torch"
+    assert PickedAttention(cache, 2, deterministic=True).describe() == "decode: torch; prompts: torch"
+    torch_backend = TorchAttention(cache, 2)
+    assert (torch_backend.describe(), torch_backend.variants) == ("torch", ("torch",))
+    assert torch_backend.pick(np.array([4, 4, 4, 4])) == "torch"
+    torch_backend.use("torch")
+    with pytest.raises(ConfigError, match="no kernel 'shares' to pick from; there are torch"):
+        torch_backend.use("shares")
+
+
+def test_costs_are_measured_for_powers_of_two() -> None:
+    assert [measured_lanes(lanes, 100) for lanes in (1, 2, 3, 8, 9, 64, 65, 100)] == [1, 2, 4, 8, 16, 64, 100, 100]
+
+
+@pytest.mark.gpu
+def test_kernels_are_measured_once_on_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if any(available()[name] != "yes" for name in ("cudnn", "shares")):
+        pytest.skip("cuDNN and Triton are needed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shape = CacheShape(2, 8, 128, torch.bfloat16, 64, 8192)
+    with make_cache("vattn", shape, "cuda:0") as cache:
+        attention = make_attention("auto", cache, 32)
+        assert isinstance(attention, PickedAttention)
+        attention.measure([1, 48, 64])
+        assert attention.pick(np.where(np.arange(64) < 6, 8000, 200)) == "shares"
+        measured: list[int] = []
+        again = make_attention("auto", cache, 32)
+        monkeypatch.setattr(PickedAttention, "learn", lambda self, *_, **__: measured.append(1))
+        again.measure([1, 48, 64])
+        assert not measured
+        assert again.describe() == attention.describe()

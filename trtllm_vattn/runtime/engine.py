@@ -121,7 +121,7 @@ class Engine:
     cache : KVCache
         The engine closes it.
     attention : str
-        ``auto``, ``torch``, ``cudnn``, ``xqa`` or ``xqa-fmha``.
+        ``auto``, ``torch``, ``cudnn``, ``shares``, ``xqa`` or ``xqa-fmha`` (`attention.select.make_attention`).
     capture : bool
         Whether decode steps are captured once a bucket and replayed, or run eagerly.
     buckets : sequence of int or None
@@ -151,6 +151,9 @@ class Engine:
         Seconds after which a request goes before all others, whatever their priorities.
     clock : callable
         Seconds, by which deadlines and waiting are counted; another one for virtual time.
+    deterministic : bool
+        Whether one kernel of attention decodes all batches. Else ``auto`` picks the fastest one by the lengths of a
+        batch, so that the other sequences' lengths may change the last bits of a sequence's logits.
     record_margins : bool
         Whether token events carry the distance of the two largest logits.
     observer : callable or None
@@ -183,6 +186,7 @@ class Engine:
         target_itl_ms: float | None = None,
         max_wait_s: float = 30.0,
         clock: Callable[[], float] = perf_counter,
+        deterministic: bool = False,
         record_margins: bool = False,
         observer: Callable[[StepRecord], None] | None = None,
     ) -> None:
@@ -204,6 +208,7 @@ class Engine:
             target_itl_ms=target_itl_ms,
             max_wait_s=max_wait_s,
             clock=clock,
+            deterministic=deterministic,
             record_margins=record_margins,
             observer=observer,
         )
@@ -218,7 +223,9 @@ class Engine:
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
         self._end_of_text = end_of_text(model)
-        self.attention = make_attention(attention, cache, config.num_attention_heads, scale)
+        self.attention = make_attention(
+            attention, cache, config.num_attention_heads, scale, deterministic=settings["deterministic"]
+        )
         self._process = os.getpid()
         self._attention = self._interrupted = False
         self._changing = _Changing(self)
@@ -281,6 +288,7 @@ class Engine:
                     self.startup.prefill = self.prefill.capture()
             if settings["target_itl_ms"] is not None:
                 self.passes.learn()
+        self.startup.attention = self.attention.describe()
         return mixed
 
     def _warm_up_passes(self) -> bool:

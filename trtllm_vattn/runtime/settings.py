@@ -36,6 +36,7 @@ def check_settings(
     target_itl_ms: Any = None,
     max_wait_s: Any = 30.0,
     clock: Any = None,
+    deterministic: Any = False,
     record_margins: Any = False,
     observer: Any = None,
 ) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def check_settings(
         "chunk": whole("chunk", chunk, 1, LONGEST_CHUNK),
         "target_itl_ms": None if target_itl_ms is None else _positive("target_itl_ms", target_itl_ms, "milliseconds"),
         "max_wait_s": _positive("max_wait_s", max_wait_s, "seconds"),
+        "deterministic": truth("deterministic", deterministic),
         "record_margins": truth("record_margins", record_margins),
         "observer": observer,
     }

@@ -14,7 +14,8 @@ from trtllm_vattn.graphs.replay import CaptureReport
 class StartupReport:
     """Seconds and bytes of an engine's start.
 
-    `compile_s` is the first pass over compiled layers; `budget_bytes` is what the cache may hold once it has started.
+    `compile_s` is the first pass over compiled layers; `budget_bytes` is what the cache may hold once it has started;
+    `attention` names the kernels of decode and of prompts.
     """
 
     load_s: float = 0.0
@@ -23,6 +24,7 @@ class StartupReport:
     prefill: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
     passes: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
     budget_bytes: int = 0
+    attention: str = ""
 
     @property
     def capture_s(self) -> float:
