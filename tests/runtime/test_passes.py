@@ -84,7 +84,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Iterator[Build]:
     with ExitStack() as closing:
 
         def make(described: bool = False, budget: int | None = None, kind: str = "vattn", **options: Any) -> Engine:
-            def made(name: str, cache: KVCache, heads: int, scale: float | None = None) -> TorchAttention:
+            def made(name: str, cache: KVCache, heads: int, scale: float | None = None, **_: Any) -> TorchAttention:
                 return (DescribedAttention if described else TorchAttention)(cache, heads, scale)
 
             monkeypatch.setattr(engine_module, "make_attention", made)

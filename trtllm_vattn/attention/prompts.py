@@ -166,7 +166,7 @@ class FlatPromptsAttention(GatheringAttention):
     def _attend_prompts(
         self, layer: int, q: torch.Tensor, out: torch.Tensor, packed: PackedPrefill, decode_rows: int
     ) -> None:
-        if self.host_planned is not None and packed.spans and packed.descriptors is None and not _has_gaps(packed):
+        if self.host_planned is not None and packed.spans and not _has_gaps(packed):
             planned_by_host = self._once_a_step(partial(self.host_planned.plan, packed.spans), packed)
             end = decode_rows + sum(span.end - span.start for span in packed.spans)
             self.host_planned.attend(layer, q[decode_rows:end], out[decode_rows:end], planned_by_host)
@@ -199,9 +199,9 @@ def _descriptors_of(packed: PackedPrefill, first_row: int, device: torch.device)
 
 def _has_gaps(packed: PackedPrefill) -> bool:
     """Whether rows between chunks may belong to none: padding of a chunk that is not the last."""
-    if packed.descriptors is not None or len(packed.chunks) == 1:
+    if len(packed.chunks) <= 1:
         return False
     if not packed.spans:
-        return True
+        return packed.descriptors is None
     pairs = list(zip(packed.chunks, packed.spans, strict=True))
     return any(chunk.rows != span.end - span.start for chunk, span in pairs[:-1])

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from trtllm_vattn.attention.base import PackedPrefill, PrefillChunk
+from trtllm_vattn.attention.base import PrefillChunk
 from trtllm_vattn.attention.gather import GatheringAttention
 
 
@@ -17,7 +17,6 @@ class TorchAttention(GatheringAttention):
     """Attention in plain torch; correct for any shape, and slow."""
 
     name: ClassVar[str] = "torch"
-    captures_prompts: ClassVar[bool] = True
 
     def decode(
         self,
@@ -59,25 +58,6 @@ class TorchAttention(GatheringAttention):
         row = torch.arange(len(q), device=q.device).minimum(chunk.query_len - 1)
         visible = self._range[: chunk.max_length] <= (chunk.length - chunk.query_len + row)[:, None]
         return self._attend(q[None], k, v, visible[None])[0]
-
-    def prefill_packed(self, layer: int, q: torch.Tensor, packed: PackedPrefill) -> torch.Tensor:
-        if packed.descriptors is None:
-            return super().prefill_packed(layer, q, packed)
-        return self.attend_chunks(layer, q, torch.zeros_like(q), packed.descriptors)
-
-    def attend_mixed(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        decode_lengths: torch.Tensor,
-        decode_slots: torch.Tensor,
-        packed: PackedPrefill,
-    ) -> torch.Tensor:
-        if packed.descriptors is None:
-            return super().attend_mixed(layer, q, decode_lengths, decode_slots, packed)
-        out, lanes = torch.zeros_like(q), len(decode_lengths)
-        self.decode(layer, q[:lanes], decode_lengths, decode_slots, out[:lanes])
-        return self.attend_chunks(layer, q, out, packed.descriptors)
 
     def attend_chunks(
         self, layer: int, q: torch.Tensor, out: torch.Tensor, descriptors: torch.Tensor, extent: int | None = None

@@ -72,7 +72,7 @@ class PrefillStep:
     packed: PackedPrefill
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        if len(self.packed.chunks) > 1:
+        if len(self.packed.chunks) > 1 or self.attention.captures_prompts:
             return self.attention.prefill_packed(layer, q, self.packed)
         return self.attention.prefill(layer, q, self.packed.chunks[0])
 
