@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trtllm_vattn.bench.cases import decode_attention
+from trtllm_vattn.bench.cases import decode_attention, prompt_attention
 
 
 def test_even_and_uneven_batches_are_timed_with_one_query_and_with_four() -> None:
@@ -29,6 +29,8 @@ def measured() -> dict[str, Any]:
         for point in (*decode_attention.EVEN, *decode_attention.UNEVEN)
         for system, queries, us in (("shares", 1, 100.0), ("shares", 4, 102.0), ("cudnn", 1, 98.0))
     ]
+    other = {"system": "shares-plain", "queries": 1, "layer_us": {"p50": 90.0}, "layer_bytes": 400_000_000}
+    rows.append({"point": "256 uneven", **other})
     picks = [{"us": {"shares": 10.0, "cudnn": 8.0}, "picked_us": us} for us in (10.0, 8.0)]
     return {"points": rows, "read_limit": 5e12, "picks": picks, "refused": {}}
 
@@ -36,7 +38,7 @@ def measured() -> dict[str, Any]:
 def test_the_summary_compares_with_the_read_limit_and_with_cudnn() -> None:
     assert decode_attention.summary(measured()) == {
         "uneven_64_of_read_limit": pytest.approx(0.8),
-        "uneven_256_of_read_limit": pytest.approx(0.8),
+        "uneven_256_of_read_limit": pytest.approx(0.8 / 0.9),
         "own_even_over_cudnn": pytest.approx(100 / 98),
         "queries_4_over_1": pytest.approx(1.02),
         "picked_over_best": pytest.approx(1.125),
@@ -59,3 +61,29 @@ def test_random_batches_are_of_many_kinds_and_fit() -> None:
         assert lengths.any()
         assert kind == "half idle" or lengths.min() >= 1
     assert len(kinds) == 7
+
+
+def test_prompts_are_measured_by_whoever_is_there() -> None:
+    result = prompt_attention.prompt_points("cpu", [4, 2, 16], torch.float32, repeats=1)
+    assert [(row["rows"], row["length"], row["kernel"]) for row in result["points"]] == [
+        (*point, "torch") for point in prompt_attention.ON_HOST
+    ]
+    assert set(result["missing"]) == {"vllm-fa3", "flashinfer-fa3"}
+    assert prompt_attention.summary(result) == {}, "no chunk of 2,048 tokens on the host"
+    assert "flashinfer-fa3: FlashAttention-3 needs a GPU" in prompt_attention.show(result)
+
+
+def test_the_fastest_kernel_that_reads_fixed_addresses_is_named() -> None:
+    rows = [
+        {"rows": 2048, "length": 2048, "kernel": kernel, "layer_us": {"p50": us}}
+        for kernel, us in (("triton", 110.0), ("gathered", 90.0), ("vllm-fa3", 80.0))
+    ]
+    assert prompt_attention.summary({"points": rows, "missing": {}}) == {
+        "prompt_2048_us": 80.0,
+        "prompt_2048_provider": "vllm-fa3",
+        "prompt_2048_triton_us": 110.0,
+        "prompt_2048_gathered_us": 90.0,
+        "prompt_2048_vllm_fa3_us": 80.0,
+    }
+    only = prompt_attention.summary({"points": rows[:2], "missing": {}})
+    assert only["prompt_2048_provider"] == "triton"

@@ -1,10 +1,10 @@
 """Decode attention by the kernel that is fastest for a batch's lengths.
 
-On a GPU the kernels are cuDNN's and the shares kernel (shares.py): cuDNN's is a little faster for equal lengths, the
-shares kernel up to several times faster for unequal ones. Before a launch, the caller gives `pick` the lengths, which
-the host knows, and passes the result to `use`; a step is captured once for each kernel. So the other sequences' lengths
-choose the kernel, and with it the last bits of a sequence's logits. With `deterministic` one kernel is always used,
-whose result for a sequence depends on that sequence alone.
+On a GPU the kernels are cuDNN's and the shares kernel (shares.py), for many lanes by two choices of settings. cuDNN's
+is a little faster for equal lengths, the shares kernel up to several times faster for unequal ones. Before a launch,
+the caller gives `pick` the lengths, which the host knows, and passes the result to `use`; a step is captured once for
+each kernel. So the other sequences' lengths choose the kernel, and with it the last bits of a sequence's logits. With
+`deterministic` one kernel is always used, cuDNN's on a GPU, and the choice depends on no other sequence.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from trtllm_vattn.attention.cudnn import CudnnAttention
 from trtllm_vattn.attention.prompts import FlatPromptsAttention, PromptKernel
 from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.attention.shares import SharesAttention
+from trtllm_vattn.attention.shares_launch import MANY_LANES
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import VattnError
@@ -55,7 +56,8 @@ class PickedAttention(FlatPromptsAttention):
     deterministic : bool
         Always use the first kernel, which is cuDNN's on a GPU.
     kernels : mapping or None
-        Backends by name; None: cudnn and shares on a GPU, torch and shares on the host.
+        Backends by name; None: cudnn and shares on a GPU, and for many lanes ``shares-plain``; torch and shares on the
+        host.
 
     Raises
     ------
@@ -87,7 +89,11 @@ class PickedAttention(FlatPromptsAttention):
         first: Attention = backend(cache, heads, scale)
         if deterministic:
             return {first.name: first}
-        return {first.name: first, "shares": SharesAttention(cache, heads, scale, self.prompts)}
+        kernels: dict[str, Attention] = {first.name: first}
+        kernels["shares"] = SharesAttention(cache, heads, scale, self.prompts)
+        if cache.device.type == "cuda" and cache.shape.num_slots > MANY_LANES:
+            kernels["shares-plain"] = SharesAttention(cache, heads, scale, self.prompts, plain=True)
+        return kernels
 
     # -- choosing --------------------------------------------------------------------------------------------------
 

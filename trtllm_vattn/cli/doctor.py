@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from trtllm_vattn.attention import trust
 from trtllm_vattn.attention.select import available
+from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.machine import machine, versions
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
@@ -87,6 +89,10 @@ def examine() -> tuple[list[Finding], int]:
         findings.append(finding)
     findings.append(_mapping())
     findings += [Finding(f"attention {name}", why == "yes", why) for name, why in available().items()]
+    usual = CacheShape(1, 8, 128, torch.bfloat16, 1, 1)
+    for name, (_, availability, _) in trust.PROVIDERS.items():
+        why = availability(usual)
+        findings.append(Finding(f"prompts {name}", why == "yes", why))
     for name, version in tensorrt.available().items():
         findings.append(Finding(name, not version.startswith("no: "), version.removeprefix("no: ")))
     for package, what in (

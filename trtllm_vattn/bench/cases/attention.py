@@ -19,7 +19,7 @@ from tqdm import tqdm
 from trtllm_vattn.arguments import numbers, positive
 from trtllm_vattn.attention.base import Attention, PrefillChunk
 from trtllm_vattn.attention.select import make_attention
-from trtllm_vattn.bench.cases import decode_attention
+from trtllm_vattn.bench.cases import decode_attention, prompt_attention
 from trtllm_vattn.bench.harness.bandwidth import attention_bandwidth
 from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import (
@@ -79,9 +79,10 @@ def run(args: argparse.Namespace) -> int:
     decode = decode_attention.decode_points(
         args.device, args.heads, dtype_of(args.device), args.repeats, args.picks, args.seed
     )
-    results = {"points": rows, "same_kernels": same, "decode": decode}
-    summary = _summary(rows, same) | decode_attention.summary(decode)
-    shown = f"{_show(rows)}\n{decode_attention.show(decode)}"
+    prompts = prompt_attention.prompt_points(args.device, args.heads, dtype_of(args.device), args.repeats)
+    results = {"points": rows, "same_kernels": same, "decode": decode, "prompts": prompts}
+    summary = _summary(rows, same) | decode_attention.summary(decode) | prompt_attention.summary(prompts)
+    shown = f"{_show(rows)}\n{decode_attention.show(decode)}\n{prompt_attention.show(prompts)}"
     return conclude("attention", args, results, summary, shown, plot_attention)
 
 

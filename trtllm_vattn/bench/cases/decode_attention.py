@@ -16,12 +16,14 @@ from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.picked import PickedAttention
 from trtllm_vattn.attention.select import available
 from trtllm_vattn.attention.shares import SharesAttention
+from trtllm_vattn.attention.shares_launch import MANY_LANES
 from trtllm_vattn.bench.harness.timing import captured, read_limit, replays_ms, summarise, timed_ms
 from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.table import tabulate
 
+OWN = ("shares", "shares-plain")
 LAYERS = 8
 """One range of the default layout for Llama-3-8B's heads."""
 QUERIES = (1, 4)
@@ -73,11 +75,12 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
     out: dict[str, float] = {}
     if limit:
         for name in ("64 uneven", "256 uneven"):
-            (row,) = (r for r in rows if (r["point"], r["system"], r["queries"]) == (name, "shares", 1))
-            reached = row["layer_bytes"] / (row["layer_us"]["p50"] / 1e6)
+            of_point = [r for r in rows if (r["point"], r["queries"]) == (name, 1) and r["system"] in OWN]
+            reached = max(row["layer_bytes"] / (row["layer_us"]["p50"] / 1e6) for row in of_point)
             out[f"{name.split()[1]}_{name.split()[0]}_of_read_limit"] = reached / limit
     if ("32 x 8192", "cudnn", 1) in us:
-        out["own_even_over_cudnn"] = max(us[name, "shares", 1] / us[name, "cudnn", 1] for name in OWN_EVEN)
+        own = {name: min(us[name, system, 1] for system in OWN if (name, system, 1) in us) for name in OWN_EVEN}
+        out["own_even_over_cudnn"] = max(own[name] / us[name, "cudnn", 1] for name in OWN_EVEN)
     few, many = QUERIES
     large = [name for name in (*OWN_EVEN, *UNEVEN, *ON_HOST) if (name, "shares", many) in us]
     out[f"queries_{many}_over_{few}"] = max(us[name, "shares", many] / us[name, "shares", few] for name in large)
@@ -154,6 +157,8 @@ def _point(
 
 def _kernels(cache: KVCache, systems: list[str], num_heads: int) -> dict[str, Attention]:
     kernels: dict[str, Attention] = {"shares": SharesAttention(cache, num_heads)}
+    if cache.device.type == "cuda" and cache.shape.num_slots > MANY_LANES:
+        kernels["shares-plain"] = SharesAttention(cache, num_heads, plain=True)
     if "cudnn" in systems:
         from trtllm_vattn.attention.cudnn import CudnnAttention
 
