@@ -212,6 +212,7 @@ def test_both_serve_the_same_requests_in_turns(
     lengths.write_text("num_prefill_tokens,num_decode_tokens\n" + "20,3\n30,9\n" * 3)
     azure.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "2024-05-10 00:00:01,40,2\n" * 4)
     command = ["bench", "serve", "--device", "cpu", "--model", "tiny-llama", "--peer", "vllm", "--rounds", "2"]
+    command += ["--max-seq-len", "64", "--max-seqs", "2"]
     command += ["--peer-path", str(FAKE), "--trace", str(azure), "--trace", str(lengths), "--requests", "4,6"]
     command += ["--goodput", "ttft:1e6", "--output-json", str(result), "--plot", str(tmp_path / "serve.png")]
     command += ["--peer-log", str(tmp_path / "peer.log")]
@@ -243,7 +244,12 @@ def test_both_serve_the_same_requests_in_turns(
     assert found["results"]["settings"]["vllm"]["server"]["max_num_batched_tokens"] == 8192
     assert found["results"]["versions"]["vattn"]["torch"]
     assert starts == ["offline", "server"]
-    assert "| azure" in shown
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("|")]
+    assert lines[0] == ["trace", "requests a second", "figure", "vattn", "vllm", "vattn / vllm"]
+    mean_ratio = summary["output_over_vllm_sharegpt"]
+    (beside,) = [line for line in lines if line[:3] == ["sharegpt", "at once", "output tokens a second"]]
+    assert beside[5] == f"{mean_ratio:.3f} ({min(ratio):.3f} to {max(ratio):.3f})"
+    assert beside[4] == f"{(rows[3]['output_throughput'] + rows[7]['output_throughput']) / 2:,.1f}"
     assert "what vLLM prints at import goes to stdout" in (tmp_path / "peer.log").read_text()
     assert (tmp_path / "serve.png").stat().st_size > 10_000
 
@@ -319,7 +325,7 @@ def test_steps_are_timed_beside_a_peers(tmp_path: Path, capsys: pytest.CaptureFi
     assert [(row["batch"], row["round"], row["engine"]) for row in rows] == [
         (batch, number, engine) for batch in (2,) for number in (0, 1) for engine in ("vattn", "vllm")
     ]
-    assert all(row["step_ms"]["count"] >= 4 for row in rows)
+    assert all(row["step_ms"]["count"] >= 4 and abs(row["mean_length"] - 60) <= 6 for row in rows)
     for batch in (2,):
         at = [row["step_ms"]["p50"] for row in rows if row["batch"] == batch]
         ratios = sorted((at[0] / at[1], at[2] / at[3]))

@@ -37,33 +37,17 @@ from trtllm_vattn.bench.harness.serving import (
 from trtllm_vattn.bench.harness.traces import Request, trace_kind
 from trtllm_vattn.bench.harness.workload import prompts_of
 from trtllm_vattn.bench.publish.plots import plot_serve
+from trtllm_vattn.bench.publish.tables import serve_beside
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.machine import versions
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.table import tabulate
 
 OURS = "vattn"
 BESIDE = 8 << 30
 """Bytes that an engine takes beside weights and KV: activations, graphs, its context."""
 WARM_UP = (17, 300, 2048, 7000)
 """Tokens of prompts that are served before anything is timed, in which kernels are compiled."""
-COLUMNS = {
-    "trace": "trace",
-    "requests a second": "request_rate",
-    "engine": "engine",
-    "round": "round",
-    "total tok/s": "total_token_throughput:,.0f",
-    "output tok/s": "output_throughput:,.0f",
-    "TTFT p50 ms": "median_ttft_ms:,.1f",
-    "TTFT p99": "p99_ttft_ms:,.1f",
-    "TPOT p50": "median_tpot_ms:,.1f",
-    "ITL p50 ms": "median_itl_ms:,.1f",
-    "ITL p99": "p99_itl_ms:,.1f",
-    "E2EL p99": "p99_e2el_ms:,.0f",
-    "goodput req/s": "request_goodput:,.2f",
-}
-
 Traced = tuple[str, list[Request]]
 
 
@@ -242,7 +226,7 @@ def run(args: argparse.Namespace, wanted: Sequence[tuple[Path | None, list[Reque
             ours.stop()
             theirs.stop()
     summary = compared(turns.rows, args.peer) | {"peer": f"{args.peer} {told[args.peer]}"}
-    return conclude("serve", args, results, summary, tabulate(turns.rows, COLUMNS), plot_serve)
+    return conclude("serve", args, results, summary, serve_beside({"results": results}), plot_serve)
 
 
 def together(model: PreTrainedModel, args: argparse.Namespace) -> bool:

@@ -34,6 +34,7 @@ COLUMNS = {
     "batch": "batch",
     "engine": "engine",
     "round": "round",
+    "tokens": "mean_length:,.0f",
     "step p50 ms": "step_ms.p50:.3f",
     "p90": "step_ms.p90:.3f",
     "p99": "step_ms.p99:.3f",
@@ -56,8 +57,8 @@ class Steps:
         self._peer: Peer | None = None
         self.settings: dict[str, Any] = {}
 
-    def ours(self, batch: int) -> list[float]:
-        """Milliseconds of each step."""
+    def ours(self, batch: int) -> tuple[list[float], float]:
+        """Milliseconds of each step, and how long sequences were in the middle of them."""
         args = self._args
         context = max(1, args.context - args.steps // 2 - UNTIMED - batch // 2)
         tokens = args.steps + 2 * UNTIMED + batch + 8
@@ -66,12 +67,13 @@ class Steps:
         with Contest(batch, context, tokens, args.seed) as contest:
             contest.add(OURS, engine)
             take_turns(contest.contenders, 1, args.steps, f"batch {batch}", UNTIMED)
-            taken = contest.contenders[0].samples("wall_s")
+            (contender,) = contest.contenders
+            taken = [1e3 * seconds for seconds in contender.samples("wall_s")]
         give_back()
-        return [1e3 * seconds for seconds in taken]
+        return taken, contender.tokens[0]
 
-    def theirs(self, batch: int) -> list[float]:
-        """Milliseconds of each step. Raises VattnError where the batch never decoded as a whole."""
+    def theirs(self, batch: int) -> tuple[list[float], float]:
+        """The same of the peer. Raises VattnError where the batch never decoded as a whole."""
         args = self._args
         if self._peer is None:
             self._peer = self._make()
@@ -84,7 +86,7 @@ class Steps:
             raise VattnError(f"{args.peer} never decoded {batch} sequences in one step; give more --steps")
         if not self._together:
             self.close()
-        return found
+        return found, args.context
 
     def _decode(self, batch: int) -> list[float]:
         assert self._peer is not None
@@ -113,8 +115,8 @@ def run(args: argparse.Namespace) -> int:
             for batch in args.batch_sizes:
                 for number in range(args.rounds):
                     for name, timed in ((OURS, steps.ours), (args.peer, steps.theirs)):
-                        taken = timed(batch)
-                        row = {"batch": batch, "engine": name, "round": number, "context": args.context}
+                        taken, length = timed(batch)
+                        row = {"batch": batch, "engine": name, "round": number, "mean_length": length}
                         rows.append({**row, "step_ms": summarise(taken)})
         finally:
             steps.close()

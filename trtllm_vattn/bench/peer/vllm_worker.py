@@ -26,7 +26,6 @@ import json
 import os
 import platform
 import random
-import sys
 import traceback
 from time import perf_counter, sleep
 from typing import Any
@@ -218,8 +217,9 @@ class Worker:
 
     def _start(self, command: dict[str, Any]) -> dict[str, Any]:
         started = perf_counter()
-        self._engine = {"offline": Offline, "server": Server}[command["kind"]](command)
-        return {"seconds": perf_counter() - started, "settings": settings(self._engine.config)}
+        engine: Offline | Server = (Server if command["kind"] == "server" else Offline)(command)
+        self._engine = engine
+        return {"seconds": perf_counter() - started, "settings": settings(engine.config)}
 
     def close(self) -> None:
         if self._engine is not None:
@@ -249,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
