@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from trtllm_vattn.bench.cases import serve_peer
-from trtllm_vattn.bench.harness.peer import PEERS, Peer, check_tokens, fit_together, write_config
+from trtllm_vattn.bench.harness.peer import PEERS, Peer, check_tokens, fit_together, visible, write_config
 from trtllm_vattn.bench.harness.serving import Load, Served
 from trtllm_vattn.bench.harness.traces import Request
 from trtllm_vattn.cli.main import main
@@ -252,6 +252,15 @@ def test_both_serve_the_same_requests_in_turns(
     assert beside[4] == f"{(rows[3]['output_throughput'] + rows[7]['output_throughput']) / 2:,.1f}"
     assert "what vLLM prints at import goes to stdout" in (tmp_path / "peer.log").read_text()
     assert (tmp_path / "serve.png").stat().st_size > 10_000
+
+
+def test_a_peer_sees_the_device_that_we_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible("cpu") == {}
+    assert visible("cuda:1") == {"CUDA_VISIBLE_DEVICES": "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc")
+    assert visible("cuda:0") == {"CUDA_VISIBLE_DEVICES": "3"}
+    assert visible("cuda:1") == {"CUDA_VISIBLE_DEVICES": "GPU-abc"}
 
 
 class Stub:

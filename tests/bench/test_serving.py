@@ -171,3 +171,5 @@ def test_several_traces_are_for_a_peer(tmp_path: Path, capsys: pytest.CaptureFix
     assert "2 traces and 1 numbers of requests; without --peer give one of each" in capsys.readouterr().err
     assert main([*HOST, *twice, "--requests", "1,2,3", "--peer", "vllm"]) == 2
     assert "--requests has 3 numbers for 2 traces; give one, or one for each" in capsys.readouterr().err
+    assert main([*HOST, "--virtual-time", "--peer", "vllm"]) == 2
+    assert "--virtual-time skips time, which a peer cannot" in capsys.readouterr().err

@@ -104,6 +104,8 @@ def settle(args: argparse.Namespace) -> list[tuple[Path | None, int]]:
         raise ConfigError(f"--at-once is --request-rate inf, and that is {args.request_rate}; give one of them")
     if args.at_once:
         args.request_rate = math.inf
+    if args.peer is not None and args.virtual_time:
+        raise ConfigError("--virtual-time skips time, which a peer cannot; leave out one of it and --peer")
     check_goodput(args.goodput)
     traces, counts = args.trace or [None], args.requests
     if args.peer is None and (len(traces) > 1 or len(counts) > 1):

@@ -56,9 +56,16 @@ class Peer:
     fails or ends.
     """
 
-    def __init__(self, name: str, python: Path | None = None, path: str | None = None, log: Path | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        python: Path | None = None,
+        path: str | None = None,
+        log: Path | None = None,
+        device: str = "cpu",
+    ) -> None:
         self.name, python = name, Path(sys.executable) if python is None else python
-        environment = {**QUIET, **os.environ} | ({} if path is None else {"PYTHONPATH": path})
+        environment = {**QUIET, **os.environ, **visible(device)} | ({} if path is None else {"PYTHONPATH": path})
         self._undo = ExitStack()
         self._closed = False
         self._log = self._undo.enter_context(log.open("a+b") if log else tempfile.TemporaryFile())  # noqa: SIM115
@@ -167,7 +174,15 @@ def write_config(model: PreTrainedModel, folder: Path) -> None:
 
 def opener(args: argparse.Namespace) -> Callable[[], Peer]:
     """What makes the peer that the flags name."""
-    return lambda: Peer(args.peer, args.peer_python, args.peer_path, args.peer_log)
+    return lambda: Peer(args.peer, args.peer_python, args.peer_path, args.peer_log, args.device)
+
+
+def visible(device: str) -> dict[str, str]:
+    """The environment in which a process sees one device alone, by the numbers that this process has for them."""
+    if device == "cpu":
+        return {}
+    index, shown = int(device.partition(":")[2] or 0), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": shown.split(",")[index] if shown else str(index)}
 
 
 def fit_together(total: int, weights: int, kv: int, beside: int) -> bool:
