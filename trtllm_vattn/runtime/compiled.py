@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.capture import collector_off
 from trtllm_vattn.runtime.rewrites import rotate_with_attention, share_products, split_even_products
+from trtllm_vattn.runtime.tuned import install
 
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear modules of one parent that are given the same input, by the names that transformers gives them."""
@@ -213,6 +214,7 @@ Wrap = Callable[[Callable[..., None]], Callable[..., None]]
 
 def compile_model(model: PreTrainedModel) -> Wrap:
     """Compile a bound model's layers and what is around them; returns what compiles functions beside the model."""
+    install(model.device)
     compile_layers(model)
     compile_around_layers(model)
     return partial(torch.compile, dynamic=True)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import non_negative, numbers_or_none, positive, tolerance
 from trtllm_vattn.attention.select import make_attention
+from trtllm_vattn.bench.cases import step_peer
 from trtllm_vattn.bench.cases.prompts import time_prompts
 from trtllm_vattn.bench.cases.steady import run_steady
 from trtllm_vattn.bench.harness.bandwidth import attention_bandwidth, fill_random
@@ -36,6 +37,7 @@ from trtllm_vattn.bench.harness.flags import (
     caches,
 )
 from trtllm_vattn.bench.harness.identity import RequestTokens, compare
+from trtllm_vattn.bench.harness.peer import add_peer
 from trtllm_vattn.bench.harness.timing import read_limit, summarise
 from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.bench.harness.workload import TracedRun, prompts_of, run_traced
@@ -76,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-sizes", type=numbers_or_none, default=usual, metavar="SEQUENCES,...", help=text)
     add_steady(parser, "combination of cache and mode in steady decode", context=2048, rounds=5, steps=10)
     add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=TIE_TOLERANCE)
+    add_peer(parser, "time steady decode beside it, in turns, and nothing else")
     add("--audit", action="store_true", help="list whose addresses captured graphs hold; exit 1 if a stranger's")
     add_results(parser, plots=True)
 
@@ -83,7 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def settle(args: argparse.Namespace) -> None:
     """Fill in and check what depends on other flags. Raises ConfigError."""
     args.caches = args.caches or (["vattn"] if args.engine else list(COMPARED))
-    if args.batch_sizes and args.device == "cpu":
+    if args.peer is not None and (args.engine or not args.batch_sizes):
+        raise ConfigError("--peer times steady decode of --model: give --batch-sizes, and no --engine")
+    if args.batch_sizes and args.device == "cpu" and args.peer is None:
         raise ConfigError("--batch-sizes times steps on a GPU and the device is the CPU: leave it out or give --device")
     if not args.batch_sizes and not args.requests:
         raise ConfigError("--requests is 0 and --batch-sizes is none: there is nothing to do; give one of them")
@@ -317,6 +322,8 @@ def show(trace: dict[str, Any] | None, steady: dict[str, Any] | None, times: boo
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where tokens were not identical, or a graph holds what is nobody's."""
     settle(args)
+    if args.peer is not None:
+        return step_peer.run(args)
     benchmark = GraphBenchmark(args)
     trace = benchmark.trace() if args.requests else None
     steady = benchmark.steady() if args.batch_sizes else None

@@ -1,43 +1,51 @@
 """`bench serve`: a trace replayed over every kind of cache at equal memory. Who serves more, and how fast?
 
-Requests arrive as the trace says, or all at once; the same engine, model, kernels and budget of KV bytes for all.
-Metrics are named as vLLM's serving benchmark names them.
+Requests arrive as the trace says, at a rate, or all at once; the same engine, model, kernels and budget of KV bytes for
+all. With ``--peer`` the same requests go through another serving engine in turns (serve_peer.py). Rates, burstiness and
+metrics are defined and named as in vLLM's `bench serve`.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 from collections import defaultdict
-from time import perf_counter, sleep
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from trtllm_vattn.arguments import positive, size
-from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.arguments import amount, numbers, positive, size, tolerance
+from trtllm_vattn.bench.cases import serve_peer
+from trtllm_vattn.bench.harness.case import conclude, engine_options, model_of, vocab_of
 from trtllm_vattn.bench.harness.flags import (
     BUDGET,
     MAX_OUTPUT,
     MAX_SEQ_LEN,
     MAX_SEQS,
+    OBJECTIVES,
     REQUESTS,
     add_attention,
     add_common,
+    add_pass_limits,
+    add_plot,
     add_rounds,
     add_trace,
     caches,
+    objective,
+    rate,
 )
-from trtllm_vattn.bench.harness.timing import summarise
+from trtllm_vattn.bench.harness.peer import add_peer
+from trtllm_vattn.bench.harness.serving import Clock, Load, arrival_times, check_goodput, over_time, report, serve
 from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.bench.harness.workload import prompts_of
+from trtllm_vattn.bench.publish.plots import plot_serve
 from trtllm_vattn.cache.select import CACHES, make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import tabulate
 
 COLUMNS = {
@@ -45,10 +53,13 @@ COLUMNS = {
     "round": "round",
     "output tok/s": "output_throughput:,.1f",
     "total tok/s": "total_token_throughput:,.0f",
-    "TTFT p50 ms": "ttft_ms.p50:,.1f",
-    "TTFT p99": "ttft_ms.p99:,.1f",
-    "ITL p50 ms": "itl_ms.p50:,.1f",
-    "ITL p99": "itl_ms.p99:,.1f",
+    "TTFT p50 ms": "median_ttft_ms:,.1f",
+    "TTFT p99": "p99_ttft_ms:,.1f",
+    "TPOT p50": "median_tpot_ms:,.1f",
+    "ITL p50 ms": "median_itl_ms:,.1f",
+    "ITL p99": "p99_itl_ms:,.1f",
+    "E2EL p99": "p99_e2el_ms:,.0f",
+    "goodput req/s": "request_goodput:,.2f",
     "sequences": "mean_sequences:.1f",
 }
 
@@ -57,33 +68,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench serve`."""
     gpu, add = add_common(parser), parser.add_argument
     add_attention(parser)
-    text = f"of {', '.join(CACHES)}"
+    text = f"of {', '.join(CACHES)}; beside a peer it is vattn alone"
     add("--caches", type=caches, default="contiguous,paged,paged-64,published,vattn", metavar="CACHES", help=text)
-    add_trace(parser)
-    add("--requests", type=positive, default=128 if gpu else 10, metavar="REQUESTS", help=REQUESTS)
+    text = "Azure CSV, Mooncake JSON lines or list, or ShareGPT lengths CSV, also .gz; beside a peer there may be more"
+    add_trace(parser, action="append", help=f"{text} (default: generated requests)")
+    text = f"{REQUESTS}; beside a peer one number for all traces, or one for each"
+    add("--requests", type=numbers, default="128" if gpu else "10", metavar="REQUESTS,...", help=text)
     text = "take the part of the trace where so many arrive in the shortest time, for which all of it is read"
     add("--densest", action="store_true", help=text)
-    add("--at-once", action="store_true", help="all arrive at once, instead of as the trace says")
+    text = "requests a second, or inf for all at once (default: as the trace says; beside a peer, inf)"
+    add("--request-rate", type=rate, metavar="RATE", help=text)
+    text = "shape of the gaps at a rate: 1 is a Poisson process, less comes in bursts, more is even"
+    add("--burstiness", type=amount, default=1.0, metavar="SHAPE", help=text)
+    add("--at-once", action="store_true", help="the same as --request-rate inf")
+    add("--virtual-time", action="store_true", help="skip the time in which nothing runs, instead of sleeping")
+    text = f"objectives of {', '.join(OBJECTIVES)} in ms, as ttft:500 tpot:50 (default: no goodput is reported)"
+    add("--goodput", type=objective, nargs="+", metavar="NAME:MILLISECONDS", help=text)
     add("--max-output", type=positive, default=256 if gpu else 12, metavar="TOKENS", help=MAX_OUTPUT)
     add("--max-seq-len", type=positive, default=8192 if gpu else 256, metavar="TOKENS", help=MAX_SEQ_LEN)
     add("--max-seqs", type=positive, default=128 if gpu else 6, metavar="SEQUENCES", help=MAX_SEQS)
     add("--budget", type=size, default="16GiB" if gpu else "4MiB", metavar="BYTES", help=BUDGET)
     add("--chunk", type=positive, default=2048, metavar="TOKENS", help="prompt tokens that go in at once")
+    add_pass_limits(parser)
     add_rounds(parser, 2, "cache")
+    add_peer(parser, "serve the same requests by it too, in turns")
+    text = "then serve at this share of the rate that saturates the peer, once; 0 leaves it out"
+    add("--peer-load", type=tolerance, default=0.8, metavar="SHARE", help=text)
+    add_plot(parser)
+
+
+def settle(args: argparse.Namespace) -> list[tuple[Path | None, int]]:
+    """Fill in and check what depends on other flags; returns traces, None for a generated one, and how many requests of
+    each. Raises ConfigError."""
+    if args.at_once and args.request_rate not in (None, math.inf):
+        raise ConfigError(f"--at-once is --request-rate inf, and that is {args.request_rate}; give one of them")
+    if args.at_once:
+        args.request_rate = math.inf
+    if args.peer is not None and args.virtual_time:
+        raise ConfigError("--virtual-time skips time, which a peer cannot; leave out one of it and --peer")
+    check_goodput(args.goodput)
+    traces, counts = args.trace or [None], args.requests
+    if args.peer is None and (len(traces) > 1 or len(counts) > 1):
+        raise ConfigError(
+            f"{len(traces)} traces and {len(counts)} numbers of requests; without --peer give one of each"
+        )
+    if len(counts) not in (1, len(traces)):
+        raise ConfigError(f"--requests has {len(counts)} numbers for {len(traces)} traces; give one, or one for each")
+    return list(zip(traces, counts if len(counts) > 1 else counts * len(traces), strict=True))
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
-    requests = _requests(args)
+    wanted = settle(args)
+    if args.peer is not None:
+        return serve_peer.run(args, [(path, requests_of(args, path, count)) for path, count in wanted])
+    requests = requests_of(args, *wanted[0])
+    arrivals = arrivals_of(args, requests)
     model = model_of(args)
+    load = Load(
+        prompts_of(requests, vocab_of(model), args.seed), [request.output_tokens for request in requests], arrivals
+    )
     runs = [
-        {"cache": name, "round": number, **replay(model, args, name, requests)}
+        {"cache": name, "round": number, **replay(model, args, name, load)}
         for number in range(args.rounds)
         for name in args.caches
     ]
-    span_s = requests[-1].arrival_s - requests[0].arrival_s
-    results = {"runs": runs, "requests": len(requests), "span_s": span_s}
-    return conclude("serve", args, results, compared(runs), tabulate(runs, COLUMNS))
+    results = {"runs": runs, "requests": len(requests), "span_s": arrivals[-1] - arrivals[0]}
+    return conclude("serve", args, results, compared(runs), tabulate(runs, COLUMNS), plot_serve)
 
 
 def compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -102,13 +153,18 @@ def compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _requests(args: argparse.Namespace) -> list[Request]:
-    if args.trace:
-        whole = load_trace(args.trace, None if args.densest else args.requests)
-    else:
-        whole = generate_trace(4 * args.requests, args.seed)
-    first = densest(whole, args.requests) if args.densest else 0
-    return fit(whole[first : first + args.requests], args.max_seq_len, args.max_output)
+def requests_of(args: argparse.Namespace, path: Path | None, count: int) -> list[Request]:
+    """`count` requests of a trace, or generated ones, cut to what a slot holds."""
+    whole = load_trace(path, None if args.densest else count) if path else generate_trace(4 * count, args.seed)
+    first = densest(whole, count) if args.densest else 0
+    return fit(whole[first : first + count], args.max_seq_len, args.max_output)
+
+
+def arrivals_of(args: argparse.Namespace, requests: list[Request]) -> list[float]:
+    """When they arrive, in seconds from the start: as the trace says, or at the rate that is asked for."""
+    if args.request_rate is None:
+        return [request.arrival_s - requests[0].arrival_s for request in requests]
+    return arrival_times(len(requests), args.request_rate, args.burstiness, args.seed)
 
 
 def densest(requests: list[Request], count: int) -> int:
@@ -128,58 +184,25 @@ def slots_of(name: str, args: argparse.Namespace, slot_bytes: int) -> int:
     return min(most, args.budget // slot_bytes) if name == "contiguous" else most
 
 
-def replay(model: PreTrainedModel, args: argparse.Namespace, name: str, requests: list[Request]) -> dict[str, Any]:
+def replay(model: PreTrainedModel, args: argparse.Namespace, name: str, load: Load) -> dict[str, Any]:
     """One run; throughput in requests and tokens a second, latencies in milliseconds."""
     one = shape_of(model, 1, args.max_seq_len)
     slots = slots_of(name, args, args.max_seq_len * one.token_bytes)
     if slots < 1:
         raise ConfigError(f"{args.budget:,} bytes hold no slot of {args.max_seq_len} tokens; raise --budget")
-    shape = shape_of(model, slots, args.max_seq_len)
     budget = None if name == "contiguous" else args.budget
-    prompts = prompts_of(requests, vocab_of(model), args.seed)
-    begin = requests[0].arrival_s
-    arrivals = [0.0 if args.at_once else request.arrival_s - begin for request in requests]
-    came: dict[int, float] = {}
-    times: dict[int, list[float]] = defaultdict(list)
-    running = []
-    cache = make_cache(name, shape, args.device, budget)
-    with Engine(model, cache, attention=args.attention, chunk=args.chunk) as engine:
-        started = perf_counter()
-        submitted = 0
-        with tqdm(total=len(requests), desc=name, unit="request", disable=None) as bar:
-            while submitted < len(requests) or engine.busy:
-                now = perf_counter() - started
-                while submitted < len(requests) and arrivals[submitted] <= now:
-                    wanted = SamplingParams(max_tokens=requests[submitted].output_tokens, ignore_eos=True)
-                    came[engine.submit(prompts[submitted], wanted)] = started + arrivals[submitted]
-                    submitted += 1
-                if not engine.busy:
-                    sleep(max(0.0, arrivals[submitted] - now))
-                    continue
-                events = engine.step()
-                now = perf_counter()
-                for event in events:
-                    times[event.request].append(now)
-                    bar.update(event.finish_reason is not None)
-                running.append(len(engine.scheduler.decoding))
-        seconds = perf_counter() - started
+    cache = make_cache(name, shape_of(model, slots, args.max_seq_len), args.device, budget)
+    with Engine(model, cache, attention=args.attention, chunk=args.chunk, **engine_options(args)) as engine:
+        served = serve(engine, load, Clock(args.virtual_time), name)
         stats = engine.cache.stats()
     del engine, cache
     gc.collect()
-    tokens = sum(map(len, times.values()))
-    first = {number: 1e3 * (seen[0] - came[number]) for number, seen in times.items()}
-    gaps = [1e3 * gap for seen in times.values() for gap in np.diff(seen)]
-    each = [1e3 * (seen[-1] - seen[0]) / (len(seen) - 1) for seen in times.values() if len(seen) > 1]
     return {
-        "seconds": seconds,
-        "request_throughput": len(requests) / seconds,
-        "output_throughput": tokens / seconds,
-        "total_token_throughput": (tokens + sum(map(len, prompts))) / seconds,
-        "ttft_ms": summarise(list(first.values())),
-        "itl_ms": summarise(gaps),
-        "tpot_ms": summarise(each),
-        "mean_sequences": float(np.mean(running)),
-        "most_sequences": max(running),
+        "seconds": served.seconds,
+        **report(load, served, check_goodput(args.goodput)),
+        "mean_sequences": float(np.mean(served.running)),
+        "most_sequences": max(served.running),
         "slots": slots,
         "critical_path_maps": stats.critical_path_maps,
+        "over_time": over_time(load, served),
     }

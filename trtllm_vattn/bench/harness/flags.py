@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trtllm_vattn.arguments import device, listed, numbers, output, positive, seed
+from trtllm_vattn.arguments import amount, device, listed, numbers, output, positive, seed
 from trtllm_vattn.attention.select import BACKENDS
 from trtllm_vattn.cache.select import CACHES
 
@@ -23,6 +24,8 @@ HEADS = "query heads, KV heads, and their size in elements"
 MAX_OUTPUT = "cap on a request's output"
 MAX_SEQ_LEN = "longest sequence, prompt and output together; what is longer is cut"
 MAX_SEQS = "sequences that run at once, at most"
+OBJECTIVES = ("ttft", "tpot", "e2el")
+"""Latencies that goodput can be asked of: those that a request has one of."""
 REQUESTS = "requests taken from each trace"
 TIE_TOLERANCE = "the top two logits closer than this are a tie"
 
@@ -58,6 +61,19 @@ def caches(text: str) -> list[str]:
         return part
 
     return listed(text, cache)
+
+
+def rate(text: str) -> float:
+    """Requests a second: a number above 0, or ``inf``."""
+    return math.inf if text == "inf" else amount(text)
+
+
+def objective(text: str) -> tuple[str, float]:
+    """``ttft:500`` as a latency and milliseconds."""
+    name, _, most = text.partition(":")
+    if name not in OBJECTIVES:
+        raise argparse.ArgumentTypeError(f"it is {text!r:.60}; give {', '.join(OBJECTIVES)} and ms, as ttft:500")
+    return name, amount(most)
 
 
 def plot(text: str) -> Path:
@@ -134,6 +150,15 @@ def add_trace(parser: argparse.ArgumentParser, **options: Any) -> None:
     parser.add_argument("--trace", metavar="FILE", **{"type": Path, "help": text, **options})
 
 
+def add_pass_limits(parser: argparse.ArgumentParser) -> None:
+    """Add ``--max-step-tokens`` and ``--target-itl-ms``, of an engine whose passes mix prompts and decoding."""
+    add = parser.add_argument
+    text = "tokens of one pass, prompts' and decoding sequences' together (default: the engine's own)"
+    add("--max-step-tokens", type=positive, metavar="TOKENS", help=text)
+    text = "time between two tokens that passes are cut to (default: none)"
+    add("--target-itl-ms", type=amount, metavar="MILLISECONDS", help=text)
+
+
 def add_rounds(parser: argparse.ArgumentParser, default: int, whose: str) -> None:
     """Add ``--rounds``, turns of each of the things that are compared."""
     parser.add_argument(
@@ -162,7 +187,8 @@ def as_config(args: argparse.Namespace) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, list):
             return [plain(each) for each in value]
-        return value if isinstance(value, int | float) else str(value)
+        # JSON has no infinity.
+        return value if isinstance(value, int | float) and math.isfinite(value) else str(value)
 
     return {name: plain(value) for name, value in vars(args).items() if not callable(value)}
 

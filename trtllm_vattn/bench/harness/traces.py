@@ -20,6 +20,7 @@ import logging
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -97,6 +98,7 @@ def _tokens(name: str, value: object) -> int:
 
 
 class _Azure:
+    kind: ClassVar[str] = "azure"
     columns: ClassVar[tuple[str, ...]] = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
     def __init__(self) -> None:
@@ -112,6 +114,7 @@ class _Azure:
 
 
 class _ShareGPT:
+    kind: ClassVar[str] = "sharegpt"
     columns: ClassVar[tuple[str, ...]] = ("num_prefill_tokens", "num_decode_tokens")
 
     def __call__(self, row: Row) -> _Timed:
@@ -163,14 +166,8 @@ def load_trace(path: Path, count: int | None = None) -> list[Request]:
     ConfigError
         The file is missing, empty or of another format, or a row cannot be read; it names the file and the line.
     """
-    opener: Callable[..., TextIO] = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            found = list(itertools.islice(_rows(path, file), count))
-    except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"cannot read the trace {path}: {getattr(error, 'strerror', None) or error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the trace {path} is no text in UTF-8: {error}") from error
+    with _reading(path) as file:
+        found = list(itertools.islice(_rows(path, file), count))
     if not found:
         raise ConfigError(f"the trace {path} has no requests")
     late = sum(one.arrival_ns > other.arrival_ns for one, other in itertools.pairwise(found))
@@ -179,6 +176,29 @@ def load_trace(path: Path, count: int | None = None) -> list[Request]:
         found.sort(key=lambda timed: timed.arrival_ns)
     start = found[0].arrival_ns
     return [replace(timed.request, arrival_s=(timed.arrival_ns - start) / 1e9) for timed in found]
+
+
+def trace_kind(path: Path) -> str:
+    """``azure``, ``mooncake`` or ``sharegpt``, by how a trace begins. Raises ConfigError as `load_trace` does."""
+    with _reading(path) as file:
+        for _, first in _lines(path, file):
+            if first.strip():
+                is_json = first.lstrip().startswith(("[", "{"))
+                return "mooncake" if is_json else _parser(path, next(csv.reader([first]))).kind
+    raise ConfigError(f"the trace {path} has no requests")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[TextIO]:
+    """A trace, decompressed. Raises ConfigError where it cannot be read."""
+    opener: Callable[..., TextIO] = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield file
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"cannot read the trace {path}: {getattr(error, 'strerror', None) or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the trace {path} is no text in UTF-8: {error}") from error
 
 
 def _rows(path: Path, file: TextIO) -> Iterator[_Timed]:
@@ -251,17 +271,24 @@ def _json_list(path: Path, number: int, text: str, file: TextIO) -> Iterator[_Ti
         at, expected, size = end, ", or ]", _CHUNK_CHARACTERS
 
 
+def _parser(path: Path, header: list[str]) -> _Azure | _ShareGPT:
+    """What reads rows under these columns. Raises ConfigError where no format has them."""
+    names = {name.strip() for name in header}
+    for make in (_Azure, _ShareGPT):
+        if set(make.columns) <= names:
+            return make()
+    raise ConfigError(
+        f"the trace {path} has columns {sorted(names)}; known are Azure (TIMESTAMP, ContextTokens, GeneratedTokens), "
+        "ShareGPT lengths (num_prefill_tokens, num_decode_tokens) and Mooncake's JSON"
+    )
+
+
 def _table(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[_Timed]:
     number, first = next(lines)
     before, reader = number - 1, csv.reader(itertools.chain([first], (line for _, line in lines)))
     try:
         header = [name.strip() for name in next(reader)]
-        parse = next((make() for make in (_Azure, _ShareGPT) if set(make.columns) <= set(header)), None)
-        if parse is None:
-            raise ConfigError(
-                f"the trace {path} has columns {sorted(header)}; known are Azure (TIMESTAMP, ContextTokens, "
-                "GeneratedTokens), ShareGPT lengths (num_prefill_tokens, num_decode_tokens) and Mooncake's JSON"
-            )
+        parse = _parser(path, header)
         if twice := [name for name in parse.columns if header.count(name) > 1]:
             raise ConfigError(f"the trace {path} has two columns {twice[0]}")
         for cells in reader:

@@ -105,6 +105,29 @@ def plot_demo(result: dict[str, Any], path: Path) -> None:
     save(figure, result, path)
 
 
+def plot_serve(result: dict[str, Any], path: Path) -> None:
+    """Draw a `bench serve` result over time: output tokens a second, and requests under way; a line a cache or engine
+    of the first round, a row a trace and rate. Raises ConfigError without matplotlib."""
+    rows = [row for row in result["results"]["runs"] if row["round"] == 0]
+    panels = list(dict.fromkeys((row.get("trace", ""), row.get("request_rate", "")) for row in rows))
+    figure, axes = pyplot().subplots(
+        len(panels), 2, figsize=(13, 0.6 + 4 * len(panels)), layout="constrained", squeeze=False
+    )
+    for panel, pair in zip(panels, axes, strict=True):
+        for row in rows:
+            if (row.get("trace", ""), row.get("request_rate", "")) == panel:
+                over_time, label = row["over_time"], row.get("cache") or row["engine"]
+                for axis, name in zip(pair, ("output_tokens_per_s", "concurrent_requests"), strict=True):
+                    axis.plot(over_time["time_s"], over_time[name], linewidth=1, label=label)
+        for axis, label in zip(pair, ("output tokens a second", "requests under way"), strict=True):
+            axis.set_xlabel("seconds")
+            axis.set_ylabel(label)
+            axis.set_ylim(bottom=0)
+            axis.set_title(", ".join(filter(None, panel)))
+            axis.legend(fontsize=8)
+    save(figure, result, path)
+
+
 def plot_burst(result: dict[str, Any], path: Path) -> None:
     """Draw a `bench burst` result: decode steps over time, and where the burst's mapping time went. Raises ConfigError
     without matplotlib."""

@@ -86,6 +86,35 @@ def serve(result: Result) -> str:
     return table([*header, "vattn's output over it"], lines)
 
 
+BESIDE = {
+    "total_token_throughput": "total tokens a second",
+    "output_throughput": "output tokens a second",
+    "median_ttft_ms": "TTFT p50, ms",
+    "p99_ttft_ms": "TTFT p99, ms",
+    "median_tpot_ms": "TPOT p50, ms",
+    "median_itl_ms": "ITL p50, ms",
+    "p99_itl_ms": "ITL p99, ms",
+    "p99_e2el_ms": "E2EL p99, ms",
+}
+
+
+def serve_beside(result: Result) -> str:
+    """Each figure of ours beside the peer's, by trace and rate: means over the rounds, and of the rounds' ratios."""
+    groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for row in result["results"]["runs"]:
+        group = groups.setdefault((row["trace"], row["request_rate"]), {})
+        group.setdefault(row["engine"], []).append(row)
+    lines, names = [], ["vattn", "peer"]
+    for (trace, rate), engines in groups.items():
+        names, (ours, theirs) = list(engines), engines.values()
+        for figure, label in BESIDE.items():
+            pairs = [(one[figure], other[figure]) for one, other in zip(ours, theirs, strict=True)]
+            means = [f"{sum(each) / len(each):,.1f}" for each in zip(*pairs, strict=True)]
+            over = "-" if not all(other for _, other in pairs) else _over_rounds([a / b for a, b in pairs], 3)
+            lines.append([trace, rate, label, *means, over])
+    return table(["trace", "requests a second", "figure", *names, f"{names[0]} / {names[1]}"], lines)
+
+
 def policies(result: Result) -> str:
     """Steps under each policy of mapping, and over those of the cache that was mapped whole before."""
     rows = result["results"]["runs"]

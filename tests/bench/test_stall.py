@@ -1,0 +1,93 @@
+"""`bench stall` on the host, small: what it counts as a gap, and what it says of an engine without a target."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import pytest
+import torch
+
+from trtllm_vattn.bench.cases import stall
+from trtllm_vattn.cli.main import main
+from trtllm_vattn.errors import VattnError
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+
+HOST = ["bench", "stall", "--device", "cpu", "--model", "tiny-llama"]
+HAS_TARGET = "target_itl_ms" in inspect.signature(Engine).parameters
+
+
+class Targeted(Engine):
+    """An engine that takes a target, as though it had one, and prompts in smaller chunks with it."""
+
+    def __init__(self, *arguments: Any, target_itl_ms: float | None = None, chunk: int = 64, **options: Any) -> None:
+        super().__init__(*arguments, chunk=chunk if target_itl_ms is None else 16, **options)
+
+
+def arguments(**changed: Any) -> argparse.Namespace:
+    usual = {"seed": 0, "device": "cpu", "attention": "auto", "budget": 8 << 20, "chunk": 64, "running": 2}
+    return argparse.Namespace(**{**usual, "context": 5, "prompt_tokens": 300, "room": 200, **changed})
+
+
+def test_gaps_are_counted_from_the_prompts_submission_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    step = Engine._step
+    seen = []
+
+    def slow(self: Engine) -> None:
+        """Slow once before the prompt, and once while it goes in."""
+        busy = bool(self.scheduler.prefilling) or bool(self.scheduler.waiting)
+        seen.append(busy)
+        if len(seen) == 10:
+            sleep(1.0)
+        if busy and seen[:-1].count(True) == 3:
+            sleep(0.4)
+        step(self)
+
+    monkeypatch.setattr(Engine, "_step", slow)
+    found = stall.gap(model, arguments(), None)
+    assert found["worst_gap_ms"] > 400
+    assert found["gap_ms"]["max"] == found["worst_gap_ms"]
+    # Of 300 tokens by 64; what came before is not counted.
+    assert found["before_ms"]["count"] == 2 * (stall.BEFORE - 1)
+    assert found["before_ms"]["max"] >= 1000
+    assert found["prompt_s"] > 0.4
+
+
+def test_running_sequences_that_end_too_early_are_an_error() -> None:
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    with pytest.raises(VattnError, match="2 sequences decoded all of their 20 tokens before; raise --room"):
+        stall.gap(model, arguments(room=20), None)
+
+
+def test_both_parts_are_measured_with_and_without_a_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not HAS_TARGET:
+        monkeypatch.setattr(stall, "Engine", Targeted)
+    result = tmp_path / "stall.json"
+    command = [*HOST, "--requests", "5", "--prompt-tokens", "200", "--target-itl-ms", "50"]
+    assert main([*command, "--output-json", str(result)]) == 0
+    found = json.loads(result.read_text())
+    rows, summary = found["results"]["runs"], found["summary"]
+    parts = [("gap", "none"), ("gap", 50.0), ("load", "none"), ("load", 50.0)]
+    assert [(row["part"], row["target_itl_ms"]) for row in rows] == parts
+    assert summary["worst_gap_over_target"] == rows[1]["worst_gap_ms"] / 50
+    assert summary["itl_p99_ms_at_target_50"] == rows[3]["p99_itl_ms"]
+    assert summary["throughput_over_no_target"] == rows[3]["output_throughput"] / rows[2]["output_throughput"]
+    assert summary["worst_gap_ms_without_target"] == rows[0]["worst_gap_ms"]
+    assert rows[3]["completed"] == 5
+    shown = capsys.readouterr().out
+    assert "worst gap ms" in shown
+    assert "output tok/s" in shown
+
+
+@pytest.mark.skipif(HAS_TARGET, reason="the engine has a target")
+def test_an_engine_without_a_target_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(HOST) == 2
+    assert "this engine has no target_itl_ms: its passes are not cut to a time" in capsys.readouterr().err

@@ -1,0 +1,283 @@
+"""`bench serve --peer`: the same requests through our engine and another one, in turns on one device.
+
+First with everything at once, which is what saturates an engine, then at a share of the rate that saturates the peer:
+throughput is compared in the first, latencies in the second. Both have the same bytes of KV, the same shape of model
+with random weights, the same token ids, lengths and times of arrival; each turn has token ids of its own, so that
+nobody's prefix cache helps. Both engines stay alive, idle in the other's turns, where two fit the device; else each is
+made anew for its turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mean
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from trtllm_vattn.bench.harness.case import conclude, engine_options, model_of, vocab_of
+from trtllm_vattn.bench.harness.peer import Peer, check_tokens, fit_together, opener, write_config
+from trtllm_vattn.bench.harness.report import Result, write
+from trtllm_vattn.bench.harness.serving import (
+    Clock,
+    Load,
+    Served,
+    arrival_times,
+    check_goodput,
+    over_time,
+    report,
+    serve,
+)
+from trtllm_vattn.bench.harness.traces import Request, trace_kind
+from trtllm_vattn.bench.harness.workload import prompts_of
+from trtllm_vattn.bench.publish.plots import plot_serve
+from trtllm_vattn.bench.publish.tables import serve_beside
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.machine import versions
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+
+OURS = "vattn"
+BESIDE = 8 << 30
+"""Bytes that an engine takes beside weights and KV: activations, graphs, its context."""
+WARM_UP = (17, 300, 2048, 7000)
+"""Tokens of prompts that are served before anything is timed, in which kernels are compiled."""
+Traced = tuple[str, list[Request]]
+
+
+class Serving(Protocol):
+    """An engine that requests go through."""
+
+    name: str
+
+    def start(self, kind: str) -> None:
+        """Make it ready; ``offline`` is for requests that come at once, ``server`` for those that come over time."""
+
+    def serve(self, load: Load) -> Served:
+        """All requests, to their ends."""
+
+    def stop(self) -> None:
+        """Give its memory back. Idempotent."""
+
+
+class Ours:
+    """Our engine over the fixed-address cache. The model stays; engine and cache are made at `start`."""
+
+    name = OURS
+
+    def __init__(self, model: PreTrainedModel, args: argparse.Namespace) -> None:
+        self._model, self._args = model, args
+        self._engine: Engine | None = None
+        self.settings: dict[str, Any] = {}
+
+    def start(self, kind: str) -> None:
+        if self._engine is None:
+            args = self._args
+            cache = make_cache(OURS, shape_of(self._model, args.max_seqs, args.max_seq_len), args.device, args.budget)
+            options = engine_options(args)
+            self._engine = Engine(self._model, cache, attention=args.attention, chunk=args.chunk, **options)
+            self.settings = {"kv_bytes": cache.stats().budget_bytes, "max_seqs": args.max_seqs, **options}
+
+    def serve(self, load: Load) -> Served:
+        assert self._engine is not None
+        return serve(self._engine, load, Clock(), self.name)
+
+    def stop(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+            give_back()
+
+
+def give_back() -> None:
+    """What torch holds of the device and does not use is there for others."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Theirs:
+    """A peer's engine, in its process."""
+
+    def __init__(self, make: Callable[[], Peer], name: str, folder: Path, args: argparse.Namespace) -> None:
+        self.name, self._make, self._folder, self._args = name, make, folder, args
+        self._peer: Peer | None = None
+        self._kind = ""
+        self.settings: dict[str, Any] = {}
+        self.start_s: dict[str, float] = {}
+
+    def start(self, kind: str) -> None:
+        if self._peer is not None and self._kind == kind:
+            return
+        self.stop()
+        self._peer, self._kind = self._make(), kind
+        args = self._args
+        made = self._peer.ask(
+            "start",
+            kind=kind,
+            folder=str(self._folder),
+            kv_bytes=args.budget,
+            max_model_len=args.max_seq_len,
+            seed=args.seed,
+        )
+        self.settings[kind], self.start_s[kind] = made["settings"], made["seconds"]
+
+    def serve(self, load: Load) -> Served:
+        assert self._peer is not None
+        return self._peer.serve(load)
+
+    def stop(self) -> None:
+        if self._peer is not None:
+            self._peer.close()
+            self._peer = None
+
+
+class Turns:
+    """Serves loads by each engine in turn, with token ids that no other turn has; keeps rows of what came of it."""
+
+    def __init__(self, engines: Sequence[Serving], args: argparse.Namespace, vocab: int, together: bool) -> None:
+        self._engines, self._args, self._vocab, self._together = engines, args, vocab, together
+        self._turn = 0
+        self._warm: set[tuple[str, str]] = set()
+        self.rows: list[dict[str, Any]] = []
+
+    def _load(self, requests: Sequence[Request], rate: float) -> Load:
+        self._turn += 1
+        arrivals = arrival_times(len(requests), rate, self._args.burstiness, self._args.seed)
+        prompts = prompts_of([_own(request) for request in requests], self._vocab, self._args.seed + self._turn)
+        return Load(prompts, [request.output_tokens for request in requests], arrivals)
+
+    @contextmanager
+    def _ready(self, engine: Serving, kind: str) -> Iterator[None]:
+        """With `kind` of engine started and warm; alone on the device, where two do not fit."""
+        engine.start(kind)
+        try:
+            if (engine.name, kind) not in self._warm:
+                engine.serve(self._warm_up())
+            if self._together:
+                self._warm.add((engine.name, kind))
+            yield
+        finally:
+            if not self._together:
+                engine.stop()
+
+    def _warm_up(self) -> Load:
+        lengths = [min(tokens, self._args.max_seq_len - 8) for tokens in WARM_UP]
+        return self._load([Request(0.0, max(1, tokens), 8) for tokens in lengths * 3], float("inf"))
+
+    def take(self, traced: Traced, rate: float, number: int, kind: str) -> None:
+        """One turn of each."""
+        name, requests = traced
+        load = self._load(requests, rate)
+        for engine in self._engines:
+            with self._ready(engine, kind):
+                served = engine.serve(load)
+            check_tokens(engine.name, load, served.times)
+            row = {"trace": name, "engine": engine.name, "kind": kind, "request_rate": _rate(rate), "round": number}
+            found = report(load, served, check_goodput(self._args.goodput))
+            self.rows.append({**row, **found, "over_time": over_time(load, served)})
+
+
+def _own(request: Request) -> Request:
+    """Without what it shares with others."""
+    return Request(request.arrival_s, request.prompt_tokens, request.output_tokens)
+
+
+def _rate(rate: float) -> str:
+    return "at once" if rate == float("inf") else f"{rate:.2f}"
+
+
+def named(wanted: Sequence[tuple[Path | None, list[Request]]]) -> list[Traced]:
+    """Traces by their kind, and a number from the second of a kind on."""
+    found: list[Traced] = []
+    for path, requests in wanted:
+        kind = "generated" if path is None else trace_kind(path)
+        count = sum(name.partition("-")[0] == kind for name, _ in found)
+        found.append((f"{kind}-{count + 1}" if count else kind, requests))
+    return found
+
+
+def run(args: argparse.Namespace, wanted: Sequence[tuple[Path | None, list[Request]]]) -> int:
+    """Run the comparison."""
+    make = opener(args)
+    with make() as peer:  # whether it is there, before anything takes long
+        told = peer.versions
+    traces = named(wanted)
+    model = model_of(args)
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(model, Path(folder))
+        ours, theirs = Ours(model, args), Theirs(make, args.peer, Path(folder), args)
+        turns = Turns([ours, theirs], args, vocab_of(model), together(model, args))
+        results = {"runs": turns.rows, "versions": {OURS: versions(), args.peer: told}}
+        try:
+            for rate, number, kind, traced in _schedule(args, traces, turns.rows):
+                turns.take(traced, rate, number, kind)
+                results["settings"] = {OURS: ours.settings, args.peer: theirs.settings}
+                results["peer_start_s"] = theirs.start_s
+                if args.output_json:  # what was measured is kept, whatever comes of the rest
+                    write(Result.of("serve", args, results, compared(turns.rows, args.peer)), args.output_json)
+        finally:
+            ours.stop()
+            theirs.stop()
+    summary = compared(turns.rows, args.peer) | {"peer": f"{args.peer} {told[args.peer]}"}
+    return conclude("serve", args, results, summary, serve_beside({"results": results}), plot_serve)
+
+
+def together(model: PreTrainedModel, args: argparse.Namespace) -> bool:
+    """Whether both engines lie on the device at once."""
+    if args.device == "cpu":
+        return True
+    weights = sum(each.numel() * each.element_size() for each in model.parameters())
+    total = torch.cuda.get_device_properties(args.device).total_memory
+    return fit_together(total, weights, args.budget, BESIDE)
+
+
+def _schedule(
+    args: argparse.Namespace, traces: Sequence[Traced], rows: Sequence[dict[str, Any]]
+) -> Iterator[tuple[float, int, str, Traced]]:
+    """Rate, round, kind of engine and trace of each turn; the later ones depend on the rows of the earlier."""
+    rate = float("inf") if args.request_rate is None else args.request_rate
+    saturating = rate == float("inf")
+    for number in range(args.rounds):
+        for traced in traces:
+            yield rate, number, "offline" if saturating else "server", traced
+    if saturating and args.peer_load:
+        for traced in traces:
+            most = [
+                row["request_throughput"] for row in rows if (row["trace"], row["engine"]) == (traced[0], args.peer)
+            ]
+            yield args.peer_load * mean(most), 0, "server", traced
+
+
+def compared(rows: Sequence[dict[str, Any]], peer: str) -> dict[str, Any]:
+    """Ours over the peer's, turn by turn: throughput where everything came at once, latencies where it came at a rate;
+    the mean of the rounds, and ``[least, most]`` where there were several."""
+    out: dict[str, Any] = {}
+    turns = list(zip(rows[::2], rows[1::2], strict=False))
+    for trace in dict.fromkeys(row["trace"] for row in rows):
+        of = [(ours, theirs) for ours, theirs in turns if ours["trace"] == trace]
+        at_once = [pair for pair in of if pair[0]["request_rate"] == "at once"]
+        paced = [pair for pair in of if pair[0]["request_rate"] != "at once"]
+        if at_once:
+            _ratio(out, f"total_over_{peer}_{trace}", "total_token_throughput", at_once)
+            _ratio(out, f"output_over_{peer}_{trace}", "output_throughput", at_once)
+        if paced:
+            out[f"request_rate_{trace}"] = float(paced[0][0]["request_rate"])
+            for name in ("ttft", "itl"):
+                _ratio(out, f"{name}_p99_over_{peer}_{trace}", f"p99_{name}_ms", paced)
+    return out
+
+
+def _ratio(out: dict[str, Any], name: str, figure: str, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    # A latency of nothing happens where all outputs are of one token.
+    each = [ours[figure] / theirs[figure] for ours, theirs in pairs if theirs[figure]]
+    if each:
+        out[name] = mean(each)
+    if len(each) > 1:
+        out[f"{name}_spread"] = [min(each), max(each)]

@@ -1,0 +1,205 @@
+"""`bench stall`: does anybody who streams tokens wait while a long prompt goes in?
+
+Two parts, each with and without a target for the time between two tokens (the engine's `target_itl_ms`). *Gap*: some
+sequences decode while one long prompt goes in; the longest time that any of them waits for its next token counts, from
+the moment at which the prompt is submitted until a few steps after its first token. *Load*: a trace submitted at once,
+its ITL and its throughput. Sarathi-Serve (OSDI'24) measures both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import inspect
+from collections.abc import Callable, Sequence
+from statistics import mean
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from trtllm_vattn.arguments import amount, non_negative, positive, size
+from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.flags import (
+    BUDGET,
+    MAX_OUTPUT,
+    MAX_SEQS,
+    REQUESTS,
+    add_attention,
+    add_common,
+    add_rounds,
+    add_trace,
+)
+from trtllm_vattn.bench.harness.serving import Load, report, serve
+from trtllm_vattn.bench.harness.timing import summarise
+from trtllm_vattn.bench.harness.traces import fit, generate_trace, load_trace
+from trtllm_vattn.bench.harness.workload import prompts_of
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError, VattnError
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.table import tabulate
+
+BEFORE = 16
+"""Steps of all sequences before the prompt is submitted."""
+AFTER = 8
+"""Steps behind the prompt's first token that its shadow may still fall on."""
+MAX_SEQ_LEN = 8192
+"""Of the load's requests, on a GPU."""
+GAP = {"part": "part", "target ms": "target_itl_ms", "round": "round"}
+COLUMNS = {
+    **GAP,
+    "worst gap ms": "worst_gap_ms:.1f",
+    "gap p99 ms": "gap_ms.p99:.1f",
+    "before p50 ms": "before_ms.p50:.2f",
+    "prompt s": "prompt_s:.2f",
+}
+LOAD_COLUMNS = {
+    **GAP,
+    "output tok/s": "output_throughput:,.0f",
+    "ITL p50 ms": "median_itl_ms:.1f",
+    "ITL p99": "p99_itl_ms:.1f",
+    "TTFT p99 ms": "p99_ttft_ms:,.0f",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench stall`."""
+    gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
+    add_attention(parser)
+    text = "time between two tokens that passes are cut to"
+    add("--target-itl-ms", type=amount, default=50.0, metavar="MILLISECONDS", help=text)
+    text = "sequences that decode while the prompt goes in"
+    add("--running", type=positive, default=32 if gpu else 3, metavar="SEQUENCES", help=text)
+    text = "tokens of each of them when it begins"
+    add("--context", type=positive, default=2048 if gpu else 20, metavar="TOKENS", help=text)
+    text = "tokens of the long prompt"
+    add("--prompt-tokens", type=positive, default=100_000 if gpu else 400, metavar="TOKENS", help=text)
+    text = "tokens that the running sequences may decode meanwhile"
+    add("--room", type=positive, default=4096 if gpu else 400, metavar="TOKENS", help=text)
+    add_trace(parser)
+    text = f"{REQUESTS}; 0 leaves the load out"
+    add("--requests", type=non_negative, default=256 if gpu else 8, metavar="REQUESTS", help=text)
+    add("--max-output", type=positive, default=4096 if gpu else 12, metavar="TOKENS", help=MAX_OUTPUT)
+    add("--max-seqs", type=positive, default=256 if gpu else 4, metavar="SEQUENCES", help=f"{MAX_SEQS}, of the load")
+    add("--budget", type=size, default="64GiB" if gpu else "8MiB", metavar="BYTES", help=BUDGET)
+    add(
+        "--chunk", type=positive, default=8192 if gpu else 64, metavar="TOKENS", help="prompt tokens that go in at once"
+    )
+    add_rounds(parser, 1, "target")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark."""
+    if "target_itl_ms" not in inspect.signature(Engine).parameters:
+        raise ConfigError("this engine has no target_itl_ms: its passes are not cut to a time")
+    model = model_of(args)
+    parts: list[tuple[str, Callable[..., dict[str, Any]]]] = [("gap", gap)]
+    if args.requests:
+        parts.append(("load", loaded))
+    rows = [
+        {"part": name, "target_itl_ms": target, "round": number, **measure(model, args, target)}
+        for name, measure in parts
+        for number in range(args.rounds)
+        for target in (None, args.target_itl_ms)
+    ]
+    for row in rows:
+        row["target_itl_ms"] = row["target_itl_ms"] or "none"
+    shown = [
+        tabulate([row for row in rows if row["part"] == part], columns)
+        for part, columns in (("gap", COLUMNS), ("load", LOAD_COLUMNS))
+        if any(row["part"] == part for row in rows)
+    ]
+    return conclude("stall", args, {"runs": rows}, summary(rows, args.target_itl_ms), "\n\n".join(shown))
+
+
+def summary(rows: Sequence[dict[str, Any]], target_ms: float) -> dict[str, Any]:
+    """The figures that are quoted: the worst of all rounds for gaps, the mean for rates."""
+
+    def of(part: str, target: float | str, name: str) -> list[float]:
+        return [row[name] for row in rows if (row["part"], row["target_itl_ms"]) == (part, target)]
+
+    worst = max(of("gap", target_ms, "worst_gap_ms"))
+    out = {
+        "target_itl_ms": target_ms,
+        "worst_gap_ms": worst,
+        "worst_gap_over_target": worst / target_ms,
+        "worst_gap_ms_without_target": max(of("gap", "none", "worst_gap_ms")),
+        "prompt_s": mean(of("gap", target_ms, "prompt_s")),
+        "prompt_s_without_target": mean(of("gap", "none", "prompt_s")),
+    }
+    if of("load", target_ms, "p99_itl_ms"):
+        out[f"itl_p99_ms_at_target_{target_ms:g}"] = max(of("load", target_ms, "p99_itl_ms"))
+        out["itl_p99_ms_without_target"] = max(of("load", "none", "p99_itl_ms"))
+        pairs = zip(of("load", target_ms, "output_throughput"), of("load", "none", "output_throughput"), strict=True)
+        out["throughput_over_no_target"] = mean(with_target / without for with_target, without in pairs)
+    return out
+
+
+def engine_of(
+    model: PreTrainedModel, args: argparse.Namespace, max_seqs: int, max_seq_len: int, target_ms: float | None
+) -> Engine:
+    """An engine over the fixed-address cache, whose passes are cut to a target or not."""
+    gc.collect()
+    cache = make_cache("vattn", shape_of(model, max_seqs, max_seq_len), args.device, args.budget)
+    options: dict[str, Any] = {} if target_ms is None else {"target_itl_ms": target_ms}
+    return Engine(model, cache, attention=args.attention, chunk=args.chunk, **options)
+
+
+def gap(model: PreTrainedModel, args: argparse.Namespace, target_ms: float | None) -> dict[str, Any]:
+    """Gaps between tokens, in ms, while the long prompt goes in, and how long that took.
+
+    Raises VattnError where a running sequence ended before.
+    """
+    random = np.random.default_rng(args.seed)
+    vocab = vocab_of(model)
+
+    def prompt(tokens: int) -> list[int]:
+        return random.integers(0, vocab, tokens).tolist()  # type: ignore[no-any-return]
+
+    wanted = SamplingParams(max_tokens=args.room, ignore_eos=True)
+    longest = max(args.prompt_tokens + AFTER, args.context + args.room)
+    with engine_of(model, args, args.running + 1, longest, target_ms) as engine:
+        running = [engine.submit(prompt(args.context), wanted) for _ in range(args.running)]
+        times: dict[int, list[float]] = {number: [] for number in running}
+        while min(map(len, times.values())) < BEFORE:
+            _step(engine, times)
+        began = perf_counter()
+        long = engine.submit(prompt(args.prompt_tokens), SamplingParams(max_tokens=AFTER, ignore_eos=True))
+        times[long] = []
+        while len(times[long]) < AFTER:
+            _step(engine, times)
+        if ended := [number for number in running if len(times[number]) >= args.room]:
+            raise VattnError(f"{len(ended)} sequences decoded all of their {args.room} tokens before; raise --room")
+    gaps = [1e3 * np.diff(times[number]) for number in running]
+    from_then_on = [each[np.asarray(times[number][1:]) >= began] for each, number in zip(gaps, running, strict=True)]
+    found = np.concatenate(from_then_on)
+    steady = [each[: BEFORE - 1] for each in gaps]
+    return {
+        "worst_gap_ms": float(found.max()),
+        "gap_ms": summarise(found.tolist()),
+        "before_ms": summarise(np.concatenate(steady).tolist()),
+        "prompt_s": times[long][0] - began,
+    }
+
+
+def _step(engine: Engine, times: dict[int, list[float]]) -> None:
+    events = engine.step()
+    now = perf_counter()
+    for event in events:
+        if event.error:
+            raise VattnError(event.error)
+        times[event.request].append(now)
+
+
+def loaded(model: PreTrainedModel, args: argparse.Namespace, target_ms: float | None) -> dict[str, Any]:
+    """Latencies and throughput of a trace submitted at once."""
+    longest = MAX_SEQ_LEN if args.device != "cpu" else 256
+    asked = load_trace(args.trace, args.requests) if args.trace else generate_trace(args.requests, args.seed)
+    requests = fit(asked, longest, args.max_output)
+    prompts = prompts_of(requests, vocab_of(model), args.seed)
+    load = Load(prompts, [request.output_tokens for request in requests], [0.0] * len(requests))
+    with engine_of(model, args, args.max_seqs, longest, target_ms) as engine:
+        return report(load, serve(engine, load, label="no target" if target_ms is None else f"{target_ms:g} ms"))

@@ -1,0 +1,130 @@
+"""`bench tune`: what tuning finds for a single token's step, searched several times, the fastest kept as data.
+
+Each trial starts an engine in a process of its own with empty caches, so that Inductor searches anew, and times the
+captured step of one sequence. What made the fastest one is written for the card (runtime/tuned.py); a last start with
+empty caches and that data has to search nothing, and its step is timed beside the trials'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from trtllm_vattn.arguments import output_folder, positive
+from trtllm_vattn.bench.harness.case import conclude
+from trtllm_vattn.bench.harness.contenders import Contest, take_turns
+from trtllm_vattn.bench.harness.flags import add_common, dtype_of
+from trtllm_vattn.bench.harness.timing import summarise
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError, VattnError
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.tuned import FOLDER, card_of, collect, entries, merged, toolchain
+from trtllm_vattn.table import tabulate
+
+COLUMNS = {
+    "start": "start",
+    "step p50 ms": "step_ms:.3f",
+    "configurations tried": "tried",
+    "kernels": "kernels",
+    "s": "seconds:.0f",
+}
+_TRIAL = """
+import json, sys
+from pathlib import Path
+from trtllm_vattn.runtime import tuned
+tuned.FOLDER = Path(sys.argv[1])
+from trtllm_vattn.bench.cases.tune import trial
+print(json.dumps(trial(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6]))))
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench tune`."""
+    add_common(parser)
+    add = parser.add_argument
+    add("--trials", type=positive, default=5, metavar="TIMES", help="searches, each in a process of its own")
+    add("--context", type=positive, default=2048, metavar="TOKENS", help="of the sequence whose step is timed")
+    add("--steps", type=positive, default=200, metavar="STEPS", help="decode steps that are timed")
+    text = "where CARD.json is written, with what it holds of other models and versions"
+    add("--output", type=output_folder, default=str(FOLDER), metavar="FOLDER", help=text)
+
+
+def trial(model: str, device: str, context: int, steps: int, seed: int) -> dict[str, Any]:
+    """In a process of its own: an engine's first start, how many configurations a search tried, and its step in ms."""
+    from torch._dynamo.utils import counters
+
+    loaded = load_model(model, device, dtype_of(device), seed)
+    started = perf_counter()
+    cache = make_cache("vattn", shape_of(loaded, 1, context + 2 * steps + 64), device)
+    engine = Engine(loaded, cache, buckets=[1], chunk=max(2048, context))
+    seconds = perf_counter() - started
+    with Contest(1, max(1, context - steps // 2), 2 * steps, seed) as contest:
+        contest.add("vattn", engine)
+        take_turns(contest.contenders, 1, steps, "steps")
+        times = summarise([1e3 * value for value in contest.contenders[0].samples("wall_s")])
+    return {"step_ms": times["p50"], "tried": counters["inductor"]["coordesc_tuning_bench"], "seconds": seconds}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 where a start with what was found searched all the same."""
+    if args.device == "cpu":
+        raise ConfigError("nothing is tuned on the CPU: kernels of a single token are searched on a GPU; give --device")
+    name = card_of(torch.device(args.device))
+    rows: list[dict[str, Any]] = []
+    found = []
+    with tempfile.TemporaryDirectory() as nothing:
+        for number in range(args.trials):
+            row, kernels = started(args, nothing)
+            rows.append({"start": f"trial {number + 1}", **row, "kernels": len(kernels)})
+            found.append(kernels)
+    best = min(range(args.trials), key=lambda number: rows[number]["step_ms"])
+    if not found[best]:
+        raise VattnError("the search left no configuration: this torch keeps none, or its caches are disabled")
+    entry = {"model": args.model, **toolchain(), "step_ms": rows[best]["step_ms"], "trials": args.trials}
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"{name}.json"
+    old = json.loads(path.read_text()) if path.is_file() else entries(name)
+    path.write_text(json.dumps(merged(old, {**entry, "kernels": found[best]}), indent=1) + "\n")
+    again, kernels = started(args, str(args.output))
+    rows.append({"start": "with what was found", **again, "kernels": len(kernels)})
+    steps = [row["step_ms"] for row in rows[:-1]]
+    summary = {
+        "best_step_ms": min(steps),
+        "worst_step_ms": max(steps),
+        "step_ms_with_found": again["step_ms"],
+        "tried_with_found": again["tried"],
+        "same_kernels": {key: kernels.get(key) for key in found[best]} == found[best],
+        "written": str(path),
+    }
+    wrong = []
+    if again["tried"] or not summary["same_kernels"]:
+        wrong.append(f"with what was found, a start tried {again['tried']} configurations all the same")
+    return conclude("tune", args, {"runs": rows, "kernels": found}, summary, tabulate(rows, COLUMNS), wrong=wrong)
+
+
+def started(args: argparse.Namespace, tuned: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """One first start, with the data of the folder `tuned`: its row, and the configurations that its caches then hold.
+
+    Raises VattnError where it fails.
+    """
+    with tempfile.TemporaryDirectory() as caches:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
+        environment["TRITON_CACHE_DIR"] = f"{caches}/triton"
+        numbers = [str(number) for number in (args.context, args.steps, args.seed)]
+        command = [sys.executable, "-c", _TRIAL, tuned, args.model, args.device, *numbers]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise VattnError(f"the trial failed: {done.stderr.strip()[-1000:]}")
+        row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return row, collect(Path(caches) / "inductor")
