@@ -118,7 +118,7 @@ def _make(system: str, shape: CacheShape, device: str, lengths: np.ndarray) -> K
     blocks = int((-(-lengths // block)).sum())
     cache = PagedCache(shape, device, block, blocks)
     # As a pool looks after hours of service: no two blocks of a sequence are neighbours.
-    np.random.default_rng(0).shuffle(cache._free_blocks)
+    cache.shuffle_free_memory(0)
     return cache
 
 

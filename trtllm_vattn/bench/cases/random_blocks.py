@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import torch
 
 from trtllm_vattn.cache.base import CacheShape
@@ -21,7 +19,7 @@ class RandomBlocks(PagedCache):
 
     def __init__(self, shape: CacheShape, device: torch.device | str, block_size: int, seed: int = 0) -> None:
         super().__init__(shape, device, block_size)
-        random.Random(seed).shuffle(self._free_blocks)
+        self.shuffle_free_memory(seed)
 
     def _make_pools(self, size: tuple[int, int, int, int]) -> list[list[torch.Tensor]]:
         layers, factor = self.shape.num_layers, self.shape.kv_factor
