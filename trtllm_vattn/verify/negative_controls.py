@@ -1,7 +1,7 @@
 """Negative controls of the soak: what must be caught if something goes wrong beneath a captured graph.
 
-Each does one thing that the library never does, and reports how it came to light. A kernel that reads memory that is
-gone ends its process, so that control runs in a process of its own, ``python -m trtllm_vattn.verify.negative_controls
+Each does one thing that the library never does, and reports how it was detected. A kernel that reads unmapped memory
+ends its process, so that control runs in a process of its own, ``python -m trtllm_vattn.verify.negative_controls
 DEVICE MODEL unfenced``; with ``fenced`` the same program waits before it unmaps, and has to survive.
 """
 
@@ -146,7 +146,7 @@ def _guarded(launch: Callable[[], object]) -> str:
 
 
 def foreign_address(device: torch.device) -> str:
-    """A step uses a tensor that nobody said would stay."""
+    """A step uses a tensor that was not declared static."""
     mine, foreign = torch.ones(64, device=device), torch.ones(64, device=device)
     runner = GraphRunner(lambda bucket: (mine[:bucket] + foreign[:bucket],), [8], [mine], device)
     try:

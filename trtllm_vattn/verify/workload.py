@@ -36,7 +36,7 @@ class Workload:
         return next(self._numbers)
 
     def run_one(self, weights: Mapping[str, int]) -> None:
-        """Call one of these methods, each as likely as its weight; it is counted, and named by `current`."""
+        """Call one of these methods, chosen by weight; count it in `operations`, and name it in `current`."""
         (self.current,) = self.random.choices(list(weights), list(weights.values()))
         self.operations[self.current] += 1
         getattr(self, self.current)()
@@ -109,7 +109,7 @@ class CacheWorkload(Workload):
         del self.authors[sequence]
 
     def truncate(self) -> None:
-        """A sequence falls back to an earlier length."""
+        """A sequence is truncated to an earlier length."""
         if (sequence := self._pick()) is not None:
             length = self.random.randint(1, len(self.authors[sequence]))
             self.cache.truncate(sequence, length)

@@ -138,7 +138,7 @@ class ModelledTiming(StepTimingModel):
         self.step_s = (WEIGHT_BYTES + int(lengths.sum()) * self._token_bytes) / READ_BYTES_PER_S
 
     def observe_mappings(self, count: int, seconds: float) -> None:
-        """A ledger's take no time."""
+        """The driver's calls take no time here."""
 
 
 def make(config: CacheConfig | int, shape: CacheShape, budget: int, timing: StepTimingModel) -> KVCache:
@@ -149,7 +149,7 @@ def make(config: CacheConfig | int, shape: CacheShape, budget: int, timing: Step
 
 
 def _beside_step(cache: Any, timing: StepTimingModel) -> None:
-    """What a cache's own thread does beside a step, for as long as that lasts."""
+    """Do the work of a cache's background thread, for as long as the step lasts."""
     if not cache.remaps:
         return
     timing.observe_lengths(cache.lengths)

@@ -1,8 +1,8 @@
 """`bench plugin`: the TensorRT plugin called as TensorRT calls it, captured once, replayed while memory moves.
 
 No TensorRT runtime takes part: the calls are those of `plugins.emulated`. Sequences come and go, their pages are
-replaced, parked memory is taken away and given back, and every output checked follows from the tokens alone. Beside it
-the same layers are timed without the plugin.
+replaced, parked memory is taken away and given back, and every output that is checked can be computed from the tokens
+alone. Beside it the same layers are timed without the plugin.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class PluginWorkload(CacheWorkload):
             self.layers.prefill(slot, int(self.offsets[slot]), len(tokens), PROMPT)
 
     def squeeze(self) -> None:
-        """A budget of what sequences have takes all that is parked; then there is as much as before."""
+        """Lower the budget to what sequences use, which unmaps all parked memory; then restore it."""
         self.cache.set_budget(self.cache.stats().mapped_bytes + self.cache.bytes_of(1))
         self.cache.set_budget(self.budget)
 
@@ -106,7 +106,7 @@ class PluginWorkload(CacheWorkload):
 
 
 class PluginBenchmark:
-    """One invocation: a cache without a model, and the plugin's layers over it."""
+    """A cache without a model, and the plugin's layers over it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         if args.model not in SHAPES:
@@ -171,7 +171,7 @@ class PluginBenchmark:
         self.layers.offsets.copy_(torch.from_numpy(self.workload.offsets))
 
     def prepare(self) -> np.ndarray:
-        """Make the next step's lengths true in the cache, pass the guard, and put them on the device."""
+        """Map the next step's tokens, run the guard, and copy the lengths to the device."""
         cache = self.cache
         self.workload.step()
         lengths = cache.lengths.copy()
@@ -184,7 +184,7 @@ class PluginBenchmark:
 
     @torch.inference_mode()
     def replays(self) -> dict[str, Any]:
-        """Capture each context once; replay, churn, check."""
+        """Capture each execution context once; then replay, change sequences and memory, and check outputs."""
         args, layers = self.args, self.layers
         for _ in range(args.lanes):
             self.workload.admit()

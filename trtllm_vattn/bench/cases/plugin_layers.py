@@ -1,6 +1,7 @@
-"""The plugin's layers of a decoder, called as TensorRT calls them, over K and V that follow from lane and position.
+"""The plugin's layers of a decoder, called as TensorRT calls them, over K and V that can be computed from lane and
+position.
 
-What a lane's history holds follows from its offset alone, so an output can be checked at any time without a twin:
+The K and V of a lane depend on its offset alone, so an output can be checked at any time without a second cache:
 token t of a sequence has the row ``(t + offset) mod rows`` of the layer's tables.
 """
 
@@ -23,7 +24,7 @@ ROWS = 997
 
 
 class EmulatedLayers:
-    """Every attention layer of a decoder in one execution context after another.
+    """All attention layers of a decoder, in several execution contexts.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""`bench policy`: what does remapping beside running steps cost, and what does keeping it apart?
+"""`bench policy`: what does remapping memory beside running steps cost, and what does it cost to keep the two apart?
 
 The same sequences decode in engines that map ahead beside the step, between steps, or with the whole device quiet, and
 in one whose memory was all mapped before. They take turns.

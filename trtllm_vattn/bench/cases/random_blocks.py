@@ -1,4 +1,4 @@
-"""A stock paged pool as TensorRT-LLM lays it out, with blocks dealt at random: what affine tables are compared with."""
+"""TensorRT-LLM's own layout of a paged pool, with blocks in random order: what affine tables are compared with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class RandomBlocks(PagedCache):
     Parameters
     ----------
     seed : int
-        Of the order in which blocks are dealt.
+        Of the order in which blocks are handed out.
     """
 
     def __init__(self, shape: CacheShape, device: torch.device | str, block_size: int, seed: int = 0) -> None:

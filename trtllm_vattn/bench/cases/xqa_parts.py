@@ -93,7 +93,8 @@ def replay_remapped(cache: BlockKVCache, num_heads: int, context: int, replays: 
 @torch.inference_mode()
 def prefill_us(cache: BlockKVCache, num_heads: int, tokens: int, repeats: int) -> dict[str, dict[str, Any]]:
     """Microseconds a layer of attention for a prompt of `tokens` in one chunk, by backend: cuDNN's kernel over a
-    gathered copy (``xqa``), TensorRT-LLM's over the blocks (``xqa-fmha``), in turns; of those that work here."""
+    gathered copy (``xqa``), TensorRT-LLM's over the blocks (``xqa-fmha``), in turns; only backends that work on this
+    machine."""
     shape, on_gpu = cache.shape, cache.device.type == "cuda"
     usable = available()
     kinds = [name for name in ("xqa", "xqa-fmha") if not on_gpu or usable[name] == "yes"]

@@ -112,7 +112,7 @@ def layers(result: Result) -> str:
 
 
 def fragmentation(result: Result) -> str:
-    """Waste, all that is mapped counted, and sequences at once, of every system on every mix."""
+    """Mapped bytes that hold no token, surplus included, and concurrent sequences, of every system on every mix."""
     rows = result["results"]["runs"]
     mixes = list(dict.fromkeys(row["mix"] for row in rows))
     cells = {
@@ -123,7 +123,7 @@ def fragmentation(result: Result) -> str:
 
 
 def attention(result: Result) -> str:
-    """Decode attention by point and system; points that could not be had are left out."""
+    """Decode attention by point and system; points that failed are left out."""
     rows = [row for row in result["results"]["points"] if "refused" not in row]
     points, systems = (list(dict.fromkeys(row[key] for row in rows)) for key in ("point", "system"))
     cells = {
