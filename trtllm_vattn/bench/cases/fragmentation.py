@@ -20,15 +20,7 @@ from tqdm import tqdm
 from trtllm_vattn.arguments import positive, size
 from trtllm_vattn.bench.cases.ledger import LedgerCache, LedgerDriver
 from trtllm_vattn.bench.harness.case import conclude
-from trtllm_vattn.bench.harness.flags import (
-    BUDGET,
-    MAX_OUTPUT,
-    MAX_SEQ_LEN,
-    MAX_SEQS,
-    REQUESTS,
-    add_results,
-    add_trace,
-)
+from trtllm_vattn.bench.harness.flags import BUDGET, MAX_OUTPUT, MAX_SEQ_LEN, MAX_SEQS, REQUESTS, add_results, add_trace
 from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.bench.publish.plots import plot_fragmentation
 from trtllm_vattn.cache.base import CacheShape, KVCache

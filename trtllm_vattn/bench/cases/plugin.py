@@ -12,8 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median
-from time import perf_counter
+from statistics import mean, median
 from types import FrameType
 from typing import Any
 
@@ -28,7 +27,7 @@ from trtllm_vattn.arguments import positive
 from trtllm_vattn.bench.cases.plugin_layers import EmulatedLayers
 from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import MAX_SEQ_LEN, add_attention, add_common, add_rounds, dtype_of
-from trtllm_vattn.bench.harness.timing import summarise
+from trtllm_vattn.bench.harness.timing import captured, replays_ms, summarise, timed_ms
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError
@@ -174,7 +173,7 @@ class PluginBenchmark:
         """Map the next step's tokens, run the guard, and copy the lengths to the device."""
         cache = self.cache
         self.workload.step()
-        lengths = cache.lengths.copy()
+        lengths: np.ndarray = cache.lengths.copy()
         slots = np.where(lengths > 0, np.arange(len(lengths)), cache.dummy_slot)
         self.guard.check(lengths, slots, np.maximum(lengths - 1, 0))
         self._upload({slot: int(lengths[slot]) for slot in np.flatnonzero(lengths).tolist()})
@@ -269,25 +268,20 @@ class PluginBenchmark:
         layers.integers["lengths"].copy_(lengths)
         slots = torch.arange(args.lanes, device=cache.device)
         positions = torch.full_like(slots, args.context - 1)
-        static = [*layers.static, slots, positions]
-        steps = {
+        steps: dict[str, Callable[[int], object]] = {
             "plugin": layers.plugin_alone,
             "without": lambda bucket: layers.without_plugin(bucket, slots, positions),
         }
+        works = {name: partial(step, args.lanes) for name, step in steps.items()}
         on_gpu = cache.device.type == "cuda"
-        runners = {name: GraphRunner(step, [args.lanes], static, cache.device) for name, step in steps.items()}
-        for runner in runners.values() if on_gpu else ():
-            runner.capture()
-        samples: dict[str, list[float]] = {name: [] for name in runners}
+        graphs = {name: captured(work) for name, work in works.items()} if on_gpu else {}
+        samples: dict[str, list[float]] = {name: [] for name in works}
         ratios = []
         for turn in range(args.rounds):
-            order = list(runners) if turn % 2 else list(runners)[::-1]
-            for name in order:
-                run = runners[name].replay if on_gpu else steps[name]
-                samples[name].append(_milliseconds(partial(run, args.lanes), on_gpu))
+            for name in list(works) if turn % 2 else list(works)[::-1]:
+                took = replays_ms(graphs[name], 5) if on_gpu else timed_ms(works[name], 5, cache.device)
+                samples[name].append(mean(took))
             ratios.append(samples["plugin"][-1] / samples["without"][-1])
-        for runner in runners.values():
-            runner.close()
         return {
             **{f"{name}_ms": summarise(values) for name, values in samples.items()},
             "captured": on_gpu,
@@ -298,23 +292,6 @@ class PluginBenchmark:
     def close(self) -> None:
         registry.detach(NAME)
         self.cache.close()
-
-
-def _milliseconds(run: Callable[[], object], on_gpu: bool, times: int = 5) -> float:
-    """One call, of several without a pause."""
-    if not on_gpu:
-        started = perf_counter()
-        for _ in range(times):
-            run()
-        return 1e3 * (perf_counter() - started) / times
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    run()
-    start.record()
-    for _ in range(times):
-        run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / times
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,12 +17,7 @@ from trtllm_vattn.bench.cases.random_blocks import RandomBlocks
 from trtllm_vattn.bench.cases.xqa_parts import prefill_us, replay_remapped, table_host
 from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
 from trtllm_vattn.bench.harness.contenders import Contest, device_step_ms, take_turns
-from trtllm_vattn.bench.harness.flags import (
-    MAX_OUTPUT,
-    TIE_TOLERANCE,
-    add_common,
-    add_steady,
-)
+from trtllm_vattn.bench.harness.flags import MAX_OUTPUT, TIE_TOLERANCE, add_common, add_steady
 from trtllm_vattn.bench.harness.identity import Identity, RequestTokens, compare
 from trtllm_vattn.bench.harness.traces import fit, generate_trace
 from trtllm_vattn.bench.harness.workload import prompts_of, run_traced
@@ -161,11 +156,7 @@ def steady(args: argparse.Namespace, model: Any, batch: int) -> list[dict[str, A
 
 
 def summary(
-    identity: Identity,
-    by_table: Identity,
-    steps: list[dict[str, Any]],
-    replayed: dict[str, Any],
-    host: dict[str, Any],
+    identity: Identity, by_table: Identity, steps: list[dict[str, Any]], replayed: dict[str, Any], host: dict[str, Any]
 ) -> dict[str, Any]:
     """The figures that are quoted."""
     return {

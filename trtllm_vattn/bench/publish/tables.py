@@ -168,7 +168,7 @@ def headline(graph: Result, burst: Result, soak: Result, start: Result) -> str:
     shape, context = graph["config"]["model"], graph["config"]["context"]
     calls, config = burst["summary"], burst["config"]
     changes, begin = soak["summary"], start["summary"]
-    budgets = [f"{mib // 1024}" for mib in start["config"]["budgets_mib"]]
+    budgets = [f"{row['budget_mib'] / 1024:g}" for row in start["results"]["budgets"]]
     faults = len(soak["results"]["controls"])
     lines = [
         [
