@@ -81,6 +81,25 @@ def built_layer(trt: Any, fields: AttentionFields) -> Any:
     )
 
 
+def run_layer(
+    trt: Any,
+    layer: Any,
+    fields: AttentionFields,
+    given: Mapping[str, torch.Tensor],
+    out: torch.Tensor,
+    shaped: dict[int, tuple[int, ...]],
+    stream: int,
+) -> None:
+    """Call a layer as TensorRT does: `on_shape_change` where its shapes are not those in `shaped`, then `enqueue`."""
+    sizes = (len(given[fields.inputs[0]]), len(given["lengths"]), len(given.get("extent", ())))
+    inputs, outputs = describe(trt, fields, *sizes)
+    if shaped.get(id(layer)) != sizes:
+        layer.on_shape_change(inputs, outputs)
+        shaped[id(layer)] = sizes
+    addresses = [given[name].data_ptr() for name in fields.inputs]
+    layer.enqueue(inputs, outputs, addresses, [out.data_ptr()], 0, stream)
+
+
 class TorchEmitter:
     """Computes eagerly; T is a torch tensor. `layers` are an execution context's plugins by layer number."""
 
@@ -93,20 +112,9 @@ class TorchEmitter:
     def gather(self, table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         return table.index_select(0, indices)
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, weight)
-
-    def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return a + b
-
-    def subtract(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return a - b
-
-    def multiply(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return a * b
-
-    def reshape(self, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        return x.reshape(tuple(shape))
+    add, subtract, multiply = staticmethod(torch.add), staticmethod(torch.sub), staticmethod(torch.mul)
+    reshape, to_float = staticmethod(torch.reshape), staticmethod(torch.Tensor.float)
+    linear, silu = staticmethod(torch.nn.functional.linear), staticmethod(torch.nn.functional.silu)
 
     def slice(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         return x[..., start:stop]
@@ -118,24 +126,11 @@ class TorchEmitter:
         wide = x.float()
         return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
-    def silu(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.silu(x)
-
-    def to_float(self, x: torch.Tensor) -> torch.Tensor:
-        return x.float()
-
     def attention(self, fields: AttentionFields, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Call `on_shape_change` where shapes are new, then `enqueue`."""
-        inputs = [given[name].contiguous() for name in fields.inputs]
-        sizes = (len(inputs[0]), len(given["lengths"]), len(given.get("extent", ())))
-        described, outputs = describe(self.trt, fields, *sizes)
-        layer = self.layers[fields.layer]
-        if self.shaped.get(fields.layer) != sizes:
-            layer.on_shape_change(described, outputs)
-            self.shaped[fields.layer] = sizes
-        out = inputs[0].new_empty(outputs[0].dims)
-        addresses = [tensor.data_ptr() for tensor in inputs]
-        layer.enqueue(described, outputs, addresses, [out.data_ptr()], 0, self.stream)
+        inputs = {name: given[name].contiguous() for name in fields.inputs}
+        q = inputs[fields.inputs[0]]
+        out = q.new_empty(len(q), fields.q_width)
+        run_layer(self.trt, self.layers[fields.layer], fields, inputs, out, self.shaped, self.stream)
         return out
 
 

@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def host_driver() -> Iterator[HostDriver]:
-    """A host driver of 4 KiB granules; the test must leave nothing in it."""
+    """A host driver whose granularity is 4 KiB; the test must leave nothing in it."""
     driver = HostDriver()
     yield driver
     left = (driver.live_mappings, driver.live_handles, driver.live_reservations)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,60 @@ def test_no_private_name_of_another_package_is_imported(name: str, path: Path) -
             assert not private or (node.module or "").split(".")[:2] == own, (
                 f"{name} imports {private} of {node.module}"
             )
+
+
+SCRIPTS = {f"scripts.{path.stem}": path for path in (ROOT / "scripts").rglob("*.py")}
+THEIRS = {
+    "torch": {"_C", "_cdata", "_compiled_call_impl", "_dynamo", "_parameters", "_sleep", "_version", "_InferenceMode"}
+    | {"_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool", "_index_put_impl_"}
+    | {"_unsafe_index", "_unsafe_index_put"},
+    "transformers": {"_attn_implementation", "_model_mapping", "_supports_attention_backend"},
+    "argparse": {"_SubParsersAction"},
+}
+"""Private names of others that have no public counterpart."""
+
+
+def package_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+@cache
+def private_names(path: Path) -> set[str]:
+    """Private names that a module defines, as a function, a class, a variable or an attribute of `self`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            found.add(node.attr)
+    return {name for name in found if name.startswith("_")}
+
+
+@pytest.mark.parametrize(("name", "path"), sorted({**modules(), **SCRIPTS}.items()))
+def test_no_private_attribute_of_another_package_is_used(name: str, path: Path) -> None:
+    known = set().union(*THEIRS.values())
+    for other, file in {**modules(), **SCRIPTS}.items():
+        if package_of(other) == package_of(name):
+            known = known | private_names(file)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            own = ast.unparse(node.value) in ("self", "cls", "super()")
+            assert own or node.attr in known, f"{name}, line {node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize(("name", "path"), sorted({**modules(), **SCRIPTS}.items()))
+def test_above_the_cache_only_the_contract_of_caches_is_used(name: str, path: Path) -> None:
+    """Nothing asks whether a cache is a `KVCacheManager`, or reaches for the arena inside it."""
+    below = name.startswith(("trtllm_vattn.cache", "trtllm_vattn.memory"))
+    for node in ast.walk(ast.parse(path.read_text())):
+        where = f"{name}, line {getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            is_asked = "KVCacheManager" in ast.unparse(node.args[1])
+            assert name.startswith("trtllm_vattn.cache") or not is_asked, f"{where}: {ast.unparse(node)}"
+        if isinstance(node, ast.Attribute) and node.attr == "arena":
+            assert below, f"{where}: {ast.unparse(node)}"
 
 
 def test_it_is_typed_and_licensed() -> None:

@@ -36,85 +36,30 @@ HANDLED = {
 }
 """Fields of transformers' configurations that change what is computed, with where each is handled."""
 
-NO_EFFECT = (
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "_commit_hash",
-    "_experts_implementation_internal",
-    "_name_or_path",
-    "_output_attentions",
-    "architectures",
-    "attention_dropout",
-    "auto_map",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "eos_token_id",
-    "finetuning_task",
-    "id2label",
-    "initializer_range",
-    "is_decoder",
-    "label2id",
-    "num_labels",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "pretraining_tp",
-    "problem_type",
-    "return_dict",
-    "task_specific_params",
-    "tokenizer_class",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-)
+NO_EFFECT = """
+    _attn_implementation _attn_implementation_internal _commit_hash _experts_implementation_internal _name_or_path
+    _output_attentions architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward eos_token_id
+    finetuning_task id2label initializer_range is_decoder label2id num_labels output_attentions output_hidden_states
+    pad_token_id pretraining_tp problem_type return_dict task_specific_params tokenizer_class torch_dtype
+    transformers_version use_cache
+""".split()  # noqa: SIM905
 """Fields that change nothing between tokens and logits."""
 
 ACCEPTED: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
 """Fields of which only these values are served, whatever the default."""
 
-TRTLLM_HANDLED = (
-    "architecture",
-    "attention_multiplier",
-    "attn_bias",
-    "dtype",
-    "embedding_sharding_dim",
-    "head_size",
-    "hidden_act",
-    "hidden_size",
-    "intermediate_size",
-    "kv_dtype",
-    "logits_dtype",
-    "mapping",
-    "max_position_embeddings",
-    "mlp_bias",
-    "moe",
-    "norm_epsilon",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "qk_layernorm",
-    "quantization",
-    "remove_duplicated_kv_heads",
-    "rotary_base",
-    "rotary_scaling",
-    "share_embedding_table",
-    "tie_word_embeddings",
-    "use_parallel_embedding",
-    "vocab_size",
-)
+TRTLLM_HANDLED = """
+    architecture attention_multiplier attn_bias dtype embedding_sharding_dim head_size hidden_act hidden_size
+    intermediate_size kv_dtype logits_dtype mapping max_position_embeddings mlp_bias moe norm_epsilon
+    num_attention_heads num_hidden_layers num_key_value_heads qk_layernorm quantization remove_duplicated_kv_heads
+    rotary_base rotary_scaling share_embedding_table tie_word_embeddings use_parallel_embedding vocab_size
+""".split()  # noqa: SIM905
 """Fields of TensorRT-LLM's configurations that its own modules handle, of which the network is built, or our checks."""
 
-TRTLLM_NO_EFFECT = (
-    "disable_weight_only_quant_plugin",
-    "layer_idx_offset",
-    "moe_intermediate_size",
-    "moe_shared_expert_intermediate_size",
-    "num_labels",
-    "producer",
-    "qwen_type",
-    "runtime_defaults",
-    "seq_length",
-)
+TRTLLM_NO_EFFECT = """
+    disable_weight_only_quant_plugin layer_idx_offset moe_intermediate_size moe_shared_expert_intermediate_size
+    num_labels producer qwen_type runtime_defaults seq_length
+""".split()  # noqa: SIM905
 
 TRTLLM_ACCEPTED: dict[str, tuple[Any, ...]] = {
     "embedding_multiplier": (1.0,),

@@ -43,7 +43,7 @@ def random_rows(cache: KVCacheManager, size: int, total: int) -> torch.Tensor:
     rows = layout.max_seq_len * layout.row_bytes // size
     if not rows:
         raise ConfigError(f"a slot has {layout.max_seq_len * layout.row_bytes:,} bytes in a range, no row of {size:,}")
-    bases = torch.tensor([reservation.base for reservation in cache.arena.reservations], device=cache.device)
+    bases = torch.tensor([region.base for region in cache.regions()], device=cache.device)
     count = min(total // size, len(bases) * slots * rows)
 
     def choose(many: int) -> torch.Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -185,8 +184,7 @@ def arrange(cache: KVCacheManager, order: str, churn: int, seed: int) -> None:
     cache.release_free_memory(cache.stats().parked_bytes)
     if order == "scattered":
         cache.preallocate(cache.shape.num_slots, cache.shape.max_seq_len)
-        # The order in which free extents are handed out, which no public call changes: the pool's insides.
-        random.Random(seed).shuffle(cache.arena.pool._free[cache.layout.granularity])
+        cache.shuffle_free_memory(seed)
         cache.preallocate(0, 1)
     elif order == "after churn":
         _churn(cache, churn * cache.shape.num_slots, seed)
@@ -229,7 +227,7 @@ def _blocks(sweep: Sweep, shape: CacheShape, at: dict[str, Any]) -> None:
         with sweep.systems(system, **at) as left:
             sweep.check_time()
             with PagedCache(shape, args.device, block, blocks) as cache:
-                np.random.default_rng(args.seed).shuffle(cache._free_blocks)
+                cache.shuffle_free_memory(args.seed)
                 attention = make_attention(args.attention, cache, args.heads[0])
                 sweep.attention.append({**at, "system": system, **_attend(args, attention)})
                 left.clear()
@@ -245,7 +243,7 @@ def _attend(args: argparse.Namespace, attention: Attention) -> dict[str, Any]:
 
 def _placement(cache: KVCache) -> dict[str, float]:
     """Share of neighbours in order of their creation, and of those created one right after the other."""
-    placed = cache.placement() if isinstance(cache, KVCacheManager) else None
+    placed = cache.placement()
     if placed is None or not placed.neighbours:
         return {}
     return {"placement": placed.ascending / placed.neighbours, "adjacent": placed.adjacent / placed.neighbours}

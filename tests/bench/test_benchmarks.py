@@ -376,7 +376,9 @@ def test_a_life_that_hangs_is_told_by_its_operation(
     report = tmp_path / "faults.json"
     command = ["bench", "faults", "--operations", "100", "--life-seconds", "1", "--output-json", str(report)]
     assert main(command) == 1
-    assert re.search(r"life 0: operation \d+, truncate, is not over 1 s after the life began", capsys.readouterr().out)
+    assert re.search(
+        r"life 0: operation \d+, truncate, is not over 1 s after the cache was made", capsys.readouterr().out
+    )
     assert json.loads(report.read_text())["summary"]["hangs"] == 1
     go_on.set()
     for thread in threading.enumerate():

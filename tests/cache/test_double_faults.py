@@ -1,6 +1,6 @@
 """A driver call fails, and so does one that undoes it: over all pairs, for every public call of a small cache.
 
-The first error is the one raised, never InvariantViolation; the books agree; closing frees everything.
+The first error is the one raised, never InvariantViolation; the counts agree; closing frees everything.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A random life of the fixed-address cache against a model that knows what every (sequence, layer, token) holds.
 
-The bytes of all live tokens and the integrity of the books are checked after every step, over both drivers.
+The bytes of all live tokens and the integrity of the cache are checked after every step, over both drivers.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.count = 0
 
     def room(self) -> int:
-        """Bytes that an operation may still take: free, leaving, parked or stocked; the thread is at rest then."""
+        """Bytes that an operation may still take: free, pending unmap, parked or preallocated; the thread is idle."""
         assert self.cache.wait_ahead()
         self.cache.arena.complete_pending_unmaps(wait=True)
         return self.cache.arena.pool.available_bytes + self.cache.arena.parked_bytes

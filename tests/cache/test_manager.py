@@ -314,7 +314,7 @@ def test_a_surplus_that_others_took_first_is_not_looked_for_again(host_driver: H
         cache.check_integrity()
 
 
-def test_memory_withheld_follows_its_sequence_to_another_slot(host_driver: HostDriver) -> None:
+def test_memory_kept_back_follows_its_sequence_to_another_slot(host_driver: HostDriver) -> None:
     with parked(host_driver, 1 << 20, 30) as cache:
         cache.admit("a", 20)
         fill(cache, "a", range(20))

@@ -1,4 +1,4 @@
-"""A long random life in which two of a hundred driver calls fail: no leak, no wrong byte, books that agree."""
+"""A long random life in which two of a hundred driver calls fail: no leak, no wrong byte, counts that agree."""
 
 from __future__ import annotations
 

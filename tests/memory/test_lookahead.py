@@ -21,9 +21,9 @@ def lookahead(left: list[int], fixed: int | None = None) -> Lookahead:
 
 
 def paced(step_s: float, mapping_s: float, launch: int = 1) -> StepTimingModel:
-    pace = StepTimingModel()
-    pace.step_s, pace.mapping_s, pace.launch = step_s, mapping_s, launch
-    return pace
+    timing = StepTimingModel()
+    timing.step_s, timing.mapping_s, timing.launch = step_s, mapping_s, launch
+    return timing
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_take_answers_with_the_fewest_extents_largest_first(host_driver: HostDri
     assert pool.held_bytes == 305 * G
 
 
-def test_a_class_never_exceeds_128_granules(host_driver: HostDriver, make_pool: MakePool) -> None:
+def test_a_class_never_exceeds_128_times_the_granularity(host_driver: HostDriver, make_pool: MakePool) -> None:
     pool = make_pool(host_driver, 1024 * G)
     assert {extent.size for extent in pool.acquire(512 * G)} == {128 * G}
 
@@ -141,6 +141,6 @@ def test_a_mapped_extent_is_not_taken_back(host_driver: HostDriver, make_pool: M
     reservation.close()
 
 
-def test_a_budget_below_a_granule_is_refused(host_driver: HostDriver) -> None:
+def test_a_budget_below_the_granularity_is_refused(host_driver: HostDriver) -> None:
     with pytest.raises(ConfigError, match="less than the driver's granularity of 4,096"):
         ExtentPool(host_driver, G - 1)

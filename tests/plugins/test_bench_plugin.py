@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trtllm_vattn.bench.cases.plugin import PluginBenchmark
+from trtllm_vattn.bench.cases.plugin import PluginWorkload
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.plugins.plugin import AttentionLayer
 
@@ -32,16 +32,16 @@ def test_layers_stay_right_while_memory_moves(tmp_path: Path) -> None:
 
 
 def test_a_wrong_output_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    churn = PluginBenchmark.churn
+    churn = PluginWorkload.churn
 
-    def forgetting(self: PluginBenchmark, turn: int) -> None:
+    def forgetting(self: PluginWorkload) -> None:
         """Other bytes under a sequence."""
-        churn(self, turn)
+        churn(self)
         for layer in range(self.cache.shape.num_layers):
             slot = int(self.cache.lengths.argmax())
             self.cache.layer(layer).v[slot, :1] += 1
 
-    monkeypatch.setattr(PluginBenchmark, "churn", forgetting)
+    monkeypatch.setattr(PluginWorkload, "churn", forgetting)
     assert main([*SMALL, "--device", "cpu", "--replays", "12"]) == 1
     assert "from the reference, more than" in capsys.readouterr().err
 

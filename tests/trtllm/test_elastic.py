@@ -12,6 +12,7 @@ import pytest
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.trtllm import elastic
 from trtllm_vattn.trtllm.config import TrtllmConfig
+from trtllm_vattn.verify.workload import Workload
 
 Make = Callable[..., Any]
 BUDGET = 300_000
@@ -105,23 +106,35 @@ def test_released_it_keeps_what_lives_and_grows_again_on_demand(executor: Any, f
     assert manager.kv_cache_pool_pointers.tolist() == pointers
 
 
+class Operator(Workload):
+    """Whoever changes the budget of a server, and cancels requests of it, while it runs."""
+
+    def __init__(self, executor: Any, seed: int) -> None:
+        super().__init__(seed)
+        self.executor = executor
+
+    def set_budget(self) -> None:
+        elastic.set_budget(self.random.randint(self.executor.manager.vattn.slots.budget_for(8), 2 * BUDGET))
+
+    def release(self) -> None:
+        elastic.release()
+
+    def resume(self) -> None:
+        elastic.resume()
+
+    def cancel(self) -> None:
+        if self.executor.running:
+            self.executor.cancel(self.random.choice(self.executor.running).py_request_id)
+
+
 def test_budgets_change_all_the_time_and_no_history_is_lost(executor: Any, fake: SimpleNamespace) -> None:
-    manager, choose = executor.manager, random.Random(11)
+    operator = Operator(executor, 11)
     submit(executor, fake, 40, seed=7)
-    least = manager.vattn.slots.budget_for(8)
     steps = 0
     while executor.waiting or executor.running:
         assert executor.step() or steps
         steps += 1
-        action = choose.random()
-        if action < 0.2:
-            elastic.set_budget(choose.randint(least, 2 * BUDGET))
-        elif action < 0.25:
-            elastic.release()
-        elif action < 0.3:
-            elastic.resume()
-        elif action < 0.33 and executor.running:
-            executor.cancel(choose.choice(executor.running).py_request_id)
+        operator.run_some({"set_budget": 0.2, "release": 0.05, "resume": 0.05, "cancel": 0.03})
         healthy(executor)
     assert len(executor.finished) == 40
 

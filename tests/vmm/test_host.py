@@ -69,7 +69,7 @@ def test_physical_memory_is_limited_and_counted_until_the_last_mapping_goes() ->
     assert driver.live_handles == 0
 
 
-def test_a_granule_of_two_mebibytes_mirrors_the_card() -> None:
+def test_a_granularity_of_two_mebibytes_mirrors_the_card() -> None:
     driver = HostDriver(granularity=2 << 20)
     base = driver.reserve(4 << 20)
     assert base % (2 << 20) == 0
@@ -81,7 +81,7 @@ def test_a_granule_of_two_mebibytes_mirrors_the_card() -> None:
 
 
 @pytest.mark.parametrize("granularity", [0, 1000, mmap.PAGESIZE + 512])
-def test_a_granule_of_part_pages_is_refused(granularity: int) -> None:
+def test_a_granularity_of_part_pages_is_refused(granularity: int) -> None:
     with pytest.raises(ConfigError, match="multiple of the page size"):
         HostDriver(granularity=granularity)
 

@@ -22,23 +22,23 @@ def refused(*codes: str) -> Iterator[None]:
 
 
 @contextmanager
-def reserved(driver: Driver, granules: int) -> Iterator[int]:
-    size = granules * driver.granularity()
+def reserved(driver: Driver, count: int) -> Iterator[int]:
+    size = count * driver.granularity()
     address = driver.reserve(size)
     yield address
     driver.free(address, size)
 
 
 @contextmanager
-def created(driver: Driver, granules: int = 1) -> Iterator[int]:
-    handle = driver.create(granules * driver.granularity())
+def created(driver: Driver, count: int = 1) -> Iterator[int]:
+    handle = driver.create(count * driver.granularity())
     yield handle
     driver.release(handle)
 
 
 @contextmanager
-def mapped(driver: Driver, address: int, handle: int, granules: int = 1) -> Iterator[torch.Tensor]:
-    size = granules * driver.granularity()
+def mapped(driver: Driver, address: int, handle: int, count: int = 1) -> Iterator[torch.Tensor]:
+    size = count * driver.granularity()
     driver.map(address, size, handle)
     driver.set_access(address, size)
     yield tensor_at(address, size, driver.device)
@@ -47,7 +47,7 @@ def mapped(driver: Driver, address: int, handle: int, granules: int = 1) -> Iter
     driver.unmap(address, size)
 
 
-def test_r1_sizes_and_addresses_are_multiples_of_the_granule(driver: Driver) -> None:
+def test_r1_sizes_and_addresses_are_multiples_of_the_granularity(driver: Driver) -> None:
     granularity = driver.granularity()
     with refused("CUDA_ERROR_INVALID_VALUE"):
         driver.create(granularity // 2)

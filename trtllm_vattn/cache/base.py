@@ -33,6 +33,8 @@ from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from trtllm_vattn.memory.arena import Placement
+
 SequenceId = Hashable
 
 
@@ -303,6 +305,13 @@ class KVCache(ABC):
         """Unmap `size` bytes of memory that no sequence uses, for the next sequences to take; None gives all of it back
         to the driver. Returns the bytes."""
         return 0
+
+    def placement(self) -> Placement | None:
+        """How nearly slots' memory lies in the order of its creation; None where it is one allocation."""
+        return None
+
+    def shuffle_free_memory(self, seed: int) -> None:  # noqa: B027
+        """Put free pages, or blocks, in a random order, as hours of service leave them; for measurements."""
 
     def __enter__(self) -> Self:
         return self

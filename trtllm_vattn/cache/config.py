@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.memory.lookahead import StepTimingModel
 from trtllm_vattn.memory.pool import CLASSES
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.values import finite, whole
@@ -46,6 +47,8 @@ class CacheConfig:
     lookahead : int or None
         Tokens that `map_ahead` keeps mapped past a sequence's length; 0 maps each token in its own step. None is as
         many as the measured times of steps and mappings ask for (memory/lookahead.py).
+    step_timing : StepTimingModel or None
+        What says how long steps and mappings take, where `lookahead` is None; None measures them.
     idle_after_s : float or None
         With a thread of its own (`start_thread`), the cache gives memory back to the driver that no sequence has used
         for so many seconds; None keeps it for the next sequence.
@@ -66,6 +69,7 @@ class CacheConfig:
     exact_admission: bool = False
     fence_streams: tuple[int, ...] = ()
     lookahead: int | None = None
+    step_timing: StepTimingModel | None = None
     idle_after_s: float | None = None
     idle_floor: int | str = 0
 

@@ -121,7 +121,7 @@ class KVCacheManager(SlottedCache):
         pool = ExtentPool(self.driver, self.layout.least_bytes if budget is None else budget, config.extent_classes)
         self.arena = Arena(pool, self.layout, one_by_one=not config.batch_access)
         self.frontiers = self.arena.frontiers
-        self.ahead = Lookahead(self.arena, self.lengths, config.lookahead)
+        self.ahead = Lookahead(self.arena, self.lengths, config.lookahead, config.step_timing)
         self._memory = CacheMemory(self.arena, self.ahead, config.idle_after_s, parse_bytes(config.idle_floor))
         self._lock = self._memory.lock
         self._preallocation = Preallocation(pool, self.layout)
@@ -549,6 +549,21 @@ class KVCacheManager(SlottedCache):
     def _do_placement(self) -> Placement:
         with self._lock:
             return self.arena.placement()
+
+    def shuffle_free_memory(self, seed: int) -> None:
+        with self._lock:
+            self.arena.pool.shuffle_free(seed)
+
+    def remap_free_slot(self, slot: int, tokens: Sequence[int]) -> int:
+        """Map a slot that has no sequence up to each of these numbers of tokens in turn, then unmap it; returns the
+        mappings made. From any thread, beside running steps: what remapping costs them is measured by it."""
+        maps = 0
+        for each in tokens:
+            with self._lock.in_background():
+                maps += self.arena.grow({slot: each}, wait=False)
+        with self._lock.in_background():
+            self.arena.unmap_parked(slot)
+        return maps
 
     def _lost_memory(self, slot: int) -> bool:
         return self.arena.slots[slot].broken

@@ -6,6 +6,8 @@ attention libraries with block tables expect; block 0 is the dummy block.
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import torch
 
@@ -106,6 +108,9 @@ class PagedCache(SlottedCache):
         for each in (self._rows, self._held, self.frontiers):
             each[...] = 0
         self._publish()
+
+    def shuffle_free_memory(self, seed: int) -> None:
+        random.Random(seed).shuffle(self._free_blocks)
 
     def _free(self) -> None:
         self._layers = []

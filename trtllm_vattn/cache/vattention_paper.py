@@ -18,6 +18,3 @@ PAPER = CacheConfig(layout=Layout.TENSORS, extent_classes=1, batch_access=False,
 def vattention_paper(shape: CacheShape, driver: Driver, budget: int | None = None) -> KVCacheManager:
     """A `KVCacheManager` configured as the paper's vAttention."""
     return KVCacheManager(shape, driver, budget, config=PAPER)
-
-
-PublishedVattention = vattention_paper  # alias for 0.1

@@ -1,4 +1,4 @@
-"""`trtllm-vattn doctor`: what will and will not work on this machine, and why; with a live check of the driver seam."""
+"""`trtllm-vattn doctor`: what works on this machine and what does not, and why; with a live check of each driver."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _gpu() -> Finding:
 
 
 def _attributes() -> list[Finding]:
-    """What the GPU says of its virtual memory management; nothing without a GPU."""
+    """The GPU's attributes of virtual memory management; empty without a GPU."""
     try:
         driver = CudaDriver()
     except VattnError:
@@ -163,7 +163,7 @@ def _attributes() -> list[Finding]:
 
 
 def _remap(driver: Driver) -> str:
-    """Map a page, look through a tensor, put another page beneath it, look again."""
+    """Map a page, read it through a tensor, map another page there, and read again."""
     granularity = driver.granularity()
     started = perf_counter()
     reservation = Reservation(driver, granularity)

@@ -63,7 +63,7 @@ def _say(text: str, code: int) -> int:
 
 
 def _foreseeable(error: Exception) -> str | None:
-    """What the user can do about an error; None for one that is a fault of ours."""
+    """What the user can do about an error; None for a bug of this library."""
     if isinstance(error, VattnError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:

@@ -20,13 +20,13 @@ COMMANDS = {
     "run": ("run a command with TensorRT-LLM's KV cache at fixed addresses", "trtllm_vattn.cli.run"),
 }
 BENCHMARKS = {
-    "graph": "graphs against none, over three kinds of cache, with tokens compared",
-    "soak": "a captured graph replayed while its memory is remapped, bit for bit against a twin",
-    "fragmentation": "mapped bytes that hold no token, and sequences at once in the same memory; on any machine",
+    "graph": "captured against eager decode, over three kinds of cache, with tokens compared",
+    "soak": "a captured graph replayed while its memory is remapped, bit for bit against a replica",
+    "fragmentation": "mapped bytes that hold no token, and concurrent sequences in the same memory; on any machine",
     "alloc": "each driver call by size: alone, batched, beside a busy device, from several threads",
     "attention": "one library's attention over flat KV and over block tables",
-    "burst": "many prompts at once: what mapping costs, and whom; steady decode with sequences ending and joining",
-    "faults": "a random life in which driver calls fail: leaks, wrong bytes, hangs; on any machine",
+    "burst": "many prompts at once: what mapping their memory costs; steady decode with sequences ending and joining",
+    "faults": "random operations while driver calls fail: leaks, wrong bytes, hangs; on any machine",
     "start": "capture first, size later: a start's cost, budgets changed without a recapture",
     "policy": "steps with memory mapped beside them, between them, or with the device quiet",
     "serve": "a trace replayed over every kind of cache at equal memory: throughput, TTFT, ITL",
@@ -41,7 +41,7 @@ MODULES = {"graph": "decode", "alloc": "driver_calls", "start": "startup"}
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows a default that the help's text does not tell itself."""
+    """Shows the default, unless the help text states it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help, action.default
@@ -55,7 +55,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; takes no abbreviated flags, on which defaults could not be made to depend."""
+    """Reports an error in one line. Refuses abbreviated flags, because defaults depend on which flags are given."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **options})

@@ -1,4 +1,4 @@
-"""`trtllm-vattn plugin`: what is there, build an engine, look into one."""
+"""`trtllm-vattn plugin`: list what is supported, build an engine, inspect one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a sub-command, or show the help without one; 1 where an engine is not what it should be."""
+    """Run a sub-command, or show the help without one; 1 where an engine fails its inspection."""
     if args.action is None:
         args.shown.print_help()
         return 0

@@ -106,6 +106,8 @@ class Lookahead:
         int64 ``[num_slots]``; tokens of each slot, as the cache keeps them.
     fixed : int or None
         Tokens.
+    timing : StepTimingModel or None
+        None measures steps and mappings.
 
     Attributes
     ----------
@@ -113,9 +115,11 @@ class Lookahead:
         Mappings made so far.
     """
 
-    def __init__(self, arena: Arena, lengths: np.ndarray, fixed: int | None) -> None:
+    def __init__(
+        self, arena: Arena, lengths: np.ndarray, fixed: int | None, timing: StepTimingModel | None = None
+    ) -> None:
         self.arena, self.fixed = arena, fixed
-        self.timing = StepTimingModel()
+        self.timing = StepTimingModel() if timing is None else timing
         self.maps = 0
         self._lengths = lengths
         self._turns = np.arange(1, len(lengths) + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
@@ -212,6 +213,11 @@ class ExtentPool:
                 self._drop(size)
                 return True
         return False
+
+    def shuffle_free(self, seed: int) -> None:
+        """Hand out the free extents of each size in a random order."""
+        for free in self._free.values():
+            random.Random(seed).shuffle(free)
 
     def drop_free(self) -> None:
         """Give all free extents back to the driver."""

@@ -261,10 +261,7 @@ class PoolIndices(Stock):  # type: ignore[misc]
         raise unsupported("places in the C++ pool")
 
 
-LATER: dict[type, str] = {
-    BlockBudget: "get_request_kv_block_budget",
-    PoolIndices: "get_memory_pool_block_indices",
-}
+LATER: dict[type, str] = {BlockBudget: "get_request_kv_block_budget", PoolIndices: "get_memory_pool_block_indices"}
 """Mixins for later versions, each with the stock method that asks for it."""
 
 

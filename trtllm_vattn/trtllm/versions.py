@@ -7,11 +7,7 @@ import re
 from trtllm_vattn.errors import ConfigError
 
 VERSION_MODULE = "tensorrt_llm.version"
-RECORDED = {
-    "1.2": r"1\.2\.\d+",
-    "1.3.0rc": r"1\.3\.0rc\d+",
-    "1.4.0rc": r"1\.4\.0rc\d+",
-}
+RECORDED = {"1.2": r"1\.2\.\d+", "1.3.0rc": r"1\.3\.0rc\d+", "1.4.0rc": r"1\.4\.0rc\d+"}
 """Version patterns of each recorded series (tests/data/trtllm_interface.json has the same keys). A post-release or a
 local build of a version counts as that version."""
 RANGE = "1.2.x, 1.3.0rc* and 1.4.0rc*"

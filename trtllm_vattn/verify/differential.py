@@ -77,7 +77,7 @@ class Replica:
         self.decode.set_lane(slot, token, len(prompt) + 1, limit)
 
     def resume(self, sequence: int, token: int, limit: int) -> None:
-        """The sequence goes on with a token behind what the cache holds of it."""
+        """The sequence goes on with a new token after those that the cache holds."""
         slot = self.cache.slot_of(sequence)
         self.decode.set_lane(slot, token, int(self.cache.lengths[slot]) + 1, limit)
 
@@ -104,7 +104,7 @@ class Replica:
         return self.decode.launch(steps)
 
     def eager_logits(self) -> torch.Tensor:
-        """What the next step would give without a graph; it stores the K and V that the captured one will."""
+        """Logits of the next step without a graph; it writes the same K and V as the captured step."""
         self.cache.prepare_step(self.decode.lengths_after(1))
         lanes = len(self.decode.lane_of)
         inputs = (self.decode.tokens, self.decode.positions, self.decode.slots, self.decode.lengths)
@@ -139,8 +139,8 @@ class Tally:
 
 
 class Differential(Workload):
-    """A seeded workload on both replicas: sequences begin, end, fork and fall back; beneath the subject memory is
-    remapped, where its cache can.
+    """A seeded workload on both replicas: sequences begin, end, fork and are truncated; the subject's memory is
+    remapped where its cache supports that.
 
     Parameters
     ----------
@@ -206,7 +206,7 @@ class Differential(Workload):
         self.operations["share"] += 1
 
     def truncate(self) -> None:
-        """A sequence falls back to at least a third of its length."""
+        """A sequence is truncated to at least a third of its length."""
         sequence, length = self._pick()
         shorter, token = self.random.randint(max(1, length // 3), length), self._token()
 
@@ -246,7 +246,7 @@ class Differential(Workload):
         self.operations["take away"] += 1
 
     def resize(self) -> None:
-        """Another budget: never too low for all lanes at their longest, but at times for what slots hold now."""
+        """Another budget: enough for all lanes at their longest, but sometimes less than slots hold now."""
         cache = self.subject.cache
         page = cache.bytes_of(1)
         slot = cache.bytes_of(MAX_SEQ_LEN) // page + 1
@@ -300,7 +300,7 @@ class Differential(Workload):
         self.tally.eager_mismatches += difference > self.tolerance
 
     def _change_sequences(self) -> None:
-        """End what has reached its limit, and let others begin, fork and fall back."""
+        """End what has reached its limit, and let others begin, fork and be truncated."""
         cache = self.subject.cache
         for sequence, limit in list(self.limits.items()):
             if cache.lengths[cache.slot_of(sequence)] + STEPS >= limit:

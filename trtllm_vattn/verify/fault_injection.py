@@ -1,8 +1,8 @@
 """A cache under random operations while some driver calls fail: does it leak, mix up bytes, or hang?
 
-Sequences come, grow, fork, move and end over the host driver, with and without the thread that maps ahead. After every
-operation the cache's integrity is checked, and the bytes of one sequence; at the end all bytes, and that nothing is
-left in the driver. A run that is not over in time hangs.
+Sequences begin, grow, fork, move and end over the host driver, with and without the thread that maps ahead. After every
+operation the cache's integrity and the bytes of one sequence are checked; at the end all bytes, and that nothing is
+left in the driver. A run that exceeds its time limit counts as a hang.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CountedFaults(FaultyDriver):
 
 
 class FaultStress(CacheWorkload):
-    """One cache of a random configuration, from its construction to its end, over a driver that fails.
+    """One cache with a random configuration, from construction to close, over a driver whose calls fail at random.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ class FaultStress(CacheWorkload):
         thread.join(seconds)
         if thread.is_alive():
             at = f"operation {self.number}, {self.current},"
-            raise TimeoutError(f"{at} is not over {seconds:g} s after the life began")
+            raise TimeoutError(f"{at} is not over {seconds:g} s after the cache was made")
         if failed:
             raise failed[0]
 
@@ -164,7 +164,7 @@ class FaultStress(CacheWorkload):
     # -- operations ------------------------------------------------------------------------------------------------
 
     def _end_lost(self) -> None:
-        """End sequences whose slot was cut short because even undoing a failed call failed."""
+        """End sequences whose slot lost memory because undoing a failed call failed too."""
         for sequence in list(self.authors):
             slot = self.cache.slot_of(sequence)
             if self.cache.lengths[slot] > self.cache.frontiers[slot]:

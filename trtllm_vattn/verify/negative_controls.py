@@ -1,7 +1,7 @@
 """Negative controls of the soak: what must be caught if something goes wrong beneath a captured graph.
 
-Each does one thing that the library never does, and reports how it came to light. A kernel that reads memory that is
-gone ends its process, so that control runs in a process of its own, ``python -m trtllm_vattn.verify.negative_controls
+Each does one thing that the library never does, and reports how it was detected. A kernel that reads unmapped memory
+ends its process, so that control runs in a process of its own, ``python -m trtllm_vattn.verify.negative_controls
 DEVICE MODEL unfenced``; with ``fenced`` the same program waits before it unmaps, and has to survive.
 """
 
@@ -11,12 +11,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from time import sleep
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import CaptureError, UnmappedAccess
 from trtllm_vattn.graphs.replay import GraphRunner
@@ -27,15 +29,49 @@ from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.tensors import current_stream
+from trtllm_vattn.vmm.wrappers import WrappedDriver
 
 MakeDifferential = Callable[[], Differential]
 
 
-def run_controls(make: MakeDifferential, device: str, model: str) -> dict[str, str]:
-    """All controls; what caught each, or ``missed``."""
+class MappingTable(WrappedDriver):
+    """Knows every mapping that is alive, so that a control can change it by the driver's calls alone, and the cache
+    above does not notice."""
+
+    def __init__(self, inner: Driver) -> None:
+        super().__init__(inner)
+        self._alive: dict[int, tuple[int, int]] = {}
+
+    def _call(self, name: str, *arguments: int) -> Any:
+        answer = super()._call(name, *arguments)
+        if name == "map":
+            address, size, handle = arguments
+            self._alive[address] = (size, handle)
+        elif name == "unmap":
+            address, size = arguments
+            for each in [each for each in self._alive if address <= each < address + size]:
+                del self._alive[each]
+        return answer
+
+    def beneath(self, cache: KVCache, slot: int, tokens: int) -> list[tuple[int, int, int]]:
+        """Address, size and handle of each mapping that holds one of a slot's first tokens, in order of addresses."""
+        addresses = {
+            cache.layer(layer).k[slot, token].data_ptr()
+            for layer in range(cache.shape.num_layers)
+            for token in range(tokens)
+        }
+        return sorted(
+            (start, size, handle)
+            for start, (size, handle) in self._alive.items()
+            if any(start <= address < start + size for address in addresses)
+        )
+
+
+def run_controls(make: MakeDifferential, table: MappingTable, device: str, model: str) -> dict[str, str]:
+    """All controls; what caught each, or ``missed``. `make` builds replicas over the driver `table`."""
     return {
         "unfenced unmap": unfenced_unmap(device, model),
-        "page swapped for another's": _with_replicas(make, swapped_page),
+        "page swapped for another's": _with_replicas(make, partial(swapped_page, table)),
         "stale table": _with_replicas(make, stale_table),
         "length past the frontier": _with_replicas(make, length_past_frontier),
         "foreign address in the graph": foreign_address(torch.device(device)),
@@ -55,22 +91,24 @@ def _with_replicas(make: MakeDifferential, control: Callable[[Differential], str
         differential.close()
 
 
-def swapped_page(differential: Differential) -> str:
-    """Two sequences' first pages change places, without their bytes: no public call does that, so the cache's insides
-    are changed here on purpose."""
-    cache: Any = differential.subject.cache
+def swapped_page(table: MappingTable, differential: Differential) -> str:
+    """Two sequences' first pages change places, and their bytes do not."""
+    cache = differential.subject.cache
     if cache.device.type == "cuda":
         torch.cuda.synchronize(cache.device)
     while len(differential.limits) > 0:
         differential.release()
+    # So that both slots are mapped anew, alike.
+    cache.release_free_memory()
     for _ in range(2):
         differential.admit(prompt_len=64)
-    first, second = (cache.arena.slots[cache.slot_of(sequence)].stripes[0] for sequence in differential.limits)
-    for mapping in (*first, *second):
-        mapping.close()
-    for index, (one, other) in enumerate(zip(list(first), list(second), strict=True)):
-        (first[index],) = one.reservation.map(one.offset, [other.extent])
-        (second[index],) = other.reservation.map(other.offset, [one.extent])
+    first, second = (table.beneath(cache, cache.slot_of(sequence), 1) for sequence in differential.limits)
+    for address, size, _ in (*first, *second):
+        table.unmap(address, size)
+    for (one, size, handle), (other, _, another) in zip(first, second, strict=True):
+        for address, mapped in ((one, another), (other, handle)):
+            table.map(address, size, mapped)
+            table.set_access(address, size)
     for _ in range(3):
         differential.step(check_eager=False)
         differential.count_mismatches()
@@ -110,7 +148,7 @@ def _guarded(launch: Callable[[], object]) -> str:
 
 
 def foreign_address(device: torch.device) -> str:
-    """A step uses a tensor that nobody said would stay."""
+    """A step uses a tensor that was not declared static."""
     mine, foreign = torch.ones(64, device=device), torch.ones(64, device=device)
     runner = GraphRunner(lambda bucket: (mine[:bucket] + foreign[:bucket],), [8], [mine], device)
     try:
@@ -153,20 +191,26 @@ def _unmap_apart(device: str, model: str, how: str) -> tuple[int | None, str, st
 @torch.inference_mode()
 def _unmap_beside_replays(model: PreTrainedModel, device: str, fenced: bool) -> None:
     driver = open_driver(device)
-    cache = KVCacheManager(shape_of(model, LANES, 256), driver, 1 << 30)
+    table = MappingTable(driver)
+    cache = KVCacheManager(shape_of(model, LANES, 256), table, 1 << 30)
     replica = Replica(model, cache)
     replica.admit(0, list(range(60)), 250)
-    cache.arena.grow({cache.slot_of(0): 250})  # The cache's insides, on purpose: mapped whole, then unmapped below.
+    # Mapped as far as the replays go; truncating keeps the memory.
+    cache.extend(0, 190)
+    cache.truncate(0, 60)
     replica.launch(1).read()
     fence = _submit_replays(replica, driver, 50)
     if fenced:
         _wait(fence)
     print(f"unmapping {'after' if fence.done() else 'beside'} replays", flush=True)
-    for column in cache.arena.slots[cache.slot_of(0)].stripes:
-        for mapping in column:
-            mapping.close()
+    unmapped = table.beneath(cache, cache.slot_of(0), 250)
+    for address, size, _ in unmapped:
+        table.unmap(address, size)
     _wait(fence)
     print("survived", flush=True)
+    for address, size, handle in unmapped:
+        table.map(address, size, handle)
+    replica.close()
 
 
 def _submit_replays(replica: Replica, driver: Driver, times: int) -> Fence:

@@ -18,7 +18,8 @@ from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.verify.differential import MAX_SEQ_LEN, SLOTS, Differential, Replica, Tally
-from trtllm_vattn.verify.negative_controls import run_controls
+from trtllm_vattn.verify.negative_controls import MappingTable, run_controls
+from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.wrappers import CountingDriver
 
@@ -46,17 +47,17 @@ class Soak:
         self.shape = shape_of(self.model, SLOTS, MAX_SEQ_LEN)
         self.driver = CountingDriver(open_driver(device))
 
-    def _remapped(self) -> Replica:
+    def _remapped(self, driver: Driver) -> Replica:
         # All layers in a token's row, so that a page holds few tokens and much is remapped.
         budget = 2 * SLOTS * (MAX_SEQ_LEN * self.shape.token_bytes + 2 * self.driver.granularity())
-        return Replica(self.model, KVCacheManager(self.shape, self.driver, budget, self.shape.num_layers, lookahead=16))
+        return Replica(self.model, KVCacheManager(self.shape, driver, budget, self.shape.num_layers, lookahead=16))
 
     def _still(self) -> Replica:
         return Replica(self.model, make_cache("contiguous", self.shape, self.device))
 
-    def differential(self, seed: int, remapped: bool = True) -> Differential:
-        """Two replicas, the first above memory that is remapped unless told otherwise."""
-        subject = self._remapped() if remapped else self._still()
+    def differential(self, seed: int, driver: Driver | None) -> Differential:
+        """Two replicas, the first above this driver's memory, which is remapped; without a driver, as the second."""
+        subject = self._still() if driver is None else self._remapped(driver)
         return Differential(subject, self._still(), seed, self.tolerance)
 
     def run(self, differential: Differential, replays: int, label: str, before: int = 0) -> Tally:
@@ -74,7 +75,7 @@ class Soak:
     @torch.inference_mode()
     def left_alone(self, replays: int) -> Tally:
         """Two replicas whose memory never changes: whether the kernels are repeatable at all."""
-        differential = self.differential(self.seed, remapped=False)
+        differential = self.differential(self.seed, None)
         tally = self.run(differential, replays, "left alone")
         differential.close()
         return tally
@@ -83,7 +84,7 @@ class Soak:
     def remapped(self, replays: int, part: int = 0, before: int = 0) -> dict[str, Any]:
         """One part of a soak: its tally, driver calls, and graphs captured."""
         calls = dict(self.driver.calls)
-        differential = self.differential(self.seed + part)
+        differential = self.differential(self.seed + part, self.driver)
         tally = self.run(differential, replays, "remapped", before)
         made = {name: count - calls.get(name, 0) for name, count in self.driver.calls.items()}
         captures = differential.subject.captures
@@ -93,4 +94,5 @@ class Soak:
     @torch.inference_mode()
     def controls(self) -> dict[str, str]:
         """What caught each negative control, or ``missed``."""
-        return run_controls(lambda: self.differential(self.seed), self.device, self.name)
+        table = MappingTable(self.driver)
+        return run_controls(lambda: self.differential(self.seed, table), table, self.device, self.name)

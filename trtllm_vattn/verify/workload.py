@@ -36,7 +36,7 @@ class Workload:
         return next(self._numbers)
 
     def run_one(self, weights: Mapping[str, int]) -> None:
-        """Call one of these methods, each as likely as its weight; it is counted, and named by `current`."""
+        """Call one of these methods, chosen by weight; count it in `operations`, and name it in `current`."""
         (self.current,) = self.random.choices(list(weights), list(weights.values()))
         self.operations[self.current] += 1
         getattr(self, self.current)()
@@ -58,12 +58,17 @@ class CacheWorkload(Workload):
     ----------
     authors : dict
         The sequence that wrote each token, by running sequence: its own number, or of the one that it was forked from.
+    longest_prompt : int
+        Tokens; max_seq_len unless changed.
+    replaced : int
+        Mappings that `replace` replaced.
     """
 
     def __init__(self, cache: KVCache, seed: int) -> None:
         super().__init__(seed)
         self.cache = cache
         self.authors: dict[int, list[int]] = {}
+        self.longest_prompt, self.replaced = cache.shape.max_seq_len, 0
 
     def write(self, sequence: int, tokens: range) -> None:
         """K and V of these tokens are to be written; a subclass or a test does so."""
@@ -78,7 +83,7 @@ class CacheWorkload(Workload):
 
     def admit(self) -> None:
         """A prompt of any length begins."""
-        sequence, tokens = self.new(), self.random.randint(1, self.cache.shape.max_seq_len)
+        sequence, tokens = self.new(), self.random.randint(1, self.longest_prompt)
         self.cache.admit(sequence, tokens)
         self.authors[sequence] = []
         self._append(sequence, tokens)
@@ -104,7 +109,7 @@ class CacheWorkload(Workload):
         del self.authors[sequence]
 
     def truncate(self) -> None:
-        """A sequence falls back to an earlier length."""
+        """A sequence is truncated to an earlier length."""
         if (sequence := self._pick()) is not None:
             length = self.random.randint(1, len(self.authors[sequence]))
             self.cache.truncate(sequence, length)
@@ -133,4 +138,8 @@ class CacheWorkload(Workload):
     def replace(self) -> None:
         """Other memory with the same bytes is put beneath a sequence."""
         if (sequence := self._pick()) is not None:
-            self.cache.replace(sequence)
+            self.replaced += self.cache.replace(sequence)
+
+    def take_away(self) -> None:
+        """A few pages that no sequence uses are unmapped."""
+        self.cache.release_free_memory(self.random.randint(1, 4) * self.cache.bytes_of(1))

@@ -1,7 +1,7 @@
 """`bench attention`: one library's attention over flat KV and over block tables.
 
 Decode and chunked prefill, sequences of equal and of very unequal length, slots of 128K tokens whose strides pass 2³³
-bytes; and kernels that know nothing of us on our tensors against the same on a tensor of torch's.
+bytes; and torch's own kernels on a cache's tensors against the same kernels on a tensor that torch allocated.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _shape(args: argparse.Namespace, lengths: np.ndarray) -> CacheShape:
 
 
 def _point(args: argparse.Namespace, system: str, lengths: np.ndarray) -> dict[str, Any]:
-    """Decode over all sequences, and one chunk of the longest's prefill; or why it could not be had."""
+    """Decode over all sequences, and one chunk of the longest's prefill; or the reason why it cannot be measured."""
     shape = _shape(args, lengths)
     try:
         with _make(system, shape, args.device, lengths) as cache:
@@ -119,7 +119,7 @@ def _make(system: str, shape: CacheShape, device: str, lengths: np.ndarray) -> K
     blocks = int((-(-lengths // block)).sum())
     cache = PagedCache(shape, device, block, blocks)
     # As a pool looks after hours of service: no two blocks of a sequence are neighbours.
-    np.random.default_rng(0).shuffle(cache._free_blocks)
+    cache.shuffle_free_memory(0)
     return cache
 
 
@@ -160,7 +160,8 @@ def _prefill_us(attention: Attention, args: argparse.Namespace) -> list[float]:
 
 @torch.inference_mode()
 def _same_kernels(args: argparse.Namespace, point: str, lengths: np.ndarray) -> list[dict[str, Any]]:
-    """torch's own kernels over our slots and over a tensor of torch's of the same shape and strides, in turns."""
+    """torch's own kernels over a cache's slots and over a tensor that torch allocated with that shape and strides, in
+    turns."""
     shape = _shape(args, lengths)
     device = torch.device(args.device)
     rows = []

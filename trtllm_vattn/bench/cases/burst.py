@@ -1,10 +1,12 @@
-"""`bench burst`: many prompts arrive in one scheduling window. What does backing them with memory cost, and whom?
+"""`bench burst`: many prompts arrive in one scheduling window. What does mapping their memory cost, and which requests
+pay?
 
-Some sequences decode; then all prompts are admitted at once, which maps their memory, and go in one a step between
-decode steps; then the others decode on alone. Decode steps are timed on the device, prompts apart from them. The same
-burst meets our cache with and without extents created ahead, our layout backed by one page after another, vAttention as
-published, and a cache that maps nothing, which shows what of a longer step is the prompts' own doing. With a trace, the
-most arrivals in the shortest time are another burst, of the prompts' own lengths.
+Some sequences decode; then all prompts are admitted at once, which maps their memory, and one prompt is prefilled
+between every two decode steps; then the first sequences decode on alone. Decode steps are timed on the device, without
+the prompts. The same burst runs over `KVCacheManager` with and without preallocated extents, over its layout with one
+page mapped by each call, over vAttention as its paper has it, and over a contiguous cache, which maps nothing and so
+shows how much of a longer step is due to the prompts. With a trace, the arrivals that are densest in time are another
+burst, with the prompts' own lengths.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ CALLS = ("create", "map", "set_access", "unmap", "release")
 
 
 def page_by_page(shape: CacheShape, driver: CountingDriver, budget: int) -> KVCacheManager:
-    """Our layout, backed by one page after another."""
+    """`KVCacheManager` with pages of one size, each mapped by calls of its own."""
     return KVCacheManager(shape, driver, budget, config=CacheConfig(extent_classes=1, batch_access=False))
 
 
@@ -224,7 +226,7 @@ def _burst(
 
 
 def _restock(cache: Any, prompts: list[int]) -> None:
-    """Have nothing in stock but for these prompts, which are about to be admitted, and no more created from then on."""
+    """Preallocate memory for these prompts, which are about to be admitted, and none after that."""
     cache.preallocate_for([])
     cache.wait_ahead(120)
     cache.release_free_memory()
@@ -268,8 +270,8 @@ def _steady(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepare_step_us(steps: int, sequences: int = 256) -> dict[str, Any]:
-    """Microseconds of `prepare_step` and of the guard after it, of Llama-3-8B's shape, a thread mapping ahead; over a
-    driver without memory, so on any machine."""
+    """Microseconds of `prepare_step` and of the guard after it, for Llama-3-8B's shape, while a thread maps ahead; the
+    driver maps nothing, so that any machine can run it."""
     shape = CacheShape(32, 8, 128, torch.bfloat16, sequences, 16_384)
     slots = np.arange(sequences)
     took: list[float] = []

@@ -1,8 +1,8 @@
 """`bench graph`: what do graphs gain, and what does a fixed-address cache cost?
 
 The same requests through {eager, captured} × {contiguous, paged, vattn}, on one model, with one attention library.
-Two parts: a request trace run to its end (tokens compared, memory over time), and, on a GPU, steady decode at given
-batch sizes with all six combinations in turns.
+Two parts: a trace of requests, whose tokens are compared and whose memory is recorded over time; and, on a GPU, steady
+decode at given batch sizes, with the six combinations taking turns.
 """
 
 from __future__ import annotations
@@ -128,10 +128,10 @@ class GraphBenchmark:
         return fit(asked, args.max_seq_len, args.max_output)
 
     def trace(self) -> dict[str, Any]:
-        """All combinations over the trace, fed with the first one's tokens where kernels differ.
+        """All combinations over the trace, teacher-forced with the first one's tokens where kernels differ.
 
-        Each mode's first cache is the reference whose tokens the others must give in that mode; how the modes differ,
-        whose kernels are others where layers are compiled, is told apart.
+        Each mode's first cache is the reference whose tokens the others must give in that mode; how the modes
+        differ, which have other kernels where layers are compiled, is reported apart.
         """
         args = self.args
         requests = self.requests()
@@ -225,13 +225,13 @@ class GraphBenchmark:
         return whole
 
     def _prompts(self) -> list[dict[str, Any]]:
-        """Short prompts by replays and by passes, in the last of the caches."""
+        """Short prompts by captured replays and by eager passes, over the last cache."""
         cache = self.make(self.args.caches[-1], 1, min(2 * LONGEST_CAPTURED, self.args.max_seq_len))
         with self.engine(cache, attention=self.args.attention) as engine:
             return time_prompts(engine, self.args.rounds * self.args.steps, self.args.seed)
 
     def audit_launches(self) -> list[dict[str, Any]]:
-        """Audits of what else a step becomes: one that draws tokens, several in a launch, and a loop."""
+        """Audits of the other kinds of captured step: with sampling, several steps in a launch, and a loop."""
         rows = []
         for name, loop in [(name, loop) for name in self.args.caches for loop in (False, True)]:
             cache = self.make(name, 2, min(256, self.args.max_seq_len))
@@ -320,7 +320,7 @@ def show(trace: dict[str, Any] | None, steady: dict[str, Any] | None, times: boo
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; 1 where tokens were not identical, or a graph holds what is nobody's."""
+    """Run the benchmark; 1 where tokens were not identical, or a graph holds an address that nobody declared."""
     settle(args)
     if args.peer is not None:
         return step_peer.run(args)

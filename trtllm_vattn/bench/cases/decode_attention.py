@@ -1,5 +1,6 @@
-"""The part of `bench attention` that looks at decode over flat KV alone: our kernel by equal shares beside cuDNN's, on
-even and uneven batches, with one query a lane and with four; and how good the choice between the two is."""
+"""The part of `bench attention` that looks at decode over flat KV alone: this project's kernel, which splits work into
+equal shares, beside cuDNN's, on even and uneven batches, with one query a lane and with four; and how good the choice
+between the two is."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show it; 1 where an address did not stay, a byte was lost, or tokens differ."""
+    """Run the demo; 1 where an address did not stay, a byte was lost, or tokens differ."""
     if args.device == "cpu":
         # Operations of a small model are over before a second thread has begun.
         torch.set_num_threads(1)
@@ -92,8 +92,8 @@ def _engine(model: PreTrainedModel, device: str, capture: bool = True) -> Engine
 def show_addresses(engine: Engine, plain: PreTrainedModel, seed: int) -> dict[str, Any]:
     """Where each layer's K and V lie before and after what happens to memory.
 
-    After each event it is asked where they lie, and the memory at the addresses of the start is read there, without the
-    cache's own tensors: it has to hold the bytes that the sequence has.
+    After each event the addresses are read again, and the memory at the first addresses is read without the cache's
+    tensors: it has to hold the bytes of the sequence.
     """
     cache: Any = engine.cache
     at_start = _addresses(cache)
@@ -278,7 +278,7 @@ def compare_tokens(captured: Engine, eager: Engine, plain: PreTrainedModel, seed
 
 @torch.inference_mode()
 def _own(plain: PreTrainedModel, prompt: Sequence[int], count: int) -> list[int]:
-    """What transformers makes of a prompt, with its own attention and its own cache."""
+    """Tokens that transformers alone generates from a prompt, with its own attention and cache."""
     ids = torch.tensor([list(prompt)], device=plain.device)
     options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
     whole = plain.generate(ids, attention_mask=torch.ones_like(ids), **options)

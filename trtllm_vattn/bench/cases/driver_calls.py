@@ -1,7 +1,8 @@
-"""`bench alloc`: what does each driver call of virtual memory management cost, by size, alone, batched, and in company?
+"""`bench alloc`: what does each driver call of virtual memory management cost, by size: alone, batched, beside a busy
+device, and from several threads?
 
-The calls that back addresses with memory (create, map, set_access) and take it away (unmap, release), of every extent
-size: alone, many mappings made accessible by one call, beside a busy device, and from several threads at once.
+The calls that map memory (create, map, set_access) and those that give it back (unmap, release), for every size of
+extent: one by one, with one set_access for many mappings, beside a busy device, and from several threads at once.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench alloc`."""
     add_device(parser)
     add = parser.add_argument
-    text = "sizes of extents, in granules of the driver: 2 MiB each on a GPU, 4 KiB on the host"
-    add("--granules", type=numbers, default="1,2,8,32,128", metavar="GRANULES,...", help=text)
+    text = "sizes of extents, in multiples of the driver's granularity: 2 MiB on a GPU, 4 KiB on the host"
+    names = ("--multiples", "--granules")  # the second is an alias for 0.1
+    add(*names, type=numbers, default="1,2,8,32,128", metavar="COUNT,...", help=text, dest="granules")
     add("--repeats", type=positive, default=200, metavar="TIMES", help="times that each call is made")
     text = "mappings that one call makes accessible"
     add("--mappings-per-call", type=positive, default=64, metavar="MAPPINGS", help=text, dest="batch")
@@ -44,14 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     driver = open_driver(args.device)
-    granule = driver.granularity()
-    sizes = [number * granule for number in args.granules]
+    granularity = driver.granularity()
+    sizes = [number * granularity for number in args.granules]
     rows: list[dict[str, Any]] = []
     for busy in (False, True):
         with _load(args.device) if busy else nullcontext():
             for size in sizes:
                 rows += _rows("one by one", size, busy, one_by_one(driver, size, args.repeats))
-            rows += _rows("batched", granule, busy, batched(driver, granule, args.batch, args.repeats // 10 + 1))
+            rows += _rows(
+                "batched", granularity, busy, batched(driver, granularity, args.batch, args.repeats // 10 + 1)
+            )
     threads = [
         {**threaded(driver, size, count, args.repeats), **lives(driver, size, count, args.repeats)}
         for count in args.threads
@@ -59,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     summary = {}
     for row in rows:
-        if row["size"] == granule:
+        if row["size"] == granularity:
             name = (
                 f"{row['call']}_{'batched_' if row['how'] == 'batched' else ''}us_{'busy' if row['busy'] else 'idle'}"
             )
@@ -69,14 +73,19 @@ def run(args: argparse.Namespace) -> int:
             summary[f"pairs_per_s_{row['threads']}_threads"] = row["pairs_per_s"]
             for call in CALLS:
                 summary[f"{call}_us_{row['threads']}_threads"] = row["us"][call]["p50"]
-    results = {"calls": rows, "threads": threads, "granule": granule}
+    results = {"calls": rows, "threads": threads, "granule": granularity}
     return conclude(
-        "alloc", args, results, summary, f"{_show(rows, granule)}\n{_show_threads(threads, granule)}", plot_alloc
+        "alloc",
+        args,
+        results,
+        summary,
+        f"{_show(rows, granularity)}\n{_show_threads(threads, granularity)}",
+        plot_alloc,
     )
 
 
 def one_by_one(driver: Driver, size: int, repeats: int) -> dict[str, list[float]]:
-    """Microseconds of each call on an extent of `size` bytes, a whole life at a time."""
+    """Microseconds of each call on an extent of `size` bytes, from create to release."""
     took: dict[str, list[float]] = {name: [] for name in CALLS}
     base = driver.reserve(size)
     try:
@@ -129,7 +138,8 @@ def threaded(driver: Driver, size: int, count: int, repeats: int) -> dict[str, A
 
 
 def lives(driver: Driver, size: int, count: int, repeats: int) -> dict[str, Any]:
-    """Microseconds of each call where `count` threads take extents through whole lives at once, and lives a second."""
+    """Microseconds of each call where `count` threads each create, map, unmap and release extents, and extents a
+    second."""
     took: list[dict[str, list[float]]] = [{} for _ in range(count)]
 
     def work(number: int) -> None:
@@ -141,7 +151,7 @@ def lives(driver: Driver, size: int, count: int, repeats: int) -> dict[str, Any]
 
 
 def _at_once(count: int, work: Callable[[int], None]) -> float:
-    """Seconds that so many threads take for a piece of work each, begun together."""
+    """Seconds until so many threads, started together, have each done a piece of work."""
     ready = threading.Barrier(count + 1)
 
     def run(number: int) -> None:
@@ -192,19 +202,19 @@ def _rows(how: str, size: int, busy: bool, took: dict[str, list[float]]) -> list
     return [{"how": how, "size": size, "busy": busy, "call": name, "us": summarise(us)} for name, us in took.items()]
 
 
-def _show_threads(rows: list[dict[str, Any]], granule: int) -> str:
+def _show_threads(rows: list[dict[str, Any]], granularity: int) -> str:
     lines = []
     for row in rows:
         values = [f"{row['us'][call]['p50']:.1f} / {row['us'][call]['p99']:.1f}" for call in CALLS]
-        lines.append([str(row["threads"]), str(row["size"] // granule), f"{row['lives_per_s']:,.0f}", *values])
-    return table(["threads", "granules", "lives/s", *(f"{call}, us p50 / p99" for call in CALLS)], lines)
+        lines.append([str(row["threads"]), str(row["size"] // granularity), f"{row['lives_per_s']:,.0f}", *values])
+    return table(["threads", "multiples", "lives/s", *(f"{call}, us p50 / p99" for call in CALLS)], lines)
 
 
-def _show(rows: list[dict[str, Any]], granule: int) -> str:
+def _show(rows: list[dict[str, Any]], granularity: int) -> str:
     cells = {(row["how"], row["size"], row["busy"], row["call"]): row["us"] for row in rows}
     lines = []
     for how, size, busy in dict.fromkeys((row["how"], row["size"], row["busy"]) for row in rows):
         found = [cells.get((how, size, busy, call)) for call in CALLS]
         values = [f"{us['p50']:.1f} / {us['p99']:.1f}" if us else "-" for us in found]
-        lines.append([how, str(size // granule), "busy" if busy else "idle", *values])
-    return table(["how", "granules", "device", *(f"{call}, us p50 / p99" for call in CALLS)], lines)
+        lines.append([how, str(size // granularity), "busy" if busy else "idle", *values])
+    return table(["how", "multiples", "device", *(f"{call}, us p50 / p99" for call in CALLS)], lines)

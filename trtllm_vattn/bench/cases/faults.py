@@ -20,16 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench faults`."""
     add = parser.add_argument
     add("--operations", type=positive, default=20_000, metavar="OPERATIONS", help="operations in all")
-    text = "operations of one cache, from its construction to its end"
+    text = "operations on one cache, from its construction to its close"
     add("--life", type=positive, default=2_000, metavar="OPERATIONS", help=text)
-    add("--life-seconds", type=amount, default=300.0, metavar="SECONDS", help="after which a life is taken to hang")
+    text = "after which the operations on one cache count as hanging"
+    add("--life-seconds", type=amount, default=300.0, metavar="SECONDS", help=text)
     text = "of a driver call to fail, from 0 to 1"
     add("--probability", type=probability, default=0.02, metavar="SHARE", help=text)
     add_results(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; 1 where a byte was wrong, anything was left behind, or a life did not end."""
+    """Run the benchmark; 1 where a byte was wrong, anything was left in the driver, or a cache hung."""
     counts: Counter[str] = Counter()
     # What is set aside is warned of each time; here that is thousands of times.
     logger = logging.getLogger("trtllm_vattn")

@@ -1,8 +1,8 @@
 """`bench fragmentation`: how much of what a cache maps holds no token, and how many sequences run in the same memory?
 
-Traces go through the books of each system: admission first come, first served, a token a step for everyone, the
-youngest preempted when memory is short. The fixed-address caches run their own code over a driver without memory; the
-others are counted. It runs on any machine.
+Requests of a trace are admitted first come, first served; every sequence decodes a token a step, and the youngest is
+preempted when memory is short. The fixed-address caches run their own code over a driver without memory; of the others
+only the blocks are counted. It runs on any machine.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import deque
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,25 +20,16 @@ from tqdm import tqdm
 from trtllm_vattn.arguments import positive, size
 from trtllm_vattn.bench.cases.ledger import LedgerCache, LedgerDriver
 from trtllm_vattn.bench.harness.case import conclude
-from trtllm_vattn.bench.harness.flags import (
-    BUDGET,
-    MAX_OUTPUT,
-    MAX_SEQ_LEN,
-    MAX_SEQS,
-    REQUESTS,
-    add_results,
-    add_trace,
-)
+from trtllm_vattn.bench.harness.flags import BUDGET, MAX_OUTPUT, MAX_SEQ_LEN, MAX_SEQS, REQUESTS, add_results, add_trace
 from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.bench.publish.plots import plot_fragmentation
 from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.cache.vattention_paper import vattention_paper
+from trtllm_vattn.cache.vattention_paper import PAPER
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.memory.lookahead import StepTimingModel
 from trtllm_vattn.table import tabulate
-
-Make = Callable[[CacheShape, int], KVCache]
 
 WEIGHT_BYTES = 15.0e9
 READ_BYTES_PER_S = 4.3e12
@@ -48,23 +39,20 @@ MAPPING_S = 96e-6
 """To create, map and make accessible a page there beside a busy device, by the 99th percentile of each (`bench alloc`);
 what takes memory away is reckoned as slow."""
 
-SYSTEMS: dict[str, Make] = {
-    "contiguous": lambda shape, budget: LedgerCache(shape, budget, shape.max_seq_len),
-    "paged": lambda shape, budget: LedgerCache(shape, budget, 16),
-    "paged-64": lambda shape, budget: LedgerCache(shape, budget, 64),
-    "token": lambda shape, budget: LedgerCache(shape, budget, 1),
-    "published": lambda shape, budget: vattention_paper(shape, LedgerDriver(), budget),
-    "vattn": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget),
-    "vattn, no lookahead": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, lookahead=0),
-    "vattn, 8 layers a row": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, 8),
-    "vattn, 8 layers a row, no lookahead": lambda shape, budget: KVCacheManager(
-        shape, LedgerDriver(), budget, 8, lookahead=0
-    ),
-    "vattn, all layers a row": lambda shape, budget: KVCacheManager(shape, LedgerDriver(), budget, shape.num_layers),
-    "vattn, all layers a row, no lookahead": lambda shape, budget: KVCacheManager(
-        shape, LedgerDriver(), budget, shape.num_layers, lookahead=0
-    ),
+LAYERS_PER_ROW = {"": None, ", 8 layers a row": 8, ", all layers a row": 32}
+SYSTEMS: dict[str, CacheConfig | int] = {
+    "contiguous": sys.maxsize,
+    "paged": 16,
+    "paged-64": 64,
+    "token": 1,
+    "published": PAPER,
+    **{
+        f"vattn{rows}{ahead}": CacheConfig(layers_per_range=layers, lookahead=lookahead)
+        for rows, layers in LAYERS_PER_ROW.items()
+        for ahead, lookahead in (("", None), (", no lookahead", 0))
+    },
 }
+"""Tokens of a block, or how a cache at fixed addresses is configured."""
 
 COLUMNS = {
     "mix": "mix",
@@ -115,9 +103,10 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for mix, requests in mixes.items():
         fitted = fit(requests[: args.requests], args.max_seq_len, args.max_output)
-        for name, make in tqdm(SYSTEMS.items(), desc=mix, disable=None):
-            with make(shape, args.budget) as cache:
-                rows.append({"mix": mix, "system": name, **simulate(cache, fitted)})
+        for name, config in tqdm(SYSTEMS.items(), desc=mix, disable=None):
+            timing = ModelledTiming(shape.token_bytes)
+            with make(config, shape, args.budget, timing) as cache:
+                rows.append({"mix": mix, "system": name, **simulate(cache, fitted, timing)})
     free = [f"{row['system']} ({row['mix']})" for row in rows if row["kept_waiting_by_memory"] is False]
     if free:
         print(
@@ -130,35 +119,41 @@ def run(args: argparse.Namespace) -> int:
     return conclude("fragmentation", args, {"runs": rows}, summary, tabulate(rows, COLUMNS), plot_fragmentation)
 
 
-class ModelledPace(StepTimingModel):
+class ModelledTiming(StepTimingModel):
     """Steps as long as reading the weights and all KV takes on the card, mappings as long as measured there."""
 
-    def __init__(self, cache: KVCacheManager) -> None:
+    def __init__(self, token_bytes: int) -> None:
         super().__init__()
-        self._cache, self.mapping_s = cache, MAPPING_S
+        self._token_bytes, self.mapping_s = token_bytes, MAPPING_S
 
     def observe_lengths(self, lengths: np.ndarray) -> None:
-        self.step_s = (WEIGHT_BYTES + self._cache.live_bytes) / READ_BYTES_PER_S
+        self.step_s = (WEIGHT_BYTES + int(lengths.sum()) * self._token_bytes) / READ_BYTES_PER_S
 
     def observe_mappings(self, count: int, seconds: float) -> None:
-        """A ledger's take no time."""
+        """The driver's calls take no time here."""
 
 
-def _beside_step(cache: Any) -> None:
-    """What a cache's own thread does beside a step, for as long as that lasts."""
+def make(config: CacheConfig | int, shape: CacheShape, budget: int, timing: StepTimingModel) -> KVCache:
+    """The cache of one of the `SYSTEMS`; it holds no memory."""
+    if isinstance(config, CacheConfig):
+        return KVCacheManager(shape, LedgerDriver(), budget, config=replace(config, step_timing=timing))
+    return LedgerCache(shape, budget, min(config, shape.max_seq_len))
+
+
+def _beside_step(cache: Any, timing: StepTimingModel) -> None:
+    """Do the work of a cache's background thread, for as long as the step lasts."""
     if not cache.remaps:
         return
-    pace = cache.ahead.timing
-    pace.observe_lengths(cache.lengths)
-    left, mappings, more = pace.step_s, cache.driver.mappings.alive, True
+    timing.observe_lengths(cache.lengths)
+    left, mappings, more = timing.step_s, cache.driver.mappings.alive, True
     while more and left > 0:
         more = cache.work_ahead()
         before, mappings = mappings, cache.driver.mappings.alive
-        left -= pace.mapping_s * abs(mappings - before)
+        left -= timing.mapping_s * abs(mappings - before)
 
 
-def simulate(cache: Any, requests: list[Request]) -> dict[str, Any]:
-    """Run requests through a cache's books; all arrive at once.
+def simulate(cache: Any, requests: list[Request], timing: StepTimingModel) -> dict[str, Any]:
+    """Run requests, which all arrive at once, through a cache that holds no memory.
 
     Returns `waste`, (mapped - live) / mapped over all steps, where mapped is what running sequences have up to their
     lookahead, `waste_with_surplus`, the same with what is still mapped beyond it, `parked_share` of what is held, that
@@ -167,8 +162,6 @@ def simulate(cache: Any, requests: list[Request]) -> dict[str, Any]:
     `steps`, `preemptions`, and mappings by when they were made. What is printed and drawn as waste is
     `waste_with_surplus`.
     """
-    if cache.remaps:
-        cache.ahead.timing = ModelledPace(cache)
     waiting = deque(enumerate(requests))
     running: dict[int, int] = {}
     mapped = live = parked = held = surplus = 0
@@ -198,7 +191,7 @@ def simulate(cache: Any, requests: list[Request]) -> dict[str, Any]:
                 cache.release(youngest)
                 waiting.appendleft((youngest, requests[youngest]))
                 preemptions += 1
-        _beside_step(cache)
+        _beside_step(cache, timing)
         stats = cache.stats()
         mapped, live = mapped + stats.mapped_bytes, live + stats.live_bytes
         parked, held = parked + stats.parked_bytes, held + stats.held_bytes

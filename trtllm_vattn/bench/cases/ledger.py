@@ -1,4 +1,4 @@
-"""Caches without memory, for counting bytes: what a machine of any size could hold, worked out on this one."""
+"""Caches that hold no memory and only count bytes, so that any machine can simulate a large one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Done(Fence):
 
 
 class LedgerDriver(Driver):
-    """Answers every call and maps nothing; `handles` holds the sizes of what was created and not released."""
+    """A driver that maps nothing; `handles` holds the sizes of what was created and not released."""
 
     device = "cpu"
 
@@ -52,20 +52,21 @@ class LedgerDriver(Driver):
         del self.handles[handle]
 
     def map(self, address: int, size: int, handle: int) -> None:
-        """Nothing is there."""
+        """No memory."""
 
     def set_access(self, address: int, size: int) -> None:
-        """Nor accessible."""
+        """No memory."""
 
     def unmap(self, address: int, size: int) -> None:
-        """Nor taken away."""
+        """No memory."""
 
     def record(self, stream: int) -> Fence:
         return _Done()
 
 
 class LedgerCache(SlottedCache):
-    """Blocks of `block_size` tokens under a budget, counted; `block_size` of max_seq_len is maximum reservation."""
+    """Counts blocks of `block_size` tokens under a budget; a `block_size` of max_seq_len reserves the maximum, as Orca
+    did."""
 
     def __init__(self, shape: CacheShape, budget: int, block_size: int) -> None:
         super().__init__(shape, torch.device("cpu"))
@@ -95,7 +96,7 @@ class LedgerCache(SlottedCache):
         self._held[:] = self.frontiers[:] = 0
 
     def _free(self) -> None:
-        """There is nothing."""
+        """No memory."""
 
     def layer(self, layer: int) -> FlatKV:
         raise ConfigError("a ledger has no memory; use a cache of cache.select")

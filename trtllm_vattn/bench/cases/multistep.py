@@ -1,4 +1,4 @@
-"""`bench multistep`: what is gained by many decode steps in one launch, and by a loop that the device ends?
+"""`bench multistep`: how much faster are many decode steps in one launch, and a loop that the device ends?
 
 One model and one captured step a batch size; engines that launch it once, four times, sixteen times, or until the
 device stops take turns. Tokens are compared with those of single steps.

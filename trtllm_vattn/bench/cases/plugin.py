@@ -1,8 +1,8 @@
 """`bench plugin`: the TensorRT plugin called as TensorRT calls it, captured once, replayed while memory moves.
 
 No TensorRT runtime takes part: the calls are those of `plugins.emulated`. Sequences come and go, their pages are
-replaced, parked memory is taken away and given back, and every output checked follows from the tokens alone. Beside it
-the same layers are timed without the plugin.
+replaced, parked memory is taken away and given back, and every output that is checked can be computed from the tokens
+alone. Beside it the same layers are timed without the plugin.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median
-from time import perf_counter
+from statistics import mean, median
 from types import FrameType
 from typing import Any
 
@@ -28,7 +27,7 @@ from trtllm_vattn.arguments import positive
 from trtllm_vattn.bench.cases.plugin_layers import EmulatedLayers
 from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import MAX_SEQ_LEN, add_attention, add_common, add_rounds, dtype_of
-from trtllm_vattn.bench.harness.timing import summarise
+from trtllm_vattn.bench.harness.timing import captured, replays_ms, summarise, timed_ms
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError
@@ -38,6 +37,7 @@ from trtllm_vattn.plugins import plain, registry
 from trtllm_vattn.plugins.fields import AttentionFields, Slots
 from trtllm_vattn.plugins.tensorrt import MODULES, load_tensorrt
 from trtllm_vattn.runtime.models import SHAPES
+from trtllm_vattn.verify.workload import CacheWorkload
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.wrappers import CountingDriver
 
@@ -65,8 +65,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rounds(parser, 20 if gpu else 3, "kind of step, with the plugin and without")
 
 
+class PluginWorkload(CacheWorkload):
+    """Sequences whose prompts the plugin's context phase puts in; token t of one has the row ``(t + offset) mod rows``
+    of the layers' tables.
+
+    Attributes
+    ----------
+    offsets : numpy.ndarray
+        int64 ``[lanes]``, by slot.
+    """
+
+    def __init__(self, cache: KVCacheManager, layers: EmulatedLayers, seed: int) -> None:
+        super().__init__(cache, seed)
+        self.layers, self.budget = layers, cache.budget_bytes
+        self.longest_prompt = min(PROMPT, cache.shape.max_seq_len // 2)
+        self.offsets = np.zeros(cache.shape.num_slots, np.int64)
+
+    def write(self, sequence: int, tokens: range) -> None:
+        if tokens.start == 0:
+            slot = self.cache.slot_of(sequence)
+            self.offsets[slot] = self.random.randrange(1 << 20)
+            self.layers.prefill(slot, int(self.offsets[slot]), len(tokens), PROMPT)
+
+    def squeeze(self) -> None:
+        """Lower the budget to what sequences use, which unmaps all parked memory; then restore it."""
+        self.cache.set_budget(self.cache.stats().mapped_bytes + self.cache.bytes_of(1))
+        self.cache.set_budget(self.budget)
+
+    def churn(self) -> None:
+        """Sequences end and begin, pages are replaced, parked memory is taken away."""
+        for sequence in [
+            each for each, tokens in self.authors.items() if len(tokens) + 2 >= self.cache.shape.max_seq_len
+        ]:
+            self.end(sequence)
+        self.run_some({"release": 1 / 3, "squeeze": 1 / 20, "replace": 1 / 5})
+        lanes = len(self.offsets) - self.random.randint(0, 1)
+        while len(self.authors) < lanes:
+            self.admit()
+
+
 class PluginBenchmark:
-    """One invocation: a cache without a model, and the plugin's layers over it."""
+    """A cache without a model, and the plugin's layers over it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         if args.model not in SHAPES:
@@ -84,8 +123,7 @@ class PluginBenchmark:
         )
         self.driver = CountingDriver(open_driver(args.device))
         self.cache = KVCacheManager(shape, self.driver)
-        self.budget = self.cache.layout.num_ranges * self.cache.layout.range_bytes
-        self.cache.set_budget(self.budget)
+        self.cache.set_budget(self.cache.layout.num_ranges * self.cache.layout.range_bytes)
         trt = self._module()
         fields = AttentionFields(
             NAME,
@@ -106,9 +144,7 @@ class PluginBenchmark:
         self.backend = attention.name
         self.guard = Guard(self.cache, attention.over_read)
         self.layers = EmulatedLayers(trt, fields, attached, args.lanes, args.contexts, args.seed)
-        self.random = np.random.default_rng(args.seed)
-        self.offsets = np.zeros(args.lanes, np.int64)
-        self._next = 0
+        self.workload = PluginWorkload(self.cache, self.layers, args.seed)
         self.python_calls = 0
         self._ours = tuple(
             str(Path(path).resolve()) for path in (*plugins.__path__, f"{next(iter(trtllm_vattn.__path__))}/attention")
@@ -126,58 +162,31 @@ class PluginBenchmark:
 
     # -- sequences -------------------------------------------------------------------------------------------------
 
-    def admit(self) -> None:
-        """A new sequence, its prompt put in by the plugin's context phase."""
-        number, self._next = self._next, self._next + 1
-        tokens = int(self.random.integers(1, min(PROMPT, self.args.max_seq_len // 2)))
-        slot = self.cache.admit(number, tokens)
-        self.offsets[slot] = int(self.random.integers(0, 1 << 20))
-        self.layers.prefill(slot, int(self.offsets[slot]), tokens, PROMPT)
-
     def _upload(self, lengths: dict[int, int]) -> None:
         lanes = np.zeros(self.args.lanes, np.int32)
         for slot, length in lengths.items():
             lanes[slot] = length
         self.layers.integers["lengths"].copy_(torch.from_numpy(lanes))
-        self.layers.offsets.copy_(torch.from_numpy(self.offsets))
+        self.layers.offsets.copy_(torch.from_numpy(self.workload.offsets))
 
     def prepare(self) -> np.ndarray:
-        """Make the next step's lengths true in the cache, pass the guard, and put them on the device."""
+        """Map the next step's tokens, run the guard, and copy the lengths to the device."""
         cache = self.cache
-        lengths = np.where(cache.lengths > 0, cache.lengths + 1, 0)
-        cache.prepare_step(lengths)
+        self.workload.step()
+        lengths: np.ndarray = cache.lengths.copy()
         slots = np.where(lengths > 0, np.arange(len(lengths)), cache.dummy_slot)
         self.guard.check(lengths, slots, np.maximum(lengths - 1, 0))
         self._upload({slot: int(lengths[slot]) for slot in np.flatnonzero(lengths).tolist()})
         return lengths
 
-    def churn(self, turn: int) -> None:
-        """Sequences end and begin, pages are replaced, parked memory is taken away."""
-        cache = self.cache
-        running = [slot for slot in range(self.args.lanes) if cache.lengths[slot]]
-        ended = [slot for slot in running if cache.lengths[slot] + 2 >= self.args.max_seq_len]
-        if turn % 3 == 0 and running:
-            ended.append(int(self.random.choice(running)))
-        for slot in set(ended):
-            cache.release(cache.sequence_at(slot))
-        if turn % 20 == 7:
-            # Takes what is parked, then lets it come back.
-            cache.set_budget(max(cache.stats().mapped_bytes + cache.layout.least_bytes, cache.layout.least_bytes))
-            cache.set_budget(self.budget)
-        left = [slot for slot in running if cache.lengths[slot]]
-        if turn % 5 == 0 and left:
-            cache.replace(cache.sequence_at(int(self.random.choice(left))))
-        while cache.stats().sequences < self.args.lanes - turn % 2:
-            self.admit()
-
     # -- measuring -------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def replays(self) -> dict[str, Any]:
-        """Capture each context once; replay, churn, check."""
+        """Capture each execution context once; then replay, change sequences and memory, and check outputs."""
         args, layers = self.args, self.layers
         for _ in range(args.lanes):
-            self.admit()
+            self.workload.admit()
         # Eager first: shapes are planned, and the reference must be met without a graph, too.
         self.prepare()
         layers.step(0, args.lanes)
@@ -193,7 +202,7 @@ class PluginBenchmark:
         worst, checks = 0.0, 0
         for turn in tqdm(range(args.replays), desc="replays", disable=None):
             before = layers.enqueued
-            self.churn(turn)
+            self.workload.churn()
             prompts += layers.enqueued - before
             self.prepare()
             self._counted(partial(runners[turn % len(runners)].replay, args.lanes))
@@ -206,7 +215,7 @@ class PluginBenchmark:
             "replays": args.replays,
             "graphs": len(runners),
             "remaps": self._remaps() - remapped,
-            "sequences": self._next,
+            "sequences": self.workload.new(),
             "checks": checks,
             "eager_error": eager_error,
             "worst_error": worst,
@@ -221,9 +230,9 @@ class PluginBenchmark:
     def _check(self) -> float:
         """The largest distance of any lane's output from the reference, over some layers."""
         count = len(self.layers.fields)
-        some = {0, count - 1, int(self.random.integers(0, count))}
+        some = {0, count - 1, self.workload.random.randrange(count)}
         errors = [
-            self.layers.error(layer, slot, int(self.offsets[slot]), int(self.cache.lengths[slot]))
+            self.layers.error(layer, slot, int(self.workload.offsets[slot]), int(self.cache.lengths[slot]))
             for layer in some
             for slot in np.flatnonzero(self.cache.lengths).tolist()
         ]
@@ -249,8 +258,7 @@ class PluginBenchmark:
         for slot in np.flatnonzero(cache.lengths).tolist():
             cache.release(cache.sequence_at(slot))
         for _ in range(args.lanes):
-            number, self._next = self._next, self._next + 1
-            cache.admit(number, args.context)
+            cache.admit(self.workload.new(), args.context)
         for layer in range(cache.shape.num_layers):
             kv = cache.layer(layer)
             for slot in range(args.lanes):
@@ -260,25 +268,20 @@ class PluginBenchmark:
         layers.integers["lengths"].copy_(lengths)
         slots = torch.arange(args.lanes, device=cache.device)
         positions = torch.full_like(slots, args.context - 1)
-        static = [*layers.static, slots, positions]
-        steps = {
+        steps: dict[str, Callable[[int], object]] = {
             "plugin": layers.plugin_alone,
             "without": lambda bucket: layers.without_plugin(bucket, slots, positions),
         }
+        works = {name: partial(step, args.lanes) for name, step in steps.items()}
         on_gpu = cache.device.type == "cuda"
-        runners = {name: GraphRunner(step, [args.lanes], static, cache.device) for name, step in steps.items()}
-        for runner in runners.values() if on_gpu else ():
-            runner.capture()
-        samples: dict[str, list[float]] = {name: [] for name in runners}
+        graphs = {name: captured(work) for name, work in works.items()} if on_gpu else {}
+        samples: dict[str, list[float]] = {name: [] for name in works}
         ratios = []
         for turn in range(args.rounds):
-            order = list(runners) if turn % 2 else list(runners)[::-1]
-            for name in order:
-                run = runners[name].replay if on_gpu else steps[name]
-                samples[name].append(_milliseconds(partial(run, args.lanes), on_gpu))
+            for name in list(works) if turn % 2 else list(works)[::-1]:
+                took = replays_ms(graphs[name], 5) if on_gpu else timed_ms(works[name], 5, cache.device)
+                samples[name].append(mean(took))
             ratios.append(samples["plugin"][-1] / samples["without"][-1])
-        for runner in runners.values():
-            runner.close()
         return {
             **{f"{name}_ms": summarise(values) for name, values in samples.items()},
             "captured": on_gpu,
@@ -289,23 +292,6 @@ class PluginBenchmark:
     def close(self) -> None:
         registry.detach(NAME)
         self.cache.close()
-
-
-def _milliseconds(run: Callable[[], object], on_gpu: bool, times: int = 5) -> float:
-    """One call, of several without a pause."""
-    if not on_gpu:
-        started = perf_counter()
-        for _ in range(times):
-            run()
-        return 1e3 * (perf_counter() - started) / times
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    run()
-    start.record()
-    for _ in range(times):
-        run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / times
 
 
 def run(args: argparse.Namespace) -> int:

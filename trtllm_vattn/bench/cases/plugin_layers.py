@@ -1,6 +1,7 @@
-"""The plugin's layers of a decoder, called as TensorRT calls them, over K and V that follow from lane and position.
+"""The plugin's layers of a decoder, called as TensorRT calls them, over K and V that can be computed from lane and
+position.
 
-What a lane's history holds follows from its offset alone, so an output can be checked at any time without a twin:
+The K and V of a lane depend on its offset alone, so an output can be checked at any time without a second cache:
 token t of a sequence has the row ``(t + offset) mod rows`` of the layer's tables.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from trtllm_vattn.graphs.capture import Outputs
-from trtllm_vattn.plugins.emulated import built_layer, describe
+from trtllm_vattn.plugins.emulated import built_layer, run_layer
 from trtllm_vattn.plugins.fields import AttentionFields
 from trtllm_vattn.plugins.registry import AttachedCache
 from trtllm_vattn.vmm.tensors import current_stream
@@ -23,7 +24,7 @@ ROWS = 997
 
 
 class EmulatedLayers:
-    """Every attention layer of a decoder in one execution context after another.
+    """All attention layers of a decoder, in several execution contexts.
 
     Parameters
     ----------
@@ -79,24 +80,13 @@ class EmulatedLayers:
         return tuple(self.out)
 
     def enqueue(
-        self,
-        plugin: Any,
-        layer: int,
-        own: Sequence[torch.Tensor],
-        integers: dict[str, torch.Tensor],
-        out: torch.Tensor,
+        self, plugin: Any, layer: int, own: Sequence[torch.Tensor], integers: dict[str, torch.Tensor], out: torch.Tensor
     ) -> None:
         """`on_shape_change` where shapes are new to a clone, then `enqueue` with raw addresses."""
         given = {**dict(zip(("q", "k", "v"), own, strict=True)), **integers}
-        sizes = (len(own[0]), len(integers["lengths"]), len(integers["extent"]))
-        inputs, outputs = describe(self.trt, self.fields[layer], *sizes)
-        if self._shaped.get(id(plugin)) != sizes:
-            plugin.on_shape_change(inputs, outputs)
-            self._shaped[id(plugin)] = sizes
-        addresses = [given[name].data_ptr() for name in self.fields[layer].inputs]
         self.enqueued += 1
         stream = current_stream(self.attached.cache.device)
-        plugin.enqueue(inputs, outputs, addresses, [out.data_ptr()], 0, stream)
+        run_layer(self.trt, plugin, self.fields[layer], given, out, self._shaped, stream)
 
     def prefill(self, slot: int, offset: int, tokens: int, padded: int) -> torch.Tensor:
         """A prompt into a slot, in one chunk of `padded` rows; returns the first layer's output of its tokens."""

@@ -1,4 +1,4 @@
-"""`bench policy`: what does remapping beside running steps cost, and what does keeping it apart?
+"""`bench policy`: what does remapping memory beside running steps cost, and what does it cost to keep the two apart?
 
 The same sequences decode in engines that map ahead beside the step, between steps, or with the whole device quiet, and
 in one whose memory was all mapped before. They take turns.
@@ -105,10 +105,8 @@ def _timed(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class Churn:
-    """A thread that maps pages into a slot without a sequence and takes them away again, beside running steps.
-
-    No public call of the cache does that beside others: it uses the cache's insides on purpose, under the same lock as
-    the cache's own background thread.
+    """A thread that maps pages into the last slot, which has no sequence, and unmaps them again, beside running steps
+    and under the same lock as the cache's own background thread.
 
     Attributes
     ----------
@@ -123,6 +121,9 @@ class Churn:
         self.pages = max(1, round(TIMES * sequences / tokens_a_page))
         self.mappings = 0
         self._cache, self._slot = cache, layout.num_slots - 1
+        self._tokens = [
+            min(layout.max_seq_len, page * layout.granularity // layout.row_bytes) for page in range(1, self.pages + 1)
+        ]
         self._thread = BackgroundThread(self._work)
         map_ahead = cache.map_ahead
 
@@ -135,13 +136,7 @@ class Churn:
         cache.map_ahead = beside  # type: ignore[method-assign]
 
     def _work(self) -> bool:
-        layout = self._cache.layout
-        for page in range(1, self.pages + 1):
-            with self._cache._lock.in_background():
-                tokens = min(layout.max_seq_len, page * layout.granularity // layout.row_bytes)
-                self.mappings += self._cache.arena.grow({self._slot: tokens}, wait=False)
-        with self._cache._lock.in_background():
-            self._cache.arena.unmap_parked(self._slot)
+        self.mappings += self._cache.remap_free_slot(self._slot, self._tokens)
         return False
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Short prompts: one replay of a captured graph, or a pass that launches kernel by kernel?"""
+"""Short prompts: is one replay of a captured graph faster than an eager pass?"""
 
 from __future__ import annotations
 

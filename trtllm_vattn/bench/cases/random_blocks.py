@@ -1,8 +1,6 @@
-"""A stock paged pool as TensorRT-LLM lays it out, with blocks dealt at random: what affine tables are compared with."""
+"""TensorRT-LLM's own layout of a paged pool, with blocks in random order: what affine tables are compared with."""
 
 from __future__ import annotations
-
-import random
 
 import torch
 
@@ -16,12 +14,12 @@ class RandomBlocks(PagedCache):
     Parameters
     ----------
     seed : int
-        Of the order in which blocks are dealt.
+        Of the order in which blocks are handed out.
     """
 
     def __init__(self, shape: CacheShape, device: torch.device | str, block_size: int, seed: int = 0) -> None:
         super().__init__(shape, device, block_size)
-        random.Random(seed).shuffle(self._free_blocks)
+        self.shuffle_free_memory(seed)
 
     def _make_pools(self, size: tuple[int, int, int, int]) -> list[list[torch.Tensor]]:
         layers, factor = self.shape.num_layers, self.shape.kv_factor

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--replays", type=positive, default=100_000 if gpu else 400, metavar="REPLAYS", help="replays in all")
     text = "end this part after so many; go on with --state"
     add("--seconds", type=amount, default=420.0, metavar="SECONDS", help=text)
-    text = "replays of two twins that are both left alone"
+    text = "replays of two replicas whose memory never changes"
     add("--repeatable", type=positive, default=2000 if gpu else 60, metavar="REPLAYS", help=text)
     text = "of eager logits, in standard deviations"
     add("--tolerance", type=tolerance, default=0.05, metavar="DEVIATIONS", help=text)

@@ -1,7 +1,8 @@
-"""`bench start`: capture first, size later. What does a start cost, and does a budget change ever recapture?
+"""`bench start`: capture first, size later. How long does a start take, and does a change of budget ever need another
+capture?
 
-Fresh processes start the engine to its first token, cold and again with what torch and Python kept on disk; then one
-engine is captured over its dummy slot, and its budget raised and lowered while the same prompts must give the same
+Fresh processes start the engine to its first token, with cold and with warm caches of torch and Python on disk; then
+one engine is captured over its dummy slot, and its budget raised and lowered while the same prompts must give the same
 tokens.
 """
 

@@ -1,8 +1,8 @@
 """`bench xqa`: TensorRT-LLM's kernels over affine tables.
 
-Tokens against flat attention, teacher-forced, and of the decode kernel over affine against random tables, which have to
-be the same; attention for a prompt, by its kernel and by cuDNN's; steps over both tables in turns; one captured graph
-replayed while its memory is replaced; the host's time for a step's table.
+It compares tokens with those of flat attention, teacher-forced, and tokens over affine with those over random tables,
+which must be equal. It times attention for a prompt by XQA's kernel and by cuDNN's, decode steps over both kinds of
+table in turns, and the host's work on a step's table; and it replays one captured graph while its memory is replaced.
 """
 
 from __future__ import annotations
@@ -17,12 +17,7 @@ from trtllm_vattn.bench.cases.random_blocks import RandomBlocks
 from trtllm_vattn.bench.cases.xqa_parts import prefill_us, replay_remapped, table_host
 from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
 from trtllm_vattn.bench.harness.contenders import Contest, device_step_ms, take_turns
-from trtllm_vattn.bench.harness.flags import (
-    MAX_OUTPUT,
-    TIE_TOLERANCE,
-    add_common,
-    add_steady,
-)
+from trtllm_vattn.bench.harness.flags import MAX_OUTPUT, TIE_TOLERANCE, add_common, add_steady
 from trtllm_vattn.bench.harness.identity import Identity, RequestTokens, compare
 from trtllm_vattn.bench.harness.traces import fit, generate_trace
 from trtllm_vattn.bench.harness.workload import prompts_of, run_traced
@@ -106,8 +101,8 @@ def make_blocks(args: argparse.Namespace, model: Any, num_slots: int, max_seq_le
 
 
 def tokens(args: argparse.Namespace, model: Any) -> tuple[Identity, Identity]:
-    """Flat attention's tokens beside those over affine tables, and XQA's over random beside affine tables; all but the
-    first are fed with the first's."""
+    """Compare tokens of flat attention with those over affine tables, and of XQA over random with those over affine
+    tables; all but the first are teacher-forced with the first's."""
     longest = 2 * args.context
     requests = fit(generate_trace(args.requests, args.seed), longest, args.max_output)
     prompts = prompts_of(requests, vocab_of(model), args.seed)
@@ -161,11 +156,7 @@ def steady(args: argparse.Namespace, model: Any, batch: int) -> list[dict[str, A
 
 
 def summary(
-    identity: Identity,
-    by_table: Identity,
-    steps: list[dict[str, Any]],
-    replayed: dict[str, Any],
-    host: dict[str, Any],
+    identity: Identity, by_table: Identity, steps: list[dict[str, Any]], replayed: dict[str, Any], host: dict[str, Any]
 ) -> dict[str, Any]:
     """The figures that are quoted."""
     return {

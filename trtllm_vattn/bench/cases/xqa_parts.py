@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -20,6 +19,22 @@ from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.memory.layout import BlockLayout
 from trtllm_vattn.trtllm.tables import AffineTables, RowGatherer
+from trtllm_vattn.verify.workload import CacheWorkload
+
+
+class Remapping(CacheWorkload):
+    """Sequences that stay, whose memory is replaced, beside one that comes and goes."""
+
+    def __init__(self, cache: BlockKVCache, seed: int, sequences: int, longest: int) -> None:
+        super().__init__(cache, seed)
+        self.authors = {self.new(): [] for _ in range(sequences)}
+        self.longest_prompt = longest
+
+    def passing(self) -> None:
+        """A sequence begins and ends."""
+        self.admit()
+        self.end(max(self.authors))
+
 
 TOLERANCE = 2e-2
 """By how much outputs of the same inputs may differ where a kernel adds up in no fixed order; values are about 1."""
@@ -34,7 +49,7 @@ def replay_remapped(cache: BlockKVCache, num_heads: int, context: int, replays: 
     ``graphs_captured``, ``bits_differ`` (replays whose bits are others than the first's), ``wrong`` (those that differ
     by more than the tolerance), ``worst``.
     """
-    shape, chance = cache.shape, random.Random(seed)
+    shape = cache.shape
     attention = make_attention("xqa", cache, num_heads)
     lanes = shape.num_slots - 1
     filled = fill_random(attention, context, lanes)
@@ -53,15 +68,9 @@ def replay_remapped(cache: BlockKVCache, num_heads: int, context: int, replays: 
     first = [output.clone() for output in runner.replay(lanes)]
     differing = torch.zeros(2, dtype=torch.int64, device=cache.device)
     worst = torch.zeros((), device=cache.device)
-    remaps = 0
+    workload = Remapping(cache, seed, lanes, context)
     for number in tqdm(range(replays), desc="replays", unit="replay", disable=None):
-        if chance.random() < 0.25:
-            remaps += cache.replace(chance.randrange(lanes))
-        if chance.random() < 0.1:
-            cache.admit("passing", chance.randint(1, context))
-            cache.release("passing")
-        if chance.random() < 0.1:
-            cache.release_free_memory(cache.layout.granularity)
+        workload.run_some({"replace": 0.25, "passing": 0.1, "take_away": 0.1})
         apart = torch.stack(
             [(a - b).abs().max().float() for a, b in zip(runner.replay(lanes), first, strict=True)]
         ).max()
@@ -73,7 +82,7 @@ def replay_remapped(cache: BlockKVCache, num_heads: int, context: int, replays: 
     runner.close()
     return {
         "replays": replays,
-        "remaps": remaps,
+        "remaps": workload.replaced,
         "graphs_captured": captured,
         "bits_differ": bits,
         "wrong": wrong,
@@ -84,7 +93,8 @@ def replay_remapped(cache: BlockKVCache, num_heads: int, context: int, replays: 
 @torch.inference_mode()
 def prefill_us(cache: BlockKVCache, num_heads: int, tokens: int, repeats: int) -> dict[str, dict[str, Any]]:
     """Microseconds a layer of attention for a prompt of `tokens` in one chunk, by backend: cuDNN's kernel over a
-    gathered copy (``xqa``), TensorRT-LLM's over the blocks (``xqa-fmha``), in turns; of those that work here."""
+    gathered copy (``xqa``), TensorRT-LLM's over the blocks (``xqa-fmha``), in turns; only backends that work on this
+    machine."""
     shape, on_gpu = cache.shape, cache.device.type == "cuda"
     usable = available()
     kinds = [name for name in ("xqa", "xqa-fmha") if not on_gpu or usable[name] == "yes"]

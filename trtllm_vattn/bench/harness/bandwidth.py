@@ -1,4 +1,4 @@
-"""What attention over a cache reads a second."""
+"""Bytes a second that attention over a cache reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a case begins and ends with."""
+"""What each benchmark does first and last: loading the model, reporting results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines that decode the same sequences in turns on one device, so that what changes meanwhile meets all of them."""
+"""Engines that decode the same sequences in turns on one device, so that changes of its clock affect all alike."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Contender:
     Attributes
     ----------
     name : str
-        Of what tells it from the others: its cache, its table, its policy.
+        What distinguishes it: its cache, its table, its policy.
     mode : str
         ``captured`` or ``eager``.
     rounds : list

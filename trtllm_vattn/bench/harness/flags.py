@@ -1,4 +1,4 @@
-"""Flags that commands share: types that refuse a bad value by name, and words that mean the same everywhere.
+"""Flags that commands share: types that refuse a bad value by name, and shared help texts.
 
 A flag's metavar is its unit. A default is shown by the command's help; a flag whose default is None says what that
 means (tests/cli/test_help.py).

@@ -1,4 +1,4 @@
-"""How long calls take on a device, and how fast its clock runs meanwhile."""
+"""Times of calls on a device, and the device's clock rate meanwhile."""
 
 from __future__ import annotations
 

@@ -159,12 +159,12 @@ def plot_alloc(result: dict[str, Any], path: Path) -> None:
     """Draw a `bench alloc` result: each call by extent size, the device idle and busy. Raises ConfigError without
     matplotlib."""
     figure, axes = pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained", sharey=True)
-    granule = result["results"]["granule"]
+    granularity = result["results"]["granule"]
     rows = [row for row in result["results"]["calls"] if row["how"] == "one by one"]
     for axis, busy in zip(axes, (False, True), strict=True):
         for call in dict.fromkeys(row["call"] for row in rows):
             found = [row for row in rows if row["call"] == call and row["busy"] is busy]
-            sizes = [row["size"] // granule for row in found]
+            sizes = [row["size"] // granularity for row in found]
             axis.plot(sizes, [row["us"]["p50"] for row in found], marker="o", label=call)
             low, high = ([row["us"][p] for row in found] for p in ("p50", "p99"))
             axis.fill_between(sizes, low, high, alpha=0.15)
@@ -172,7 +172,7 @@ def plot_alloc(result: dict[str, Any], path: Path) -> None:
         axis.set_yscale("log")
         _plain_log(axis.xaxis, base=2)
         _plain_log(axis.yaxis, " us")
-        axis.set_xlabel(f"extent, granules of {granule:,} bytes")
+        axis.set_xlabel(f"extent, multiples of {granularity:,} bytes")
         axis.set_title(f"{_device(result)} {'busy' if busy else 'idle'}".removeprefix("the "))
     axes[0].set_ylabel("us a call, p50 to p99")
     axes[0].legend(fontsize=8)
@@ -189,8 +189,8 @@ def plot_attention(result: dict[str, Any], path: Path) -> None:
 
 
 def plot_fragmentation(result: dict[str, Any], path: Path) -> None:
-    """Draw a `bench fragmentation` result: what holds no token, and sequences at once, by mix and system. Raises
-    ConfigError without matplotlib."""
+    """Draw a `bench fragmentation` result: mapped bytes that hold no token, and concurrent sequences, by mix and
+    system. Raises ConfigError without matplotlib."""
     figure, (waste, sequences) = pyplot().subplots(2, 1, figsize=(12, 8), layout="constrained")
     rows = result["results"]["runs"]
     _grouped(waste, rows, "mix", "system", lambda row: max(1e-2, 100 * row["waste_with_surplus"]))

@@ -141,7 +141,7 @@ def layers(result: Result) -> str:
 
 
 def fragmentation(result: Result) -> str:
-    """Waste, all that is mapped counted, and sequences at once, of every system on every mix."""
+    """Mapped bytes that hold no token, surplus included, and concurrent sequences, of every system on every mix."""
     rows = result["results"]["runs"]
     mixes = list(dict.fromkeys(row["mix"] for row in rows))
     cells = {
@@ -152,7 +152,7 @@ def fragmentation(result: Result) -> str:
 
 
 def attention(result: Result) -> str:
-    """Decode attention by point and system; points that could not be had are left out."""
+    """Decode attention by point and system; points that failed are left out."""
     rows = [row for row in result["results"]["points"] if "refused" not in row]
     points, systems = (list(dict.fromkeys(row[key] for row in rows)) for key in ("point", "system"))
     cells = {
@@ -197,7 +197,7 @@ def headline(graph: Result, burst: Result, soak: Result, start: Result) -> str:
     shape, context = graph["config"]["model"], graph["config"]["context"]
     calls, config = burst["summary"], burst["config"]
     changes, begin = soak["summary"], start["summary"]
-    budgets = [f"{mib // 1024}" for mib in start["config"]["budgets_mib"]]
+    budgets = [f"{row['budget_mib'] / 1024:g}" for row in start["results"]["budgets"]]
     faults = len(soak["results"]["controls"])
     lines = [
         [

@@ -210,6 +210,10 @@ class _Manager1_2(Watched, BaseResourceManager):
     def get_max_resource_count(self) -> int:
         return self.impl.max_num_blocks
 
+    def _grow(self, number: int, tokens: int) -> None:
+        for _ in range(tokens):
+            self.impl.add_token(number)
+
     def get_needed_resource_to_completion(self, request: LlmRequest) -> int:
         return -(-(request.orig_prompt_len + request.max_new_tokens) // self.tokens_per_block)
 
@@ -218,11 +222,9 @@ class _Manager1_2(Watched, BaseResourceManager):
         for request in scheduled_batch.context_requests:
             if request.is_first_context_chunk:
                 self.impl.add_sequence(request.py_request_id, request.prompt_len, 1, request)
-                for _ in range(self.num_extra_kv_tokens + get_draft_token_length(request)):
-                    self.impl.add_token(request.py_request_id)
+                self._grow(request.py_request_id, self.num_extra_kv_tokens + get_draft_token_length(request))
         for request in scheduled_batch.generation_requests:
-            for _ in range(1 + get_draft_token_length(request)):
-                self.impl.add_token(request.py_request_id)
+            self._grow(request.py_request_id, 1 + get_draft_token_length(request))
         self.impl.refresh_blocks()
 
     def add_dummy_requests(
@@ -247,8 +249,7 @@ class _Manager1_2(Watched, BaseResourceManager):
             if prepare_resource:
                 self.impl.add_sequence(number, tokens, 1, request)
                 extra = self.num_extra_kv_tokens + num_extra_decoding_steps + (max_num_draft_tokens if is_gen else 0)
-                for _ in range(extra):
-                    self.impl.add_token(number)
+                self._grow(number, extra)
             made.append(request)
         return made
 
@@ -384,11 +385,9 @@ class _Manager1_3(_Manager1_2):
         beginning = [request for request in scheduled_batch.context_requests if self._begins(request)]
         self._begin([(request, request.prompt_len) for request in beginning])
         for request in beginning:
-            for _ in range(self.num_extra_kv_tokens + get_draft_token_length(request)):
-                self.impl.add_token(request.py_request_id)
+            self._grow(request.py_request_id, self.num_extra_kv_tokens + get_draft_token_length(request))
         for request in scheduled_batch.generation_requests:
-            for _ in range(1 + max(get_draft_token_length(request), self._kv_reserve_draft_tokens)):
-                self.impl.add_token(request.py_request_id)
+            self._grow(request.py_request_id, 1 + max(get_draft_token_length(request), self._kv_reserve_draft_tokens))
         self.impl.refresh_blocks()
         scheduled_batch.reset_context_requests()
 
@@ -429,12 +428,12 @@ class _Manager1_3(_Manager1_2):
             self._begin(list(zip(made, lengths, strict=True)))
         for request, tokens in zip(made, lengths, strict=True):
             request.is_dummy = True
-            for _ in range(self.num_extra_kv_tokens + num_extra_decoding_steps if prepare_resource else 0):
-                self.impl.add_token(request.py_request_id)
+            self._grow(
+                request.py_request_id, self.num_extra_kv_tokens + num_extra_decoding_steps if prepare_resource else 0
+            )
             if is_gen:
                 request.state, request.prompt_len = LlmRequestState.GENERATION_IN_PROGRESS, tokens - 1
-                for _ in range(reserved if prepare_resource else 0):
-                    self.impl.add_token(request.py_request_id)
+                self._grow(request.py_request_id, reserved if prepare_resource else 0)
         return made
 
     def get_num_tokens(self, request: LlmRequest) -> int:
