@@ -19,7 +19,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from trtllm_vattn.errors import AddressSpaceExhausted, ConfigError, DriverError, InvariantViolation, KVCacheOutOfMemory
+from trtllm_vattn.errors import (
+    AddressSpaceExhausted,
+    ConfigError,
+    DriverError,
+    InvariantViolation,
+    KVCacheOutOfMemory,
+    MemoryQuarantined,
+)
 from trtllm_vattn.memory.layout import SlotLayout
 from trtllm_vattn.memory.pool import ExtentPool
 from trtllm_vattn.memory.slot import PARKED, RUNNING, RangeGroup, Slot, Stripe
@@ -124,7 +131,7 @@ class Arena:
         """Back each slot for the tokens wanted, all or none; returns the number of mappings made.
 
         With `wait`, it waits for the fences of memory that is parked or pending, where that is needed.
-        Raises KVCacheOutOfMemory, or DriverError where a driver call failed; nothing changed.
+        Raises KVCacheOutOfMemory, MemoryQuarantined where a slot is broken, or DriverError; nothing changed.
         """
         needs = {slot: self.layout.bytes_for(tokens) for slot, tokens in wants.items()}
         growth = [
@@ -162,7 +169,9 @@ class Arena:
     def _map_more(self, slot: int, group: RangeGroup, size: int, undo: ExitStack) -> list[Stripe]:
         """Map `size` more bytes at a group's frontier, in each of its ranges; `undo` gets what reverts it."""
         if self.slots[slot].broken:
-            raise DriverError("QUARANTINED", "map", (slot,), "an unmap failed in this slot, so it cannot grow")
+            raise MemoryQuarantined(
+                f"an unmap failed in slot {slot}, so it cannot grow; release its sequence, and admit it again"
+            )
         offset = slot * self.layout.slot_stride + group.frontier
         rows = []
         for index in group.ranges:
@@ -623,7 +632,7 @@ class Arena:
     def close(self, fence: Fence | None = None) -> None:
         """Unmap and free everything once `fence` is done; what is quarantined is tried again.
 
-        Idempotent. Raises DriverError where something still fails; calling again tries again.
+        Idempotent. Raises DriverError or MemoryQuarantined where something still fails; calling again tries again.
         """
         if fence is not None:
             fence.wait()
@@ -639,7 +648,9 @@ class Arena:
                     closing.callback(reservation.close)
         if self.quarantine:
             held = sum(mapping.size for mapping in self.quarantine)
-            raise DriverError("NOT_UNMAPPED", "unmap", (held,), f"{len(self.quarantine)} mappings are still held")
+            raise MemoryQuarantined(
+                f"{len(self.quarantine)} mappings of {held:,} bytes could not be unmapped; call close() again"
+            )
 
 
 # -- arenas that nobody holds any more: a constructor failed, or a cache was dropped without close() -----------------
@@ -668,10 +679,10 @@ def retry_discarded() -> int:
         return len(_unclosed)
 
 
-def _try_close(arena: Arena) -> DriverError | None:
+def _try_close(arena: Arena) -> DriverError | MemoryQuarantined | None:
     try:
         arena.close()
-    except DriverError as error:
+    except (DriverError, MemoryQuarantined) as error:
         return error
     return None
 

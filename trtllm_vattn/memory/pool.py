@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 
-from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, KVCacheOutOfMemory
+from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, KVCacheOutOfMemory, MemoryQuarantined
 from trtllm_vattn.memory.layout import SlotLayout, round_up
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.owners import Extent
@@ -248,12 +248,14 @@ class ExtentPool:
             self._destroy(extent)
 
     def close(self) -> None:
-        """Give all free and quarantined extents back. Idempotent; raises DriverError where some still fails."""
+        """Give all free and quarantined extents back. Idempotent; raises MemoryQuarantined where some still
+        fails."""
         self.retry()
         self.drop_free()
         if self.quarantine:
-            raise DriverError(
-                "NOT_RELEASED", "release", (self.quarantined_bytes,), f"{len(self.quarantine)} extents are still held"
+            raise MemoryQuarantined(
+                f"{len(self.quarantine)} extents of {self.quarantined_bytes:,} bytes could not be released; call "
+                "close() again"
             )
 
 

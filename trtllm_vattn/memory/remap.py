@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from trtllm_vattn.errors import ConfigError, DriverError
+from trtllm_vattn.errors import ConfigError, DriverError, MemoryQuarantined
 from trtllm_vattn.memory.arena import ATTEMPTS, Arena
 from trtllm_vattn.memory.slot import Stripe
 from trtllm_vattn.vmm.base import Fence
@@ -145,7 +145,7 @@ def _empty(arena: Arena, target: int) -> None:
         raise ConfigError(f"slot {target} is not free; {some}")
     arena.unmap_parked(target)
     if arena.slots[target].broken:
-        raise DriverError("QUARANTINED", "unmap", (target,), "an unmap failed in this slot, so it cannot be used")
+        raise MemoryQuarantined(f"an unmap failed in slot {target}, so it cannot be used; take another one")
 
 
 def _alias(arena: Arena, stripes: list[Stripe], target: int, lower: int, undo: ExitStack) -> list[Stripe]:

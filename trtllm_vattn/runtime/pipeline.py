@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import perf_counter
 
-from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory
+from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory, MemoryQuarantined
 from trtllm_vattn.runtime.decode import Launch
 from trtllm_vattn.runtime.scheduler import Scheduler
 
@@ -62,7 +62,7 @@ class Pipeline:
         if self.unread is None:
             try:
                 self.unread = self._launch_ahead(self._first)
-            except DriverError:
+            except (DriverError, MemoryQuarantined):
                 # Nobody changes lanes that are still on their way to the device.
                 self._first.read()
                 self.scheduler.preempt_broken()
@@ -98,7 +98,7 @@ class Pipeline:
                 cache.prepare_step(decode.lengths_after(1 if decode.loop else steps))
             except KVCacheOutOfMemory:
                 self.scheduler.preempt()
-            except DriverError:
+            except (DriverError, MemoryQuarantined):
                 self.scheduler.preempt_broken()
                 raise
             else:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from itertools import islice
 
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory, NoFreeSlot
+from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory, MemoryQuarantined, NoFreeSlot
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.prefill import PromptChunk
@@ -139,7 +139,7 @@ class Scheduler:
         for source, target in self.compaction.plan(left):
             try:
                 self.compaction.move(source, target)
-            except (KVCacheOutOfMemory, DriverError) as error:
+            except (KVCacheOutOfMemory, DriverError, MemoryQuarantined) as error:
                 logger.warning("sequences stay where they are, for a move failed: %s", error)
                 return
             request = by_slot[source]
