@@ -60,6 +60,10 @@ class SequenceTooLong(VattnError):
     """A sequence would outgrow `max_seq_len`, or all the memory there is for sequences; nothing changed."""
 
 
+class PrefixEvicted(VattnError):
+    """The tokens that a call names are not kept any more; nothing changed. Begin the sequence without them."""
+
+
 class NoFreeSlot(VattnError):
     """Every slot holds a sequence; nothing changed. Release one, or build the cache with more slots."""
 

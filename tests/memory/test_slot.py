@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from hypothesis import settings
@@ -17,6 +18,7 @@ from trtllm_vattn.memory.pool import ExtentPool
 from trtllm_vattn.memory.slot import FREE, PARKED, PENDING_UNMAP, RETIRED, RUNNING, Slot, SlotState
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.host import HostDriver
+from trtllm_vattn.vmm.tensors import copy_bytes
 from trtllm_vattn.vmm.wrappers import FaultyDriver
 
 PAGE = 4096
@@ -47,8 +49,14 @@ def run(arena: Arena, tokens: int) -> int:
     return arena.allocate_slot(tokens, LAYOUT.num_slots)[0]
 
 
+def share(arena: Arena, source: int, tokens: int, target: int, record: Callable[[], Fence]) -> None:
+    """A fork, as far as it is done here."""
+    driver = arena.pool.driver
+    remap.share(arena, source, tokens, target, tokens, partial(copy_bytes, driver.device), record)
+
+
 def test_a_transition_from_another_state_is_refused() -> None:
-    slot = Slot(1)
+    slot = Slot([range(1)])
     with pytest.raises(InvariantViolation, match="a slot is free, where it must be running"):
         slot.stop()
     slot.start()
@@ -110,12 +118,14 @@ def test_a_lower_edge_moves_and_is_forked(arena: Arena, record: Callable[[], Fen
     remap.move(arena, index, 2, record)
     assert (arena.lower_edge(2), arena.frontiers[2]) == (12, 40)
     arena.check_integrity()
-    assert remap.fork(arena, 2, 30, 3) == 7 * PAGE  # tokens 12 to 27 are shared
+    share(arena, 2, 30, 3, record)
+    shared = [stripe[0].extent.serial in arena.extent_refs for stripe in arena.slots[3].stripes]
+    assert shared == [True, True, True, True, False]  # tokens 12 to 27
     assert (arena.lower_edge(3), arena.frontiers[3]) == (12, 32)
     assert len(arena.extent_refs) == 4 * 2
     arena.check_integrity()
     with pytest.raises(ConfigError, match="slot 2 backs tokens from 12 on, so its first 12 cannot be forked"):
-        remap.fork(arena, 2, 12, 0)
+        share(arena, 2, 12, 0, record)
     # What one of the two gives back at its front stays mapped in the other.
     arena.raise_lower_edge(2, 20, record())
     arena.complete_pending_unmaps(wait=True)
@@ -255,7 +265,7 @@ class SlotMachine(RuleBasedStateMachine):
                 assert self.arena.slots[source].state is PENDING_UNMAP
                 assert (self.arena.lower_edge(target), self.arena.frontiers[target]) == edges
             elif edges[0] < tokens <= edges[1]:
-                remap.fork(self.arena, source, tokens, target)
+                share(self.arena, source, tokens, target, self.record)
                 assert self.arena.lower_edge(target) == edges[0]
         except KVCacheOutOfMemory:
             assert (self.arena.lower_edge(source), self.arena.frontiers[source]) == edges

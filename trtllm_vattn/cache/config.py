@@ -43,6 +43,9 @@ class CacheConfig:
         for it: every sequence whose need is within the budget is admitted. For whoever promises memory to a scheduler.
     fence_streams : tuple of int
         CUDA streams that fences cover besides torch's current one.
+    own_lengths : bool
+        Each range has a length, a lower edge and a frontier of its own in each slot (`KVCache.set_length`), for
+        policies that keep different tokens in different layers.
     lookahead : int or None
         Tokens that `map_ahead` keeps mapped past a sequence's length; 0 maps each token in its own step. None is as
         many as the measured times of steps and mappings ask for (memory/lookahead.py).
@@ -65,6 +68,7 @@ class CacheConfig:
     batch_access: bool = True
     exact_admission: bool = False
     fence_streams: tuple[int, ...] = ()
+    own_lengths: bool = False
     lookahead: int | None = None
     idle_after_s: float | None = None
     idle_floor: int | str = 0

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
-from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV, PagedKV, SequenceId
+from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV, PagedKV, RetainedSlot, SequenceId, Tokens
 from trtllm_vattn.cache.config import CacheConfig, Layout
 from trtllm_vattn.cache.slotted import SlottedCache
-from trtllm_vattn.errors import ConfigError, InvariantViolation, NoFreeSlot
+from trtllm_vattn.errors import ConfigError, InvariantViolation, NoFreeSlot, PrefixEvicted
 from trtllm_vattn.memory import remap
 from trtllm_vattn.memory.arena import Arena, Placement, retry_discarded
 from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
@@ -28,7 +28,7 @@ from trtllm_vattn.memory.reclaim import drop_surplus, set_budget, surplus_bytes,
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.regions import RESERVATION, Region, tensor_regions
-from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, on_stream, stream_of, strided, tensor_at
+from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, on_stream, stream_of, strided, tensor_at, upload
 from trtllm_vattn.vmm.uninterrupted import uninterrupted
 
 T = TypeVar("T")
@@ -119,7 +119,7 @@ class KVCacheManager(SlottedCache):
         retry_discarded()
         config = self.config
         pool = ExtentPool(self.driver, self.layout.least_bytes if budget is None else budget, config.extent_classes)
-        self.arena = Arena(pool, self.layout, one_by_one=not config.batch_access)
+        self.arena = Arena(pool, self.layout, one_by_one=not config.batch_access, own_lengths=config.own_lengths)
         self.frontiers = self.arena.frontiers
         self.ahead = Lookahead(self.arena, self.lengths, config.lookahead)
         self._memory = CacheMemory(self.arena, self.ahead, config.idle_after_s, parse_bytes(config.idle_floor))
@@ -133,6 +133,8 @@ class KVCacheManager(SlottedCache):
                 for reservation in self.arena.reservations
             ]
             self._layers = [self._view(layer) for layer in range(self.shape.num_layers)]
+            size = (self.num_groups, self.shape.num_slots + 1)
+            self._deficits = torch.zeros(size, dtype=torch.int32, device=self.device) if config.own_lengths else None
         except BaseException:
             self._memory.discard()
             raise
@@ -192,6 +194,37 @@ class KVCacheManager(SlottedCache):
     def lower_edges(self) -> np.ndarray | None:
         return self.arena.lower_edges
 
+    @property
+    def retained_frontiers(self) -> np.ndarray | None:
+        return self.arena.retained_frontiers
+
+    @property
+    def segments(self) -> np.ndarray | None:
+        return self.arena.segments
+
+    @property
+    def write_floors(self) -> np.ndarray | None:
+        return self.arena.write_floors
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.arena.slots[self.dummy_slot].groups)
+
+    def lengths_of(self, group: int) -> np.ndarray:
+        if self._deficits is None:
+            return self.lengths
+        deficits = [slot.groups[group].deficit for slot in self.arena.slots[: self.dummy_slot]]
+        lengths: np.ndarray = np.maximum(self.lengths - deficits, 0)
+        return lengths
+
+    @property
+    def length_deficits(self) -> torch.Tensor | None:
+        """int32 ``[num_groups, num_slots + 1]`` on the device, at one address for life: how many tokens fewer than
+        `lengths` each group holds of each slot's sequence. It changes when a length is set, and in no step, so a
+        captured kernel that has a sequence's length has each group's. None where ranges have no lengths of their own.
+        """
+        return self._deficits
+
     def bytes_of(self, tokens: int) -> int:
         return self.layout.bytes_for(tokens) * self.layout.num_ranges
 
@@ -233,7 +266,7 @@ class KVCacheManager(SlottedCache):
         if size > pool.available_bytes:
             self.arena.complete_pending_unmaps(wait=True)
             short = size - pool.available_bytes - self.arena.parked_bytes
-            if short > 0:
+            if short > 0 and (short := short - self.arena.evictable_bytes) > 0:
                 take_surplus(self.arena, short, needed.tolist(), self._fence())
 
     def _limit(self) -> int:
@@ -241,9 +274,11 @@ class KVCacheManager(SlottedCache):
         replay a larger graph than is needed. Raises NoFreeSlot where none is."""
         self.arena.complete_pending_unmaps()
         first = self.arena.first_free()
-        if first is None:
+        while first is None:
             self.arena.complete_pending_unmaps(wait=True)
             first = self.arena.first_free()
+            if first is None and not self.arena.evict_slot():
+                break
         if first is None:
             raise NoFreeSlot(
                 f"no slot is usable: {self.shape.num_slots - len(self._slot_of)} are retired after a driver call "
@@ -254,8 +289,7 @@ class KVCacheManager(SlottedCache):
     def _grow(self, lengths: np.ndarray) -> None:
         with self._lock:
             wants = {slot: int(lengths[slot]) for slot in np.flatnonzero(lengths > self.frontiers).tolist()}
-            more = (self.layout.bytes_for(wanted) - self.arena.slots[slot].frontier for slot, wanted in wants.items())
-            self._make_room(sum(more) * self.layout.num_ranges, np.maximum(self.lengths, lengths))
+            self._make_room(self.arena.missing_bytes(wants), np.maximum(self.lengths, lengths))
             self._critical_path_maps += self.arena.grow(wants)
 
     def _release(self, slot: int) -> None:
@@ -283,10 +317,10 @@ class KVCacheManager(SlottedCache):
 
     def _do_set_budget(self, budget: int) -> None:
         with self._lock:
-            used = self.arena.used_bytes
-            if budget < used:
+            if budget < self.arena.used_bytes:
                 self.arena.complete_pending_unmaps(wait=True)
-                take_surplus(self.arena, used - budget, self.lengths.tolist(), self._fence())
+                short = self.arena.used_bytes - self.arena.evictable_bytes - budget
+                take_surplus(self.arena, short, self.lengths.tolist(), self._fence())
             set_budget(self.arena, budget)
 
     def shrink_towards(self, budget: int) -> int:
@@ -302,7 +336,7 @@ class KVCacheManager(SlottedCache):
             if budget < self.held_bytes:
                 drop_surplus(self.arena, self.lengths.tolist(), self._fence())
                 self.arena.complete_pending_unmaps(wait=True)
-            set_budget(self.arena, max(budget, self.arena.used_bytes))
+            set_budget(self.arena, max(budget, self.arena.used_bytes - self.arena.evictable_bytes))
             return self.budget_bytes
 
     def release_free_memory(self, size: int | None = None) -> int:
@@ -312,10 +346,10 @@ class KVCacheManager(SlottedCache):
     def _do_release_free_memory(self, size: int | None) -> int:
         with self._lock:
             if size is not None:
-                return self.arena.reclaim(size)
+                return self.arena.reclaim_parked(size)
             before = self.held_bytes
             self.arena.complete_pending_unmaps(wait=True)
-            self.arena.reclaim(self.arena.parked_bytes)
+            self.arena.reclaim_parked(self.arena.parked_bytes)
             self.arena.pool.drop_free()
             return before - self.held_bytes
 
@@ -353,7 +387,12 @@ class KVCacheManager(SlottedCache):
         with self._lock:
             moved = remap.move(self.arena, source, slot, self._fence)
             self._move_sequence(sequence, slot)
+            self._publish_deficits(slot)
         return moved
+
+    def _place_sequence(self, sequence: SequenceId, slot: int, tokens: int) -> None:
+        super()._place_sequence(sequence, slot, tokens)
+        self._publish_deficits(slot)
 
     def fork(self, sequence: SequenceId, new_sequence: SequenceId, tokens: int) -> int:
         """Begin a sequence with the first `tokens` of another one; returns its slot.
@@ -370,53 +409,205 @@ class KVCacheManager(SlottedCache):
         if tokens > self.lengths[source]:
             raise ConfigError(f"sequence {sequence!r} has {self.lengths[source]} tokens, not {tokens} to fork")
         self._check_new(new_sequence, tokens)
-        return self._run(self._do_fork, source, new_sequence, tokens)
+        return self._run(self._do_begin_with, new_sequence, tokens, (source, tokens), False)
 
-    def _do_fork(self, source: int, new_sequence: SequenceId, tokens: int) -> int:
+    def admit(
+        self, sequence: SequenceId, prompt_len: int, *, prefix: Tokens | None = None, alias: Tokens | None = None
+    ) -> int:
+        if prefix is None and alias is None:
+            return super().admit(sequence, prompt_len)
+        if prefix is not None and alias is not None:
+            raise ConfigError("a sequence begins with a prefix or with an alias, not with both; give one")
+        self._check_new(sequence, prompt_len)
+        given = prefix or alias
+        if given is None or not 0 < given[1] <= prompt_len:
+            raise ConfigError(f"sequence {sequence!r} of {prompt_len} tokens cannot begin with {given}")
+        return self._run(self._do_begin_with, sequence, prompt_len, given, prefix is not None)
+
+    def _do_begin_with(self, sequence: SequenceId, prompt_len: int, given: Tokens, reads: bool) -> int:
         with self._lock:
-            limit = self._limit()
-            target = min(self.arena.free_slots(limit), key=lambda slot: (self.arena.slots[slot].mapped, slot))
-            shared = remap.fork(self.arena, source, tokens, target)
-            rest = self.layout.touched_bytes(tokens) - shared
-            try:
-                for reservation in self.arena.reservations if rest else ():
-                    to, at = (reservation.base + slot * self.layout.slot_stride + shared for slot in (target, source))
-                    copy_bytes(self.driver.device, to, at, rest)
-            except BaseException:
-                self.arena.park(target, self._fence())
-                raise
-            self._place_sequence(new_sequence, target, tokens)
+            source, tokens = self._source(*given)
+            # Nothing of the source may be evicted for the place of the new sequence.
+            with self.arena.pinned(source):
+                limit = self._limit()
+                first = self.layout.whole_bytes(tokens) // self.layout.granularity * self.layout.granularity
+                need = (self.layout.bytes_for(prompt_len) - first) * self.layout.num_ranges
+                self._make_room(need, self.ahead.past(self.ahead.tokens))
+                target = min(self.arena.free_slots(limit), key=lambda slot: (self.arena.slots[slot].mapped, slot))
+                if reads:
+                    remap.reach(self.arena, source, tokens, target, prompt_len)
+                else:
+                    remap.share(self.arena, source, tokens, target, prompt_len, self._copy, self._fence)
+            self._place_sequence(sequence, target, prompt_len)
+        self._wake()
         return target
+
+    def _source(self, owner: int | RetainedSlot, tokens: int) -> tuple[int, int]:
+        """The slot whose first tokens are asked for. Raises ConfigError or PrefixEvicted where they are not there."""
+        if isinstance(owner, RetainedSlot):
+            if (kept := self.arena.retained_tokens(*owner)) < tokens:
+                raise PrefixEvicted(f"{tokens} tokens of {owner} asked for, of which {kept} are kept")
+            return owner.slot, tokens
+        if not 0 <= owner < self.shape.num_slots or self.lengths[owner] < tokens:
+            held = f"it has {self.lengths[owner]}" if 0 <= owner < self.shape.num_slots else "there is none"
+            raise ConfigError(f"{tokens} tokens of the sequence in slot {owner} asked for; {held}")
+        return owner, tokens
+
+    def _copy(self, to: int, source: int, nbytes: int) -> None:
+        copy_bytes(self.driver.device, to, source, nbytes)
+
+    def copy_prefix(self, owner: int | RetainedSlot, sequence: SequenceId, tokens: int) -> None:
+        self._run(self._do_copy_prefix, owner, self.slot_of(sequence), tokens)
+
+    def _do_copy_prefix(self, owner: int | RetainedSlot, target: int, tokens: int) -> None:
+        with self._lock:
+            source, tokens = self._source(owner, tokens)
+            self._source(target, tokens)
+            slots = self.arena.slots
+            floors = self.arena.write_floors
+            if source == target or slots[target].lower or (floors is not None and floors[target]):
+                raise ConfigError(
+                    f"slot {target} does not have its first {tokens} tokens to itself, so nothing is copied over them; "
+                    "admit the sequence without a prefix"
+                )
+            if any(group.deficit for index in (source, target) for group in slots[index].groups):
+                raise ConfigError(f"ranges of slot {source} or {target} hold different tokens; fork the sequence")
+            remap.copy_tokens(self.arena, source, tokens, target, self._copy, self._fence)
+
+    # -- retained slots ----------------------------------------------------------------------------------------------
+
+    def retain(self, sequence: SequenceId) -> RetainedSlot:
+        return self._run(self._do_retain, sequence, self.slot_of(sequence))
+
+    def _do_retain(self, sequence: SequenceId, slot: int) -> RetainedSlot:
+        with self._lock:
+            serial = self.arena.retain(slot, int(self.lengths[slot]), self._fence())
+            self._remove_sequence(sequence, slot)
+        return RetainedSlot(slot, serial)
+
+    def retained_tokens(self, retained: RetainedSlot) -> int:
+        self._check_open()
+        return self.arena.retained_tokens(*retained)
+
+    def adopt(
+        self, retained: RetainedSlot, sequence: SequenceId, keep_tokens: int, prompt_len: int | None = None
+    ) -> int:
+        prompt_len = keep_tokens if prompt_len is None else prompt_len
+        self._check_new(sequence, prompt_len)
+        if not 0 < keep_tokens <= prompt_len:
+            raise ConfigError(f"sequence {sequence!r} of {prompt_len} tokens cannot keep {keep_tokens}")
+        return self._run(self._do_adopt, retained, sequence, keep_tokens, prompt_len)
+
+    def _do_adopt(self, retained: RetainedSlot, sequence: SequenceId, keep_tokens: int, prompt_len: int) -> int:
+        with self._lock:
+            slot, _ = self._source(retained, keep_tokens)
+            self.arena.check_not_held(slot, keep_tokens)
+            self._check_behind_segments(slot, keep_tokens)
+            retain_again = self.arena.adopt(slot)
+            try:
+                remap.own_from(self.arena, slot, keep_tokens, self._copy, self._fence)
+                self._make_room(self.arena.missing_bytes({slot: prompt_len}), self.ahead.past(self.ahead.tokens))
+                self._admission_maps += self.arena.grow({slot: prompt_len})
+            except BaseException:
+                retain_again()
+                raise
+            self._place_sequence(sequence, slot, prompt_len)
+        self._wake()
+        return slot
+
+    def _check_behind_segments(self, slot: int, tokens: int) -> None:
+        """Raise ConfigError where tokens from this one on, which are to be written, lie in other slots."""
+        if tokens < (prefix := self.arena.slots[slot].prefix):
+            raise ConfigError(
+                f"the first {prefix} tokens of slot {slot} lie in other slots, so those from {tokens} on cannot be "
+                f"written; keep {prefix}, or admit another sequence"
+            )
+
+    def release_retained(self, retained: RetainedSlot, keep_tokens: int = 0) -> None:
+        self._check_open()
+        self._run(self._do_release_retained, retained, keep_tokens)
+
+    def _do_release_retained(self, retained: RetainedSlot, keep_tokens: int) -> None:
+        with self._lock:
+            if self.arena.retained_tokens(*retained) > keep_tokens:
+                self.arena.shrink_retained(retained.slot, keep_tokens)
+
+    def touch(self, retained: RetainedSlot, priority: float = 0.0) -> None:
+        self._check_open()
+        self._run(self._do_touch, retained, priority)
+
+    def _do_touch(self, retained: RetainedSlot, priority: float) -> None:
+        with self._lock:
+            if self.arena.retained_tokens(*retained):
+                self.arena.slots[retained.slot].touch(priority)
+
+    def take_evicted(self) -> list[tuple[RetainedSlot, int]]:
+        self._check_open()
+        evicted = self.arena.evicted
+        taken = (evicted.popleft() for _ in range(len(evicted)))
+        return [(RetainedSlot(slot, serial), left) for slot, serial, left in taken]
+
+    # -- writing and lengths -----------------------------------------------------------------------------------------
 
     def truncate(self, sequence: SequenceId, length: int) -> None:
         slot = self.slot_of(sequence)
-        if 0 < length < self.lengths[slot] and self.arena.extent_refs:
-            self._run(self._own_from, slot, self.layout.whole_bytes(length))
+        if 0 < length < self.lengths[slot]:
+            if self.arena.has_sharing:
+                self._run(self._do_make_writable, slot, length)
+            self._check_deficits(slot, length)
         super().truncate(sequence, length)
 
-    def _own_from(self, slot: int, start: int) -> None:
-        """Copy on write: what a slot shares at or behind a byte of it becomes its own."""
-        (group,) = self.arena.slots[slot].groups
-        end = group.lower
-        for index, stripe in enumerate(group.stripes):
-            end += stripe[0].size
-            if end > start and any(mapping.extent.serial in self.arena.extent_refs for mapping in stripe):
-                self._do_replace(slot, index)
-                return
+    def make_writable(self, sequence: SequenceId, start: int) -> None:
+        self._run(self._do_make_writable, self.slot_of(sequence), start)
+
+    def _do_make_writable(self, slot: int, start: int) -> None:
+        with self._lock:
+            self.arena.check_not_held(slot, start)
+            self._check_behind_segments(slot, start)
+            remap.own_from(self.arena, slot, start, self._copy, self._fence)
+
+    def _check_deficits(self, slot: int, length: int) -> None:
+        if (least := max(group.deficit for group in self.arena.slots[slot].groups)) >= length:
+            raise ConfigError(f"a range group of slot {slot} holds {least} tokens fewer, so none of its first {length}")
+
+    def set_length(self, sequence: SequenceId, group: int, tokens: int) -> None:
+        slot = self.slot_of(sequence)
+        if self._deficits is None:
+            raise ConfigError("all ranges of this cache have one length; build it with CacheConfig(own_lengths=True)")
+        if not 0 <= group < self.num_groups:
+            raise ConfigError(f"range group {group} asked for; there are {self.num_groups}")
+        held = int(self.lengths_of(group)[slot])
+        if not 0 < tokens <= held:
+            raise ConfigError(f"range group {group} holds {held} tokens of sequence {sequence!r}; keep 1 to {held}")
+        self._run(self._do_set_length, slot, group, tokens)
+
+    def _do_set_length(self, slot: int, group: int, tokens: int) -> None:
+        with self._lock:
+            self.arena.check_not_held(slot)
+            self._check_behind_segments(slot, 0)
+            held = [int(self.lengths[slot]) - each.deficit for each in self.arena.slots[slot].groups]
+            held[group] = tokens
+            longest = max(held)
+            deficits = [longest - each for each in held]
+            self.arena.set_deficits(slot, deficits, group, tokens + self.ahead.tokens, self._fence())
+            self.lengths[slot] = longest
+            self._publish_deficits(slot)
+
+    def _publish_deficits(self, slot: int) -> None:
+        if self._deficits is not None:
+            deficits = np.array([group.deficit for group in self.arena.slots[slot].groups], np.int32)
+            self._deficits[:, slot].copy_(upload(deficits, self.device))
 
     def replace(self, sequence: SequenceId) -> int:
         """Put other physical memory with the same bytes under a sequence; returns the mappings replaced.
 
         Waits for the device. Raises UnknownSequence, KVCacheOutOfMemory, DriverError; nothing changed.
         """
-        return self._run(self._do_replace, self.slot_of(sequence), 0)
+        return self._run(self._do_replace, self.slot_of(sequence))
 
-    def _do_replace(self, slot: int, first: int) -> int:
-        def copy(to: int, source: int, nbytes: int) -> None:
-            copy_bytes(self.driver.device, to, source, nbytes)
-
+    def _do_replace(self, slot: int) -> int:
         with self._lock:
-            return remap.replace(self.arena, slot, first, copy, self._fence)
+            return remap.replace(self.arena, slot, self._copy, self._fence)
 
     # -- ahead -----------------------------------------------------------------------------------------------------
 
@@ -539,6 +730,9 @@ class KVCacheManager(SlottedCache):
                 surplus_bytes=surplus_bytes(self.arena, self.ahead.past(self.ahead.tokens).tolist()),
                 lookahead=self.ahead.tokens,
                 ahead_wait_s=self._lock.waited_s,
+                retained_slots=self.arena.retained_slots,
+                retained_bytes=self.arena.retained_bytes,
+                segment_tokens=sum(self.arena.slots[slot].prefix for slot in self._owner),
             )
 
     def placement(self) -> Placement:
@@ -557,6 +751,11 @@ class KVCacheManager(SlottedCache):
         with self._lock:
             super()._do_check_integrity()
             self.arena.check_integrity()
+            for slot in self._owner:
+                if self.arena.held_tokens(slot) > self.lengths[slot]:
+                    raise InvariantViolation(
+                        f"slot {slot} has {self.lengths[slot]} tokens, other slots read {self.arena.held_tokens(slot)}"
+                    )
             free = set(self.arena.free_slots())
             for slot in range(self.shape.num_slots):
                 if self._occupied[slot] and slot in free:

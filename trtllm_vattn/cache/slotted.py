@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from trtllm_vattn.cache.base import CacheShape, KVCache, SequenceId
+from trtllm_vattn.cache.base import CacheShape, KVCache, SequenceId, Tokens
 from trtllm_vattn.errors import (
     CacheInterrupted,
     ConfigError,
@@ -74,7 +74,11 @@ class SlottedCache(KVCache):
 
     # -- contract --------------------------------------------------------------------------------------------------
 
-    def admit(self, sequence: SequenceId, prompt_len: int) -> int:
+    def admit(
+        self, sequence: SequenceId, prompt_len: int, *, prefix: Tokens | None = None, alias: Tokens | None = None
+    ) -> int:
+        if prefix is not None or alias is not None:
+            self._cannot("begin a sequence with another slot's tokens")
         self._check_new(sequence, prompt_len)
         return self._run(self._do_admit, sequence, prompt_len)
 
@@ -105,6 +109,10 @@ class SlottedCache(KVCache):
 
     def _do_release(self, sequence: SequenceId, slot: int) -> None:
         self._release(slot)
+        self._remove_sequence(sequence, slot)
+
+    def _remove_sequence(self, sequence: SequenceId, slot: int) -> None:
+        """A sequence is in no slot any more."""
         del self._slot_of[sequence], self._owner[slot]
         self._occupied[slot] = False
         self.lengths[slot] = 0
