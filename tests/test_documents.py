@@ -161,7 +161,7 @@ def walk(title: str) -> list[tuple[str, list[tuple[str, list[str]]]]]:
     return rooms
 
 
-CALLED_THROUGH = {"uninterrupted", "on_stream", "_run", "_uninterrupted"}
+CALLED_THROUGH = {"uninterrupted", "on_stream", "_run", "_uninterrupted", "at_once"}
 """Functions that make a call for their caller: so that no signal cuts it short (vmm/uninterrupted.py), on a stream
 (vmm/tensors.py), or with the cache noting that it is under way. They are no room that a walk goes through."""
 

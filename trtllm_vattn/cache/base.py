@@ -20,10 +20,10 @@ C7. In a forked child every call raises `WrongProcess`, and the parent's memory 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 SequenceId = Hashable
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,16 @@ class KVCache(ABC):
 
     @abstractmethod
     def layer(self, layer: int) -> FlatKV | PagedKV:
-        """The tensors of one layer; the same objects every time."""
+        """The tensors of one layer; the same objects every time. Raises ConfigError where its heads have memory of
+        their own: `head_groups`."""
+
+    def head_groups(self, layer: int) -> tuple[FlatKV | PagedKV, ...]:
+        """The tensors of one layer, one of each part of its heads that has memory of its own, in the heads' order."""
+        return (self.layer(layer),)
+
+    def group_of(self, layer: int, heads: int = 0) -> int:
+        """The range group of a layer and a part of its heads."""
+        return 0
 
     @abstractmethod
     def storages(self) -> list[torch.Tensor]:
@@ -419,6 +429,11 @@ class KVCache(ABC):
         """Unmap `size` bytes of memory that no sequence uses, for the next sequences to take; None gives all of it back
         to the driver. Returns the bytes."""
         return 0
+
+    def at_once(self, call: Callable[..., T], *arguments: Any) -> T:
+        """``call(*arguments)``, which makes several calls of this cache: for a cache that has its calls made where no
+        signal interrupts them, all of it is made there. It is interrupted before or behind it then, not inside."""
+        return call(*arguments)
 
     def __enter__(self) -> Self:
         return self

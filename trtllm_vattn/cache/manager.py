@@ -17,7 +17,7 @@ import torch
 from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV, PagedKV, RetainedSlot, SequenceId, Tokens
 from trtllm_vattn.cache.config import CacheConfig, Layout
 from trtllm_vattn.cache.slotted import SlottedCache
-from trtllm_vattn.errors import ConfigError, InvariantViolation, NoFreeSlot, PrefixEvicted
+from trtllm_vattn.errors import ConfigError, InvariantViolation, KVCacheOutOfMemory, NoFreeSlot, PrefixEvicted
 from trtllm_vattn.memory import remap
 from trtllm_vattn.memory.arena import Arena, Placement, retry_discarded
 from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
@@ -132,7 +132,8 @@ class KVCacheManager(SlottedCache):
                 tensor_at(reservation.base, reservation.size, self.driver.device, owner=self._memory_ref)
                 for reservation in self.arena.reservations
             ]
-            self._layers = [self._view(layer) for layer in range(self.shape.num_layers)]
+            parts = range(self.layout.head_groups)
+            self._layers = [tuple(self._view(layer, part) for part in parts) for layer in range(self.shape.num_layers)]
             size = (self.num_groups, self.shape.num_slots + 1)
             self._deficits = torch.zeros(size, dtype=torch.int32, device=self.device) if config.own_lengths else None
         except BaseException:
@@ -144,29 +145,35 @@ class KVCacheManager(SlottedCache):
 
     def _layout_sizes(self) -> dict[str, int]:
         shape, layers, tensors = self.shape, self.config.layers_per_range, 1
+        heads = self.config.heads_per_range or shape.num_kv_heads
+        if shape.num_kv_heads % heads:
+            raise ConfigError(f"heads_per_range is {heads}; it must divide the {shape.num_kv_heads} KV heads")
+        parts = shape.num_kv_heads // heads
         if self.config.layout is Layout.TENSORS:
             layers, tensors = 1, shape.kv_factor
         elif layers is None:
-            layers = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
+            layers = default_layers_per_range(shape.num_layers, shape.layer_token_bytes // parts)
         return {
             "num_layers": shape.num_layers * tensors,
             "layers_per_range": layers,
-            "layer_token_bytes": shape.layer_token_bytes // tensors,
+            "layer_token_bytes": shape.layer_token_bytes // tensors // parts,
+            "head_groups": parts,
             "max_seq_len": shape.max_seq_len,
             "num_slots": shape.num_slots,
             "granularity": self.driver.granularity(),
         }
 
-    def _view(self, layer: int) -> FlatKV | PagedKV:
+    def _view(self, layer: int, part: int) -> FlatKV | PagedKV:
         shape, layout, itemsize = self.shape, self.layout, self.shape.dtype.itemsize
-        size = (shape.num_slots + 1, shape.max_seq_len, shape.num_kv_heads, shape.head_dim)
+        heads = shape.num_kv_heads // layout.head_groups
+        size = (shape.num_slots + 1, shape.max_seq_len, heads, shape.head_dim)
         strides = (layout.slot_stride // itemsize, layout.row_bytes // itemsize, shape.head_dim, 1)
-        half = shape.num_kv_heads * shape.head_dim * itemsize
+        half = heads * shape.head_dim * itemsize
         if self.config.layout is Layout.TENSORS:
             first = layer * shape.kv_factor
             places = [layout.place_of(first), layout.place_of(first + shape.kv_factor - 1)]
         else:
-            index, offset = layout.place_of(layer)
+            index, offset = layout.place_of(layer, part)
             places = [(index, offset), (index, offset + half * (shape.kv_factor - 1))]
         k, v = (strided(self._flat[index], shape.dtype, size, strides, offset) for index, offset in places)
         return FlatKV(k, v)
@@ -183,6 +190,9 @@ class KVCacheManager(SlottedCache):
     def _uninterrupted(self, call: Callable[..., T], *arguments: Any) -> T:
         answer: T = uninterrupted(on_stream, stream_of(self.device), call, *arguments)
         return answer
+
+    def at_once(self, call: Callable[..., T], *arguments: Any) -> T:
+        return self._uninterrupted(call, *arguments)
 
     @property
     def _thread(self) -> BackgroundThread | None:
@@ -253,20 +263,33 @@ class KVCacheManager(SlottedCache):
             limit, exact = self._limit(), self.config.exact_admission
             need = self.layout.bytes_for(tokens) * self.layout.num_ranges
             # Those that run keep what their next steps need, unless this sequence was promised its memory.
-            self._make_room(need, self.lengths if exact else self.ahead.past(self.ahead.tokens))
-            slot, maps = self.arena.allocate_slot(tokens, limit, self.ahead.tokens, exact)
+            self._make_room(need, 0 if exact else self.ahead.tokens)
+            more = tokens if exact else min(tokens + self.ahead.first, self.shape.max_seq_len)
+            try:
+                slot, maps = self.arena.allocate_slot(more, limit, tokens + self.ahead.tokens - more, exact)
+            except KVCacheOutOfMemory:
+                if more == tokens:
+                    raise
+                slot, maps = self.arena.allocate_slot(tokens, limit, self.ahead.tokens)
             self._admission_maps += maps
-        self._wake()
+        self._wake_for_memory()
         return slot
 
-    def _make_room(self, size: int, needed: np.ndarray) -> None:
-        """Where memory is short of `size` bytes, take what running slots have beyond the tokens needed, if that is
-        enough; waits for the device then."""
+    def _wake_for_memory(self) -> None:
+        """After an admission: wake the thread where extents are to be created or unmapped. It maps ahead once it is
+        asked to (`map_ahead`), not between the prompts of a burst."""
+        if self.arena.has_pending_work or self.arena.pool.next_to_create() is not None:
+            self._wake()
+
+    def _make_room(self, size: int, ahead: int = 0, lengths: np.ndarray | None = None) -> None:
+        """Where memory is short of `size` bytes, take what running slots have more than `ahead` tokens beyond their
+        lengths, which are at least `lengths`, if that is enough; waits for the device then."""
         pool = self.arena.pool
         if size > pool.available_bytes:
             self.arena.complete_pending_unmaps(wait=True)
             short = size - pool.available_bytes - self.arena.parked_bytes
             if short > 0 and (short := short - self.arena.evictable_bytes) > 0:
+                needed = self.ahead.past(ahead) if lengths is None else np.maximum(self.lengths, lengths)
                 take_surplus(self.arena, short, needed.tolist(), self._fence())
 
     def _limit(self) -> int:
@@ -289,7 +312,7 @@ class KVCacheManager(SlottedCache):
     def _grow(self, lengths: np.ndarray) -> None:
         with self._lock:
             wants = {slot: int(lengths[slot]) for slot in np.flatnonzero(lengths > self.frontiers).tolist()}
-            self._make_room(self.arena.missing_bytes(wants), np.maximum(self.lengths, lengths))
+            self._make_room(self.arena.missing_bytes(wants), lengths=lengths)
             self._critical_path_maps += self.arena.grow(wants)
 
     def _release(self, slot: int) -> None:
@@ -432,14 +455,14 @@ class KVCacheManager(SlottedCache):
                 limit = self._limit()
                 first = self.layout.whole_bytes(tokens) // self.layout.granularity * self.layout.granularity
                 need = (self.layout.bytes_for(prompt_len) - first) * self.layout.num_ranges
-                self._make_room(need, self.ahead.past(self.ahead.tokens))
+                self._make_room(need, self.ahead.tokens)
                 target = min(self.arena.free_slots(limit), key=lambda slot: (self.arena.slots[slot].mapped, slot))
                 if reads:
                     remap.reach(self.arena, source, tokens, target, prompt_len)
                 else:
                     remap.share(self.arena, source, tokens, target, prompt_len, self._copy, self._fence)
             self._place_sequence(sequence, target, prompt_len)
-        self._wake()
+        self._wake_for_memory()
         return target
 
     def _source(self, owner: int | RetainedSlot, tokens: int) -> tuple[int, int]:
@@ -506,13 +529,13 @@ class KVCacheManager(SlottedCache):
             retain_again = self.arena.adopt(slot)
             try:
                 remap.own_from(self.arena, slot, keep_tokens, self._copy, self._fence)
-                self._make_room(self.arena.missing_bytes({slot: prompt_len}), self.ahead.past(self.ahead.tokens))
+                self._make_room(self.arena.missing_bytes({slot: prompt_len}), self.ahead.tokens)
                 self._admission_maps += self.arena.grow({slot: prompt_len})
             except BaseException:
                 retain_again()
                 raise
             self._place_sequence(sequence, slot, prompt_len)
-        self._wake()
+        self._wake_for_memory()
         return slot
 
     def _check_behind_segments(self, slot: int, tokens: int) -> None:
@@ -674,7 +697,18 @@ class KVCacheManager(SlottedCache):
 
     def layer(self, layer: int) -> FlatKV | PagedKV:
         self._check_layer(layer)
+        if len(self._layers[layer]) > 1:
+            raise ConfigError("heads of this cache have ranges of their own; use head_groups() instead of layer()")
+        return self._layers[layer][0]
+
+    def head_groups(self, layer: int) -> tuple[FlatKV | PagedKV, ...]:
+        self._check_layer(layer)
         return self._layers[layer]
+
+    def group_of(self, layer: int, heads: int = 0) -> int:
+        self._check_layer(layer)
+        first = layer * self.shape.kv_factor if self.config.layout is Layout.TENSORS else layer
+        return self.layout.place_of(first, heads)[0] if self.num_groups > 1 else 0
 
     def storages(self) -> list[torch.Tensor]:
         return list(self._flat)

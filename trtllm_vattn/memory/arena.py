@@ -32,7 +32,7 @@ from trtllm_vattn.errors import (
 )
 from trtllm_vattn.memory.layout import SlotLayout
 from trtllm_vattn.memory.pool import ExtentPool
-from trtllm_vattn.memory.slot import PARKED, RETAINED, RUNNING, RangeGroup, Segment, Slot, Stripe
+from trtllm_vattn.memory.slot import FREE, PARKED, RETAINED, RUNNING, RangeGroup, Segment, Slot, Stripe
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation, RollbackFailed
 
@@ -119,6 +119,10 @@ class Arena:
         self._scratches: list[Reservation] = []
         self._used_slots = 0
         """Slots from here on never had memory: with very many slots, most are never looked at."""
+        self._free: set[int] = set()
+        """Free slots before those."""
+        self._idle: set[int] = set()
+        """Slots that are not used and have memory."""
         dummy, least = layout.num_slots, layout.least_bytes
         if least > pool.available_bytes:
             raise ConfigError(
@@ -148,14 +152,15 @@ class Arena:
 
     # -- growing ---------------------------------------------------------------------------------------------------
 
-    def grow(self, wants: MappingType[int, int], wait: bool = True) -> int:
+    def grow(self, wants: MappingType[int, int], wait: bool = True, ahead: bool = False) -> int:
         """Back each slot for the tokens wanted, all or none; returns the number of mappings made.
 
-        With `wait`, it waits for the fences of memory that is parked or pending, where that is needed.
+        With `wait`, it waits for the fences of memory that is parked or pending, where that is needed. With `ahead`,
+        it takes no memory that is kept for prompts to come (`ExtentPool.acquire`).
         Raises KVCacheOutOfMemory, MemoryQuarantined where a slot is broken, or DriverError; nothing changed.
         """
         growth = self._missing(wants)
-        made = self._grow(growth, wait) if growth else 0
+        made = self._grow(growth, wait, ahead) if growth else 0
         for slot, tokens in wants.items():
             self.extend_visible(slot, self.layout.bytes_for(tokens))
         return made
@@ -172,17 +177,17 @@ class Arena:
             if (need := self.layout.bytes_for(max(0, tokens - group.deficit))) > group.frontier
         ]
 
-    def _grow(self, growth: list[tuple[int, RangeGroup, int]], wait: bool) -> int:
+    def _grow(self, growth: list[tuple[int, RangeGroup, int]], wait: bool, ahead: bool) -> int:
         total = sum(size * len(group.ranges) for _, group, size in growth)
         if any(self.slots[slot].pending_unmap for slot, _, _ in growth):
             self._free_tails(growth, wait)
         while True:
             self.make_available(total, wait)
             try:
-                return self._map_all(growth)
+                return self._map_all(growth, ahead)
             except KVCacheOutOfMemory:
                 # The device, quarantine or the ceiling leaves less than the budget says; parked memory may make up.
-                if not self.reclaim(total, wait):
+                if ahead or not self.reclaim(total, wait):
                     raise
 
     def _free_tails(self, growth: list[tuple[int, RangeGroup, int]], wait: bool) -> None:
@@ -196,17 +201,17 @@ class Arena:
                     f"slot {slot} has memory behind its frontier that is still in use; grow it once its fence is done"
                 )
 
-    def _map_all(self, growth: list[tuple[int, RangeGroup, int]]) -> int:
+    def _map_all(self, growth: list[tuple[int, RangeGroup, int]], ahead: bool) -> int:
         self.check_ceiling(sum(len(self.pool.split(size)) * len(group.ranges) for _, group, size in growth))
         with ExitStack() as undo:
-            made = [self._map_more(slot, group, size, undo) for slot, group, size in growth]
+            made = [self._map_more(slot, group, size, ahead, undo) for slot, group, size in growth]
             undo.pop_all()
         for (slot, group, _), stripes in zip(growth, made, strict=True):
             self.slots[slot].push(group, stripes)
             self.publish(slot)
         return sum(len(stripes) * len(group.ranges) for (_, group, _), stripes in zip(growth, made, strict=True))
 
-    def _map_more(self, slot: int, group: RangeGroup, size: int, undo: ExitStack) -> list[Stripe]:
+    def _map_more(self, slot: int, group: RangeGroup, size: int, ahead: bool, undo: ExitStack) -> list[Stripe]:
         """Map `size` more bytes at a group's frontier, in each of its ranges; `undo` gets what reverts it."""
         if self.slots[slot].broken:
             raise MemoryQuarantined(
@@ -215,7 +220,7 @@ class Arena:
         offset = slot * self.layout.slot_stride + group.frontier
         rows = []
         for index in group.ranges:
-            extents = self.pool.acquire(size)
+            extents = self.pool.acquire(size, ahead)
             made: list[Mapping] = []
             undo.callback(self._revert, slot, extents, made)
             at = offset
@@ -241,11 +246,15 @@ class Arena:
         self.release_unmapped(extents)
 
     def publish(self, index: int) -> None:
-        """What is mapped in a slot, or visible of it, changed: bring its frontier up to date."""
+        """A slot's state, what is mapped in it, or visible of it, changed: bring what is known of it up to date."""
         if index < self.layout.num_slots:
-            self._used_slots = max(self._used_slots, index + 1)
-            self.frontiers[index] = self.frontier_of(index)
             slot = self.slots[index]
+            if index >= self._used_slots:
+                self._free.update(range(self._used_slots, index))
+                self._used_slots = index + 1
+            (self._free.add if slot.state is FREE else self._free.discard)(index)
+            (self._idle.discard if slot.is_used or not slot.mapped else self._idle.add)(index)
+            self.frontiers[index] = self.frontier_of(index)
             self.retained_frontiers[index] = self.backed_tokens(index) if slot.state is RETAINED else 0
             if self.lower_edges is None and slot.is_used and slot.lower:
                 self.lower_edges = np.zeros(self.layout.num_slots, np.int64)
@@ -273,15 +282,17 @@ class Arena:
     def free_slots(self, below: int | None = None) -> list[int]:
         """Slots that a sequence may be given, in order; only those below a number where one is given."""
         last = self.layout.num_slots if below is None else min(below, self.layout.num_slots)
-        free = [i for i, slot in enumerate(self.slots[: min(last, self._used_slots)]) if slot.is_free]
+        free = sorted(index for index in (*self._free, *self._parked()) if index < last)
         return [*free, *range(self._used_slots, last)]
 
     def first_free(self) -> int | None:
         """The lowest slot that a sequence may be given."""
-        for index, slot in enumerate(self.used_slots):
-            if slot.is_free:
-                return index
-        return self._used_slots if self._used_slots < self.layout.num_slots else None
+        first = min((*self._free, *self._parked()), default=self._used_slots)
+        return first if first < self.layout.num_slots else None
+
+    def _parked(self) -> list[int]:
+        # A copy, which the background thread does not change: some properties are read without its lock.
+        return [index for index in tuple(self._idle) if self.slots[index].state is PARKED]
 
     def allocate_slot(self, tokens: int, limit: int, ahead: int = 0, exact: bool = False) -> tuple[int, int]:
         """Choose a free slot below `limit`, of which there must be one, and back it for `tokens`; returns the slot and
@@ -301,7 +312,10 @@ class Arena:
                 return (0, mapped, index) if mapped <= 2 * need else (2, mapped, index)
             return (1, -mapped, index)
 
-        chosen = min(self.free_slots(limit), key=misfit)
+        # Of slots without memory only the first counts.
+        free = min(self._free, default=self._used_slots)
+        some = [index for index in (*self._parked(), free) if index < min(limit, self.layout.num_slots)]
+        chosen = min(some, key=misfit)
         slot = self.slots[chosen]
         if self._is_short_for(need):
             trims = slot.mapped > need + need // SLACK
@@ -309,6 +323,7 @@ class Arena:
             trims = slot.mapped > 2 * need and (slot.fence is None or slot.fence.done())
         since = slot.since
         slot.start()
+        self.publish(chosen)
         try:
             if exact or trims:
                 self._trim(chosen, need)
@@ -324,8 +339,8 @@ class Arena:
 
     def _is_short_for(self, need: int) -> bool:
         """Whether less than the headroom would be free once a sequence has so many bytes in each range."""
-        free = self.pool.available_bytes + self.parked_bytes - need * self.layout.num_ranges
-        return free < self.pool.headroom
+        least = self.pool.headroom + need * self.layout.num_ranges
+        return self.pool.available_bytes < least and self.pool.available_bytes + self.parked_bytes < least
 
     def set_visible(self, index: int, visible: int | None) -> None:
         """Let a slot's sequence use so many bytes a range of what is mapped, and no more; None is all."""
@@ -372,7 +387,8 @@ class Arena:
     def _unmap_what_is_not_adopted(self, index: int) -> None:
         slot = self.slots[index]
         self.set_visible(index, None)
-        if slot.lower or any(mapping.extent.serial in self.extent_refs for mapping in slot.mappings()):
+        refs = self.extent_refs
+        if slot.lower or (refs and any(mapping.extent.serial in refs for mapping in slot.mappings())):
             self.begin_unmap(index, slot.fence)
 
     def raise_lower_edge(self, index: int, tokens: int, fence: Fence) -> None:
@@ -695,14 +711,9 @@ class Arena:
         return released
 
     def reclaimable(self, wait: bool) -> list[int]:
-        """Slots that are not used, the longest-parked first; without `wait`, those with memory that no fence holds."""
-        idle = (index for index, slot in enumerate(self.used_slots) if not slot.is_used)
-        if not wait:
-            idle = (
-                index
-                for index in idle
-                if self.slots[index].mapped and ((fence := self.slots[index].fence) is None or fence.done())
-            )
+        """Slots that are not used and have memory, the longest-parked first; without `wait`, those whose fence is
+        done."""
+        idle = [index for index in self._idle if wait or (fence := self.slots[index].fence) is None or fence.done()]
         return sorted(idle, key=lambda index: self.slots[index].since)
 
     def _trim(self, index: int, keep: int) -> None:
@@ -752,6 +763,7 @@ class Arena:
                     slot.fence.wait()
                 self._pending_unmap.discard(index)
                 pending = slot.complete_unmap()
+                self.publish(index)
                 self.unmap(index, pending)
                 self.release_unmapped(mapping.extent for mapping in pending)
 
@@ -827,12 +839,12 @@ class Arena:
     @property
     def parked_bytes(self) -> int:
         """Bytes mapped for nobody, in all ranges."""
-        return sum(slot.mapped_bytes for slot in self.used_slots if not slot.is_used)
+        return sum(self.slots[index].mapped_bytes for index in self._idle)
 
     @property
     def parked_slots(self) -> int:
         """Free slots with memory in them."""
-        return sum(slot.state is PARKED for slot in self.used_slots)
+        return len(self._parked())
 
     @property
     def used_bytes(self) -> int:
@@ -880,6 +892,9 @@ class Arena:
                     f"slot {index} ({slot.state.value}): frontier {self.frontiers[index]}, but {slot.mapped:,} bytes "
                     f"back {self.frontier_of(index)} tokens"
                 )
+            found = (index in self._free or index >= self._used_slots, index in self._idle)
+            if found != (slot.state is FREE, not slot.is_used and slot.mapped > 0):
+                raise InvariantViolation(f"slot {index} ({slot.state.value}) is taken for free, idle: {found}")
             self._check_sharing(index)
 
     def _check_sharing(self, index: int) -> None:

@@ -125,6 +125,12 @@ class Lookahead:
         """How far ahead a slot is mapped when it is served."""
         return 2 * self.timing.least if self.fixed is None else self.fixed
 
+    @property
+    def first(self) -> int:
+        """Tokens past its prompt that a new sequence is backed for, where there is memory: its first launches come
+        before anything can be mapped ahead. None where the lookahead is fixed."""
+        return self.timing.least if self.fixed is None else 0
+
     def past(self, tokens: int) -> np.ndarray:
         """int64 ``[num_slots]``: lengths plus `tokens`, at most max_seq_len."""
         past: np.ndarray = np.minimum(self._lengths + tokens, self.arena.layout.max_seq_len)
@@ -171,7 +177,7 @@ class Lookahead:
             wants = {slot: min(int(wanted[slot]), longest) for slot in due}
             started = perf_counter()
             try:
-                made = self.arena.grow(wants, wait=at_once is not None)
+                made = self.arena.grow(wants, wait=at_once is not None, ahead=True)
             except KVCacheOutOfMemory:
                 return 0
             self.timing.observe_mappings(made, perf_counter() - started)

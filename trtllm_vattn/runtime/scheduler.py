@@ -112,11 +112,15 @@ class Scheduler:
     def plan_prompts(self, may_move: bool) -> PromptChunks:
         """Decide which prompts go in next: release what ended requests held, admit who waits, and give the chunks.
         `may_move` says that no launch is under way, so that sequences may be moved to other slots (`compact`)."""
-        self.release_ended()
-        self.admit()
+        if self.ended or self.waiting:
+            self.cache.at_once(self._release_and_admit)
         if may_move:
             self.compact()
         return self.next_chunks()
+
+    def _release_and_admit(self) -> None:
+        self.release_ended()
+        self.admit()
 
     def next_chunks(self) -> PromptChunks:
         """What goes in now, in the order of requests."""
