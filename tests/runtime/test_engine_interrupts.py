@@ -128,7 +128,7 @@ def check_peace(engine: Engine) -> None:
 
 def in_a_finalizer(frame: FrameType | None) -> bool:
     """Whether something dropped is being given back, where Python would print an interrupt and go on."""
-    while frame is not None and frame.f_code.co_name != "_drop":
+    while frame is not None and frame.f_code.co_name not in ("_drop", "_on_last_reference"):
         frame = frame.f_back
     return frame is not None
 

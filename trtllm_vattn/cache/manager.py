@@ -17,7 +17,7 @@ import torch
 from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV, PagedKV, RetainedSlot, SequenceId, Tokens
 from trtllm_vattn.cache.config import CacheConfig, Layout
 from trtllm_vattn.cache.slotted import SlottedCache
-from trtllm_vattn.errors import ConfigError, InvariantViolation, KVCacheOutOfMemory, NoFreeSlot, PrefixEvicted
+from trtllm_vattn.errors import ConfigError, InvariantViolation, NoFreeSlot, PrefixEvicted
 from trtllm_vattn.memory import remap
 from trtllm_vattn.memory.arena import Arena, Placement, retry_discarded
 from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
@@ -264,13 +264,7 @@ class KVCacheManager(SlottedCache):
             need = self.layout.bytes_for(tokens) * self.layout.num_ranges
             # Those that run keep what their next steps need, unless this sequence was promised its memory.
             self._make_room(need, 0 if exact else self.ahead.tokens)
-            more = tokens if exact else min(tokens + self.ahead.first, self.shape.max_seq_len)
-            try:
-                slot, maps = self.arena.allocate_slot(more, limit, tokens + self.ahead.tokens - more, exact)
-            except KVCacheOutOfMemory:
-                if more == tokens:
-                    raise
-                slot, maps = self.arena.allocate_slot(tokens, limit, self.ahead.tokens)
+            slot, maps = self.arena.allocate_slot(tokens, limit, self.ahead.tokens, exact)
             self._admission_maps += maps
         self._wake_for_memory()
         return slot
@@ -434,11 +428,7 @@ class KVCacheManager(SlottedCache):
         self._check_new(new_sequence, tokens)
         return self._run(self._do_begin_with, new_sequence, tokens, (source, tokens), False)
 
-    def admit(
-        self, sequence: SequenceId, prompt_len: int, *, prefix: Tokens | None = None, alias: Tokens | None = None
-    ) -> int:
-        if prefix is None and alias is None:
-            return super().admit(sequence, prompt_len)
+    def _admit_with(self, sequence: SequenceId, prompt_len: int, prefix: Tokens | None, alias: Tokens | None) -> int:
         if prefix is not None and alias is not None:
             raise ConfigError("a sequence begins with a prefix or with an alias, not with both; give one")
         self._check_new(sequence, prompt_len)
@@ -644,7 +634,7 @@ class KVCacheManager(SlottedCache):
         """Keep running slots' frontiers up to the lookahead past their lengths; returns the mappings made.
 
         Where memory is short nothing is mapped: the step that needs it asks. With a thread, the mappings are those
-        since the last call, and an error that it met is raised here.
+        since the last call, and an error that it met is raised here; what the next launch needs, it is not left to.
         """
         self._check_open()
         self.ahead.timing.observe_lengths(self.lengths)
@@ -653,14 +643,22 @@ class KVCacheManager(SlottedCache):
                 return 0
             return self._run(self._map_due)
         self._thread.raise_error()
-        if self.arena.has_pending_work or self.ahead.due().size:
+        due = self.ahead.due()
+        if self.arena.has_pending_work or due.size:
             self._wake()
+        if due.size and self.ahead.is_urgent(due):
+            self._run(self._map_urgent)
         made, self._reported_maps = self.ahead.maps - self._reported_maps, self.ahead.maps
         return made
 
     def _wake(self) -> None:
         if self._thread is not None:
             self._thread.wake()
+
+    def _map_urgent(self) -> None:
+        with self._lock:
+            while self.ahead.is_urgent(self.ahead.due()) and self.ahead.map_due():
+                pass
 
     def _map_due(self) -> int:
         with self._lock:

@@ -78,9 +78,12 @@ class SlottedCache(KVCache):
         self, sequence: SequenceId, prompt_len: int, *, prefix: Tokens | None = None, alias: Tokens | None = None
     ) -> int:
         if prefix is not None or alias is not None:
-            self._cannot("begin a sequence with another slot's tokens")
+            return self._admit_with(sequence, prompt_len, prefix, alias)
         self._check_new(sequence, prompt_len)
         return self._run(self._do_admit, sequence, prompt_len)
+
+    def _admit_with(self, sequence: SequenceId, prompt_len: int, prefix: Tokens | None, alias: Tokens | None) -> int:
+        self._cannot("begin a sequence with another slot's tokens")
 
     def _do_admit(self, sequence: SequenceId, prompt_len: int) -> int:
         slot = self._allocate(prompt_len)

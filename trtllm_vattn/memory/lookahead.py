@@ -125,11 +125,11 @@ class Lookahead:
         """How far ahead a slot is mapped when it is served."""
         return 2 * self.timing.least if self.fixed is None else self.fixed
 
-    @property
-    def first(self) -> int:
-        """Tokens past its prompt that a new sequence is backed for, where there is memory: its first launches come
-        before anything can be mapped ahead. None where the lookahead is fixed."""
-        return self.timing.least if self.fixed is None else 0
+    def is_urgent(self, due: np.ndarray) -> bool:
+        """Whether the first of the slots that are due has too few tokens left for the next launch."""
+        if not due.size or self.fixed == 0:
+            return False
+        return int(self.arena.frontiers[due[0]] - self._lengths[due[0]]) < self.timing.launch
 
     def past(self, tokens: int) -> np.ndarray:
         """int64 ``[num_slots]``: lengths plus `tokens`, at most max_seq_len."""
