@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from shapes import SHAPE
 
-from trtllm_vattn.cache.base import FlatKV
+from trtllm_vattn.cache.base import FlatKV, RetainedSlot
 from trtllm_vattn.cache.config import CacheConfig, Layout
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory, UnmappedAccess
+from trtllm_vattn.errors import (
+    ConfigError,
+    DriverError,
+    KVCacheOutOfMemory,
+    NoFreeSlot,
+    PrefixEvicted,
+    SequenceTooLong,
+    UnmappedAccess,
+)
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
@@ -239,3 +251,142 @@ def test_every_driver_call_may_fail_once() -> None:
         if done:
             break
     assert index == 1
+
+
+class LengthsMachine(RuleBasedStateMachine):
+    """`model` maps each sequence to the tokens that each group holds: who wrote them, and where they stood."""
+
+    @initialize()
+    def start(self) -> None:
+        self.host = HostDriver()
+        self.cache = KVCacheManager(SHAPE, self.host, 120 * PAGE, config=replace(CONFIG, lookahead=None))
+        self.model: dict[int, list[list[int]]] = {}
+        self.kept: dict[RetainedSlot, list[list[int]]] = {}
+        self.count = 0
+
+    def draw(self, data: st.DataObject) -> int:
+        return data.draw(st.sampled_from(sorted(self.model)))
+
+    def put(self, sequence: int, count: int) -> None:
+        """New tokens at the end of each group; a token is known by its number."""
+        slot, number = self.cache.slot_of(sequence), 100 * sequence
+        for group, held in enumerate(self.model[sequence]):
+            new = [number + len(held) + each for each in range(count)]
+            for layer, part in places(self.cache, group):
+                for tensor in parts(self.cache, layer)[part]:
+                    tensor[slot, len(held) : len(held) + count] = torch.tensor(new)[:, None, None] + layer / 8
+            held += new
+
+    @rule(tokens=st.integers(1, 30))
+    def admit(self, tokens: int) -> None:
+        with contextlib.suppress(KVCacheOutOfMemory, NoFreeSlot):
+            self.cache.admit(self.count, tokens)
+            self.model[self.count] = [[] for _ in range(4)]
+            self.put(self.count, tokens)
+            self.count += 1
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), more=st.integers(1, 15))
+    def extend(self, data: st.DataObject, more: int) -> None:
+        sequence = self.draw(data)
+        with contextlib.suppress(KVCacheOutOfMemory, SequenceTooLong):
+            self.cache.extend(sequence, more)
+            self.put(sequence, more)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), group=st.integers(0, 3))
+    def set_length(self, data: st.DataObject, group: int) -> None:
+        """A policy keeps some tokens of a group, in order."""
+        sequence = self.draw(data)
+        held = self.model[sequence][group]
+        keep = sorted(data.draw(st.sets(st.integers(0, len(held) - 1), min_size=1)))
+        slot = self.cache.slot_of(sequence)
+        with contextlib.suppress(KVCacheOutOfMemory):
+            self.cache.make_writable(sequence, 0)
+            for layer, part in places(self.cache, group):
+                for tensor in parts(self.cache, layer)[part]:
+                    tensor[slot, : len(keep)] = tensor[slot, keep].clone()
+            self.cache.set_length(sequence, group, len(keep))
+            self.model[sequence][group] = [held[place] for place in keep]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), less=st.integers(0, 10))
+    def truncate(self, data: st.DataObject, less: int) -> None:
+        sequence = self.draw(data)
+        groups = self.model[sequence]
+        with contextlib.suppress(KVCacheOutOfMemory):
+            try:
+                self.cache.truncate(sequence, max(map(len, groups)) - less)
+            except ConfigError:
+                assert less >= min(map(len, groups))
+            else:
+                self.model[sequence] = [held[: len(held) - less] for held in groups]
+
+    @precondition(lambda self: self.model and self.cache.free_slots())
+    @rule(data=st.data())
+    def move(self, data: st.DataObject) -> None:
+        self.cache.move(self.draw(data), data.draw(st.sampled_from(self.cache.free_slots())))
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        sequence = self.draw(data)
+        with contextlib.suppress(KVCacheOutOfMemory, NoFreeSlot):
+            self.cache.fork(sequence, self.count, max(map(len, self.model[sequence])))
+            self.model[self.count] = [list(held) for held in self.model[sequence]]
+            self.count += 1
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), retains=st.booleans())
+    def end(self, data: st.DataObject, retains: bool) -> None:
+        sequence = self.draw(data)
+        groups = self.model.pop(sequence)
+        if retains:
+            self.kept[self.cache.retain(sequence)] = groups
+        else:
+            self.cache.release(sequence)
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def adopt(self, data: st.DataObject) -> None:
+        kept = data.draw(st.sampled_from(sorted(self.kept)))
+        groups = self.kept.pop(kept)
+        with contextlib.suppress(KVCacheOutOfMemory, PrefixEvicted, NoFreeSlot):
+            self.cache.adopt(kept, self.count, max(map(len, groups)))
+            self.model[self.count] = groups
+            self.count += 1
+
+    @rule()
+    def map_ahead(self) -> None:
+        self.cache.map_ahead()
+
+    @invariant()
+    def every_group_holds_its_tokens(self) -> None:
+        self.cache.check_integrity()
+        assert self.cache.length_deficits is not None
+        for sequence, groups in self.model.items():
+            slot = self.cache.slot_of(sequence)
+            assert self.cache.lengths[slot] == max(map(len, groups))
+            deficits = [max(map(len, groups)) - len(held) for held in groups]
+            assert self.cache.length_deficits[:, slot].tolist() == deficits
+            for group, held in enumerate(groups):
+                for layer, part in places(self.cache, group):
+                    for tensor in parts(self.cache, layer)[part]:
+                        want = (torch.tensor(held)[:, None, None] + layer / 8).expand(-1, 1, SHAPE.head_dim)
+                        assert torch.equal(tensor[slot, : len(held)], want)
+
+    def teardown(self) -> None:
+        if hasattr(self, "cache"):
+            self.cache.close()
+            assert (self.host.live_mappings, self.host.live_handles, self.host.live_reservations) == (0, 0, 0)
+
+
+def places(cache: KVCacheManager, group: int) -> list[tuple[int, int]]:
+    """Layers and parts of their heads that are in a group."""
+    return [
+        (layer, part) for layer in range(SHAPE.num_layers) for part in range(2) if cache.group_of(layer, part) == group
+    ]
+
+
+TestLengthsMachine = LengthsMachine.TestCase
+TestLengthsMachine.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
