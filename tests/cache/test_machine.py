@@ -6,6 +6,7 @@ The bytes of all live tokens and the integrity of the books are checked after ev
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
 
@@ -380,7 +381,8 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data(), at=st.integers(0, 400), then_reset=st.booleans())
     def interrupt(self, data: st.DataObject, at: int, then_reset: bool) -> None:
         """Ctrl-C at some instruction of some call: it is done whole or not at all, and the cache goes on."""
-        new, calls = self.count, [lambda: self.cache.admit(new, 7), self.cache.map_ahead]
+        new = self.count
+        calls: list[Callable[[], object]] = [lambda: self.cache.admit(new, 7), self.cache.map_ahead]
         if self.model:
             sequence = data.draw(st.sampled_from(sorted(self.model)))
             calls += [

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from failing import fail_each_call
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -229,28 +230,16 @@ def test_what_cannot_be_set_is_refused(cache: KVCacheManager, host_driver: HostD
 
 
 def test_every_driver_call_may_fail_once() -> None:
-    for index in range(100):
-        host = HostDriver()
-        driver = FaultyDriver(host)
+    def build(driver: FaultyDriver) -> KVCacheManager:
         cache = KVCacheManager(SHAPE, driver, 200 * PAGE, config=CONFIG)
         compacted(cache)
-        driver.seen = 0
-        driver.fail("*", skip=index)
-        try:
-            cache.set_length(0, 2, 7)
-        except DriverError:
+        return cache
+
+    def check_failed(cache: KVCacheManager, failed: bool) -> None:
+        if failed:
             check(cache, 0, KEPT.__getitem__)
-        except KVCacheOutOfMemory:
-            pytest.fail("nothing is needed")
-        done = driver.seen <= index
-        driver.disarm()
-        cache.check_integrity()
-        cache.close()
-        assert (host.live_mappings, host.live_handles, host.live_reservations) == (0, 0, 0)
-        host.close()
-        if done:
-            break
-    assert index == 1
+
+    assert fail_each_call(build, lambda cache: cache.set_length(0, 2, 7), check_failed) == 1
 
 
 class LengthsMachine(RuleBasedStateMachine):

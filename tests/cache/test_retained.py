@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from contents import expect, expect_in, fill
+from failing import fail_each_call
 from shapes import SHAPE
 
 from trtllm_vattn.cache.base import KVCache, RetainedSlot
@@ -325,33 +326,22 @@ CALLS: dict[str, Callable[[KVCacheManager, RetainedSlot], object]] = {
 @pytest.mark.parametrize("layers_per_range", [4, 2])
 @pytest.mark.parametrize("name", CALLS)
 def test_every_driver_call_may_fail_once(name: str, layers_per_range: int) -> None:
-    failures = 0
-    for index in range(200):
-        host = HostDriver()
-        driver = FaultyDriver(host)
+    kept: list[RetainedSlot] = []
+
+    def build(driver: FaultyDriver) -> KVCacheManager:
         config = replace(PAGES, layers_per_range=layers_per_range)
         cache = KVCacheManager(SHAPE, driver, 300 * PAGE, config=config)
-        kept = retain(cache, "a", 20)
-        cache.admit("alias", 20, alias=(kept, 20))
+        kept.append(retain(cache, "a", 20))
+        cache.admit("alias", 20, alias=(kept[-1], 20))
         admit(cache, "running", 20)
-        before = (cache.lengths.tolist(), cache.retained_tokens(kept))
-        driver.seen = 0
-        driver.fail("*", skip=index)
-        try:
-            CALLS[name](cache, kept)
-        except (DriverError, KVCacheOutOfMemory):
-            failures += 1
-            assert (cache.lengths.tolist(), cache.retained_tokens(kept)) == before
+        return cache
+
+    def check(cache: KVCacheManager, failed: bool) -> None:
+        expect(cache, "alias", range(20), "a")
+        if failed:
+            assert (cache.lengths.tolist(), cache.retained_tokens(kept[-1])) == ([0, 20, 20, 0], 20)
             expect_in(cache, 0, range(20), "a")
             expect(cache, "running", range(18, 20))
-        done = driver.seen <= index
-        driver.disarm()
-        cache.check_integrity()
-        expect(cache, "alias", range(20), "a")
-        cache.close()
-        assert (host.live_mappings, host.live_handles, host.live_reservations) == (0, 0, 0)
-        host.close()
-        if done:
-            break
-    assert done
+
+    failures = fail_each_call(build, lambda cache: CALLS[name](cache, kept[-1]), check)
     assert failures or name in ("release", "shrink")

@@ -113,14 +113,14 @@ class PagedKV:
 class CacheStats:
     """Bytes and counts at one moment.
 
-    `live_bytes` hold tokens of sequences; `mapped_bytes` are backed for running sequences (live, lookahead and
-    rounding); `parked_bytes` are backed for nobody until adopted; `held_bytes` is all physical memory held.
-    Mappings made are counted by when: at a sequence's admission, in a step that could not wait (`critical_path_maps`,
-    0 in steady decode), or ahead, beside a running step. `live_mappings` are this cache's, `device_mappings` all of
-    the process on its device (on the host, of the process), of the `max_mappings` that the driver bears;
-    `surplus_bytes` of the mapped ones lie beyond the lookahead: what a sequence found parked in its slot, for others to
-    take when memory is short. `lookahead` tokens are kept mapped past a sequence's length; `ahead_wait_s` is what
-    callers waited for the thread that maps ahead. `retained_bytes` are mapped in `retained_slots` slots that keep the
+    `live_bytes` hold tokens of sequences. `mapped_bytes` are mapped for running sequences, with lookahead and rounding.
+    `parked_bytes` are mapped in free slots, for the next sequence. `held_bytes` is all physical memory held.
+    Mappings made are counted by when: at an admission, in a step that needed them (`critical_path_maps`, 0 in steady
+    decode), or ahead, beside a running step. `live_mappings` are this cache's, `device_mappings` all of the process on
+    its device (on the host, of the process), out of the `max_mappings` that the driver bears. `surplus_bytes` of
+    `mapped_bytes` lie beyond the lookahead: a sequence found them parked in its slot, and others may take them when
+    memory is short. `lookahead` tokens are kept mapped past a sequence's length. `ahead_wait_s` is how long callers
+    waited for the thread that maps ahead. `retained_bytes` are mapped in `retained_slots` slots that keep the
     tokens of ended sequences; `segment_tokens` tokens of sequences lie in other slots than theirs.
     """
 
