@@ -1,7 +1,8 @@
 """The guard: before a replay, check that every address which the graph can touch is backed by memory.
 
 The guard trusts two things: the cache's frontiers, which the cache lowers before it queues an unmapping, and the
-attention backend's `over_read`.
+attention backend's `over_read`. A slot whose first tokens lie in other slots is read there: each segment is checked
+against its owner's memory, which is not unmapped while the segment is there. Nobody writes what others read.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Guard:
 
     def longest(self) -> np.ndarray:
         """The greatest length, int64 ``[num_slots]``, at which all that a kernel loads from each slot is mapped."""
-        frontiers = self.cache.frontiers
+        return self._within(self.cache.frontiers)
+
+    def _within(self, frontiers: np.ndarray) -> np.ndarray:
         if not self.over_read:
             return frontiers
         # Kernels load nothing past the end of a slot.
@@ -54,7 +57,8 @@ class Guard:
         Raises
         ------
         UnmappedAccess
-            A lane would read or write past its slot's frontier.
+            A lane would read or write past its slot's frontier, read tokens in another slot that are not there, or
+            write what other slots read too.
         ConfigError
             The arrays' sizes differ, two lanes share a slot, or a lane is neither busy nor idle.
         """
@@ -69,8 +73,13 @@ class Guard:
         lengths, slots = np.asarray(lengths, np.int64), np.asarray(slots, np.int64)
         longest = self._longest
         longest[:-1] = self.longest()
+        segments = self.cache.segments
+        if segments is not None:
+            self._check_segments(segments)
         if (edges := self.cache.lower_edges) is not None:
-            self._check_edges(edges, slots)
+            self._check_edges(edges, segments, slots)
+        if (floors := self.cache.write_floors) is not None:
+            self._check_writes(floors, slots, positions)
         same = slots.tobytes()
         try:
             # A slot that is too large raises IndexError, a negative one ValueError.
@@ -116,20 +125,62 @@ class Guard:
         slot, length = int(slots[lane]), int(lengths[lane])
         reach = max(length, min(length + self.over_read, self.cache.shape.max_seq_len))
         others = f" ({len(lanes)} slots in all)" if len(lanes) > 1 else ""
+        where = f"layers 0 to {self.cache.shape.num_layers - 1}"
+        if self.cache.num_groups > 1:
+            where = "the range group that has least"
         raise UnmappedAccess(
             f"sequence {self.cache.sequence_at(slot)!r} in slot {slot}{others} would be {length} tokens long and "
-            f"touch {reach}, but {self.cache.frontiers[slot]} are mapped in layers 0 to "
-            f"{self.cache.shape.num_layers - 1}; call prepare_step with these lengths before the step"
+            f"touch {reach}, but {self.cache.frontiers[slot]} are mapped in {where}; call prepare_step with these "
+            "lengths before the step"
         )
 
-    def _check_edges(self, edges: np.ndarray, slots: np.ndarray) -> None:
+    def _busy(self, slots: np.ndarray) -> np.ndarray:
+        """The lanes that are not idle."""
+        return np.flatnonzero((slots >= 0) & (slots < self.cache.dummy_slot))
+
+    def _check_segments(self, segments: np.ndarray) -> None:
+        """Raise UnmappedAccess where tokens that a slot reads in another one have no memory there."""
+        backed, edges = self.cache.frontiers, self.cache.lower_edges
+        if (retained := self.cache.retained_frontiers) is not None:
+            backed = np.maximum(backed, retained)
+        _, owners, starts, stops = segments.T
+        wrong = self._within(backed)[owners] < stops
+        if edges is not None:
+            wrong |= edges[owners] > starts
+        if wrong.any():
+            holder, owner, start, stop = segments[int(wrong.argmax())].tolist()
+            edge = 0 if edges is None else edges[owner]
+            raise UnmappedAccess(
+                f"sequence {self.cache.sequence_at(holder)!r} in slot {holder} reads tokens {start} to {stop} in slot "
+                f"{owner}, where {edge} to {backed[owner]} are mapped"
+            )
+
+    def _check_edges(self, edges: np.ndarray, segments: np.ndarray | None, slots: np.ndarray) -> None:
         """Raise UnmappedAccess where a lane's sequence has no memory at its beginning, which every kernel reads."""
-        for slot in slots[(slots >= 0) & (slots < self.cache.dummy_slot)].tolist():
-            if edges[slot]:
-                raise UnmappedAccess(
-                    f"sequence {self.cache.sequence_at(slot)!r} in slot {slot} is read from position 0 on, but only "
-                    f"positions from {edges[slot]} on are mapped"
-                )
+        prefixes = np.zeros_like(edges)
+        if segments is not None:
+            np.maximum.at(prefixes, segments[:, 0], segments[:, 3])
+        busy = slots[self._busy(slots)]
+        if (wrong := edges[busy] > prefixes[busy]).any():
+            slot = int(busy[int(wrong.argmax())])
+            behind = f", and its first {prefixes[slot]} in other slots" if prefixes[slot] else ""
+            raise UnmappedAccess(
+                f"sequence {self.cache.sequence_at(slot)!r} in slot {slot} is read from position 0 on, but only "
+                f"positions from {edges[slot]} on are mapped{behind}"
+            )
+
+    def _check_writes(self, floors: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> None:
+        """Raise UnmappedAccess where a lane would write tokens that lie in another slot, or in shared memory."""
+        lanes = self._busy(slots)
+        busy = slots[lanes]
+        if (wrong := np.asarray(positions)[lanes] < floors[busy]).any():
+            lane = int(lanes[int(wrong.argmax())])
+            slot = int(slots[lane])
+            raise UnmappedAccess(
+                f"sequence {self.cache.sequence_at(slot)!r} in slot {slot} would write from position "
+                f"{positions[lane]}, but other sequences read what lies below {floors[slot]}; truncate it to that "
+                "position, which copies what it shares, or begin it with fewer of their tokens"
+            )
 
     def _refuse_shared(self, slots: np.ndarray) -> NoReturn:
         slot = int(np.bincount(slots)[: self.cache.dummy_slot].argmax())

@@ -25,7 +25,7 @@ class DriverError(VattnError):
     Attributes
     ----------
     code : str
-        Name of the result, as the CUDA driver names it (``CUDA_ERROR_OUT_OF_MEMORY``).
+        The CUresult's name (``CUDA_ERROR_OUT_OF_MEMORY``).
     call : str
         Driver-seam call that failed (``map``).
     arguments : tuple of int
@@ -36,6 +36,14 @@ class DriverError(VattnError):
         self.code, self.call, self.arguments = code, call, arguments
         shown = ", ".join(f"{argument:#x}" for argument in arguments)
         super().__init__(f"{call}({shown}) failed: {code}" + (f" ({detail})" if detail else ""))
+
+
+class MemoryQuarantined(VattnError):
+    """Memory that the driver would not unmap or release is in the way; the warning logged then has the driver's words.
+
+    A slot in which an unmap failed is not used again: release its sequence, or `reset()` the cache. Where `close()`
+    raises it, call `close()` again.
+    """
 
 
 class UnknownSequence(VattnError, KeyError):
@@ -50,6 +58,10 @@ class DuplicateSequence(VattnError):
 
 class SequenceTooLong(VattnError):
     """A sequence would outgrow `max_seq_len`, or all the memory there is for sequences; nothing changed."""
+
+
+class PrefixEvicted(VattnError):
+    """The tokens that a call names are not kept any more; nothing changed. Begin the sequence without them."""
 
 
 class NoFreeSlot(VattnError):

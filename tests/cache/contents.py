@@ -40,13 +40,25 @@ def fill(cache: KVCache, sequence: SequenceId, tokens: range) -> None:
 
 
 def expect(cache: KVCache, sequence: SequenceId, tokens: range, written_by: SequenceId | None = None) -> None:
-    """All layers of some tokens hold the pattern, of the sequence itself or of the one that it was forked from."""
-    slot = cache.slot_of(sequence)
-    for layer in range(cache.shape.num_layers):
-        views, place = cache.layer(layer), _place(cache, slot, layer, tokens)
-        author = sequence if written_by is None else written_by
-        k, v = pattern(cache, author, layer, tokens).to(cache.device)
-        wrong = [
-            name for name, seen, want in (("K", views.k, k), ("V", views.v, v)) if not torch.equal(seen[place], want)
-        ]
-        assert not wrong, f"{wrong} of sequence {sequence!r}, layer {layer}, somewhere in tokens {tokens}"
+    """All layers of some tokens hold the pattern, of the sequence itself or of the one that it was forked from; read
+    in the slots that they lie in."""
+    expect_in(cache, cache.slot_of(sequence), tokens, sequence if written_by is None else written_by)
+
+
+def expect_in(cache: KVCache, slot: int, tokens: range, author: SequenceId) -> None:
+    """`expect` of a slot, whether it has a sequence or not."""
+    for owner, start, stop in lie_in(cache, slot):
+        part = range(max(start, tokens.start), min(stop, tokens.stop))
+        for layer in range(cache.shape.num_layers) if part else ():
+            views, place = cache.layer(layer), _place(cache, owner, layer, part)
+            k, v = pattern(cache, author, layer, part).to(cache.device)
+            pairs = (("K", views.k, k), ("V", views.v, v))
+            wrong = [name for name, seen, want in pairs if not torch.equal(seen[place], want)]
+            assert not wrong, f"{wrong} of {author!r}, slot {owner}, layer {layer}, somewhere in tokens {part}"
+
+
+def lie_in(cache: KVCache, slot: int) -> list[tuple[int, int, int]]:
+    """Which of a slot's tokens lie where: (slot, from, to)."""
+    segments = cache.segments
+    rows = [] if segments is None else segments[segments[:, 0] == slot, 1:].tolist()
+    return [*rows, (slot, rows[-1][2] if rows else 0, cache.shape.max_seq_len)]

@@ -13,7 +13,7 @@ from shapes import SHAPE
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory
-from trtllm_vattn.memory.lookahead import StepTimingModel
+from trtllm_vattn.memory.lookahead import BackgroundThread, StepTimingModel
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import CountingDriver, FaultyDriver
@@ -74,6 +74,7 @@ def test_it_rests_when_nothing_is_due(host_driver: HostDriver) -> None:
     with KVCacheManager(LONG, host_driver, 64 << 20, 4, lookahead=400) as cache:
         cache.start_thread()
         cache.admit("a", 10)
+        cache.map_ahead()
         assert cache.wait_ahead()
         assert cache._thread is not None
         wakes = cache._thread.wakes
@@ -94,7 +95,7 @@ def test_what_fails_in_the_thread_is_raised_by_the_next_call_and_tried_again(cal
         assert cache.wait_ahead()
         frontier = int(cache.frontiers[0])
         faulty.fail(call)
-        cache.extend("a", frontier - 10)
+        cache.extend("a", frontier - 12)  # two tokens are left: time enough for the thread
         cache.map_ahead()
         assert cache.wait_ahead()
         assert cache.frontiers[0] == frontier
@@ -114,6 +115,7 @@ def test_what_fails_after_the_last_call_is_raised_by_close_which_closes_all_the_
     assert cache.wait_ahead()
     faulty.fail("create", skip=1)
     cache.admit("a", 2)  # its own page; the lookahead's is the thread's
+    cache.map_ahead()
     assert cache.wait_ahead()
     with pytest.raises(DriverError, match="injected"):
         cache.close()
@@ -130,6 +132,7 @@ def test_where_nothing_is_due_no_call_is_made_and_the_thread_sleeps(
         cache.start_thread()
         cache.admit("a", 10)
         cache.admit("b", 100)
+        cache.map_ahead()
         assert cache.wait_ahead()
         assert cache._thread is not None
         calls, wakes = counting.calls.copy(), cache._thread.wakes
@@ -137,6 +140,45 @@ def test_where_nothing_is_due_no_call_is_made_and_the_thread_sleeps(
             cache.map_ahead()
         assert cache.wait_ahead()
         assert (counting.calls, cache._thread.wakes) == (calls, wakes)
+
+
+def test_the_thread_is_not_woken_between_the_prompts_of_a_burst(host_driver: HostDriver) -> None:
+    counting = CountingDriver(host_driver)
+    with KVCacheManager(LONG, counting, 64 << 20, 4) as cache:
+        cache.start_thread()
+        cache.preallocate_for([300, 300])
+        assert cache.wait_ahead()
+        cache.preallocate_for([])
+        assert cache.wait_ahead()
+        assert cache._thread is not None
+        calls, wakes = counting.calls.copy(), cache._thread.wakes
+        for sequence in range(2):
+            cache.admit(sequence, 300)
+        assert cache.wait_ahead()
+        assert counting.calls["create"] == calls["create"]
+        assert cache._thread.wakes == wakes
+        cache.map_ahead()
+        assert cache.wait_ahead()
+        assert cache._thread.wakes > wakes
+
+
+def test_what_the_next_launch_needs_is_not_left_to_a_thread_that_comes_too_late(
+    host_driver: HostDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with KVCacheManager(LONG, host_driver, 64 << 20, 4) as cache:
+        monkeypatch.setattr(BackgroundThread, "wake", lambda thread: None)
+        cache.start_thread()
+        whole = [tokens for tokens in range(1, 60) if tokens == cache.layout.tokens_in(cache.layout.bytes_for(tokens))]
+        assert len(whole) > 5
+        for tokens in whole[:4]:
+            assert cache.frontiers[cache.admit(tokens, tokens)] == tokens
+        for _ in range(100):
+            cache.map_ahead()
+            step(cache)
+        stats = cache.stats()
+        assert stats.critical_path_maps == 0 < stats.ahead_maps
+        monkeypatch.undo()
+        cache.check_integrity()
 
 
 def test_where_memory_is_short_the_thread_waits_for_the_step_to_ask(host_driver: HostDriver) -> None:

@@ -55,6 +55,10 @@ CALLS: dict[str, Call] = {
     "truncate that copies": lambda cache: cache.truncate("shared", 3),
     "move": lambda cache: cache.move("a", 3),
     "replace": lambda cache: cache.replace("a"),
+    "retain": lambda cache: cache.retain("b"),
+    "adopt": lambda cache: cache.adopt(cache.retain("b"), "adopted", 9, 20),
+    "admit with a prefix": lambda cache: cache.admit("new", 30, prefix=(cache.slot_of("a"), 18)),
+    "admit with an alias": lambda cache: cache.admit("new", 30, alias=(cache.slot_of("a"), 18)),
     "set_budget up": lambda cache: cache.set_budget(100 * PAGE),
     "set_budget down": lambda cache: cache.set_budget(cache.stats().held_bytes - PAGE),
     "preallocate": lambda cache: cache.preallocate(2, 9),
@@ -105,8 +109,8 @@ def goes_on(cache: KVCache, may_have_ended: bool) -> None:
     try:
         cache.admit("late", 3)
     except NoFreeSlot:
-        # Of what random calls left, any sequence may be in the first slot.
-        cache.release(cache.sequence_at(0))
+        there = [one for slot in range(cache.shape.num_slots) if (one := cache.sequence_at(slot)) is not None]
+        cache.release("shared" if "shared" in there else there[0])
         cache.admit("late", 3)
     fill(cache, "late", range(3))
     expect(cache, "late", range(3))
@@ -242,7 +246,9 @@ def _busy_until_interrupted(choice: random.Random, driver: HostDriver) -> None:
             try:
                 choice.choice(calls)(cache)
             except Exception:
-                cache.release("a") if "a" in cache._slot_of else cache.reset()
+                # In this order: the first reads the last.
+                there = [each for each in ("new", "adopted", "forked", "a") if each in cache.sequences]
+                cache.release(there[0]) if there else cache.reset()
         pytest.fail("no interrupt came")
     except KeyboardInterrupt:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -6,13 +6,14 @@ The bytes of all live tokens and the integrity of the cache are checked after ev
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
 import pytest
 import torch
-from contents import expect, fill
+from contents import expect, expect_in, fill
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -26,16 +27,17 @@ from hypothesis.stateful import (
 from interrupting import interrupt_at
 from shapes import SHAPE
 
+from trtllm_vattn.cache.base import RetainedSlot
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory, NoFreeSlot, SequenceTooLong
+from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory, NoFreeSlot, PrefixEvicted, SequenceTooLong
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """`model` maps each sequence to its length, `authors` to who wrote its tokens; contents are a function of author,
-    layer and token."""
+    """`model` maps each sequence to its length, `authors` to who wrote its tokens, and `kept` retained slots to the
+    same; contents are a function of author, layer and token."""
 
     def open_driver(self) -> Driver:
         self.host = HostDriver()
@@ -60,13 +62,34 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.preallocate(stocked, 20)
         self.model: dict[int, int] = {}
         self.authors: dict[int, list[int]] = {}
+        self.kept: dict[RetainedSlot, list[int]] = {}
         self.count = 0
 
     def room(self) -> int:
-        """Bytes that an operation may still take: free, pending unmap, parked or preallocated; the thread is idle."""
+        """Bytes that an operation may still take: free, pending unmap, parked, preallocated or retained for nobody; the
+        thread is at rest then."""
+        return self.room_besides_retained() + self.cache.arena.evictable_bytes
+
+    def room_besides_retained(self) -> int:
         assert self.cache.wait_ahead()
         self.cache.arena.complete_pending_unmaps(wait=True)
         return self.cache.arena.pool.available_bytes + self.cache.arena.parked_bytes
+
+    def held(self, sequence: int) -> int:
+        """How many of a sequence's first tokens others read in its slot."""
+        segments, slot = self.cache.segments, self.cache.slot_of(sequence)
+        return 0 if segments is None else int(segments[segments[:, 1] == slot, 3].max(initial=0))
+
+    def prefix(self, slot: int) -> int:
+        """How many of a slot's first tokens lie in other slots."""
+        segments = self.cache.segments
+        return 0 if segments is None else int(segments[segments[:, 0] == slot, 3].max(initial=0))
+
+    def has_no_slot(self) -> bool:
+        """Whether every slot has a sequence, or tokens that another one reads."""
+        segments = self.cache.segments
+        read = set() if segments is None else set(segments[:, 1].tolist())
+        return all(self.cache.sequence_at(slot) is not None or slot in read for slot in range(SHAPE.num_slots))
 
     def surplus(self, needed: dict[int, int]) -> int:
         """Bytes of whole mappings that running slots have to themselves beyond the tokens that their sequences need."""
@@ -74,7 +97,7 @@ class CacheMachine(RuleBasedStateMachine):
         layout, slots = self.cache.layout, self.cache.arena.slots
         for sequence, tokens in needed.items():
             slot = slots[self.cache.slot_of(sequence)]
-            left = slot.mapped
+            left = slot.frontier
             for stripe in reversed(slot.stripes):
                 left -= stripe[0].size
                 if left < layout.bytes_for(tokens):
@@ -89,7 +112,7 @@ class CacheMachine(RuleBasedStateMachine):
     def missing(self, lengths: dict[int, int]) -> int:
         """Bytes that must be mapped for sequences to have these lengths."""
         layout, slots = self.cache.layout, self.cache.arena.slots
-        each = (layout.bytes_for(n) - slots[self.cache.slot_of(s)].mapped for s, n in lengths.items())
+        each = (layout.bytes_for(n) - slots[self.cache.slot_of(s)].frontier for s, n in lengths.items())
         return sum(max(0, size) for size in each) * layout.num_ranges
 
     @rule(tokens=st.integers(1, SHAPE.max_seq_len + 2))
@@ -103,7 +126,7 @@ class CacheMachine(RuleBasedStateMachine):
         except SequenceTooLong:
             assert tokens > SHAPE.max_seq_len
         except NoFreeSlot:
-            assert len(self.model) == SHAPE.num_slots
+            assert self.has_no_slot()
         except KVCacheOutOfMemory:
             assert need > room
         else:
@@ -142,15 +165,124 @@ class CacheMachine(RuleBasedStateMachine):
             shared = sum(m.size for stripe in slot.stripes for m in stripe if m.extent.mappings > 1)
             assert shared
             assert slot.mapped * self.cache.layout.num_ranges > room
+        except ConfigError:
+            assert length < max(self.held(sequence), self.prefix(self.cache.slot_of(sequence)))
         else:
             self.model[sequence] = length
+            del self.authors[sequence][length:]
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(sorted(self.model)))
-        self.cache.release(sequence)
-        del self.model[sequence], self.authors[sequence]
+        try:
+            self.cache.release(sequence)
+        except ConfigError:
+            assert self.held(sequence)
+        else:
+            del self.model[sequence], self.authors[sequence]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def retain(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.model)))
+        kept = self.cache.retain(sequence)
+        assert self.cache.retained_tokens(kept) == self.model.pop(sequence)
+        self.kept[kept] = self.authors.pop(sequence)
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data(), more=st.integers(0, 12))
+    def adopt(self, data: st.DataObject, more: int) -> None:
+        kept, sequence = data.draw(st.sampled_from(sorted(self.kept))), self.count
+        tokens = data.draw(st.integers(1, len(self.kept[kept])))
+        left, prefix = self.cache.retained_tokens(kept), self.prefix(kept.slot)
+        segments = self.cache.segments
+        held = 0 if segments is None else int(segments[segments[:, 1] == kept.slot, 3].max(initial=0))
+        room = self.room_besides_retained()
+        try:
+            self.cache.adopt(kept, sequence, tokens, tokens + more)
+        except PrefixEvicted:
+            assert tokens > left
+        except (SequenceTooLong, NoFreeSlot):
+            assert tokens + more > SHAPE.max_seq_len or len(self.model) == SHAPE.num_slots
+        except ConfigError:
+            assert tokens < max(held, prefix)
+        except KVCacheOutOfMemory:
+            assert self.cache.layout.bytes_for(tokens + more) * self.cache.layout.num_ranges > room
+        else:
+            self.count += 1
+            self.authors[sequence] = self.kept.pop(kept)[:tokens]
+            self.write(sequence, range(tokens, tokens + more))
+            self.model[sequence] = tokens + more
+
+    @precondition(lambda self: self.model or self.kept)
+    @rule(data=st.data(), more=st.integers(0, 20), reads=st.booleans())
+    def begin_with(self, data: st.DataObject, more: int, reads: bool) -> None:
+        """A sequence begins with the tokens of another slot: reads them there, or aliases its extents."""
+        source, authors, have = self.draw_source(data)
+        tokens, sequence = data.draw(st.integers(1, len(authors))), self.count
+        room = self.room_besides_retained()
+        given = {"prefix" if reads else "alias": (source, tokens)}
+        try:
+            self.cache.admit(sequence, tokens + more, **given)  # type: ignore[arg-type]
+        except PrefixEvicted:
+            assert tokens > have
+        except SequenceTooLong:
+            assert tokens + more > SHAPE.max_seq_len
+        except NoFreeSlot:
+            slot = source.slot if isinstance(source, RetainedSlot) else source
+            owners = {slot, *(() if self.cache.segments is None else self.cache.segments[:, 1].tolist())}
+            assert all(self.cache.sequence_at(each) is not None or each in owners for each in range(SHAPE.num_slots))
+        except KVCacheOutOfMemory:
+            assert self.cache.layout.bytes_for(tokens + more) * self.cache.layout.num_ranges > room
+        else:
+            self.count += 1
+            self.authors[sequence] = authors[:tokens]
+            self.write(sequence, range(tokens, tokens + more))
+            self.model[sequence] = tokens + more
+
+    def draw_source(self, data: st.DataObject) -> tuple[int | RetainedSlot, list[int], int]:
+        """A slot to begin with: a running sequence's or a retained one, who wrote its tokens, how many it has."""
+        if self.kept and (not self.model or data.draw(st.booleans())):
+            kept = data.draw(st.sampled_from(sorted(self.kept)))
+            return kept, self.kept[kept], self.cache.retained_tokens(kept)
+        sequence = data.draw(st.sampled_from(sorted(self.model)))
+        return self.cache.slot_of(sequence), self.authors[sequence], self.model[sequence]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def copy_prefix(self, data: st.DataObject) -> None:
+        source, authors, have = self.draw_source(data)
+        target = data.draw(st.sampled_from(sorted(self.model)))
+        tokens = data.draw(st.integers(1, min(len(authors), self.model[target])))
+        floors, slot = self.cache.write_floors, self.cache.slot_of(target)
+        if self.held(target):
+            return  # whoever reads it would see other tokens
+        try:
+            self.cache.copy_prefix(source, target, tokens)
+        except PrefixEvicted:
+            assert tokens > have
+        except ConfigError:
+            assert source == slot or self.prefix(slot) or (floors is not None and floors[slot])
+        else:
+            self.authors[target][:tokens] = authors[:tokens]
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data(), tokens=st.integers(0, 20))
+    def release_retained(self, data: st.DataObject, tokens: int) -> None:
+        kept = data.draw(st.sampled_from(sorted(self.kept)))
+        try:
+            self.cache.release_retained(kept, tokens)
+        except ConfigError:
+            assert self.cache.segments is not None
+            assert (self.cache.segments[:, 1] == kept.slot).any()
+        else:
+            assert self.cache.retained_tokens(kept) <= tokens
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data(), priority=st.sampled_from([0.0, 1.0, float("inf")]))
+    def touch(self, data: st.DataObject, priority: float) -> None:
+        self.cache.touch(data.draw(st.sampled_from(sorted(self.kept))), priority)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -182,7 +314,11 @@ class CacheMachine(RuleBasedStateMachine):
         slot = data.draw(st.sampled_from(self.cache.arena.free_slots()))
         old = self.cache.slot_of(sequence)
         frontier = self.cache.frontiers[old]
-        self.cache.move(sequence, slot)
+        try:
+            self.cache.move(sequence, slot)
+        except ConfigError:
+            assert self.held(sequence)
+            return
         assert self.cache.slot_of(sequence) == slot
         assert (self.cache.frontiers[old], self.cache.frontiers[slot]) == (0, frontier)
 
@@ -191,12 +327,12 @@ class CacheMachine(RuleBasedStateMachine):
     def fork(self, data: st.DataObject) -> None:
         sequence, new = data.draw(st.sampled_from(sorted(self.model))), self.count
         tokens = data.draw(st.integers(1, self.model[sequence]))
-        room = self.room()
+        room = self.room_besides_retained()
         need = self.cache.layout.bytes_for(tokens) * self.cache.layout.num_ranges
         try:
             self.cache.fork(sequence, new, tokens)
         except NoFreeSlot:
-            assert len(self.model) == SHAPE.num_slots
+            assert self.has_no_slot()
         except KVCacheOutOfMemory:
             assert need > room
         else:
@@ -208,7 +344,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def replace(self, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(sorted(self.model)))
-        room, slot = self.room(), self.cache.slot_of(sequence)
+        room, slot = self.room_besides_retained(), self.cache.slot_of(sequence)
         before = [m.extent.serial for stripe in self.cache.arena.slots[slot].stripes for m in stripe]
         try:
             self.cache.replace(sequence)
@@ -223,7 +359,7 @@ class CacheMachine(RuleBasedStateMachine):
         budget = pages * self.cache.layout.granularity
         self.room()
         pool, arena = self.cache.arena.pool, self.cache.arena
-        used = pool.held_bytes - pool.free_bytes - arena.parked_bytes
+        used = pool.held_bytes - pool.free_bytes - arena.parked_bytes - arena.evictable_bytes
         surplus = self.surplus(self.model)
         try:
             self.cache.set_budget(budget)
@@ -239,11 +375,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.reset()
         self.model.clear()
         self.authors.clear()
+        assert not any(map(self.cache.retained_tokens, self.kept))
+        self.kept.clear()
 
     @rule(data=st.data(), at=st.integers(0, 400), then_reset=st.booleans())
     def interrupt(self, data: st.DataObject, at: int, then_reset: bool) -> None:
         """Ctrl-C at some instruction of some call: it is done whole or not at all, and the cache goes on."""
-        new, calls = self.count, [lambda: self.cache.admit(new, 7), self.cache.map_ahead]
+        new = self.count
+        calls: list[Callable[[], object]] = [lambda: self.cache.admit(new, 7), self.cache.map_ahead]
         if self.model:
             sequence = data.draw(st.sampled_from(sorted(self.model)))
             calls += [
@@ -252,9 +391,11 @@ class CacheMachine(RuleBasedStateMachine):
                 lambda: self.cache.fork(sequence, new, self.model[sequence]),
                 lambda: self.cache.replace(sequence),
                 lambda: self.cache.truncate(sequence, 1),
+                lambda: self.cache.retain(sequence),
+                lambda: self.cache.admit(new, 40, prefix=(self.cache.slot_of(sequence), self.model[sequence])),
             ]
         self.count += 1
-        with contextlib.suppress(KVCacheOutOfMemory, NoFreeSlot, SequenceTooLong):
+        with contextlib.suppress(KVCacheOutOfMemory, NoFreeSlot, SequenceTooLong, ConfigError):
             interrupt_at(at, data.draw(st.sampled_from(calls)))
         if then_reset:
             self.reset()
@@ -264,6 +405,7 @@ class CacheMachine(RuleBasedStateMachine):
         for known in self.model:
             length = int(self.cache.lengths[self.cache.slot_of(known)])
             before, self.model[known] = self.model[known], length
+            del self.authors[known][length:]
             if length > before:
                 self.write(known, range(before, length))
         if new in here:
@@ -288,12 +430,20 @@ class CacheMachine(RuleBasedStateMachine):
                 expect(self.cache, sequence, range(tokens[0], tokens[-1] + 1), author)
 
     @invariant()
+    def every_kept_token_holds_what_was_written(self) -> None:
+        for kept, authors in self.kept.items():
+            for author, run in groupby(range(self.cache.retained_tokens(kept)), key=authors.__getitem__):
+                tokens = list(run)
+                expect_in(self.cache, kept.slot, range(tokens[0], tokens[-1] + 1), author)
+
+    @invariant()
     def the_books_agree(self) -> None:
         # The next rule, and what it draws from, must not hang on how far the thread has come.
         assert self.cache.wait_ahead()
         self.cache.check_integrity()
         stats = self.cache.stats()
         assert stats.sequences == len(self.model)
+        assert stats.segment_tokens == sum(self.prefix(self.cache.slot_of(sequence)) for sequence in self.model)
         assert stats.live_bytes == sum(self.model.values()) * SHAPE.token_bytes
         assert stats.held_bytes <= stats.budget_bytes
 

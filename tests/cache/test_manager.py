@@ -175,7 +175,7 @@ def test_nothing_is_unmapped_before_its_fence(host_driver: HostDriver) -> None:
 def test_out_of_pages_names_what_there_is(host_driver: HostDriver) -> None:
     with KVCacheManager(SHAPE, host_driver, 10 * PAGE, lookahead=0) as cache:
         cache.admit("a", 20)  # 8 pages; one is the dummy slot's
-        with pytest.raises(KVCacheOutOfMemory, match=r"only 4,096 are free and 0 parked; release or preempt"):
+        with pytest.raises(KVCacheOutOfMemory, match=r"only 4,096 are free, 0 parked and 0 retained for nobody"):
             cache.admit("b", 10)
 
 

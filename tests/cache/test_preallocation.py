@@ -63,7 +63,7 @@ def test_a_stock_stays_within_the_budget(host_driver: HostDriver) -> None:
 
 def test_a_device_without_memory_ends_the_stocking_quietly() -> None:
     host = HostDriver(capacity=20 * PAGE)
-    with KVCacheManager(LONG, host, 100 * PAGE, 4) as cache:
+    with KVCacheManager(LONG, host, 100 * PAGE, 4, lookahead=0) as cache:
         cache.preallocate(50, 2)
         assert cache.arena.pool.free_bytes == 19 * PAGE
         cache.check_integrity()

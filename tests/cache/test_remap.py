@@ -85,7 +85,7 @@ def test_a_lower_budget_takes_what_is_parked_and_in_stock(build: Callable[..., K
     assert (stats.held_bytes, stats.parked_bytes, stats.budget_bytes) == (least, 0, least)
     expect(cache, "stays", range(20))
     cache.check_integrity()
-    with pytest.raises(KVCacheOutOfMemory, match="but running slots hold"):
+    with pytest.raises(KVCacheOutOfMemory, match="but running slots, and what they read, hold"):
         cache.set_budget(least - cache.layout.granularity)
     with pytest.raises(ConfigError, match="the dummy slot alone takes"):
         cache.set_budget(cache.layout.least_bytes - 1)

@@ -7,7 +7,7 @@ from contents import expect, fill
 from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory, NoFreeSlot
+from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory, MemoryQuarantined, NoFreeSlot
 from trtllm_vattn.verify.workload import CacheWorkload
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
@@ -35,7 +35,7 @@ def test_random_failures_lose_nothing(layers_per_range: int) -> None:
         for number in range(150):
             try:
                 workload.run_one(WEIGHTS)
-            except DriverError:
+            except (DriverError, MemoryQuarantined):
                 failures += 1
             except (KVCacheOutOfMemory, NoFreeSlot):
                 for sequence in list(workload.authors)[:1]:
@@ -49,7 +49,7 @@ def test_random_failures_lose_nothing(layers_per_range: int) -> None:
             try:
                 cache.close()
                 break
-            except DriverError:
+            except (DriverError, MemoryQuarantined):
                 rebuilt += 1
         assert (host.live_mappings, host.live_handles, host.live_reservations) == (0, 0, 0)
     assert failures > 20

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
-from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, KVCacheOutOfMemory
+from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, KVCacheOutOfMemory, MemoryQuarantined
 from trtllm_vattn.memory.pool import ExtentPool
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.host import HostDriver
@@ -21,8 +21,8 @@ class LendingPool(ExtentPool):
         super().__init__(driver, budget)
         self.lent: dict[int, Extent] = {}
 
-    def acquire(self, size: int) -> list[Extent]:
-        taken = super().acquire(size)
+    def acquire(self, size: int, ahead: bool = False) -> list[Extent]:
+        taken = super().acquire(size, ahead)
         self.lent.update({extent.serial: extent for extent in taken})
         return taken
 
@@ -121,7 +121,7 @@ def test_a_failed_release_is_quarantined_and_retried_at_close(host_driver: HostD
     pool = make_pool(driver, 8 * G)
     pool.release(pool.acquire(7 * G))
     driver.fail("release")
-    with pytest.raises(DriverError):
+    with pytest.raises(MemoryQuarantined, match=r"1 extents of .* bytes could not be released; call close\(\) again"):
         pool.close()
     assert len(pool.quarantine) == 1
     assert pool.held_bytes == pool.quarantine[0].size
@@ -144,3 +144,22 @@ def test_a_mapped_extent_is_not_taken_back(host_driver: HostDriver, make_pool: M
 def test_a_budget_below_the_granularity_is_refused(host_driver: HostDriver) -> None:
     with pytest.raises(ConfigError, match="less than the driver's granularity of 4,096"):
         ExtentPool(host_driver, G - 1)
+
+
+def test_extents_that_were_created_for_prompts_are_not_taken_to_map_ahead(
+    host_driver: HostDriver, make_pool: MakePool
+) -> None:
+    pool = make_pool(host_driver, 4 * G)
+    pool.set_targets({G: 2})
+    while pool.create_one():
+        pass
+    kept = [extent.serial for extent in pool.free_extents()]
+    ahead = pool.acquire(G, ahead=True) + pool.acquire(G, ahead=True)
+    assert not {extent.serial for extent in ahead} & set(kept)
+    with pytest.raises(KVCacheOutOfMemory, match="the free extents of 4,096 bytes are kept for prompts"):
+        pool.acquire(G, ahead=True)
+    # Who needs memory gets it; what is free beyond the targets is anybody's.
+    assert [pool.acquire(G)[0].serial for _ in range(2)] == kept
+    pool.set_targets({})
+    pool.release(ahead)
+    assert len(pool.acquire(G, ahead=True)) == 1

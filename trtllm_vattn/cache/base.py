@@ -6,7 +6,8 @@ backed, that padding writes to. A sequence owns a slot from `admit` to `release`
 Numbered contract, tested over every sibling in tests/cache/test_contract.py:
 
 C1. Positions of a sequence's slot from `lower_edges[slot]` (0 where that is None) up to `frontiers[slot]` are backed by
-    memory: they may be written and read. Both are 0 for a free slot, whatever is still mapped there.
+    memory: they may be read, and written from `write_floors[slot]` (0 where that is None) on. Those that a row of
+    `segments` names are read in another slot. Edge and frontier are 0 for a free slot, whatever is still mapped there.
 C2. `lengths[slot]` tokens of a slot belong to its sequence; `lengths <= frontiers` always.
 C3. A call succeeds whole or raises and changes nothing.
 C4. Tensors from `layer()` are made once and stay valid until `close()`, at the same addresses.
@@ -19,10 +20,10 @@ C7. In a forked child every call raises `WrongProcess`, and the parent's memory 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from trtllm_vattn.memory.arena import Placement
 
 SequenceId = Hashable
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,17 @@ class CacheShape:
         return self.num_layers * self.layer_token_bytes
 
 
+class RetainedSlot(NamedTuple):
+    """What `KVCache.retain` kept: the tokens of an ended sequence, in its slot, until they are evicted."""
+
+    slot: int
+    serial: int
+
+
+Tokens = tuple["int | RetainedSlot", int]
+"""The first so many tokens of a running sequence's slot, or of a retained one."""
+
+
 @dataclass(frozen=True)
 class FlatKV:
     """One layer as flat tensors; k and v are ``[num_slots + 1, max_seq_len, num_kv_heads, head_dim]``, any strides."""
@@ -102,14 +115,15 @@ class PagedKV:
 class CacheStats:
     """Bytes and counts at one moment.
 
-    `live_bytes` hold tokens of sequences; `mapped_bytes` are backed for running sequences (live, lookahead and
-    rounding); `parked_bytes` are backed for nobody until adopted; `held_bytes` is all physical memory held.
-    Mappings made are counted by when: at a sequence's admission, in a step that could not wait (`critical_path_maps`,
-    0 in steady decode), or ahead, beside a running step. `live_mappings` are this cache's, `device_mappings` all of
-    the process on its device (on the host, of the process), of the `max_mappings` that the driver bears;
-    `surplus_bytes` of the mapped ones lie beyond the lookahead: what a sequence found parked in its slot, for others to
-    take when memory is short. `lookahead` tokens are kept mapped past a sequence's length; `ahead_wait_s` is what
-    callers waited for the thread that maps ahead.
+    `live_bytes` hold tokens of sequences. `mapped_bytes` are mapped for running sequences, with lookahead and rounding.
+    `parked_bytes` are mapped in free slots, for the next sequence. `held_bytes` is all physical memory held.
+    Mappings made are counted by when: at an admission, in a step that needed them (`critical_path_maps`, 0 in steady
+    decode), or ahead, beside a running step. `live_mappings` are this cache's, `device_mappings` all of the process on
+    its device (on the host, of the process), out of the `max_mappings` that the driver bears. `surplus_bytes` of
+    `mapped_bytes` lie beyond the lookahead: a sequence found them parked in its slot, and others may take them when
+    memory is short. `lookahead` tokens are kept mapped past a sequence's length. `ahead_wait_s` is how long callers
+    waited for the thread that maps ahead. `retained_bytes` are mapped in `retained_slots` slots that keep the
+    tokens of ended sequences; `segment_tokens` tokens of sequences lie in other slots than theirs.
     """
 
     sequences: int
@@ -128,6 +142,9 @@ class CacheStats:
     surplus_bytes: int = 0
     lookahead: int = 0
     ahead_wait_s: float = 0.0
+    retained_slots: int = 0
+    retained_bytes: int = 0
+    segment_tokens: int = 0
 
 
 class KVCache(ABC):
@@ -144,8 +161,34 @@ class KVCache(ABC):
 
     @property
     def lower_edges(self) -> np.ndarray | None:
-        """int64 ``[num_slots]``, the first token of each slot that is backed by memory; None where all are 0."""
+        """int64 ``[num_slots]``, the first token of each slot that lies in its own memory; None where all are 0."""
         return None
+
+    @property
+    def retained_frontiers(self) -> np.ndarray | None:
+        """int64 ``[num_slots]``, tokens backed by memory in each retained slot, 0 for others; None without any."""
+        return None
+
+    @property
+    def segments(self) -> np.ndarray | None:
+        """int64 ``[segments, 4]``: (holder, owner, start, stop) of tokens `start` to `stop` (excluded) of the sequence
+        in slot `holder` that lie in slot `owner`, at the same positions; a holder's in order. None without any."""
+        return None
+
+    @property
+    def write_floors(self) -> np.ndarray | None:
+        """int64 ``[num_slots]``, the first token of each slot that may be written: those before it lie in other slots,
+        or in memory that is shared. None where all are 0."""
+        return None
+
+    @property
+    def num_groups(self) -> int:
+        """Range groups, which may hold different numbers of a sequence's tokens; 1 where all hold the same."""
+        return 1
+
+    def lengths_of(self, group: int) -> np.ndarray:
+        """int64 ``[num_slots]``: how many tokens of each slot's sequence a range group holds."""
+        return self.lengths
 
     @property
     def dummy_slot(self) -> int:
@@ -167,10 +210,28 @@ class KVCache(ABC):
         return self.shape.max_seq_len
 
     @abstractmethod
-    def admit(self, sequence: SequenceId, prompt_len: int) -> int:
+    def admit(
+        self, sequence: SequenceId, prompt_len: int, *, prefix: Tokens | None = None, alias: Tokens | None = None
+    ) -> int:
         """Give a sequence a slot backed for `prompt_len` tokens; returns the slot.
 
-        Raises DuplicateSequence, SequenceTooLong, NoFreeSlot, KVCacheOutOfMemory.
+        Parameters
+        ----------
+        prefix : (slot or RetainedSlot, int) or None
+            The sequence's first so many tokens are read in that slot, by `segments`; its own memory begins behind
+            them. Until the sequence is released, that slot keeps its tokens and its place.
+        alias : (slot or RetainedSlot, int) or None
+            The sequence begins with that slot's first so many tokens: extents that hold nothing else are mapped in
+            both slots, and written in neither; the rest is copied on the current stream.
+
+        Raises
+        ------
+        DuplicateSequence, SequenceTooLong, NoFreeSlot, KVCacheOutOfMemory
+            Nothing changed.
+        ConfigError
+            The slot holds fewer tokens, or the cache has no memory that can be shared.
+        PrefixEvicted
+            So many tokens are not kept any more.
         """
 
     @abstractmethod
@@ -183,7 +244,8 @@ class KVCache(ABC):
 
     @abstractmethod
     def release(self, sequence: SequenceId) -> None:
-        """End a sequence; its slot is free for the next one. Raises UnknownSequence."""
+        """End a sequence; its slot is free for the next one. Raises UnknownSequence, ConfigError where other sequences
+        read its slot: release those first, or `retain` it."""
 
     @abstractmethod
     def prepare_step(self, lengths: np.ndarray) -> None:
@@ -205,7 +267,16 @@ class KVCache(ABC):
 
     @abstractmethod
     def layer(self, layer: int) -> FlatKV | PagedKV:
-        """The tensors of one layer; the same objects every time."""
+        """The tensors of one layer; the same objects every time. Raises ConfigError where its heads have memory of
+        their own: `head_groups`."""
+
+    def head_groups(self, layer: int) -> tuple[FlatKV | PagedKV, ...]:
+        """The tensors of one layer, one of each part of its heads that has memory of its own, in the heads' order."""
+        return (self.layer(layer),)
+
+    def group_of(self, layer: int, heads: int = 0) -> int:
+        """The range group of a layer and a part of its heads."""
+        return 0
 
     @abstractmethod
     def storages(self) -> list[torch.Tensor]:
@@ -278,6 +349,61 @@ class KVCache(ABC):
         """Put other physical memory with the same bytes under a sequence; returns the mappings replaced."""
         self._cannot("replace a sequence's memory")
 
+    def retain(self, sequence: SequenceId) -> RetainedSlot:
+        """End a sequence, but keep its tokens in its slot, for sequences that begin with the same ones.
+
+        Its memory counts under the budget, and is taken back when it is needed: from the slot's tail, slots of lower
+        priority first, then those that were used longest ago (`touch`). What a running sequence reads stays.
+        """
+        self._cannot("retain a sequence")
+
+    def retained_tokens(self, retained: RetainedSlot) -> int:
+        """How many of the tokens are still kept; 0 where they were evicted."""
+        self._cannot("retain a sequence")
+
+    def adopt(
+        self, retained: RetainedSlot, sequence: SequenceId, keep_tokens: int, prompt_len: int | None = None
+    ) -> int:
+        """Begin a sequence of `prompt_len` tokens in a retained slot, with the first `keep_tokens` tokens that are kept
+        there; returns the slot. None is no more than these.
+
+        What it shares behind them is copied first. Raises as `admit`, and ConfigError where other sequences read behind
+        `keep_tokens`, or they end within tokens that lie in other slots; nothing changed.
+        """
+        self._cannot("retain a sequence")
+
+    def release_retained(self, retained: RetainedSlot, keep_tokens: int = 0) -> None:
+        """Keep no more than the first `keep_tokens` tokens. Idempotent. Raises ConfigError where other sequences read
+        behind them."""
+        self._cannot("retain a sequence")
+
+    def touch(self, retained: RetainedSlot, priority: float = 0.0) -> None:
+        """The tokens were used now. Slots of lower priority are evicted first, one of ``math.inf`` never. Does nothing
+        where they were evicted."""
+        self._cannot("retain a sequence")
+
+    def take_evicted(self) -> list[tuple[RetainedSlot, int]]:
+        """Retained slots that memory was taken from since the last call, and how many tokens each kept, in order."""
+        return []
+
+    def copy_prefix(self, owner: int | RetainedSlot, sequence: SequenceId, tokens: int) -> None:
+        """Copy the first `tokens` tokens of a slot over those of a running sequence, on the current stream: one copy a
+        range. Raises ConfigError where either has fewer, or the sequence's are not its own memory; PrefixEvicted."""
+        self._cannot("copy between slots")
+
+    def make_writable(self, sequence: SequenceId, start: int) -> None:  # noqa: B027
+        """Have tokens of a sequence from `start` on lie in memory that it shares with nobody; waits for the device
+        where they do not. Raises ConfigError where they lie in other slots, KVCacheOutOfMemory, DriverError."""
+
+    def set_length(self, sequence: SequenceId, group: int, tokens: int) -> None:
+        """A range group holds no more than the first `tokens` tokens of a sequence from now on; `lengths` has the
+        longest group's number. Whole extents behind them are unmapped once work submitted so far is done.
+
+        Raises ConfigError where it holds fewer, where other sequences read the slot, or where ranges have no lengths of
+        their own (`CacheConfig.own_lengths`).
+        """
+        self._cannot("give ranges lengths of their own")
+
     def preallocate(self, sequences: int, tokens: int) -> None:  # noqa: B027
         """Keep enough memory created ahead for a burst of so many prompts of so many tokens, within the budget.
 
@@ -312,6 +438,11 @@ class KVCache(ABC):
 
     def shuffle_free_memory(self, seed: int) -> None:  # noqa: B027
         """Put free pages, or blocks, in a random order, as hours of service leave them; for measurements."""
+
+    def at_once(self, call: Callable[..., T], *arguments: Any) -> T:
+        """``call(*arguments)``, which makes several calls of this cache: for a cache that has its calls made where no
+        signal interrupts them, all of it is made there. It is interrupted before or behind it then, not inside."""
+        return call(*arguments)
 
     def __enter__(self) -> Self:
         return self

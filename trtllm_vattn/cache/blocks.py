@@ -100,7 +100,7 @@ class BlockKVCache(KVCacheManager):
         strides = (layout.block_bytes // itemsize, part, self.tokens_per_block * shape.head_dim, shape.head_dim, 1)
         return strided(self._flat[index], shape.dtype, size, strides, offset)
 
-    def _view(self, layer: int) -> PagedKV:
+    def _view(self, layer: int, part: int) -> PagedKV:
         by_token = self._blocks(layer).transpose(2, 3)
         return PagedKV(by_token[:, 0], by_token[:, -1], self.table)
 

@@ -33,6 +33,8 @@ class CacheConfig:
     layers_per_range : int or None
         Layers that share a token's row, or a block; more of them make a page hold fewer tokens. None is as many as make
         a row of 64 KiB, 16 for Llama-3-8B. Not for tensors, which have ranges of their own.
+    heads_per_range : int or None
+        KV heads that share a token's row; `KVCache.head_groups` gives their tensors then. For rows; None is all.
     tokens_per_block : int
         16, 32, 64 or 128; for blocks. 32 is TensorRT-LLM's own default.
     extent_classes : int
@@ -44,6 +46,9 @@ class CacheConfig:
         for it: every sequence whose need is within the budget is admitted. For whoever promises memory to a scheduler.
     fence_streams : tuple of int
         CUDA streams that fences cover besides torch's current one.
+    own_lengths : bool
+        Each range has a length, a lower edge and a frontier of its own in each slot (`KVCache.set_length`), for
+        policies that keep different tokens in different layers, or heads.
     lookahead : int or None
         Tokens that `map_ahead` keeps mapped past a sequence's length; 0 maps each token in its own step. None is as
         many as the measured times of steps and mappings ask for (memory/lookahead.py).
@@ -63,11 +68,13 @@ class CacheConfig:
 
     layout: Layout = Layout.ROWS
     layers_per_range: int | None = None
+    heads_per_range: int | None = None
     tokens_per_block: int = 32
     extent_classes: int = CLASSES
     batch_access: bool = True
     exact_admission: bool = False
     fence_streams: tuple[int, ...] = ()
+    own_lengths: bool = False
     lookahead: int | None = None
     step_timing: StepTimingModel | None = None
     idle_after_s: float | None = None
@@ -78,6 +85,10 @@ class CacheConfig:
             raise ConfigError(f"layout is {self.layout!r}; it is one of {', '.join(map(str, Layout))}")
         if self.layers_per_range is not None and self.layout is Layout.TENSORS:
             raise ConfigError("layers_per_range is for rows and blocks; tensors have ranges of their own")
+        if self.heads_per_range is not None:
+            object.__setattr__(self, "heads_per_range", whole("heads_per_range", self.heads_per_range, 1))
+            if self.layout is not Layout.ROWS:
+                raise ConfigError(f"heads_per_range is for rows; the layout is {self.layout.value}")
         whole("extent_classes", self.extent_classes, 1)
         if self.lookahead is not None:
             object.__setattr__(self, "lookahead", whole("lookahead", self.lookahead, 0))

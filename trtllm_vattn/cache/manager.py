@@ -14,10 +14,10 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
-from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV, PagedKV, SequenceId
+from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV, PagedKV, RetainedSlot, SequenceId, Tokens
 from trtllm_vattn.cache.config import CacheConfig, Layout
 from trtllm_vattn.cache.slotted import SlottedCache
-from trtllm_vattn.errors import ConfigError, InvariantViolation, NoFreeSlot
+from trtllm_vattn.errors import ConfigError, InvariantViolation, NoFreeSlot, PrefixEvicted
 from trtllm_vattn.memory import remap
 from trtllm_vattn.memory.arena import Arena, Placement, retry_discarded
 from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
@@ -28,7 +28,7 @@ from trtllm_vattn.memory.reclaim import drop_surplus, set_budget, surplus_bytes,
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.regions import RESERVATION, Region, tensor_regions
-from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, on_stream, stream_of, strided, tensor_at
+from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, on_stream, stream_of, strided, tensor_at, upload
 from trtllm_vattn.vmm.uninterrupted import uninterrupted
 
 T = TypeVar("T")
@@ -119,7 +119,7 @@ class KVCacheManager(SlottedCache):
         retry_discarded()
         config = self.config
         pool = ExtentPool(self.driver, self.layout.least_bytes if budget is None else budget, config.extent_classes)
-        self.arena = Arena(pool, self.layout, one_by_one=not config.batch_access)
+        self.arena = Arena(pool, self.layout, one_by_one=not config.batch_access, own_lengths=config.own_lengths)
         self.frontiers = self.arena.frontiers
         self.ahead = Lookahead(self.arena, self.lengths, config.lookahead, config.step_timing)
         self._memory = CacheMemory(self.arena, self.ahead, config.idle_after_s, parse_bytes(config.idle_floor))
@@ -132,7 +132,10 @@ class KVCacheManager(SlottedCache):
                 tensor_at(reservation.base, reservation.size, self.driver.device, owner=self._memory_ref)
                 for reservation in self.arena.reservations
             ]
-            self._layers = [self._view(layer) for layer in range(self.shape.num_layers)]
+            parts = range(self.layout.head_groups)
+            self._layers = [tuple(self._view(layer, part) for part in parts) for layer in range(self.shape.num_layers)]
+            size = (self.num_groups, self.shape.num_slots + 1)
+            self._deficits = torch.zeros(size, dtype=torch.int32, device=self.device) if config.own_lengths else None
         except BaseException:
             self._memory.discard()
             raise
@@ -142,29 +145,35 @@ class KVCacheManager(SlottedCache):
 
     def _layout_sizes(self) -> dict[str, int]:
         shape, layers, tensors = self.shape, self.config.layers_per_range, 1
+        heads = self.config.heads_per_range or shape.num_kv_heads
+        if shape.num_kv_heads % heads:
+            raise ConfigError(f"heads_per_range is {heads}; it must divide the {shape.num_kv_heads} KV heads")
+        parts = shape.num_kv_heads // heads
         if self.config.layout is Layout.TENSORS:
             layers, tensors = 1, shape.kv_factor
         elif layers is None:
-            layers = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
+            layers = default_layers_per_range(shape.num_layers, shape.layer_token_bytes // parts)
         return {
             "num_layers": shape.num_layers * tensors,
             "layers_per_range": layers,
-            "layer_token_bytes": shape.layer_token_bytes // tensors,
+            "layer_token_bytes": shape.layer_token_bytes // tensors // parts,
+            "head_groups": parts,
             "max_seq_len": shape.max_seq_len,
             "num_slots": shape.num_slots,
             "granularity": self.driver.granularity(),
         }
 
-    def _view(self, layer: int) -> FlatKV | PagedKV:
+    def _view(self, layer: int, part: int) -> FlatKV | PagedKV:
         shape, layout, itemsize = self.shape, self.layout, self.shape.dtype.itemsize
-        size = (shape.num_slots + 1, shape.max_seq_len, shape.num_kv_heads, shape.head_dim)
+        heads = shape.num_kv_heads // layout.head_groups
+        size = (shape.num_slots + 1, shape.max_seq_len, heads, shape.head_dim)
         strides = (layout.slot_stride // itemsize, layout.row_bytes // itemsize, shape.head_dim, 1)
-        half = shape.num_kv_heads * shape.head_dim * itemsize
+        half = heads * shape.head_dim * itemsize
         if self.config.layout is Layout.TENSORS:
             first = layer * shape.kv_factor
             places = [layout.place_of(first), layout.place_of(first + shape.kv_factor - 1)]
         else:
-            index, offset = layout.place_of(layer)
+            index, offset = layout.place_of(layer, part)
             places = [(index, offset), (index, offset + half * (shape.kv_factor - 1))]
         k, v = (strided(self._flat[index], shape.dtype, size, strides, offset) for index, offset in places)
         return FlatKV(k, v)
@@ -182,6 +191,9 @@ class KVCacheManager(SlottedCache):
         answer: T = uninterrupted(on_stream, stream_of(self.device), call, *arguments)
         return answer
 
+    def at_once(self, call: Callable[..., T], *arguments: Any) -> T:
+        return self._uninterrupted(call, *arguments)
+
     @property
     def _thread(self) -> BackgroundThread | None:
         return self._memory.thread
@@ -191,6 +203,37 @@ class KVCacheManager(SlottedCache):
     @property
     def lower_edges(self) -> np.ndarray | None:
         return self.arena.lower_edges
+
+    @property
+    def retained_frontiers(self) -> np.ndarray | None:
+        return self.arena.retained_frontiers
+
+    @property
+    def segments(self) -> np.ndarray | None:
+        return self.arena.segments
+
+    @property
+    def write_floors(self) -> np.ndarray | None:
+        return self.arena.write_floors
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.arena.slots[self.dummy_slot].groups)
+
+    def lengths_of(self, group: int) -> np.ndarray:
+        if self._deficits is None:
+            return self.lengths
+        deficits = [slot.groups[group].deficit for slot in self.arena.slots[: self.dummy_slot]]
+        lengths: np.ndarray = np.maximum(self.lengths - deficits, 0)
+        return lengths
+
+    @property
+    def length_deficits(self) -> torch.Tensor | None:
+        """int32 ``[num_groups, num_slots + 1]`` on the device, at one address for life: how many tokens fewer than
+        `lengths` each group holds of each slot's sequence. It changes when a length is set, and in no step, so a
+        captured kernel that has a sequence's length has each group's. None where ranges have no lengths of their own.
+        """
+        return self._deficits
 
     def bytes_of(self, tokens: int) -> int:
         return self.layout.bytes_for(tokens) * self.layout.num_ranges
@@ -220,20 +263,27 @@ class KVCacheManager(SlottedCache):
             limit, exact = self._limit(), self.config.exact_admission
             need = self.layout.bytes_for(tokens) * self.layout.num_ranges
             # Those that run keep what their next steps need, unless this sequence was promised its memory.
-            self._make_room(need, self.lengths if exact else self.ahead.past(self.ahead.tokens))
+            self._make_room(need, 0 if exact else self.ahead.tokens)
             slot, maps = self.arena.allocate_slot(tokens, limit, self.ahead.tokens, exact)
             self._admission_maps += maps
-        self._wake()
+        self._wake_for_memory()
         return slot
 
-    def _make_room(self, size: int, needed: np.ndarray) -> None:
-        """Where memory is short of `size` bytes, take what running slots have beyond the tokens needed, if that is
-        enough; waits for the device then."""
+    def _wake_for_memory(self) -> None:
+        """After an admission: wake the thread where extents are to be created or unmapped. It maps ahead once it is
+        asked to (`map_ahead`), not between the prompts of a burst."""
+        if self.arena.has_pending_work or self.arena.pool.next_to_create() is not None:
+            self._wake()
+
+    def _make_room(self, size: int, ahead: int = 0, lengths: np.ndarray | None = None) -> None:
+        """Where memory is short of `size` bytes, take what running slots have more than `ahead` tokens beyond their
+        lengths, which are at least `lengths`, if that is enough; waits for the device then."""
         pool = self.arena.pool
         if size > pool.available_bytes:
             self.arena.complete_pending_unmaps(wait=True)
             short = size - pool.available_bytes - self.arena.parked_bytes
-            if short > 0:
+            if short > 0 and (short := short - self.arena.evictable_bytes) > 0:
+                needed = self.ahead.past(ahead) if lengths is None else np.maximum(self.lengths, lengths)
                 take_surplus(self.arena, short, needed.tolist(), self._fence())
 
     def _limit(self) -> int:
@@ -241,9 +291,11 @@ class KVCacheManager(SlottedCache):
         replay a larger graph than is needed. Raises NoFreeSlot where none is."""
         self.arena.complete_pending_unmaps()
         first = self.arena.first_free()
-        if first is None:
+        while first is None:
             self.arena.complete_pending_unmaps(wait=True)
             first = self.arena.first_free()
+            if first is None and not self.arena.evict_slot():
+                break
         if first is None:
             raise NoFreeSlot(
                 f"no slot is usable: {self.shape.num_slots - len(self._slot_of)} are retired after a driver call "
@@ -254,8 +306,7 @@ class KVCacheManager(SlottedCache):
     def _grow(self, lengths: np.ndarray) -> None:
         with self._lock:
             wants = {slot: int(lengths[slot]) for slot in np.flatnonzero(lengths > self.frontiers).tolist()}
-            more = (self.layout.bytes_for(wanted) - self.arena.slots[slot].frontier for slot, wanted in wants.items())
-            self._make_room(sum(more) * self.layout.num_ranges, np.maximum(self.lengths, lengths))
+            self._make_room(self.arena.missing_bytes(wants), lengths=lengths)
             self._critical_path_maps += self.arena.grow(wants)
 
     def _release(self, slot: int) -> None:
@@ -283,10 +334,10 @@ class KVCacheManager(SlottedCache):
 
     def _do_set_budget(self, budget: int) -> None:
         with self._lock:
-            used = self.arena.used_bytes
-            if budget < used:
+            if budget < self.arena.used_bytes:
                 self.arena.complete_pending_unmaps(wait=True)
-                take_surplus(self.arena, used - budget, self.lengths.tolist(), self._fence())
+                short = self.arena.used_bytes - self.arena.evictable_bytes - budget
+                take_surplus(self.arena, short, self.lengths.tolist(), self._fence())
             set_budget(self.arena, budget)
 
     def shrink_towards(self, budget: int) -> int:
@@ -302,7 +353,7 @@ class KVCacheManager(SlottedCache):
             if budget < self.held_bytes:
                 drop_surplus(self.arena, self.lengths.tolist(), self._fence())
                 self.arena.complete_pending_unmaps(wait=True)
-            set_budget(self.arena, max(budget, self.arena.used_bytes))
+            set_budget(self.arena, max(budget, self.arena.used_bytes - self.arena.evictable_bytes))
             return self.budget_bytes
 
     def release_free_memory(self, size: int | None = None) -> int:
@@ -312,10 +363,10 @@ class KVCacheManager(SlottedCache):
     def _do_release_free_memory(self, size: int | None) -> int:
         with self._lock:
             if size is not None:
-                return self.arena.reclaim(size)
+                return self.arena.reclaim_parked(size)
             before = self.held_bytes
             self.arena.complete_pending_unmaps(wait=True)
-            self.arena.reclaim(self.arena.parked_bytes)
+            self.arena.reclaim_parked(self.arena.parked_bytes)
             self.arena.pool.drop_free()
             return before - self.held_bytes
 
@@ -353,7 +404,12 @@ class KVCacheManager(SlottedCache):
         with self._lock:
             moved = remap.move(self.arena, source, slot, self._fence)
             self._move_sequence(sequence, slot)
+            self._publish_deficits(slot)
         return moved
+
+    def _place_sequence(self, sequence: SequenceId, slot: int, tokens: int) -> None:
+        super()._place_sequence(sequence, slot, tokens)
+        self._publish_deficits(slot)
 
     def fork(self, sequence: SequenceId, new_sequence: SequenceId, tokens: int) -> int:
         """Begin a sequence with the first `tokens` of another one; returns its slot.
@@ -370,53 +426,201 @@ class KVCacheManager(SlottedCache):
         if tokens > self.lengths[source]:
             raise ConfigError(f"sequence {sequence!r} has {self.lengths[source]} tokens, not {tokens} to fork")
         self._check_new(new_sequence, tokens)
-        return self._run(self._do_fork, source, new_sequence, tokens)
+        return self._run(self._do_begin_with, new_sequence, tokens, (source, tokens), False)
 
-    def _do_fork(self, source: int, new_sequence: SequenceId, tokens: int) -> int:
+    def _admit_with(self, sequence: SequenceId, prompt_len: int, prefix: Tokens | None, alias: Tokens | None) -> int:
+        if prefix is not None and alias is not None:
+            raise ConfigError("a sequence begins with a prefix or with an alias, not with both; give one")
+        self._check_new(sequence, prompt_len)
+        given = prefix or alias
+        if given is None or not 0 < given[1] <= prompt_len:
+            raise ConfigError(f"sequence {sequence!r} of {prompt_len} tokens cannot begin with {given}")
+        return self._run(self._do_begin_with, sequence, prompt_len, given, prefix is not None)
+
+    def _do_begin_with(self, sequence: SequenceId, prompt_len: int, given: Tokens, reads: bool) -> int:
         with self._lock:
-            limit = self._limit()
-            target = min(self.arena.free_slots(limit), key=lambda slot: (self.arena.slots[slot].mapped, slot))
-            shared = remap.fork(self.arena, source, tokens, target)
-            rest = self.layout.touched_bytes(tokens) - shared
-            try:
-                for reservation in self.arena.reservations if rest else ():
-                    to, at = (reservation.base + slot * self.layout.slot_stride + shared for slot in (target, source))
-                    copy_bytes(self.driver.device, to, at, rest)
-            except BaseException:
-                self.arena.park(target, self._fence())
-                raise
-            self._place_sequence(new_sequence, target, tokens)
+            source, tokens = self._source(*given)
+            # Nothing of the source may be evicted for the place of the new sequence.
+            with self.arena.pinned(source):
+                limit = self._limit()
+                first = self.layout.whole_bytes(tokens) // self.layout.granularity * self.layout.granularity
+                need = (self.layout.bytes_for(prompt_len) - first) * self.layout.num_ranges
+                self._make_room(need, self.ahead.tokens)
+                target = min(self.arena.free_slots(limit), key=lambda slot: (self.arena.slots[slot].mapped, slot))
+                if reads:
+                    remap.reach(self.arena, source, tokens, target, prompt_len)
+                else:
+                    remap.share(self.arena, source, tokens, target, prompt_len, self._copy, self._fence)
+            self._place_sequence(sequence, target, prompt_len)
+        self._wake_for_memory()
         return target
+
+    def _source(self, owner: int | RetainedSlot, tokens: int) -> tuple[int, int]:
+        """The slot whose first tokens are asked for. Raises ConfigError or PrefixEvicted where they are not there."""
+        if isinstance(owner, RetainedSlot):
+            if (kept := self.arena.retained_tokens(*owner)) < tokens:
+                raise PrefixEvicted(f"{tokens} tokens of {owner} asked for, of which {kept} are kept")
+            return owner.slot, tokens
+        if not 0 <= owner < self.shape.num_slots or self.lengths[owner] < tokens:
+            held = f"it has {self.lengths[owner]}" if 0 <= owner < self.shape.num_slots else "there is none"
+            raise ConfigError(f"{tokens} tokens of the sequence in slot {owner} asked for; {held}")
+        return owner, tokens
+
+    def _copy(self, to: int, source: int, nbytes: int) -> None:
+        copy_bytes(self.driver.device, to, source, nbytes)
+
+    def copy_prefix(self, owner: int | RetainedSlot, sequence: SequenceId, tokens: int) -> None:
+        self._run(self._do_copy_prefix, owner, self.slot_of(sequence), tokens)
+
+    def _do_copy_prefix(self, owner: int | RetainedSlot, target: int, tokens: int) -> None:
+        with self._lock:
+            source, tokens = self._source(owner, tokens)
+            self._source(target, tokens)
+            slots = self.arena.slots
+            floors = self.arena.write_floors
+            if source == target or slots[target].lower or (floors is not None and floors[target]):
+                raise ConfigError(
+                    f"slot {target} does not have its first {tokens} tokens to itself, so nothing is copied over them; "
+                    "admit the sequence without a prefix"
+                )
+            if any(group.deficit for index in (source, target) for group in slots[index].groups):
+                raise ConfigError(f"ranges of slot {source} or {target} hold different tokens; fork the sequence")
+            remap.copy_tokens(self.arena, source, tokens, target, self._copy, self._fence)
+
+    # -- retained slots ----------------------------------------------------------------------------------------------
+
+    def retain(self, sequence: SequenceId) -> RetainedSlot:
+        return self._run(self._do_retain, sequence, self.slot_of(sequence))
+
+    def _do_retain(self, sequence: SequenceId, slot: int) -> RetainedSlot:
+        with self._lock:
+            serial = self.arena.retain(slot, int(self.lengths[slot]), self._fence())
+            self._remove_sequence(sequence, slot)
+        return RetainedSlot(slot, serial)
+
+    def retained_tokens(self, retained: RetainedSlot) -> int:
+        self._check_open()
+        return self.arena.retained_tokens(*retained)
+
+    def adopt(
+        self, retained: RetainedSlot, sequence: SequenceId, keep_tokens: int, prompt_len: int | None = None
+    ) -> int:
+        prompt_len = keep_tokens if prompt_len is None else prompt_len
+        self._check_new(sequence, prompt_len)
+        if not 0 < keep_tokens <= prompt_len:
+            raise ConfigError(f"sequence {sequence!r} of {prompt_len} tokens cannot keep {keep_tokens}")
+        return self._run(self._do_adopt, retained, sequence, keep_tokens, prompt_len)
+
+    def _do_adopt(self, retained: RetainedSlot, sequence: SequenceId, keep_tokens: int, prompt_len: int) -> int:
+        with self._lock:
+            slot, _ = self._source(retained, keep_tokens)
+            self.arena.check_not_held(slot, keep_tokens)
+            self._check_behind_segments(slot, keep_tokens)
+            retain_again = self.arena.adopt(slot)
+            try:
+                remap.own_from(self.arena, slot, keep_tokens, self._copy, self._fence)
+                self._make_room(self.arena.missing_bytes({slot: prompt_len}), self.ahead.tokens)
+                self._admission_maps += self.arena.grow({slot: prompt_len})
+            except BaseException:
+                retain_again()
+                raise
+            self._place_sequence(sequence, slot, prompt_len)
+        self._wake_for_memory()
+        return slot
+
+    def _check_behind_segments(self, slot: int, tokens: int) -> None:
+        """Raise ConfigError where tokens from this one on, which are to be written, lie in other slots."""
+        if tokens < (prefix := self.arena.slots[slot].prefix):
+            raise ConfigError(
+                f"the first {prefix} tokens of slot {slot} lie in other slots, so those from {tokens} on cannot be "
+                f"written; keep {prefix}, or admit another sequence"
+            )
+
+    def release_retained(self, retained: RetainedSlot, keep_tokens: int = 0) -> None:
+        self._check_open()
+        self._run(self._do_release_retained, retained, keep_tokens)
+
+    def _do_release_retained(self, retained: RetainedSlot, keep_tokens: int) -> None:
+        with self._lock:
+            if self.arena.retained_tokens(*retained) > keep_tokens:
+                self.arena.shrink_retained(retained.slot, keep_tokens)
+
+    def touch(self, retained: RetainedSlot, priority: float = 0.0) -> None:
+        self._check_open()
+        self._run(self._do_touch, retained, priority)
+
+    def _do_touch(self, retained: RetainedSlot, priority: float) -> None:
+        with self._lock:
+            if self.arena.retained_tokens(*retained):
+                self.arena.slots[retained.slot].touch(priority)
+
+    def take_evicted(self) -> list[tuple[RetainedSlot, int]]:
+        self._check_open()
+        evicted = self.arena.evicted
+        taken = (evicted.popleft() for _ in range(len(evicted)))
+        return [(RetainedSlot(slot, serial), left) for slot, serial, left in taken]
+
+    # -- writing and lengths -----------------------------------------------------------------------------------------
 
     def truncate(self, sequence: SequenceId, length: int) -> None:
         slot = self.slot_of(sequence)
-        if 0 < length < self.lengths[slot] and self.arena.extent_refs:
-            self._run(self._own_from, slot, self.layout.whole_bytes(length))
+        if 0 < length < self.lengths[slot]:
+            if self.arena.has_sharing:
+                self._run(self._do_make_writable, slot, length)
+            self._check_deficits(slot, length)
         super().truncate(sequence, length)
 
-    def _own_from(self, slot: int, start: int) -> None:
-        """Copy on write: what a slot shares at or behind a byte of it becomes its own."""
-        (group,) = self.arena.slots[slot].groups
-        end = group.lower
-        for index, stripe in enumerate(group.stripes):
-            end += stripe[0].size
-            if end > start and any(mapping.extent.serial in self.arena.extent_refs for mapping in stripe):
-                self._do_replace(slot, index)
-                return
+    def make_writable(self, sequence: SequenceId, start: int) -> None:
+        self._run(self._do_make_writable, self.slot_of(sequence), start)
+
+    def _do_make_writable(self, slot: int, start: int) -> None:
+        with self._lock:
+            self.arena.check_not_held(slot, start)
+            self._check_behind_segments(slot, start)
+            remap.own_from(self.arena, slot, start, self._copy, self._fence)
+
+    def _check_deficits(self, slot: int, length: int) -> None:
+        if (least := max(group.deficit for group in self.arena.slots[slot].groups)) >= length:
+            raise ConfigError(f"a range group of slot {slot} holds {least} tokens fewer, so none of its first {length}")
+
+    def set_length(self, sequence: SequenceId, group: int, tokens: int) -> None:
+        slot = self.slot_of(sequence)
+        if self._deficits is None:
+            raise ConfigError("all ranges of this cache have one length; build it with CacheConfig(own_lengths=True)")
+        if not 0 <= group < self.num_groups:
+            raise ConfigError(f"range group {group} asked for; there are {self.num_groups}")
+        held = int(self.lengths_of(group)[slot])
+        if not 0 < tokens <= held:
+            raise ConfigError(f"range group {group} holds {held} tokens of sequence {sequence!r}; keep 1 to {held}")
+        self._run(self._do_set_length, slot, group, tokens)
+
+    def _do_set_length(self, slot: int, group: int, tokens: int) -> None:
+        with self._lock:
+            self.arena.check_not_held(slot)
+            self._check_behind_segments(slot, 0)
+            held = [int(self.lengths[slot]) - each.deficit for each in self.arena.slots[slot].groups]
+            held[group] = tokens
+            longest = max(held)
+            deficits = [longest - each for each in held]
+            self.arena.set_deficits(slot, deficits, group, tokens + self.ahead.tokens, self._fence())
+            self.lengths[slot] = longest
+            self._publish_deficits(slot)
+
+    def _publish_deficits(self, slot: int) -> None:
+        if self._deficits is not None:
+            deficits = np.array([group.deficit for group in self.arena.slots[slot].groups], np.int32)
+            self._deficits[:, slot].copy_(upload(deficits, self.device))
 
     def replace(self, sequence: SequenceId) -> int:
         """Put other physical memory with the same bytes under a sequence; returns the mappings replaced.
 
         Waits for the device. Raises UnknownSequence, KVCacheOutOfMemory, DriverError; nothing changed.
         """
-        return self._run(self._do_replace, self.slot_of(sequence), 0)
+        return self._run(self._do_replace, self.slot_of(sequence))
 
-    def _do_replace(self, slot: int, first: int) -> int:
-        def copy(to: int, source: int, nbytes: int) -> None:
-            copy_bytes(self.driver.device, to, source, nbytes)
-
+    def _do_replace(self, slot: int) -> int:
         with self._lock:
-            return remap.replace(self.arena, slot, first, copy, self._fence)
+            return remap.replace(self.arena, slot, self._copy, self._fence)
 
     # -- ahead -----------------------------------------------------------------------------------------------------
 
@@ -430,7 +634,7 @@ class KVCacheManager(SlottedCache):
         """Keep running slots' frontiers up to the lookahead past their lengths; returns the mappings made.
 
         Where memory is short nothing is mapped: the step that needs it asks. With a thread, the mappings are those
-        since the last call, and an error that it met is raised here.
+        since the last call, and an error that it met is raised here; what the next launch needs, it is not left to.
         """
         self._check_open()
         self.ahead.timing.observe_lengths(self.lengths)
@@ -439,14 +643,22 @@ class KVCacheManager(SlottedCache):
                 return 0
             return self._run(self._map_due)
         self._thread.raise_error()
-        if self.arena.has_pending_work or self.ahead.due().size:
+        due = self.ahead.due()
+        if self.arena.has_pending_work or due.size:
             self._wake()
+        if due.size and self.ahead.is_urgent(due):
+            self._run(self._map_urgent)
         made, self._reported_maps = self.ahead.maps - self._reported_maps, self.ahead.maps
         return made
 
     def _wake(self) -> None:
         if self._thread is not None:
             self._thread.wake()
+
+    def _map_urgent(self) -> None:
+        with self._lock:
+            while self.ahead.is_urgent(self.ahead.due()) and self.ahead.map_due():
+                pass
 
     def _map_due(self) -> int:
         with self._lock:
@@ -483,7 +695,18 @@ class KVCacheManager(SlottedCache):
 
     def layer(self, layer: int) -> FlatKV | PagedKV:
         self._check_layer(layer)
+        if len(self._layers[layer]) > 1:
+            raise ConfigError("heads of this cache have ranges of their own; use head_groups() instead of layer()")
+        return self._layers[layer][0]
+
+    def head_groups(self, layer: int) -> tuple[FlatKV | PagedKV, ...]:
+        self._check_layer(layer)
         return self._layers[layer]
+
+    def group_of(self, layer: int, heads: int = 0) -> int:
+        self._check_layer(layer)
+        first = layer * self.shape.kv_factor if self.config.layout is Layout.TENSORS else layer
+        return self.layout.place_of(first, heads)[0] if self.num_groups > 1 else 0
 
     def storages(self) -> list[torch.Tensor]:
         return list(self._flat)
@@ -539,6 +762,9 @@ class KVCacheManager(SlottedCache):
                 surplus_bytes=surplus_bytes(self.arena, self.ahead.past(self.ahead.tokens).tolist()),
                 lookahead=self.ahead.tokens,
                 ahead_wait_s=self._lock.waited_s,
+                retained_slots=self.arena.retained_slots,
+                retained_bytes=self.arena.retained_bytes,
+                segment_tokens=sum(self.arena.slots[slot].prefix for slot in self._owner),
             )
 
     def placement(self) -> Placement:
@@ -572,6 +798,11 @@ class KVCacheManager(SlottedCache):
         with self._lock:
             super()._do_check_integrity()
             self.arena.check_integrity()
+            for slot in self._owner:
+                if self.arena.held_tokens(slot) > self.lengths[slot]:
+                    raise InvariantViolation(
+                        f"slot {slot} has {self.lengths[slot]} tokens, other slots read {self.arena.held_tokens(slot)}"
+                    )
             free = set(self.arena.free_slots())
             for slot in range(self.shape.num_slots):
                 if self._occupied[slot] and slot in free:

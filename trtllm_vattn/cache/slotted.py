@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from trtllm_vattn.cache.base import CacheShape, KVCache, SequenceId
+from trtllm_vattn.cache.base import CacheShape, KVCache, SequenceId, Tokens
 from trtllm_vattn.errors import (
     CacheInterrupted,
     ConfigError,
@@ -31,7 +31,8 @@ _caches: weakref.WeakSet[SlottedCache] = weakref.WeakSet()
 
 
 class SlottedCache(KVCache):
-    """Checks every call against the contract and keeps track of sequences, slots and lengths; hooks do the memory."""
+    """Checks every call against the contract, and knows sequences, slots and lengths; subclasses manage the memory by
+    the hooks below."""
 
     def __init__(self, shape: CacheShape, device: torch.device | str) -> None:
         self.shape = shape
@@ -54,11 +55,12 @@ class SlottedCache(KVCache):
 
     @abstractmethod
     def _allocate(self, tokens: int) -> int:
-        """Choose a free slot (there is one) and back it for `tokens`, or raise and change nothing."""
+        """Choose a free slot, of which there is at least one, and back it for `tokens`; returns it. Where it raises,
+        nothing changed."""
 
     @abstractmethod
     def _grow(self, lengths: np.ndarray) -> None:
-        """Raise the frontier of every slot to `lengths` where it is lower; for all, or raise and change nothing."""
+        """Raise the frontier of every slot to `lengths` where it is lower. Where it raises, no frontier changed."""
 
     @abstractmethod
     def _release(self, slot: int) -> None:
@@ -74,9 +76,16 @@ class SlottedCache(KVCache):
 
     # -- contract --------------------------------------------------------------------------------------------------
 
-    def admit(self, sequence: SequenceId, prompt_len: int) -> int:
+    def admit(
+        self, sequence: SequenceId, prompt_len: int, *, prefix: Tokens | None = None, alias: Tokens | None = None
+    ) -> int:
+        if prefix is not None or alias is not None:
+            return self._admit_with(sequence, prompt_len, prefix, alias)
         self._check_new(sequence, prompt_len)
         return self._run(self._do_admit, sequence, prompt_len)
+
+    def _admit_with(self, sequence: SequenceId, prompt_len: int, prefix: Tokens | None, alias: Tokens | None) -> int:
+        self._cannot("begin a sequence with another slot's tokens")
 
     def _do_admit(self, sequence: SequenceId, prompt_len: int) -> int:
         slot = self._allocate(prompt_len)
@@ -105,6 +114,10 @@ class SlottedCache(KVCache):
 
     def _do_release(self, sequence: SequenceId, slot: int) -> None:
         self._release(slot)
+        self._remove_sequence(sequence, slot)
+
+    def _remove_sequence(self, sequence: SequenceId, slot: int) -> None:
+        """A sequence is in no slot any more."""
         del self._slot_of[sequence], self._owner[slot]
         self._occupied[slot] = False
         self.lengths[slot] = 0
@@ -113,8 +126,8 @@ class SlottedCache(KVCache):
         self._check_open()
         if lengths.shape != self.lengths.shape:
             raise ConfigError(f"lengths has shape {lengths.shape}; one entry a slot is needed: {self.lengths.shape}")
-        # In most steps all frontiers are far enough and nothing shrinks; only where that is not so is it worth while to
-        # look closer. This runs before every step, with caches cold: few calls matter, and no new arrays.
+        # In most steps all frontiers are far enough and nothing becomes shorter, so only that is tested first. This
+        # runs before every step, with the processor's caches cold: it makes few calls and no new arrays.
         flags = self._flags
         np.greater(lengths, self.frontiers, out=flags)
         unusual = np.count_nonzero(flags)

@@ -2,27 +2,37 @@
 
 A slot that no sequence uses may keep its memory mapped (*parked*), so that the next sequence adopts it without a driver
 call (the idea of TensorRT-LLM PR #15931's parked ranges). Only pressure unmaps it, from the tail of the longest-parked
-slot, once the fence is done that was recorded when it was parked.
+slot, once the fence is done that was recorded when it was parked. A slot may also keep its tokens (*retained*), for
+sequences that begin with the same ones; under pressure these go after what is parked, by priority and last use.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import os
 import threading
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingType
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from trtllm_vattn.errors import AddressSpaceExhausted, ConfigError, DriverError, InvariantViolation, KVCacheOutOfMemory
+from trtllm_vattn.errors import (
+    AddressSpaceExhausted,
+    ConfigError,
+    DriverError,
+    InvariantViolation,
+    KVCacheOutOfMemory,
+    MemoryQuarantined,
+)
 from trtllm_vattn.memory.layout import SlotLayout
 from trtllm_vattn.memory.pool import ExtentPool
-from trtllm_vattn.memory.slot import PARKED, RUNNING, RangeGroup, Slot, Stripe
+from trtllm_vattn.memory.slot import FREE, PARKED, RETAINED, RUNNING, RangeGroup, Segment, Slot, Stripe
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation, RollbackFailed
 
@@ -56,13 +66,20 @@ class Arena:
     ----------
     one_by_one : bool
         Make each mapping accessible by a call of its own, instead of all of a growth at once.
+    own_lengths : bool
+        Each range is a group of its own, with a length, a lower edge and a frontier of its own in each slot.
 
     Attributes
     ----------
     frontiers : numpy.ndarray
-        int64 ``[num_slots]``; tokens of each slot that its sequence may use.
+        int64 ``[num_slots]``; tokens of each slot that its sequence may use. A group that holds fewer tokens than its
+        slot's length (`RangeGroup.deficit`) is backed for so many tokens less.
     lower_edges : numpy.ndarray or None
-        int64 ``[num_slots]``; the first token of each slot that its sequence may use. None while all are 0.
+        int64 ``[num_slots]``; the first token of each slot that lies in its own memory. None while all are 0.
+    retained_frontiers : numpy.ndarray
+        int64 ``[num_slots]``; tokens that are backed in each retained slot, for others to read.
+    evicted : deque of tuple
+        (slot, serial, tokens left) of each retained slot that memory was taken from.
     extent_refs : dict
         Reference counts of extents that are mapped in more than one slot, by serial.
     trim_pending : set of int
@@ -78,11 +95,22 @@ class Arena:
         A reservation, or the dummy slot's memory, could not be had; nothing is left behind (see `discard`).
     """
 
-    def __init__(self, pool: ExtentPool, layout: SlotLayout, one_by_one: bool = False) -> None:
+    def __init__(
+        self, pool: ExtentPool, layout: SlotLayout, one_by_one: bool = False, own_lengths: bool = False
+    ) -> None:
         self.pool, self.layout, self._one_by_one = pool, layout, one_by_one
-        self.slots = [Slot(layout.num_ranges) for _ in range(layout.num_slots + 1)]
+        ranges = range(layout.num_ranges)
+        groups: list[Sequence[int]] = [[index] for index in ranges] if own_lengths else [ranges]
+        self.slots = [Slot(groups) for _ in range(layout.num_slots + 1)]
         self.frontiers = np.zeros(layout.num_slots, np.int64)
+        self.retained_frontiers = np.zeros(layout.num_slots, np.int64)
         self.lower_edges: np.ndarray | None = None
+        self.evicted: deque[tuple[int, int, int]] = deque()
+        self._serials = itertools.count(1)
+        self._retained: set[int] = set()
+        self._segments: np.ndarray | None = None
+        self._write_floors: np.ndarray | None = None
+        self._sharing_changed = False
         self.quarantine: list[Mapping] = []
         self.extent_refs: dict[int, int] = {}
         self.reservations: list[Reservation] = []
@@ -91,6 +119,10 @@ class Arena:
         self._scratches: list[Reservation] = []
         self._used_slots = 0
         """Slots from here on never had memory: with very many slots, most are never looked at."""
+        self._free: set[int] = set()
+        """Free slots before those."""
+        self._idle: set[int] = set()
+        """Slots that are not used and have memory."""
         dummy, least = layout.num_slots, layout.least_bytes
         if least > pool.available_bytes:
             raise ConfigError(
@@ -120,53 +152,75 @@ class Arena:
 
     # -- growing ---------------------------------------------------------------------------------------------------
 
-    def grow(self, wants: MappingType[int, int], wait: bool = True) -> int:
+    def grow(self, wants: MappingType[int, int], wait: bool = True, ahead: bool = False) -> int:
         """Back each slot for the tokens wanted, all or none; returns the number of mappings made.
 
-        With `wait`, it waits for the fences of memory that is parked or pending, where that is needed.
-        Raises KVCacheOutOfMemory, or DriverError where a driver call failed; nothing changed.
+        With `wait`, it waits for the fences of memory that is parked or pending, where that is needed. With `ahead`,
+        it takes no memory that is kept for prompts to come (`ExtentPool.acquire`).
+        Raises KVCacheOutOfMemory, MemoryQuarantined where a slot is broken, or DriverError; nothing changed.
         """
-        needs = {slot: self.layout.bytes_for(tokens) for slot, tokens in wants.items()}
-        growth = [
-            (slot, group, need - group.frontier)
-            for slot, need in needs.items()
-            for group in self.slots[slot].groups
-            if need > group.frontier
-        ]
-        made = self._grow(growth, wait) if growth else 0
-        for slot, need in needs.items():
-            self.extend_visible(slot, need)
+        growth = self._missing(wants)
+        made = self._grow(growth, wait, ahead) if growth else 0
+        for slot, tokens in wants.items():
+            self.extend_visible(slot, self.layout.bytes_for(tokens))
         return made
 
-    def _grow(self, growth: list[tuple[int, RangeGroup, int]], wait: bool) -> int:
+    def missing_bytes(self, wants: MappingType[int, int]) -> int:
+        """Bytes that `grow` would map."""
+        return sum(size * len(group.ranges) for _, group, size in self._missing(wants))
+
+    def _missing(self, wants: MappingType[int, int]) -> list[tuple[int, RangeGroup, int]]:
+        return [
+            (slot, group, need - group.frontier)
+            for slot, tokens in wants.items()
+            for group in self.slots[slot].groups
+            if (need := self.layout.bytes_for(max(0, tokens - group.deficit))) > group.frontier
+        ]
+
+    def _grow(self, growth: list[tuple[int, RangeGroup, int]], wait: bool, ahead: bool) -> int:
         total = sum(size * len(group.ranges) for _, group, size in growth)
+        if any(self.slots[slot].pending_unmap for slot, _, _ in growth):
+            self._free_tails(growth, wait)
         while True:
             self.make_available(total, wait)
             try:
-                return self._map_all(growth)
+                return self._map_all(growth, ahead)
             except KVCacheOutOfMemory:
                 # The device, quarantine or the ceiling leaves less than the budget says; parked memory may make up.
-                if not self.reclaim(total, wait):
+                if ahead or not self.reclaim(total, wait):
                     raise
 
-    def _map_all(self, growth: list[tuple[int, RangeGroup, int]]) -> int:
+    def _free_tails(self, growth: list[tuple[int, RangeGroup, int]], wait: bool) -> None:
+        """Unmap what is pending at the addresses that slots grow into. Raises KVCacheOutOfMemory where that has to wait
+        for a fence, and `wait` is False."""
+        self.complete_pending_unmaps(wait)
+        for slot, group, _ in growth:
+            start = slot * self.layout.slot_stride + group.frontier
+            if any(mapping.offset >= start for mapping in self.slots[slot].pending_unmap):
+                raise KVCacheOutOfMemory(
+                    f"slot {slot} has memory behind its frontier that is still in use; grow it once its fence is done"
+                )
+
+    def _map_all(self, growth: list[tuple[int, RangeGroup, int]], ahead: bool) -> int:
         self.check_ceiling(sum(len(self.pool.split(size)) * len(group.ranges) for _, group, size in growth))
         with ExitStack() as undo:
-            made = [self._map_more(slot, group, size, undo) for slot, group, size in growth]
+            made = [self._map_more(slot, group, size, ahead, undo) for slot, group, size in growth]
             undo.pop_all()
         for (slot, group, _), stripes in zip(growth, made, strict=True):
             self.slots[slot].push(group, stripes)
             self.publish(slot)
         return sum(len(stripes) * len(group.ranges) for (_, group, _), stripes in zip(growth, made, strict=True))
 
-    def _map_more(self, slot: int, group: RangeGroup, size: int, undo: ExitStack) -> list[Stripe]:
+    def _map_more(self, slot: int, group: RangeGroup, size: int, ahead: bool, undo: ExitStack) -> list[Stripe]:
         """Map `size` more bytes at a group's frontier, in each of its ranges; `undo` gets what reverts it."""
         if self.slots[slot].broken:
-            raise DriverError("QUARANTINED", "map", (slot,), "an unmap failed in this slot, so it cannot grow")
+            raise MemoryQuarantined(
+                f"an unmap failed in slot {slot}, so it cannot grow; release its sequence, and admit it again"
+            )
         offset = slot * self.layout.slot_stride + group.frontier
         rows = []
         for index in group.ranges:
-            extents = self.pool.acquire(size)
+            extents = self.pool.acquire(size, ahead)
             made: list[Mapping] = []
             undo.callback(self._revert, slot, extents, made)
             at = offset
@@ -192,16 +246,31 @@ class Arena:
         self.release_unmapped(extents)
 
     def publish(self, index: int) -> None:
-        """What is mapped in a slot, or visible of it, changed: bring its frontier up to date."""
+        """A slot's state, what is mapped in it, or visible of it, changed: bring what is known of it up to date."""
         if index < self.layout.num_slots:
-            self._used_slots = max(self._used_slots, index + 1)
+            slot = self.slots[index]
+            if index >= self._used_slots:
+                self._free.update(range(self._used_slots, index))
+                self._used_slots = index + 1
+            (self._free.add if slot.state is FREE else self._free.discard)(index)
+            (self._idle.discard if slot.is_used or not slot.mapped else self._idle.add)(index)
             self.frontiers[index] = self.frontier_of(index)
+            self.retained_frontiers[index] = self.backed_tokens(index) if slot.state is RETAINED else 0
+            if self.lower_edges is None and slot.is_used and slot.lower:
+                self.lower_edges = np.zeros(self.layout.num_slots, np.int64)
             if self.lower_edges is not None:
                 self.lower_edges[index] = self.lower_edge(index)
 
     def frontier_of(self, index: int) -> int:
         """Tokens that a slot's sequence may use; 0 without one: what is mapped there may go at any time."""
-        return self.layout.tokens_in(self.slots[index].visible_frontier)
+        slot = self.slots[index]
+        return self.backed_tokens(index, slot.visible_bytes) if slot.state is RUNNING else 0
+
+    def backed_tokens(self, index: int, most: int | None = None) -> int:
+        """Tokens that what is mapped in a slot backs in every group, or its first `most` bytes."""
+        tokens_in, longest = self.layout.tokens_in, self.layout.max_seq_len
+        edges = ((group.frontier, group.deficit) for group in self.slots[index].groups)
+        return min(longest, *(tokens_in(end if most is None else min(end, most)) + less for end, less in edges))
 
     @property
     def used_slots(self) -> list[Slot]:
@@ -213,15 +282,17 @@ class Arena:
     def free_slots(self, below: int | None = None) -> list[int]:
         """Slots that a sequence may be given, in order; only those below a number where one is given."""
         last = self.layout.num_slots if below is None else min(below, self.layout.num_slots)
-        free = [i for i, slot in enumerate(self.slots[: min(last, self._used_slots)]) if slot.is_free]
+        free = sorted(index for index in (*self._free, *self._parked()) if index < last)
         return [*free, *range(self._used_slots, last)]
 
     def first_free(self) -> int | None:
         """The lowest slot that a sequence may be given."""
-        for index, slot in enumerate(self.used_slots):
-            if slot.is_free:
-                return index
-        return self._used_slots if self._used_slots < self.layout.num_slots else None
+        first = min((*self._free, *self._parked()), default=self._used_slots)
+        return first if first < self.layout.num_slots else None
+
+    def _parked(self) -> list[int]:
+        # A copy, which the background thread does not change: some properties are read without its lock.
+        return [index for index in tuple(self._idle) if self.slots[index].state is PARKED]
 
     def allocate_slot(self, tokens: int, limit: int, ahead: int = 0, exact: bool = False) -> tuple[int, int]:
         """Choose a free slot below `limit`, of which there must be one, and back it for `tokens`; returns the slot and
@@ -241,7 +312,10 @@ class Arena:
                 return (0, mapped, index) if mapped <= 2 * need else (2, mapped, index)
             return (1, -mapped, index)
 
-        chosen = min(self.free_slots(limit), key=misfit)
+        # Of slots without memory only the first counts.
+        free = min(self._free, default=self._used_slots)
+        some = [index for index in (*self._parked(), free) if index < min(limit, self.layout.num_slots)]
+        chosen = min(some, key=misfit)
         slot = self.slots[chosen]
         if self._is_short_for(need):
             trims = slot.mapped > need + need // SLACK
@@ -249,6 +323,7 @@ class Arena:
             trims = slot.mapped > 2 * need and (slot.fence is None or slot.fence.done())
         since = slot.since
         slot.start()
+        self.publish(chosen)
         try:
             if exact or trims:
                 self._trim(chosen, need)
@@ -258,14 +333,14 @@ class Arena:
             slot.since = since
             raise
         visible = self.layout.bytes_for(min(tokens + ahead, self.layout.max_seq_len))
-        has_more = slot.frontier - slot.stripes[-1][0].size >= visible
+        has_more = any(group.ends_behind(visible) for group in slot.groups)
         self.set_visible(chosen, visible if has_more else None)
         return chosen, maps
 
     def _is_short_for(self, need: int) -> bool:
         """Whether less than the headroom would be free once a sequence has so many bytes in each range."""
-        free = self.pool.available_bytes + self.parked_bytes - need * self.layout.num_ranges
-        return free < self.pool.headroom
+        least = self.pool.headroom + need * self.layout.num_ranges
+        return self.pool.available_bytes < least and self.pool.available_bytes + self.parked_bytes < least
 
     def set_visible(self, index: int, visible: int | None) -> None:
         """Let a slot's sequence use so many bytes a range of what is mapped, and no more; None is all."""
@@ -283,18 +358,18 @@ class Arena:
             visible = max(slot.visible_bytes, size)
             self.set_visible(index, visible if visible < slot.frontier else None)
 
-    def start(self, index: int, stripes: list[Stripe], lower: int = 0) -> None:
-        """Have a free, empty slot run with memory that was mapped in it from byte `lower` on."""
+    def start(self, index: int, groups: Iterable[RangeGroup], segments: Sequence[Segment] = ()) -> None:
+        """Have a free, empty slot run with memory that was mapped in it, and with tokens that lie in other slots."""
         slot = self.slots[index]
         slot.start()
-        (group,) = slot.groups
-        group.lower = group.frontier = lower
-        slot.push(group, stripes)
+        slot.groups = tuple(groups)
+        self.hold(index, segments)
         self.publish(index)
 
     def stop(self, index: int) -> None:
         """A slot's sequence is gone, and nothing on the device uses it."""
         self.slots[index].stop()
+        self._let_go(index, None)
         self.set_visible(index, None)
 
     def park(self, index: int, fence: Fence) -> None:
@@ -303,28 +378,295 @@ class Arena:
         Memory that is shared with another slot, or does not begin at the slot's start, cannot be adopted: it is
         unmapped once `fence` is done.
         """
+        self.check_not_held(index)
         slot = self.slots[index]
         slot.park(fence)
+        self._let_go(index, fence)
+        self._unmap_what_is_not_adopted(index)
+
+    def _unmap_what_is_not_adopted(self, index: int) -> None:
+        slot = self.slots[index]
         self.set_visible(index, None)
-        if slot.lower or any(mapping.extent.serial in self.extent_refs for mapping in slot.mappings()):
-            self.begin_unmap(index, fence)
+        refs = self.extent_refs
+        if slot.lower or (refs and any(mapping.extent.serial in refs for mapping in slot.mappings())):
+            self.begin_unmap(index, slot.fence)
 
     def raise_lower_edge(self, index: int, tokens: int, fence: Fence) -> None:
         """A running sequence reads and writes nothing below `tokens` any more: unmap what lies wholly below, once
-        `fence` is done. Its frontier stays."""
-        front = self.slots[index].raise_lower(self.layout.whole_bytes(tokens), fence)
-        if front:
+        `fence` is done. Its frontier stays. Raises ConfigError where other slots read there."""
+        self.check_not_held(index)
+        self._begin_to_unmap(index, self.slots[index].raise_lower(self.layout.whole_bytes(tokens), fence))
+
+    def set_deficits(self, index: int, deficits: Sequence[int], group: int, keep: int, fence: Fence) -> None:
+        """Each group of a running slot holds so many tokens fewer than the slot's length from now on. Of one group,
+        what lies wholly behind `keep` tokens is unmapped once `fence` is done."""
+        slot = self.slots[index]
+        for each, deficit in zip(slot.groups, deficits, strict=True):
+            each.deficit = deficit
+        size = self.layout.bytes_for(min(keep, self.layout.max_seq_len))
+        self._begin_to_unmap(index, slot.lower_frontier(slot.groups[group], size, fence))
+        self.publish(index)
+
+    def _begin_to_unmap(self, index: int, mappings: list[Mapping]) -> None:
+        if mappings:
             self._pending_unmap.add(index)
-            if self.lower_edges is None:
-                self.lower_edges = np.zeros(self.layout.num_slots, np.int64)
             self.publish(index)
-            for mapping in front:
+            for mapping in mappings:
                 self.decref(mapping.extent)
 
     def lower_edge(self, index: int) -> int:
-        """The first token of a slot that its sequence may use; from it to the frontier all are backed."""
+        """The first token of a slot that lies in its own memory; from it to the frontier all are backed."""
         slot = self.slots[index]
-        return self.layout.first_token(slot.lower) if slot.state is RUNNING else 0
+        return self.layout.first_token(slot.lower) if slot.is_used else 0
+
+    # -- tokens that lie in other slots -------------------------------------------------------------------------------
+
+    def segments_below(self, index: int, tokens: int) -> tuple[Segment, ...]:
+        """Where the first `tokens` tokens of a slot lie: in the slots that it has segments in, and in itself."""
+        slot = self.slots[index]
+        found = [Segment(owner, start, min(stop, tokens)) for owner, start, stop in slot.segments if start < tokens]
+        if slot.prefix < tokens:
+            found.append(Segment(index, slot.prefix, tokens))
+        return tuple(found)
+
+    def hold(self, index: int, segments: Sequence[Segment]) -> None:
+        """A slot's first tokens lie in other slots, and these are held; those that it held before are let go."""
+        self._let_go(index, None)
+        self.slots[index].segments = tuple(segments)
+        for segment in segments:
+            self.slots[segment.owner].holders.add(index)
+        self._sharing_changed |= bool(segments)
+
+    def _let_go(self, index: int, fence: Fence | None) -> None:
+        """A slot has no segments any more. `fence` was recorded after the last work that read them."""
+        slot = self.slots[index]
+        if fence is not None:
+            self._fence_owners(slot, fence)
+        for segment in slot.segments:
+            self.slots[segment.owner].holders.discard(index)
+        self._sharing_changed |= bool(slot.segments)
+        slot.segments = ()
+
+    def fence_retained(self, indices: Iterable[int], record: Callable[[], Fence]) -> None:
+        """Work that reads these slots was submitted: those that are retained are not unmapped before it is done."""
+        retained = [self.slots[index] for index in indices if self.slots[index].state is RETAINED]
+        fence = record() if retained else None
+        for slot in retained:
+            slot.fence = fence
+
+    def _fence_owners(self, slot: Slot, fence: Fence) -> None:
+        self.fence_retained((segment.owner for segment in slot.segments), lambda: fence)
+
+    def held_tokens(self, index: int, only_kept: bool = False) -> int:
+        """How many of a slot's first tokens other slots read; with `only_kept`, without those that can be evicted."""
+        holders = (self.slots[holder] for holder in self.slots[index].holders)
+        return max(
+            (
+                segment.stop
+                for holder in holders
+                if not only_kept or holder.state is RUNNING or holder.priority == math.inf
+                for segment in holder.segments
+                if segment.owner == index
+            ),
+            default=0,
+        )
+
+    def check_not_held(self, index: int, tokens: int = 0) -> None:
+        """Raise ConfigError where other slots read tokens of a slot behind its first `tokens`."""
+        if (held := self.held_tokens(index)) > tokens:
+            raise ConfigError(
+                f"slots {sorted(self.slots[index].holders)} read the first {held} tokens of slot {index}: release them "
+                "first, or retain its sequence instead of releasing it"
+            )
+
+    @property
+    def segments(self) -> np.ndarray | None:
+        """int64 ``[segments, 4]``: holder, owner, start, stop of every segment, a holder's in order; None without."""
+        self._update_sharing()
+        return self._segments
+
+    @property
+    def write_floors(self) -> np.ndarray | None:
+        """int64 ``[num_slots]``: the first token of each slot that its sequence may write, for those before lie in
+        other slots or in shared extents; None where all are 0."""
+        self._update_sharing()
+        return self._write_floors
+
+    def _update_sharing(self) -> None:
+        if not self._sharing_changed:
+            return
+        self._sharing_changed = False
+        used = [(index, slot) for index, slot in enumerate(self.used_slots) if slot.is_used]
+        rows = [(index, *segment) for index, slot in used for segment in slot.segments]
+        self._segments = np.array(rows, np.int64) if rows else None
+        floors = np.zeros(self.layout.num_slots, np.int64)
+        for index, slot in used:
+            floors[index] = max(slot.prefix, self._shared_tokens(slot))
+        self._write_floors = floors if floors.any() else None
+
+    def _shared_tokens(self, slot: Slot) -> int:
+        """The first token of a slot that lies behind all extents which it shares."""
+        if not self.extent_refs:
+            return 0
+        most = 0
+        for group in slot.groups:
+            end = group.lower
+            for stripe in group.stripes:
+                end += stripe[0].size
+                if any(mapping.extent.serial in self.extent_refs for mapping in stripe):
+                    most = max(most, self.layout.first_token(end) + group.deficit)
+        return most
+
+    # -- retained slots ----------------------------------------------------------------------------------------------
+
+    def retain(self, index: int, tokens: int, fence: Fence) -> int:
+        """End a slot's use, but keep its first `tokens` tokens; returns a serial number, by which they can be told from
+        what may be retained in the slot later."""
+        serial = next(self._serials)
+        self.slots[index].retain(tokens, serial, fence)
+        self._retained.add(index)
+        self._fence_owners(self.slots[index], fence)
+        self.set_visible(index, None)
+        return serial
+
+    def retained_tokens(self, index: int, serial: int) -> int:
+        """Tokens that are still kept of those that were retained by this serial number."""
+        slot = self.slots[index]
+        return slot.tokens if slot.state is RETAINED and slot.serial == serial else 0
+
+    def adopt(self, index: int) -> Callable[[], None]:
+        """Have a retained slot run again, with all that it holds. Returns what retains it again as it was, or what the
+        driver has left of it."""
+        slot = self.slots[index]
+        tokens, serial, priority, since = slot.tokens, slot.serial, slot.priority, slot.since
+
+        def undo() -> None:
+            slot.retain(tokens, serial, slot.fence)
+            slot.priority, slot.since = priority, since
+            self._retained.add(index)
+            self.set_visible(index, None)
+            if not slot.holders:
+                self._note_eviction(index)
+
+        slot.adopt()
+        self._retained.discard(index)
+        self.publish(index)
+        return undo
+
+    def shrink_retained(self, index: int, tokens: int) -> None:
+        """Keep no more than the first `tokens` tokens of a retained slot; what lies behind them is the first to go
+        under pressure. 0, or none of its own, evicts it. Raises ConfigError where other slots read behind them."""
+        slot = self.slots[index]
+        self.check_not_held(index, tokens)
+        if tokens > max(slot.prefix, *(group.deficit for group in slot.groups)):
+            slot.shrink(min(tokens, slot.tokens))
+            return
+        slot.evict()
+        self._retained.discard(index)
+        self._let_go(index, None)
+        self._unmap_what_is_not_adopted(index)
+
+    def eviction_order(self) -> list[int]:
+        """Retained slots that may be evicted, the first to go first: by priority, then by last use."""
+        slots = self.slots
+        kept = (index for index in self._retained if slots[index].priority < math.inf)
+        return sorted(kept, key=lambda index: (slots[index].priority, slots[index].since))
+
+    def _evictable(self) -> set[Extent]:
+        """Extents that evicting retained slots would give back to the pool."""
+        found: Counter[Extent] = Counter()
+        for index in self.eviction_order():
+            least = self.held_tokens(index, only_kept=True)
+            for group in self.slots[index].groups:
+                found.update(m.extent for m in self._behind(group, least))
+        return {extent for extent, count in found.items() if count == extent.mappings}
+
+    def _behind(self, group: RangeGroup, tokens: int) -> list[Mapping]:
+        """Mappings of a group that lie wholly behind a slot's first `tokens` tokens."""
+        least, end = self.layout.bytes_for(max(0, tokens - group.deficit)), group.frontier
+        found: list[Mapping] = []
+        for stripe in reversed(group.stripes):
+            end -= stripe[0].size
+            if end < least:
+                break
+            found += stripe
+        return found
+
+    @property
+    def evictable_bytes(self) -> int:
+        """Bytes that evicting retained slots would give back to the pool."""
+        return sum(extent.size for extent in self._evictable()) if self._retained else 0
+
+    @contextmanager
+    def pinned(self, index: int) -> Iterator[None]:
+        """Nothing of a retained slot is evicted inside this context."""
+        slot = self.slots[index]
+        priority, slot.priority = slot.priority, math.inf
+        try:
+            yield
+        finally:
+            slot.priority = priority
+
+    @property
+    def has_sharing(self) -> bool:
+        """Whether any slot reads tokens of another one, or shares extents with it."""
+        return bool(self.extent_refs) or self.segments is not None
+
+    @property
+    def retained_slots(self) -> int:
+        """Slots that keep the tokens of ended sequences."""
+        return len(self._retained)
+
+    @property
+    def retained_bytes(self) -> int:
+        """Bytes mapped in retained slots; what they share counts once."""
+        return _unshared(self.slots[index] for index in self._retained)
+
+    def _evict(self, size: int, wait: bool) -> int:
+        """Unmap memory of retained slots, from their tails, until `size` bytes went back to the pool, or all that can:
+        first what lies behind their tokens, then tokens."""
+        released, went_on = 0, True
+        worth = self._evictable()
+        while released < size and went_on:
+            # A slot whose holders are evicted after it has its turn in the next round.
+            went_on = False
+            for index, takes_tokens in [(i, takes) for takes in (False, True) for i in self.eviction_order()]:
+                slot = self.slots[index]
+                if released >= size or slot.state is not RETAINED:
+                    continue
+                if not wait and slot.fence is not None and not slot.fence.done():
+                    continue
+                keep = self.held_tokens(index) if takes_tokens else slot.tokens
+                for group in slot.groups:
+                    while released < size and any(
+                        mapping.extent in worth for mapping in self._behind(group, keep)[: len(group.ranges)]
+                    ):
+                        if slot.fence is not None:
+                            slot.fence.wait()
+                        released += self.unmap_tail(index, group)
+                        went_on = True
+                self._note_eviction(index)
+        return released
+
+    def _note_eviction(self, index: int) -> None:
+        """Memory of a retained slot was unmapped: keep the tokens that are left."""
+        slot = self.slots[index]
+        left = min(slot.tokens, self.backed_tokens(index))
+        if left < slot.tokens:
+            serial = slot.serial
+            self.shrink_retained(index, left)
+            self.evicted.append((index, serial, self.retained_tokens(index, serial)))
+
+    def evict_slot(self) -> bool:
+        """Evict the first retained slot that nobody reads, so that a sequence may be given its place; returns whether
+        there was one. Its memory is parked, or unmapped once its fence is done."""
+        for index in self.eviction_order():
+            slot = self.slots[index]
+            if not slot.holders:
+                self.evicted.append((index, slot.serial, 0))
+                self.shrink_retained(index, 0)
+                return True
+        return False
 
     # -- unmapping -------------------------------------------------------------------------------------------------
 
@@ -340,14 +682,23 @@ class Arena:
         if short <= 0:
             return
         parked = sum(self.slots[index].mapped_bytes for index in self.reclaimable(wait))
-        if short > parked:
+        if short > parked and short > parked + (evictable := self.evictable_bytes):
             raise KVCacheOutOfMemory(
-                f"{size:,} bytes asked for; of a budget of {pool.budget:,} only {pool.available_bytes:,} are free and "
-                f"{parked:,} parked; release or preempt a sequence, or raise the budget"
+                f"{size:,} bytes asked for; of a budget of {pool.budget:,} only {pool.available_bytes:,} are free, "
+                f"{parked:,} parked and {evictable:,} retained for nobody; release or preempt a sequence, or raise the "
+                "budget"
             )
         self.reclaim(short, wait)
 
     def reclaim(self, size: int, wait: bool = True) -> int:
+        """Unmap `size` bytes that no sequence needs, or all there are: of parked slots, the longest-parked first, then
+        of retained ones in the order of eviction. Returns the bytes released to the pool."""
+        released = self.reclaim_parked(size, wait)
+        if released < size and self._retained:
+            released += self._evict(size - released, wait)
+        return released
+
+    def reclaim_parked(self, size: int, wait: bool = True) -> int:
         """Unmap `size` bytes of parked slots or all there are, the longest-parked first; returns the bytes released to
         the pool."""
         released = 0
@@ -360,14 +711,9 @@ class Arena:
         return released
 
     def reclaimable(self, wait: bool) -> list[int]:
-        """Slots without a sequence, the longest-parked first; without `wait`, those with memory that no fence holds."""
-        idle = (index for index, slot in enumerate(self.used_slots) if slot.state is not RUNNING)
-        if not wait:
-            idle = (
-                index
-                for index in idle
-                if self.slots[index].mapped and ((fence := self.slots[index].fence) is None or fence.done())
-            )
+        """Slots that are not used and have memory, the longest-parked first; without `wait`, those whose fence is
+        done."""
+        idle = [index for index in self._idle if wait or (fence := self.slots[index].fence) is None or fence.done()]
         return sorted(idle, key=lambda index: self.slots[index].since)
 
     def _trim(self, index: int, keep: int) -> None:
@@ -382,25 +728,26 @@ class Arena:
         """Unmap all that is parked in a free slot, once its fence is done."""
         self._trim(index, 0)
 
-    def truncate_broken(self, index: int, first: int) -> None:
-        """Unmap a slot's memory from stripe `first` on although its sequence needs it, and let it grow no more; its
-        frontier tells what is left."""
+    def truncate_broken(self, index: int, group: RangeGroup, first: int) -> None:
+        """Unmap the memory of a slot's group from stripe `first` on although its sequence needs it, and let it grow no
+        more; its frontier tells what is left."""
         slot = self.slots[index]
         slot.mark_broken()
-        while len(slot.stripes) > first:
-            self.unmap_tail(index)
+        while len(group.stripes) > first:
+            self.unmap_tail(index, group)
 
-    def unmap_tail(self, index: int) -> int:
-        """Unmap the last stripe of a slot, whose last use must be over; returns the bytes released to the pool."""
-        stripe = self.slots[index].pop()
+    def unmap_tail(self, index: int, group: RangeGroup | None = None) -> int:
+        """Unmap the last stripe of a slot's group, or of the one that reaches farthest; its last use must be over.
+        Returns the bytes released to the pool."""
+        stripe = self.slots[index].pop(group)
         self.publish(index)
         for mapping in stripe:
             self.decref(mapping.extent)
         self.unmap(index, stripe)
         return self.release_unmapped(mapping.extent for mapping in stripe)
 
-    def begin_unmap(self, index: int, fence: Fence) -> None:
-        """Take all memory of a slot without a sequence out of use at once, to be unmapped once `fence` is done."""
+    def begin_unmap(self, index: int, fence: Fence | None) -> None:
+        """Take all memory of a slot that is not used out of use at once, to be unmapped once `fence` is done."""
         self._pending_unmap.add(index)
         for mapping in self.slots[index].mappings():
             self.decref(mapping.extent)
@@ -411,10 +758,12 @@ class Arena:
         """Unmap what is pending and whose fence is done; with `wait`, all of it."""
         for index in sorted(self._pending_unmap):
             slot = self.slots[index]
-            if slot.fence is not None and (wait or slot.fence.done()):
-                slot.fence.wait()
+            if slot.fence is None or wait or slot.fence.done():
+                if slot.fence is not None:
+                    slot.fence.wait()
                 self._pending_unmap.discard(index)
                 pending = slot.complete_unmap()
+                self.publish(index)
                 self.unmap(index, pending)
                 self.release_unmapped(mapping.extent for mapping in pending)
 
@@ -444,11 +793,15 @@ class Arena:
 
     def incref(self, extent: Extent) -> None:
         """An extent is mapped in one more slot."""
+        self._sharing_changed = True
         self.extent_refs[extent.serial] = self.extent_refs.get(extent.serial, 1) + 1
 
     def decref(self, extent: Extent) -> None:
         """An extent is mapped in one slot less."""
-        refs = self.extent_refs.pop(extent.serial, 1) - 1
+        if extent.serial not in self.extent_refs:
+            return
+        self._sharing_changed = True
+        refs = self.extent_refs.pop(extent.serial) - 1
         if refs > 1:
             self.extent_refs[extent.serial] = refs
 
@@ -486,25 +839,24 @@ class Arena:
     @property
     def parked_bytes(self) -> int:
         """Bytes mapped for nobody, in all ranges."""
-        return sum(slot.mapped_bytes for slot in self.used_slots if slot.state is not RUNNING)
+        return sum(self.slots[index].mapped_bytes for index in self._idle)
 
     @property
     def parked_slots(self) -> int:
         """Free slots with memory in them."""
-        return sum(slot.state is PARKED for slot in self.used_slots)
+        return len(self._parked())
 
     @property
     def used_bytes(self) -> int:
-        """Bytes held that are neither free nor parked: running sequences', the dummy slot's, pending or quarantined."""
+        """Bytes held that are neither free nor parked: running sequences', retained, the dummy slot's, pending or
+        quarantined."""
         return self.pool.held_bytes - self.pool.free_bytes - self.parked_bytes
 
     @property
     def running_bytes(self) -> int:
         """Bytes mapped for running sequences, in all ranges, without the dummy slot; what they share counts once."""
         running = [slot for slot in self.used_slots if slot.state is RUNNING]
-        if not self.extent_refs:
-            return sum(slot.mapped_bytes for slot in running)
-        return sum({m.extent.serial: m.size for slot in running for m in slot.mappings()}.values())
+        return _unshared(running) if self.extent_refs else sum(slot.mapped_bytes for slot in running)
 
     def placement(self) -> Placement:
         """Of all that is mapped in slots, parked ones too."""
@@ -540,6 +892,42 @@ class Arena:
                     f"slot {index} ({slot.state.value}): frontier {self.frontiers[index]}, but {slot.mapped:,} bytes "
                     f"back {self.frontier_of(index)} tokens"
                 )
+            found = (index in self._free or index >= self._used_slots, index in self._idle)
+            if found != (slot.state is FREE, not slot.is_used and slot.mapped > 0):
+                raise InvariantViolation(f"slot {index} ({slot.state.value}) is taken for free, idle: {found}")
+            self._check_sharing(index)
+
+    def _check_sharing(self, index: int) -> None:
+        slot = self.slots[index]
+        backed = self.backed_tokens(index) if slot.state is RETAINED else 0
+        if (self.retained_frontiers[index], index in self._retained) != (backed, slot.state is RETAINED):
+            raise InvariantViolation(
+                f"slot {index} ({slot.state.value}): {self.retained_frontiers[index]} tokens are backed for others, "
+                f"but its memory backs {backed}"
+            )
+        if slot.tokens > backed and not slot.broken:
+            raise InvariantViolation(f"slot {index} keeps {slot.tokens} tokens, but {backed} are backed")
+        holders = {i for i, other in enumerate(self.slots) if any(s.owner == index for s in other.segments)}
+        if slot.holders != holders or (holders and not slot.is_used):
+            raise InvariantViolation(
+                f"slot {index} ({slot.state.value}) is held by slots {sorted(slot.holders)}, but read by "
+                f"{sorted(holders)}"
+            )
+        end = 0
+        for owner, start, stop in slot.segments:
+            first, last = self.lower_edge(owner), self.backed_tokens(owner)
+            is_lost = self.slots[owner].broken and last < stop
+            if start != end or stop <= start or owner == index or not (is_lost or first <= start < stop <= last):
+                raise InvariantViolation(
+                    f"slot {index}: tokens {start} to {stop} lie in slot {owner}, which backs {first} to {last}; those "
+                    f"before end at {end}"
+                )
+            end = stop
+        if slot.segments and (not slot.is_used or self.lower_edge(index) > end):
+            raise InvariantViolation(
+                f"slot {index} ({slot.state.value}): tokens below {end} lie in other slots, its own from "
+                f"{self.lower_edge(index)} on"
+            )
 
     def _check_extents(self) -> None:
         pool = self.pool
@@ -587,11 +975,18 @@ class Arena:
 
     def _check_pending(self, index: int) -> None:
         slot = self.slots[index]
-        if slot.state is RUNNING:
-            end = index * self.layout.slot_stride + min(group.lower for group in slot.groups)
-            in_use = [m for m in slot.pending_unmap if m.offset + m.size > end]
-        else:
-            in_use = slot.pending_unmap if slot.mapped else []
+        start = index * self.layout.slot_stride
+        used = {
+            self.reservations[where]: (start + group.lower, start + group.frontier)
+            for group in slot.groups
+            for where in group.ranges
+        }
+        in_use = [
+            mapping
+            for mapping in slot.pending_unmap
+            if mapping.offset < used[mapping.reservation][1]
+            and mapping.offset + mapping.size > used[mapping.reservation][0]
+        ]
         if in_use:
             raise InvariantViolation(
                 f"slot {index} ({slot.state.value}) is in use while {len(in_use)} mappings are pending unmap"
@@ -611,6 +1006,8 @@ class Arena:
         self._retry_quarantine()
         self.pool.retry()
         broken = {m.offset // self.layout.slot_stride for m in self.quarantine if m.reservation in self.reservations}
+        self._retained.clear()
+        self._sharing_changed = True
         for index, slot in enumerate(self.used_slots):
             slot.reset(index in broken)
             self.set_visible(index, None)
@@ -623,7 +1020,7 @@ class Arena:
     def close(self, fence: Fence | None = None) -> None:
         """Unmap and free everything once `fence` is done; what is quarantined is tried again.
 
-        Idempotent. Raises DriverError where something still fails; calling again tries again.
+        Idempotent. Raises DriverError or MemoryQuarantined where something still fails; calling again tries again.
         """
         if fence is not None:
             fence.wait()
@@ -639,7 +1036,14 @@ class Arena:
                     closing.callback(reservation.close)
         if self.quarantine:
             held = sum(mapping.size for mapping in self.quarantine)
-            raise DriverError("NOT_UNMAPPED", "unmap", (held,), f"{len(self.quarantine)} mappings are still held")
+            raise MemoryQuarantined(
+                f"{len(self.quarantine)} mappings of {held:,} bytes could not be unmapped; call close() again"
+            )
+
+
+def _unshared(slots: Iterable[Slot]) -> int:
+    """Bytes mapped in slots; what they share counts once."""
+    return sum({m.extent.serial: m.size for slot in slots for m in slot.mappings()}.values())
 
 
 # -- arenas that nobody holds any more: a constructor failed, or a cache was dropped without close() -----------------
@@ -668,10 +1072,10 @@ def retry_discarded() -> int:
         return len(_unclosed)
 
 
-def _try_close(arena: Arena) -> DriverError | None:
+def _try_close(arena: Arena) -> DriverError | MemoryQuarantined | None:
     try:
         arena.close()
-    except DriverError as error:
+    except (DriverError, MemoryQuarantined) as error:
         return error
     return None
 

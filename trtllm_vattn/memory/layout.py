@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trtllm_vattn.errors import ConfigError
 
@@ -38,13 +38,15 @@ class SlotLayout:
     """How slots of `max_seq_len` tokens divide one or more equal reservations.
 
     A range holds `layers_per_range` layers; a token's row in it is ``[layer][K,V][head][dim]`` and rows follow one
-    another without gaps, across page edges too. There are ``num_layers / layers_per_range`` ranges, each of
-    `num_slots` slots and one dummy slot.
+    another without gaps, across page edges too. There are ``num_layers / layers_per_range`` ranges for each of
+    `head_groups` parts of the heads, each of `num_slots` slots and one dummy slot.
 
     Parameters
     ----------
     layer_token_bytes : int
-        Bytes of one token in one layer.
+        Bytes of one token in one layer, of one part of the heads.
+    head_groups : int
+        Parts of the heads that have ranges of their own.
     granularity : int
         Bytes; sizes and addresses given to the driver are multiples of it.
     """
@@ -55,6 +57,7 @@ class SlotLayout:
     max_seq_len: int
     num_slots: int
     granularity: int
+    head_groups: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.layers_per_range < 1 or self.num_layers % self.layers_per_range:
@@ -66,7 +69,7 @@ class SlotLayout:
 
     @property
     def num_ranges(self) -> int:
-        return self.num_layers // self.layers_per_range
+        return self.num_layers // self.layers_per_range * self.head_groups
 
     @property
     def row_bytes(self) -> int:
@@ -109,10 +112,10 @@ class SlotLayout:
         """The first token of a slot whose bytes, in each range, all lie at or behind byte `lower`."""
         return -(-lower // self.row_bytes)
 
-    def place_of(self, layer: int) -> tuple[int, int]:
-        """The range of a layer, and the bytes from the start of a row to it."""
+    def place_of(self, layer: int, heads: int = 0) -> tuple[int, int]:
+        """The range of a layer, of one part of its heads, and the bytes from the start of a row to it."""
         index, within = divmod(layer, self.layers_per_range)
-        return index, within * self.layer_token_bytes
+        return index * self.head_groups + heads, within * self.layer_token_bytes
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,7 @@ class BlockLayout(SlotLayout):
     def first_token(self, lower: int) -> int:
         return -(-lower // self.block_bytes) * self.tokens_per_block
 
-    def place_of(self, layer: int) -> tuple[int, int]:
+    def place_of(self, layer: int, heads: int = 0) -> tuple[int, int]:
         """The range of a layer, and the bytes from the start of a block to its K."""
         index, within = divmod(layer, self.layers_per_range)
-        return index, within * self.kv_factor * self.part_bytes
+        return index * self.head_groups + heads, within * self.kv_factor * self.part_bytes

@@ -71,8 +71,8 @@ class CacheMemory:
     def close(self, fence: Fence) -> None:
         """Stop the thread and give everything back once `fence` is done. Idempotent.
 
-        Raises DriverError where something still fails, to be called again, or an error of the thread that nobody was
-        told of.
+        Raises DriverError or MemoryQuarantined where something still fails, to be called again, or an error of the
+        thread that nobody was told of.
         """
         if self.thread is not None:
             self.thread.close()

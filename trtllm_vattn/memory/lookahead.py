@@ -129,6 +129,12 @@ class Lookahead:
         """How far ahead a slot is mapped when it is served."""
         return 2 * self.timing.least if self.fixed is None else self.fixed
 
+    def is_urgent(self, due: np.ndarray) -> bool:
+        """Whether the first of the slots that are due has too few tokens left for the next launch."""
+        if not due.size or self.fixed == 0:
+            return False
+        return int(self.arena.frontiers[due[0]] - self._lengths[due[0]]) < self.timing.launch
+
     def past(self, tokens: int) -> np.ndarray:
         """int64 ``[num_slots]``: lengths plus `tokens`, at most max_seq_len."""
         past: np.ndarray = np.minimum(self._lengths + tokens, self.arena.layout.max_seq_len)
@@ -175,7 +181,7 @@ class Lookahead:
             wants = {slot: min(int(wanted[slot]), longest) for slot in due}
             started = perf_counter()
             try:
-                made = self.arena.grow(wants, wait=at_once is not None)
+                made = self.arena.grow(wants, wait=at_once is not None, ahead=True)
             except KVCacheOutOfMemory:
                 return 0
             self.timing.observe_mappings(made, perf_counter() - started)

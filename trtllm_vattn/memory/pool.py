@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 
-from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, KVCacheOutOfMemory
+from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, KVCacheOutOfMemory, MemoryQuarantined
 from trtllm_vattn.memory.layout import SlotLayout, round_up
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.owners import Extent
@@ -90,13 +90,16 @@ class ExtentPool:
                 "release or preempt a sequence first"
             )
 
-    def acquire(self, size: int) -> list[Extent]:
+    def acquire(self, size: int, ahead: bool = False) -> list[Extent]:
         """The fewest extents that add up to `size` bytes, rounded up to the granularity, largest first.
+
+        With `ahead`, for what no step needs yet: free extents within the targets are kept for those whom they were
+        created for.
 
         Raises
         ------
         KVCacheOutOfMemory
-            The budget, or the device, has no more; nothing changed.
+            The budget, or the device, has no more, or, with `ahead`, none but what is kept; nothing changed.
         DriverError
             A create failed for another reason; nothing changed.
         """
@@ -110,7 +113,7 @@ class ExtentPool:
         wanted = self.split(size)
         try:
             for position, each in enumerate(wanted):
-                acquired.append(self._acquire_one(each, spare=wanted[position + 1 :]))
+                acquired.append(self._acquire_one(each, wanted[position + 1 :], ahead))
         except (DriverError, KVCacheOutOfMemory) as error:
             self.release(acquired)
             if isinstance(error, DriverError) and error.code == "CUDA_ERROR_OUT_OF_MEMORY":
@@ -129,11 +132,13 @@ class ExtentPool:
             pieces += [each] * count
         return pieces
 
-    def _acquire_one(self, size: int, spare: list[int]) -> Extent:
+    def _acquire_one(self, size: int, spare: list[int], ahead: bool) -> Extent:
         free = self._free[size]
-        if free:
+        if len(free) > (self._targets[size] if ahead else 0):
             self.free_bytes -= size
             return free.pop(0)
+        if ahead and self.held_bytes + size > self.budget:
+            raise KVCacheOutOfMemory(f"the free extents of {size:,} bytes are kept for prompts that were announced")
         while self.held_bytes + size > self.budget and self._drop_one(spare):
             pass
         if self.held_bytes + size > self.budget:
@@ -170,8 +175,8 @@ class ExtentPool:
         return [extent for free in self._free.values() for extent in free]
 
     def set_targets(self, targets: Mapping[int, int]) -> None:
-        """How many free extents of each class `create_one` shall keep. A class is filled up when less than half of its
-        number is left."""
+        """How many free extents of each class `create_one` shall keep, for prompts to come: `acquire` gives them to
+        nobody who maps ahead. A class is filled up when less than half of its number is left."""
         unknown = targets.keys() - set(self.classes)
         if unknown:
             raise ConfigError(f"there are no extents of {sorted(unknown)} bytes; the classes are {self.classes}")
@@ -254,12 +259,14 @@ class ExtentPool:
             self._destroy(extent)
 
     def close(self) -> None:
-        """Give all free and quarantined extents back. Idempotent; raises DriverError where some still fails."""
+        """Give all free and quarantined extents back. Idempotent; raises MemoryQuarantined where some still
+        fails."""
         self.retry()
         self.drop_free()
         if self.quarantine:
-            raise DriverError(
-                "NOT_RELEASED", "release", (self.quarantined_bytes,), f"{len(self.quarantine)} extents are still held"
+            raise MemoryQuarantined(
+                f"{len(self.quarantine)} extents of {self.quarantined_bytes:,} bytes could not be released; call "
+                "close() again"
             )
 
 

@@ -9,7 +9,7 @@ from time import monotonic
 
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
 from trtllm_vattn.memory.arena import Arena
-from trtllm_vattn.memory.slot import RUNNING, Stripe
+from trtllm_vattn.memory.slot import RUNNING, RangeGroup, Stripe
 from trtllm_vattn.vmm.base import Fence
 
 
@@ -26,44 +26,44 @@ def take_surplus(arena: Arena, size: int, needed: Sequence[int], fence: Fence) -
     """
     plan = []
     found = 0
-    for index, stripe in _surplus(arena, needed):
+    for index, group, stripe in _surplus(arena, needed):
         if found >= size:
             break
         found += _unshared_bytes(stripe)
-        plan.append(index)
+        plan.append((index, group))
     if found < size:
         return False
     fence.wait()
-    for index in plan:
-        arena.unmap_tail(index)
+    for index, group in plan:
+        arena.unmap_tail(index, group)
     return True
 
 
 def drop_surplus(arena: Arena, needed: Sequence[int], fence: Fence) -> int:
     """Unmap, once `fence` is done, all stripes that running slots have beyond the tokens they need; returns the bytes
     released to the pool."""
-    plan = [index for index, _ in _surplus(arena, needed)]
+    plan = [(index, group) for index, group, _ in _surplus(arena, needed)]
     if plan:
         fence.wait()
-    return sum(arena.unmap_tail(index) for index in plan)
+    return sum(arena.unmap_tail(index, group) for index, group in plan)
 
 
 def surplus_bytes(arena: Arena, needed: Sequence[int]) -> int:
     """Bytes that running slots have beyond the tokens they need, for `take_surplus` to take."""
-    return sum(_unshared_bytes(stripe) for _, stripe in _surplus(arena, needed))
+    return sum(_unshared_bytes(stripe) for _, _, stripe in _surplus(arena, needed))
 
 
-def _surplus(arena: Arena, needed: Sequence[int]) -> Iterator[tuple[int, Stripe]]:
+def _surplus(arena: Arena, needed: Sequence[int]) -> Iterator[tuple[int, RangeGroup, Stripe]]:
     running = [index for index, slot in enumerate(arena.used_slots) if slot.state is RUNNING]
     for index in sorted(running, key=lambda index: arena.slots[index].since):
-        least = arena.layout.bytes_for(max(1, int(needed[index])))
         for group in arena.slots[index].groups:
+            least = arena.layout.bytes_for(max(1, int(needed[index]) - group.deficit))
             left = group.frontier
             for stripe in reversed(group.stripes):
                 left -= stripe[0].size
                 if left < least:
                     break
-                yield index, stripe
+                yield index, group, stripe
 
 
 def _unshared_bytes(stripe: Stripe) -> int:
@@ -78,9 +78,10 @@ def trim(arena: Arena, most: int = 1) -> bool:
         slot = arena.slots[index]
         if slot.fence is None or slot.fence.done():
             visible = slot.frontier if slot.visible_bytes is None else slot.visible_bytes
-            while left and slot.mapped and slot.frontier - slot.stripes[-1][0].size >= visible:
-                arena.unmap_tail(index)
-                left -= 1
+            for group in slot.groups:
+                while left and group.ends_behind(visible):
+                    arena.unmap_tail(index, group)
+                    left -= 1
             if not left:
                 break
             arena.extend_visible(index, slot.frontier)
@@ -98,11 +99,11 @@ def set_budget(arena: Arena, budget: int) -> None:
         raise ConfigError(f"the budget is {budget:,} bytes, the dummy slot alone takes {least:,}; raise the budget")
     if budget < pool.held_bytes:
         arena.complete_pending_unmaps(wait=True)
-        stuck, used = pool.quarantined_bytes, arena.used_bytes
+        stuck, used = pool.quarantined_bytes, arena.used_bytes - arena.evictable_bytes
         if used > budget:
             raise KVCacheOutOfMemory(
-                f"a budget of {budget:,} bytes asked for, but running slots hold {used - stuck:,} and {stuck:,} "
-                "could not be released; release or preempt a sequence first"
+                f"a budget of {budget:,} bytes asked for, but running slots, and what they read, hold "
+                f"{used - stuck:,} and {stuck:,} could not be released; release or preempt a sequence first"
             )
         arena.reclaim(pool.held_bytes - pool.free_bytes - budget)
     pool.set_budget(budget)

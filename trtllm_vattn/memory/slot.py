@@ -6,6 +6,7 @@ import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import NamedTuple
 
 from trtllm_vattn.errors import InvariantViolation
 from trtllm_vattn.vmm.base import Fence
@@ -19,16 +20,26 @@ class SlotState(enum.Enum):
     FREE = "free"
     RUNNING = "running"
     """It backs a sequence."""
+    RETAINED = "retained"
+    """Its last sequence is gone, and its tokens are kept for sequences that begin with the same ones."""
     PARKED = "parked"
-    """Its last sequence is gone and its memory is still mapped, for the next sequence to adopt."""
+    """Its last sequence is gone and its memory is still mapped, for the next sequence to adopt, whatever it holds."""
     PENDING_UNMAP = "pending unmap"
     """It backs nothing; its last mappings are unmapped once its fence is done, and until then it takes no sequence."""
     RETIRED = "retired"
     """An unmap failed in it: its addresses are not used again."""
 
 
-FREE, RUNNING, PARKED, PENDING_UNMAP, RETIRED = SlotState
+FREE, RUNNING, RETAINED, PARKED, PENDING_UNMAP, RETIRED = SlotState
 """Module-level names: looking a member up in its class takes Python 3.11 longer than the rest of a loop over slots."""
+
+
+class Segment(NamedTuple):
+    """Tokens `start` to `stop` (excluded) of a slot lie in the slot `owner`, at the same positions of it."""
+
+    owner: int
+    start: int
+    stop: int
 
 
 @dataclass
@@ -43,12 +54,15 @@ class RangeGroup:
         Bytes from the slot's start, where the mapped memory begins and ends.
     stripes : list of Stripe
         The memory between them, in order.
+    deficit : int
+        How many tokens fewer than its slot's length these ranges hold.
     """
 
     ranges: Sequence[int]
     lower: int = 0
     frontier: int = 0
     stripes: list[Stripe] = field(default_factory=list)
+    deficit: int = 0
 
     @property
     def mapped(self) -> int:
@@ -60,40 +74,70 @@ class RangeGroup:
         self.stripes += stripes
         self.frontier += sum(stripe[0].size for stripe in stripes)
 
+    def ends_behind(self, size: int) -> bool:
+        """Whether the last stripe lies wholly behind byte `size`."""
+        return bool(self.stripes) and self.frontier - self.stripes[-1][0].size >= size
+
     def clear(self) -> list[Mapping]:
         """Forget all memory, which begins at 0 the next time; returns the mappings."""
         mappings = [mapping for stripe in self.stripes for mapping in stripe]
-        self.stripes, self.lower, self.frontier = [], 0, 0
+        self.stripes, self.lower, self.frontier, self.deficit = [], 0, 0, 0
         return mappings
 
 
 class Slot:
     """One slot. Its methods are the transitions between its states; none makes a driver call.
 
-    All ranges are one group today, with its lower edge at 0.
-
     Attributes
     ----------
     groups : tuple of RangeGroup
-        What is mapped.
+        What is mapped: one group of all ranges, or one of each where ranges have lengths of their own.
+    segments : tuple of Segment
+        Its first tokens, where they lie in other slots; in order, without gaps. Its own memory begins at the page of
+        the first token behind them.
+    holders : set of int
+        Slots that have a segment in this one.
+    tokens : int
+        Of a retained slot: how many tokens are kept.
+    priority : float
+        Of a retained slot: those of lower priority are evicted first; one of infinite priority never is.
+    serial : int
+        Of a retained slot: a number that no other one had.
     visible_bytes : int or None
         How far, in bytes from the slot's start, the sequence may use the mapped memory; None is all of it. What the
         sequence found parked beyond that is unmapped once `fence` is done, unless the sequence grows so far before.
     fence : Fence or None
-        Recorded after the last use of what is parked, pending, or beyond `visible_bytes`.
+        Recorded after the last use of what is retained, parked, pending, or beyond `visible_bytes`.
     since : float
-        When the slot was last started or parked, in seconds of a monotonic clock.
+        When the slot was last started, retained, touched or parked, in seconds of a monotonic clock.
     pending_unmap : list of Mapping
         Still mapped at the slot's addresses and used by no sequence; unmapped once `fence` is done.
     broken : bool
         An unmap failed in it. A running slot that is broken cannot grow; without a sequence it is retired.
     """
 
-    __slots__ = ("broken", "fence", "groups", "pending_unmap", "since", "state", "visible_bytes")
+    __slots__ = (
+        "broken",
+        "fence",
+        "groups",
+        "holders",
+        "pending_unmap",
+        "priority",
+        "segments",
+        "serial",
+        "since",
+        "state",
+        "tokens",
+        "visible_bytes",
+    )
 
-    def __init__(self, num_ranges: int) -> None:
-        self.groups = (RangeGroup(range(num_ranges)),)
+    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
+        self.groups = tuple(map(RangeGroup, groups))
         self.state = FREE
+        self.segments: tuple[Segment, ...] = ()
+        self.holders: set[int] = set()
+        self.tokens = self.serial = 0
+        self.priority = 0.0
         self.visible_bytes: int | None = None
         self.fence: Fence | None = None
         self.since = 0.0
@@ -106,6 +150,11 @@ class Slot:
     def is_free(self) -> bool:
         """Whether a sequence may be given it."""
         return self.state is FREE or self.state is PARKED
+
+    @property
+    def is_used(self) -> bool:
+        """Whether somebody may read its tokens."""
+        return self.state is RUNNING or self.state is RETAINED
 
     @property
     def stripes(self) -> list[Stripe]:
@@ -137,11 +186,9 @@ class Slot:
         return min(group.frontier for group in self.groups)
 
     @property
-    def visible_frontier(self) -> int:
-        """Bytes from the slot's start that its sequence may use; 0 without a sequence."""
-        if self.state is not RUNNING:
-            return 0
-        return self.frontier if self.visible_bytes is None else min(self.frontier, self.visible_bytes)
+    def prefix(self) -> int:
+        """Tokens that lie in other slots."""
+        return self.segments[-1].stop if self.segments else 0
 
     # -- transitions -----------------------------------------------------------------------------------------------
 
@@ -154,44 +201,67 @@ class Slot:
         """RUNNING → PARKED; FREE with no memory, RETIRED if broken."""
         self._check(RUNNING)
         self.visible_bytes = None
-        self.state = self._idle_state()
+        self._become_idle()
 
     def park(self, fence: Fence) -> None:
         """`stop`; what is mapped may be unmapped once `fence` is done."""
         self.stop()
         self.fence, self.since = fence, monotonic()
 
-    def begin_unmap(self, fence: Fence) -> list[Mapping]:
-        """Any state without a sequence → PENDING_UNMAP; returns all its mappings."""
+    def retain(self, tokens: int, serial: int, fence: Fence | None) -> None:
+        """RUNNING → RETAINED; its tokens may be read by others, and unmapped once `fence` is done."""
+        self._check(RUNNING)
+        self.state, self.visible_bytes = RETAINED, None
+        self.tokens, self.serial, self.priority = tokens, serial, 0.0
+        self.fence, self.since = fence, monotonic()
+
+    def adopt(self) -> None:
+        """RETAINED → RUNNING, with its memory, segments and tokens."""
+        self._check(RETAINED)
+        self.state, self.since, self.tokens = RUNNING, monotonic(), 0
+
+    def touch(self, priority: float) -> None:
+        """RETAINED, used now; `priority` from now on."""
+        self._check(RETAINED)
+        self.priority, self.since = priority, monotonic()
+
+    def shrink(self, tokens: int) -> None:
+        """RETAINED, with fewer tokens; its memory stays."""
+        self._check(RETAINED)
+        self.tokens = tokens
+
+    def evict(self) -> None:
+        """RETAINED → PARKED; FREE with no memory, RETIRED if broken."""
+        self._check(RETAINED)
+        self._become_idle()
+
+    def begin_unmap(self, fence: Fence | None) -> list[Mapping]:
+        """Any state in which it is not used → PENDING_UNMAP; returns all its mappings."""
         self._check(FREE, PARKED, PENDING_UNMAP, RETIRED)
         self.fence = fence
         self.pending_unmap += [mapping for group in self.groups for mapping in group.clear()]
-        self.state = self._idle_state()
+        self._become_idle()
         return self.pending_unmap
 
     def complete_unmap(self) -> list[Mapping]:
         """PENDING_UNMAP → FREE, or RETIRED if broken; returns the mappings, for the caller to unmap."""
         pending, self.pending_unmap = self.pending_unmap, []
-        if self.state is not RUNNING:
-            self.state = self._idle_state()
+        self._update_idle()
         return pending
 
     def push(self, group: RangeGroup, stripes: list[Stripe]) -> None:
         """Memory was mapped at a group's frontier."""
         group.push(stripes)
-        if self.state is not RUNNING:
-            self.state = self._idle_state()
+        self._update_idle()
 
-    def pop(self) -> Stripe:
-        """Take the last stripe of the group that reaches farthest, for the caller to unmap; PARKED → FREE where it was
-        the last one."""
-        group = max(self.groups, key=lambda group: (group.frontier, group.mapped))
+    def pop(self, group: RangeGroup | None = None) -> Stripe:
+        """Take the last stripe of a group, or of the one that reaches farthest, for the caller to unmap; PARKED → FREE
+        where it was the last one."""
+        if group is None:
+            group = max((group for group in self.groups if group.stripes), key=lambda group: group.frontier)
         stripe = group.stripes.pop()
         group.frontier -= stripe[0].size
-        if not group.stripes:
-            group.lower = group.frontier = 0
-        if self.state is not RUNNING:
-            self.state = self._idle_state()
+        self._update_idle()
         return stripe
 
     def raise_lower(self, lower: int, fence: Fence) -> list[Mapping]:
@@ -204,28 +274,53 @@ class Slot:
                 stripe = group.stripes.pop(0)
                 group.lower += stripe[0].size
                 front += stripe
-        if front:
-            self.fence = fence
-            self.pending_unmap += front
+        self._set_pending(front, fence)
         return front
 
+    def lower_frontier(self, group: RangeGroup, size: int, fence: Fence) -> list[Mapping]:
+        """Take a group's stripes that lie wholly behind byte `size` out of use, to be unmapped once `fence` is done;
+        returns their mappings."""
+        self._check(RUNNING)
+        tail: list[Mapping] = []
+        while group.ends_behind(size):
+            tail += self.pop(group)
+        self._set_pending(tail, fence)
+        return tail
+
+    def _set_pending(self, mappings: list[Mapping], fence: Fence) -> None:
+        if mappings:
+            self.fence = fence
+            self.pending_unmap += mappings
+
     def mark_broken(self) -> None:
-        """An unmap failed in it: RETIRED, now or once its sequence ends."""
+        """An unmap failed in it: RETIRED, now or once it is not used any more."""
         self.broken = True
-        if self.state is not RUNNING:
-            self.state = self._idle_state()
+        self._update_idle()
 
     def reset(self, broken: bool) -> None:
-        """Any state → FREE, or RETIRED if broken; its memory is gone already."""
+        """Any state → FREE, or RETIRED if broken; its memory is gone already, and nobody has a segment anywhere."""
         self.broken, self.visible_bytes, self.fence, self.since = broken, None, None, 0.0
-        self.state = self._idle_state()
+        self.segments = ()
+        self.holders.clear()
+        self._become_idle()
 
-    def _idle_state(self) -> SlotState:
+    def _update_idle(self) -> None:
+        if not self.is_used:
+            self._become_idle()
+
+    def _become_idle(self) -> None:
+        """Nobody reads its tokens; what state that is follows from what is mapped."""
+        self.tokens = 0
+        for group in self.groups:
+            group.deficit = 0
+            if not group.stripes:
+                group.lower = group.frontier = 0
         if self.pending_unmap:
-            return PENDING_UNMAP
-        if self.broken:
-            return RETIRED
-        return PARKED if any(group.stripes for group in self.groups) else FREE
+            self.state = PENDING_UNMAP
+        elif self.broken:
+            self.state = RETIRED
+        else:
+            self.state = PARKED if any(group.stripes for group in self.groups) else FREE
 
     def _check(self, *states: SlotState) -> None:
         if self.state not in states:

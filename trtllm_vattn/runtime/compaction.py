@@ -13,7 +13,7 @@ from time import perf_counter
 import numpy as np
 
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory
+from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory, MemoryQuarantined
 
 FIRST_GUESS_S = 300e-6
 """Seconds to map, make accessible and unmap one extent under load, as measured on an H200 (README)."""
@@ -70,12 +70,13 @@ class Compaction:
     def move(self, source: int, target: int) -> None:
         """Move the sequence in a slot to another slot and remember what it took.
 
-        Raises KVCacheOutOfMemory or DriverError; it is where it was then, and moves count as twice as dear.
+        Raises KVCacheOutOfMemory, DriverError or MemoryQuarantined; it is where it was then, and moves count as twice
+        as dear.
         """
         started = perf_counter()
         try:
             moved = self.cache.move(self.cache.sequence_at(source), target)
-        except (KVCacheOutOfMemory, DriverError):
+        except (KVCacheOutOfMemory, DriverError, MemoryQuarantined):
             self.seconds_per_mapping *= 2
             raise
         took = (perf_counter() - started) / max(1, moved)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from time import perf_counter
 
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.errors import DriverError
+from trtllm_vattn.errors import DriverError, MemoryQuarantined
 from trtllm_vattn.memory.mapping_policy import MappingPolicy
 
 
@@ -23,7 +23,7 @@ class MapAheadHook:
 
     def __init__(self, cache: KVCache, policy: MappingPolicy, publish: Callable[[], None] | None) -> None:
         self._cache, self._policy, self._publish = cache, policy, publish
-        self._failed: DriverError | None = None
+        self._failed: DriverError | MemoryQuarantined | None = None
         if policy is MappingPolicy.CONCURRENT and publish is None:
             cache.start_thread()
 
@@ -36,19 +36,19 @@ class MapAheadHook:
     def during_step(self) -> float:
         """Map while the device computes, if the policy allows it; returns the seconds it took.
 
-        A DriverError is kept for `raise_failed`, so that no token of the running launch is lost.
+        What the driver refused is kept for `raise_failed`, so that no token of the running launch is lost.
         """
         started = perf_counter()
         if self._policy is MappingPolicy.CONCURRENT:
             try:
                 while self._cache.map_ahead() and self._publish is not None:
                     self._publish()
-            except DriverError as error:
+            except (DriverError, MemoryQuarantined) as error:
                 self._failed = error
         return perf_counter() - started
 
     def raise_failed(self) -> None:
-        """Raise the DriverError that `during_step` kept, if any; once."""
+        """Raise what `during_step` kept, if any; once."""
         if self._failed is not None:
             error, self._failed = self._failed, None
             raise error

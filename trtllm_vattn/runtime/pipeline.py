@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import perf_counter
 
-from trtllm_vattn.errors import DriverError
+from trtllm_vattn.errors import DriverError, MemoryQuarantined
 from trtllm_vattn.runtime.decode import Launch
 from trtllm_vattn.runtime.passes import Passes
 from trtllm_vattn.runtime.scheduler import Scheduler
@@ -63,7 +63,7 @@ class Pipeline:
         if self.unread is None and not self.one_by_one:
             try:
                 self.unread = self._launch(ahead=True)
-            except DriverError:
+            except (DriverError, MemoryQuarantined):
                 # Nobody changes lanes that the device still works on.
                 self._first.read()
                 self.scheduler.preempt_broken()

@@ -14,7 +14,7 @@ from typing import Literal
 
 from trtllm_vattn.attention.base import MIN_CHUNK_ROWS
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory, NoFreeSlot
+from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory, MemoryQuarantined, NoFreeSlot
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad
@@ -175,8 +175,8 @@ class Scheduler:
         With `ahead` launches are under way whose tokens nobody knows yet: nobody is preempted or moved then. None where
         there is nothing to launch, or nothing before these tokens are read.
         """
-        self.release_ended()
-        self.admit()
+        if self.ended or self.waiting:
+            self.cache.at_once(self._release_and_admit)
         if self._moves_wait(ahead):
             return None
         while True:
@@ -191,7 +191,7 @@ class Scheduler:
                 if ahead:
                     return None
                 self.preempt()
-            except DriverError:
+            except (DriverError, MemoryQuarantined):
                 if not ahead:
                     self.preempt_broken()
                 raise
@@ -219,6 +219,10 @@ class Scheduler:
         for request in plan.joins:
             self.prefilling.remove(request)
             self.decoding[request.slot] = request
+
+    def _release_and_admit(self) -> None:
+        self.release_ended()
+        self.admit()
 
     def next_chunks(self) -> PromptChunks:
         """What goes in now, in the order of requests: what running sequences leave of the pass, but at least a few
@@ -257,7 +261,7 @@ class Scheduler:
         for source, target in moves:
             try:
                 self.compaction.move(source, target)
-            except (KVCacheOutOfMemory, DriverError) as error:
+            except (KVCacheOutOfMemory, DriverError, MemoryQuarantined) as error:
                 logger.warning("sequences stay where they are, for a move failed: %s", error)
                 break
             request = by_slot[source]

@@ -20,7 +20,14 @@ import torch
 
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.blocks import BlockKVCache
-from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory, UnknownSequence, UnmappedAccess
+from trtllm_vattn.errors import (
+    ConfigError,
+    DriverError,
+    KVCacheOutOfMemory,
+    MemoryQuarantined,
+    UnknownSequence,
+    UnmappedAccess,
+)
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.features import UnsupportedFeature, enum_name
 from trtllm_vattn.trtllm.holdback import BlockHoldback, StatsWithoutHoldback
@@ -243,7 +250,7 @@ class ManagerMemory:
             self._stock.update_resources(*arguments, **named)
             try:
                 self.cache.map_ahead()
-            except DriverError as error:
+            except (DriverError, MemoryQuarantined) as error:
                 logger.warning("mapping ahead failed and is left to the next step: %s", error)
 
     def rewind(self, request: Any, tokens: int) -> None:

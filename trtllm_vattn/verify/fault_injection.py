@@ -17,7 +17,7 @@ import torch
 
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import DriverError, InvariantViolation, KVCacheOutOfMemory, NoFreeSlot
+from trtllm_vattn.errors import DriverError, InvariantViolation, KVCacheOutOfMemory, MemoryQuarantined, NoFreeSlot
 from trtllm_vattn.verify.workload import CacheWorkload
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
@@ -102,7 +102,7 @@ class FaultStress(CacheWorkload):
         except InvariantViolation:
             # What it found is raised; the cache is not left to its finalizer.
             self.driver.disarm()
-            with suppress(InvariantViolation, DriverError):
+            with suppress(InvariantViolation, DriverError, MemoryQuarantined):
                 self.cache.close()
             raise
 
@@ -112,7 +112,7 @@ class FaultStress(CacheWorkload):
             self.number = number
             try:
                 self.run_one(WEIGHTS)
-            except DriverError:
+            except (DriverError, MemoryQuarantined):
                 self.operations["failed"] += 1
             except (KVCacheOutOfMemory, NoFreeSlot):
                 self.operations["refused"] += 1
@@ -134,7 +134,7 @@ class FaultStress(CacheWorkload):
             try:
                 self.cache.close()
                 break
-            except DriverError:
+            except (DriverError, MemoryQuarantined):
                 self.operations["closed again"] += 1
         left = (self.host.live_mappings, self.host.live_handles, self.host.live_reservations)
         if left != (0, 0, 0):
@@ -176,7 +176,7 @@ class FaultStress(CacheWorkload):
             try:
                 super().end(sequence)
                 break
-            except DriverError:
+            except (DriverError, MemoryQuarantined):
                 self.operations["failed"] += 1
 
     def set_budget(self) -> None:

@@ -22,6 +22,8 @@ I2. A mapping holds its reservation and its extent; what is held is not freed.
 I3. An operation of several steps succeeds whole or leaves the state as it was.
 I4. What failed to unmap, release or free is quarantined: counted, never reused, tried again at close.
 I5. Nothing is unmapped before the fence recorded after its last use is done.
+I6. A slot that others read keeps its place and the tokens they read.
+I7. Tokens that lie in another slot or in a shared extent are written by nobody.
 """
 
 from __future__ import annotations

@@ -233,6 +233,7 @@ def _restock(cache: Any, prompts: list[int]) -> None:
     cache.preallocate_for(prompts)
     cache.wait_ahead(120)
     cache.preallocate_for([])
+    cache.wait_ahead(120)
 
 
 def _steady(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
