@@ -32,6 +32,7 @@ BENCHMARKS = {
     "serve": "a trace replayed over every kind of cache at equal memory: throughput, TTFT, ITL",
     "stall": "sequences that decode while a long prompt goes in: the longest gap between tokens",
     "tune": "search kernels of a single token's step several times; keep what made the fastest as data",
+    "prefix": "what prompts share, found again in slots: beside an ideal tree of the same memory; on any machine",
     "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",
     "xqa": "TensorRT-LLM's kernels over affine tables: tokens, steps against random tables, remapped replays",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
