@@ -1,0 +1,23 @@
+"""Prefix reuse over a KV cache: which slot holds the tokens that a prompt begins with, and how to get at them.
+
+`tree.py` knows who holds which tokens, `hybrid.py` chooses between the four ways to a hit, `events.py` tells routers,
+`reuse.py` is the `PrefixCache` that uses all three over a cache. May import `cache`, `memory`, `vmm` and `errors`.
+"""
+
+from trtllm_vattn.cache.prefix.hybrid import Decision, Hit, ReuseCosts, Way, choose
+from trtllm_vattn.cache.prefix.reuse import Admission, PrefixCache, PrefixStats
+from trtllm_vattn.cache.prefix.tree import Match, PrefixKey, PrefixTree
+
+__all__ = [
+    "Admission",
+    "Decision",
+    "Hit",
+    "Match",
+    "PrefixCache",
+    "PrefixKey",
+    "PrefixStats",
+    "PrefixTree",
+    "ReuseCosts",
+    "Way",
+    "choose",
+]
