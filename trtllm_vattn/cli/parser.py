@@ -29,6 +29,7 @@ BENCHMARKS = {
     "start": "capture first, size later: a start's cost, budgets changed without a recapture",
     "policy": "steps with memory mapped beside them, between them, or with the device quiet",
     "serve": "a trace replayed over every kind of cache at equal memory: throughput, TTFT, ITL",
+    "prefix": "what prompts share, found again in slots: beside an ideal tree of the same memory; on any machine",
     "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",
     "xqa": "TensorRT-LLM's kernels over affine tables: tokens, steps against random tables, remapped replays",
     "multistep": "many decode steps in one launch, and a loop that the device ends",

@@ -131,20 +131,10 @@ class RetainedPages:
     def adopt(self, retained: Retained, sequence: Hashable, keep_tokens: int, prompt_len: int) -> int:
         slot = self._slots[retained.slot]
         self._source(retained, keep_tokens)
-        if self.held_tokens(retained.slot) > keep_tokens or self.own_start(retained.slot) > keep_tokens:
-            raise ConfigError(f"slot {retained.slot} is read behind {keep_tokens} tokens, or reads others there")
-        kept, at = 0, slot.first_page
-        for stripe in slot.stripes:
-            # What others map too is not written.
-            if stripe.refs > 1 and (at + stripe.pages) * self.page_tokens > keep_tokens:
-                break
-            at, kept = at + stripe.pages, kept + 1
-        gone = slot.stripes[kept:]
-        self._take(self._pages_of(prompt_len) - at - sum(stripe.pages for stripe in gone if stripe.refs == 1))
-        self.used_pages += min(
-            max(0, self._pages_of(prompt_len) - at), sum(stripe.pages for stripe in gone if stripe.refs == 1)
-        )
-        self._drop(slot, kept)
+        missing = self.adoption_bytes(retained.slot, keep_tokens, prompt_len)
+        if missing is None:
+            raise ConfigError(f"slot {retained.slot} is read behind {keep_tokens} tokens, or reads or shares there")
+        self._take(missing // self.page_bytes)
         self._grow(slot, prompt_len)
         slot.tokens, slot.serial = prompt_len, 0
         self._slot_of[sequence] = retained.slot
@@ -214,8 +204,15 @@ class RetainedPages:
         segments = self._slots[slot].segments
         return segments[-1].stop if segments else 0
 
-    def backed_tokens(self, slot: int) -> int:
-        return self._slots[slot].end_page * self.page_tokens
+    def adoption_bytes(self, slot: int, keep_tokens: int, prompt_len: int) -> int | None:
+        if self.held_tokens(slot) > keep_tokens or self.own_start(slot) > keep_tokens:
+            return None
+        found, at = self._slots[slot], self._slots[slot].first_page
+        for stripe in found.stripes:
+            at += stripe.pages
+            if stripe.refs > 1 and at * self.page_tokens > keep_tokens:
+                return None
+        return max(0, self._pages_of(prompt_len) - at) * self.page_bytes
 
     def segments_of(self, slot: int, tokens: int) -> int:
         return len(self._segments_below(slot, tokens))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,7 +60,8 @@ def agent_turns(
     count: int,
     seed: int,
     *,
-    sessions: int = 48,
+    at_once: int = 32,
+    sessions: int | None = None,
     system_prompts: int = 4,
     system_tokens: int = 2048,
     mean_turns: float = 12.0,
@@ -78,14 +80,19 @@ def agent_turns(
     ----------
     count : int
         Requests.
-    sessions : int
-        Open at once.
+    at_once : int
+        Requests that run at once: a session's next turn comes no sooner than after so many others.
+    sessions : int or None
+        Open at once; None is twice `at_once`.
     median_input, median_output : int
         Of a tool's answer and of an output, lognormal with sigma 0.8.
     longest : int
         Tokens of prompt and output with which a session ends.
     """
     random, at = np.random.default_rng(seed), 0
+    sessions = 2 * at_once if sessions is None else sessions
+    if sessions <= at_once:
+        raise ConfigError(f"{sessions} sessions cannot keep {at_once} requests running; open more")
 
     def new(tokens: int) -> np.ndarray:
         nonlocal at
@@ -96,23 +103,24 @@ def agent_turns(
         return new(max(1, int(random.lognormal(np.log(median), 0.8))))
 
     systems = [new(system_tokens) for _ in range(system_prompts)]
-    histories: list[list[np.ndarray]] = []
+    waiting: list[list[np.ndarray]] = []
+    running: deque[list[np.ndarray]] = deque()
     made: list[TokenRequest] = []
     while len(made) < count:
-        if len(histories) < sessions:
+        # Of a session that ended nothing is left.
+        if len(running) == at_once and (ended := running.popleft()):
+            waiting.append(ended)
+        if len(waiting) + len(running) < sessions:
             # Some system prompts are used more than others.
-            chosen = min(int(random.geometric(0.5)) - 1, system_prompts - 1)
-            histories.append([systems[chosen]])
-            index = len(histories) - 1
+            history = [systems[min(int(random.geometric(0.5)) - 1, system_prompts - 1)]]
         else:
-            index = int(random.integers(len(histories)))
-        history = histories[index]
+            history = waiting.pop(int(random.integers(len(waiting))))
         before = history[-1]
         if len(history) > 1 and random.random() < branch:
             before = history[int(random.integers(len(history) - 1))]
         turn = TokenRequest(np.concatenate([before, drawn(median_input)]), drawn(median_output))
         made.append(turn)
         history.append(np.concatenate([turn.prompt, turn.output]))
-        if len(history[-1]) > longest or random.random() < 1 / mean_turns:
-            del histories[index]
+        ends = len(history[-1]) > longest or random.random() < 1 / mean_turns
+        running.append([] if ends else history)
     return made

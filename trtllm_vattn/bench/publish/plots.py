@@ -183,6 +183,39 @@ def plot_fragmentation(result: dict[str, Any], path: Path) -> None:
     save(figure, result, path)
 
 
+def plot_prefix(result: dict[str, Any], path: Path) -> None:
+    """Draw a `bench prefix` result: hits over those of the ideal tree, and the cost of each way by the prefix's length.
+    Raises ConfigError without matplotlib."""
+    runs, curves = result["results"]["runs"], result["results"]["crossover"]
+    figure, (hits, costs) = pyplot().subplots(1, 2, figsize=(14, 5), layout="constrained")
+    rows = [
+        {**run, "what": f"{run['variant']}\n{run['max_segments']} slots\n{run['largest_extent'] >> 20} MiB"}
+        for run in runs
+    ]
+    _grouped(hits, rows, "what", "workload", lambda row: row["hits_over_simulated"] or 0)
+    hits.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    hits.set_ylabel("hits, of an ideal tree's in the same memory")
+    hits.tick_params(axis="x", labelsize=7)
+    for number, curve in enumerate(curves):
+        points = curve["points"]
+        tokens = [point["tokens"] for point in points]
+        size = f"{curve['extent_bytes'] >> 20} MiB"
+        costs.plot(
+            tokens, [point["alias_us"] for point in points], color=f"C{number}", label=f"alias, extents of {size}"
+        )
+    for name, style in (("copy", "--"), ("table", ":"), ("compute", "-.")):
+        costs.plot(tokens, [point[f"{name}_us"] for point in points], color="black", linestyle=style, label=name)
+    costs.set_xscale("log", base=2)
+    costs.set_yscale("log")
+    _plain_log(costs.xaxis, base=2)
+    _plain_log(costs.yaxis, " us")
+    costs.tick_params(axis="x", labelsize=7)
+    costs.set_xlabel("tokens of the prefix")
+    costs.set_ylabel("cost of a hit, worked out from measured calls")
+    costs.legend(fontsize=8)
+    save(figure, result, path)
+
+
 def _grouped(
     axis: Any, rows: list[dict[str, Any]], group: str, series: str, value: Callable[[dict[str, Any]], float]
 ) -> None:

@@ -216,8 +216,8 @@ def crossover(
     Returns
     -------
     list of dict
-        A row a length: ``tokens``, ``alias_us``, ``copy_us``, ``table_us``, ``compute_us``, ``handles`` and the ``way``
-        that is cheapest of those that another slot allows (nothing is adopted).
+        A row a length: ``tokens``, ``alias_us``, ``copy_us``, ``table_us``, ``compute_us``, ``handles``; ``way`` is the
+        cheapest of all (nothing is adopted), ``mapped_way`` the cheapest without a table.
     """
     row_bytes = token_bytes // num_ranges
     rows: list[dict[str, float | str]] = []
@@ -244,6 +244,7 @@ def crossover(
                 "table_us": found[Way.TABLE],
                 "compute_us": found[Way.NONE],
                 "way": choose(hit, costs).way.value,
+                "mapped_way": choose(hit, costs, (Way.ALIAS, Way.COPY)).way.value,
             }
         )
     return rows

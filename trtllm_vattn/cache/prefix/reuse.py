@@ -84,8 +84,9 @@ class ReusableCache(Protocol):
     def own_start(self, slot: int) -> int:
         """The first token of a slot that lies in its own memory; those before it are read in other slots."""
 
-    def backed_tokens(self, slot: int) -> int:
-        """Tokens that the memory of a used slot backs."""
+    def adoption_bytes(self, slot: int, keep_tokens: int, prompt_len: int) -> int | None:
+        """Bytes to map for a prompt in a retained slot that keeps so many tokens; None where it cannot be adopted
+        without copying: others read or share what would be written, or it lies in other slots."""
 
     def segments_of(self, slot: int, tokens: int) -> int:
         """Slots that the first `tokens` tokens of a slot lie in."""
@@ -319,7 +320,7 @@ class PrefixCache:
             self.tree.set_evictable(owner, False)
         try:
             if way is Way.ADOPT:
-                self.make_room(cache.needed_bytes(total, cache.backed_tokens(owner)))
+                self.make_room(cache.adoption_bytes(owner, tokens, total) or 0)
                 slot = cache.adopt(retained, sequence, tokens, prompt_len)
                 del self._retained[owner]
                 self.tree.truncate(owner, tokens)
@@ -348,8 +349,7 @@ class PrefixCache:
         cache, owner, tokens = self.cache, found.owner, found.tokens
         adoptable = (
             owner in self._retained
-            and cache.held_tokens(owner) <= tokens
-            and cache.own_start(owner) <= tokens
+            and cache.adoption_bytes(owner, tokens, prompt_len) is not None
             and not self.tree.keeps_pinned(owner, tokens)
         )
         segments = cache.segments_of(owner, tokens) + 1

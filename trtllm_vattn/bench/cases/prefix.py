@@ -1,0 +1,187 @@
+"""`bench prefix`: how much of what prompts share is found again, beside an ideal tree of the same memory?
+
+Requests with token ids go through `PrefixCache` over counted pages, and through the least recently used tree of blocks
+that stores each block once. So many run at once; each ends when its place is needed, first come, first served. Ways to
+a hit are tried with and without each other. It runs on any machine: what a hit costs is worked out from measured costs,
+and the crossover between the ways is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from trtllm_vattn.arguments import numbers, positive, size, sizes
+from trtllm_vattn.bench.harness.case import conclude
+from trtllm_vattn.bench.harness.flags import BUDGET, REQUESTS, add_results, add_trace
+from trtllm_vattn.bench.harness.ideal_tree import IdealTree
+from trtllm_vattn.bench.harness.retained_pages import RetainedPages
+from trtllm_vattn.bench.harness.traces import load_trace
+from trtllm_vattn.bench.harness.turns import TokenRequest, agent_turns, from_trace
+from trtllm_vattn.bench.publish.plots import plot_prefix
+from trtllm_vattn.cache.prefix import PrefixCache, ReuseCosts, Way
+from trtllm_vattn.cache.prefix.hybrid import crossover
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.table import tabulate
+
+TOKEN_BYTES = 131_072
+RANGES = 2
+GRANULARITY = 2 << 20
+"""Llama-3-8B in bfloat16: 16 layers a range, 32 tokens in a page of each range."""
+PAGE_TOKENS = RANGES * GRANULARITY // TOKEN_BYTES
+
+VARIANTS: dict[str, tuple[Way, ...]] = {
+    "hybrid": (Way.ADOPT, Way.ALIAS, Way.COPY, Way.TABLE),
+    "no table": (Way.ADOPT, Way.ALIAS, Way.COPY),
+    "copy": (Way.ADOPT, Way.COPY),
+    "adopt": (Way.ADOPT,),
+}
+CROSSOVER_TOKENS = tuple(16 << power for power in range(14))
+CROSSOVER_EXTENTS = (2 << 20, 32 << 20, 256 << 20)
+
+COLUMNS = {
+    "requests": "workload",
+    "ways": "variant",
+    "slots read": "max_segments",
+    "largest extent": lambda row: f"{row['largest_extent'] >> 20} MiB",
+    "KV": lambda row: f"{row['budget'] / 2**30:.0f} GiB",
+    "hit rate": "hit_rate:.4f",
+    "of the ideal": "hits_over_simulated:.4f",
+    "adopt": lambda row: str(row["ways"].get("adopt", 0)),
+    "alias": lambda row: str(row["ways"].get("alias", 0)),
+    "copy": lambda row: str(row["ways"].get("copy", 0)),
+    "table": lambda row: str(row["ways"].get("table", 0)),
+    "handles made": "handles_made",
+    "aliased": "handles_aliased",
+    "us a request": "host_us:.0f",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench prefix`."""
+    add = parser.add_argument
+    text = "requests with block hashes: Mooncake's JSON lines or list, also .gz (default: generated ones alone)"
+    add_trace(parser, help=text)
+    add("--requests", type=positive, default=3000, metavar="REQUESTS", help=REQUESTS)
+    text = "lengths and blocks of the trace are so many times shorter"
+    add("--divide-by", type=positive, default=8, metavar="TIMES", help=text)
+    add("--budget", type=size, default="100GiB", metavar="BYTES", help=BUDGET)
+    add("--max-seqs", type=positive, default=32, metavar="SEQUENCES", help="sequences that run at once")
+    text = "slots that attention can read one sequence in, each tried"
+    add("--segments", type=numbers, default="4,2", metavar="N,...", help=text)
+    text = "largest extents, each tried"
+    add("--largest-extent", type=sizes, default="16MiB,256MiB", metavar="BYTES,...", help=text, dest="extents")
+    text = "output tokens that a table is expected to be read for"
+    add("--expected-tokens", type=positive, default=256, metavar="TOKENS", help=text)
+    add_results(parser, plots=True)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What `PrefixCache` may do, in how much memory."""
+
+    variant: str
+    max_segments: int
+    largest_extent: int
+    budget: int
+    max_seqs: int
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark."""
+    workloads = {"agents": agent_turns(args.requests, args.seed, at_once=args.max_seqs)}
+    if args.trace is not None:
+        workloads = {"trace": from_trace(load_trace(args.trace, args.requests), args.divide_by), **workloads}
+    rows = []
+    for name, requests in workloads.items():
+        ideal = ideal_hits(requests, args.budget // TOKEN_BYTES, args.max_seqs)
+        rows += [row(name, requests, setting, ideal) for setting in settings(args)]
+    first = {each["workload"]: each for each in reversed(rows)}
+    summary = {"hits_over_simulated": min(each["hits_over_simulated"] for each in first.values())}
+    for name, each in first.items():
+        summary |= {f"hits_over_simulated_{name}": each["hits_over_simulated"], f"hit_rate_{name}": each["hit_rate"]}
+    curves = [
+        {
+            "extent_bytes": extent,
+            "points": crossover(
+                CROSSOVER_TOKENS, TOKEN_BYTES, extent, ReuseCosts(), args.expected_tokens, RANGES, GRANULARITY
+            ),
+        }
+        for extent in CROSSOVER_EXTENTS
+    ]
+    results = {"runs": rows, "crossover": curves}
+    return conclude("prefix", args, results, summary, tabulate(rows, COLUMNS), plot_prefix)
+
+
+def settings(args: argparse.Namespace) -> list[Setting]:
+    """The first is the one that the summary quotes."""
+    largest = args.extents[0]
+    if any(each < GRANULARITY for each in args.extents):
+        raise ConfigError(f"--largest-extent is {min(args.extents):,} bytes; an extent has at least {GRANULARITY:,}")
+    found = [("hybrid", segments, largest) for segments in args.segments]
+    found += [("hybrid", args.segments[0], extent) for extent in args.extents[1:]]
+    found += [("no table", 1, extent) for extent in args.extents]
+    found += [("copy", 1, largest), ("adopt", 1, largest)]
+    return [Setting(*each, args.budget, args.max_seqs) for each in found]
+
+
+def ideal_hits(requests: Sequence[TokenRequest], tokens: int, max_seqs: int) -> int:
+    """Prompt tokens that the ideal tree finds again."""
+    tree, running = IdealTree(tokens), deque[list[int]]()
+    hits = 0
+    for request in tqdm(requests, desc="ideal tree", unit="request", disable=None):
+        while len(running) >= max_seqs:
+            tree.finish(running.popleft())
+        found, blocks = tree.admit(request.prompt, request.output)
+        hits += found
+        running.append(blocks)
+    return hits
+
+
+def row(name: str, requests: Sequence[TokenRequest], setting: Setting, ideal: int) -> dict[str, Any]:
+    """What one setting finds again, and how."""
+    largest = setting.largest_extent // GRANULARITY
+    pages = RetainedPages(setting.budget, TOKEN_BYTES, RANGES, PAGE_TOKENS, largest)
+    cache = PrefixCache(pages, ways=VARIANTS[setting.variant], max_segments=setting.max_segments)
+    started = perf_counter()
+    replay(cache, pages, requests, setting.max_seqs, f"{name}, {setting.variant}")
+    found = cache.as_dict()
+    return {
+        "workload": name,
+        **vars(setting),
+        **found,
+        "ideal_tokens": ideal,
+        "hits_over_simulated": found["cached_tokens"] / ideal if ideal else None,
+        "handles_made": pages.handles_made,
+        "handles_aliased": pages.handles_aliased,
+        "host_us": 1e6 * (perf_counter() - started) / len(requests),
+    }
+
+
+def replay(
+    cache: PrefixCache, pages: RetainedPages, requests: Sequence[TokenRequest], max_seqs: int, label: str
+) -> None:
+    """Admit each request, with so many running at once; the longest-running one ends where another comes."""
+    running = deque[int]()
+
+    def finish(index: int) -> None:
+        request = requests[index]
+        cache.finish(index, np.concatenate([request.prompt, request.output]))
+
+    for index, request in enumerate(tqdm(requests, desc=label, unit="request", disable=None)):
+        while len(running) >= max_seqs:
+            finish(running.popleft())
+        output = len(request.output)
+        cache.lookup_and_admit(index, request.prompt, expected_tokens=output, reserve_tokens=output)
+        cache.computed(index, request.prompt)
+        pages.extend(index, output)
+        running.append(index)
+    while running:
+        finish(running.popleft())
