@@ -80,6 +80,7 @@ class RetainedPages:
         self.largest_extent = largest_extent
         self.pages = budget // self.page_bytes
         self.used_pages = 0
+        self.table_multiple = 1
         self.handles_made = self.handles_aliased = 0
         self._slots: dict[int, _Slot] = {}
         self._slot_of: dict[Hashable, int] = {}

@@ -1,10 +1,12 @@
 """Prefix reuse over a KV cache: which slot holds the tokens that a prompt begins with, and how to get at them.
 
-`tree.py` knows who holds which tokens, `hybrid.py` chooses between the four ways to a hit, `events.py` tells routers,
-`reuse.py` is the `PrefixCache` that uses all three over a cache. May import `cache`, `memory`, `vmm` and `errors`.
+`tree.py` knows who holds which tokens, `hybrid.py` chooses between the four ways to a hit, `events.py` tells routers;
+`reuse.py` is the `PrefixCache` that uses all three over a cache, and `managed.py` a `KVCacheManager` as it wants one.
+May import `cache`, `memory`, `vmm` and `errors`. README.md says how it works.
 """
 
 from trtllm_vattn.cache.prefix.hybrid import Decision, Hit, ReuseCosts, Way, choose
+from trtllm_vattn.cache.prefix.managed import ManagedReuse
 from trtllm_vattn.cache.prefix.reuse import Admission, PrefixCache, PrefixStats
 from trtllm_vattn.cache.prefix.tree import Match, PrefixKey, PrefixTree
 
@@ -12,6 +14,7 @@ __all__ = [
     "Admission",
     "Decision",
     "Hit",
+    "ManagedReuse",
     "Match",
     "PrefixCache",
     "PrefixKey",

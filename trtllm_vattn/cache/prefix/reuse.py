@@ -24,7 +24,7 @@ import numpy as np
 from trtllm_vattn.cache.prefix.events import KVCacheEvent
 from trtllm_vattn.cache.prefix.hybrid import Decision, Hit, ReuseCosts, Way, choose
 from trtllm_vattn.cache.prefix.tree import DEFAULT_PRIORITY, Match, PrefixKey, PrefixTree, Run
-from trtllm_vattn.errors import ConfigError, DuplicateSequence, UnknownSequence
+from trtllm_vattn.errors import ConfigError, DuplicateSequence, PrefixEvicted, UnknownSequence
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -35,6 +35,8 @@ class ReusableCache(Protocol):
 
     token_bytes: int
     """Of one token in all layers."""
+    table_multiple: int
+    """What is read in another slot is a multiple of so many tokens: those of a block, where memory is in blocks."""
 
     def admit(self, sequence: Hashable, prompt_len: int, *, prefix: Any = None, alias: Any = None) -> int:
         """A new sequence's slot; `prefix` and `alias` are (source, tokens): read there, or mapped and copied from."""
@@ -184,6 +186,8 @@ class PrefixCache:
         self._unwanted: dict[int, Any] = {}
         """Retained slots of which nothing may be given away, but which others still read."""
         self._generation = 0
+        self._wanted: int | None = None
+        """A slot that a sequence is about to begin with."""
 
     # -- sequences ----------------------------------------------------------------------------------------------------
 
@@ -234,14 +238,22 @@ class PrefixCache:
             raise ConfigError(f"priority is {priority!r}; give a whole number from 0 to 100")
         if sequence in self._running:
             raise DuplicateSequence(f"sequence {sequence!r} runs in slot {self._running[sequence].slot}; finish it")
+        while True:
+            self._note_evicted()
+            found = self.tree.match(tokens, key)
+            decision = Decision(Way.NONE, "nobody holds as much as a block of it", {})
+            if found is not None and found.tokens >= self.tree.block_size:
+                decision = self._decide(found, len(tokens), expected_tokens)
+            if decision.way is Way.TABLE and found is not None:
+                found = found._replace(tokens=self._for_table(found.tokens))
+            try:
+                slot = self._admit(sequence, len(tokens), found, decision.way, reserve_tokens)
+                break
+            except PrefixEvicted:
+                # The cache's own thread took it meanwhile.
+                if found is None or not self._forget_evicted(found.owner):
+                    raise
         self._note_evicted()
-        found = self.tree.match(tokens, key)
-        if found is not None and found.tokens < self.tree.block_size:
-            found = None
-        decision = Decision(Way.NONE, "nobody holds as much as a block of it", {})
-        if found is not None:
-            decision = self._decide(found, len(tokens), expected_tokens)
-        slot = self._admit(sequence, len(tokens), found, decision.way, reserve_tokens)
         cached = found.tokens if found is not None and decision.way is not Way.NONE else 0
         self._running[sequence] = _Running(slot, key, priority, self._generation)
         if cached:
@@ -253,6 +265,7 @@ class PrefixCache:
         """The KV of these first tokens of a running sequence is right: others may begin with them from now on, while it
         runs. Call it when the prompt's logits were found finite. Raises UnknownSequence."""
         running = self._of(sequence)
+        self._note_evicted()
         tokens = tokens[: self.cache.length_of(running.slot)]
         if running.generation == self._generation and len(tokens) >= self.tree.block_size:
             self.tree.insert(running.slot, tokens, running.key, running.priority, evictable=False)
@@ -272,6 +285,7 @@ class PrefixCache:
             It was not admitted here.
         """
         running = self._of(sequence)
+        self._note_evicted()
         slot = running.slot
         tokens = tokens[: self.cache.length_of(slot)]
         wanted = ok and running.generation == self._generation and len(tokens) >= self.tree.block_size
@@ -305,45 +319,52 @@ class PrefixCache:
         """What `retain` returned for the tokens that are kept in a slot; None where none are."""
         return self._retained.get(slot)
 
-    def _source(self, slot: int) -> Any:
-        return self._retained.get(slot, slot)
-
     def _admit(self, sequence: Hashable, prompt_len: int, found: Match | None, way: Way, reserve_tokens: int) -> int:
         cache, total = self.cache, prompt_len + reserve_tokens
         if found is None or way is Way.NONE:
             self.make_room(cache.needed_bytes(total, 0))
             return cache.admit(sequence, prompt_len)
-        owner, tokens = found.owner, found.tokens
         self.tree.touch(found)
-        retained = self._retained.get(owner)
-        if retained is not None:
-            self.tree.set_evictable(owner, False)
+        self._wanted = found.owner
         try:
-            if way is Way.ADOPT:
-                self.make_room(cache.adoption_bytes(owner, tokens, total) or 0)
-                slot = cache.adopt(retained, sequence, tokens, prompt_len)
-                del self._retained[owner]
-                self.tree.truncate(owner, tokens)
-                return slot
-            source = self._source(owner)
-            if way is Way.TABLE:
-                self.make_room(cache.needed_bytes(total, tokens))
-                return cache.admit(sequence, prompt_len, prefix=(source, tokens))
-            if way is Way.ALIAS:
-                self.make_room(cache.needed_bytes(total, cache.whole_extents(owner, tokens)[0]))
-                return cache.admit(sequence, prompt_len, alias=(source, tokens))
-            self.make_room(cache.needed_bytes(total, 0))
-            slot = cache.admit(sequence, prompt_len)
-            try:
-                cache.copy_prefix(source, sequence, tokens)
-            except BaseException:
-                cache.release(sequence)
-                raise
-            return slot
+            with self.tree.keeping(found):
+                slot = self._admit_with(sequence, prompt_len, found, way, total)
         finally:
-            if owner in self._retained:
+            self._wanted = None
+        if found.owner in self._retained:
+            cache.touch(self._retained[found.owner], float(self.tree.priority_of(found.owner)))
+        return slot
+
+    def _admit_with(self, sequence: Hashable, prompt_len: int, found: Match, way: Way, total: int) -> int:
+        """Admit by a way that uses what was found, with room for `total` tokens."""
+        cache, owner, tokens = self.cache, found.owner, found.tokens
+        if way is Way.ADOPT:
+            # Its memory is what the sequence goes on in.
+            self.tree.set_evictable(owner, False)
+            try:
+                self.make_room(cache.adoption_bytes(owner, tokens, total) or 0)
+                slot = cache.adopt(self._retained[owner], sequence, tokens, prompt_len)
+            except BaseException:
                 self.tree.set_evictable(owner, True)
-                cache.touch(retained, float(self.tree.priority_of(owner)))
+                raise
+            del self._retained[owner]
+            self.tree.truncate(owner, tokens)
+            return slot
+        source = self._retained.get(owner, owner)
+        if way is Way.TABLE:
+            self.make_room(cache.needed_bytes(total, tokens))
+            return cache.admit(sequence, prompt_len, prefix=(source, tokens))
+        if way is Way.ALIAS:
+            self.make_room(cache.needed_bytes(total, cache.whole_extents(owner, tokens)[0]))
+            return cache.admit(sequence, prompt_len, alias=(source, tokens))
+        self.make_room(cache.needed_bytes(total, 0))
+        slot = cache.admit(sequence, prompt_len)
+        try:
+            cache.copy_prefix(source, sequence, tokens)
+        except BaseException:
+            cache.release(sequence)
+            raise
+        return slot
 
     def _decide(self, found: Match, prompt_len: int, expected_tokens: int) -> Decision:
         cache, owner, tokens = self.cache, found.owner, found.tokens
@@ -352,7 +373,8 @@ class PrefixCache:
             and cache.adoption_bytes(owner, tokens, prompt_len) is not None
             and not self.tree.keeps_pinned(owner, tokens)
         )
-        segments = cache.segments_of(owner, tokens) + 1
+        through = self._for_table(tokens)
+        segments = cache.segments_of(owner, through) + 1
         alias_tokens, alias_handles = cache.whole_extents(owner, tokens)
         if cache.segments_of(owner, min(tokens, cache.own_start(owner))) + 1 > self.max_segments:
             # What lies in other slots lies there for an alias too.
@@ -365,12 +387,15 @@ class PrefixCache:
             alias_tokens=alias_tokens,
             alias_handles=alias_handles,
             own_handles=cache.handles_for(tokens),
-            segments=segments if segments <= self.max_segments else None,
+            segments=segments if through >= self.tree.block_size and segments <= self.max_segments else None,
             expected_tokens=expected_tokens,
             displaces=cache.needed_bytes(prompt_len, 0) > cache.available_bytes(),
             mappings_left=cache.mappings_left(),
         )
         return choose(hit, self._costs_now(), self.ways)
+
+    def _for_table(self, tokens: int) -> int:
+        return tokens // self.cache.table_multiple * self.cache.table_multiple
 
     def _costs_now(self) -> ReuseCosts:
         stats = self.stats
@@ -391,7 +416,8 @@ class PrefixCache:
         """Have `size` bytes available to be mapped, by keeping fewer tokens; returns how many were evicted. Less is
         available where nothing more may go."""
         evicted, aside = 0, []
-        while (short := size - self.cache.available_bytes()) > 0:
+        short = size - self.cache.available_bytes()
+        while short > 0:
             run = self.tree.pop_oldest()
             if run is None:
                 break
@@ -404,7 +430,10 @@ class PrefixCache:
                 at = next(bound for bound in run.bounds if bound[0] <= keep)
                 self.tree.requeue(run, (keep, *at[1:]))
                 continue
+            covered, freed = self.stats.covered_slots, self._freed(run, keep)
             evicted += self._cut(run, keep)
+            # Counting anew takes a look at every retained slot.
+            short = short - freed if covered == self.stats.covered_slots else size - self.cache.available_bytes()
             for each in aside:
                 self.tree.requeue(each)
             aside.clear()
@@ -416,31 +445,36 @@ class PrefixCache:
     def _choose_cut(self, run: Run, short: int) -> int | None:
         """How many tokens a run's owners keep: as many as leave `short` bytes, or what the run has; fewer than
         `run.start` where none of its extents is whole; None where nothing comes back down to where it branches off."""
-
-        def freed(tokens: int) -> int:
-            # A match may end inside a block, and what others read there stays.
-            least = {owner: max(tokens, self.cache.held_tokens(owner)) for owner in run.owners}
-            return sum(self.cache.bytes_behind(self._retained[owner], kept) for owner, kept in least.items())
-
         start = run.start
-        if not freed(start):
+        if not (most := self._freed(run, start)):
             starts = [first for first, _, _ in run.bounds if first < start]
-            return next((first for first in starts if freed(first)), None)
-        wanted = min(short, freed(start))
+            return next((first for first in starts if self._freed(run, first)), None)
+        wanted = min(short, most)
         low, high = start, run.stop
         while low < high:
             middle = (low + high + 1) // 2
-            if freed(middle) >= wanted:
+            if self._freed(run, middle) >= wanted:
                 low = middle
             else:
                 high = middle - 1
         return low
 
+    def _freed(self, run: Run, tokens: int) -> int:
+        """Bytes that a run's owners give back where they keep so many tokens."""
+        kept = {owner: self._at_least(owner, tokens) for owner in run.owners}
+        return sum(self.cache.bytes_behind(self._retained[owner], least) for owner, least in kept.items())
+
+    def _at_least(self, owner: int, tokens: int) -> int:
+        """How many tokens a slot keeps where it is cut to so many: a match may end inside a block, and what others read
+        there stays; and so does a slot that a sequence is about to begin with, whose own memory keeps its place."""
+        least = max(tokens, self.cache.held_tokens(owner))
+        return max(least, self.cache.own_start(owner) + 1) if owner == self._wanted else least
+
     def _cut(self, run: Run, keep: int) -> int:
         evicted = 0
         for owner in run.owners:
             retained, before = self._retained[owner], self.tree.tokens_of(owner)
-            least = max(keep, self.cache.held_tokens(owner))
+            least = self._at_least(owner, keep)
             self.cache.release_retained(retained, least if least >= self.tree.block_size else 0)
             evicted += before - self._shorten(owner, self.cache.retained_tokens(retained))
         return evicted
@@ -470,7 +504,7 @@ class PrefixCache:
 
     def _release_if_covered(self, owner: int) -> bool:
         """Release a retained slot whose blocks others hold too, unless somebody reads it; returns whether."""
-        if not (self.tree.is_covered(owner) and self.tree.is_evictable(owner)) or self.cache.held_tokens(owner):
+        if not self.tree.is_covered(owner) or owner == self._wanted or self.cache.held_tokens(owner):
             return False
         self._forget(owner)
         self.stats.covered_slots += 1
@@ -493,6 +527,16 @@ class PrefixCache:
             owner = next((slot for slot, each in self._retained.items() if each == retained), None)
             if owner is not None and left < (before := self.tree.tokens_of(owner)):
                 self.stats.evicted_tokens += before - self._shorten(owner, left)
+
+    def _forget_evicted(self, owner: int) -> bool:
+        """The cache keeps fewer tokens of a slot than the tree says; returns whether."""
+        self._note_evicted()
+        if owner not in self._retained:
+            return True
+        left, before = self.cache.retained_tokens(self._retained[owner]), self.tree.tokens_of(owner)
+        if left < before:
+            self.stats.evicted_tokens += before - self._shorten(owner, left)
+        return left < before
 
     # -- the whole ----------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import hashlib
 import heapq
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -187,10 +188,6 @@ class PrefixTree:
         end = self._entries[owner].end
         return bool(end.children) or len(end.ends) > 1
 
-    def is_evictable(self, owner: int) -> bool:
-        """Whether an owner's end may be evicted at all; see `set_evictable`."""
-        return self._entries[owner].evictable
-
     def priority_of(self, owner: int) -> int:
         """The highest priority of those who hold an owner's last block."""
         return self._entries[owner].end.priority
@@ -221,12 +218,26 @@ class PrefixTree:
 
     def touch(self, match: Match) -> None:
         """A match was used: its blocks are the last to be evicted from now on."""
-        node = self._entries[match.owner].end
-        least = -(-match.tokens // self.block_size)
-        while node.depth > least:
-            node = node.parent  # type: ignore[assignment]
         self._now += 1
-        self._use(node)
+        self._use(self._last_node(match))
+
+    def _last_node(self, match: Match) -> _Node:
+        """The block that a match ends in."""
+        node = self._entries[match.owner].end
+        while node.depth > -(-match.tokens // self.block_size):
+            node = node.parent  # type: ignore[assignment]
+        return node
+
+    @contextmanager
+    def keeping(self, match: Match) -> Iterator[None]:
+        """Nothing of a match is evicted meanwhile."""
+        node = self._last_node(match)
+        node.pins += 1
+        try:
+            yield
+        finally:
+            node.pins -= 1
+            self._push(node)
 
     def _use(self, node: _Node) -> None:
         end: _Node | None = node
@@ -320,10 +331,7 @@ class PrefixTree:
         if node is None:
             raise ConfigError("these tokens are not pinned; unpin what pin was called with, once for each call")
         node.pins -= 1
-        if not node.pins:
-            # Whatever ends at or below it may go now.
-            for each in _below(node):
-                self._push(each)
+        self._push(node)
         return node.depth * self.block_size
 
     def _node_of(self, tokens: Sequence[int] | np.ndarray, key: PrefixKey) -> _Node | None:
@@ -451,11 +459,3 @@ def _some_end(node: _Node) -> int:
     while not node.ends:
         node = next(reversed(node.children.values()))
     return next(reversed(node.ends))
-
-
-def _below(node: _Node) -> Iterator[_Node]:
-    pending = [node]
-    while pending:
-        each = pending.pop()
-        yield each
-        pending += each.children.values()

@@ -1,0 +1,125 @@
+"""A `KVCacheManager` as `PrefixCache` wants it: its calls, and what the choice between ways is made by.
+
+What is read of slots here is read without the cache's lock, beside its background thread: it decides what is worth
+while. What a call may do is checked again by the call, under the lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+
+import numpy as np
+
+from trtllm_vattn.cache.base import RetainedSlot
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.memory.layout import BlockLayout
+from trtllm_vattn.memory.slot import RangeGroup, Stripe
+from trtllm_vattn.vmm.owners import Extent
+
+
+class ManagedReuse:
+    """A cache's slots for `PrefixCache`.
+
+    Parameters
+    ----------
+    cache : KVCacheManager
+        With more slots than sequences run at once: each retained slot takes one. Addresses cost no memory.
+    """
+
+    def __init__(self, cache: KVCacheManager) -> None:
+        self.cache = cache
+        self.token_bytes = cache.shape.token_bytes
+        layout = cache.layout
+        self.table_multiple = layout.tokens_per_block if isinstance(layout, BlockLayout) else 1
+        self.admit, self.retain, self.release = cache.admit, cache.retain, cache.release
+        self.release_retained, self.retained_tokens = cache.release_retained, cache.retained_tokens
+        self.touch, self.take_evicted, self.copy_prefix = cache.touch, cache.take_evicted, cache.copy_prefix
+        self.slot_of = cache.slot_of
+
+    def adopt(self, retained: RetainedSlot, sequence: Hashable, keep_tokens: int, prompt_len: int) -> int:
+        return self.cache.adopt(retained, sequence, keep_tokens, prompt_len)
+
+    def length_of(self, slot: int) -> int:
+        return int(self.cache.lengths[slot])
+
+    # -- bytes --------------------------------------------------------------------------------------------------------
+
+    def available_bytes(self) -> int:
+        """Free under the budget, parked, or behind the tokens of retained slots."""
+        arena = self.cache.arena
+        behind = {
+            extent
+            for index in np.flatnonzero(arena.retained_frontiers).tolist()
+            for extent in self._behind(index, max(arena.slots[index].tokens, arena.held_tokens(index)))
+        }
+        return arena.pool.available_bytes + arena.parked_bytes + sum(extent.size for extent in behind)
+
+    def needed_bytes(self, prompt_len: int, present: int) -> int:
+        layout = self.cache.layout
+        first = layout.whole_bytes(present) // layout.granularity * layout.granularity
+        return max(0, layout.bytes_for(min(prompt_len, layout.max_seq_len)) - first) * layout.num_ranges
+
+    def bytes_behind(self, retained: RetainedSlot, tokens: int) -> int:
+        arena = self.cache.arena
+        kept = arena.retained_tokens(*retained)
+        if not kept:
+            return 0
+        slot = retained.slot
+        if tokens <= arena.slots[slot].prefix:
+            tokens = 0
+        already = set(self._behind(slot, kept))
+        return sum(extent.size for extent in self._behind(slot, tokens) if extent not in already)
+
+    def _behind(self, index: int, tokens: int) -> Iterator[Extent]:
+        """Extents that nobody shares and that lie wholly behind a slot's first tokens."""
+        for group in self.cache.arena.slots[index].groups:
+            end, least = group.frontier, self.cache.layout.bytes_for(max(0, tokens - group.deficit))
+            for stripe in reversed(list(group.stripes)):
+                end -= stripe[0].size
+                if end < least:
+                    break
+                yield from (mapping.extent for mapping in stripe if mapping.extent.mappings == 1)
+
+    # -- who reads what -----------------------------------------------------------------------------------------------
+
+    def held_tokens(self, slot: int) -> int:
+        return self.cache.arena.held_tokens(slot)
+
+    def own_start(self, slot: int) -> int:
+        return self.cache.arena.slots[slot].prefix
+
+    def segments_of(self, slot: int, tokens: int) -> int:
+        return len(self.cache.arena.segments_below(slot, tokens))
+
+    def adoption_bytes(self, slot: int, keep_tokens: int, prompt_len: int) -> int | None:
+        arena, layout = self.cache.arena, self.cache.layout
+        if arena.held_tokens(slot) > keep_tokens or arena.slots[slot].prefix > keep_tokens:
+            return None
+        for group, end, stripe in self._stripes(slot):
+            written = layout.whole_bytes(max(0, keep_tokens - group.deficit))
+            if end > written and any(mapping.extent.mappings > 1 for mapping in stripe):
+                return None
+        return arena.missing_bytes({slot: min(prompt_len, layout.max_seq_len)})
+
+    def whole_extents(self, slot: int, tokens: int) -> tuple[int, int]:
+        layout, whole, handles, end = self.cache.layout, self.cache.layout.whole_bytes(tokens), 0, 0
+        for _, stop, stripe in self._stripes(slot):
+            if stop <= whole:
+                end, handles = max(end, stop), handles + len(stripe)
+        return max(layout.tokens_in(end), self.own_start(slot)) if handles else 0, handles
+
+    def _stripes(self, slot: int) -> Iterator[tuple[RangeGroup, int, Stripe]]:
+        """Each stripe of a slot, and the byte that it ends at."""
+        for group in self.cache.arena.slots[slot].groups:
+            end = group.lower
+            for stripe in list(group.stripes):
+                end += stripe[0].size
+                yield group, end, stripe
+
+    def handles_for(self, tokens: int) -> int:
+        layout = self.cache.layout
+        return len(self.cache.arena.pool.split(layout.bytes_for(tokens))) * layout.num_ranges
+
+    def mappings_left(self) -> int | None:
+        driver = self.cache.driver
+        return max(0, driver.max_mappings - driver.mappings.alive)
