@@ -415,12 +415,19 @@ class PrefixCache:
     def make_room(self, size: int) -> int:
         """Have `size` bytes available to be mapped, by keeping fewer tokens; returns how many were evicted. Less is
         available where nothing more may go."""
-        evicted, aside = 0, []
+        evicted, went_on = 0, False
+        aside: list[Run] = []
         short = size - self.cache.available_bytes()
         while short > 0:
             run = self.tree.pop_oldest()
             if run is None:
-                break
+                if not (aside and went_on):
+                    break
+                # What was cut meanwhile may have left whole extents to them.
+                for each in aside:
+                    self.tree.requeue(each)
+                aside, went_on = [], False
+                continue
             keep = self._choose_cut(run, short)
             if keep is None:
                 aside.append(run)
@@ -434,9 +441,7 @@ class PrefixCache:
             evicted += self._cut(run, keep)
             # Counting anew takes a look at every retained slot.
             short = short - freed if covered == self.stats.covered_slots else size - self.cache.available_bytes()
-            for each in aside:
-                self.tree.requeue(each)
-            aside.clear()
+            went_on = True
         for each in aside:
             self.tree.requeue(each)
         self.stats.evicted_tokens += evicted
