@@ -19,9 +19,9 @@ from trtllm_vattn.cache.blocks import BlockKVCache
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.prefix import Admission, ManagedReuse, PrefixCache, PrefixKey, Way
-from trtllm_vattn.errors import KVCacheOutOfMemory
+from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory
 from trtllm_vattn.vmm.host import HostDriver
-from trtllm_vattn.vmm.wrappers import CountingDriver
+from trtllm_vattn.vmm.wrappers import CountingDriver, FaultyDriver
 
 PAGE = 4096
 SLOTS = replace(SHAPE, num_slots=10, max_seq_len=64)
@@ -216,6 +216,34 @@ def test_a_layout_of_blocks_is_read_in_whole_blocks(host_driver: HostDriver) -> 
         found = prefix.lookup_and_admit(1, [*tokens, 1])
         assert (found.way, found.cached_tokens) == (Way.TABLE, 100 // size * size)
         cache.check_integrity()
+
+
+@pytest.mark.parametrize("way", [Way.ADOPT, Way.ALIAS, Way.COPY, Way.TABLE])
+def test_a_driver_call_that_fails_changes_nothing_that_is_kept(host_driver: HostDriver, way: Way) -> None:
+    failures = 0
+    for index in range(30):
+        driver = FaultyDriver(host_driver)
+        with manager(driver, pages=45, extent_classes=2) as cache:
+            made = Computing(cache, ways=[way], max_segments=2)
+            for sequence, first in enumerate((1000, 2000)):
+                made.admit(sequence, list(range(first, first + 40)))
+                made.finish(sequence)
+            driver.fail("*", skip=index)
+            try:
+                made.admit(9, [*A[:37], *range(20)])
+            except (DriverError, KVCacheOutOfMemory):
+                failures += 1
+                assert made.prefix.stats.requests == 2
+            driver.disarm()
+            if 9 in made.tokens:
+                made.expect(9)
+                made.finish(9)
+            found = made.admit(10, [*A[:37], 5])
+            assert found.cached_tokens in (0, 37), "what making room evicted is gone, and nothing else"
+            made.expect(10)
+            made.finish(10)
+            cache.check_integrity()
+    assert failures > 2
 
 
 class Life(RuleBasedStateMachine):

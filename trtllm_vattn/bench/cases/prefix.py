@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -46,7 +46,7 @@ VARIANTS: dict[str, tuple[Way, ...]] = {
 CROSSOVER_TOKENS = tuple(16 << power for power in range(14))
 CROSSOVER_EXTENTS = (2 << 20, 32 << 20, 256 << 20)
 
-COLUMNS = {
+COLUMNS: dict[str, str | Callable[[Any], str]] = {
     "requests": "workload",
     "ways": "variant",
     "slots read": "max_segments",
