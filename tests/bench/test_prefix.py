@@ -124,6 +124,15 @@ def test_the_benchmark_compares_with_the_ideal_tree(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_requests_wait_where_memory_is_short_and_one_that_never_fits_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["bench", "prefix", "--requests", "12", "--segments", "2", "--largest-extent", "4MiB"]
+    assert main([*command, "--budget", "2GiB"]) == 0
+    assert main([*command, "--budget", "64MiB"]) != 0
+    assert "pages wanted" in capsys.readouterr().err
+
+
 def test_extents_below_a_page_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "prefix", "--requests", "2", "--largest-extent", "1MiB"]) != 0
     assert "--largest-extent" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import argparse
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -28,7 +29,7 @@ from trtllm_vattn.bench.harness.turns import TokenRequest, agent_turns, from_tra
 from trtllm_vattn.bench.publish.plots import plot_prefix
 from trtllm_vattn.cache.prefix import PrefixCache, ReuseCosts, Way
 from trtllm_vattn.cache.prefix.hybrid import crossover
-from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
 from trtllm_vattn.table import tabulate
 
 TOKEN_BYTES = 131_072
@@ -168,20 +169,36 @@ def row(name: str, requests: Sequence[TokenRequest], setting: Setting, ideal: in
 def replay(
     cache: PrefixCache, pages: RetainedPages, requests: Sequence[TokenRequest], max_seqs: int, label: str
 ) -> None:
-    """Admit each request, with so many running at once; the longest-running one ends where another comes."""
+    """Admit each request, with so many running at once; the longest-running one ends where another comes, or where
+    memory is too short for another. Raises KVCacheOutOfMemory where one alone does not fit."""
     running = deque[int]()
 
     def finish(index: int) -> None:
         request = requests[index]
         cache.finish(index, np.concatenate([request.prompt, request.output]))
 
+    def extend(index: int, tokens: int) -> None:
+        cache.make_room(pages.page_bytes * (1 + tokens // pages.page_tokens))
+        pages.extend(index, tokens)
+
+    def wait_for_memory(call: Callable[[], object]) -> None:
+        while True:
+            try:
+                call()
+                return
+            except KVCacheOutOfMemory:
+                if not running:
+                    raise
+                finish(running.popleft())
+
     for index, request in enumerate(tqdm(requests, desc=label, unit="request", disable=None)):
         while len(running) >= max_seqs:
             finish(running.popleft())
         output = len(request.output)
-        cache.lookup_and_admit(index, request.prompt, expected_tokens=output, reserve_tokens=output)
+        admit = partial(cache.lookup_and_admit, index, request.prompt, expected_tokens=output, reserve_tokens=output)
+        wait_for_memory(admit)
         cache.computed(index, request.prompt)
-        pages.extend(index, output)
+        wait_for_memory(partial(extend, index, output))
         running.append(index)
     while running:
         finish(running.popleft())
