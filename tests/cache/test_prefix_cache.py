@@ -202,6 +202,17 @@ def test_p4_a_tail_that_gives_nothing_back_stays_until_its_page_goes() -> None:
     assert made.match([*range(16), 0]) == 8
 
 
+def test_p4_an_extent_that_begins_in_what_others_hold_goes_with_its_slot() -> None:
+    cache = Pages(pages=18, largest=8)
+    made = prefix(cache, Way.COPY)
+    leave(made, 0, A[:48])
+    leave(made, 1, [*A[:20], *range(44)])
+    # Both have extents that begin before token 20 and end behind it: of neither is one wholly its own tokens'.
+    leave(made, 2, list(range(500, 560)))
+    assert made.match([*A[:48], 1]) == 20
+    assert made.match([*A[:20], *range(44), 1]) == 64
+
+
 def test_p4_pinned_tokens_and_what_runs_stay() -> None:
     cache = Pages(pages=10, largest=1)
     made = prefix(cache, Way.ADOPT)

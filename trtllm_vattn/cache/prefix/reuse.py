@@ -453,7 +453,12 @@ class PrefixCache:
         start = run.start
         if not (most := self._freed(run, start)):
             starts = [first for first, _, _ in run.bounds if first < start]
-            return next((first for first in starts if self._freed(run, first)), None)
+            found = next((first for first in starts if self._freed(run, first)), None)
+            read = any(owner == self._wanted or self.cache.held_tokens(owner) for owner in run.owners)
+            if found is None and run.branches_off and not read and self._freed(run, 0):
+                # Cut down to there its owners are covered, and released with extents that begin before it.
+                found = run.bounds[-1][0]
+            return found
         wanted = min(short, most)
         low, high = start, run.stop
         while low < high:

@@ -95,6 +95,8 @@ class Run:
     bounds: tuple[tuple[int, int, int], ...]
     """(first token, priority, last used), nearest to the end first."""
     node: _Node
+    branches_off: bool
+    """Others hold what lies above the last of `bounds`."""
 
 
 class PrefixTree:
@@ -402,7 +404,14 @@ class PrefixTree:
             above = above.parent
             if len(above.children) > 1 or above.ends or above.pins:
                 break
-        return Run(owners, bounds[0][0] if start < 0 else start, stop, tuple(bounds), node)
+        return Run(
+            owners,
+            bounds[0][0] if start < 0 else start,
+            stop,
+            tuple(bounds),
+            node,
+            bool(len(above.children) > 1 or above.ends),
+        )
 
     def requeue(self, run: Run, at: tuple[int, int, int] | None = None) -> None:
         """Put a run back, at its own time or, of `bounds`, that of one further up."""
