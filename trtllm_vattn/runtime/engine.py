@@ -478,7 +478,7 @@ class Engine:
         """
         self._check_open()
         if not self.busy:  # it costs as much as there are weights
-            self.weights.require_in_place()
+            self._check_weights()
         request = self._request(prompt, params, forced)
         request.priority = whole("priority", priority, -LARGEST_COUNT, LARGEST_COUNT)
         if deadline_s is not None:
@@ -551,6 +551,14 @@ class Engine:
             made.max_tokens = checked.max_tokens if params.max_tokens is not None else known.max_tokens
         made.arrived = self.clock()
         return made
+
+    def _check_weights(self) -> None:
+        """Before requests come to an idle engine: others than `update_weights` may have written weights in place,
+        and what is kept was computed with the old ones. Raises ConfigError where they were replaced."""
+        self.weights.require_in_place()
+        if self.slots.prefixes is not None and self.weights.were_written():
+            with self._changing:
+                self.slots.flush()
 
     def _request(self, prompt: object, params: object, forced: object = None, silent: bool = False) -> RequestState:
         if forced is not None and self.steps > 1:
@@ -652,9 +660,11 @@ class Engine:
         truth("progress", progress)
         if self.scheduler.requests:
             raise ConfigError("requests are running, whose tokens nobody would get; use run(), or abort them")
-        self.weights.require_in_place()
-        firsts = [self._request(prompt, one, silent=True) for prompt, one in zip(given, each, strict=True)]
-        requests = [sample for first in firsts for sample in (first, *first.branches(self._ids))]
+        self._check_weights()
+        requests: list[RequestState] = []
+        for prompt, one in zip(given, each, strict=True):
+            first = self._request(prompt, one, silent=True)
+            requests += [first, *first.branches(self._ids)]
         try:
             for request in requests:
                 self.scheduler.add(request)

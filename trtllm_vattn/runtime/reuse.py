@@ -7,11 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.cache.prefix import ManagedReuse, PrefixCache, PrefixKey, Way
+from trtllm_vattn.cache.prefix import PrefixCache, PrefixKey, Way, prefix_cache_over
 from trtllm_vattn.errors import KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.runtime.request import RequestState
-from trtllm_vattn.runtime.sampling import SamplingParams
 
 WAYS = (Way.ADOPT, Way.ALIAS, Way.COPY)
 """Ways to a hit that attention can serve. `Way.TABLE` needs decode kernels that take a base address a segment; then
@@ -49,14 +47,8 @@ class RequestSlots:
 
     @classmethod
     def over(cls, cache: KVCache, prefix_cache: bool, events: bool) -> RequestSlots:
-        """Of a cache, with or without prefix cache, which needs one that remaps."""
-        if not prefix_cache:
-            return cls(cache, None)
-        assert isinstance(cache, KVCacheManager)
-        return cls(cache, PrefixCache(ManagedReuse(cache), ways=WAYS, events=events))
-
-    def key_of(self, params: SamplingParams) -> PrefixKey:
-        return self.key(params.cache_salt)
+        """Of a cache, with or without prefix cache. Raises ConfigError where the cache can keep none."""
+        return cls(cache, prefix_cache_over(cache, WAYS, events) if prefix_cache else None)
 
     def key(self, salt: str | None) -> PrefixKey:
         """What keys and values of requests with a salt depend on beside tokens."""
@@ -84,28 +76,27 @@ class RequestSlots:
         now = request.id, self._changes, self.cache.budget_bytes
         if now == self._refused:
             raise KVCacheOutOfMemory(f"nobody has left since request {request.id} found no room")
-        tokens, shares = np.array(request.tokens, np.int64), request.group is not None
+        params = request.params
         try:
             found = prefixes.lookup_and_admit(
                 request.id,
-                tokens,
-                self.key_of(request.params),
-                request.params.retention_priority,
+                np.array(request.tokens, np.int64),
+                self.key(params.cache_salt),
+                params.retention_priority,
                 request.left,
-                share=shares,
-                # Branches begin with all but the last token.
-                cut_tokens=self._whole_pages(len(tokens) - 1) if shares else 0,
+                share=request.group is not None,
             )
         except (NoFreeSlot, KVCacheOutOfMemory):
             self._refused = now
             raise
         return found.slot, found.cached_tokens
 
-    def _whole_pages(self, tokens: int) -> int:
-        """As many tokens as fill whole pages of memory, of so many."""
-        assert isinstance(self.cache, KVCacheManager)
-        layout = self.cache.layout
-        return layout.tokens_in(layout.whole_bytes(tokens) // layout.granularity * layout.granularity)
+    def has_all(self, request: RequestState) -> bool:
+        """Whether all of a request's tokens are kept that it may begin with."""
+        if self.prefixes is None:
+            return False
+        tokens = np.array(request.tokens, np.int64)
+        return self.prefixes.match(tokens, self.key(request.params.cache_salt)) >= len(tokens) - 1
 
     def computed(self, request: RequestState) -> None:
         """A verified request's tokens are in its slot: others may begin with them from now on."""

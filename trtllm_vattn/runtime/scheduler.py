@@ -165,7 +165,8 @@ class Scheduler:
         """Whether this is a branch whose prompt goes in for another one now, which it waits for."""
         if request.group is None or self.slots.prefixes is None:
             return False
-        return any(request.group in (other.id, other.group) and not other.is_verified for other in self.holders)
+        others = [other for other in self.holders if request.group in (other.id, other.group)]
+        return bool(others) and not any(other.is_verified for other in others) and not self.slots.has_all(request)
 
     def _goes_before_all(self, request: RequestState) -> bool:
         rank = self.waiting.rank(request)

@@ -15,7 +15,7 @@ P6. A call succeeds whole or raises and changes nothing but what was evicted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -86,6 +86,10 @@ class ReusableCache(Protocol):
     def available_bytes(self) -> int:
         """Bytes that can be mapped while every retained token stays."""
 
+    def evictable_bytes(self, but: int | None) -> int:
+        """Bytes that evicting all retained tokens that nobody reads would give, but for those of one slot; what
+        `available_bytes` counts is among it."""
+
     def needed_bytes(self, prompt_len: int, present: int) -> int:
         """Bytes to map for a prompt whose first `present` tokens need none of their own."""
 
@@ -108,6 +112,9 @@ class ReusableCache(Protocol):
     def whole_extents(self, slot: int, tokens: int) -> tuple[int, int]:
         """How many of a slot's first tokens need no copy where its whole extents are mapped once more, and their
         handles; 0 tokens where no extent is whole. What lies in other slots before `own_start` is read there."""
+
+    def whole_pages(self, tokens: int) -> int:
+        """Of so many tokens, as many as fill whole pages."""
 
     def handles_for(self, tokens: int) -> int:
         """Handles that a prompt of so many tokens takes."""
@@ -185,7 +192,7 @@ class PrefixCache:
         cache: ReusableCache,
         block_size: int = 16,
         costs: ReuseCosts | None = None,
-        ways: Sequence[Way] = tuple(Way),
+        ways: Collection[Way] = tuple(Way),
         max_segments: int = 1,
         events: bool = False,
     ) -> None:
@@ -218,7 +225,6 @@ class PrefixCache:
         expected_tokens: int = 256,
         reserve_tokens: int = 0,
         share: bool = False,
-        cut_tokens: int = 0,
     ) -> Admission:
         """Give a sequence a slot backed for its prompt, with as many of its first tokens in it as are held.
 
@@ -233,10 +239,9 @@ class PrefixCache:
         reserve_tokens : int
             Tokens behind the prompt that room is made for too, by evicting; they are not mapped.
         share : bool
-            Whether memory counts more than time: nothing is copied that whole extents hold, which are aliased.
-        cut_tokens : int
-            Where an extent shall end, of a prompt that is computed anew: others will alias so many of its tokens. 0 is
-            anywhere. Memory that was parked keeps its extents.
+            Whether others will begin with all of it, and memory counts more than time: nothing is copied that whole
+            extents hold, which are aliased; and of a prompt that is computed anew, an extent ends at the page of its
+            last token. Memory that was parked keeps its extents.
 
         Returns
         -------
@@ -265,9 +270,9 @@ class PrefixCache:
             if found is not None and found.tokens >= self.tree.block_size:
                 decision = self._decide(found, len(tokens), expected_tokens, ways, share)
             if decision.way is Way.TABLE and found is not None:
-                found = found._replace(tokens=self._for_table(found.tokens))
+                found = Match(found.owner, self._for_table(found.tokens), found.owner_tokens)
             try:
-                slot = self._admit(sequence, len(tokens), found, decision.way, reserve_tokens, cut_tokens)
+                slot = self._admit(sequence, len(tokens), found, decision.way, reserve_tokens, share)
                 break
             except (NoFreeSlot, KVCacheOutOfMemory):
                 # What it would begin with may be what takes its place: another way needs less beside it.
@@ -352,16 +357,17 @@ class PrefixCache:
         return self._retained.get(slot)
 
     def _admit(
-        self, sequence: Hashable, prompt_len: int, found: Match | None, way: Way, reserve_tokens: int, cut_tokens: int
+        self, sequence: Hashable, prompt_len: int, found: Match | None, way: Way, reserve_tokens: int, share: bool
     ) -> int:
         cache, total = self.cache, prompt_len + reserve_tokens
         if found is None or way is Way.NONE:
             self.make_room(cache.needed_bytes(total, 0))
-            if not 0 < cut_tokens < prompt_len:
+            whole = cache.whole_pages(prompt_len - 1) if share else 0
+            if not whole:
                 return cache.admit(sequence, prompt_len)
-            slot = cache.admit(sequence, cut_tokens)
+            slot = cache.admit(sequence, whole)
             try:
-                cache.extend(sequence, prompt_len - cut_tokens)
+                cache.extend(sequence, prompt_len - whole)
             except BaseException:
                 cache.release(sequence)
                 raise
@@ -467,11 +473,13 @@ class PrefixCache:
     # -- eviction -----------------------------------------------------------------------------------------------------
 
     def make_room(self, size: int) -> int:
-        """Have `size` bytes available to be mapped, by keeping fewer tokens; returns how many were evicted. Less is
-        available where nothing more may go."""
+        """Have `size` bytes available to be mapped, by keeping fewer tokens; returns how many were evicted. Nothing is
+        where all of it would not be enough; less is available where what is left is pinned."""
         evicted, went_on = 0, False
         aside: list[Run] = []
         short = size - self.cache.available_bytes()
+        if short > 0 and size > self.cache.evictable_bytes(self._wanted):
+            return 0
         while short > 0:
             run = self.tree.pop_oldest()
             if run is None:
