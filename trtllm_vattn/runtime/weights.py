@@ -135,6 +135,8 @@ class Weights:
         self.version = 0
         self.state = WeightsState.CURRENT
         self._broken_by = ""
+        self._writes = 0
+        self.were_written()
         merged = any(isinstance(module, LinearSlice) for module in model.modules())
         self._fixed = [
             (f"{prefix}.{name}".lstrip("."), module._parameters, name, parameter.data_ptr())
@@ -165,6 +167,12 @@ class Weights:
                     f"{name} was replaced by another tensor, but captured graphs and merged projections hold the "
                     "address of the first; write in place (update_weights, copy_, load_state_dict without assign=True)"
                 )
+
+    def were_written(self) -> bool:
+        """Whether anything was written to parameters since the last call, by whomever: by torch's counter of each."""
+        before = self._writes
+        self._writes = sum(0 if each.is_inference() else each._version for each in self.model.parameters())
+        return self._writes != before
 
     # -- before the first byte -------------------------------------------------------------------------------------
 
