@@ -13,6 +13,9 @@ from trtllm_vattn.memory.host_pool import HostPool
 from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.owners import Extent, Reservation
 
+CopyStream = tuple[int, Callable[[], Fence]]
+"""The stream that copies are made on, and what records a fence behind all work submitted so far."""
+
 
 @dataclass(frozen=True)
 class Suspended:
@@ -27,12 +30,8 @@ class Suspended:
 
 
 class HostTier:
-    """Suspends and resumes slots of an arena; each call succeeds whole or raises and changes nothing.
-
-    Parameters
-    ----------
-    stream, record : callable
-        The stream that copies are made on, and a fence behind all work submitted so far.
+    """Suspends and resumes slots of an arena; each call succeeds whole or raises and changes nothing. It refers to no
+    cache, so that one that is dropped is given back at once.
 
     Attributes
     ----------
@@ -44,8 +43,8 @@ class HostTier:
         Copies so far.
     """
 
-    def __init__(self, arena: Arena, host: HostPool, stream: Callable[[], int], record: Callable[[], Fence]) -> None:
-        self._arena, self._host, self._stream, self._record = arena, host, stream, record
+    def __init__(self, arena: Arena, host: HostPool) -> None:
+        self._arena, self._host = arena, host
         self.sequences: dict[SequenceId, Suspended] = {}
         self.asleep: images.Image | None = None
         self.transfers = Transfers()
@@ -64,17 +63,17 @@ class HostTier:
         found = [found.slot for found in self.sequences.values()]
         return sorted({*found, *asleep} - {dummy})
 
-    def suspend(self, sequence: SequenceId, slot: int, tokens: int) -> int:
+    def suspend(self, sequence: SequenceId, slot: int, tokens: int, on: CopyStream) -> int:
         """Suspend a slot; returns the bytes copied. Raises ConfigError where other slots read it."""
         self._arena.check_not_held(slot)
-        image = self._suspend({slot: tokens})
+        image = self._suspend({slot: tokens}, on)
         self.sequences[sequence] = Suspended(image, tokens)
         return image.content_bytes
 
-    def resume(self, sequence: SequenceId, tokens: int) -> tuple[int, int]:
+    def resume(self, sequence: SequenceId, tokens: int, on: CopyStream) -> tuple[int, int]:
         """Resume a sequence, backed for so many tokens; returns its slot and the mappings made."""
         found = self.sequences[sequence]
-        maps = self._resume(found.image.upto({found.slot: tokens}, self._arena))
+        maps = self._resume(found.image.upto({found.slot: tokens}, self._arena), on)
         del self.sequences[sequence]
         return found.slot, maps
 
@@ -92,15 +91,15 @@ class HostTier:
         """End a suspended sequence."""
         images.discard(self._arena, self.sequences.pop(sequence).image, self._host)
 
-    def sleep(self, tokens: Mapping[int, int]) -> None:
+    def sleep(self, tokens: Mapping[int, int], on: CopyStream) -> None:
         """Suspend all these slots together, until `wake`."""
-        self.asleep = self._suspend(tokens)
+        self.asleep = self._suspend(tokens, on)
 
-    def wake(self) -> int:
+    def wake(self, on: CopyStream) -> int:
         """Resume them; returns the bytes copied."""
         assert self.asleep is not None
         image = self.asleep
-        self._resume(image)
+        self._resume(image, on)
         self.asleep = None
         return image.content_bytes
 
@@ -114,17 +113,17 @@ class HostTier:
             slots = tuple(slot for slot in self.asleep.slots if slot.index == dummy)
             self.asleep = images.Image(slots, (), ())
 
-    def _suspend(self, tokens: Mapping[int, int]) -> images.Image:
+    def _suspend(self, tokens: Mapping[int, int], on: CopyStream) -> images.Image:
         started = perf_counter()
-        image = images.suspend(self._arena, tokens, self._host, self._stream(), self._record)
+        image = images.suspend(self._arena, tokens, self._host, *on)
         done, took = self.transfers, perf_counter() - started
         if image.content_bytes:
             self.transfers = replace(done, out_bytes=done.out_bytes + image.content_bytes, out_s=done.out_s + took)
         return image
 
-    def _resume(self, image: images.Image) -> int:
+    def _resume(self, image: images.Image, on: CopyStream) -> int:
         started = perf_counter()
-        maps = images.resume(self._arena, image, self._host, self._stream(), self._record)
+        maps = images.resume(self._arena, image, self._host, *on)
         done, took = self.transfers, perf_counter() - started
         if image.content_bytes:
             self.transfers = replace(done, in_bytes=done.in_bytes + image.content_bytes, in_s=done.in_s + took)

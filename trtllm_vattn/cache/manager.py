@@ -25,7 +25,7 @@ from trtllm_vattn.cache.base import (
     Transfers,
 )
 from trtllm_vattn.cache.config import CacheConfig, Layout
-from trtllm_vattn.cache.host_tier import HostTier
+from trtllm_vattn.cache.host_tier import CopyStream, HostTier
 from trtllm_vattn.cache.slotted import SlottedCache
 from trtllm_vattn.errors import (
     CacheAsleep,
@@ -144,7 +144,7 @@ class KVCacheManager(SlottedCache):
         self.ahead = Lookahead(self.arena, self.lengths, config.lookahead, config.step_timing)
         idle_floor, host_memory = parse_bytes(config.idle_floor), parse_bytes(config.host_memory)
         self._memory = CacheMemory(self.arena, self.ahead, config.idle_after_s, idle_floor, host_memory)
-        self._tier = HostTier(self.arena, self._memory.host, lambda: current_stream(self.device), self._fence)
+        self._tier = HostTier(self.arena, self._memory.host)
         self._asleep: dict[SequenceId, tuple[int, int]] = {}
         """Slot and length of each sequence that runs again when the cache wakes."""
         self._lock = self._memory.lock
@@ -612,15 +612,15 @@ class KVCacheManager(SlottedCache):
 
     def _do_suspend(self, sequence: SequenceId, slot: int) -> int:
         with self._lock:
-            self._wait_for_other_streams()
-            copied = self._tier.suspend(sequence, slot, int(self.lengths[slot]))
+            copied = self._tier.suspend(sequence, slot, int(self.lengths[slot]), self._copy_stream())
             self._remove_sequence(sequence, slot)
         return copied
 
-    def _wait_for_other_streams(self) -> None:
-        """Copies are made on torch's current stream, behind what that has alone."""
+    def _copy_stream(self) -> CopyStream:
+        """Torch's current stream, for copies; what others have was waited for."""
         if self.config.fence_streams:
             self._fence().wait()
+        return current_stream(self.device), self._fence
 
     def resume(self, sequence: SequenceId, tokens: int | None = None) -> int:
         found = self._suspended(sequence)
@@ -638,7 +638,7 @@ class KVCacheManager(SlottedCache):
                 self.arena.unmap_parked(target)
                 self._tier.relocate(sequence, target)
             self._make_room(self._tier.missing_bytes(sequence, tokens), self.ahead.tokens)
-            slot, maps = self._tier.resume(sequence, tokens)
+            slot, maps = self._tier.resume(sequence, tokens, self._copy_stream())
             self._admission_maps += maps
             self._place_sequence(sequence, slot, tokens)
         self._wake_for_memory()
@@ -678,7 +678,6 @@ class KVCacheManager(SlottedCache):
     def _do_sleep(self, keep: bool) -> int:
         arena, slots = self.arena, self.arena.slots
         with self._lock:
-            self._wait_for_other_streams()
             if broken := [slot for slot in self._owner if slots[slot].broken]:
                 raise MemoryQuarantined(f"an unmap failed in slots {broken}; release their sequences first")
             kept = {slot: int(self.lengths[slot]) for slot in self._owner}
@@ -689,7 +688,7 @@ class KVCacheManager(SlottedCache):
             held = arena.pool.held_bytes
             arena.complete_pending_unmaps(wait=True)
             arena.reclaim_parked(arena.parked_bytes)
-            self._tier.sleep({**kept, self.dummy_slot: 0})
+            self._tier.sleep({**kept, self.dummy_slot: 0}, self._copy_stream())
             self._memory.is_asleep = True
             for sequence, slot in list(self._slot_of.items()):
                 self._asleep[sequence] = slot, int(self.lengths[slot])
@@ -706,7 +705,7 @@ class KVCacheManager(SlottedCache):
 
     def _do_wake(self) -> int:
         with self._lock:
-            copied = self._tier.wake()
+            copied = self._tier.wake(self._copy_stream())
             self._memory.is_asleep = False
             for sequence, (slot, tokens) in self._asleep.items():
                 self._place_sequence(sequence, slot, tokens)
