@@ -189,8 +189,10 @@ def run_an_engine(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[str, 
         original = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if recording and (name == "map" or ("engine.py", "_decode") in stack()):
-                stacks.setdefault(name, [*stack(), (Path(sys.modules[owner.__module__].__file__ or "").name, name)])
+            now = stack()
+            in_pass = ("passes.py", "launch") in now
+            if recording and (name == "map" or (("engine.py", "_step") in now and not in_pass)):
+                stacks.setdefault(name, [*now, (Path(sys.modules[owner.__module__].__file__ or "").name, name)])
             return original(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, watched)

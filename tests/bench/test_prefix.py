@@ -136,3 +136,11 @@ def test_requests_wait_where_memory_is_short_and_one_that_never_fits_is_named(
 def test_extents_below_a_page_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "prefix", "--requests", "2", "--largest-extent", "1MiB"]) != 0
     assert "--largest-extent" in capsys.readouterr().err
+
+
+def test_ascending_extents_are_no_larger_than_what_lies_before_them() -> None:
+    pages = RetainedPages(64 * 1000, 1000, 1, 1, 8, ascending=True)
+    pages.admit("a", 30)
+    assert [pages.whole_extents(0, tokens)[0] for tokens in (1, 2, 3, 4, 7, 8, 16, 29)] == [1, 2, 2, 4, 4, 8, 16, 28]
+    assert pages.whole_extents(0, 30) == (30, pages.handles_for(30))
+    pages.check()

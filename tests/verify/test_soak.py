@@ -102,7 +102,7 @@ def test_a_soak_compares_the_bits_of_every_step_and_of_no_idle_lane(
         logits = right(self, bucket)
         if not isinstance(self.attention.cache, KVCacheManager):
             return logits
-        taken, lengths = self._device[-2:-1], self._inputs[3, :bucket, None]
+        taken, lengths = self._device[-2:-1], self.inputs[3, :bucket, None]
         wrong = {
             "a middle step": (taken == 1) & (lengths > 0),
             "the last step": (taken == STEPS - 1) & (lengths > 0),

@@ -40,8 +40,9 @@ HOPPER_SETTINGS = {
     256: PromptSettings(128, 64, 8, 2, 1),
 }
 """By head size, up to it, of two bytes a number, with 228 KiB of shared memory a multiprocessor. Measured for heads of
-128 (tune_prompts.py, H200, 2026-11-29: 81 us a layer for 2,048 tokens, 90 by FlashInfer's FlashAttention-3, 141 by cuDNN
-over a gathered copy); at 32,768 keys and more, tiles of 128 x 64 or 128 rows are 5 to 9 % faster. The others are not."""
+128 (tune_prompts.py, H200, 2026-11-29: 81 us a layer for 2,048 tokens, 90 by FlashInfer's FlashAttention-3, 141 by
+cuDNN over a gathered copy); at 32,768 keys and more, tiles of 128 x 64 or 128 rows are 5 to 9 % faster. The others are
+not."""
 HOPPER_FEW = {
     64: PromptSettings(64, 128, 4, 3, 2),
     128: PromptSettings(64, 64, 4, 3, 2),

@@ -933,6 +933,10 @@ class Arena:
         """Raise InvariantViolation, with its numbers, unless every extent is in exactly one place, or in as many slots
         as its reference count says, and every frontier is backed (I1, C1)."""
         self._check_extents()
+        readers: dict[int, set[int]] = {}
+        for index, slot in enumerate(self.slots):
+            for segment in slot.segments:
+                readers.setdefault(segment.owner, set()).add(index)
         for index, slot in enumerate(self.slots):
             for group in slot.groups:
                 self._check_group(index, group)
@@ -953,9 +957,9 @@ class Arena:
             found = (index in self._free or index >= self._used_slots, index in self._idle)
             if found != (slot.state is FREE, not slot.is_used and slot.mapped > 0):
                 raise InvariantViolation(f"slot {index} ({slot.state.value}) is taken for free, idle: {found}")
-            self._check_sharing(index)
+            self._check_sharing(index, readers.get(index, set()))
 
-    def _check_sharing(self, index: int) -> None:
+    def _check_sharing(self, index: int, readers: set[int]) -> None:
         slot = self.slots[index]
         backed = self.backed_tokens(index) if slot.state is RETAINED else 0
         if (self.retained_frontiers[index], index in self._retained) != (backed, slot.state is RETAINED):
@@ -965,12 +969,11 @@ class Arena:
             )
         if slot.tokens > backed and not slot.broken:
             raise InvariantViolation(f"slot {index} keeps {slot.tokens} tokens, but {backed} are backed")
-        holders = {i for i, other in enumerate(self.slots) if any(s.owner == index for s in other.segments)}
         is_kept = slot.is_used or slot.state is SUSPENDED
-        if slot.holders != holders or (holders and not is_kept):
+        if slot.holders != readers or (readers and not is_kept):
             raise InvariantViolation(
                 f"slot {index} ({slot.state.value}) is held by slots {sorted(slot.holders)}, but read by "
-                f"{sorted(holders)}"
+                f"{sorted(readers)}"
             )
         end = 0
         for owner, start, stop in slot.segments:
@@ -1034,6 +1037,8 @@ class Arena:
 
     def _check_pending(self, index: int) -> None:
         slot = self.slots[index]
+        if not slot.pending_unmap:
+            return
         start = index * self.layout.slot_stride
         used = {
             self.reservations[where]: (start + group.lower, start + group.frontier)

@@ -52,6 +52,7 @@ COLUMNS: dict[str, str | Callable[[Any], str]] = {
     "ways": "variant",
     "slots read": "max_segments",
     "largest extent": lambda row: f"{row['largest_extent'] >> 20} MiB",
+    "ascending": lambda row: "yes" if row["ascending"] else "no",
     "KV": lambda row: f"{row['budget'] / 2**30:.0f} GiB",
     "hit rate": "hit_rate:.4f",
     "of the ideal": "hits_over_simulated:.4f",
@@ -91,6 +92,7 @@ class Setting:
     variant: str
     max_segments: int
     largest_extent: int
+    ascending: bool
     budget: int
     max_seqs: int
 
@@ -126,10 +128,11 @@ def settings(args: argparse.Namespace) -> list[Setting]:
     largest = args.extents[0]
     if any(each < GRANULARITY for each in args.extents):
         raise ConfigError(f"--largest-extent is {min(args.extents):,} bytes; an extent has at least {GRANULARITY:,}")
-    found = [("hybrid", segments, largest) for segments in args.segments]
-    found += [("hybrid", args.segments[0], extent) for extent in args.extents[1:]]
-    found += [("no table", 1, extent) for extent in args.extents]
-    found += [("copy", 1, largest), ("adopt", 1, largest)]
+    found = [("hybrid", segments, largest, order) for segments in args.segments for order in (True, False)]
+    found += [("hybrid", args.segments[0], extent, False) for extent in args.extents[1:]]
+    found += [("no table", 1, largest, True)]
+    found += [("no table", 1, extent, False) for extent in args.extents]
+    found += [("copy", 1, largest, True), ("adopt", 1, largest, True)]
     return [Setting(*each, args.budget, args.max_seqs) for each in found]
 
 
@@ -149,7 +152,7 @@ def ideal_hits(requests: Sequence[TokenRequest], tokens: int, max_seqs: int) -> 
 def row(name: str, requests: Sequence[TokenRequest], setting: Setting, ideal: int) -> dict[str, Any]:
     """What one setting finds again, and how."""
     largest = setting.largest_extent // GRANULARITY
-    pages = RetainedPages(setting.budget, TOKEN_BYTES, RANGES, PAGE_TOKENS, largest)
+    pages = RetainedPages(setting.budget, TOKEN_BYTES, RANGES, PAGE_TOKENS, largest, setting.ascending)
     cache = PrefixCache(pages, ways=VARIANTS[setting.variant], max_segments=setting.max_segments)
     started = perf_counter()
     replay(cache, pages, requests, setting.max_seqs, f"{name}, {setting.variant}")

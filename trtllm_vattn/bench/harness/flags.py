@@ -190,7 +190,9 @@ def as_config(args: argparse.Namespace) -> dict[str, Any]:
         # JSON has no infinity.
         return value if isinstance(value, int | float) and math.isfinite(value) else str(value)
 
-    return {name: plain(value) for name, value in vars(args).items() if not callable(value)}
+    # The parser's own: the command's function, and the parser whose help may be printed.
+    flags = {name: value for name, value in vars(args).items() if name not in ("run", "shown")}
+    return {name: plain(value) for name, value in flags.items()}
 
 
 def dtype_of(device: str) -> torch.dtype:

@@ -65,6 +65,8 @@ class RetainedPages:
         Tokens in a page of every range.
     largest_extent : int
         Pages of the largest extent.
+    ascending : bool
+        No extent is larger than what lies before it in its slot: small ones where prompts branch off.
 
     Attributes
     ----------
@@ -72,12 +74,20 @@ class RetainedPages:
         Handles that were created and mapped, or mapped once more.
     """
 
-    def __init__(self, budget: int, token_bytes: int, num_ranges: int, page_tokens: int, largest_extent: int) -> None:
+    def __init__(
+        self,
+        budget: int,
+        token_bytes: int,
+        num_ranges: int,
+        page_tokens: int,
+        largest_extent: int,
+        ascending: bool = False,
+    ) -> None:
         if budget < token_bytes * page_tokens:
             raise ConfigError(f"a budget of {budget:,} bytes holds no page of {token_bytes * page_tokens:,}; raise it")
         self.token_bytes, self.num_ranges, self.page_tokens = token_bytes, num_ranges, page_tokens
         self.page_bytes = token_bytes * page_tokens
-        self.largest_extent = largest_extent
+        self.largest_extent, self.ascending = largest_extent, ascending
         self.pages = budget // self.page_bytes
         self.used_pages = 0
         self.table_multiple = 1
@@ -224,7 +234,7 @@ class RetainedPages:
         return max(end * self.page_tokens, self.own_start(slot)) if stripes else 0, len(stripes) * self.num_ranges
 
     def handles_for(self, tokens: int) -> int:
-        return len(list(self._split(self._pages_of(tokens)))) * self.num_ranges
+        return len(list(self._split(self._pages_of(tokens), 0))) * self.num_ranges
 
     def mappings_left(self) -> int | None:
         return None
@@ -276,15 +286,18 @@ class RetainedPages:
             raise KVCacheOutOfMemory(f"{pages} pages wanted, {self.pages - self.used_pages} of {self.pages} are free")
         self.used_pages += max(0, pages)
 
-    def _split(self, pages: int) -> Iterator[int]:
+    def _split(self, pages: int, at: int) -> Iterator[int]:
+        """Sizes of the extents for so many pages from page `at` on."""
         while pages > 0:
             size = min(self.largest_extent, 1 << (pages.bit_length() - 1))
+            if self.ascending:
+                size = min(size, 1 << (max(1, at).bit_length() - 1))
             yield size
-            pages -= size
+            pages, at = pages - size, at + size
 
     def _grow(self, slot: _Slot, tokens: int) -> None:
         """Map the largest extents that fit; their pages were taken."""
-        made = [_Stripe(size) for size in self._split(self._pages_of(tokens) - slot.end_page)]
+        made = [_Stripe(size) for size in self._split(self._pages_of(tokens) - slot.end_page, slot.end_page)]
         slot.stripes += made
         self.handles_made += len(made) * self.num_ranges
 

@@ -211,10 +211,12 @@ def plot_prefix(result: dict[str, Any], path: Path) -> None:
     Raises ConfigError without matplotlib."""
     runs, curves = result["results"]["runs"], result["results"]["crossover"]
     figure, (hits, costs) = pyplot().subplots(1, 2, figsize=(14, 5), layout="constrained")
-    rows = [
-        {**run, "what": f"{run['variant']}\n{run['max_segments']} slots\n{run['largest_extent'] >> 20} MiB"}
-        for run in runs
-    ]
+
+    def what(run: dict[str, Any]) -> str:
+        extents = f"{'up to' if run['ascending'] else 'from'} {run['largest_extent'] >> 20} MiB"
+        return f"{run['variant']}\n{run['max_segments']} slots\n{extents}"
+
+    rows = [{**run, "what": what(run)} for run in runs]
     _grouped(hits, rows, "what", "workload", lambda row: row["hits_over_simulated"] or 0)
     hits.axhline(1, color="black", linewidth=0.8, linestyle=":")
     hits.set_ylabel("hits, of an ideal tree's in the same memory")
