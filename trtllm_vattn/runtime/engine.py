@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -16,7 +17,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.select import make_attention
-from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.prefix import PrefixCache
+from trtllm_vattn.cache.prefix.events import KVCacheEvent
 from trtllm_vattn.cache.select import CACHES, make_cache
 from trtllm_vattn.errors import (
     CacheInterrupted,
@@ -48,6 +51,7 @@ from trtllm_vattn.runtime.request import (
     as_prompts,
     make_request,
 )
+from trtllm_vattn.runtime.reuse import RequestSlots
 from trtllm_vattn.runtime.sampling import LARGEST_COUNT, NO_TOKEN, SamplingParams, margins
 from trtllm_vattn.runtime.scheduler import Scheduler
 from trtllm_vattn.runtime.settings import (
@@ -59,7 +63,7 @@ from trtllm_vattn.runtime.settings import (
 )
 from trtllm_vattn.runtime.startup import StartupReport, memory_left
 from trtllm_vattn.runtime.step_model import StepModel
-from trtllm_vattn.runtime.tokens import TokenIds
+from trtllm_vattn.runtime.tokens import TokenIds, token_ids
 from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.values import described, finite, shown, truth, whole
@@ -76,6 +80,19 @@ NOT_FINITE = "its logits are NaN or infinite, so that there is no token to choos
 UNUSUAL = 509
 """Tokens of the first compiled pass. No dimension of a model has this size, so torch takes none for their number; and
 kernels are tuned by it, which with few tokens would all seem alike."""
+
+
+REMAPPING = ("vattn", "blocks")
+"""Caches, by name, that keep prefixes."""
+FEWEST_KEPT, MOST_KEPT_BYTES = 64, 1 << 44
+"""Slots of ended sequences unless told otherwise, and the addresses that they may take: a process has 2**47."""
+
+
+def _kept(shape: CacheShape, wanted: int | None) -> int:
+    """Slots for what ended sequences leave."""
+    if wanted is not None:
+        return wanted
+    return min(max(FEWEST_KEPT, 4 * shape.num_slots), MOST_KEPT_BYTES // (shape.max_seq_len * shape.token_bytes))
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -132,8 +149,17 @@ class Engine:
         and come in groups; what a sequence has beyond its end is discarded.
     loop : bool
         Whether the device ends a launch earlier: when a sequence ends, or its next token has no memory yet.
-    packed : bool
-        Whether sequences take the first lanes, whatever their slots, instead of lane i being slot i.
+    packed : bool or None
+        Whether sequences take the first lanes, whatever their slots, instead of lane i being slot i. None is where
+        there are more slots than `max_running`.
+    max_running : int or None
+        Sequences that run at once, at most; None is as many as the cache has slots. Further slots are for what ended
+        sequences leave (`prefix_cache`).
+    prefix_cache : bool or None
+        Whether what ended requests leave in their slots is kept, as far as memory and slots allow, for prompts that
+        begin with the same tokens (cache/prefix/README.md). None is where the cache can (`KVCache.remaps`).
+    kv_events : bool
+        Whether `kv_events` gives events of stored and removed blocks.
     compile : bool or None
         Whether the model's layers are compiled by torch.compile; None is yes on a GPU. Compiling changes the model in
         place.
@@ -178,7 +204,10 @@ class Engine:
         buckets: Sequence[int] | None = None,
         steps: int = 1,
         loop: bool = False,
-        packed: bool = False,
+        packed: bool | None = None,
+        max_running: int | None = None,
+        prefix_cache: bool | None = None,
+        kv_events: bool = False,
         compile: bool | None = None,
         mapping: str = "concurrent",
         chunk: int = 2048,
@@ -201,6 +230,9 @@ class Engine:
             steps=steps,
             loop=loop,
             packed=packed,
+            max_running=max_running,
+            prefix_cache=prefix_cache,
+            kv_events=kv_events,
             compile=compile,
             mapping=mapping,
             chunk=chunk,
@@ -216,6 +248,7 @@ class Engine:
         if model.device != cache.device:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
+        reusing = _check_reuse(settings, cache)
         scale = bind(model, cache.shape)
         self.model, self.cache = model, cache
         self.steps, self.loop, self.record_margins, self.observer = steps, loop, record_margins, observer
@@ -238,11 +271,12 @@ class Engine:
         mixed = self._start_device(settings)
         self.weights = Weights(model, capture)
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
-        movable = cache.remaps and capture and not packed
+        movable = cache.remaps and capture and not settings["packed"]
         compaction = Compaction(cache, self.startup.decode.replay_s) if movable else None
         failing = _failing(weakref.ref(self))
+        self.slots = RequestSlots.over(cache, reusing, settings["kv_events"])
         self.scheduler = Scheduler(
-            cache,
+            self.slots,
             self.decode,
             compaction,
             chunk,
@@ -262,15 +296,17 @@ class Engine:
     def _start_device(self, settings: dict[str, Any]) -> bool:
         """Compile, plan and capture what runs on the device; returns whether prompts and decoding sequences share
         passes."""
-        names = ("buckets", "steps", "loop", "packed", "chunk", "compile")
-        buckets, steps, loop, packed, chunk, compiling = (settings[name] for name in names)
+        names = ("buckets", "steps", "loop", "packed", "chunk", "compile", "lanes")
+        buckets, steps, loop, packed, chunk, compiling, lanes = (settings[name] for name in names)
         model, mixed, on_gpu = self.model, self.supports_packed_prefill, self.cache.device.type == "cuda"
         if compiling is None:
             compiling = on_gpu
         with inference(), naming(model):
             started = perf_counter()
             wrap = compile_model(cast(PreTrainedModel, model)) if compiling else as_it_is
-            self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
+            self.decode = DecodeBatch(
+                model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap, lanes=lanes
+            )
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, mixed)
             self.passes = Passes(self.decode, self.prefill, wrap)
             if compiling:
@@ -308,6 +344,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         max_seqs: int = 8,
         max_seq_len: int = 2048,
+        kept_seqs: int | None = None,
         budget: int | str | None = None,
         cache: str = "vattn",
         idle_after_s: float | None = None,
@@ -326,6 +363,9 @@ class Engine:
         ----------
         max_seqs : int
             Sequences that run at once.
+        kept_seqs : int or None
+            Ended ones that may be kept beside them for prompts that begin alike, as far as the budget goes: each takes
+            a slot, which is addresses. None is four times `max_seqs`, at least 64; 0 without a prefix cache.
         budget : int, str or None
             Bytes of KV memory, ``"40GiB"`` too; None is what is left of 90 % of the GPU's memory after capturing, or on
             the host, and for the other caches, enough for all sequences at `max_seq_len` tokens.
@@ -354,19 +394,25 @@ class Engine:
         if not isinstance(cache, str) or cache not in CACHES:
             raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
         check_settings(max_seqs, max_seq_len, **options)
+        reusing = options.get("prefix_cache") is not False and cache in REMAPPING
+        kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
         with ExitStack() as undo:
             probe = undo.enter_context(start_policy_probe(device, mapping))
             started = perf_counter()
             loaded = load_model(model, device, dtype)
             load_s = perf_counter() - started
             shape = shape_of(loaded, max_seqs, max_seq_len)
+            if reusing and options.get("packed") is not False:
+                shape = replace(shape, num_slots=max_seqs + _kept(shape, kept))
             policy = probe.result().policy
             later = cache in ("vattn", "blocks") and device != "cpu"
             idle: dict[str, Any] = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "sized_later": later}
             driver = policy.wrap(open_driver(device)) if later else None
             made = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle)
             undo.callback(made.close)
-            engine = cls(loaded, made, mapping=policy, **options)
+            if not later and budget is None and shape.num_slots > max_seqs:
+                made.set_budget(made.budget_bytes // (shape.num_slots + 1) * (max_seqs + 1))
+            engine = cls(loaded, made, mapping=policy, **{"max_running": max_seqs, **options})
             undo.callback(engine.close)
             if later:
                 engine.set_budget(memory_left(made.device) if budget is None else budget)
@@ -405,7 +451,8 @@ class Engine:
         priority: int = 0,
         deadline_s: float | None = None,
     ) -> int:
-        """Queue a prompt of token ids; returns the request's number.
+        """Queue a prompt of token ids; returns the request's number. Of `SamplingParams.n` samples it is the first
+        one's; the others have the numbers that follow, in order.
 
         The prompt's tokens and all of the output but its last token, which is not stored, have to fit a slot, and the
         budget alone; without `max_tokens` the output may be as long as that allows. With `forced`, those tokens are fed
@@ -438,12 +485,72 @@ class Engine:
             if finite("deadline_s", deadline_s) <= 0:
                 raise ConfigError(f"deadline_s is {deadline_s}; it is a positive number of seconds from now, or None")
             request.deadline = request.arrived + float(deadline_s)
+        samples = [request, *request.branches(self._ids)]
         try:
-            self.scheduler.add(request)
+            for each in samples:
+                self.scheduler.add(each)
             return request.id
         except BaseException:
-            self.scheduler.drop(request)
+            for each in samples:
+                self.scheduler.drop(each)
             raise
+
+    def fork(self, request: int, params: SamplingParams | None = None) -> int:
+        """Queue another request that goes on from the tokens that one has so far; returns its number.
+
+        The two share the memory of these tokens where there is a prefix cache: whole extents are mapped in both slots,
+        the page that the new one writes is copied. The new one's output begins with what the other one has generated;
+        its events begin behind that.
+
+        Parameters
+        ----------
+        params : SamplingParams or None
+            None is those of the request, with a seed that is greater by 1 for each fork of it. `max_tokens` counts all
+            of the output; None, in those given, is the request's.
+
+        Raises
+        ------
+        ConfigError
+            An unknown request, one that has ended, tokens that are forced, parameters that cannot be, or `max_tokens`
+            that it has already.
+        SequenceTooLong
+            It can never fit.
+        """
+        self._check_open()
+        number = whole("request", request, 0, LARGEST_COUNT)
+        known = self.scheduler.requests.get(number)
+        if known is None:
+            raise ConfigError(f"no request {number} is waiting or running; fork one before its last token")
+        made = self._fork_of(known, params)
+        with self._changing:
+            if known.is_verified:
+                self.slots.computed(known)
+            known.forks += 1
+        try:
+            self.scheduler.add(made)
+            return made.id
+        except BaseException:
+            self.scheduler.drop(made)
+            raise
+
+    def _fork_of(self, known: RequestState, params: SamplingParams | None) -> RequestState:
+        if known.forced is not None:
+            raise ConfigError(f"request {known.id} has forced tokens, which a fork would only repeat; submit another")
+        if params is None:
+            made = known.fork(next(self._ids), known.params.of_branch(known.forks + 1))
+        else:
+            if isinstance(params, SamplingParams) and params.n > 1:
+                raise ConfigError(f"n is {params.n}; fork once for each")
+            checked = self._request(known.prompt, params)
+            if params.max_tokens is not None and params.max_tokens <= len(known.chosen):
+                raise ConfigError(
+                    f"max_tokens is {params.max_tokens}, and request {known.id} has {len(known.chosen)} tokens of "
+                    "output already, which count; give more"
+                )
+            made = known.fork(checked.id, checked.params)
+            made.max_tokens = checked.max_tokens if params.max_tokens is not None else known.max_tokens
+        made.arrived = self.clock()
+        return made
 
     def _request(self, prompt: object, params: object, forced: object = None, silent: bool = False) -> RequestState:
         if forced is not None and self.steps > 1:
@@ -455,20 +562,24 @@ class Engine:
         return made
 
     def abort(self, request: int) -> None:
-        """Drop a request wherever it is, and its tokens that nobody took yet; its memory is free for others.
+        """Drop a request wherever it is, and its tokens that nobody took yet; its memory is free for others. The number
+        that `submit` gave drops all its samples, a later sample's number that one alone.
 
         Raises ConfigError for an unknown one, and DriverError where releasing failed, which the next step tries again.
         """
         self._check_open()
         number = whole("request", request, 0, LARGEST_COUNT)
         known = self.scheduler.requests.get(number)
-        if known is None and all(event.request != number for event in self._events):
+        samples = (each.first for each in self.scheduler.requests.values())
+        if known is None and number not in samples and all(event.request != number for event in self._events):
             raise ConfigError(f"no request {number} is waiting or running")
         with self._changing:
-            if known is not None:
-                self.scheduler.end(known)
+            for each in [each for each in self.scheduler.requests.values() if number in (each.id, each.first)]:
+                self.scheduler.end(each)
             # Behind the end: no token of a request that goes on is lost.
-            self._events = [event for event in self._events if event.request != number]
+            self._events = [
+                event for event in self._events if number not in (event.request, event.request - event.branch)
+            ]
             self.scheduler.release_ended()
 
     def _check_open(self) -> None:
@@ -501,6 +612,7 @@ class Engine:
         self.pipeline.forget()
         self.decode.clear()
         self.cache.reset()
+        self.slots.begin_anew()
         self.scheduler.begin_anew()
         for event in self._events:
             request = self.scheduler.requests.get(event.request)
@@ -527,7 +639,8 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = False,
     ) -> list[Completion]:
-        """Run prompts of token ids to their end; completions in the order of the prompts.
+        """Run prompts of token ids to their end; completions in the order of the prompts, of each as many as
+        `SamplingParams.n` says, by `index`.
 
         A request that fails has a completion with `finish_reason` ``error``. Raises ConfigError or SequenceTooLong with
         none of them queued, ConfigError where others are running: take their tokens by `run`. What a step raises, and
@@ -540,7 +653,8 @@ class Engine:
         if self.scheduler.requests:
             raise ConfigError("requests are running, whose tokens nobody would get; use run(), or abort them")
         self.weights.require_in_place()
-        requests = [self._request(prompt, one, silent=True) for prompt, one in zip(given, each, strict=True)]
+        firsts = [self._request(prompt, one, silent=True) for prompt, one in zip(given, each, strict=True)]
+        requests = [sample for first in firsts for sample in (first, *first.branches(self._ids))]
         try:
             for request in requests:
                 self.scheduler.add(request)
@@ -654,6 +768,8 @@ class Engine:
             if not request.silent:
                 self._events += [event]
             self._note(request, event)
+            if request.is_verified and len(request.chosen) == request.known + 1:
+                self.slots.computed(request)
 
     def _note(self, request: RequestState, event: TokenEvent) -> None:
         """What an event says becomes part of the request's record; it ends, where the event is its last. Of its newest
@@ -680,6 +796,48 @@ class Engine:
         """Whose the addresses are that all captured graphs hold. Raises CaptureError where nothing is captured."""
         self._check_open()
         return AuditReport.joined([self.decode.audit(), *(self.passes.audit() or [self.prefill.audit()])])
+
+    # -- prefix cache ----------------------------------------------------------------------------------------------
+
+    def _prefixes(self) -> PrefixCache:
+        self._check_open()
+        if self.slots.prefixes is None:
+            raise ConfigError("this engine keeps no prefixes; build it with prefix_cache=True over the vattn cache")
+        return self.slots.prefixes
+
+    def prefix_stats(self) -> dict[str, Any]:
+        """Counts of the prefix cache since the start, by name: ``cached_tokens`` of ``prompt_tokens``, ``hit_rate``,
+        how often each of the ``ways`` was taken, and what is kept now. Raises ConfigError without one."""
+        return self._prefixes().as_dict()
+
+    def flush_prefix_cache(self) -> int:
+        """Forget what is kept, pinned or not; returns the tokens forgotten. What runs goes on, and is not kept when it
+        ends. 0 without a prefix cache."""
+        self._check_open()
+        with self._changing:
+            return self.slots.flush()
+
+    def pin(self, tokens: TokenIds, cache_salt: str | None = None) -> int:
+        """Keep what there is of these tokens, whole blocks of it, until `unpin` or a flush; returns how many tokens
+        that is. Calls are counted. Only the growth of running sequences takes them, where nothing else is left to take.
+        Raises ConfigError without a prefix cache, or for what are no tokens."""
+        prefixes, ids = self._prefixes(), token_ids("the tokens", tokens, self._vocab_size)
+        with self._changing:
+            return prefixes.pin(ids, self.slots.key(cache_salt))
+
+    def unpin(self, tokens: TokenIds, cache_salt: str | None = None) -> int:
+        """Undo one `pin` of the same tokens. Raises ConfigError where there is none."""
+        prefixes, ids = self._prefixes(), token_ids("the tokens", tokens, self._vocab_size)
+        with self._changing:
+            return prefixes.unpin(ids, self.slots.key(cache_salt))
+
+    def kv_events(self) -> list[KVCacheEvent]:
+        """Events of stored and removed blocks since the last call, in order, in the words of vLLM's KV events
+        (cache/prefix/events.py). Raises ConfigError unless the engine was built with ``kv_events=True``."""
+        prefixes = self._prefixes()
+        if not prefixes.tree.has_events:
+            raise ConfigError("this engine keeps no KV events; build it with kv_events=True")
+        return prefixes.take_events()
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -740,7 +898,10 @@ class Engine:
                 for request in list(self.scheduler.requests.values()):
                     self._end_without_token(request, "abort", None)
                 self.scheduler.release_ended()
-        return self.weights.write(update)
+            # What runs goes on, and is not kept.
+            self.slots.flush()
+        self.slots.weights_version = self.weights.write(update)
+        return self.weights.version
 
     def _drain(self) -> None:
         """Take the tokens of all launches under way."""
@@ -783,6 +944,17 @@ class Engine:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _check_reuse(settings: dict[str, Any], cache: KVCache) -> bool:
+    """Whether prefixes are kept. Raises ConfigError where they shall be and the cache cannot."""
+    wanted: bool | None = settings["prefix_cache"]
+    if wanted and not cache.remaps:
+        raise ConfigError(f"a {type(cache).__name__} cannot keep prefixes; use the vattn cache, or prefix_cache=False")
+    reusing = cache.remaps if wanted is None else wanted
+    if settings["kv_events"] and not reusing:
+        raise ConfigError("kv_events are those of the prefix cache, which this engine has not")
+    return reusing
 
 
 def _failing(engine: weakref.ref[Engine]) -> Callable[[RequestState, str], None]:

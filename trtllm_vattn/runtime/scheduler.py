@@ -21,6 +21,7 @@ from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad
 from trtllm_vattn.runtime.prefill import PromptChunk
 from trtllm_vattn.runtime.request import RequestState
 from trtllm_vattn.runtime.request_queue import RequestQueue
+from trtllm_vattn.runtime.reuse import Left, RequestSlots
 from trtllm_vattn.runtime.step_plan import StepPlan
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class Scheduler:
 
     Parameters
     ----------
+    slots : RequestSlots
+        Gives requests slots of the cache, and takes them back.
     chunk : int
         Most tokens of a pass, prompts' and decoding sequences' together.
     steps : int
@@ -66,13 +69,13 @@ class Scheduler:
         In the order of their requests; they hold a slot.
     decoding : dict of int to RequestState
         By slot, in the order in which they joined; each has a lane.
-    ended : deque of int
+    ended : deque of Left
         Requests that left and whose slot and memory are still to be released.
     """
 
     def __init__(
         self,
-        cache: KVCache,
+        slots: RequestSlots,
         decode: DecodeBatch,
         compaction: Compaction | None,
         chunk: int,
@@ -85,7 +88,8 @@ class Scheduler:
         cost: PassCost | None = None,
         target_ms: float | None = None,
     ) -> None:
-        self.cache, self.decode, self.compaction, self.chunk, self.fail = cache, decode, compaction, chunk, fail
+        self.cache: KVCache = slots.cache
+        self.slots, self.decode, self.compaction, self.chunk, self.fail = slots, decode, compaction, chunk, fail
         self.steps, self.mixed, self.cost, self.target_ms = steps, mixed, cost, target_ms
         self._decoded_last = True
         """Whether the last launch was of decode steps, where prompts go in apart from them."""
@@ -97,7 +101,7 @@ class Scheduler:
         """A heap, of requests with a deadline, some of which have ended."""
         self.prefilling: deque[RequestState] = deque()
         self.decoding: dict[int, RequestState] = {}
-        self.ended: deque[int] = deque()
+        self.ended: deque[Left] = deque()
 
     def add(self, request: RequestState) -> None:
         """Queue a new request."""
@@ -128,12 +132,14 @@ class Scheduler:
         would map all of it at once instead of beside the prompts before.
         """
         left = sum(request.length - request.prefilled for request in self.prefilling)
-        while self.waiting:
+        while self.waiting and len(self.decoding) + len(self.prefilling) < len(self.decode.lengths):
             request = self.waiting.first
             if len(self.prefilling) >= 2 and left >= 2 * self.chunk and not self._goes_before_all(request):
                 return
+            if self._begins_with_another(request):
+                return
             try:
-                request.slot = self.cache.admit(request.id, request.length)
+                self.slots.admit(request)
             except NoFreeSlot:
                 if not self.holders:
                     raise
@@ -153,7 +159,13 @@ class Scheduler:
                 continue
             self.waiting.remove(request)
             self.prefilling.append(request)
-            left += request.length
+            left += request.length - request.prefilled
+
+    def _begins_with_another(self, request: RequestState) -> bool:
+        """Whether this is a branch whose prompt goes in for another one now, which it waits for."""
+        if request.group is None or self.slots.prefixes is None:
+            return False
+        return any(request.group in (other.id, other.group) and not other.is_verified for other in self.holders)
 
     def _goes_before_all(self, request: RequestState) -> bool:
         rank = self.waiting.rank(request)
@@ -163,7 +175,7 @@ class Scheduler:
         """`admit` while the device is busy; and have the cache's thread, if it has one, create memory for those left
         waiting whom there are slots for."""
         self.admit()
-        free = self.cache.shape.num_slots - len(self.holders)
+        free = len(self.decode.lengths) - len(self.holders)
         self.cache.preallocate_for([request.length for request in islice(self.waiting, free)])
 
     # -- planning --------------------------------------------------------------------------------------------------
@@ -266,6 +278,7 @@ class Scheduler:
                 break
             request = by_slot[source]
             request.slot = target
+            self.slots.moved(request)
             if self.decoding.pop(source, None) is not None:
                 self.decode.clear_lane(source)
                 self.decode_next(request)
@@ -331,13 +344,14 @@ class Scheduler:
             self.decode.clear_lane(request.slot)
         if request.slot >= 0:
             self._moved_out = True
+            left = self.slots.leaving(request)
             request.slot = -1
-            self.ended.append(request.id)
+            self.ended.append(left)
 
     def release_ended(self) -> None:
         """Release what those who left had. Raises DriverError where one fails, which the next call tries again."""
         while self.ended:
-            self.cache.release(self.ended[0])
+            self.slots.release(self.ended[0])
             self.ended.popleft()
 
     def end(self, request: RequestState) -> None:

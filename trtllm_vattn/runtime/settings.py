@@ -28,7 +28,10 @@ def check_settings(
     buckets: Any = None,
     steps: Any = 1,
     loop: Any = False,
-    packed: Any = False,
+    packed: Any = None,
+    max_running: Any = None,
+    prefix_cache: Any = None,
+    kv_events: Any = False,
     compile: Any = None,
     mapping: Any = "concurrent",
     chunk: Any = 2048,
@@ -51,13 +54,22 @@ def check_settings(
         raise ConfigError(f"observer is {described(observer)}; give a function of a StepRecord, or None")
     if not isinstance(mapping, str):
         raise ConfigError(f"mapping is {described(mapping)}; give a policy's name")
+    lanes = num_slots if max_running is None else whole("max_running", max_running, 1, num_slots)
+    packed = lanes < num_slots if packed is None else truth("packed", packed)
+    if lanes < num_slots and not packed:
+        raise ConfigError(
+            f"max_running is {lanes} of {num_slots} slots, and packed is False: a lane is a slot then; leave packed out"
+        )
     checked = {
         "attention": attention,
         "capture": truth("capture", capture),
-        "buckets": check_buckets(buckets, num_slots),
+        "lanes": lanes,
+        "prefix_cache": None if prefix_cache is None else truth("prefix_cache", prefix_cache),
+        "kv_events": truth("kv_events", kv_events),
+        "buckets": check_buckets(buckets, lanes),
         "steps": whole("steps", steps, 1, max_seq_len),
         "loop": truth("loop", loop),
-        "packed": truth("packed", packed),
+        "packed": packed,
         "compile": None if compile is None else truth("compile", compile),
         "mapping": MappingPolicy.named(mapping),
         "chunk": whole("chunk", chunk, 1, LONGEST_CHUNK),

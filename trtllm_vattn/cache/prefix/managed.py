@@ -31,7 +31,7 @@ class ManagedReuse:
         self.token_bytes = cache.shape.token_bytes
         layout = cache.layout
         self.table_multiple = layout.tokens_per_block if isinstance(layout, BlockLayout) else 1
-        self.admit, self.retain, self.release = cache.admit, cache.retain, cache.release
+        self.admit, self.extend, self.retain, self.release = cache.admit, cache.extend, cache.retain, cache.release
         self.release_retained, self.retained_tokens = cache.release_retained, cache.retained_tokens
         self.touch, self.take_evicted, self.copy_prefix = cache.touch, cache.take_evicted, cache.copy_prefix
         self.slot_of = cache.slot_of

@@ -1,0 +1,151 @@
+"""Slots for requests: with what earlier requests left in them, where prefixes are kept."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.cache.prefix import ManagedReuse, PrefixCache, PrefixKey, Way
+from trtllm_vattn.errors import KVCacheOutOfMemory, NoFreeSlot
+from trtllm_vattn.runtime.request import RequestState
+from trtllm_vattn.runtime.sampling import SamplingParams
+
+WAYS = (Way.ADOPT, Way.ALIAS, Way.COPY)
+"""Ways to a hit that attention can serve. `Way.TABLE` needs decode kernels that take a base address a segment; then
+branches of one prompt can also read it once for all of them (cascade inference), from the same rows of
+`KVCache.segments`."""
+
+
+class Left(NamedTuple):
+    """A request that left its slot: the tokens to keep there, or None."""
+
+    request: int
+    tokens: np.ndarray | None
+
+
+class RequestSlots:
+    """Gives requests slots and takes them back.
+
+    Parameters
+    ----------
+    cache : KVCache
+    prefixes : PrefixCache or None
+        Keeps what requests leave, and finds what others begin with.
+
+    Attributes
+    ----------
+    weights_version : int
+        Of the weights that prompts are computed with from now on.
+    """
+
+    def __init__(self, cache: KVCache, prefixes: PrefixCache | None) -> None:
+        self.cache, self.prefixes = cache, prefixes
+        self.weights_version = 0
+        self._refused: tuple[int, int, int] | None = None
+        self._changes = 0
+
+    @classmethod
+    def over(cls, cache: KVCache, prefix_cache: bool, events: bool) -> RequestSlots:
+        """Of a cache, with or without prefix cache, which needs one that remaps."""
+        if not prefix_cache:
+            return cls(cache, None)
+        assert isinstance(cache, KVCacheManager)
+        return cls(cache, PrefixCache(ManagedReuse(cache), ways=WAYS, events=events))
+
+    def key_of(self, params: SamplingParams) -> PrefixKey:
+        return self.key(params.cache_salt)
+
+    def key(self, salt: str | None) -> PrefixKey:
+        """What keys and values of requests with a salt depend on beside tokens."""
+        return PrefixKey(salt or "", self.weights_version)
+
+    def admit(self, request: RequestState) -> None:
+        """Give a request a slot that is backed for all its tokens, with as many of them in it as are kept.
+
+        Raises
+        ------
+        NoFreeSlot, KVCacheOutOfMemory, DriverError
+            As the cache does.
+        """
+        cached = 0
+        if self.prefixes is None:
+            slot = self.cache.admit(request.id, request.length)
+        else:
+            slot, cached = self._look_up_and_admit(self.prefixes, request)
+        request.slot, request.prefilled, request.known = slot, cached, len(request.chosen)
+        if request.cached_tokens is None:
+            request.cached_tokens = min(cached, len(request.prompt))
+
+    def _look_up_and_admit(self, prefixes: PrefixCache, request: RequestState) -> tuple[int, int]:
+        # Nothing becomes free but by those who leave and by a larger budget: looking again would only evict more.
+        now = request.id, self._changes, self.cache.budget_bytes
+        if now == self._refused:
+            raise KVCacheOutOfMemory(f"nobody has left since request {request.id} found no room")
+        tokens, shares = np.array(request.tokens, np.int64), request.group is not None
+        try:
+            found = prefixes.lookup_and_admit(
+                request.id,
+                tokens,
+                self.key_of(request.params),
+                request.params.retention_priority,
+                request.left,
+                share=shares,
+                # Branches begin with all but the last token.
+                cut_tokens=self._whole_pages(len(tokens) - 1) if shares else 0,
+            )
+        except (NoFreeSlot, KVCacheOutOfMemory):
+            self._refused = now
+            raise
+        return found.slot, found.cached_tokens
+
+    def _whole_pages(self, tokens: int) -> int:
+        """As many tokens as fill whole pages of memory, of so many."""
+        assert isinstance(self.cache, KVCacheManager)
+        layout = self.cache.layout
+        return layout.tokens_in(layout.whole_bytes(tokens) // layout.granularity * layout.granularity)
+
+    def computed(self, request: RequestState) -> None:
+        """A verified request's tokens are in its slot: others may begin with them from now on."""
+        if self.prefixes is not None:
+            self._changes += 1
+            self.prefixes.computed(request.id, np.array(request.stored, np.int64))
+
+    def moved(self, request: RequestState) -> None:
+        """The cache has given a request another slot."""
+        if self.prefixes is not None:
+            self.prefixes.moved(request.id)
+
+    def leaving(self, request: RequestState) -> Left:
+        """What `release` shall do with a request that gives its slot up now. What it has is kept where it was verified,
+        and neither the request nor the slot failed."""
+        keep = (
+            self.prefixes is not None
+            and request.is_verified
+            and request.finish_reason != "error"
+            and request.slot not in self.cache.broken_slots()
+        )
+        return Left(request.id, np.array(request.stored, np.int64) if keep else None)
+
+    def release(self, left: Left) -> None:
+        """Take a request's slot. Raises DriverError, with nothing changed."""
+        self._changes += 1
+        if self.prefixes is None:
+            self.cache.release(left.request)
+        elif left.tokens is None:
+            self.prefixes.finish(left.request, (), ok=False)
+        else:
+            self.prefixes.finish(left.request, left.tokens)
+
+    def flush(self) -> int:
+        """Forget what is kept; returns the tokens forgotten."""
+        self._changes += 1
+        return 0 if self.prefixes is None else self.prefixes.flush()
+
+    def begin_anew(self) -> None:
+        """The cache was reset: nobody has a slot, and nothing is kept. Begins from any state."""
+        self._refused = None
+        if self.prefixes is not None:
+            self.prefixes.begin_anew()
