@@ -89,6 +89,10 @@ class EngineClosed(ManagerClosed):
     """The engine was used after `close()`."""
 
 
+class EngineAsleep(VattnError):
+    """The engine gave memory back by `sleep` that a call needs; call `wake` first."""
+
+
 class UnmappedAccess(VattnError):
     """A replay would touch addresses with no memory behind them; it was not launched."""
 

@@ -478,6 +478,11 @@ class KVCache(ABC):
         self._cannot("give its memory back")
 
     @property
+    def host_bytes(self) -> tuple[int, int]:
+        """Bytes of pinned host memory that hold tokens, and all that are pinned."""
+        return 0, 0
+
+    @property
     def is_asleep(self) -> bool:
         """Whether it gave its memory back by `sleep`."""
         return False

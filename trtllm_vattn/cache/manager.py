@@ -714,6 +714,10 @@ class KVCacheManager(SlottedCache):
         return copied
 
     @property
+    def host_bytes(self) -> tuple[int, int]:
+        return self._tier.used_bytes, self._tier.held_bytes
+
+    @property
     def is_asleep(self) -> bool:
         return self._memory.is_asleep
 
