@@ -101,9 +101,10 @@ class Guard:
         if beyond[beyond.argmin()] < 0 or np.count_nonzero(left) != self._writing:
             self._refuse(lengths, slots, positions)
 
-    def check_chunk(self, slot: int, length: int) -> None:
-        """`check` for a chunk of a prompt that makes the sequence in `slot` `length` tokens long."""
-        self.check(np.array([length]), np.array([slot]), np.array([length - 1]))
+    def check_chunk(self, slot: int, length: int, start: int | None = None) -> None:
+        """`check` for a chunk of a prompt that makes the sequence in `slot` `length` tokens long, and writes from token
+        `start` on; None is its last token alone."""
+        self.check(np.array([length]), np.array([slot]), np.array([length - 1 if start is None else start]))
 
     # -- saying what is wrong --------------------------------------------------------------------------------------
 

@@ -132,6 +132,8 @@ class DecodeBatch:
         False: lane i is slot i. True: sequences take the first lanes, whatever their slots.
     wrap : callable
         Applied to functions of tensors that are run in every step; torch.compile, or nothing.
+    lanes : int or None
+        Sequences that may run at once; fewer than the cache's slots only where `packed`. None is all slots.
 
     Attributes
     ----------
@@ -155,11 +157,12 @@ class DecodeBatch:
         loop: bool = False,
         packed: bool = False,
         wrap: Wrap = as_it_is,
+        lanes: int | None = None,
     ) -> None:
         self.model, self.attention = model, attention
         self.steps, self.loop, self.packed = steps, loop, packed
         cache = attention.cache
-        lanes, device = cache.shape.num_slots, cache.device
+        lanes, device = lanes or cache.shape.num_slots, cache.device
         rows = 5 + STOPS
         # Two numbers behind the lanes: steps taken, and steps wanted.
         self._device = torch.zeros(rows * lanes + 2, dtype=torch.int64, device=device)
@@ -173,7 +176,7 @@ class DecodeBatch:
         self._idle = torch.from_numpy(self._idle_column()).to(device)
         self._device[:-2].view(rows, lanes).copy_(self._idle.expand(rows, lanes))
         # Read by the device itself in the middle of a loop, so it stays on the host, where raising it is one store.
-        frontiers = _mirrored([lanes + 1], torch.int64, device)
+        frontiers = _mirrored([cache.shape.num_slots + 1], torch.int64, device)
         self._frontiers = frontiers.numpy()
         nbytes = frontiers.numel() * frontiers.itemsize
         self._frontiers_seen = (
@@ -390,7 +393,7 @@ class DecodeBatch:
         ends: np.ndarray = np.minimum(self.lengths + (steps - 1), self.limits)
         if not self.packed:
             return ends
-        by_slot = np.zeros_like(ends)
+        by_slot = np.zeros(self.attention.cache.shape.num_slots, np.int64)
         for slot, lane in self.lane_of.items():
             by_slot[slot] = ends[lane]
         return by_slot

@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -16,7 +17,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.select import make_attention
-from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.prefix import PrefixCache
+from trtllm_vattn.cache.prefix.events import KVCacheEvent
 from trtllm_vattn.cache.select import CACHES, make_cache
 from trtllm_vattn.errors import (
     CacheInterrupted,
@@ -48,6 +51,7 @@ from trtllm_vattn.runtime.request import (
     as_prompts,
     make_request,
 )
+from trtllm_vattn.runtime.reuse import RequestSlots
 from trtllm_vattn.runtime.sampling import LARGEST_COUNT, NO_TOKEN, SamplingParams, margins
 from trtllm_vattn.runtime.scheduler import Scheduler
 from trtllm_vattn.runtime.settings import (
@@ -57,9 +61,11 @@ from trtllm_vattn.runtime.settings import (
     check_model_name,
     check_settings,
 )
+from trtllm_vattn.runtime.sleeping import Sleeping, SleepingReport
 from trtllm_vattn.runtime.startup import StartupReport, memory_left
 from trtllm_vattn.runtime.step_model import StepModel
-from trtllm_vattn.runtime.tokens import TokenIds
+from trtllm_vattn.runtime.swap_cost import SwapCost
+from trtllm_vattn.runtime.tokens import TokenIds, token_ids
 from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.values import described, finite, shown, truth, whole
@@ -76,6 +82,19 @@ NOT_FINITE = "its logits are NaN or infinite, so that there is no token to choos
 UNUSUAL = 509
 """Tokens of the first compiled pass. No dimension of a model has this size, so torch takes none for their number; and
 kernels are tuned by it, which with few tokens would all seem alike."""
+
+
+REMAPPING = ("vattn", "blocks")
+"""Caches, by name, that keep prefixes."""
+FEWEST_KEPT, MOST_KEPT_BYTES = 64, 1 << 44
+"""Slots of ended sequences unless told otherwise, and the addresses that they may take: a process has 2**47."""
+
+
+def _kept(shape: CacheShape, wanted: int | None) -> int:
+    """Slots for what ended sequences leave."""
+    if wanted is not None:
+        return wanted
+    return min(max(FEWEST_KEPT, 4 * shape.num_slots), MOST_KEPT_BYTES // (shape.max_seq_len * shape.token_bytes))
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -132,8 +151,17 @@ class Engine:
         and come in groups; what a sequence has beyond its end is discarded.
     loop : bool
         Whether the device ends a launch earlier: when a sequence ends, or its next token has no memory yet.
-    packed : bool
-        Whether sequences take the first lanes, whatever their slots, instead of lane i being slot i.
+    packed : bool or None
+        Whether sequences take the first lanes, whatever their slots, instead of lane i being slot i. None is where
+        there are more slots than `max_running`.
+    max_running : int or None
+        Sequences that run at once, at most; None is as many as the cache has slots. Further slots are for what ended
+        sequences leave (`prefix_cache`).
+    prefix_cache : bool or None
+        Whether what ended requests leave in their slots is kept, as far as memory and slots allow, for prompts that
+        begin with the same tokens (cache/prefix/README.md). None is where the cache can (`KVCache.remaps`).
+    kv_events : bool
+        Whether `kv_events` gives events of stored and removed blocks.
     compile : bool or None
         Whether the model's layers are compiled by torch.compile; None is yes on a GPU. Compiling changes the model in
         place.
@@ -158,6 +186,12 @@ class Engine:
         Whether token events carry the distance of the two largest logits.
     observer : callable or None
         Called with a `StepRecord` after each launch's tokens.
+    swap_cost : SwapCost or None
+        Says whether the tokens of who is preempted go to host memory, of which the cache may have some
+        (`CacheConfig.host_memory`), or are computed anew; None measures both.
+    sleepable_weights : bool
+        Whether the model's parameters are moved to memory that `sleep` can give back (runtime/sleeping.py). They are
+        gone when the engine is closed.
 
     Raises
     ------
@@ -178,7 +212,10 @@ class Engine:
         buckets: Sequence[int] | None = None,
         steps: int = 1,
         loop: bool = False,
-        packed: bool = False,
+        packed: bool | None = None,
+        max_running: int | None = None,
+        prefix_cache: bool | None = None,
+        kv_events: bool = False,
         compile: bool | None = None,
         mapping: str = "concurrent",
         chunk: int = 2048,
@@ -189,6 +226,8 @@ class Engine:
         deterministic: bool = False,
         record_margins: bool = False,
         observer: Callable[[StepRecord], None] | None = None,
+        swap_cost: SwapCost | None = None,
+        sleepable_weights: bool = False,
     ) -> None:
         if not isinstance(cache, KVCache):
             raise ConfigError(f"cache is {described(cache)}; give a KVCache (cache.select.make_cache)")
@@ -201,6 +240,9 @@ class Engine:
             steps=steps,
             loop=loop,
             packed=packed,
+            max_running=max_running,
+            prefix_cache=prefix_cache,
+            kv_events=kv_events,
             compile=compile,
             mapping=mapping,
             chunk=chunk,
@@ -211,11 +253,15 @@ class Engine:
             deterministic=deterministic,
             record_margins=record_margins,
             observer=observer,
+            swap_cost=swap_cost,
+            sleepable_weights=sleepable_weights,
         )
+        self.swap_cost: SwapCost = settings["swap_cost"]
         steps, chunk, policy = (settings[name] for name in ("steps", "chunk", "mapping"))
         if model.device != cache.device:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
+        reusing = _check_reuse(settings, cache)
         scale = bind(model, cache.shape)
         self.model, self.cache = model, cache
         self.steps, self.loop, self.record_margins, self.observer = steps, loop, record_margins, observer
@@ -238,11 +284,12 @@ class Engine:
         mixed = self._start_device(settings)
         self.weights = Weights(model, capture)
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
-        movable = cache.remaps and capture and not packed
+        movable = cache.remaps and capture and not settings["packed"]
         compaction = Compaction(cache, self.startup.decode.replay_s) if movable else None
         failing = _failing(weakref.ref(self))
+        self.slots = RequestSlots.over(cache, reusing, settings["kv_events"])
         self.scheduler = Scheduler(
-            cache,
+            self.slots,
             self.decode,
             compaction,
             chunk,
@@ -251,6 +298,7 @@ class Engine:
             mixed=mixed,
             clock=clock,
             max_wait_s=settings["max_wait_s"],
+            swap_cost=self.swap_cost,
             cost=self.passes.cost,
             target_ms=settings["target_itl_ms"],
         )
@@ -262,15 +310,19 @@ class Engine:
     def _start_device(self, settings: dict[str, Any]) -> bool:
         """Compile, plan and capture what runs on the device; returns whether prompts and decoding sequences share
         passes."""
-        names = ("buckets", "steps", "loop", "packed", "chunk", "compile")
-        buckets, steps, loop, packed, chunk, compiling = (settings[name] for name in names)
+        names = ("buckets", "steps", "loop", "packed", "chunk", "compile", "lanes")
+        buckets, steps, loop, packed, chunk, compiling, lanes = (settings[name] for name in names)
         model, mixed, on_gpu = self.model, self.supports_packed_prefill, self.cache.device.type == "cuda"
         if compiling is None:
             compiling = on_gpu
         with inference(), naming(model):
             started = perf_counter()
             wrap = compile_model(cast(PreTrainedModel, model)) if compiling else as_it_is
-            self.decode = DecodeBatch(model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap)
+            # Behind the merging of projections, and before anything holds an address.
+            self.sleeping = Sleeping(self.cache, cast(PreTrainedModel, model), settings["sleepable_weights"])
+            self.decode = DecodeBatch(
+                model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap, lanes=lanes
+            )
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, mixed)
             self.passes = Passes(self.decode, self.prefill, wrap)
             if compiling:
@@ -308,10 +360,12 @@ class Engine:
         dtype: torch.dtype | None = None,
         max_seqs: int = 8,
         max_seq_len: int = 2048,
+        kept_seqs: int | None = None,
         budget: int | str | None = None,
         cache: str = "vattn",
         idle_after_s: float | None = None,
         idle_floor: int | str = 0,
+        host_memory: int | str = 0,
         mapping: str = "auto",
         **options: Any,
     ) -> Self:
@@ -326,11 +380,17 @@ class Engine:
         ----------
         max_seqs : int
             Sequences that run at once.
+        kept_seqs : int or None
+            Ended ones that may be kept beside them for prompts that begin alike, as far as the budget goes: each takes
+            a slot, which is addresses. None is four times `max_seqs`, at least 64; 0 without a prefix cache.
         budget : int, str or None
             Bytes of KV memory, ``"40GiB"`` too; None is what is left of 90 % of the GPU's memory after capturing, or on
             the host, and for the other caches, enough for all sequences at `max_seq_len` tokens.
         idle_after_s, idle_floor
             When memory that no sequence uses goes back to the driver, but for so many bytes (`KVCacheManager`).
+        host_memory : int or str
+            Bytes (``"32GiB"`` too) of host memory that may be pinned for keys and values of requests that are
+            preempted or suspended, and that sleep; 0 is none.
         mapping : str
             ``auto`` runs a short probe of this driver, once, and stores its report (memory/mapping_policy.py).
         options
@@ -347,6 +407,7 @@ class Engine:
         max_seq_len = whole("max_seq_len", max_seq_len, 1, LARGEST_COUNT)
         budget = None if budget is None else parse_bytes(budget, "the budget")
         idle_floor = parse_bytes(idle_floor, "idle_floor")
+        host_memory = parse_bytes(host_memory, "host_memory")
         if idle_after_s is not None and finite("idle_after_s", idle_after_s) <= 0:
             raise ConfigError(f"idle_after_s is {idle_after_s}; it is a positive number of seconds, or None")
         if not isinstance(mapping, str):
@@ -354,19 +415,26 @@ class Engine:
         if not isinstance(cache, str) or cache not in CACHES:
             raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
         check_settings(max_seqs, max_seq_len, **options)
+        reusing = options.get("prefix_cache") is not False and cache in REMAPPING
+        kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
         with ExitStack() as undo:
             probe = undo.enter_context(start_policy_probe(device, mapping))
             started = perf_counter()
             loaded = load_model(model, device, dtype)
             load_s = perf_counter() - started
             shape = shape_of(loaded, max_seqs, max_seq_len)
+            if reusing and options.get("packed") is not False:
+                shape = replace(shape, num_slots=max_seqs + _kept(shape, kept))
             policy = probe.result().policy
             later = cache in ("vattn", "blocks") and device != "cpu"
             idle: dict[str, Any] = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "sized_later": later}
+            idle["host_memory"] = host_memory
             driver = policy.wrap(open_driver(device)) if later else None
             made = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle)
             undo.callback(made.close)
-            engine = cls(loaded, made, mapping=policy, **options)
+            if not later and budget is None and shape.num_slots > max_seqs:
+                made.set_budget(made.budget_bytes // (shape.num_slots + 1) * (max_seqs + 1))
+            engine = cls(loaded, made, mapping=policy, **{"max_running": max_seqs, **options})
             undo.callback(engine.close)
             if later:
                 engine.set_budget(memory_left(made.device) if budget is None else budget)
@@ -405,7 +473,8 @@ class Engine:
         priority: int = 0,
         deadline_s: float | None = None,
     ) -> int:
-        """Queue a prompt of token ids; returns the request's number.
+        """Queue a prompt of token ids; returns the request's number. Of `SamplingParams.n` samples it is the first
+        one's; the others have the numbers that follow, in order.
 
         The prompt's tokens and all of the output but its last token, which is not stored, have to fit a slot, and the
         budget alone; without `max_tokens` the output may be as long as that allows. With `forced`, those tokens are fed
@@ -431,19 +500,87 @@ class Engine:
         """
         self._check_open()
         if not self.busy:  # it costs as much as there are weights
-            self.weights.require_in_place()
+            self._check_weights()
         request = self._request(prompt, params, forced)
         request.priority = whole("priority", priority, -LARGEST_COUNT, LARGEST_COUNT)
         if deadline_s is not None:
             if finite("deadline_s", deadline_s) <= 0:
                 raise ConfigError(f"deadline_s is {deadline_s}; it is a positive number of seconds from now, or None")
             request.deadline = request.arrived + float(deadline_s)
+        samples = [request, *request.branches(self._ids)]
         try:
-            self.scheduler.add(request)
+            for each in samples:
+                self.scheduler.add(each)
             return request.id
         except BaseException:
-            self.scheduler.drop(request)
+            for each in samples:
+                self.scheduler.drop(each)
             raise
+
+    def fork(self, request: int, params: SamplingParams | None = None) -> int:
+        """Queue another request that goes on from the tokens that one has so far; returns its number.
+
+        The two share the memory of these tokens where there is a prefix cache: whole extents are mapped in both slots,
+        the page that the new one writes is copied. The new one's output begins with what the other one has generated;
+        its events begin behind that.
+
+        Parameters
+        ----------
+        params : SamplingParams or None
+            None is those of the request, with a seed that is greater by 1 for each fork of it. `max_tokens` counts all
+            of the output; None, in those given, is the request's.
+
+        Raises
+        ------
+        ConfigError
+            An unknown request, one that has ended, tokens that are forced, parameters that cannot be, or `max_tokens`
+            that it has already.
+        SequenceTooLong
+            It can never fit.
+        """
+        self._check_open()
+        number = whole("request", request, 0, LARGEST_COUNT)
+        known = self.scheduler.requests.get(number)
+        if known is None:
+            raise ConfigError(f"no request {number} is waiting or running; fork one before its last token")
+        made = self._fork_of(known, params)
+        with self._changing:
+            if known.is_verified:
+                self.slots.computed(known)
+            known.forks += 1
+        try:
+            self.scheduler.add(made)
+            return made.id
+        except BaseException:
+            self.scheduler.drop(made)
+            raise
+
+    def _fork_of(self, known: RequestState, params: SamplingParams | None) -> RequestState:
+        if known.forced is not None:
+            raise ConfigError(f"request {known.id} has forced tokens, which a fork would only repeat; submit another")
+        if params is None:
+            made = known.fork(next(self._ids), known.params.of_branch(known.forks + 1))
+        else:
+            if isinstance(params, SamplingParams) and params.n > 1:
+                raise ConfigError(f"n is {params.n}; fork once for each")
+            checked = self._request(known.prompt, params)
+            if params.max_tokens is not None and params.max_tokens <= len(known.chosen):
+                raise ConfigError(
+                    f"max_tokens is {params.max_tokens}, and request {known.id} has {len(known.chosen)} tokens of "
+                    "output already, which count; give more"
+                )
+            made = known.fork(checked.id, checked.params)
+            made.max_tokens = checked.max_tokens if params.max_tokens is not None else known.max_tokens
+        made.arrived = self.clock()
+        return made
+
+    def _check_weights(self) -> None:
+        """Before requests come to an idle engine: others than `update_weights` may have written weights in place,
+        and what is kept was computed with the old ones. Raises ConfigError where they were replaced."""
+        self.weights.require_in_place()
+        if self.slots.prefixes is not None and self.weights.were_written():
+            with self._changing:
+                self.slots.flush()
 
     def _request(self, prompt: object, params: object, forced: object = None, silent: bool = False) -> RequestState:
         if forced is not None and self.steps > 1:
@@ -455,20 +592,24 @@ class Engine:
         return made
 
     def abort(self, request: int) -> None:
-        """Drop a request wherever it is, and its tokens that nobody took yet; its memory is free for others.
+        """Drop a request wherever it is, and its tokens that nobody took yet; its memory is free for others. The number
+        that `submit` gave drops all its samples, a later sample's number that one alone.
 
         Raises ConfigError for an unknown one, and DriverError where releasing failed, which the next step tries again.
         """
         self._check_open()
         number = whole("request", request, 0, LARGEST_COUNT)
         known = self.scheduler.requests.get(number)
-        if known is None and all(event.request != number for event in self._events):
+        samples = (each.first for each in self.scheduler.requests.values())
+        if known is None and number not in samples and all(event.request != number for event in self._events):
             raise ConfigError(f"no request {number} is waiting or running")
         with self._changing:
-            if known is not None:
-                self.scheduler.end(known)
+            for each in [each for each in self.scheduler.requests.values() if number in (each.id, each.first)]:
+                self.scheduler.end(each)
             # Behind the end: no token of a request that goes on is lost.
-            self._events = [event for event in self._events if event.request != number]
+            self._events = [
+                event for event in self._events if number not in (event.request, event.request - event.branch)
+            ]
             self.scheduler.release_ended()
 
     def _check_open(self) -> None:
@@ -501,6 +642,7 @@ class Engine:
         self.pipeline.forget()
         self.decode.clear()
         self.cache.reset()
+        self.slots.begin_anew()
         self.scheduler.begin_anew()
         for event in self._events:
             request = self.scheduler.requests.get(event.request)
@@ -514,7 +656,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request is not finished, or has events that nobody took yet."""
-        return bool(self.scheduler.requests or self.scheduler.ended or self._events or self._interrupted)
+        return bool(self.scheduler.has_active or self.scheduler.ended or self._events or self._interrupted)
 
     @property
     def prefilling(self) -> bool:
@@ -527,7 +669,8 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = False,
     ) -> list[Completion]:
-        """Run prompts of token ids to their end; completions in the order of the prompts.
+        """Run prompts of token ids to their end; completions in the order of the prompts, of each as many as
+        `SamplingParams.n` says, by `index`.
 
         A request that fails has a completion with `finish_reason` ``error``. Raises ConfigError or SequenceTooLong with
         none of them queued, ConfigError where others are running: take their tokens by `run`. What a step raises, and
@@ -537,10 +680,13 @@ class Engine:
         given = as_prompts(prompts)
         each = as_params(params, len(given))
         truth("progress", progress)
-        if self.scheduler.requests:
+        if self.scheduler.has_active:
             raise ConfigError("requests are running, whose tokens nobody would get; use run(), or abort them")
-        self.weights.require_in_place()
-        requests = [self._request(prompt, one, silent=True) for prompt, one in zip(given, each, strict=True)]
+        self._check_weights()
+        requests: list[RequestState] = []
+        for prompt, one in zip(given, each, strict=True):
+            first = self._request(prompt, one, silent=True)
+            requests += [first, *first.branches(self._ids)]
         try:
             for request in requests:
                 self.scheduler.add(request)
@@ -601,6 +747,8 @@ class Engine:
     def _step(self) -> None:
         """One step, whose events are put to the others: plan and launch (`Pipeline`), and commit."""
         self._check_open()
+        if self.sleeping.is_asleep:
+            self.sleeping.require_awake()
         self.weights.require_current()
         with inference(), self._changing:
             self._map_ahead.before_step()
@@ -628,6 +776,7 @@ class Engine:
             apart = margins(launch.logits[where]) if self.record_margins else None
             self._commit_tokens(requests, [row[lane] for lane in where], apart)
         self.pipeline.commit(launch, rows)
+        self.swap_cost.observe_prompt(launch.prompt_tokens, wall_s)
         return StepRecord(lanes, len(rows), launch.prompt_tokens, wall_s, self.pipeline.kv_s, ahead_s, wait_s)
 
     def _read(self, launch: Launch) -> tuple[list[list[int]], float]:
@@ -654,6 +803,8 @@ class Engine:
             if not request.silent:
                 self._events += [event]
             self._note(request, event)
+            if request.is_verified and len(request.chosen) == request.known + 1:
+                self.slots.computed(request)
 
     def _note(self, request: RequestState, event: TokenEvent) -> None:
         """What an event says becomes part of the request's record; it ends, where the event is its last. Of its newest
@@ -680,6 +831,148 @@ class Engine:
         """Whose the addresses are that all captured graphs hold. Raises CaptureError where nothing is captured."""
         self._check_open()
         return AuditReport.joined([self.decode.audit(), *(self.passes.audit() or [self.prefill.audit()])])
+
+    # -- prefix cache ----------------------------------------------------------------------------------------------
+
+    def _prefixes(self) -> PrefixCache:
+        self._check_open()
+        if self.slots.prefixes is None:
+            raise ConfigError("this engine keeps no prefixes; build it with prefix_cache=True over the vattn cache")
+        return self.slots.prefixes
+
+    def prefix_stats(self) -> dict[str, Any]:
+        """Counts of the prefix cache since the start, by name: ``cached_tokens`` of ``prompt_tokens``, ``hit_rate``,
+        how often each of the ``ways`` was taken, and what is kept now. Raises ConfigError without one."""
+        return self._prefixes().as_dict()
+
+    def flush_prefix_cache(self) -> int:
+        """Forget what is kept, pinned or not; returns the tokens forgotten. What runs goes on, and is not kept when it
+        ends. 0 without a prefix cache."""
+        self._check_open()
+        with self._changing:
+            return self.slots.flush()
+
+    def pin(self, tokens: TokenIds, cache_salt: str | None = None) -> int:
+        """Keep what there is of these tokens, whole blocks of it, until `unpin` or a flush; returns how many tokens
+        that is. Calls are counted. Only the growth of running sequences takes them, where nothing else is left to take.
+        Raises ConfigError without a prefix cache, or for what are no tokens."""
+        prefixes, ids = self._prefixes(), token_ids("the tokens", tokens, self._vocab_size)
+        with self._changing:
+            return prefixes.pin(ids, self.slots.key(cache_salt))
+
+    def unpin(self, tokens: TokenIds, cache_salt: str | None = None) -> int:
+        """Undo one `pin` of the same tokens. Raises ConfigError where there is none."""
+        prefixes, ids = self._prefixes(), token_ids("the tokens", tokens, self._vocab_size)
+        with self._changing:
+            return prefixes.unpin(ids, self.slots.key(cache_salt))
+
+    def kv_events(self) -> list[KVCacheEvent]:
+        """Events of stored and removed blocks since the last call, in order, in the words of vLLM's KV events
+        (cache/prefix/events.py). Raises ConfigError unless the engine was built with ``kv_events=True``."""
+        prefixes = self._prefixes()
+        if not prefixes.tree.has_events:
+            raise ConfigError("this engine keeps no KV events; build it with kv_events=True")
+        return prefixes.take_events()
+
+    # -- host memory and sleep ---------------------------------------------------------------------------------------
+
+    def suspend(self, request: int) -> int:
+        """Take a request out until `resume`: its keys and values go to host memory, and its memory is for others. It
+        keeps its slot, so that they come back at the same addresses. Returns the bytes copied: 0 of one that has none
+        yet, and where host memory is full or the cache has none (`CacheConfig.host_memory`); its tokens are computed
+        anew then. Tokens of launches that nobody has read yet are chosen again. Its deadline goes on.
+
+        Raises ConfigError for a request that is not running or waiting, or suspended already.
+        """
+        self._check_open()
+        self.sleeping.require_awake()
+        known = self._unfinished(request)
+        if known.id in self.scheduler.parked:
+            raise ConfigError(f"request {known.id} is suspended already")
+        with inference(), self._changing:
+            return self.scheduler.park(known)
+
+    def resume(self, request: int) -> None:
+        """Have a suspended request go on, when it has its turn. Raises ConfigError for one that is not suspended."""
+        self._check_open()
+        known = self._unfinished(request)
+        if known.id not in self.scheduler.parked:
+            raise ConfigError(f"request {known.id} is not suspended")
+        with self._changing:
+            self.scheduler.unpark(known)
+
+    def _unfinished(self, request: int) -> RequestState:
+        number = whole("request", request, 0, LARGEST_COUNT)
+        known = self.scheduler.requests.get(number)
+        if known is None:
+            raise ConfigError(f"no request {number} is waiting, running or suspended")
+        return known
+
+    def sleep(
+        self, *, kv: Literal["keep", "drop"] = "keep", weights: Literal["keep", "host", "drop"] = "keep"
+    ) -> SleepingReport:
+        """Give memory back to the driver until `wake`; graphs, and all addresses in them, stay. Returns what stays.
+
+        Launches under way are waited for; their tokens come with the first `step` after waking.
+
+        Parameters
+        ----------
+        kv : str
+            ``keep`` copies keys and values of running requests, and of the prefix cache, to host memory; ``drop``
+            forgets them, and running requests are computed anew. Those of suspended requests stay in host memory.
+        weights : str
+            ``keep`` leaves them on the device; ``host`` copies them to host memory; ``drop`` forgets them, and steps
+            wait for a full `update_weights` after waking. Both need ``sleepable_weights=True``.
+
+        Raises
+        ------
+        ConfigError
+            Another word, weights that cannot sleep, or a cache that has its memory for life.
+        EngineAsleep
+            It sleeps already.
+        HostMemoryFull
+            `host_memory` is too small for what is to be kept; use ``kv="drop"``.
+        DriverError
+            Nothing was given back.
+        """
+        self.sleeping.check(kv, weights)
+        self._check_open()
+        self.sleeping.require_awake()
+        self._drain()
+        with inference(), self._changing:
+            self.scheduler.release_ended()
+            if kv == "drop":
+                self.slots.flush()
+                self.scheduler.preempt_all()
+            self.sleeping.sleep(kv, weights)
+            if weights == "drop":
+                self.weights.dropped()
+        return self.sleeping.report()
+
+    def wake(self, tags: Sequence[str] | None = None) -> float:
+        """Have the memory again that `sleep` gave back, at the same addresses, with what was kept; returns the seconds
+        it took. Nothing is captured again.
+
+        Parameters
+        ----------
+        tags : sequence of str or None
+            ``weights`` or ``kv_cache`` alone, as vLLM has them: new weights can be written before there is memory for
+            keys and values. None is both.
+
+        Raises ConfigError for another tag, KVCacheOutOfMemory or DriverError where others have the memory; what is
+        awake then stays so, and `wake` may be called again.
+        """
+        wanted = self.sleeping.check_tags(tags)
+        self._check_open()
+        started = perf_counter()
+        with inference(), self._changing:
+            self.sleeping.wake(wanted)
+        return perf_counter() - started
+
+    def sleeping_report(self) -> SleepingReport:
+        """Bytes: what is on the device now, by whose they are, and in host memory."""
+        self._check_process()
+        return self.sleeping.report()
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -731,16 +1024,21 @@ class Engine:
         if running not in ("continue", "restart", "abort"):
             raise ConfigError(f"running is {running!r}; choose continue, restart or abort")
         self._check_open()
+        self.sleeping.require_weights()
         update = self.weights.check(named_tensors, manifest, partial)
         self._drain()
         with self._changing:
             if running == "restart":
                 self.scheduler.preempt_all()
+                self.scheduler.forget_suspended()
             elif running == "abort":
                 for request in list(self.scheduler.requests.values()):
                     self._end_without_token(request, "abort", None)
                 self.scheduler.release_ended()
-        return self.weights.write(update)
+            # What runs goes on, and is not kept.
+            self.slots.flush()
+        self.slots.weights_version = self.weights.write(update)
+        return self.weights.version
 
     def _drain(self) -> None:
         """Take the tokens of all launches under way."""
@@ -771,6 +1069,7 @@ class Engine:
         self.scheduler.clear()
         with ExitStack() as all_of_it:
             # In this order backwards, each whatever the others raise.
+            all_of_it.callback(self.sleeping.close)
             all_of_it.callback(self.cache.close)
             all_of_it.callback(self.prefill.close)
             all_of_it.callback(self.passes.close)
@@ -783,6 +1082,17 @@ class Engine:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _check_reuse(settings: dict[str, Any], cache: KVCache) -> bool:
+    """Whether prefixes are kept. Raises ConfigError where they shall be and the cache cannot."""
+    wanted: bool | None = settings["prefix_cache"]
+    if wanted and not cache.remaps:
+        raise ConfigError(f"a {type(cache).__name__} cannot keep prefixes; use the vattn cache, or prefix_cache=False")
+    reusing = cache.remaps if wanted is None else wanted
+    if settings["kv_events"] and not reusing:
+        raise ConfigError("kv_events are those of the prefix cache, which this engine has not")
+    return reusing
 
 
 def _failing(engine: weakref.ref[Engine]) -> Callable[[RequestState, str], None]:

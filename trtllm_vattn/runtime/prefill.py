@@ -139,7 +139,7 @@ class Prefill:
     def check(self, chunks: Sequence[PromptChunk]) -> None:
         """Raise UnmappedAccess where one has no memory."""
         for chunk in chunks:
-            self._guard.check_chunk(chunk.slot, chunk.end)
+            self._guard.check_chunk(chunk.slot, chunk.end, chunk.start)
 
     def _should_replay(self, chunks: Sequence[PromptChunk]) -> bool:
         """Whether each is one replay: all are captured, and a pass, which launches kernel by kernel, takes longer."""

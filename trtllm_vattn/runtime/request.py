@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,10 @@ class TokenEvent:
         The token's place in the request's output.
     weights_version : int
         How many updates of the weights were made before this token (`Engine.update_weights`).
+    cached_tokens : int
+        Of the prompt, whose keys and values were there and not computed.
+    branch : int
+        Which of `SamplingParams.n` samples it is of; `request` less this is the number that `Engine.submit` gave.
     """
 
     request: int
@@ -53,13 +57,15 @@ class TokenEvent:
     error: str | None = None
     index: int = 0
     weights_version: int = 0
+    cached_tokens: int = 0
+    branch: int = 0
 
 
 @dataclass(frozen=True)
 class Completion:
     """A finished request: its tokens, why it ended (``stop``, ``length``, ``abort``, ``deadline``, or ``error``, which
-    `error` explains; the tokens are those before it), and the version of the weights that each token was computed
-    with."""
+    `error` explains; the tokens are those before it), the version of the weights that each token was computed with, how
+    many tokens of the prompt were not computed, and which of `SamplingParams.n` samples it is."""
 
     request: int
     prompt_len: int
@@ -67,6 +73,8 @@ class Completion:
     finish_reason: str
     error: str | None = None
     weights_versions: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,13 @@ class RequestState:
     slot : int
         Its slot in the cache; -1 without one.
     prefilled : int
-        Tokens whose K and V are in the cache while a prompt goes in by chunks.
+        Tokens whose K and V are in the cache while a prompt goes in by chunks; reused ones too.
+    cached_tokens : int or None
+        Tokens of the prompt that were reused when it was first given a slot; None before.
+    known : int
+        How many tokens it had chosen when it was last given a slot.
+    branch, group : int, int or None
+        Which of several samples it is; and the request that the first of them, or the request forked, is.
     silent : bool
         Whether nobody gets events of it, but the output at its end.
     priority : int
@@ -133,6 +147,66 @@ class RequestState:
     priority: int = 0
     deadline: float = math.inf
     arrived: float = 0.0
+    cached_tokens: int | None = None
+    known: int = 0
+    branch: int = 0
+    group: int | None = None
+    forks: int = 0
+    """How often it was forked."""
+
+    @property
+    def first(self) -> int:
+        """The number of the first of its samples."""
+        return self.id - self.branch
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether a token was chosen since it has its slot: what its prompt left there is finite, and all there."""
+        return self.slot >= 0 and len(self.chosen) > self.known
+
+    @property
+    def decodes_next(self) -> bool:
+        """Whether all its tokens but the last, which a decode step is fed, are prefilled, and were suspended so."""
+        return self.prefilled == self.length - 1
+
+    @property
+    def stored(self) -> list[int]:
+        """The tokens whose keys and values are in a verified request's slot: all but the last one chosen, which may
+        have been fed."""
+        return self.tokens[:-1]
+
+    def branches(self, numbers: Iterator[int]) -> list[RequestState]:
+        """Further requests, one for each sample beside this one's, which is the first."""
+        params, count = self.params, self.params.n
+        self.params, self.group = params.of_branch(0), self.id if count > 1 else None
+        return [
+            replace(
+                self,
+                id=next(numbers),
+                params=params.of_branch(branch),
+                branch=branch,
+                chosen=[],
+                weights_versions=[],
+            )
+            for branch in range(1, count)
+        ]
+
+    def fork(self, number: int, params: SamplingParams) -> RequestState:
+        """Another request with the tokens that this one has so far."""
+        return replace(
+            self,
+            id=number,
+            params=params,
+            chosen=list(self.chosen),
+            weights_versions=list(self.weights_versions),
+            silent=False,
+            slot=-1,
+            prefilled=0,
+            cached_tokens=None,
+            branch=0,
+            forks=0,
+            group=self.id if self.group is None else self.group,
+        )
 
     @property
     def fed(self) -> list[int]:
@@ -175,17 +249,32 @@ class RequestState:
 
     def event(self, token: int, margin: float | None, weights_version: int) -> TokenEvent:
         """The next token as an event; it is not in the output yet."""
-        return TokenEvent(self.id, token, self.end_with(token), margin, None, len(self.chosen), weights_version)
+        reason, index = self.end_with(token), len(self.chosen)
+        return TokenEvent(
+            self.id, token, reason, margin, None, index, weights_version, self.cached_tokens or 0, self.branch
+        )
 
     def end_event(self, reason: str, message: str | None, weights_version: int) -> TokenEvent:
         """An end without a token as an event; the request has not ended yet."""
         error = None if message is None else f"request {self.id}: {message}"
-        return TokenEvent(self.id, None, reason, None, error, len(self.chosen), weights_version)
+        index = len(self.chosen)
+        return TokenEvent(
+            self.id, None, reason, None, error, index, weights_version, self.cached_tokens or 0, self.branch
+        )
 
     def completion(self) -> Completion:
         """The output of a request that has ended."""
         assert self.finish_reason is not None
-        return Completion(self.id, len(self.prompt), self.chosen, self.finish_reason, self.error, self.weights_versions)
+        return Completion(
+            self.id,
+            len(self.prompt),
+            self.chosen,
+            self.finish_reason,
+            self.error,
+            self.weights_versions,
+            self.cached_tokens or 0,
+            self.branch,
+        )
 
 
 def as_prompts(given: Any) -> Sequence[Any]:

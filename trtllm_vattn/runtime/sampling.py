@@ -20,7 +20,7 @@ import torch
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.tokens import token_ids
-from trtllm_vattn.values import finite, truth, whole
+from trtllm_vattn.values import finite, shown, truth, whole
 
 COLDEST = 1e-5
 """Temperature below which the likeliest token is taken."""
@@ -56,6 +56,13 @@ class SamplingParams:
         Generation ends after one of these, which is part of the output.
     ignore_eos : bool
         Whether the end-of-text tokens that the checkpoint names do not end generation.
+    n : int
+        Samples of the same prompt, which share its memory. Sample i (its `branch`) is what a request with `seed` + i
+        gives.
+    cache_salt : str or None
+        Keys and values of a prompt are reused for requests with the same salt alone.
+    retention_priority : int
+        0 to 100: what the request leaves is evicted before what those of a higher one left.
 
     Raises
     ------
@@ -70,6 +77,9 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    n: int = 1
+    cache_salt: str | None = None
+    retention_priority: int = 0
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -88,6 +98,10 @@ class SamplingParams:
             put("seed", whole("seed", self.seed, 0, LARGEST_SEED))
         put("stop_token_ids", tuple(token_ids("stop_token_ids", self.stop_token_ids)))
         truth("ignore_eos", self.ignore_eos)
+        put("n", whole("n", self.n, 1, LARGEST_COUNT))
+        if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
+            raise ConfigError(f"cache_salt is {shown(self.cache_salt)}; give some text, or None for what all may share")
+        put("retention_priority", whole("retention_priority", self.retention_priority, 0, 100))
 
     def stopping_at(self, end_of_text: Sequence[int]) -> SamplingParams:
         """These, stopped by a checkpoint's end-of-text tokens, too, unless they are ignored."""
@@ -101,6 +115,11 @@ class SamplingParams:
     def seeded(self) -> SamplingParams:
         """These, with a fresh seed where they sample and have none."""
         return replace(self, seed=secrets.randbits(64)) if self.seed is None and not self.greedy else self
+
+    def of_branch(self, branch: int) -> SamplingParams:
+        """Those of one sample of several."""
+        seed = None if self.seed is None else (self.seed + branch) & LARGEST_SEED
+        return replace(self, n=1, seed=seed)
 
     def key(self, index: int) -> int:
         """What the noise of the token at `index` of the output is made of, with the tokens' ids: an int64 number.

@@ -12,6 +12,7 @@ import torch
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.replay import default_buckets
 from trtllm_vattn.memory.mapping_policy import MappingPolicy
+from trtllm_vattn.runtime.swap_cost import SwapCost
 from trtllm_vattn.values import described, finite, shown, truth, whole
 
 LONGEST_CHUNK = (1 << 31) - 1
@@ -28,7 +29,10 @@ def check_settings(
     buckets: Any = None,
     steps: Any = 1,
     loop: Any = False,
-    packed: Any = False,
+    packed: Any = None,
+    max_running: Any = None,
+    prefix_cache: Any = None,
+    kv_events: Any = False,
     compile: Any = None,
     mapping: Any = "concurrent",
     chunk: Any = 2048,
@@ -39,6 +43,8 @@ def check_settings(
     deterministic: Any = False,
     record_margins: Any = False,
     observer: Any = None,
+    swap_cost: Any = None,
+    sleepable_weights: Any = False,
 ) -> dict[str, Any]:
     """`Engine`'s settings for a cache of so many slots, as the types that they are used as.
 
@@ -49,15 +55,26 @@ def check_settings(
         raise ConfigError(f"attention is {described(attention)}; give a backend's name, or auto")
     if observer is not None and not callable(observer):
         raise ConfigError(f"observer is {described(observer)}; give a function of a StepRecord, or None")
+    if swap_cost is not None and not isinstance(swap_cost, SwapCost):
+        raise ConfigError(f"swap_cost is {described(swap_cost)}; give a SwapCost, or None to have costs measured")
     if not isinstance(mapping, str):
         raise ConfigError(f"mapping is {described(mapping)}; give a policy's name")
+    lanes = num_slots if max_running is None else whole("max_running", max_running, 1, num_slots)
+    packed = lanes < num_slots if packed is None else truth("packed", packed)
+    if lanes < num_slots and not packed:
+        raise ConfigError(
+            f"max_running is {lanes} of {num_slots} slots, and packed is False: a lane is a slot then; leave packed out"
+        )
     checked = {
         "attention": attention,
         "capture": truth("capture", capture),
-        "buckets": check_buckets(buckets, num_slots),
+        "lanes": lanes,
+        "prefix_cache": None if prefix_cache is None else truth("prefix_cache", prefix_cache),
+        "kv_events": truth("kv_events", kv_events),
+        "buckets": check_buckets(buckets, lanes),
         "steps": whole("steps", steps, 1, max_seq_len),
         "loop": truth("loop", loop),
-        "packed": truth("packed", packed),
+        "packed": packed,
         "compile": None if compile is None else truth("compile", compile),
         "mapping": MappingPolicy.named(mapping),
         "chunk": whole("chunk", chunk, 1, LONGEST_CHUNK),
@@ -66,6 +83,8 @@ def check_settings(
         "deterministic": truth("deterministic", deterministic),
         "record_margins": truth("record_margins", record_margins),
         "observer": observer,
+        "swap_cost": SwapCost() if swap_cost is None else swap_cost,
+        "sleepable_weights": truth("sleepable_weights", sleepable_weights),
     }
     if max_step_tokens is not None:
         checked["chunk"] = whole("max_step_tokens", max_step_tokens, 1, LONGEST_CHUNK)

@@ -199,6 +199,12 @@ class RetainedPages:
     def available_bytes(self) -> int:
         return (self.pages - self.used_pages) * self.page_bytes
 
+    def evictable_bytes(self, but: int | None) -> int:
+        kept = [
+            stripe for index, slot in self._slots.items() if slot.serial and index != but for stripe in slot.stripes
+        ]
+        return self.available_bytes() + sum({id(stripe): stripe.pages for stripe in kept}.values()) * self.page_bytes
+
     def needed_bytes(self, prompt_len: int, present: int) -> int:
         return max(0, self._pages_of(prompt_len) - present // self.page_tokens) * self.page_bytes
 
@@ -232,6 +238,9 @@ class RetainedPages:
         stripes = list(self._whole(slot, tokens))
         end = self._slots[slot].first_page + sum(stripe.pages for stripe in stripes)
         return max(end * self.page_tokens, self.own_start(slot)) if stripes else 0, len(stripes) * self.num_ranges
+
+    def whole_pages(self, tokens: int) -> int:
+        return tokens // self.page_tokens * self.page_tokens
 
     def handles_for(self, tokens: int) -> int:
         return len(list(self._split(self._pages_of(tokens), 0))) * self.num_ranges

@@ -6,7 +6,7 @@ May import `cache`, `memory`, `vmm` and `errors`. README.md says how it works.
 """
 
 from trtllm_vattn.cache.prefix.hybrid import Decision, Hit, ReuseCosts, Way, choose
-from trtllm_vattn.cache.prefix.managed import ManagedReuse
+from trtllm_vattn.cache.prefix.managed import ManagedReuse, prefix_cache_over
 from trtllm_vattn.cache.prefix.reuse import Admission, PrefixCache, PrefixStats
 from trtllm_vattn.cache.prefix.tree import Match, PrefixKey, PrefixTree
 
@@ -23,4 +23,5 @@ __all__ = [
     "ReuseCosts",
     "Way",
     "choose",
+    "prefix_cache_over",
 ]

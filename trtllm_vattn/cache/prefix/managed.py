@@ -6,15 +6,26 @@ while. What a call may do is checked again by the call, under the lock.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterator
 
 import numpy as np
 
-from trtllm_vattn.cache.base import RetainedSlot
+from trtllm_vattn.cache.base import KVCache, RetainedSlot
 from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.cache.prefix.hybrid import Way
+from trtllm_vattn.cache.prefix.reuse import PrefixCache
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.memory.layout import BlockLayout
 from trtllm_vattn.memory.slot import RangeGroup, Stripe
 from trtllm_vattn.vmm.owners import Extent
+
+
+def prefix_cache_over(cache: KVCache, ways: Collection[Way] = tuple(Way), events: bool = False) -> PrefixCache:
+    """A `PrefixCache` over a cache at fixed addresses. Raises ConfigError for another one."""
+    if not isinstance(cache, KVCacheManager):
+        raise ConfigError(f"a {type(cache).__name__} cannot keep prefixes; use the vattn cache, or prefix_cache=False")
+    return PrefixCache(ManagedReuse(cache), ways=ways, events=events)
 
 
 class ManagedReuse:
@@ -31,7 +42,7 @@ class ManagedReuse:
         self.token_bytes = cache.shape.token_bytes
         layout = cache.layout
         self.table_multiple = layout.tokens_per_block if isinstance(layout, BlockLayout) else 1
-        self.admit, self.retain, self.release = cache.admit, cache.retain, cache.release
+        self.admit, self.extend, self.retain, self.release = cache.admit, cache.extend, cache.retain, cache.release
         self.release_retained, self.retained_tokens = cache.release_retained, cache.retained_tokens
         self.touch, self.take_evicted, self.copy_prefix = cache.touch, cache.take_evicted, cache.copy_prefix
         self.slot_of = cache.slot_of
@@ -54,6 +65,15 @@ class ManagedReuse:
         }
         return arena.pool.available_bytes + arena.parked_bytes + sum(extent.size for extent in behind)
 
+    def evictable_bytes(self, but: int | None) -> int:
+        arena = self.cache.arena
+        found: Counter[Extent] = Counter()
+        for index in np.flatnonzero(arena.retained_frontiers).tolist():
+            least = arena.slots[index].tokens if index == but else arena.held_tokens(index, only_kept=True)
+            found.update(self._all_behind(index, least))
+        kept = sum(extent.size for extent, count in found.items() if count == extent.mappings)
+        return arena.pool.available_bytes + arena.parked_bytes + kept
+
     def needed_bytes(self, prompt_len: int, present: int) -> int:
         layout = self.cache.layout
         first = layout.whole_bytes(present) // layout.granularity * layout.granularity
@@ -72,13 +92,17 @@ class ManagedReuse:
 
     def _behind(self, index: int, tokens: int) -> Iterator[Extent]:
         """Extents that nobody shares and that lie wholly behind a slot's first tokens."""
+        return (extent for extent in self._all_behind(index, tokens) if extent.mappings == 1)
+
+    def _all_behind(self, index: int, tokens: int) -> Iterator[Extent]:
+        """Extents that lie wholly behind a slot's first tokens."""
         for group in self.cache.arena.slots[index].groups:
             end, least = group.frontier, self.cache.layout.bytes_for(max(0, tokens - group.deficit))
             for stripe in reversed(list(group.stripes)):
                 end -= stripe[0].size
                 if end < least:
                     break
-                yield from (mapping.extent for mapping in stripe if mapping.extent.mappings == 1)
+                yield from (mapping.extent for mapping in stripe)
 
     # -- who reads what -----------------------------------------------------------------------------------------------
 
@@ -115,6 +139,10 @@ class ManagedReuse:
             for stripe in list(group.stripes):
                 end += stripe[0].size
                 yield group, end, stripe
+
+    def whole_pages(self, tokens: int) -> int:
+        layout = self.cache.layout
+        return layout.tokens_in(layout.whole_bytes(tokens) // layout.granularity * layout.granularity)
 
     def handles_for(self, tokens: int) -> int:
         layout = self.cache.layout

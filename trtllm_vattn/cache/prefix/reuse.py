@@ -15,7 +15,7 @@ P6. A call succeeds whole or raises and changes nothing but what was evicted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -24,9 +24,18 @@ import numpy as np
 from trtllm_vattn.cache.prefix.events import KVCacheEvent
 from trtllm_vattn.cache.prefix.hybrid import Decision, Hit, ReuseCosts, Way, choose
 from trtllm_vattn.cache.prefix.tree import DEFAULT_PRIORITY, Match, PrefixKey, PrefixTree, Run
-from trtllm_vattn.errors import ConfigError, DuplicateSequence, PrefixEvicted, UnknownSequence
+from trtllm_vattn.errors import (
+    ConfigError,
+    DuplicateSequence,
+    KVCacheOutOfMemory,
+    NoFreeSlot,
+    PrefixEvicted,
+    UnknownSequence,
+)
 
 Tokens = Sequence[int] | np.ndarray
+PINNED_PRIORITY = 101.0
+"""Of slots that hold pinned tokens: where a step needs memory, the cache takes theirs after all others'."""
 
 
 class ReusableCache(Protocol):
@@ -49,6 +58,9 @@ class ReusableCache(Protocol):
 
     def retain(self, sequence: Hashable) -> Any:
         """End a sequence, keep its tokens."""
+
+    def extend(self, sequence: Hashable, tokens: int) -> None:
+        """Lengthen a running sequence, backed."""
 
     def release(self, sequence: Hashable) -> None:
         """End a sequence."""
@@ -74,6 +86,10 @@ class ReusableCache(Protocol):
     def available_bytes(self) -> int:
         """Bytes that can be mapped while every retained token stays."""
 
+    def evictable_bytes(self, but: int | None) -> int:
+        """Bytes that evicting all retained tokens that nobody reads would give, but for those of one slot; what
+        `available_bytes` counts is among it."""
+
     def needed_bytes(self, prompt_len: int, present: int) -> int:
         """Bytes to map for a prompt whose first `present` tokens need none of their own."""
 
@@ -96,6 +112,9 @@ class ReusableCache(Protocol):
     def whole_extents(self, slot: int, tokens: int) -> tuple[int, int]:
         """How many of a slot's first tokens need no copy where its whole extents are mapped once more, and their
         handles; 0 tokens where no extent is whole. What lies in other slots before `own_start` is read there."""
+
+    def whole_pages(self, tokens: int) -> int:
+        """Of so many tokens, as many as fill whole pages."""
 
     def handles_for(self, tokens: int) -> int:
         """Handles that a prompt of so many tokens takes."""
@@ -173,7 +192,7 @@ class PrefixCache:
         cache: ReusableCache,
         block_size: int = 16,
         costs: ReuseCosts | None = None,
-        ways: Sequence[Way] = tuple(Way),
+        ways: Collection[Way] = tuple(Way),
         max_segments: int = 1,
         events: bool = False,
     ) -> None:
@@ -205,6 +224,7 @@ class PrefixCache:
         priority: int = DEFAULT_PRIORITY,
         expected_tokens: int = 256,
         reserve_tokens: int = 0,
+        share: bool = False,
     ) -> Admission:
         """Give a sequence a slot backed for its prompt, with as many of its first tokens in it as are held.
 
@@ -218,6 +238,10 @@ class PrefixCache:
             That it will generate, as far as is known.
         reserve_tokens : int
             Tokens behind the prompt that room is made for too, by evicting; they are not mapped.
+        share : bool
+            Whether others will begin with all of it, and memory counts more than time: nothing is copied that whole
+            extents hold, which are aliased; and of a prompt that is computed anew, an extent ends at the page of its
+            last token. Memory that was parked keeps its extents.
 
         Returns
         -------
@@ -238,17 +262,23 @@ class PrefixCache:
             raise ConfigError(f"priority is {priority!r}; give a whole number from 0 to 100")
         if sequence in self._running:
             raise DuplicateSequence(f"sequence {sequence!r} runs in slot {self._running[sequence].slot}; finish it")
+        ways = self.ways
         while True:
             self._note_evicted()
             found = self.tree.match(tokens, key)
             decision = Decision(Way.NONE, "nobody holds as much as a block of it", {})
             if found is not None and found.tokens >= self.tree.block_size:
-                decision = self._decide(found, len(tokens), expected_tokens)
+                decision = self._decide(found, len(tokens), expected_tokens, ways, share)
             if decision.way is Way.TABLE and found is not None:
-                found = found._replace(tokens=self._for_table(found.tokens))
+                found = Match(found.owner, self._for_table(found.tokens), found.owner_tokens)
             try:
-                slot = self._admit(sequence, len(tokens), found, decision.way, reserve_tokens)
+                slot = self._admit(sequence, len(tokens), found, decision.way, reserve_tokens, share)
                 break
+            except (NoFreeSlot, KVCacheOutOfMemory):
+                # What it would begin with may be what takes its place: another way needs less beside it.
+                if decision.way is Way.NONE:
+                    raise
+                ways = ways - {decision.way}
             except PrefixEvicted:
                 # The cache's own thread took it meanwhile.
                 if found is None or not self._forget_evicted(found.owner):
@@ -302,12 +332,30 @@ class PrefixCache:
             if held:
                 self._unwanted[slot] = self._retained.pop(slot)
         else:
-            self.cache.touch(self._retained[slot], float(running.priority))
             self.cache.release_retained(self._retained[slot], len(tokens))
             self.tree.insert(slot, tokens, running.key, running.priority)
+            self._touch(slot)
             if not self._release_if_covered(slot):
                 self._release_covered_by(slot)
         self._release_unwanted()
+
+    def moved(self, sequence: Hashable) -> None:
+        """The cache has given a running sequence another slot. Raises UnknownSequence."""
+        running = self._of(sequence)
+        old, running.slot = running.slot, self.cache.slot_of(sequence)
+        if old in self.tree:
+            self.tree.rename(old, running.slot)
+
+    def suspended(self, sequence: Hashable) -> None:
+        """The cache has put a running sequence's tokens to host memory: nobody begins with them. Raises
+        UnknownSequence."""
+        running = self._of(sequence)
+        if running.slot in self.tree:
+            self.tree.remove(running.slot)
+
+    def resumed(self, sequence: Hashable) -> None:
+        """A suspended sequence runs again. Raises UnknownSequence."""
+        self._of(sequence).slot = self.cache.slot_of(sequence)
 
     def _of(self, sequence: Hashable) -> _Running:
         try:
@@ -319,11 +367,22 @@ class PrefixCache:
         """What `retain` returned for the tokens that are kept in a slot; None where none are."""
         return self._retained.get(slot)
 
-    def _admit(self, sequence: Hashable, prompt_len: int, found: Match | None, way: Way, reserve_tokens: int) -> int:
+    def _admit(
+        self, sequence: Hashable, prompt_len: int, found: Match | None, way: Way, reserve_tokens: int, share: bool
+    ) -> int:
         cache, total = self.cache, prompt_len + reserve_tokens
         if found is None or way is Way.NONE:
             self.make_room(cache.needed_bytes(total, 0))
-            return cache.admit(sequence, prompt_len)
+            whole = cache.whole_pages(prompt_len - 1) if share else 0
+            if not whole:
+                return cache.admit(sequence, prompt_len)
+            slot = cache.admit(sequence, whole)
+            try:
+                cache.extend(sequence, prompt_len - whole)
+            except BaseException:
+                cache.release(sequence)
+                raise
+            return slot
         self.tree.touch(found)
         self._wanted = found.owner
         try:
@@ -332,8 +391,13 @@ class PrefixCache:
         finally:
             self._wanted = None
         if found.owner in self._retained:
-            cache.touch(self._retained[found.owner], float(self.tree.priority_of(found.owner)))
+            self._touch(found.owner)
         return slot
+
+    def _touch(self, owner: int) -> None:
+        """Tell the cache that a retained slot was used now, and what it is worth."""
+        priority = PINNED_PRIORITY if self.tree.is_pinned(owner) else float(self.tree.priority_of(owner))
+        self.cache.touch(self._retained[owner], priority)
 
     def _admit_with(self, sequence: Hashable, prompt_len: int, found: Match, way: Way, total: int) -> int:
         """Admit by a way that uses what was found, with room for `total` tokens."""
@@ -366,7 +430,9 @@ class PrefixCache:
             raise
         return slot
 
-    def _decide(self, found: Match, prompt_len: int, expected_tokens: int) -> Decision:
+    def _decide(
+        self, found: Match, prompt_len: int, expected_tokens: int, ways: frozenset[Way], share: bool
+    ) -> Decision:
         cache, owner, tokens = self.cache, found.owner, found.tokens
         adoptable = (
             owner in self._retained
@@ -392,7 +458,12 @@ class PrefixCache:
             displaces=cache.needed_bytes(prompt_len, 0) > cache.available_bytes(),
             mappings_left=cache.mappings_left(),
         )
-        return choose(hit, self._costs_now(), self.ways)
+        if share and alias_tokens:
+            ways = ways - {Way.COPY}
+        decision = choose(hit, self._costs_now(), ways)
+        if share and decision.way is Way.NONE and Way.ALIAS in decision.costs:
+            decision = replace(decision, way=Way.ALIAS, reason="memory counts more than time")
+        return decision
 
     def _for_table(self, tokens: int) -> int:
         return tokens // self.cache.table_multiple * self.cache.table_multiple
@@ -413,11 +484,13 @@ class PrefixCache:
     # -- eviction -----------------------------------------------------------------------------------------------------
 
     def make_room(self, size: int) -> int:
-        """Have `size` bytes available to be mapped, by keeping fewer tokens; returns how many were evicted. Less is
-        available where nothing more may go."""
+        """Have `size` bytes available to be mapped, by keeping fewer tokens; returns how many were evicted. Nothing is
+        where all of it would not be enough; less is available where what is left is pinned."""
         evicted, went_on = 0, False
         aside: list[Run] = []
         short = size - self.cache.available_bytes()
+        if short > 0 and size > self.cache.evictable_bytes(self._wanted):
+            return 0
         while short > 0:
             run = self.tree.pop_oldest()
             if run is None:
@@ -554,11 +627,24 @@ class PrefixCache:
         """Keep the whole blocks of these tokens that are held now until `unpin`; returns how many tokens that is. Calls
         are counted."""
         self._note_evicted()
-        return self.tree.pin(tokens, key)
+        before = self._pinned()
+        pinned = self.tree.pin(tokens, key)
+        for owner in self._pinned() - before:
+            self._touch(owner)
+        return pinned
 
     def unpin(self, tokens: Tokens, key: PrefixKey = PrefixKey()) -> int:  # noqa: B008
         """Undo one `pin` of the same tokens. Raises ConfigError where there is none."""
-        return self.tree.unpin(tokens, key)
+        self._note_evicted()
+        before = self._pinned()
+        unpinned = self.tree.unpin(tokens, key)
+        for owner in before - self._pinned():
+            self._touch(owner)
+        return unpinned
+
+    def _pinned(self) -> set[int]:
+        """Retained slots that hold pinned tokens."""
+        return {owner for owner in self._retained if self.tree.is_pinned(owner)}
 
     def flush(self) -> int:
         """Forget everything, pinned or not; returns the tokens forgotten. Running sequences go on, and are not kept
@@ -574,6 +660,12 @@ class PrefixCache:
             before = len(self._unwanted)
             self._release_unwanted()
         return forgotten
+
+    def begin_anew(self) -> None:
+        """The cache was reset: nobody runs, nothing is kept. Begins from any state that an interrupted call left."""
+        self._retained, self._running, self._unwanted, self._wanted = {}, {}, {}, None
+        self._generation += 1
+        self.tree.clear()
 
     def take_events(self) -> list[KVCacheEvent]:
         """Events of stored and removed blocks since the last call, in order."""

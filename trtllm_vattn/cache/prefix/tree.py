@@ -311,6 +311,18 @@ class PrefixTree:
         del entry.end.ends[owner]
         self._prune(entry.end, entry.key)
 
+    def rename(self, owner: int, new: int) -> None:
+        """An owner has another number from now on, which nobody has."""
+        entry = self._entries.pop(owner)
+        self._entries[new], entry.end.ends[new] = entry, entry.end.ends.pop(owner)
+
+    def is_pinned(self, owner: int) -> bool:
+        """Whether any block that an owner holds is pinned."""
+        node: _Node | None = self._entries[owner].end
+        while node is not None and not node.pins:
+            node = node.parent
+        return node is not None
+
     def set_evictable(self, owner: int, evictable: bool) -> None:
         """Whether an owner's end may be evicted; one that runs is not."""
         entry = self._entries[owner]
@@ -342,9 +354,7 @@ class PrefixTree:
 
     def clear(self) -> None:
         """Nobody holds anything, nothing is pinned."""
-        self._roots.clear()
-        self._entries.clear()
-        self._heap.clear()
+        self._roots, self._entries, self._heap = {}, {}, []
         self.num_blocks = 0
         if self._events is not None:
             self._events.append(AllBlocksCleared())
@@ -418,6 +428,11 @@ class PrefixTree:
         self._push(run.node, at)
 
     # -- events -------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_events(self) -> bool:
+        """Whether events are kept."""
+        return self._events is not None
 
     def take_events(self) -> list[KVCacheEvent]:
         """Events since the last call, in order; none are kept unless the tree was made with ``events=True``."""

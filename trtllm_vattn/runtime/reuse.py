@@ -1,0 +1,162 @@
+"""Slots for requests: with what earlier requests left in them, where prefixes are kept."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.cache.prefix import PrefixCache, PrefixKey, Way, prefix_cache_over
+from trtllm_vattn.errors import KVCacheOutOfMemory, NoFreeSlot
+from trtllm_vattn.runtime.request import RequestState
+
+WAYS = (Way.ADOPT, Way.ALIAS, Way.COPY)
+"""Ways to a hit that attention can serve. `Way.TABLE` needs decode kernels that take a base address a segment; then
+branches of one prompt can also read it once for all of them (cascade inference), from the same rows of
+`KVCache.segments`."""
+
+
+class Left(NamedTuple):
+    """A request that left its slot: the tokens to keep there, or None."""
+
+    request: int
+    tokens: np.ndarray | None
+
+
+class RequestSlots:
+    """Gives requests slots and takes them back.
+
+    Parameters
+    ----------
+    cache : KVCache
+    prefixes : PrefixCache or None
+        Keeps what requests leave, and finds what others begin with.
+
+    Attributes
+    ----------
+    weights_version : int
+        Of the weights that prompts are computed with from now on.
+    """
+
+    def __init__(self, cache: KVCache, prefixes: PrefixCache | None) -> None:
+        self.cache, self.prefixes = cache, prefixes
+        self.weights_version = 0
+        self._refused: tuple[int, int, int] | None = None
+        self._changes = 0
+
+    @classmethod
+    def over(cls, cache: KVCache, prefix_cache: bool, events: bool) -> RequestSlots:
+        """Of a cache, with or without prefix cache. Raises ConfigError where the cache can keep none."""
+        return cls(cache, prefix_cache_over(cache, WAYS, events) if prefix_cache else None)
+
+    def key(self, salt: str | None) -> PrefixKey:
+        """What keys and values of requests with a salt depend on beside tokens."""
+        return PrefixKey(salt or "", self.weights_version)
+
+    def admit(self, request: RequestState) -> None:
+        """Give a request a slot that is backed for all its tokens, with as many of them in it as are kept.
+
+        Raises
+        ------
+        NoFreeSlot, KVCacheOutOfMemory, DriverError
+            As the cache does.
+        """
+        cached = 0
+        if self.prefixes is None:
+            slot = self.cache.admit(request.id, request.length)
+        else:
+            slot, cached = self._look_up_and_admit(self.prefixes, request)
+        request.slot, request.prefilled, request.known = slot, cached, len(request.chosen)
+        if request.cached_tokens is None:
+            request.cached_tokens = min(cached, len(request.prompt))
+
+    def _look_up_and_admit(self, prefixes: PrefixCache, request: RequestState) -> tuple[int, int]:
+        # Nothing becomes free but by those who leave and by a larger budget: looking again would only evict more.
+        now = request.id, self._changes, self.cache.budget_bytes
+        if now == self._refused:
+            raise KVCacheOutOfMemory(f"nobody has left since request {request.id} found no room")
+        params = request.params
+        try:
+            found = prefixes.lookup_and_admit(
+                request.id,
+                np.array(request.tokens, np.int64),
+                self.key(params.cache_salt),
+                params.retention_priority,
+                request.left,
+                share=request.group is not None,
+            )
+        except (NoFreeSlot, KVCacheOutOfMemory):
+            self._refused = now
+            raise
+        return found.slot, found.cached_tokens
+
+    def has_all(self, request: RequestState) -> bool:
+        """Whether all of a request's tokens are kept that it may begin with."""
+        if self.prefixes is None:
+            return False
+        tokens = np.array(request.tokens, np.int64)
+        return self.prefixes.match(tokens, self.key(request.params.cache_salt)) >= len(tokens) - 1
+
+    def suspend(self, request: RequestState, tokens: int) -> int:
+        """Put a request's first tokens to host memory, and give its memory to others; returns the bytes copied. Raises
+        as `KVCache.suspend` and `truncate`; the request has its slot then."""
+        self.cache.truncate(request.id, tokens)
+        copied = self.cache.suspend(request.id)
+        self._changes += 1
+        if self.prefixes is not None:
+            self.prefixes.suspended(request.id)
+        request.slot, request.prefilled = -1, tokens
+        return copied
+
+    def resume(self, request: RequestState) -> None:
+        """Give a suspended request its tokens back, and memory for all its tokens. Raises as `KVCache.resume`."""
+        tokens = request.prefilled if request.decodes_next else request.length
+        request.slot = self.cache.resume(request.id, tokens)
+        if self.prefixes is not None:
+            self.prefixes.resumed(request.id)
+            if request.is_verified:
+                self.computed(request)
+
+    def computed(self, request: RequestState) -> None:
+        """A verified request's tokens are in its slot: others may begin with them from now on."""
+        if self.prefixes is not None:
+            self._changes += 1
+            self.prefixes.computed(request.id, np.array(request.stored, np.int64))
+
+    def moved(self, request: RequestState) -> None:
+        """The cache has given a request another slot."""
+        if self.prefixes is not None:
+            self.prefixes.moved(request.id)
+
+    def leaving(self, request: RequestState) -> Left:
+        """What `release` shall do with a request that gives its slot up now. What it has is kept where it was verified,
+        and neither the request nor the slot failed."""
+        keep = (
+            self.prefixes is not None
+            and request.is_verified
+            and request.finish_reason != "error"
+            and request.slot not in self.cache.broken_slots()
+        )
+        return Left(request.id, np.array(request.stored, np.int64) if keep else None)
+
+    def release(self, left: Left) -> None:
+        """Take a request's slot. Raises DriverError, with nothing changed."""
+        self._changes += 1
+        if self.prefixes is None:
+            self.cache.release(left.request)
+        elif left.tokens is None:
+            self.prefixes.finish(left.request, (), ok=False)
+        else:
+            self.prefixes.finish(left.request, left.tokens)
+
+    def flush(self) -> int:
+        """Forget what is kept; returns the tokens forgotten."""
+        self._changes += 1
+        return 0 if self.prefixes is None else self.prefixes.flush()
+
+    def begin_anew(self) -> None:
+        """The cache was reset: nobody has a slot, and nothing is kept. Begins from any state."""
+        self._refused = None
+        if self.prefixes is not None:
+            self.prefixes.begin_anew()
