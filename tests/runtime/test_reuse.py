@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.cache.base import CacheShape, FlatKV
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.prefix.events import AllBlocksCleared, BlockRemoved, BlockStored
 from trtllm_vattn.cache.select import make_cache
@@ -35,8 +35,9 @@ def tail(count: int) -> list[int]:
 
 
 @remember
-def model_of(name: str = "tiny-llama") -> PreTrainedModel:
-    return load_model(name, "cpu", torch.float32)
+def model_of(whose: str = "engines") -> PreTrainedModel:
+    """`own` is one whose attention is transformers' still."""
+    return load_model("tiny-llama", "cpu", torch.float32)
 
 
 def shape(slots: int, longest: int = 128) -> CacheShape:
@@ -90,7 +91,7 @@ def tokens(engine: Engine, prompt: list[int], params: SamplingParams = SamplingP
 @pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("running", [None, 3])
 def test_a_prompt_begins_behind_what_an_earlier_one_left(bench: Bench, capture: bool, running: int | None) -> None:
-    prompts = [BASE + tail(5) for _ in range(3)]
+    prompts = [BASE + tail(20) for _ in range(3)]
     plain = bench.engine(prefix_cache=False, capture=capture)
     want = [tokens(plain, prompt).tokens for prompt in prompts]
     engine = bench.engine(capture=capture, max_running=running)
@@ -99,16 +100,16 @@ def test_a_prompt_begins_behind_what_an_earlier_one_left(bench: Bench, capture: 
     done = [tokens(engine, prompt) for prompt in prompts]
     assert [each.tokens for each in done] == want
     assert [each.cached_tokens for each in done] == [0, 64, 64]
-    assert sum(prefilled) == 69 + 5 + 5
+    assert sum(prefilled) == 84 + 20 + 20
     again = tokens(engine, prompts[2])
     # All but one token, which there are logits of.
-    assert (again.tokens, again.cached_tokens) == (want[2], 68)
+    assert (again.tokens, again.cached_tokens) == (want[2], 83)
     turn = prompts[2] + again.tokens
     # The last token of an answer was never fed.
     assert tokens(engine, turn).cached_tokens == len(turn) - 1
     assert tokens(engine, turn).tokens == tokens(plain, turn).tokens
     stats = engine.prefix_stats()
-    assert stats["cached_tokens"] == 64 + 64 + 68 + 2 * (len(turn) - 1)
+    assert stats["cached_tokens"] == 64 + 64 + 83 + 2 * (len(turn) - 1)
     assert stats["requests"] == 6
     engine.cache.check_integrity()
 
@@ -241,9 +242,11 @@ def test_a_steady_state_makes_no_driver_call(bench: Bench) -> None:
     for _ in range(8):
         tokens(engine, BASE + tail(20))
     numbers = [engine.submit(BASE + tail(3), SamplingParams(150)) for _ in range(4)]
+    first = engine.scheduler.requests[numbers[0]]
     while any(len(engine.scheduler.requests[number].chosen) < 1 for number in numbers):
         engine.step()
-    engine.step()
+    for _ in range(30):
+        engine.step()
     calls = Counter(bench.drivers[0].calls)
     for _ in range(60):
         engine.step()
@@ -252,8 +255,7 @@ def test_a_steady_state_makes_no_driver_call(bench: Bench) -> None:
     # A hit that adopts makes none either.
     finish(engine)
     calls = Counter(bench.drivers[0].calls)
-    again = tokens(engine, BASE + tail(2), SamplingParams(2))
-    assert again.cached_tokens == 64
+    assert tokens(engine, first.tokens, SamplingParams(2)).cached_tokens == len(first.tokens) - 1
     assert engine.prefix_stats()["ways"]["adopt"] > 0
     made = Counter(bench.drivers[0].calls) - calls
     assert {name: count for name, count in made.items() if name != "record"} == {}
@@ -407,20 +409,21 @@ def test_the_first_number_aborts_all_samples_and_another_one_its_own(bench: Benc
 # -- random lives -----------------------------------------------------------------------------------------------------
 
 
-def check_pages(engine: Engine, answers: dict[tuple[int, ...], list[torch.Tensor]]) -> None:
-    """What every running sequence's slot holds is what its tokens give without reuse."""
-    plain = model_of()
+def check_pages(engine: Engine) -> None:
+    """What each running sequence's slot holds are the keys and values that its tokens give without reuse."""
+    model, cache = model_of("own"), engine.cache
     for request in engine.scheduler.decoding.values():
         if not request.is_verified:
             continue
-        ids = tuple(request.stored)
-        if ids not in answers:
-            with torch.inference_mode():
-                past = plain(
-                    torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), use_cache=True
-                )
-            answers[ids] = [past.logits]
-    engine.cache.check_integrity()
+        ids = torch.tensor([request.stored])
+        with torch.inference_mode():
+            past = model(ids, use_cache=True).past_key_values
+        for layer in range(cache.shape.num_layers):
+            kv = cache.layer(layer)
+            assert isinstance(kv, FlatKV)
+            for mine, theirs in ((kv.k, past.layers[layer].keys), (kv.v, past.layers[layer].values)):
+                got = mine[request.slot, : ids.shape[1]]
+                torch.testing.assert_close(got, theirs[0].transpose(0, 1), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -441,7 +444,7 @@ def test_random_lives_give_the_same_tokens_with_and_without_reuse(bench: Bench, 
     asked: dict[int, tuple[list[int], SamplingParams]] = {}
     got: dict[int, list[int | None]] = {}
     gone: set[int] = set()
-    for _ in range(60):
+    for turn in range(60):
         kind = draw.random()
         if kind < 0.4 and len(engine.scheduler.requests) < 8:
             prompt = draw.choice(roots)[: draw.randrange(1, 71)] + [
@@ -474,6 +477,8 @@ def test_random_lives_give_the_same_tokens_with_and_without_reuse(bench: Bench, 
         for event in engine.step():
             got.setdefault(event.request, []).append(event.token)
         engine.cache.check_integrity()
+        if turn % 10 == 0:
+            check_pages(engine)
     for number, events in finish(engine).items():
         got.setdefault(number, []).extend(event.token for event in events)
     assert engine.prefix_stats()["cached_tokens"] > 0

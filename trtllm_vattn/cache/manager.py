@@ -32,6 +32,7 @@ from trtllm_vattn.errors import (
     ConfigError,
     DuplicateSequence,
     InvariantViolation,
+    KVCacheOutOfMemory,
     MemoryQuarantined,
     NoFreeSlot,
     PrefixEvicted,
@@ -291,8 +292,9 @@ class KVCacheManager(SlottedCache):
 
     def _allocate(self, tokens: int) -> int:
         with self._lock:
-            limit, exact = self._limit(), self.config.exact_admission
+            exact = self.config.exact_admission
             need = self.layout.bytes_for(tokens) * self.layout.num_ranges
+            limit = self._limit(need)
             # Those that run keep what their next steps need, unless this sequence was promised its memory.
             self._make_room(need, 0 if exact else self.ahead.tokens)
             slot, maps = self.arena.allocate_slot(tokens, limit, self.ahead.tokens, exact)
@@ -317,16 +319,19 @@ class KVCacheManager(SlottedCache):
                 needed = self.ahead.past(ahead) if lengths is None else np.maximum(self.lengths, lengths)
                 take_surplus(self.arena, short, needed.tolist(), self._fence())
 
-    def _limit(self) -> int:
+    def _limit(self, need: int) -> int:
         """Slots below this are worth taking: a lane is a slot, so that adopting one beyond the current bucket would
-        replay a larger graph than is needed. Raises NoFreeSlot where none is."""
+        replay a larger graph than is needed. Raises NoFreeSlot where none is, KVCacheOutOfMemory where one would have to
+        be evicted, and there still were no memory for so many bytes."""
         self.arena.complete_pending_unmaps()
         first = self.arena.first_free()
         while first is None:
             self.arena.complete_pending_unmaps(wait=True)
             first = self.arena.first_free()
-            if first is None and not self.arena.evict_slot():
-                break
+            if first is None:
+                self._check_worth_evicting(need)
+                if not self.arena.evict_slot():
+                    break
         if first is None:
             raise NoFreeSlot(
                 f"no slot is usable: {len(self._tier.sequences)} are kept for suspended sequences, and "
@@ -334,6 +339,20 @@ class KVCacheManager(SlottedCache):
                 "former, or close the cache and build another"
             )
         return 1 << max([first, *self._owner]).bit_length()
+
+    def _check_worth_evicting(self, need: int) -> None:
+        arena, pool = self.arena, self.arena.pool
+        there = (
+            pool.available_bytes
+            + arena.parked_bytes
+            + arena.evictable_bytes
+            + surplus_bytes(arena, self.lengths.tolist())
+        )
+        if need > there:
+            raise KVCacheOutOfMemory(
+                f"{need:,} bytes asked for; of a budget of {pool.budget:,} evicting all retained tokens would leave "
+                f"{there:,}; release or preempt a sequence, or raise the budget"
+            )
 
     def _grow(self, lengths: np.ndarray) -> None:
         with self._lock:
@@ -476,9 +495,9 @@ class KVCacheManager(SlottedCache):
             source, tokens = self._source(*given)
             # Nothing of the source may be evicted for the place of the new sequence.
             with self.arena.pinned(source):
-                limit = self._limit()
                 first = self.layout.whole_bytes(tokens) // self.layout.granularity * self.layout.granularity
                 need = (self.layout.bytes_for(prompt_len) - first) * self.layout.num_ranges
+                limit = self._limit(need)
                 self._make_room(need, self.ahead.tokens)
                 target = min(self.arena.free_slots(limit), key=lambda slot: (self.arena.slots[slot].mapped, slot))
                 if reads:
