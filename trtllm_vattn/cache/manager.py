@@ -321,8 +321,8 @@ class KVCacheManager(SlottedCache):
 
     def _limit(self, need: int) -> int:
         """Slots below this are worth taking: a lane is a slot, so that adopting one beyond the current bucket would
-        replay a larger graph than is needed. Raises NoFreeSlot where none is, KVCacheOutOfMemory where one would have to
-        be evicted, and there still were no memory for so many bytes."""
+        replay a larger graph than is needed. Raises NoFreeSlot where none is, KVCacheOutOfMemory where one would have
+        to be evicted, and there still were no memory for so many bytes."""
         self.arena.complete_pending_unmaps()
         first = self.arena.first_free()
         while first is None:
