@@ -257,7 +257,7 @@ class Engine:
             sleepable_weights=sleepable_weights,
         )
         self.swap_cost: SwapCost = settings["swap_cost"]
-        steps, chunk, policy = (settings[name] for name in ("steps", "chunk", "mapping"))
+        steps, policy = settings["steps"], settings["mapping"]
         if model.device != cache.device:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
@@ -284,28 +284,29 @@ class Engine:
         mixed = self._start_device(settings)
         self.weights = Weights(model, capture)
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
-        movable = cache.remaps and capture and not settings["packed"]
-        compaction = Compaction(cache, self.startup.decode.replay_s) if movable else None
-        failing = _failing(weakref.ref(self))
         self.slots = RequestSlots.over(cache, reusing, settings["kv_events"])
-        self.scheduler = Scheduler(
+        self.scheduler = self._make_scheduler(settings, mixed)
+        self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one=loop or record_margins)
+        _engines.add(self)
+        # Nothing at the end of the interpreter, when graphs may still run.
+        weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
+
+    def _make_scheduler(self, settings: dict[str, Any], mixed: bool) -> Scheduler:
+        movable = self.cache.remaps and settings["capture"] and not settings["packed"]
+        return Scheduler(
             self.slots,
             self.decode,
-            compaction,
-            chunk,
-            failing,
-            steps=steps,
+            Compaction(self.cache, self.startup.decode.replay_s) if movable else None,
+            settings["chunk"],
+            _failing(weakref.ref(self)),
+            steps=settings["steps"],
             mixed=mixed,
-            clock=clock,
+            clock=self.clock,
             max_wait_s=settings["max_wait_s"],
             swap_cost=self.swap_cost,
             cost=self.passes.cost,
             target_ms=settings["target_itl_ms"],
         )
-        self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one=loop or record_margins)
-        _engines.add(self)
-        # Nothing at the end of the interpreter, when graphs may still run.
-        weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
 
     def _start_device(self, settings: dict[str, Any]) -> bool:
         """Compile, plan and capture what runs on the device; returns whether prompts and decoding sequences share
