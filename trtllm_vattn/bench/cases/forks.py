@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     if args.output_tokens < 16:
-        raise ConfigError(f"--output-tokens is {args.output_tokens}; steps are timed while all samples decode: 16 at least")
+        raise ConfigError(
+            f"--output-tokens is {args.output_tokens}; steps are timed while all samples decode: 16 at least"
+        )
     model = model_of(args)
     random, vocab = np.random.default_rng(args.seed), vocab_of(model)
     longest = args.prompt + args.output_tokens
