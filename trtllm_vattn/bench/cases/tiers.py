@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "of the sequence that is suspended and resumed, and of those that fill memory"
     add("--tokens", type=positive, default=16_000 if gpu else 400, metavar="TOKENS", help=text)
     text = "of KV that an engine wakes with, empty"
-    add("--wake-bytes", type=size, default="56GiB" if gpu else "16MiB", metavar="BYTES", help=text)
+    add("--wake-bytes", type=size, default="60GiB" if gpu else "16MiB", metavar="BYTES", help=text)
     text = "of KV that an engine keeps while it sleeps"
     add("--keep-bytes", type=size, default="16GiB" if gpu else "8MiB", metavar="BYTES", help=text)
     text = f"{MAX_SEQS} under admission control; memory holds these at full length"
