@@ -601,11 +601,14 @@ class Engine:
         self._check_open()
         number = whole("request", request, 0, LARGEST_COUNT)
         known = self.scheduler.requests.get(number)
-        samples = (each.first for each in self.scheduler.requests.values())
-        if known is None and number not in samples and all(event.request != number for event in self._events):
+        if known is not None and known.group is None:
+            samples = [known]
+        else:
+            samples = [each for each in self.scheduler.requests.values() if number in (each.id, each.first)]
+        if not samples and all(event.request != number for event in self._events):
             raise ConfigError(f"no request {number} is waiting or running")
         with self._changing:
-            for each in [each for each in self.scheduler.requests.values() if number in (each.id, each.first)]:
+            for each in samples:
                 self.scheduler.end(each)
             # Behind the end: no token of a request that goes on is lost.
             self._events = [

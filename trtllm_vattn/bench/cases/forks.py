@@ -18,7 +18,7 @@ from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import tabulate
 
-COLUMNS = {
+COLUMNS: dict[str, str | Callable[[Any], str]] = {
     "samples": "samples",
     "round": "round",
     "memory MiB": lambda row: f"{row['memory'] / 2**20:,.1f}",
