@@ -652,7 +652,7 @@ class KVCacheManager(SlottedCache):
     def _do_resume(self, sequence: SequenceId, tokens: int) -> int:
         with self._lock:
             if self.arena.slots[self._tier.sequences[sequence].slot].broken:
-                self._limit()
+                self._limit(self._tier.missing_bytes(sequence, tokens))
                 target = self.arena.free_slots()[0]
                 self.arena.unmap_parked(target)
                 self._tier.relocate(sequence, target)

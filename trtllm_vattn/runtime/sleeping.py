@@ -11,7 +11,6 @@ import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
@@ -352,4 +351,4 @@ class Sleeping:
                 for view in views:
                     view.data = torch.empty(0, dtype=view.dtype, device=view.device)
         finish(str(self.cache.device))
-        cast(WeightsMemory, self.weights).close()
+        self.weights.close()
