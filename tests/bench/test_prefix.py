@@ -144,3 +144,27 @@ def test_ascending_extents_are_no_larger_than_what_lies_before_them() -> None:
     assert [pages.whole_extents(0, tokens)[0] for tokens in (1, 2, 3, 4, 7, 8, 16, 29)] == [1, 2, 2, 4, 4, 8, 16, 28]
     assert pages.whole_extents(0, 30) == (30, pages.handles_for(30))
     pages.check()
+
+
+def test_an_engine_with_and_without_reuse_is_measured(tmp_path: Path) -> None:
+    report = tmp_path / "reuse.json"
+    command = ["bench", "reuse", "--device", "cpu", "--model", "tiny-llama", "--requests", "8", "--steps", "6"]
+    assert main([*command, "--max-seqs", "2", "--output-json", str(report)]) == 0
+    found = json.loads(report.read_text())
+    runs = {row["reuse"]: row for row in found["results"]["runs"]}
+    assert runs[True]["cached_tokens"] > 0
+    assert runs[False]["hit_rate"] == 0
+    assert found["summary"]["driver_calls_per_steady_step"] == 0
+    assert {"throughput_over_no_reuse", "ttft_hit_over_step", "hit_rate_agents"} <= set(found["summary"])
+
+
+def test_samples_of_one_prompt_are_measured_beside_one(tmp_path: Path) -> None:
+    report = tmp_path / "forks.json"
+    command = ["bench", "forks", "--device", "cpu", "--model", "tiny-llama", "--samples", "4", "--prompt", "600"]
+    assert main([*command, "--rounds", "1", "--output-json", str(report)]) == 0
+    summary = json.loads(report.read_text())["summary"]
+    # 4 tokens a page, and each sample has a page that it begins in.
+    assert 1 < summary["memory_n16_over_one_with_tokens"] < 1.4
+    assert summary["memory_n16_over_one"] < 1.05
+    assert summary["step_n16_over_one"] > 1
+    assert main([*command, "--output", "8"]) == 1

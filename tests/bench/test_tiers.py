@@ -13,7 +13,7 @@ from trtllm_vattn.cli.main import main
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "tiers.json"
     sizes = ["--tokens", "100", "--wake-bytes", "1MiB", "--keep-bytes", "1MiB", "--link-bytes", "1MiB"]
-    crowd = ["--max-seqs", "2", "--prompt", "20", "--output", "12", "--rounds", "1"]
+    crowd = ["--max-seqs", "2", "--prompt", "20", "--output-tokens", "12", "--rounds", "1"]
     assert main(["bench", "tiers", "--device", "cpu", *sizes, *crowd, "--output-json", str(path)]) == 0
     result = json.loads(path.read_text())
     summary = result["summary"]

@@ -166,7 +166,9 @@ def _burst(
         # More than all slots take, so that memory is never short.
         cache = make(shape, driver, (shape.num_slots + 2) * shape.max_seq_len * shape.token_bytes * 5 // 4)
         closing.callback(cache.close)
-        engine = Engine(model, cache, attention=args.attention, buckets=[args.running], chunk=max(2048, start))
+        engine = Engine(
+            model, cache, prefix_cache=False, attention=args.attention, buckets=[args.running], chunk=max(2048, start)
+        )
         closing.callback(engine.close)
         fill(engine, args.running, start, most, args.seed)
         launches, passes, clock = Timer(cache.device), Timer(cache.device), Clock(cache.device)
@@ -244,7 +246,7 @@ def _steady(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
     budget = (shape.num_slots + 1) * shape.max_seq_len * shape.token_bytes
     cache = KVCacheManager(shape, open_driver(args.device), budget)
     records: list[StepRecord] = []
-    with Engine(model, cache, attention=args.attention, buckets=[args.steady_seqs]) as engine:
+    with Engine(model, cache, prefix_cache=False, attention=args.attention, buckets=[args.steady_seqs]) as engine:
         engine.observer = records.append
         ended = 0
         with tqdm(total=args.steady_steps, desc="steady", unit="step", disable=None) as bar:

@@ -114,7 +114,7 @@ class GraphBenchmark:
         """An Engine over the model, or a session over the TensorRT engine."""
         if self.loaded is not None:
             return EngineSession(self.loaded, cache, **options)
-        return Engine(self.model, cache, **options)
+        return Engine(self.model, cache, prefix_cache=False, **options)
 
     def make(self, name: str, num_slots: int, max_seq_len: int) -> KVCache:
         shape = self.shape(num_slots, max_seq_len)

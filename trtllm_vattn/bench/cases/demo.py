@@ -83,7 +83,16 @@ def _engine(model: PreTrainedModel, device: str, capture: bool = True) -> Engine
     # Room for every slot at its longest; what is not needed is not taken.
     budget = 2 * (SLOTS + 1) * (MAX_SEQ_LEN * shape.token_bytes + 2 * driver.granularity())
     cache = KVCacheManager(shape, driver, budget, lookahead=LOOKAHEAD)
-    return Engine(model, cache, attention="torch", capture=capture, buckets=[SLOTS], chunk=CHUNK, compile=False)
+    return Engine(
+        model,
+        cache,
+        prefix_cache=False,
+        attention="torch",
+        capture=capture,
+        buckets=[SLOTS],
+        chunk=CHUNK,
+        compile=False,
+    )
 
 
 # -- addresses ---------------------------------------------------------------------------------------------------------

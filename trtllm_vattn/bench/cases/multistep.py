@@ -124,7 +124,9 @@ def _identity(args: argparse.Namespace, model: Any, variants: list[tuple[int, bo
     answers = []
     for count, loop in variants:
         cache = make_cache("vattn", shape_of(model, batch, 256), args.device)
-        with Engine(model, cache, attention=IDENTITY_ATTENTION, buckets=[batch], steps=count, loop=loop) as engine:
+        with Engine(
+            model, cache, prefix_cache=False, attention=IDENTITY_ATTENTION, buckets=[batch], steps=count, loop=loop
+        ) as engine:
             answers.append([done.tokens for done in engine.generate(prompts, params)])
     return {
         "batch": batch,

@@ -192,7 +192,9 @@ def replay(model: PreTrainedModel, args: argparse.Namespace, name: str, load: Lo
         raise ConfigError(f"{args.budget:,} bytes hold no slot of {args.max_seq_len} tokens; raise --budget")
     budget = None if name == "contiguous" else args.budget
     cache = make_cache(name, shape_of(model, slots, args.max_seq_len), args.device, budget)
-    with Engine(model, cache, attention=args.attention, chunk=args.chunk, **engine_options(args)) as engine:
+    with Engine(
+        model, cache, prefix_cache=False, attention=args.attention, chunk=args.chunk, **engine_options(args)
+    ) as engine:
         served = serve(engine, load, Clock(args.virtual_time), name)
         stats = engine.cache.stats()
     del engine, cache

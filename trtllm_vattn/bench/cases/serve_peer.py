@@ -81,7 +81,9 @@ class Ours:
             args = self._args
             cache = make_cache(OURS, shape_of(self._model, args.max_seqs, args.max_seq_len), args.device, args.budget)
             options = engine_options(args)
-            self._engine = Engine(self._model, cache, attention=args.attention, chunk=args.chunk, **options)
+            self._engine = Engine(
+                self._model, cache, prefix_cache=False, attention=args.attention, chunk=args.chunk, **options
+            )
             self.settings = {"kv_bytes": cache.stats().budget_bytes, "max_seqs": args.max_seqs, **options}
 
     def serve(self, load: Load) -> Served:

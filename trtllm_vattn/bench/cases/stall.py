@@ -141,7 +141,7 @@ def engine_of(
     """An engine over the fixed-address cache, whose passes are cut to a target or not."""
     gc.collect()
     cache = make_cache("vattn", shape_of(model, max_seqs, max_seq_len), args.device, args.budget)
-    return Engine(model, cache, attention=args.attention, chunk=args.chunk, target_itl_ms=target_ms)
+    return Engine(model, cache, prefix_cache=False, attention=args.attention, chunk=args.chunk, target_itl_ms=target_ms)
 
 
 def gap(model: PreTrainedModel, args: argparse.Namespace, target_ms: float | None) -> dict[str, Any]:

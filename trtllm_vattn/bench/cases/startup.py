@@ -111,7 +111,7 @@ def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
     slots = max(args.budgets) // one + 4
     cache = KVCacheManager(shape_of(model, slots, longest), open_driver(args.device))
     # One bucket, so that the same graph gives the tokens whichever slots are taken.
-    with Engine(model, cache, buckets=[slots], record_margins=True) as engine:
+    with Engine(model, cache, prefix_cache=False, buckets=[slots], record_margins=True) as engine:
         captured = captured_graphs(engine)
         want = None
         rows = []

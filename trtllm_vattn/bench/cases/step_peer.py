@@ -63,7 +63,9 @@ class Steps:
         context = max(1, args.context - args.steps // 2 - UNTIMED - batch // 2)
         tokens = args.steps + 2 * UNTIMED + batch + 8
         cache = make_cache(OURS, shape_of(self._model, batch, context + tokens), args.device)
-        engine = Engine(self._model, cache, attention=args.attention, buckets=[batch], chunk=max(2048, context))
+        engine = Engine(
+            self._model, cache, prefix_cache=False, attention=args.attention, buckets=[batch], chunk=max(2048, context)
+        )
         with Contest(batch, context, tokens, args.seed) as contest:
             contest.add(OURS, engine)
             take_turns(contest.contenders, 1, args.steps, f"batch {batch}", UNTIMED)

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-seqs", type=positive, default=32 if gpu else 3, metavar="SEQUENCES", help=text)
     text = "of each request of those that come at once"
     add("--prompt", type=positive, default=2000 if gpu else 60, metavar="TOKENS", help=f"prompt {text}")
-    add("--output", type=positive, default=1000 if gpu else 60, metavar="TOKENS", help=f"output {text}")
+    add("--output-tokens", type=positive, default=1000 if gpu else 60, metavar="TOKENS", help=f"output {text}")
     add_rounds(parser, 5, "each copy and sleep")
 
 
@@ -232,7 +232,7 @@ def crowded(args: argparse.Namespace, model: PreTrainedModel) -> list[dict[str, 
 
 @contextmanager
 def _engine(args: argparse.Namespace, model: PreTrainedModel, slots: int) -> Iterator[Engine]:
-    longest = args.prompt + args.output
+    longest = args.prompt + args.output_tokens
     shape = shape_of(model, slots, longest)
     cache = KVCacheManager(shape, open_driver(args.device), config=_host(args.max_seqs * longest * shape.token_bytes))
     with Engine(model, cache, prefix_cache=False, packed=False) as engine:
@@ -245,7 +245,7 @@ def _engine(args: argparse.Namespace, model: PreTrainedModel, slots: int) -> Ite
 def _serve(args: argparse.Namespace, engine: Engine, vocab: int) -> dict[str, Any]:
     rng = np.random.default_rng(args.seed)
     prompts = [rng.integers(0, vocab, args.prompt).tolist() for _ in range(2 * args.max_seqs)]
-    params = SamplingParams(max_tokens=args.output, ignore_eos=True)
+    params = SamplingParams(max_tokens=args.output_tokens, ignore_eos=True)
     began = perf_counter()
     numbers = [engine.submit(prompt, params) for prompt in prompts]
     times: dict[int, list[float]] = {number: [] for number in numbers}

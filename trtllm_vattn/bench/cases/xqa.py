@@ -112,7 +112,7 @@ def tokens(args: argparse.Namespace, model: Any) -> tuple[Identity, Identity]:
     shape = shape_of(model, slots, longest)
 
     def served(cache: KVCache, attention: str, forced: RequestTokens | None = None) -> RequestTokens:
-        with Engine(model, cache, attention=attention, record_margins=forcing) as engine:
+        with Engine(model, cache, prefix_cache=False, attention=attention, record_margins=forcing) as engine:
             return run_traced(engine, prompts, outputs, forced, f"{attention}, {type(cache).__name__}").tokens
 
     flat = served(make_cache("vattn", shape, args.device), "auto")
@@ -137,7 +137,9 @@ def steady(args: argparse.Namespace, model: Any, batch: int) -> list[dict[str, A
                 cache = make_blocks(args, model, batch, start + most)
             else:
                 cache = RandomBlocks(shape, args.device, args.tokens_per_block, args.seed)
-            contest.add(name, Engine(model, cache, attention="xqa", buckets=[batch], chunk=max(2048, start)))
+            contest.add(
+                name, Engine(model, cache, prefix_cache=False, attention="xqa", buckets=[batch], chunk=max(2048, start))
+            )
         take_turns(contest.contenders, args.rounds, args.steps, f"batch {batch}")
         affine, random = contest.contenders
         ratio, by_round = affine.over(random)
