@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import threading
 from collections import Counter
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from trtllm_vattn.bench.cases import startup
 from trtllm_vattn.bench.cases.ledger import LedgerDriver
 from trtllm_vattn.bench.cases.serve import compared, densest
 from trtllm_vattn.bench.harness.timing import Clock, Timer
@@ -60,23 +58,12 @@ def test_graph_times_steps_on_a_gpu_alone(capsys: pytest.CaptureFixture[str]) ->
     assert "--batch-sizes times steps on a GPU and the device is the CPU" in capsys.readouterr().err
 
 
-def test_start_sizes_after_capturing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bytecode: list[str] = []
-    run = subprocess.run
-
-    def with_bytecode(command: list[str], env: dict[str, str], **options: Any) -> subprocess.CompletedProcess[str]:
-        # Compiling all that torch and transformers are takes most of a cold start, and shows nothing here.
-        bytecode.append(env.pop("PYTHONPYCACHEPREFIX"))
-        return run(command, env=env, **options)
-
-    monkeypatch.setattr(startup.subprocess, "run", with_bytecode)
+def test_start_sizes_after_capturing(tmp_path: Path) -> None:
     report = tmp_path / "start.json"
     command = ["bench", "start", *HOST, "--budgets", "4MiB,12MiB,4MiB", "--output-json", str(report)]
     assert main(command) == 0
     results = json.loads(report.read_text())
     summary = results["summary"]
-    assert len(bytecode) == 2
-    assert bytecode[0] == bytecode[1], "the warm start finds what the cold one compiled"
     assert (summary["tokens_unchanged"], summary["recaptures"]) == (True, 0)
     assert summary["cold_first_token_s"] > summary["capture_s"] > 0
     held = [row["held_bytes"] for row in results["results"]["budgets"]]
@@ -221,8 +208,7 @@ def test_steady_decode_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 def test_a_call_is_timed_without_what_was_submitted_before_it(device: str) -> None:
     timer = Timer(torch.device(device))
-    size = 512 if device == "cpu" else 2048
-    x = torch.ones(size, size, device=device)
+    x = torch.ones(2048, 2048, device=device)
     work = timer.timed(lambda times: [x @ x for _ in range(times)])
     work(1)
     assert len(timer.take()) == 1
