@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from time import perf_counter
 
 import numpy as np
@@ -221,6 +222,7 @@ def test_it_costs_microseconds(host_driver: HostDriver) -> None:
 READ_PAST_FRONTIER = """
 import sys
 import torch
+from trtllm_vattn.errors import UnmappedAccess
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
 
@@ -233,26 +235,24 @@ decode = engine.decode
 decode.lengths[0] = int(engine.cache.frontiers[0]) + 1
 decode.positions[0] = decode.lengths[0] - 1
 decode.resend()
-if sys.argv[2] == "guarded":
-    from trtllm_vattn.errors import ConfigError, UnmappedAccess
+with torch.inference_mode():
     try:
-        with torch.inference_mode():
-            decode.launch()
+        decode.launch()
     except UnmappedAccess as error:
         print("refused:", error, flush=True)
-    engine.close()
-else:
     decode.guard.check = lambda *lanes: None
-    with torch.inference_mode():
-        print(decode.launch()[1].tolist(), "survived", flush=True)
+    print(decode.launch().read(), "survived", flush=True)
 """
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 def test_the_guard_names_the_sequence_before_the_process_dies(run_apart, device: str) -> None:  # type: ignore[no-untyped-def]
-    guarded = run_apart(READ_PAST_FRONTIER, device, "guarded")
-    assert guarded.returncode == 0, guarded.stderr
-    assert "refused: sequence 0 in slot 0 would be" in guarded.stdout
-    unguarded = run_apart(READ_PAST_FRONTIER, device, "unguarded")
-    assert unguarded.returncode != 0
-    assert "survived" not in unguarded.stdout
+    done = run_apart(READ_PAST_FRONTIER, device)
+    assert "refused: sequence 0 in slot 0 would be" in done.stdout, done.stderr
+    # Once nothing guards it, the same launch ends the process, where it reads.
+    if device == "cpu":
+        assert done.returncode == -signal.SIGSEGV, done.stderr
+    else:
+        assert done.returncode != 0
+        assert "illegal memory access" in done.stderr
+    assert "survived" not in done.stdout
