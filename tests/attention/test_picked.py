@@ -147,11 +147,14 @@ def test_deterministic_keeps_one_kernel(cache) -> None:  # type: ignore[no-untyp
 
 
 def test_every_kernel_is_told_that_a_step_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[str] = []
-    monkeypatch.setattr(TorchAttention, "begin_step", lambda self: begun.append(self.name))
+    begun: list[Attention] = []
+    monkeypatch.setattr(TorchAttention, "begin_step", lambda self: begun.append(self))
     with make_cache("vattn", CacheShape(1, 2, 64, torch.float32, 2, 32), "cpu") as cache:
-        PickedAttention(cache, 4, kernels={name: TorchAttention(cache, 4) for name in ("a", "b")}).begin_step()
-    assert begun == ["torch", "torch"]
+        kernels = {name: TorchAttention(cache, 4) for name in ("a", "b")}
+        PickedAttention(cache, 4, kernels=kernels).begin_step()
+    # The reference that prompts go through on the host is told, too.
+    assert [kernel for kernel in begun if kernel in kernels.values()] == list(kernels.values())
+    assert len(begun) == 3
 
 
 def generated(monkeypatch: pytest.MonkeyPatch, kernels: bool, **options: object) -> tuple[list[list[int]], set[str]]:
