@@ -33,6 +33,12 @@ LAYERS = [
 """From the bottom up; a module may import its own layer and those before it."""
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """All nodes of a module."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def modules() -> dict[str, Path]:
     """Every module's full name and its file."""
     found = {}
@@ -61,7 +67,7 @@ def test_imports_point_down(name: str, path: Path) -> None:
     if len(parts) == 1 or parts[1] == "__main__":
         return
     own = LAYERS.index(parts[1])
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         targets = []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} imports relatively"
@@ -88,11 +94,7 @@ def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 @pytest.mark.parametrize(("name", "path"), sorted(modules().items()))
 def test_functions_fit_a_screen(name: str, path: Path) -> None:
-    functions = (
-        node
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    )
+    functions = (node for node in nodes_of(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     written = [each for each in functions if not any("triton.jit" in ast.unparse(each) for each in each.decorator_list)]
     long = {each.name: lines_of(each) for each in written if lines_of(each) > LONGEST_FUNCTION}
     assert not long, f"{name}: {long}"
@@ -142,7 +144,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 @pytest.mark.parametrize(("name", "path"), sorted(modules().items()))
 def test_no_private_name_of_another_package_is_imported(name: str, path: Path) -> None:
     own = name.split(".")[:2]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trtllm_vattn."):
             private = [each.name for each in node.names if each.name.startswith("_")]
             assert not private or (node.module or "").split(".")[:2] == own, (
@@ -172,7 +174,7 @@ def package_of(name: str) -> str:
 def private_names(path: Path) -> set[str]:
     """Private names that a module defines, as a function, a class, a variable or an attribute of `self`."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -188,7 +190,7 @@ def test_no_private_attribute_of_another_package_is_used(name: str, path: Path) 
     for other, file in {**modules(), **SCRIPTS}.items():
         if package_of(other) == package_of(name):
             known = known | private_names(file)
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
             own = ast.unparse(node.value) in ("self", "cls", "super()")
             assert own or node.attr in known, f"{name}, line {node.lineno}: {ast.unparse(node)}"
@@ -198,7 +200,7 @@ def test_no_private_attribute_of_another_package_is_used(name: str, path: Path) 
 def test_above_the_cache_only_the_contract_of_caches_is_used(name: str, path: Path) -> None:
     """Nothing asks whether a cache is a `KVCacheManager`, or reaches for the arena inside it."""
     below = name.startswith(("trtllm_vattn.cache", "trtllm_vattn.memory"))
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         where = f"{name}, line {getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
             is_asked = "KVCacheManager" in ast.unparse(node.args[1])

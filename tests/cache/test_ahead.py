@@ -111,10 +111,16 @@ def test_what_fails_in_the_thread_is_raised_by_the_next_call_and_tried_again(cal
 
 def test_what_fails_after_the_last_call_is_raised_by_close_which_closes_all_the_same(faulty: FaultyDriver) -> None:
     cache = KVCacheManager(LONG, faulty, 64 << 20, 4, lookahead=40)
+    # A launch takes one token, for which the page of the prompt has room: nothing but the thread maps ahead.
+    cache.ahead.timing = EvenPace()
     cache.start_thread()
     assert cache.wait_ahead()
     faulty.fail("create", skip=1)
-    cache.admit("a", 2)  # its own page; the lookahead's is the thread's
+    thread = cache._thread
+    assert thread is not None
+    wake, thread.wake = thread.wake, lambda: None  # type: ignore[method-assign]
+    cache.admit("a", 1)  # its own page; the lookahead's is the thread's
+    thread.wake = wake  # type: ignore[method-assign]
     cache.map_ahead()
     assert cache.wait_ahead()
     with pytest.raises(DriverError, match="injected"):

@@ -128,7 +128,14 @@ def test_memory_for_the_queue_is_created_beside_the_prompts_before(model: PreTra
 
 def test_memory_that_no_sequence_uses_goes_back_while_the_engine_is_idle() -> None:
     floor = 1 << 20
-    options: dict[str, Any] = {"device": "cpu", "compile": False, "max_seqs": 4, "max_seq_len": 512}
+    # What is kept for prompts that begin alike is in use.
+    options: dict[str, Any] = {
+        "device": "cpu",
+        "compile": False,
+        "max_seqs": 4,
+        "max_seq_len": 512,
+        "prefix_cache": False,
+    }
     with Engine.from_pretrained("tiny-llama", idle_after_s=0.05, idle_floor=floor, **options) as engine:
         engine.generate([list(range(1, 400))] * 4, SamplingParams(4))
         until = monotonic() + 20

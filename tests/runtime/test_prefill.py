@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,9 +39,10 @@ Build = Callable[..., Engine]
 def build(model: PreTrainedModel) -> Iterator[Build]:
     with ExitStack() as closing:
 
-        def make(kind: str = "vattn", attention: str = "torch", capture: bool = False, chunk: int = 64) -> Engine:
+        def make(kind: str = "vattn", attention: str = "torch", capture: bool = False, **options: Any) -> Engine:
             cache = make_cache(kind, shape_of(model, 5, 256), model.device)
-            engine = Engine(model, cache, attention=attention, compile=False, capture=capture, chunk=chunk)
+            options = {"chunk": 64, **options}
+            engine = Engine(model, cache, attention=attention, compile=False, capture=capture, **options)
             closing.callback(engine.close)
             return engine
 
