@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench forks`."""
     gpu, add = add_common(parser), parser.add_argument
     add_attention(parser)
-    add("--samples", type=positive, default=16, metavar="SAMPLES", help="of the prompt, beside one")
+    add("--samples", type=positive, default=16, metavar="SEQUENCES", help="samples of the prompt")
     add("--prompt", type=positive, default=16_000 if gpu else 2000, metavar="TOKENS", help="of the prompt")
     add("--output", type=positive, default=200 if gpu else 24, metavar="TOKENS", help="of each sample")
     add_rounds(parser, 3, "number of samples")

@@ -82,8 +82,10 @@ def run(args: argparse.Namespace) -> int:
     for name, requests in workloads.items():
         fitting = [fitted(request, args.max_seq_len) for request in requests]
         for turn in range(args.rounds):
-            for reuse in (True, False) if turn % 2 == 0 else (False, True):
-                rows.append({"workload": name, "reuse": reuse, "round": turn, **replay(model, args, fitting, reuse)})
+            rows += [
+                {"workload": name, "reuse": reuse, "round": turn, **replay(model, args, fitting, reuse)}
+                for reuse in ((True, False) if turn % 2 == 0 else (False, True))
+            ]
     steady = steady_state(model, args)
     summary: dict[str, Any] = dict(steady)
     for name in workloads:
