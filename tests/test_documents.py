@@ -227,7 +227,7 @@ def test_a_walk_is_what_a_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told[-1] == ("cuda.py", "map")
     assert stacks["map"] == [*told[:-1], ("host.py", "map")]
     told = [(Path(file).name, name) for _, files in step for file, names in files for name in names]
-    for name, last in (("prepare_step", "slotted.py"), ("check", "guard.py"), ("replay", "host_graph.py")):
+    for name, last in (("prepare_step", "manager.py"), ("check", "guard.py"), ("replay", "host_graph.py")):
         done = stacks[name][stacks[name].index(("engine.py", "_step")) :]
         assert done[-1][1] == name
         steps = [told.index(each) for each in [*done[:-1], (last, name)]]

@@ -154,9 +154,12 @@ SCRIPTS = {f"scripts.{path.stem}": path for path in (ROOT / "scripts").rglob("*.
 THEIRS = {
     "torch": {"_C", "_cdata", "_compiled_call_impl", "_dynamo", "_parameters", "_sleep", "_version", "_InferenceMode"}
     | {"_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool", "_index_put_impl_"}
-    | {"_unsafe_index", "_unsafe_index_put"},
+    | {"_schema", "_unsafe_index", "_unsafe_index_put"},
     "transformers": {"_attn_implementation", "_model_mapping", "_supports_attention_backend"},
     "argparse": {"_SubParsersAction"},
+    "vllm": {"_vllm_fa3_C"},
+    # Public, and named so that no field is hidden by it.
+    "collections.namedtuple": {"_replace"},
 }
 """Private names of others that have no public counterpart."""
 

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 MOST = 1 << 30
 """Largest count that a flag takes: of tokens, sequences, steps."""
+HEADS = "query heads, KV heads, and their size in elements"
 
 
 def positive(text: str) -> int:
@@ -102,6 +103,16 @@ def numbers(text: str) -> list[int]:
 def numbers_or_none(text: str) -> list[int]:
     """``1,8,32`` as a list, ``none`` as an empty one."""
     return [] if text == "none" else numbers(text)
+
+
+def heads(text: str) -> list[int]:
+    """Query heads, KV heads and their size: ``32,8,128``."""
+    found = numbers(text)
+    if len(found) != 3 or found[0] % found[1]:
+        raise argparse.ArgumentTypeError(
+            f"it is {text!r:.60}; give query heads, KV heads and their size, as 32,8,128, query heads a multiple"
+        )
+    return found
 
 
 def sizes(text: str) -> list[int]:

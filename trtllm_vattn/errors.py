@@ -15,6 +15,11 @@ class KVCacheOutOfMemory(VattnError):
     """No physical memory left under the budget; nothing changed. Release or preempt a sequence, or raise the budget."""
 
 
+class HostMemoryFull(VattnError):
+    """The host tier has no room left under its bound; nothing changed. Raise `host_memory`, end a suspended sequence,
+    or compute the tokens again instead of keeping them."""
+
+
 class AddressSpaceExhausted(VattnError):
     """The driver gave no virtual addresses; lower the number of slots or `max_seq_len`."""
 
@@ -52,6 +57,10 @@ class UnknownSequence(VattnError, KeyError):
     __str__ = Exception.__str__
 
 
+class SequenceSuspended(UnknownSequence):
+    """A sequence's tokens are in host memory; `resume` it first."""
+
+
 class DuplicateSequence(VattnError):
     """A sequence of that id is in the cache already."""
 
@@ -72,8 +81,16 @@ class ManagerClosed(VattnError):
     """The cache was used after `close()`."""
 
 
+class CacheAsleep(VattnError):
+    """The cache gave all its memory back to the driver by `sleep`; call `wake` first."""
+
+
 class EngineClosed(ManagerClosed):
     """The engine was used after `close()`."""
+
+
+class EngineAsleep(VattnError):
+    """The engine gave memory back by `sleep` that a call needs; call `wake` first."""
 
 
 class UnmappedAccess(VattnError):

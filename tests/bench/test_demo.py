@@ -61,7 +61,7 @@ def test_an_address_that_moves_and_a_byte_that_is_lost_are_told(
 
     monkeypatch.setattr(demo, "_addresses", moved)
     monkeypatch.setattr(demo, "_read", lost)
-    monkeypatch.setattr(demo, "_graphs", lambda engine: [])
+    monkeypatch.setattr(demo, "captured_graphs", lambda engine: [])
     monkeypatch.setattr(demo, "_own", lambda plain, prompt, count: [7] * count)
     with demo._engine(model, "cpu", capture=False) as engine:
         found = demo.show_addresses(engine, model, 0)

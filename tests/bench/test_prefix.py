@@ -167,4 +167,4 @@ def test_samples_of_one_prompt_are_measured_beside_one(tmp_path: Path) -> None:
     assert 1 < summary["memory_n16_over_one_with_tokens"] < 1.4
     assert summary["memory_n16_over_one"] < 1.05
     assert summary["step_n16_over_one"] > 1
-    assert main([*command, "--output", "8"]) == 2
+    assert main([*command, "--output-tokens", "8"]) == 2

@@ -14,6 +14,7 @@ from trtllm_vattn.bench.cases import steady
 from trtllm_vattn.bench.cases.prompts import time_prompts
 from trtllm_vattn.bench.cases.steady import run_steady
 from trtllm_vattn.bench.harness import contenders
+from trtllm_vattn.bench.harness.case import captured_graphs
 from trtllm_vattn.bench.harness.contenders import PROFILED, Contender, fill, take_turns
 from trtllm_vattn.bench.harness.device_utilization import DeviceUtilization, covered, device_utilization, work_of
 from trtllm_vattn.bench.publish import tables
@@ -160,19 +161,27 @@ def test_a_captured_step_idles_less_than_an_eager_one() -> None:
     assert captured["idle_share"] < eager["idle_share"] < 1
 
 
-def test_short_prompts_are_timed_by_replay_and_by_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("attention", "sizes"), [("torch", [16, 32, 64, 128]), ("shares", [32, 101])])
+def test_short_prompts_are_timed_by_replay_and_by_pass(
+    monkeypatch: pytest.MonkeyPatch, attention: str, sizes: list[int]
+) -> None:
+    """Where whole passes are captured, by theirs."""
     model = load_model("tiny-llama", "cpu", torch.float32)
     cache = make_cache("vattn", shape_of(model, 1, 100), "cpu")
-    with Engine(model, cache, attention="torch", compile=False) as engine:
+    with Engine(model, cache, attention=attention, compile=False) as engine:
+        passes = engine.passes.graphs
+        assert (passes is None) is (attention == "torch")
+        runner = (passes or engine.prefill).runner
         replayed: list[int] = []
-        replay = engine.prefill.runner.replay
-        monkeypatch.setattr(engine.prefill.runner, "replay", lambda size: replayed.append(size) or replay(size))
+        replay = runner.replay
+        monkeypatch.setattr(runner, "replay", lambda size: replayed.append(size) or replay(size))
         rows = time_prompts(engine, 3, 0)
-        assert [row["tokens"] for row in rows] == [min(size, 100) for size in engine.prefill.runner.buckets]
+        assert [row["tokens"] for row in rows] == [min(size, 100) for size in sizes]
         # As often as it was passed, and once to begin with.
-        assert replayed == [size for size in engine.prefill.runner.buckets for _ in range(4)]
+        assert replayed == [size for size in sizes for _ in range(4)]
         assert {row[way]["count"] for row in rows for way in ("replay_ms", "pass_ms")} == {3}
-        assert engine.prefill.captured
+        assert (engine.prefill.captured, engine.passes.graphs) == (passes is None, passes)
+        assert len(captured_graphs(engine)) == 1 + len(sizes)
         assert engine.generate([[1, 2]], SamplingParams(max_tokens=2))[0].tokens
     last = tables.prompts({"results": {"steady": {"prompts": rows}}}).splitlines()[-1]
     assert last.split("|")[1].strip() == "100"

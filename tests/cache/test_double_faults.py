@@ -12,6 +12,7 @@ import pytest
 from contents import expect, fill
 from shapes import SHAPE
 
+from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import AddressSpaceExhausted, DriverError, KVCacheOutOfMemory, MemoryQuarantined
 from trtllm_vattn.memory.arena import retry_discarded
@@ -36,6 +37,9 @@ CALLS: dict[str, Callable[[KVCacheManager], object]] = {
     "adopt retained": lambda cache: cache.adopt(cache.retain("shared"), "new", 10, 30),
     "set_budget": lambda cache: cache.set_budget(cache.stats().held_bytes - PAGE),
     "preallocate": lambda cache: cache.preallocate(2, 9),
+    "suspend": lambda cache: cache.suspend("a"),
+    "resume": lambda cache: cache.resume("suspended"),
+    "sleep": lambda cache: cache.sleep(keep=True),
     "reset": lambda cache: cache.reset(),
 }
 
@@ -45,7 +49,11 @@ def left(host: HostDriver) -> tuple[int, int, int]:
 
 
 def busy(driver: FaultyDriver, layers_per_range: int) -> KVCacheManager:
-    cache = KVCacheManager(SHAPE, driver, 90 * PAGE, layers_per_range, lookahead=4)
+    config = CacheConfig(host_memory="1MiB")
+    cache = KVCacheManager(SHAPE, driver, 90 * PAGE, layers_per_range, lookahead=4, config=config)
+    cache.admit("suspended", 9)
+    fill(cache, "suspended", range(9))
+    cache.suspend("suspended")
     cache.admit("a", 20)
     fill(cache, "a", range(20))
     cache.fork("a", "shared", 20)
@@ -80,6 +88,7 @@ def test_any_call_and_any_that_undoes_it_may_fail(name: str, layers_per_range: i
                 if raised is not None and "a" in cache._slot_of and not cache._lost_memory(cache.slot_of("a")):
                     expect(cache, "a", range(20))
                 cache.reset()
+                cache.wake()
                 cache.check_integrity()
                 assert cache.stats().quarantined == 0
                 cache.admit("later", 50)

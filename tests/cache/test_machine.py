@@ -28,8 +28,17 @@ from interrupting import interrupt_at
 from shapes import SHAPE
 
 from trtllm_vattn.cache.base import RetainedSlot
+from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory, NoFreeSlot, PrefixEvicted, SequenceTooLong
+from trtllm_vattn.errors import (
+    ConfigError,
+    HostMemoryFull,
+    KVCacheOutOfMemory,
+    NoFreeSlot,
+    PrefixEvicted,
+    SequenceTooLong,
+)
+from trtllm_vattn.memory.slot import SUSPENDED
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
@@ -56,13 +65,16 @@ class CacheMachine(RuleBasedStateMachine):
         granularity = driver.granularity()
         # From a little more than the dummy slot needs to about half of what all slots could take.
         budget = granularity * (2 * ranges + spare)
-        self.cache = KVCacheManager(SHAPE, driver, budget, layers_per_range, lookahead)
+        # Host memory for some sequences, and not for all.
+        config = CacheConfig(host_memory=24 * granularity)
+        self.cache = KVCacheManager(SHAPE, driver, budget, layers_per_range, lookahead, config=config)
         if threaded:
             self.cache.start_thread()
         self.cache.preallocate(stocked, 20)
         self.model: dict[int, int] = {}
         self.authors: dict[int, list[int]] = {}
         self.kept: dict[RetainedSlot, list[int]] = {}
+        self.suspended: dict[int, list[int]] = {}
         self.count = 0
 
     def room(self) -> int:
@@ -77,8 +89,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     def held(self, sequence: int) -> int:
         """How many of a sequence's first tokens others read in its slot."""
-        segments, slot = self.cache.segments, self.cache.slot_of(sequence)
-        return 0 if segments is None else int(segments[segments[:, 1] == slot, 3].max(initial=0))
+        return self.held_in(self.cache.slot_of(sequence))
+
+    def held_in(self, slot: int) -> int:
+        """How many of a slot's first tokens others read there, suspended ones among them."""
+        slots = self.cache.arena.slots
+        rows = [segment for holder in slots[slot].holders for segment in slots[holder].segments]
+        return max((segment.stop for segment in rows if segment.owner == slot), default=0)
 
     def prefix(self, slot: int) -> int:
         """How many of a slot's first tokens lie in other slots."""
@@ -87,9 +104,11 @@ class CacheMachine(RuleBasedStateMachine):
 
     def has_no_slot(self) -> bool:
         """Whether every slot has a sequence, or tokens that another one reads."""
-        segments = self.cache.segments
-        read = set() if segments is None else set(segments[:, 1].tolist())
-        return all(self.cache.sequence_at(slot) is not None or slot in read for slot in range(SHAPE.num_slots))
+        slots = self.cache.arena.slots
+        return all(
+            self.cache.sequence_at(slot) is not None or slots[slot].holders or slots[slot].state is SUSPENDED
+            for slot in range(SHAPE.num_slots)
+        )
 
     def surplus(self, needed: dict[int, int]) -> int:
         """Bytes of whole mappings that running slots have to themselves beyond the tokens that their sequences need."""
@@ -184,6 +203,67 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
+    def suspend(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.model)))
+        slot = self.cache.slot_of(sequence)
+        try:
+            self.cache.suspend(sequence)
+        except ConfigError:
+            assert self.held(sequence)
+        except HostMemoryFull:
+            assert not self.fits_host(self.model[sequence])
+        else:
+            del self.model[sequence]
+            self.suspended[sequence] = self.authors.pop(sequence)
+            assert not self.cache.mappings_in(slot)
+
+    def fits_host(self, tokens: int) -> bool:
+        """Whether so many tokens find host memory, which is given out in blocks."""
+        block = 4 * self.cache.layout.granularity
+        return -(-tokens * SHAPE.token_bytes // block) * block + self.cache.stats().host_bytes <= 6 * block
+
+    @precondition(lambda self: self.suspended)
+    @rule(data=st.data(), more=st.integers(0, 20))
+    def resume(self, data: st.DataObject, more: int) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.suspended)))
+        tokens = len(self.suspended[sequence])
+        room, layout = self.room(), self.cache.layout
+        try:
+            self.cache.resume(sequence, tokens + more)
+        except SequenceTooLong:
+            assert tokens + more > SHAPE.max_seq_len
+        except KVCacheOutOfMemory:
+            assert layout.bytes_for(tokens + more) * layout.num_ranges > room
+        else:
+            self.authors[sequence] = self.suspended.pop(sequence)
+            self.write(sequence, range(tokens, tokens + more))
+            self.model[sequence] = tokens + more
+
+    @precondition(lambda self: self.suspended)
+    @rule(data=st.data())
+    def release_suspended(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.suspended)))
+        self.cache.release(sequence)
+        del self.suspended[sequence]
+
+    @rule(keep=st.booleans())
+    def sleep_and_wake(self, keep: bool) -> None:
+        try:
+            self.cache.sleep(keep)
+        except ConfigError:
+            assert self.model
+            assert not keep
+        except HostMemoryFull:
+            kept = sum(map(self.cache.retained_tokens, self.kept))
+            held = sum(self.held_in(slot.slot) for slot in self.kept)
+            assert not self.fits_host(sum(self.model.values()) + kept + held)
+        else:
+            assert self.cache.held_bytes == 0
+            self.cache.check_integrity()
+            self.cache.wake()
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
     def retain(self, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(sorted(self.model)))
         kept = self.cache.retain(sequence)
@@ -196,8 +276,7 @@ class CacheMachine(RuleBasedStateMachine):
         kept, sequence = data.draw(st.sampled_from(sorted(self.kept))), self.count
         tokens = data.draw(st.integers(1, len(self.kept[kept])))
         left, prefix = self.cache.retained_tokens(kept), self.prefix(kept.slot)
-        segments = self.cache.segments
-        held = 0 if segments is None else int(segments[segments[:, 1] == kept.slot, 3].max(initial=0))
+        held = self.held_in(kept.slot)
         room = self.room_besides_retained()
         try:
             self.cache.adopt(kept, sequence, tokens, tokens + more)
@@ -231,8 +310,11 @@ class CacheMachine(RuleBasedStateMachine):
             assert tokens + more > SHAPE.max_seq_len
         except NoFreeSlot:
             slot = source.slot if isinstance(source, RetainedSlot) else source
-            owners = {slot, *(() if self.cache.segments is None else self.cache.segments[:, 1].tolist())}
-            assert all(self.cache.sequence_at(each) is not None or each in owners for each in range(SHAPE.num_slots))
+            slots = self.cache.arena.slots
+            assert all(
+                self.cache.sequence_at(n) is not None or n == slot or each.holders or each.state is SUSPENDED
+                for n, each in enumerate(slots[: SHAPE.num_slots])
+            )
         except KVCacheOutOfMemory:
             assert self.cache.layout.bytes_for(tokens + more) * self.cache.layout.num_ranges > room
         else:
@@ -274,8 +356,7 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             self.cache.release_retained(kept, tokens)
         except ConfigError:
-            assert self.cache.segments is not None
-            assert (self.cache.segments[:, 1] == kept.slot).any()
+            assert self.held_in(kept.slot) > tokens
         else:
             assert self.cache.retained_tokens(kept) <= tokens
 
@@ -377,6 +458,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.authors.clear()
         assert not any(map(self.cache.retained_tokens, self.kept))
         self.kept.clear()
+        self.suspended.clear()
 
     @rule(data=st.data(), at=st.integers(0, 400), then_reset=st.booleans())
     def interrupt(self, data: st.DataObject, at: int, then_reset: bool) -> None:
@@ -392,6 +474,7 @@ class CacheMachine(RuleBasedStateMachine):
                 lambda: self.cache.replace(sequence),
                 lambda: self.cache.truncate(sequence, 1),
                 lambda: self.cache.retain(sequence),
+                lambda: self.cache.suspend(sequence),
                 lambda: self.cache.admit(new, 40, prefix=(self.cache.slot_of(sequence), self.model[sequence])),
             ]
         self.count += 1
@@ -401,6 +484,8 @@ class CacheMachine(RuleBasedStateMachine):
             self.reset()
         here = {self.cache.sequence_at(slot) for slot in range(SHAPE.num_slots)}
         for gone in set(self.model) - here:
+            if self.cache.is_suspended(gone):
+                self.suspended[gone] = self.authors[gone]
             del self.model[gone], self.authors[gone]
         for known in self.model:
             length = int(self.cache.lengths[self.cache.slot_of(known)])
@@ -442,7 +527,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.wait_ahead()
         self.cache.check_integrity()
         stats = self.cache.stats()
-        assert stats.sequences == len(self.model)
+        assert (stats.sequences, stats.suspended_sequences) == (len(self.model), len(self.suspended))
         assert stats.segment_tokens == sum(self.prefix(self.cache.slot_of(sequence)) for sequence in self.model)
         assert stats.live_bytes == sum(self.model.values()) * SHAPE.token_bytes
         assert stats.held_bytes <= stats.budget_bytes

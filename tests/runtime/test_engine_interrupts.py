@@ -483,9 +483,10 @@ def test_signals_at_random(seed: int) -> None:
                         got = engine.step()
                 except KeyboardInterrupt:
                     hits += 1
+                    # Where each step takes longer than the timer, requests end by the steps that nothing interrupts.
+                    for _ in range(rng.choice([0, 0, 4, 12])):
+                        got += engine.step() if engine.busy else []
                 seen += got
-                if rng.random() < 0.3:
-                    seen += engine.step()
             check_tokens(seen, requests, wanted(name))
             check_peace(engine)
             if hits >= wanted_hits:

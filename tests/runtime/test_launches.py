@@ -266,7 +266,7 @@ def test_graphs_are_captured_over_the_dummy_slot_and_memory_comes_later(
 def test_holes_are_closed_where_a_smaller_bucket_repays_it(
     build: Callable[..., Engine], single: list[list[int]]
 ) -> None:
-    engine = build(slots=4)
+    engine = build(slots=4, prefix_cache=False)
     compaction = engine.scheduler.compaction
     assert compaction is not None
     compaction.replay_s = {1: 0.001, 2: 0.002, 4: 1.0}
@@ -288,7 +288,7 @@ def test_holes_are_closed_where_a_smaller_bucket_repays_it(
 
 
 def test_a_short_prompt_is_one_replay(build: Callable[..., Engine]) -> None:
-    engine = build()
+    engine = build(prefix_cache=False)
     sizes: list[int] = []
     replay = engine.prefill.runner.replay
     engine.prefill.runner.replay = lambda size: (sizes.append(size), replay(size))[1]  # type: ignore[method-assign,assignment]

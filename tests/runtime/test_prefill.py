@@ -97,8 +97,8 @@ def passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_step_puts_a_whole_chunk_in_by_one_pass(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = build(chunk=64)
-    alone = build(chunk=64)
+    engine = build(chunk=64, prefix_cache=False)
+    alone = build(chunk=64, prefix_cache=False)
     alone.prefill.supports_packed_prefill = alone.scheduler.mixed = False
     params = SamplingParams(3)
     want = [done.tokens for done in alone.generate(PROMPTS, params)]

@@ -127,6 +127,10 @@ class FlatPromptsAttention(GatheringAttention):
         self._reference = TorchAttention(cache, num_heads, scale)
         """On the host it takes the kernels' place."""
 
+    def begin_step(self) -> None:
+        super().begin_step()
+        self._reference.begin_step()
+
     def storages(self) -> list[torch.Tensor]:
         own = self.prompts.storages() if self.prompts is not None else []
         return [*super().storages(), *self._reference.storages(), *own]

@@ -124,6 +124,7 @@ class CacheStats:
     memory is short. `lookahead` tokens are kept mapped past a sequence's length. `ahead_wait_s` is how long callers
     waited for the thread that maps ahead. `retained_bytes` are mapped in `retained_slots` slots that keep the
     tokens of ended sequences; `segment_tokens` tokens of sequences lie in other slots than theirs.
+    `suspended_sequences` have their tokens in host memory, of which `host_held_bytes` are pinned and `host_bytes` used.
     """
 
     sequences: int
@@ -145,6 +146,20 @@ class CacheStats:
     retained_slots: int = 0
     retained_bytes: int = 0
     segment_tokens: int = 0
+    suspended_sequences: int = 0
+    host_bytes: int = 0
+    host_held_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """Copies between the device and pinned host memory: bytes and seconds out and in, each with its wait for the
+    device."""
+
+    out_bytes: int = 0
+    out_s: float = 0.0
+    in_bytes: int = 0
+    in_s: float = 0.0
 
 
 class KVCache(ABC):
@@ -403,6 +418,74 @@ class KVCache(ABC):
         their own (`CacheConfig.own_lengths`).
         """
         self._cannot("give ranges lengths of their own")
+
+    # -- host memory -------------------------------------------------------------------------------------------------
+
+    def suspend(self, sequence: SequenceId) -> int:
+        """Copy a sequence's tokens to pinned host memory and give its memory to others; returns the bytes copied.
+
+        Nothing is mapped for it any more, but its slot stays its own, so that `resume` brings the tokens back at the
+        same addresses. Until then it can be resumed or released, and nothing else. Tokens that it reads in other slots
+        stay there, held. Waits for the device.
+
+        Raises
+        ------
+        UnknownSequence, DriverError
+            Nothing changed.
+        ConfigError
+            Other sequences read its slot, or the cache cannot.
+        MemoryQuarantined
+            An unmap failed in its slot.
+        HostMemoryFull
+            `host_memory` is too small for its tokens, beside what is suspended already; nothing changed.
+        """
+        self._cannot("suspend a sequence")
+
+    def resume(self, sequence: SequenceId, tokens: int | None = None) -> int:
+        """Bring a suspended sequence's tokens back; returns its slot, which is the one it had, unless an unmap failed
+        there meanwhile. `tokens` backs it for so many, as `extend` would. Waits for the device.
+
+        Raises UnknownSequence for one that is not suspended, SequenceTooLong, KVCacheOutOfMemory, DriverError; it is
+        suspended as before then.
+        """
+        self._cannot("suspend a sequence")
+
+    def is_suspended(self, sequence: SequenceId) -> bool:
+        """Whether a sequence's tokens are in host memory."""
+        return False
+
+    @property
+    def transfers(self) -> Transfers:
+        """What was copied to and from host memory so far."""
+        return Transfers()
+
+    def sleep(self, keep: bool) -> int:
+        """Give all physical memory back to the driver, the dummy slot's too; returns its bytes. Addresses, tensors and
+        captured graphs stay, and must not be used until `wake`; every other call but `reset` and `close` raises
+        CacheAsleep.
+
+        With `keep`, running and retained sequences go to host memory, with what they share and read of one another.
+        Else retained ones are forgotten; suspended ones stay in host memory either way.
+
+        Raises ConfigError without `keep` where sequences run: release them first. As `suspend` else; nothing changed.
+        """
+        self._cannot("give its memory back")
+
+    def wake(self) -> int:
+        """Have the memory again that `sleep` gave back, with the tokens that it kept, at the same addresses; returns
+        the bytes copied. Does nothing to a cache that is awake. Raises KVCacheOutOfMemory or DriverError; it is asleep
+        then."""
+        self._cannot("give its memory back")
+
+    @property
+    def host_bytes(self) -> tuple[int, int]:
+        """Bytes of pinned host memory that hold tokens, and all that are pinned."""
+        return 0, 0
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether it gave its memory back by `sleep`."""
+        return False
 
     def preallocate(self, sequences: int, tokens: int) -> None:  # noqa: B027
         """Keep enough memory created ahead for a burst of so many prompts of so many tokens, within the budget.

@@ -59,6 +59,9 @@ class CacheConfig:
         for so many seconds; None keeps it for the next sequence.
     idle_floor : int or str
         Bytes (``"1GiB"`` too) of idle memory that are kept all the same.
+    host_memory : int or str
+        Bytes (``"32GiB"`` too) of host memory that may be pinned for suspended sequences, and for what a cache that
+        sleeps keeps; pinned in chunks when it is needed first, and kept until the cache is closed.
 
     Raises
     ------
@@ -79,6 +82,7 @@ class CacheConfig:
     step_timing: StepTimingModel | None = None
     idle_after_s: float | None = None
     idle_floor: int | str = 0
+    host_memory: int | str = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, Layout):
@@ -95,3 +99,4 @@ class CacheConfig:
         if self.idle_after_s is not None and finite("idle_after_s", self.idle_after_s) <= 0:
             raise ConfigError(f"idle_after_s is {self.idle_after_s}; it is a positive number of seconds, or None")
         object.__setattr__(self, "idle_floor", parse_bytes(self.idle_floor, "idle_floor"))
+        object.__setattr__(self, "host_memory", parse_bytes(self.host_memory, "host_memory"))

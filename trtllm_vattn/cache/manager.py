@@ -14,10 +14,31 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
-from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV, PagedKV, RetainedSlot, SequenceId, Tokens
+from trtllm_vattn.cache.base import (
+    CacheShape,
+    CacheStats,
+    FlatKV,
+    PagedKV,
+    RetainedSlot,
+    SequenceId,
+    Tokens,
+    Transfers,
+)
 from trtllm_vattn.cache.config import CacheConfig, Layout
+from trtllm_vattn.cache.host_tier import CopyStream, HostTier
 from trtllm_vattn.cache.slotted import SlottedCache
-from trtllm_vattn.errors import ConfigError, InvariantViolation, KVCacheOutOfMemory, NoFreeSlot, PrefixEvicted
+from trtllm_vattn.errors import (
+    CacheAsleep,
+    ConfigError,
+    DuplicateSequence,
+    InvariantViolation,
+    KVCacheOutOfMemory,
+    MemoryQuarantined,
+    NoFreeSlot,
+    PrefixEvicted,
+    SequenceSuspended,
+    UnknownSequence,
+)
 from trtllm_vattn.memory import remap
 from trtllm_vattn.memory.arena import Arena, Placement, retry_discarded
 from trtllm_vattn.memory.layout import SlotLayout, default_layers_per_range
@@ -122,7 +143,11 @@ class KVCacheManager(SlottedCache):
         self.arena = Arena(pool, self.layout, one_by_one=not config.batch_access, own_lengths=config.own_lengths)
         self.frontiers = self.arena.frontiers
         self.ahead = Lookahead(self.arena, self.lengths, config.lookahead, config.step_timing)
-        self._memory = CacheMemory(self.arena, self.ahead, config.idle_after_s, parse_bytes(config.idle_floor))
+        idle_floor, host_memory = parse_bytes(config.idle_floor), parse_bytes(config.host_memory)
+        self._memory = CacheMemory(self.arena, self.ahead, config.idle_after_s, idle_floor, host_memory)
+        self._tier = HostTier(self.arena, self._memory.host)
+        self._asleep: dict[SequenceId, tuple[int, int]] = {}
+        """Slot and length of each sequence that runs again when the cache wakes."""
         self._lock = self._memory.lock
         self._preallocation = Preallocation(pool, self.layout)
         self._admission_maps = self._critical_path_maps = self._reported_maps = 0
@@ -184,8 +209,15 @@ class KVCacheManager(SlottedCache):
         # It stays set where the call raised or was interrupted: the next call looks then.
         self._needs_check = True
         answer = self._uninterrupted(call, *arguments)
-        self._needs_check = False
+        self._needs_check = self.is_asleep
         return answer
+
+    def _check_state(self, recovering: bool = False) -> None:
+        super()._check_state(recovering)
+        if self.is_asleep:
+            self._needs_check = True
+            if not recovering:
+                raise CacheAsleep("this cache gave its memory back by sleep(); call wake() first")
 
     def _uninterrupted(self, call: Callable[..., T], *arguments: Any) -> T:
         answer: T = uninterrupted(on_stream, stream_of(self.device), call, *arguments)
@@ -302,8 +334,9 @@ class KVCacheManager(SlottedCache):
                     break
         if first is None:
             raise NoFreeSlot(
-                f"no slot is usable: {self.shape.num_slots - len(self._slot_of)} are retired after a driver call "
-                "failed in them; close the cache and build another"
+                f"no slot is usable: {len(self._tier.sequences)} are kept for suspended sequences, and "
+                f"{len(self.broken_slots())} are retired after a driver call failed in them; release or resume the "
+                "former, or close the cache and build another"
             )
         return 1 << max([first, *self._owner]).bit_length()
 
@@ -334,6 +367,8 @@ class KVCacheManager(SlottedCache):
     def _clear(self) -> None:
         with self._lock:
             self.arena.clear(self._fence())
+            self._tier.forget(self.dummy_slot)
+            self._asleep.clear()
 
     def _fence(self) -> Fence:
         streams = (current_stream(self.device), *self.config.fence_streams)
@@ -578,6 +613,133 @@ class KVCacheManager(SlottedCache):
         taken = (evicted.popleft() for _ in range(len(evicted)))
         return [(RetainedSlot(slot, serial), left) for slot, serial, left in taken]
 
+    # -- host memory -------------------------------------------------------------------------------------------------
+
+    def slot_of(self, sequence: SequenceId) -> int:
+        if sequence in self._tier.sequences:
+            self._check_open()
+            raise SequenceSuspended(f"sequence {sequence!r} is suspended; resume it first, or release it")
+        return super().slot_of(sequence)
+
+    def _check_new(self, sequence: SequenceId, tokens: int) -> None:
+        super()._check_new(sequence, tokens)
+        if sequence in self._tier.sequences:
+            raise DuplicateSequence(f"sequence {sequence!r} is suspended; resume or release it")
+
+    def suspend(self, sequence: SequenceId) -> int:
+        return self._run(self._do_suspend, sequence, self.slot_of(sequence))
+
+    def _do_suspend(self, sequence: SequenceId, slot: int) -> int:
+        with self._lock:
+            copied = self._tier.suspend(sequence, slot, int(self.lengths[slot]), self._copy_stream())
+            self._remove_sequence(sequence, slot)
+        return copied
+
+    def _copy_stream(self) -> CopyStream:
+        """Torch's current stream, for copies; what others have was waited for."""
+        if self.config.fence_streams:
+            self._fence().wait()
+        return current_stream(self.device), self._fence
+
+    def resume(self, sequence: SequenceId, tokens: int | None = None) -> int:
+        found = self._suspended(sequence)
+        tokens = found if tokens is None else tokens
+        if tokens < found:
+            raise ConfigError(f"sequence {sequence!r} has {found} tokens; resume it for those or more, not {tokens}")
+        self._check_fits(sequence, tokens)
+        return self._run(self._do_resume, sequence, tokens)
+
+    def _do_resume(self, sequence: SequenceId, tokens: int) -> int:
+        with self._lock:
+            if self.arena.slots[self._tier.sequences[sequence].slot].broken:
+                self._limit()
+                target = self.arena.free_slots()[0]
+                self.arena.unmap_parked(target)
+                self._tier.relocate(sequence, target)
+            self._make_room(self._tier.missing_bytes(sequence, tokens), self.ahead.tokens)
+            slot, maps = self._tier.resume(sequence, tokens, self._copy_stream())
+            self._admission_maps += maps
+            self._place_sequence(sequence, slot, tokens)
+        self._wake_for_memory()
+        return slot
+
+    def is_suspended(self, sequence: SequenceId) -> bool:
+        return sequence in self._tier.sequences
+
+    def _suspended(self, sequence: SequenceId) -> int:
+        """How many tokens a suspended sequence has. Raises UnknownSequence."""
+        self._check_open()
+        if sequence not in self._tier.sequences:
+            raise UnknownSequence(f"no sequence {sequence!r} is suspended, of {len(self._tier.sequences)}")
+        return self._tier.sequences[sequence].tokens
+
+    @property
+    def transfers(self) -> Transfers:
+        return self._tier.transfers
+
+    def release(self, sequence: SequenceId) -> None:
+        if sequence in self._tier.sequences:
+            self._check_open()
+            self._run(self._do_discard, sequence)
+        else:
+            super().release(sequence)
+
+    def _do_discard(self, sequence: SequenceId) -> None:
+        with self._lock:
+            self._tier.discard(sequence)
+
+    def sleep(self, keep: bool) -> int:
+        self._check_open()
+        if self._slot_of and not keep:
+            raise ConfigError(f"{len(self._slot_of)} sequences run; release them first, or sleep with keep=True")
+        return self._run(self._do_sleep, keep)
+
+    def _do_sleep(self, keep: bool) -> int:
+        arena, slots = self.arena, self.arena.slots
+        with self._lock:
+            if broken := [slot for slot in self._owner if slots[slot].broken]:
+                raise MemoryQuarantined(f"an unmap failed in slots {broken}; release their sequences first")
+            kept = {slot: int(self.lengths[slot]) for slot in self._owner}
+            for index in arena.retained_indices():
+                # What suspended sequences read has to come back, too.
+                if (keep and not slots[index].broken) or not arena.evict(index):
+                    kept[index] = max(slots[index].tokens, arena.held_tokens(index))
+            held = arena.pool.held_bytes
+            arena.complete_pending_unmaps(wait=True)
+            arena.reclaim_parked(arena.parked_bytes)
+            self._tier.sleep({**kept, self.dummy_slot: 0}, self._copy_stream())
+            self._memory.is_asleep = True
+            for sequence, slot in list(self._slot_of.items()):
+                self._asleep[sequence] = slot, int(self.lengths[slot])
+                self._remove_sequence(sequence, slot)
+            arena.pool.drop_free()
+        return held - arena.pool.held_bytes
+
+    def wake(self) -> int:
+        if not self.is_asleep:
+            self._check_open()
+            return 0
+        super()._check_state()
+        return self._run(self._do_wake)
+
+    def _do_wake(self) -> int:
+        with self._lock:
+            copied = self._tier.wake(self._copy_stream())
+            self._memory.is_asleep = False
+            for sequence, (slot, tokens) in self._asleep.items():
+                self._place_sequence(sequence, slot, tokens)
+            self._asleep.clear()
+        self._wake()
+        return copied
+
+    @property
+    def host_bytes(self) -> tuple[int, int]:
+        return self._tier.used_bytes, self._tier.held_bytes
+
+    @property
+    def is_asleep(self) -> bool:
+        return self._memory.is_asleep
+
     # -- writing and lengths -----------------------------------------------------------------------------------------
 
     def truncate(self, sequence: SequenceId, length: int) -> None:
@@ -783,6 +945,9 @@ class KVCacheManager(SlottedCache):
                 retained_slots=self.arena.retained_slots,
                 retained_bytes=self.arena.retained_bytes,
                 segment_tokens=sum(self.arena.slots[slot].prefix for slot in self._owner),
+                suspended_sequences=len(self._tier.sequences),
+                host_bytes=self._tier.used_bytes,
+                host_held_bytes=self._tier.held_bytes,
             )
 
     def placement(self) -> Placement:
@@ -812,6 +977,11 @@ class KVCacheManager(SlottedCache):
     def _lost_memory(self, slot: int) -> bool:
         return self.arena.slots[slot].broken
 
+    def check_integrity(self) -> None:
+        """As of every cache; of one that sleeps, too."""
+        super()._check_state()
+        self._run(self._do_check_integrity)
+
     def _do_check_integrity(self) -> None:
         with self._lock:
             super()._do_check_integrity()
@@ -821,6 +991,11 @@ class KVCacheManager(SlottedCache):
                     raise InvariantViolation(
                         f"slot {slot} has {self.lengths[slot]} tokens, other slots read {self.arena.held_tokens(slot)}"
                     )
+            suspended = self._tier.slots(self.dummy_slot)
+            if suspended != self.arena.suspended_slots():
+                raise InvariantViolation(
+                    f"slots {suspended} are kept for suspended sequences, {self.arena.suspended_slots()} are suspended"
+                )
             free = set(self.arena.free_slots())
             for slot in range(self.shape.num_slots):
                 if self._occupied[slot] and slot in free:

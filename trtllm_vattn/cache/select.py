@@ -35,6 +35,7 @@ def make_cache(
     tokens_per_block: int = CacheConfig.tokens_per_block,
     idle_after_s: float | None = None,
     idle_floor: int | str = 0,
+    host_memory: int | str = 0,
     sized_later: bool = False,
     driver: Driver | None = None,
 ) -> KVCache:
@@ -45,7 +46,7 @@ def make_cache(
     budget : int, str or None
         Bytes of KV, ``"40GiB"`` too; None is enough for every slot at maximum length. The contiguous cache takes that
         always, and refuses a smaller budget.
-    layers_per_range, lookahead, idle_after_s, idle_floor
+    layers_per_range, lookahead, idle_after_s, idle_floor, host_memory
         For ``vattn`` and ``blocks``, as `KVCacheManager` has them.
     tokens_per_block : int
         For ``blocks``.
@@ -79,6 +80,7 @@ def make_cache(
                 lookahead=lookahead,
                 idle_after_s=idle_after_s,
                 idle_floor=idle_floor,
+                host_memory=host_memory,
             )
         made = kind(shape, driver, budget, config=config)
         if budget is None and not sized_later:

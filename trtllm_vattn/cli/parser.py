@@ -33,6 +33,7 @@ BENCHMARKS = {
     "stall": "sequences that decode while a long prompt goes in: the longest gap between tokens",
     "tune": "search kernels of a single token's step several times; keep what made the fastest as data",
     "prefix": "what prompts share, found again in slots: beside an ideal tree of the same memory; on any machine",
+    "tiers": "keys and values in host memory: copies beside the link, sleep and wake, twice the sequences memory holds",
     "reuse": "prompts that share what they begin with, by an engine with and without prefix cache",
     "forks": "several samples of one long prompt: memory and steps beside one sample",
     "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",

@@ -32,7 +32,18 @@ from trtllm_vattn.errors import (
 )
 from trtllm_vattn.memory.layout import SlotLayout
 from trtllm_vattn.memory.pool import ExtentPool
-from trtllm_vattn.memory.slot import FREE, PARKED, RETAINED, RUNNING, RangeGroup, Segment, Slot, Stripe
+from trtllm_vattn.memory.slot import (
+    FREE,
+    PARKED,
+    RETAINED,
+    RUNNING,
+    SUSPENDED,
+    RangeGroup,
+    Segment,
+    Slot,
+    SlotState,
+    Stripe,
+)
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation, RollbackFailed
 
@@ -464,7 +475,7 @@ class Arena:
             (
                 segment.stop
                 for holder in holders
-                if not only_kept or holder.state is RUNNING or holder.priority == math.inf
+                if not only_kept or holder.state in (RUNNING, SUSPENDED) or holder.priority == math.inf
                 for segment in holder.segments
                 if segment.owner == index
             ),
@@ -566,6 +577,33 @@ class Arena:
         self._let_go(index, None)
         self._unmap_what_is_not_adopted(index)
 
+    def suspend(self, index: int) -> None:
+        """A slot's bytes are in host memory, and its mappings were unmapped: it keeps nothing but its place. Its
+        extents are the caller's, where they are mapped nowhere else."""
+        slot = self.slots[index]
+        for mapping in slot.mappings():
+            self.decref(mapping.extent)
+        slot.suspend()
+        self._retained.discard(index)
+        self._sharing_changed |= bool(slot.segments)
+        self.trim_pending.discard(index)
+        self.publish(index)
+
+    def resume(self, index: int, groups: Sequence[RangeGroup], state: SlotState, tokens: int, serial: int) -> None:
+        """A suspended slot is what it was before, with this memory."""
+        slot = self.slots[index]
+        slot.resume(groups, state, tokens, serial)
+        if state is RETAINED:
+            self._retained.add(index)
+        self._sharing_changed |= bool(slot.segments)
+        self.publish(index)
+
+    def abandon(self, index: int) -> None:
+        """Nobody wants a suspended slot's tokens any more: it is free."""
+        self.slots[index].abandon()
+        self._let_go(index, None)
+        self.publish(index)
+
     def eviction_order(self) -> list[int]:
         """Retained slots that may be evicted, the first to go first: by priority, then by last use."""
         slots = self.slots
@@ -656,6 +694,26 @@ class Arena:
             serial = slot.serial
             self.shrink_retained(index, left)
             self.evicted.append((index, serial, self.retained_tokens(index, serial)))
+
+    def retained_indices(self) -> list[int]:
+        """Retained slots, in order."""
+        return sorted(self._retained)
+
+    def suspended_slots(self) -> list[int]:
+        """Slots whose tokens are in host memory, in order; not the dummy."""
+        return [index for index, slot in enumerate(self.used_slots) if slot.state is SUSPENDED]
+
+    def evict(self, index: int) -> bool:
+        """Forget all tokens of a slot that was retained, whatever its priority, and of retained ones that read it; its
+        memory is parked, or unmapped once its fence is done. Returns whether it is gone: what others read stays."""
+        slot = self.slots[index]
+        for holder in sorted(slot.holders):
+            if self.slots[holder].state is RETAINED:
+                self.evict(holder)
+        if slot.state is RETAINED and not slot.holders:
+            self.evicted.append((index, slot.serial, 0))
+            self.shrink_retained(index, 0)
+        return slot.state is not RETAINED
 
     def evict_slot(self) -> bool:
         """Evict the first retained slot that nobody reads, so that a sequence may be given its place; returns whether
@@ -911,7 +969,8 @@ class Arena:
             )
         if slot.tokens > backed and not slot.broken:
             raise InvariantViolation(f"slot {index} keeps {slot.tokens} tokens, but {backed} are backed")
-        if slot.holders != readers or (readers and not slot.is_used):
+        is_kept = slot.is_used or slot.state is SUSPENDED
+        if slot.holders != readers or (readers and not is_kept):
             raise InvariantViolation(
                 f"slot {index} ({slot.state.value}) is held by slots {sorted(slot.holders)}, but read by "
                 f"{sorted(readers)}"
@@ -919,14 +978,14 @@ class Arena:
         end = 0
         for owner, start, stop in slot.segments:
             first, last = self.lower_edge(owner), self.backed_tokens(owner)
-            is_lost = self.slots[owner].broken and last < stop
+            is_lost = (self.slots[owner].broken and last < stop) or self.slots[owner].state is SUSPENDED
             if start != end or stop <= start or owner == index or not (is_lost or first <= start < stop <= last):
                 raise InvariantViolation(
                     f"slot {index}: tokens {start} to {stop} lie in slot {owner}, which backs {first} to {last}; those "
                     f"before end at {end}"
                 )
             end = stop
-        if slot.segments and (not slot.is_used or self.lower_edge(index) > end):
+        if slot.segments and (not is_kept or self.lower_edge(index) > end):
             raise InvariantViolation(
                 f"slot {index} ({slot.state.value}): tokens below {end} lie in other slots, its own from "
                 f"{self.lower_edge(index)} on"

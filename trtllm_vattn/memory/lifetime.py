@@ -7,7 +7,9 @@ import os
 import warnings
 import weakref
 
+from trtllm_vattn.errors import DriverError
 from trtllm_vattn.memory.arena import Arena, discard, retry_discarded
+from trtllm_vattn.memory.host_pool import HostPool
 from trtllm_vattn.memory.lookahead import BackgroundThread, Lookahead, PriorityLock
 from trtllm_vattn.memory.reclaim import release_idle, trim
 from trtllm_vattn.vmm.base import Fence
@@ -28,10 +30,13 @@ class MemoryRef:
 
 
 class CacheMemory:
-    """An arena, what is mapped ahead in it, and the thread that does so. Nothing here refers to a cache.
+    """An arena, what is mapped ahead in it, and the thread that does so; and the host memory that slots are suspended
+    to. Nothing here refers to a cache.
 
     Parameters
     ----------
+    host_memory : int
+        Bytes of host memory that may be pinned for suspended slots.
     idle_after_s, idle_floor
         As `CacheConfig` has them.
 
@@ -39,10 +44,16 @@ class CacheMemory:
     ----------
     is_owned : bool
         Whether a user got the cache, and could close it.
+    is_asleep : bool
+        Whether the arena has no memory, not even the dummy slot's, and may take none.
     """
 
-    def __init__(self, arena: Arena, ahead: Lookahead, idle_after_s: float | None, idle_floor: int) -> None:
+    def __init__(
+        self, arena: Arena, ahead: Lookahead, idle_after_s: float | None, idle_floor: int, host_memory: int
+    ) -> None:
         self.arena, self.ahead = arena, ahead
+        self.host = HostPool(arena.pool.driver, host_memory)
+        self.is_asleep = False
         self.lock = PriorityLock()
         self.thread: BackgroundThread | None = None
         self.is_owned = self.is_closed = False
@@ -58,7 +69,7 @@ class CacheMemory:
         """Do one unit of background work: grow a slot, unmap a surplus stripe, create a free extent, or give one back.
         Returns whether there may be more."""
         with self.lock.in_background():
-            if self.is_closed:
+            if self.is_closed or self.is_asleep:
                 return False
             self.arena.complete_pending_unmaps()
             return (
@@ -77,6 +88,7 @@ class CacheMemory:
         if self.thread is not None:
             self.thread.close()
         self.arena.close(fence)
+        self.host.close()
         self.is_closed = True
         retry_discarded()
         if self.thread is not None:
@@ -91,6 +103,10 @@ class CacheMemory:
         except Exception as error:
             logger.warning("the device of a cache that is gone does not finish its work: %s", error)
         discard(self.arena)
+        try:
+            self.host.close()
+        except DriverError as error:
+            logger.warning("pinned host memory of a cache that is gone stays: %s", error)
         self.is_closed = True
 
 

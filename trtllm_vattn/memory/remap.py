@@ -254,18 +254,23 @@ def _put_back(arena: Arena, index: int, group: RangeGroup, first: int, place: in
         # It does already, since another range could not be put back: the old memory is in the pool.
         return
     for stripe in closed:
-        extent, offset = stripe[place].extent, stripe[place].offset
-        for _ in range(ATTEMPTS):
-            try:
-                (stripe[place],) = arena.map_extents(index, arena.reservations[group.ranges[place]], offset, [extent])
-            except DriverError as error:
-                failed = error
-                if isinstance(error, RollbackFailed):
-                    break
-            else:
-                break
-        if not stripe[place].is_open:
+        if not map_again(arena, index, stripe, place):
             # What is raised is why the memory was to be put back.
-            logger.warning("slot %d loses its memory from mapping %d on: %s", index, first, failed)
             arena.truncate_broken(index, group, first)
             return
+
+
+def map_again(arena: Arena, index: int, stripe: Stripe, place: int) -> bool:
+    """Map an extent of a slot's stripe where it was unmapped; returns whether the driver did so."""
+    old = stripe[place]
+    for _ in range(ATTEMPTS):
+        try:
+            (stripe[place],) = arena.map_extents(index, old.reservation, old.offset, [old.extent])
+        except DriverError as error:
+            failed = error
+            if isinstance(error, RollbackFailed):
+                break
+        else:
+            return True
+    logger.warning("slot %d loses its memory from %#x on: %s", index, old.address, failed)
+    return False

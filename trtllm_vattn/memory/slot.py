@@ -26,11 +26,13 @@ class SlotState(enum.Enum):
     """Its last sequence is gone and its memory is still mapped, for the next sequence to adopt, whatever it holds."""
     PENDING_UNMAP = "pending unmap"
     """It backs nothing; its last mappings are unmapped once its fence is done, and until then it takes no sequence."""
+    SUSPENDED = "suspended"
+    """Its tokens are in host memory and nothing is mapped in it; its addresses are kept for them to come back to."""
     RETIRED = "retired"
     """An unmap failed in it: its addresses are not used again."""
 
 
-FREE, RUNNING, RETAINED, PARKED, PENDING_UNMAP, RETIRED = SlotState
+FREE, RUNNING, RETAINED, PARKED, PENDING_UNMAP, SUSPENDED, RETIRED = SlotState
 """Module-level names: looking a member up in its class takes Python 3.11 longer than the rest of a loop over slots."""
 
 
@@ -235,6 +237,23 @@ class Slot:
         self._check(RETAINED)
         self._become_idle()
 
+    def suspend(self) -> None:
+        """RUNNING or RETAINED → SUSPENDED; its mappings are unmapped already. It keeps its segments and holders."""
+        self._check(RUNNING, RETAINED)
+        for group in self.groups:
+            group.clear()
+        self.state, self.visible_bytes, self.fence, self.tokens = SUSPENDED, None, None, 0
+
+    def resume(self, groups: Sequence[RangeGroup], state: SlotState, tokens: int, serial: int) -> None:
+        """SUSPENDED → RUNNING or RETAINED, as it was, with memory that was mapped and filled again."""
+        self._check(SUSPENDED)
+        self.groups, self.state, self.tokens, self.serial = tuple(groups), state, tokens, serial
+
+    def abandon(self) -> None:
+        """SUSPENDED → FREE, or RETIRED if broken; nobody wants its tokens any more."""
+        self._check(SUSPENDED)
+        self._become_idle()
+
     def begin_unmap(self, fence: Fence | None) -> list[Mapping]:
         """Any state in which it is not used → PENDING_UNMAP; returns all its mappings."""
         self._check(FREE, PARKED, PENDING_UNMAP, RETIRED)
@@ -305,7 +324,7 @@ class Slot:
         self._become_idle()
 
     def _update_idle(self) -> None:
-        if not self.is_used:
+        if not self.is_used and self.state is not SUSPENDED:
             self._become_idle()
 
     def _become_idle(self) -> None:

@@ -61,8 +61,10 @@ from trtllm_vattn.runtime.settings import (
     check_model_name,
     check_settings,
 )
+from trtllm_vattn.runtime.sleeping import Sleeping, SleepingReport
 from trtllm_vattn.runtime.startup import StartupReport, memory_left
 from trtllm_vattn.runtime.step_model import StepModel
+from trtllm_vattn.runtime.swap_cost import SwapCost
 from trtllm_vattn.runtime.tokens import TokenIds, token_ids
 from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
 from trtllm_vattn.sizes import parse_bytes
@@ -184,6 +186,12 @@ class Engine:
         Whether token events carry the distance of the two largest logits.
     observer : callable or None
         Called with a `StepRecord` after each launch's tokens.
+    swap_cost : SwapCost or None
+        Says whether the tokens of who is preempted go to host memory, of which the cache may have some
+        (`CacheConfig.host_memory`), or are computed anew; None measures both.
+    sleepable_weights : bool
+        Whether the model's parameters are moved to memory that `sleep` can give back (runtime/sleeping.py). They are
+        gone when the engine is closed.
 
     Raises
     ------
@@ -218,6 +226,8 @@ class Engine:
         deterministic: bool = False,
         record_margins: bool = False,
         observer: Callable[[StepRecord], None] | None = None,
+        swap_cost: SwapCost | None = None,
+        sleepable_weights: bool = False,
     ) -> None:
         if not isinstance(cache, KVCache):
             raise ConfigError(f"cache is {described(cache)}; give a KVCache (cache.select.make_cache)")
@@ -243,8 +253,11 @@ class Engine:
             deterministic=deterministic,
             record_margins=record_margins,
             observer=observer,
+            swap_cost=swap_cost,
+            sleepable_weights=sleepable_weights,
         )
-        steps, chunk, policy = (settings[name] for name in ("steps", "chunk", "mapping"))
+        self.swap_cost: SwapCost = settings["swap_cost"]
+        steps, policy = settings["steps"], settings["mapping"]
         if model.device != cache.device:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
@@ -271,27 +284,29 @@ class Engine:
         mixed = self._start_device(settings)
         self.weights = Weights(model, capture)
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
-        movable = cache.remaps and capture and not settings["packed"]
-        compaction = Compaction(cache, self.startup.decode.replay_s) if movable else None
-        failing = _failing(weakref.ref(self))
         self.slots = RequestSlots.over(cache, reusing, settings["kv_events"])
-        self.scheduler = Scheduler(
-            self.slots,
-            self.decode,
-            compaction,
-            chunk,
-            failing,
-            steps=steps,
-            mixed=mixed,
-            clock=clock,
-            max_wait_s=settings["max_wait_s"],
-            cost=self.passes.cost,
-            target_ms=settings["target_itl_ms"],
-        )
+        self.scheduler = self._make_scheduler(settings, mixed)
         self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one=loop or record_margins)
         _engines.add(self)
         # Nothing at the end of the interpreter, when graphs may still run.
         weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
+
+    def _make_scheduler(self, settings: dict[str, Any], mixed: bool) -> Scheduler:
+        movable = self.cache.remaps and settings["capture"] and not settings["packed"]
+        return Scheduler(
+            self.slots,
+            self.decode,
+            Compaction(self.cache, self.startup.decode.replay_s) if movable else None,
+            settings["chunk"],
+            _failing(weakref.ref(self)),
+            steps=settings["steps"],
+            mixed=mixed,
+            clock=self.clock,
+            max_wait_s=settings["max_wait_s"],
+            swap_cost=self.swap_cost,
+            cost=self.passes.cost,
+            target_ms=settings["target_itl_ms"],
+        )
 
     def _start_device(self, settings: dict[str, Any]) -> bool:
         """Compile, plan and capture what runs on the device; returns whether prompts and decoding sequences share
@@ -304,6 +319,8 @@ class Engine:
         with inference(), naming(model):
             started = perf_counter()
             wrap = compile_model(cast(PreTrainedModel, model)) if compiling else as_it_is
+            # Behind the merging of projections, and before anything holds an address.
+            self.sleeping = Sleeping(self.cache, cast(PreTrainedModel, model), settings["sleepable_weights"])
             self.decode = DecodeBatch(
                 model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap, lanes=lanes
             )
@@ -349,6 +366,7 @@ class Engine:
         cache: str = "vattn",
         idle_after_s: float | None = None,
         idle_floor: int | str = 0,
+        host_memory: int | str = 0,
         mapping: str = "auto",
         **options: Any,
     ) -> Self:
@@ -371,6 +389,9 @@ class Engine:
             the host, and for the other caches, enough for all sequences at `max_seq_len` tokens.
         idle_after_s, idle_floor
             When memory that no sequence uses goes back to the driver, but for so many bytes (`KVCacheManager`).
+        host_memory : int or str
+            Bytes (``"32GiB"`` too) of host memory that may be pinned for keys and values of requests that are
+            preempted or suspended, and that sleep; 0 is none.
         mapping : str
             ``auto`` runs a short probe of this driver, once, and stores its report (memory/mapping_policy.py).
         options
@@ -387,6 +408,7 @@ class Engine:
         max_seq_len = whole("max_seq_len", max_seq_len, 1, LARGEST_COUNT)
         budget = None if budget is None else parse_bytes(budget, "the budget")
         idle_floor = parse_bytes(idle_floor, "idle_floor")
+        host_memory = parse_bytes(host_memory, "host_memory")
         if idle_after_s is not None and finite("idle_after_s", idle_after_s) <= 0:
             raise ConfigError(f"idle_after_s is {idle_after_s}; it is a positive number of seconds, or None")
         if not isinstance(mapping, str):
@@ -407,6 +429,7 @@ class Engine:
             policy = probe.result().policy
             later = cache in ("vattn", "blocks") and device != "cpu"
             idle: dict[str, Any] = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "sized_later": later}
+            idle["host_memory"] = host_memory
             driver = policy.wrap(open_driver(device)) if later else None
             made = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle)
             undo.callback(made.close)
@@ -634,7 +657,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request is not finished, or has events that nobody took yet."""
-        return bool(self.scheduler.requests or self.scheduler.ended or self._events or self._interrupted)
+        return bool(self.scheduler.has_active or self.scheduler.ended or self._events or self._interrupted)
 
     @property
     def prefilling(self) -> bool:
@@ -658,7 +681,7 @@ class Engine:
         given = as_prompts(prompts)
         each = as_params(params, len(given))
         truth("progress", progress)
-        if self.scheduler.requests:
+        if self.scheduler.has_active:
             raise ConfigError("requests are running, whose tokens nobody would get; use run(), or abort them")
         self._check_weights()
         requests: list[RequestState] = []
@@ -725,6 +748,8 @@ class Engine:
     def _step(self) -> None:
         """One step, whose events are put to the others: plan and launch (`Pipeline`), and commit."""
         self._check_open()
+        if self.sleeping.is_asleep:
+            self.sleeping.require_awake()
         self.weights.require_current()
         with inference(), self._changing:
             self._map_ahead.before_step()
@@ -752,6 +777,7 @@ class Engine:
             apart = margins(launch.logits[where]) if self.record_margins else None
             self._commit_tokens(requests, [row[lane] for lane in where], apart)
         self.pipeline.commit(launch, rows)
+        self.swap_cost.observe_prompt(launch.prompt_tokens, wall_s)
         return StepRecord(lanes, len(rows), launch.prompt_tokens, wall_s, self.pipeline.kv_s, ahead_s, wait_s)
 
     def _read(self, launch: Launch) -> tuple[list[list[int]], float]:
@@ -849,6 +875,106 @@ class Engine:
             raise ConfigError("this engine keeps no KV events; build it with kv_events=True")
         return prefixes.take_events()
 
+    # -- host memory and sleep ---------------------------------------------------------------------------------------
+
+    def suspend(self, request: int) -> int:
+        """Take a request out until `resume`: its keys and values go to host memory, and its memory is for others. It
+        keeps its slot, so that they come back at the same addresses. Returns the bytes copied: 0 of one that has none
+        yet, and where host memory is full or the cache has none (`CacheConfig.host_memory`); its tokens are computed
+        anew then. Tokens of launches that nobody has read yet are chosen again. Its deadline goes on.
+
+        Raises ConfigError for a request that is not running or waiting, or suspended already.
+        """
+        self._check_open()
+        self.sleeping.require_awake()
+        known = self._unfinished(request)
+        if known.id in self.scheduler.parked:
+            raise ConfigError(f"request {known.id} is suspended already")
+        with inference(), self._changing:
+            return self.scheduler.park(known)
+
+    def resume(self, request: int) -> None:
+        """Have a suspended request go on, when it has its turn. Raises ConfigError for one that is not suspended."""
+        self._check_open()
+        known = self._unfinished(request)
+        if known.id not in self.scheduler.parked:
+            raise ConfigError(f"request {known.id} is not suspended")
+        with self._changing:
+            self.scheduler.unpark(known)
+
+    def _unfinished(self, request: int) -> RequestState:
+        number = whole("request", request, 0, LARGEST_COUNT)
+        known = self.scheduler.requests.get(number)
+        if known is None:
+            raise ConfigError(f"no request {number} is waiting, running or suspended")
+        return known
+
+    def sleep(
+        self, *, kv: Literal["keep", "drop"] = "keep", weights: Literal["keep", "host", "drop"] = "keep"
+    ) -> SleepingReport:
+        """Give memory back to the driver until `wake`; graphs, and all addresses in them, stay. Returns what stays.
+
+        Launches under way are waited for; their tokens come with the first `step` after waking.
+
+        Parameters
+        ----------
+        kv : str
+            ``keep`` copies keys and values of running requests, and of the prefix cache, to host memory; ``drop``
+            forgets them, and running requests are computed anew. Those of suspended requests stay in host memory.
+        weights : str
+            ``keep`` leaves them on the device; ``host`` copies them to host memory; ``drop`` forgets them, and steps
+            wait for a full `update_weights` after waking. Both need ``sleepable_weights=True``.
+
+        Raises
+        ------
+        ConfigError
+            Another word, weights that cannot sleep, or a cache that has its memory for life.
+        EngineAsleep
+            It sleeps already.
+        HostMemoryFull
+            `host_memory` is too small for what is to be kept; use ``kv="drop"``.
+        DriverError
+            Nothing was given back.
+        """
+        self.sleeping.check(kv, weights)
+        self._check_open()
+        self.sleeping.require_awake()
+        self._drain()
+        with inference(), self._changing:
+            self.scheduler.release_ended()
+            if kv == "drop":
+                self.slots.flush()
+                self.scheduler.preempt_all()
+            self.sleeping.sleep(kv, weights)
+            if weights == "drop":
+                self.weights.dropped()
+        return self.sleeping.report()
+
+    def wake(self, tags: Sequence[str] | None = None) -> float:
+        """Have the memory again that `sleep` gave back, at the same addresses, with what was kept; returns the seconds
+        it took. Nothing is captured again.
+
+        Parameters
+        ----------
+        tags : sequence of str or None
+            ``weights`` or ``kv_cache`` alone, as vLLM has them: new weights can be written before there is memory for
+            keys and values. None is both.
+
+        Raises ConfigError for another tag, KVCacheOutOfMemory or DriverError where others have the memory; what is
+        awake then stays so, and `wake` may be called again.
+        """
+        wanted = self.sleeping.check_tags(tags)
+        self._check_open()
+        started = perf_counter()
+        with inference(), self._changing:
+            self.sleeping.wake(wanted)
+        return perf_counter() - started
+
+    def sleeping_report(self) -> SleepingReport:
+        """Bytes: what is on the device now, by whose they are, and in host memory."""
+        self._check_process()
+        return self.sleeping.report()
+
     # -- weights ---------------------------------------------------------------------------------------------------
 
     @property
@@ -899,11 +1025,13 @@ class Engine:
         if running not in ("continue", "restart", "abort"):
             raise ConfigError(f"running is {running!r}; choose continue, restart or abort")
         self._check_open()
+        self.sleeping.require_weights()
         update = self.weights.check(named_tensors, manifest, partial)
         self._drain()
         with self._changing:
             if running == "restart":
                 self.scheduler.preempt_all()
+                self.scheduler.forget_suspended()
             elif running == "abort":
                 for request in list(self.scheduler.requests.values()):
                     self._end_without_token(request, "abort", None)
@@ -942,6 +1070,7 @@ class Engine:
         self.scheduler.clear()
         with ExitStack() as all_of_it:
             # In this order backwards, each whatever the others raise.
+            all_of_it.callback(self.sleeping.close)
             all_of_it.callback(self.cache.close)
             all_of_it.callback(self.prefill.close)
             all_of_it.callback(self.passes.close)

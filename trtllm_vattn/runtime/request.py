@@ -165,6 +165,11 @@ class RequestState:
         return self.slot >= 0 and len(self.chosen) > self.known
 
     @property
+    def decodes_next(self) -> bool:
+        """Whether all its tokens but the last, which a decode step is fed, are prefilled, and were suspended so."""
+        return self.prefilled == self.length - 1
+
+    @property
     def stored(self) -> list[int]:
         """The tokens whose keys and values are in a verified request's slot: all but the last one chosen, which may
         have been fed."""

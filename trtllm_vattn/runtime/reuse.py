@@ -98,6 +98,26 @@ class RequestSlots:
         tokens = np.array(request.tokens, np.int64)
         return self.prefixes.match(tokens, self.key(request.params.cache_salt)) >= len(tokens) - 1
 
+    def suspend(self, request: RequestState, tokens: int) -> int:
+        """Put a request's first tokens to host memory, and give its memory to others; returns the bytes copied. Raises
+        as `KVCache.suspend` and `truncate`; the request has its slot then."""
+        self.cache.truncate(request.id, tokens)
+        copied = self.cache.suspend(request.id)
+        self._changes += 1
+        if self.prefixes is not None:
+            self.prefixes.suspended(request.id)
+        request.slot, request.prefilled = -1, tokens
+        return copied
+
+    def resume(self, request: RequestState) -> None:
+        """Give a suspended request its tokens back, and memory for all its tokens. Raises as `KVCache.resume`."""
+        tokens = request.prefilled if request.decodes_next else request.length
+        request.slot = self.cache.resume(request.id, tokens)
+        if self.prefixes is not None:
+            self.prefixes.resumed(request.id)
+            if request.is_verified:
+                self.computed(request)
+
     def computed(self, request: RequestState) -> None:
         """A verified request's tokens are in its slot: others may begin with them from now on."""
         if self.prefixes is not None:

@@ -14,7 +14,14 @@ from typing import Literal
 
 from trtllm_vattn.attention.base import MIN_CHUNK_ROWS
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory, MemoryQuarantined, NoFreeSlot
+from trtllm_vattn.errors import (
+    ConfigError,
+    DriverError,
+    HostMemoryFull,
+    KVCacheOutOfMemory,
+    MemoryQuarantined,
+    NoFreeSlot,
+)
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad
@@ -23,6 +30,7 @@ from trtllm_vattn.runtime.request import RequestState
 from trtllm_vattn.runtime.request_queue import RequestQueue
 from trtllm_vattn.runtime.reuse import Left, RequestSlots
 from trtllm_vattn.runtime.step_plan import StepPlan
+from trtllm_vattn.runtime.swap_cost import SwapCost
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +41,12 @@ PromptChunks = list[tuple[RequestState, PromptChunk]]
 """Prompt tokens that go in at once, in the order of their requests."""
 
 
-def choose_preemption(request: RequestState) -> Literal["recompute"]:
-    """What becomes of the keys and values of a request that has to give its memory up: they are computed again when
-    there is room."""
-    return "recompute"
+def choose_preemption(
+    request: RequestState, tokens: int = 0, nbytes: int = 0, cost: SwapCost | None = None
+) -> Literal["swap", "recompute"]:
+    """What becomes of the keys and values of a request that has to give its memory up, of which it has `tokens` in
+    `nbytes`: they go to host memory, or are computed again when there is room."""
+    return "recompute" if cost is None or tokens < 1 else cost.choose(tokens, nbytes)
 
 
 class Scheduler:
@@ -54,6 +64,8 @@ class Scheduler:
         Whether prompts and decoding sequences share a pass.
     clock, max_wait_s
         As `RequestQueue` takes them.
+    swap_cost : SwapCost or None
+        Says whether who is preempted goes to host memory; None has all tokens computed anew.
     cost, target_ms : PassCost, float, or None
         With both, a pass holds no more prompt tokens than it can take in so many milliseconds.
     fail : callable
@@ -69,6 +81,10 @@ class Scheduler:
         In the order of their requests; they hold a slot.
     decoding : dict of int to RequestState
         By slot, in the order in which they joined; each has a lane.
+    parked : dict of int to RequestState
+        Those that were suspended until they are resumed (`park`); they neither run nor wait.
+    swaps : int
+        How often a request's tokens went to host memory.
     ended : deque of Left
         Requests that left and whose slot and memory are still to be released.
     """
@@ -85,12 +101,15 @@ class Scheduler:
         mixed: bool = True,
         clock: Callable[[], float] = perf_counter,
         max_wait_s: float = math.inf,
+        swap_cost: SwapCost | None = None,
         cost: PassCost | None = None,
         target_ms: float | None = None,
     ) -> None:
         self.cache: KVCache = slots.cache
         self.slots, self.decode, self.compaction, self.chunk, self.fail = slots, decode, compaction, chunk, fail
         self.steps, self.mixed, self.cost, self.target_ms = steps, mixed, cost, target_ms
+        self.swap_cost, self.swaps = swap_cost, 0
+        self.parked: dict[int, RequestState] = {}
         self._decoded_last = True
         """Whether the last launch was of decode steps, where prompts go in apart from them."""
         self._moved_out = False
@@ -120,6 +139,11 @@ class Scheduler:
             heappop(self._deadlines)
 
     @property
+    def has_active(self) -> bool:
+        """Whether any request runs or waits; suspended ones do neither."""
+        return len(self.requests) > len(self.parked)
+
+    @property
     def holders(self) -> list[RequestState]:
         """Requests with a slot."""
         return [*self.decoding.values(), *self.prefilling]
@@ -138,10 +162,11 @@ class Scheduler:
                 return
             if self._begins_with_another(request):
                 return
+            suspended = self.cache.is_suspended(request.id)
             try:
-                self.slots.admit(request)
+                (self.slots.resume if suspended else self.slots.admit)(request)
             except NoFreeSlot:
-                if not self.holders:
+                if not self.holders and not self._forget_suspended(but=request):
                     raise
                 return
             except KVCacheOutOfMemory as error:
@@ -152,12 +177,17 @@ class Scheduler:
                         f"its {request.length} tokens take {cache.bytes_of(request.length):,} bytes, and the budget "
                         f"has {cache.bytes_for_sequences:,} for sequences; raise the budget",
                     )
+                elif not self.holders and self._forget_suspended(but=request):
+                    continue
                 elif not self.holders:
                     self.fail(request, f"no memory for its {request.length} tokens, though nobody else runs: {error}")
                 else:
                     return
                 continue
             self.waiting.remove(request)
+            if suspended and request.decodes_next:
+                self.decode_next(request)
+                continue
             self.prefilling.append(request)
             left += request.length - request.prefilled
 
@@ -304,6 +334,8 @@ class Scheduler:
         if len(holders) > 1:
             self.preempt_youngest()
             return
+        if self._forget_suspended():
+            return
         (alone,) = holders
         cache = self.cache
         self.fail(
@@ -319,9 +351,88 @@ class Scheduler:
         self._send_back(max(self.holders, key=self.waiting.rank))
 
     def preempt_all(self) -> None:
-        """Send every request with a slot back to the queue, where they stand in their order."""
-        while self.holders:
-            self.preempt_youngest()
+        """Send every request with a slot back to the queue, where they stand in their order; all are computed anew."""
+        cost, self.swap_cost = self.swap_cost, None
+        try:
+            while self.holders:
+                self.preempt_youngest()
+        finally:
+            self.swap_cost = cost
+
+    def forget_suspended(self) -> None:
+        """Have all tokens that are in host memory computed anew."""
+        while self._forget_suspended():
+            pass
+
+    def _forget_suspended(self, but: RequestState | None = None) -> bool:
+        """Have the tokens of one suspended request, the last in order, computed anew, so that it holds no slot and no
+        other slot's tokens; returns whether there was one. `but` is not it."""
+        suspended = [
+            request
+            for request in (*self.waiting, *self.parked.values())
+            if request is not but and self.cache.is_suspended(request.id)
+        ]
+        if not suspended:
+            return False
+        request = max(suspended, key=self.waiting.rank)
+        request.prefilled = 0
+        self.ended.append(self.slots.leaving(request))
+        self.release_ended()
+        return True
+
+    # -- host memory -------------------------------------------------------------------------------------------------
+
+    def park(self, request: RequestState) -> int:
+        """Suspend a request until `unpark`; returns the bytes that host memory holds of it: none of one that has none,
+        or where host memory is full, and its tokens are computed anew then."""
+        self.parked[request.id] = request
+        self.waiting.remove(request)
+        if request.slot < 0:
+            return 0
+        copied = self._swap_out(request)
+        if not copied:
+            self._leave_to_recompute(request)
+        self.release_ended()
+        return copied
+
+    def unpark(self, request: RequestState) -> None:
+        """Have a suspended request wait for its turn."""
+        del self.parked[request.id]
+        self.waiting.add(request)
+
+    def _swap_out(self, request: RequestState) -> int:
+        """Put a request's tokens to host memory; returns the bytes, 0 where that is full or cannot be."""
+        tokens = self._computed_tokens(request)
+        if tokens < 1:
+            return 0
+        slot = request.slot
+        try:
+            copied = self.slots.suspend(request, tokens)
+        except (ConfigError, HostMemoryFull, KVCacheOutOfMemory, MemoryQuarantined):
+            return 0
+        except DriverError as error:
+            logger.warning("request %d is computed anew, for copying its tokens failed: %s", request.id, error)
+            return 0
+        if request in self.prefilling:
+            self.prefilling.remove(request)
+        if self.decoding.pop(slot, None) is not None:
+            self.decode.clear_lane(slot)
+        self._moved_out = True
+        self.swaps += 1
+        if self.swap_cost is not None:
+            self.swap_cost.observe_transfers(self.cache.transfers)
+        return copied
+
+    def _computed_tokens(self, request: RequestState) -> int:
+        """Tokens of a request with a slot that the cache holds, whatever is under way: all but the last of one that
+        decodes."""
+        return request.length - 1 if request.slot in self.decoding else request.prefilled
+
+    def _leave_to_recompute(self, request: RequestState) -> None:
+        if request in self.prefilling:
+            self.prefilling.remove(request)
+        self.leave(request)
+        request.prefilled = 0
 
     def preempt_broken(self) -> None:
         """Send back who is in a slot that cannot grow any more, since unmapping failed in it; it starts in another."""
@@ -331,11 +442,10 @@ class Scheduler:
                 self._send_back(request)
 
     def _send_back(self, request: RequestState) -> None:
-        if request in self.prefilling:
-            self.prefilling.remove(request)
-        self.leave(request)
-        if choose_preemption(request) == "recompute":
-            request.prefilled = 0
+        tokens = self._computed_tokens(request)
+        chosen = choose_preemption(request, tokens, self.cache.bytes_of(tokens), self.swap_cost)
+        if chosen == "recompute" or not self._swap_out(request):
+            self._leave_to_recompute(request)
         self.waiting.add(request)
         self.release_ended()
 
@@ -348,16 +458,19 @@ class Scheduler:
             left = self.slots.leaving(request)
             request.slot = -1
             self.ended.append(left)
+        elif self.cache.is_suspended(request.id):
+            self.ended.append(self.slots.leaving(request))
 
     def release_ended(self) -> None:
         """Release what those who left had. Raises DriverError where one fails, which the next call tries again."""
-        while self.ended:
+        while self.ended and not self.cache.is_asleep:
             self.slots.release(self.ended[0])
             self.ended.popleft()
 
     def end(self, request: RequestState) -> None:
         """Take a request out wherever it is; its slot and memory are taken by `release_ended`."""
         self.requests.pop(request.id, None)
+        self.parked.pop(request.id, None)
         self.waiting.remove(request)
         if request in self.prefilling:
             self.prefilling.remove(request)
@@ -375,9 +488,10 @@ class Scheduler:
         self.prefilling.clear()
         self.decoding.clear()
         self.ended.clear()
-        for _, request in sorted(self.requests.items()):
+        for number, request in sorted(self.requests.items()):
             request.slot, request.prefilled = -1, 0
-            self.waiting.add(request)
+            if number not in self.parked:
+                self.waiting.add(request)
         self._deadlines = [
             (request.deadline, number) for number, request in self.requests.items() if request.deadline < math.inf
         ]
@@ -386,6 +500,7 @@ class Scheduler:
     def clear(self) -> None:
         """Forget all requests."""
         self.requests.clear()
+        self.parked.clear()
         self.waiting.clear()
         self.prefilling.clear()
         self.decoding.clear()

@@ -12,6 +12,7 @@ import torch
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.replay import default_buckets
 from trtllm_vattn.memory.mapping_policy import MappingPolicy
+from trtllm_vattn.runtime.swap_cost import SwapCost
 from trtllm_vattn.values import described, finite, shown, truth, whole
 
 LONGEST_CHUNK = (1 << 31) - 1
@@ -42,6 +43,8 @@ def check_settings(
     deterministic: Any = False,
     record_margins: Any = False,
     observer: Any = None,
+    swap_cost: Any = None,
+    sleepable_weights: Any = False,
 ) -> dict[str, Any]:
     """`Engine`'s settings for a cache of so many slots, as the types that they are used as.
 
@@ -52,6 +55,8 @@ def check_settings(
         raise ConfigError(f"attention is {described(attention)}; give a backend's name, or auto")
     if observer is not None and not callable(observer):
         raise ConfigError(f"observer is {described(observer)}; give a function of a StepRecord, or None")
+    if swap_cost is not None and not isinstance(swap_cost, SwapCost):
+        raise ConfigError(f"swap_cost is {described(swap_cost)}; give a SwapCost, or None to have costs measured")
     if not isinstance(mapping, str):
         raise ConfigError(f"mapping is {described(mapping)}; give a policy's name")
     lanes = num_slots if max_running is None else whole("max_running", max_running, 1, num_slots)
@@ -78,6 +83,8 @@ def check_settings(
         "deterministic": truth("deterministic", deterministic),
         "record_margins": truth("record_margins", record_margins),
         "observer": observer,
+        "swap_cost": SwapCost() if swap_cost is None else swap_cost,
+        "sleepable_weights": truth("sleepable_weights", sleepable_weights),
     }
     if max_step_tokens is not None:
         checked["chunk"] = whole("max_step_tokens", max_step_tokens, 1, LONGEST_CHUNK)

@@ -44,6 +44,8 @@ class WeightsState(Enum):
     """All of one version."""
     UPDATING = "updating"
     """An update has begun, and has not returned."""
+    DROPPED = "dropped"
+    """Their memory was given back with what was in it (`Engine.sleep`)."""
     MIXED = "mixed"
     """An update broke after it had begun to write: some are new, some old."""
 
@@ -150,12 +152,18 @@ class Weights:
         """Raise WeightsMixed where a step would compute with weights of two versions."""
         if self.state is WeightsState.CURRENT:
             return
+        if self.state is WeightsState.DROPPED:
+            raise WeightsMixed("sleep dropped the weights; give all of them by update_weights (partial=False)")
         what = (
             "weights are being updated, or an update was interrupted"
             if self.state is WeightsState.UPDATING
             else f"an update of the weights broke after it had begun to write ({self._broken_by}); versions are mixed"
         )
         raise WeightsMixed(f"{what}; repeat the update in full (partial=False), or close the engine")
+
+    def dropped(self) -> None:
+        """Nothing of the weights is left; only a full update leads back."""
+        self.state = WeightsState.DROPPED
 
     def require_in_place(self) -> None:
         """Raise ConfigError where a parameter was replaced instead of written to, so that graphs would go on reading

@@ -1,4 +1,5 @@
-"""The driver seam: eight calls and fences. Everything above it is one code path over two drivers.
+"""The driver seam: eight calls, fences, and copies to and from pinned host memory. Everything above it is one code path
+over two drivers.
 
 Rules of the CUDA driver that the code above relies on; `HostDriver` keeps the same, and tests/vmm/test_rules.py
 holds a test named after each:
@@ -30,6 +31,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+
+from trtllm_vattn.errors import DriverError
 
 
 class Fence(ABC):
@@ -108,3 +111,22 @@ class Driver(ABC):
     @abstractmethod
     def record(self, stream: int) -> Fence:
         """A fence after everything submitted to `stream` (a cudaStream_t; 0 is the default stream)."""
+
+    # -- host memory: a driver of nothing but bookkeeping has none ---------------------------------------------------
+
+    def create_host(self, size: int) -> int:
+        """Allocate `size` bytes of pinned host memory, which copies run from and to at the link's full bandwidth;
+        returns its address."""
+        raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "create_host", (size,))
+
+    def release_host(self, address: int, size: int) -> None:
+        """Give pinned host memory back, whole. No copy may still use it."""
+        raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "release_host", (address, size))
+
+    def copy_to_host(self, host: int, address: int, size: int, stream: int) -> None:
+        """Copy `size` bytes of mapped memory to pinned host memory, behind what `stream` has; does not wait."""
+        raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "copy_to_host", (host, address, size))
+
+    def copy_to_device(self, address: int, host: int, size: int, stream: int) -> None:
+        """Copy `size` bytes of pinned host memory to mapped memory, behind what `stream` has; does not wait."""
+        raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "copy_to_device", (address, host, size))

@@ -138,3 +138,19 @@ class CudaDriver(Driver):
     def record(self, stream: int) -> CudaFence:
         self.bind()
         return CudaFence(self, stream)
+
+    def create_host(self, size: int) -> int:
+        self.bind()
+        return int(self.call("cuMemHostAlloc", size, self.cuda.CU_MEMHOSTALLOC_PORTABLE))
+
+    def release_host(self, address: int, size: int) -> None:
+        self.bind()
+        self.call("cuMemFreeHost", address)
+
+    def copy_to_host(self, host: int, address: int, size: int, stream: int) -> None:
+        self.bind()
+        self.call("cuMemcpyDtoHAsync", host, address, size, stream)
+
+    def copy_to_device(self, address: int, host: int, size: int, stream: int) -> None:
+        self.bind()
+        self.call("cuMemcpyHtoDAsync", address, host, size, stream)

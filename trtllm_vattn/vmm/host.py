@@ -123,10 +123,11 @@ class HostDriver(Driver):
         self._next_handle = 1
         self._bases: list[int] = []
         self._ranges: dict[int, _Range] = {}
+        self._host: dict[int, int] = {}
         self._tickets = self.completed = 0
         self.max_mappings = _mappings_of_a_process()
         self._held = False
-        weakref.finalize(self, _drop, self._ranges, self._handles, self._process).atexit = False
+        weakref.finalize(self, _drop, self._ranges, self._handles, self._host, self._process).atexit = False
         _drivers.add(self)
 
     def granularity(self) -> int:
@@ -293,6 +294,50 @@ class HostDriver(Driver):
         self._held = False
         self.completed = self._tickets
 
+    # -- host memory -----------------------------------------------------------------------------------------------
+
+    def create_host(self, size: int) -> int:
+        with self._lock:
+            anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+            access = mmap.PROT_READ | mmap.PROT_WRITE
+            address = _mmap("create_host", (size,), 0, size, access, anonymous, -1)
+            self._host[address] = size
+            return address
+
+    def release_host(self, address: int, size: int) -> None:
+        with self._lock:
+            if self._host.get(address) != size:
+                raise DriverError(
+                    "CUDA_ERROR_INVALID_VALUE", "release_host", (address, size), "no host memory, or not whole"
+                )
+            del self._host[address]
+            _libc.munmap(address, size)
+
+    def copy_to_host(self, host: int, address: int, size: int, stream: int) -> None:
+        with self._lock:
+            self._check_copy("copy_to_host", host, address, size)
+            ctypes.memmove(host, address, size)
+
+    def copy_to_device(self, address: int, host: int, size: int, stream: int) -> None:
+        with self._lock:
+            self._check_copy("copy_to_device", host, address, size)
+            ctypes.memmove(address, host, size)
+
+    def _check_copy(self, call: str, host: int, address: int, size: int) -> None:
+        """Raise DriverError where a copy would leave host memory, or touch what is not mapped."""
+        if not any(base <= host and host + size <= base + whole for base, whole in self._host.items()):
+            raise DriverError("CUDA_ERROR_INVALID_VALUE", call, (host, address, size), "not inside host memory")
+        home = self._find_range(call, address, size)
+        at = bisect.bisect_right(home.starts, address) - 1
+        end = address
+        while end < address + size and 0 <= at < len(home.starts):
+            start = home.starts[at]
+            if not start <= end < start + home.mapped[start][0]:
+                break
+            end, at = start + home.mapped[start][0], at + 1
+        if end < address + size:
+            raise DriverError("CUDA_ERROR_INVALID_VALUE", call, (host, address, size), f"nothing is mapped at {end:#x}")
+
     # -- what is there ---------------------------------------------------------------------------------------------
 
     @property
@@ -309,6 +354,11 @@ class HostDriver(Driver):
         return len(self._ranges)
 
     @property
+    def live_host_bytes(self) -> int:
+        """Bytes of pinned host memory."""
+        return sum(self._host.values())
+
+    @property
     def live_mappings(self) -> int:
         return sum(len(found.starts) for found in self._ranges.values())
 
@@ -316,6 +366,7 @@ class HostDriver(Driver):
         """Tear down whatever is left. Idempotent."""
         with self._lock:
             _tear_down(self._ranges, self._handles)
+            _release_all(self._host)
             self._bases.clear()
 
     # -- checks ----------------------------------------------------------------------------------------------------
@@ -352,13 +403,20 @@ def _tear_down(ranges: dict[int, _Range], handles: dict[int, _Handle]) -> None:
         os.close(handles.popitem()[1].fd)
 
 
-def _drop(ranges: dict[int, _Range], handles: dict[int, _Handle], process: int) -> None:
+def _release_all(host: dict[int, int]) -> None:
+    while host:
+        _libc.munmap(*host.popitem())
+
+
+def _drop(ranges: dict[int, _Range], handles: dict[int, _Handle], host: dict[int, int], process: int) -> None:
     """A driver is gone; what is left in it goes, in the process that made it."""
-    left = (len(handles), len(ranges))
+    left = (len(handles), len(ranges), len(host))
     if any(left) and process == os.getpid():
         _tear_down(ranges, handles)
+        _release_all(host)
         warnings.warn(
-            f"a HostDriver was dropped with {left[0]} handles and {left[1]} reservations; close what it was made for",
+            f"a HostDriver was dropped with {left[0]} handles and {left[1]} reservations, and with {left[2]} "
+            "pieces of host memory; close what it was made for",
             ResourceWarning,
             stacklevel=2,
         )

@@ -53,6 +53,19 @@ class WrappedDriver(Driver):
         fence: Fence = self._call("record", stream)
         return fence
 
+    def create_host(self, size: int) -> int:
+        address: int = self._call("create_host", size)
+        return address
+
+    def release_host(self, address: int, size: int) -> None:
+        self._call("release_host", address, size)
+
+    def copy_to_host(self, host: int, address: int, size: int, stream: int) -> None:
+        self._call("copy_to_host", host, address, size, stream)
+
+    def copy_to_device(self, address: int, host: int, size: int, stream: int) -> None:
+        self._call("copy_to_device", address, host, size, stream)
+
 
 class CountingDriver(WrappedDriver):
     """Counts calls that succeeded, and the host seconds spent in them, by name."""

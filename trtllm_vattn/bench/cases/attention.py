@@ -16,19 +16,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import numbers, positive
+from trtllm_vattn.arguments import HEADS, heads, numbers, positive
 from trtllm_vattn.attention.base import Attention, PrefillChunk
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.cases import decode_attention, prompt_attention
 from trtllm_vattn.bench.harness.bandwidth import attention_bandwidth
 from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import (
-    HEADS,
     add_attention,
     add_device,
     add_results,
     dtype_of,
-    heads,
     points,
 )
 from trtllm_vattn.bench.harness.timing import summarise, timed_ms

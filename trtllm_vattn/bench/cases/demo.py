@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.harness.case import conclude, vocab_of
+from trtllm_vattn.bench.harness.case import captured_graphs, conclude, vocab_of
 from trtllm_vattn.bench.harness.flags import add_device, add_model, add_results
 from trtllm_vattn.bench.harness.traces import generate_trace
 from trtllm_vattn.bench.harness.workload import prompt_ids
@@ -106,7 +106,7 @@ def show_addresses(engine: Engine, plain: PreTrainedModel, seed: int) -> dict[st
     """
     cache: Any = engine.cache
     at_start = _addresses(cache)
-    graphs = _graphs(engine)
+    graphs = captured_graphs(engine)
     events: list[dict[str, Any]] = []
     before = _calls(cache)
 
@@ -173,7 +173,7 @@ def show_addresses(engine: Engine, plain: PreTrainedModel, seed: int) -> dict[st
         "slot": slot,
         "events": events,
         "graphs_captured": len(graphs),
-        "graphs_captured_again": sum(one is not other for one, other in zip(graphs, _graphs(engine), strict=True)),
+        "graphs_captured_again": sum(a is not b for a, b in zip(graphs, captured_graphs(engine), strict=True)),
         "tokens_identical": identical,
     }
 
@@ -211,11 +211,6 @@ def _calls(cache: KVCacheManager) -> dict[str, int]:
     cache.wait_ahead()
     assert isinstance(cache.driver, CountingDriver)
     return {name: cache.driver.calls[name] for name in ("map", "unmap")}
-
-
-def _graphs(engine: Engine) -> list[object]:
-    runners = (engine.decode.runner, engine.prefill.runner)
-    return [runner.graph(bucket) for runner in runners for bucket in runner.buckets]
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

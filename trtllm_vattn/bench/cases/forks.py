@@ -31,26 +31,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench forks`."""
     gpu, add = add_common(parser), parser.add_argument
     add_attention(parser)
-    add("--samples", type=positive, default=16, metavar="SEQUENCES", help="samples of the prompt")
+    add("--samples", type=positive, default=16, metavar="COUNT", help="of the prompt, beside one")
     add("--prompt", type=positive, default=16_000 if gpu else 2000, metavar="TOKENS", help="of the prompt")
-    add("--output", type=positive, default=200 if gpu else 24, metavar="TOKENS", help="of each sample")
+    add("--output-tokens", type=positive, default=200 if gpu else 24, metavar="TOKENS", help="of each sample")
     add_rounds(parser, 3, "number of samples")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
-    if args.output < 16:
-        raise ConfigError(f"--output is {args.output}; steps are timed while all samples decode: 16 at least")
+    if args.output_tokens < 16:
+        raise ConfigError(
+            f"--output-tokens is {args.output_tokens}; steps are timed while all samples decode: 16 at least"
+        )
     model = model_of(args)
     random, vocab = np.random.default_rng(args.seed), vocab_of(model)
-    longest = args.prompt + args.output
+    longest = args.prompt + args.output_tokens
     cache = make_cache("vattn", shape_of(model, args.samples + 2, longest), args.device)
     rows: list[dict[str, Any]] = []
     with Engine(model, cache, attention=args.attention, max_running=args.samples) as engine:
         for turn in range(args.rounds + 1):
             for samples in (1, args.samples):
                 prompt = random.integers(0, vocab, args.prompt).tolist()
-                found = measure(engine, prompt, samples, args.output)
+                found = measure(engine, prompt, samples, args.output_tokens)
                 # The first turn compiles and captures.
                 if turn:
                     rows.append({"samples": samples, "round": turn - 1, **found})
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         return float(np.median([row[what] for row in rows if row["samples"] == samples]))
 
     # The tokens that each sample has for itself; the page that it begins in is not taken off.
-    own = args.samples * cache.bytes_of(args.output)
+    own = args.samples * cache.bytes_of(args.output_tokens)
     one, many = middle(1, "memory"), middle(args.samples, "memory")
     summary = {
         "memory_n16_over_one": (many - own) / one,

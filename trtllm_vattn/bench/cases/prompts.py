@@ -12,6 +12,9 @@ from tqdm import tqdm
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.prefill import PromptChunk
+from trtllm_vattn.runtime.request import RequestState
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.step_plan import StepPlan
 
 
 @torch.inference_mode()
@@ -20,15 +23,19 @@ def time_prompts(engine: Engine, repeats: int, seed: int) -> list[dict[str, Any]
 
     The engine has nothing else to do, and a free slot.
     """
-    cache, prefill = engine.cache, engine.prefill
-    sizes = prefill.runner.buckets
+    cache, prefill, passes = engine.cache, engine.prefill, engine.passes
+    # Prompts alone are captured, or whole passes.
+    graphs = passes.graphs
+    sizes = (prefill if graphs is None else graphs).runner.buckets
     slot = cache.admit("prompt", min(sizes[-1], cache.shape.max_seq_len))
     random = np.random.default_rng(seed)
 
     def once(chunk: PromptChunk, captured: bool) -> float:
-        prefill.captured = captured
+        prefill.captured, passes.graphs = captured and graphs is None, graphs if captured else None
+        # Of a prompt that is longer, so that no sequence begins to decode.
+        request = RequestState(0, [*chunk.tokens, 0], SamplingParams(1), 1, slot=slot)
         started = perf_counter()
-        prefill.run([chunk])
+        passes.launch(StepPlan(1, ((request, chunk),)))
         if cache.device.type == "cuda":
             torch.cuda.synchronize(cache.device)
         return 1e3 * (perf_counter() - started)
@@ -47,6 +54,6 @@ def time_prompts(engine: Engine, repeats: int, seed: int) -> list[dict[str, Any]
                     milliseconds.append(once(chunk, captured))
             rows.append({"tokens": length, "replay_ms": summarise(took[True]), "pass_ms": summarise(took[False])})
     finally:
-        prefill.captured = True
+        prefill.captured, passes.graphs = graphs is None, graphs
         cache.release("prompt")
     return rows

@@ -18,7 +18,7 @@ from time import perf_counter, time
 from typing import Any
 
 from trtllm_vattn.arguments import positive, sizes, tolerance
-from trtllm_vattn.bench.harness.case import conclude, model_of
+from trtllm_vattn.bench.harness.case import captured_graphs, conclude, model_of
 from trtllm_vattn.bench.harness.flags import MAX_SEQS, TIE_TOLERANCE, add_common
 from trtllm_vattn.bench.harness.identity import RequestTokens, compare
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -44,7 +44,8 @@ with Engine.from_pretrained(sys.argv[2], device=sys.argv[3], max_seqs=int(sys.ar
     print(json.dumps({
         "first_token_s": first - started, "import_s": imported - started, "load_s": report.load_s,
         "compile_s": report.compile_s, "capture_s": report.capture_s, "capture_bytes": report.capture_bytes,
-        "graphs": len(report.decode.seconds) + len(report.prefill.seconds), "budget_bytes": report.budget_bytes,
+        "graphs": sum(len(each.seconds) for each in (report.decode, report.prefill, report.passes)),
+        "budget_bytes": report.budget_bytes,
     }))
 """
 
@@ -111,7 +112,7 @@ def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
     cache = KVCacheManager(shape_of(model, slots, longest), open_driver(args.device))
     # One bucket, so that the same graph gives the tokens whichever slots are taken.
     with Engine(model, cache, prefix_cache=False, buckets=[slots], record_margins=True) as engine:
-        captured = [engine.decode.runner.graph(slots), *map(engine.prefill.runner.graph, engine.prefill.runner.buckets)]
+        captured = captured_graphs(engine)
         want = None
         rows = []
         for budget in args.budgets:
@@ -125,7 +126,7 @@ def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
             tokens = _generated(engine, [1, 2, 3], [5] * 60)
             want = want or tokens
             identity = compare(want, tokens, args.tie_tolerance, free=True)
-            now = [engine.decode.runner.graph(slots), *map(engine.prefill.runner.graph, engine.prefill.runner.buckets)]
+            now = captured_graphs(engine)
             rows.append(
                 {
                     "budget_mib": budget / (1 << 20),

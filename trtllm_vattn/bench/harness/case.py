@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.bench.harness.flags import dtype_of
 from trtllm_vattn.bench.harness.report import Result, write
+from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 
 
@@ -28,6 +29,13 @@ def vocab_of(model: PreTrainedModel) -> int:
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Parameters of `Engine` out of the flags of `add_pass_limits`."""
     return {"max_step_tokens": args.max_step_tokens, "target_itl_ms": args.target_itl_ms}
+
+
+def captured_graphs(engine: Engine) -> list[Any]:
+    """The graphs of greedy steps, and of prompts or whole passes, whichever of them the engine captured."""
+    passes = engine.passes.graphs
+    runners = [engine.decode.runner, engine.prefill.runner if passes is None else passes.runner]
+    return [runner.graph(bucket) for runner in runners for bucket in sorted(runner.captured)]
 
 
 def conclude(

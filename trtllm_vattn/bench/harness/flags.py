@@ -20,7 +20,6 @@ from trtllm_vattn.cache.select import CACHES
 
 PLOTS = (".png", ".svg", ".pdf")
 BUDGET = "KV memory of each cache, as 40GiB"
-HEADS = "query heads, KV heads, and their size in elements"
 MAX_OUTPUT = "cap on a request's output"
 MAX_SEQ_LEN = "longest sequence, prompt and output together; what is longer is cut"
 MAX_SEQS = "sequences that run at once, at most"
@@ -28,16 +27,6 @@ OBJECTIVES = ("ttft", "tpot", "e2el")
 """Latencies that goodput can be asked of: those that a request has one of."""
 REQUESTS = "requests taken from each trace"
 TIE_TOLERANCE = "the top two logits closer than this are a tie"
-
-
-def heads(text: str) -> list[int]:
-    """Query heads, KV heads and their size: ``32,8,128``."""
-    found = numbers(text)
-    if len(found) != 3 or found[0] % found[1]:
-        raise argparse.ArgumentTypeError(
-            f"it is {text!r:.60}; give query heads, KV heads and their size, as 32,8,128, query heads a multiple"
-        )
-    return found
 
 
 def points(text: str) -> list[tuple[int, int]]:

@@ -346,6 +346,17 @@ class PrefixCache:
         if old in self.tree:
             self.tree.rename(old, running.slot)
 
+    def suspended(self, sequence: Hashable) -> None:
+        """The cache has put a running sequence's tokens to host memory: nobody begins with them. Raises
+        UnknownSequence."""
+        running = self._of(sequence)
+        if running.slot in self.tree:
+            self.tree.remove(running.slot)
+
+    def resumed(self, sequence: Hashable) -> None:
+        """A suspended sequence runs again. Raises UnknownSequence."""
+        self._of(sequence).slot = self.cache.slot_of(sequence)
+
     def _of(self, sequence: Hashable) -> _Running:
         try:
             return self._running[sequence]

@@ -1,0 +1,268 @@
+"""`bench tiers`: keys and values in host memory. How near to the link's bandwidth do sequences come back, how fast does
+an engine wake, and what do twice as many sequences as memory holds get done, beside admission control?
+
+The link is a plain copy of one mapping to pinned memory and back, in the same run. Sequences are suspended and resumed
+whole, mapping included. An engine is put to sleep after churn (sequences forked, retained, released), without contents
+and with them; its tokens are compared, and its graphs must be the same objects. Oversubscribed, all requests come at
+once to an engine with twice the slots that memory holds at full length; under admission control it has as many slots.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from trtllm_vattn.arguments import positive, size
+from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.flags import MAX_SEQS, add_common, add_rounds
+from trtllm_vattn.cache.base import FlatKV
+from trtllm_vattn.cache.config import CacheConfig
+from trtllm_vattn.cache.host_tier import measure_link
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.errors import KVCacheOutOfMemory, NoFreeSlot
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.table import table
+from trtllm_vattn.vmm.open import open_driver
+from trtllm_vattn.vmm.tensors import finish
+
+SIXTY_GB = 60 * 10**9
+HOST_SLACK = 1 << 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench tiers`."""
+    gpu, add = add_common(parser), parser.add_argument
+    text = "of the plain copy that the link is measured by"
+    add("--link-bytes", type=size, default="2GiB" if gpu else "16MiB", metavar="BYTES", help=text)
+    text = "of the sequence that is suspended and resumed, and of those that fill memory"
+    add("--tokens", type=positive, default=16_000 if gpu else 400, metavar="TOKENS", help=text)
+    text = "of KV that an engine wakes with, empty"
+    add("--wake-bytes", type=size, default="56GiB" if gpu else "16MiB", metavar="BYTES", help=text)
+    text = "of KV that an engine keeps while it sleeps"
+    add("--keep-bytes", type=size, default="16GiB" if gpu else "8MiB", metavar="BYTES", help=text)
+    text = f"{MAX_SEQS} under admission control; memory holds these at full length"
+    add("--max-seqs", type=positive, default=32 if gpu else 3, metavar="SEQUENCES", help=text)
+    text = "of each request of those that come at once"
+    add("--prompt", type=positive, default=2000 if gpu else 60, metavar="TOKENS", help=f"prompt {text}")
+    add("--output-tokens", type=positive, default=1000 if gpu else 60, metavar="TOKENS", help=f"output {text}")
+    add_rounds(parser, 5, "each copy and sleep")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 where tokens changed or anything was captured again."""
+    model = model_of(args)
+    link_out, link_in = measure_link(open_driver(args.device), args.link_bytes)
+    sequences = suspended(args, model)
+    sleeps = slept(args, model)
+    crowds = crowded(args, model)
+    admission, over = crowds
+    empty = [row for row in sleeps if row["kv"] == "drop"]
+    kept = [row for row in sleeps if row["kv"] == "keep"]
+    wake_empty_s = median(row["wake_s"] + row["fill_s"] for row in empty)
+    summary = {
+        "link_out_gb_s": link_out / 1e9,
+        "link_in_gb_s": link_in / 1e9,
+        "suspend_over_link": median(row["bytes"] / row["suspend_s"] for row in sequences) / link_out,
+        "resume_over_link": median(row["bytes"] / row["resume_s"] for row in sequences) / link_in,
+        # Of an engine whose memory is of that size; smaller ones say nothing about it.
+        "wake_empty_s_60gb": wake_empty_s if min(row["bytes"] for row in empty) >= SIXTY_GB else None,
+        "wake_empty_s": wake_empty_s,
+        "wake_kept_over_link": median(row["copied_bytes"] / row["wake_s"] for row in kept) / link_in,
+        "oversubscribed_over_admission": over["output_throughput"] / admission["output_throughput"],
+        "oversubscribed_tpot_over_admission": over["p99_tpot_ms"] / admission["p99_tpot_ms"],
+        "swaps": over["swaps"],
+        "recaptures": sum(row["recaptures"] for row in sleeps),
+        "tokens_identical": all(row["tokens_identical"] for row in sleeps),
+    }
+    shown = "\n".join(
+        table(list(rows[0]), [[_short(value) for value in row.values()] for row in rows])
+        for rows in (sequences, sleeps, crowds)
+    )
+    link = {"out_bytes_s": link_out, "in_bytes_s": link_in}
+    results = {"link": link, "sequences": sequences, "sleeps": sleeps, "crowds": crowds}
+    wrong = [] if summary["tokens_identical"] else ["tokens differ after waking"]
+    wrong += [f"{summary['recaptures']} graphs were captured again"] if summary["recaptures"] else []
+    return conclude("tiers", args, results, summary, shown, wrong=wrong)
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def suspended(args: argparse.Namespace, model: PreTrainedModel) -> list[dict[str, Any]]:
+    """One sequence to host memory and back, several times; memory is pinned before."""
+    shape = shape_of(model, 2, args.tokens)
+    with KVCacheManager(shape, open_driver(args.device), config=_host(args.tokens * shape.token_bytes)) as cache:
+        cache.set_budget(3 * cache.bytes_of(args.tokens))
+        cache.admit("sequence", args.tokens)
+        rows = []
+        for _ in range(args.rounds + 1):
+            finish(args.device)
+            began = perf_counter()
+            copied = cache.suspend("sequence")
+            gone = perf_counter()
+            cache.resume("sequence")
+            rows.append({"bytes": copied, "suspend_s": gone - began, "resume_s": perf_counter() - gone})
+        return rows[1:]
+
+
+def _host(content_bytes: int) -> CacheConfig:
+    """With host memory for so many bytes, rounded up to its blocks."""
+    return CacheConfig(host_memory=content_bytes + content_bytes // 8 + HOST_SLACK)
+
+
+def slept(args: argparse.Namespace, model: PreTrainedModel) -> list[dict[str, Any]]:
+    """An engine sleeps after churn, empty and with contents; the same prompt before and after."""
+    rows = []
+    for kv, nbytes in (("drop", args.wake_bytes), ("keep", args.keep_bytes)):
+        shape = shape_of(model, 1, args.tokens)
+        slots = nbytes // (args.tokens * shape.token_bytes) + 8
+        shape = shape_of(model, slots, args.tokens)
+        cache = KVCacheManager(shape, open_driver(args.device), config=_host(nbytes if kv == "keep" else 0))
+        with Engine(model, cache, buckets=[slots], prefix_cache=False, packed=False) as engine:
+            engine.set_budget(nbytes + cache.bytes_of(1))
+            rows += [_sleep_once(engine, cache, kv, args.tokens) for _ in range(args.rounds)]
+    return rows
+
+
+def _sleep_once(engine: Engine, cache: KVCacheManager, kv: Any, tokens: int) -> dict[str, Any]:
+    prompt, params = [1, 2, 3, 4, 5], SamplingParams(max_tokens=16, ignore_eos=True)
+    want = engine.generate([prompt], params)[0].tokens
+    captured = _graphs(engine)
+    _churn(cache, tokens)
+    _fill(cache, tokens)
+    if kv == "drop":
+        _empty(cache)
+    marked = _mark(cache, tokens) if kv == "keep" else []
+    held = cache.held_bytes
+    began = perf_counter()
+    engine.sleep(kv=kv)
+    sleep_s = perf_counter() - began
+    before = cache.transfers.in_bytes
+    wake_s = engine.wake()
+    intact = all(torch.equal(view, copy) for view, copy in marked)
+    began = perf_counter()
+    _fill(cache, tokens)
+    finish(str(cache.device))
+    fill_s = perf_counter() - began
+    filled = cache.held_bytes
+    _empty(cache)
+    same = engine.generate([prompt], params)[0].tokens == want
+    now = _graphs(engine)
+    return {
+        "kv": kv,
+        "bytes": min(held, filled),
+        "copied_bytes": cache.transfers.in_bytes - before,
+        "sleep_s": sleep_s,
+        "wake_s": wake_s,
+        "fill_s": fill_s if kv == "drop" else 0.0,
+        "recaptures": sum(one is not other for one, other in zip(captured, now, strict=True)),
+        "tokens_identical": same and intact,
+    }
+
+
+def _mark(cache: KVCacheManager, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Random numbers in one layer's keys of the first and the last filler: where they lie, and what they are."""
+    marked = []
+    for sequence in (min(cache.sequences, key=str), max(cache.sequences, key=str)):
+        views = cache.layer(cache.shape.num_layers - 1)
+        assert isinstance(views, FlatKV)
+        view = views.k[cache.slot_of(sequence), :tokens]
+        view.normal_()
+        marked.append((view, view.clone()))
+    return marked
+
+
+def _graphs(engine: Engine) -> list[object]:
+    prefill = engine.prefill.runner
+    return [*map(engine.decode.runner.graph, engine.decode.runner.buckets), *map(prefill.graph, prefill.buckets)]
+
+
+def _churn(cache: KVCacheManager, tokens: int) -> None:
+    """Sequences come, are forked, kept and left, of many lengths, until memory is full for the first time."""
+    lengths = np.random.default_rng(1).integers(tokens // 4, tokens, 4 * cache.shape.num_slots).tolist()
+    for number, length in enumerate(lengths):
+        try:
+            cache.admit(("churn", number), length)
+            if number % 3 == 0:
+                cache.fork(("churn", number), ("fork", number), length // 2)
+                cache.retain(("churn", number))
+            elif number % 3 == 1:
+                cache.release(("churn", number))
+        except (KVCacheOutOfMemory, NoFreeSlot):
+            break
+    for sequence in list(cache.sequences):
+        cache.release(sequence)
+
+
+def _fill(cache: KVCacheManager, tokens: int) -> None:
+    """Sequences of so many tokens until nothing is left."""
+    try:
+        for number in range(cache.shape.num_slots):
+            if ("filler", number) not in cache.sequences:
+                cache.admit(("filler", number), tokens)
+    except (KVCacheOutOfMemory, NoFreeSlot):
+        return
+
+
+def _empty(cache: KVCacheManager) -> None:
+    for sequence in list(cache.sequences):
+        cache.release(sequence)
+
+
+def crowded(args: argparse.Namespace, model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Twice as many requests as memory holds, all at once: admitted as memory allows at full length, and all that
+    find a slot."""
+    rows = []
+    for name, slots in (("admission", args.max_seqs), ("oversubscribed", 2 * args.max_seqs)):
+        with _engine(args, model, slots) as engine:
+            rows.append({"engine": name, **_serve(args, engine, vocab_of(model))})
+    return rows
+
+
+@contextmanager
+def _engine(args: argparse.Namespace, model: PreTrainedModel, slots: int) -> Iterator[Engine]:
+    longest = args.prompt + args.output_tokens
+    shape = shape_of(model, slots, longest)
+    cache = KVCacheManager(shape, open_driver(args.device), config=_host(args.max_seqs * longest * shape.token_bytes))
+    with Engine(model, cache, prefix_cache=False, packed=False) as engine:
+        engine.set_budget(args.max_seqs * cache.bytes_of(longest) + cache.bytes_of(1))
+        # Kernels, and the costs of a prompt's token, are known then.
+        engine.generate([[1] * args.prompt] * 2, SamplingParams(max_tokens=4, ignore_eos=True))
+        yield engine
+
+
+def _serve(args: argparse.Namespace, engine: Engine, vocab: int) -> dict[str, Any]:
+    rng = np.random.default_rng(args.seed)
+    prompts = [rng.integers(0, vocab, args.prompt).tolist() for _ in range(2 * args.max_seqs)]
+    params = SamplingParams(max_tokens=args.output_tokens, ignore_eos=True)
+    began = perf_counter()
+    numbers = [engine.submit(prompt, params) for prompt in prompts]
+    times: dict[int, list[float]] = {number: [] for number in numbers}
+    while engine.busy:
+        for event in engine.step():
+            times[event.request].append(perf_counter())
+    wall_s = perf_counter() - began
+    tpot = [(each[-1] - each[0]) / (len(each) - 1) for each in times.values() if len(each) > 1]
+    done = engine.cache.transfers
+    return {
+        "requests": len(prompts),
+        "output_tokens": sum(map(len, times.values())),
+        "output_throughput": sum(map(len, times.values())) / wall_s,
+        "median_tpot_ms": 1e3 * median(tpot),
+        "p99_tpot_ms": 1e3 * float(np.quantile(tpot, 0.99)),
+        "swaps": engine.scheduler.swaps,
+        "copied_out_bytes": done.out_bytes,
+        "copied_in_bytes": done.in_bytes,
+        "token_us": 1e6 * (engine.swap_cost.token_s or 0.0),
+    }

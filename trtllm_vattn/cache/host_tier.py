@@ -1,0 +1,167 @@
+"""What a cache has in pinned host memory: suspended sequences, and the tokens that it keeps while it sleeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+from trtllm_vattn.cache.base import SequenceId, Transfers
+from trtllm_vattn.memory import suspend as images
+from trtllm_vattn.memory.arena import Arena
+from trtllm_vattn.memory.host_pool import HostPool
+from trtllm_vattn.vmm.base import Driver, Fence
+from trtllm_vattn.vmm.owners import Extent, Reservation
+
+CopyStream = tuple[int, Callable[[], Fence]]
+"""The stream that copies are made on, and what records a fence behind all work submitted so far."""
+
+
+@dataclass(frozen=True)
+class Suspended:
+    """A sequence of `tokens` tokens whose slot is in host memory."""
+
+    image: images.Image
+    tokens: int
+
+    @property
+    def slot(self) -> int:
+        return self.image.slots[0].index
+
+
+class HostTier:
+    """Suspends and resumes slots of an arena; each call succeeds whole or raises and changes nothing. It refers to no
+    cache, so that one that is dropped is given back at once.
+
+    Attributes
+    ----------
+    sequences : dict
+        Suspended sequences.
+    asleep : memory.suspend.Image or None
+        All used slots and the dummy, while the cache sleeps.
+    transfers : Transfers
+        Copies so far.
+    """
+
+    def __init__(self, arena: Arena, host: HostPool) -> None:
+        self._arena, self._host = arena, host
+        self.sequences: dict[SequenceId, Suspended] = {}
+        self.asleep: images.Image | None = None
+        self.transfers = Transfers()
+
+    @property
+    def used_bytes(self) -> int:
+        return self._host.used_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        return self._host.held_bytes
+
+    def slots(self, dummy: int) -> list[int]:
+        """Slots whose tokens are here, in order, but for the dummy."""
+        asleep = [slot.index for slot in self.asleep.slots] if self.asleep is not None else []
+        found = [found.slot for found in self.sequences.values()]
+        return sorted({*found, *asleep} - {dummy})
+
+    def suspend(self, sequence: SequenceId, slot: int, tokens: int, on: CopyStream) -> int:
+        """Suspend a slot; returns the bytes copied. Raises ConfigError where other slots read it."""
+        self._arena.check_not_held(slot)
+        image = self._suspend({slot: tokens}, on)
+        self.sequences[sequence] = Suspended(image, tokens)
+        return image.content_bytes
+
+    def resume(self, sequence: SequenceId, tokens: int, on: CopyStream) -> tuple[int, int]:
+        """Resume a sequence, backed for so many tokens; returns its slot and the mappings made."""
+        found = self.sequences[sequence]
+        maps = self._resume(found.image.upto({found.slot: tokens}, self._arena), on)
+        del self.sequences[sequence]
+        return found.slot, maps
+
+    def missing_bytes(self, sequence: SequenceId, tokens: int) -> int:
+        """Bytes of device memory that `resume` takes."""
+        found = self.sequences[sequence]
+        return found.image.upto({found.slot: tokens}, self._arena).mapped_bytes
+
+    def relocate(self, sequence: SequenceId, target: int) -> None:
+        """Have a sequence come back in another slot, which is free and empty."""
+        found = self.sequences[sequence]
+        self.sequences[sequence] = replace(found, image=images.relocate(self._arena, found.image, target))
+
+    def discard(self, sequence: SequenceId) -> None:
+        """End a suspended sequence."""
+        images.discard(self._arena, self.sequences.pop(sequence).image, self._host)
+
+    def sleep(self, tokens: Mapping[int, int], on: CopyStream) -> None:
+        """Suspend all these slots together, until `wake`."""
+        self.asleep = self._suspend(tokens, on)
+
+    def wake(self, on: CopyStream) -> int:
+        """Resume them; returns the bytes copied."""
+        assert self.asleep is not None
+        image = self.asleep
+        self._resume(image, on)
+        self.asleep = None
+        return image.content_bytes
+
+    def forget(self, dummy: int) -> None:
+        """All slots but the dummy were reset: nobody wants their tokens."""
+        for found in self.sequences.values():
+            self._host.release(found.image.spans)
+        self.sequences.clear()
+        if self.asleep is not None:
+            self._host.release(self.asleep.spans)
+            slots = tuple(slot for slot in self.asleep.slots if slot.index == dummy)
+            self.asleep = images.Image(slots, (), ())
+
+    def _suspend(self, tokens: Mapping[int, int], on: CopyStream) -> images.Image:
+        started = perf_counter()
+        image = images.suspend(self._arena, tokens, self._host, *on)
+        done, took = self.transfers, perf_counter() - started
+        if image.content_bytes:
+            self.transfers = replace(done, out_bytes=done.out_bytes + image.content_bytes, out_s=done.out_s + took)
+        return image
+
+    def _resume(self, image: images.Image, on: CopyStream) -> int:
+        started = perf_counter()
+        maps = images.resume(self._arena, image, self._host, *on)
+        done, took = self.transfers, perf_counter() - started
+        if image.content_bytes:
+            self.transfers = replace(done, in_bytes=done.in_bytes + image.content_bytes, in_s=done.in_s + took)
+        return maps
+
+
+def measure_link(driver: Driver, size: int, stream: int = 0, rounds: int = 3) -> tuple[float, float]:
+    """Bytes a second of plain copies of `size` bytes, in one mapping, to pinned host memory and back: the best of
+    `rounds`. Raises DriverError, with nothing left behind."""
+    size = -(-size // driver.granularity()) * driver.granularity()
+    reservation = Reservation(driver, size)
+    try:
+        extent = Extent(driver, size)
+        try:
+            (mapping,) = reservation.map(0, [extent])
+            try:
+                host = driver.create_host(size)
+                try:
+                    out = _best(driver, rounds, stream, driver.copy_to_host, (host, mapping.address, size))
+                    back = _best(driver, rounds, stream, driver.copy_to_device, (mapping.address, host, size))
+                finally:
+                    driver.release_host(host, size)
+            finally:
+                mapping.close()
+        finally:
+            extent.close()
+    finally:
+        reservation.close()
+    return size / out, size / back
+
+
+def _best(driver: Driver, rounds: int, stream: int, copy: Callable[..., None], arguments: Sequence[int]) -> float:
+    """Seconds of the fastest of some copies."""
+    took = []
+    for _ in range(rounds + 1):  # the first touches the memory
+        driver.record(stream).wait()
+        started = perf_counter()
+        copy(*arguments, stream)
+        driver.record(stream).wait()
+        took.append(perf_counter() - started)
+    return min(took[1:])
