@@ -82,7 +82,14 @@ def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]
         for count, loop in variants:
             cache = make_cache("vattn", shape_of(model, batch, start + most), args.device)
             engine = Engine(
-                model, cache, attention=args.attention, buckets=[batch], steps=count, loop=loop, chunk=max(2048, start)
+                model,
+                cache,
+                prefix_cache=False,
+                attention=args.attention,
+                buckets=[batch],
+                steps=count,
+                loop=loop,
+                chunk=max(2048, start),
             )
             # One step a launch while prompts go in, and as many untimed steps for all: sequences are of equal length.
             engine.scheduler.steps = 1

@@ -79,7 +79,13 @@ def _timed(args: argparse.Namespace) -> list[dict[str, Any]]:
             ahead = shape.max_seq_len if name == NONE else None
             cache = KVCacheManager(shape, policy.wrap(open_driver(args.device)), budget, lookahead=ahead)
             engine = Engine(
-                model, cache, attention=args.attention, buckets=[args.batch], mapping=policy, chunk=max(2048, start)
+                model,
+                cache,
+                prefix_cache=False,
+                attention=args.attention,
+                buckets=[args.batch],
+                mapping=policy,
+                chunk=max(2048, start),
             )
             contest.add(name, engine)
             if name == NONE:
