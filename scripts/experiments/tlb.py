@@ -24,13 +24,13 @@ import torch
 from random_reads import check_size, random_rows, reader
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import amount, non_negative, numbers, positive, sizes
+from trtllm_vattn.arguments import HEADS, amount, heads, non_negative, numbers, positive, sizes
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.cases.attention import fill
 from trtllm_vattn.bench.harness.bandwidth import attention_bandwidth
 from trtllm_vattn.bench.harness.case import conclude
-from trtllm_vattn.bench.harness.flags import HEADS, add_attention, add_device, add_results, dtype_of, heads
+from trtllm_vattn.bench.harness.flags import add_attention, add_device, add_results, dtype_of
 from trtllm_vattn.bench.harness.timing import summarise, timed_ms
 from trtllm_vattn.bench.publish.plots import pyplot, save
 from trtllm_vattn.cache.base import CacheShape, KVCache
