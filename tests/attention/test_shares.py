@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from probing import probe
 from ties import agree, by_request
 
 from trtllm_vattn.attention.select import available, make_attention
@@ -29,22 +26,9 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 PROBE = Path(__file__).with_name("shares_probe.py")
 
 
-def probe(*arguments: str, interpreted: bool) -> None:
-    """Run the probe's cases in a process of its own, which may die of a load too far."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    if interpreted and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("Triton's interpreter makes numbers of arrays, which numpy refuses from 2.4 on")
-    environment = {**os.environ, "TRITON_INTERPRET": "1" if interpreted else "0"}
-    command = [sys.executable, str(PROBE), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert "all cases passed" in done.stdout
-
-
 @pytest.mark.parametrize("case", ["shapes", "shares", "queries", "far"])
 def test_the_kernel_is_right_in_the_interpreter(case: str) -> None:
-    probe("cpu", case, interpreted=True)
+    probe(PROBE, "cpu", case, interpreted=True)
 
 
 @pytest.mark.gpu
@@ -55,7 +39,7 @@ def test_the_kernel_is_right_on_the_card(case: str, path: str) -> None:
         pytest.skip(available()["shares"])
     if path == "hopper" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("TMA and dependent launches are used on compute capability 9")
-    probe("cuda:0", case, path, interpreted=False)
+    probe(PROBE, "cuda:0", case, path, interpreted=False)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trtllm_vattn.runtime.sampling import NO_TOKEN, SamplingParams, in_parts, of_parts, sample
+from trtllm_vattn.runtime.sampling import NO_TOKEN, SamplingParams, choose, have_token, in_parts, of_parts, sample
 
 LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
 
@@ -108,6 +108,7 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_every_choice_is_total(device: str, row: list[float], good: bool) -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, 9.0], row, [0.0, 1.0, 9.0, 2.0]], device=device)
+    assert have_token(logits) == [True, good, True]
     for params in (
         SamplingParams(),
         SamplingParams(temperature=1e-4, seed=1),
@@ -117,6 +118,9 @@ def test_every_choice_is_total(device: str, row: list[float], good: bool) -> Non
         tokens = sample(logits, [params] * 3, [0] * 3).tolist()
         assert (tokens[0], tokens[2]) == (3, 2)
         assert (tokens[1] != NO_TOKEN) is good
+        chosen = choose(logits, [(params, 0)] * 3)
+        assert (chosen[0], chosen[2]) == (3, 2)
+        assert 0 <= chosen[1] < 4
     parts = in_parts(logits)
     whole = of_parts(*parts.max(dim=-1), parts.shape[2]).tolist()
     assert (whole[0], whole[2]) == (3, 2)

@@ -217,6 +217,23 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], indices: Sequ
     return sample_on_device(logits, temperature, top_p, top_k, torch.tensor(keys, dtype=torch.int64, device=device))
 
 
+def choose(logits: torch.Tensor, rows: Sequence[tuple[SamplingParams, int]]) -> list[int]:
+    """One token a row, the likeliest one or as by `sample`: logits ``[rows, vocab]``, and for each row how many
+    tokens its request has generated so far. Of a row that gives none (`have_token`), some token of the vocabulary."""
+    chosen = logits.argmax(dim=-1)
+    sampled = [row for row, (params, _) in enumerate(rows) if not params.greedy]
+    if sampled:
+        chosen[sampled] = sample(logits[sampled], *zip(*(rows[row] for row in sampled), strict=True)).clamp(min=0)
+    tokens: list[int] = chosen.tolist()
+    return tokens
+
+
+def have_token(logits: torch.Tensor) -> list[bool]:
+    """Whether each row gives a token: its largest logit is a finite number, and none is NaN."""
+    there: list[bool] = logits.amax(dim=-1).isfinite().tolist()
+    return there
+
+
 def margins(logits: torch.Tensor) -> list[float]:
     """How far the two largest of each row are apart: logits ``[rows, vocab]``."""
     best = logits.float().topk(2, dim=-1).values
