@@ -207,7 +207,7 @@ def test_compiled_steps_agree_with_plain_ones_on_the_card() -> None:
         ) as engine:
             numbers = [engine.submit(prompt, SamplingParams(8)) for prompt in prompts]
             seen = list(engine.run())
-            assert engine.startup.compile_s > 0.5 or not compiled
+            assert (engine.startup.compile_s > 0.5) == compiled
         events.append(by_request(seen, numbers))
     assert counters["stats"]["unique_graphs"] >= 2
     assert not counters["graph_break"]

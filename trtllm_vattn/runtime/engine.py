@@ -332,7 +332,8 @@ class Engine:
             if on_gpu and mixed:
                 with tracing():
                     mixed = self._warm_up_passes()
-            self.startup.compile_s = perf_counter() - started
+            if compiling:
+                self.startup.compile_s = perf_counter() - started
             if settings["capture"]:
                 self.startup.decode = self.decode.capture()
                 if self.attention.captures_prompts and mixed:
