@@ -14,8 +14,8 @@ from trtllm_vattn.graphs.replay import CaptureReport
 class StartupReport:
     """Seconds and bytes of an engine's start.
 
-    `compile_s` is the first passes over compiled layers, 0 where none are; `budget_bytes` is what the cache may hold once
-    it has started; `attention` names the kernels of decode and of prompts.
+    `compile_s` is the first passes over compiled layers, 0 where none are; `budget_bytes` is what the cache may hold
+    once it has started; `attention` names the kernels of decode and of prompts.
     """
 
     load_s: float = 0.0
