@@ -138,6 +138,22 @@ class SlottedCache(KVCache):
         else:
             np.maximum(self.lengths, lengths, out=self.lengths)
 
+    def roll_back(self, lengths: np.ndarray) -> None:
+        self._check_open()
+        if lengths.shape != self.lengths.shape:
+            raise ConfigError(f"lengths has shape {lengths.shape}; one entry a slot is needed: {self.lengths.shape}")
+        if (longer := lengths > self.lengths).any():
+            raise ConfigError(f"slots {np.flatnonzero(longer).tolist()} would become longer; use prepare_step")
+        stay = lengths <= 0
+        if (floors := self.write_floors) is not None and (shared := (lengths < floors) & ~stay).any():
+            slots = np.flatnonzero(shared).tolist()
+            raise ConfigError(f"other sequences read what lies behind these lengths in slots {slots}; use truncate")
+        self._check_roll_back(lengths)
+        np.copyto(self.lengths, lengths, where=~stay)
+
+    def _check_roll_back(self, lengths: np.ndarray) -> None:
+        """Raise ConfigError where lengths cannot go back for another reason."""
+
     def _do_prepare_step(self, lengths: np.ndarray) -> None:
         self._grow(lengths)
         np.maximum(self.lengths, lengths, out=self.lengths)

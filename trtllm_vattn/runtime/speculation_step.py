@@ -1,0 +1,292 @@
+"""Drafts on the device: where they come from, how they are laid out in a step, and what becomes of them.
+
+All that a step needs lies on the device: the tokens of every lane's sequence so far, its drafts, how many were
+accepted, and the new length, which is as if the rejected ones had never been written. So the next launch need not wait
+for tokens, as without drafts. The host knows lower and upper bounds of lengths until it reads what a launch did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.runtime.compiled import Wrap, as_it_is
+from trtllm_vattn.runtime.sampling import in_parts, of_parts
+from trtllm_vattn.runtime.speculation import DraftLength, Speculation, SpeculationStats
+from trtllm_vattn.vmm.tensors import upload
+
+REPORTS = 3
+"""Rows of a launch's report behind its tokens: tokens taken, drafts that were compared, and drafts that were right."""
+
+
+def look_up(
+    history: torch.Tensor,
+    lengths: torch.Tensor,
+    limits: torch.Tensor,
+    row_of: torch.Tensor,
+    drafts: torch.Tensor,
+    counts: torch.Tensor,
+    shortest: int,
+    longest: int,
+) -> None:
+    """Draft what followed the last tokens of each lane where they stood before (prompt lookup: Saxena, 2023).
+
+    The longest match of `shortest` to `longest` tokens counts, of equal ones the latest. What follows is taken as going
+    on with the period of the match, so that drafts may be longer than what there is behind it.
+
+    Parameters
+    ----------
+    history : Tensor
+        int32 ``[rows, width]``: the first ``lengths[i]`` of row ``row_of[i]`` are lane i's tokens.
+    lengths, limits, row_of : Tensor
+        int64 ``[lanes]``; a lane that is idle has length 0, and all such lanes one row that is no other lane's.
+    drafts, counts : Tensor
+        int64 ``[lanes, most]`` and ``[lanes]``, written: tokens, and how many of them count; none of an idle lane, and
+        no more than lead to ``limits[i]``.
+    """
+    rows, width = history.shape
+    place = torch.arange(width, device=history.device)
+    last = lengths.new_zeros(rows).scatter(0, row_of, lengths)[:, None] - 1
+    same = (place < last) & (place >= 0)
+    run = torch.zeros_like(place)
+    for back in range(longest):
+        token = history.gather(1, (last - back).clamp(min=0))
+        same = same & (history == token).roll(back, 1) & (place >= back)
+        run = run + same
+    best = torch.where(run >= shortest, run * width + place, -1).amax(dim=1, keepdim=True)
+    match = best.remainder(width)
+    ahead = torch.arange(drafts.shape[1], device=history.device).remainder((last - match).clamp(min=1))
+    found = history.gather(1, (match + 1 + ahead).clamp(max=width - 1))
+    drafts.copy_(found.index_select(0, row_of))
+    there = (best.squeeze(1) >= 0).index_select(0, row_of) & (lengths > 0)
+    counts.copy_(torch.where(there, (limits - lengths).clamp(min=0, max=drafts.shape[1]), 0))
+
+
+def lay_out(
+    inputs: torch.Tensor,
+    drafts: torch.Tensor,
+    counts: torch.Tensor,
+    rows: torch.Tensor,
+    lengths: torch.Tensor,
+    query_lens: torch.Tensor,
+    dummy: int,
+) -> None:
+    """Put the first lanes' tokens and drafts into the rows of a step.
+
+    Parameters
+    ----------
+    inputs, drafts, counts : Tensor
+        As `DecodeBatch.inputs`, and as `look_up` leaves them.
+    rows : Tensor
+        int64 ``[3, bucket, queries]``, written: positions, tokens and slots; rows without a token write to the dummy
+        slot.
+    lengths, query_lens : Tensor
+        int32 ``[bucket]``, written, as `Attention.decode_queries` takes them.
+    """
+    _, bucket, queries = rows.shape
+    position, token, slot, length = inputs[:4, :bucket]
+    query = torch.arange(queries, device=rows.device)
+    more = counts[:bucket].clamp(max=queries - 1)
+    running = length > 0
+    there = running[:, None] & (query <= more[:, None])
+    tokens = torch.cat((token[:, None], drafts[:bucket, : queries - 1]), dim=1)
+    rows[0].copy_(torch.where(there, position[:, None] + query, 0))
+    rows[1].copy_(torch.where(there, tokens, 0))
+    rows[2].copy_(torch.where(there, slot[:, None], dummy))
+    lengths.copy_(torch.where(running, length + more, 0))
+    query_lens.copy_(torch.where(running, more + 1, 0))
+
+
+def advance_verified(
+    chosen: torch.Tensor,
+    inputs: torch.Tensor,
+    row_of: torch.Tensor,
+    drafts: torch.Tensor,
+    compared: torch.Tensor,
+    used: torch.Tensor,
+    control: torch.Tensor,
+    out: torch.Tensor,
+    history: torch.Tensor,
+    dummy: int,
+) -> None:
+    """`decode.advance` of several tokens a lane: those behind drafts that are right, up to the first that is not.
+
+    Parameters
+    ----------
+    chosen : Tensor
+        int64 ``[lanes, 1 + most]``: the model's choice behind the lane's token and behind each draft.
+    compared, used : Tensor
+        int64 ``[lanes]``: how many drafts are compared with what was chosen in their place, and how many were in the
+        step, so that a right one is taken.
+    out : Tensor
+        int64 ``[2 * rows, lanes]``, two launches' reports: the chosen tokens, and `REPORTS` rows.
+    """
+    lengths, limits = inputs[3], inputs[4]
+    most, rows = drafts.shape[1], len(out) // 2
+    query = torch.arange(most + 1, device=out.device)
+    agree = (chosen[:, :-1] == drafts) & (query[:-1] < compared[:, None])
+    right = agree.long().cumprod(dim=1).sum(dim=1)
+    running = lengths > 0
+    taken = torch.where(running, torch.minimum(right, used) + 1, 0)
+    last = chosen.gather(1, (taken[:, None] - 1).clamp(min=0)).squeeze(1)
+    longer = lengths + taken
+    goes_on = running & (longer <= limits) & (last >= 0)
+    report = torch.cat((chosen.t(), torch.stack((taken, compared, right))))
+    launch = control[:1].remainder(2) * rows
+    out.index_copy_(0, launch + torch.arange(rows, device=out.device), report)
+    control[:1].copy_(control[:1] + 1)
+    # What is not taken goes to a place behind all tokens.
+    width = history.shape[1]
+    place = torch.where(query < taken[:, None], lengths[:, None] + query, width - 1) + row_of[:, None] * width
+    history.view(-1).scatter_(0, place.view(-1), chosen.reshape(-1).to(history.dtype))
+    positions, tokens, slots = inputs[:3]
+    slots.copy_(torch.where(goes_on, slots, dummy))
+    tokens.copy_(torch.where(goes_on, last, 0))
+    positions.copy_(torch.where(goes_on, longer - 1, 0))
+    lengths.copy_(torch.where(goes_on, longer, 0))
+
+
+class Speculator:
+    """The drafts of a `DecodeBatch`'s lanes: on the device, and what the host knows of them.
+
+    Parameters
+    ----------
+    row : int
+        Of `DecodeBatch.inputs`: the row that says which row of `history` is a lane's.
+
+    Attributes
+    ----------
+    history : Tensor
+        int32 ``[lanes + 1, width]``, the tokens of sequences; the last row is that of idle lanes.
+    drafts, counts : Tensor
+        int64 ``[lanes, most]`` and ``[lanes]``, of the step under way.
+    out : Tensor
+        As `advance_verified` takes it.
+    slack : numpy.ndarray
+        int64 ``[num_slots + 1]``: how many tokens longer a slot's sequence may be than the host has counted.
+    last : (int, int)
+        Tokens drafted and accepted in the last launch with drafts that was read.
+    """
+
+    def __init__(self, config: Speculation, cache: KVCache, lanes: int, row: int, wrap: Wrap = as_it_is) -> None:
+        self.config, self.row, self.most = config, row, config.num_speculative_tokens
+        self.dummy, device = cache.dummy_slot, cache.device
+        num_slots, max_seq_len = cache.shape.num_slots, cache.shape.max_seq_len
+        self.length = DraftLength(config.ladder, num_slots, shadow=True)
+        self.stats = SpeculationStats(most_overshoot=2 * self.most)
+        # The last token of a slot's longest sequence is not stored in it; and a place for what is not taken.
+        self.history = torch.zeros(lanes + 1, max_seq_len + 2, dtype=torch.int32, device=device)
+        self.drafts = torch.zeros(lanes, self.most, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(lanes, dtype=torch.int64, device=device)
+        self.out = torch.zeros(2 * (self.most + 1 + REPORTS), lanes, dtype=torch.int64, device=device)
+        self.slack = np.zeros(num_slots + 1, np.int64)
+        self.last = 0, 0
+        self._free = list(range(lanes))[::-1]
+        self._row_of: dict[int, int] = {}
+        self._new: dict[int, Sequence[int]] = {}
+        """Tokens of rows of `history` that the device has not got yet."""
+        self._look_up = wrap(partial(look_up, shortest=config.prompt_lookup_min, longest=config.prompt_lookup_max))
+        self._lay_out, self._advance = wrap(lay_out), wrap(advance_verified)
+
+    @property
+    def idle_row(self) -> int:
+        return len(self.history) - 1
+
+    def storages(self) -> list[torch.Tensor]:
+        """Tensors that a captured step touches."""
+        return [self.history, self.drafts, self.counts, self.out]
+
+    def state(self) -> list[torch.Tensor]:
+        """Tensors that a step changes for the steps behind it."""
+        return [self.history, self.out]
+
+    # -- in a step ---------------------------------------------------------------------------------------------------
+
+    def propose(self, inputs: torch.Tensor) -> None:
+        """Find the drafts of all lanes, as they are before the step."""
+        self._look_up(self.history, inputs[3], inputs[4], inputs[self.row], self.drafts, self.counts)
+
+    def rows_of(
+        self, inputs: torch.Tensor, bucket: int, queries: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A step's rows, lengths and query counts, as `lay_out` writes them."""
+        device = inputs.device
+        rows = torch.empty(3, bucket, queries, dtype=torch.int64, device=device)
+        lengths, query_lens = torch.empty(2, bucket, dtype=torch.int32, device=device)
+        self._lay_out(inputs, self.drafts, self.counts, rows, lengths, query_lens, self.dummy)
+        return rows, lengths, query_lens
+
+    def likeliest(self, logits: torch.Tensor) -> torch.Tensor:
+        """The likeliest token of each row, or `NO_TOKEN`: logits ``[rows, vocab]`` to int64 ``[rows]``."""
+        parts = in_parts(logits)
+        return of_parts(*torch.max(parts, dim=-1), parts.shape[2])
+
+    def take(self, chosen: torch.Tensor, queries: int, inputs: torch.Tensor, control: torch.Tensor) -> None:
+        """Advance the lanes by what was chosen, int64 ``[bucket * queries]``; `propose` was called before."""
+        every = self.drafts.new_empty(len(self.counts), self.most + 1)
+        rows = chosen.view(-1, queries)
+        every[: len(rows), :queries].copy_(rows)
+        # Without drafts in the step, the first one is compared all the same, to know whether they would pay.
+        compared = self.counts.clamp(max=max(1, queries - 1))
+        used = self.counts.clamp(max=queries - 1)
+        self._advance(
+            every, inputs, inputs[self.row], self.drafts, compared, used, control, self.out, self.history, self.dummy
+        )
+
+    # -- on the host -------------------------------------------------------------------------------------------------
+
+    def join(self, slot: int, tokens: Sequence[int]) -> int:
+        """A slot's sequence has a lane, and these tokens; returns its row of `history`."""
+        if slot not in self._row_of:
+            self._row_of[slot] = self._free.pop()
+            self.length.begin(slot)
+        row = self._row_of[slot]
+        self._new[row] = tokens
+        self.slack[slot] = 0
+        return row
+
+    def leave(self, slot: int) -> None:
+        """A slot's sequence has no lane any more."""
+        row = self._row_of.pop(slot)
+        self._new.pop(row, None)
+        self._free.append(row)
+        self.slack[slot] = 0
+
+    def clear(self) -> None:
+        """No sequence has a lane. Begins from any state."""
+        self._row_of.clear()
+        self._new.clear()
+        self._free = list(range(self.idle_row))[::-1]
+        self.slack[:] = 0
+
+    def send(self) -> None:
+        """Bring `history` up to date, on the stream of the launch that follows."""
+        for row, tokens in self._new.items():
+            self.history[row, : len(tokens)].copy_(upload(np.array(tokens, np.int32), self.history.device))
+        self._new.clear()
+
+    def launched(self, slots: Sequence[int], drafts: int) -> None:
+        """A step with room for so many drafts was started for these slots' lanes."""
+        self.slack[list(slots)] += drafts
+        self.stats.steps[drafts] = self.stats.steps.get(drafts, 0) + 1
+
+    def commit(self, lane_of: Mapping[int, int], report: np.ndarray, drafts: int) -> np.ndarray:
+        """What a launch did, int64 ``[rows, lanes]`` as in `out`: returns how many tokens each of these lanes, by slot,
+        was given."""
+        slots = np.fromiter(lane_of, np.int64, len(lane_of))
+        lanes = np.fromiter(lane_of.values(), np.int64, len(lane_of))
+        taken, compared, right = report[-REPORTS:, lanes]
+        self.length.learn(slots, compared, right, drafts)
+        stats = self.stats
+        stats.overshoot = max(stats.overshoot, int((self.slack[slots] - (taken - 1).clip(min=0)).max(initial=0)))
+        self.slack[slots] -= drafts
+        if drafts:
+            self.last = int(compared.sum()), int((taken - 1).clip(min=0).sum())
+            stats.verified += len(slots)
+            stats.drafted += self.last[0]
+            stats.accepted += self.last[1]
+        return np.asarray(taken)
