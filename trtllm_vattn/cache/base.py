@@ -280,8 +280,8 @@ class KVCache(ABC):
         self._cannot("roll lengths back")
 
     def expect_growth(self, tokens: int) -> None:  # noqa: B027
-        """A sequence may grow by up to so many tokens in one launch, whatever it grew by of late; memory is mapped ahead
-        for that. Nothing to do where memory is backed from the start."""
+        """A sequence may grow by up to so many tokens in one launch, whatever it grew by of late: memory is
+        mapped ahead for it. Nothing to do where memory is backed from the start."""
 
     def map_ahead(self) -> int:
         """Back tokens that coming steps will need; returns the number of mappings made.

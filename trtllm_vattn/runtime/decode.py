@@ -40,6 +40,7 @@ from trtllm_vattn.runtime.sampling import (
     settings,
 )
 from trtllm_vattn.runtime.speculation import MOST_ROWS, Speculation
+from trtllm_vattn.runtime.speculation_draft import DraftModel
 from trtllm_vattn.runtime.speculation_step import REPORTS, Speculator
 from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.vmm.tensors import finish, tensor_at, upload
@@ -58,8 +59,8 @@ class Launch:
 
     `lane_of` are the lanes by slot that take part, without those whose sequence has left since; `logits`
     ``[bucket, vocab]`` are of its last step. `first` counts the steps before it. `prompt_tokens` went in with it; where
-    no lane takes part in such a launch it has no steps. With `drafts`, its step gives a lane one token, and one more for
-    each draft that was right; None where nothing is ever drafted.
+    no lane takes part in such a launch it has no steps. With `drafts`, its step gives a lane one token, and one more
+    for each draft that was right; None where nothing is ever drafted.
     """
 
     lane_of: dict[int, int]
@@ -164,6 +165,8 @@ class DecodeBatch:
         Sequences that may run at once; fewer than the cache's slots only where `packed`. None is all slots.
     speculation : Speculation or None
         How tokens are drafted. `steps` is 1 then, and there is no loop.
+    draft_model : DraftModel or None
+        What drafts, where that is not looked up; it is closed with the batch.
 
     Attributes
     ----------
@@ -175,8 +178,8 @@ class DecodeBatch:
     lane_of : dict
         Lanes by slot.
     inputs : Tensor
-        int64 ``[rows, lanes]``, what the device has: positions, tokens, slots, lengths, limits, stop tokens; with drafts,
-        the row of `Speculator.history`.
+        int64 ``[rows, lanes]``, what the device has: positions, tokens, slots, lengths, limits, stop tokens; with
+        drafts, the row of `Speculator.history`.
     """
 
     def __init__(
@@ -191,13 +194,16 @@ class DecodeBatch:
         wrap: Wrap = as_it_is,
         lanes: int | None = None,
         speculation: Speculation | None = None,
+        draft_model: DraftModel | None = None,
     ) -> None:
         self.model, self.attention = model, attention
         self.steps, self.loop, self.packed = steps, loop, packed
         cache = attention.cache
         lanes, device = lanes or cache.shape.num_slots, cache.device
         rows = ROWS + (speculation is not None)
-        self.speculator = None if speculation is None else Speculator(speculation, cache, lanes, ROWS, wrap)
+        self.speculator = (
+            None if speculation is None else Speculator(speculation, cache, lanes, ROWS, wrap, draft_model)
+        )
         # Two numbers behind the lanes: steps taken, and steps wanted.
         self._device = torch.zeros(rows * lanes + 2, dtype=torch.int64, device=device)
         self.inputs = self._device[:-2].view(rows, lanes)
@@ -334,7 +340,7 @@ class DecodeBatch:
         """A step that verifies up to so many drafts of each lane."""
         speculator = self.speculator
         assert speculator is not None
-        speculator.propose(self.inputs)
+        speculator.propose(self.inputs, partial(self._choose, self.inputs, 1, sampled), bucket, drafts)
         rows, lengths, query_lens = speculator.rows_of(self.inputs, bucket, 1 + drafts)
         positions, tokens, slots = rows.view(3, -1)
         lane_slots = self.inputs[2, :bucket] if self.packed else None
@@ -346,22 +352,30 @@ class DecodeBatch:
     def _take_drafts(self, logits: torch.Tensor, inputs: torch.Tensor, queries: int, sampled: bool) -> None:
         """Choose a token by each row of logits ``[bucket * queries, vocab]``, and advance by those that are right."""
         assert self.speculator is not None
-        if sampled:
-            bucket = len(logits) // queries
-            parameters = self._sampling[:3, :bucket].repeat_interleave(queries, dim=1).view(torch.float64)
-            base, prompt_len = self._sampling[3:5, :bucket]
-            # By the token's place in the output, which the host does not know.
-            index = (inputs[3, :bucket] - prompt_len)[:, None] + torch.arange(queries, device=logits.device)
-            keys = keys_at(base[:, None], index).view(-1)
-            chosen = sample_on_device(logits, *parameters, keys, self._add_noise)
-        else:
-            chosen = self.speculator.likeliest(logits)
+        chosen = self._choose(inputs, queries, sampled, logits)
         self.speculator.take(chosen, queries, inputs, self._device[-2:])
+
+    def _choose(
+        self, inputs: torch.Tensor, queries: int, sampled: bool, logits: torch.Tensor, ahead: int = 0
+    ) -> torch.Tensor:
+        """A token by each row of logits ``[bucket * queries, vocab]``, int64 ``[bucket * queries]``: of each lane those
+        behind its own token and `ahead` further ones."""
+        if not sampled:
+            parts = in_parts(logits)
+            return of_parts(*torch.max(parts, dim=-1), parts.shape[2])
+        bucket = len(logits) // queries
+        parameters = self._sampling[:3, :bucket].repeat_interleave(queries, dim=1).view(torch.float64)
+        temperature, top_p, top_k = parameters
+        base, prompt_len = self._sampling[3:5, :bucket]
+        # By the token's place in the output, which the host does not know.
+        place = torch.arange(ahead, ahead + queries, device=logits.device)
+        keys = keys_at(base[:, None], (inputs[3, :bucket] - prompt_len)[:, None] + place).view(-1)
+        return sample_on_device(logits, temperature, top_p, top_k, keys, self._add_noise)
 
     def _take_undrafted(self, logits: torch.Tensor, only: torch.Tensor | None, sampled: bool) -> None:
         assert self.speculator is not None
         inputs = self._those(only)
-        self.speculator.propose(inputs)
+        self.speculator.propose(inputs, partial(self._choose, inputs, 1, sampled))
         self._take_drafts(logits, inputs, 1, sampled)
         self._keep(inputs, only)
 
@@ -564,11 +578,18 @@ class DecodeBatch:
         for (drafts, sampled), runner in self._verifiers.items():
             if not sampled and runner.buckets[-1] > highest:
                 buckets[drafts] = runner.bucket_for(1 + highest)
-        return self.speculator.length.choose([*lanes], buckets)
+        drafts = self.speculator.length.choose([*lanes], buckets)
+        return drafts if drafts and self.speculator.prepare(self._ends_by_slot(drafts)) else 0
+
+    def _ends_by_slot(self, drafts: int) -> dict[int, int]:
+        ends = self._ends(1, drafts)
+        return {slot: int(ends[lane]) for slot, lane in self.lanes.items()}
 
     def _launch_drafts(self, drafts: int) -> Launch:
         """`launch` of one step with so many drafts."""
+        assert self.speculator is not None
         guarded = self.check(1, drafts)
+        self.speculator.check(self._ends_by_slot(drafts))
         runner = self._verifiers[drafts, self.sampling]
         bucket = runner.bucket_for(1 + max(self.lanes.values()))
         self.capture_missing(runner, bucket)
@@ -731,6 +752,8 @@ class DecodeBatch:
             if runner is self.runner or bucket in runner.captured or (bucket is None and runner.captured):
                 by = "" if len(self.attention.variants) == 1 else f" by {variant}"
                 reports.append(runner.audit(regions, f"{'sampling' if sampled else 'decode'} step{by}", bucket))
+        if self.speculator is not None:
+            regions += self.speculator.regions()
         for (drafts, sampled), runner in self._verifiers.items():
             if bucket in runner.captured or (bucket is None and runner.captured):
                 what = f"{'sampling' if sampled else 'decode'} step with {drafts} drafts"
@@ -741,6 +764,8 @@ class DecodeBatch:
         """Drop all graphs. Idempotent."""
         for runner in (*self._runners.values(), *self._verifiers.values()):
             runner.close()
+        if self.speculator is not None:
+            self.speculator.close()
 
 
 def verified_buckets(lanes: int, queries: int) -> list[int]:

@@ -63,6 +63,7 @@ from trtllm_vattn.runtime.settings import (
 )
 from trtllm_vattn.runtime.sleeping import Sleeping, SleepingReport
 from trtllm_vattn.runtime.speculation import Speculation
+from trtllm_vattn.runtime.speculation_draft import DraftModel, check_draft_model
 from trtllm_vattn.runtime.startup import StartupReport, memory_left
 from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.runtime.swap_cost import SwapCost
@@ -288,7 +289,12 @@ class Engine:
         self._ids = itertools.count()
         self._closed = False
         self.startup = StartupReport()
-        mixed = self._start_device(settings)
+        with ExitStack() as undo:
+            draft_model = self._make_draft_model(settings)
+            if draft_model is not None:
+                undo.callback(draft_model.close)
+            mixed = self._start_device(settings, draft_model)
+            undo.pop_all()
         self.weights = Weights(model, capture)
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
         self.slots = RequestSlots.over(cache, reusing, settings["kv_events"])
@@ -331,9 +337,33 @@ class Engine:
                 f"lane in a step; the {self.attention.name} backend takes {self.attention.most_queries} here: use "
                 "attention='shares' over flat KV, or attention='torch'"
             )
+        if speculation.model is not None:
+            lanes = self.cache.shape.num_slots
+            check_draft_model(self.model, speculation.model, lanes, self.cache.shape.max_seq_len)
         self.cache.expect_growth(queries)
 
-    def _start_device(self, settings: dict[str, Any]) -> bool:
+    def _make_draft_model(self, settings: dict[str, Any]) -> DraftModel | None:
+        speculation: Speculation | None = settings["speculation"]
+        if speculation is None or speculation.model is None:
+            return None
+        shape = check_draft_model(self.model, speculation.model, settings["lanes"], self.cache.shape.max_seq_len)
+        with inference(), naming(speculation.model):
+            return DraftModel(
+                speculation.model,
+                shape,
+                settings["attention"],
+                cast("int | None", speculation.draft_budget),
+                settings["chunk"],
+                self.cache.device.type == "cuda" if settings["compile"] is None else settings["compile"],
+            )
+
+    def _draft_bytes_to_come(self) -> int:
+        speculator = self.decode.speculator
+        if speculator is None or speculator.draft_model is None:
+            return 0
+        return speculator.draft_model.bytes_to_come
+
+    def _start_device(self, settings: dict[str, Any], draft_model: DraftModel | None) -> bool:
         """Compile, plan and capture what runs on the device; returns whether prompts and decoding sequences share
         passes."""
         names = ("buckets", "steps", "loop", "packed", "chunk", "compile", "lanes")
@@ -356,12 +386,15 @@ class Engine:
                 wrap=wrap,
                 lanes=lanes,
                 speculation=settings["speculation"],
+                draft_model=draft_model,
             )
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, mixed)
             self.passes = Passes(self.decode, self.prefill, wrap)
             if compiling:
                 with tracing():
                     self.prefill.warm_up(UNUSUAL)
+                    if draft_model is not None:
+                        draft_model.prefill.warm_up(UNUSUAL)
             if on_gpu and mixed:
                 with tracing():
                     mixed = self._warm_up_passes()
@@ -371,6 +404,8 @@ class Engine:
                 self.startup.decode = self.decode.capture()
                 if settings["speculation"] is not None:
                     self.startup.drafts = self.decode.capture_drafts(self.startup.decode.replay_s)
+                if draft_model is not None:
+                    draft_model.prefill.capture()
                 if self.attention.captures_prompts and mixed:
                     self.startup.passes = self.passes.capture()
                 else:
@@ -474,7 +509,9 @@ class Engine:
             engine = cls(loaded, made, mapping=policy, **{"max_running": max_seqs, **options})
             undo.callback(engine.close)
             if later:
-                engine.set_budget(memory_left(made.device) if budget is None else budget)
+                engine.set_budget(
+                    memory_left(made.device) - engine._draft_bytes_to_come() if budget is None else budget
+                )
             undo.pop_all()
         engine.startup.load_s, engine.startup.budget_bytes = load_s, made.stats().budget_bytes
         return engine
@@ -1006,6 +1043,8 @@ class Engine:
         """
         self.sleeping.check(kv, weights)
         self._check_open()
+        if self.decode.speculator is not None and self.decode.speculator.draft_model is not None:
+            raise ConfigError("an engine with a draft model cannot sleep: its weights and cache would stay; use ngram")
         self.sleeping.require_awake()
         self._drain()
         with inference(), self._changing:

@@ -78,8 +78,8 @@ class Speculation:
         put("prompt_lookup_min", whole("prompt_lookup_min", self.prompt_lookup_min, 1, LONGEST_LOOKUP))
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ConfigError(
-                f"prompt_lookup_min is {self.prompt_lookup_min}, prompt_lookup_max {self.prompt_lookup_max}; the fewest "
-                "tokens of a match are no more than the most"
+                f"prompt_lookup_min is {self.prompt_lookup_min}, prompt_lookup_max {self.prompt_lookup_max}; the "
+                "fewest tokens of a match are no more than the most"
             )
         if (self.model is not None) != (self.method == "draft_model"):
             needs = "give the model that drafts" if self.model is None else "leave model out, or make it draft_model"

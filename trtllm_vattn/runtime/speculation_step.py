@@ -15,8 +15,9 @@ import torch
 
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
-from trtllm_vattn.runtime.sampling import in_parts, of_parts
 from trtllm_vattn.runtime.speculation import DraftLength, Speculation, SpeculationStats
+from trtllm_vattn.runtime.speculation_draft import Choose, DraftModel
+from trtllm_vattn.vmm.regions import Region
 from trtllm_vattn.vmm.tensors import upload
 
 REPORTS = 3
@@ -172,11 +173,20 @@ class Speculator:
         Tokens drafted and accepted in the last launch with drafts that was read.
     """
 
-    def __init__(self, config: Speculation, cache: KVCache, lanes: int, row: int, wrap: Wrap = as_it_is) -> None:
+    def __init__(
+        self,
+        config: Speculation,
+        cache: KVCache,
+        lanes: int,
+        row: int,
+        wrap: Wrap = as_it_is,
+        draft_model: DraftModel | None = None,
+    ) -> None:
         self.config, self.row, self.most = config, row, config.num_speculative_tokens
+        self.draft_model = draft_model
         self.dummy, device = cache.dummy_slot, cache.device
         num_slots, max_seq_len = cache.shape.num_slots, cache.shape.max_seq_len
-        self.length = DraftLength(config.ladder, num_slots, shadow=True)
+        self.length = DraftLength(config.ladder, num_slots, shadow=draft_model is None)
         self.stats = SpeculationStats(most_overshoot=2 * self.most)
         # The last token of a slot's longest sequence is not stored in it; and a place for what is not taken.
         self.history = torch.zeros(lanes + 1, max_seq_len + 2, dtype=torch.int32, device=device)
@@ -198,17 +208,30 @@ class Speculator:
 
     def storages(self) -> list[torch.Tensor]:
         """Tensors that a captured step touches."""
-        return [self.history, self.drafts, self.counts, self.out]
+        own = [self.history, self.drafts, self.counts, self.out]
+        return own if self.draft_model is None else [*own, *self.draft_model.storages()]
+
+    def regions(self) -> list[Region]:
+        """Where addresses of a step may lie beside the storages."""
+        return [] if self.draft_model is None else self.draft_model.regions()
 
     def state(self) -> list[torch.Tensor]:
         """Tensors that a step changes for the steps behind it."""
-        return [self.history, self.out]
+        own = [self.history, self.out]
+        return own if self.draft_model is None else [*own, *self.draft_model.state()]
 
     # -- in a step ---------------------------------------------------------------------------------------------------
 
-    def propose(self, inputs: torch.Tensor) -> None:
-        """Find the drafts of all lanes, as they are before the step."""
-        self._look_up(self.history, inputs[3], inputs[4], inputs[self.row], self.drafts, self.counts)
+    def propose(self, inputs: torch.Tensor, choose: Choose, bucket: int = 0, most: int = 0) -> None:
+        """Find the drafts of all lanes, as they are before the step, which has room for `most` in its first lanes.
+        `choose` takes tokens out of a draft model's logits."""
+        row_of = inputs[self.row]
+        if self.draft_model is None:
+            self._look_up(self.history, inputs[3], inputs[4], row_of, self.drafts, self.counts)
+        elif most:
+            self.draft_model.propose(inputs, row_of, self.history, self.drafts, self.counts, choose, bucket, most)
+        else:
+            self.draft_model.leave_out(row_of, self.counts)
 
     def rows_of(
         self, inputs: torch.Tensor, bucket: int, queries: int
@@ -220,11 +243,6 @@ class Speculator:
         self._lay_out(inputs, self.drafts, self.counts, rows, lengths, query_lens, self.dummy)
         return rows, lengths, query_lens
 
-    def likeliest(self, logits: torch.Tensor) -> torch.Tensor:
-        """The likeliest token of each row, or `NO_TOKEN`: logits ``[rows, vocab]`` to int64 ``[rows]``."""
-        parts = in_parts(logits)
-        return of_parts(*torch.max(parts, dim=-1), parts.shape[2])
-
     def take(self, chosen: torch.Tensor, queries: int, inputs: torch.Tensor, control: torch.Tensor) -> None:
         """Advance the lanes by what was chosen, int64 ``[bucket * queries]``; `propose` was called before."""
         every = self.drafts.new_empty(len(self.counts), self.most + 1)
@@ -233,18 +251,22 @@ class Speculator:
         # Without drafts in the step, the first one is compared all the same, to know whether they would pay.
         compared = self.counts.clamp(max=max(1, queries - 1))
         used = self.counts.clamp(max=queries - 1)
-        self._advance(
-            every, inputs, inputs[self.row], self.drafts, compared, used, control, self.out, self.history, self.dummy
-        )
+        row_of = inputs[self.row]
+        self._advance(every, inputs, row_of, self.drafts, compared, used, control, self.out, self.history, self.dummy)
+        if self.draft_model is not None:
+            self.draft_model.settle(inputs, row_of)
 
     # -- on the host -------------------------------------------------------------------------------------------------
 
     def join(self, slot: int, tokens: Sequence[int]) -> int:
         """A slot's sequence has a lane, and these tokens; returns its row of `history`."""
-        if slot not in self._row_of:
+        known = slot in self._row_of
+        if not known:
             self._row_of[slot] = self._free.pop()
             self.length.begin(slot)
         row = self._row_of[slot]
+        if self.draft_model is not None:
+            self.draft_model.join(row, tokens, known)
         self._new[row] = tokens
         self.slack[slot] = 0
         return row
@@ -253,11 +275,15 @@ class Speculator:
         """A slot's sequence has no lane any more."""
         row = self._row_of.pop(slot)
         self._new.pop(row, None)
+        if self.draft_model is not None:
+            self.draft_model.leave(row)
         self._free.append(row)
         self.slack[slot] = 0
 
     def clear(self) -> None:
         """No sequence has a lane. Begins from any state."""
+        if self.draft_model is not None:
+            self.draft_model.clear()
         self._row_of.clear()
         self._new.clear()
         self._free = list(range(self.idle_row))[::-1]
@@ -268,6 +294,24 @@ class Speculator:
         for row, tokens in self._new.items():
             self.history[row, : len(tokens)].copy_(upload(np.array(tokens, np.int32), self.history.device))
         self._new.clear()
+        if self.draft_model is not None:
+            self.draft_model.send()
+
+    def prepare(self, ends: Mapping[int, int]) -> bool:
+        """Back what drafting writes of a step that makes these slots' sequences so long at most; whether it can be."""
+        if self.draft_model is None:
+            return True
+        return self.draft_model.prepare({self._row_of[slot]: end for slot, end in ends.items()})
+
+    def check(self, ends: Mapping[int, int]) -> None:
+        """Raise UnmappedAccess where such a step would touch memory that is not mapped."""
+        if self.draft_model is not None:
+            self.draft_model.check({self._row_of[slot]: end for slot, end in ends.items()})
+
+    def close(self) -> None:
+        """Drop a draft model's graphs and cache. Idempotent."""
+        if self.draft_model is not None:
+            self.draft_model.close()
 
     def launched(self, slots: Sequence[int], drafts: int) -> None:
         """A step with room for so many drafts was started for these slots' lanes."""
