@@ -357,11 +357,13 @@ class Engine:
                 self.cache.device.type == "cuda" if settings["compile"] is None else settings["compile"],
             )
 
-    def _draft_bytes_to_come(self) -> int:
+    def _budget_left(self) -> int:
+        """Bytes that are left for the cache, without those for a draft model's."""
+        left = memory_left(self.cache.device)
         speculator = self.decode.speculator
         if speculator is None or speculator.draft_model is None:
-            return 0
-        return speculator.draft_model.bytes_to_come
+            return left
+        return left - speculator.draft_model.take_part_of(left, self.cache.shape.token_bytes)
 
     def _start_device(self, settings: dict[str, Any], draft_model: DraftModel | None) -> bool:
         """Compile, plan and capture what runs on the device; returns whether prompts and decoding sequences share
@@ -509,9 +511,7 @@ class Engine:
             engine = cls(loaded, made, mapping=policy, **{"max_running": max_seqs, **options})
             undo.callback(engine.close)
             if later:
-                engine.set_budget(
-                    memory_left(made.device) - engine._draft_bytes_to_come() if budget is None else budget
-                )
+                engine.set_budget(engine._budget_left() if budget is None else budget)
             undo.pop_all()
         engine.startup.load_s, engine.startup.budget_bytes = load_s, made.stats().budget_bytes
         return engine
