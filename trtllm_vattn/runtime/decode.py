@@ -262,8 +262,12 @@ class DecodeBatch:
             *(self.speculator.storages() if self.speculator is not None else []),
         ]
         self.static = static
-        go = self._go if loop else None
-        first, *others = attention.variants
+        self._make_runners(buckets, lanes, self._go if loop else None)
+        self.captured = False
+
+    def _make_runners(self, buckets: Sequence[int], lanes: int, go: torch.Tensor | None) -> None:
+        static, device = self.static, self._device.device
+        first, *others = self.attention.variants
         self.runner = GraphRunner(partial(self._step, first, False), buckets, static, device, go)
         # The others are captured when they are first used. Sorting a vocabulary takes a lot of the pool, and not every
         # load has batches for which another kernel of attention is faster.
@@ -272,12 +276,11 @@ class DecodeBatch:
             self._runners[key] = GraphRunner(partial(self._step, *key), buckets, static, device, go, self.runner.pool)
         self._verifiers: dict[tuple[int, bool], GraphRunner] = {}
         """Of steps with drafts, by their number and whether any lane samples."""
-        for drafts in speculation.ladder if speculation is not None else ():
+        for drafts in self.speculator.config.ladder if self.speculator is not None else ():
             some = verified_buckets(lanes, 1 + drafts)
             for sampled in (False, True):
                 step = partial(self._verify_step, drafts, sampled)
                 self._verifiers[drafts, sampled] = GraphRunner(step, some, static, device, pool=self.runner.pool)
-        self.captured = False
 
     def capture(self) -> CaptureReport:
         """Capture every bucket; launches are replays from then on."""

@@ -146,6 +146,7 @@ class SpeculationStats:
         return {
             "drafted": self.drafted,
             "accepted": self.accepted,
+            "verified": self.verified,
             "acceptance_rate": self.accepted / max(1, self.drafted),
             "accepted_per_step": self.accepted / max(1, self.verified),
             "steps": dict(sorted(self.steps.items())),
