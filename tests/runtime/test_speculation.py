@@ -116,7 +116,7 @@ def by_request(events: Sequence[TokenEvent]) -> dict[int, list[int | None]]:
     [
         (3, {}),
         (7, {"packed": True, "prefix_cache": False}),
-        (1, {"capture": True, "buckets": [2], "attention": "shares", "slots": 2}),
+        (1, {"capture": True, "buckets": [2], "attention": "shares", "slots": 2, "chunk": 32}),
         (2, {"kind": "contiguous", "chunk": 16}),
     ],
 )
@@ -183,7 +183,7 @@ def test_logits_that_are_no_numbers_end_one_request(build: Build) -> None:
 
 
 def test_a_draft_model_that_is_a_copy_is_always_right(build: Build) -> None:
-    """Also of sampled tokens, and behind passes in which others' prompts went in: what it has of a sequence is right."""
+    """Also of sampled tokens, and behind passes in which others' prompts went in: it has the right tokens."""
     engine = build(speculation=Speculation("draft_model", model=copy_of(0.0)), slots=2, chunk=16)
     assert [done.tokens for done in engine.generate(PROMPTS, PARAMS)] == wanted()
     stats = engine.speculation_stats()
@@ -193,9 +193,9 @@ def test_a_draft_model_that_is_a_copy_is_always_right(build: Build) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "drafts"), [({}, 7), ({"capture": True, "buckets": [2], "packed": True, "slots": 2}, 1)]
+    ("drafts", "options"), [(7, {}), (1, {"capture": True, "buckets": [2], "packed": True, "slots": 2, "chunk": 32})]
 )
-def test_a_draft_model_that_errs_changes_no_token(build: Build, options: dict[str, Any], drafts: int) -> None:
+def test_a_draft_model_that_errs_changes_no_token(build: Build, drafts: int, options: dict[str, Any]) -> None:
     speculation = Speculation("draft_model", num_speculative_tokens=drafts, model=copy_of(0.05))
     engine = build(speculation=speculation, **options)
     assert [done.tokens for done in engine.generate(PROMPTS, PARAMS)] == wanted()
@@ -501,7 +501,7 @@ def test_what_cannot_be_asked_for_is_named(given: dict[str, Any], message: str) 
 
 def test_an_engine_refuses_by_name_what_it_cannot_speculate_with(build: Build) -> None:
     some = Speculation()
-    with pytest.raises(ConfigError, match="speculation is a str .'ngram'.; give a Speculation, or None"):
+    with pytest.raises(ConfigError, match=r"speculation is a str \('ngram'\); give a Speculation, or None"):
         build(speculation="ngram")
     with pytest.raises(ConfigError, match="steps is 4, make it 1"):
         build(speculation=some, steps=4)
