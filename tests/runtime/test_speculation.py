@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache as remember
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from interrupting import instructions_of, interrupt_at
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -151,7 +152,7 @@ def test_sampled_tokens_are_those_without_drafts_for_every_seed(build: Build) ->
 def test_a_stop_token_among_accepted_drafts_ends_the_output(build: Build) -> None:
     engine = build(speculation=Speculation(num_speculative_tokens=7, prompt_lookup_min=1))
     tokens = wanted()[0]
-    for place in range(4, 12):
+    for place in range(4, 12, 2):
         stop = tokens[place]
         (done,) = engine.generate([PROMPTS[0]], SamplingParams(24, stop_token_ids=(stop,)))
         assert done.tokens == tokens[: tokens.index(stop) + 1]
@@ -311,21 +312,20 @@ def test_driver_failures_leave_every_token_right(build: Build) -> None:
     engine.cache.ahead.fixed = 0
     raised = 0
     for name in ("create", "map", "set_access"):
-        for skip in (0, 2):
-            numbers = [engine.submit(prompt, params) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
-            events = engine.step() + engine.step()
-            driver.fail(name, skip)
-            while engine.busy:
-                try:
-                    events += engine.step()
-                except DriverError:
-                    raised += 1
-            driver.disarm()
-            got = by_request(events)
-            assert [got[number] for number in numbers] == wanted()
-            engine.cache.check_integrity()
-            engine.cache.release_free_memory()
-    assert raised >= 4
+        numbers = [engine.submit(prompt, params) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
+        events = engine.step() + engine.step()
+        driver.fail(name)
+        while engine.busy:
+            try:
+                events += engine.step()
+            except DriverError:
+                raised += 1
+        driver.disarm()
+        got = by_request(events)
+        assert [got[number] for number in numbers] == wanted()
+        engine.cache.check_integrity()
+        engine.cache.release_free_memory()
+    assert raised >= 2
 
 
 def test_an_interrupted_step_is_gone_on_from(build: Build) -> None:
@@ -338,7 +338,7 @@ def test_an_interrupted_step_is_gone_on_from(build: Build) -> None:
     number, events = steps()
     count = instructions_of(lambda: events.extend(engine.step()))
     assert by_request([*events, *engine.run()])[number] == wanted()[0]
-    for part in range(1, 8):
+    for part in range(1, 8, 2):
         number, events = steps()
         interrupt_at(count * part // 8, lambda: events.extend(engine.step()))  # noqa: B023
         events += engine.run()
@@ -377,8 +377,9 @@ def test_drafts_are_what_followed_the_longest_match(
     for row, tokens in zip(row_of.tolist(), sequences, strict=True):
         history[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
     lengths = torch.tensor([len(tokens) for tokens in sequences])
+    inputs = torch.stack((*(row_of,) * 3, lengths, lengths + room, row_of))
     drafts, counts = torch.full((lanes, most), 9), torch.full((lanes,), 9)
-    look_up(history, lengths, lengths + room, row_of, drafts, counts, shortest, longest)
+    look_up(history, inputs, 5, drafts, counts, shortest, longest)
     for lane, tokens in enumerate(sequences):
         want = looked_up(tokens, most, shortest, longest) if tokens else []
         assert counts[lane] == min(len(want), room)
@@ -389,25 +390,20 @@ def test_lanes_advance_by_the_drafts_that_are_right() -> None:
     # Right up to the last; wrong at the second; idle; right, of which the limit leaves one; none behind a right one.
     chosen = torch.tensor([[5, 6, 7, 8], [5, 9, 7, 8], [0, 0, 0, 0], [5, 6, 7, 8], [5, -1, 7, 8]])
     drafts = torch.tensor([[5, 6, 7], [5, 6, 7], [0, 0, 0], [5, 6, 7], [5, 6, 7]])
-    compared = torch.tensor([3, 3, 0, 1, 3])
-    inputs = torch.tensor([[9, 9, 0, 9, 9], [4, 4, 0, 4, 4], [0, 1, 5, 2, 3], [10, 10, 0, 10, 10], [60, 60, 0, 11, 60]])
+    counts = torch.tensor([3, 3, 0, 1, 3])
+    places = [[9, 9, 0, 9, 9], [4, 4, 0, 4, 4], [0, 1, 5, 2, 3], [10, 10, 0, 10, 10], [60, 60, 0, 11, 60]]
+    inputs = torch.tensor([*places, [4, 3, 5, 1, 0]])
     out, control = torch.zeros(2 * (4 + REPORTS), 5, dtype=torch.int64), torch.tensor([1, 0])
     history = torch.zeros(6, 32, dtype=torch.int32)
-    row_of = torch.tensor([4, 3, 5, 1, 0])
-    advance_verified(chosen, inputs, row_of, drafts, compared, compared, control, out, history, 5)
+    advance_verified(chosen, inputs, 5, drafts, counts, 4, control, out, history, 5)
     assert out[4 + REPORTS :][-REPORTS].tolist() == [4, 2, 0, 2, 2]
     assert out[4 + REPORTS :][-1].tolist() == [3, 1, 0, 1, 1]
     assert not out[: 4 + REPORTS].any()
     assert out[4 + REPORTS :][:4].T.tolist() == chosen.tolist()
     assert control[0] == 2
     # The fourth has reached its limit, the fifth has no token: both are idle.
-    assert inputs.tolist() == [
-        [13, 11, 0, 0, 0],
-        [8, 9, 0, 0, 0],
-        [0, 1, 5, 5, 5],
-        [14, 12, 0, 0, 0],
-        [60, 60, 0, 11, 60],
-    ]
+    assert inputs[:2].tolist() == [[13, 11, 0, 0, 0], [8, 9, 0, 0, 0]]
+    assert inputs[2:5].tolist() == [[0, 1, 5, 5, 5], [14, 12, 0, 0, 0], [60, 60, 0, 11, 60]]
     assert history[4, 9:15].tolist() == [0, 5, 6, 7, 8, 0]
     assert history[3, 9:15].tolist() == [0, 5, 9, 0, 0, 0]
     assert history[1, 9:15].tolist() == [0, 5, 6, 0, 0, 0]
@@ -499,7 +495,7 @@ def test_what_cannot_be_asked_for_is_named(given: dict[str, Any], message: str) 
         Speculation(**given)
 
 
-def test_an_engine_refuses_by_name_what_it_cannot_speculate_with(build: Build) -> None:
+def test_an_engine_refuses_by_name_what_it_cannot_speculate_with(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     some = Speculation()
     with pytest.raises(ConfigError, match=r"speculation is a str \('ngram'\); give a Speculation, or None"):
         build(speculation="ngram")
@@ -509,6 +505,10 @@ def test_an_engine_refuses_by_name_what_it_cannot_speculate_with(build: Build) -
         build(speculation=some, loop=True)
     with pytest.raises(ConfigError, match="margins are recorded of single tokens"):
         build(speculation=some, record_margins=True)
+    monkeypatch.setattr(Engine, "supports_packed_prefill", False)
+    with pytest.raises(ConfigError, match="a Engine's model takes one token of each sequence in a step"):
+        build(speculation=some)
+    monkeypatch.undo()
     engine = build(speculation=some)
     with pytest.raises(ConfigError, match="tokens are forced one at a time"):
         engine.submit([1, 2], SamplingParams(2), forced=[3, 4])
@@ -565,3 +565,111 @@ def test_mapping_ahead_keeps_room_for_the_most_that_a_launch_may_give(build: Bui
     assert (timing.launch, timing.growth, timing.least) == (1, 8, 16)
     plain = build().cache.ahead.timing  # type: ignore[attr-defined]
     assert (plain.growth, plain.least) == (1, 4)
+
+
+# -- a life of it ----------------------------------------------------------------------------------------------------
+
+
+class Life(RuleBasedStateMachine):
+    """Requests come, fork, are suspended, cancelled and preempted, and driver calls fail, while drafts are verified."""
+
+    @initialize(drafts=st.sampled_from([1, 3, 7]), packed=st.booleans(), kept=st.booleans(), model=st.booleans())
+    def build(self, drafts: int, packed: bool, kept: bool, model: bool) -> None:
+        self.driver = FaultyDriver(HostDriver())
+        shape = shape_of(model_of(), 5, LENGTH)
+        self.cache = make_cache("vattn", shape, "cpu", 30 * 4096, driver=self.driver, host_memory="1MiB")
+        self.engine = Engine(
+            model_of(),
+            self.cache,
+            attention="torch",
+            compile=False,
+            capture=False,
+            mapping="between-steps",
+            packed=packed,
+            prefix_cache=kept,
+            speculation=Speculation(
+                "draft_model" if model else "ngram",
+                drafts,
+                prompt_lookup_min=1,
+                model=copy_of(0.05) if model else None,
+            ),
+        )
+        self.expected: dict[int, list[int]] = {}
+        self.begun: dict[int, int] = {}
+        self.got: dict[int, list[int | None]] = {}
+
+    def take(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            if event.request in self.expected:
+                assert event.error is None
+                tokens = self.got.setdefault(event.request, [])
+                assert event.index == len(tokens) + self.begun.get(event.request, 0)
+                tokens.append(event.token)
+
+    @rule(which=st.integers(0, len(PROMPTS) - 1))
+    def submit(self, which: int) -> None:
+        self.expected[self.engine.submit(PROMPTS[which], PARAMS[which])] = wanted()[which]
+
+    @rule(count=st.integers(1, 4), fail=st.sampled_from(["", "", "create", "map"]))
+    def step(self, count: int, fail: str) -> None:
+        if fail:
+            self.driver.fail(fail)
+        for _ in range(count):
+            with suppress(DriverError):
+                self.take(self.engine.step())
+        self.driver.disarm()
+
+    def alive(self, which: int) -> int | None:
+        known = sorted(self.engine.scheduler.requests)
+        return known[which % len(known)] if known else None
+
+    @rule(which=st.integers(0, 9))
+    def abort(self, which: int) -> None:
+        if (number := self.alive(which)) is not None:
+            self.engine.abort(number)
+            del self.expected[number]
+
+    @rule(which=st.integers(0, 9))
+    def fork(self, which: int) -> None:
+        number, scheduler = self.alive(which), self.engine.scheduler
+        if number is None or number in scheduler.parked:
+            return
+        request = scheduler.requests[number]
+        if request.params.greedy:
+            made = self.engine.fork(number)
+            self.expected[made], self.begun[made] = self.expected[number], len(request.chosen)
+
+    @rule(which=st.integers(0, 9))
+    def suspend_or_resume(self, which: int) -> None:
+        if (number := self.alive(which)) is None:
+            return
+        if number in self.engine.scheduler.parked:
+            self.engine.resume(number)
+        else:
+            self.engine.suspend(number)
+
+    @rule(pages=st.integers(12, 40))
+    def set_budget(self, pages: int) -> None:
+        self.engine.set_budget(pages * 4096)
+
+    @invariant()
+    def the_books_are_right(self) -> None:
+        if hasattr(self, "cache"):
+            self.cache.check_integrity()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        self.engine.set_budget(40 * 4096)
+        for number in list(self.engine.scheduler.parked):
+            self.engine.resume(number)
+        self.take(list(self.engine.run()))
+        for number, tokens in self.expected.items():
+            assert self.got[number] == tokens[self.begun.get(number, 0) :]
+        stats = self.engine.speculation_stats()
+        assert stats["overshoot"] <= stats["most_overshoot"]
+        self.engine.close()
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=5, stateful_step_count=12)

@@ -564,10 +564,10 @@ class DecodeBatch:
         ends = self._ends(steps, drafts)
         if not self.packed:
             return ends
-        by_slot = np.zeros(self.attention.cache.shape.num_slots, np.int64)
-        for slot, lane in self.lane_of.items():
-            by_slot[slot] = ends[lane]
-        return by_slot
+        # Idle lanes are in the dummy slot, which is behind all others.
+        by_slot = np.zeros(self.attention.cache.dummy_slot + 1, np.int64)
+        by_slot[self.slots] = ends
+        return by_slot[:-1]
 
     # -- launching -------------------------------------------------------------------------------------------------
 
@@ -582,17 +582,13 @@ class DecodeBatch:
             if not sampled and runner.buckets[-1] > highest:
                 buckets[drafts] = runner.bucket_for(1 + highest)
         drafts = self.speculator.length.choose([*lanes], buckets)
-        return drafts if drafts and self.speculator.prepare(self._ends_by_slot(drafts)) else 0
-
-    def _ends_by_slot(self, drafts: int) -> dict[int, int]:
-        ends = self._ends(1, drafts)
-        return {slot: int(ends[lane]) for slot, lane in self.lanes.items()}
+        return drafts if drafts and self.speculator.prepare(self.lengths_after(1, drafts)) else 0
 
     def _launch_drafts(self, drafts: int) -> Launch:
         """`launch` of one step with so many drafts."""
         assert self.speculator is not None
         guarded = self.check(1, drafts)
-        self.speculator.check(self._ends_by_slot(drafts))
+        self.speculator.check(self.lengths_after(1, drafts))
         runner = self._verifiers[drafts, self.sampling]
         bucket = runner.bucket_for(1 + max(self.lanes.values()))
         self.capture_missing(runner, bucket)

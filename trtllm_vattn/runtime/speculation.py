@@ -204,13 +204,13 @@ class DraftLength:
         possible = [drafts for drafts in self.ladder if drafts in buckets]
         if not possible:
             return 0
-        alone = self.seconds.get((0, buckets[0]))
-        times = {drafts: self.seconds.get((drafts, buckets[drafts])) for drafts in possible}
-        if alone is None or None in times.values():
+        times = [self.seconds.get((drafts, buckets[drafts]), 0.0) for drafts in (0, *possible)]
+        if not all(times):
             return possible[-1]
+        # No step is sooner over for having drafts; where one was, something disturbed the others.
+        alone, *others = np.maximum.accumulate(times).tolist()
         first, best, most = float(self._first[slots].sum()), 0, self.GAIN * len(slots) / alone
-        for drafts, took in times.items():
-            assert took is not None
+        for drafts, took in zip(possible, others, strict=True):
             rate = (len(slots) + first * sum(self._again**further for further in range(drafts))) / took
             if rate > most:
                 best, most = drafts, rate

@@ -8,7 +8,6 @@ for tokens, as without drafts. The host knows lower and upper bounds of lengths 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -26,9 +25,8 @@ REPORTS = 3
 
 def look_up(
     history: torch.Tensor,
-    lengths: torch.Tensor,
-    limits: torch.Tensor,
-    row_of: torch.Tensor,
+    inputs: torch.Tensor,
+    row: int,
     drafts: torch.Tensor,
     counts: torch.Tensor,
     shortest: int,
@@ -42,13 +40,15 @@ def look_up(
     Parameters
     ----------
     history : Tensor
-        int32 ``[rows, width]``: the first ``lengths[i]`` of row ``row_of[i]`` are lane i's tokens.
-    lengths, limits, row_of : Tensor
-        int64 ``[lanes]``; a lane that is idle has length 0, and all such lanes one row that is no other lane's.
+        int32 ``[rows, width]``: the first tokens of a row, as many as a lane is long, are that lane's.
+    inputs, row : Tensor, int
+        As `DecodeBatch.inputs`; its row `row` says which row of `history` is a lane's. All idle lanes have one that is
+        no other lane's.
     drafts, counts : Tensor
         int64 ``[lanes, most]`` and ``[lanes]``, written: tokens, and how many of them count; none of an idle lane, and
-        no more than lead to ``limits[i]``.
+        no more than lead to its limit.
     """
+    lengths, limits, row_of = inputs[3], inputs[4], inputs[row]
     rows, width = history.shape
     place = torch.arange(width, device=history.device)
     last = lengths.new_zeros(rows).scatter(0, row_of, lengths)[:, None] - 1
@@ -105,10 +105,10 @@ def lay_out(
 def advance_verified(
     chosen: torch.Tensor,
     inputs: torch.Tensor,
-    row_of: torch.Tensor,
+    row: int,
     drafts: torch.Tensor,
-    compared: torch.Tensor,
-    used: torch.Tensor,
+    counts: torch.Tensor,
+    queries: int,
     control: torch.Tensor,
     out: torch.Tensor,
     history: torch.Tensor,
@@ -120,13 +120,17 @@ def advance_verified(
     ----------
     chosen : Tensor
         int64 ``[lanes, 1 + most]``: the model's choice behind the lane's token and behind each draft.
-    compared, used : Tensor
-        int64 ``[lanes]``: how many drafts are compared with what was chosen in their place, and how many were in the
-        step, so that a right one is taken.
+    row, drafts, counts
+        As `look_up` has them.
+    queries : int
+        Of a lane in the step: one more than it had room for drafts. Without any, the first draft is compared all the
+        same, so that it is known whether drafts would pay.
     out : Tensor
         int64 ``[2 * rows, lanes]``, two launches' reports: the chosen tokens, and `REPORTS` rows.
     """
-    lengths, limits = inputs[3], inputs[4]
+    lengths, limits, row_of = inputs[3], inputs[4], inputs[row]
+    compared = counts.clamp(max=max(1, queries - 1))
+    used = counts.clamp(max=queries - 1)
     most, rows = drafts.shape[1], len(out) // 2
     query = torch.arange(most + 1, device=out.device)
     agree = (chosen[:, :-1] == drafts) & (query[:-1] < compared[:, None])
@@ -199,8 +203,7 @@ class Speculator:
         self._row_of: dict[int, int] = {}
         self._new: dict[int, Sequence[int]] = {}
         """Tokens of rows of `history` that the device has not got yet."""
-        self._look_up = wrap(partial(look_up, shortest=config.prompt_lookup_min, longest=config.prompt_lookup_max))
-        self._lay_out, self._advance = wrap(lay_out), wrap(advance_verified)
+        self._look_up, self._lay_out, self._advance = wrap(look_up), wrap(lay_out), wrap(advance_verified)
 
     @property
     def idle_row(self) -> int:
@@ -225,13 +228,15 @@ class Speculator:
     def propose(self, inputs: torch.Tensor, choose: Choose, bucket: int = 0, most: int = 0) -> None:
         """Find the drafts of all lanes, as they are before the step, which has room for `most` in its first lanes.
         `choose` takes tokens out of a draft model's logits."""
-        row_of = inputs[self.row]
         if self.draft_model is None:
-            self._look_up(self.history, inputs[3], inputs[4], row_of, self.drafts, self.counts)
+            shortest, longest = self.config.prompt_lookup_min, self.config.prompt_lookup_max
+            self._look_up(self.history, inputs, self.row, self.drafts, self.counts, shortest, longest)
         elif most:
-            self.draft_model.propose(inputs, row_of, self.history, self.drafts, self.counts, choose, bucket, most)
+            self.draft_model.propose(
+                inputs, inputs[self.row], self.history, self.drafts, self.counts, choose, bucket, most
+            )
         else:
-            self.draft_model.leave_out(row_of, self.counts)
+            self.draft_model.leave_out(inputs[self.row], self.counts)
 
     def rows_of(
         self, inputs: torch.Tensor, bucket: int, queries: int
@@ -239,7 +244,7 @@ class Speculator:
         """A step's rows, lengths and query counts, as `lay_out` writes them."""
         device = inputs.device
         rows = torch.empty(3, bucket, queries, dtype=torch.int64, device=device)
-        lengths, query_lens = torch.empty(2, bucket, dtype=torch.int32, device=device)
+        lengths, query_lens = (torch.empty(bucket, dtype=torch.int32, device=device) for _ in range(2))
         self._lay_out(inputs, self.drafts, self.counts, rows, lengths, query_lens, self.dummy)
         return rows, lengths, query_lens
 
@@ -248,13 +253,20 @@ class Speculator:
         every = self.drafts.new_empty(len(self.counts), self.most + 1)
         rows = chosen.view(-1, queries)
         every[: len(rows), :queries].copy_(rows)
-        # Without drafts in the step, the first one is compared all the same, to know whether they would pay.
-        compared = self.counts.clamp(max=max(1, queries - 1))
-        used = self.counts.clamp(max=queries - 1)
-        row_of = inputs[self.row]
-        self._advance(every, inputs, row_of, self.drafts, compared, used, control, self.out, self.history, self.dummy)
+        self._advance(
+            every,
+            inputs,
+            self.row,
+            self.drafts,
+            self.counts,
+            queries,
+            control,
+            self.out,
+            self.history,
+            self.dummy,
+        )
         if self.draft_model is not None:
-            self.draft_model.settle(inputs, row_of)
+            self.draft_model.settle(inputs, inputs[self.row])
 
     # -- on the host -------------------------------------------------------------------------------------------------
 
@@ -297,16 +309,18 @@ class Speculator:
         if self.draft_model is not None:
             self.draft_model.send()
 
-    def prepare(self, ends: Mapping[int, int]) -> bool:
-        """Back what drafting writes of a step that makes these slots' sequences so long at most; whether it can be."""
-        if self.draft_model is None:
-            return True
-        return self.draft_model.prepare({self._row_of[slot]: end for slot, end in ends.items()})
+    def prepare(self, lengths: np.ndarray) -> bool:
+        """Back what drafting writes in a step that makes sequences so long at most, int ``[num_slots]``, 0 where there
+        is none; whether it can be."""
+        return self.draft_model is None or self.draft_model.prepare(self._by_row(lengths))
 
-    def check(self, ends: Mapping[int, int]) -> None:
+    def check(self, lengths: np.ndarray) -> None:
         """Raise UnmappedAccess where such a step would touch memory that is not mapped."""
         if self.draft_model is not None:
-            self.draft_model.check({self._row_of[slot]: end for slot, end in ends.items()})
+            self.draft_model.check(self._by_row(lengths))
+
+    def _by_row(self, lengths: np.ndarray) -> dict[int, int]:
+        return {row: int(lengths[slot]) for slot, row in self._row_of.items() if lengths[slot] > 0}
 
     def close(self) -> None:
         """Drop a draft model's graphs and cache. Idempotent."""

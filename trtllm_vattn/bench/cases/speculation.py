@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "sequences that decode at once"
     add("--lanes", type=numbers, default="1,32,128" if gpu else "1,3", metavar="SEQUENCES,...", help=text)
     text = "tokens of each sequence before it decodes"
-    add("--context", type=positive, default=1024 if gpu else 48, metavar="TOKENS", help=text)
+    add("--context", type=positive, default=1024 if gpu else 256, metavar="TOKENS", help=text)
     add("--output-tokens", type=positive, default=256 if gpu else 32, metavar="TOKENS", help="of each sequence")
     add_rounds(parser, 1, "number of drafts")
 
@@ -198,11 +198,10 @@ def _rollback_us(engine: Engine) -> float:
     """Microseconds in which the host takes rejected drafts of all lanes back, as it does behind each step with any."""
     if engine.decode.speculator is None:
         return 0.0
-    cache, lengths = engine.cache, engine.decode.lengths_after(0)
     took = []
     for _ in range(ROLLBACKS):
         started = perf_counter()
-        cache.roll_back(lengths)
+        engine.cache.roll_back(engine.decode.lengths_after(0))
         took.append(perf_counter() - started)
     return 1e6 * float(np.median(took))
 
