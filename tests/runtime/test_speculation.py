@@ -298,6 +298,9 @@ def test_suspended_cancelled_and_late_requests_leave_the_others_right(build: Bui
             engine.abort(numbers[2])
         if step == 9:
             engine.resume(numbers[0])
+        if step == 12:
+            engine.sleep()
+            engine.wake()
         if not engine.busy:
             break
     got = by_request([event for event in events if event.request != numbers[2]])
@@ -516,6 +519,8 @@ def test_an_engine_refuses_by_name_what_it_cannot_speculate_with(build: Build, m
         build().speculation_stats()
     with pytest.raises(ConfigError, match="a vocabulary of 300 tokens, the model one of 512"):
         build(speculation=Speculation("draft_model", model=model_of(0.0, 300)))
+    with pytest.raises(ConfigError, match=r"the draft model is a str \('llama'\); give a Hugging Face"):
+        build(speculation=Speculation("draft_model", model="llama"))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="the draft model is the model itself"):
         build(speculation=Speculation("draft_model", model=model_of()))
 

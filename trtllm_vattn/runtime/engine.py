@@ -349,7 +349,7 @@ class Engine:
         shape = check_draft_model(self.model, speculation.model, settings["lanes"], self.cache.shape.max_seq_len)
         with inference(), naming(speculation.model):
             return DraftModel(
-                speculation.model,
+                cast(PreTrainedModel, speculation.model),
                 shape,
                 settings["attention"],
                 cast("int | None", speculation.draft_budget),

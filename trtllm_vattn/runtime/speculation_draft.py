@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import cast
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from trtllm_vattn.runtime.binding import DecodeStep, VerifyStep, bind, forward, 
 from trtllm_vattn.runtime.compiled import compile_model
 from trtllm_vattn.runtime.prefill import Prefill, PromptChunk
 from trtllm_vattn.runtime.step_model import StepModel
+from trtllm_vattn.values import described
 from trtllm_vattn.vmm.regions import Region
 from trtllm_vattn.vmm.tensors import upload
 
@@ -40,6 +40,8 @@ Choose = Callable[[torch.Tensor, int], torch.Tensor]
 
 def check_draft_model(model: StepModel, draft: StepModel, lanes: int, max_seq_len: int) -> CacheShape:
     """The shape of a draft model's cache. Raises ConfigError where it cannot draft for the model."""
+    if not isinstance(draft, PreTrainedModel):
+        raise ConfigError(f"the draft model is {described(draft)}; give a Hugging Face causal language model")
     if draft is model:
         raise ConfigError("the draft model is the model itself, which would save nothing; give a smaller one")
     if draft.device != model.device:
@@ -83,7 +85,7 @@ class DraftModel:
 
     def __init__(
         self,
-        model: StepModel,
+        model: PreTrainedModel,
         shape: CacheShape,
         attention: str,
         budget: int | None = None,
@@ -102,7 +104,7 @@ class DraftModel:
                     f"draft model, which needs {CATCH_UP}; use attention='shares' over flat KV, or attention='torch'"
                 )
             if compiling:
-                compile_model(cast(PreTrainedModel, model))
+                compile_model(model)
             self.prefill = Prefill(model, self.attention, chunk)
             undo.pop_all()
         lanes, device = shape.num_slots, model.device
