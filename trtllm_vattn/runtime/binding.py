@@ -202,6 +202,17 @@ def _(
     return qkv.new_empty(qkv.shape[1], heads, cos.shape[-1])
 
 
+@torch.library.custom_op("trtllm_vattn::linear_onto", mutates_args=("residual",))
+def _opaque_linear_onto(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """``residual += x @ weight.T`` in the product's kernel; residual ``[1, tokens, out]``, x ``[1, tokens, in]``."""
+    residual[0].addmm_(x[0], weight.t())
+
+
+@_opaque_linear_onto.register_fake
+def _(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    return None
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,

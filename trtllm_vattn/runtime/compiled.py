@@ -19,7 +19,13 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.capture import collector_off
-from trtllm_vattn.runtime.rewrites import keep_rows, rotate_with_attention, share_products, split_even_products
+from trtllm_vattn.runtime.rewrites import (
+    add_onto_products,
+    keep_rows,
+    rotate_with_attention,
+    share_products,
+    split_even_products,
+)
 from trtllm_vattn.runtime.tuned import install
 
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -117,6 +123,8 @@ def rewriting(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor], in
     rotate_with_attention(graph)
     if _of_one_token(examples):
         split_even_products(graph)
+    else:
+        add_onto_products(graph)
     traced.recompile()
     return inner(traced, examples)
 

@@ -83,6 +83,38 @@ def _keep_behind(graph: Graph, attended: Node, kept: Node) -> bool:
     return True
 
 
+def add_onto_products(graph: Graph) -> int:
+    """Have a layer's last matrix product add to what its result is added to; returns how often.
+
+    ``residual + linear(x, weight)`` as the layer's result is a sum in the product's own kernel, where the residual is
+    nothing but that: a sum that this graph made. Else there is a kernel more, which reads and writes all rows.
+    """
+    (output,) = graph.find_nodes(op="output")
+    done = 0
+    for total in {node for node in output.all_input_nodes if _is_call(node, operator.add) and len(node.users) == 1}:
+        products = [node for node in total.args if _is_call(node, nn.functional.linear)]
+        residuals = [node for node in total.args if _is_call(node, operator.add)]
+        if len(products) != 1 or len(residuals) != 1:
+            continue
+        product, residual = products[0], residuals[0]
+        plain = not product.kwargs and product.args[2:] in ((), (None,)) and len(product.users) == 1
+        if not plain or total.next is not output or not _alike(residual, product):
+            continue
+        with graph.inserting_before(total):
+            graph.call_function(torch.ops.trtllm_vattn.linear_onto.default, (residual, *product.args[:2]))
+        total.replace_all_uses_with(residual)
+        graph.erase_node(total)
+        graph.erase_node(product)
+        done += 1
+    return done
+
+
+def _alike(residual: Node, product: Node) -> bool:
+    """Whether both are rows of one shape and type, so that one may be written over by their sum."""
+    mine, other = (node.meta.get("example_value") for node in (residual, product))
+    return mine is not None and other is not None and mine.dtype == other.dtype and mine.shape == other.shape
+
+
 def _behind(node: Node) -> set[Node]:
     """All that depends on a node."""
     found: set[Node] = set()
