@@ -33,33 +33,44 @@ _INDEXED = {
 """Operations whose result shape, or work on the host, depends on data if an index is a mask."""
 
 
-_NESTED = (list, tuple, dict)
+_PLAIN = {int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     """All in an operation's arguments or results, which are nested in lists, tuples and dicts alone."""
-    # Not torch's own for any tree, which would take most of a capture's time.
     if isinstance(tree, torch.Tensor):
         return [tree]
     found: list[torch.Tensor] = []
-    if isinstance(tree, _NESTED):
-        for each in tree.values() if isinstance(tree, dict) else tree:
-            if isinstance(each, torch.Tensor):
-                found.append(each)
-            elif isinstance(each, _NESTED):
-                found += _tensors(each)
+    _collect(tree, found)
     return found
+
+
+def _collect(tree: Any, found: list[torch.Tensor]) -> None:
+    # Not torch's own for any tree, and plain values told by their type alone: this is most of a capture's time.
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return
+    for each in tree:
+        if type(each) in _PLAIN:
+            continue
+        if isinstance(each, torch.Tensor):
+            found.append(each)
+        else:
+            _collect(each, found)
 
 
 def _aliases(tree: Any) -> Any:
     """The same, with other tensors over the same memory."""
+    if type(tree) in _PLAIN:
+        return tree
     if isinstance(tree, torch.Tensor):
         return tree.detach()
-    if not isinstance(tree, _NESTED):
-        return tree
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([_aliases(each) for each in tree])
     if isinstance(tree, dict):
         return {key: _aliases(each) for key, each in tree.items()}
-    return type(tree)([_aliases(each) for each in tree])
+    return tree
 
 
 def _storage(tensor: torch.Tensor) -> int:
