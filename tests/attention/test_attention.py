@@ -39,7 +39,8 @@ def expected(
     scale: float,
     slots: list[int] | None = None,
 ) -> torch.Tensor:
-    """q ``[rows, heads, dim]``, k and v ``[slots, tokens, kv_heads, dim]``; float64. Row i is of slot i, or `slots[i]`."""
+    """q ``[rows, heads, dim]``, k and v ``[slots, tokens, kv_heads, dim]``; float64. Row i is of slot i, or of
+    `slots[i]`."""
     out = torch.zeros(q.shape, dtype=torch.float64)
     wide: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for row, length in enumerate(lengths):
