@@ -67,6 +67,8 @@ def test_start_sizes_after_capturing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def once(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         """The real start, but with Python's own bytecode, for to compile that of all libraries takes half a minute; and
         its answer again."""
+        if "PYTHONPYCACHEPREFIX" not in (options.get("env") or {}):
+            return run(command, **options)
         folders.append(options["env"].pop("PYTHONPYCACHEPREFIX"))
         if not started:
             started.append(run(command, **options))
@@ -188,7 +190,7 @@ def test_a_burst_is_mapped_by_few_calls_and_from_stock(tmp_path: Path) -> None:
     assert (tmp_path / "burst.png").stat().st_size > 10_000
     rows = {row["variant"]: row for row in report["results"]["bursts"]}
     assert rows["vattn, warm stock"]["driver_calls"]["create"] == 0 < rows["vattn, cold"]["driver_calls"]["create"]
-    assert rows["published"]["mappings"] > 8 * rows["vattn, cold"]["mappings"]
+    assert rows["published"]["mappings"] > 4 * rows["vattn, cold"]["mappings"]
     # The thread makes no call meanwhile.
     calls = rows["page by page"]["driver_calls"]
     assert calls["set_access"] == calls["map"] == rows["page by page"]["mappings"]
@@ -326,7 +328,7 @@ def test_a_trace_is_served_by_every_cache(tmp_path: Path, monkeypatch: pytest.Mo
         "1",
         "--at-once",
         "--budget",
-        "1MiB",
+        "512KiB",
         "--chunk",
         "32",
     ]
