@@ -255,7 +255,7 @@ def test_models_and_caches_that_do_not_fit_are_refused() -> None:
     with (
         make_cache("vattn", wrong, "cpu") as cache,
         pytest.raises(
-            ConfigError, match=r"head_dim is 8, the model's 16; dtype is torch.float64, the model's torch.flo"
+            ConfigError, match=r"head_dim is 8, the model's 32; dtype is torch.float64, the model's torch.flo"
         ),
     ):
         Engine(model, cache)

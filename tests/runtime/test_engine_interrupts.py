@@ -167,7 +167,7 @@ def test_a_step_interrupted_anywhere(name: str) -> None:
                 engine.submit(*each)
             while engine.busy:
                 longest = max(longest, instructions_of(engine.step, handing_over))
-        at, stride = 0, 1 if THOROUGH else longest // 6
+        at, stride = 0, 1 if THOROUGH else longest // 9
         while at < longest:
             requests = [engine.submit(*each) for each in zip(PROMPTS, mode.params, strict=True)]
             seen: list[TokenEvent] = []

@@ -119,8 +119,6 @@ def test_a_launch_has_many_steps_and_what_is_beyond_an_end_is_discarded(
 
 def test_a_loop_ends_at_a_stop_token(build: Callable[..., Engine], single: list[list[int]]) -> None:
     engine = build(steps=32, loop=True)
-    assert isinstance(engine.cache, KVCacheManager)
-    engine.cache.ahead.fixed = 64  # memory enough for the whole loop
     records: list[StepRecord] = []
     engine.observer = records.append
     stop = single[5][9]
@@ -208,7 +206,7 @@ def test_launches_run_ahead_while_others_wait(
             tokens[event.request].append(event.token)
         ahead += bool(engine.scheduler.waiting) and engine.pipeline.unread is not None
         cache.check_integrity()
-    assert ahead >= 8
+    assert ahead >= 10
     assert [tokens[number] for number in numbers] == single
 
 
