@@ -53,7 +53,7 @@ PARAMS = [
 @remember
 def model_of(noise: float = 0.0, vocab: int = 512) -> PreTrainedModel:
     """One layer; with `noise`, another one much like it, for drafts."""
-    small = {**SHAPES["tiny-llama"], "num_hidden_layers": 1, "vocab_size": vocab}
+    small = {**SHAPES["tiny-llama"], "num_hidden_layers": 1, "head_dim": 16, "vocab_size": vocab}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small, eos_token_id=None), dtype=torch.float32)
     with torch.no_grad():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Sequence
+from copy import deepcopy
 from time import perf_counter
 from typing import Any
 
@@ -39,6 +40,8 @@ PHRASES, SHORTEST, LONGEST = 48, 6, 20
 CHANGED = 0.04
 """Tokens of a repeated phrase that are another one than before."""
 ROLLBACKS = 200
+NOISE = 0.02
+"""Of a draft model's weights, by their standard deviation."""
 COLUMNS = {
     "text": "text",
     "lanes": "lanes",
@@ -244,8 +247,8 @@ def summarised(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def tokens_identical(seed: int) -> bool:
-    """Whether requests get the same tokens with drafts as without, greedy and sampled, in float32 on the host. Raises
-    VattnError where no draft was accepted, which would show nothing."""
+    """Whether requests get the same tokens with drafts as without in float32 on the host: greedy and sampled, looked up
+    and by a draft model. Raises VattnError where no draft was accepted, which would show nothing."""
     model = load_model("tiny-llama", "cpu", torch.float32, seed)
     random = np.random.default_rng(seed)
     prompts = [(random.integers(0, 512, period).tolist() * 40)[:40] for period in (3, 5, 8, 13)]
@@ -255,9 +258,18 @@ def tokens_identical(seed: int) -> bool:
         SamplingParams(24, temperature=0.8, top_k=50, top_p=0.95, seed=seed + 1),
         SamplingParams(24),
     ]
+    # Nearly the same model: most of its drafts are right, some are not.
+    small = deepcopy(model)
+    with torch.no_grad():
+        for each in small.parameters():
+            each += NOISE * each.std() * torch.randn_like(each)
+    ways = [
+        None,
+        Speculation(num_speculative_tokens=7, prompt_lookup_min=1),
+        Speculation("draft_model", 3, model=small),
+    ]
     found, accepted = [], 0
-    for drafts in DRAFTS:
-        speculation = Speculation(num_speculative_tokens=drafts, prompt_lookup_min=1) if drafts else None
+    for speculation in ways:
         cache = make_cache("vattn", shape_of(model, len(prompts), 64), "cpu")
         with Engine(model, cache, attention="torch", compile=False, capture=False, speculation=speculation) as engine:
             found.append([done.tokens for done in engine.generate(prompts, params)])
