@@ -88,6 +88,13 @@ def _asked(config: Any, name: str) -> bool:
     return chosen is not None and name in chosen and bool(getattr(config, name, None))
 
 
+def cannot_reuse(arguments: Mapping[str, Any]) -> str | None:
+    """For whom blocks cannot be reused, of a manager's arguments; None where they can."""
+    ranks = getattr(arguments["mapping"], "world_size", 1)
+    # What is held depends on the order in which each rank's memory runs short.
+    return f"a model on {ranks} ranks, which would have to hold the same blocks" if ranks > 1 else None
+
+
 def refuse(config: Any, cache_type: str, arguments: Mapping[str, Any]) -> None:
     """Raise UnsupportedFeature, naming every feature that a manager is asked for and this cache does not serve.
 
@@ -102,12 +109,18 @@ def refuse(config: Any, cache_type: str, arguments: Mapping[str, Any]) -> None:
     """
     window = getattr(config, "max_attention_window", None) or []
     mapping, heads = arguments["mapping"], arguments["num_kv_heads"]
+    why = cannot_reuse(arguments)
+    events = bool(getattr(config, "event_buffer_max_size", 0))
     found = {
-        "block reuse (kv_cache_config.enable_block_reuse)": _asked(config, "enable_block_reuse"),
+        f"block reuse for {why} (kv_cache_config.enable_block_reuse)": why and _asked(config, "enable_block_reuse"),
         "host offload (kv_cache_config.host_cache_size)": bool(getattr(config, "host_cache_size", None)),
-        "KV cache events (kv_cache_config.event_buffer_max_size)": bool(getattr(config, "event_buffer_max_size", 0)),
+        f"KV cache events for {why} (kv_cache_config.event_buffer_max_size)": why and events,
+        "KV cache events without block reuse (kv_cache_config.event_buffer_max_size)": events
+        and not getattr(config, "enable_block_reuse", False),
         "attention sinks (kv_cache_config.sink_token_length)": bool(getattr(config, "sink_token_length", None)),
-        "sliding windows (kv_cache_config.max_attention_window)": min(window, default=arguments["max_seq_len"])
+        "sliding windows (kv_cache_config.max_attention_window; leave it out to attend to all tokens)": min(
+            window, default=arguments["max_seq_len"]
+        )
         < arguments["max_seq_len"],
         "beam search (max_beam_width)": arguments.get("max_beam_width", 1) > 1,
         "KV connectors (kv_connector_config)": arguments.get("kv_connector_manager") is not None,
