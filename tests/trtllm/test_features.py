@@ -18,9 +18,8 @@ Make = Callable[..., Any]
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        ({"model_fields_set": {"enable_block_reuse"}}, "block reuse"),
         ({"host_cache_size": 1 << 30}, "host offload"),
-        ({"event_buffer_max_size": 10}, "KV cache events"),
+        ({"event_buffer_max_size": 10, "enable_block_reuse": False}, "KV cache events without block reuse"),
         ({"sink_token_length": 4}, "attention sinks"),
         ({"max_attention_window": [64, 128]}, "sliding windows"),
     ],
@@ -55,14 +54,32 @@ def test_context_parallelism_and_cache_types(make: Make, fake: SimpleNamespace) 
         make(dtype=fake.bindings.DataType.NVFP4)
 
 
-def test_reuse_by_default_is_switched_off_and_said(
+def test_reuse_on_several_ranks_is_switched_off_and_said_or_refused(
     make: Make, fake: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = fake.managers.KvCacheConfig()
-    manager = make(cache_config=config)
+    config, ranks = fake.managers.KvCacheConfig(), fake.managers.Mapping(world_size=2)
+    manager = make(cache_config=config, mapping=ranks)
     assert (manager.enable_block_reuse, manager.enable_partial_reuse) == (False, False)
     assert config.enable_block_reuse  # the user's own is left alone
     assert "block reuse, on by default, is switched off" in caplog.text
+    assert manager.vattn.reuse is None
+    asked = fake.managers.KvCacheConfig(model_fields_set={"enable_block_reuse"})
+    with pytest.raises(UnsupportedFeature, match=r"block reuse for a model on 2 ranks.*enable_block_reuse"):
+        make(cache_config=asked, mapping=ranks)
+    with pytest.raises(UnsupportedFeature, match="KV cache events for a model on 2 ranks"):
+        make(cache_config=fake.managers.KvCacheConfig(event_buffer_max_size=10), mapping=ranks)
+
+
+def test_reuse_is_served_by_default_and_may_be_switched_off(make: Make, fake: SimpleNamespace) -> None:
+    config = fake.managers.KvCacheConfig()
+    manager = make(cache_config=config)
+    assert (manager.enable_block_reuse, manager.enable_partial_reuse) == (True, True)
+    manager = make(cache_config=fake.managers.KvCacheConfig(enable_block_reuse=False))
+    assert not manager.enable_block_reuse
+    assert manager.vattn.reuse is None
+    assert manager.get_latest_events(0) == []
+    manager.reset_reuse_state()
+    manager.flush_iteration_events()
 
 
 def test_a_full_window_is_none(make: Make, fake: SimpleNamespace) -> None:

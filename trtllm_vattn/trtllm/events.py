@@ -136,7 +136,9 @@ class EventBuffer:
 def _salt_id(kind: str, text: str) -> int | None:
     if not kind:
         return None
-    return int(text) if kind == "int" else int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+    return (
+        int(text) if kind == "int" else int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    )
 
 
 def block_key_hash(

@@ -293,7 +293,8 @@ class PrefixProbe(Stock):  # type: ignore[misc]
         self, input_tokens: Sequence[int], lora_task_id: int | None = None, cache_salt: str | None = None
     ) -> int:
         """As `ManagerMemory.reusable_tokens`."""
-        return self.vattn.reusable_tokens(input_tokens, lora_task_id, cache_salt)
+        memory: ManagerMemory = self.vattn
+        return memory.reusable_tokens(input_tokens, lora_task_id, cache_salt)
 
 
 class PoolIndices(Stock):  # type: ignore[misc]

@@ -250,11 +250,9 @@ class ManagerMemory:
                         self.running[number] = request
                         if self.reuse is not None:
                             self.reuse.begin(request)
-            if self.reuse is not None:
-                self.reuse.prepared(batch.context_requests)
-                if any(number in admitted for number in new) and hasattr(batch, "reset_context_requests"):
-                    # A prompt that begins behind what is held may have become its last chunk.
-                    batch.reset_context_requests()
+            if self.reuse is not None and admitted and hasattr(batch, "reset_context_requests"):
+                # A prompt that begins behind what is held may have become its last chunk.
+                batch.reset_context_requests()
 
     def _new_tokens(self, batch: Any) -> tuple[dict[int, int], dict[int, int]]:
         """Tokens of requests that begin, and additional tokens of those that go on, by id; dummies left out."""
@@ -292,7 +290,7 @@ class ManagerMemory:
         with self._lock:
             self._stock.update_resources(batch, *arguments, **named)
             if self.reuse is not None:
-                self.reuse.updated(batch.context_requests, batch.generation_requests)
+                self.reuse.updated(batch.context_requests)
             try:
                 self.cache.map_ahead()
             except (DriverError, MemoryQuarantined) as error:
@@ -323,8 +321,9 @@ class ManagerMemory:
     def fail(self, numbers: Iterable[int]) -> None:
         """Requests end in an error: nothing of them is reused."""
         with self._lock:
-            for number in numbers if self.reuse is not None else ():
-                self.reuse.fail(number)
+            if self.reuse is not None:
+                for number in numbers:
+                    self.reuse.fail(number)
 
     # -- reuse -----------------------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ blocks, the request is told that its first tokens are there, by the names that T
 ``set_prepopulated_prompt_len`` since 1.3; in 1.2, ``context_current_position`` and ``context_chunk_size``, by the rule
 of that method (cpp/include/tensorrt_llm/batch_manager/llmRequest.h).
 
-A token counts as held once `update_resources` was called for the step that wrote it. A request that TensorRT-LLM ends
-with an error (`PyExecutor._handle_errors`) leaves nothing.
+A token counts as held once a later one was sampled. A request that TensorRT-LLM ends with an error
+(`PyExecutor._handle_errors`) leaves nothing.
 """
 
 from __future__ import annotations
@@ -55,16 +55,21 @@ class _Reusing:
 
     Attributes
     ----------
-    cached, confirmed : int
-        Tokens that were there when it began, and those that are there now for certain.
-    chunks : int
-        Steps of its prompt that were prepared and not updated yet.
+    prompt, cached : int
+        Tokens of its prompt, and those of them that were there when it began.
+    is_shared : bool
+        Others may begin with its prompt.
     """
 
+    prompt: int
     cached: int
-    confirmed: int
-    chunks: int = 0
+    is_shared: bool = False
     failed: bool = False
+
+    def written(self, tokens: int) -> int:
+        """Tokens whose KV is there for certain when a request has so many: the last one was sampled, so all before it
+        are; before any was sampled, those that it began with."""
+        return tokens - 1 if tokens > self.prompt else self.cached
 
 
 class RequestReuse:
@@ -122,7 +127,7 @@ class RequestReuse:
                 reserve_tokens=tokens - len(prompt),
                 multiple=self._multiple,
             )
-            self._requests[number] = _Reusing(found.cached_tokens, found.cached_tokens)
+            self._requests[number] = _Reusing(len(prompt), found.cached_tokens)
             if tokens > len(prompt):
                 try:
                     self.cache.extend(number, tokens - len(prompt))
@@ -150,27 +155,15 @@ class RequestReuse:
         request.context_current_position = known.cached
         request.context_chunk_size = min(chunk, end - known.cached)
 
-    def prepared(self, prompts: Iterable[Any]) -> None:
-        """A step with these requests' prompts, or chunks of them, was prepared."""
-        for request in prompts:
-            if (known := self._requests.get(request.py_request_id)) is not None:
-                known.chunks += 1
-
-    def updated(self, prompts: Iterable[Any], generations: Iterable[Any]) -> None:
-        """A step was updated: what it wrote is there. Others may begin with a prompt as soon as all of it is."""
+    def updated(self, prompts: Iterable[Any]) -> None:
+        """A step with these requests' prompts, or chunks of them, was updated: others may begin with a prompt as soon
+        as all of it is there."""
         for request in prompts:
             known = self._requests.get(request.py_request_id)
-            if known is None:
+            if known is None or known.failed or known.is_shared or request.get_num_tokens(0) <= known.prompt:
                 continue
-            known.chunks -= 1
-            if known.chunks == 0 and not known.failed and request.context_remaining_length == 0:
-                known.confirmed = max(known.confirmed, request.prompt_len)
-                self.prefixes.computed(request.py_request_id, _tokens_of(request, known.confirmed))
-        for request in generations:
-            known = self._requests.get(request.py_request_id)
-            if known is not None and not known.chunks:
-                # The last token was sampled, but its KV not written yet.
-                known.confirmed = max(known.confirmed, request.get_num_tokens(0) - 1)
+            self.prefixes.computed(request.py_request_id, _tokens_of(request, known.prompt))
+            known.is_shared = True
 
     def fail(self, number: int) -> None:
         """A request ends in an error: nothing of it is kept."""
@@ -178,7 +171,7 @@ class RequestReuse:
             known.failed = True
 
     def end(self, request: Any) -> None:
-        """Take the slot of a request that finished, was cancelled or is paused, and keep what is confirmed of it."""
+        """Take the slot of a request that finished, was cancelled or is paused, and keep what is there of it."""
         self._finish(request, keep=not self._has_failed(request))
 
     def _has_failed(self, request: Any) -> bool:
@@ -193,7 +186,7 @@ class RequestReuse:
             return
         with self._on_stream():
             if keep and self.cache.slot_of(number) not in self.cache.broken_slots():
-                self.prefixes.finish(number, _tokens_of(request, known.confirmed))
+                self.prefixes.finish(number, _tokens_of(request, known.written(request.get_num_tokens(0))))
             else:
                 self.prefixes.finish(number, (), ok=False)
         del self._requests[number]

@@ -439,7 +439,8 @@ class PrefixTree:
 
     def expire(self) -> list[int]:
         """Give blocks whose time is over `DEFAULT_PRIORITY`; returns the owners that end with one."""
-        found, now = [], self._clock()
+        found: list[int] = []
+        now = self._clock()
         while self._expiring and self._expiring[0][0] <= now:
             _, _, node = heapq.heappop(self._expiring)
             if node.stamp >= 0 and node.expires <= now:
