@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from trtllm_shape import SHAPE, VERSIONS, drafts
 
-from trtllm_vattn.cache.prefix import Retention
-from trtllm_vattn.errors import KVCacheOutOfMemory
+from trtllm_vattn.cache.prefix import Retention, Way
+from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.installation import patch_executor
 from trtllm_vattn.trtllm.manager import make_manager
 from trtllm_vattn.trtllm.reuse import retention_of
 from trtllm_vattn.vmm.host import HostDriver
+from trtllm_vattn.vmm.wrappers import FaultyDriver
 
 Make = Callable[..., Any]
 every = pytest.mark.parametrize("series", list(VERSIONS))
@@ -308,6 +309,45 @@ def test_events_tell_of_blocks_that_are_stored_and_removed(make: Make, fake: Sim
     known = [block.block_hash for event in (stored, more) for block in event.data.blocks]
     assert sorted(gone.data.block_hashes) == sorted(known)
     assert gone.event_id == 2
+
+
+@pytest.mark.parametrize("way", [Way.ADOPT, Way.ALIAS, Way.COPY])
+def test_a_driver_call_that_fails_costs_no_byte(fake: SimpleNamespace, host_driver: HostDriver, way: Way) -> None:
+    """Each call in turn fails while a request begins behind what another left, beside one that decodes."""
+    driver = FaultyDriver(host_driver)
+    kind = make_manager(fake.managers.KVCacheManager, TrtllmConfig(budget=400_000, lookahead=0), lambda: driver)
+    raised = 0
+    for skip in range(60):
+        arguments = {**SHAPE, "mapping": fake.managers.Mapping(), "dtype": fake.bindings.DataType.FLOAT}
+        manager = kind(fake.managers.KvCacheConfig(), fake.bindings.CacheType.SELF, **arguments)
+        executor = fake.executor.PyExecutor(manager, manager.max_batch_size)
+        manager.vattn.set_initial_budget()
+        manager.vattn.reuse.prefixes.ways = frozenset({way})
+        run(fake, executor, 1, A[:60])
+        executor.submit(ask(fake, 2, A[60:], 30))
+        executor.step()
+        executor.submit(ask(fake, 3, [*A[:60], *range(500, 540)]))
+        driver.seen = 0
+        driver.fail("*", skip=skip)
+        batch = executor._schedule()
+        try:
+            manager.prepare_resources(batch)
+        except DriverError:
+            raised += 1
+            assert batch.context_requests[0].context_current_position == 0
+        done = driver.seen <= skip
+        driver.disarm()
+        manager.vattn.cache.check_integrity()
+        for request in batch.context_requests:
+            manager.free_resources(request)
+        if done:
+            assert batch.context_requests[0].context_current_position == 60
+        assert run(fake, executor, 4, [*A[:60], *range(500, 540)]) in ((60,) if done else (0, 60))
+        manager.shutdown()
+        if done:
+            break
+    assert done
+    assert raised > 3
 
 
 def common(one: list[int], other: list[int]) -> int:
