@@ -74,8 +74,12 @@ def test_reuse_is_served_by_default_and_may_be_switched_off(make: Make, fake: Si
     config = fake.managers.KvCacheConfig()
     manager = make(cache_config=config)
     assert (manager.enable_block_reuse, manager.enable_partial_reuse) == (True, True)
+    manager.vattn.set_initial_budget()
+    assert "in blocks of 16, which are reused" in manager.vattn.describe()
     manager = make(cache_config=fake.managers.KvCacheConfig(enable_block_reuse=False))
     assert not manager.enable_block_reuse
+    manager.vattn.set_initial_budget()
+    assert "in blocks of 16, which are not reused" in manager.vattn.describe()
     assert manager.vattn.reuse is None
     assert manager.get_latest_events(0) == []
     manager.reset_reuse_state()

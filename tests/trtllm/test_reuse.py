@@ -244,6 +244,26 @@ def test_what_is_kept_gives_way_to_requests(make: Make, fake: SimpleNamespace) -
     assert run(fake, executor, 99, A[:40]) == 0
 
 
+@pytest.mark.parametrize("way", [Way.ADOPT, Way.ALIAS, Way.COPY])
+def test_a_request_holds_no_more_than_it_was_promised(make: Make, fake: SimpleNamespace, way: Way) -> None:
+    """Large extents of a long slot would stay with whoever goes on in it with less."""
+    manager = make(TrtllmConfig(lookahead=0))
+    executor = executor_of(fake, manager)
+    manager.vattn.reuse.prefixes.ways = frozenset({way})
+    run(fake, executor, 1, A)
+    for number in (2, 3):
+        executor.submit(ask(fake, number, [*A[:60], number], 3))
+    executor.step()
+    cache = manager.vattn.cache
+    for number in (2, 3):
+        slot = cache.slot_of(number)
+        assert cache.arena.slots[slot].mapped == cache.layout.bytes_for(int(cache.lengths[slot]))
+    executor.run()
+    assert executor.wrong == []
+    # A slot that is no longer than what is needed is gone on in.
+    assert run(fake, executor, 4, [*A, 7, 7, 7, 7]) == 100
+
+
 def test_retention_is_as_it_was_asked_for(make: Make, fake: SimpleNamespace) -> None:
     def config(*ranges: tuple[int, int | None, int, Any], decode: int = 35, duration: Any = None) -> Any:
         names = ("token_start", "token_end", "priority", "duration_ms")

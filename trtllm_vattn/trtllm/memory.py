@@ -208,7 +208,8 @@ class ManagerMemory:
         return (
             f"KV cache at fixed addresses: {self._manager.num_pools} pools, the first at "
             f"{self.cache.blocks(0).data_ptr():#x}; {self.slots.max_requests} requests of {shape.max_seq_len} tokens "
-            f"in blocks of {self._manager.tokens_per_block}; a budget of {self.target:,} bytes"
+            f"in blocks of {self._manager.tokens_per_block}, which are {'' if self.reuse else 'not '}reused; a budget of "
+            f"{self.target:,} bytes"
         )
 
     # -- requests --------------------------------------------------------------------------------------------------

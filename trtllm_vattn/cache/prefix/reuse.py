@@ -104,7 +104,8 @@ class ReusableCache(Protocol):
 
     def adoption_bytes(self, slot: int, keep_tokens: int, prompt_len: int) -> int | None:
         """Bytes to map for a prompt in a retained slot that keeps so many tokens; None where it cannot be adopted
-        without copying: others read or share what would be written, or it lies in other slots."""
+        without copying: others read or share what would be written, or it lies in other slots; or where it would hold
+        more than the prompt needs, in a cache that promises its memory to the byte."""
 
     def segments_of(self, slot: int, tokens: int) -> int:
         """Slots that the first `tokens` tokens of a slot lie in."""
