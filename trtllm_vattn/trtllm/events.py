@@ -58,11 +58,21 @@ class KVCacheRemovedData:
 
 
 @dataclass(frozen=True)
+class KVCacheCreatedData:
+    """The cache is there, of so many blocks on the GPU and in host memory."""
+
+    num_blocks_per_cache_level: list[int]
+
+
+Data = KVCacheCreatedData | KVCacheStoredData | KVCacheRemovedData
+
+
+@dataclass(frozen=True)
 class KVCacheEvent:
     """One event; ids count up without gaps."""
 
     event_id: int
-    data: KVCacheStoredData | KVCacheRemovedData
+    data: Data
     window_size: int
     attention_dp_rank: int | None = None
 
@@ -86,9 +96,15 @@ class EventBuffer:
         self._hashes: dict[int, int] = {}
         """TensorRT-LLM's hashes of the blocks that are stored, by the prefix tree's."""
 
+    def create(self, blocks: int) -> None:
+        """The cache has so many blocks."""
+        self._add([KVCacheCreatedData([blocks, 0])])
+
     def add(self, events: Iterable[prefix_events.KVCacheEvent]) -> None:
         """Add what a prefix cache tells."""
-        found = [self._translate(event) for event in events]
+        self._add([self._translate(event) for event in events])
+
+    def _add(self, found: Sequence[Data]) -> None:
         with self._changed:
             for data in found:
                 self._events.append(KVCacheEvent(self._next_id, data, self._window))

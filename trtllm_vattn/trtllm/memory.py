@@ -208,8 +208,8 @@ class ManagerMemory:
         return (
             f"KV cache at fixed addresses: {self._manager.num_pools} pools, the first at "
             f"{self.cache.blocks(0).data_ptr():#x}; {self.slots.max_requests} requests of {shape.max_seq_len} tokens "
-            f"in blocks of {self._manager.tokens_per_block}, which are {'' if self.reuse else 'not '}reused; a budget of "
-            f"{self.target:,} bytes"
+            f"in blocks of {self._manager.tokens_per_block}, which are {'' if self.reuse else 'not '}reused; "
+            f"a budget of {self.target:,} bytes"
         )
 
     # -- requests --------------------------------------------------------------------------------------------------
@@ -527,6 +527,8 @@ class ManagerMemory:
             self.target = self.slots.budget_for(self._stock_blocks(self.slots.blocks_backed_by(self.target)))
         self.check_budget(self.target)
         with self._lock:
+            if self.events is not None and not self.is_budget_set:
+                self.events.create(self.slots.blocks_backed_by(self.target))
             self.is_budget_set = True
             self.cache.shrink_towards(self.target)
             self._update_holdback()
