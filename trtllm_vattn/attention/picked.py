@@ -97,7 +97,7 @@ class PickedAttention(FlatPromptsAttention):
 
     # -- choosing --------------------------------------------------------------------------------------------------
 
-    def pick(self, lengths: np.ndarray, anywhere: bool = False) -> str:
+    def pick(self, lengths: np.ndarray, anywhere: bool = False, prefixes: bool = False) -> str:
         """The fastest kernel for lengths int ``[lanes]``, 0 for idle lanes; it takes a few microseconds.
 
         `anywhere` says that lane i need not be slot i. For a number of lanes without costs (`learn`, `measure`), the
