@@ -58,10 +58,8 @@ class TorchAttention(GatheringAttention):
     def decode_mixed(
         self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """`decode` of the lanes of a mixed pass, which are not those of `PrefixTables.groups`."""
-        result = self._attend(
-            layer, q[:, None], slots, lengths, lengths[:, None].long(), self.cache.shape.max_seq_len
-        )
+        extent = self.cache.shape.max_seq_len
+        result = self._attend(layer, q[:, None], slots, lengths, lengths[:, None].long(), extent)
         out.copy_(result[:, 0])
 
     def prefill(self, layer: int, q: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
