@@ -29,6 +29,7 @@ from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import DecodeStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
 from trtllm_vattn.runtime.pass_cost import Timing
+from trtllm_vattn.runtime.prefix_reading import PrefixReading
 from trtllm_vattn.runtime.sampling import SamplingParams, add_noise, in_parts, of_parts, sample_on_device, settings
 from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.vmm.tensors import finish, tensor_at, upload
@@ -134,6 +135,8 @@ class DecodeBatch:
         Applied to functions of tensors that are run in every step; torch.compile, or nothing.
     lanes : int or None
         Sequences that may run at once; fewer than the cache's slots only where `packed`. None is all slots.
+    reading : PrefixReading or None
+        Has the tables of `attention` say which first tokens lie elsewhere, or are shared by lanes; None where none do.
 
     Attributes
     ----------
@@ -158,8 +161,9 @@ class DecodeBatch:
         packed: bool = False,
         wrap: Wrap = as_it_is,
         lanes: int | None = None,
+        reading: PrefixReading | None = None,
     ) -> None:
-        self.model, self.attention = model, attention
+        self.model, self.attention, self.reading = model, attention, reading
         self.steps, self.loop, self.packed = steps, loop, packed
         cache = attention.cache
         lanes, device = lanes or cache.shape.num_slots, cache.device
@@ -195,6 +199,8 @@ class DecodeBatch:
         self.lane_of: dict[int, int] = {}
         self._changed = True
         """Whether lanes are other than those on the device."""
+        self._others = True
+        """Whether lanes are others than when they were grouped."""
         self._taken = 0
         """Steps started, counted as the device counts them."""
         self._miscounted = True
@@ -306,6 +312,7 @@ class DecodeBatch:
         """Give a slot's sequence a lane. Its next step writes `token` and makes it `length` tokens long; no step makes
         it longer than `limit`. `params` are those of the sequence, which has `generated` tokens of its own so far."""
         lane = self.lane_of.get(slot)
+        self._others = True
         if lane is None:
             lane = self.lane_of[slot] = len(self.lane_of) if self.packed else slot
         self.tokens[lane], self.positions[lane] = token, length - 1
@@ -343,7 +350,7 @@ class DecodeBatch:
 
     def clear_lane(self, slot: int) -> None:
         """Take a slot's lane away."""
-        self._changed = True
+        self._changed = self._others = True
         for launch in self._under_way:
             launch.lane_of.pop(slot, None)
         lane = self.lane_of.pop(slot)
@@ -365,7 +372,7 @@ class DecodeBatch:
         self._params.clear()
         self._columns[:] = self._idle_column()
         self._source[:] = -1
-        self._changed = self._miscounted = True
+        self._changed = self._miscounted = self._others = True
 
     @property
     def lanes(self) -> dict[int, int]:
@@ -405,7 +412,7 @@ class DecodeBatch:
         under way. Raises UnmappedAccess before anything is launched."""
         guarded = self.check(1 if self.loop else steps)
         bucket = self.bucket
-        variant = self.attention.pick(self.lengths[:bucket], self.packed)
+        variant = self.attention.pick(self.lengths[:bucket], self.packed, self._share_reading())
         runner = self._runners[variant, self.sampling]
         self.capture_missing(runner, bucket)
         self.send(steps)
@@ -417,6 +424,13 @@ class DecodeBatch:
             (logits,) = runner.replay(bucket, steps)
         return self.launched(self.lanes, steps, logits, guarded)
 
+    def _share_reading(self) -> bool:
+        """Group lanes for the launch that follows; returns whether it needs a kernel that honours `PrefixTables`."""
+        if self.reading is None:
+            return False
+        changed, self._others = self._others, False
+        return self.reading.share(self.lanes, self.lengths, changed)
+
     def check(self, steps: int) -> float:
         """Raise UnmappedAccess where so many steps of the lanes would touch memory that is not mapped; returns the
         seconds that it took."""
@@ -427,6 +441,8 @@ class DecodeBatch:
     def send(self, steps: int) -> None:
         """Bring the device's lanes up to date, on the stream of the launch that follows, of so many steps."""
         device = self._device.device
+        if self.reading is not None:
+            self.reading.publish()
         if self.loop or self._miscounted:
             # Only of a loop it is the device that knows how many were taken, and nobody wants more of the last one.
             self._taken, self._miscounted = 0, False

@@ -42,6 +42,7 @@ from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.passes import Passes
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
+from trtllm_vattn.runtime.prefix_reading import PrefixReading
 from trtllm_vattn.runtime.request import (
     Completion,
     RequestState,
@@ -272,6 +273,11 @@ class Engine:
         self.attention = make_attention(
             attention, cache, config.num_attention_heads, scale, deterministic=settings["deterministic"]
         )
+        self._reading = (
+            PrefixReading.over(self.attention, settings["lanes"] or cache.shape.num_slots, settings["deterministic"])
+            if reusing
+            else None
+        )
         self._process = os.getpid()
         self._attention = self._interrupted = False
         self._changing = _Changing(self)
@@ -284,7 +290,7 @@ class Engine:
         mixed = self._start_device(settings)
         self.weights = Weights(model, capture)
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
-        self.slots = RequestSlots.over(cache, reusing, settings["kv_events"])
+        self.slots = RequestSlots.over(cache, reusing, settings["kv_events"], self._reading)
         self.scheduler = self._make_scheduler(settings, mixed)
         self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one=loop or record_margins)
         _engines.add(self)
@@ -322,7 +328,15 @@ class Engine:
             # Behind the merging of projections, and before anything holds an address.
             self.sleeping = Sleeping(self.cache, cast(PreTrainedModel, model), settings["sleepable_weights"])
             self.decode = DecodeBatch(
-                model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap, lanes=lanes
+                model,
+                self.attention,
+                buckets,
+                steps=steps,
+                loop=loop,
+                packed=packed,
+                wrap=wrap,
+                lanes=lanes,
+                reading=self._reading,
             )
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, mixed)
             self.passes = Passes(self.decode, self.prefill, wrap)
@@ -849,8 +863,10 @@ class Engine:
 
     def prefix_stats(self) -> dict[str, Any]:
         """Counts of the prefix cache since the start, by name: ``cached_tokens`` of ``prompt_tokens``, ``hit_rate``,
-        how often each of the ``ways`` was taken, and what is kept now. Raises ConfigError without one."""
-        return self._prefixes().as_dict()
+        how often each of the ``ways`` was taken and why, what is kept now, and what decode read once for several
+        sequences. Raises ConfigError without one."""
+        reading = {} if self._reading is None else self._reading.as_dict()
+        return {**self._prefixes().as_dict(), **reading}
 
     def flush_prefix_cache(self) -> int:
         """Forget what is kept, pinned or not; returns the tokens forgotten. What runs goes on, and is not kept when it
