@@ -9,6 +9,7 @@ import torch
 from trtllm_vattn.attention import cudnn, fmha, shares, xqa
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.decode_only import default_attention
+from trtllm_vattn.attention.options import FP8
 from trtllm_vattn.attention.picked import PickedAttention
 from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.cache.base import FlatKV, KVCache
@@ -18,8 +19,8 @@ from trtllm_vattn.errors import ConfigError
 def automatic(cache: KVCache, num_heads: int, scale: float | None = None, *, deterministic: bool = False) -> Attention:
     """The picked backend (picked.py) if its kernels work over this cache, else `default_attention`."""
     shape = cache.shape
-    flat = isinstance(cache.layer(0), FlatKV) and shape.kv_factor == 2
-    half = shape.dtype in (torch.float16, torch.bfloat16) and shape.head_dim in shares.HEAD_SIZES
+    flat = isinstance(cache.head_groups(0)[0], FlatKV) and shape.kv_factor == 2
+    half = shape.dtype in (torch.float16, torch.bfloat16, FP8) and shape.head_dim in shares.HEAD_SIZES
     if cache.device.type == "cuda" and flat and half and cudnn.availability() == shares.availability() == "yes":
         return PickedAttention(cache, num_heads, scale, deterministic=deterministic)
     return default_attention(cache, num_heads, scale)

@@ -42,6 +42,7 @@ from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.passes import Passes
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
+from trtllm_vattn.runtime.prefix_reading import PrefixReading
 from trtllm_vattn.runtime.request import (
     Completion,
     RequestState,
@@ -280,6 +281,11 @@ class Engine:
             attention, cache, config.num_attention_heads, scale, deterministic=settings["deterministic"]
         )
         self._check_drafts(settings["speculation"])
+        self._reading = (
+            PrefixReading.over(self.attention, settings["lanes"] or cache.shape.num_slots, settings["deterministic"])
+            if reusing and settings["speculation"] is None  # whose steps read every lane from its own slot
+            else None
+        )
         self._process = os.getpid()
         self._attention = self._interrupted = False
         self._changing = _Changing(self)
@@ -297,7 +303,7 @@ class Engine:
             undo.pop_all()
         self.weights = Weights(model, capture)
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
-        self.slots = RequestSlots.over(cache, reusing, settings["kv_events"])
+        self.slots = RequestSlots.over(cache, reusing, settings["kv_events"], self._reading)
         self.scheduler = self._make_scheduler(settings, mixed)
         self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one=loop or record_margins)
         _engines.add(self)
@@ -389,6 +395,7 @@ class Engine:
                 lanes=lanes,
                 speculation=settings["speculation"],
                 draft_model=draft_model,
+                reading=self._reading,
             )
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, mixed)
             self.passes = Passes(self.decode, self.prefill, wrap)
@@ -951,8 +958,10 @@ class Engine:
 
     def prefix_stats(self) -> dict[str, Any]:
         """Counts of the prefix cache since the start, by name: ``cached_tokens`` of ``prompt_tokens``, ``hit_rate``,
-        how often each of the ``ways`` was taken, and what is kept now. Raises ConfigError without one."""
-        return self._prefixes().as_dict()
+        how often each of the ``ways`` was taken and why, what is kept now, and what decode read once for several
+        sequences. Raises ConfigError without one."""
+        reading = {} if self._reading is None else self._reading.as_dict()
+        return {**self._prefixes().as_dict(), **reading}
 
     def flush_prefix_cache(self) -> int:
         """Forget what is kept, pinned or not; returns the tokens forgotten. What runs goes on, and is not kept when it

@@ -21,11 +21,13 @@ from trtllm_vattn.memory.slot import RangeGroup, Stripe
 from trtllm_vattn.vmm.owners import Extent
 
 
-def prefix_cache_over(cache: KVCache, ways: Collection[Way] = tuple(Way), events: bool = False) -> PrefixCache:
+def prefix_cache_over(
+    cache: KVCache, ways: Collection[Way] = tuple(Way), events: bool = False, max_segments: int = 1
+) -> PrefixCache:
     """A `PrefixCache` over a cache at fixed addresses. Raises ConfigError for another one."""
     if not isinstance(cache, KVCacheManager):
         raise ConfigError(f"a {type(cache).__name__} cannot keep prefixes; use the vattn cache, or prefix_cache=False")
-    return PrefixCache(ManagedReuse(cache), ways=ways, events=events)
+    return PrefixCache(ManagedReuse(cache), ways=ways, max_segments=max_segments, events=events)
 
 
 class ManagedReuse:

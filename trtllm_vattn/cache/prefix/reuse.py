@@ -126,12 +126,14 @@ class ReusableCache(Protocol):
 
 @dataclass(frozen=True)
 class Admission:
-    """Where a sequence lies, and how many of its first tokens need not be computed."""
+    """Where a sequence lies, and how many of its first tokens need not be computed: they are those of the sequence that
+    the slot `owner` holds, or held; None without any."""
 
     slot: int
     cached_tokens: int
     way: Way
     reason: str
+    owner: int | None = None
 
 
 @dataclass
@@ -311,7 +313,8 @@ class PrefixCache:
         if cached:
             self.tree.insert(slot, tokens[:cached], key, priority, evictable=False)
         self._count(len(tokens), cached, decision)
-        return Admission(slot, cached, decision.way, decision.reason)
+        owner = found.owner if found is not None and cached else None
+        return Admission(slot, cached, decision.way, decision.reason, owner)
 
     def computed(self, sequence: Hashable, tokens: Tokens) -> None:
         """The KV of these first tokens of a running sequence is right: others may begin with them from now on, while it
