@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -11,6 +12,7 @@ from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.decode_only import default_attention
 from trtllm_vattn.attention.picked import PickedAttention
 from trtllm_vattn.attention.reference import TorchAttention
+from trtllm_vattn.attention.windows import WindowedAttention
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.errors import ConfigError
 
@@ -25,7 +27,13 @@ def automatic(cache: KVCache, num_heads: int, scale: float | None = None, *, det
     return default_attention(cache, num_heads, scale)
 
 
-_BACKENDS: dict[str, Callable[[KVCache, int, float | None], Attention]] = {
+def _for_windows(cache: KVCache) -> str:
+    shape = cache.shape
+    half = shape.dtype.itemsize <= 2 and shape.head_dim in shares.HEAD_SIZES and shape.kv_factor == 2
+    return "shares" if cache.device.type == "cuda" and half and shares.availability() == "yes" else "torch"
+
+
+_BACKENDS: dict[str, Callable[..., Attention]] = {
     "torch": TorchAttention,
     "cudnn": cudnn.CudnnAttention,
     "xqa": xqa.XqaAttention,
@@ -36,12 +44,20 @@ BACKENDS = ("auto", *_BACKENDS)
 
 
 def make_attention(
-    name: str, cache: KVCache, num_heads: int, scale: float | None = None, *, deterministic: bool = False
+    name: str,
+    cache: KVCache,
+    num_heads: int,
+    scale: float | None = None,
+    *,
+    deterministic: bool = False,
+    most_rows: int = 2048,
 ) -> Attention:
     """Make a backend over a cache.
 
     ``auto`` is, over flat KV on a GPU, cudnn or shares by the lengths at hand, and cudnn alone if `deterministic`;
-    elsewhere cudnn if it works over the cache, else torch. The other backends have one kernel.
+    elsewhere cudnn if it works over the cache, else torch. The other backends have one kernel. Over a cache that keeps
+    windows of some layers it is two of the named backend (windows.py), for passes of at most `most_rows` rows; ``auto``
+    is shares then, where that works, else torch.
 
     Raises ConfigError for an unknown name, for query heads that are no multiple of the cache's KV heads, and if the
     backend does not support the cache or this machine.
@@ -52,6 +68,10 @@ def make_attention(
         )
     if name not in BACKENDS:
         raise ConfigError(f"no attention backend {name!r}; there are {', '.join(BACKENDS)}")
+    if cache.shape.windows:
+        name = _for_windows(cache) if name == "auto" else name
+        make = partial(_BACKENDS[name], num_heads=num_heads, scale=scale)
+        return WindowedAttention(cache, num_heads, scale, make=make, most_rows=most_rows)
     if name == "auto":
         return automatic(cache, num_heads, scale, deterministic=deterministic)
     return _BACKENDS[name](cache, num_heads, scale)

@@ -31,7 +31,7 @@ from trtllm_vattn.errors import (
 )
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
-from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, shape_of
+from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
 from trtllm_vattn.runtime.checkpoint import end_of_text
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
@@ -39,7 +39,7 @@ from trtllm_vattn.runtime.decode import DecodeBatch, Launch
 from trtllm_vattn.runtime.dry_pass import naming
 from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
 from trtllm_vattn.runtime.models import load_model
-from trtllm_vattn.runtime.passes import Passes
+from trtllm_vattn.runtime.passes import Passes, most_rows
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
 from trtllm_vattn.runtime.request import (
@@ -262,7 +262,7 @@ class Engine:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
         reusing = _check_reuse(settings, cache)
-        scale = bind(model, cache.shape)
+        needs = bind(model, cache.shape)
         self.model, self.cache = model, cache
         self.steps, self.loop, self.record_margins, self.observer = steps, loop, record_margins, observer
         self.clock = clock
@@ -270,8 +270,14 @@ class Engine:
         self._vocab_size: int = config.vocab_size
         self._end_of_text = end_of_text(model)
         self.attention = make_attention(
-            attention, cache, config.num_attention_heads, scale, deterministic=settings["deterministic"]
+            attention,
+            cache,
+            config.num_attention_heads,
+            needs.scale,
+            deterministic=settings["deterministic"],
+            most_rows=most_rows(settings["chunk"], settings["lanes"], cache.shape.max_seq_len),
         )
+        self.attention.set_options(options_for(needs, cache.shape))
         self._process = os.getpid()
         self._attention = self._interrupted = False
         self._changing = _Changing(self)
