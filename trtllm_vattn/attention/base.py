@@ -121,6 +121,8 @@ class Attention(ABC):
             )
         self.prefixes: PrefixTables | None = None
         """Where first tokens lie that are not in their sequence's own slot; None where all are."""
+        self._with_prefixes = False
+        """Whether the kernel of decode in use honours them."""
         self._require(self._needed_by_cache())
 
     def _needed_by_cache(self) -> set[Feature]:
@@ -174,8 +176,9 @@ class Attention(ABC):
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Kernels of `decode`, of which `pick` names one; a step is captured once for each."""
-        return (self.name,)
+        """Kernels of `decode`, of which `pick` names one; a step is captured once for each. With `set_prefixes` there
+        are some that honour its tables."""
+        return (self.name,) if self.prefixes is None else (self.name, self.name + PREFIXES)
 
     def measure(self, lanes: Sequence[int], anywhere: bool = False) -> None:  # noqa: B027
         """Find out what `pick` needs to know for batches of so many lanes; measured once on a machine and stored.
@@ -195,6 +198,7 @@ class Attention(ABC):
         """Decode by this one of `variants` from now on. Raises ConfigError if it is not among them."""
         if variant not in self.variants:
             raise ConfigError(f"no kernel {variant!r} to pick from; there are {', '.join(self.variants)}")
+        self._with_prefixes = variant.endswith(PREFIXES)
 
     def describe(self) -> str:
         """The kernels of decode and of prompts, for people."""

@@ -235,6 +235,12 @@ class KVCache(ABC):
         return self.lengths
 
     @property
+    def length_deficits(self) -> torch.Tensor | None:
+        """int32 ``[num_groups, num_slots + 1]`` on the device, at one address for life: how many tokens fewer than
+        `lengths` each group holds of each slot's sequence. None where all hold the same."""
+        return None
+
+    @property
     def dummy_slot(self) -> int:
         """Index of the slot that padding writes to; always backed for at least one token."""
         return self.shape.num_slots
