@@ -148,7 +148,9 @@ class WindowedAttention(Attention):
 
     name: ClassVar[str] = "windowed"
     keeps_windows: ClassVar[bool] = True
-    features: ClassVar[frozenset[Feature]] = frozenset({Feature.WINDOW, Feature.SINK_LOGITS, Feature.FP8})
+    features: ClassVar[frozenset[Feature]] = frozenset(
+        {Feature.WINDOW, Feature.SINK_LOGITS, Feature.SOFTCAP, Feature.FP8}
+    )
 
     def __init__(
         self, cache: KVCache, num_heads: int, scale: float | None = None, *, make: Make, most_rows: int = 2048

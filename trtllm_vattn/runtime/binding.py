@@ -8,7 +8,7 @@ compiled layer sees one opaque operation and nothing of the step, so it is compi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,8 +20,10 @@ from trtllm_vattn.attention.base import Attention, PackedPrefill
 from trtllm_vattn.attention.options import FP8, LayerOptions
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime import latents
 from trtllm_vattn.runtime.dry_pass import TOKENS, AttentionNeeds, attention_needs, cannot_serve
 from trtllm_vattn.runtime.families import FAMILIES
+from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype
 from trtllm_vattn.runtime.step_model import StepModel
 
 ATTENTION_NAME = "trtllm_vattn"
@@ -216,21 +218,36 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """The attention function registered with transformers: query ``[1, num_heads, tokens, head_dim]``, key and value
     ``[1, num_kv_heads, tokens, head_dim]`` to ``[1, tokens, num_heads, head_dim]``, over the cache."""
-    if kwargs.get("softcap") is not None:
-        raise ConfigError(f"{type(module).__name__} asks for attention with softcap, which no backend here computes")
+    if latents.keeps_latents(module):
+        return _attend_latents(module, query, key, value), None
     batch, heads, tokens, dim = query.shape
     q = query.transpose(1, 2).reshape(batch * tokens, heads, dim)
     k, v = (x.transpose(1, 2).reshape(batch * tokens, x.shape[1], dim) for x in (key, value))
-    if torch.compiler.is_compiling():
-        out = torch.ops.trtllm_vattn.attend(q, k, v, module.vattn_layer, kwargs.get("s_aux"))
-    else:
-        out = _store_and_attend(module.layer_idx, q, k, v, kwargs.get("s_aux"))  # type: ignore[arg-type]
+    out = _attend(module, q, k, v, kwargs.get("s_aux"))
     return out.view(batch, tokens, heads, dim), None
 
 
-def shape_of(model: StepModel, num_slots: int, max_seq_len: int) -> CacheShape:
+def _attend(
+    module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        out: torch.Tensor = torch.ops.trtllm_vattn.attend(q, k, v, module.vattn_layer, sinks)
+        return out
+    return _store_and_attend(module.layer_idx, q, k, v, sinks)  # type: ignore[arg-type]
+
+
+def _attend_latents(
+    module: torch.nn.Module, query: torch.Tensor, latent: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """`attend` over rows of latents (latents.py), to ``[1, tokens, num_heads, v_head_dim]``."""
+    rows, queries = latents.rows_and_queries(module, query, latent, positions)
+    return latents.values(module, _attend(module, queries, rows, rows))[None]
+
+
+def shape_of(model: StepModel, num_slots: int, max_seq_len: int, kv_cache_dtype: str = "auto") -> CacheShape:
     """The shape of a cache for this model, by its configuration; layers with sliding windows keep those alone
-    (`CacheShape.windows`; replaced by none, a cache keeps all tokens for them too).
+    (`CacheShape.windows`; replaced by none, a cache keeps all tokens for them too). `kv_cache_dtype` is ``auto``, for
+    the model's own dtype, or ``fp8``.
 
     Raises
     ------
@@ -266,11 +283,13 @@ def shape_of(model: StepModel, num_slots: int, max_seq_len: int) -> CacheShape:
             "cache has as many heads of keys and values, as large, in each layer"
         )
     head_dim = getattr(config, "head_dim", None) or sizes["hidden_size"] // sizes["num_attention_heads"]
+    row = latents.latent_size(model) if isinstance(model, PreTrainedModel) else None
     return CacheShape(
         num_layers=sizes["num_hidden_layers"],
-        num_kv_heads=sizes["num_key_value_heads"],
-        head_dim=head_dim,
-        dtype=model.dtype,
+        num_kv_heads=1 if row else sizes["num_key_value_heads"],
+        head_dim=row or head_dim,
+        kv_factor=1 if row else 2,
+        dtype=check_kv_cache_dtype(kv_cache_dtype) or model.dtype,
         num_slots=num_slots,
         max_seq_len=max_seq_len,
         windows=windows,
@@ -390,24 +409,37 @@ def bind(model: StepModel, shape: CacheShape | None = None) -> AttentionNeeds:
         raise cannot_serve(model, f"it computes attention by its own code; families that take ours are {names}")
     model.eval()
     before = config._attn_implementation
+    latents.keep_latents(model)
     try:
         needs = attention_needs(model, shape or shape_of(model, 1, TOKENS), BoundCache())
         _point_at_ours(model)
     except BaseException:
         model.set_attn_implementation(before)
+        latents.expand_again(model)
         raise
     return needs
 
 
-def options_for(needs: AttentionNeeds, shape: CacheShape) -> list[LayerOptions]:
-    """What a backend over a cache of this shape is told of each layer. Sinks are in float32; each step copies them
-    from the model's parameters."""
+def options_for(
+    needs: AttentionNeeds, shape: CacheShape, device: torch.device, scales: KVScales | None = None
+) -> list[LayerOptions]:
+    """What a backend over a cache of this shape is told of each layer. Sinks are in float32; each step copies them from
+    the model's parameters. Scales are copied to the model's device."""
+
+    def of(layer: int, values: Sequence[Any]) -> Any:
+        return values[layer] if len(values) else None
+
+    def copied(values: Sequence[Any], layer: int) -> torch.Tensor | None:
+        value = of(layer, values)
+        return None if value is None else value.detach().to(device, torch.float32, copy=True)
+
     return [
         LayerOptions(
-            window=needs.windows[layer] if needs.windows else None,
-            sink_logits=None
-            if not needs.sinks or (sink := needs.sinks[layer]) is None
-            else sink.detach().float().clone(),
+            window=of(layer, needs.windows),
+            sink_logits=copied(needs.sinks, layer),
+            softcap=of(layer, needs.softcaps),
+            k_scale=copied(scales.k if scales is not None else (), layer),
+            v_scale=copied(scales.v if scales is not None else (), layer),
         )
         for layer in range(shape.num_layers)
     ]

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import CaptureError, ConfigError
+from trtllm_vattn.runtime import latents
 from trtllm_vattn.runtime.step_model import StepModel
 
 DRY_NAME = "trtllm_vattn_dry_pass"
@@ -122,6 +123,9 @@ def _stand_in(
 ) -> tuple[torch.Tensor, None]:
     """Each token's own value, by which no token sees another."""
     _recorder().calls.append(Call(module, query, key, value, scaling, attention_mask, options))
+    if latents.keeps_latents(module):
+        rows, _ = latents.rows_and_queries(module, query, key, value)
+        return latents.values(module, rows.expand(-1, query.shape[1], -1))[None].contiguous(), None
     groups = max(1, query.shape[1] // value.shape[1])
     return value.repeat_interleave(groups, dim=1).transpose(1, 2).contiguous(), None
 
@@ -149,11 +153,14 @@ class AttentionNeeds:
         By layer, how many of the last tokens a query sees, itself included; None is all. Empty is all everywhere.
     sinks : tuple of Tensor or None
         By layer, the model's own parameter ``[num_heads]`` of a further logit of each head; empty without any.
+    softcaps : tuple of float or None
+        By layer, at what scores are capped softly; empty without any.
     """
 
     scale: float | None
     windows: tuple[int | None, ...] = ()
     sinks: tuple[torch.Tensor | None, ...] = ()
+    softcaps: tuple[float | None, ...] = ()
 
 
 def attention_needs(model: PreTrainedModel, shape: CacheShape, cache: Cache) -> AttentionNeeds:
@@ -189,7 +196,9 @@ def attention_needs(model: PreTrainedModel, shape: CacheShape, cache: Cache) -> 
         raise cannot_serve(model, "; ".join(wrong))
     calls = sorted(there.calls, key=lambda call: call.layer or 0)
     sinks = tuple(call.options.get("s_aux") for call in calls)
-    return AttentionNeeds(calls[0].scale, windows, sinks if any(each is not None for each in sinks) else ())
+    softcaps = tuple(call.options.get("softcap") for call in calls)
+    given = (sinks if any(each is not None for each in sinks) else (), softcaps if any(softcaps) else ())
+    return AttentionNeeds(calls[0].scale, windows, *given)
 
 
 @contextmanager
@@ -268,6 +277,10 @@ def _wrong_calls(model: PreTrainedModel, seen: Recorder, shape: CacheShape) -> l
         served = [
             (1, count, min(TOKENS, shape.max_seq_len), shape.head_dim) for count in (heads, *[shape.num_kv_heads] * 2)
         ]
+        if latents.keeps_latents(call.module):
+            # A latent, and the part of the keys that holds positions; together a row.
+            row = sum(size[3] for size in asked[1:])
+            asked = [(*size[:3], row) for size in asked]
         if asked != served:
             wrong.append(
                 f"layer {call.layer} has queries, keys and values of shapes {_shapes(asked)} for {tokens} tokens, a "
@@ -294,6 +307,8 @@ def _unserved(call: Call) -> list[str]:
         if name in NEUTRAL or value in UNSET.get(name, (None,)):
             continue
         if name == "sliding_window" and isinstance(value, int):
+            continue
+        if name == "softcap" and isinstance(value, int | float):
             continue
         if name == "s_aux" and isinstance(value, torch.Tensor) and value.shape == call.query.shape[1:2]:
             continue

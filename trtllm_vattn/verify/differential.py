@@ -64,8 +64,8 @@ class Replica:
         needs = bind(model, cache.shape)
         self.model, self.cache = model, cache
         heads = model.config.get_text_config().num_attention_heads
-        self.attention = make_attention("torch", cache, heads, needs.scale)
-        self.attention.set_options(options_for(needs, cache.shape))
+        options = options_for(needs, cache.shape, cache.device)
+        self.attention = make_attention("torch", cache, heads, needs.scale, options=options)
         self.decode = DigestedBatch(model, self.attention, LANES, STEPS)
         self.prefill = Prefill(model, self.attention, 64, pool=self.decode.runner.pool)
         self.captures = len(self.decode.capture().seconds)
