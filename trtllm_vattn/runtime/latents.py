@@ -1,9 +1,9 @@
-"""Latent attention (MLA of DeepSeek-V2, arXiv 2405.04434): one row of latents a token instead of heads' keys and values.
+"""Latent attention (MLA of DeepSeek-V2, arXiv 2405.04434): a row of latents a token, not heads' keys and values.
 
 transformers' modules expand the latents of all tokens to keys and values of every head before they attend. Here the
-latents are what is stored, and the expansion is on the queries' side: a query times the keys' expansion is compared with
-latents, and the weighted latents are expanded to values (the absorbed form of the paper). The model's code stays as it
-is but for `expand_kv`, which hands the latents on.
+latents are what is stored, and the expansion is on the queries' side: a query times the keys' expansion is compared
+with latents, and the weighted latents are expanded to values (the absorbed form of the paper). The model's code stays
+as it is but for `expand_kv`, which hands the latents on.
 """
 
 from __future__ import annotations
