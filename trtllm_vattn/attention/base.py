@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from trtllm_vattn.attention.options import FP8, PREFIXES, Feature, LayerOptions, PrefixTables
+from trtllm_vattn.attention.options import FP8, PLAIN, PREFIXES, Feature, LayerOptions, PrefixTables
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
@@ -113,7 +113,7 @@ class Attention(ABC):
         self.cache, self.num_heads = cache, num_heads
         self.scale = cache.shape.head_dim**-0.5 if scale is None else scale
         self._of_step: dict[tuple[int, ...], tuple[tuple[object, ...], Any]] = {}
-        self.options: tuple[LayerOptions, ...] = (LayerOptions(),) * cache.shape.num_layers
+        self.options: tuple[LayerOptions, ...] = (PLAIN,) * cache.shape.num_layers
         """How each layer attends."""
         if cache.shape.windows and not self.keeps_windows:
             raise ConfigError(
@@ -256,6 +256,13 @@ class Attention(ABC):
         device) ``slots[i]``. The result is written to `out` if given.
         """
 
+    def decode_mixed(
+        self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """`decode` of rows that are not the lanes of the decode step, those of a mixed pass: first tokens are read
+        where `prefixes` say, and nothing for several lanes at once."""
+        out.copy_(self.decode(layer, q, lengths, slots))
+
     @abstractmethod
     def prefill(self, layer: int, q: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
         """Causal attention of a chunk's queries: q ``[rows, num_heads, head_dim]`` to the same shape.
@@ -290,13 +297,14 @@ class Attention(ABC):
         ``[lanes]``, its own included) of ``decode_slots[i]`` (int64 ``[lanes]``). A row of length 0 is no such token.
         The prompts' chunks lie where `packed.descriptors` say. Other rows are finite and mean nothing.
 
-        This default calls `decode` and `prefill_packed`, or `prefill` for one chunk; it needs `packed.chunks`, of which
-        the first begins at row `lanes`. A backend with `captures_prompts` reads the descriptors alone; there chunks may
-        begin at any row behind the last token of a decoding sequence.
+        This default calls `decode_mixed` and `prefill_packed`, or `prefill` for one chunk; it needs `packed.chunks`, of
+        which the first begins at row `lanes`. A backend with `captures_prompts` reads the descriptors alone; there
+        chunks may begin at any row behind the last token of a decoding sequence.
         """
         lanes = len(decode_lengths)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        out[:lanes] = self.decode(layer, q[:lanes], decode_lengths, decode_slots)
+        if lanes:
+            self.decode_mixed(layer, q[:lanes], decode_lengths, decode_slots, out[:lanes])
         prompts = q[lanes:]
         if len(packed.chunks) > 1:
             out[lanes:] = self.prefill_packed(layer, prompts, packed)

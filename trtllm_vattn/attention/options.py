@@ -105,6 +105,10 @@ class LayerOptions:
                 )
 
 
+PLAIN = LayerOptions()
+"""Causal attention to every token."""
+
+
 def _scales(shape: CacheShape) -> tuple[int, ...]:
     return (1, shape.num_kv_heads)
 

@@ -59,7 +59,6 @@ class TorchAttention(GatheringAttention):
     def decode_mixed(
         self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """`decode` of the lanes of a mixed pass, which are not those of `PrefixTables.groups`."""
         result = self._attend(layer, q[:, None], slots, lengths, lengths[:, None].long(), self._rows(layer))
         out.copy_(result[:, 0])
 

@@ -19,15 +19,13 @@ from trtllm_vattn.errors import ConfigError
 
 
 def automatic(cache: KVCache, num_heads: int, scale: float | None = None, *, deterministic: bool = False) -> Attention:
-    """The picked backend (picked.py) if its kernels work over this cache, else `default_attention`; over rows of eight
-    bits the shares kernel, which alone reads them on a GPU; over latents torch."""
+    """The picked backend (picked.py) if its kernels work over this cache, else `default_attention`; over latents the
+    torch backend."""
     shape = cache.shape
-    flat = isinstance(cache.layer(0), FlatKV) and shape.kv_factor == 2
-    half = shape.dtype in (torch.float16, torch.bfloat16) and shape.head_dim in shares.HEAD_SIZES
     if shape.kv_factor == 1:
         return TorchAttention(cache, num_heads, scale)
-    if shape.dtype == FP8 and flat and _shares_runs(cache):
-        return shares.SharesAttention(cache, num_heads, scale)
+    flat = isinstance(cache.head_groups(0)[0], FlatKV) and shape.kv_factor == 2
+    half = shape.dtype in (torch.float16, torch.bfloat16, FP8) and shape.head_dim in shares.HEAD_SIZES
     if cache.device.type == "cuda" and flat and half and cudnn.availability() == shares.availability() == "yes":
         return PickedAttention(cache, num_heads, scale, deterministic=deterministic)
     return default_attention(cache, num_heads, scale)

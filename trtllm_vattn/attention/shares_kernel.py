@@ -450,15 +450,14 @@ def decode_shares(  # type: ignore[no-untyped-def]
     while at < end:
         # The last lane that begins at or before `at`; a lane of length 0 begins where the next one does.
         place = tl.max(tl.where(begins <= at, places, 0), 0)
+        lane = (place & 0xFFFFFFFF).to(tl.int32)
         if HEADS:
-            lane = (place & 0xFFFFFFFF).to(tl.int32) // HEADS
-        else:
-            lane = (place & 0xFFFFFFFF).to(tl.int32)
+            head = lane % HEADS
+            lane = lane // HEADS
         length = tl.load(lengths + lane)
         count = tl.load(query_lens + lane) if HAS_QUERY_LENS else QUERIES
         slot = tl.load(slots + lane).to(tl.int64) if HAS_SLOTS else lane.to(tl.int64)
         if HEADS:
-            head = (place & 0xFFFFFFFF).to(tl.int32) % HEADS
             length -= tl.load(deficits + tl.load(head_groups + head).to(tl.int64) * of_group + slot)
         tiles = tl.cdiv(length, TILE)
         skip = 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trtllm_vattn.attention.options import FP8, LayerOptions, PrefixTables
+from trtllm_vattn.attention.options import FP8, PLAIN, LayerOptions, PrefixTables
 from trtllm_vattn.cache.base import FlatKV
 
 HOPPER = 9
@@ -198,26 +198,24 @@ class HeadTables:
 
 @dataclass(frozen=True, eq=False)
 class Extras:
-    """What a launch uses beyond lengths and slots; nothing by default.
+    """What a launch of decode or of prompts uses beyond lengths and slots; nothing by default.
 
-    `shared` are what groups of lanes read before, by `launch_prefixes` with the same `prefixes`.
+    Of decode, `shared` are what groups of lanes read before, by `launch_prefixes` with the same `prefixes`.
     """
 
-    options: LayerOptions = LayerOptions()
+    options: LayerOptions = PLAIN
     prefixes: PrefixTables | None = None
     shared: SharedReads | None = None
     heads: HeadTables | None = None
 
     def arguments(self, unused: torch.Tensor, kv_heads: int) -> dict[str, Any]:
-        """The kernel's arguments; `unused` takes the place of tensors that it does not read."""
-        options, tables, shared, heads = self.options, self.prefixes, self.shared, self.heads
+        """The arguments of the kernels of decode and of prompts; `unused` takes the place of tensors that they do not
+        read."""
+        options, tables, heads = self.options, self.prefixes, self.heads
         logits, k_scale, v_scale = options.sink_logits, options.k_scale, options.v_scale
         return {
             "base_slots": unused if tables is None else tables.base_slots,
             "borders": unused if tables is None else tables.borders,
-            "shared": unused if tables is None else tables.shared,
-            "shared_tops": unused if shared is None else shared.tops,
-            "shared_outs": unused if shared is None else shared.outs,
             "sink_logits": unused if logits is None else logits,
             "k_scale": unused if k_scale is None else k_scale,
             "v_scale": unused if v_scale is None else v_scale,
@@ -228,12 +226,24 @@ class Extras:
             "WINDOW": options.window or 0,
             "FIRST": options.first_tokens,
             "PREFIXES": tables is not None,
-            "SHARED": shared is not None,
             "SINKS": logits is not None,
             "K_SCALES": scales_of(k_scale),
             "V_SCALES": scales_of(v_scale),
             "HEADS": 0 if heads is None else power_of_two(kv_heads),
         }
+
+    def shared_arguments(self, unused: torch.Tensor) -> dict[str, Any]:
+        """The arguments of the kernel of decode about what groups of lanes have read."""
+        tables, shared = self.prefixes, self.shared
+        return {
+            "shared": unused if tables is None else tables.shared,
+            "shared_tops": unused if shared is None else shared.tops,
+            "shared_outs": unused if shared is None else shared.outs,
+            "SHARED": shared is not None,
+        }
+
+
+NOTHING = Extras()
 
 
 def scales_of(scale: torch.Tensor | None) -> int:
@@ -255,7 +265,7 @@ def launch(
     settings: Settings,
     features: Features,
     tiles: Sequence[Any] | None = None,
-    extras: Extras = Extras(),
+    extras: Extras = NOTHING,
 ) -> Any:
     """Launch the kernel: q and out ``[lanes, queries, num_heads, head_dim]``, contiguous; the rest as in
     `SharesAttention.decode_queries`. `tiles` are tensor maps of K and V (`tensor_maps`), needed for TMA. `kv` is the
@@ -287,6 +297,7 @@ def launch(
         HAS_QUERY_LENS=query_lens is not None,
         HAS_SLOTS=slots is not None,
         **extras.arguments(lengths, kv_heads),
+        **extras.shared_arguments(lengths),
         **_reading(kv, workspace, settings, features, tiles, scale, dim),
         **more,
     )
