@@ -105,6 +105,10 @@ class Attention(ABC):
     captured pass serves any chunks."""
     most_queries: int = 1
     """Queries of a lane that `decode_queries` takes; 1 where there is `decode` alone."""
+    keeps_windows: ClassVar[bool] = False
+    """Whether it serves caches that keep a window of some layers' tokens (`CacheShape.windows`)."""
+    most_chunks: int | None = None
+    """Most chunks of a pass that is captured for any chunks; None is no limit."""
     features: ClassVar[frozenset[Feature]] = frozenset()
     """What the backend can do beyond causal attention to all tokens of a sequence's own slot, in rows of the cache's
     dtype, all of one length."""
@@ -115,6 +119,10 @@ class Attention(ABC):
         self._of_step: dict[tuple[int, ...], tuple[tuple[object, ...], Any]] = {}
         self.options: tuple[LayerOptions, ...] = (PLAIN,) * cache.shape.num_layers
         """How each layer attends."""
+        if cache.shape.windows and not self.keeps_windows:
+            raise ConfigError(
+                f"the {self.name} backend alone cannot serve a cache that keeps windows; use select.make_attention"
+            )
         self.prefixes: PrefixTables | None = None
         """Where first tokens lie that are not in their sequence's own slot; None where all are."""
         self._with_prefixes = False
@@ -156,6 +164,10 @@ class Attention(ABC):
         Until the next call, a backend reuses what it computed from the same tensors for another layer.
         """
         self._of_step.clear()
+
+    def begin_prompts(self, packed: PackedPrefill) -> None:  # noqa: B027
+        """Say, behind `begin_step`, which chunks of prompts the step has; only before a step with any. For backends
+        that have to know before the first `write`."""
 
     def _once_a_step(self, make: Callable[[], T], *inputs: object) -> T:
         """The result of `make`, which is called once a step for the same `inputs` (the same objects)."""

@@ -31,15 +31,16 @@ from trtllm_vattn.errors import (
 )
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
-from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, shape_of
+from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
 from trtllm_vattn.runtime.checkpoint import end_of_text
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
 from trtllm_vattn.runtime.dry_pass import naming
+from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype, check_kv_scales
 from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
 from trtllm_vattn.runtime.models import load_model
-from trtllm_vattn.runtime.passes import Passes
+from trtllm_vattn.runtime.passes import Passes, most_rows
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
 from trtllm_vattn.runtime.prefix_reading import PrefixReading
@@ -198,6 +199,9 @@ class Engine:
     speculation : Speculation or None
         Has several tokens of a sequence drafted and verified in one step (runtime/speculation.py); the tokens of every
         request are the same as without, up to rounding. With prompts in a pass nothing is drafted. None drafts none.
+    kv_scales : KVScales or None
+        For a cache of eight-bit keys and values: what they are divided by (runtime.kv_scales.calibrated_scales). None
+        is 1.
 
     Raises
     ------
@@ -235,6 +239,7 @@ class Engine:
         swap_cost: SwapCost | None = None,
         sleepable_weights: bool = False,
         speculation: Speculation | None = None,
+        kv_scales: KVScales | None = None,
     ) -> None:
         if not isinstance(cache, KVCache):
             raise ConfigError(f"cache is {described(cache)}; give a KVCache (cache.select.make_cache)")
@@ -270,7 +275,8 @@ class Engine:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
         reusing = _check_reuse(settings, cache)
-        scale = bind(model, cache.shape)
+        scales = check_kv_scales(kv_scales, cache.shape)
+        needs = bind(model, cache.shape)
         self.model, self.cache = model, cache
         self.steps, self.loop, self.record_margins, self.observer = steps, loop, record_margins, observer
         self.clock = clock
@@ -278,7 +284,13 @@ class Engine:
         self._vocab_size: int = config.vocab_size
         self._end_of_text = end_of_text(model)
         self.attention = make_attention(
-            attention, cache, config.num_attention_heads, scale, deterministic=settings["deterministic"]
+            attention,
+            cache,
+            config.num_attention_heads,
+            needs.scale,
+            deterministic=settings["deterministic"],
+            options=options_for(needs, cache.shape, cache.device, scales),
+            most_rows=most_rows(settings["chunk"], settings["lanes"], cache.shape.max_seq_len),
         )
         self._check_drafts(settings["speculation"])
         self._reading = (
@@ -451,6 +463,7 @@ class Engine:
         idle_floor: int | str = 0,
         host_memory: int | str = 0,
         mapping: str = "auto",
+        kv_cache_dtype: str = "auto",
         **options: Any,
     ) -> Self:
         """An engine over a checkpoint (a directory, or a name on the Hugging Face Hub) or a named shape
@@ -477,6 +490,9 @@ class Engine:
             preempted or suspended, and that sleep; 0 is none.
         mapping : str
             ``auto`` runs a short probe of this driver, once, and stores its report (memory/mapping_policy.py).
+        kv_cache_dtype : str
+            ``auto`` stores keys and values as the model has them; ``fp8`` (or ``fp8_e4m3``) in eight bits, half the
+            bytes, by backends that can (torch, shares).
         options
             Further parameters of `Engine`.
 
@@ -489,6 +505,7 @@ class Engine:
         dtype = check_dtype(dtype, device)
         max_seqs = whole("max_seqs", max_seqs, 1, MOST_SEQUENCES)
         max_seq_len = whole("max_seq_len", max_seq_len, 1, LARGEST_COUNT)
+        check_kv_cache_dtype(kv_cache_dtype)
         budget = None if budget is None else parse_bytes(budget, "the budget")
         idle_floor = parse_bytes(idle_floor, "idle_floor")
         host_memory = parse_bytes(host_memory, "host_memory")
@@ -498,7 +515,7 @@ class Engine:
             raise ConfigError(f"mapping is {described(mapping)}; give a policy's name, or auto")
         if not isinstance(cache, str) or cache not in CACHES:
             raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
-        check_settings(max_seqs, max_seq_len, **options)
+        check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key != "kv_scales"})
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
         with ExitStack() as undo:
@@ -506,7 +523,7 @@ class Engine:
             started = perf_counter()
             loaded = load_model(model, device, dtype)
             load_s = perf_counter() - started
-            shape = shape_of(loaded, max_seqs, max_seq_len)
+            shape = shape_of(loaded, max_seqs, max_seq_len, kv_cache_dtype)
             if reusing and options.get("packed") is not False:
                 shape = replace(shape, num_slots=max_seqs + _kept(shape, kept))
             policy = probe.result().policy

@@ -83,6 +83,10 @@ class ReusableCache(Protocol):
     def length_of(self, slot: int) -> int:
         """Tokens of the sequence in a slot."""
 
+    def has_first(self, source: Any, tokens: int) -> bool:
+        """Whether a source has all that layers keep of its first `tokens` tokens: where layers have windows, later
+        tokens take the places of those before."""
+
     def available_bytes(self) -> int:
         """Bytes that can be mapped while every retained token stays."""
 
@@ -150,7 +154,7 @@ class PrefixStats:
         Of each way, the reason of its last choice, with the costs of all.
     evicted_tokens, covered_slots, dropped : int
         Tokens evicted for room; slots released because others hold their tokens; sequences that were not kept, since
-        they ended in an error, are shorter than a block, or are of before a flush.
+        they ended in an error, are shorter than a block, are of before a flush, or have gone beyond a layer's window.
     """
 
     requests: int = 0
@@ -233,8 +237,14 @@ class PrefixCache:
     def match(self, tokens: Tokens, key: PrefixKey = PrefixKey()) -> int:  # noqa: B008
         """How many of a prompt's tokens are held now; a router or a scheduler may ask. Changes nothing."""
         self._note_evicted()
-        found = self.tree.match(tokens, key)
+        found = self._find(tokens, key)
         return 0 if found is None else found.tokens
+
+    def _find(self, tokens: Tokens, key: PrefixKey) -> Match | None:
+        found = self.tree.match(tokens, key)
+        if found is None or self.cache.has_first(self._retained.get(found.owner, found.owner), found.tokens):
+            return found
+        return None
 
     def lookup_and_admit(
         self,
@@ -287,7 +297,7 @@ class PrefixCache:
         ways = self.ways
         while True:
             self._note_evicted()
-            found = self.tree.match(tokens, key)
+            found = self._find(tokens, key)
             if found is not None and multiple > 1:
                 found = found._replace(tokens=found.tokens // multiple * multiple)
             decision = Decision(Way.NONE, "nobody holds as much as a block of it", {})
@@ -344,6 +354,7 @@ class PrefixCache:
         slot = running.slot
         tokens = tokens[: self.cache.length_of(slot)]
         wanted = ok and running.generation == self._generation and len(tokens) >= self.tree.block_size
+        wanted = wanted and self.cache.has_first(slot, len(tokens))
         held = self.cache.held_tokens(slot) > 0
         if not wanted and not held:
             self.cache.release(sequence)
