@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package's own `tiny-` models."""
+    """The package's own `tiny-` models, as other processes have them."""
     for name, shape in WHOLE.items():
         monkeypatch.setitem(SHAPES, name, shape)
 
