@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from trtllm_vattn.attention.base import PrefillChunk
+from trtllm_vattn.attention.base import MOST_QUERIES, PrefillChunk
 from trtllm_vattn.attention.gather import GatheringAttention
 
 
@@ -17,6 +17,7 @@ class TorchAttention(GatheringAttention):
     """Attention in plain torch; correct for any shape, and slow."""
 
     name: ClassVar[str] = "torch"
+    most_queries = MOST_QUERIES
 
     def decode(
         self,

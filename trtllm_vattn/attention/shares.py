@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from trtllm_vattn.attention.base import MOST_QUERIES
 from trtllm_vattn.attention.prompts import FlatPromptsAttention, PromptKernel
 from trtllm_vattn.attention.shares_launch import (
     MANY_LANES,
@@ -34,8 +35,6 @@ from trtllm_vattn.attention.shares_launch import (
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.errors import ConfigError
 
-MOST_QUERIES = 8
-"""Queries of a lane: a token and the draft tokens to verify with it."""
 HEAD_SIZES = (64, 96, 128, 192, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAST_CAPABILITY = (8, 0)
@@ -67,6 +66,7 @@ class SharesAttention(FlatPromptsAttention):
     """
 
     name: ClassVar[str] = "shares"
+    most_queries = MOST_QUERIES
 
     def __init__(
         self,

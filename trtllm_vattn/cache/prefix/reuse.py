@@ -23,7 +23,7 @@ import numpy as np
 
 from trtllm_vattn.cache.prefix.events import KVCacheEvent
 from trtllm_vattn.cache.prefix.hybrid import Decision, Hit, ReuseCosts, Way, choose
-from trtllm_vattn.cache.prefix.tree import DEFAULT_PRIORITY, Match, PrefixKey, PrefixTree, Run
+from trtllm_vattn.cache.prefix.tree import DEFAULT_PRIORITY, Match, PrefixKey, PrefixTree, Priorities, Retention, Run
 from trtllm_vattn.errors import (
     ConfigError,
     DuplicateSequence,
@@ -104,7 +104,8 @@ class ReusableCache(Protocol):
 
     def adoption_bytes(self, slot: int, keep_tokens: int, prompt_len: int) -> int | None:
         """Bytes to map for a prompt in a retained slot that keeps so many tokens; None where it cannot be adopted
-        without copying: others read or share what would be written, or it lies in other slots."""
+        without copying: others read or share what would be written, or it lies in other slots; or where it would hold
+        more than the prompt needs, in a cache that promises its memory to the byte."""
 
     def segments_of(self, slot: int, tokens: int) -> int:
         """Slots that the first `tokens` tokens of a slot lie in."""
@@ -160,11 +161,28 @@ class PrefixStats:
     dropped: int = 0
 
 
+def _check_priority(priority: Priorities) -> None:
+    """Raise ConfigError for what is no priority."""
+    given: Any = priority
+    steps = given if isinstance(given, list | tuple) and given else [Retention(0, given)]
+    are_steps = all(isinstance(step, Retention) for step in steps)
+    starts = [step.start for step in steps] if are_steps else []
+    if starts[:1] != [0] or starts != sorted(starts) or not all(map(_is_priority, (step.priority for step in steps))):
+        raise ConfigError(
+            f"priority is {priority!r}; give a whole number from 0 to 100, or `Retention`s in order, the first from "
+            "token 0 on"
+        )
+
+
+def _is_priority(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 100
+
+
 @dataclass
 class _Running:
     slot: int
     key: PrefixKey
-    priority: int
+    priority: Priorities
     generation: int
 
 
@@ -221,10 +239,11 @@ class PrefixCache:
         sequence: Hashable,
         tokens: Tokens,
         key: PrefixKey = PrefixKey(),  # noqa: B008
-        priority: int = DEFAULT_PRIORITY,
+        priority: Priorities = DEFAULT_PRIORITY,
         expected_tokens: int = 256,
         reserve_tokens: int = 0,
         share: bool = False,
+        multiple: int = 1,
     ) -> Admission:
         """Give a sequence a slot backed for its prompt, with as many of its first tokens in it as are held.
 
@@ -232,7 +251,7 @@ class PrefixCache:
         ----------
         tokens : sequence of int, or int64 array
             The prompt.
-        priority : int
+        priority : int or sequence of Retention
             0 to 100: with what priority its tokens are kept once it has ended.
         expected_tokens : int
             That it will generate, as far as is known.
@@ -242,6 +261,8 @@ class PrefixCache:
             Whether others will begin with all of it, and memory counts more than time: nothing is copied that whole
             extents hold, which are aliased; and of a prompt that is computed anew, an extent ends at the page of its
             last token. Memory that was parked keeps its extents.
+        multiple : int
+            No more of what is held is used than a multiple of so many tokens.
 
         Returns
         -------
@@ -258,14 +279,15 @@ class PrefixCache:
         """
         if len(tokens) < 1:
             raise ConfigError(f"the prompt of sequence {sequence!r} has no tokens; at least 1 is needed")
-        if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 100:
-            raise ConfigError(f"priority is {priority!r}; give a whole number from 0 to 100")
+        _check_priority(priority)
         if sequence in self._running:
             raise DuplicateSequence(f"sequence {sequence!r} runs in slot {self._running[sequence].slot}; finish it")
         ways = self.ways
         while True:
             self._note_evicted()
             found = self.tree.match(tokens, key)
+            if found is not None and multiple > 1:
+                found = found._replace(tokens=found.tokens // multiple * multiple)
             decision = Decision(Way.NONE, "nobody holds as much as a block of it", {})
             if found is not None and found.tokens >= self.tree.block_size:
                 decision = self._decide(found, len(tokens), expected_tokens, ways, share)
@@ -486,6 +508,9 @@ class PrefixCache:
     def make_room(self, size: int) -> int:
         """Have `size` bytes available to be mapped, by keeping fewer tokens; returns how many were evicted. Nothing is
         where all of it would not be enough; less is available where what is left is pinned."""
+        for owner in self.tree.expire():
+            if owner in self._retained:
+                self._touch(owner)
         evicted, went_on = 0, False
         aside: list[Run] = []
         short = size - self.cache.available_bytes()
