@@ -293,11 +293,7 @@ class Engine:
             most_rows=most_rows(settings["chunk"], settings["lanes"], cache.shape.max_seq_len),
         )
         self._check_drafts(settings["speculation"])
-        self._reading = (
-            PrefixReading.over(self.attention, settings["lanes"] or cache.shape.num_slots, settings["deterministic"])
-            if reusing and settings["speculation"] is None  # whose steps read every lane from its own slot
-            else None
-        )
+        self._reading = self._make_reading(settings) if reusing else None
         self._process = os.getpid()
         self._attention = self._interrupted = False
         self._changing = _Changing(self)
@@ -321,6 +317,14 @@ class Engine:
         _engines.add(self)
         # Nothing at the end of the interpreter, when graphs may still run.
         weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
+
+    def _make_reading(self, settings: dict[str, Any]) -> PrefixReading | None:
+        """What has lanes read first tokens in another's slot; None where drafts are verified, by steps in which every
+        lane reads its own slot."""
+        if settings["speculation"] is not None:
+            return None
+        lanes = settings["lanes"] or self.cache.shape.num_slots
+        return PrefixReading.over(self.attention, lanes, settings["deterministic"])
 
     def _make_scheduler(self, settings: dict[str, Any], mixed: bool) -> Scheduler:
         movable = self.cache.remaps and settings["capture"] and not settings["packed"]
