@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.prefix import PrefixCache
@@ -36,7 +37,7 @@ from trtllm_vattn.runtime.checkpoint import end_of_text
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
-from trtllm_vattn.runtime.dry_pass import naming
+from trtllm_vattn.runtime.dry_pass import AttentionNeeds, naming
 from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype, check_kv_scales
 from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
 from trtllm_vattn.runtime.models import load_model
@@ -283,15 +284,7 @@ class Engine:
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
         self._end_of_text = end_of_text(model)
-        self.attention = make_attention(
-            attention,
-            cache,
-            config.num_attention_heads,
-            needs.scale,
-            deterministic=settings["deterministic"],
-            options=options_for(needs, cache.shape, cache.device, scales),
-            most_rows=most_rows(settings["chunk"], settings["lanes"], cache.shape.max_seq_len),
-        )
+        self.attention = self._make_attention(attention, needs, scales, settings)
         self._check_drafts(settings["speculation"])
         self._reading = self._make_reading(settings) if reusing else None
         self._process = os.getpid()
@@ -317,6 +310,20 @@ class Engine:
         _engines.add(self)
         # Nothing at the end of the interpreter, when graphs may still run.
         weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
+
+    def _make_attention(
+        self, name: str, needs: AttentionNeeds, scales: KVScales | None, settings: dict[str, Any]
+    ) -> Attention:
+        shape = self.cache.shape
+        return make_attention(
+            name,
+            self.cache,
+            self.model.config.get_text_config().num_attention_heads,
+            needs.scale,
+            deterministic=settings["deterministic"],
+            options=options_for(needs, shape, self.cache.device, scales),
+            most_rows=most_rows(settings["chunk"], settings["lanes"], shape.max_seq_len),
+        )
 
     def _make_reading(self, settings: dict[str, Any]) -> PrefixReading | None:
         """What has lanes read first tokens in another's slot; None where drafts are verified, by steps in which every

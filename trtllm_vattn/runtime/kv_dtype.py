@@ -42,7 +42,7 @@ def check_kv_scales(given: Any, shape: CacheShape) -> KVScales | None:
     if shape.dtype != FP8:
         raise ConfigError(f"kv_scales are for a cache of {FP8}, this one is {shape.dtype}; leave them out")
     sizes = [(shape.num_layers, 1), (shape.num_layers, shape.num_kv_heads)]
-    for name, each in given._asdict().items():
+    for name, each in (("k", given.k), ("v", given.v)):
         if tuple(each.shape) not in sizes or not bool((each.isfinite() & (each > 0)).all()):
             raise ConfigError(
                 f"kv_scales.{name} is {list(each.shape)}; give finite numbers above 0, "
