@@ -37,7 +37,8 @@ LENGTH = 96
 
 def repeating(period: int, length: int) -> list[int]:
     """A prompt that repeats itself."""
-    return (np.random.default_rng(period).integers(0, 512, period).tolist() * length)[:length]
+    phrase: list[int] = np.random.default_rng(period).integers(0, 512, period).tolist()
+    return (phrase * length)[:length]
 
 
 PROMPTS = [repeating(3, 30), repeating(5, 22), repeating(7, 7), repeating(1, 9), repeating(16, 55)]
@@ -132,7 +133,8 @@ def test_tokens_are_those_without_drafts(build: Build, drafts: int, options: dic
     assert stats["drafted"] == sum(record.drafted for record in records)
     assert stats["accepted_per_step"] > 0
     assert set(stats["steps"]) <= {0, drafts}
-    assert 0 < stats["overshoot"] <= stats["most_overshoot"] == 2 * drafts
+    # More than one launch's: the next one is started before the drafts of the last are known to be wrong.
+    assert drafts < stats["overshoot"] <= stats["most_overshoot"] == 2 * drafts
     assert engine.cache.stats().sequences == 0
     if options.get("capture"):
         assert not engine.audit().findings
@@ -233,7 +235,7 @@ def test_an_engine_with_a_draft_model_does_not_sleep(build: Build) -> None:
         engine.sleep()
     cache = draft_cache(engine)
     engine.close()
-    assert cache._closed  # type: ignore[attr-defined]
+    assert cache._closed
 
 
 @remember
