@@ -85,7 +85,7 @@ class VerifyStep:
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         by_lane = q.reshape(len(self.lengths), -1, *q.shape[1:])
         out = self.attention.decode_queries(layer, by_lane, self.query_lens, self.lengths, self.lane_slots)
-        return out.view(q.shape)
+        return out.reshape(q.shape)
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,11 @@ def patch(inputs: torch.Tensor, packed: torch.Tensor) -> None:
     inputs.copy_(torch.where(source < 0, packed[1:], moved))
 
 
+def likeliest(largest: torch.Tensor, place: torch.Tensor, width: int, chosen: torch.Tensor) -> None:
+    """Write the likeliest token of each row to `chosen`, int64 ``[rows]`` (`of_parts`)."""
+    chosen.copy_(of_parts(largest, place, width))
+
+
 def advance_greedily(largest: torch.Tensor, place: torch.Tensor, width: int, *others: Any) -> None:
     """`advance` with each lane's likeliest token, by the largest logit of each part of it (`of_parts`)."""
     advance(of_parts(largest, place, width), *others)
@@ -254,7 +259,7 @@ class DecodeBatch:
         """By slot, of those in `_params`, and of some that were."""
         self.guard = Guard(cache, attention.over_read)
         self._advance, self._advance_greedily, self._add_noise = wrap(advance), wrap(advance_greedily), wrap(add_noise)
-        self._patch = wrap(patch)
+        self._patch, self._likeliest = wrap(patch), wrap(likeliest)
         static = [
             *model.parameters(),
             *model.buffers(),
@@ -377,7 +382,9 @@ class DecodeBatch:
         behind its own token and `ahead` further ones."""
         if not sampled:
             parts = in_parts(logits)
-            return of_parts(*torch.max(parts, dim=-1), parts.shape[2])
+            chosen = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+            self._likeliest(*torch.max(parts, dim=-1), parts.shape[2], chosen)
+            return chosen
         bucket = len(logits) // queries
         parameters = self._sampling[:3, :bucket].repeat_interleave(queries, dim=1).view(torch.float64)
         temperature, top_p, top_k = parameters
