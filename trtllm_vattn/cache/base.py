@@ -468,6 +468,19 @@ class KVCache(ABC):
         """
         self._cannot("give ranges lengths of their own")
 
+    def keep_places(self, sequence: SequenceId, places: Sequence[Sequence[torch.Tensor]]) -> int:
+        """Of a sequence, keep the tokens at these places, moved to the front of its slot, and evict all others; returns
+        the bytes that are mapped for it no more. ``places[layer][part]`` is int64 ``[heads, tokens]`` on the device, by
+        part of a layer's heads (`head_groups`), ascending; as many in all layers and heads of a range group.
+
+        `lengths` stays: it counts positions, where the sequence goes on. `lengths_of` and `length_deficits` say what
+        each group holds. Whole extents behind are unmapped once work submitted so far is done. Waits for the device.
+
+        Raises ConfigError for places that are not there, where other sequences read the slot, or where ranges have no
+        lengths of their own (`CacheConfig.own_lengths`); KVCacheOutOfMemory, DriverError. Nothing changed.
+        """
+        self._cannot("give ranges lengths of their own")
+
     # -- host memory -------------------------------------------------------------------------------------------------
 
     def suspend(self, sequence: SequenceId) -> int:

@@ -70,6 +70,17 @@ class AllFences(Fence):
             fence.wait()
 
 
+def _bits(rows: torch.Tensor) -> torch.Tensor:
+    """The same memory in a dtype that every kernel of torch takes."""
+    return rows.view(torch.uint8) if rows.dtype.itemsize == 1 else rows
+
+
+def _gathered(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """A copy ``[tokens, heads, head_dim]`` of the rows ``[max_seq_len, heads, head_dim]`` of a slot that each head has at
+    `places`, int64 ``[heads, tokens]``."""
+    return _bits(rows).gather(0, places.t()[..., None].expand(-1, -1, rows.shape[-1]))
+
+
 class KVCacheManager(SlottedCache):
     """A KV cache at fixed addresses over one device's virtual memory. Used from one stream and one thread; a thread of
     its own may map ahead beside it.
@@ -551,6 +562,7 @@ class KVCacheManager(SlottedCache):
             return owner.slot, tokens
         self._check_has(owner, tokens)
         self._check_window(owner, tokens)
+        self._check_rewritten(owner, tokens)
         return owner, tokens
 
     def _check_has(self, owner: int, tokens: int) -> None:
@@ -587,6 +599,10 @@ class KVCacheManager(SlottedCache):
 
     def _do_retain(self, sequence: SequenceId, slot: int) -> RetainedSlot:
         with self._lock:
+            if self.arena.slots[slot].rewritten:
+                raise ConfigError(
+                    f"tokens of sequence {sequence!r} were evicted, so nobody can begin with it; release it"
+                )
             serial = self.arena.retain(slot, int(self.lengths[slot]), self._fence())
             self._remove_sequence(sequence, slot)
         return RetainedSlot(slot, serial)
@@ -811,6 +827,15 @@ class KVCacheManager(SlottedCache):
     def _check_deficits(self, slot: int, length: int) -> None:
         if (least := max(group.deficit for group in self.arena.slots[slot].groups)) >= length:
             raise ConfigError(f"a range group of slot {slot} holds {least} tokens fewer, so none of its first {length}")
+        self._check_rewritten(slot, length)
+
+    def _check_rewritten(self, slot: int, tokens: int) -> None:
+        """Raise ConfigError where tokens were evicted behind a slot's first `tokens` ones."""
+        if (rewritten := self.arena.slots[slot].rewritten) > tokens:
+            raise ConfigError(
+                f"tokens of slot {slot} were evicted when it had {rewritten}, so there is no state of its first "
+                f"{tokens}; keep {rewritten} or more, or compute them anew"
+            )
 
     def set_length(self, sequence: SequenceId, group: int, tokens: int) -> None:
         slot = self.slot_of(sequence)
@@ -821,6 +846,7 @@ class KVCacheManager(SlottedCache):
         held = int(self.lengths_of(group)[slot])
         if not 0 < tokens <= held:
             raise ConfigError(f"range group {group} holds {held} tokens of sequence {sequence!r}; keep 1 to {held}")
+        self._check_rewritten(slot, 0)
         self._run(self._do_set_length, slot, group, tokens)
 
     def _do_set_length(self, slot: int, group: int, tokens: int) -> None:
@@ -831,9 +857,82 @@ class KVCacheManager(SlottedCache):
             held[group] = tokens
             longest = max(held)
             deficits = [longest - each for each in held]
-            self.arena.set_deficits(slot, deficits, group, tokens + self.ahead.tokens, self._fence())
+            self.arena.set_deficits(slot, deficits, {group: tokens + self.ahead.tokens}, self._fence())
             self.lengths[slot] = longest
             self._publish_deficits(slot)
+
+    def keep_places(self, sequence: SequenceId, places: Sequence[Sequence[torch.Tensor]]) -> int:
+        slot = self.slot_of(sequence)
+        if self._deficits is None or self.config.layout is not Layout.ROWS:
+            raise ConfigError(
+                "ranges of this cache have no lengths of their own, in rows; build it with "
+                "CacheConfig(own_lengths=True)"
+            )
+        held = self._check_places(slot, places)
+        return self._run(self._do_keep_places, slot, places, held)
+
+    def _check_places(self, slot: int, places: Sequence[Sequence[torch.Tensor]]) -> list[int]:
+        """How many tokens each group holds then. Raises ConfigError for what is no choice of places."""
+        shape, parts = self.shape, self.layout.head_groups
+        if len(places) != shape.num_layers or any(len(each) != parts for each in places):
+            raise ConfigError(f"places are for {shape.num_layers} layers, of {parts} parts of the heads each; give all")
+        held: dict[int, int] = {}
+        wrong = torch.zeros((), dtype=torch.bool, device=self.device)
+        for layer, each in enumerate(places):
+            for part, chosen in enumerate(each):
+                group = self.group_of(layer, part)
+                there = int(self.lengths_of(group)[slot])
+                if chosen.ndim != 2 or len(chosen) != shape.num_kv_heads // parts or chosen.dtype != torch.int64:
+                    raise ConfigError(
+                        f"places of layer {layer} are {chosen.dtype} {list(chosen.shape)}; give int64 "
+                        f"[{shape.num_kv_heads // parts}, tokens] on the device"
+                    )
+                count = held.setdefault(group, chosen.shape[1])
+                if not 0 < count <= there or count != chosen.shape[1]:
+                    raise ConfigError(
+                        f"{chosen.shape[1]} places of layer {layer}, whose range holds {there} tokens; keep 1 to "
+                        f"{there}, as many in each layer and head of a range"
+                    )
+                wrong |= (chosen[:, 1:] <= chosen[:, :-1]).any() | (chosen[:, 0] < 0).any()
+                wrong |= (chosen[:, -1] >= there).any()
+        if wrong:
+            raise ConfigError(f"places of slot {slot} do not ascend, or lie behind its tokens")
+        return [held[group] for group in range(self.num_groups)]
+
+    def _do_keep_places(self, slot: int, places: Sequence[Sequence[torch.Tensor]], held: list[int]) -> int:
+        with self._lock:
+            self._do_make_writable(slot, 0)
+            length, arena = int(self.lengths[slot]), self.arena
+            if arena.slots[slot].lower:
+                raise ConfigError(
+                    f"slot {slot} backs tokens from {arena.lower_edge(slot)} on; nothing moves before them"
+                )
+            mapped = arena.slots[slot].mapped_bytes
+            moves = [
+                (rows[slot, : chosen.shape[1]], _gathered(rows[slot], chosen))
+                for layer, parts in enumerate(places)
+                for kv, chosen in zip(self._layers[layer], parts, strict=True)
+                for rows in (kv.k, kv.v)[: self.shape.kv_factor]
+            ]
+            # The last driver call that may fail, before anything is written. What is unmapped lies behind what is.
+            fence = self._fence()
+            for to, rows in moves:
+                _bits(to).copy_(rows)
+            keep = {group: count + self.ahead.tokens for group, count in enumerate(held)}
+            arena.set_deficits(slot, [length - count for count in held], keep, fence, rewritten=length)
+            self._publish_deficits(slot)
+        return mapped - arena.slots[slot].mapped_bytes
+
+    @property
+    def live_bytes(self) -> int:
+        if self._deficits is None:
+            return super().live_bytes
+        held = sum(
+            group.held(int(self.lengths[slot])) * len(group.ranges)
+            for slot in self._owner
+            for group in self.arena.slots[slot].groups
+        )
+        return held * self.layout.row_bytes
 
     def _publish_deficits(self, slot: int) -> None:
         if self._deficits is not None:

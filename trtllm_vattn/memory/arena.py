@@ -418,14 +418,18 @@ class Arena:
         self.check_not_held(index)
         self._begin_to_unmap(index, self.slots[index].raise_lower(self.layout.whole_bytes(tokens), fence))
 
-    def set_deficits(self, index: int, deficits: Sequence[int], group: int, keep: int, fence: Fence) -> None:
-        """Each group of a running slot holds so many tokens fewer than the slot's length from now on. Of one group,
-        what lies wholly behind `keep` tokens is unmapped once `fence` is done."""
+    def set_deficits(
+        self, index: int, deficits: Sequence[int], keep: MappingType[int, int], fence: Fence, rewritten: int = 0
+    ) -> None:
+        """Each group of a running slot holds so many tokens fewer than the slot's length from now on. Of the groups in
+        `keep`, what lies wholly behind so many tokens is unmapped once `fence` is done. Where the tokens of all groups
+        were moved to other places, `rewritten` is the slot's length."""
         slot = self.slots[index]
         for each, deficit in zip(slot.groups, deficits, strict=True):
-            each.deficit = deficit
-        size = self.layout.bytes_for(min(keep, self.layout.max_seq_len))
-        self._begin_to_unmap(index, slot.lower_frontier(slot.groups[group], size, fence))
+            each.deficit, each.rewritten = deficit, max(each.rewritten, rewritten)
+        for group, tokens in keep.items():
+            size = self.layout.bytes_for(min(tokens, self.layout.max_seq_len))
+            self._begin_to_unmap(index, slot.lower_frontier(slot.groups[group], size, fence))
         self.publish(index)
 
     def _begin_to_unmap(self, index: int, mappings: list[Mapping]) -> None:

@@ -243,7 +243,7 @@ def _alias(arena: Arena, group: RangeGroup, count: int, target: int, undo: ExitS
     """Map the first stripes of a group in another slot as well; `undo` gets what reverts it."""
     stripes = group.stripes[:count]
     made = group.empty(group.lower)
-    made.deficit = group.deficit
+    made.deficit, made.rewritten = group.deficit, group.rewritten
     if stripes:
         arena.check_ceiling(count * len(group.ranges))
         rows = []

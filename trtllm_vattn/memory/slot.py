@@ -62,6 +62,8 @@ class RangeGroup:
         How many tokens they have rows for, which later tokens take in turns; None is all.
     window_bytes : int or None
         The memory of so many tokens; the frontier goes no farther.
+    rewritten : int
+        The sequence's length when its tokens here were moved to other places last: what it was before is gone.
     """
 
     ranges: Sequence[int]
@@ -71,6 +73,7 @@ class RangeGroup:
     deficit: int = 0
     window: int | None = None
     window_bytes: int | None = None
+    rewritten: int = 0
 
     def empty(self, lower: int = 0) -> RangeGroup:
         """The same ranges without memory, which begins at byte `lower`."""
@@ -103,7 +106,7 @@ class RangeGroup:
     def clear(self) -> list[Mapping]:
         """Forget all memory, which begins at 0 the next time; returns the mappings."""
         mappings = [mapping for stripe in self.stripes for mapping in stripe]
-        self.stripes, self.lower, self.frontier, self.deficit = [], 0, 0, 0
+        self.stripes, self.lower, self.frontier, self.deficit, self.rewritten = [], 0, 0, 0, 0
         return mappings
 
 
@@ -216,6 +219,11 @@ class Slot:
     def prefix(self) -> int:
         """Tokens that lie in other slots."""
         return self.segments[-1].stop if self.segments else 0
+
+    @property
+    def rewritten(self) -> int:
+        """The sequence's length when its tokens were moved to other places last; 0 where they never were."""
+        return max(group.rewritten for group in self.groups)
 
     # -- transitions -----------------------------------------------------------------------------------------------
 
@@ -356,7 +364,7 @@ class Slot:
         """Nobody reads its tokens; what state that is follows from what is mapped."""
         self.tokens = 0
         for group in self.groups:
-            group.deficit = 0
+            group.deficit = group.rewritten = 0
             if not group.stripes:
                 group.lower = group.frontier = 0
         if self.pending_unmap:
