@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from trtllm_vattn.attention.options import FP8, PLAIN, PREFIXES, Feature, LayerOptions, PrefixTables
+from trtllm_vattn.attention.query_log import QueryLog
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
@@ -125,13 +126,15 @@ class Attention(ABC):
             )
         self.prefixes: PrefixTables | None = None
         """Where first tokens lie that are not in their sequence's own slot; None where all are."""
+        self.query_log: QueryLog | None = None
+        """Where the queries of every pass are put; None where nobody asks for them."""
         self._with_prefixes = False
         """Whether the kernel of decode in use honours them."""
         self._require(self._needed_by_cache())
 
     def _needed_by_cache(self) -> set[Feature]:
         needed = {Feature.FP8} if self.cache.shape.dtype == FP8 else set()
-        return needed | ({Feature.LENGTHS} if self.cache.num_groups > 1 else set())
+        return needed | ({Feature.LENGTHS} if self.cache.length_deficits is not None else set())
 
     def _require(self, needed: set[Feature]) -> None:
         if missing := sorted(feature.value for feature in needed - self.features):
@@ -212,6 +215,8 @@ class Attention(ABC):
         """Tensors of the backend itself (index ranges, workspaces) and its options that a captured step may touch."""
         given = [value for each in self.options for value in vars(each).values() if isinstance(value, torch.Tensor)]
         tables = [] if self.prefixes is None else self.prefixes.storages()
+        if self.query_log is not None:
+            tables.append(self.query_log.rows)
         return [*(value for value in vars(self).values() if isinstance(value, torch.Tensor)), *given, *tables]
 
     def regions(self) -> list[Region]:

@@ -73,6 +73,8 @@ def make_attention(
         name = _capable(cache, needed) if name == "auto" else name
         make = partial(_BACKENDS[name], num_heads=num_heads, scale=scale)
         made = WindowedAttention(cache, num_heads, scale, make=make, most_rows=most_rows)
+    elif name == "auto" and cache.length_deficits is not None:
+        made = _BACKENDS[_capable(cache, needed)](cache, num_heads, scale)
     elif name != "auto":
         made = _BACKENDS[name](cache, num_heads, scale)
     else:
@@ -86,7 +88,9 @@ def make_attention(
 
 def _capable(cache: KVCache, needed: set[Feature]) -> str:
     """The backend that can do most, and what is needed."""
-    half = cache.shape.dtype.itemsize <= 2 and cache.shape.kv_factor == 2 and isinstance(cache.layer(0), FlatKV)
+    half = (
+        cache.shape.dtype.itemsize <= 2 and cache.shape.kv_factor == 2 and isinstance(cache.head_groups(0)[0], FlatKV)
+    )
     return "shares" if half and _shares_runs(cache) and needed <= shares.SharesAttention.features else "torch"
 
 

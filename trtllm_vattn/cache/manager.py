@@ -49,7 +49,7 @@ from trtllm_vattn.memory.pool import ExtentPool, Preallocation
 from trtllm_vattn.memory.reclaim import drop_surplus, set_budget, surplus_bytes, take_surplus, trim
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.vmm.base import Driver, Fence
-from trtllm_vattn.vmm.regions import RESERVATION, Region, tensor_regions
+from trtllm_vattn.vmm.regions import RESERVATION, STATIC, Region, tensor_regions
 from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, on_stream, stream_of, strided, tensor_at, upload
 from trtllm_vattn.vmm.uninterrupted import uninterrupted
 
@@ -76,7 +76,7 @@ def _bits(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _gathered(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """A copy ``[tokens, heads, head_dim]`` of the rows ``[max_seq_len, heads, head_dim]`` of a slot that each head has at
+    """A copy ``[tokens, heads, head_dim]`` of the rows ``[max_seq_len, heads, head_dim]`` that each head has at
     `places`, int64 ``[heads, tokens]``."""
     return _bits(rows).gather(0, places.t()[..., None].expand(-1, -1, rows.shape[-1]))
 
@@ -1037,10 +1037,11 @@ class KVCacheManager(SlottedCache):
         return self.layout.place_of(first, heads)[0] if self.num_groups > 1 else 0
 
     def storages(self) -> list[torch.Tensor]:
-        return list(self._flat)
+        return [*self._flat] if self._deficits is None else [*self._flat, self._deficits]
 
     def regions(self) -> list[Region]:
-        return tensor_regions(RESERVATION, self._flat)
+        deficits = [] if self._deficits is None else [self._deficits]
+        return [*tensor_regions(RESERVATION, self._flat), *tensor_regions(STATIC, deficits)]
 
     @property
     def sequences(self) -> Mapping[SequenceId, int]:

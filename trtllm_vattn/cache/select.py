@@ -38,6 +38,8 @@ def make_cache(
     idle_after_s: float | None = None,
     idle_floor: int | str = 0,
     host_memory: int | str = 0,
+    own_lengths: bool = False,
+    heads_per_range: int | None = None,
     sized_later: bool = False,
     driver: Driver | None = None,
 ) -> KVCache:
@@ -53,6 +55,8 @@ def make_cache(
         For ``vattn`` and ``blocks``, as `KVCacheManager` has them.
     tokens_per_block : int
         For ``blocks``.
+    own_lengths, heads_per_range
+        For ``vattn``, as `CacheConfig` has them.
     sized_later : bool
         Without a budget, begin with what the dummy slot takes, for `set_budget` to raise; for ``vattn`` and ``blocks``.
     driver : Driver or None
@@ -86,6 +90,8 @@ def make_cache(
                 idle_after_s=idle_after_s,
                 idle_floor=idle_floor,
                 host_memory=host_memory,
+                own_lengths=own_lengths,
+                heads_per_range=heads_per_range,
             )
         made = kind(shape, driver, budget, config=config)
         if budget is None and not sized_later:

@@ -170,6 +170,8 @@ def _store_and_attend(
         assert logits is not None
         logits.copy_(sinks)
     step.attention.write(layer, k, v, step.slots, step.positions)
+    if step.attention.query_log is not None:
+        step.attention.query_log.note(layer, q, step.slots, step.positions)
     return step.attend(layer, q)
 
 
@@ -216,6 +218,8 @@ def _rotate_and_attend(
 ) -> torch.Tensor:
     step, number = current_step(), int(layer)
     q = step.attention.rotate_and_write(number, q, k, v, cos[0], sin[0], step.slots, step.positions)
+    if step.attention.query_log is not None:
+        step.attention.query_log.note(number, q, step.slots, step.positions)
     return step.attend(number, q).contiguous()
 
 

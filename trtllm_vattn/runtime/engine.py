@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.compression import CompressionPolicy
 from trtllm_vattn.cache.prefix import PrefixCache
 from trtllm_vattn.cache.prefix.events import KVCacheEvent
 from trtllm_vattn.cache.select import CACHES, make_cache
@@ -36,6 +37,7 @@ from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for,
 from trtllm_vattn.runtime.checkpoint import end_of_text
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
+from trtllm_vattn.runtime.compression import Compression, check_compression
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
 from trtllm_vattn.runtime.dry_pass import AttentionNeeds, naming
 from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype, check_kv_scales
@@ -89,6 +91,8 @@ UNUSUAL = 509
 kernels are tuned by it, which with few tokens would all seem alike."""
 
 
+OBJECTS = ("kv_scales", "compression")
+"""Parameters that are checked once there is a model."""
 REMAPPING = ("vattn", "blocks")
 """Caches, by name, that keep prefixes."""
 FEWEST_KEPT, MOST_KEPT_BYTES = 64, 1 << 44
@@ -203,6 +207,9 @@ class Engine:
     kv_scales : KVScales or None
         For a cache of eight-bit keys and values: what they are divided by (runtime.kv_scales.calibrated_scales). None
         is 1.
+    compression : CompressionPolicy or None
+        Evicts tokens of each sequence, so that it takes less memory and its tokens are approximate
+        (cache/compression/README.md). None keeps all.
 
     Raises
     ------
@@ -241,6 +248,7 @@ class Engine:
         sleepable_weights: bool = False,
         speculation: Speculation | None = None,
         kv_scales: KVScales | None = None,
+        compression: CompressionPolicy | None = None,
     ) -> None:
         if not isinstance(cache, KVCache):
             raise ConfigError(f"cache is {described(cache)}; give a KVCache (cache.select.make_cache)")
@@ -275,9 +283,10 @@ class Engine:
         if model.device != cache.device:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
-        reusing = _check_reuse(settings, cache)
+        reusing = _check_reuse(settings, cache) and compression is None
         scales = check_kv_scales(kv_scales, cache.shape)
         needs = bind(model, cache.shape)
+        check_compression(compression, settings, cache, needs)
         self.model, self.cache = model, cache
         self.steps, self.loop, self.record_margins, self.observer = steps, loop, record_margins, observer
         self.clock = clock
@@ -286,6 +295,8 @@ class Engine:
         self._end_of_text = end_of_text(model)
         self.attention = self._make_attention(attention, needs, scales, settings)
         self._check_drafts(settings["speculation"])
+        # Before anything is captured: its memory is a captured step's.
+        self.compression = None if compression is None else Compression(compression, self.attention, model.dtype)
         self._reading = self._make_reading(settings) if reusing else None
         self._process = os.getpid()
         self._attention = self._interrupted = False
@@ -306,7 +317,8 @@ class Engine:
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
         self.slots = RequestSlots.over(cache, reusing, settings["kv_events"], self._reading)
         self.scheduler = self._make_scheduler(settings, mixed)
-        self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one=loop or record_margins)
+        one_by_one = loop or record_margins or (self.compression is not None and self.compression.one_by_one)
+        self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one, self.compression)
         _engines.add(self)
         # Nothing at the end of the interpreter, when graphs may still run.
         weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
@@ -334,7 +346,8 @@ class Engine:
         return PrefixReading.over(self.attention, lanes, settings["deterministic"])
 
     def _make_scheduler(self, settings: dict[str, Any], mixed: bool) -> Scheduler:
-        movable = self.cache.remaps and settings["capture"] and not settings["packed"]
+        # Queries are noted by slot, so nobody moves who may be asked for them.
+        movable = self.cache.remaps and settings["capture"] and not settings["packed"] and self.compression is None
         return Scheduler(
             self.slots,
             self.decode,
@@ -526,8 +539,11 @@ class Engine:
             raise ConfigError(f"mapping is {described(mapping)}; give a policy's name, or auto")
         if not isinstance(cache, str) or cache not in CACHES:
             raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
-        check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key != "kv_scales"})
-        reusing = options.get("prefix_cache") is not False and cache in REMAPPING
+        check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key not in OBJECTS})
+        policy_of_tokens = options.get("compression")
+        if policy_of_tokens is not None and cache != "vattn":
+            raise ConfigError(f"compression is for the vattn cache; the cache asked for is {cache!r}")
+        reusing = options.get("prefix_cache") is not False and cache in REMAPPING and policy_of_tokens is None
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
         with ExitStack() as undo:
             probe = undo.enter_context(start_policy_probe(device, mapping))
@@ -541,6 +557,9 @@ class Engine:
             later = cache in ("vattn", "blocks") and device != "cpu"
             idle: dict[str, Any] = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "sized_later": later}
             idle["host_memory"] = host_memory
+            if policy_of_tokens is not None:
+                idle["own_lengths"] = True
+                idle["heads_per_range"] = 1 if getattr(policy_of_tokens, "by_head", False) else None
             driver = policy.wrap(open_driver(device)) if later else None
             made = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle)
             undo.callback(made.close)
@@ -651,6 +670,8 @@ class Engine:
             It can never fit.
         """
         self._check_open()
+        if self.compression is not None:
+            raise ConfigError("a request whose tokens are evicted cannot be forked; leave compression out, or submit")
         number = whole("request", request, 0, LARGEST_COUNT)
         known = self.scheduler.requests.get(number)
         if known is None:

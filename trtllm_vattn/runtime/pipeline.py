@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from time import perf_counter
 
 from trtllm_vattn.errors import DriverError, MemoryQuarantined
+from trtllm_vattn.runtime.compression import Compression
 from trtllm_vattn.runtime.decode import Launch
 from trtllm_vattn.runtime.passes import Passes
 from trtllm_vattn.runtime.scheduler import Scheduler
@@ -24,6 +25,8 @@ class Pipeline:
     ----------
     one_by_one : bool
         Never start a launch before the last one's tokens are read.
+    compression : Compression or None
+        Is told of each launch, to evict tokens behind it.
 
     Attributes
     ----------
@@ -33,8 +36,10 @@ class Pipeline:
         Seconds that the last `start` spent on plans and the guard.
     """
 
-    def __init__(self, scheduler: Scheduler, passes: Passes, one_by_one: bool) -> None:
-        self.scheduler, self.passes, self.one_by_one = scheduler, passes, one_by_one
+    def __init__(
+        self, scheduler: Scheduler, passes: Passes, one_by_one: bool, compression: Compression | None = None
+    ) -> None:
+        self.scheduler, self.passes, self.one_by_one, self.compression = scheduler, passes, one_by_one, compression
         self.unread: Launch | None = None
         self._first: Launch | None = None
         """What runs and is read next, until it is committed."""
@@ -101,4 +106,7 @@ class Pipeline:
         launch = self.passes.launch(plan) if plan.chunks else self.scheduler.decode.launch(plan.steps, plan.drafts)
         self.kv_s += launch.guard_s
         self.scheduler.launched(plan)
+        if self.compression is not None:
+            scheduler = self.scheduler
+            self.compression.launched(plan.joins, scheduler.decoding, scheduler.requests, scheduler.fail)
         return launch

@@ -12,14 +12,15 @@ from trtllm_vattn.errors import ConfigError
 
 
 class H2O(CompressionPolicy):
-    """Each head keeps the `recent` last tokens, and of those before the `heavy` ones that have had most attention, added
+    """Each head keeps the `recent` last tokens, and of those before the `heavy` ones of most attention, added
     up over queries; of equal ones the earlier. With ``every=1`` and ``queries=None`` that is the paper's greedy
     algorithm, which evicts one token a step once the budget is full.
 
     Parameters
     ----------
     heavy, recent : int, float, or a sequence of them
-        Tokens, or shares of the prompt; a sequence has one for each layer (a budget a layer).
+        Tokens, or shares of the prompt; a sequence has one for each layer (a budget a layer). The newest token is
+        kept in any case.
     every, queries
         As `CompressionPolicy` has them.
 
@@ -42,12 +43,17 @@ class H2O(CompressionPolicy):
         if not any(self.heavy) and not any(self.recent):
             raise ConfigError("heavy and recent are both 0, so that nothing is kept; give one of them")
 
+    def check(self, num_layers: int) -> None:
+        for name, amounts in (("heavy", self.heavy), ("recent", self.recent)):
+            if len(amounts) not in (1, num_layers):
+                raise ConfigError(f"{name} has {len(amounts)} amounts for {num_layers} layers; give one, or one each")
+
     def keep(self, view: HeadsView) -> Sequence[torch.Tensor]:
         held = view.held
-        recent = min(held, tokens_of(_of_layer("recent", self.recent, view.layer), view.prompt_length))
-        heavy = min(held - recent, tokens_of(_of_layer("heavy", self.heavy, view.layer), view.prompt_length))
+        recent = min(held, max(1, tokens_of(_of_layer(self.recent, view.layer), view.prompt_length)))
+        heavy = min(held - recent, tokens_of(_of_layer(self.heavy, view.layer), view.prompt_length))
         order = view.mass[:, : held - recent].sort(dim=1, descending=True, stable=True).indices[:, :heavy]
-        last = torch.arange(held - max(recent, heavy == 0), held, device=order.device).expand(len(order), -1)
+        last = torch.arange(held - recent, held, device=order.device).expand(len(order), -1)
         return list(torch.cat((order, last), dim=1).sort(dim=1).values)
 
 
@@ -58,9 +64,5 @@ def _by_layer(name: str, given: Any) -> tuple[Amount, ...]:
     return tuple(checked_amount(name, each) for each in some)
 
 
-def _of_layer(name: str, amounts: tuple[Amount, ...], layer: int) -> Amount:
-    if len(amounts) == 1:
-        return amounts[0]
-    if layer >= len(amounts):
-        raise ConfigError(f"{name} has amounts for {len(amounts)} layers, and there is a layer {layer}; give one each")
-    return amounts[layer]
+def _of_layer(amounts: tuple[Amount, ...], layer: int) -> Amount:
+    return amounts[layer if len(amounts) > 1 else 0]

@@ -111,9 +111,13 @@ class CompressionPolicy(ABC):
         self.every = None if every is None else whole("every", every, 1)
         self.queries = None if queries is None else whole("queries", queries, 1)
 
+    def check(self, num_layers: int) -> None:  # noqa: B027
+        """Raise ConfigError where it does not suit a model of so many layers."""
+
     @abstractmethod
     def keep(self, view: HeadsView) -> Sequence[torch.Tensor]:
-        """The places that each head keeps, int64 ``[kept]`` on the device of the view, ascending, at least one."""
+        """The places that each head keeps, int64 ``[kept]`` on the device of the view, ascending; the last place, the
+        newest token's, is among them."""
 
 
 def checked_amount(name: str, given: Any) -> Amount:
