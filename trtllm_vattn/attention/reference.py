@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from trtllm_vattn.attention.base import PrefillChunk
+from trtllm_vattn.attention.base import MOST_QUERIES, PrefillChunk
 from trtllm_vattn.attention.gather import GatheringAttention, restored
 from trtllm_vattn.attention.options import Feature, PrefixTables
 from trtllm_vattn.cache.base import FlatKV
@@ -20,6 +20,7 @@ class TorchAttention(GatheringAttention):
     """Attention in plain torch; correct for any shape, and slow."""
 
     name: ClassVar[str] = "torch"
+    most_queries = MOST_QUERIES
     features: ClassVar[frozenset[Feature]] = frozenset(Feature)
 
     def decode(

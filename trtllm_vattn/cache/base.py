@@ -306,6 +306,19 @@ class KVCache(ABC):
         Raises UnknownSequence, SequenceTooLong, KVCacheOutOfMemory, ConfigError.
         """
 
+    def roll_back(self, lengths: np.ndarray) -> None:
+        """Shorten a whole batch: `lengths` is int ``[num_slots]``, each slot's length from now on, 0 where it stays. No
+        memory is unmapped and the driver is not called: what lies behind is written again. For all or for none.
+
+        Raises ConfigError where a sequence would become longer, and where other sequences read what lies behind
+        (`truncate` copies that).
+        """
+        self._cannot("roll lengths back")
+
+    def expect_growth(self, tokens: int) -> None:  # noqa: B027
+        """A sequence may grow by up to so many tokens in one launch, whatever it grew by of late: memory is
+        mapped ahead for it. Nothing to do where memory is backed from the start."""
+
     def map_ahead(self) -> int:
         """Back tokens that coming steps will need; returns the number of mappings made.
 

@@ -791,6 +791,14 @@ class KVCacheManager(SlottedCache):
             self._check_deficits(slot, length)
         super().truncate(sequence, length)
 
+    def _check_roll_back(self, lengths: np.ndarray) -> None:
+        if self._deficits is not None:
+            for slot in np.flatnonzero(lengths > 0).tolist():
+                self._check_deficits(slot, int(lengths[slot]))
+
+    def expect_growth(self, tokens: int) -> None:
+        self.ahead.timing.most_growth = tokens
+
     def make_writable(self, sequence: SequenceId, start: int) -> None:
         self._run(self._do_make_writable, self.slot_of(sequence), start)
 

@@ -150,6 +150,25 @@ class SlottedCache(KVCache):
         else:
             np.maximum(self.lengths, lengths, out=self.lengths)
 
+    def roll_back(self, lengths: np.ndarray) -> None:
+        self._check_open()
+        if lengths.shape != self.lengths.shape:
+            raise ConfigError(f"lengths has shape {lengths.shape}; one entry a slot is needed: {self.lengths.shape}")
+        # Behind every step with drafts: few calls, and no new arrays.
+        flags = self._flags
+        if np.count_nonzero(np.greater(lengths, self.lengths, out=flags)):
+            raise ConfigError(f"slots {np.flatnonzero(flags).tolist()} would become longer; use prepare_step")
+        floors = self.write_floors
+        np.greater(lengths, 0, out=flags)
+        if floors is not None and (shared := (lengths < floors) & flags).any():
+            slots = np.flatnonzero(shared).tolist()
+            raise ConfigError(f"other sequences read what lies behind these lengths in slots {slots}; use truncate")
+        self._check_roll_back(lengths)
+        np.copyto(self.lengths, lengths, where=flags)
+
+    def _check_roll_back(self, lengths: np.ndarray) -> None:
+        """Raise ConfigError where lengths cannot go back for another reason."""
+
     def _do_prepare_step(self, lengths: np.ndarray) -> None:
         self._grow(lengths)
         np.maximum(self.lengths, lengths, out=self.lengths)

@@ -68,6 +68,28 @@ class DecodeStep:
 
 
 @dataclass(frozen=True)
+class VerifyStep:
+    """A token and drafts of each lane, one lane after another: as many rows each, of which the first count.
+
+    slots, positions int64 ``[lanes * queries]``; lengths, query_lens int32 ``[lanes]``, as `Attention.decode_queries`
+    takes them; all on the device. Lane i reads slot i, or ``lane_slots[i]``, int64 ``[lanes]``.
+    """
+
+    attention: Attention
+    slots: torch.Tensor
+    positions: torch.Tensor
+    lengths: torch.Tensor
+    query_lens: torch.Tensor
+    lane_slots: torch.Tensor | None = None
+    packed: None = None
+
+    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        by_lane = q.reshape(len(self.lengths), -1, *q.shape[1:])
+        out = self.attention.decode_queries(layer, by_lane, self.query_lens, self.lengths, self.lane_slots)
+        return out.view(q.shape)
+
+
+@dataclass(frozen=True)
 class PrefillStep:
     """Chunks of prompts packed one after another, padded at the end; a single chunk may contain the padding.
 

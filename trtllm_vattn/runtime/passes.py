@@ -117,9 +117,7 @@ class Passes:
         guard_s = decode.check(1) if plan.decodes else 0.0
         running = decode.lanes if plan.decodes else {}
         for request in plan.joins:
-            decode.set_lane(
-                request.slot, request.last, request.length, request.limit, request.params, len(request.chosen)
-            )
+            decode.join(request)
         lanes = {**running, **{request.slot: decode.lane_of[request.slot] for request in plan.joins}}
         graphs = self.graphs if self.graphs is not None and self.graphs.fits(plan, running) else None
         if graphs is not None:

@@ -21,11 +21,13 @@ from trtllm_vattn.memory.slot import RangeGroup, Stripe
 from trtllm_vattn.vmm.owners import Extent
 
 
-def prefix_cache_over(cache: KVCache, ways: Collection[Way] = tuple(Way), events: bool = False) -> PrefixCache:
+def prefix_cache_over(
+    cache: KVCache, ways: Collection[Way] = tuple(Way), events: bool = False, max_segments: int = 1
+) -> PrefixCache:
     """A `PrefixCache` over a cache at fixed addresses. Raises ConfigError for another one."""
     if not isinstance(cache, KVCacheManager):
         raise ConfigError(f"a {type(cache).__name__} cannot keep prefixes; use the vattn cache, or prefix_cache=False")
-    return PrefixCache(ManagedReuse(cache), ways=ways, events=events)
+    return PrefixCache(ManagedReuse(cache), ways=ways, max_segments=max_segments, events=events)
 
 
 class ManagedReuse:
@@ -120,7 +122,11 @@ class ManagedReuse:
         arena, layout = self.cache.arena, self.cache.layout
         if arena.held_tokens(slot) > keep_tokens or arena.slots[slot].prefix > keep_tokens:
             return None
+        tokens = min(prompt_len, layout.max_seq_len)
         for group, end, stripe in self._stripes(slot):
+            if self.cache.config.exact_admission and end - stripe[0].size < layout.bytes_for(group.held(tokens)) < end:
+                # It would hold more than was promised to it.
+                return None
             written = layout.whole_bytes(group.held(keep_tokens))
             if end > written and any(mapping.extent.mappings > 1 for mapping in stripe):
                 return None
