@@ -197,12 +197,12 @@ class Engine:
     sleepable_weights : bool
         Whether the model's parameters are moved to memory that `sleep` can give back (runtime/sleeping.py). They are
         gone when the engine is closed.
-    speculation : Speculation or None
-        Has several tokens of a sequence drafted and verified in one step (runtime/speculation.py); the tokens of every
-        request are the same as without, up to rounding. With prompts in a pass nothing is drafted. None drafts none.
     kv_scales : KVScales or None
         For a cache of eight-bit keys and values: what they are divided by (runtime.kv_scales.calibrated_scales). None
         is 1.
+    speculation : Speculation or None
+        Has several tokens of a sequence drafted and verified in one step (runtime/speculation.py); the tokens of every
+        request are the same as without, up to rounding. With prompts in a pass nothing is drafted. None drafts none.
 
     Raises
     ------
@@ -239,8 +239,8 @@ class Engine:
         observer: Callable[[StepRecord], None] | None = None,
         swap_cost: SwapCost | None = None,
         sleepable_weights: bool = False,
-        speculation: Speculation | None = None,
         kv_scales: KVScales | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         if not isinstance(cache, KVCache):
             raise ConfigError(f"cache is {described(cache)}; give a KVCache (cache.select.make_cache)")
@@ -358,6 +358,11 @@ class Engine:
             raise ConfigError(
                 f"a {type(self).__name__}'s model takes one token of each sequence in a step, and speculation verifies "
                 "several; leave speculation out"
+            )
+        if self.cache.shape.windows:
+            raise ConfigError(
+                "drafts that are rejected are taken back, and a cache that keeps windows has no tokens that left one; "
+                "leave speculation out, or make the cache of dataclasses.replace(shape, windows=())"
             )
         queries = 1 + speculation.num_speculative_tokens
         if self.attention.most_queries < queries:

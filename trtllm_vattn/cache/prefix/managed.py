@@ -122,9 +122,9 @@ class ManagedReuse:
         arena, layout = self.cache.arena, self.cache.layout
         if arena.held_tokens(slot) > keep_tokens or arena.slots[slot].prefix > keep_tokens:
             return None
-        need = layout.bytes_for(min(prompt_len, layout.max_seq_len))
+        tokens = min(prompt_len, layout.max_seq_len)
         for group, end, stripe in self._stripes(slot):
-            if self.cache.config.exact_admission and end - stripe[0].size < need < end:
+            if self.cache.config.exact_admission and end - stripe[0].size < layout.bytes_for(group.held(tokens)) < end:
                 # It would hold more than was promised to it.
                 return None
             written = layout.whole_bytes(group.held(keep_tokens))
