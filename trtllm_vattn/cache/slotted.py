@@ -107,7 +107,19 @@ class SlottedCache(KVCache):
                 f"sequence {sequence!r} has {self.lengths[slot]} tokens; it can be truncated to between 1 and that, "
                 f"not to {length}"
             )
+        self._check_window(slot, length)
         self.lengths[slot] = length
+
+    def _check_window(self, slot: int, tokens: int) -> None:
+        """Raise ConfigError where a layer's window has gone on beyond what the first `tokens` tokens of a running slot
+        need."""
+        shortest = min((each for each in self.shape.windows if each is not None), default=None)
+        length = int(self.lengths[slot])
+        if shortest is not None and shortest < length != tokens:
+            raise ConfigError(
+                f"sequence {self._owner[slot]!r} has {length} tokens, of which a layer keeps the last {shortest}, so "
+                f"there are no windows of its first {tokens}; compute them anew"
+            )
 
     def release(self, sequence: SequenceId) -> None:
         self._run(self._do_release, sequence, self.slot_of(sequence))
@@ -308,7 +320,9 @@ class SlottedCache(KVCache):
     @property
     def live_bytes(self) -> int:
         """Bytes that hold tokens of sequences."""
-        return int(self.lengths.sum()) * self.shape.token_bytes
+        if not self.shape.windows:
+            return int(self.lengths.sum()) * self.shape.token_bytes
+        return sum(map(self.shape.kept_bytes, self.lengths.tolist()))
 
 
 def _refuse_in_child() -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention.options import PREFIXES
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.graphs.guard import Guard
@@ -29,6 +30,7 @@ from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import DecodeStep, VerifyStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
 from trtllm_vattn.runtime.pass_cost import Timing
+from trtllm_vattn.runtime.prefix_reading import PrefixReading
 from trtllm_vattn.runtime.request import RequestState
 from trtllm_vattn.runtime.sampling import (
     SamplingParams,
@@ -172,6 +174,8 @@ class DecodeBatch:
         How tokens are drafted. `steps` is 1 then, and there is no loop.
     draft_model : DraftModel or None
         What drafts, where that is not looked up; it is closed with the batch.
+    reading : PrefixReading or None
+        Has the tables of `attention` say which first tokens lie elsewhere, or are shared by lanes; None where none do.
 
     Attributes
     ----------
@@ -200,8 +204,9 @@ class DecodeBatch:
         lanes: int | None = None,
         speculation: Speculation | None = None,
         draft_model: DraftModel | None = None,
+        reading: PrefixReading | None = None,
     ) -> None:
-        self.model, self.attention = model, attention
+        self.model, self.attention, self.reading = model, attention, reading
         self.steps, self.loop, self.packed = steps, loop, packed
         cache = attention.cache
         lanes, device = lanes or cache.shape.num_slots, cache.device
@@ -240,6 +245,8 @@ class DecodeBatch:
         self.lane_of: dict[int, int] = {}
         self._changed = True
         """Whether lanes are other than those on the device."""
+        self._others = True
+        """Whether lanes are others than when they were grouped."""
         self._taken = 0
         """Steps started, counted as the device counts them."""
         self._miscounted = True
@@ -287,13 +294,14 @@ class DecodeBatch:
                 self._verifiers[drafts, sampled] = GraphRunner(step, some, static, device, pool=self.runner.pool)
 
     def capture(self) -> CaptureReport:
-        """Capture every bucket, by each of the attention's kernels; launches are replays from then on. The report's
-        `replay_s` is that of the first kernel.
+        """Capture every bucket, by each of the attention's kernels but those that honour `PrefixTables`, which wait for
+        their first use; launches are replays from then on. The report's `replay_s` is that of the first kernel.
 
         A capture while requests run would hold all of them up for 0.1 to 0.2 s.
         """
         self.attention.measure(self.runner.buckets, self.packed)
-        report, *others = (self._runners[variant, False].capture() for variant in self.attention.variants)
+        plain = [variant for variant in self.attention.variants if not variant.endswith(PREFIXES)]
+        report, *others = (self._runners[variant, False].capture() for variant in plain)
         self.captured = self._miscounted = True
         seconds = {bucket: sum(each.seconds[bucket] for each in (report, *others)) for bucket in report.seconds}
         return CaptureReport(seconds, report.replay_s, sum(each.pool_bytes for each in (report, *others)))
@@ -456,6 +464,7 @@ class DecodeBatch:
         it longer than `limit`. `params` are those of the sequence, which has `generated` tokens of its own so far, and
         `known` are all its tokens, of which `token` is the last, for drafts to be looked up in."""
         lane = self.lane_of.get(slot)
+        self._others = True
         if lane is None:
             lane = self.lane_of[slot] = len(self.lane_of) if self.packed else slot
         self.tokens[lane], self.positions[lane] = token, length - 1
@@ -510,7 +519,7 @@ class DecodeBatch:
 
     def clear_lane(self, slot: int) -> None:
         """Take a slot's lane away."""
-        self._changed = True
+        self._changed = self._others = True
         for launch in self._under_way:
             launch.lane_of.pop(slot, None)
         lane = self.lane_of.pop(slot)
@@ -536,7 +545,7 @@ class DecodeBatch:
             self.speculator.clear()
         self._columns[:] = self._idle_column()
         self._source[:] = -1
-        self._changed = self._miscounted = True
+        self._changed = self._miscounted = self._others = True
 
     @property
     def lanes(self) -> dict[int, int]:
@@ -618,7 +627,7 @@ class DecodeBatch:
             return self._launch_drafts(drafts)
         guarded = self.check(1 if self.loop else steps)
         bucket = self.bucket
-        variant = self.attention.pick(self.lengths[:bucket], self.packed)
+        variant = self.attention.pick(self.lengths[:bucket], self.packed, self._share_reading())
         runner = self._runners[variant, self.sampling]
         self.capture_missing(runner, bucket)
         self.send(steps)
@@ -630,6 +639,13 @@ class DecodeBatch:
             (logits,) = runner.replay(bucket, steps)
         return self.launched(self.lanes, steps, logits, guarded)
 
+    def _share_reading(self) -> bool:
+        """Group lanes for the launch that follows; returns whether it needs a kernel that honours `PrefixTables`."""
+        if self.reading is None:
+            return False
+        changed, self._others = self._others, False
+        return self.reading.share(self.lanes, self.lengths, changed)
+
     def check(self, steps: int, drafts: int = 0) -> float:
         """Raise UnmappedAccess where so many steps of the lanes would touch memory that is not mapped; returns the
         seconds that it took."""
@@ -640,6 +656,8 @@ class DecodeBatch:
     def send(self, steps: int) -> None:
         """Bring the device's lanes up to date, on the stream of the launch that follows, of so many steps."""
         device = self._device.device
+        if self.reading is not None:
+            self.reading.publish()
         if self.loop or self._miscounted:
             # Only of a loop it is the device that knows how many were taken, and nobody wants more of the last one.
             self._taken, self._miscounted = 0, False

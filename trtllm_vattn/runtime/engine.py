@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.prefix import PrefixCache
@@ -31,17 +32,19 @@ from trtllm_vattn.errors import (
 )
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
-from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, shape_of
+from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
 from trtllm_vattn.runtime.checkpoint import end_of_text
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
-from trtllm_vattn.runtime.dry_pass import naming
+from trtllm_vattn.runtime.dry_pass import AttentionNeeds, naming
+from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype, check_kv_scales
 from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
 from trtllm_vattn.runtime.models import load_model
-from trtllm_vattn.runtime.passes import Passes
+from trtllm_vattn.runtime.passes import Passes, most_rows
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
+from trtllm_vattn.runtime.prefix_reading import PrefixReading
 from trtllm_vattn.runtime.request import (
     Completion,
     RequestState,
@@ -194,6 +197,9 @@ class Engine:
     sleepable_weights : bool
         Whether the model's parameters are moved to memory that `sleep` can give back (runtime/sleeping.py). They are
         gone when the engine is closed.
+    kv_scales : KVScales or None
+        For a cache of eight-bit keys and values: what they are divided by (runtime.kv_scales.calibrated_scales). None
+        is 1.
     speculation : Speculation or None
         Has several tokens of a sequence drafted and verified in one step (runtime/speculation.py); the tokens of every
         request are the same as without, up to rounding. With prompts in a pass nothing is drafted. None drafts none.
@@ -233,6 +239,7 @@ class Engine:
         observer: Callable[[StepRecord], None] | None = None,
         swap_cost: SwapCost | None = None,
         sleepable_weights: bool = False,
+        kv_scales: KVScales | None = None,
         speculation: Speculation | None = None,
     ) -> None:
         if not isinstance(cache, KVCache):
@@ -269,17 +276,17 @@ class Engine:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
         reusing = _check_reuse(settings, cache)
-        scale = bind(model, cache.shape)
+        scales = check_kv_scales(kv_scales, cache.shape)
+        needs = bind(model, cache.shape)
         self.model, self.cache = model, cache
         self.steps, self.loop, self.record_margins, self.observer = steps, loop, record_margins, observer
         self.clock = clock
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
         self._end_of_text = end_of_text(model)
-        self.attention = make_attention(
-            attention, cache, config.num_attention_heads, scale, deterministic=settings["deterministic"]
-        )
+        self.attention = self._make_attention(attention, needs, scales, settings)
         self._check_drafts(settings["speculation"])
+        self._reading = self._make_reading(settings) if reusing else None
         self._process = os.getpid()
         self._attention = self._interrupted = False
         self._changing = _Changing(self)
@@ -297,12 +304,34 @@ class Engine:
             undo.pop_all()
         self.weights = Weights(model, capture)
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
-        self.slots = RequestSlots.over(cache, reusing, settings["kv_events"])
+        self.slots = RequestSlots.over(cache, reusing, settings["kv_events"], self._reading)
         self.scheduler = self._make_scheduler(settings, mixed)
         self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one=loop or record_margins)
         _engines.add(self)
         # Nothing at the end of the interpreter, when graphs may still run.
         weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
+
+    def _make_attention(
+        self, name: str, needs: AttentionNeeds, scales: KVScales | None, settings: dict[str, Any]
+    ) -> Attention:
+        shape = self.cache.shape
+        return make_attention(
+            name,
+            self.cache,
+            self.model.config.get_text_config().num_attention_heads,
+            needs.scale,
+            deterministic=settings["deterministic"],
+            options=options_for(needs, shape, self.cache.device, scales),
+            most_rows=most_rows(settings["chunk"], settings["lanes"], shape.max_seq_len),
+        )
+
+    def _make_reading(self, settings: dict[str, Any]) -> PrefixReading | None:
+        """What has lanes read first tokens in another's slot; None where drafts are verified, by steps in which every
+        lane reads its own slot."""
+        if settings["speculation"] is not None:
+            return None
+        lanes = settings["lanes"] or self.cache.shape.num_slots
+        return PrefixReading.over(self.attention, lanes, settings["deterministic"])
 
     def _make_scheduler(self, settings: dict[str, Any], mixed: bool) -> Scheduler:
         movable = self.cache.remaps and settings["capture"] and not settings["packed"]
@@ -329,6 +358,11 @@ class Engine:
             raise ConfigError(
                 f"a {type(self).__name__}'s model takes one token of each sequence in a step, and speculation verifies "
                 "several; leave speculation out"
+            )
+        if self.cache.shape.windows:
+            raise ConfigError(
+                "drafts that are rejected are taken back, and a cache that keeps windows has no tokens that left one; "
+                "leave speculation out, or make the cache of dataclasses.replace(shape, windows=())"
             )
         queries = 1 + speculation.num_speculative_tokens
         if self.attention.most_queries < queries:
@@ -389,6 +423,7 @@ class Engine:
                 lanes=lanes,
                 speculation=settings["speculation"],
                 draft_model=draft_model,
+                reading=self._reading,
             )
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, mixed)
             self.passes = Passes(self.decode, self.prefill, wrap)
@@ -444,6 +479,7 @@ class Engine:
         idle_floor: int | str = 0,
         host_memory: int | str = 0,
         mapping: str = "auto",
+        kv_cache_dtype: str = "auto",
         **options: Any,
     ) -> Self:
         """An engine over a checkpoint (a directory, or a name on the Hugging Face Hub) or a named shape
@@ -470,6 +506,9 @@ class Engine:
             preempted or suspended, and that sleep; 0 is none.
         mapping : str
             ``auto`` runs a short probe of this driver, once, and stores its report (memory/mapping_policy.py).
+        kv_cache_dtype : str
+            ``auto`` stores keys and values as the model has them; ``fp8`` (or ``fp8_e4m3``) in eight bits, half the
+            bytes, by backends that can (torch, shares).
         options
             Further parameters of `Engine`.
 
@@ -482,6 +521,7 @@ class Engine:
         dtype = check_dtype(dtype, device)
         max_seqs = whole("max_seqs", max_seqs, 1, MOST_SEQUENCES)
         max_seq_len = whole("max_seq_len", max_seq_len, 1, LARGEST_COUNT)
+        check_kv_cache_dtype(kv_cache_dtype)
         budget = None if budget is None else parse_bytes(budget, "the budget")
         idle_floor = parse_bytes(idle_floor, "idle_floor")
         host_memory = parse_bytes(host_memory, "host_memory")
@@ -491,7 +531,7 @@ class Engine:
             raise ConfigError(f"mapping is {described(mapping)}; give a policy's name, or auto")
         if not isinstance(cache, str) or cache not in CACHES:
             raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
-        check_settings(max_seqs, max_seq_len, **options)
+        check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key != "kv_scales"})
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
         with ExitStack() as undo:
@@ -499,7 +539,7 @@ class Engine:
             started = perf_counter()
             loaded = load_model(model, device, dtype)
             load_s = perf_counter() - started
-            shape = shape_of(loaded, max_seqs, max_seq_len)
+            shape = shape_of(loaded, max_seqs, max_seq_len, kv_cache_dtype)
             if reusing and options.get("packed") is not False:
                 shape = replace(shape, num_slots=max_seqs + _kept(shape, kept))
             policy = probe.result().policy
@@ -951,8 +991,10 @@ class Engine:
 
     def prefix_stats(self) -> dict[str, Any]:
         """Counts of the prefix cache since the start, by name: ``cached_tokens`` of ``prompt_tokens``, ``hit_rate``,
-        how often each of the ``ways`` was taken, and what is kept now. Raises ConfigError without one."""
-        return self._prefixes().as_dict()
+        how often each of the ``ways`` was taken and why, what is kept now, and what decode read once for several
+        sequences. Raises ConfigError without one."""
+        reading = {} if self._reading is None else self._reading.as_dict()
+        return {**self._prefixes().as_dict(), **reading}
 
     def flush_prefix_cache(self) -> int:
         """Forget what is kept, pinned or not; returns the tokens forgotten. What runs goes on, and is not kept when it
