@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -84,13 +85,14 @@ class RequestSlots:
             raise KVCacheOutOfMemory(f"nobody has left since request {request.id} found no room")
         params = request.params
         try:
-            found = prefixes.lookup_and_admit(
+            # Several calls of the cache, of which each would wait for the thread that makes them.
+            found = self.cache.at_once(
+                partial(prefixes.lookup_and_admit, share=request.group is not None),
                 request.id,
                 np.array(request.tokens, np.int64),
                 self.key(params.cache_salt),
                 params.retention_priority,
                 request.left,
-                share=request.group is not None,
             )
         except (NoFreeSlot, KVCacheOutOfMemory):
             self._refused = now
@@ -160,10 +162,9 @@ class RequestSlots:
         self._changes += 1
         if self.prefixes is None:
             self.cache.release(left.request)
-        elif left.tokens is None:
-            self.prefixes.finish(left.request, (), ok=False)
         else:
-            self.prefixes.finish(left.request, left.tokens)
+            kept = left.tokens is not None
+            self.cache.at_once(self.prefixes.finish, left.request, left.tokens if kept else (), kept)
 
     def flush(self) -> int:
         """Forget what is kept; returns the tokens forgotten."""

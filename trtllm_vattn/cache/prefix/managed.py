@@ -59,12 +59,14 @@ class ManagedReuse:
 
     def available_bytes(self) -> int:
         """Free under the budget, parked, or behind the tokens of retained slots."""
-        arena = self.cache.arena
-        behind = {
-            extent
-            for index in np.flatnonzero(arena.retained_frontiers).tolist()
-            for extent in self._behind(index, max(arena.slots[index].tokens, arena.held_tokens(index)))
-        }
+        arena, bytes_for = self.cache.arena, self.cache.layout.bytes_for
+        behind: set[Extent] = set()
+        for index in np.flatnonzero(arena.retained_frontiers).tolist():
+            slot = arena.slots[index]
+            tokens = max(slot.tokens, arena.held_tokens(index)) if slot.holders else slot.tokens
+            # Mostly nothing is: whoever ended gave that back.
+            if any(group.ends_behind(bytes_for(max(0, tokens - group.deficit))) for group in slot.groups):
+                behind.update(self._behind(index, tokens))
         return arena.pool.available_bytes + arena.parked_bytes + sum(extent.size for extent in behind)
 
     def evictable_bytes(self, but: int | None) -> int:

@@ -268,8 +268,12 @@ class PrefixTree:
             root = self._roots[key] = _Node(None, b"", 0)
         node, size = root, self._block_bytes
         whole = len(data) // size * size
+        old = self._entries.get(owner)
+        if old is not None and old.key == key and old.end.priority >= priority and old.end.depth * size <= whole:
+            # What it held before is there, of this priority or a higher one.
+            node = old.end
         new: list[_Node] = []
-        for at in range(0, whole, size):
+        for at in range(node.depth * size, whole, size):
             block = data[at : at + size]
             below = node.children.get(block)
             if below is None:
@@ -279,7 +283,6 @@ class PrefixTree:
             node = below
         self.num_blocks += len(new)
         self._stored(new, key)
-        old = self._entries.get(owner)
         if old is not None:
             del old.end.ends[owner]
         node.ends[owner] = data[whole:]
