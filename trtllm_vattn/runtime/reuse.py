@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.cache.prefix import PrefixCache, PrefixKey, Way, prefix_cache_over
+from trtllm_vattn.cache.prefix import PrefixCache, PrefixKey, ReuseCosts, Way, prefix_cache_over
 from trtllm_vattn.errors import KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.runtime.prefix_reading import PrefixReading
 from trtllm_vattn.runtime.request import RequestState
@@ -54,8 +54,12 @@ class RequestSlots:
         cls, cache: KVCache, prefix_cache: bool, events: bool, reading: PrefixReading | None = None
     ) -> RequestSlots:
         """Of a cache, with or without prefix cache. Raises ConfigError where the cache can keep none."""
-        ways, segments = (WAYS, 1) if reading is None else (tuple(Way), MOST_SEGMENTS)
-        return cls(cache, prefix_cache_over(cache, ways, events, segments) if prefix_cache else None, reading)
+        if not prefix_cache:
+            return cls(cache, None)
+        if reading is None:
+            return cls(cache, prefix_cache_over(cache, WAYS, events))
+        costs = ReuseCosts(table_step_us=reading.step_us)
+        return cls(cache, prefix_cache_over(cache, tuple(Way), events, MOST_SEGMENTS, costs), reading)
 
     def key(self, salt: str | None) -> PrefixKey:
         """What keys and values of requests with a salt depend on beside tokens."""

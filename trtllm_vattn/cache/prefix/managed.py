@@ -13,7 +13,7 @@ import numpy as np
 
 from trtllm_vattn.cache.base import KVCache, RetainedSlot
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.cache.prefix.hybrid import Way
+from trtllm_vattn.cache.prefix.hybrid import ReuseCosts, Way
 from trtllm_vattn.cache.prefix.reuse import PrefixCache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.memory.layout import BlockLayout
@@ -22,12 +22,16 @@ from trtllm_vattn.vmm.owners import Extent
 
 
 def prefix_cache_over(
-    cache: KVCache, ways: Collection[Way] = tuple(Way), events: bool = False, max_segments: int = 1
+    cache: KVCache,
+    ways: Collection[Way] = tuple(Way),
+    events: bool = False,
+    max_segments: int = 1,
+    costs: ReuseCosts | None = None,
 ) -> PrefixCache:
     """A `PrefixCache` over a cache at fixed addresses. Raises ConfigError for another one."""
     if not isinstance(cache, KVCacheManager):
         raise ConfigError(f"a {type(cache).__name__} cannot keep prefixes; use the vattn cache, or prefix_cache=False")
-    return PrefixCache(ManagedReuse(cache), ways=ways, max_segments=max_segments, events=events)
+    return PrefixCache(ManagedReuse(cache), costs=costs, ways=ways, max_segments=max_segments, events=events)
 
 
 class ManagedReuse:
