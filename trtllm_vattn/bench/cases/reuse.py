@@ -117,11 +117,11 @@ def unlike(requests: Sequence[TokenRequest], seed: int) -> list[TokenRequest]:
 def ways_by_length(model: PreTrainedModel, args: argparse.Namespace) -> list[dict[str, Any]]:
     """What each way to a hit takes, by the prefix's length (reuse_ways.py)."""
     short = args.device == "cpu"
-    lengths = reuse_ways.lengths_up_to(args.max_seq_len)
+    lengths, steps, repeats = reuse_ways.lengths_up_to(args.max_seq_len), 64, 3
+    if short:
+        lengths, steps, repeats = lengths[-1:], 5, 1
     with engine_of(model, args, True) as engine:
-        return reuse_ways.measure_ways(
-            engine, vocab_of(model), lengths[-2:] if short else lengths, 8 if short else 64, 3, args.seed
-        )
+        return reuse_ways.measure_ways(engine, vocab_of(model), lengths, steps, repeats, args.seed)
 
 
 def fitted(request: TokenRequest, longest: int) -> TokenRequest:

@@ -4,6 +4,7 @@ owner's slot, computing anew; what each takes until the first token, and in a st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -43,7 +44,7 @@ def measure_ways(
     prefixes = engine.slots.prefixes
     if prefixes is None:
         raise ConfigError("the engine keeps no prefixes, so that there are no ways to measure")
-    all_ways, rows = prefixes.ways, []
+    all_ways, costs, rows = prefixes.ways, prefixes.costs, []
     for tokens in lengths:
         prompt = random.integers(0, vocab, tokens).tolist()
         # While it runs, nobody adopts its slot.
@@ -51,6 +52,8 @@ def measure_ways(
         while not engine.scheduler.requests[owner].chosen:
             engine.step()
         found: dict[Way, tuple[float, float]] = {}
+        # Whatever it costs, it is measured.
+        prefixes.costs = replace(costs, table_step_us=0, prefill_tokens_per_s=1)
         for way in MEASURED:
             if way is Way.NONE or way in all_ways:
                 prefixes.ways = frozenset({way}) - {Way.NONE}
@@ -58,7 +61,7 @@ def measure_ways(
                 if taken := [turn for turn in turns if turn is not None]:
                     first, step = np.median(np.array(taken), axis=0).tolist()
                     found[way] = first, step
-        prefixes.ways = all_ways
+        prefixes.ways, prefixes.costs = all_ways, costs
         before = dict(prefixes.stats.ways)
         _hit(engine, vocab, prompt, steps, random, None)
         chosen = next(Way(way) for way, n in prefixes.stats.ways.items() if n > before.get(way, 0))
@@ -103,6 +106,12 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         ratios += [row["total_ms"] / best["total_ms"] for row in those if row["chosen"]]
     if ratios:
         out["chosen_way_over_cheapest"] = float(np.median(ratios))
+    step = {(row["tokens"], row["way"]): row["step_ms"] for row in rows}
+    longer = [
+        step[tokens, "reach"] - ms for (tokens, way), ms in step.items() if way == "copy" and (tokens, "reach") in step
+    ]
+    if longer:
+        out["reach_step_longer_us"] = 1e3 * float(np.median(longer))
     return out
 
 
