@@ -116,7 +116,7 @@ def test_a_peer_says_what_it_made_of_its_defaults(folder: Path) -> None:
         assert peer.versions["python"].split(".")[0] == "3"
         asked = {"folder": str(folder), "kv_bytes": 4 << 20, "max_model_len": 256, "seed": 0}
         made = peer.ask("start", kind="offline", **asked)
-        token = 4 * 2 * 2 * 16 * 4
+        token = 2 * 2 * 2 * 32 * 4
         assert made["settings"]["num_gpu_blocks"] * made["settings"]["block_size"] * token == 4 << 20
         assert made["settings"]["max_num_batched_tokens"] == 16384
         assert made["settings"]["enable_chunked_prefill"] is None

@@ -26,6 +26,9 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 FAMILIES = ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral"]
 PROMPTS = [[1, 2, 3], list(range(20)), [7]]
 
+# How often a layer is traced hangs on how often it is called, and with which sizes.
+pytestmark = pytest.mark.usefixtures("whole_models")
+
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:

@@ -22,6 +22,8 @@ from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
 
 MIN_CHUNK_ROWS = 16
 """The fewest rows that `Attention.prefill` is given; shorter chunks are padded."""
+MOST_QUERIES = 8
+"""Queries of a lane in `Attention.decode_queries`: a token and the draft tokens to verify with it."""
 
 T = TypeVar("T")
 
@@ -101,6 +103,12 @@ class Attention(ABC):
     captures_prompts: ClassVar[bool] = False
     """Whether `attend_mixed` reads all about the chunks from `PackedPrefill.descriptors` on the device, so that one
     captured pass serves any chunks."""
+    keeps_windows: ClassVar[bool] = False
+    """Whether it serves caches that keep a window of some layers' tokens (`CacheShape.windows`)."""
+    most_chunks: int | None = None
+    """Most chunks of a pass that is captured for any chunks; None is no limit."""
+    most_queries: int = 1
+    """Queries of a lane that `decode_queries` takes; 1 where there is `decode` alone."""
     features: ClassVar[frozenset[Feature]] = frozenset()
     """What the backend can do beyond causal attention to all tokens of a sequence's own slot, in rows of the cache's
     dtype, all of one length."""
@@ -111,6 +119,10 @@ class Attention(ABC):
         self._of_step: dict[tuple[int, ...], tuple[tuple[object, ...], Any]] = {}
         self.options: tuple[LayerOptions, ...] = (PLAIN,) * cache.shape.num_layers
         """How each layer attends."""
+        if cache.shape.windows and not self.keeps_windows:
+            raise ConfigError(
+                f"the {self.name} backend alone cannot serve a cache that keeps windows; use select.make_attention"
+            )
         self.prefixes: PrefixTables | None = None
         """Where first tokens lie that are not in their sequence's own slot; None where all are."""
         self._with_prefixes = False
@@ -152,6 +164,10 @@ class Attention(ABC):
         Until the next call, a backend reuses what it computed from the same tensors for another layer.
         """
         self._of_step.clear()
+
+    def begin_prompts(self, packed: PackedPrefill) -> None:  # noqa: B027
+        """Say, behind `begin_step`, which chunks of prompts the step has; only before a step with any. For backends
+        that have to know before the first `write`."""
 
     def _once_a_step(self, make: Callable[[], T], *inputs: object) -> T:
         """The result of `make`, which is called once a step for the same `inputs` (the same objects)."""
@@ -243,6 +259,26 @@ class Attention(ABC):
         output is finite and means nothing. Lane i reads slot i, or with `slots` (int64 or int32 ``[lanes]`` on the
         device) ``slots[i]``. The result is written to `out` if given.
         """
+
+    def decode_queries(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        query_lens: torch.Tensor | None,
+        lengths: torch.Tensor,
+        slots: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Up to `most_queries` query tokens per lane: q ``[lanes, queries, num_heads, head_dim]`` to the same shape.
+
+        Lane i has ``query_lens[i]`` queries (int32 ``[lanes]`` on the device; None: all). The last one is at position
+        ``lengths[i] - 1``, and each attends to the tokens up to its own. Other rows of the output are finite and mean
+        nothing. The other parameters are those of `decode`. Raises ConfigError where the backend has `decode` alone.
+        """
+        raise ConfigError(
+            f"the {self.name} backend decodes one query a lane; use the shares backend over flat KV, or the torch "
+            "backend"
+        )
 
     def decode_mixed(
         self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, out: torch.Tensor

@@ -10,6 +10,7 @@ of a `KVCacheManager`) is read by these lengths.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -33,6 +34,7 @@ class Feature(Enum):
     WINDOW = "a window"
     FIRST_TOKENS = "first tokens that stay visible"
     SINK_LOGITS = "sink logits"
+    SOFTCAP = "a soft cap of scores"
     FP8 = "fp8 rows"
     PREFIXES = "tokens that lie in another slot"
     LENGTHS = "lengths a range group"
@@ -53,6 +55,8 @@ class LayerOptions:
     sink_logits : Tensor or None
         float32 ``[num_heads]``: one more logit of each query head in the softmax's denominator, without a value
         (gpt-oss).
+    softcap : float or None
+        Scores are ``softcap * tanh(score / softcap)`` (Gemma 2).
     k_scale, v_scale : Tensor or None
         float32 ``[1]`` or ``[num_kv_heads]``, of a cache of `FP8`: a key is the stored number times `k_scale`. Writing
         divides and rounds to the nearest, and what is beyond the largest number becomes that one. None is 1.
@@ -61,6 +65,7 @@ class LayerOptions:
     window: int | None = None
     first_tokens: int = 0
     sink_logits: torch.Tensor | None = None
+    softcap: float | None = None
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
 
@@ -70,6 +75,7 @@ class LayerOptions:
             Feature.WINDOW: self.window is not None,
             Feature.FIRST_TOKENS: self.first_tokens > 0,
             Feature.SINK_LOGITS: self.sink_logits is not None,
+            Feature.SOFTCAP: self.softcap is not None,
             Feature.FP8: self.k_scale is not None or self.v_scale is not None,
         }
         return {feature for feature, needs in needed.items() if needs}
@@ -84,6 +90,8 @@ class LayerOptions:
                 f"{where} keeps {self.first_tokens} first tokens visible with window {self.window}; give a number from "
                 "0 on, beside a window: without one every token is visible"
             )
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ConfigError(f"{where} caps scores at {self.softcap}; give a positive number, or None")
         for name, sizes in (("sink_logits", (num_heads,)), ("k_scale", _scales(shape)), ("v_scale", _scales(shape))):
             tensor = getattr(self, name)
             if tensor is None:

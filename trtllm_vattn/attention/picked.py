@@ -84,6 +84,8 @@ class PickedAttention(FlatPromptsAttention):
         if deterministic:
             self.kernels = dict(list(self.kernels.items())[:1])
         self._first = self._current = next(iter(self.kernels))
+        self._verifying = next((kernel for kernel in self.kernels.values() if kernel.most_queries > 1), None)
+        self.most_queries = 1 if self._verifying is None else self._verifying.most_queries
         self._costs: dict[tuple[int, bool], dict[str, Cost]] = {}
 
     def _usual(self, deterministic: bool) -> dict[str, Attention]:
@@ -288,6 +290,19 @@ class PickedAttention(FlatPromptsAttention):
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return self.kernels[self._current].decode(layer, q, lengths, slots, out)
+
+    def decode_queries(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        query_lens: torch.Tensor | None,
+        lengths: torch.Tensor,
+        slots: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self._verifying is None:
+            return super().decode_queries(layer, q, query_lens, lengths, slots, out)
+        return self._verifying.decode_queries(layer, q, query_lens, lengths, slots, out)
 
     def decode_mixed(
         self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, out: torch.Tensor

@@ -207,7 +207,7 @@ class FlatPromptsAttention(GatheringAttention):
             self.host_planned.attend(layer, q[decode_rows:end], out[decode_rows:end], planned_by_host)
             out[end:] = 0
             return
-        make = partial(_descriptors_of, packed, decode_rows, self.cache.device)
+        make = partial(descriptors_of, packed, decode_rows, self.cache.device)
         descriptors = self._once_a_step(make, packed)
         if self.prompts is None:
             extent = max(chunk.max_length for chunk in packed.chunks) if packed.chunks else None
@@ -223,7 +223,7 @@ class FlatPromptsAttention(GatheringAttention):
         return self.prefixes is None and not options.features() and not self._needed_by_cache()
 
 
-def _descriptors_of(packed: PackedPrefill, first_row: int, device: torch.device) -> torch.Tensor:
+def descriptors_of(packed: PackedPrefill, first_row: int, device: torch.device) -> torch.Tensor:
     """`PackedPrefill.descriptors`; where chunks have none, the first one begins at `first_row`."""
     if packed.descriptors is not None:
         return packed.descriptors

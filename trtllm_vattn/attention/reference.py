@@ -10,15 +10,17 @@ from typing import ClassVar
 
 import torch
 
-from trtllm_vattn.attention.base import PrefillChunk
+from trtllm_vattn.attention.base import MOST_QUERIES, PrefillChunk
 from trtllm_vattn.attention.gather import GatheringAttention, restored
 from trtllm_vattn.attention.options import Feature, PrefixTables
+from trtllm_vattn.cache.base import FlatKV
 
 
 class TorchAttention(GatheringAttention):
     """Attention in plain torch; correct for any shape, and slow."""
 
     name: ClassVar[str] = "torch"
+    most_queries = MOST_QUERIES
     features: ClassVar[frozenset[Feature]] = frozenset(Feature)
 
     def decode(
@@ -52,15 +54,19 @@ class TorchAttention(GatheringAttention):
         lengths = torch.where(counts > 0, lengths, 0)
         sees = torch.where(row < counts[:, None], lengths[:, None] - counts[:, None] + 1 + row, 0)
         tables = self.prefixes if self._with_prefixes else None
-        result = self._attend(layer, q, slots, lengths, sees, self.cache.shape.max_seq_len, tables)
+        result = self._attend(layer, q, slots, lengths, sees, self._rows(layer), tables)
         return result if out is None else out.copy_(result)
 
     def decode_mixed(
         self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, out: torch.Tensor
     ) -> None:
-        extent = self.cache.shape.max_seq_len
-        result = self._attend(layer, q[:, None], slots, lengths, lengths[:, None].long(), extent)
+        result = self._attend(layer, q[:, None], slots, lengths, lengths[:, None].long(), self._rows(layer))
         out.copy_(result[:, 0])
+
+    def _rows(self, layer: int) -> int:
+        """The most tokens of a slot in a layer."""
+        kv = self.cache.head_groups(layer)[0]
+        return kv.k.shape[1] if isinstance(kv, FlatKV) else self.cache.shape.max_seq_len
 
     def prefill(self, layer: int, q: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
         # Rows past query_len attend to the same keys as its last row.
@@ -121,7 +127,7 @@ class TorchAttention(GatheringAttention):
             )
             mine = slice(part * heads, (part + 1) * heads)
             sinks = None if options.sink_logits is None else options.sink_logits[mine]
-            outs.append(self._weighted(q[:, :, mine], k, v, visible, sinks))
+            outs.append(self._weighted(q[:, :, mine], k, v, visible, sinks, options.softcap))
         return outs[0] if parts == 1 else torch.cat(outs, dim=2)
 
     def _slots_of(self, slots: torch.Tensor, places: torch.Tensor, shared: PrefixTables | None) -> torch.Tensor:
@@ -140,13 +146,21 @@ class TorchAttention(GatheringAttention):
         return found
 
     def _weighted(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, sinks: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        visible: torch.Tensor,
+        sinks: torch.Tensor | None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """q ``[lanes, rows, heads, head_dim]`` to the same shape; k, v float32 ``[lanes, extent, kv_heads, head_dim]``;
         visible bool ``[lanes, rows, extent]``; sinks float32 ``[heads]``. A row that sees no key gives zeros."""
         heads = k.shape[2]
         grouped = q.reshape(*q.shape[:2], heads, q.shape[2] // heads, q.shape[3]).float()
         scores = torch.einsum("nrhgd,nthd->nhgrt", grouped, k) * self.scale
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
         scores = scores.masked_fill(~visible[:, None, None], torch.finfo(scores.dtype).min)
         if sinks is None:
             weights = scores.softmax(dim=-1)

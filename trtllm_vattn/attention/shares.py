@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from trtllm_vattn.attention.base import MOST_QUERIES
 from trtllm_vattn.attention.options import FP8, PREFIXES, Feature, LayerOptions, PrefixTables
 from trtllm_vattn.attention.prompts import FlatPromptsAttention, PromptKernel, head_tables
 from trtllm_vattn.attention.shares_launch import (
@@ -45,8 +46,6 @@ from trtllm_vattn.attention.shares_launch import (
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.errors import ConfigError
 
-MOST_QUERIES = 8
-"""Queries of a lane: a token and the draft tokens to verify with it."""
 HEAD_SIZES = (64, 96, 128, 192, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAST_CAPABILITY = (8, 0)
@@ -80,6 +79,7 @@ class SharesAttention(FlatPromptsAttention):
     """
 
     name: ClassVar[str] = "shares"
+    most_queries = MOST_QUERIES
     features: ClassVar[frozenset[Feature]] = frozenset(Feature)
 
     def __init__(
