@@ -38,6 +38,7 @@ BENCHMARKS = {
     "forks": "several samples of one long prompt: memory and steps beside one sample",
     "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",
     "xqa": "TensorRT-LLM's kernels over affine tables: tokens, steps against random tables, remapped replays",
+    "tp": "one model on several GPUs beside one: steps, and replays over remapped memory",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }
 MODULES = {"graph": "decode", "alloc": "driver_calls", "start": "startup"}
