@@ -25,6 +25,7 @@ from trtllm_vattn.bench.harness.flags import add_common, add_steady, dtype_of
 from trtllm_vattn.errors import KVCacheOutOfMemory
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.parallel import Ranks, size_of_torchrun
+from trtllm_vattn.runtime.parallel.group import ALL_REDUCE
 from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import tabulate
@@ -59,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench tp`."""
     gpu, add = add_common(parser), parser.add_argument
     add("--ranks", type=positive, default=2, metavar="RANKS", help="GPUs, or processes on the host")
+    text = "who sums over ranks: NCCL, or torch's symmetric memory where it can"
+    add("--all-reduce", default=ALL_REDUCE[0], choices=ALL_REDUCE, help=text)
     add("--parts", type=parts, default="steps,replays", metavar="PART,...", help=f"of {', '.join(PARTS)}")
     context, batches = (2048, "1,32,128") if gpu else (48, "1,4")
     add_steady(parser, "engine", context, rounds=3 if gpu else 2, steps=24 if gpu else 4, batches=batches)
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where tokens were wrong."""
     kind = args.device.partition(":")[0]
     start = Ranks.of_torchrun if size_of_torchrun() > 1 else Ranks.start
-    ranks = start(args.ranks, kind)
+    ranks = start(args.ranks, kind, args.all_reduce)
     rows: list[dict[str, Any]] = []
     replays: dict[str, Any] = {}
     try:

@@ -39,6 +39,10 @@ class Group:
         return self.size == 1
 
 
+ALL_REDUCE = ("nccl", "symmetric")
+"""Who sums: NCCL, or torch's symmetric memory for small bfloat16 sums and NCCL for others."""
+SYMMETRIC_BYTES = 4 << 20
+_symmetric: torch.Tensor | None = None
 _ALONE = Group(0, 1, torch.device("cpu"))
 _current = _ALONE
 
@@ -48,14 +52,20 @@ def current_group() -> Group:
     return _current
 
 
-def join(rank: int, size: int, device: torch.device, store: dist.Store) -> Group:
-    """Join a group, by a store that all ranks reach. Raises ConfigError where this process has one already."""
-    global _current
+def check_free() -> None:
+    """Raise ConfigError where this process has a process group."""
     if dist.is_initialized():
         raise ConfigError(
             "this process has a default process group of torch.distributed already, and a tensor parallel engine makes "
-            "its own; destroy that one first, or start the engine in another process"
+            "its own; close that engine, or destroy that group, or start the engine in another process"
         )
+
+
+def join(rank: int, size: int, device: torch.device, store: dist.Store, all_reduce: str = "nccl") -> Group:
+    """Join a group, by a store that all ranks reach, and choose who sums (`ALL_REDUCE`). Raises ConfigError where this
+    process has a group already."""
+    global _current, _symmetric
+    check_free()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     on_gpu = device.type == "cuda"
@@ -70,12 +80,25 @@ def join(rank: int, size: int, device: torch.device, store: dist.Store) -> Group
         device_id=device if on_gpu else None,
     )
     _current = Group(rank, size, device)
+    if all_reduce == "symmetric" and on_gpu:
+        _symmetric = _symmetric_buffer(device)
     return _current
+
+
+def _symmetric_buffer(device: torch.device) -> torch.Tensor:
+    """Memory of this rank that the others' kernels read; all ranks make it at once."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    assert dist.group.WORLD is not None
+    buffer = symmetric.empty(SYMMETRIC_BYTES // 2, dtype=torch.bfloat16, device=device)
+    symmetric.rendezvous(buffer, dist.group.WORLD.group_name)
+    return buffer
 
 
 def leave() -> None:
     """Leave the group. Idempotent."""
-    global _current
+    global _current, _symmetric
+    _symmetric = None
     if not _current.alone:
         _current = _ALONE
         if dist.is_initialized():
@@ -84,7 +107,8 @@ def leave() -> None:
 
 def forget() -> None:
     """Leave a group of which a rank has ended. Idempotent."""
-    global _current
+    global _current, _symmetric
+    _symmetric = None
     on_gpu, _current = _current.device.type == "cuda", _ALONE
     if dist.is_initialized() and not on_gpu:
         dist.destroy_process_group()
@@ -101,7 +125,15 @@ def abort() -> None:
 @torch.library.custom_op("trtllm_vattn::all_reduce_", mutates_args=("x",))
 def all_reduce_(x: torch.Tensor) -> None:
     """The sum of all ranks' x, in its place."""
-    dist.all_reduce(x)
+    if _symmetric is not None and x.dtype is torch.bfloat16 and x.numel() <= _symmetric.numel():
+        # Each rank copies its part to where the others read it, and adds theirs, in one kernel.
+        assert dist.group.WORLD is not None
+        flat = x.view(-1)
+        torch.ops.symm_mem.one_shot_all_reduce_copy_out(
+            _symmetric[: len(flat)], flat, "sum", dist.group.WORLD.group_name, flat
+        )
+    else:
+        dist.all_reduce(x)
 
 
 @all_reduce_.register_fake

@@ -65,12 +65,14 @@ class Ranks:
         return self.leader.size
 
     @classmethod
-    def start(cls, size: int, device: str) -> Self:
+    def start(cls, size: int, device: str, all_reduce: str = "nccl") -> Self:
         """Start `size` - 1 processes on this host, each with a GPU of its own, or on ``cpu``; this one is rank 0.
+        `all_reduce` is one of `group.ALL_REDUCE`.
 
         Raises ConfigError where there are fewer GPUs, or this process has a process group already; RankLost where one
         of them does not start.
         """
+        group.check_free()
         own = device_of(0, size, device)
         with ExitStack() as undo:
             store = dist.TCPStore("127.0.0.1", 0, size, True, wait_for_workers=False)
@@ -80,7 +82,8 @@ class Ranks:
             undo.callback(_end, processes, 0.0)
             for rank in range(1, size):
                 command = [sys.executable, "-m", "trtllm_vattn.runtime.parallel.rank", str(rank), str(size), device]
-                process = subprocess.Popen([*command, str(store.port), str(port)], stdin=subprocess.PIPE)
+                command += [str(store.port), str(port), all_reduce]
+                process = subprocess.Popen(command, stdin=subprocess.PIPE)
                 processes.append(process)
                 assert process.stdin is not None
                 process.stdin.write(key)
@@ -89,14 +92,14 @@ class Ranks:
             leader = Leader(connections, [f"rank {i + 1} (process {p.pid})" for i, p in enumerate(processes)])
             undo.callback(leader.close)
             with leader.call():
-                group.join(0, size, own, store)
+                group.join(0, size, own, store, all_reduce)
             made = cls(leader, processes, device)
             undo.pop_all()
             listener.close()
         return made
 
     @classmethod
-    def of_torchrun(cls, size: int, device: str) -> Self:
+    def of_torchrun(cls, size: int, device: str, all_reduce: str = "nccl") -> Self:
         """The ranks that torchrun has started. Rank 0 gets them; every other one serves here until rank 0 closes them,
         and leaves by SystemExit.
 
@@ -111,14 +114,14 @@ class Ranks:
         if rank:
             store.wait([ADDRESS])
             host, port, sent = store.get(ADDRESS).decode().split()
-            serve(rank, size, own, store, connect(host, int(port), bytes.fromhex(sent), rank))
+            serve(rank, size, own, store, connect(host, int(port), bytes.fromhex(sent), rank), all_reduce)
         host, key = os.environ["MASTER_ADDR"], secrets.token_bytes(32)
         with socket.create_server((host, 0)) as listener:
             store.set(ADDRESS, f"{host} {listener.getsockname()[1]} {key.hex()}")
             connections = _accept(listener, key, size, ())
         leader = Leader(connections, [f"rank {i + 1}" for i in range(size - 1)])
         with leader.call():
-            group.join(0, size, own, store)
+            group.join(0, size, own, store, all_reduce)
         return cls(leader, (), device)
 
     # -- what they do ----------------------------------------------------------------------------------------------
@@ -258,7 +261,9 @@ class Served:
         self.engine = self.parts = None
 
 
-def serve(rank: int, size: int, device: torch.device, store: dist.Store, connection: Connection) -> NoReturn:
+def serve(
+    rank: int, size: int, device: torch.device, store: dist.Store, connection: Connection, all_reduce: str
+) -> NoReturn:
     """Do what rank 0 says until it ends; then leave by SystemExit, of 1 where it ended without a word."""
     # Ctrl-C reaches all processes of a terminal; rank 0 decides what it means.
     with suppress(ValueError):
@@ -268,7 +273,7 @@ def serve(rank: int, size: int, device: torch.device, store: dist.Store, connect
     code: int | str = 0
     try:
         with follower.watch.call():
-            group.join(rank, size, device, store)
+            group.join(rank, size, device, store, all_reduce)
             while (said := _serve_one(served)) is None:
                 pass
             code = said
