@@ -21,6 +21,7 @@ LAYERS = [
     "memory",
     "tenancy",
     "cache",
+    "transfer",
     "graphs",
     "attention",
     "runtime",

@@ -129,6 +129,11 @@ class RankLost(VattnError):
         super().__init__(message)
 
 
+class TransferFailed(VattnError):
+    """A sequence did not get to another cache: the peer refused it, ended, or did not answer. The sender still has it,
+    and the receiver holds nothing of it."""
+
+
 class InvariantViolation(VattnError):
     """Our own bug: the books do not agree with one another. The message carries the numbers."""
 

@@ -39,6 +39,7 @@ BENCHMARKS = {
     "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",
     "xqa": "TensorRT-LLM's kernels over affine tables: tokens, steps against random tables, remapped replays",
     "tp": "one model on several GPUs beside one: steps, and replays over remapped memory",
+    "transfer": "sequences sent from one process's cache to another's, beside the link's own rate; bytes checked",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }
 MODULES = {"graph": "decode", "alloc": "driver_calls", "start": "startup"}

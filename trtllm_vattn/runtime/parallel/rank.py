@@ -1,4 +1,4 @@
-"""The process of a rank that `Ranks.start` starts: ``rank size device store-port port all-reduce``, its key on stdin."""
+"""A process of `Ranks.start`: ``rank size device store-port port all-reduce`` as arguments, its key on stdin."""
 
 from __future__ import annotations
 
