@@ -15,9 +15,11 @@ from multiprocessing.connection import Connection
 from time import monotonic, sleep
 from typing import Any, NamedTuple, Protocol
 
+import torch.distributed as dist
+
 from trtllm_vattn.errors import ConfigError, TransferFailed
 from trtllm_vattn.vmm.base import Driver
-from trtllm_vattn.vmm.tensors import current_stream
+from trtllm_vattn.vmm.tensors import current_stream, finish, tensor_at
 
 CHUNK = 8 << 20
 """Bytes of one message of a `HostLink`."""
@@ -80,6 +82,10 @@ class NixlLink:
         self._memory, self._index = ("DRAM", 0) if kind == "cpu" else ("VRAM", int(index or 0))
         self._agent: Any = nixl_agent(f"{os.uname().nodename}-{os.getpid()}-{id(self)}", nixl_agent_config())
         self._lock = threading.Lock()
+        self._ended = 0
+        """Registrations that were ended here."""
+        self._known: dict[str, int] = {}
+        """What a peer had ended when it was last asked, by its name."""
 
     def register(self, address: int, size: int) -> Any:
         with self._lock:
@@ -87,6 +93,7 @@ class NixlLink:
 
     def deregister(self, registration: Any) -> None:
         with self._lock:
+            self._ended += 1
             self._agent.deregister_memory(registration[2])
 
     def offer(self, registrations: Sequence[Any]) -> bytes:
@@ -94,14 +101,13 @@ class NixlLink:
             regions = [(address, size, self._index, "") for address, size, _ in registrations]
             listed = self._agent.get_reg_descs(regions, self._memory)
             metadata: bytes = self._agent.get_partial_agent_metadata(listed, inc_conn_info=True)
-        return pickle.dumps((metadata, self._memory, self._index))
+            return pickle.dumps((metadata, self._memory, self._index, self._ended))
 
     def write(self, pieces: Sequence[Piece], offer: bytes, connection: Connection, timeout_s: float) -> None:
-        metadata, memory, index = pickle.loads(offer)
+        metadata, memory, index, ended = pickle.loads(offer)
         agent = self._agent
         with self._lock:
-            peer = agent.add_remote_agent(metadata)
-            peer = peer.decode() if isinstance(peer, bytes) else peer
+            peer = self._meet(metadata, ended)
             handle = None
             try:
                 sources = agent.get_xfer_descs([(p.source, p.size, self._index) for p in pieces], self._memory)
@@ -117,9 +123,21 @@ class NixlLink:
                 if handle is not None:
                     with suppress(Exception):
                         agent.release_xfer_handle(handle)
-                # Its addresses may be registered anew for the next transfer: nothing of this one is used again.
-                with suppress(Exception):
-                    agent.remove_remote_agent(peer)
+
+    def _meet(self, metadata: bytes, ended: int) -> str:
+        """A peer by the name that the agent has for it, with the registrations that it offers.
+
+        Where it has ended any since the last time, all that is known of it is forgotten first: an address may be
+        registered anew, and what was known of it reaches pages that are somebody else's.
+        """
+        agent = self._agent
+        name: Any = agent.add_remote_agent(metadata)
+        peer = str(name.decode() if isinstance(name, bytes) else name)
+        if self._known.get(peer, ended) != ended:
+            agent.remove_remote_agent(peer)
+            agent.add_remote_agent(metadata)
+        self._known[peer] = ended
+        return peer
 
     def take(self, pieces: Sequence[Piece], connection: Connection, timeout_s: float) -> None:
         """Nothing to do."""
@@ -179,6 +197,47 @@ class HostLink:
         if self._host:
             self._driver.release_host(self._host, CHUNK)
         self._host = 0
+
+
+class GroupLink:
+    """Through torch.distributed: NCCL between GPUs, which copies through buffers of its own and registers nothing that
+    is remapped; gloo on the host. Both sides are in one process group.
+
+    Parameters
+    ----------
+    device : str
+    peer : int
+        The other side's rank.
+    """
+
+    name = "group"
+
+    def __init__(self, device: str, peer: int) -> None:
+        self._device, self._peer = device, peer
+
+    def register(self, address: int, size: int) -> Any:
+        return None
+
+    def deregister(self, registration: Any) -> None:
+        """Nothing to do."""
+
+    def offer(self, registrations: Sequence[Any]) -> bytes:
+        return b""
+
+    def write(self, pieces: Sequence[Piece], offer: bytes, connection: Connection, timeout_s: float) -> None:
+        self._move(dist.isend, [(piece.source, piece.size) for piece in pieces])
+
+    def take(self, pieces: Sequence[Piece], connection: Connection, timeout_s: float) -> None:
+        self._move(dist.irecv, [(piece.target, piece.size) for piece in pieces])
+
+    def _move(self, how: Any, places: list[tuple[int, int]]) -> None:
+        tensors = [tensor_at(address, size, self._device) for address, size in places]
+        for work in dist.batch_isend_irecv([dist.P2POp(how, tensor, self._peer) for tensor in tensors]):
+            work.wait()
+        finish(self._device)
+
+    def close(self) -> None:
+        """Nothing to do."""
 
 
 def _view_of(address: int, size: int) -> memoryview:

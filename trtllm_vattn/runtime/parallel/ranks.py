@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from trtllm_vattn.runtime.parallel.engine import FollowingEngine, LeadingEngine
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+T = TypeVar("T")
 START_S = 300.0
 """That ranks may take to start."""
 ADDRESS = "trtllm_vattn/channel"
@@ -172,6 +173,19 @@ class Ranks:
         with self.leader.call():
             self.leader.ask("call", function, *arguments)
             return self.leader.results()
+
+    def call_beside(self, own: Callable[[], T], function: Callable[..., Any], *arguments: Any) -> tuple[T, list[Any]]:
+        """`call`, and ``own()`` here meanwhile; both answers."""
+        with self.leader.call():
+            self.leader.ask("call", function, *arguments)
+            try:
+                answer = own()
+            except BaseException:
+                # Theirs end with the connection that was between the two.
+                with suppress(VattnError):
+                    self.leader.results()
+                raise
+            return answer, self.leader.results()
 
     def close(self) -> None:
         """End the other ranks. Idempotent."""
