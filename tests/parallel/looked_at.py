@@ -6,6 +6,7 @@ import os
 import signal
 from typing import Any
 
+from trtllm_vattn.runtime.models import SHAPES
 from trtllm_vattn.runtime.parallel import build
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
@@ -23,6 +24,12 @@ def faulty(device: str) -> Driver:
 def use_faulty(engine: Any) -> None:
     """Caches that are built here from now on have faulty drivers."""
     build.open_driver = faulty  # type: ignore[attr-defined]
+
+
+def use_shapes(engine: Any, shapes: dict[str, dict[str, Any]]) -> None:
+    """Named shapes are these from now on."""
+    SHAPES.clear()
+    SHAPES.update(shapes)
 
 
 def arm(engine: Any, call: str, skip: int) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory, MemoryQuarantined, NoFreeSlot, RankLost
 from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import SHAPES
 from trtllm_vattn.runtime.parallel import Ranks
 from trtllm_vattn.runtime.sampling import SamplingParams
 
@@ -39,6 +40,7 @@ def ranks() -> Iterator[Ranks]:
         patch.setattr("trtllm_vattn.runtime.parallel.build.open_driver", looked_at.faulty)
         started = Ranks.start(2, "cpu")
         started.call(looked_at.use_faulty)
+        started.call(looked_at.use_shapes, dict(SHAPES))
         yield started
         started.close()
 
@@ -210,6 +212,15 @@ def test_what_several_ranks_cannot_do_is_refused_by_name(engine: Engine, ranks: 
             Engine.from_pretrained("tiny-llama", tensor_parallel=ranks, **{**SETTINGS, **option})
     with pytest.raises(ConfigError, match="default process group"):
         Engine.from_pretrained("tiny-llama", tensor_parallel=2, **SETTINGS)
+
+
+def test_ranks_that_have_other_models_are_refused_before_they_meet(ranks: Ranks) -> None:
+    ranks.call(looked_at.use_shapes, {"tiny-llama": {**SHAPES["tiny-llama"], "num_hidden_layers": 1}})
+    with pytest.raises(ConfigError, match="rank 1 has another model"):
+        Engine.from_pretrained("tiny-llama", tensor_parallel=ranks, **SETTINGS)
+    ranks.call(looked_at.use_shapes, dict(SHAPES))
+    with pytest.raises(ConfigError, match=r"no model 'tiny-lama'"):
+        Engine.from_pretrained("tiny-lama", tensor_parallel=ranks, **SETTINGS)
 
 
 def test_a_rank_that_is_killed_is_named_and_nothing_hangs(engine: Engine, ranks: Ranks) -> None:

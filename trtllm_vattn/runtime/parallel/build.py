@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -71,6 +72,12 @@ class Parts:
         if not self.sized_later and recipe.budget is None:
             layout = self.cache.layout
             self.cache.set_budget(layout.num_ranges * layout.range_bytes)
+
+    @property
+    def likeness(self) -> dict[str, Any]:
+        """What has to be equal on all ranks."""
+        shapes = [tuple(parameter.shape) for parameter in self.model.parameters()]
+        return {**self.cache.byte_order, "parameters": len(shapes), "numbers": sum(math.prod(each) for each in shapes)}
 
     def engine(self, **own: Any) -> Any:
         """Build the engine, in step with all other ranks. What was made is given back where it fails."""

@@ -141,7 +141,9 @@ class Ranks:
             except Exception as error:
                 failed = error
             try:
-                leader.results()
+                for rank, likeness in enumerate(leader.results(), 1):
+                    if parts is not None and likeness != parts.likeness:
+                        raise ConfigError(f"rank {rank} has another model: {likeness}, here {parts.likeness}")
             except VattnError as error:
                 failed = failed or error
             if failed is not None:
@@ -250,8 +252,9 @@ class Served:
     parts: Parts | None = None
     engine: FollowingEngine | None = None
 
-    def prepare(self, recipe: Recipe) -> None:
+    def prepare(self, recipe: Recipe) -> dict[str, Any]:
         self.parts = Parts(recipe, leads=False)
+        return self.parts.likeness
 
     def discard(self) -> None:
         if self.parts is not None:
