@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
@@ -13,6 +14,7 @@ import looked_at
 import numpy as np
 import pytest
 
+from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory, MemoryQuarantined, NoFreeSlot, RankLost
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import SHAPES
@@ -67,6 +69,42 @@ def disarm(ranks: Ranks, engine: Engine | None = None) -> None:
 def agree(ranks: Ranks, engine: Engine) -> None:
     """All ranks hold the same sequences in the same slots, under the same budget."""
     assert [looked_at.slots(engine)] == ranks.call(looked_at.slots)
+
+
+@pytest.fixture
+def run_bench(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs a benchmark on these ranks; its summary."""
+    monkeypatch.setattr(Ranks, "start", lambda *arguments: ranks)
+    monkeypatch.setattr(ranks, "close", lambda: None)
+
+    def run(name: str, *arguments: str) -> dict[str, Any]:
+        output = tmp_path / "out.json"
+        assert main(["bench", name, "--device", "cpu", "--output-json", str(output), *arguments]) == 0
+        summary: dict[str, Any] = json.loads(output.read_text())["summary"]
+        return summary
+
+    return run
+
+
+def test_the_benchmark_counts_steps_and_replays(run_bench: Callable[..., dict[str, Any]]) -> None:
+    arguments = ("--batch-sizes", "1,2", "--rounds", "1", "--steps", "2", "--replays", "30", "--context", "24")
+    told = run_bench("tp", *arguments)
+    assert told["gpus"] == 0
+    assert told["step_2_over_one_gpu"] > 0
+    assert told["replays"] >= 30
+    assert told["wrong_replays"] == told["failed_requests"] == 0
+    assert told["mappings"] > 0
+
+
+def test_the_benchmark_of_transfers_counts_descriptors_and_wrong_bytes(
+    run_bench: Callable[..., dict[str, Any]],
+) -> None:
+    told = run_bench("transfer", "--link", "group", "--sizes", "16,200", "--transfers", "8")
+    assert told["transfers"] == 8
+    assert told["wrong_bytes"] == 0
+    assert told["checked_bytes"] > 0
+    assert told["descriptors_per_extent"] == 1
+    assert told["over_link"] > 0
 
 
 def test_each_rank_has_half_of_the_heads_at_its_own_addresses(ranks: Ranks, engine: Engine) -> None:
@@ -214,7 +252,10 @@ def test_what_several_ranks_cannot_do_is_refused_by_name(engine: Engine, ranks: 
         Engine.from_pretrained("tiny-llama", tensor_parallel=2, **SETTINGS)
 
 
-def test_ranks_that_have_other_models_are_refused_before_they_meet(ranks: Ranks) -> None:
+def test_ranks_have_one_engine_at_a_time_and_like_models(engine: Engine, ranks: Ranks) -> None:
+    with pytest.raises(ConfigError, match="have an engine already"):
+        Engine.from_pretrained("tiny-llama", tensor_parallel=ranks, **SETTINGS)
+    engine.close()
     ranks.call(looked_at.use_shapes, {"tiny-llama": {**SHAPES["tiny-llama"], "num_hidden_layers": 1}})
     with pytest.raises(ConfigError, match="rank 1 has another model"):
         Engine.from_pretrained("tiny-llama", tensor_parallel=ranks, **SETTINGS)
@@ -223,7 +264,8 @@ def test_ranks_that_have_other_models_are_refused_before_they_meet(ranks: Ranks)
         Engine.from_pretrained("tiny-lama", tensor_parallel=ranks, **SETTINGS)
 
 
-def test_a_rank_that_is_killed_is_named_and_nothing_hangs(engine: Engine, ranks: Ranks) -> None:
+def test_a_rank_that_is_killed_is_named_and_nothing_hangs(ranks: Ranks) -> None:
+    engine = Engine.from_pretrained("tiny-llama", tensor_parallel=ranks, **SETTINGS)
     engine.submit(PROMPTS[0], SamplingParams(max_tokens=100, ignore_eos=True))
     engine.step()
     started = monotonic()

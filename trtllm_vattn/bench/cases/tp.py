@@ -31,8 +31,8 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import tabulate
 
 PARTS = ("steps", "replays", "large")
-SLOTS, REPLAY_LEN, POOL = 8, 192, 48
-"""Of the replays: sequences at once, tokens of the longest, and different prompts."""
+SLOTS, REPLAY_LEN = 8, 192
+"""Of the replays: sequences at once, and tokens of the longest."""
 TIE = 1e-3
 """Two largest logits that are closer than this, in float32, are a tie."""
 
@@ -198,14 +198,15 @@ def _large(args: argparse.Namespace, ranks: Ranks) -> list[dict[str, Any]]:
 # -- replays -----------------------------------------------------------------------------------------------------------
 
 
-def _prompts(seed: int, vocab_size: int) -> list[list[int]]:
+def _prompts(seed: int, vocab_size: int, count: int) -> list[list[int]]:
     random = np.random.default_rng(seed)
-    return [random.integers(0, vocab_size, int(random.integers(4, REPLAY_LEN // 2))).tolist() for _ in range(POOL)]
+    return [random.integers(0, vocab_size, int(random.integers(4, REPLAY_LEN // 2))).tolist() for _ in range(count)]
 
 
 def _replays(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """Replays of a small model while memory moves, and those of them that gave a wrong token."""
-    model = "small-llama" if args.device != "cpu" else "tiny-llama"
+    on_gpu = args.device != "cpu"
+    model = "small-llama" if on_gpu else "tiny-llama"
     options: dict[str, Any] = {
         "device": args.device,
         "dtype": torch.float32,
@@ -220,7 +221,7 @@ def _replays(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     tokens = REPLAY_LEN // 3
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     with Engine.from_pretrained(model, cache="contiguous", **options) as still:
-        prompts = _prompts(args.seed, still.model.config.get_text_config().vocab_size)
+        prompts = _prompts(args.seed, still.model.config.get_text_config().vocab_size, 48 if on_gpu else 6)
         expected = [done.tokens for done in still.generate(prompts, params)]
     with Engine.from_pretrained(model, tensor_parallel=ranks, **options) as engine:
         return _checked(args, engine, prompts, expected)

@@ -59,6 +59,7 @@ class Ranks:
     def __init__(self, leader: Leader, processes: Sequence[subprocess.Popen[bytes]], device: str) -> None:
         self.leader, self.device = leader, device
         self._processes = list(processes)
+        self._has_engine = False
 
     @property
     def size(self) -> int:
@@ -133,6 +134,8 @@ class Ranks:
         `own` are parameters of `Engine` that rank 0 alone has. Raises what building raises on any rank.
         """
         leader = self.leader
+        if self._has_engine:
+            raise ConfigError("these ranks have an engine already; close it first, or start others")
         with leader.call():
             leader.ask("prepare", recipe)
             failed, parts = None, None
@@ -160,7 +163,8 @@ class Ranks:
                 engine: LeadingEngine = parts.engine(**own)
                 undo.callback(engine.close)
                 leader.results()
-                engine.lead(leader, self.close if closing else lambda: None)
+                engine.lead(leader, self.close if closing else self._release)
+                self._has_engine = True
                 if parts.sized_later:
                     leader.ask("memory_left")
                     left = min([parts.memory_left(), *leader.results()])
@@ -168,6 +172,9 @@ class Ranks:
                 undo.pop_all()
         engine.startup.load_s, engine.startup.budget_bytes = parts.load_s, engine.cache.budget_bytes
         return engine
+
+    def _release(self) -> None:
+        self._has_engine = False
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """``function(engine, *arguments)`` on each rank but this one, by rank; `engine` is the rank's, or None. For
