@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -58,6 +59,10 @@ class HelpFormatter(argparse.HelpFormatter):
             default = ",".join(map(str, default))
         shown = str(default).replace("%", "%%") or "none"
         return f"{text} (default: {shown})"
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # Names with hyphens stay whole.
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class Parser(argparse.ArgumentParser):

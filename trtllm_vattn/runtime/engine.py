@@ -431,8 +431,8 @@ class Engine:
         check_settings(max_seqs, max_seq_len, **options)
         if not isinstance(tensor_parallel, int) or tensor_parallel != 1:
             sizes = {"max_seqs": max_seqs, "max_seq_len": max_seq_len, "budget": budget, "kept_seqs": kept_seqs}
-            idle = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "host_memory": host_memory}
-            given = {**sizes, **idle, "cache": cache, "mapping": mapping, **options}
+            kept_back = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "host_memory": host_memory}
+            given = {**sizes, **kept_back, "cache": cache, "mapping": mapping, **options}
             return cast("Self", _on_ranks(tensor_parallel, model, device, dtype, given))
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)

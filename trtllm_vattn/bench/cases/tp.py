@@ -59,10 +59,10 @@ def parts(text: str) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench tp`."""
     gpu, add = add_common(parser), parser.add_argument
-    add("--ranks", type=positive, default=2, metavar="RANKS", help="GPUs, or processes on the host")
+    add("--ranks", type=positive, default=2, metavar="COUNT", help="GPUs, or processes on the host")
     text = "who sums over ranks: NCCL, or torch's symmetric memory where it can"
     add("--all-reduce", default=ALL_REDUCE[0], choices=ALL_REDUCE, help=text)
-    add("--parts", type=parts, default="steps,replays", metavar="PART,...", help=f"of {', '.join(PARTS)}")
+    add("--parts", type=parts, default="steps,replays", metavar="NAME,...", help=f"of {', '.join(PARTS)}")
     context, batches = (2048, "1,32,128") if gpu else (48, "1,4")
     add_steady(parser, "engine", context, rounds=3 if gpu else 2, steps=24 if gpu else 4, batches=batches)
     text = "replays of the small model over memory that is remapped"
@@ -152,9 +152,8 @@ def _steps(args: argparse.Namespace, ranks: Ranks) -> list[dict[str, Any]]:
         # With little memory for KV, until its shape is known.
         engines = []
         for count in (1, ranks.size):
-            engine = Engine.from_pretrained(
-                device=args.device, budget="2GiB", **({} if count == 1 else {"tensor_parallel": ranks}), **options
-            )
+            several: dict[str, Any] = {"tensor_parallel": ranks} if count > 1 else {}
+            engine = Engine.from_pretrained(device=args.device, budget="2GiB", **several, **options)
             closing.callback(engine.close)
             engine.set_budget(_budget(args, engine, args.batch_sizes))
             engines.append(engine)

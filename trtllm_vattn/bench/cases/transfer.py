@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "tokens of the sequences that are timed"
     add("--sizes", type=numbers, default="2048,32768" if gpu else "64,512", metavar="TOKENS,...", help=text)
     text = "sequences sent while memory is remapped"
-    add("--transfers", type=positive, default=2000 if gpu else 24, metavar="TRANSFERS", help=text)
+    add("--transfers", type=positive, default=2000 if gpu else 24, metavar="SEQUENCES", help=text)
     add("--seconds", type=amount, default=60.0, metavar="SECONDS", help="end these after so many")
 
 

@@ -15,6 +15,7 @@ from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.ranked import FollowingCache, LeadingCache
 from trtllm_vattn.memory.mapping_policy import MappingPolicy
 from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import SHAPES, load_model
 from trtllm_vattn.runtime.parallel import group
 from trtllm_vattn.runtime.parallel.engine import FollowingEngine, LeadingEngine
@@ -58,7 +59,7 @@ class Parts:
 
     def __init__(self, recipe: Recipe, leads: bool) -> None:
         here = group.current_group()
-        self.recipe, self.leads, self.device = recipe, leads, str(here.device)
+        self.recipe, self.device = recipe, str(here.device)
         started = perf_counter()
         self.model = load_part(recipe.model, here, recipe.dtype)
         self.load_s = perf_counter() - started
@@ -67,7 +68,7 @@ class Parts:
         # On a GPU sized once everything else has its memory.
         self.sized_later = self.device != "cpu"
         driver = recipe.policy.wrap(open_driver(self.device))
-        kind = LeadingCache if leads else FollowingCache
+        kind: type[LeadingCache | FollowingCache] = LeadingCache if leads else FollowingCache
         self.cache = kind(shape, driver, None if self.sized_later else recipe.budget, config=config)
         if not self.sized_later and recipe.budget is None:
             layout = self.cache.layout
@@ -81,11 +82,15 @@ class Parts:
 
     def engine(self, **own: Any) -> Any:
         """Build the engine, in step with all other ranks. What was made is given back where it fails."""
-        kind = LeadingEngine if self.leads else FollowingEngine
         options = {**self.recipe.options, "prefix_cache": False, "packed": True, "mapping": self.recipe.policy.value}
+        options.update(own)
         with ExitStack() as undo:
             undo.callback(self.cache.close)
-            engine = kind(self.model, self.cache, **{**options, **own})
+            engine: Engine
+            if isinstance(self.cache, FollowingCache):
+                engine = FollowingEngine(self.model, self.cache, **options)
+            else:
+                engine = LeadingEngine(self.model, self.cache, **options)
             undo.pop_all()
         return engine
 
@@ -106,7 +111,7 @@ def load_part(name: str, here: group.Group, dtype: torch.dtype) -> PreTrainedMod
     else:
         model = load_model(name, "cpu", dtype)
         shard_model(model, here.rank, here.size)
-        model.to(here.device)  # type: ignore[arg-type]
+        model.to(here.device)
     if here.device.type == "cuda":
         torch.cuda.empty_cache()
     return model

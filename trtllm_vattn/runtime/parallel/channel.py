@@ -56,7 +56,8 @@ def retold(rank: int, message: tuple[str, tuple[Any, ...]]) -> VattnError:
     """The error that a rank told of, of the same type."""
     name, arguments = message
     if name == "DriverError":
-        return DriverError(*arguments, f"on rank {rank}")
+        code, call, given = arguments
+        return DriverError(code, call, given, f"on rank {rank}")
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, VattnError) and kind is not RankLost:
         return kind(f"{arguments[0]} (on rank {rank})")

@@ -9,7 +9,7 @@ chooses by the same logits, and rank 0's choice is sent to all on the device, in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -237,7 +237,7 @@ class FollowingEngine(Engine):
     def __init__(self, model: StepModel, cache: FollowingCache, **options: Any) -> None:
         super().__init__(model, cache, **options)
         self._reported = Report(cache.frontiers * 0, ())
-        self._calls = {
+        self._calls: dict[str, Callable[..., object]] = {
             "set_lane": self.decode.set_lane,
             "clear_lane": self.decode.clear_lane,
             "feed": self._feed,

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,9 +62,11 @@ def check_free() -> None:
         )
 
 
-def join(rank: int, size: int, device: torch.device, store: dist.Store, all_reduce: str = "nccl") -> Group:
-    """Join a group, by a store that all ranks reach, and choose who sums (`ALL_REDUCE`). Raises ConfigError where this
-    process has a group already."""
+def join(rank: int, size: int, device: torch.device, store: Any, all_reduce: str = "nccl") -> Group:
+    """Join a group, by a `torch.distributed.Store` that all ranks reach, and choose who sums (`ALL_REDUCE`).
+
+    Raises ConfigError where this process has a group already.
+    """
     global _current, _symmetric
     check_free()
     for name, value in SETTINGS.items():

@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> None:
     key = sys.stdin.buffer.read()
     torch.set_num_threads(max(1, torch.get_num_threads() // int(size)))
     connection = connect("127.0.0.1", int(port), key, int(rank))
-    store = dist.TCPStore("127.0.0.1", int(store_port), int(size), False)
+    store = dist.TCPStore("127.0.0.1", int(store_port), int(size), False)  # type: ignore[attr-defined]
     serve(int(rank), int(size), device_of(int(rank), int(size), device), store, connection, all_reduce)
 
 

@@ -77,7 +77,7 @@ class Ranks:
         group.check_free()
         own = device_of(0, size, device)
         with ExitStack() as undo:
-            store = dist.TCPStore("127.0.0.1", 0, size, True, wait_for_workers=False)
+            store = dist.TCPStore("127.0.0.1", 0, size, True, wait_for_workers=False)  # type: ignore[attr-defined]
             listener = undo.enter_context(socket.create_server(("127.0.0.1", 0)))
             key, port = secrets.token_bytes(32), listener.getsockname()[1]
             processes: list[subprocess.Popen[bytes]] = []
@@ -112,7 +112,7 @@ class Ranks:
             raise ConfigError(f"tensor_parallel is {size}, and torchrun started {started} ranks; make them equal")
         rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
         own = device_of(local, int(os.environ["LOCAL_WORLD_SIZE"]), device)
-        store, _, _ = next(dist.rendezvous("env://"))
+        store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         if rank:
             store.wait([ADDRESS])
             host, port, sent = store.get(ADDRESS).decode().split()
@@ -285,9 +285,7 @@ class Served:
         self.engine = self.parts = None
 
 
-def serve(
-    rank: int, size: int, device: torch.device, store: dist.Store, connection: Connection, all_reduce: str
-) -> NoReturn:
+def serve(rank: int, size: int, device: torch.device, store: Any, connection: Connection, all_reduce: str) -> NoReturn:
     """Do what rank 0 says until it ends; then leave by SystemExit, of 1 where it ended without a word."""
     # Ctrl-C reaches all processes of a terminal; rank 0 decides what it means.
     with suppress(ValueError):
@@ -321,7 +319,7 @@ def _serve_one(served: Served) -> int | str | None:
     """Make the calls of one message; what to end with once that was said."""
     asks, calls = served.follower.receive()
     name, arguments = calls[-1]
-    own = {
+    own: dict[str, Callable[..., Any]] = {
         "prepare": served.prepare,
         "discard": served.discard,
         "build": served.build,

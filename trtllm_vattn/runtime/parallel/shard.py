@@ -131,4 +131,4 @@ def _divide_heads(model: PreTrainedModel, config: Any, size: int, kv_heads: int,
     config.num_key_value_heads = max(1, kv_heads // size)
     for module in model.modules():
         if isinstance(getattr(module, "num_key_value_groups", None), int):
-            module.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads  # type: ignore[assignment]
+            module.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
