@@ -245,7 +245,14 @@ def test_what_several_ranks_cannot_do_is_refused_by_name(engine: Engine, ranks: 
     ):
         with pytest.raises(ConfigError, match=what):
             calls()
-    for option in ({"prefix_cache": True}, {"loop": True}, {"packed": False}, {"cache": "paged"}, {"host_memory": 1}):
+    for option in (
+        {"prefix_cache": True},
+        {"loop": True},
+        {"packed": False},
+        {"cache": "paged"},
+        {"host_memory": 1},
+        {"kv_cache_dtype": "fp8"},
+    ):
         with pytest.raises(ConfigError, match=next(iter(option))):
             Engine.from_pretrained("tiny-llama", tensor_parallel=ranks, **{**SETTINGS, **option})
     with pytest.raises(ConfigError, match="default process group"):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.ranked import FollowingCache, LeadingCache
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.memory.mapping_policy import MappingPolicy
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
@@ -64,6 +65,11 @@ class Parts:
         self.model = load_part(recipe.model, here, recipe.dtype)
         self.load_s = perf_counter() - started
         shape = shape_of(self.model, recipe.max_seqs, recipe.max_seq_len)
+        if shape.windows:
+            raise ConfigError(
+                f"{type(self.model).__name__} has layers that keep windows, which tensor_parallel does not serve; use "
+                "one rank"
+            )
         config = CacheConfig(idle_after_s=recipe.idle_after_s, idle_floor=recipe.idle_floor)
         # On a GPU sized once everything else has its memory.
         self.sized_later = self.device != "cpu"

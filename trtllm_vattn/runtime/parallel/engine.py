@@ -53,10 +53,17 @@ class LeadingDecode(RankedDecode):
             self.leader.note(call, *arguments)
 
     def set_lane(
-        self, slot: int, token: int, length: int, limit: int, params: SamplingParams | None = None, generated: int = 0
+        self,
+        slot: int,
+        token: int,
+        length: int,
+        limit: int,
+        params: SamplingParams | None = None,
+        generated: int = 0,
+        known: Sequence[int] = (),
     ) -> None:
         self.note("set_lane", slot, token, length, limit, params, generated)
-        super().set_lane(slot, token, length, limit, params, generated)
+        super().set_lane(slot, token, length, limit, params, generated, known)
 
     def clear_lane(self, slot: int) -> None:
         self.note("clear_lane", slot)
@@ -220,7 +227,8 @@ class LeadingEngine(Engine):
 
 def check_options(options: dict[str, Any]) -> None:
     """Raise ConfigError for parameters of `Engine` that several ranks cannot have."""
-    wrong = [name for name in ("prefix_cache", "kv_events", "loop", "sleepable_weights") if options.get(name)]
+    refused = ("prefix_cache", "kv_events", "loop", "sleepable_weights", "speculation", "kv_scales")
+    wrong = [name for name in refused if options.get(name)]
     if wrong:
         raise ConfigError(f"{wrong[0]} is not served with tensor_parallel yet; leave it out, or use one rank")
     if options.get("packed") is False:

@@ -36,6 +36,8 @@ def start_engine(
         raise ConfigError(f"cache is {cache!r}; with tensor_parallel it is vattn")
     if options.pop("host_memory"):
         raise ConfigError("host_memory is not served with tensor_parallel yet; leave it out, or use one rank")
+    if (kv_dtype := options.pop("kv_cache_dtype")) != "auto":
+        raise ConfigError(f"kv_cache_dtype is {kv_dtype!r}; with tensor_parallel it is auto, the model's own")
     if options.pop("kept_seqs") not in (None, 0):
         raise ConfigError("kept_seqs is for a prefix cache, which tensor_parallel does not serve yet; leave it out")
     check_options(options)
