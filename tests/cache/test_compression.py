@@ -188,12 +188,10 @@ def test_wrong_places_are_refused_and_change_nothing(host_driver: HostDriver) ->
         with pytest.raises(ConfigError, match="lie in other slots"):
             compact(cache, 1, every([1]))
         expect(cache, 0, 0, held)
-    with (
-        KVCacheManager(SHAPE, host_driver, 200 * PAGE) as plain,
-        pytest.raises(ConfigError, match="own_lengths=True"),
-    ):
+    with KVCacheManager(SHAPE, host_driver, 200 * PAGE) as plain:
         plain.admit(0, 3)
-        compact(plain, 0, every([1]))
+        with pytest.raises(ConfigError, match="own_lengths=True"):
+            compact(plain, 0, every([1]))
 
 
 @pytest.mark.parametrize("shares", [False, True])
@@ -202,13 +200,13 @@ def test_every_driver_call_may_fail_once(shares: bool) -> None:
 
     def build(driver: FaultyDriver) -> KVCacheManager:
         cache = KVCacheManager(SHAPE, driver, 200 * PAGE, config=CONFIG)
-        admitted(cache, 50)
+        admitted(cache, 25)
         if shares:
-            cache.fork(0, 1, 50)
+            cache.fork(0, 1, 25)
         return cache
 
-    whole = [[list(range(50)) for _ in range(2)] for _ in range(4)]
-    kept = [[[0, 7, 49] for _ in range(2)] for _ in range(4)]
+    whole = [[list(range(25)) for _ in range(2)] for _ in range(4)]
+    kept = [[[0, 7, 24] for _ in range(2)] for _ in range(4)]
 
     def check(cache: KVCacheManager, failed: bool) -> None:
         expect(cache, 0, 0, whole if failed else kept)
@@ -217,7 +215,7 @@ def test_every_driver_call_may_fail_once(shares: bool) -> None:
         cache.map_ahead()
         cache.check_integrity()
 
-    raised = fail_each_call(build, lambda cache: compact(cache, 0, every([0, 7, 49])), check)
+    raised = fail_each_call(build, lambda cache: compact(cache, 0, every([0, 7, 24])), check)
     assert raised > 1 if shares else raised == 1
 
 
@@ -239,7 +237,7 @@ def test_a_random_life() -> None:
     model: dict[int, tuple[int, Held]] = {}
     count = compacted = 0
     with KVCacheManager(shape, host, 150 * PAGE, config=config) as cache:
-        for _ in range(250):
+        for _ in range(110):
             act = random.choice(["admit", "extend", "compact", "compact", "fork", "move", "suspend", "end", "ahead"])
             chosen = int(random.choice(sorted(model))) if model else -1
             with contextlib.suppress(KVCacheOutOfMemory, NoFreeSlot, SequenceTooLong):
@@ -275,7 +273,7 @@ def test_a_random_life() -> None:
             cache.check_integrity()
             for sequence, (author, held) in model.items():
                 expect(cache, sequence, author, held)
-    assert compacted > 20
+    assert compacted > 10
     assert (host.live_mappings, host.live_handles, host.live_reservations) == (0, 0, 0)
 
 

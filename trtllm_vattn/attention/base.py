@@ -104,12 +104,12 @@ class Attention(ABC):
     captures_prompts: ClassVar[bool] = False
     """Whether `attend_mixed` reads all about the chunks from `PackedPrefill.descriptors` on the device, so that one
     captured pass serves any chunks."""
-    most_queries: int = 1
-    """Queries of a lane that `decode_queries` takes; 1 where there is `decode` alone."""
     keeps_windows: ClassVar[bool] = False
     """Whether it serves caches that keep a window of some layers' tokens (`CacheShape.windows`)."""
     most_chunks: int | None = None
     """Most chunks of a pass that is captured for any chunks; None is no limit."""
+    most_queries: int = 1
+    """Queries of a lane that `decode_queries` takes; 1 where there is `decode` alone."""
     features: ClassVar[frozenset[Feature]] = frozenset()
     """What the backend can do beyond causal attention to all tokens of a sequence's own slot, in rows of the cache's
     dtype, all of one length."""

@@ -88,9 +88,8 @@ def make_attention(
 
 def _capable(cache: KVCache, needed: set[Feature]) -> str:
     """The backend that can do most, and what is needed."""
-    half = (
-        cache.shape.dtype.itemsize <= 2 and cache.shape.kv_factor == 2 and isinstance(cache.head_groups(0)[0], FlatKV)
-    )
+    flat = isinstance(cache.head_groups(0)[0], FlatKV)
+    half = cache.shape.dtype.itemsize <= 2 and cache.shape.kv_factor == 2 and flat
     return "shares" if half and _shares_runs(cache) and needed <= shares.SharesAttention.features else "torch"
 
 

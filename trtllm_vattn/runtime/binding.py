@@ -81,6 +81,7 @@ class VerifyStep:
     lengths: torch.Tensor
     query_lens: torch.Tensor
     lane_slots: torch.Tensor | None = None
+    packed: None = None
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         by_lane = q.reshape(len(self.lengths), -1, *q.shape[1:])

@@ -83,6 +83,8 @@ from trtllm_vattn.vmm.uninterrupted import drain
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from trtllm_vattn.runtime.parallel.ranks import Ranks
+
 logger = logging.getLogger(__name__)
 
 NOT_FINITE = "its logits are NaN or infinite, so that there is no token to choose"
@@ -201,12 +203,12 @@ class Engine:
     sleepable_weights : bool
         Whether the model's parameters are moved to memory that `sleep` can give back (runtime/sleeping.py). They are
         gone when the engine is closed.
-    speculation : Speculation or None
-        Has several tokens of a sequence drafted and verified in one step (runtime/speculation.py); the tokens of every
-        request are the same as without, up to rounding. With prompts in a pass nothing is drafted. None drafts none.
     kv_scales : KVScales or None
         For a cache of eight-bit keys and values: what they are divided by (runtime.kv_scales.calibrated_scales). None
         is 1.
+    speculation : Speculation or None
+        Has several tokens of a sequence drafted and verified in one step (runtime/speculation.py); the tokens of every
+        request are the same as without, up to rounding. With prompts in a pass nothing is drafted. None drafts none.
     compression : CompressionPolicy or None
         Evicts tokens of each sequence, so that it takes less memory and its tokens are approximate
         (cache/compression/README.md). None keeps all.
@@ -219,6 +221,8 @@ class Engine:
 
     supports_packed_prefill: ClassVar[bool] = True
     """Whether the model takes chunks of several prompts in one pass."""
+    decode_class: ClassVar[type[DecodeBatch]] = DecodeBatch
+    passes_class: ClassVar[type[Passes]] = Passes
 
     def __init__(
         self,
@@ -246,8 +250,8 @@ class Engine:
         observer: Callable[[StepRecord], None] | None = None,
         swap_cost: SwapCost | None = None,
         sleepable_weights: bool = False,
-        speculation: Speculation | None = None,
         kv_scales: KVScales | None = None,
+        speculation: Speculation | None = None,
         compression: CompressionPolicy | None = None,
     ) -> None:
         if not isinstance(cache, KVCache):
@@ -372,6 +376,11 @@ class Engine:
                 f"a {type(self).__name__}'s model takes one token of each sequence in a step, and speculation verifies "
                 "several; leave speculation out"
             )
+        if self.cache.shape.windows:
+            raise ConfigError(
+                "drafts that are rejected are taken back, and a cache that keeps windows has no tokens that left one; "
+                "leave speculation out, or make the cache of dataclasses.replace(shape, windows=())"
+            )
         queries = 1 + speculation.num_speculative_tokens
         if self.attention.most_queries < queries:
             raise ConfigError(
@@ -420,7 +429,7 @@ class Engine:
             wrap = compile_model(cast(PreTrainedModel, model)) if compiling else as_it_is
             # Behind the merging of projections, and before anything holds an address.
             self.sleeping = Sleeping(self.cache, cast(PreTrainedModel, model), settings["sleepable_weights"])
-            self.decode = DecodeBatch(
+            self.decode = self.decode_class(
                 model,
                 self.attention,
                 buckets,
@@ -434,7 +443,7 @@ class Engine:
                 reading=self._reading,
             )
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, mixed)
-            self.passes = Passes(self.decode, self.prefill, wrap)
+            self.passes = self.passes_class(self.decode, self.prefill, wrap)
             if compiling:
                 with tracing():
                     self.prefill.warm_up(UNUSUAL)
@@ -487,6 +496,7 @@ class Engine:
         idle_floor: int | str = 0,
         host_memory: int | str = 0,
         mapping: str = "auto",
+        tensor_parallel: int | Ranks = 1,
         kv_cache_dtype: str = "auto",
         **options: Any,
     ) -> Self:
@@ -514,6 +524,11 @@ class Engine:
             preempted or suspended, and that sleep; 0 is none.
         mapping : str
             ``auto`` runs a short probe of this driver, once, and stores its report (memory/mapping_policy.py).
+        tensor_parallel : int or Ranks
+            Ranks that compute the model together, each on a GPU of its own, or on the host
+            (runtime/parallel/README.md). Under torchrun they are its processes: rank 0 gets the engine, the others
+            serve within this call and leave by SystemExit. Else they are started here, and end with the engine; those
+            of a `Ranks` stay.
         kv_cache_dtype : str
             ``auto`` stores keys and values as the model has them; ``fp8`` (or ``fp8_e4m3``) in eight bits, half the
             bytes, by backends that can (torch, shares).
@@ -543,6 +558,14 @@ class Engine:
         policy_of_tokens = options.get("compression")
         if policy_of_tokens is not None and cache != "vattn":
             raise ConfigError(f"compression is for the vattn cache; the cache asked for is {cache!r}")
+        if not isinstance(tensor_parallel, int) or tensor_parallel != 1:
+            if policy_of_tokens is not None:
+                raise ConfigError("compression is served on one rank; leave it out, or make tensor_parallel 1")
+            sizes = {"max_seqs": max_seqs, "max_seq_len": max_seq_len, "budget": budget, "kept_seqs": kept_seqs}
+            kept_back = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "host_memory": host_memory}
+            kinds = {"cache": cache, "mapping": mapping, "kv_cache_dtype": kv_cache_dtype}
+            given = {**sizes, **kept_back, **kinds, **options}
+            return cast("Self", _on_ranks(tensor_parallel, model, device, dtype, given))
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING and policy_of_tokens is None
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
         with ExitStack() as undo:
@@ -1262,6 +1285,13 @@ def _check_reuse(settings: dict[str, Any], cache: KVCache) -> bool:
     if settings["kv_events"] and not reusing:
         raise ConfigError("kv_events are those of the prefix cache, which this engine has not")
     return reusing
+
+
+def _on_ranks(ranks: int | Ranks, model: str, device: str, dtype: torch.dtype, given: dict[str, Any]) -> Engine:
+    # It builds upon this module.
+    from trtllm_vattn.runtime.parallel.start import start_engine
+
+    return start_engine(ranks, model, device, dtype, given)
 
 
 def _failing(engine: weakref.ref[Engine]) -> Callable[[RequestState, str], None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory, MemoryQuarantined, NoFreeSlot
 from trtllm_vattn.graphs.guard import Guard
-from trtllm_vattn.runtime.binding import DecodeStep, VerifyStep, bind, forward, shape_of
+from trtllm_vattn.runtime.binding import DecodeStep, VerifyStep, bind, forward, options_for, shape_of
 from trtllm_vattn.runtime.compiled import compile_model
 from trtllm_vattn.runtime.prefill import Prefill, PromptChunk
 from trtllm_vattn.runtime.step_model import StepModel
@@ -92,12 +93,15 @@ class DraftModel:
         chunk: int = 2048,
         compiling: bool = False,
     ) -> None:
-        scale = bind(model, shape)
+        # Rejected drafts take tokens back, which a window that went on does not have.
+        shape = replace(shape, windows=())
+        needs = bind(model, shape)
         self.model = model
         with ExitStack() as undo:
             self.cache: KVCache = undo.enter_context(make_cache("vattn", shape, model.device, budget))
             heads = model.config.get_text_config().num_attention_heads
-            self.attention = make_attention(attention, self.cache, heads, scale)
+            options = options_for(needs, shape, model.device)
+            self.attention = make_attention(attention, self.cache, heads, needs.scale, options=options)
             if self.attention.most_queries < CATCH_UP:
                 raise ConfigError(
                     f"the {self.attention.name} backend takes {self.attention.most_queries} queries of a lane for the "

@@ -240,8 +240,11 @@ class PrefixCache:
         found = self._find(tokens, key)
         return 0 if found is None else found.tokens
 
-    def _find(self, tokens: Tokens, key: PrefixKey) -> Match | None:
+    def _find(self, tokens: Tokens, key: PrefixKey, multiple: int = 1) -> Match | None:
+        """What is held of a prompt, of whole multiples of so many tokens, and can be begun with."""
         found = self.tree.match(tokens, key)
+        if found is not None and multiple > 1:
+            found = found._replace(tokens=found.tokens // multiple * multiple)
         if found is None or self.cache.has_first(self._retained.get(found.owner, found.owner), found.tokens):
             return found
         return None
@@ -297,9 +300,7 @@ class PrefixCache:
         ways = self.ways
         while True:
             self._note_evicted()
-            found = self._find(tokens, key)
-            if found is not None and multiple > 1:
-                found = found._replace(tokens=found.tokens // multiple * multiple)
+            found = self._find(tokens, key, multiple)
             decision = Decision(Way.NONE, "nobody holds as much as a block of it", {})
             if found is not None and found.tokens >= self.tree.block_size:
                 decision = self._decide(found, len(tokens), expected_tokens, ways, share)
