@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -11,60 +9,32 @@ import torch
 from trtllm_vattn.cache.compression import H2O, CompressionPolicy, FastGen, HeadsView
 from trtllm_vattn.cache.compression.fastgen import KINDS
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.verify.compression import attention_of, fastgen_sets, h2o_sets, random_view
 
 HEADS, GROUP, DIM, TOKENS = 3, 2, 8, 40
 SPECIAL, PUNCTUATION = (0,), (1, 2)
 
 
-def view(seed: int = 0, queries: int | None = None, sharpness: float = 4.0, tokens: int = TOKENS) -> HeadsView:
-    """Of a prompt of random keys, queries and tokens; the larger `sharpness`, the fewer tokens a row of attention has
-    most of itself on."""
-    random = torch.Generator().manual_seed(seed)
-    q = sharpness * torch.randn(tokens, HEADS, GROUP, DIM, generator=random)
-    keys = torch.randn(tokens, HEADS, DIM, generator=random)
-    ids = torch.randint(0, 10, (tokens,), generator=random).expand(HEADS, -1)
-    positions = torch.arange(tokens).expand(HEADS, -1)
-    zeros = torch.zeros(HEADS, tokens)
-    some = q if queries is None else q[-queries:]
-    return HeadsView(0, 0, tokens, tokens, keys, keys, positions, ids, some, DIM**-0.5, zeros)
-
-
-def weights(seen: HeadsView, mask: np.ndarray | None = None) -> np.ndarray:
-    """Attention ``[heads, group, queries, tokens]`` in float64; `mask` bool of the same shape has the keys that are not
-    evicted."""
-    first = seen.length - len(seen.queries)
-    scores = np.einsum("qhgd,thd->hgqt", seen.queries.double().numpy(), seen.keys.double().numpy()) * seen.scale
-    causal = np.arange(seen.held) <= first + np.arange(len(seen.queries))[:, None]
-    visible = np.broadcast_to(causal, scores.shape) & (True if mask is None else mask)
-    scores = np.where(visible, scores, -np.inf)
-    with np.errstate(invalid="ignore"):
-        made = np.exp(scores - scores.max(-1, keepdims=True))
-        made /= made.sum(-1, keepdims=True)
-    return np.nan_to_num(made)
-
-
 def test_maps_are_causal_attention() -> None:
-    seen = view(queries=7)
-    assert np.allclose(seen.maps().numpy(), weights(seen), atol=1e-5)
-    assert np.allclose(seen.maps(2, 5).numpy(), weights(seen)[:, :, 2:5], atol=1e-5)
+    seen = random_view(queries=7)
+    assert np.allclose(seen.maps().numpy(), attention_of(seen), atol=1e-5)
+    assert np.allclose(seen.maps(2, 5).numpy(), attention_of(seen)[:, :, 2:5], atol=1e-5)
 
 
 @pytest.mark.parametrize("queries", [None, 9])
 @pytest.mark.parametrize("seed", range(4))
 def test_h2o_keeps_heavy_hitters_and_recent_tokens(seed: int, queries: int | None) -> None:
-    seen = view(seed, queries)
+    seen = random_view(seed, queries)
     kept = H2O(heavy=6, recent=0.2).keep(seen)
-    mass = weights(seen).sum((1, 2))
-    for head in range(HEADS):
-        before = sorted(range(TOKENS - 8), key=lambda place: -mass[head, place])[:6]
-        assert kept[head].tolist() == sorted([*before, *range(TOKENS - 8, TOKENS)])
+    assert [each.tolist() for each in kept] == h2o_sets(seen, 6, 8)
+    assert kept[0].tolist() != kept[1].tolist()
 
 
 def test_h2o_is_the_papers_greedy_algorithm_step_by_step() -> None:
     """Algorithm 1: once the budget is full, each step evicts the token of the least accumulated attention that is not
     among the recent ones."""
     policy, prompt, heavy, recent = H2O(heavy=5, recent=4, every=1, queries=None), 9, 5, 4
-    whole = view(3)
+    whole = random_view(3)
     q, keys = whole.queries, whole.keys
     for head in range(HEADS):
         sets: list[int] = []
@@ -96,44 +66,14 @@ def test_h2o_is_the_papers_greedy_algorithm_step_by_step() -> None:
             assert held.tolist() == sets
 
 
-def kept_by_paper(seen: HeadsView, policy: FastGen) -> list[tuple[str, list[int]]]:
-    """Each head's policy and what it keeps: the first whose maps without the evicted keys, computed anew, differ from
-    the head's own by no more than 1 - threshold."""
-    own, count = weights(seen), len(seen.queries)
-    at = seen.length - count + np.arange(count)
-    places = np.arange(seen.held)
-    found = []
-    for head in range(HEADS):
-        ids = seen.tokens[head].numpy()
-        mass = own[head].sum((0, 1))
-        frequent = sorted(places, key=lambda place: -mass[place])[: math.ceil(policy.frequent * seen.length)]
-        local = math.ceil(policy.local * seen.length)
-        fixed = [np.isin(ids, SPECIAL), np.isin(ids, (*SPECIAL, *PUNCTUATION))]
-        fixed.append(fixed[-1] | np.isin(places, frequent))
-        masks = [np.broadcast_to(each, (count, seen.held)) for each in fixed]
-        masks.append(masks[-1] | (places > at[:, None] - local))
-        for kind, mask in zip(KINDS, masks, strict=False):
-            other = weights(seen, np.broadcast_to(mask, own.shape))[head]
-            distance = np.abs(own[head] - other).sum(-1) / 2
-            # A row without a key left is as far as can be.
-            distance = np.where(other.sum(-1) > 0, distance, 1.0)
-            if distance.mean() <= 1 - policy.threshold:
-                # The newest token is kept in any case.
-                found.append((kind, np.flatnonzero(mask[-1] | (places == seen.held - 1)).tolist()))
-                break
-        else:
-            found.append(("full", places.tolist()))
-    return found
-
-
 @pytest.mark.parametrize("queries", [None, 12])
 @pytest.mark.parametrize("sharpness", [0.2, 4.0, 12.0])
 def test_fastgen_takes_the_first_policy_that_recovers_the_map(sharpness: float, queries: int | None) -> None:
     kinds = set()
     for threshold in (0.1, 0.3, 0.5, 0.7, 0.9, 0.99):
         policy = FastGen(SPECIAL, PUNCTUATION, threshold=threshold, frequent=0.2, local=0.2)
-        seen = view(5, queries, sharpness)
-        expected = kept_by_paper(seen, policy)
+        seen = random_view(5, queries, sharpness)
+        expected = fastgen_sets(seen, policy)
         assert [each.tolist() for each in policy.keep(seen)] == [kept for _, kept in expected]
         assert [KINDS[kind] for kind in seen.notes["kinds"]] == [kind for kind, _ in expected]
         kinds |= {kind for kind, _ in expected}
@@ -142,7 +82,7 @@ def test_fastgen_takes_the_first_policy_that_recovers_the_map(sharpness: float, 
 
 def test_fastgen_keeps_a_heads_policy() -> None:
     policy = FastGen(SPECIAL, PUNCTUATION, threshold=0.5, every=4)
-    seen = view(1)
+    seen = random_view(1)
     seen.notes["kinds"] = [0, 4, 3]
     kept = policy.keep(seen)
     special = set(np.flatnonzero(seen.tokens[0].numpy() == 0).tolist()) | {TOKENS - 1}
@@ -172,5 +112,5 @@ def test_wrong_numbers_are_refused(make: object, says: str) -> None:
 def test_budgets_a_layer() -> None:
     policy: CompressionPolicy = H2O([2, 4], [1, 3])
     for layer, count in ((0, 3), (1, 7)):
-        fields = {name: value for name, value in vars(view()).items() if name != "mass"}
+        fields = {name: value for name, value in vars(random_view()).items() if name != "mass"}
         assert [len(each) for each in policy.keep(HeadsView(**{**fields, "layer": layer}))] == [count] * HEADS

@@ -254,6 +254,7 @@ def test_an_engine_builds_its_own_cache() -> None:
         assert isinstance(engine.cache, KVCacheManager)
         assert engine.cache.layout.head_groups == engine.cache.shape.num_kv_heads
         assert engine.cache.shape.num_slots == 2
+        assert engine.cache.layout.layers_per_range == 1
     with pytest.raises(ConfigError, match="compression is served on one rank"):
         Engine.from_pretrained("tiny-llama", device="cpu", tensor_parallel=2, compression=H2O())
     with pytest.raises(ConfigError, match="compression is for the vattn cache; the cache asked for is 'paged'"):

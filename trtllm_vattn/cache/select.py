@@ -40,6 +40,7 @@ def make_cache(
     host_memory: int | str = 0,
     own_lengths: bool = False,
     heads_per_range: int | None = None,
+    extent_classes: int = CacheConfig.extent_classes,
     sized_later: bool = False,
     driver: Driver | None = None,
 ) -> KVCache:
@@ -55,7 +56,7 @@ def make_cache(
         For ``vattn`` and ``blocks``, as `KVCacheManager` has them.
     tokens_per_block : int
         For ``blocks``.
-    own_lengths, heads_per_range
+    own_lengths, heads_per_range, extent_classes
         For ``vattn``, as `CacheConfig` has them.
     sized_later : bool
         Without a budget, begin with what the dummy slot takes, for `set_budget` to raise; for ``vattn`` and ``blocks``.
@@ -92,6 +93,7 @@ def make_cache(
                 host_memory=host_memory,
                 own_lengths=own_lengths,
                 heads_per_range=heads_per_range,
+                extent_classes=extent_classes,
             )
         made = kind(shape, driver, budget, config=config)
         if budget is None and not sized_later:

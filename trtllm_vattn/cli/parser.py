@@ -37,7 +37,7 @@ BENCHMARKS = {
     "tiers": "keys and values in host memory: copies beside the link, sleep and wake, twice the sequences memory holds",
     "reuse": "prompts that share what they begin with, by an engine with and without prefix cache",
     "forks": "several samples of one long prompt: memory and steps beside one sample",
-    "compression": "caches that keep less: windows of some layers, keys and values of eight bits",
+    "compression": "caches that keep less: windows of some layers, keys and values of eight bits, fewer tokens",
     "speculation": "drafts verified in one step: tokens a second beside none, on text that repeats itself or not",
     "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",
     "xqa": "TensorRT-LLM's kernels over affine tables: tokens, steps against random tables, remapped replays",

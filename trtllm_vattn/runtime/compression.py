@@ -38,11 +38,13 @@ class _Heads:
 
 @dataclass
 class _Sequence:
-    """Of a request: the slot that its queries are noted for, and from which position on."""
+    """Of a request: the slot that its queries are noted for, and from which position on; and how many tokens it had when
+    some were evicted last."""
 
     slot: int
-    since: int
     prompt_length: int
+    since: int = 0
+    evicted_at: int = 0
     heads: dict[tuple[int, int], _Heads] = field(default_factory=dict)
 
 
@@ -92,7 +94,7 @@ class Compression:
         for request in joined:
             self._sequences = {number: each for number, each in self._sequences.items() if number in known}
             length = int(self.cache.lengths[request.slot])
-            self._sequences[request.id] = _Sequence(request.slot, 0, length)
+            self._sequences[request.id] = _Sequence(request.slot, length)
             self._try(request, fail)
         if self.policy.every is None:
             return
@@ -132,7 +134,7 @@ class Compression:
                 kept[-1] += self.policy.keep(view)
         self._check_newest(views, kept)
         done = compact(cache, request.id, kept)
-        sequence.since = length
+        sequence.since = sequence.evicted_at = length
         for (layer, part), view in views.items():
             places = done.places[layer][part]
             positions, carried = (each.gather(1, places) for each in (view.positions, view.mass))
@@ -154,7 +156,7 @@ class Compression:
         held, heads = int(cache.lengths_of(cache.group_of(layer, part))[slot]), kv.k.shape[2]
         own = slice(part * heads, (part + 1) * heads)
         before = sequence.heads.get((layer, part))
-        came = torch.arange(0 if before is None else before.positions[0, -1].item() + 1, length, device=cache.device)
+        came = torch.arange(sequence.evicted_at, length, device=cache.device)
         positions, carried = came.expand(heads, -1), torch.zeros(heads, held, device=cache.device)
         if before is not None:
             positions = torch.cat((before.positions, positions), dim=1)
@@ -182,14 +184,19 @@ class Compression:
         )
 
 
-def check_compression(policy: Any, settings: Mapping[str, Any], cache: KVCache, needs: AttentionNeeds) -> None:
-    """Raise ConfigError, by its name, for what a policy is not served with; None is no policy."""
-    if policy is None:
-        return
-    if not isinstance(policy, CompressionPolicy):
+def check_policy(policy: Any) -> None:
+    """Raise ConfigError for what is neither a policy nor None."""
+    if policy is not None and not isinstance(policy, CompressionPolicy):
         raise ConfigError(
             f"compression is {described(policy)}; give a CompressionPolicy of cache.compression, H2O or FastGen say"
         )
+
+
+def check_compression(policy: Any, settings: Mapping[str, Any], cache: KVCache, needs: AttentionNeeds) -> None:
+    """Raise ConfigError, by its name, for what a policy is not served with; None is no policy."""
+    check_policy(policy)
+    if policy is None:
+        return
     if cache.length_deficits is None:
         raise ConfigError(
             f"compression needs ranges with lengths of their own, which this {type(cache).__name__} has not; build a "

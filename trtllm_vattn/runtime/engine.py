@@ -37,7 +37,7 @@ from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for,
 from trtllm_vattn.runtime.checkpoint import end_of_text
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
-from trtllm_vattn.runtime.compression import Compression, check_compression
+from trtllm_vattn.runtime.compression import Compression, check_compression, check_policy
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
 from trtllm_vattn.runtime.dry_pass import AttentionNeeds, naming
 from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype, check_kv_scales
@@ -556,6 +556,7 @@ class Engine:
             raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
         check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key not in OBJECTS})
         policy_of_tokens = options.get("compression")
+        check_policy(policy_of_tokens)
         if policy_of_tokens is not None and cache != "vattn":
             raise ConfigError(f"compression is for the vattn cache; the cache asked for is {cache!r}")
         if not isinstance(tensor_parallel, int) or tensor_parallel != 1:
@@ -581,8 +582,10 @@ class Engine:
             idle: dict[str, Any] = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "sized_later": later}
             idle["host_memory"] = host_memory
             if policy_of_tokens is not None:
-                idle["own_lengths"] = True
-                idle["heads_per_range"] = 1 if getattr(policy_of_tokens, "by_head", False) else None
+                # What is mapped at once goes back at once, so single pages.
+                idle["own_lengths"], idle["extent_classes"] = True, 1
+                idle["heads_per_range"] = 1 if policy_of_tokens.by_head else None
+                idle["layers_per_range"] = 1 if policy_of_tokens.by_layer else None
             driver = policy.wrap(open_driver(device)) if later else None
             made = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle)
             undo.callback(made.close)

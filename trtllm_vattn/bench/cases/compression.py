@@ -1,4 +1,4 @@
-"""`bench compression`: caches that keep less: windows of some layers, keys and values of eight bits."""
+"""`bench compression`: caches that keep less: windows of some layers, keys and values of eight bits, fewer tokens."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import listed, positive
 from trtllm_vattn.attention.options import FP8
+from trtllm_vattn.bench.cases.eviction import eviction
 from trtllm_vattn.bench.harness.case import captured_graphs, conclude, model_of, vocab_of
 from trtllm_vattn.bench.harness.contenders import device_step_ms
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, dtype_of
@@ -65,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "sequences that decode over keys and values of 16 and of 8 bits"
     add("--batch", type=positive, default=64 if gpu else 3, metavar="SEQUENCES", help=text)
     add("--context", type=positive, default=8192 if gpu else 64, metavar="TOKENS", help="of each of them")
+    text = "tokens of a prompt that most are evicted of"
+    add("--evicted-context", type=positive, default=131_072 if gpu else 6000, metavar="TOKENS", help=text)
     text = "KV memory, in which as many sequences as fit are admitted"
     add(
         "--pages", type=positive, default=16_384 if gpu else 300, metavar="COUNT", help=text + ", in the driver's pages"
@@ -72,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; 1 where tokens of a cache with windows are others, or anything was captured again."""
+    """Run the benchmark; 1 where tokens of a cache with windows are others, anything was captured again, or a policy
+    keeps others than its paper says."""
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
     wrong: list[str] = []
@@ -86,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
         wrong.append("a cache that keeps windows gives other tokens than one that keeps everything")
     if summary.get("window_memory_changes"):
         wrong.append("the windows' memory changed while they slid")
+    if summary.get("kept_sets_match_paper", 1.0) < 1.0:
+        wrong.append("a policy keeps other tokens than the paper's rule computed in full")
     columns: dict[str, str | Callable[[Any], str]] = {"figure": "figure", "value": lambda row: _shown(row["value"])}
     return conclude("compression", args, {"figures": rows}, summary, tabulate(rows, columns), wrong=wrong)
 
@@ -270,5 +276,9 @@ def _fill(cache: KVCache, context: int, seed: int) -> None:
                 rows[slot, :context].view(bits).copy_(made.view(bits))
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"windows": windows, "fp8": eight_bits}
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "windows": windows,
+    "fp8": eight_bits,
+    "eviction": eviction,
+}
 """What is measured, by name."""

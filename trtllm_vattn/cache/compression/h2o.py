@@ -43,6 +43,10 @@ class H2O(CompressionPolicy):
         if not any(self.heavy) and not any(self.recent):
             raise ConfigError("heavy and recent are both 0, so that nothing is kept; give one of them")
 
+    @property
+    def by_layer(self) -> bool:
+        return len(self.heavy) > 1 or len(self.recent) > 1
+
     def check(self, num_layers: int) -> None:
         for name, amounts in (("heavy", self.heavy), ("recent", self.recent)):
             if len(amounts) not in (1, num_layers):

@@ -111,6 +111,11 @@ class CompressionPolicy(ABC):
         self.every = None if every is None else whole("every", every, 1)
         self.queries = None if queries is None else whole("queries", queries, 1)
 
+    @property
+    def by_layer(self) -> bool:
+        """Whether it keeps different numbers of tokens in layers, so that they need ranges of their own."""
+        return self.by_head
+
     def check(self, num_layers: int) -> None:  # noqa: B027
         """Raise ConfigError where it does not suit a model of so many layers."""
 
