@@ -38,8 +38,8 @@ class _Heads:
 
 @dataclass
 class _Sequence:
-    """Of a request: the slot that its queries are noted for, and from which position on; and how many tokens it had when
-    some were evicted last."""
+    """Of a request: the slot that its queries are noted for, and from which position on; and how many tokens it had
+    when some were evicted last."""
 
     slot: int
     prompt_length: int

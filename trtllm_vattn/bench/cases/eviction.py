@@ -60,8 +60,8 @@ def _fastgen() -> FastGen:
 def returned_over_evicted(
     args: argparse.Namespace, policy: CompressionPolicy, heads: int | None, classes: int
 ) -> float:
-    """Memory that goes back for each byte that the policy evicts of a prompt of `--evicted-context` tokens; `heads` share
-    a range, None all of them, and extents are of `classes` sizes. Heads' attention is of `KINDS`."""
+    """Memory that goes back for each byte that the policy evicts of a prompt of `--evicted-context` tokens. `heads`
+    share a range, None all of them; extents are of `classes` sizes; heads' attention is of `KINDS`."""
     gpu, tokens = args.device != "cpu", args.evicted_context
     layers, kv_heads, dim = (4, 8, 128) if gpu else (2, 4, 16)
     shape = CacheShape(layers, kv_heads, dim, torch.bfloat16, 1, tokens + 64)
