@@ -47,4 +47,5 @@ def test_evicted_bytes_go_back(tmp_path: Path) -> None:
     assert 0.9 <= summary["fastgen_returned_over_evicted"] <= 1
     assert summary["row_of_all_heads_returned_over_evicted"] <= 0.1
     assert summary["kept_sets_match_paper"] == 1.0
+    assert summary["h2o_same_tokens_kept_20"] < summary["h2o_same_tokens_kept_80"] <= 1
     assert summary["evicted_step_over_whole_2x64"] is None

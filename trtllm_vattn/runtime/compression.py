@@ -162,7 +162,9 @@ class Compression:
             positions = torch.cat((before.positions, positions), dim=1)
             carried = functional.pad(before.carried, (0, held - before.carried.shape[1]))
         start = max(sequence.since, length - self.log.size)
-        queries = self.log.last(layer, slot, start, length).unflatten(1, (shape.num_kv_heads, -1))[:, own]
+        queries = self.log.last(layer, slot, start, length)
+        group = queries.shape[1] // shape.num_kv_heads
+        queries = queries.view(length - start, shape.num_kv_heads, group, shape.head_dim)[:, own]
         options = self.attention.options[layer]
         keys, values = (
             restored(rows[slot, :held], scale if scale is None or len(scale) == 1 else scale[own])

@@ -41,18 +41,22 @@ def attention_of(view: HeadsView, kept: np.ndarray | None = None) -> np.ndarray:
     scores = np.where(visible, scores, -np.inf)
     most = scores.max(-1, keepdims=True)
     weights = np.where(visible, np.exp(scores - np.where(np.isfinite(most), most, 0.0)), 0.0)
-    return weights / np.maximum(weights.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
+    shares: np.ndarray = weights / np.maximum(weights.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
+    return shares
 
 
 def h2o_sets(view: HeadsView, heavy: int, recent: int) -> list[list[int]]:
     """What each head keeps of a prompt by H2O: `recent` last tokens, and of those before the `heavy` ones of most
     attention."""
-    mass = attention_of(view).sum((1, 2))
-    before = range(view.held - recent)
-    return [
-        sorted([*sorted(before, key=lambda place, of=of: -of[place])[:heavy], *range(view.held - recent, view.held)])
-        for of in mass
-    ]
+    first = view.held - recent
+    heaviest = (_heaviest(mass[:first], heavy) for mass in attention_of(view).sum((1, 2)))
+    return [sorted([*some, *range(first, view.held)]) for some in heaviest]
+
+
+def _heaviest(mass: np.ndarray, count: int) -> list[int]:
+    """The places of the largest numbers; of equal ones the first."""
+    places: list[int] = np.argsort(-mass, kind="stable")[:count].tolist()
+    return places
 
 
 def fastgen_sets(view: HeadsView, policy: FastGen) -> list[tuple[str, list[int]]]:
@@ -68,7 +72,7 @@ def fastgen_sets(view: HeadsView, policy: FastGen) -> list[tuple[str, list[int]]
         ids, mass = view.tokens[head].cpu().numpy(), maps.sum((0, 1))
         special = np.isin(ids, policy.special)
         punctuation = special | np.isin(ids, policy.punctuation)
-        frequency = punctuation | np.isin(places, sorted(places, key=lambda place, of=mass: -of[place])[:frequent])
+        frequency = punctuation | np.isin(places, _heaviest(mass, frequent))
         masks = [special[None], punctuation[None], frequency[None], frequency | near, np.ones((1, view.held), bool)]
         for kind, mask in zip(KINDS, masks, strict=True):
             other = attention_of(view, mask)[head]

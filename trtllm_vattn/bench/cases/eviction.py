@@ -11,19 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtllm_vattn.bench.harness.case import model_of
+from trtllm_vattn.bench.harness.case import model_of, vocab_of
 from trtllm_vattn.bench.harness.contenders import device_step_ms
 from trtllm_vattn.cache.base import CacheShape, FlatKV
 from trtllm_vattn.cache.compression import H2O, CompressionPolicy, FastGen, HeadsView, compact
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.memory.pool import CLASSES
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.verify.compression import fastgen_sets, h2o_sets, random_view
 from trtllm_vattn.vmm.open import open_driver
 
-QUERIES = 64
+QUERIES, OUTPUT = 64, 24
 SHARE = 0.1
 """Of the prompt: H2O's heavy hitters, and its recent tokens."""
 SPECIAL = 7
@@ -49,6 +51,7 @@ def eviction(args: argparse.Namespace) -> dict[str, Any]:
         "fastgen_returned_over_evicted_large_extents": found["fastgen", 1, CLASSES],
         "row_of_all_heads_returned_over_evicted": found["fastgen", None, 1],
         "kept_sets_match_paper": kept_sets_match(args.seed),
+        **same_tokens(args),
         **steps(args),
     }
 
@@ -126,6 +129,35 @@ def kept_sets_match(seed: int) -> float:
         policy = FastGen([0], [1, 2], threshold=(0.3, 0.7, 0.9, 0.99)[number % 4], frequent=0.2, local=0.2)
         same.append([each.tolist() for each in policy.keep(seen)] == [kept for _, kept in fastgen_sets(seen, policy)])
     return float(np.mean(same))
+
+
+def same_tokens(args: argparse.Namespace) -> dict[str, float]:
+    """The share of steps that choose the token which they choose with everything kept, of `OUTPUT` behind each of a few
+    prompts of `--context` tokens, all fed the same; by how many of 100 tokens of a prompt H2O keeps."""
+    model = model_of(args)
+    random = np.random.default_rng(args.seed)
+    prompts = [random.integers(0, vocab_of(model), args.context).tolist() for _ in range(3)]
+
+    def chosen(policy: CompressionPolicy | None, forced: list[list[int]] | None) -> list[list[int]]:
+        shape = shape_of(model, len(prompts), args.context + OUTPUT)
+        cache = make_cache("vattn", shape, args.device, own_lengths=policy is not None, extent_classes=1)
+        options: dict[str, Any] = {"compile": False, "capture": False, "prefix_cache": False}
+        with Engine(model, cache, attention=args.attention, compression=policy, **options) as engine:
+            params = SamplingParams(OUTPUT, ignore_eos=True)
+            tokens: dict[int, list[int]] = {
+                engine.submit(prompt, params, None if forced is None else forced[index]): []
+                for index, prompt in enumerate(prompts)
+            }
+            for event in engine.run():
+                tokens[event.request].append(-1 if event.token is None else event.token)
+        return [*tokens.values()]
+
+    whole = chosen(None, None)
+    found = {}
+    for kept in (20, 40, 60, 80):
+        other = chosen(H2O(kept / 200, kept / 200), whole)
+        found[f"h2o_same_tokens_kept_{kept}"] = float(np.mean(np.array(other) == np.array(whole)))
+    return found
 
 
 def steps(args: argparse.Namespace) -> dict[str, Any]:
