@@ -32,13 +32,15 @@ from trtllm_vattn.errors import (
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, shape_of
-from trtllm_vattn.runtime.checkpoint import end_of_text
+from trtllm_vattn.runtime.checkpoint import end_of_text, load_tokenizer
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
 from trtllm_vattn.runtime.decode import DecodeBatch, Launch
 from trtllm_vattn.runtime.dry_pass import naming
+from trtllm_vattn.runtime.grammar import grammar_tokenizer, make_grammar
+from trtllm_vattn.runtime.lane_processors import check_sizes
 from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
-from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.models import SHAPES, load_model
 from trtllm_vattn.runtime.passes import Passes
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
@@ -65,6 +67,7 @@ from trtllm_vattn.runtime.sleeping import Sleeping, SleepingReport
 from trtllm_vattn.runtime.startup import StartupReport, memory_left
 from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.runtime.swap_cost import SwapCost
+from trtllm_vattn.runtime.text import bad_word_ids, check_tokenizer, text_for
 from trtllm_vattn.runtime.tokens import TokenIds, token_ids
 from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
 from trtllm_vattn.sizes import parse_bytes
@@ -192,6 +195,8 @@ class Engine:
     sleepable_weights : bool
         Whether the model's parameters are moved to memory that `sleep` can give back (runtime/sleeping.py). They are
         gone when the engine is closed.
+    tokenizer : transformers' fast tokenizer, or None
+        Prompts may be texts then, and text, stop texts and grammars be asked for (`SamplingParams`).
 
     Raises
     ------
@@ -228,6 +233,7 @@ class Engine:
         observer: Callable[[StepRecord], None] | None = None,
         swap_cost: SwapCost | None = None,
         sleepable_weights: bool = False,
+        tokenizer: Any = None,
     ) -> None:
         if not isinstance(cache, KVCache):
             raise ConfigError(f"cache is {described(cache)}; give a KVCache (cache.select.make_cache)")
@@ -258,6 +264,7 @@ class Engine:
         )
         self.swap_cost: SwapCost = settings["swap_cost"]
         steps, policy = settings["steps"], settings["mapping"]
+        self.tokenizer = check_tokenizer(tokenizer)
         if model.device != cache.device:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
@@ -279,6 +286,8 @@ class Engine:
         self._events: list[TokenEvent] = []
         """Not delivered yet. An event is put here before its token is in the request's output."""
         self._ids = itertools.count()
+        self._grammar_tokenizer: Any = None
+        """Made with the first grammar."""
         self._closed = False
         self.startup = StartupReport()
         mixed = self._start_device(settings)
@@ -369,6 +378,7 @@ class Engine:
         idle_floor: int | str = 0,
         host_memory: int | str = 0,
         mapping: str = "auto",
+        tokenizer: Any = "auto",
         **options: Any,
     ) -> Self:
         """An engine over a checkpoint (a directory, or a name on the Hugging Face Hub) or a named shape
@@ -395,6 +405,8 @@ class Engine:
             preempted or suspended, and that sleep; 0 is none.
         mapping : str
             ``auto`` runs a short probe of this driver, once, and stores its report (memory/mapping_policy.py).
+        tokenizer : transformers' fast tokenizer, str or None
+            ``auto`` is the checkpoint's, where it has one.
         options
             Further parameters of `Engine`.
 
@@ -436,7 +448,9 @@ class Engine:
             undo.callback(made.close)
             if not later and budget is None and shape.num_slots > max_seqs:
                 made.set_budget(made.budget_bytes // (shape.num_slots + 1) * (max_seqs + 1))
-            engine = cls(loaded, made, mapping=policy, **{"max_running": max_seqs, **options})
+            options = {"max_running": max_seqs, **options}
+            options["tokenizer"] = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
+            engine = cls(loaded, made, mapping=policy, **options)
             undo.callback(engine.close)
             if later:
                 engine.set_budget(memory_left(made.device) if budget is None else budget)
@@ -468,15 +482,15 @@ class Engine:
 
     def submit(
         self,
-        prompt: TokenIds,
+        prompt: TokenIds | str,
         params: SamplingParams | None = None,
         forced: TokenIds | None = None,
         *,
         priority: int = 0,
         deadline_s: float | None = None,
     ) -> int:
-        """Queue a prompt of token ids; returns the request's number. Of `SamplingParams.n` samples it is the first
-        one's; the others have the numbers that follow, in order.
+        """Queue a prompt, token ids or a text; returns the request's number. Of `SamplingParams.n` samples it is the
+        first one's; the others have the numbers that follow, in order.
 
         The prompt's tokens and all of the output but its last token, which is not stored, have to fit a slot, and the
         budget alone; without `max_tokens` the output may be as long as that allows. With `forced`, those tokens are fed
@@ -486,7 +500,8 @@ class Engine:
         Parameters
         ----------
         prompt, forced : sequence, numpy array or torch tensor
-            Integers of one dimension.
+            Integers of one dimension. The prompt may be a text where the engine has a tokenizer, which adds the special
+            tokens that it adds to texts.
         priority : int
             Requests of higher priority are given slots first, and are preempted last.
         deadline_s : float or None
@@ -587,11 +602,46 @@ class Engine:
     def _request(self, prompt: object, params: object, forced: object = None, silent: bool = False) -> RequestState:
         if forced is not None and self.steps > 1:
             raise ConfigError(f"tokens are forced in single steps; this engine takes {self.steps} a launch, make it 1")
+        is_text = isinstance(prompt, str)
+        if is_text:
+            prompt = self._tokenize(prompt)
         made = make_request(
             next(self._ids), prompt, params, forced, self.cache, self._vocab_size, self._end_of_text, silent
         )
+        self._complete(made, is_text)
         made.arrived = self.clock()
         return made
+
+    def _tokenize(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise ConfigError("the prompt is text, and this engine has no tokenizer; give token ids, or tokenizer=")
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def _complete(self, request: RequestState, is_text: bool) -> None:
+        """Give a new request what its parameters ask for beside tokens. Raises ConfigError where that cannot be."""
+        params, tokenizer = request.params, self.tokenizer
+        if request.forced is not None and (params.uses_history or params.stop):
+            raise ConfigError(
+                "forced tokens are fed in place of chosen ones: penalties, bad_words, stop and grammars, which go by "
+                "what was chosen, are not possible with them"
+            )
+        if params.prompt_logprobs is not None and not self.scheduler.mixed:
+            raise ConfigError(
+                "prompt_logprobs are not possible: this model takes prompts by passes of their own; leave them out"
+            )
+        request.text = text_for(tokenizer, params, is_text)
+        request.bad_words = bad_word_ids(tokenizer, params)
+        token_ids("bad_words", [token for word in request.bad_words for token in word], self._vocab_size)
+        check_sizes(params, request.bad_words)
+        if params.has_grammar:
+            if tokenizer is None:
+                raise ConfigError("a grammar needs a tokenizer, which this engine has not; build it with tokenizer=")
+            if self._grammar_tokenizer is None:
+                self._grammar_tokenizer = grammar_tokenizer(tokenizer, self._vocab_size, self._end_of_text)
+            request.grammar = make_grammar(params, self._grammar_tokenizer)
+        if request.asks is not None:
+            self.decode.processors.require(self._vocab_size)
 
     def abort(self, request: int) -> None:
         """Drop a request wherever it is, and its tokens that nobody took yet; its memory is free for others. The number
@@ -670,11 +720,11 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[TokenIds],
+        prompts: Sequence[TokenIds | str],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = False,
     ) -> list[Completion]:
-        """Run prompts of token ids to their end; completions in the order of the prompts, of each as many as
+        """Run prompts, token ids or texts, to their end; completions in the order of the prompts, of each as many as
         `SamplingParams.n` says, by `index`.
 
         A request that fails has a completion with `finish_reason` ``error``. Raises ConfigError or SequenceTooLong with
@@ -774,12 +824,14 @@ class Engine:
         self.scheduler.admit_during_step()
         rows, wait_s = self._read(launch)
         lanes, wall_s = len(launch.lane_of), self._read_at - started
-        for row in rows:
+        for of_prompt in launch.of_prompts:
+            of_prompt.read()
+        for step, row in enumerate(rows):
             # Who has ended with an earlier row, or joined since the launch, has no part in it.
             requests = [request for request in self.scheduler.decoding.values() if request.slot in launch.lane_of]
             where = [launch.lane_of[request.slot] for request in requests]
             apart = margins(launch.logits[where]) if self.record_margins else None
-            self._commit_tokens(requests, [row[lane] for lane in where], apart)
+            self._commit_tokens(requests, [row[lane] for lane in where], apart, launch, step)
         self.pipeline.commit(launch, rows)
         self.swap_cost.observe_prompt(launch.prompt_tokens, wall_s)
         return StepRecord(lanes, len(rows), launch.prompt_tokens, wall_s, self.pipeline.kv_s, ahead_s, wait_s)
@@ -798,13 +850,22 @@ class Engine:
         self._read_at = perf_counter()
         return rows, waited
 
-    def _commit_tokens(self, requests: list[RequestState], chosen: Sequence[int], apart: list[float] | None) -> None:
+    def _commit_tokens(
+        self,
+        requests: list[RequestState],
+        chosen: Sequence[int],
+        apart: list[float] | None,
+        launch: Launch,
+        step: int,
+    ) -> None:
         """Append each request's token; those that end with it leave. Who has none (`NO_TOKEN`) ends with an error."""
         for i, (request, token) in enumerate(zip(requests, chosen, strict=True)):
-            if token == NO_TOKEN:
-                self._fail(request, NOT_FINITE)
+            grammar, most = request.grammar, request.params.logprobs
+            if token == NO_TOKEN or (grammar is not None and grammar.error):
+                self._fail(request, f"its grammar: {grammar.error}" if grammar and grammar.error else NOT_FINITE)
                 continue
-            event = request.event(token, apart[i] if apart else None, self.weights.version)
+            logprob = None if most is None else launch.logprob(step, launch.lane_of[request.slot], token, most)
+            event = request.event(token, apart[i] if apart else None, self.weights.version, logprob)
             if not request.silent:
                 self._events += [event]
             self._note(request, event)
@@ -815,8 +876,7 @@ class Engine:
         """What an event says becomes part of the request's record; it ends, where the event is its last. Of its newest
         event it may be done again, where it was interrupted."""
         if event.token is not None:
-            request.weights_versions[event.index :] = [event.weights_version]
-            request.chosen[event.index :] = [event.token]
+            request.note(event)
         if event.finish_reason:
             request.error, request.finish_reason = event.error, event.finish_reason
             self.scheduler.end(request)

@@ -50,6 +50,12 @@ class RequestSlots:
         """Of a cache, with or without prefix cache. Raises ConfigError where the cache can keep none."""
         return cls(cache, prefix_cache_over(cache, WAYS, events) if prefix_cache else None)
 
+    def key_of(self, request: RequestState) -> PrefixKey:
+        """Of a request's keys and values: a key of its own where all of its prompt shall be computed."""
+        if request.params.prompt_logprobs is None:
+            return self.key(request.params.cache_salt)
+        return self.key(request.params.cache_salt)._replace(policy=f"logprobs of request {request.id}")
+
     def key(self, salt: str | None) -> PrefixKey:
         """What keys and values of requests with a salt depend on beside tokens."""
         return PrefixKey(salt or "", self.weights_version)
@@ -81,7 +87,7 @@ class RequestSlots:
             found = prefixes.lookup_and_admit(
                 request.id,
                 np.array(request.tokens, np.int64),
-                self.key(params.cache_salt),
+                self.key_of(request),
                 params.retention_priority,
                 request.left,
                 share=request.group is not None,
@@ -96,7 +102,7 @@ class RequestSlots:
         if self.prefixes is None:
             return False
         tokens = np.array(request.tokens, np.int64)
-        return self.prefixes.match(tokens, self.key(request.params.cache_salt)) >= len(tokens) - 1
+        return self.prefixes.match(tokens, self.key_of(request)) >= len(tokens) - 1
 
     def suspend(self, request: RequestState, tokens: int) -> int:
         """Put a request's first tokens to host memory, and give its memory to others; returns the bytes copied. Raises
