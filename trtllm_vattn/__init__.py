@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         DuplicateSequence,
         EngineAsleep,
         EngineClosed,
+        EngineOverloaded,
         HostMemoryFull,
         InvariantViolation,
         KVCacheOutOfMemory,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         NoFreeSlot,
         OutOfPages,
         PrefixEvicted,
+        RequestFailed,
         SequenceSuspended,
         SequenceTooLong,
         UnknownSequence,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
         WrongProcess,
     )
     from trtllm_vattn.plugins.session import EngineSession
+    from trtllm_vattn.runtime.async_engine import AsyncEngine
     from trtllm_vattn.runtime.engine import Engine
     from trtllm_vattn.runtime.request import Completion, TokenEvent
     from trtllm_vattn.runtime.sampling import SamplingParams
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AddressSpaceExhausted",
+    "AsyncEngine",
     "CacheAsleep",
     "CacheInterrupted",
     "CacheShape",
@@ -60,6 +64,7 @@ __all__ = [
     "Engine",
     "EngineAsleep",
     "EngineClosed",
+    "EngineOverloaded",
     "EngineSession",
     "HostMemoryFull",
     "InvariantViolation",
@@ -71,6 +76,7 @@ __all__ = [
     "NoFreeSlot",
     "OutOfPages",
     "PrefixEvicted",
+    "RequestFailed",
     "SamplingParams",
     "SequenceSuspended",
     "SequenceTooLong",
@@ -88,6 +94,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AsyncEngine": "runtime.async_engine",
     "CacheShape": "cache.base",
     "Completion": "runtime.request",
     "Engine": "runtime.engine",

@@ -37,7 +37,7 @@ from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
 from trtllm_vattn.runtime.decode import DecodeBatch, Launch
 from trtllm_vattn.runtime.dry_pass import naming
-from trtllm_vattn.runtime.grammar import grammar_tokenizer, make_grammar
+from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler
 from trtllm_vattn.runtime.lane_processors import check_sizes
 from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
 from trtllm_vattn.runtime.models import SHAPES, load_model
@@ -286,8 +286,7 @@ class Engine:
         self._events: list[TokenEvent] = []
         """Not delivered yet. An event is put here before its token is in the request's output."""
         self._ids = itertools.count()
-        self._grammar_tokenizer: Any = None
-        """Made with the first grammar."""
+        self._grammars = GrammarCompiler(tokenizer, self._vocab_size, self._end_of_text) if tokenizer else None
         self._closed = False
         self.startup = StartupReport()
         mixed = self._start_device(settings)
@@ -635,13 +634,16 @@ class Engine:
         token_ids("bad_words", [token for word in request.bad_words for token in word], self._vocab_size)
         check_sizes(params, request.bad_words)
         if params.has_grammar:
-            if tokenizer is None:
-                raise ConfigError("a grammar needs a tokenizer, which this engine has not; build it with tokenizer=")
-            if self._grammar_tokenizer is None:
-                self._grammar_tokenizer = grammar_tokenizer(tokenizer, self._vocab_size, self._end_of_text)
-            request.grammar = make_grammar(params, self._grammar_tokenizer)
+            request.grammar = self.compile_grammar(params)
         if request.asks is not None:
             self.decode.processors.require(self._vocab_size)
+
+    def compile_grammar(self, params: SamplingParams) -> Grammar:
+        """The grammar that parameters ask for, compiled unless it was lately; any thread may call this before it
+        submits, so that no step waits. Raises ConfigError where there is no tokenizer, or it cannot be."""
+        if self._grammars is None:
+            raise ConfigError("a grammar needs a tokenizer, which this engine has not; build it with tokenizer=")
+        return self._grammars.grammar(params)
 
     def abort(self, request: int) -> None:
         """Drop a request wherever it is, and its tokens that nobody took yet; its memory is free for others. The number

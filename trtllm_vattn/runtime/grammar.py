@@ -5,7 +5,9 @@ The masks are computed on the host, from the tokens chosen so far, and applied i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,25 +16,26 @@ import numpy as np
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.sampling import SamplingParams
 
+MOST_KEPT = 64
+"""Compiled grammars."""
+
 
 class Grammar:
     """One request's grammar, and how far its tokens have come in it.
 
-    Raises ConfigError where llguidance does not take the grammar; it says why.
+    Parameters
+    ----------
+    compiled
+        An llguidance matcher that nobody moves on.
     """
 
-    def __init__(self, tokenizer: Any, text: str) -> None:
-        import llguidance
-
-        self._tokenizer, self._text = tokenizer, text
-        self._matcher = llguidance.LLMatcher(tokenizer, text, log_level=0)
+    def __init__(self, compiled: Any) -> None:
+        self._compiled, self._matcher = compiled, compiled.deep_copy()
         self._consumed: list[int] = []
-        if self._matcher.is_error():
-            raise ConfigError(f"the grammar is not possible: {self._matcher.get_error()}")
 
     def anew(self) -> Grammar:
         """The same from its beginning, for another request."""
-        return Grammar(self._tokenizer, self._text)
+        return Grammar(self._compiled)
 
     def follow(self, chosen: Sequence[int]) -> Any:
         """The matcher behind these tokens of the output, whatever it stood behind before."""
@@ -56,29 +59,55 @@ class Grammar:
         return self._matcher.get_error() or None if self._matcher.is_error() else None
 
 
-def grammar_tokenizer(tokenizer: Any, vocab_size: int, end_of_text: Sequence[int]) -> Any:
-    """llguidance's form of a fast tokenizer of transformers, for a model of so many tokens; takes about a second.
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer and model, and keeps some. Any thread may call it; compiling takes from
+    milliseconds to a second.
 
-    Raises ConfigError where llguidance does not take it, ModuleNotFoundError where it is not installed.
+    Parameters
+    ----------
+    tokenizer
+        A fast one of transformers.
     """
-    from llguidance.hf import from_tokenizer
 
-    try:
-        return from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=[*end_of_text] or None)
-    except Exception as error:
-        raise ConfigError(f"grammars are not possible with this tokenizer: {error}") from error
+    def __init__(self, tokenizer: Any, vocab_size: int, end_of_text: Sequence[int]) -> None:
+        self._tokenizer, self._vocab_size, self._end_of_text = tokenizer, vocab_size, [*end_of_text]
+        self._converted: Any = None
+        self._kept: OrderedDict[tuple[str | None, str | None], Any] = OrderedDict()
+        self._lock = threading.Lock()
 
+    def grammar(self, params: SamplingParams) -> Grammar:
+        """The grammar that parameters ask for. Raises ConfigError where llguidance takes it, or the tokenizer, not, and
+        ModuleNotFoundError where it is not installed."""
+        assert not isinstance(params.json_schema, Mapping)
+        key = params.json_schema, params.regex
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = self._compile(*key)
+                if len(self._kept) > MOST_KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return Grammar(self._kept[key])
 
-def make_grammar(params: SamplingParams, tokenizer: Any) -> Grammar | None:
-    """The grammar that a request asks for, if any, by `grammar_tokenizer`'s tokenizer. Raises ConfigError."""
-    from llguidance import LLMatcher
+    def _compile(self, schema: str | None, regex: str | None) -> Any:
+        from llguidance import LLMatcher
+        from llguidance.hf import from_tokenizer
 
-    if params.regex is not None:
-        return Grammar(tokenizer, LLMatcher.grammar_from_regex(params.regex))
-    if params.json_schema is not None:
-        assert isinstance(params.json_schema, str)
-        return Grammar(tokenizer, LLMatcher.grammar_from_json_schema(params.json_schema))
-    return None
+        if self._converted is None:
+            try:
+                self._converted = from_tokenizer(
+                    self._tokenizer, n_vocab=self._vocab_size, eos_token=self._end_of_text or None
+                )
+            except Exception as error:
+                raise ConfigError(f"grammars are not possible with this tokenizer: {error}") from error
+        if regex is not None:
+            text = LLMatcher.grammar_from_regex(regex)
+        else:
+            assert schema is not None
+            text = LLMatcher.grammar_from_json_schema(schema)
+        matcher = LLMatcher(self._converted, text, log_level=0)
+        if matcher.is_error():
+            raise ConfigError(f"the grammar is not possible: {matcher.get_error()}")
+        return matcher
 
 
 @lru_cache(maxsize=1)
