@@ -24,6 +24,7 @@ LAYERS = [
     "graphs",
     "attention",
     "runtime",
+    "serve",
     "trtllm",
     "plugins",
     "verify",

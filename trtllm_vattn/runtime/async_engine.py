@@ -31,7 +31,7 @@ import torch
 from trtllm_vattn.errors import ConfigError, EngineClosed, EngineOverloaded, RequestFailed, VattnError, WeightsMixed
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.request import TokenEvent
-from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.sampling import LARGEST_COUNT, SamplingParams
 from trtllm_vattn.runtime.tokens import TokenIds
 from trtllm_vattn.values import described, whole
 
@@ -73,23 +73,43 @@ class RequestStream(AsyncIterator[TokenEvent]):
             self._arrived.set()
 
     async def __anext__(self) -> TokenEvent:
+        return (await self._next(1))[0]
+
+    async def batches(self) -> AsyncIterator[list[TokenEvent]]:
+        """The events, all at once that have come: one for each step where the task keeps pace."""
+        while not self._ended or self._events:
+            try:
+                events = await self._next(LARGEST_COUNT)
+            except StopAsyncIteration:
+                return
+            yield events
+
+    async def _next(self, most: int) -> list[TokenEvent]:
+        """So many events at most, at least one. Raises as iterating does."""
         while not self._events:
             if self._ended:
                 raise StopAsyncIteration
             self._arrived.clear()
             await self._arrived.wait()
-        event = self._events.popleft()
-        if isinstance(event, BaseException):
-            self._ended = True
-            self._events.clear()
-            raise event
-        if event.finish_reason is not None:
-            self._left -= 1
-            self._ended = not self._left
-        if event.finish_reason == "error":
-            self._stop()
-            raise RequestFailed(event.error or "the request failed")
-        return event
+        events: list[TokenEvent] = []
+        while self._events and len(events) < most:
+            event = self._events[0]
+            failed = isinstance(event, BaseException) or event.finish_reason == "error"
+            if failed and events:
+                break
+            self._events.popleft()
+            if isinstance(event, BaseException):
+                self._ended = True
+                self._events.clear()
+                raise event
+            if failed:
+                self._stop()
+                raise RequestFailed(event.error or "the request failed")
+            if event.finish_reason is not None:
+                self._left -= 1
+                self._ended = not self._left
+            events.append(event)
+        return events
 
     async def aclose(self) -> None:
         """Abort the request, unless it has ended. Idempotent."""
@@ -176,6 +196,11 @@ class AsyncEngine:
     def tokenizer(self) -> Any:
         """The engine's."""
         return self._engine.tokenizer
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests are taken."""
+        return not self._stopping
 
     @property
     def unfinished(self) -> int:
