@@ -602,7 +602,7 @@ class Engine:
         if forced is not None and self.steps > 1:
             raise ConfigError(f"tokens are forced in single steps; this engine takes {self.steps} a launch, make it 1")
         is_text = isinstance(prompt, str)
-        if is_text:
+        if isinstance(prompt, str):
             prompt = self._tokenize(prompt)
         made = make_request(
             next(self._ids), prompt, params, forced, self.cache, self._vocab_size, self._end_of_text, silent

@@ -81,7 +81,7 @@ class LaneAsks:
         row[STOPS:BIASED] = ANY
         if params.min_tokens:
             row[STOPS : STOPS + len(params.stop_token_ids)] = params.stop_token_ids
-        biases = dict(params.logit_bias or ())
+        biases = params.biases
         biases.update({word[0]: -np.inf for word in self.bad_words if len(word) == 1})
         row[BIASED : BIASED + len(biases)] = list(biases)
         row[BIASES : BIASES + len(biases)].view(np.float64)[:] = list(biases.values())
@@ -102,7 +102,7 @@ def check_sizes(params: SamplingParams, bad_words: Sequence[Sequence[int]]) -> N
         raise ConfigError(f"a bad word has {longest} tokens; at most {LONGEST_BAD_WORD} are possible")
     if (many := sum(len(word) > 1 for word in bad_words)) > MOST_BAD_WORDS:
         raise ConfigError(f"{many} bad words have more than one token; at most {MOST_BAD_WORDS} are possible")
-    singles = {word[0] for word in bad_words if len(word) == 1} | {token for token, _ in params.logit_bias or ()}
+    singles = {word[0] for word in bad_words if len(word) == 1} | set(params.biases)
     if len(singles) > MOST_BIASED:
         raise ConfigError(
             f"logit_bias and bad_words of one token name {len(singles)} token ids; at most {MOST_BIASED} are possible"
@@ -132,7 +132,7 @@ def process(
     logits = torch.where(count > 0, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
     chosen = count >> 1
     logits = logits - frequency * chosen - presence * (chosen > 0)
-    words = mine[:, BAD_WORDS:].unflatten(1, (MOST_BAD_WORDS, LONGEST_BAD_WORD))
+    words = mine[:, BAD_WORDS:].reshape(len(mine), MOST_BAD_WORDS, LONGEST_BAD_WORD)
     before, banned = words[:, :, :-1], words[:, :, -1]
     matches = ((before == mine[:, None, RECENT:BAD_WORDS]) | (before == ANY)).all(dim=-1) & (banned >= 0)
     too_early = (mine[:, GENERATED] < mine[:, MIN_TOKENS])[:, None] & (mine[:, STOPS:BIASED] >= 0)

@@ -411,7 +411,7 @@ def make_request(
     if not prompt:
         raise ConfigError("the prompt is empty; at least one token is needed")
     token_ids("stop_token_ids", params.stop_token_ids, vocab_size)
-    token_ids("logit_bias", [token for token, _ in params.logit_bias or ()], vocab_size)
+    token_ids("logit_bias", [*params.biases], vocab_size)
     if forced is not None:
         forced = token_ids("forced", forced, vocab_size)
         if len(forced) < (params.max_tokens or 1):

@@ -156,6 +156,11 @@ class SamplingParams:
         return replace(self, stop_token_ids=(*self.stop_token_ids, *more)) if more else self
 
     @property
+    def biases(self) -> dict[int, float]:
+        """`logit_bias` by token id."""
+        return dict(self.logit_bias or ())
+
+    @property
     def has_grammar(self) -> bool:
         return self.json_schema is not None or self.regex is not None
 
