@@ -37,6 +37,7 @@ BENCHMARKS = {
     "prefix": "what prompts share, found again in slots: beside an ideal tree of the same memory; on any machine",
     "tiers": "keys and values in host memory: copies beside the link, sleep and wake, twice the sequences memory holds",
     "reuse": "prompts that share what they begin with, by an engine with and without prefix cache",
+    "doors": "clients of the HTTP server beside the engine itself: tokens, what killed clients leave, throughput",
     "forks": "several samples of one long prompt: memory and steps beside one sample",
     "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",
     "xqa": "TensorRT-LLM's kernels over affine tables: tokens, steps against random tables, remapped replays",

@@ -173,7 +173,7 @@ class LaneProcessors:
 
     def __init__(self, lanes: int, steps: int, device: torch.device, wrap: Wrap = as_it_is) -> None:
         self._lanes, self._steps, self._device = lanes, steps, device
-        self._process, self._note = wrap(process), wrap(note)
+        self._process = wrap(process)
         self._asks: dict[int, LaneAsks] = {}
         self._row: dict[int, int] = {}
         self._stale: set[int] = set()
@@ -288,7 +288,7 @@ class LaneProcessors:
 
     def note(self, chosen: torch.Tensor, running: torch.Tensor) -> None:
         """The step chose these tokens, int64 ``[lanes]``."""
-        self._note(chosen, running, self._row_of_lane, self._table, self._counts)
+        note(chosen, running, self._row_of_lane, self._table, self._counts)
 
     def keep_logprobs(self, logits: torch.Tensor, chosen: torch.Tensor, row: torch.Tensor) -> None:
         """Keep log-probabilities of the tokens of the first lanes, by the model's logits ``[bucket, vocab]``, at a row

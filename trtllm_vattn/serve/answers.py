@@ -27,7 +27,7 @@ class Choice:
 
     prompt: Sequence[int]
     text: str = ""
-    tokens: int = 0
+    tokens: list[int] = field(default_factory=list)
     cached: int = 0
     finish_reason: str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Choice:
         logprobs = [event.logprob for event in events if event.logprob is not None]
         self.text += text
         self.logprobs += logprobs
-        self.tokens += sum(event.token is not None for event in events)
+        self.tokens += [event.token for event in events if event.token is not None]
         self.cached = events[0].cached_tokens
         self.finish_reason = events[-1].finish_reason
         self.prompt_logprobs = self.prompt_logprobs or events[0].prompt_logprobs
@@ -61,7 +61,7 @@ class Answer:
     def usage(self) -> dict[str, Any]:
         """Tokens so far. Of a prompt with several samples, the first one's cached tokens."""
         prompt = sum(map(len, self._prompts))
-        made = sum(choice.tokens for choice in self.choices)
+        made = sum(len(choice.tokens) for choice in self.choices)
         cached = sum(choice.cached for choice in self.choices[:: self.asked.params.n])
         return {
             "prompt_tokens": prompt,
@@ -80,6 +80,8 @@ class Answer:
 
     def _whole(self, place: int, choice: Choice) -> dict[str, Any]:
         body: dict[str, Any] = {"index": place, "finish_reason": choice.finish_reason}
+        if self.asked.token_ids:
+            body["token_ids"] = choice.tokens
         if self.asked.is_chat:
             body["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
             body["logprobs"] = self._of_chat(choice.logprobs)
@@ -109,13 +111,15 @@ class Answer:
     def more(self, place: int, events: Sequence[TokenEvent]) -> str | None:
         """What a choice's events add; None where that is nothing yet."""
         choice = self.choices[place]
+        before = len(choice.tokens)
         text, logprobs = choice.add(events)
-        if not text and not logprobs and choice.finish_reason is None:
+        more: dict[str, Any] = {"token_ids": choice.tokens[before:]} if self.asked.token_ids else {}
+        if not text and not logprobs and not more and choice.finish_reason is None:
             return None
         if self.asked.is_chat:
             delta = {"content": text} if text else {}
-            return self._chunk(self._delta(place, delta, self._of_chat(logprobs), choice.finish_reason))
-        body = {"index": place, "text": text, "finish_reason": choice.finish_reason}
+            return self._chunk({**self._delta(place, delta, self._of_chat(logprobs), choice.finish_reason), **more})
+        body = {"index": place, "text": text, "finish_reason": choice.finish_reason, **more}
         return self._chunk({**body, "logprobs": self._of_completion(choice, logprobs)})
 
     def last(self) -> list[str]:

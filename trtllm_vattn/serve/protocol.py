@@ -30,7 +30,17 @@ MORE = (
     "retention_priority",
 )
 """Fields of `SamplingParams` that OpenAI has not."""
-OWN = ("model", "stream", "stream_options", "logit_bias", "max_tokens", "logprobs", "priority", "response_format")
+OWN = (
+    "model",
+    "stream",
+    "stream_options",
+    "logit_bias",
+    "max_tokens",
+    "logprobs",
+    "priority",
+    "response_format",
+    "return_token_ids",
+)
 OF_COMPLETIONS = ("prompt", "echo", "best_of", "suffix")
 OF_CHAT = ("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "chat_template_kwargs")
 WITHOUT_EFFECT = (
@@ -70,7 +80,9 @@ class Asked:
     Attributes
     ----------
     prompts : list
-        Texts or lists of token ids; of a chat one text, which the template made with all special tokens.
+        Texts or lists of token ids; of a chat one list.
+    token_ids : bool
+        Whether choices have their tokens' ids, too (vLLM's ``return_token_ids``).
     """
 
     prompts: list[Any]
@@ -80,6 +92,7 @@ class Asked:
     include_usage: bool
     echo: bool
     priority: int
+    token_ids: bool
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -108,7 +121,16 @@ def completion(body: Mapping[str, Any]) -> Asked:
     logprobs = body.get("logprobs")
     most = COMPLETION_TOKENS if body.get("max_tokens") is None else body["max_tokens"]
     more = {"max_tokens": most, "logprobs": logprobs, "prompt_logprobs": logprobs if echo else None}
-    return Asked(prompts, _params(body, more), False, stream, include_usage, echo, _priority(body))
+    return Asked(
+        prompts,
+        _params(body, more),
+        False,
+        stream,
+        include_usage,
+        echo,
+        _priority(body),
+        _flag(body, "return_token_ids"),
+    )
 
 
 def chat(body: Mapping[str, Any], tokenizer: Any) -> Asked:
@@ -145,7 +167,9 @@ def chat(body: Mapping[str, Any], tokenizer: Any) -> Asked:
     }
     stream, include_usage = _streaming(body)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Asked([ids], _params(body, more), True, stream, include_usage, False, _priority(body))
+    return Asked(
+        [ids], _params(body, more), True, stream, include_usage, False, _priority(body), _flag(body, "return_token_ids")
+    )
 
 
 def _refuse_unknown(body: Mapping[str, Any], own: Sequence[str]) -> None:
