@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,23 +33,40 @@ _INDEXED = {
 """Operations whose result shape, or work on the host, depends on data if an index is a mask."""
 
 
+_PLAIN = {int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+
+
 def _tensors(tree: Any) -> list[torch.Tensor]:
     """All in an operation's arguments or results, which are nested in lists, tuples and dicts alone."""
-    # Not torch's own for any tree, which would take most of a replay's time.
     if isinstance(tree, torch.Tensor):
         return [tree]
+    found: list[torch.Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[torch.Tensor]) -> None:
+    # Not torch's own for any tree, and plain values told by their type alone: this is most of a capture's time.
     if isinstance(tree, dict):
         tree = tree.values()
-    elif not isinstance(tree, list | tuple):
-        return []
-    return [tensor for each in tree for tensor in _tensors(each)]
+    elif not isinstance(tree, (list, tuple)):
+        return
+    for each in tree:
+        if type(each) in _PLAIN:
+            continue
+        if isinstance(each, torch.Tensor):
+            found.append(each)
+        else:
+            _collect(each, found)
 
 
 def _aliases(tree: Any) -> Any:
     """The same, with other tensors over the same memory."""
+    if type(tree) in _PLAIN:
+        return tree
     if isinstance(tree, torch.Tensor):
         return tree.detach()
-    if isinstance(tree, list | tuple):
+    if isinstance(tree, (list, tuple)):
         return type(tree)([_aliases(each) for each in tree])
     if isinstance(tree, dict):
         return {key: _aliases(each) for key, each in tree.items()}
@@ -74,10 +92,17 @@ class Record:
         made = [tensor for _, tensor in self.results]
         return [tensor.untyped_storage() for tensor in (*_tensors((self.args, self.kwargs)), *made)]
 
+    @property
+    def computes(self) -> bool:
+        """Whether the operation writes anything: one that only makes views of its arguments need not run again."""
+        return bool(self.results) or self.operation._schema.is_mutable or not self.operation._schema.returns
+
     def run(self) -> None:
-        results = _tensors(self.operation(*self.args, **self.kwargs))
-        for place, recorded in self.results:
-            recorded.copy_(results[place])
+        answer = self.operation(*self.args, **self.kwargs)
+        if self.results:
+            results = _tensors(answer)
+            for place, recorded in self.results:
+                recorded.copy_(results[place])
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -93,7 +118,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         given = _tensors((args, kwargs))
-        self._refuse_outside(operation, given)
+        inputs = {_storage(tensor) for tensor in given}
+        if not inputs <= self._known:
+            self._refuse_outside(operation, given)
         # In inference mode operations arrive whole; what they are made of tells what a graph could not hold.
         if operation not in self._whole:
             with self:
@@ -102,7 +129,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return decomposed
             self._whole.add(operation)
         _refuse_data_dependent(operation, args, kwargs)
-        inputs = {_storage(tensor) for tensor in given}
         # Aliases, because operations like squeeze_ change the shape of the very tensor they are given. A record keeps
         # its results alive, so that no later one is given a storage that a replay still needs.
         recorded_args, recorded_kwargs = _aliases(args), _aliases(kwargs)
@@ -124,8 +150,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
 
 
+@cache
+def _depends_on_data(operation: Any) -> tuple[bool, bool]:
+    """Whether an operation reads a value back to the host, and whether a result's shape depends on data."""
+    tags = operation.tags
+    return torch.Tag.data_dependent_output in tags, torch.Tag.dynamic_output_shape in tags
+
+
 def _refuse_data_dependent(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if torch.Tag.data_dependent_output in operation.tags:
+    reads_back, dynamic = _depends_on_data(operation)
+    if reads_back:
         raise CaptureError(
             f"{operation} reads a value back to the host, on which the step may branch; a graph cannot: keep the "
             "value on the device (torch.where instead of if, tensors instead of .item())"
@@ -133,7 +167,7 @@ def _refuse_data_dependent(operation: Any, args: tuple[Any, ...], kwargs: dict[s
     if operation in _INDEXED:
         shaped = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     else:
-        shaped = torch.Tag.dynamic_output_shape in operation.tags and kwargs.get("output_size") is None
+        shaped = dynamic and kwargs.get("output_size") is None
     if shaped:
         raise CaptureError(
             f"{operation} has a result whose shape depends on data; a graph's shapes are fixed: use torch.where or "
@@ -146,9 +180,12 @@ class HostGraph:
 
     def __init__(self, records: list[Record], static: list[torch.Tensor]) -> None:
         self._records: list[Record] | None = records
+        self._computing = [record for record in records if record.computes]
         self._static = [(tensor, tensor.data_ptr()) for tensor in static]
         self._storages = {
-            storage.data_ptr(): (storage, record.operation) for record in records for storage in record.storages()
+            storage.data_ptr(): (storage, record.operation)
+            for record in self._computing
+            for storage in record.storages()
         }
 
     @classmethod
@@ -209,11 +246,12 @@ class HostGraph:
                 )
         # Inference tensors, which a capture in inference mode makes, may be written in inference mode only.
         with inference():
-            for record in self._records:
+            for record in self._computing:
                 record.run()
 
     def close(self) -> None:
         """Drop the records. Idempotent."""
         self._records = None
+        self._computing = []
         self._static = []
         self._storages = {}

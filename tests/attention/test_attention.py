@@ -31,16 +31,28 @@ KINDS = (torch.int64, torch.int32, torch.int32)
 LENGTHS = [0, 1, 15, 16, 17, 100, 1000, 0]
 
 
-def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], scale: float) -> torch.Tensor:
-    """q ``[lanes, heads, dim]``, k and v ``[lanes, tokens, kv_heads, dim]``; float64."""
+def expected(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: list[int],
+    scale: float,
+    slots: list[int] | None = None,
+) -> torch.Tensor:
+    """q ``[rows, heads, dim]``, k and v ``[slots, tokens, kv_heads, dim]``; float64. Row i is of slot i, or of
+    `slots[i]`."""
     out = torch.zeros(q.shape, dtype=torch.float64)
-    group = q.shape[1] // k.shape[2]
-    for lane, length in enumerate(lengths):
+    wide: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for row, length in enumerate(lengths):
         if length:
-            keys = k[lane, :length].double().repeat_interleave(group, dim=1)
-            values = v[lane, :length].double().repeat_interleave(group, dim=1)
-            weights = (torch.einsum("hd,thd->ht", q[lane].double(), keys) * scale).softmax(-1)
-            out[lane] = torch.einsum("ht,thd->hd", weights, values)
+            slot = slots[row] if slots else row
+            if slot not in wide:
+                wide[slot] = k[slot].double(), v[slot].double()
+            keys, values = (each[:length] for each in wide[slot])
+            # Query heads in groups, each of one KV head.
+            queries = q[row].double().unflatten(0, (k.shape[2], -1))
+            weights = (torch.einsum("kgd,tkd->kgt", queries, keys) * scale).softmax(-1)
+            out[row] = torch.einsum("kgt,tkd->kgd", weights, values).flatten(0, 1)
     return out
 
 
@@ -120,7 +132,7 @@ def test_decode_of_lanes_over_other_slots(build: Callable[..., Case]) -> None:
         torch.tensor(lengths, dtype=torch.int32, device=cache.device),
         torch.tensor(slots, device=cache.device),
     )
-    close(got, expected(q, k[slots], v[slots], lengths, attention.scale))
+    close(got, expected(q, k, v, lengths, attention.scale, slots))
 
 
 @pytest.mark.parametrize(
@@ -144,8 +156,7 @@ def test_prefill_chunks(build: Callable[..., Case], start: int, count: int, padd
     )
     assert torch.isfinite(got).all()
     visible = list(range(start + 1, length + 1))
-    every = [2] * count
-    close(got[:count], expected(q[:count], k[every], v[every], visible, attention.scale))
+    close(got[:count], expected(q[:count], k, v, visible, attention.scale, [2] * count))
 
 
 @pytest.mark.parametrize("bad", [None, 2, 5, 1, 6, 3])
@@ -180,7 +191,7 @@ def test_chunks_of_several_prompts_packed(build: Callable[..., Case], bad: int |
     got = attention.prefill_packed(1, q.to(cache.device), PackedPrefill(chunks, spans))
     slots = [span.slot for span in spans for _ in range(span.start, span.end)]
     visible = [position + 1 for span in spans for position in range(span.start, span.end)]
-    want = expected(q[: sum(counts)], k[slots], v[slots], visible, attention.scale)
+    want = expected(q[: sum(counts)], k, v, visible, attention.scale, slots)
     good = torch.tensor([slot != bad for slot in slots])
     close(got[: sum(counts)].cpu()[good], want[good])
     assert torch.isfinite(got[sum(counts) :]).all()

@@ -116,7 +116,7 @@ def test_a_peer_says_what_it_made_of_its_defaults(folder: Path) -> None:
         assert peer.versions["python"].split(".")[0] == "3"
         asked = {"folder": str(folder), "kv_bytes": 4 << 20, "max_model_len": 256, "seed": 0}
         made = peer.ask("start", kind="offline", **asked)
-        token = 4 * 2 * 2 * 16 * 4
+        token = 2 * 2 * 2 * 32 * 4
         assert made["settings"]["num_gpu_blocks"] * made["settings"]["block_size"] * token == 4 << 20
         assert made["settings"]["max_num_batched_tokens"] == 16384
         assert made["settings"]["enable_chunked_prefill"] is None
@@ -286,16 +286,19 @@ def test_engines_that_do_not_fit_together_are_made_for_their_turns(together: boo
     args = argparse.Namespace(burstiness=1.0, seed=0, max_seq_len=64, goodput=None)
     turns = serve_peer.Turns([Stub("a", told), Stub("b", told)], args, 512, together)
     for number in range(2):
-        turns.take(("trace", [Request(0.0, 5, 2)] * 3), math.inf, number, "offline")
+        turns.take([((name, [Request(0.0, 5, 2)] * 3), math.inf) for name in ("x", "y")], number, "offline")
     warm_up = len(serve_peer.WARM_UP) * 3
     turn = {each: [f"{each} starts", f"{each} serves {warm_up}", f"{each} serves 3"] for each in "ab"}
+    rows = [(row["engine"], row["trace"], row["round"]) for row in turns.rows]
     if together:
-        # Warm once; a start of what has started does nothing.
+        # Trace by trace; warm once; a start of what has started does nothing.
         again = [told for each in "ab" for told in (f"{each} starts", f"{each} serves 3")]
-        assert told == [*turn["a"], *turn["b"], *again]
+        assert told == [*turn["a"], *turn["b"], *again * 3]
+        assert rows == [(engine, trace, number) for number in range(2) for trace in "xy" for engine in "ab"]
     else:
-        assert told == [*turn["a"], "a stops", *turn["b"], "b stops"] * 2
-    assert [(row["engine"], row["round"]) for row in turns.rows] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+        one = [told for each in "ab" for told in (*turn[each], f"{each} serves 3", f"{each} stops")]
+        assert told == one * 2
+        assert rows == [(engine, trace, number) for number in range(2) for engine in "ab" for trace in "xy"]
 
 
 def test_what_was_measured_is_kept_when_the_peer_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,10 +307,10 @@ def test_what_was_measured_is_kept_when_the_peer_fails(tmp_path: Path, capsys: p
     command += ["--requests", "3", "--peer-path", str(FAKE), "--output-json", str(result)]
     turn = serve_peer.Turns.take
 
-    def once(self: serve_peer.Turns, traced: Any, rate: float, number: int, kind: str) -> None:
+    def once(self: serve_peer.Turns, wanted: Any, number: int, kind: str) -> None:
         if kind == "server":
             raise VattnError("it fell over")
-        turn(self, traced, rate, number, kind)
+        turn(self, wanted, number, kind)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve_peer.Turns, "take", once)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from contents import expect, fill
+from interrupting import THOROUGH
 from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -27,7 +28,7 @@ def test_random_failures_lose_nothing(layers_per_range: int) -> None:
     host = HostDriver()
     driver = FaultyDriver(host)
     failures = rebuilt = 0
-    for life in range(12):
+    for life in range(12 if THOROUGH else 6):
         driver.disarm()
         cache = KVCacheManager(SHAPE, driver, 60 * 4096, layers_per_range, lookahead=8)
         driver.fail_randomly(0.02, seed=life)
@@ -52,7 +53,7 @@ def test_random_failures_lose_nothing(layers_per_range: int) -> None:
             except (DriverError, MemoryQuarantined):
                 rebuilt += 1
         assert (host.live_mappings, host.live_handles, host.live_reservations) == (0, 0, 0)
-    assert failures > 20
+    assert failures > 10
     assert rebuilt > 0
 
 

@@ -146,15 +146,22 @@ def test_a_missing_transformers_is_one_line() -> None:
 
 
 def test_an_interrupt_ends_in_one_line() -> None:
-    source = f"threading.Timer(3, os.kill, (os.getpid(), {int(signal.SIGINT)})).start()\nsys.exit(main(sys.argv[1:]))"
+    # From its first operation on; imports are over then.
+    source = (
+        "from trtllm_vattn.verify.fault_injection import FaultStress\n"
+        "run = FaultStress.run\n"
+        "def begun(self, *arguments, **options):\n"
+        f"    threading.Timer(0.1, os.kill, (os.getpid(), {int(signal.SIGINT)})).start()\n"
+        "    return run(self, *arguments, **options)\n"
+        "FaultStress.run = begun\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
     done = apart(source, "bench", "faults", "--operations", "100000000", "--life", "100000000")
     assert done.returncode == 130
     assert done.stderr == "trtllm-vattn: interrupted\n"
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["bench"], ["plugin", "list"], ["bench", "serve", "--help"]], ids=" ".join
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["bench"], ["plugin", "list"]], ids=" ".join)
 def test_a_closed_pipe_ends_quietly(arguments: list[str]) -> None:
     """As in ``trtllm-vattn … | head``, where head has read enough."""
     command = [sys.executable, "-m", "trtllm_vattn", *arguments]

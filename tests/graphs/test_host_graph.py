@@ -3,9 +3,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trtllm_vattn.errors import CaptureError
@@ -48,6 +50,30 @@ def test_views_writes_in_place_and_indexed_writes_are_replayed() -> None:
         want[5] = want[1].reshape(2, 2).t().reshape(4)
         graph.replay()
         assert torch.equal(table, want)
+
+
+class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which operations run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ran: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ran.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_replay_runs_what_computes_and_no_mere_view() -> None:
+    x, outputs = torch.arange(6.0), []
+    graph = HostGraph.capture(lambda: outputs.append(x.view(2, 3).t()[1].mul_(2) + 1), [x])
+    assert {"aten.view.default", "aten.t.default", "aten.select.int"} < set(graph.operations())
+    x.fill_(3.0)
+    with Watching() as watching:
+        graph.replay()
+    assert watching.ran == ["aten.mul_.Tensor", "aten.add.Tensor", "aten.copy_.default"]
+    assert x.tolist() == [3.0, 6.0, 3.0, 3.0, 6.0, 3.0]
+    assert outputs[0].tolist() == [7.0, 7.0]
 
 
 def test_what_a_step_writes_is_what_the_addresses_back_now(host_driver: HostDriver) -> None:

@@ -108,11 +108,11 @@ def test_wrong_fields_are_refused_with_our_words(
 def test_a_whole_model_becomes_a_plan(rtx: Any, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     model = load_model(name, "cpu", dtype)
     found = build_folder(model, tmp_path, LIMITS, rtx, RTX_TARGETS, name)
-    assert found["layers"]["PLUGIN_V3"] == 4
+    assert found["layers"]["PLUGIN_V3"] == 2
     assert set(found["tensors"]) == {*inputs_of(LIMITS), "logits"}
     inspection = inspect_folder(tmp_path)
     assert inspection.wrong == []
-    assert "4 plugin layers among" in "\n".join(inspection.lines)
+    assert "2 plugin layers among" in "\n".join(inspection.lines)
     assert "sm_80, sm_89, sm_120" in "\n".join(inspection.lines)
 
 

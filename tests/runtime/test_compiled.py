@@ -15,12 +15,12 @@ from torch import nn
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.runtime.binding import bind, shape_of
+from trtllm_vattn.runtime.binding import PrefillStep, bind, forward, shape_of
 from trtllm_vattn.runtime.compiled import LinearSlice, compile_around_layers, compile_layers, merge_projections
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.engine import UNUSUAL, Engine
 from trtllm_vattn.runtime.models import load_model
-from trtllm_vattn.runtime.prefill import Prefill
+from trtllm_vattn.runtime.prefill import Prefill, packed_prefill
 from trtllm_vattn.runtime.sampling import SamplingParams
 
 FAMILIES = ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral"]
@@ -60,24 +60,25 @@ class Tracing:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_all_layers_are_one_function_in_two_variants_and_the_tokens_are_the_same(name: str) -> None:
+def test_all_layers_are_one_function_in_few_variants_and_the_tokens_are_the_same(name: str) -> None:
     tokens = []
     backend = Tracing()
     for compiled in (False, True):
         model = load_model(name, "cpu", torch.float32)
         if compiled:
             bind(model)
-            assert compile_layers(model, backend) == model.config.num_hidden_layers == 4
+            assert compile_layers(model, backend) == model.config.num_hidden_layers == 2
         with Engine(model, make_cache("vattn", shape_of(model, 3, 128), "cpu"), capture=False) as engine:
             done = [*engine.generate(PROMPTS, SamplingParams(12)), *engine.generate([[5]], SamplingParams(12))]
             tokens.append([each.tokens for each in done])
     assert tokens[0] == tokens[1]
-    # For any other number of tokens and for one; q, k, v are one product, and gate, up where there are more tokens;
-    # turning queries and keys, storing and attending are one operation. Qwen3 normalises in between.
-    assert len(backend.graphs) == 2
-    assert backend.products() == [4, 5]
+    # For any other number of tokens, the last layer of prompts too, and for one token; q, k, v are one product, and
+    # gate, up where there are more tokens; turning queries and keys, storing and attending are one operation. Qwen3
+    # normalises in between.
+    # The last product of a layer adds to the residual itself.
+    assert backend.products() == [3, 4, 5]
     fused = "trtllm_vattn.rotate_and_attend" + ("" if name == "tiny-qwen3" else "_product")
-    assert backend.attentions() == [{fused}, {fused}]
+    assert backend.attentions() == [{fused, "trtllm_vattn.linear_onto.default"}, {fused}, {fused}]
     assert backend.methods_of_the_unknown() == []
 
 
@@ -134,6 +135,34 @@ def test_what_ends_a_step_is_one_function_for_all_batch_sizes() -> None:
         assert len(logits) == bucket
         assert batch._out[step % 2, 0] == logits[0].argmax()
     assert len(backend.graphs) == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_last_layer_computes_the_rows_that_are_looked_at_alone(name: str) -> None:
+    backend = Tracing()
+    logits: list[list[torch.Tensor]] = []
+    kept = ([19, 3], [0, 0, 7, 19], [5])
+    for compiled in (False, True):
+        model = load_model(name, "cpu", torch.float32)
+        bind(model)
+        if compiled:
+            compile_layers(model, backend)
+        attention = make_attention("torch", make_cache("contiguous", shape_of(model, 4, 64), "cpu"), 4)
+        ids = torch.arange(20)
+        numbers = torch.tensor([[20], [20], [19], [0], [0]])
+        step = PrefillStep(attention, torch.zeros_like(ids), ids, packed_prefill(numbers, [(20, 20)]))
+        with torch.inference_mode():
+            logits.append([forward(model, ids, ids, step, torch.tensor(rows)) for rows in kept])
+    for want, got, rows in zip(*logits, kept, strict=True):
+        assert len(got) == len(rows)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    # A variant for the last layer and any number of kept rows. A single one is not worth another.
+    assert len(backend.graphs) == 2
+    assert [sum(node.target is torch.index_select for node in graph.graph.nodes) for graph in backend.graphs] == [0, 1]
+    (selected,) = (node for node in backend.graphs[1].graph.nodes if node.target is torch.index_select)
+    order = list(backend.graphs[1].graph.nodes)
+    behind = [node for node in order[order.index(selected) :] if node.target is nn.functional.linear]
+    assert len(behind) == 2  # gate and up as one product, down; attention's own output is before
 
 
 def test_compiling_again_changes_nothing() -> None:

@@ -11,6 +11,7 @@ from functools import cache as remember
 import numpy as np
 import pytest
 import torch
+from interrupting import THOROUGH
 from transformers import PreTrainedModel
 
 from trtllm_vattn.cache.base import CacheShape, FlatKV
@@ -426,7 +427,7 @@ def check_pages(engine: Engine) -> None:
                 torch.testing.assert_close(got, theirs[0].transpose(0, 1), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(30 if THOROUGH else 3))
 def test_random_lives_give_the_same_tokens_with_and_without_reuse(bench: Bench, seed: int) -> None:
     """Shared prefixes, salts, aborts, forks, flushes, ends of text and preemptions, in little memory."""
     draw = random.Random(seed)

@@ -370,8 +370,9 @@ def test_buckets_that_cannot_be_are_refused(buckets: Any, packed: bool) -> None:
         build(4, buckets=buckets, packed=packed)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("buckets", "all_of_them"), [([2, 1], [1, 2, 4]), ([3], [3, 4]), ((4, 1), [1, 4])])
+@pytest.mark.parametrize(
+    ("buckets", "all_of_them", "packed"), [([2, 1], [1, 2, 4], False), ([3], [3, 4], True), ((4, 1), [1, 4], False)]
+)
 def test_buckets_are_completed_to_all_slots(buckets: Any, all_of_them: list[int], packed: bool) -> None:
     with build(4, buckets=buckets, packed=packed, capture=True) as engine:
         assert sorted(engine.startup.decode.seconds) == all_of_them

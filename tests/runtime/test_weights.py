@@ -104,8 +104,9 @@ def compiled(model: PreTrainedModel) -> PreTrainedModel:
 # -- the tokens of the new weights -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capture", [False, True])
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(
+    ("kind", "capture"), [*((kind, True) for kind in FAMILIES), *((kind, False) for kind in list(FAMILIES)[:2])]
+)
 def test_tokens_are_those_of_an_engine_built_from_the_new_weights(kind: str, capture: bool, tmp_path: Path) -> None:
     new = drawn(kind, 9)
     new.save_pretrained(tmp_path)

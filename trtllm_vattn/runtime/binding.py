@@ -149,6 +149,20 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tensor) ->
     return q.new_empty(q.shape)
 
 
+@torch.library.custom_op("trtllm_vattn::attend_keeping", mutates_args=())
+def _opaque_attend_keeping(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tensor, kept: torch.Tensor
+) -> torch.Tensor:
+    """`attend`, in the last layer of a pass of which the rows `kept` alone, int64 ``[rows]``, are looked at after it
+    (`rewrites.keep_rows`)."""
+    return _store_and_attend(int(layer), q, k, v).contiguous()
+
+
+@_opaque_attend_keeping.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    return q.new_empty(q.shape)
+
+
 @torch.library.custom_op("trtllm_vattn::rotate_and_attend", mutates_args=())
 def _opaque_rotate_and_attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: torch.Tensor
@@ -188,6 +202,17 @@ def _(
     return qkv.new_empty(qkv.shape[1], heads, cos.shape[-1])
 
 
+@torch.library.custom_op("trtllm_vattn::linear_onto", mutates_args=("residual",))
+def _opaque_linear_onto(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """``residual += x @ weight.T`` in the product's kernel; residual ``[1, tokens, out]``, x ``[1, tokens, in]``."""
+    residual[0].addmm_(x[0], weight.t())
+
+
+@_opaque_linear_onto.register_fake
+def _(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    return None
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -208,7 +233,11 @@ def attend(
     q = query.transpose(1, 2).reshape(batch * tokens, heads, dim)
     k, v = (x.transpose(1, 2).reshape(batch * tokens, x.shape[1], dim) for x in (key, value))
     if torch.compiler.is_compiling():
-        out = torch.ops.trtllm_vattn.attend(q, k, v, module.vattn_layer)
+        kept = module.vattn_kept
+        if kept is None:
+            out = torch.ops.trtllm_vattn.attend(q, k, v, module.vattn_layer)
+        else:
+            out = torch.ops.trtllm_vattn.attend_keeping(q, k, v, module.vattn_layer, kept)
     else:
         out = _store_and_attend(module.layer_idx, q, k, v)  # type: ignore[arg-type]
     return out.view(batch, tokens, heads, dim), None
@@ -374,10 +403,14 @@ def bind(model: StepModel, shape: CacheShape | None = None) -> float | None:
 def _point_at_ours(model: PreTrainedModel) -> None:
     AttentionInterface.register(ATTENTION_NAME, attend)
     model.set_attn_implementation(ATTENTION_NAME)
-    for module in model.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            # A number would be compiled in, and every layer compiled again.
-            module.vattn_layer = torch.tensor(module.layer_idx, device="cpu")
+    layers = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    for module in layers:
+        # A number would be compiled in, and every layer compiled again.
+        module.vattn_layer = torch.tensor(module.layer_idx, device="cpu")
+        module.vattn_kept = None
+    # No submodules of the model: they have their names elsewhere.
+    last = max((module.layer_idx for module in layers), default=0)
+    model.__dict__["vattn_last_layer"] = [module for module in layers if module.layer_idx == last]
     model.eval()
 
 
@@ -395,8 +428,11 @@ def forward(
     and the model is the same for both.
     """
     keep = {} if last is None else {"logits_to_keep": last}
+    ends = getattr(model, "vattn_last_layer", ()) if last is not None and 1 < len(last) < len(tokens) else ()
     try:
         _current.step = step
+        for module in ends:
+            module.vattn_kept = last
         step.attention.begin_step()
         with _products_by_cublas_lt(tokens.device):
             output = model(
@@ -408,6 +444,8 @@ def forward(
             )
     finally:
         _current.step = None
+        for module in ends:
+            module.vattn_kept = None
     logits: torch.Tensor = output.logits[0]
     return logits
 

@@ -19,7 +19,13 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.capture import collector_off
-from trtllm_vattn.runtime.rewrites import rotate_with_attention, share_products, split_even_products
+from trtllm_vattn.runtime.rewrites import (
+    add_onto_products,
+    keep_rows,
+    rotate_with_attention,
+    share_products,
+    split_even_products,
+)
 from trtllm_vattn.runtime.tuned import install
 
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -113,9 +119,12 @@ def rewriting(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor], in
     """A backend that rewrites a layer's graph (rewrites.py) before it hands it over to another one."""
     graph = traced.graph
     share_products(graph)
+    keep_rows(graph)
     rotate_with_attention(graph)
     if _of_one_token(examples):
         split_even_products(graph)
+    else:
+        add_onto_products(graph)
     traced.recompile()
     return inner(traced, examples)
 
@@ -179,6 +188,8 @@ def compile_layers(model: PreTrainedModel, backend: Backend | None = None) -> in
         return len(layers)
     # Per layer class and process, not per model: a process may hold many.
     torch._dynamo.config.recompile_limit = max(MOST_VARIANTS, torch._dynamo.config.recompile_limit)
+    # Which rows the last layer keeps (binding.py) is a tensor that its module names; their number differs.
+    torch._dynamo.config.force_nn_module_property_static_shapes = False
     merge_projections(model)
     chosen = _inductor if backend is None else partial(rewriting, inner=backend)
     for layer in layers:

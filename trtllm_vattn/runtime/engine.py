@@ -337,6 +337,8 @@ class Engine:
             if compiling:
                 with tracing():
                     self.prefill.warm_up(UNUSUAL)
+                    if mixed:
+                        self.prefill.warm_up(UNUSUAL, prompts=2)
             if on_gpu and mixed:
                 with tracing():
                     mixed = self._warm_up_passes()

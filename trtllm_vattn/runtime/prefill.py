@@ -161,10 +161,11 @@ class Prefill:
         parts = [(len(chunk.tokens) if len(chunks) > 1 else padded, chunk.end) for chunk in chunks]
         return self._forward_packed(self._pack(chunks, padded), padded, parts, [chunk.span for chunk in chunks])
 
-    def warm_up(self, rows: int) -> None:
-        """One pass of so many rows that touches the dummy slot alone."""
-        chunk = PromptChunk(self.attention.cache.dummy_slot, [0], 0)
-        self._forward_packed(self._pack([chunk], rows), rows, [(rows, 1)], [chunk.span])
+    def warm_up(self, rows: int, prompts: int = 1) -> None:
+        """One pass of so many rows, and logits of so many prompts, that touches the dummy slot alone."""
+        chunks = [PromptChunk(self.attention.cache.dummy_slot, [0], 0)] * prompts
+        parts = [(1 if prompts > 1 else rows, 1)] * prompts
+        self._forward_packed(self._pack(chunks, rows), rows, parts, [chunk.span for chunk in chunks])
 
     def _pack(self, chunks: Sequence[PromptChunk], padded: int) -> torch.Tensor:
         """Positions, token ids and slots, `padded` of each, and five numbers of each chunk, as int64 on the device."""

@@ -173,17 +173,22 @@ class Turns:
         lengths = [min(tokens, self._args.max_seq_len - 8) for tokens in WARM_UP]
         return self._load([Request(0.0, max(1, tokens), 8) for tokens in lengths * 3], float("inf"))
 
-    def take(self, traced: Traced, rate: float, number: int, kind: str) -> None:
-        """One turn of each."""
-        name, requests = traced
-        load = self._load(requests, rate)
-        for engine in self._engines:
-            with self._ready(engine, kind):
-                served = engine.serve(load)
-            check_tokens(engine.name, load, served.times)
-            row = {"trace": name, "engine": engine.name, "kind": kind, "request_rate": _rate(rate), "round": number}
-            found = report(load, served, check_goodput(self._args.goodput))
-            self.rows.append({**row, **found, "over_time": over_time(load, served)})
+    def take(self, wanted: Sequence[tuple[Traced, float]], number: int, kind: str) -> None:
+        """One turn of each engine with every trace, at its rate. Engines that lie on the device together take turns
+        trace by trace; else each is started once."""
+        loads = [(name, rate, self._load(requests, rate)) for (name, requests), rate in wanted]
+        for part in [[each] for each in loads] if self._together else [loads]:
+            for engine in self._engines:
+                with self._ready(engine, kind):
+                    for name, rate, load in part:
+                        self._serve(engine, load, {"trace": name, "kind": kind, "request_rate": _rate(rate)}, number)
+
+    def _serve(self, engine: Serving, load: Load, row: dict[str, Any], number: int) -> None:
+        served = engine.serve(load)
+        check_tokens(engine.name, load, served.times)
+        found = report(load, served, check_goodput(self._args.goodput))
+        row = {**row, "engine": engine.name, "round": number, **found}
+        self.rows.append({**row, "over_time": over_time(load, served)})
 
 
 def _own(request: Request) -> Request:
@@ -218,8 +223,8 @@ def run(args: argparse.Namespace, wanted: Sequence[tuple[Path | None, list[Reque
         turns = Turns([ours, theirs], args, vocab_of(model), together(model, args))
         results = {"runs": turns.rows, "versions": {OURS: versions(), args.peer: told}}
         try:
-            for rate, number, kind, traced in _schedule(args, traces, turns.rows):
-                turns.take(traced, rate, number, kind)
+            for number, kind, group in _schedule(args, traces, turns.rows):
+                turns.take(group, number, kind)
                 results["settings"] = {OURS: ours.settings, args.peer: theirs.settings}
                 results["peer_start_s"] = theirs.start_s
                 if args.output_json:  # what was measured is kept, whatever comes of the rest
@@ -242,26 +247,30 @@ def together(model: PreTrainedModel, args: argparse.Namespace) -> bool:
 
 def _schedule(
     args: argparse.Namespace, traces: Sequence[Traced], rows: Sequence[dict[str, Any]]
-) -> Iterator[tuple[float, int, str, Traced]]:
-    """Rate, round, kind of engine and trace of each turn; the later ones depend on the rows of the earlier."""
+) -> Iterator[tuple[int, str, list[tuple[Traced, float]]]]:
+    """Round, kind of engine, and traces with their rates; the last ones depend on the rows of the earlier."""
     rate = float("inf") if args.request_rate is None else args.request_rate
     saturating = rate == float("inf")
     for number in range(args.rounds):
-        for traced in traces:
-            yield rate, number, "offline" if saturating else "server", traced
+        yield number, "offline" if saturating else "server", [(traced, rate) for traced in traces]
     if saturating and args.peer_load:
+        paced = []
         for traced in traces:
             most = [
                 row["request_throughput"] for row in rows if (row["trace"], row["engine"]) == (traced[0], args.peer)
             ]
-            yield args.peer_load * mean(most), 0, "server", traced
+            paced.append((traced, args.peer_load * mean(most)))
+        yield 0, "server", paced
 
 
 def compared(rows: Sequence[dict[str, Any]], peer: str) -> dict[str, Any]:
     """Ours over the peer's, turn by turn: throughput where everything came at once, latencies where it came at a rate;
     the mean of the rounds, and ``[least, most]`` where there were several."""
     out: dict[str, Any] = {}
-    turns = list(zip(rows[::2], rows[1::2], strict=False))
+    keys = ("trace", "request_rate", "round")
+    beside = {tuple(row[key] for key in keys): row for row in rows if row["engine"] == peer}
+    ours = [row for row in rows if row["engine"] == OURS]
+    turns = [(row, beside[at]) for row in ours if (at := tuple(row[key] for key in keys)) in beside]
     for trace in dict.fromkeys(row["trace"] for row in rows):
         of = [(ours, theirs) for ours, theirs in turns if ours["trace"] == trace]
         at_once = [pair for pair in of if pair[0]["request_rate"] == "at once"]

@@ -115,6 +115,19 @@ def serve_beside(result: Result) -> str:
     return table(["trace", "requests a second", "figure", *names, f"{names[0]} / {names[1]}"], lines)
 
 
+def steps_beside(result: Result) -> str:
+    """The captured step beside the peer's: medians over the rounds, and the rounds' ratios."""
+    summary = result["summary"]
+    names = list(dict.fromkeys(row["engine"] for row in result["results"]["runs"]))
+    ours, theirs = names
+    lines = []
+    for batch in dict.fromkeys(row["batch"] for row in result["results"]["runs"]):
+        least, most = summary[f"step_over_{theirs}_{batch}_spread"]
+        steps = [f"{summary[f'step_ms_{name}_{batch}']:.3f}" for name in names]
+        lines.append([str(batch), *steps, f"{summary[f'step_over_{theirs}_{batch}']:.3f} ({least:.3f} to {most:.3f})"])
+    return table(["sequences", f"{ours}, ms", f"{theirs}, ms", f"{ours} / {theirs}, least to most"], lines)
+
+
 def policies(result: Result) -> str:
     """Steps under each policy of mapping, and over those of the cache that was mapped whole before."""
     rows = result["results"]["runs"]
@@ -245,8 +258,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "tlb-largest": (("tlb.json",), bandwidths),
     "serve": (("serve.json",), serve),
     "serve-burst": (("serve_burst.json",), serve),
-    "serve-azure": (("serve_azure.json",), serve),
-    "serve-sharegpt": (("serve_sharegpt.json",), serve),
+    "serve-vllm": (("serve_vllm.json",), serve_beside),
+    "graph-vllm": (("graph_vllm.json",), steps_beside),
     "attention": (("attention.json",), attention),
     "plugin": (("plugin.json",), figures),
     "xqa": (("xqa.json",), figures),
