@@ -156,6 +156,22 @@ def test_a_stop_text_ends_the_output_across_tokens_and_is_held_back(engine: Engi
     assert "".join(event.text for event in events[other]).startswith(text[: border + 1])
 
 
+def test_what_was_held_back_comes_with_an_end_without_a_token() -> None:
+    model, now = copy.deepcopy(OWN), [0.0]
+    cache = make_cache("contiguous", shape_of(model, 1, 64), "cpu")
+    text = tiny_tokenizer().decode(plain(2))
+    stops = [text[n : n + 2] + "\0" for n in range(len(text) - 2)]
+    with Engine(model, cache, compile=False, capture=False, tokenizer=tiny_tokenizer(), clock=lambda: now[0]) as engine:
+        engine.submit(PROMPTS[2], asked(stop=stops), deadline_s=1.0)
+        events = [event for _ in range(6) for event in engine.step()]
+        now[0] = 2.0
+        events += engine.run()
+    assert (events[-1].finish_reason, events[-1].token) == ("deadline", None)
+    assert len(events[-1].text or "") >= 2
+    tokens = [event.token for event in events if event.token is not None]
+    assert "".join(event.text or "" for event in events) == tiny_tokenizer().decode(tokens)
+
+
 @given(
     words=st.lists(st.sampled_from(["a", "ab", "é", "🙂", " the", "x" * 3, "abab"]), min_size=1, max_size=12),
     stops=st.lists(st.sampled_from(["ba", "bab", "🙂 ", "é", "xxx", "th", "zz"]), max_size=3),

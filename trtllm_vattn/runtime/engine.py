@@ -879,8 +879,7 @@ class Engine:
     def _note(self, request: RequestState, event: TokenEvent) -> None:
         """What an event says becomes part of the request's record; it ends, where the event is its last. Of its newest
         event it may be done again, where it was interrupted."""
-        if event.token is not None:
-            request.note(event)
+        request.note(event)
         if event.finish_reason:
             request.error, request.finish_reason = event.error, event.finish_reason
             self.scheduler.end(request)

@@ -328,21 +328,21 @@ class RequestState:
         )
 
     def note(self, event: TokenEvent) -> None:
-        """An event's token becomes part of the output; of the newest event it may be done again."""
+        """An event's token and text become part of the output; of the newest event it may be done again."""
         if event.logprob is not None:
             self.logprobs[event.index :] = [event.logprob]
         if event.text is not None:
             self.pieces[event.index :] = [event.text]
-        self.weights_versions[event.index :] = [event.weights_version]
-        assert event.token is not None
-        self.chosen[event.index :] = [event.token]
+        if event.token is not None:
+            self.weights_versions[event.index :] = [event.weights_version]
+            self.chosen[event.index :] = [event.token]
 
     def end_event(self, reason: str, message: str | None, weights_version: int) -> TokenEvent:
         """An end without a token as an event; the request has not ended yet."""
         error = None if message is None else f"request {self.id}: {message}"
-        index = len(self.chosen)
+        index, text = len(self.chosen), None if self.text is None else self.text.rest()
         return TokenEvent(
-            self.id, None, reason, None, error, index, weights_version, self.cached_tokens or 0, self.branch
+            self.id, None, reason, None, error, index, weights_version, self.cached_tokens or 0, self.branch, text
         )
 
     def completion(self) -> Completion:

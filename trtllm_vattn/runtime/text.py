@@ -67,6 +67,10 @@ class Text:
                 self._push(place, each)
         return self._push(len(before), token, last)
 
+    def rest(self) -> str:
+        """What was held back, where no token comes any more; it may be asked for again."""
+        return self._held + self._tokenizer.decode(self._undecoded, skip_special_tokens=True)
+
     def _push(self, place: int, token: int, last: bool = False) -> Piece:
         self._known = None
         self._undecoded.append(token)

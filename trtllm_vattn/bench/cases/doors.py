@@ -1,8 +1,9 @@
 """`bench doors`: clients of the HTTP server beside the engine itself.
 
 First the engine alone takes every prompt, so many at once: its tokens are what clients have to get, its throughput what
-theirs is divided by. Then a server over the same engine takes the same prompts by streaming clients in a process of
-their own (`http_over_engine`). Then clients, of which some go away in the middle, ask until `--requests` are asked:
+theirs is divided by. So is that of requests that all ask for penalties, log-probabilities or a grammar
+(`grammars_over_engine`, …). Then a server over the same engine takes the same prompts by streaming clients in a process
+of their own (`http_over_engine`). Then clients, of which some go away in the middle, ask until `--requests` are asked:
 `wrong` are outputs, or beginnings of those that went away, that are not the engine's; `leaked` is what is left in the
 engine when all have gone. On a GPU an output may part from the engine's where the two likeliest tokens are nearly as
 likely, for batches differ: those are `ties`, and not wrong.
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -85,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         params = SamplingParams(args.max_output, ignore_eos=True)
         wanted = engine.generate(prompts, SamplingParams(args.max_output, ignore_eos=True, logprobs=2))
-        alone = [engine_seconds(engine, prompts, params) for _ in range(args.rounds)]
+        alone = [engine_seconds(engine, prompts, params)[0] for _ in range(args.rounds)]
+        tokens = args.prompts * args.max_output
+        beside = {name: rate(engine, prompts, more, args) for name, more in asked_for(args).items()}
     except BaseException:
         engine.close()
         raise
@@ -95,7 +100,6 @@ def run(args: argparse.Namespace) -> int:
         served, outcomes, left = through_http(engine, args, prompts, random)
     finally:
         sys.setswitchinterval(before)
-    tokens = args.prompts * args.max_output
     judged = [judge(outcome, wanted[place], args.tie_tolerance) for place, outcome in outcomes]
     summary = {
         "requests": len(outcomes),
@@ -107,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
         "engine_tokens_per_s": tokens / min(alone),
         "http_tokens_per_s": tokens / min(served),
         "http_over_engine": min(alone) / min(served),
+        **{f"{name}_over_engine": value * min(alone) / tokens for name, value in beside.items()},
     }
     errors = sorted({outcome["error"] for _, outcome in outcomes if "error" in outcome})
     wrong = [f"{name}: {summary[name]}" for name in ("leaked", "wrong", "failed") if summary[name]] + errors[:5]
@@ -115,21 +120,44 @@ def run(args: argparse.Namespace) -> int:
 
 
 def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A word for each token id, so that a shape without a tokenizer has text."""
-    tokenizer = Tokenizer(models.WordLevel({f"t{token}": token for token in range(vocab_size)}, unk_token="t0"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    """Bytes, and a word for each other token id, so that a shape without a tokenizer has text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [f"w{token}" for token in range(len(alphabet), vocab_size - 1)]
+    tokenizer = Tokenizer(models.BPE({token: place for place, token in enumerate((*alphabet, *words))}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
-def engine_seconds(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> float:
-    """What all prompts take by the engine itself, all queued at once."""
-    started = perf_counter()
+def asked_for(args: argparse.Namespace) -> dict[str, SamplingParams]:
+    """What all requests ask for at once, by a word."""
+    each = SamplingParams(args.max_output, ignore_eos=True)
+    schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+    asked = {
+        "penalties": replace(each, repetition_penalty=1.1, frequency_penalty=0.1, presence_penalty=0.1),
+        "logprobs": replace(each, logprobs=5),
+    }
+    if importlib.util.find_spec("llguidance") is not None:
+        asked["grammars"] = replace(each, json_schema=schema)
+    return asked
+
+
+def rate(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, args: argparse.Namespace) -> float:
+    """Tokens a second when all ask for this, in the fastest round; one more before captures what it needs."""
+    rounds = [engine_seconds(engine, prompts, params) for _ in range(args.rounds + 1)]
+    return max(tokens / seconds for seconds, tokens in rounds[1:])
+
+
+def engine_seconds(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> tuple[float, int]:
+    """What all prompts take by the engine itself, all queued at once, and their tokens."""
+    started, tokens = perf_counter(), 0
     for prompt in prompts:
         engine.submit(prompt, params)
     for event in engine.run():
         if event.error is not None:
             raise ConfigError(f"{event.error}; raise --budget")
-    return perf_counter() - started
+        tokens += event.token is not None
+    return perf_counter() - started, tokens
 
 
 def through_http(
