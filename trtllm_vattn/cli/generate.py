@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     params = SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temperature,
-        top_p=args.top_p or 1e-9,
+        top_p=args.top_p,
         seed=args.seed,
         stop=args.stop or (),
         detokenize=True,

@@ -22,6 +22,13 @@ def port(text: str) -> int:
     return int(text)
 
 
+def key(text: str) -> str:
+    """A key that fits a header."""
+    if not text.isascii() or not text.isprintable() or not text or " " in text:
+        raise argparse.ArgumentTypeError("it is empty, or has characters that no header has; give letters and digits")
+    return text
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `serve`."""
     add_engine(parser, max_seqs=64)
@@ -30,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=port, default=8000, metavar="PORT", help="0 is a free one")
     add("--name", metavar="NAME", help="what clients call the model (default: what --model says)")
     text = f"clients have to send it; several times for several (default: what {KEY_VARIABLE} holds, or no check)"
-    add("--api-key", action="append", metavar="KEY", help=text)
+    add("--api-key", type=key, action="append", metavar="KEY", help=text)
     add("--max-body", type=size, default="4MiB", metavar="BYTES", help="of a request's body")
     text = "unfinished requests at once; more are answered with 429"
     add("--max-requests", type=positive, default=4096, metavar="REQUESTS", help=text)

@@ -43,8 +43,9 @@ def serve(
         engine = AsyncEngine.from_pretrained(model, max_requests=max_requests, **options)
         try:
             server = uvicorn.Server(configuration(engine, settings, options["max_seq_len"], drain_s))
-            where = listening.getsockname()
-            print(f"{settings.name} at http://{where[0]}:{where[1]}/v1", flush=True)
+            address, bound = listening.getsockname()[:2]
+            address = f"[{address}]" if ":" in address else address
+            print(f"{settings.name} at http://{address}:{bound}/v1", flush=True)
             # uvicorn raises the signal again that ended it, with the handler that there was before.
             before = signal.signal(signal.SIGTERM, lambda *_: None)
             try:
