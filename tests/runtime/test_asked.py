@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import pytest
@@ -19,6 +19,7 @@ from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.lane_processors import StepKind
+from trtllm_vattn.runtime.logprobs import TokenLogprob
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.runtime.text import Text
 
@@ -273,3 +274,53 @@ def test_texts_go_in_and_come_out(engine: Engine) -> None:
     (done,) = engine.generate(["the quick brown"], asked())
     assert done.tokens == plain(0)
     assert done.text == tiny_tokenizer().decode(plain(0), skip_special_tokens=True)
+
+
+def values(logprobs: Sequence[TokenLogprob | None] | None) -> list[float]:
+    assert logprobs is not None
+    return [each.logprob for each in logprobs if each is not None]
+
+
+def test_who_is_sent_back_suspended_or_forked_goes_on_as_alone() -> None:
+    """Rows of tables are written again from the record, and grammars follow it."""
+    params = [
+        asked(repetition_penalty=1.6, logprobs=1, max_tokens=24),
+        asked(frequency_penalty=1.5, bad_words=[[n, n] for n in range(40)], max_tokens=24, detokenize=True),
+        asked(regex="[a-z ]{20}", max_tokens=24, temperature=1.0, seed=3),
+    ]
+    model = copy.deepcopy(OWN)
+
+    def engine_of() -> Engine:
+        cache = make_cache("vattn", shape_of(model, 3, 64), "cpu")
+        return Engine(model, cache, compile=False, capture=False, tokenizer=tiny_tokenizer(), prefix_cache=False)
+
+    with engine_of() as engine:
+        alone = [engine.generate([prompt], each)[0] for prompt, each in zip(PROMPTS, params, strict=True)]
+    with engine_of() as engine:
+        numbers = [engine.submit(prompt, each) for prompt, each in zip(PROMPTS, params, strict=True)]
+        events = [event for _ in range(8) for event in engine.step()]
+        # The same weights; all are sent back to the queue, and computed anew.
+        name, weight = next(iter(OWN.state_dict().items()))
+        engine.update_weights({name: weight}, partial=True, running="restart")
+        events += engine.run()
+    for number, wanted in zip(numbers, alone, strict=True):
+        assert [event.token for event in events if event.request == number] == wanted.tokens
+        assert wanted.text is None or "".join(e.text for e in events if e.request == number) == wanted.text
+    first = [event.logprob for event in events if event.request == numbers[0]]
+    assert values(first) == pytest.approx(values(alone[0].logprobs), abs=1e-4)
+    with engine_of() as engine:
+        numbers = [engine.submit(prompt, each) for prompt, each in zip(PROMPTS, params, strict=True)]
+        events = [event for _ in range(8) for event in engine.step()]
+        engine.suspend(numbers[1])
+        forks = [engine.fork(number) for number in (numbers[0], numbers[2])]
+        events += [event for _ in range(4) for event in engine.step()]
+        engine.resume(numbers[1])
+        events += engine.run()
+    for number, wanted in zip(numbers, alone, strict=True):
+        assert [event.token for event in events if event.request == number] == wanted.tokens
+    # A fork of a greedy request repeats it from where it was; its log-probabilities too.
+    forked = [event for event in events if event.request == forks[0]]
+    assert [event.token for event in forked] == alone[0].tokens[forked[0].index :]
+    assert values([event.logprob for event in forked]) == pytest.approx(
+        values(alone[0].logprobs)[forked[0].index :], abs=1e-4
+    )
