@@ -184,7 +184,8 @@ class Engine:
         Seconds, by which deadlines and waiting are counted; another one for virtual time.
     deterministic : bool
         Whether one kernel of attention decodes all batches. Else ``auto`` picks the fastest one by the lengths of a
-        batch, so that the other sequences' lengths may change the last bits of a sequence's logits.
+        batch, so that the other sequences' lengths may change the last bits of a sequence's logits. Kernels of matrix
+        products go by the rows of a pass all the same; bits that depend on nothing of the batch are not promised.
     record_margins : bool
         Whether token events carry the distance of the two largest logits.
     observer : callable or None

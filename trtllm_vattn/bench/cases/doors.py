@@ -59,20 +59,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--requests",
         type=positive,
-        default=2000 if gpu else 60,
+        default=1000 if gpu else 60,
         metavar="REQUESTS",
         help="of clients, some of whom leave",
     )
     add("--clients", type=positive, default=256 if gpu else 16, metavar="SEQUENCES", help="that ask at once")
     add("--leaving", type=probability, default=0.3, metavar="SHARE", help="of clients that go away in the middle")
-    add("--prompts", type=positive, default=256 if gpu else 12, metavar="PROMPTS", help="different ones")
+    add("--prompts", type=positive, default=128 if gpu else 12, metavar="PROMPTS", help="different ones")
     add("--context", type=positive, default=512 if gpu else 24, metavar="TOKENS", help="of the longest prompt")
     add("--max-output", type=positive, default=128 if gpu else 10, metavar="TOKENS", help="of each output")
     add("--budget", type=size, default="40GiB" if gpu else "4MiB", metavar="BYTES", help=BUDGET)
     add("--max-seqs", type=positive, default=128 if gpu else 8, metavar="SEQUENCES", help=MAX_SEQS)
     add("--max-seq-len", type=positive, default=1024 if gpu else 64, metavar="TOKENS", help=MAX_SEQ_LEN)
     add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=TIE_TOLERANCE)
-    add_rounds(parser, 3 if gpu else 1, "of engine and server")
+    add_rounds(parser, 2 if gpu else 1, "of engine and server")
 
 
 def run(args: argparse.Namespace) -> int:
