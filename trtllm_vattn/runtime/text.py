@@ -69,7 +69,8 @@ class Text:
 
     def rest(self) -> str:
         """What was held back, where no token comes any more; it may be asked for again."""
-        return self._held + self._tokenizer.decode(self._undecoded, skip_special_tokens=True)
+        left: str = self._held + self._tokenizer.decode(self._undecoded, skip_special_tokens=True)
+        return left
 
     def _push(self, place: int, token: int, last: bool = False) -> Piece:
         self._known = None
