@@ -26,9 +26,8 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Two layers show what four do, in half the time. Their heads are twice as large, so that a token takes as many bytes.
-for _name, _shape in SHAPES.items():
-    if _name.startswith("tiny-"):
-        _shape.update(num_hidden_layers=2, head_dim=32)
+WHOLE = {name: shape for name, shape in SHAPES.items() if name.startswith("tiny-")}
+SHAPES.update({name: {**shape, "num_hidden_layers": 2, "head_dim": 32} for name, shape in WHOLE.items()})
 
 hypothesis.settings.register_profile(
     "default",
@@ -61,6 +60,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's own `tiny-` models, as other processes have them."""
+    for name, shape in WHOLE.items():
+        monkeypatch.setitem(SHAPES, name, shape)
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from trtllm_vattn.runtime.engine import Engine
     from trtllm_vattn.runtime.request import Completion, TokenEvent
     from trtllm_vattn.runtime.sampling import SamplingParams
+    from trtllm_vattn.runtime.speculation import Speculation
     from trtllm_vattn.trtllm.config import TrtllmConfig
     from trtllm_vattn.trtllm.installation import install, uninstall
     from trtllm_vattn.vmm.open import open_driver
@@ -80,6 +81,7 @@ __all__ = [
     "SamplingParams",
     "SequenceSuspended",
     "SequenceTooLong",
+    "Speculation",
     "TokenEvent",
     "TrtllmConfig",
     "UnknownSequence",
@@ -102,6 +104,7 @@ _MODULES = {
     "KVCache": "cache.base",
     "KVCacheManager": "cache.manager",
     "SamplingParams": "runtime.sampling",
+    "Speculation": "runtime.speculation",
     "TokenEvent": "runtime.request",
     "TrtllmConfig": "trtllm.config",
     "install": "trtllm.installation",

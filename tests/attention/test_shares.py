@@ -11,8 +11,9 @@ import torch
 from probing import probe
 from ties import agree, by_request
 
+from trtllm_vattn.attention.base import MOST_QUERIES
 from trtllm_vattn.attention.select import available, make_attention
-from trtllm_vattn.attention.shares import HEAD_SIZES, MOST_QUERIES, SharesAttention
+from trtllm_vattn.attention.shares import HEAD_SIZES, SharesAttention
 from trtllm_vattn.attention.shares_launch import Rows, Settings, fits_tma, programs_at_once, settings_for
 from trtllm_vattn.cache.base import CacheShape, FlatKV
 from trtllm_vattn.cache.select import make_cache

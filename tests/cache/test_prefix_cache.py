@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from trtllm_vattn.bench.harness.retained_pages import RetainedPages
-from trtllm_vattn.cache.prefix import PrefixCache, PrefixKey, ReuseCosts, Way
+from trtllm_vattn.cache.prefix import PrefixCache, PrefixKey, Retention, ReuseCosts, Way
 from trtllm_vattn.errors import ConfigError, DuplicateSequence, KVCacheOutOfMemory, UnknownSequence
 
 PAGE = 8
@@ -239,6 +239,26 @@ def test_p4_a_request_of_low_priority_goes_first() -> None:
     assert [made.match([*tokens, 0]) for tokens in (A[:24], range(24), range(100, 124))] == [24, 0, 24]
 
 
+def test_p4_what_was_worth_more_for_a_time_goes_when_that_is_over() -> None:
+    cache, now = Pages(pages=12, largest=1), [0.0]
+    made = prefix(cache, Way.ADOPT)
+    made.tree._clock = lambda: now[0]
+    leave(made, 0, A[:24], priority=[Retention(0, 90, 5.0)])
+    leave(made, 1, list(range(24)), priority=50)
+    now[0] = 6.0
+    leave(made, 2, list(range(100, 148)))
+    leave(made, 3, list(range(200, 224)))
+    assert [made.match([*tokens, 0]) for tokens in (A[:24], range(24))] == [0, 24]
+
+
+def test_no_more_than_a_multiple_is_used() -> None:
+    made = prefix(Pages(), Way.COPY)
+    leave(made, 0, A[:22])
+    found = made.lookup_and_admit(1, [*A[:22], 0], multiple=8)
+    assert found.cached_tokens == 16
+    assert made.lookup_and_admit(2, [*A[:7], 0], multiple=8).way is Way.NONE
+
+
 def test_p5_a_slot_whose_tokens_others_hold_goes_at_once() -> None:
     cache = Pages()
     made = prefix(cache, Way.COPY)
@@ -348,7 +368,8 @@ def test_bad_arguments_are_refused() -> None:
     made = prefix(Pages())
     with pytest.raises(ConfigError, match="no tokens"):
         made.lookup_and_admit(0, [])
-    for priority in (-1, 101, 1.5, True, "high"):
+    steps = [], [Retention(1, 5)], [Retention(0, 5), Retention(9, 101)], [Retention(0, 1), Retention(9, 1), (4, 5)]
+    for priority in (-1, 101, 1.5, True, "high", *steps):
         with pytest.raises(ConfigError, match="priority"):
             made.lookup_and_admit(0, A, priority=priority)  # type: ignore[arg-type]
     with pytest.raises(UnknownSequence):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtllm_vattn.cache.prefix import PrefixKey, PrefixTree
+from trtllm_vattn.cache.prefix import DEFAULT_PRIORITY, PrefixKey, PrefixTree, Retention
 from trtllm_vattn.cache.prefix.events import AllBlocksCleared, BlockRemoved, BlockStored
 from trtllm_vattn.errors import ConfigError
 
@@ -237,3 +237,34 @@ def test_the_tree_holds_what_its_owners_hold(life: list[tuple], block_size: int)
             if match:
                 assert held[match.owner][:best] == tokens[:best]
                 assert match.owner_tokens == len(held[match.owner])
+
+
+def test_priorities_by_token() -> None:
+    tree = PrefixTree(block_size=4)
+    tree.insert(1, A[:12], priority=[Retention(0, 90), Retention(5, 50), Retention(7, 10)])
+    tree.insert(2, A[20:28], priority=60)
+    # A block is worth what its first token is.
+    first = tree.pop_oldest()
+    assert first is not None
+    assert (first.owners, first.start, [bound[1] for bound in first.bounds]) == ((1,), 8, [10, 90])
+    tree.truncate(1, 8)
+    assert [run.owners for run in iter(tree.pop_oldest, None)][:2] == [(2,), (1,)]
+
+
+def test_a_priority_for_a_time_falls_to_the_default() -> None:
+    now = [100.0]
+    tree = PrefixTree(block_size=4, clock=lambda: now[0])
+    tree.insert(1, A[:8], priority=[Retention(0, 90, 5.0)])
+    tree.insert(2, A[20:28], priority=60)
+    tree.insert(3, [*A[:4], 1, 2, 3, 4], priority=[Retention(0, 90, 9.0), Retention(4, 20, 1.0)])
+    assert tree.expire() == []
+    now[0] = 106.0
+    assert sorted(tree.expire()) == [1, 3]
+    assert [tree.priority_of(owner) for owner in (1, 2, 3)] == [DEFAULT_PRIORITY, 60, DEFAULT_PRIORITY]
+    assert [run.owners for run in iter(tree.pop_oldest, None)] == [(1,), (3,), (2,)]
+    # What both hold is kept for as long as either asked; what is gone is not asked again.
+    assert tree.expire() == []
+    tree.remove(1)
+    tree.remove(3)
+    now[0] = 110.0
+    assert tree.expire() == []

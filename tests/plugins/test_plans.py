@@ -140,11 +140,11 @@ def test_an_engine_with_a_cache_in_it_is_found_out(rtx: Any, tmp_path: Path) -> 
     build_folder(load_model("tiny-llama", "cpu", torch.float16), tmp_path, LIMITS, rtx, ["89"], "tiny-llama")
     path = tmp_path / "engine.json"
     engine = json.loads(path.read_text())
-    engine["tensors"]["past_key_value_0"] = [-1, 2, 2, 128, 16]
+    engine["tensors"]["past_key_value_0"] = [-1, 2, 2, 128, 32]
     engine["layers"]["PLUGIN_V3"] = 3
     path.write_text(json.dumps(engine))
     wrong = inspect_folder(tmp_path).wrong
-    assert any("3 plugin layers, the decoder has 4" in text for text in wrong)
+    assert any("3 plugin layers, the decoder has 2" in text for text in wrong)
     assert any("['past_key_value_0']" in text for text in wrong)
 
 
@@ -179,8 +179,8 @@ def test_the_network_apis_drawing_is_taken_by_a_real_builder(rtx: Any, name: str
     builder = PlanBuilder(rtx, LIMITS, ["89"])
     network = WithPlugins(builder.network)
     emitter = build_network(rtx, network, spec, LIMITS)
-    assert [plugin.fields.layer for _, plugin in network.plugins] == [0, 1, 2, 3]
-    assert network.plugins[0][0][:3] == [(-1, 64), (-1, 32), (-1, 32)]
+    assert [plugin.fields.layer for _, plugin in network.plugins] == [0, 1]
+    assert network.plugins[0][0][:3] == [(-1, 128), (-1, 64), (-1, 64)]
     assert tuple(builder.network.get_output(0).shape) == (-1, spec.vocab_size)
     plan = builder.build()
     assert len(plan) > 100_000

@@ -217,6 +217,7 @@ def test_a_session_that_cannot_have_its_budget_leaves_nothing_attached(tmp_path:
     assert not registry.is_attached("kv")
 
 
+@pytest.mark.usefixtures("whole_models")
 def test_a_plan_in_another_process(tmp_path: Path, run_apart: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     """What a folder holds is enough, and a layer there asks for its cache by name."""
     folder = tmp_path / "engine"

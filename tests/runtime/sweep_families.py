@@ -120,6 +120,8 @@ SMALL: dict[str, Any] = {
 """Sizes by the names that configurations give them."""
 
 LATENT = {"head_dim": 8}
+WINDOW = {"sliding_window": 16}
+"""Shorter than one of the prompts."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "axk1": LATENT,
     "axk2": LATENT,
@@ -131,14 +133,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "deepseek_v32": LATENT,
+    "gemma2": WINDOW,
+    "gemma3_text": {**WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "gemma3n_text": {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5},
     "glm4_moe_lite": LATENT,
     "glm_moe_dsa": LATENT,
+    "gpt_oss": WINDOW,
     "gpt_neo": {"attention_types": [[["global"], 4]]},
     "lfm2_moe": {"layer_types": ["full_attention"] * 4},
     "longcat_flash": LATENT,
     "mamba2": {"head_dim": 16},
+    "mistral": WINDOW,
     "mpt": {},
+    "phi3": WINDOW,
     "prophetnet": {"num_hidden_layers": None},
     "reformer": {"is_decoder": True},
     "xlm": {"causal": True},

@@ -26,6 +26,9 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 FAMILIES = ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral"]
 PROMPTS = [[1, 2, 3], list(range(20)), [7]]
 
+# How often a layer is traced hangs on how often it is called, and with which sizes.
+pytestmark = pytest.mark.usefixtures("whole_models")
+
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
@@ -67,7 +70,7 @@ def test_all_layers_are_one_function_in_few_variants_and_the_tokens_are_the_same
         model = load_model(name, "cpu", torch.float32)
         if compiled:
             bind(model)
-            assert compile_layers(model, backend) == model.config.num_hidden_layers == 2
+            assert compile_layers(model, backend) == model.config.num_hidden_layers == 4
         with Engine(model, make_cache("vattn", shape_of(model, 3, 128), "cpu"), capture=False) as engine:
             done = [*engine.generate(PROMPTS, SamplingParams(12)), *engine.generate([[5]], SamplingParams(12))]
             tokens.append([each.tokens for each in done])

@@ -206,7 +206,7 @@ def test_launches_run_ahead_while_others_wait(
             tokens[event.request].append(event.token)
         ahead += bool(engine.scheduler.waiting) and engine.pipeline.unread is not None
         cache.check_integrity()
-    assert ahead >= 10
+    assert ahead >= 8
     assert [tokens[number] for number in numbers] == single
 
 

@@ -411,19 +411,24 @@ def test_the_first_number_aborts_all_samples_and_another_one_its_own(bench: Benc
 
 
 def check_pages(engine: Engine) -> None:
-    """What each running sequence's slot holds are the keys and values that its tokens give without reuse."""
+    """What each running sequence's slot holds, and those that it reads in, are the keys and values that its tokens give
+    without reuse."""
     model, cache = model_of("own"), engine.cache
+    segments = [] if cache.segments is None else cache.segments.tolist()
     for request in engine.scheduler.decoding.values():
         if not request.is_verified:
             continue
         ids = torch.tensor([request.stored])
+        where = torch.full((ids.shape[1],), request.slot)
+        for _, owner, start, stop in (each for each in segments if each[0] == request.slot):
+            where[start:stop] = owner
         with torch.inference_mode():
             past = model(ids, use_cache=True).past_key_values
         for layer in range(cache.shape.num_layers):
             kv = cache.layer(layer)
             assert isinstance(kv, FlatKV)
             for mine, theirs in ((kv.k, past.layers[layer].keys), (kv.v, past.layers[layer].values)):
-                got = mine[request.slot, : ids.shape[1]]
+                got = mine[where, torch.arange(len(where))]
                 torch.testing.assert_close(got, theirs[0].transpose(0, 1), rtol=1e-3, atol=1e-4)
 
 

@@ -18,11 +18,10 @@ Make = Callable[..., Any]
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        ({"model_fields_set": {"enable_block_reuse"}}, "block reuse"),
         ({"host_cache_size": 1 << 30}, "host offload"),
-        ({"event_buffer_max_size": 10}, "KV cache events"),
+        ({"event_buffer_max_size": 10, "enable_block_reuse": False}, "KV cache events without block reuse"),
         ({"sink_token_length": 4}, "attention sinks"),
-        ({"max_attention_window": [64, 128]}, "sliding windows"),
+        ({"max_attention_window": [64, 128]}, r"sliding windows \(max_attention_window \[64, 128\]\): leave .* to 64"),
     ],
 )
 def test_settings_of_the_cpp_pool(make: Make, fake: SimpleNamespace, settings: dict[str, Any], name: str) -> None:
@@ -55,14 +54,36 @@ def test_context_parallelism_and_cache_types(make: Make, fake: SimpleNamespace) 
         make(dtype=fake.bindings.DataType.NVFP4)
 
 
-def test_reuse_by_default_is_switched_off_and_said(
+def test_reuse_on_several_ranks_is_switched_off_and_said_or_refused(
     make: Make, fake: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = fake.managers.KvCacheConfig()
-    manager = make(cache_config=config)
+    config, ranks = fake.managers.KvCacheConfig(), fake.managers.Mapping(world_size=2)
+    manager = make(cache_config=config, mapping=ranks)
     assert (manager.enable_block_reuse, manager.enable_partial_reuse) == (False, False)
     assert config.enable_block_reuse  # the user's own is left alone
     assert "block reuse, on by default, is switched off" in caplog.text
+    assert manager.vattn.reuse is None
+    asked = fake.managers.KvCacheConfig(model_fields_set={"enable_block_reuse"})
+    with pytest.raises(UnsupportedFeature, match=r"block reuse for a model on 2 ranks.*set enable_block_reuse: false"):
+        make(cache_config=asked, mapping=ranks)
+    with pytest.raises(UnsupportedFeature, match="KV cache events for a model on 2 ranks"):
+        make(cache_config=fake.managers.KvCacheConfig(event_buffer_max_size=10), mapping=ranks)
+
+
+def test_reuse_is_served_by_default_and_may_be_switched_off(make: Make, fake: SimpleNamespace) -> None:
+    config = fake.managers.KvCacheConfig()
+    manager = make(cache_config=config)
+    assert (manager.enable_block_reuse, manager.enable_partial_reuse) == (True, True)
+    manager.vattn.set_initial_budget()
+    assert "in blocks of 16, which are reused" in manager.vattn.describe()
+    manager = make(cache_config=fake.managers.KvCacheConfig(enable_block_reuse=False))
+    assert not manager.enable_block_reuse
+    manager.vattn.set_initial_budget()
+    assert "in blocks of 16, which are not reused" in manager.vattn.describe()
+    assert manager.vattn.reuse is None
+    assert manager.get_latest_events(0) == []
+    manager.reset_reuse_state()
+    manager.flush_iteration_events()
 
 
 def test_a_full_window_is_none(make: Make, fake: SimpleNamespace) -> None:

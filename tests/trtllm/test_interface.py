@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from trtllm_shape import VERSIONS, drafts
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.trtllm import events
 from trtllm_vattn.trtllm.features import REQUIRED, REQUIRED_GLOBALS
 from trtllm_vattn.trtllm.manager import CPP_HEAD_DIM, make_manager, shrunken_cpp_pool
 from trtllm_vattn.trtllm.start import KINDS
@@ -69,7 +71,8 @@ def test_the_stand_in_is_what_was_recorded(fake: SimpleNamespace, series: str) -
         assert parameters(getattr(util.KvCacheCreator, name)) == methods(recorded["KvCacheCreator"])[name], name
     fallback = "_fallback_if_unsupported_kv_cache_manager_v2"
     assert hasattr(util.KvCacheCreator, fallback) == (fallback in methods(recorded["KvCacheCreator"]))
-    assert parameters(executor.start_worker) == methods(recorded["PyExecutor"])["start_worker"]
+    for name in ("start_worker", "_handle_errors"):
+        assert parameters(getattr(executor, name)) == methods(recorded["PyExecutor"])[name]
     if recorded["KVCacheManagerV2"]:
         hook = util.KVCacheManagerV2._build_cache_config
         assert parameters(hook) == methods(recorded["KVCacheManagerV2"])["_build_cache_config"]
@@ -81,9 +84,12 @@ def test_what_is_required_was_recorded(series: str) -> None:
         assert set(wanted) <= set(methods(recorded)[name]), name
     assert set(REQUIRED_GLOBALS) <= set(recorded["module_globals_used"])
     assert "_kv_cache_manager_cls" in RECORDED[series]["KvCacheCreator"]["attributes"]
-    assert {"kv_cache_manager", "resource_manager.resource_managers", "is_warmup"} <= set(
+    assert {"kv_cache_manager", "resource_manager.resource_managers", "is_warmup", "active_requests"} <= set(
         RECORDED[series]["PyExecutor"]["attributes"]
     )
+    for name, attributes in RECORDED[series]["kv_cache_events"].items():
+        if name != "serializer":
+            assert set(attributes) <= {each.name for each in fields(getattr(events, name))}
 
 
 def test_resource_managers_are_named_as_ours_are_looked_for(fake: SimpleNamespace) -> None:
@@ -124,6 +130,9 @@ def test_only_recorded_names_are_used(make: Callable[..., Any], fake: SimpleName
         request = fake.managers.LlmRequest(number, 20, 15)
         request.draft_tokens = number % 2
         executor.submit(request)
+    alike = list(range(40))
+    executor.submit(fake.managers.LlmRequest(6, 40, 2, alike))
+    executor.submit(fake.managers.LlmRequest(7, 40, 2, alike))
     executor.step()
     manager.vattn.set_budget(manager.vattn.target - 1)
     manager.get_buffers(0)
@@ -144,10 +153,17 @@ def test_only_recorded_names_are_used(make: Callable[..., Any], fake: SimpleName
     assert cpp <= set(recorded["impl_methods_used"])
     assert hasattr(manager.impl, "get_token_count") == ("get_token_count" in recorded["impl_methods_used"])
     assert "max_num_blocks" in cpp
-    requests = {text.split()[0] for text in RECORDED[series]["requests"]["request"]}
-    assert used["LlmRequest"] == {"py_request_id", "prompt_len", "is_first_context_chunk"}
-    assert used["LlmRequest"] <= requests
-    assert used["ScheduledRequests"] == {"context_requests", "generation_requests"}
+    requests = {text.split()[0].partition("(")[0] for text in RECORDED[series]["requests"]["request"]}
+    always = {"py_request_id", "prompt_len", "is_first_context_chunk", "get_tokens", "get_num_tokens"}
+    assert always <= used["LlmRequest"]
+    # Asked for where they are not there, too.
+    later = {"set_prepopulated_prompt_len", "cache_salt", "kv_cache_retention_config"}
+    assert used["LlmRequest"] <= requests | later
+    assert later.isdisjoint(requests) == (series == "1.2")
+    batch = {text.partition("(")[0] for text in RECORDED[series]["requests"]["scheduled_batch"]}
+    assert used["ScheduledRequests"] == {"context_requests", "generation_requests", "reset_context_requests"}
+    assert used["ScheduledRequests"] - {"reset_context_requests"} <= batch
+    assert ("reset_context_requests" in batch) == (series != "1.2")
 
 
 def test_a_name_that_is_not_recorded_would_show(make: Callable[..., Any], fake: SimpleNamespace) -> None:

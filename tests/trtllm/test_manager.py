@@ -212,7 +212,7 @@ def test_a_cancelled_request_leaves_its_memory_to_the_next(make: Make, fake: Sim
     for _ in range(5):
         executor.step()
     executor.cancel(1)
-    assert cache.stats().parked_bytes > 0
+    assert cache.stats().retained_bytes > 0
     executor.submit(ask(fake, 3, 50, 30))
     executor.run()
     healthy(executor)

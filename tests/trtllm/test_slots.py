@@ -10,7 +10,8 @@ from contents import expect, fill
 
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory, NoFreeSlot
-from trtllm_vattn.trtllm.slots import RequestSlots
+from trtllm_vattn.memory.layout import BlockLayout
+from trtllm_vattn.trtllm.slots import RequestSlots, slots_to_keep
 from trtllm_vattn.trtllm.tables import AffineTables, RowGatherer
 from trtllm_vattn.vmm.base import Driver
 
@@ -122,3 +123,19 @@ def test_rows_are_gathered_on_the_device_only_when_they_change(slots: RequestSlo
         assert not rows.fill(uncounted, [2])
     with pytest.raises(ConfigError, match="raise max_batch_size"):
         rows.fill(table, [1, 2, 3, 4, 5])
+
+
+def test_slots_to_keep_are_as_many_as_offsets_and_addresses_reach() -> None:
+    sizes = dict(num_layers=32, layers_per_range=32, layer_token_bytes=4096, granularity=2 << 20, tokens_per_block=32)
+    plain = BlockLayout(**sizes, max_seq_len=8192, num_slots=65, kv_factor=2)
+    assert slots_to_keep(plain) == 4 * 65
+    few = BlockLayout(**sizes, max_seq_len=8192, num_slots=3, kv_factor=2)
+    assert slots_to_keep(few) == 64
+    # 2^31 offsets of 32 layers, K and V: 8,192 slots of 4,096 blocks; 2^44 bytes are 1,024 of them.
+    long = BlockLayout(**sizes, max_seq_len=131072, num_slots=1025, kv_factor=2)
+    assert slots_to_keep(long) == 1024
+    small = dict(sizes, num_layers=80, layers_per_range=80, layer_token_bytes=64, tokens_per_block=16)
+    for slots in (800, 1600, 1630):
+        layout = BlockLayout(**small, max_seq_len=131072, num_slots=slots, kv_factor=2)
+        BlockLayout(**small, max_seq_len=131072, num_slots=slots + slots_to_keep(layout), kv_factor=2)
+        assert slots + slots_to_keep(layout) == 1636

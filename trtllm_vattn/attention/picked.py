@@ -24,13 +24,14 @@ from trtllm_vattn.attention import trust
 from trtllm_vattn.attention.base import Attention, PackedPrefill, PrefillChunk, Span
 from trtllm_vattn.attention.cost import Cost, CostFile, Load, calibration_lengths, cheapest
 from trtllm_vattn.attention.cudnn import CudnnAttention
+from trtllm_vattn.attention.options import PREFIXES, Feature, LayerOptions, PrefixTables
 from trtllm_vattn.attention.prompts import FlatPromptsAttention, PromptKernel
 from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.attention.shares import SharesAttention
 from trtllm_vattn.attention.shares_launch import MANY_LANES
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import VattnError
+from trtllm_vattn.errors import ConfigError, VattnError
 from trtllm_vattn.graphs.capture import collector_off
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class PickedAttention(FlatPromptsAttention):
     """
 
     name: ClassVar[str] = "picked"
+    features: ClassVar[frozenset[Feature]] = SharesAttention.features
 
     def __init__(
         self,
@@ -77,14 +79,19 @@ class PickedAttention(FlatPromptsAttention):
         kernels: Mapping[str, Attention] | None = None,
     ) -> None:
         super().__init__(cache, num_heads, scale)
+        self._deterministic = deterministic
         self.kernels: dict[str, Attention] = dict(kernels or self._usual(deterministic))
         if deterministic:
             self.kernels = dict(list(self.kernels.items())[:1])
         self._first = self._current = next(iter(self.kernels))
+        self._verifying = next((kernel for kernel in self.kernels.values() if kernel.most_queries > 1), None)
+        self.most_queries = 1 if self._verifying is None else self._verifying.most_queries
         self._costs: dict[tuple[int, bool], dict[str, Cost]] = {}
 
     def _usual(self, deterministic: bool) -> dict[str, Attention]:
         cache, heads, scale = self.cache, self.num_heads, self.scale
+        if cache.device.type == "cuda" and self._needed_by_cache() - CudnnAttention.features:
+            return {"shares": SharesAttention(cache, heads, scale, self.prompts)}
         backend = CudnnAttention if cache.device.type == "cuda" else TorchAttention
         first: Attention = backend(cache, heads, scale)
         if deterministic:
@@ -97,22 +104,59 @@ class PickedAttention(FlatPromptsAttention):
 
     # -- choosing --------------------------------------------------------------------------------------------------
 
-    def pick(self, lengths: np.ndarray, anywhere: bool = False) -> str:
+    def pick(self, lengths: np.ndarray, anywhere: bool = False, prefixes: bool = False) -> str:
         """The fastest kernel for lengths int ``[lanes]``, 0 for idle lanes; it takes a few microseconds.
 
         `anywhere` says that lane i need not be slot i. For a number of lanes without costs (`learn`, `measure`), the
-        first kernel.
+        first kernel. With `prefixes` it is the kernel that honours `PrefixTables`.
         """
+        if prefixes:
+            return super().pick(lengths, anywhere, prefixes)
         costs = self._costs.get((measured_lanes(len(lengths), self.cache.shape.num_slots), anywhere))
         return self._first if costs is None else cheapest(costs, lengths)
 
     def use(self, variant: str) -> None:
         super().use(variant)
-        self._current = variant
+        self._current = variant.removesuffix(PREFIXES)
+        kernel = self.kernels[self._current]
+        kernel.use(kernel.name + (PREFIXES if self._with_prefixes else ""))
 
     @property
     def variants(self) -> tuple[str, ...]:
-        return tuple(self.kernels)
+        if self.prefixes is None:
+            return tuple(self.kernels)
+        able = [name for name, kernel in self.kernels.items() if kernel.prefixes is not None]
+        best = SharesAttention.name if SharesAttention.name in able else able[0]
+        return (*self.kernels, best + PREFIXES)
+
+    def set_options(self, options: Sequence[LayerOptions]) -> None:
+        """As the base class; kernels that cannot serve the options are not used any more."""
+        super().set_options(options)
+        needed = {feature for each in options for feature in each.features()}
+        self._keep({name: kernel for name, kernel in self.kernels.items() if needed <= kernel.features})
+        for kernel in self.kernels.values():
+            kernel.set_options(options)
+
+    def set_prefixes(self, tables: PrefixTables) -> None:
+        """As the base class. Raises ConfigError if `deterministic`: what lanes share would change the order in which a
+        sequence's numbers are added up."""
+        if self._deterministic:
+            raise ConfigError("deterministic attention takes no prefixes from other slots; leave one of them")
+        super().set_prefixes(tables)
+        for kernel in self.kernels.values():
+            if Feature.PREFIXES in kernel.features:
+                kernel.set_prefixes(tables)
+
+    def _keep(self, kernels: dict[str, Attention]) -> None:
+        """Use only these kernels, or if there is none, the shares kernel."""
+        if not kernels:
+            kernels["shares"] = SharesAttention(self.cache, self.num_heads, self.scale, self.prompts)
+            if self.prefixes is not None:
+                kernels["shares"].set_prefixes(self.prefixes)
+        if kernels.keys() != self.kernels.keys():
+            self._costs.clear()
+        self.kernels = kernels
+        self._first = self._current = next(iter(kernels))
 
     def describe(self) -> str:
         decode = " or ".join(self.kernels) + (" by lengths" if len(self.kernels) > 1 else "")
@@ -247,13 +291,25 @@ class PickedAttention(FlatPromptsAttention):
     ) -> torch.Tensor:
         return self.kernels[self._current].decode(layer, q, lengths, slots, out)
 
-    def _decode_mixed(
+    def decode_queries(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        query_lens: torch.Tensor | None,
+        lengths: torch.Tensor,
+        slots: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self._verifying is None:
+            return super().decode_queries(layer, q, query_lens, lengths, slots, out)
+        return self._verifying.decode_queries(layer, q, query_lens, lengths, slots, out)
+
+    def decode_mixed(
         self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, out: torch.Tensor
     ) -> None:
         # It reads nothing of rows of length 0, wherever they are, and lanes need not be slots.
         kernel = self.kernels.get(SharesAttention.name, self.kernels[self._current])
-        if len(q):
-            kernel.decode(layer, q, lengths, slots, out)
+        kernel.decode_mixed(layer, q, lengths, slots, out)
 
 
 def measured_lanes(lanes: int, most: int) -> int:

@@ -7,6 +7,10 @@ are read on the device. `plan_prompts` runs once a step: it lists the pieces, th
 divides keys as far as this is expected to shorten the launch. `attend_prompts` runs in every layer: each program takes
 pieces of the list in turns.
 
+With a window, a tile's blocks begin where the window of its first query does, behind those of the first tokens that
+stay visible. Where a sequence's first tokens lie in another slot, blocks are read whole from the one and from the
+other, and the block between them row by row. What a layer does not use is not compiled.
+
 Nothing past a sequence's length is loaded. Offsets are 64-bit, because slots may be terabytes apart. K and V are passed
 as plain numbers, because Triton asks the driver about pointers, and the first slot may have no memory.
 """
@@ -45,6 +49,26 @@ def _tile(t, descriptors, chunks, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BL
     return first, rows, length, slot, tile, tl.cdiv(length - rows + queries, BLOCK_N)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _windowed(  # type: ignore[no-untyped-def]
+    end,
+    tile,
+    rows,
+    length,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FIRST: tl.constexpr,
+):
+    """Of tiles whose keys end with block `end`: how many blocks they read, how many of those hold first tokens before
+    the window, and how far beyond its number in the list each block behind those lies."""
+    begin = tl.maximum(length - rows + tile * BLOCK_M // GROUP + 1 - WINDOW, 0) // BLOCK_N
+    begin = tl.minimum(begin, end)
+    sinks = tl.minimum(begin, (FIRST + BLOCK_N - 1) // BLOCK_N)
+    return end - begin + sinks, sinks, begin - sinks
+
+
 @triton.jit(do_not_specialize=["chunks", "keep", "programs", "most_parts", "start"])  # type: ignore[untyped-decorator]
 def plan_prompts(  # type: ignore[no-untyped-def]
     descriptors,
@@ -61,6 +85,8 @@ def plan_prompts(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
     """List the pieces of chunks, descriptors int32 ``[chunks, 4]``, for `programs` programs.
 
@@ -69,7 +95,9 @@ def plan_prompts(  # type: ignore[no-untyped-def]
     divided tile's piece costs as much again. There are at most `most_parts` pieces of divided tiles in all heads.
     """
     t = tl.arange(0, TILES)
-    _, _, _, _, _, blocks = _tile(t, descriptors, chunks, GROUP, BLOCK_M, BLOCK_N)
+    _, rows, length, _, tile, blocks = _tile(t, descriptors, chunks, GROUP, BLOCK_M, BLOCK_N)
+    if WINDOW:
+        blocks, _, _ = _windowed(blocks, tile, rows, length, GROUP, BLOCK_M, BLOCK_N, WINDOW, FIRST)
     there = blocks > 0
     longest = tl.max(blocks, 0)
     best_cap = longest
@@ -97,6 +125,8 @@ def plan_prompts(  # type: ignore[no-untyped-def]
     keys = tl.sort((((1 << 30) - size).to(tl.int64) << 32) | t)
     ordered = (keys & 0xFFFFFFFF).to(tl.int32)
     first, rows, length, slot, tile, blocks = _tile(ordered, descriptors, chunks, GROUP, BLOCK_M, BLOCK_N)
+    if WINDOW:
+        blocks, _, _ = _windowed(blocks, tile, rows, length, GROUP, BLOCK_M, BLOCK_N, WINDOW, FIRST)
     count = tl.cdiv(blocks, best_cap)
     size = tl.cdiv(blocks, tl.maximum(count, 1))
     begin = tl.cumsum(count, 0) - count
@@ -148,7 +178,206 @@ def _attend(q, k, v, visible, scale, top, total, acc, MASKED: tl.constexpr):  # 
     return higher, total, acc
 
 
-@triton.jit(do_not_specialize=["all_rows"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_whole(  # type: ignore[no-untyped-def]
+    begin,
+    end,
+    shift,
+    q,
+    k_head,
+    v_head,
+    k_tiles,
+    v_tiles,
+    of_slot,
+    of_token,
+    head,
+    slot,
+    d,
+    scale,
+    top,
+    total,
+    acc,
+    dot_dtype: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr,
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Attend to blocks `begin` to `end` (by their numbers in the list), which lie in one slot and are seen whole."""
+    k_slot, v_slot = tl.multiple_of(k_head + slot * of_slot, 16), tl.multiple_of(v_head + slot * of_slot, 16)
+    for block in tl.range(begin, end, num_stages=STAGES):
+        token = (block + shift) * BLOCK_N
+        keys = _block_of(k_slot, k_tiles, slot, token, head, of_token, d, BLOCK_N, DIM, TMA).to(dot_dtype)
+        values = _block_of(v_slot, v_tiles, slot, token, head, of_token, d, BLOCK_N, DIM, TMA).to(dot_dtype)
+        top, total, acc = _attend(q, keys, values, True, scale, top, total, acc, False)
+    return top, total, acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_masked(  # type: ignore[no-untyped-def]
+    begin,
+    end,
+    sinks,
+    shift,
+    q,
+    sees,
+    lowest,
+    k_head,
+    v_head,
+    of_slot,
+    of_token,
+    slot,
+    base,
+    border,
+    length,
+    d,
+    scale,
+    top,
+    total,
+    acc,
+    dot_dtype: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FIRST: tl.constexpr,
+    PREFIXES: tl.constexpr,
+):
+    """Attend to blocks `begin` to `end` (by their numbers in the list) row by row; heads' addresses are without slot.
+    With a window, no token from `FIRST` to `lowest` is read."""
+    for block in tl.range(begin, end, num_stages=1):
+        token = tl.where(block < sinks, block, block + shift) * BLOCK_N + tl.arange(0, BLOCK_N)
+        there = token < length
+        if WINDOW:
+            there &= (token >= lowest) | (token < FIRST)
+        here = slot
+        if PREFIXES:
+            here = tl.where(token < border, base, slot)
+        row = (here * of_slot + token.to(tl.int64) * of_token)[:, None] + d[None, :]
+        mask = there[:, None] & (d < DIM)[None, :]
+        keys = tl.load(k_head + row, mask=mask, other=0.0).to(dot_dtype)
+        values = tl.load(v_head + row, mask=mask, other=0.0).to(dot_dtype)
+        visible = (token[None, :] < sees[:, None]) & there[None, :]
+        if WINDOW:
+            visible &= (token[None, :] >= sees[:, None] - WINDOW) | (token < FIRST)[None, :]
+        top, total, acc = _attend(q, keys, values, visible, scale, top, total, acc, True)
+    return top, total, acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_pieces(  # type: ignore[no-untyped-def]
+    first,
+    last,
+    q,
+    sees,
+    end,
+    tile,
+    rows,
+    clear,
+    k_head,
+    v_head,
+    k_tiles,
+    v_tiles,
+    of_slot,
+    of_token,
+    head,
+    slot,
+    base_slots,
+    borders,
+    length,
+    d,
+    scale,
+    top,
+    total,
+    acc,
+    dot_dtype: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr,
+    STAGES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FIRST: tl.constexpr,
+    PREFIXES: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Attend to blocks `first` to `last` of a tile (by their numbers in the list) whose tokens are not all in one slot,
+    or not all in the window. `clear` is the first block that not every query sees, or in which the sequence ends."""
+    sinks = 0
+    shift = 0
+    lowest = 0
+    whole = first
+    base = slot
+    border = 0
+    if PREFIXES:
+        base = tl.load(base_slots + slot).to(tl.int64)
+        border = tl.load(borders + slot)
+    if WINDOW:
+        _, sinks, shift = _windowed(end, tile, rows, length, GROUP, BLOCK_M, BLOCK_N, WINDOW, FIRST)
+        lowest = tl.maximum(length - rows + tile * BLOCK_M // GROUP + 1 - WINDOW, 0)
+        last_query = tl.minimum(rows - 1, ((tile + 1) * BLOCK_M - 1) // GROUP)
+        low = tl.maximum(length - rows + last_query + 1 - WINDOW, 0)
+        whole = tl.minimum(tl.maximum(tl.cdiv(low, BLOCK_N) - shift, first), last)
+        top, total, acc = _attend_masked(
+            first, whole, sinks, shift, q, sees, lowest, k_head, v_head, of_slot, of_token, slot, base, border, length,
+            d, scale, top, total, acc, dot_dtype, BLOCK_N, DIM, WINDOW, FIRST, PREFIXES,
+        )  # fmt: skip
+    high = tl.minimum(tl.maximum(clear - shift, whole), last)
+    own = whole
+    if PREFIXES:
+        based = tl.minimum(tl.maximum(border // BLOCK_N - shift, whole), high)
+        own = tl.minimum(tl.maximum(tl.cdiv(border, BLOCK_N) - shift, based), high)
+        top, total, acc = _attend_whole(
+            whole, based, shift, q, k_head, v_head, k_tiles, v_tiles, of_slot, of_token, head, base, d, scale, top,
+            total, acc, dot_dtype, BLOCK_N, DIM, STAGES, TMA,
+        )  # fmt: skip
+        top, total, acc = _attend_masked(
+            based, own, sinks, shift, q, sees, lowest, k_head, v_head, of_slot, of_token, slot, base, border, length,
+            d, scale, top, total, acc, dot_dtype, BLOCK_N, DIM, WINDOW, FIRST, PREFIXES,
+        )  # fmt: skip
+    top, total, acc = _attend_whole(
+        own, high, shift, q, k_head, v_head, k_tiles, v_tiles, of_slot, of_token, head, slot, d, scale, top, total,
+        acc, dot_dtype, BLOCK_N, DIM, STAGES, TMA,
+    )  # fmt: skip
+    return _attend_masked(
+        high, last, sinks, shift, q, sees, lowest, k_head, v_head, of_slot, of_token, slot, base, border, length, d,
+        scale, top, total, acc, dot_dtype, BLOCK_N, DIM, WINDOW, FIRST, PREFIXES,
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _finish(  # type: ignore[no-untyped-def]
+    out,
+    from_row,
+    mask,
+    top,
+    total,
+    acc,
+    head,
+    row,
+    sink_logits,
+    v_scale,
+    GROUP: tl.constexpr,
+    SINKS: tl.constexpr,
+    V_SCALES: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Store rows' output, with the sink logits and the scale of values."""
+    if SINKS:
+        logit = tl.load(sink_logits + head * GROUP + row % GROUP) * 1.4426950408889634
+        higher = tl.maximum(top, logit)
+        faded = tl.exp2(top - higher)
+        total = total * faded + tl.exp2(logit - higher)
+        acc = acc * faded[:, None]
+    if V_SCALES:
+        acc = acc * tl.load(v_scale + head * (V_SCALES - 1))
+    result = acc / total[:, None]
+    if HEADS:
+        # A head may hold nothing that a query sees.
+        result = tl.where((total > 0)[:, None], result, 0.0)
+    tl.store(out + from_row, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["all_rows", "of_group"])  # type: ignore[untyped-decorator]
 def attend_prompts(  # type: ignore[no-untyped-def]
     q,
     k,
@@ -162,6 +391,15 @@ def attend_prompts(  # type: ignore[no-untyped-def]
     part_totals,
     part_outs,
     arrived,
+    base_slots,
+    borders,
+    sink_logits,
+    k_scale,
+    v_scale,
+    head_bases,
+    head_groups,
+    deficits,
+    of_group,
     of_slot,
     of_token,
     of_head,
@@ -175,17 +413,27 @@ def attend_prompts(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     TMA: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FIRST: tl.constexpr,
+    PREFIXES: tl.constexpr,
+    SINKS: tl.constexpr,
+    FP8: tl.constexpr,
+    K_SCALES: tl.constexpr,
+    V_SCALES: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     """Causal attention of chunks: q, out ``[all_rows, KV_HEADS * GROUP, DIM]``.
 
     K and V of a token are at element ``slot * of_slot + token * of_token + head * of_head``. Rows behind the last
-    chunk's get zeros.
+    chunk's get zeros. The other parameters are those of `decode_shares`.
     """
+    PIECED: tl.constexpr = PREFIXES or WINDOW > 0
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     d = tl.arange(0, DIMS)
     row_range = tl.arange(0, BLOCK_M)
-    kv_dtype = q.dtype.element_ty
+    kv_dtype: tl.constexpr = tl.float8e4nv if FP8 else q.dtype.element_ty
+    dot_dtype: tl.constexpr = tl.float16 if FP8 else q.dtype.element_ty
     bytes_each: tl.constexpr = kv_dtype.primitive_bitwidth // 8
     number = tl.load(header) * KV_HEADS
     turn = 0
@@ -202,15 +450,28 @@ def attend_prompts(  # type: ignore[no-untyped-def]
         last = tl.load(piece + 6)
         splits = tl.load(piece + 7)
 
-        offset = slot * of_slot + head * of_head
-        k_head = tl.multiple_of((k + offset * bytes_each).to(tl.pointer_type(kv_dtype)), 16)
-        v_head = tl.multiple_of((v + offset * bytes_each).to(tl.pointer_type(kv_dtype)), 16)
+        # Where rows of a block may lie in different slots, addresses are without slot.
+        slot_offset = 0 if PIECED else slot * of_slot
+        if HEADS:
+            length -= tl.load(deficits + tl.load(head_groups + head).to(tl.int64) * of_group + slot)
+            last = tl.minimum(last, tl.cdiv(tl.maximum(length, 0), BLOCK_N))
+            k_head = (tl.load(head_bases + 2 * head) + slot_offset * bytes_each).to(tl.pointer_type(kv_dtype))
+            v_head = (tl.load(head_bases + 2 * head + 1) + slot_offset * bytes_each).to(tl.pointer_type(kv_dtype))
+        else:
+            offset = slot_offset + head * of_head
+            k_head = (k + offset * bytes_each).to(tl.pointer_type(kv_dtype))
+            v_head = (v + offset * bytes_each).to(tl.pointer_type(kv_dtype))
+        k_head, v_head = tl.multiple_of(k_head, 16), tl.multiple_of(v_head, 16)
         row = tile * BLOCK_M + row_range
         query = row // GROUP
         here = query < chunk_rows
         q_row = (chunk_row + query).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + row % GROUP
         from_row = q_row[:, None] * DIM + d[None, :]
         queries = tl.load(q + from_row, mask=here[:, None] & (d < DIM)[None, :], other=0.0)
+        queries = queries.to(dot_dtype)
+        head_scale = scale
+        if K_SCALES:
+            head_scale = scale * tl.load(k_scale + head * (K_SCALES - 1))
         sees = length - chunk_rows + query + 1
         whole = tl.minimum(last, length // BLOCK_N)
         clear = tl.minimum(whole, (length - chunk_rows + tile * BLOCK_M // GROUP + 1) // BLOCK_N)
@@ -218,28 +479,93 @@ def attend_prompts(  # type: ignore[no-untyped-def]
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, DIMS], tl.float32)
-        for block in tl.range(first, clear, num_stages=STAGES):
-            keys = _block_of(k_head, k_tiles, slot, block * BLOCK_N, head, of_token, d, BLOCK_N, DIM, TMA)
-            values = _block_of(v_head, v_tiles, slot, block * BLOCK_N, head, of_token, d, BLOCK_N, DIM, TMA)
-            top, total, acc = _attend(queries, keys, values, True, scale, top, total, acc, False)
-        for block in tl.range(tl.maximum(first, clear), whole, num_stages=1):
-            keys = _block_of(k_head, k_tiles, slot, block * BLOCK_N, head, of_token, d, BLOCK_N, DIM, TMA)
-            values = _block_of(v_head, v_tiles, slot, block * BLOCK_N, head, of_token, d, BLOCK_N, DIM, TMA)
-            visible = (block * BLOCK_N + tl.arange(0, BLOCK_N))[None, :] < sees[:, None]
-            top, total, acc = _attend(queries, keys, values, visible, scale, top, total, acc, True)
-        # The block in which the sequence ends, if it is among them.
-        for block in tl.range(tl.maximum(first, whole), last, num_stages=1):
-            token = block * BLOCK_N + tl.arange(0, BLOCK_N)
-            mask = (token < length)[:, None] & (d < DIM)[None, :]
-            from_head = token.to(tl.int64)[:, None] * of_token + d[None, :]
-            keys = tl.load(k_head + from_head, mask=mask, other=0.0)
-            values = tl.load(v_head + from_head, mask=mask, other=0.0)
-            visible = (token[None, :] < sees[:, None]) & (token < length)[None, :]
-            top, total, acc = _attend(queries, keys, values, visible, scale, top, total, acc, True)
+        if PIECED:
+            first_unclear = tl.minimum(
+                (length - chunk_rows + tile * BLOCK_M // GROUP + 1) // BLOCK_N, length // BLOCK_N
+            )
+            queries_seen = tl.minimum(chunk_rows, tl.cdiv((tile + 1) * BLOCK_M, GROUP))
+            top, total, acc = _attend_pieces(
+                first,
+                last,
+                queries,
+                sees,
+                tl.cdiv(length - chunk_rows + queries_seen, BLOCK_N),
+                tile,
+                chunk_rows,
+                first_unclear,
+                k_head,
+                v_head,
+                k_tiles,
+                v_tiles,
+                of_slot,
+                of_token,
+                head,
+                slot,
+                base_slots,
+                borders,
+                length,
+                d,
+                head_scale,
+                top,
+                total,
+                acc,
+                dot_dtype,
+                GROUP,
+                BLOCK_M,
+                BLOCK_N,
+                DIM,
+                STAGES,
+                WINDOW,
+                FIRST,
+                PREFIXES,
+                TMA,
+            )
+        else:
+            for block in tl.range(first, clear, num_stages=STAGES):
+                keys = _block_of(k_head, k_tiles, slot, block * BLOCK_N, head, of_token, d, BLOCK_N, DIM, TMA).to(
+                    dot_dtype
+                )
+                values = _block_of(v_head, v_tiles, slot, block * BLOCK_N, head, of_token, d, BLOCK_N, DIM, TMA).to(
+                    dot_dtype
+                )
+                top, total, acc = _attend(queries, keys, values, True, head_scale, top, total, acc, False)
+            for block in tl.range(tl.maximum(first, clear), whole, num_stages=1):
+                keys = _block_of(k_head, k_tiles, slot, block * BLOCK_N, head, of_token, d, BLOCK_N, DIM, TMA).to(
+                    dot_dtype
+                )
+                values = _block_of(v_head, v_tiles, slot, block * BLOCK_N, head, of_token, d, BLOCK_N, DIM, TMA).to(
+                    dot_dtype
+                )
+                visible = (block * BLOCK_N + tl.arange(0, BLOCK_N))[None, :] < sees[:, None]
+                top, total, acc = _attend(queries, keys, values, visible, head_scale, top, total, acc, True)
+            # The block in which the sequence ends, if it is among them.
+            for block in tl.range(tl.maximum(first, whole), last, num_stages=1):
+                token = block * BLOCK_N + tl.arange(0, BLOCK_N)
+                mask = (token < length)[:, None] & (d < DIM)[None, :]
+                from_head = token.to(tl.int64)[:, None] * of_token + d[None, :]
+                keys = tl.load(k_head + from_head, mask=mask, other=0.0).to(dot_dtype)
+                values = tl.load(v_head + from_head, mask=mask, other=0.0).to(dot_dtype)
+                visible = (token[None, :] < sees[:, None]) & (token < length)[None, :]
+                top, total, acc = _attend(queries, keys, values, visible, head_scale, top, total, acc, True)
 
         result_mask = here[:, None] & (d < DIM)[None, :]
         if splits == 1:
-            tl.store(out + from_row, (acc / total[:, None]).to(out.dtype.element_ty), mask=result_mask)
+            _finish(
+                out,
+                from_row,
+                result_mask,
+                top,
+                total,
+                acc,
+                head,
+                row,
+                sink_logits,
+                v_scale,
+                GROUP,
+                SINKS,
+                V_SCALES,
+                HEADS,
+            )
         else:
             parts = tl.load(piece + 8)
             part = ((parts + tl.load(piece + 9)) * KV_HEADS + head) * BLOCK_M + row_range
@@ -264,7 +590,22 @@ def attend_prompts(  # type: ignore[no-untyped-def]
                     total = total * faded + part_total * weight
                     acc = acc * faded[:, None] + part_out * weight[:, None]
                     top = higher
-                tl.store(out + from_row, (acc / total[:, None]).to(out.dtype.element_ty), mask=result_mask)
+                _finish(
+                    out,
+                    from_row,
+                    result_mask,
+                    top,
+                    total,
+                    acc,
+                    head,
+                    row,
+                    sink_logits,
+                    v_scale,
+                    GROUP,
+                    SINKS,
+                    V_SCALES,
+                    HEADS,
+                )
                 tl.store(counter, 0)
         # There and back: who began with the longest pieces goes on with the shortest ones.
         turn += 1

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from trtllm_vattn.attention.shares_launch import LOG2_E, power_of_two
+from trtllm_vattn.attention.options import FP8, PLAIN, LayerOptions
+from trtllm_vattn.attention.shares_launch import LOG2_E, NOTHING, Extras, power_of_two
 from trtllm_vattn.cache.base import FlatKV
 
 MOST_SPLITS = 32
@@ -114,10 +115,12 @@ def plan(
     settings: PromptSettings,
     programs: int,
     most_parts: int,
+    options: LayerOptions = PLAIN,
 ) -> PromptPlan:
     """List the pieces of chunks within `rows` rows, descriptors int32 ``[chunks, 4]``; launches one small kernel.
 
-    Rows of no chunk stay as they are before `keep` and before the last chunk's end, and get zeros behind them.
+    Rows of no chunk stay as they are before `keep` and before the last chunk's end, and get zeros behind them. The plan
+    is good for all layers with the window of `options`.
     """
     from trtllm_vattn.attention.prompt_kernel import FIELDS, plan_prompts
 
@@ -140,6 +143,8 @@ def plan(
         GROUP=group,
         BLOCK_M=settings.block_m,
         BLOCK_N=settings.block_n,
+        WINDOW=options.window or 0,
+        FIRST=options.first_tokens,
         num_warps=4,
     )
     return PromptPlan(header, pieces, settings, programs)
@@ -153,8 +158,10 @@ def attend(
     workspace: PromptWorkspace,
     scale: float,
     tiles: Sequence[Any] | None = None,
+    extras: Extras = NOTHING,
 ) -> Any:
-    """Launch the kernel: q and out ``[rows, num_heads, head_dim]``, contiguous.
+    """Launch the kernel: q and out ``[rows, num_heads, head_dim]``, contiguous; `kv` is the first part of a layer's
+    heads where `extras.heads` has them.
 
     With `tiles`, tensor maps of K and V for `block_n` tokens (`shares_launch.tensor_maps`), it loads by TMA. Returns
     the compiled kernel.
@@ -162,28 +169,28 @@ def attend(
     from trtllm_vattn.attention.prompt_kernel import attend_prompts
 
     rows, heads, dim = q.shape
-    kv_heads = kv.k.shape[2]
+    kv_heads = kv.k.shape[2] if extras.heads is None else len(extras.heads.groups)
     of_slot, of_token, of_head, _ = kv.k.stride()
     k_tiles, v_tiles = tiles if tiles is not None else (0, 0)
     settings = planned.settings
     return attend_prompts[(planned.programs,)](
         q,
-        kv.k.data_ptr(),
-        kv.v.data_ptr(),
-        k_tiles,
-        v_tiles,
-        out,
-        planned.header,
-        planned.pieces,
-        workspace.tops,
-        workspace.totals,
-        workspace.outs,
-        workspace.arrived,
-        of_slot,
-        of_token,
-        of_head,
-        rows,
-        scale * LOG2_E,
+        k=kv.k.data_ptr(),
+        v=kv.v.data_ptr(),
+        k_tiles=k_tiles,
+        v_tiles=v_tiles,
+        out=out,
+        header=planned.header,
+        pieces=planned.pieces,
+        part_tops=workspace.tops,
+        part_totals=workspace.totals,
+        part_outs=workspace.outs,
+        arrived=workspace.arrived,
+        of_slot=of_slot,
+        of_token=of_token,
+        of_head=of_head,
+        all_rows=rows,
+        scale=scale * LOG2_E,
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         DIM=dim,
@@ -192,5 +199,7 @@ def attend(
         BLOCK_N=settings.block_n,
         STAGES=settings.stages,
         TMA=tiles is not None,
+        FP8=kv.k.dtype == FP8,
         num_warps=settings.warps,
+        **extras.arguments(planned.header, kv_heads),
     )

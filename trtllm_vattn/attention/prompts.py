@@ -15,6 +15,7 @@ import torch
 
 from trtllm_vattn.attention.base import PackedPrefill, PrefillChunk, Span
 from trtllm_vattn.attention.gather import GatheringAttention
+from trtllm_vattn.attention.options import PLAIN, LayerOptions, PrefixTables
 from trtllm_vattn.attention.prompt_launch import (
     MOST_BLOCK_M,
     PromptPlan,
@@ -25,7 +26,7 @@ from trtllm_vattn.attention.prompt_launch import (
     prompt_settings,
 )
 from trtllm_vattn.attention.reference import TorchAttention
-from trtllm_vattn.attention.shares_launch import HOPPER, Features, programs_at_once, tensor_maps
+from trtllm_vattn.attention.shares_launch import HOPPER, Extras, Features, HeadTables, programs_at_once, tensor_maps
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.vmm.tensors import upload
@@ -37,12 +38,13 @@ class PromptKernel:
     name: ClassVar[str] = "triton"
 
     def __init__(self, cache: KVCache, num_heads: int, scale: float) -> None:
-        first = cache.layer(0)
+        first = cache.head_groups(0)[0]
         assert isinstance(first, FlatKV)
         self.cache, self.num_heads, self.scale = cache, num_heads, scale
+        self.heads = head_tables(cache)
         self._card = torch.cuda.get_device_properties(cache.device)
         self._hopper = torch.cuda.get_device_capability(cache.device)[0] == HOPPER
-        self._tma = Features.of(cache.device, first).tma
+        self._tma = self.heads is None and Features.of(cache.device, first).tma
         self._workspace = PromptWorkspace(cache.device, self._card.multi_processor_count, cache.shape.head_dim)
         self._resident: dict[PromptSettings, int] = {}
         """Programs of a multiprocessor, by settings; known after the first launch."""
@@ -50,12 +52,13 @@ class PromptKernel:
 
     def storages(self) -> list[torch.Tensor]:
         """Tensors that a captured step may touch."""
-        return self._workspace.storages()
+        heads = [tensor for tables in self.heads or () for tensor in tables.storages()]
+        return [*self._workspace.storages(), *heads]
 
-    def plan(self, descriptors: torch.Tensor, rows: int, keep: int) -> PromptPlan:
+    def plan(self, descriptors: torch.Tensor, rows: int, keep: int, options: LayerOptions = PLAIN) -> PromptPlan:
         """What `attend` needs for a step of `rows` rows with these chunks, int32 ``[chunks, 4]``
-        (`PackedPrefill.descriptors`). Rows of no chunk stay as they are before `keep` and before the last chunk's end,
-        and get zeros behind them."""
+        (`PackedPrefill.descriptors`), in layers with the window of `options`. Rows of no chunk stay as they are before
+        `keep` and before the last chunk's end, and get zeros behind them."""
         shape, card = self.cache.shape, self._card
         multiprocessors: int = card.multi_processor_count
         tiles = -(-rows * self.num_heads // MOST_BLOCK_M)
@@ -63,15 +66,25 @@ class PromptKernel:
         settings = prompt_settings(shape.head_dim, shape.dtype.itemsize, shared, tiles, multiprocessors, self._hopper)
         programs = multiprocessors * self._resident.get(settings, settings.resident)
         most_parts = self._workspace.most_parts
-        return plan(descriptors, rows, keep, self.num_heads, shape.num_kv_heads, settings, programs, most_parts)
+        heads, kv_heads = self.num_heads, shape.num_kv_heads
+        return plan(descriptors, rows, keep, heads, kv_heads, settings, programs, most_parts, options)
 
-    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor, planned: PromptPlan) -> None:
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        planned: PromptPlan,
+        options: LayerOptions = PLAIN,
+        prefixes: PrefixTables | None = None,
+    ) -> None:
         """Attend with the rows of the chunks in q ``[rows, num_heads, head_dim]``, contiguous; the result goes to the
-        same rows of `out`, of the same shape."""
-        kv = self.cache.layer(layer)
+        same rows of `out`, of the same shape. The plan is for this layer's window."""
+        kv = self.cache.head_groups(layer)[0]
         assert isinstance(kv, FlatKV)
         maps = self._maps_of(layer, kv, planned.settings.block_n) if self._tma else None
-        kernel = attend(q, kv, out, planned, self._workspace, self.scale, maps)
+        extras = Extras(options, prefixes, heads=None if self.heads is None else self.heads[layer])
+        kernel = attend(q, kv, out, planned, self._workspace, self.scale, maps, extras)
         if planned.settings not in self._resident:
             fitting = programs_at_once(kernel, self._card.shared_memory_per_multiprocessor)
             self._resident[planned.settings] = min(fitting, planned.settings.resident)
@@ -81,6 +94,19 @@ class PromptKernel:
         if maps is None:
             maps = self._maps[layer, block] = tensor_maps(kv, block)
         return maps
+
+
+def head_tables(cache: KVCache) -> list[HeadTables] | None:
+    """Where K and V of each layer's heads are, for a cache whose ranges have lengths of their own; else None."""
+    deficits = cache.length_deficits
+    if deficits is None:
+        return None
+    tables = []
+    for layer in range(cache.shape.num_layers):
+        parts = [kv for kv in cache.head_groups(layer) if isinstance(kv, FlatKV)]
+        groups = [cache.group_of(layer, part) for part in range(len(parts))]
+        tables.append(HeadTables.of(parts, groups, deficits))
+    return tables
 
 
 class HostPlanned(Protocol):
@@ -115,7 +141,7 @@ class FlatPromptsAttention(GatheringAttention):
         self, cache: KVCache, num_heads: int, scale: float | None = None, prompts: PromptKernel | None = None
     ) -> None:
         super().__init__(cache, num_heads, scale)
-        if not isinstance(cache.layer(0), FlatKV):
+        if not isinstance(cache.head_groups(0)[0], FlatKV):
             raise ConfigError(
                 f"the {self.name} backend reads flat K and V, not the blocks of a {type(cache).__name__}; use the "
                 "vattn cache, or the cudnn or xqa backend"
@@ -124,12 +150,22 @@ class FlatPromptsAttention(GatheringAttention):
         self.prompts = PromptKernel(cache, num_heads, self.scale) if prompts is None and self._on_gpu else prompts
         self.host_planned: HostPlanned | None = None
         """If set, it attends in passes whose chunks the host knows."""
+        self._windows: dict[tuple[int | None, int], LayerOptions] = {}
+        """The first layer's options with each window: layers of one window have one plan a step."""
         self._reference = TorchAttention(cache, num_heads, scale)
         """On the host it takes the kernels' place."""
 
     def begin_step(self) -> None:
         super().begin_step()
         self._reference.begin_step()
+
+    def set_options(self, options: Sequence[LayerOptions]) -> None:
+        super().set_options(options)
+        self._reference.set_options(options)
+
+    def set_prefixes(self, tables: PrefixTables) -> None:
+        super().set_prefixes(tables)
+        self._reference.set_prefixes(tables)
 
     def storages(self) -> list[torch.Tensor]:
         own = self.prompts.storages() if self.prompts is not None else []
@@ -156,37 +192,38 @@ class FlatPromptsAttention(GatheringAttention):
         q = q.contiguous()
         out = torch.empty_like(q) if self._on_gpu and not _has_gaps(packed) else torch.zeros_like(q)
         lanes = len(decode_lengths)
-        self._decode_mixed(layer, q[:lanes], decode_lengths, decode_slots, out[:lanes])
+        if lanes:
+            self.decode_mixed(layer, q[:lanes], decode_lengths, decode_slots, out[:lanes])
         self._attend_prompts(layer, q, out, packed, lanes)
         return out
-
-    def _decode_mixed(
-        self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Decode the lanes of a mixed pass."""
-        if len(q):
-            self.decode(layer, q, lengths, slots, out)
 
     def _attend_prompts(
         self, layer: int, q: torch.Tensor, out: torch.Tensor, packed: PackedPrefill, decode_rows: int
     ) -> None:
-        if self.host_planned is not None and packed.spans and not _has_gaps(packed):
+        options = self.options[layer]
+        if self._plans_on_host(options) and self.host_planned is not None and packed.spans and not _has_gaps(packed):
             planned_by_host = self._once_a_step(partial(self.host_planned.plan, packed.spans), packed)
             end = decode_rows + sum(span.end - span.start for span in packed.spans)
             self.host_planned.attend(layer, q[decode_rows:end], out[decode_rows:end], planned_by_host)
             out[end:] = 0
             return
-        make = partial(_descriptors_of, packed, decode_rows, self.cache.device)
+        make = partial(descriptors_of, packed, decode_rows, self.cache.device)
         descriptors = self._once_a_step(make, packed)
         if self.prompts is None:
             extent = max(chunk.max_length for chunk in packed.chunks) if packed.chunks else None
             self._reference.attend_chunks(layer, q, out, descriptors, extent)
             return
-        planned = self._once_a_step(partial(self.prompts.plan, descriptors, len(q), decode_rows), packed, descriptors)
-        self.prompts.attend(layer, q, out, planned)
+        make_plan = partial(self.prompts.plan, descriptors, len(q), decode_rows, options)
+        window = self._windows.setdefault((options.window, options.first_tokens), options)
+        planned = self._once_a_step(make_plan, packed, descriptors, window)
+        self.prompts.attend(layer, q, out, planned, options, self.prefixes)
+
+    def _plans_on_host(self, options: LayerOptions) -> bool:
+        """Whether another library's kernel does for a layer."""
+        return self.prefixes is None and not options.features() and not self._needed_by_cache()
 
 
-def _descriptors_of(packed: PackedPrefill, first_row: int, device: torch.device) -> torch.Tensor:
+def descriptors_of(packed: PackedPrefill, first_row: int, device: torch.device) -> torch.Tensor:
     """`PackedPrefill.descriptors`; where chunks have none, the first one begins at `first_row`."""
     if packed.descriptors is not None:
         return packed.descriptors

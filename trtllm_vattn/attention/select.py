@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from trtllm_vattn.attention import cudnn, fmha, shares, xqa
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.decode_only import default_attention
+from trtllm_vattn.attention.options import FP8, Feature, LayerOptions
 from trtllm_vattn.attention.picked import PickedAttention
 from trtllm_vattn.attention.reference import TorchAttention
+from trtllm_vattn.attention.windows import WindowedAttention
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.errors import ConfigError
 
 
 def automatic(cache: KVCache, num_heads: int, scale: float | None = None, *, deterministic: bool = False) -> Attention:
-    """The picked backend (picked.py) if its kernels work over this cache, else `default_attention`."""
+    """The picked backend (picked.py) if its kernels work over this cache, else `default_attention`; over latents the
+    torch backend."""
     shape = cache.shape
-    flat = isinstance(cache.layer(0), FlatKV) and shape.kv_factor == 2
-    half = shape.dtype in (torch.float16, torch.bfloat16) and shape.head_dim in shares.HEAD_SIZES
+    if shape.kv_factor == 1:
+        return TorchAttention(cache, num_heads, scale)
+    flat = isinstance(cache.head_groups(0)[0], FlatKV) and shape.kv_factor == 2
+    half = shape.dtype in (torch.float16, torch.bfloat16, FP8) and shape.head_dim in shares.HEAD_SIZES
     if cache.device.type == "cuda" and flat and half and cudnn.availability() == shares.availability() == "yes":
         return PickedAttention(cache, num_heads, scale, deterministic=deterministic)
     return default_attention(cache, num_heads, scale)
 
 
-_BACKENDS: dict[str, Callable[[KVCache, int, float | None], Attention]] = {
+_BACKENDS: dict[str, Callable[..., Attention]] = {
     "torch": TorchAttention,
     "cudnn": cudnn.CudnnAttention,
     "xqa": xqa.XqaAttention,
@@ -36,15 +42,24 @@ BACKENDS = ("auto", *_BACKENDS)
 
 
 def make_attention(
-    name: str, cache: KVCache, num_heads: int, scale: float | None = None, *, deterministic: bool = False
+    name: str,
+    cache: KVCache,
+    num_heads: int,
+    scale: float | None = None,
+    *,
+    deterministic: bool = False,
+    options: Sequence[LayerOptions] = (),
+    most_rows: int = 2048,
 ) -> Attention:
-    """Make a backend over a cache.
+    """Make a backend over a cache, and tell it how each layer attends (`Attention.set_options`; empty is nothing).
 
     ``auto`` is, over flat KV on a GPU, cudnn or shares by the lengths at hand, and cudnn alone if `deterministic`;
-    elsewhere cudnn if it works over the cache, else torch. The other backends have one kernel.
+    elsewhere cudnn if it works over the cache, else torch. Where those cannot do what `options` ask for, it is shares,
+    else torch. The other backends have one kernel. Over a cache that keeps windows of some layers it is two of the
+    named backend (windows.py), for passes of at most `most_rows` rows.
 
     Raises ConfigError for an unknown name, for query heads that are no multiple of the cache's KV heads, and if the
-    backend does not support the cache or this machine.
+    backend does not support the cache, the options or this machine.
     """
     if num_heads < 1 or num_heads % cache.shape.num_kv_heads:
         raise ConfigError(
@@ -52,9 +67,32 @@ def make_attention(
         )
     if name not in BACKENDS:
         raise ConfigError(f"no attention backend {name!r}; there are {', '.join(BACKENDS)}")
-    if name == "auto":
-        return automatic(cache, num_heads, scale, deterministic=deterministic)
-    return _BACKENDS[name](cache, num_heads, scale)
+    needed = {feature for each in options for feature in each.features()}
+    made: Attention
+    if cache.shape.windows:
+        name = _capable(cache, needed) if name == "auto" else name
+        make = partial(_BACKENDS[name], num_heads=num_heads, scale=scale)
+        made = WindowedAttention(cache, num_heads, scale, make=make, most_rows=most_rows)
+    elif name != "auto":
+        made = _BACKENDS[name](cache, num_heads, scale)
+    else:
+        made = automatic(cache, num_heads, scale, deterministic=deterministic)
+        if not needed <= made.features:
+            made = _BACKENDS[_capable(cache, needed)](cache, num_heads, scale)
+    if options:
+        made.set_options(options)
+    return made
+
+
+def _capable(cache: KVCache, needed: set[Feature]) -> str:
+    """The backend that can do most, and what is needed."""
+    half = cache.shape.dtype.itemsize <= 2 and cache.shape.kv_factor == 2 and isinstance(cache.layer(0), FlatKV)
+    return "shares" if half and _shares_runs(cache) and needed <= shares.SharesAttention.features else "torch"
+
+
+def _shares_runs(cache: KVCache) -> bool:
+    on_gpu = cache.device.type == "cuda"
+    return on_gpu and cache.shape.head_dim in shares.HEAD_SIZES and shares.availability() == "yes"
 
 
 def available() -> dict[str, str]:

@@ -9,23 +9,35 @@ other sequences' lengths, and so do the last bits of its output; equal lengths g
 On compute capability 9 the kernel loads whole tiles by TMA, and a layer's launch overlaps the end of the kernel before
 it (programmatic dependent launch, PDL). Other GPUs use ordinary loads and launches. On the host the torch backend takes
 the kernel's place. Prompts and mixed passes go through the kernel of prompts.py.
+
+Decode serves everything that options.py names: windows, first tokens and sink logits, rows of eight bits, first tokens
+in another slot, lengths a range group. Lanes that share their first tokens (`PrefixTables.groups`) read them once, by
+the kernel of prefix_kernel.py before this one, in layers without a window; there the lanes' own rests and what they
+share are added up in another order, which may change the last bits of the output. A step in which no lane's first
+tokens lie elsewhere or are shared runs the kernel that knows nothing of it.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 
-from trtllm_vattn.attention.prompts import FlatPromptsAttention, PromptKernel
+from trtllm_vattn.attention.base import MOST_QUERIES
+from trtllm_vattn.attention.options import FP8, PREFIXES, Feature, LayerOptions, PrefixTables
+from trtllm_vattn.attention.prompts import FlatPromptsAttention, PromptKernel, head_tables
 from trtllm_vattn.attention.shares_launch import (
     MANY_LANES,
+    Extras,
     Features,
     Rows,
     Settings,
+    SharedReads,
     Workspace,
     launch,
+    launch_prefixes,
     most_programs,
     programs_at_once,
     settings_for,
@@ -34,11 +46,11 @@ from trtllm_vattn.attention.shares_launch import (
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.errors import ConfigError
 
-MOST_QUERIES = 8
-"""Queries of a lane: a token and the draft tokens to verify with it."""
 HEAD_SIZES = (64, 96, 128, 192, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAST_CAPABILITY = (8, 0)
+LEAST_CAPABILITY_FP8 = (8, 9)
+"""Older GPUs have no instruction that converts e4m3."""
 
 
 def availability() -> str:
@@ -67,6 +79,8 @@ class SharesAttention(FlatPromptsAttention):
     """
 
     name: ClassVar[str] = "shares"
+    most_queries = MOST_QUERIES
+    features: ClassVar[frozenset[Feature]] = frozenset(Feature)
 
     def __init__(
         self,
@@ -84,17 +98,23 @@ class SharesAttention(FlatPromptsAttention):
         self._launched_with: tuple[torch.Tensor | None, ...] = ()
         if not self._on_gpu:
             return
-        first = cache.layer(0)
+        first = cache.head_groups(0)[0]
         assert isinstance(first, FlatKV)
         shape = cache.shape
         self._card = torch.cuda.get_device_properties(cache.device)
         most = Rows.of(self._group, MOST_QUERIES, shape.head_dim)
-        programs = self._card.multi_processor_count * most_programs(shape.head_dim)
-        self._workspace = Workspace(cache.device, programs, shape.num_slots, shape.num_kv_heads, most, shape.head_dim)
+        self._most_programs = self._card.multi_processor_count * most_programs(shape.head_dim)
+        self._workspace = Workspace(
+            cache.device, self._most_programs, shape.num_slots, shape.num_kv_heads, most, shape.head_dim
+        )
         self._fitting: dict[tuple[object, ...], int] = {}
         """Programs per multiprocessor, by what the kernel is compiled for; known after its first launch."""
-        self._features = Features(False, False) if plain else Features.of(cache.device, first)
+        self._heads = head_tables(cache)
+        features = Features(False, False) if plain else Features.of(cache.device, first)
+        self._features = features if self._heads is None else Features(False, features.pdl)
         self._maps: dict[tuple[int, int], list[Any]] = {}
+        self._reads: dict[int, SharedReads] = {}
+        """Memory for what groups of lanes read together, by queries a lane."""
 
     @staticmethod
     def _check(cache: KVCache) -> None:
@@ -104,19 +124,62 @@ class SharesAttention(FlatPromptsAttention):
             return
         if availability() != "yes":
             raise ConfigError(f"the shares backend does not work here: {availability()}")
-        if shape.head_dim not in HEAD_SIZES or shape.dtype not in DTYPES:
+        if shape.head_dim not in HEAD_SIZES or shape.dtype not in (*DTYPES, FP8):
             raise ConfigError(
-                f"the shares backend takes heads of {', '.join(map(str, HEAD_SIZES))} and bfloat16, float16 or "
-                f"float32, not {shape.head_dim} of {shape.dtype}; use the torch backend"
+                f"the shares backend takes heads of {', '.join(map(str, HEAD_SIZES))} and bfloat16, float16, float32 "
+                f"or float8_e4m3fn, not {shape.head_dim} of {shape.dtype}; use the torch backend"
             )
+        capability = torch.cuda.get_device_capability(cache.device)
+        if shape.dtype == FP8 and capability < LEAST_CAPABILITY_FP8:
+            raise ConfigError(
+                f"rows of float8_e4m3fn need compute capability {LEAST_CAPABILITY_FP8}, this GPU has {capability}; use "
+                "a cache of bfloat16"
+            )
+
+    def set_options(self, options: Sequence[LayerOptions]) -> None:
+        """As the base class. Raises ConfigError for windows over a cache whose ranges have lengths of their own, too:
+        what such a range keeps has no positions, by which a window is measured."""
+        super().set_options(options)
+        if self.cache.length_deficits is not None and any(each.window is not None for each in options):
+            raise ConfigError("windows are served over a cache of one length, not with own_lengths; leave one of them")
+
+    def set_prefixes(self, tables: PrefixTables) -> None:
+        """As the base class. Raises ConfigError over a cache whose ranges have lengths of their own, too."""
+        if self.cache.length_deficits is not None:
+            raise ConfigError("prefixes in other slots are served over a cache of one length, not with own_lengths")
+        super().set_prefixes(tables)
+        if self._on_gpu:
+            self._shared_reads(1)
+
+    def _shared_reads(self, queries: int) -> SharedReads:
+        reads = self._reads.get(queries)
+        if reads is None:
+            assert self.prefixes is not None
+            shape, lanes = self.cache.shape, len(self.prefixes.members)
+            reads = self._reads[queries] = SharedReads(
+                self.cache.device,
+                self._most_programs,
+                lanes,
+                queries,
+                self.num_heads,
+                shape.num_kv_heads,
+                shape.head_dim,
+            )
+        return reads
+
+    def use(self, variant: str) -> None:
+        super().use(variant)
+        self._reference.use(self._reference.name + (PREFIXES if self._with_prefixes else ""))
 
     def begin_step(self) -> None:
         super().begin_step()
         self._launched_with = ()
 
     def storages(self) -> list[torch.Tensor]:
-        own = self._workspace.storages() if self._on_gpu else []
-        return [*super().storages(), *own]
+        if not self._on_gpu:
+            return super().storages()
+        given = [*(self._heads or ()), *self._reads.values()]
+        return [*super().storages(), *self._workspace.storages(), *(x for each in given for x in each.storages())]
 
     def decode(
         self,
@@ -144,25 +207,49 @@ class SharesAttention(FlatPromptsAttention):
         ``lengths[i] - 1``, and each attends to the tokens up to its own. The output is zeros for the other rows, and
         for a lane without queries or of length 0, which reads nothing. The other parameters are those of `decode`.
 
-        Raises ConfigError for too many queries or lanes, and for queries of another dtype than the cache's.
+        Raises ConfigError for too many queries or lanes, and for queries of another dtype than the cache's; over rows
+        of eight bits they are of 16 or 32.
         """
+        return self._decode(layer, q, query_lens, lengths, slots, out, shared=self._with_prefixes)
+
+    def decode_mixed(
+        self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        if self._on_gpu:
+            self._decode(layer, q[:, None], None, lengths, slots, out[:, None], shared=False)
+        else:
+            self._reference.decode_mixed(layer, q, lengths, slots, out)
+
+    def _decode(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        query_lens: torch.Tensor | None,
+        lengths: torch.Tensor,
+        slots: torch.Tensor | None,
+        out: torch.Tensor | None,
+        *,
+        shared: bool,
+    ) -> torch.Tensor:
+        """`decode_queries`; `shared` says whether groups of lanes read what they share together."""
         lanes, queries = q.shape[:2]
-        if q.dtype != self.cache.shape.dtype:
-            raise ConfigError(f"queries are {q.dtype}, the cache is {self.cache.shape.dtype}; convert the queries")
-        if not 1 <= queries <= MOST_QUERIES or lanes > self.cache.shape.num_slots:
-            raise ConfigError(
-                f"{lanes} lanes of {queries} queries; there may be {self.cache.shape.num_slots} lanes, the cache's "
-                f"slots, of 1 to {MOST_QUERIES} queries: give longer rows of queries to prefill"
-            )
+        self._check_queries(q)
         if not self._on_gpu:
             return self._reference.decode_queries(layer, q, query_lens, lengths, slots, out)
-        kv = self.cache.layer(layer)
+        kv, options = self.cache.head_groups(layer)[0], self.options[layer]
         assert isinstance(kv, FlatKV)
         q = q.contiguous()
         out = torch.empty_like(q) if out is None else out
-        settings, multiprocessors = self._settings(lanes, queries), self._card.multi_processor_count
+        settings = self._settings(lanes, queries)
         dependent = self._features.pdl and self._follows(lengths, query_lens, slots)
-        kind = (settings, queries, lanes, query_lens is None, slots is None, dependent)
+        features = Features(self._features.tma, dependent)
+        # A mixed pass may hold any sequence; a step of the kernel without prefixes holds none that has one.
+        tables = self.prefixes if self._with_prefixes or not shared else None
+        reads = None
+        if tables is not None and shared and options.window is None:
+            reads = self._read_shared(layer, kv, q, tables, features)
+        used = options.window, options.first_tokens, options.sink_logits is None, tables is None, reads is None
+        kind = (settings, queries, lanes, query_lens is None, slots is None, dependent, *used)
         kernel = launch(
             q,
             kv,
@@ -172,15 +259,61 @@ class SharesAttention(FlatPromptsAttention):
             slots,
             scale=self.scale,
             workspace=self._workspace,
-            programs=multiprocessors * self._fitting.get(kind, 2),
+            programs=self._programs(kind),
             settings=settings,
-            features=Features(self._features.tma, dependent),
+            features=features,
             tiles=self._tiles(layer, kv, settings.tile) if self._features.tma else None,
+            extras=Extras(options, tables, reads, None if self._heads is None else self._heads[layer]),
         )
+        self._learn_programs(kind, kernel)
+        return out
+
+    def _check_queries(self, q: torch.Tensor) -> None:
+        """Raise ConfigError for queries that the kernel does not take."""
+        lanes, queries = q.shape[:2]
+        dtype = self.cache.shape.dtype
+        if q.dtype != dtype and not (dtype == FP8 and q.dtype in DTYPES):
+            raise ConfigError(f"queries are {q.dtype}, the cache is {dtype}; convert the queries")
+        if not 1 <= queries <= MOST_QUERIES or lanes > self.cache.shape.num_slots:
+            raise ConfigError(
+                f"{lanes} lanes of {queries} queries; there may be {self.cache.shape.num_slots} lanes, the cache's "
+                f"slots, of 1 to {MOST_QUERIES} queries: give longer rows of queries to prefill"
+            )
+
+    def _read_shared(
+        self, layer: int, kv: FlatKV, q: torch.Tensor, tables: PrefixTables, features: Features
+    ) -> SharedReads:
+        """Attend to what groups of lanes share, for the launch that follows."""
+        shape = self.cache.shape
+        reads = self._shared_reads(q.shape[1])
+        settings = settings_for(
+            self._card.shared_memory_per_multiprocessor, shape.head_dim, shape.dtype.itemsize, reads.rows, 1, False
+        )
+        kind = ("shared", settings, q.shape[1], features.pdl)
+        kernel = launch_prefixes(
+            q,
+            kv,
+            tables,
+            reads,
+            scale=self.scale,
+            k_scale=self.options[layer].k_scale,
+            programs=self._programs(kind),
+            settings=settings,
+            features=features,
+            tiles=self._tiles(layer, kv, settings.tile) if features.tma else None,
+        )
+        self._learn_programs(kind, kernel)
+        return reads
+
+    def _programs(self, kind: tuple[object, ...]) -> int:
+        """Programs of a launch of what was compiled for `kind`."""
+        multiprocessors: int = self._card.multi_processor_count
+        return multiprocessors * self._fitting.get(kind, 2)
+
+    def _learn_programs(self, kind: tuple[object, ...], kernel: Any) -> None:
         if kind not in self._fitting:
             fitting = programs_at_once(kernel, self._card.shared_memory_per_multiprocessor)
             self._fitting[kind] = min(fitting, most_programs(self.cache.shape.head_dim))
-        return out
 
     def _settings(self, lanes: int, queries: int) -> Settings:
         shape = self.cache.shape

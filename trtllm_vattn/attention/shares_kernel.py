@@ -6,6 +6,12 @@ head's output. If several programs share a head, each stores a partial result, a
 partial results in a fixed order, so that equal lengths give equal bits. Each program computes its part of the list from
 the lengths, which it reads on the device.
 
+What a layer or a step does not use is not compiled. A window, a prefix in another slot and a prefix that a group of
+lanes reads together (prefix_kernel.py) change which tiles a lane has: those that hold only tokens which every query of
+the lane sees, in one slot, are read whole, and the others row by row, each row under its own conditions. Where heads
+have lengths of their own, the list of tiles is ordered by lane and head with each head's own length, so uneven heads
+cost what even ones do.
+
 Offsets are 64-bit, because slots may be terabytes apart. K and V are passed as plain numbers, because Triton asks the
 driver about pointers, and the first slot may have no memory.
 """
@@ -28,6 +34,69 @@ def _tiles_of(base, tiles, slot, token, head, of_token, d, TILE: tl.constexpr, D
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _planned(n, skip, TILE: tl.constexpr, QUERIES: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of lanes of `n` tokens that do not read the first `skip`: how many tiles they read; how many of those hold first
+    tokens before the window; and how far beyond its number in the list each tile behind those lies."""
+    begin = skip
+    if WINDOW:
+        begin = tl.maximum(begin, n - (QUERIES - 1) - WINDOW)
+    first = begin // TILE
+    sinks = tl.minimum(first, (FIRST + TILE - 1) // TILE)
+    return tl.maximum(tl.cdiv(n, TILE) - first + sinks, 0), sinks, first - sinks
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_masked(  # type: ignore[no-untyped-def]
+    begin,
+    end,
+    sinks,
+    shift,
+    q,
+    query,
+    k_head,
+    v_head,
+    of_slot,
+    of_token,
+    slot,
+    base,
+    border,
+    length,
+    seen_by_all,
+    skip,
+    d,
+    scale,
+    top,
+    total,
+    acc,
+    kv_dtype: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FIRST: tl.constexpr,
+    PREFIXES: tl.constexpr,
+):
+    """Attend to tiles `begin` to `end` (by their numbers in the list) row by row; heads' addresses are without slot."""
+    for tile in tl.range(begin, end, num_stages=2):
+        token = tl.where(tile < sinks, tile, tile + shift) * TILE + tl.arange(0, TILE)
+        there = (token < length) & (token >= skip)
+        if WINDOW:
+            there &= (token >= seen_by_all - WINDOW) | (token < FIRST)
+        here = slot
+        if PREFIXES:
+            here = tl.where(token < border, base, slot)
+        row = (here * of_slot + token.to(tl.int64) * of_token)[:, None] + d[None, :]
+        mask = there[:, None] & (d < DIM)[None, :]
+        keys = tl.load(k_head + row, mask=mask, other=0.0).to(kv_dtype)
+        values = tl.load(v_head + row, mask=mask, other=0.0).to(kv_dtype)
+        sees = (seen_by_all + query)[:, None]
+        visible = (token[None, :] < sees) & there[None, :]
+        if WINDOW:
+            visible &= (token[None, :] >= sees - WINDOW) | (token < FIRST)[None, :]
+        top, total, acc = _attend(q, keys, values, visible, scale, top, total, acc, True)
+    return top, total, acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _attend(q, k, v, visible, scale, top, total, acc, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Add a tile to each row's online softmax: its largest score, the sum of its weights, and its output."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
@@ -42,6 +111,116 @@ def _attend(q, k, v, visible, scale, top, total, acc, MASKED: tl.constexpr):  # 
     total = total * faded + tl.sum(weights, 1)
     acc = acc * faded[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
     return higher, total, acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_whole(  # type: ignore[no-untyped-def]
+    begin,
+    end,
+    shift,
+    q,
+    k_head,
+    v_head,
+    k_tiles,
+    v_tiles,
+    of_slot,
+    of_token,
+    head,
+    slot,
+    d,
+    scale,
+    top,
+    total,
+    acc,
+    kv_dtype: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Attend to tiles `begin` to `end` (by their numbers in the list), which lie in one slot and are seen whole."""
+    k_slot, v_slot = tl.multiple_of(k_head + slot * of_slot, 16), tl.multiple_of(v_head + slot * of_slot, 16)
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        token = (tile + shift) * TILE
+        keys = _tiles_of(k_slot, k_tiles, slot, token, head, of_token, d, TILE, DIM, TMA).to(kv_dtype)
+        values = _tiles_of(v_slot, v_tiles, slot, token, head, of_token, d, TILE, DIM, TMA).to(kv_dtype)
+        top, total, acc = _attend(q, keys, values, True, scale, top, total, acc, False)
+    return top, total, acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_pieces(  # type: ignore[no-untyped-def]
+    first,
+    last,
+    sinks,
+    shift,
+    q,
+    query,
+    k_head,
+    v_head,
+    k_tiles,
+    v_tiles,
+    of_slot,
+    of_token,
+    head,
+    slot,
+    base_slots,
+    borders,
+    length,
+    seen_by_all,
+    skip,
+    d,
+    scale,
+    top,
+    total,
+    acc,
+    kv_dtype: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    STAGES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FIRST: tl.constexpr,
+    PREFIXES: tl.constexpr,
+    SHARED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Attend to tiles `first` to `last` of a lane (by their numbers in the list) whose tokens are not all in one slot,
+    or not all seen: whole tiles of each slot, and row by row what lies before, between and behind them."""
+    base = slot
+    border = 0
+    if PREFIXES:
+        base = tl.load(base_slots + slot).to(tl.int64)
+        border = tl.load(borders + slot)
+    low = skip
+    if WINDOW:
+        low = tl.maximum(low, length - WINDOW)
+    whole = tl.minimum(tl.maximum(tl.cdiv(low, TILE) - shift, first), last)
+    high = tl.minimum(tl.maximum(seen_by_all // TILE - shift, whole), last)
+    if WINDOW > 0 or SHARED:
+        top, total, acc = _attend_masked(
+            first, whole, sinks, shift, q, query, k_head, v_head, of_slot, of_token, slot, base, border, length,
+            seen_by_all, skip, d, scale, top, total, acc, kv_dtype, TILE, DIM, WINDOW, FIRST, PREFIXES,
+        )  # fmt: skip
+    own = whole
+    if PREFIXES:
+        based = tl.minimum(tl.maximum(border // TILE - shift, whole), high)
+        own = tl.minimum(tl.maximum(tl.cdiv(border, TILE) - shift, based), high)
+        top, total, acc = _attend_whole(
+            whole, based, shift, q, k_head, v_head, k_tiles, v_tiles, of_slot, of_token, head, base, d, scale, top,
+            total, acc, kv_dtype, TILE, DIM, STAGES, TMA,
+        )  # fmt: skip
+        top, total, acc = _attend_masked(
+            based, own, sinks, shift, q, query, k_head, v_head, of_slot, of_token, slot, base, border, length,
+            seen_by_all, skip, d, scale, top, total, acc, kv_dtype, TILE, DIM, WINDOW, FIRST, PREFIXES,
+        )  # fmt: skip
+    top, total, acc = _attend_whole(
+        own, high, shift, q, k_head, v_head, k_tiles, v_tiles, of_slot, of_token, head, slot, d, scale, top, total,
+        acc, kv_dtype, TILE, DIM, STAGES, TMA,
+    )  # fmt: skip
+    return _attend_masked(
+        high, last, sinks, shift, q, query, k_head, v_head, of_slot, of_token, slot, base, border, length,
+        seen_by_all, skip, d, scale, top, total, acc, kv_dtype, TILE, DIM, WINDOW, FIRST, PREFIXES,
+    )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -73,6 +252,53 @@ def _store(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _finish(  # type: ignore[no-untyped-def]
+    out,
+    top,
+    total,
+    acc,
+    rows,
+    lane,
+    head,
+    count,
+    d,
+    skip,
+    shared_tops,
+    shared_outs,
+    sink_logits,
+    v_scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    SHARED: tl.constexpr,
+    SINKS: tl.constexpr,
+    V_SCALES: tl.constexpr,
+):
+    """`_store`, with what the lane's group has read, the sink logits, and the scale of values."""
+    if SHARED:
+        index = _row_offsets(rows, lane, head, KV_HEADS, GROUP, QUERIES)
+        there = (rows < GROUP * QUERIES) & (skip > 0)
+        other_top = tl.load(shared_tops + index, mask=there, other=float("-inf"))
+        other = tl.load(shared_outs + index[:, None] * d.shape[0] + d[None, :], mask=there[:, None], other=0.0)
+        higher = tl.maximum(top, other_top)
+        higher = tl.where(higher == float("-inf"), 0.0, higher)
+        faded, weight = tl.exp2(top - higher), tl.exp2(other_top - higher)
+        total = total * faded + weight
+        acc = acc * faded[:, None] + other * weight[:, None]
+        top = higher
+    if SINKS:
+        logit = tl.load(sink_logits + head * GROUP + rows % GROUP) * 1.4426950408889634
+        higher = tl.maximum(top, logit)
+        faded = tl.exp2(top - higher)
+        total = total * faded + tl.exp2(logit - higher)
+        acc = acc * faded[:, None]
+    if V_SCALES:
+        acc = acc * tl.load(v_scale + head * (V_SCALES - 1))
+    _store(out, total, acc, rows, lane, head, count, d, KV_HEADS, GROUP, QUERIES, DIM)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _combined(  # type: ignore[no-untyped-def]
     part_tops,
     part_totals,
@@ -85,7 +311,8 @@ def _combined(  # type: ignore[no-untyped-def]
     PART_ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Combine the partial results of a head, `PARTS` at a time: each row's sum of weights, and its output."""
+    """Combine the partial results of a head, `PARTS` at a time: each row's largest score, the sum of its weights, and
+    its output."""
     row_range = tl.arange(0, PART_ROWS)
     top = tl.full([PART_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([PART_ROWS], tl.float32)
@@ -106,10 +333,10 @@ def _combined(  # type: ignore[no-untyped-def]
             total = total * faded + part_total * weight
             acc = acc * faded[:, None] + part_out * weight[:, None]
             top = higher
-    return total, acc
+    return top, total, acc
 
 
-@triton.jit(do_not_specialize=["lanes", "start", "fewest"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["lanes", "start", "fewest", "of_group"])  # type: ignore[untyped-decorator]
 def decode_shares(  # type: ignore[no-untyped-def]
     q,
     k,
@@ -124,6 +351,18 @@ def decode_shares(  # type: ignore[no-untyped-def]
     part_totals,
     part_outs,
     arrived,
+    base_slots,
+    borders,
+    shared,
+    shared_tops,
+    shared_outs,
+    sink_logits,
+    k_scale,
+    v_scale,
+    head_bases,
+    head_groups,
+    deficits,
+    of_group,
     of_slot,
     of_token,
     of_head,
@@ -147,53 +386,107 @@ def decode_shares(  # type: ignore[no-untyped-def]
     HAS_SLOTS: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FIRST: tl.constexpr,
+    PREFIXES: tl.constexpr,
+    SHARED: tl.constexpr,
+    SINKS: tl.constexpr,
+    FP8: tl.constexpr,
+    K_SCALES: tl.constexpr,
+    V_SCALES: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     """Decode attention: q, out ``[lanes, QUERIES, KV_HEADS * GROUP, DIM]``.
 
     K and V of a token are at element ``slot * of_slot + token * of_token + head * of_head``. A row is one query of one
     query head; a KV head has `ROW_BLOCKS` blocks of `ROWS` rows. The cost of starting a sequence counts as `start`
     tiles; a program takes at least `fewest` tiles.
+
+    With `PREFIXES`, tokens below ``borders[slot]`` are at ``base_slots[slot]``. With `SHARED`, a lane's first
+    ``shared[lane]`` tokens were attended to already, with the results in `shared_tops` and `shared_outs`. `K_SCALES`
+    and `V_SCALES` are 0 without scales, 1 for one of all heads, 2 for one a head. With `HEADS` (a power of two, the KV
+    heads or more; 0: none), K and V of head h are at the addresses ``head_bases[h]`` instead, and a head has
+    ``deficits[head_groups[h]][slot]`` tokens fewer than its lane's length.
     """
+    PIECED: tl.constexpr = PREFIXES or SHARED or WINDOW > 0
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    lane_range = tl.arange(0, LANES)
-    n = tl.load(lengths + lane_range, mask=lane_range < lanes, other=0)
+    if HEADS:
+        place_range = tl.arange(0, LANES * HEADS)
+        lane_range = place_range // HEADS
+        head_range = place_range % HEADS
+        inside = (lane_range < lanes) & (head_range < KV_HEADS)
+        per_place: tl.constexpr = ROW_BLOCKS
+    else:
+        place_range = tl.arange(0, LANES)
+        lane_range = place_range
+        inside = lane_range < lanes
+        per_place: tl.constexpr = KV_HEADS * ROW_BLOCKS
+    n = tl.load(lengths + lane_range, mask=inside, other=0)
     if HAS_QUERY_LENS:
-        n = tl.where(tl.load(query_lens + lane_range, mask=lane_range < lanes, other=0) > 0, n, 0)
-    weight = tl.where(n > 0, tl.cdiv(n, TILE) + start, 0) * (KV_HEADS * ROW_BLOCKS)
+        n = tl.where(tl.load(query_lens + lane_range, mask=inside, other=0) > 0, n, 0)
+    if HEADS:
+        whose = tl.load(slots + lane_range, mask=inside, other=0).to(tl.int64) if HAS_SLOTS else lane_range.to(tl.int64)
+        held = deficits + tl.load(head_groups + head_range, mask=inside, other=0).to(tl.int64) * of_group + whose
+        n = tl.maximum(n - tl.load(held, mask=inside, other=0), 0)
+    tiles_each = tl.cdiv(n, TILE)
+    if PIECED:
+        skips = tl.load(shared + lane_range, mask=inside, other=0) if SHARED else n * 0
+        tiles_each, _, _ = _planned(n, skips, TILE, QUERIES, WINDOW, FIRST)
+    weight = tl.where(n > 0, tiles_each + start, 0) * per_place
     begins = tl.cumsum(weight, 0) - weight
     share = tl.maximum(tl.cdiv(tl.sum(weight, 0), programs), fewest)
     at = program * share
     end = tl.minimum(at + share, tl.sum(weight, 0))
-    places = (begins.to(tl.int64) << 32) | lane_range
+    places = (begins.to(tl.int64) << 32) | place_range
     d = tl.arange(0, DIMS)
     row_range = tl.arange(0, ROWS)
-    kv_dtype = q.dtype.element_ty
+    kv_dtype: tl.constexpr = tl.float8e4nv if FP8 else q.dtype.element_ty
+    # One instruction makes two numbers of 16 bits with 5 bits of exponent of two of 8; bfloat16 takes several.
+    dot_dtype: tl.constexpr = tl.float16 if FP8 else q.dtype.element_ty
 
     while at < end:
         # The last lane that begins at or before `at`; a lane of length 0 begins where the next one does.
         place = tl.max(tl.where(begins <= at, places, 0), 0)
         lane = (place & 0xFFFFFFFF).to(tl.int32)
+        if HEADS:
+            head = lane % HEADS
+            lane = lane // HEADS
         length = tl.load(lengths + lane)
         count = tl.load(query_lens + lane) if HAS_QUERY_LENS else QUERIES
         slot = tl.load(slots + lane).to(tl.int64) if HAS_SLOTS else lane.to(tl.int64)
+        if HEADS:
+            length -= tl.load(deficits + tl.load(head_groups + head).to(tl.int64) * of_group + slot)
         tiles = tl.cdiv(length, TILE)
+        skip = 0
+        sinks = 0
+        shift = 0
+        if PIECED:
+            if SHARED:
+                skip = tl.load(shared + lane)
+            tiles, sinks, shift = _planned(length, skip, TILE, QUERIES, WINDOW, FIRST)
         offset = at - (place >> 32).to(tl.int32)
         unit = offset // (tiles + start)
-        head = unit // ROW_BLOCKS
         from_start = offset - unit * (tiles + start)
+        if HEADS:
+            unit += head * ROW_BLOCKS
+        else:
+            head = unit // ROW_BLOCKS
         until = tl.minimum(tiles + start, from_start + end - at)
         first = tl.maximum(from_start - start, 0)
         last = tl.maximum(until - start, 0)
 
-        k_head = (k + (slot * of_slot + head * of_head) * (kv_dtype.primitive_bitwidth // 8)).to(
-            tl.pointer_type(kv_dtype)
-        )
-        v_head = (v + (slot * of_slot + head * of_head) * (kv_dtype.primitive_bitwidth // 8)).to(
-            tl.pointer_type(kv_dtype)
-        )
+        bytes_each: tl.constexpr = kv_dtype.primitive_bitwidth // 8
+        # Where rows of a tile may lie in different slots, addresses are without slot.
+        slot_offset = 0 if PIECED else slot * of_slot
+        if HEADS:
+            k_head = (tl.load(head_bases + 2 * head) + slot_offset * bytes_each).to(tl.pointer_type(kv_dtype))
+            v_head = (tl.load(head_bases + 2 * head + 1) + slot_offset * bytes_each).to(tl.pointer_type(kv_dtype))
+        else:
+            k_head = (k + (slot_offset + head * of_head) * bytes_each).to(tl.pointer_type(kv_dtype))
+            v_head = (v + (slot_offset + head * of_head) * bytes_each).to(tl.pointer_type(kv_dtype))
         k_head, v_head = tl.multiple_of(k_head, 16), tl.multiple_of(v_head, 16)
         seen_by_all = length - count + 1
         whole = tl.minimum(last, seen_by_all // TILE)
@@ -205,26 +498,88 @@ def decode_shares(  # type: ignore[no-untyped-def]
         query = rows // GROUP
         here = rows < GROUP * QUERIES
         from_lane = _row_offsets(rows, lane, head, KV_HEADS, GROUP, QUERIES)[:, None] * DIM + d[None, :]
-        queries = tl.load(q + from_lane, mask=here[:, None] & (d < DIM)[None, :], other=0.0)
+        queries = tl.load(q + from_lane, mask=here[:, None] & (d < DIM)[None, :], other=0.0).to(dot_dtype)
+        head_scale = scale
+        if K_SCALES:
+            head_scale = scale * tl.load(k_scale + head * (K_SCALES - 1))
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, DIMS], tl.float32)
-        for tile in tl.range(first, whole, num_stages=STAGES):
-            keys = _tiles_of(k_head, k_tiles, slot, tile * TILE, head, of_token, d, TILE, DIM, TMA)
-            values = _tiles_of(v_head, v_tiles, slot, tile * TILE, head, of_token, d, TILE, DIM, TMA)
-            top, total, acc = _attend(queries, keys, values, True, scale, top, total, acc, False)
-        for tile in tl.range(tl.maximum(first, whole), last, num_stages=2):
-            token = tile * TILE + tl.arange(0, TILE)
-            mask = (token < length)[:, None] & (d < DIM)[None, :]
-            from_head = token.to(tl.int64)[:, None] * of_token + d[None, :]
-            keys = tl.load(k_head + from_head, mask=mask, other=0.0)
-            values = tl.load(v_head + from_head, mask=mask, other=0.0)
-            visible = token[None, :] < (seen_by_all + query)[:, None]
-            visible &= (token < length)[None, :]
-            top, total, acc = _attend(queries, keys, values, visible, scale, top, total, acc, True)
+        if PIECED:
+            top, total, acc = _attend_pieces(
+                first,
+                last,
+                sinks,
+                shift,
+                queries,
+                query,
+                k_head,
+                v_head,
+                k_tiles,
+                v_tiles,
+                of_slot,
+                of_token,
+                head,
+                slot,
+                base_slots,
+                borders,
+                length,
+                seen_by_all,
+                skip,
+                d,
+                head_scale,
+                top,
+                total,
+                acc,
+                dot_dtype,
+                TILE,
+                DIM,
+                STAGES,
+                WINDOW,
+                FIRST,
+                PREFIXES,
+                SHARED,
+                TMA,
+            )
+        else:
+            for tile in tl.range(first, whole, num_stages=STAGES):
+                keys = _tiles_of(k_head, k_tiles, slot, tile * TILE, head, of_token, d, TILE, DIM, TMA).to(dot_dtype)
+                values = _tiles_of(v_head, v_tiles, slot, tile * TILE, head, of_token, d, TILE, DIM, TMA).to(dot_dtype)
+                top, total, acc = _attend(queries, keys, values, True, head_scale, top, total, acc, False)
+            for tile in tl.range(tl.maximum(first, whole), last, num_stages=2):
+                token = tile * TILE + tl.arange(0, TILE)
+                mask = (token < length)[:, None] & (d < DIM)[None, :]
+                from_head = token.to(tl.int64)[:, None] * of_token + d[None, :]
+                keys = tl.load(k_head + from_head, mask=mask, other=0.0).to(dot_dtype)
+                values = tl.load(v_head + from_head, mask=mask, other=0.0).to(dot_dtype)
+                visible = token[None, :] < (seen_by_all + query)[:, None]
+                visible &= (token < length)[None, :]
+                top, total, acc = _attend(queries, keys, values, visible, head_scale, top, total, acc, True)
 
         if (first == 0) & (last == tiles):
-            _store(out, total, acc, rows, lane, head, count, d, KV_HEADS, GROUP, QUERIES, DIM)
+            _finish(
+                out,
+                top,
+                total,
+                acc,
+                rows,
+                lane,
+                head,
+                count,
+                d,
+                skip,
+                shared_tops,
+                shared_outs,
+                sink_logits,
+                v_scale,
+                KV_HEADS,
+                GROUP,
+                QUERIES,
+                DIM,
+                SHARED,
+                SINKS,
+                V_SCALES,
+            )
         elif last > first:
             # A program has at most two partial results: the end of one head and the beginning of another.
             part = (program * 2 + (first == 0).to(tl.int32)) * ROWS
@@ -239,7 +594,7 @@ def decode_shares(  # type: ignore[no-untyped-def]
             before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
             if before == last_program - first_program:
                 block_rows = (unit % ROW_BLOCKS) * ROWS + tl.arange(0, PART_ROWS)
-                whole_total, whole_acc = _combined(
+                whole_top, whole_total, whole_acc = _combined(
                     part_tops,
                     part_totals,
                     part_outs,
@@ -251,7 +606,29 @@ def decode_shares(  # type: ignore[no-untyped-def]
                     PART_ROWS,
                     PARTS,
                 )
-                _store(out, whole_total, whole_acc, block_rows, lane, head, count, d, KV_HEADS, GROUP, QUERIES, DIM)
+                _finish(
+                    out,
+                    whole_top,
+                    whole_total,
+                    whole_acc,
+                    block_rows,
+                    lane,
+                    head,
+                    count,
+                    d,
+                    skip,
+                    shared_tops,
+                    shared_outs,
+                    sink_logits,
+                    v_scale,
+                    KV_HEADS,
+                    GROUP,
+                    QUERIES,
+                    DIM,
+                    SHARED,
+                    SINKS,
+                    V_SCALES,
+                )
                 tl.store(counter, 0)
         at += until - from_start
 
@@ -262,8 +639,17 @@ def decode_shares(  # type: ignore[no-untyped-def]
         length = tl.load(lengths + idle)
         if HAS_QUERY_LENS:
             length = tl.where(tl.load(query_lens + idle) > 0, length, 0)
-        if length <= 0:
-            elements: tl.constexpr = QUERIES * KV_HEADS * GROUP * DIM
+        elements: tl.constexpr = QUERIES * KV_HEADS * GROUP * DIM
+        if HEADS:
+            # A head may hold nothing of a sequence that has tokens.
+            slot = tl.load(slots + idle).to(tl.int64) if HAS_SLOTS else idle.to(tl.int64)
+            for some in range(0, elements, 1024):
+                element = some + tl.arange(0, 1024)
+                row = tl.load(head_groups + element // DIM % (KV_HEADS * GROUP) // GROUP).to(tl.int64)
+                empty = length - tl.load(deficits + row * of_group + slot) <= 0
+                zeros = tl.zeros([1024], out.dtype.element_ty)
+                tl.store(out + idle.to(tl.int64) * elements + element, zeros, mask=empty & (element < elements))
+        elif length <= 0:
             for some in range(0, elements, 1024):
                 element = some + tl.arange(0, 1024)
                 zeros = tl.zeros([1024], out.dtype.element_ty)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from trtllm_vattn.attention.options import FP8, PLAIN, LayerOptions, PrefixTables
 from trtllm_vattn.cache.base import FlatKV
 
 HOPPER = 9
@@ -50,7 +51,7 @@ class Features:
 
         dependent = hasattr(tl.extra.cuda, "gdc_wait")
         described = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
-        return cls(described and kv.k.itemsize == 2 and fits_tma(kv), dependent)
+        return cls(described and kv.k.itemsize <= 2 and fits_tma(kv), dependent)
 
 
 def fits_tma(kv: FlatKV) -> bool:
@@ -146,6 +147,110 @@ class Workspace:
         return [self.tops, self.outs, self.arrived]
 
 
+class SharedReads:
+    """Memory for what groups of lanes read together (prefix_kernel.py): results by query head, for launches of up to
+    `lanes` lanes of `queries` queries on one stream, and partial results."""
+
+    def __init__(
+        self, device: torch.device, programs: int, lanes: int, queries: int, heads: int, kv_heads: int, head_dim: int
+    ) -> None:
+        dims = power_of_two(head_dim)
+        self.rows = min(MOST_ROWS, MOST_OUTPUTS // dims)
+        """Queries of a KV head in one tile."""
+        results = lanes * queries * heads
+        self.tops = torch.empty(results, dtype=torch.float32, device=device)
+        self.outs = torch.empty(results, dims, dtype=torch.float32, device=device)
+        rows = Rows(self.rows, self.rows, 1)
+        # A group's blocks of rows are counted from its first lane's, plus one for each group before it.
+        counted = lanes * queries * (heads // kv_heads) // self.rows + max(1, lanes // 2) + 2
+        self.workspace = Workspace(device, programs, counted, kv_heads, rows, head_dim)
+
+    def storages(self) -> list[torch.Tensor]:
+        """All tensors."""
+        return [self.tops, self.outs, *self.workspace.storages()]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadTables:
+    """Where K and V of a layer's heads are that have lengths of their own: bases int64 ``[num_kv_heads, 2]``, addresses
+    of the first slot; groups int32 ``[num_kv_heads]``, rows of deficits int32 ``[num_groups, num_slots + 1]``."""
+
+    bases: torch.Tensor
+    groups: torch.Tensor
+    deficits: torch.Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[FlatKV], groups: Sequence[int], deficits: torch.Tensor) -> HeadTables:
+        """Of the parts of a layer's heads, which have the same strides, and their range groups."""
+        bases, rows = [], []
+        for kv, group in zip(parts, groups, strict=True):
+            for head in range(kv.k.shape[2]):
+                bases.append([x.data_ptr() + head * x.stride(2) * x.itemsize for x in (kv.k, kv.v)])
+                rows.append(group)
+        device = deficits.device
+        on_device = torch.tensor(bases, dtype=torch.int64, device=device)
+        return cls(on_device, torch.tensor(rows, dtype=torch.int32, device=device), deficits)
+
+    def storages(self) -> list[torch.Tensor]:
+        """The tables."""
+        return [self.bases, self.groups]
+
+
+@dataclass(frozen=True, eq=False)
+class Extras:
+    """What a launch of decode or of prompts uses beyond lengths and slots; nothing by default.
+
+    Of decode, `shared` are what groups of lanes read before, by `launch_prefixes` with the same `prefixes`.
+    """
+
+    options: LayerOptions = PLAIN
+    prefixes: PrefixTables | None = None
+    shared: SharedReads | None = None
+    heads: HeadTables | None = None
+
+    def arguments(self, unused: torch.Tensor, kv_heads: int) -> dict[str, Any]:
+        """The arguments of the kernels of decode and of prompts; `unused` takes the place of tensors that they do not
+        read."""
+        options, tables, heads = self.options, self.prefixes, self.heads
+        logits, k_scale, v_scale = options.sink_logits, options.k_scale, options.v_scale
+        return {
+            "base_slots": unused if tables is None else tables.base_slots,
+            "borders": unused if tables is None else tables.borders,
+            "sink_logits": unused if logits is None else logits,
+            "k_scale": unused if k_scale is None else k_scale,
+            "v_scale": unused if v_scale is None else v_scale,
+            "head_bases": unused if heads is None else heads.bases,
+            "head_groups": unused if heads is None else heads.groups,
+            "deficits": unused if heads is None else heads.deficits,
+            "of_group": 0 if heads is None else heads.deficits.stride(0),
+            "WINDOW": options.window or 0,
+            "FIRST": options.first_tokens,
+            "PREFIXES": tables is not None,
+            "SINKS": logits is not None,
+            "K_SCALES": scales_of(k_scale),
+            "V_SCALES": scales_of(v_scale),
+            "HEADS": 0 if heads is None else power_of_two(kv_heads),
+        }
+
+    def shared_arguments(self, unused: torch.Tensor) -> dict[str, Any]:
+        """The arguments of the kernel of decode about what groups of lanes have read."""
+        tables, shared = self.prefixes, self.shared
+        return {
+            "shared": unused if tables is None else tables.shared,
+            "shared_tops": unused if shared is None else shared.tops,
+            "shared_outs": unused if shared is None else shared.outs,
+            "SHARED": shared is not None,
+        }
+
+
+NOTHING = Extras()
+
+
+def scales_of(scale: torch.Tensor | None) -> int:
+    """What the kernels are told about a scale: 0 for none, 1 for one of a tensor, 2 for one a head."""
+    return 0 if scale is None else 1 + (len(scale) > 1)
+
+
 def launch(
     q: torch.Tensor,
     kv: FlatKV,
@@ -160,61 +265,120 @@ def launch(
     settings: Settings,
     features: Features,
     tiles: Sequence[Any] | None = None,
+    extras: Extras = NOTHING,
 ) -> Any:
     """Launch the kernel: q and out ``[lanes, queries, num_heads, head_dim]``, contiguous; the rest as in
-    `SharesAttention.decode_queries`. `tiles` are tensor maps of K and V (`tensor_maps`), needed for TMA. Returns the
-    compiled kernel."""
+    `SharesAttention.decode_queries`. `tiles` are tensor maps of K and V (`tensor_maps`), needed for TMA. `kv` is the
+    first part of a layer's heads where `extras.heads` has them. Returns the compiled kernel."""
     from trtllm_vattn.attention.shares_kernel import decode_shares
 
     lengths = lengths.contiguous()
     query_lens, slots = (None if x is None else x.contiguous() for x in (query_lens, slots))
     lanes, queries, heads, dim = q.shape
-    kv_heads = kv.k.shape[2]
+    kv_heads = kv.k.shape[2] if extras.heads is None else len(extras.heads.groups)
     rows = Rows.of(heads // kv_heads, queries, dim)
     dims, part_rows = power_of_two(dim), min(rows.rows, power_of_two(rows.real))
     more = {"launch_pdl": True} if features.pdl else {}
-    of_slot, of_token, of_head, _ = kv.k.stride()
-    k_tiles, v_tiles = tiles if tiles is not None else (0, 0)
     return decode_shares[(programs,)](
         q,
-        kv.k.data_ptr(),
-        kv.v.data_ptr(),
-        k_tiles,
-        v_tiles,
-        out,
-        lengths,
-        lengths if query_lens is None else query_lens,
-        lengths if slots is None else slots,
-        workspace.tops,
-        workspace.totals,
-        workspace.outs,
-        workspace.arrived,
-        of_slot,
-        of_token,
-        of_head,
-        lanes,
-        settings.start,
-        settings.fewest,
-        scale * LOG2_E,
+        out=out,
+        lengths=lengths,
+        query_lens=lengths if query_lens is None else query_lens,
+        slots=lengths if slots is None else slots,
+        lanes=lanes,
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         QUERIES=queries,
-        DIM=dim,
-        DIMS=dims,
-        TILE=settings.tile,
         ROWS=rows.rows,
         ROW_BLOCKS=rows.blocks,
-        LANES=max(64, power_of_two(lanes)),
-        STAGES=settings.stages,
+        LANES=max(64, power_of_two(lanes)) if extras.heads is None else max(16, power_of_two(lanes)),
         PARTS=max(1, min(16, MOST_OUTPUTS // (part_rows * dims))),
         PART_ROWS=part_rows,
         HAS_QUERY_LENS=query_lens is not None,
         HAS_SLOTS=slots is not None,
-        TMA=features.tma,
-        PDL=features.pdl,
-        num_warps=settings.warps,
+        **extras.arguments(lengths, kv_heads),
+        **extras.shared_arguments(lengths),
+        **_reading(kv, workspace, settings, features, tiles, scale, dim),
         **more,
     )
+
+
+def launch_prefixes(
+    q: torch.Tensor,
+    kv: FlatKV,
+    tables: PrefixTables,
+    reads: SharedReads,
+    *,
+    scale: float,
+    k_scale: torch.Tensor | None,
+    programs: int,
+    settings: Settings,
+    features: Features,
+    tiles: Sequence[Any] | None = None,
+) -> Any:
+    """Launch the kernel that reads what groups of lanes share, for q ``[lanes, queries, num_heads, head_dim]``,
+    contiguous. Returns the compiled kernel."""
+    from trtllm_vattn.attention.prefix_kernel import read_prefixes
+
+    _, queries, heads, dim = q.shape
+    kv_heads, dims = kv.k.shape[2], power_of_two(dim)
+    more = {"launch_pdl": True} if features.pdl else {}
+    return read_prefixes[(programs,)](
+        q,
+        tops=reads.tops,
+        outs=reads.outs,
+        groups=tables.groups,
+        members=tables.members,
+        k_scale=q if k_scale is None else k_scale,
+        num_groups=len(tables.groups),
+        KV_HEADS=kv_heads,
+        GROUP=heads // kv_heads,
+        QUERIES=queries,
+        ROWS=reads.rows,
+        GROUPS=max(16, power_of_two(len(tables.groups))),
+        PARTS=max(1, MOST_OUTPUTS // (reads.rows * dims)),
+        K_SCALES=scales_of(k_scale),
+        **_reading(kv, reads.workspace, settings, features, tiles, scale, dim),
+        **more,
+    )
+
+
+def _reading(
+    kv: FlatKV,
+    workspace: Workspace,
+    settings: Settings,
+    features: Features,
+    tiles: Sequence[Any] | None,
+    scale: float,
+    dim: int,
+) -> dict[str, Any]:
+    """The arguments by which both kernels read K and V, share out the work, and leave partial results."""
+    of_slot, of_token, of_head, _ = kv.k.stride()
+    k_tiles, v_tiles = tiles if tiles is not None else (0, 0)
+    return {
+        "k": kv.k.data_ptr(),
+        "v": kv.v.data_ptr(),
+        "k_tiles": k_tiles,
+        "v_tiles": v_tiles,
+        "part_tops": workspace.tops,
+        "part_totals": workspace.totals,
+        "part_outs": workspace.outs,
+        "arrived": workspace.arrived,
+        "of_slot": of_slot,
+        "of_token": of_token,
+        "of_head": of_head,
+        "start": settings.start,
+        "fewest": settings.fewest,
+        "scale": scale * LOG2_E,
+        "DIM": dim,
+        "DIMS": power_of_two(dim),
+        "TILE": settings.tile,
+        "STAGES": settings.stages,
+        "TMA": tiles is not None,
+        "PDL": features.pdl,
+        "FP8": kv.k.dtype == FP8,
+        "num_warps": settings.warps,
+    }
 
 
 LOG2_E = 1.4426950408889634

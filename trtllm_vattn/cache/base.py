@@ -44,7 +44,10 @@ T = TypeVar("T")
 class CacheShape:
     """What one token costs and how many there may be.
 
-    `kv_factor` is 2 for K and V, 1 where one latent serves as both (MLA).
+    `kv_factor` is 2 for K and V, 1 where one latent serves as both (MLA). `windows` has a number for each layer: of a
+    layer with a sliding window only the last so many tokens are kept, that at position p in row ``p % window`` of its
+    slot (a ring), so that the next one takes the place of the one that leaves the window; None keeps all. Empty is None
+    for all layers, and a window of `max_seq_len` or more is none.
     """
 
     num_layers: int
@@ -54,6 +57,7 @@ class CacheShape:
     num_slots: int
     max_seq_len: int
     kv_factor: int = 2
+    windows: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim", "num_slots", "max_seq_len"):
@@ -66,6 +70,28 @@ class CacheShape:
             )
         if self.kv_factor not in (1, 2):
             raise ConfigError(f"kv_factor is {self.kv_factor!r}; it is 2 for K and V, 1 for a shared latent")
+        object.__setattr__(self, "windows", self._checked_windows())
+
+    def _checked_windows(self) -> tuple[int | None, ...]:
+        """A number a layer, or none at all where no window is shorter than `max_seq_len`."""
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ConfigError(
+                f"{len(self.windows)} windows for {self.num_layers} layers; give one a layer, None for none"
+            )
+        wrong = [each for each in self.windows if each is not None and (not isinstance(each, int) or each < 1)]
+        if wrong:
+            raise ConfigError(f"a window is {wrong[0]!r}; it is a positive number of tokens, or None")
+        windows = tuple(each if each is not None and each < self.max_seq_len else None for each in self.windows)
+        return windows if any(windows) else ()
+
+    def window_of(self, layer: int) -> int | None:
+        """How many of a sequence's last tokens a layer keeps; None is all."""
+        return self.windows[layer] if self.windows else None
+
+    def kept_bytes(self, tokens: int) -> int:
+        """Bytes that a sequence of so many tokens takes in all layers, of which some keep a window."""
+        kept = sum(tokens if each is None else min(each, tokens) for each in self.windows or (None,) * self.num_layers)
+        return kept * self.layer_token_bytes
 
     @property
     def layer_token_bytes(self) -> int:
@@ -91,7 +117,10 @@ Tokens = tuple["int | RetainedSlot", int]
 
 @dataclass(frozen=True)
 class FlatKV:
-    """One layer as flat tensors; k and v are ``[num_slots + 1, max_seq_len, num_kv_heads, head_dim]``, any strides."""
+    """One layer as flat tensors; k and v are ``[num_slots + 1, max_seq_len, num_kv_heads, head_dim]``, any strides.
+
+    Of a layer with a window they have ``window`` rows a slot, and a token is in row ``position % window``.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
@@ -206,18 +235,24 @@ class KVCache(ABC):
         return self.lengths
 
     @property
+    def length_deficits(self) -> torch.Tensor | None:
+        """int32 ``[num_groups, num_slots + 1]`` on the device, at one address for life: how many tokens fewer than
+        `lengths` each group holds of each slot's sequence. None where all hold the same."""
+        return None
+
+    @property
     def dummy_slot(self) -> int:
         """Index of the slot that padding writes to; always backed for at least one token."""
         return self.shape.num_slots
 
     def bytes_of(self, tokens: int) -> int:
         """Bytes of physical memory that a sequence of so many tokens takes."""
-        return tokens * self.shape.token_bytes
+        return self.shape.kept_bytes(tokens)
 
     @property
     def bytes_for_sequences(self) -> int:
         """Bytes of physical memory that all sequences together may take now."""
-        return self.shape.num_slots * self.shape.max_seq_len * self.shape.token_bytes
+        return self.shape.num_slots * self.shape.kept_bytes(self.shape.max_seq_len)
 
     @property
     def longest_alone(self) -> int:
@@ -255,7 +290,8 @@ class KVCache(ABC):
 
     @abstractmethod
     def truncate(self, sequence: SequenceId, length: int) -> None:
-        """Shorten a sequence to `length` tokens; its memory stays. Raises UnknownSequence, ConfigError."""
+        """Shorten a sequence to `length` tokens; its memory stays. Raises UnknownSequence, ConfigError: of a sequence
+        longer than a layer's window, the tokens that left that window are gone, which a shorter one would need."""
 
     @abstractmethod
     def release(self, sequence: SequenceId) -> None:
@@ -269,6 +305,19 @@ class KVCache(ABC):
 
         Raises UnknownSequence, SequenceTooLong, KVCacheOutOfMemory, ConfigError.
         """
+
+    def roll_back(self, lengths: np.ndarray) -> None:
+        """Shorten a whole batch: `lengths` is int ``[num_slots]``, each slot's length from now on, 0 where it stays. No
+        memory is unmapped and the driver is not called: what lies behind is written again. For all or for none.
+
+        Raises ConfigError where a sequence would become longer, and where other sequences read what lies behind
+        (`truncate` copies that).
+        """
+        self._cannot("roll lengths back")
+
+    def expect_growth(self, tokens: int) -> None:  # noqa: B027
+        """A sequence may grow by up to so many tokens in one launch, whatever it grew by of late: memory is
+        mapped ahead for it. Nothing to do where memory is backed from the start."""
 
     def map_ahead(self) -> int:
         """Back tokens that coming steps will need; returns the number of mappings made.

@@ -15,15 +15,16 @@ class ContiguousCache(SlottedCache):
 
     def __init__(self, shape: CacheShape, device: torch.device | str) -> None:
         super().__init__(shape, device)
-        size = (shape.num_slots + 1, shape.max_seq_len, shape.num_kv_heads, shape.head_dim)
 
-        def allocate() -> torch.Tensor:
+        def allocate(tokens: int) -> torch.Tensor:
+            size = (shape.num_slots + 1, tokens, shape.num_kv_heads, shape.head_dim)
             return torch.empty(size, dtype=shape.dtype, device=self.device)
 
         self._layers = []
-        for _ in range(shape.num_layers):
-            k = allocate()
-            self._layers.append(FlatKV(k, allocate() if shape.kv_factor == 2 else k))
+        for layer in range(shape.num_layers):
+            tokens = shape.window_of(layer) or shape.max_seq_len
+            k = allocate(tokens)
+            self._layers.append(FlatKV(k, allocate(tokens) if shape.kv_factor == 2 else k))
 
     def _allocate(self, tokens: int) -> int:
         slot = self._lowest_free()
@@ -51,7 +52,7 @@ class ContiguousCache(SlottedCache):
 
     def stats(self) -> CacheStats:
         self._check_open()
-        slot_bytes = self.shape.max_seq_len * self.shape.token_bytes
+        slot_bytes = self.shape.kept_bytes(self.shape.max_seq_len)
         held = (self.shape.num_slots + 1) * slot_bytes
         return CacheStats(
             sequences=len(self._slot_of),

@@ -8,6 +8,7 @@ extents of many sizes instead of one page at a time).
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -177,7 +178,7 @@ class KVCacheManager(SlottedCache):
         if self.config.layout is Layout.TENSORS:
             layers, tensors = 1, shape.kv_factor
         elif layers is None:
-            layers = default_layers_per_range(shape.num_layers, shape.layer_token_bytes // parts)
+            layers = default_layers_per_range(shape.num_layers, shape.layer_token_bytes // parts, shape.windows)
         return {
             "num_layers": shape.num_layers * tensors,
             "layers_per_range": layers,
@@ -186,12 +187,25 @@ class KVCacheManager(SlottedCache):
             "max_seq_len": shape.max_seq_len,
             "num_slots": shape.num_slots,
             "granularity": self.driver.granularity(),
+            "windows": self._served_windows(),
         }
+
+    def _served_windows(self) -> tuple[int | None, ...]:
+        """The shape's windows. Raises ConfigError where the configuration keeps no windows."""
+        config, windows = self.config, self.shape.windows
+        if windows and config.layout is not Layout.ROWS:
+            raise ConfigError(
+                f"a cache of layout {config.layout.value!r} keeps all tokens of all layers; make one of rows for "
+                f"windows of {sorted({each for each in windows if each})} tokens"
+            )
+        if windows and config.own_lengths:
+            raise ConfigError("layers with windows have no other lengths of their own; leave own_lengths out")
+        return windows
 
     def _view(self, layer: int, part: int) -> FlatKV | PagedKV:
         shape, layout, itemsize = self.shape, self.layout, self.shape.dtype.itemsize
         heads = shape.num_kv_heads // layout.head_groups
-        size = (shape.num_slots + 1, shape.max_seq_len, heads, shape.head_dim)
+        size = (shape.num_slots + 1, shape.window_of(layer) or shape.max_seq_len, heads, shape.head_dim)
         strides = (layout.slot_stride // itemsize, layout.row_bytes // itemsize, shape.head_dim, 1)
         half = heads * shape.head_dim * itemsize
         if self.config.layout is Layout.TENSORS:
@@ -250,7 +264,7 @@ class KVCacheManager(SlottedCache):
 
     @property
     def num_groups(self) -> int:
-        return len(self.arena.slots[self.dummy_slot].groups)
+        return len(self.arena.slots[self.dummy_slot].groups) if self.config.own_lengths else 1
 
     def lengths_of(self, group: int) -> np.ndarray:
         if self._deficits is None:
@@ -268,7 +282,7 @@ class KVCacheManager(SlottedCache):
         return self._deficits
 
     def bytes_of(self, tokens: int) -> int:
-        return self.layout.bytes_for(tokens) * self.layout.num_ranges
+        return self.layout.total_bytes(tokens)
 
     @property
     def budget_bytes(self) -> int:
@@ -286,14 +300,15 @@ class KVCacheManager(SlottedCache):
 
     @property
     def longest_alone(self) -> int:
-        layout = self.layout
-        pages = self.bytes_for_sequences // (layout.num_ranges * layout.granularity)
-        return layout.tokens_in(pages * layout.granularity)
+        there, layout = self.bytes_for_sequences, self.layout
+        if not layout.windows:
+            return layout.tokens_in(there // (layout.num_ranges * layout.granularity) * layout.granularity)
+        return bisect_right(range(1, layout.max_seq_len + 1), there, key=layout.total_bytes)
 
     def _allocate(self, tokens: int) -> int:
         with self._lock:
             exact = self.config.exact_admission
-            need = self.layout.bytes_for(tokens) * self.layout.num_ranges
+            need = self.layout.total_bytes(tokens)
             limit = self._limit(need)
             # Those that run keep what their next steps need, unless this sequence was promised its memory.
             self._make_room(need, 0 if exact else self.ahead.tokens)
@@ -495,8 +510,7 @@ class KVCacheManager(SlottedCache):
             source, tokens = self._source(*given)
             # Nothing of the source may be evicted for the place of the new sequence.
             with self.arena.pinned(source):
-                first = self.layout.whole_bytes(tokens) // self.layout.granularity * self.layout.granularity
-                need = (self.layout.bytes_for(prompt_len) - first) * self.layout.num_ranges
+                need = self.bytes_behind(prompt_len, tokens)
                 limit = self._limit(need)
                 self._make_room(need, self.ahead.tokens)
                 target = min(self.arena.free_slots(limit), key=lambda slot: (self.arena.slots[slot].mapped, slot))
@@ -508,16 +522,42 @@ class KVCacheManager(SlottedCache):
         self._wake_for_memory()
         return target
 
+    def bytes_behind(self, tokens: int, prefix: int) -> int:
+        """Bytes that a sequence of so many tokens needs where nothing has to be mapped for its first `prefix` tokens,
+        but for windows."""
+        layout = self.layout
+        first = layout.whole_bytes(prefix) // layout.granularity * layout.granularity
+        return sum(
+            max(0, layout.bytes_for(kind.held(tokens)) - (first if kind.window is None else 0)) * len(kind.ranges)
+            for kind in layout.kinds
+        )
+
+    def has_windows_of(self, owner: int | RetainedSlot, tokens: int) -> bool:
+        """Whether the tokens that each layer keeps of a slot's first `tokens` are still there; later ones may have
+        taken the places of those in a window."""
+        if isinstance(owner, RetainedSlot):
+            return self.arena.has_windows_of(owner.slot, tokens)
+        return self.arena.has_windows_of(owner, tokens, int(self.lengths[owner]))
+
     def _source(self, owner: int | RetainedSlot, tokens: int) -> tuple[int, int]:
         """The slot whose first tokens are asked for. Raises ConfigError or PrefixEvicted where they are not there."""
         if isinstance(owner, RetainedSlot):
             if (kept := self.arena.retained_tokens(*owner)) < tokens:
                 raise PrefixEvicted(f"{tokens} tokens of {owner} asked for, of which {kept} are kept")
+            if not self.has_windows_of(owner, tokens):
+                raise PrefixEvicted(
+                    f"{tokens} tokens of {owner} asked for, whose windows later tokens took the place of"
+                )
             return owner.slot, tokens
+        self._check_has(owner, tokens)
+        self._check_window(owner, tokens)
+        return owner, tokens
+
+    def _check_has(self, owner: int, tokens: int) -> None:
+        """Raise ConfigError where there are not so many tokens of a sequence in a slot."""
         if not 0 <= owner < self.shape.num_slots or self.lengths[owner] < tokens:
             held = f"it has {self.lengths[owner]}" if 0 <= owner < self.shape.num_slots else "there is none"
             raise ConfigError(f"{tokens} tokens of the sequence in slot {owner} asked for; {held}")
-        return owner, tokens
 
     def _copy(self, to: int, source: int, nbytes: int) -> None:
         copy_bytes(self.driver.device, to, source, nbytes)
@@ -528,7 +568,7 @@ class KVCacheManager(SlottedCache):
     def _do_copy_prefix(self, owner: int | RetainedSlot, target: int, tokens: int) -> None:
         with self._lock:
             source, tokens = self._source(owner, tokens)
-            self._source(target, tokens)
+            self._check_has(target, tokens)
             slots = self.arena.slots
             floors = self.arena.write_floors
             if source == target or slots[target].lower or (floors is not None and floors[target]):
@@ -745,10 +785,19 @@ class KVCacheManager(SlottedCache):
     def truncate(self, sequence: SequenceId, length: int) -> None:
         slot = self.slot_of(sequence)
         if 0 < length < self.lengths[slot]:
+            self._check_window(slot, length)
             if self.arena.has_sharing:
                 self._run(self._do_make_writable, slot, length)
             self._check_deficits(slot, length)
         super().truncate(sequence, length)
+
+    def _check_roll_back(self, lengths: np.ndarray) -> None:
+        if self._deficits is not None:
+            for slot in np.flatnonzero(lengths > 0).tolist():
+                self._check_deficits(slot, int(lengths[slot]))
+
+    def expect_growth(self, tokens: int) -> None:
+        self.ahead.timing.most_growth = tokens
 
     def make_writable(self, sequence: SequenceId, start: int) -> None:
         self._run(self._do_make_writable, self.slot_of(sequence), start)

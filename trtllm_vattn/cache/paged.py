@@ -35,6 +35,8 @@ class PagedCache(SlottedCache):
         block_size: int = 16,
         num_blocks: int | None = None,
     ) -> None:
+        if shape.windows:
+            raise ConfigError("a paged cache keeps all tokens of all layers; make it of a shape without windows")
         super().__init__(shape, device)
         if block_size < 1:
             raise ConfigError(f"block_size is {block_size}; it must be a positive number of tokens")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from trtllm_vattn.cache.base import CacheShape, KVCache
@@ -39,7 +41,8 @@ def make_cache(
     sized_later: bool = False,
     driver: Driver | None = None,
 ) -> KVCache:
-    """A cache of one of the kinds in `CACHES`.
+    """A cache of one of the kinds in `CACHES`. Those that keep no windows (`CacheShape.windows`: all but ``contiguous``
+    and ``vattn``) keep all tokens instead, and the attention backend has to mask them.
 
     Parameters
     ----------
@@ -56,7 +59,9 @@ def make_cache(
         For ``vattn``, ``blocks`` and ``published``; None opens the device's own.
     """
     budget = None if budget is None else parse_bytes(budget, "the budget")
-    slot_bytes = shape.max_seq_len * shape.token_bytes
+    if name not in ("contiguous", "vattn"):
+        shape = replace(shape, windows=())
+    slot_bytes = shape.kept_bytes(shape.max_seq_len)
     if name == "contiguous":
         if budget is not None and budget < shape.num_slots * slot_bytes:
             raise ConfigError(
@@ -84,6 +89,8 @@ def make_cache(
             )
         made = kind(shape, driver, budget, config=config)
         if budget is None and not sized_later:
-            made.set_budget(made.layout.num_ranges * made.layout.range_bytes)
+            layout, whole = made.layout, made.layout.num_ranges * made.layout.range_bytes
+            windows = (shape.num_slots + 1) * layout.total_bytes(shape.max_seq_len)
+            made.set_budget(windows if shape.windows else whole)
         return made
     raise ConfigError(f"no cache {name!r}; there are {', '.join(CACHES)}")

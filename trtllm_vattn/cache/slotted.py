@@ -107,7 +107,19 @@ class SlottedCache(KVCache):
                 f"sequence {sequence!r} has {self.lengths[slot]} tokens; it can be truncated to between 1 and that, "
                 f"not to {length}"
             )
+        self._check_window(slot, length)
         self.lengths[slot] = length
+
+    def _check_window(self, slot: int, tokens: int) -> None:
+        """Raise ConfigError where a layer's window has gone on beyond what the first `tokens` tokens of a running slot
+        need."""
+        shortest = min((each for each in self.shape.windows if each is not None), default=None)
+        length = int(self.lengths[slot])
+        if shortest is not None and shortest < length != tokens:
+            raise ConfigError(
+                f"sequence {self._owner[slot]!r} has {length} tokens, of which a layer keeps the last {shortest}, so "
+                f"there are no windows of its first {tokens}; compute them anew"
+            )
 
     def release(self, sequence: SequenceId) -> None:
         self._run(self._do_release, sequence, self.slot_of(sequence))
@@ -137,6 +149,25 @@ class SlottedCache(KVCache):
             self._run(self._do_prepare_step, lengths)
         else:
             np.maximum(self.lengths, lengths, out=self.lengths)
+
+    def roll_back(self, lengths: np.ndarray) -> None:
+        self._check_open()
+        if lengths.shape != self.lengths.shape:
+            raise ConfigError(f"lengths has shape {lengths.shape}; one entry a slot is needed: {self.lengths.shape}")
+        # Behind every step with drafts: few calls, and no new arrays.
+        flags = self._flags
+        if np.count_nonzero(np.greater(lengths, self.lengths, out=flags)):
+            raise ConfigError(f"slots {np.flatnonzero(flags).tolist()} would become longer; use prepare_step")
+        floors = self.write_floors
+        np.greater(lengths, 0, out=flags)
+        if floors is not None and (shared := (lengths < floors) & flags).any():
+            slots = np.flatnonzero(shared).tolist()
+            raise ConfigError(f"other sequences read what lies behind these lengths in slots {slots}; use truncate")
+        self._check_roll_back(lengths)
+        np.copyto(self.lengths, lengths, where=flags)
+
+    def _check_roll_back(self, lengths: np.ndarray) -> None:
+        """Raise ConfigError where lengths cannot go back for another reason."""
 
     def _do_prepare_step(self, lengths: np.ndarray) -> None:
         self._grow(lengths)
@@ -289,7 +320,9 @@ class SlottedCache(KVCache):
     @property
     def live_bytes(self) -> int:
         """Bytes that hold tokens of sequences."""
-        return int(self.lengths.sum()) * self.shape.token_bytes
+        if not self.shape.windows:
+            return int(self.lengths.sum()) * self.shape.token_bytes
+        return sum(map(self.shape.kept_bytes, self.lengths.tolist()))
 
 
 def _refuse_in_child() -> None:

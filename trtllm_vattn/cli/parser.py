@@ -39,6 +39,8 @@ BENCHMARKS = {
     "reuse": "prompts that share what they begin with, by an engine with and without prefix cache",
     "doors": "clients of the HTTP server beside the engine itself: tokens, what killed clients leave, throughput",
     "forks": "several samples of one long prompt: memory and steps beside one sample",
+    "compression": "caches that keep less: windows of some layers, keys and values of eight bits",
+    "speculation": "drafts verified in one step: tokens a second beside none, on text that repeats itself or not",
     "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",
     "xqa": "TensorRT-LLM's kernels over affine tables: tokens, steps against random tables, remapped replays",
     "multistep": "many decode steps in one launch, and a loop that the device ends",

@@ -30,7 +30,7 @@ from trtllm_vattn.errors import (
     KVCacheOutOfMemory,
     MemoryQuarantined,
 )
-from trtllm_vattn.memory.layout import SlotLayout
+from trtllm_vattn.memory.layout import Kind, SlotLayout
 from trtllm_vattn.memory.pool import ExtentPool
 from trtllm_vattn.memory.slot import (
     FREE,
@@ -111,7 +111,9 @@ class Arena:
     ) -> None:
         self.pool, self.layout, self._one_by_one = pool, layout, one_by_one
         ranges = range(layout.num_ranges)
-        groups: list[Sequence[int]] = [[index] for index in ranges] if own_lengths else [ranges]
+        groups: list[Sequence[int] | RangeGroup] = [[index] for index in ranges]
+        if not own_lengths:
+            groups = [self._group_of(kind) for kind in layout.kinds]
         self.slots = [Slot(groups) for _ in range(layout.num_slots + 1)]
         self.frontiers = np.zeros(layout.num_slots, np.int64)
         self.retained_frontiers = np.zeros(layout.num_slots, np.int64)
@@ -149,6 +151,10 @@ class Arena:
             discard(self)
             raise
 
+    def _group_of(self, kind: Kind) -> RangeGroup:
+        size = None if kind.window is None else self.layout.bytes_for(kind.window)
+        return RangeGroup(kind.ranges, window=kind.window, window_bytes=size)
+
     def _reserve(self) -> Reservation:
         layout = self.layout
         try:
@@ -185,7 +191,7 @@ class Arena:
             (slot, group, need - group.frontier)
             for slot, tokens in wants.items()
             for group in self.slots[slot].groups
-            if (need := self.layout.bytes_for(max(0, tokens - group.deficit))) > group.frontier
+            if (need := self.layout.bytes_for(group.held(tokens))) > group.frontier
         ]
 
     def _grow(self, growth: list[tuple[int, RangeGroup, int]], wait: bool, ahead: bool) -> int:
@@ -280,8 +286,12 @@ class Arena:
     def backed_tokens(self, index: int, most: int | None = None) -> int:
         """Tokens that what is mapped in a slot backs in every group, or its first `most` bytes."""
         tokens_in, longest = self.layout.tokens_in, self.layout.max_seq_len
-        edges = ((group.frontier, group.deficit) for group in self.slots[index].groups)
-        return min(longest, *(tokens_in(end if most is None else min(end, most)) + less for end, less in edges))
+        found = longest
+        for group in self.slots[index].groups:
+            there = tokens_in(group.frontier if most is None else min(group.frontier, most))
+            if group.window is None or there < group.window:
+                found = min(found, there + group.deficit)
+        return found
 
     @property
     def used_slots(self) -> list[Slot]:
@@ -315,7 +325,7 @@ class Arena:
         keeps it, and sees `ahead` tokens of it; the rest is left to `reclaim.trim`.
         Raises KVCacheOutOfMemory or DriverError; no sequence changed.
         """
-        need = self.layout.bytes_for(tokens)
+        need = self.layout.most_bytes(tokens)
 
         def misfit(index: int) -> tuple[int, int, int]:
             mapped = self.slots[index].mapped
@@ -328,7 +338,7 @@ class Arena:
         some = [index for index in (*self._parked(), free) if index < min(limit, self.layout.num_slots)]
         chosen = min(some, key=misfit)
         slot = self.slots[chosen]
-        if self._is_short_for(need):
+        if self._is_short_for(tokens):
             trims = slot.mapped > need + need // SLACK
         else:
             trims = slot.mapped > 2 * need and (slot.fence is None or slot.fence.done())
@@ -348,9 +358,9 @@ class Arena:
         self.set_visible(chosen, visible if has_more else None)
         return chosen, maps
 
-    def _is_short_for(self, need: int) -> bool:
-        """Whether less than the headroom would be free once a sequence has so many bytes in each range."""
-        least = self.pool.headroom + need * self.layout.num_ranges
+    def _is_short_for(self, tokens: int) -> bool:
+        """Whether less than the headroom would be free once a sequence has memory for so many tokens."""
+        least = self.pool.headroom + self.layout.total_bytes(tokens)
         return self.pool.available_bytes < least and self.pool.available_bytes + self.parked_bytes < least
 
     def set_visible(self, index: int, visible: int | None) -> None:
@@ -540,6 +550,13 @@ class Arena:
         self.set_visible(index, None)
         return serial
 
+    def has_windows_of(self, index: int, tokens: int, written: int | None = None) -> bool:
+        """Whether what every range keeps of a slot's first `tokens` tokens is still there: later ones, of `written` in
+        all, take the places of those that left a window. None is what was written in a retained slot."""
+        slot = self.slots[index]
+        written = slot.written if written is None else written
+        return tokens == written or all(group.window is None or written <= group.window for group in slot.groups)
+
     def retained_tokens(self, index: int, serial: int) -> int:
         """Tokens that are still kept of those that were retained by this serial number."""
         slot = self.slots[index]
@@ -550,10 +567,11 @@ class Arena:
         driver has left of it."""
         slot = self.slots[index]
         tokens, serial, priority, since = slot.tokens, slot.serial, slot.priority, slot.since
+        written = slot.written
 
         def undo() -> None:
             slot.retain(tokens, serial, slot.fence)
-            slot.priority, slot.since = priority, since
+            slot.priority, slot.since, slot.written = priority, since, written
             self._retained.add(index)
             self.set_visible(index, None)
             if not slot.holders:
@@ -621,7 +639,7 @@ class Arena:
 
     def _behind(self, group: RangeGroup, tokens: int) -> list[Mapping]:
         """Mappings of a group that lie wholly behind a slot's first `tokens` tokens."""
-        least, end = self.layout.bytes_for(max(0, tokens - group.deficit)), group.frontier
+        least, end = self.layout.bytes_for(group.held(tokens)), group.frontier
         found: list[Mapping] = []
         for stripe in reversed(group.stripes):
             end -= stripe[0].size

@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 from trtllm_vattn.errors import ConfigError
 
@@ -27,10 +30,23 @@ LONGEST_ROW = 64 << 10
 on the H200 a step over rows of 128 KiB took up to 3 % longer, over rows of 32 or 64 KiB 1 % at most (README)."""
 
 
-def default_layers_per_range(num_layers: int, layer_token_bytes: int) -> int:
-    """As many layers a range as make a row of at most `LONGEST_ROW` bytes; at least one."""
-    fitting = [g for g in range(1, num_layers + 1) if num_layers % g == 0 and g * layer_token_bytes <= LONGEST_ROW]
+def default_layers_per_range(num_layers: int, layer_token_bytes: int, windows: Sequence[int | None] = ()) -> int:
+    """As many layers a range as make a row of at most `LONGEST_ROW` bytes; at least one. They divide the layers of each
+    window (`SlotLayout.windows`)."""
+    most = math.gcd(*(windows.count(each) for each in windows)) if windows else num_layers
+    fitting = [g for g in range(1, most + 1) if most % g == 0 and g * layer_token_bytes <= LONGEST_ROW]
     return max(fitting, default=1)
+
+
+class Kind(NamedTuple):
+    """Layers that keep the same tokens: their ranges, and their window; None is all tokens."""
+
+    ranges: range
+    window: int | None
+
+    def held(self, tokens: int) -> int:
+        """How many of a sequence's tokens they hold."""
+        return tokens if self.window is None else min(tokens, self.window)
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,9 @@ class SlotLayout:
         Parts of the heads that have ranges of their own.
     granularity : int
         Bytes; sizes and addresses given to the driver are multiples of it.
+    windows : sequence of int or None
+        By layer: of how many tokens a layer has rows, which the tokens take in turns; None is all. Layers of different
+        windows are in different ranges, those of one window in the order of their numbers. Empty is None for all.
     """
 
     num_layers: int
@@ -58,14 +77,54 @@ class SlotLayout:
     num_slots: int
     granularity: int
     head_groups: int = field(default=1, kw_only=True)
+    windows: tuple[int | None, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.layers_per_range < 1 or self.num_layers % self.layers_per_range:
-            divisors = [n for n in range(1, self.num_layers + 1) if self.num_layers % n == 0]
+        counts = [len(layers) for layers in self._layers_by_window.values()]
+        most = math.gcd(*counts)
+        if self.layers_per_range < 1 or most % self.layers_per_range:
+            divisors = [n for n in range(1, most + 1) if most % n == 0]
+            layers = f"{self.num_layers} layers"
+            if len(counts) > 1:
+                layers = f"{' and '.join(map(str, counts))} layers of different windows"
             raise ConfigError(
-                f"layers_per_range is {self.layers_per_range}; it must divide the {self.num_layers} layers: "
-                f"one of {divisors}"
+                f"layers_per_range is {self.layers_per_range}; it must divide the {layers}: one of {divisors}"
             )
+
+    @cached_property
+    def _layers_by_window(self) -> dict[int | None, list[int]]:
+        found: dict[int | None, list[int]] = {}
+        for layer in range(self.num_layers):
+            found.setdefault(self.windows[layer] if self.windows else None, []).append(layer)
+        return found
+
+    @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Layers by what they keep; the first layer's kind first."""
+        kinds, first = [], 0
+        for window, layers in self._layers_by_window.items():
+            count = len(layers) // self.layers_per_range * self.head_groups
+            kinds.append(Kind(range(first, first + count), window))
+            first += count
+        return tuple(kinds)
+
+    @cached_property
+    def _order(self) -> tuple[int, ...]:
+        """Each layer's place in the ranges."""
+        order = [layer for layers in self._layers_by_window.values() for layer in layers]
+        return tuple(order.index(layer) for layer in range(self.num_layers))
+
+    def needs(self, tokens: int) -> list[tuple[int, int]]:
+        """What a sequence of so many tokens needs: bytes a range, and how many ranges need as much, by kind."""
+        return [(self.bytes_for(kind.held(tokens)), len(kind.ranges)) for kind in self.kinds]
+
+    def total_bytes(self, tokens: int) -> int:
+        """Bytes that a sequence of so many tokens needs in all ranges."""
+        return sum(size * count for size, count in self.needs(tokens))
+
+    def most_bytes(self, tokens: int) -> int:
+        """Bytes that a sequence of so many tokens needs in the range that needs most."""
+        return max(size for size, _ in self.needs(tokens))
 
     @property
     def num_ranges(self) -> int:
@@ -114,7 +173,7 @@ class SlotLayout:
 
     def place_of(self, layer: int, heads: int = 0) -> tuple[int, int]:
         """The range of a layer, of one part of its heads, and the bytes from the start of a row to it."""
-        index, within = divmod(layer, self.layers_per_range)
+        index, within = divmod(self._order[layer], self.layers_per_range)
         return index * self.head_groups + heads, within * self.layer_token_bytes
 
 

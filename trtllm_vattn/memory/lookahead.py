@@ -53,12 +53,15 @@ class StepTimingModel:
     step_s, mapping_s : float
         Seconds of a step, and of a mapping.
     launch : int
-        Tokens that a sequence grows by in one launch.
+        Tokens that a sequence grew by in the last launch.
+    most_growth : int
+        Tokens that one may grow by in a launch, where that varies.
     """
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
         self.clock = clock
         self.step_s, self.mapping_s, self.launch = FIRST_STEP_S, FIRST_MAPPING_S, 1
+        self.most_growth = 1
         self._steps: deque[float] = deque(maxlen=SAMPLES)
         self._mappings: deque[float] = deque(maxlen=SAMPLES)
         self._lengths = np.zeros(0, np.int64)
@@ -85,7 +88,12 @@ class StepTimingModel:
     @property
     def least(self) -> int:
         """Tokens that a sequence must have left when its slot is served."""
-        return max(LEAST, 2 * self.launch)
+        return max(LEAST, 2 * self.growth)
+
+    @property
+    def growth(self) -> int:
+        """Tokens that a sequence grows by in the next launch, at most."""
+        return max(self.launch, self.most_growth)
 
     def steps_to_map(self, mappings: int) -> float:
         """Decode steps that so many mappings may take."""
@@ -133,7 +141,7 @@ class Lookahead:
         """Whether the first of the slots that are due has too few tokens left for the next launch."""
         if not due.size or self.fixed == 0:
             return False
-        return int(self.arena.frontiers[due[0]] - self._lengths[due[0]]) < self.timing.launch
+        return int(self.arena.frontiers[due[0]] - self._lengths[due[0]]) < self.timing.growth
 
     def past(self, tokens: int) -> np.ndarray:
         """int64 ``[num_slots]``: lengths plus `tokens`, at most max_seq_len."""

@@ -302,7 +302,7 @@ class Preallocation:
         """The first of these prompts, in tokens, that the budget's rest holds together, without its headroom."""
         left, fitting = self._pool.available_bytes - self._pool.headroom, 0
         for tokens in prompts:
-            left -= self._layout.bytes_for(tokens) * self._layout.num_ranges
+            left -= self._layout.total_bytes(tokens)
             if left < 0:
                 break
             fitting += 1
@@ -316,7 +316,8 @@ class Preallocation:
     def _extents(self, prompts: Iterable[int]) -> Counter[int]:
         found: Counter[int] = Counter()
         for tokens in prompts:
-            found.update(self._pool.split(self._layout.bytes_for(tokens)) * self._layout.num_ranges)
+            for size, count in self._layout.needs(tokens):
+                found.update(self._pool.split(size) * count)
         return found
 
     def _update(self) -> None:

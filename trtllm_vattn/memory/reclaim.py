@@ -57,7 +57,7 @@ def _surplus(arena: Arena, needed: Sequence[int]) -> Iterator[tuple[int, RangeGr
     running = [index for index, slot in enumerate(arena.used_slots) if slot.state is RUNNING]
     for index in sorted(running, key=lambda index: arena.slots[index].since):
         for group in arena.slots[index].groups:
-            least = arena.layout.bytes_for(max(1, int(needed[index]) - group.deficit))
+            least = arena.layout.bytes_for(max(1, group.held(int(needed[index]))))
             left = group.frontier
             for stripe in reversed(group.stripes):
                 left -= stripe[0].size

@@ -56,13 +56,13 @@ def reach(arena: Arena, source: int, tokens: int, target: int, total: int) -> No
     """
     layout = arena.layout
     _check_readable(arena, source, tokens)
-    if any(group.deficit for group in arena.slots[source].groups):
+    if any(group.deficit or group.window is not None for group in arena.slots[source].groups):
         raise ConfigError(f"ranges of slot {source} hold different tokens, which no other slot can read; alias them")
     if layout.whole_bytes(tokens) != layout.touched_bytes(tokens):
         raise ConfigError(f"{tokens} tokens in slot {source} do not end with a block; read whole blocks of it")
     _empty(arena, target)
     lower = layout.whole_bytes(tokens) // layout.granularity * layout.granularity
-    groups = [RangeGroup(group.ranges, lower, lower) for group in arena.slots[target].groups]
+    groups = [group.empty(lower) for group in arena.slots[target].groups]
     arena.start(target, groups, arena.segments_below(source, tokens))
     try:
         arena.grow({target: total})
@@ -89,10 +89,17 @@ def share(
     if tokens <= (edge := arena.lower_edge(source)):
         raise ConfigError(f"slot {source} backs tokens from {edge} on, so its first {tokens} cannot be forked")
     _empty(arena, target)
-    ends = [tokens - group.deficit for group in slot.groups]
+    ends = [group.held(tokens) for group in slot.groups]
     with ExitStack() as undo:
         groups = [
-            _alias(arena, group, _whole_stripes(group, layout.whole_bytes(end)), target, undo)
+            # What is written again, as the rows of a window are, is shared by nobody.
+            _alias(
+                arena,
+                group,
+                _whole_stripes(group, layout.whole_bytes(end)) if group.window is None else 0,
+                target,
+                undo,
+            )
             for group, end in zip(slot.groups, ends, strict=True)
         ]
         extents = [mapping.extent for group in groups for stripe in group.stripes for mapping in stripe]
@@ -129,7 +136,8 @@ def copy_tokens(arena: Arena, source: int, tokens: int, target: int, copy: Copy,
     layout, segments = arena.layout, arena.segments_below(source, tokens)
     for owner, start, stop in segments:
         for group in arena.slots[owner].groups:
-            _copy(arena, group, owner, target, layout.whole_bytes(start), layout.touched_bytes(stop), copy)
+            size = layout.touched_bytes(group.held(stop))
+            _copy(arena, group, owner, target, layout.whole_bytes(start), size, copy)
     arena.fence_retained([segment.owner for segment in segments], record)
 
 
@@ -154,7 +162,7 @@ def own_from(arena: Arena, index: int, tokens: int, copy: Copy, record: Callable
     """Copy on write: what a running slot shares at or behind its first `tokens` tokens becomes its own. Waits for the
     device where there is any. Raises as `replace`."""
     for group in arena.slots[index].groups:
-        start, end = arena.layout.whole_bytes(max(0, tokens - group.deficit)), group.lower
+        start, end = arena.layout.whole_bytes(group.held(tokens)), group.lower
         for first, stripe in enumerate(group.stripes):
             end += stripe[0].size
             if end > start and any(mapping.extent.serial in arena.extent_refs for mapping in stripe):
@@ -234,7 +242,8 @@ def _empty(arena: Arena, target: int) -> None:
 def _alias(arena: Arena, group: RangeGroup, count: int, target: int, undo: ExitStack) -> RangeGroup:
     """Map the first stripes of a group in another slot as well; `undo` gets what reverts it."""
     stripes = group.stripes[:count]
-    made = RangeGroup(group.ranges, group.lower, group.lower, deficit=group.deficit)
+    made = group.empty(group.lower)
+    made.deficit = group.deficit
     if stripes:
         arena.check_ceiling(count * len(group.ranges))
         rows = []

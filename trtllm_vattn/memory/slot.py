@@ -58,6 +58,10 @@ class RangeGroup:
         The memory between them, in order.
     deficit : int
         How many tokens fewer than its slot's length these ranges hold.
+    window : int or None
+        How many tokens they have rows for, which later tokens take in turns; None is all.
+    window_bytes : int or None
+        The memory of so many tokens; the frontier goes no farther.
     """
 
     ranges: Sequence[int]
@@ -65,6 +69,22 @@ class RangeGroup:
     frontier: int = 0
     stripes: list[Stripe] = field(default_factory=list)
     deficit: int = 0
+    window: int | None = None
+    window_bytes: int | None = None
+
+    def empty(self, lower: int = 0) -> RangeGroup:
+        """The same ranges without memory, which begins at byte `lower`."""
+        return RangeGroup(self.ranges, lower, lower, window=self.window, window_bytes=self.window_bytes)
+
+    def held(self, tokens: int) -> int:
+        """How many of a sequence's tokens these ranges hold."""
+        held = max(0, tokens - self.deficit)
+        return held if self.window is None else min(held, self.window)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether they have memory for a whole window, and so for sequences of any length."""
+        return self.window_bytes is not None and self.frontier >= self.window_bytes
 
     @property
     def mapped(self) -> int:
@@ -101,6 +121,9 @@ class Slot:
         Slots that have a segment in this one.
     tokens : int
         Of a retained slot: how many tokens are kept.
+    written : int
+        Of a retained slot: how many tokens were written in it at most. What lies beyond a window took the places of
+        earlier ones.
     priority : float
         Of a retained slot: those of lower priority are evicted first; one of infinite priority never is.
     serial : int
@@ -131,14 +154,15 @@ class Slot:
         "state",
         "tokens",
         "visible_bytes",
+        "written",
     )
 
-    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
-        self.groups = tuple(map(RangeGroup, groups))
+    def __init__(self, groups: Sequence[Sequence[int] | RangeGroup]) -> None:
+        self.groups = tuple(each.empty() if isinstance(each, RangeGroup) else RangeGroup(each) for each in groups)
         self.state = FREE
         self.segments: tuple[Segment, ...] = ()
         self.holders: set[int] = set()
-        self.tokens = self.serial = 0
+        self.tokens = self.serial = self.written = 0
         self.priority = 0.0
         self.visible_bytes: int | None = None
         self.fence: Fence | None = None
@@ -184,8 +208,9 @@ class Slot:
 
     @property
     def frontier(self) -> int:
-        """Bytes from the slot's start, up to which every range is mapped."""
-        return min(group.frontier for group in self.groups)
+        """Bytes from the slot's start, up to which every range is mapped that does not have a whole window."""
+        edges = [group.frontier for group in self.groups if not group.is_whole]
+        return min(edges) if edges else max(group.frontier for group in self.groups)
 
     @property
     def prefix(self) -> int:
@@ -214,7 +239,7 @@ class Slot:
         """RUNNING → RETAINED; its tokens may be read by others, and unmapped once `fence` is done."""
         self._check(RUNNING)
         self.state, self.visible_bytes = RETAINED, None
-        self.tokens, self.serial, self.priority = tokens, serial, 0.0
+        self.tokens, self.serial, self.priority, self.written = tokens, serial, 0.0, tokens
         self.fence, self.since = fence, monotonic()
 
     def adopt(self) -> None:

@@ -36,12 +36,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class GroupImage:
-    """What a range group of a slot had: pieces one after another from byte `lower` on."""
+    """What a range group of a slot had: pieces one after another from byte `lower` on. `group` has no memory any more,
+    but tells what it held."""
 
-    ranges: Sequence[int]
-    lower: int
-    deficit: int
+    group: RangeGroup
     pieces: tuple[Piece, ...]
+
+    @property
+    def ranges(self) -> Sequence[int]:
+        return self.group.ranges
+
+    @property
+    def lower(self) -> int:
+        return self.group.lower
 
     def upto(self, size: int) -> GroupImage:
         """With a further piece where these end before byte `size`."""
@@ -95,7 +102,7 @@ class Image:
         layout, slots = arena.layout, []
         for slot in self.slots:
             wanted = tokens.get(slot.index, 0)
-            groups = (group.upto(layout.bytes_for(max(0, wanted - group.deficit))) for group in slot.groups)
+            groups = (group.upto(layout.bytes_for(group.group.held(wanted))) for group in slot.groups)
             slots.append(replace(slot, groups=tuple(groups)))
         return replace(self, slots=tuple(slots))
 
@@ -182,7 +189,7 @@ def relocate(arena: Arena, image: Image, target: int) -> Image:
     (slot,) = image.slots
     segments = arena.slots[slot.index].segments
     arena.abandon(slot.index)
-    arena.start(target, [RangeGroup(group.ranges) for group in slot.groups], segments)
+    arena.start(target, [group.group.empty() for group in slot.groups], segments)
     arena.suspend(target)
     return replace(image, slots=(replace(slot, index=target),))
 
@@ -213,10 +220,7 @@ def _plan(arena: Arena, tokens: Mapping[int, int]) -> tuple[list[SlotImage], lis
     slots = []
     for index in tokens:
         slot = arena.slots[index]
-        groups = tuple(
-            GroupImage(group.ranges, group.lower, group.deficit, tuple(pieces.get((index, id(group)), ())))
-            for group in slot.groups
-        )
+        groups = tuple(GroupImage(_emptied(group), tuple(pieces.get((index, id(group)), ()))) for group in slot.groups)
         slots.append(SlotImage(index, slot.state, slot.tokens, slot.serial, groups))
     return slots, _joined(runs)
 
@@ -224,7 +228,7 @@ def _plan(arena: Arena, tokens: Mapping[int, int]) -> tuple[list[SlotImage], lis
 def _kept(arena: Arena, index: int, tokens: Mapping[int, int]) -> Iterator[tuple[RangeGroup, int, int, Stripe]]:
     """Stripes of a slot that hold kept tokens: the group, the bytes that the stripe begins at and the tokens end at."""
     for group in arena.slots[index].groups:
-        at, end = group.lower, arena.layout.touched_bytes(max(0, tokens[index] - group.deficit))
+        at, end = group.lower, arena.layout.touched_bytes(group.held(tokens[index]))
         for stripe in group.stripes:
             if at >= _keep_end(arena, group, tokens[index]):
                 break
@@ -234,7 +238,11 @@ def _kept(arena: Arena, index: int, tokens: Mapping[int, int]) -> Iterator[tuple
 
 def _keep_end(arena: Arena, group: RangeGroup, tokens: int) -> int:
     """Bytes from a slot's start up to which its memory has to come back."""
-    return arena.layout.bytes_for(max(1, tokens - group.deficit))
+    return arena.layout.bytes_for(max(1, group.held(tokens)))
+
+
+def _emptied(group: RangeGroup) -> RangeGroup:
+    return replace(group, frontier=group.lower, stripes=[])
 
 
 def _append(pieces: list[Piece], piece: Piece) -> None:
@@ -318,7 +326,7 @@ def _map_group(
     arena: Arena, index: int, image: GroupImage, shared: dict[int, list[Extent]], undo: ExitStack
 ) -> RangeGroup:
     """Map a group's memory again, in extents of its own or in those that a slot before has `shared`."""
-    group = RangeGroup(image.ranges, image.lower, image.lower, deficit=image.deficit)
+    group = _emptied(image.group)
     for piece in image.pieces:
         rows = []
         for place, where in enumerate(image.ranges):

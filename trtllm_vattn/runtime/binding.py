@@ -8,7 +8,7 @@ compiled layer sees one opaque operation and nothing of the step, so it is compi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,10 +17,13 @@ import torch
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention, PackedPrefill
+from trtllm_vattn.attention.options import FP8, LayerOptions
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.runtime.dry_pass import TOKENS, attention_scale, cannot_serve
+from trtllm_vattn.runtime import latents
+from trtllm_vattn.runtime.dry_pass import TOKENS, AttentionNeeds, attention_needs, cannot_serve
 from trtllm_vattn.runtime.families import FAMILIES
+from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype
 from trtllm_vattn.runtime.step_model import StepModel
 
 ATTENTION_NAME = "trtllm_vattn"
@@ -38,6 +41,10 @@ class Step(Protocol):
     @property
     def positions(self) -> torch.Tensor: ...
 
+    @property
+    def packed(self) -> PackedPrefill | None:
+        """The chunks of prompts in it; None without any."""
+
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """q ``[tokens, num_heads, head_dim]`` to the same shape."""
 
@@ -54,9 +61,32 @@ class DecodeStep:
     positions: torch.Tensor
     lengths: torch.Tensor
     anywhere: bool = False
+    packed: None = None
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         return self.attention.decode(layer, q, self.lengths, self.slots if self.anywhere else None)
+
+
+@dataclass(frozen=True)
+class VerifyStep:
+    """A token and drafts of each lane, one lane after another: as many rows each, of which the first count.
+
+    slots, positions int64 ``[lanes * queries]``; lengths, query_lens int32 ``[lanes]``, as `Attention.decode_queries`
+    takes them; all on the device. Lane i reads slot i, or ``lane_slots[i]``, int64 ``[lanes]``.
+    """
+
+    attention: Attention
+    slots: torch.Tensor
+    positions: torch.Tensor
+    lengths: torch.Tensor
+    query_lens: torch.Tensor
+    lane_slots: torch.Tensor | None = None
+    packed: None = None
+
+    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        by_lane = q.reshape(len(self.lengths), -1, *q.shape[1:])
+        out = self.attention.decode_queries(layer, by_lane, self.query_lens, self.lengths, self.lane_slots)
+        return out.reshape(q.shape)
 
 
 @dataclass(frozen=True)
@@ -130,22 +160,33 @@ class BoundCache(Cache):  # type: ignore[misc]
         return key_states, value_states
 
 
-def _store_and_attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """q ``[tokens, num_heads, head_dim]`` to the same shape; k, v ``[tokens, num_kv_heads, head_dim]``."""
+def _store_and_attend(
+    layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
+    """q ``[tokens, num_heads, head_dim]`` to the same shape; k, v ``[tokens, num_kv_heads, head_dim]``; sinks
+    ``[num_heads]``, a further logit of each head."""
     step = current_step()
+    if sinks is not None:
+        logits = step.attention.options[layer].sink_logits
+        assert logits is not None
+        logits.copy_(sinks)
     step.attention.write(layer, k, v, step.slots, step.positions)
     return step.attend(layer, q)
 
 
 @torch.library.custom_op("trtllm_vattn::attend", mutates_args=())
-def _opaque_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+def _opaque_attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tensor, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """`_store_and_attend` as one operation of a compiled layer; layer int64 ``[]`` on the host, so that all layers are
     one compiled function."""
-    return _store_and_attend(int(layer), q, k, v).contiguous()
+    return _store_and_attend(int(layer), q, k, v, sinks).contiguous()
 
 
 @_opaque_attend.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tensor, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     return q.new_empty(q.shape)
 
 
@@ -224,33 +265,49 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """The attention function registered with transformers: query ``[1, num_heads, tokens, head_dim]``, key and value
     ``[1, num_kv_heads, tokens, head_dim]`` to ``[1, tokens, num_heads, head_dim]``, over the cache."""
-    unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-    if unknown:
-        raise ConfigError(
-            f"{type(module).__name__} asks for attention with {unknown[0]}, which no backend here computes"
-        )
+    if latents.keeps_latents(module):
+        return _attend_latents(module, query, key, value), None
     batch, heads, tokens, dim = query.shape
     q = query.transpose(1, 2).reshape(batch * tokens, heads, dim)
     k, v = (x.transpose(1, 2).reshape(batch * tokens, x.shape[1], dim) for x in (key, value))
-    if torch.compiler.is_compiling():
-        kept = module.vattn_kept
-        if kept is None:
-            out = torch.ops.trtllm_vattn.attend(q, k, v, module.vattn_layer)
-        else:
-            out = torch.ops.trtllm_vattn.attend_keeping(q, k, v, module.vattn_layer, kept)
-    else:
-        out = _store_and_attend(module.layer_idx, q, k, v)  # type: ignore[arg-type]
+    out = _attend(module, q, k, v, kwargs.get("s_aux"))
     return out.view(batch, tokens, heads, dim), None
 
 
-def shape_of(model: StepModel, num_slots: int, max_seq_len: int) -> CacheShape:
-    """The shape of a cache for this model, by its configuration.
+def _attend(
+    module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
+    if not torch.compiler.is_compiling():
+        return _store_and_attend(module.layer_idx, q, k, v, sinks)  # type: ignore[arg-type]
+    ops, layer, kept = torch.ops.trtllm_vattn, module.vattn_layer, module.vattn_kept
+    out: torch.Tensor
+    if sinks is not None:
+        out = ops.attend(q, k, v, layer, sinks)
+    elif kept is None:
+        out = ops.attend(q, k, v, layer)
+    else:
+        out = ops.attend_keeping(q, k, v, layer, kept)
+    return out
+
+
+def _attend_latents(
+    module: torch.nn.Module, query: torch.Tensor, latent: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """`attend` over rows of latents (latents.py), to ``[1, tokens, num_heads, v_head_dim]``."""
+    rows, queries = latents.rows_and_queries(module, query, latent, positions)
+    return latents.values(module, _attend(module, queries, rows, rows))[None]
+
+
+def shape_of(model: StepModel, num_slots: int, max_seq_len: int, kv_cache_dtype: str = "auto") -> CacheShape:
+    """The shape of a cache for this model, by its configuration; layers with sliding windows keep those alone
+    (`CacheShape.windows`; replaced by none, a cache keeps all tokens for them too). `kv_cache_dtype` is ``auto``, for
+    the model's own dtype, or ``fp8``.
 
     Raises
     ------
     ConfigError
-        The configuration names no heads or layers, or other ones by layer; or the model attends in a way the cache does
-        not serve: a sliding window shorter than `max_seq_len`, or positions fewer than that.
+        The configuration names no heads or layers, or other ones by layer; or the model has fewer positions than
+        `max_seq_len`, or layers of a kind that no cache serves.
     """
     config = model.config.get_text_config()
     refuse_family(config, type(model).__name__)
@@ -260,12 +317,11 @@ def shape_of(model: StepModel, num_slots: int, max_seq_len: int) -> CacheShape:
             f"{type(model).__name__} ({config.model_type}) is not served: it has layers of kinds {', '.join(other)}, "
             "whose needs no cache here holds; a cache serves full attention only"
         )
-    window = getattr(config, "sliding_window", None)
-    windowed = "sliding_attention" in kinds or (not getattr(config, "layer_types", None) and window is not None)
-    if windowed and window and window < max_seq_len:
+    windows = _windows_of(config)
+    if not isinstance(model, PreTrainedModel) and any(each and each < max_seq_len for each in windows):
         raise ConfigError(
-            f"{type(model).__name__} uses attention of kinds {sorted(kinds)} with a window of {window} tokens; a cache "
-            f"of max_seq_len {max_seq_len} serves full attention only: lower max_seq_len to the window"
+            f"{type(model).__name__} attends to windows of {sorted({each for each in windows if each})} tokens in some "
+            f"layers, and serves full attention only; lower max_seq_len from {max_seq_len} to the window"
         )
     positions = positions_of(config)
     if positions is not None and max_seq_len > positions:
@@ -281,14 +337,26 @@ def shape_of(model: StepModel, num_slots: int, max_seq_len: int) -> CacheShape:
             "cache has as many heads of keys and values, as large, in each layer"
         )
     head_dim = getattr(config, "head_dim", None) or sizes["hidden_size"] // sizes["num_attention_heads"]
+    row = latents.latent_size(model) if isinstance(model, PreTrainedModel) else None
     return CacheShape(
         num_layers=sizes["num_hidden_layers"],
-        num_kv_heads=sizes["num_key_value_heads"],
-        head_dim=head_dim,
-        dtype=model.dtype,
+        num_kv_heads=1 if row else sizes["num_key_value_heads"],
+        head_dim=row or head_dim,
+        kv_factor=1 if row else 2,
+        dtype=check_kv_cache_dtype(kv_cache_dtype) or model.dtype,
         num_slots=num_slots,
         max_seq_len=max_seq_len,
+        windows=windows,
     )
+
+
+def _windows_of(config: Any) -> tuple[int | None, ...]:
+    """Each layer's window, as a configuration names it; empty without any."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not window:
+        return ()
+    kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _field(config: Any, name: str, otherwise: Any = None) -> Any:
@@ -346,9 +414,13 @@ def _stretched(rope: dict[str, Any], named: int) -> int:
 def check_fit(model: StepModel, shape: CacheShape) -> None:
     """Raise ConfigError where a cache's shape is not the model's, naming what differs."""
     needed = shape_of(model, shape.num_slots, shape.max_seq_len)
+    names = ["num_layers", "num_kv_heads", "head_dim", "kv_factor"]
+    # Rows of eight bits are for any model, and so is a cache that keeps all tokens.
+    names += ["dtype"] if shape.dtype != FP8 else []
+    names += ["windows"] if shape.windows else []
     differing = [
         f"{name} is {getattr(shape, name)}, the model's {getattr(needed, name)}"
-        for name in ("num_layers", "num_kv_heads", "head_dim", "dtype", "kv_factor")
+        for name in names
         if getattr(shape, name) != getattr(needed, name)
     ]
     if differing:
@@ -369,12 +441,12 @@ def scale_of(model: StepModel) -> float | None:
     return named.pop() if named else None
 
 
-def bind(model: StepModel, shape: CacheShape | None = None) -> float | None:
+def bind(model: StepModel, shape: CacheShape | None = None) -> AttentionNeeds:
     """Point a Hugging Face model's attention at ours, after dry passes (dry_pass.py); its code stays as it is. Another
     model calls our attention by itself.
 
-    Returns the factor by which its attention scales scores; None is ``head_dim ** -0.5``. Windows are looked for up to
-    the `max_seq_len` of `shape`; without one, only what any cache asks of the model is.
+    Returns what its attention needs of a backend. Windows are looked for up to the `max_seq_len` of `shape`; without
+    one, only what any cache asks of the model is.
 
     Raises
     ------
@@ -385,19 +457,46 @@ def bind(model: StepModel, shape: CacheShape | None = None) -> float | None:
     config = model.config.get_text_config()
     refuse_family(config, type(model).__name__)
     if not isinstance(model, PreTrainedModel):
-        return scale_of(model)
+        return AttentionNeeds(scale_of(model))
     if not model._supports_attention_backend:
         names = ", ".join(each.name for each in FAMILIES.values())
         raise cannot_serve(model, f"it computes attention by its own code; families that take ours are {names}")
     model.eval()
     before = config._attn_implementation
+    latents.keep_latents(model)
     try:
-        scale = attention_scale(model, shape or shape_of(model, 1, TOKENS), BoundCache())
+        needs = attention_needs(model, shape or shape_of(model, 1, TOKENS), BoundCache())
         _point_at_ours(model)
     except BaseException:
         model.set_attn_implementation(before)
+        latents.expand_again(model)
         raise
-    return scale
+    return needs
+
+
+def options_for(
+    needs: AttentionNeeds, shape: CacheShape, device: torch.device, scales: KVScales | None = None
+) -> list[LayerOptions]:
+    """What a backend over a cache of this shape is told of each layer. Sinks are in float32; each step copies them from
+    the model's parameters. Scales are copied to the model's device."""
+
+    def of(layer: int, values: Sequence[Any]) -> Any:
+        return values[layer] if len(values) else None
+
+    def copied(values: Sequence[Any], layer: int) -> torch.Tensor | None:
+        value = of(layer, values)
+        return None if value is None else value.detach().to(device, torch.float32, copy=True)
+
+    return [
+        LayerOptions(
+            window=of(layer, needs.windows),
+            sink_logits=copied(needs.sinks, layer),
+            softcap=of(layer, needs.softcaps),
+            k_scale=copied(scales.k if scales is not None else (), layer),
+            v_scale=copied(scales.v if scales is not None else (), layer),
+        )
+        for layer in range(shape.num_layers)
+    ]
 
 
 def _point_at_ours(model: PreTrainedModel) -> None:
@@ -434,6 +533,8 @@ def forward(
         for module in ends:
             module.vattn_kept = last
         step.attention.begin_step()
+        if step.packed is not None:
+            step.attention.begin_prompts(step.packed)
         with _products_by_cublas_lt(tokens.device):
             output = model(
                 input_ids=tokens[None],

@@ -12,7 +12,7 @@ although launches are unread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -22,22 +22,39 @@ import numpy as np
 import torch
 
 from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention.options import PREFIXES
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
-from trtllm_vattn.runtime.binding import DecodeStep, forward
+from trtllm_vattn.runtime.binding import DecodeStep, VerifyStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
 from trtllm_vattn.runtime.lane_processors import LaneAsks, LaneProcessors, StepKind
 from trtllm_vattn.runtime.logprobs import Fetched, TokenLogprob
 from trtllm_vattn.runtime.pass_cost import Timing
+from trtllm_vattn.runtime.prefix_reading import PrefixReading
 from trtllm_vattn.runtime.request import RequestState
-from trtllm_vattn.runtime.sampling import SamplingParams, add_noise, in_parts, of_parts, sample_on_device, settings
+from trtllm_vattn.runtime.sampling import (
+    SamplingParams,
+    add_noise,
+    in_parts,
+    keys_at,
+    of_parts,
+    sample_on_device,
+    settings,
+)
+from trtllm_vattn.runtime.speculation import MOST_ROWS, Speculation
+from trtllm_vattn.runtime.speculation_draft import DraftModel
+from trtllm_vattn.runtime.speculation_step import REPORTS, Speculator
 from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.vmm.tensors import finish, tensor_at, upload
 
 STOPS = 4
 """Stop tokens of a lane that the device looks for in a loop; further ones are found after the launch."""
+ROWS = 5 + STOPS
+"""Of `DecodeBatch.inputs`, without those of drafts."""
+ABSENT = -2
+"""Stands for a token where a lane was given fewer than another one by the same launch."""
 
 
 class PromptLogprobs(NamedTuple):
@@ -64,7 +81,8 @@ class Launch:
 
     `lane_of` are the lanes by slot that take part, without those whose sequence has left since; `logits`
     ``[bucket, vocab]`` are of its last step. `first` counts the steps before it. `prompt_tokens` went in with it; where
-    no lane takes part in such a launch it has no steps.
+    no lane takes part in such a launch it has no steps. With `drafts`, its step gives a lane one token, and one more
+    for each draft that was right; None where nothing is ever drafted.
     """
 
     lane_of: dict[int, int]
@@ -78,6 +96,7 @@ class Launch:
     timing: Timing | None = None
     of_prompts: tuple[PromptLogprobs, ...] = ()
     logprobs: Fetched | None = None
+    drafts: int | None = None
 
     @property
     def wanted(self) -> bool:
@@ -90,14 +109,25 @@ class Launch:
         return self.logprobs.token(token, most, (self.first + step) % (len(self._out) - 1), lane)
 
     def read(self) -> list[list[int]]:
-        """Wait, and give each step's tokens by lane; `sampling.NO_TOKEN` where its logits gave none."""
+        """Wait, and give each step's tokens by lane, `sampling.NO_TOKEN` where its logits gave none; with drafts, the
+        first tokens of all lanes, then the second ones, and so on, `ABSENT` where a lane has no more."""
         if self._arrived is not None:
             self._arrived.synchronize()
         if not self.steps:
             return []
+        if self.drafts is not None:
+            report = self.report()
+            taken = report[-REPORTS]
+            return [np.where(taken > row, report[row], ABSENT).tolist() for row in range(int(taken.max(initial=0)))]
         *rows, counts = self._out.tolist()
         taken = min(self.steps, counts[0] - self.first)
         return [rows[(self.first + step) % len(rows)] for step in range(taken)]
+
+    def report(self) -> np.ndarray:
+        """What a launch with drafts did, int64 ``[rows, lanes]`` as `speculation_step.advance_verified` writes it; its
+        tokens were waited for."""
+        both: np.ndarray = self._out.numpy()
+        return both[: len(both) // 2] if self.first % 2 == 0 else both[len(both) // 2 :]
 
 
 def advance(
@@ -142,6 +172,11 @@ def patch(inputs: torch.Tensor, packed: torch.Tensor) -> None:
     inputs.copy_(torch.where(source < 0, packed[1:], moved))
 
 
+def likeliest(largest: torch.Tensor, place: torch.Tensor, width: int, chosen: torch.Tensor) -> None:
+    """Write the likeliest token of each row to `chosen`, int64 ``[rows]`` (`of_parts`)."""
+    chosen.copy_(of_parts(largest, place, width))
+
+
 def advance_greedily(largest: torch.Tensor, place: torch.Tensor, width: int, *others: Any) -> None:
     """`advance` with each lane's likeliest token, by the largest logit of each part of it (`of_parts`)."""
     advance(of_parts(largest, place, width), *others)
@@ -162,17 +197,25 @@ class DecodeBatch:
         Applied to functions of tensors that are run in every step; torch.compile, or nothing.
     lanes : int or None
         Sequences that may run at once; fewer than the cache's slots only where `packed`. None is all slots.
+    speculation : Speculation or None
+        How tokens are drafted. `steps` is 1 then, and there is no loop.
+    draft_model : DraftModel or None
+        What drafts, where that is not looked up; it is closed with the batch.
+    reading : PrefixReading or None
+        Has the tables of `attention` say which first tokens lie elsewhere, or are shared by lanes; None where none do.
 
     Attributes
     ----------
     tokens, positions, slots, lengths, limits : numpy.ndarray
         int64 ``[lanes]``, the next launch's inputs as the host knows them, behind all that was launched: of a lane
         that the device advances, `tokens` is an older one. `lengths` counts the step's own token; `limits` is the
-        length of a lane's last step. A lane that has taken its last step is idle.
+        length of a lane's last step. A lane that has taken its last step is idle. With drafts, `lengths` and
+        `positions` are the least that they may be, until a launch is read (`Speculator.slack`).
     lane_of : dict
         Lanes by slot.
     inputs : Tensor
-        int64 ``[rows, lanes]``, what the device has: positions, tokens, slots, lengths, limits, stop tokens.
+        int64 ``[rows, lanes]``, what the device has: positions, tokens, slots, lengths, limits, stop tokens; with
+        drafts, the row of `Speculator.history`.
     """
 
     def __init__(
@@ -186,12 +229,18 @@ class DecodeBatch:
         packed: bool = False,
         wrap: Wrap = as_it_is,
         lanes: int | None = None,
+        speculation: Speculation | None = None,
+        draft_model: DraftModel | None = None,
+        reading: PrefixReading | None = None,
     ) -> None:
-        self.model, self.attention = model, attention
+        self.model, self.attention, self.reading = model, attention, reading
         self.steps, self.loop, self.packed = steps, loop, packed
         cache = attention.cache
         lanes, device = lanes or cache.shape.num_slots, cache.device
-        rows = 5 + STOPS
+        rows = ROWS + (speculation is not None)
+        self.speculator = (
+            None if speculation is None else Speculator(speculation, cache, lanes, ROWS, wrap, draft_model)
+        )
         # Two numbers behind the lanes: steps taken, and steps wanted.
         self._device = torch.zeros(rows * lanes + 2, dtype=torch.int64, device=device)
         self.inputs = self._device[:-2].view(rows, lanes)
@@ -223,6 +272,8 @@ class DecodeBatch:
         self.lane_of: dict[int, int] = {}
         self._changed = True
         """Whether lanes are other than those on the device."""
+        self._others = True
+        """Whether lanes are others than when they were grouped."""
         self._taken = 0
         """Steps started, counted as the device counts them."""
         self._miscounted = True
@@ -231,9 +282,11 @@ class DecodeBatch:
         self._params: dict[int, tuple[SamplingParams, int]] = {}
         """By slot: how its lane's tokens are sampled, and how many it has behind all that was launched; for lanes that
         are not greedy."""
+        self._prompt_len: dict[int, int] = {}
+        """By slot, of those in `_params`, and of some that were."""
         self.guard = Guard(cache, attention.over_read)
         self._advance, self._advance_greedily, self._add_noise = wrap(advance), wrap(advance_greedily), wrap(add_noise)
-        self._patch = wrap(patch)
+        self._patch, self._likeliest = wrap(patch), wrap(likeliest)
         self.processors = LaneProcessors(lanes, steps, device, wrap)
         static = [
             *model.parameters(),
@@ -246,14 +299,26 @@ class DecodeBatch:
             self._sampling,
             self._out,
             self._go,
+            *(self.speculator.storages() if self.speculator is not None else []),
         ]
         self.static = static
-        first, plain = attention.variants[0], StepKind()
+        self._make_runners(buckets, lanes)
+        self.captured = False
+
+    def _make_runners(self, buckets: Sequence[int], lanes: int) -> None:
+        static, device = self.static, self._device.device
+        first, plain = self.attention.variants[0], StepKind()
         self.runner = GraphRunner(partial(self._step, first, plain), buckets, static, device, self._loops_by)
         # Steps of other kinds are made and captured when they are first used: sorting a vocabulary takes a lot of the
         # pool.
         self._runners = {(first, plain): self.runner}
-        self.captured = False
+        self._verifiers: dict[tuple[int, bool], GraphRunner] = {}
+        """Of steps with drafts, by their number and whether any lane samples."""
+        for drafts in self.speculator.config.ladder if self.speculator is not None else ():
+            some = verified_buckets(lanes, 1 + drafts)
+            for sampled in (False, True):
+                step = partial(self._verify_step, drafts, sampled)
+                self._verifiers[drafts, sampled] = GraphRunner(step, some, static, device, pool=self.runner.pool)
 
     @property
     def _loops_by(self) -> torch.Tensor | None:
@@ -269,21 +334,44 @@ class DecodeBatch:
         return made
 
     def capture(self) -> CaptureReport:
-        """Capture every bucket, by each of the attention's kernels; launches are replays from then on. The report's
-        `replay_s` is that of the first kernel.
+        """Capture every bucket, by each of the attention's kernels but those that honour `PrefixTables`, which wait for
+        their first use; launches are replays from then on. The report's `replay_s` is that of the first kernel.
 
         A capture while requests run would hold all of them up for 0.1 to 0.2 s.
         """
         self.attention.measure(self.runner.buckets, self.packed)
-        report, *others = (self._runner(variant, StepKind()).capture() for variant in self.attention.variants)
+        plain = [variant for variant in self.attention.variants if not variant.endswith(PREFIXES)]
+        report, *others = (self._runner(variant, StepKind()).capture() for variant in plain)
         self.captured = self._miscounted = True
         seconds = {bucket: sum(each.seconds[bucket] for each in (report, *others)) for bucket in report.seconds}
         return CaptureReport(seconds, report.replay_s, sum(each.pool_bytes for each in (report, *others)))
 
+    def capture_drafts(self, replay_s: Mapping[int, float]) -> CaptureReport:
+        """Capture the steps with drafts, behind `capture`, by which `replay_s` came: what either takes says how many
+        drafts pay. The report is by rows."""
+        assert self.speculator is not None
+        costs = self.speculator.length.seconds
+        costs.update({(0, bucket): took for bucket, took in replay_s.items()})
+        seconds: dict[int, float] = {}
+        replays: dict[int, float] = {}
+        nbytes = 0
+        for (drafts, sampled), runner in self._verifiers.items():
+            if sampled:
+                continue
+            report = runner.capture()
+            nbytes += report.pool_bytes
+            for bucket, took in report.replay_s.items():
+                rows = bucket * (1 + drafts)
+                costs[drafts, bucket] = replays[rows] = took
+                seconds[rows] = seconds.get(rows, 0.0) + report.seconds[bucket]
+        return CaptureReport(seconds, replays, nbytes)
+
     def _idle_column(self) -> np.ndarray:
         """What the device has of a lane without a sequence, int64 ``[rows, 1]``."""
-        column = np.zeros((5 + STOPS, 1), np.int64)
-        column[2], column[5:] = self.attention.cache.dummy_slot, -1
+        column = np.zeros((len(self._columns), 1), np.int64)
+        column[2], column[5:ROWS] = self.attention.cache.dummy_slot, -1
+        if self.speculator is not None:
+            column[self.speculator.row] = self.speculator.idle_row
         return column
 
     # -- one step --------------------------------------------------------------------------------------------------
@@ -321,9 +409,57 @@ class DecodeBatch:
         if kind.logprobs:
             processors.keep_logprobs(logits, chosen, row)
 
+    def _verify_step(self, drafts: int, sampled: bool, bucket: int) -> Outputs:
+        """A step that verifies up to so many drafts of each lane."""
+        speculator = self.speculator
+        assert speculator is not None
+        speculator.propose(self.inputs, partial(self._choose, self.inputs, 1, sampled), bucket, drafts)
+        rows, lengths, query_lens = speculator.rows_of(self.inputs, bucket, 1 + drafts)
+        positions, tokens, slots = rows.view(3, -1)
+        lane_slots = self.inputs[2, :bucket] if self.packed else None
+        step = VerifyStep(self.attention, slots, positions, lengths, query_lens, lane_slots)
+        logits = forward(self.model, tokens, positions, step)
+        self._take_drafts(logits, self.inputs, 1 + drafts, sampled)
+        return (logits,)
+
+    def _take_drafts(self, logits: torch.Tensor, inputs: torch.Tensor, queries: int, sampled: bool) -> None:
+        """Choose a token by each row of logits ``[bucket * queries, vocab]``, and advance by those that are right."""
+        assert self.speculator is not None
+        chosen = self._choose(inputs, queries, sampled, logits)
+        self.speculator.take(chosen, queries, inputs, self._device[-2:])
+
+    def _choose(
+        self, inputs: torch.Tensor, queries: int, sampled: bool, logits: torch.Tensor, ahead: int = 0
+    ) -> torch.Tensor:
+        """A token by each row of logits ``[bucket * queries, vocab]``, int64 ``[bucket * queries]``: of each lane those
+        behind its own token and `ahead` further ones."""
+        if not sampled:
+            parts = in_parts(logits)
+            chosen = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+            self._likeliest(*torch.max(parts, dim=-1), parts.shape[2], chosen)
+            return chosen
+        bucket = len(logits) // queries
+        parameters = self._sampling[:3, :bucket].repeat_interleave(queries, dim=1).view(torch.float64)
+        temperature, top_p, top_k = parameters
+        base, prompt_len = self._sampling[3:5, :bucket]
+        # By the token's place in the output, which the host does not know.
+        place = torch.arange(ahead, ahead + queries, device=logits.device)
+        keys = keys_at(base[:, None], (inputs[3, :bucket] - prompt_len)[:, None] + place).view(-1)
+        return sample_on_device(logits, temperature, top_p, top_k, keys, self._add_noise)
+
+    def _take_undrafted(self, logits: torch.Tensor, only: torch.Tensor | None, sampled: bool) -> None:
+        assert self.speculator is not None
+        inputs = self._those(only)
+        self.speculator.propose(inputs, partial(self._choose, inputs, 1, sampled))
+        self._take_drafts(logits, inputs, 1, sampled)
+        self._keep(inputs, only)
+
     def take_greedily(self, logits: torch.Tensor, only: torch.Tensor | None = None) -> None:
         """Choose the likeliest tokens of the first lanes, logits ``[bucket, vocab]``, and `advance`; with `only`, bool
         ``[lanes]``, those lanes alone."""
+        if self.speculator is not None:
+            self._take_undrafted(logits, only, sampled=False)
+            return
         inputs, bucket = self._those(only), len(logits)
         parts = in_parts(logits)
         # Rows of idle lanes hold anything.
@@ -337,6 +473,9 @@ class DecodeBatch:
         self, logits: torch.Tensor, only: torch.Tensor | None = None, min_p: torch.Tensor | None = None
     ) -> None:
         """`take_greedily`, but each lane's token as its parameters say."""
+        if self.speculator is not None:
+            self._take_undrafted(logits, only, sampled=True)
+            return
         inputs, bucket = self._those(only), len(logits)
         row = self._device[-2:-1].remainder(2 * self.steps)
         keys = self._sampling[3:, :bucket].index_select(0, row)[0]
@@ -359,6 +498,14 @@ class DecodeBatch:
 
     # -- lanes -----------------------------------------------------------------------------------------------------
 
+    def join(self, request: RequestState) -> None:
+        """Give a request a lane, which goes on from the tokens in its record."""
+        known = request.tokens if self.speculator is not None else ()
+        chosen = len(request.chosen)
+        self.set_lane(
+            request.slot, request.last, request.length, request.limit, request.params, chosen, known, request.asks
+        )
+
     def set_lane(
         self,
         slot: int,
@@ -367,17 +514,22 @@ class DecodeBatch:
         limit: int,
         params: SamplingParams | None = None,
         generated: int = 0,
+        known: Sequence[int] = (),
         asks: LaneAsks | None = None,
     ) -> None:
         """Give a slot's sequence a lane. Its next step writes `token` and makes it `length` tokens long; no step makes
         it longer than `limit`. `params` are those of the sequence, which has `generated` tokens of its own so far;
-        `asks` is what else it asks for."""
+        `known` are all its tokens, of which `token` is the last, for drafts to be looked up in; `asks` is what else it
+        asks for."""
         lane = self.lane_of.get(slot)
+        self._others = True
         if lane is None:
             lane = self.lane_of[slot] = len(self.lane_of) if self.packed else slot
         self.tokens[lane], self.positions[lane] = token, length - 1
         self.slots[lane], self.lengths[lane], self.limits[lane] = slot, length, limit
-        self._columns[5:, lane] = -1
+        self._columns[5:ROWS, lane] = -1
+        if self.speculator is not None:
+            self._columns[self.speculator.row, lane] = self.speculator.join(slot, known)
         if params is not None and params.stop_token_ids:
             some = params.stop_token_ids[:STOPS]
             self._columns[5 : 5 + len(some), lane] = some
@@ -385,6 +537,7 @@ class DecodeBatch:
         self._changed = True
         if params is not None and not params.greedy:
             self._params[slot] = (params, generated)
+            self._prompt_len[slot] = length - generated
         self.processors.set(slot, asks)
 
     def feed(self, slot: int, forced: Sequence[int], prompt_len: int) -> None:
@@ -405,18 +558,34 @@ class DecodeBatch:
         if not rows:
             return
         there = {slot: lane for slot, lane in self.lane_of.items() if slot in launch.lane_of}
+        if self.speculator is not None:
+            self._commit_drafts(self.speculator, launch, there)
+            return
         self.tokens[list(there.values())] = [rows[-1][launch.lane_of[slot]] for slot in there]
         if self.loop and not launch.prompt_tokens:
             self._count({slot: lane for slot, lane in there.items() if self.lengths[lane]}, len(rows))
 
+    def _commit_drafts(self, speculator: Speculator, launch: Launch, there: dict[int, int]) -> None:
+        """The host learns how many tokens each lane was given."""
+        report = launch.report()
+        taken = speculator.commit({slot: launch.lane_of[slot] for slot in there}, report, launch.drafts or 0)
+        lanes = np.fromiter(there.values(), np.int64, len(there))
+        then = np.fromiter((launch.lane_of[slot] for slot in there), np.int64, len(there))
+        running = (self.lengths[lanes] > 0) & (taken > 0)
+        lanes, then, taken = lanes[running], then[running], taken[running]
+        self.tokens[lanes] = report[taken - 1, then]
+        self._lengthen(lanes, taken - 1)
+
     def clear_lane(self, slot: int) -> None:
         """Take a slot's lane away."""
-        self._changed = True
+        self._changed = self._others = True
         for launch in self._under_way:
             launch.lane_of.pop(slot, None)
         lane = self.lane_of.pop(slot)
         self._params.pop(slot, None)
         self.processors.clear(slot)
+        if self.speculator is not None:
+            self.speculator.leave(slot)
         if self.packed and lane != (last := len(self.lane_of)):
             self._columns[:, lane] = self._columns[:, last]
             self._source[lane] = self._source[last]
@@ -433,9 +602,11 @@ class DecodeBatch:
         self.lane_of.clear()
         self._params.clear()
         self.processors.clear_all()
+        if self.speculator is not None:
+            self.speculator.clear()
         self._columns[:] = self._idle_column()
         self._source[:] = -1
-        self._changed = self._miscounted = True
+        self._changed = self._miscounted = self._others = True
 
     @property
     def lanes(self) -> dict[int, int]:
@@ -449,33 +620,75 @@ class DecodeBatch:
 
     def _count(self, lanes: dict[int, int], steps: int) -> None:
         """These lanes, by slot, were given so many steps."""
-        where = np.fromiter(lanes.values(), np.int64, len(lanes))
-        self.lengths[where] += steps
-        self.positions[where] += steps
-        behind = where[self.lengths[where] > self.limits[where]]
-        self._columns[:5, behind] = self._idle_column()[:5]
+        self._lengthen(np.fromiter(lanes.values(), np.int64, len(lanes)), steps)
         for slot in self._params.keys() & lanes.keys():
             params, generated = self._params[slot]
             self._params[slot] = (params, generated + steps)
 
-    def lengths_after(self, steps: int) -> np.ndarray:
-        """Lengths by slot, int64 ``[num_slots]``, once so many steps were taken; 0 where there is no lane."""
-        ends: np.ndarray = np.minimum(self.lengths + (steps - 1), self.limits)
+    def _lengthen(self, lanes: np.ndarray, tokens: int | np.ndarray) -> None:
+        self.lengths[lanes] += tokens
+        self.positions[lanes] += tokens
+        behind = lanes[self.lengths[lanes] > self.limits[lanes]]
+        self._columns[:5, behind] = self._idle_column()[:5]
+
+    def _ends(self, steps: int, drafts: int = 0) -> np.ndarray:
+        """The most that lanes' lengths may be, int64 ``[lanes]``, in the last of so many steps with so many drafts."""
+        more: int | np.ndarray = steps - 1 + drafts
+        if self.speculator is not None:
+            more = more + self.speculator.slack[self.slots]
+        ends: np.ndarray = np.minimum(self.lengths + more, self.limits)
+        return ends
+
+    def lengths_after(self, steps: int, drafts: int = 0) -> np.ndarray:
+        """Lengths by slot, int64 ``[num_slots]``, once so many steps with so many drafts were taken, the most that they
+        may be; 0 where there is no lane."""
+        ends = self._ends(steps, drafts)
         if not self.packed:
             return ends
-        by_slot = np.zeros(self.attention.cache.shape.num_slots, np.int64)
-        for slot, lane in self.lane_of.items():
-            by_slot[slot] = ends[lane]
-        return by_slot
+        # Idle lanes are in the dummy slot, which is behind all others.
+        by_slot = np.zeros(self.attention.cache.dummy_slot + 1, np.int64)
+        by_slot[self.slots] = ends
+        return by_slot[:-1]
 
     # -- launching -------------------------------------------------------------------------------------------------
 
-    def launch(self, steps: int = 1) -> Launch:
+    def choose_drafts(self) -> int:
+        """How many drafts the next step has room for."""
+        if self.speculator is None or self.most_left <= 1:
+            return 0
+        lanes = self.lanes
+        highest = max(lanes.values())
+        buckets = {0: self.bucket_of(lanes)}
+        for (drafts, sampled), runner in self._verifiers.items():
+            if not sampled and runner.buckets[-1] > highest:
+                buckets[drafts] = runner.bucket_for(1 + highest)
+        drafts = self.speculator.length.choose([*lanes], buckets)
+        return drafts if drafts and self.speculator.prepare(self.lengths_after(1, drafts)) else 0
+
+    def _launch_drafts(self, drafts: int) -> Launch:
+        """`launch` of one step with so many drafts."""
+        assert self.speculator is not None
+        guarded = self.check(1, drafts)
+        self.speculator.check(self.lengths_after(1, drafts))
+        runner = self._verifiers[drafts, self.sampling]
+        bucket = runner.bucket_for(1 + max(self.lanes.values()))
+        self.capture_missing(runner, bucket)
+        self.send(1)
+        if self.captured:
+            (logits,) = runner.replay(bucket)
+        else:
+            (logits,) = self._verify_step(drafts, self.sampling, bucket)
+        return self.launched(self.lanes, 1, logits, guarded, drafts=drafts)
+
+    def launch(self, steps: int = 1, drafts: int = 0) -> Launch:
         """Guard and start what the host arrays describe: `steps` steps, or in a loop so many at most, behind what is
-        under way. Raises UnmappedAccess before anything is launched."""
+        under way; or one step with room for so many drafts (`choose_drafts`). Raises UnmappedAccess before anything is
+        launched."""
+        if drafts:
+            return self._launch_drafts(drafts)
         guarded = self.check(1 if self.loop else steps)
         bucket = self.bucket
-        variant = self.attention.pick(self.lengths[:bucket], self.packed)
+        variant = self.attention.pick(self.lengths[:bucket], self.packed, self._share_reading())
         runner = self._runner(variant, self.kind)
         self.capture_missing(runner, bucket)
         self.send(steps)
@@ -487,16 +700,25 @@ class DecodeBatch:
             (logits,) = runner.replay(bucket, steps)
         return self.launched(self.lanes, steps, logits, guarded)
 
-    def check(self, steps: int) -> float:
+    def _share_reading(self) -> bool:
+        """Group lanes for the launch that follows; returns whether it needs a kernel that honours `PrefixTables`."""
+        if self.reading is None:
+            return False
+        changed, self._others = self._others, False
+        return self.reading.share(self.lanes, self.lengths, changed)
+
+    def check(self, steps: int, drafts: int = 0) -> float:
         """Raise UnmappedAccess where so many steps of the lanes would touch memory that is not mapped; returns the
         seconds that it took."""
         started = perf_counter()
-        self.guard.check(np.minimum(self.lengths + (steps - 1), self.limits), self.slots, self.positions)
+        self.guard.check(self._ends(steps, drafts), self.slots, self.positions)
         return perf_counter() - started
 
     def send(self, steps: int) -> None:
         """Bring the device's lanes up to date, on the stream of the launch that follows, of so many steps."""
         device = self._device.device
+        if self.reading is not None:
+            self.reading.publish()
         if self.loop or self._miscounted:
             # Only of a loop it is the device that knows how many were taken, and nobody wants more of the last one.
             self._taken, self._miscounted = 0, False
@@ -506,6 +728,8 @@ class DecodeBatch:
             self._patch(self.inputs, upload(np.concatenate((self._source[None], self._columns)), device))
             self._source[:] = np.arange(len(self._source))
             self._changed = False
+        if self.speculator is not None:
+            self.speculator.send()
         if self._params:
             self._upload_sampling(steps)
         self.processors.send(self.lane_of)
@@ -519,18 +743,31 @@ class DecodeBatch:
         prompt_tokens: int = 0,
         timing: Timing | None = None,
         of_prompts: tuple[PromptLogprobs, ...] = (),
+        drafts: int = 0,
     ) -> Launch:
         """Note what was started for these lanes, and start fetching their tokens."""
         count = 1 + max(lanes.values(), default=0)
         fetched = self._fetch(count)
         logprobs = self.fetch(each[:, :count] for each in self.processors.unread) if self.kind.logprobs else None
         launch = Launch(
-            lanes, self._taken, steps, logits, guard_s, *fetched, prompt_tokens, timing, of_prompts, logprobs
+            lanes,
+            self._taken,
+            steps,
+            logits,
+            guard_s,
+            *fetched,
+            prompt_tokens,
+            timing,
+            of_prompts,
+            logprobs,
+            None if self.speculator is None else drafts,
         )
         if not self.loop:
             self._taken += steps
         if not self.loop or prompt_tokens:
             self._count(lanes, steps)
+        if self.speculator is not None and lanes:
+            self.speculator.launched([*lanes], drafts)
         self._under_way.append(launch)
         return launch
 
@@ -540,7 +777,8 @@ class DecodeBatch:
             return
         # What is captured is also run, over idle lanes.
         finish(str(self._device.device))
-        state = self._device, self._out, *self.processors.unread
+        state = [self._device, self._out, *self.processors.unread]
+        state += self.speculator.state() if self.speculator is not None else []
         kept = [tensor.clone() for tensor in state]
         self.inputs.copy_(self._idle.expand_as(self.inputs))
         try:
@@ -550,9 +788,14 @@ class DecodeBatch:
                 tensor.copy_(value)
 
     @property
+    def sampling(self) -> bool:
+        """Whether any lane's tokens are sampled."""
+        return bool(self._params)
+
+    @property
     def kind(self) -> StepKind:
         """What the next step does: what any of the lanes asks for."""
-        return self.processors.kind(bool(self._params))
+        return self.processors.kind(self.sampling)
 
     def fetch(self, tensors: Iterable[torch.Tensor]) -> Fetched:
         """Start copying log-probabilities to the host, beside whatever is launched next."""
@@ -564,7 +807,7 @@ class DecodeBatch:
 
     def _fetch(self, lanes: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Start copying tokens of the first lanes to the host, beside whatever is launched next."""
-        out = self._out[:, :lanes]
+        out = (self._out if self.speculator is None else self.speculator.out)[:, :lanes]
         if self._copies is None:
             return out, None
         stream = torch.cuda.current_stream(out.device)
@@ -610,6 +853,9 @@ class DecodeBatch:
         for slot, (params, generated) in self._params.items():
             lane = self.lane_of[slot]
             parameters[:, lane] = settings(params)
+            if self.speculator is not None:
+                keys[:, lane] = params.noise_base, self._prompt_len[slot]
+                continue
             for step in range(steps):
                 keys[(self._taken + step) % (2 * self.steps), lane] = params.key(generated + step)
         self._sampling.copy_(upload(rows, self._sampling.device))
@@ -624,12 +870,26 @@ class DecodeBatch:
             if runner is self.runner or bucket in runner.captured or (bucket is None and runner.captured):
                 by = "" if len(self.attention.variants) == 1 else f" by {variant}"
                 reports.append(runner.audit(regions, f"{kind.name} step{by}", bucket))
+        if self.speculator is not None:
+            regions += self.speculator.regions()
+        for (drafts, sampled), runner in self._verifiers.items():
+            if bucket in runner.captured or (bucket is None and runner.captured):
+                what = f"{'sampling' if sampled else 'decode'} step with {drafts} drafts"
+                reports.append(runner.audit(regions, what, bucket))
         return AuditReport.joined(reports)
 
     def close(self) -> None:
         """Drop all graphs. Idempotent."""
-        for runner in self._runners.values():
+        for runner in (*self._runners.values(), *self._verifiers.values()):
             runner.close()
+        if self.speculator is not None:
+            self.speculator.close()
+
+
+def verified_buckets(lanes: int, queries: int) -> list[int]:
+    """Batch sizes to capture steps of so many queries a lane for: few, and of no more than `MOST_ROWS` rows."""
+    most = min(lanes, max(1, MOST_ROWS // queries))
+    return [*(1 << power for power in range(lanes.bit_length()) if 1 << power < most), most]
 
 
 def _mirrored(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

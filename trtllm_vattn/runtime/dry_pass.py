@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import CaptureError, ConfigError
+from trtllm_vattn.runtime import latents
 from trtllm_vattn.runtime.step_model import StepModel
 
 DRY_NAME = "trtllm_vattn_dry_pass"
@@ -122,6 +123,9 @@ def _stand_in(
 ) -> tuple[torch.Tensor, None]:
     """Each token's own value, by which no token sees another."""
     _recorder().calls.append(Call(module, query, key, value, scaling, attention_mask, options))
+    if latents.keeps_latents(module):
+        rows, _ = latents.rows_and_queries(module, query, key, value)
+        return latents.values(module, rows.expand(-1, query.shape[1], -1))[None].contiguous(), None
     groups = max(1, query.shape[1] // value.shape[1])
     return value.repeat_interleave(groups, dim=1).transpose(1, 2).contiguous(), None
 
@@ -137,8 +141,31 @@ AttentionInterface.register(DRY_NAME, _stand_in)
 AttentionMaskInterface.register(DRY_NAME, _mask)
 
 
-def attention_scale(model: PreTrainedModel, shape: CacheShape, cache: Cache) -> float:
-    """The factor by which the model's attention scales scores, once dry passes have shown that a cache serves it.
+@dataclass(frozen=True, eq=False)
+class AttentionNeeds:
+    """What a model asks of attention.
+
+    Attributes
+    ----------
+    scale : float or None
+        By what scores are scaled; None is ``head_dim ** -0.5``.
+    windows : tuple of int or None
+        By layer, how many of the last tokens a query sees, itself included; None is all. Empty is all everywhere.
+    sinks : tuple of Tensor or None
+        By layer, the model's own parameter ``[num_heads]`` of a further logit of each head; empty without any.
+    softcaps : tuple of float or None
+        By layer, at what scores are capped softly; empty without any.
+    """
+
+    scale: float | None
+    windows: tuple[int | None, ...] = ()
+    sinks: tuple[torch.Tensor | None, ...] = ()
+    softcaps: tuple[float | None, ...] = ()
+
+
+def attention_needs(model: PreTrainedModel, shape: CacheShape, cache: Cache) -> AttentionNeeds:
+    """What the model asks of attention over up to `max_seq_len` tokens, once dry passes have shown that backends can
+    compute it.
 
     Parameters
     ----------
@@ -157,15 +184,21 @@ def attention_scale(model: PreTrainedModel, shape: CacheShape, cache: Cache) -> 
         model.set_attn_implementation(DRY_NAME)
         there = _pass(model, shape, cache)
         wrong = _wrong_calls(model, there, shape)
-        if not wrong and _wrong_masks([mask for mask, _ in there.masks], shape.max_seq_len, model.device):
-            # A model may make masks that no layer uses.
-            used = _masks_used(_pass(model, shape, cache, marked=True))
-            wrong = _wrong_masks(used, shape.max_seq_len, model.device)
+        windows: tuple[int | None, ...] = ()
+        if not wrong:
+            try:
+                windows = _windows(model, shape, cache, there)
+            except _WrongMask as error:
+                wrong = [str(error)]
         if not wrong:
             wrong = _where_tokens_meet(there, _pass(model, shape, cache, back=True))
     if wrong:
         raise cannot_serve(model, "; ".join(wrong))
-    return there.calls[0].scale
+    calls = sorted(there.calls, key=lambda call: call.layer or 0)
+    sinks = tuple(call.options.get("s_aux") for call in calls)
+    softcaps = tuple(call.options.get("softcap") for call in calls)
+    given = (sinks if any(each is not None for each in sinks) else (), softcaps if any(softcaps) else ())
+    return AttentionNeeds(calls[0].scale, windows, *given)
 
 
 @contextmanager
@@ -244,13 +277,17 @@ def _wrong_calls(model: PreTrainedModel, seen: Recorder, shape: CacheShape) -> l
         served = [
             (1, count, min(TOKENS, shape.max_seq_len), shape.head_dim) for count in (heads, *[shape.num_kv_heads] * 2)
         ]
+        if latents.keeps_latents(call.module):
+            # A latent, and the part of the keys that holds positions; together a row.
+            row = sum(size[3] for size in asked[1:])
+            asked = [(*size[:3], row) for size in asked]
         if asked != served:
             wrong.append(
                 f"layer {call.layer} has queries, keys and values of shapes {_shapes(asked)} for {tokens} tokens, a "
                 f"cache of its configuration serves {_shapes(served)} (a head_dim for all and whole keys and values, "
                 "no latents)"
             )
-        wrong += [f"layer {call.layer} {what}" for what in _unserved(call, shape.max_seq_len)]
+        wrong += [f"layer {call.layer} {what}" for what in _unserved(call)]
         if wrong:
             return wrong
     scales = {call.scale for call in seen.calls}
@@ -259,7 +296,7 @@ def _wrong_calls(model: PreTrainedModel, seen: Recorder, shape: CacheShape) -> l
     return wrong
 
 
-def _unserved(call: Call, max_seq_len: int) -> list[str]:
+def _unserved(call: Call) -> list[str]:
     """What a call asks for that no backend computes."""
     wrong = []
     if call.mask is not None:
@@ -269,7 +306,11 @@ def _unserved(call: Call, max_seq_len: int) -> list[str]:
     for name, value in call.options.items():
         if name in NEUTRAL or value in UNSET.get(name, (None,)):
             continue
-        if name == "sliding_window" and isinstance(value, int) and value >= max_seq_len:
+        if name == "sliding_window" and isinstance(value, int):
+            continue
+        if name == "softcap" and isinstance(value, int | float):
+            continue
+        if name == "s_aux" and isinstance(value, torch.Tensor) and value.shape == call.query.shape[1:2]:
             continue
         if isinstance(value, torch.Tensor):
             value = f"a tensor of shape {tuple(value.shape)}"
@@ -279,33 +320,66 @@ def _unserved(call: Call, max_seq_len: int) -> list[str]:
     return wrong
 
 
-def _masks_used(seen: Recorder) -> list[Any]:
-    """The mask functions of a marked pass that calls of attention were given; all where a call's own is not known."""
+class _WrongMask(Exception):
+    """A mask shows what no backend computes."""
+
+
+def _windows(model: PreTrainedModel, shape: CacheShape, cache: Cache, seen: Recorder) -> tuple[int | None, ...]:
+    """Each layer's window, by its mask; empty without any. Raises _WrongMask where a mask hides anything else, or a
+    layer's call names another window."""
+    longest = shape.max_seq_len
+    windows: tuple[int | None, ...] = (None,) * shape.num_layers
+    try:
+        shown = {id(mask): _window_of(mask, longest, model.device) for mask, _ in seen.masks}
+    except _WrongMask:
+        shown = {0: 0}
+    if any(each is not None for each in shown.values()):
+        # A model may make masks that no layer uses.
+        used = _masks_used(_pass(model, shape, cache, marked=True))
+        found = {layer: _window_of(mask, longest, model.device) for layer, mask in used.items()}
+        windows = tuple(found.get(layer) for layer in range(shape.num_layers))
+    for call in seen.calls:
+        asked, found_by_mask = call.options.get("sliding_window"), windows[call.layer or 0]
+        if isinstance(asked, int) and (asked if asked < longest else None) != found_by_mask:
+            raise _WrongMask(
+                f"layer {call.layer} asks for attention with sliding_window = {asked}, and its mask shows "
+                f"{'all tokens' if found_by_mask is None else f'the last {found_by_mask}'}"
+            )
+    return windows if any(windows) else ()
+
+
+def _masks_used(seen: Recorder) -> dict[int, Any]:
+    """The mask function of each layer's call in a marked pass. Where a call's own is not known, there must be one."""
     known = {id(mark): mask for mask, mark in seen.masks}
-    if any(id(call.mask) not in known for call in seen.calls):
-        return list(known.values())
-    return [known[number] for number in {id(call.mask) for call in seen.calls}]
+    if any(id(call.mask) not in known for call in seen.calls) and len({id(mask) for mask in known.values()}) > 1:
+        raise _WrongMask("it makes several masks, and which of them a layer is given is not to be seen")
+    (some, *_) = known.values()
+    return {call.layer or 0: known.get(id(call.mask), some) for call in seen.calls}
 
 
-def _wrong_masks(masks: Sequence[Any], max_seq_len: int, device: torch.device) -> list[str]:
-    """Whether masks let a token see all up to itself, and nothing after; over `max_seq_len` tokens."""
-    keys = torch.arange(max_seq_len, device=device)
+def _window_of(mask: Any, longest: int, device: torch.device) -> int | None:
+    """How many tokens, up to itself, a mask lets a token of `longest` see; None is all of them. Raises _WrongMask where
+    it lets it see others, or as many only in places."""
+    keys = torch.arange(longest, device=device)
     first = torch.zeros((), dtype=torch.int64, device=device)
-    for mask in masks:
+
+    def seen(query: int) -> torch.Tensor:
         try:
-            before = torch.as_tensor(mask(first, first, first + max_seq_len - 1, keys), device=device)
-            after = max_seq_len > 1 and bool(torch.as_tensor(mask(first, first, first, first + 1)))
+            return torch.as_tensor(mask(first, first, first + query, keys), device=device).expand(longest)
         except (IndexError, RuntimeError, TypeError) as error:
-            return [f"it masks attention in a way that cannot be looked into ({error})"]
-        if after:
-            return ["its mask lets tokens attend to what comes after them"]
-        if not bool(before.all()):
-            hidden = int((~before.expand(max_seq_len)).sum())
-            return [
-                f"its mask, a window or chunks, hides {hidden} of {max_seq_len} tokens from the last; a cache of "
-                f"max_seq_len {max_seq_len} serves full attention only: lower max_seq_len to the window"
-            ]
-    return []
+            raise _WrongMask(f"it masks attention in a way that cannot be looked into ({error})") from error
+
+    window = int(seen(longest - 1).sum())
+    for query in {longest - 1, max(0, longest - 2), min(window, longest - 1), window - 1, window // 2, 0}:
+        visible = seen(query)
+        if bool(visible[query + 1 :].any()):
+            raise _WrongMask("its mask lets tokens attend to what comes after them")
+        if not torch.equal(visible, (keys <= query) & (keys > query - window)):
+            raise _WrongMask(
+                f"its mask hides {query + 1 - int(visible.sum())} of {query + 1} tokens from the last, and not as a "
+                "window does (chunks, say), which no backend here computes: lower max_seq_len until nothing is hidden"
+            )
+    return None if window == longest else window
 
 
 def _where_tokens_meet(there: Recorder, back: Recorder) -> list[str]:

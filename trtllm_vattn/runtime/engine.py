@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.prefix import PrefixCache
@@ -31,19 +32,21 @@ from trtllm_vattn.errors import (
 )
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
-from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, shape_of
+from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
 from trtllm_vattn.runtime.checkpoint import end_of_text, load_tokenizer
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
-from trtllm_vattn.runtime.decode import DecodeBatch, Launch
-from trtllm_vattn.runtime.dry_pass import naming
+from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
+from trtllm_vattn.runtime.dry_pass import AttentionNeeds, naming
 from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler
+from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype, check_kv_scales
 from trtllm_vattn.runtime.lane_processors import check_sizes
 from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
 from trtllm_vattn.runtime.models import SHAPES, load_model
-from trtllm_vattn.runtime.passes import Passes
+from trtllm_vattn.runtime.passes import Passes, most_rows
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
+from trtllm_vattn.runtime.prefix_reading import PrefixReading
 from trtllm_vattn.runtime.request import (
     Completion,
     RequestState,
@@ -64,6 +67,8 @@ from trtllm_vattn.runtime.settings import (
     check_settings,
 )
 from trtllm_vattn.runtime.sleeping import Sleeping, SleepingReport
+from trtllm_vattn.runtime.speculation import Speculation
+from trtllm_vattn.runtime.speculation_draft import DraftModel, check_draft_model
 from trtllm_vattn.runtime.startup import StartupReport, memory_left
 from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.runtime.swap_cost import SwapCost
@@ -196,6 +201,12 @@ class Engine:
     sleepable_weights : bool
         Whether the model's parameters are moved to memory that `sleep` can give back (runtime/sleeping.py). They are
         gone when the engine is closed.
+    kv_scales : KVScales or None
+        For a cache of eight-bit keys and values: what they are divided by (runtime.kv_scales.calibrated_scales). None
+        is 1.
+    speculation : Speculation or None
+        Has several tokens of a sequence drafted and verified in one step (runtime/speculation.py); the tokens of every
+        request are the same as without, up to rounding. With prompts in a pass nothing is drafted. None drafts none.
     tokenizer : transformers' fast tokenizer, or None
         Prompts may be texts then, and text, stop texts and grammars be asked for (`SamplingParams`).
 
@@ -234,6 +245,8 @@ class Engine:
         observer: Callable[[StepRecord], None] | None = None,
         swap_cost: SwapCost | None = None,
         sleepable_weights: bool = False,
+        kv_scales: KVScales | None = None,
+        speculation: Speculation | None = None,
         tokenizer: Any = None,
     ) -> None:
         if not isinstance(cache, KVCache):
@@ -262,6 +275,7 @@ class Engine:
             observer=observer,
             swap_cost=swap_cost,
             sleepable_weights=sleepable_weights,
+            speculation=speculation,
         )
         self.swap_cost: SwapCost = settings["swap_cost"]
         steps, policy = settings["steps"], settings["mapping"]
@@ -270,16 +284,17 @@ class Engine:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
         reusing = _check_reuse(settings, cache)
-        scale = bind(model, cache.shape)
+        scales = check_kv_scales(kv_scales, cache.shape)
+        needs = bind(model, cache.shape)
         self.model, self.cache = model, cache
         self.steps, self.loop, self.record_margins, self.observer = steps, loop, record_margins, observer
         self.clock = clock
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
         self._end_of_text = end_of_text(model)
-        self.attention = make_attention(
-            attention, cache, config.num_attention_heads, scale, deterministic=settings["deterministic"]
-        )
+        self.attention = self._make_attention(attention, needs, scales, settings)
+        self._check_drafts(settings["speculation"])
+        self._reading = self._make_reading(settings) if reusing else None
         self._process = os.getpid()
         self._attention = self._interrupted = False
         self._changing = _Changing(self)
@@ -290,15 +305,42 @@ class Engine:
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size, self._end_of_text) if tokenizer else None
         self._closed = False
         self.startup = StartupReport()
-        mixed = self._start_device(settings)
+        with ExitStack() as undo:
+            draft_model = self._make_draft_model(settings)
+            if draft_model is not None:
+                undo.callback(draft_model.close)
+            mixed = self._start_device(settings, draft_model)
+            undo.pop_all()
         self.weights = Weights(model, capture)
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
-        self.slots = RequestSlots.over(cache, reusing, settings["kv_events"])
+        self.slots = RequestSlots.over(cache, reusing, settings["kv_events"], self._reading)
         self.scheduler = self._make_scheduler(settings, mixed)
         self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one=loop or record_margins)
         _engines.add(self)
         # Nothing at the end of the interpreter, when graphs may still run.
         weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
+
+    def _make_attention(
+        self, name: str, needs: AttentionNeeds, scales: KVScales | None, settings: dict[str, Any]
+    ) -> Attention:
+        shape = self.cache.shape
+        return make_attention(
+            name,
+            self.cache,
+            self.model.config.get_text_config().num_attention_heads,
+            needs.scale,
+            deterministic=settings["deterministic"],
+            options=options_for(needs, shape, self.cache.device, scales),
+            most_rows=most_rows(settings["chunk"], settings["lanes"], shape.max_seq_len),
+        )
+
+    def _make_reading(self, settings: dict[str, Any]) -> PrefixReading | None:
+        """What has lanes read first tokens in another's slot; None where drafts are verified, by steps in which every
+        lane reads its own slot."""
+        if settings["speculation"] is not None:
+            return None
+        lanes = settings["lanes"] or self.cache.shape.num_slots
+        return PrefixReading.over(self.attention, lanes, settings["deterministic"])
 
     def _make_scheduler(self, settings: dict[str, Any], mixed: bool) -> Scheduler:
         movable = self.cache.remaps and settings["capture"] and not settings["packed"]
@@ -317,7 +359,56 @@ class Engine:
             target_ms=settings["target_itl_ms"],
         )
 
-    def _start_device(self, settings: dict[str, Any]) -> bool:
+    def _check_drafts(self, speculation: Speculation | None) -> None:
+        """Raise ConfigError where this engine cannot verify drafts."""
+        if speculation is None:
+            return
+        if not self.supports_packed_prefill:
+            raise ConfigError(
+                f"a {type(self).__name__}'s model takes one token of each sequence in a step, and speculation verifies "
+                "several; leave speculation out"
+            )
+        if self.cache.shape.windows:
+            raise ConfigError(
+                "drafts that are rejected are taken back, and a cache that keeps windows has no tokens that left one; "
+                "leave speculation out, or make the cache of dataclasses.replace(shape, windows=())"
+            )
+        queries = 1 + speculation.num_speculative_tokens
+        if self.attention.most_queries < queries:
+            raise ConfigError(
+                f"num_speculative_tokens is {speculation.num_speculative_tokens}, which takes {queries} queries of a "
+                f"lane in a step; the {self.attention.name} backend takes {self.attention.most_queries} here: use "
+                "attention='shares' over flat KV, or attention='torch'"
+            )
+        if speculation.model is not None:
+            lanes = self.cache.shape.num_slots
+            check_draft_model(self.model, speculation.model, lanes, self.cache.shape.max_seq_len)
+        self.cache.expect_growth(queries)
+
+    def _make_draft_model(self, settings: dict[str, Any]) -> DraftModel | None:
+        speculation: Speculation | None = settings["speculation"]
+        if speculation is None or speculation.model is None:
+            return None
+        shape = check_draft_model(self.model, speculation.model, settings["lanes"], self.cache.shape.max_seq_len)
+        with inference(), naming(speculation.model):
+            return DraftModel(
+                cast(PreTrainedModel, speculation.model),
+                shape,
+                settings["attention"],
+                cast("int | None", speculation.draft_budget),
+                settings["chunk"],
+                self.cache.device.type == "cuda" if settings["compile"] is None else settings["compile"],
+            )
+
+    def _budget_left(self) -> int:
+        """Bytes that are left for the cache, without those for a draft model's."""
+        left = memory_left(self.cache.device)
+        speculator = self.decode.speculator
+        if speculator is None or speculator.draft_model is None:
+            return left
+        return left - speculator.draft_model.take_part_of(left, self.cache.shape.token_bytes)
+
+    def _start_device(self, settings: dict[str, Any], draft_model: DraftModel | None) -> bool:
         """Compile, plan and capture what runs on the device; returns whether prompts and decoding sequences share
         passes."""
         names = ("buckets", "steps", "loop", "packed", "chunk", "compile", "lanes")
@@ -331,7 +422,17 @@ class Engine:
             # Behind the merging of projections, and before anything holds an address.
             self.sleeping = Sleeping(self.cache, cast(PreTrainedModel, model), settings["sleepable_weights"])
             self.decode = DecodeBatch(
-                model, self.attention, buckets, steps=steps, loop=loop, packed=packed, wrap=wrap, lanes=lanes
+                model,
+                self.attention,
+                buckets,
+                steps=steps,
+                loop=loop,
+                packed=packed,
+                wrap=wrap,
+                lanes=lanes,
+                speculation=settings["speculation"],
+                draft_model=draft_model,
+                reading=self._reading,
             )
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, mixed)
             self.passes = Passes(self.decode, self.prefill, wrap)
@@ -340,6 +441,9 @@ class Engine:
                     self.prefill.warm_up(UNUSUAL)
                     if mixed:
                         self.prefill.warm_up(UNUSUAL, prompts=2)
+                    if draft_model is not None:
+                        draft_model.prefill.warm_up(UNUSUAL)
+                        draft_model.prefill.warm_up(UNUSUAL, prompts=2)
             if on_gpu and mixed:
                 with tracing():
                     mixed = self._warm_up_passes()
@@ -347,6 +451,10 @@ class Engine:
                 self.startup.compile_s = perf_counter() - started
             if settings["capture"]:
                 self.startup.decode = self.decode.capture()
+                if settings["speculation"] is not None:
+                    self.startup.drafts = self.decode.capture_drafts(self.startup.decode.replay_s)
+                if draft_model is not None:
+                    draft_model.prefill.capture()
                 if self.attention.captures_prompts and mixed:
                     self.startup.passes = self.passes.capture()
                 else:
@@ -380,6 +488,7 @@ class Engine:
         idle_floor: int | str = 0,
         host_memory: int | str = 0,
         mapping: str = "auto",
+        kv_cache_dtype: str = "auto",
         tokenizer: Any = "auto",
         **options: Any,
     ) -> Self:
@@ -407,6 +516,9 @@ class Engine:
             preempted or suspended, and that sleep; 0 is none.
         mapping : str
             ``auto`` runs a short probe of this driver, once, and stores its report (memory/mapping_policy.py).
+        kv_cache_dtype : str
+            ``auto`` stores keys and values as the model has them; ``fp8`` (or ``fp8_e4m3``) in eight bits, half the
+            bytes, by backends that can (torch, shares).
         tokenizer : transformers' fast tokenizer, str or None
             ``auto`` is the checkpoint's, where it has one.
         options
@@ -421,6 +533,7 @@ class Engine:
         dtype = check_dtype(dtype, device)
         max_seqs = whole("max_seqs", max_seqs, 1, MOST_SEQUENCES)
         max_seq_len = whole("max_seq_len", max_seq_len, 1, LARGEST_COUNT)
+        check_kv_cache_dtype(kv_cache_dtype)
         budget = None if budget is None else parse_bytes(budget, "the budget")
         idle_floor = parse_bytes(idle_floor, "idle_floor")
         host_memory = parse_bytes(host_memory, "host_memory")
@@ -430,7 +543,7 @@ class Engine:
             raise ConfigError(f"mapping is {described(mapping)}; give a policy's name, or auto")
         if not isinstance(cache, str) or cache not in CACHES:
             raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
-        check_settings(max_seqs, max_seq_len, **options)
+        check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key != "kv_scales"})
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
         with ExitStack() as undo:
@@ -438,7 +551,7 @@ class Engine:
             started = perf_counter()
             loaded = load_model(model, device, dtype)
             load_s = perf_counter() - started
-            shape = shape_of(loaded, max_seqs, max_seq_len)
+            shape = shape_of(loaded, max_seqs, max_seq_len, kv_cache_dtype)
             if reusing and options.get("packed") is not False:
                 shape = replace(shape, num_slots=max_seqs + _kept(shape, kept))
             policy = probe.result().policy
@@ -455,7 +568,7 @@ class Engine:
             engine = cls(loaded, made, mapping=policy, **options)
             undo.callback(engine.close)
             if later:
-                engine.set_budget(memory_left(made.device) if budget is None else budget)
+                engine.set_budget(engine._budget_left() if budget is None else budget)
             undo.pop_all()
         engine.startup.load_s, engine.startup.budget_bytes = load_s, made.stats().budget_bytes
         return engine
@@ -602,6 +715,10 @@ class Engine:
                 self.slots.flush()
 
     def _request(self, prompt: object, params: object, forced: object = None, silent: bool = False) -> RequestState:
+        if forced is not None and self.decode.speculator is not None:
+            raise ConfigError(
+                "tokens are forced one at a time, and speculation takes those that it accepts; leave one of them out"
+            )
         if forced is not None and self.steps > 1:
             raise ConfigError(f"tokens are forced in single steps; this engine takes {self.steps} a launch, make it 1")
         is_text = isinstance(prompt, str)
@@ -631,6 +748,12 @@ class Engine:
         if params.prompt_logprobs is not None and not self.scheduler.mixed:
             raise ConfigError(
                 "prompt_logprobs are not possible: this model takes prompts by passes of their own; leave them out"
+            )
+        if self.decode.speculator is not None and request.asks is not None:
+            raise ConfigError(
+                "this engine speculates, and drafts are verified by the model's own logits: min_p, penalties, "
+                "logit_bias, bad_words, min_tokens, grammars and logprobs are not possible with them; leave them out, "
+                "or build the engine without speculation"
             )
         request.text = text_for(tokenizer, params, is_text)
         request.bad_words = bad_word_ids(tokenizer, params)
@@ -833,13 +956,29 @@ class Engine:
             of_prompt.read()
         for step, row in enumerate(rows):
             # Who has ended with an earlier row, or joined since the launch, has no part in it.
-            requests = [request for request in self.scheduler.decoding.values() if request.slot in launch.lane_of]
+            requests = [
+                request
+                for request in self.scheduler.decoding.values()
+                if (lane := launch.lane_of.get(request.slot)) is not None and row[lane] != ABSENT
+            ]
             where = [launch.lane_of[request.slot] for request in requests]
             apart = margins(launch.logits[where]) if self.record_margins else None
             self._commit_tokens(requests, [row[lane] for lane in where], apart, launch, step)
         self.pipeline.commit(launch, rows)
         self.swap_cost.observe_prompt(launch.prompt_tokens, wall_s)
-        return StepRecord(lanes, len(rows), launch.prompt_tokens, wall_s, self.pipeline.kv_s, ahead_s, wait_s)
+        drafted = self._roll_back(launch)
+        steps = min(len(rows), launch.steps)
+        return StepRecord(lanes, steps, launch.prompt_tokens, wall_s, self.pipeline.kv_s, ahead_s, wait_s, *drafted)
+
+    def _roll_back(self, launch: Launch) -> tuple[int, int]:
+        """What was backed for rejected drafts is not the sequences' any more. Returns how many tokens were drafted in
+        the launch, and accepted."""
+        speculator = self.decode.speculator
+        if speculator is None:
+            return 0, 0
+        if launch.drafts:
+            self.cache.roll_back(self.decode.lengths_after(0))
+        return speculator.last if launch.drafts else (0, 0)
 
     def _read(self, launch: Launch) -> tuple[list[list[int]], float]:
         """A launch's tokens, by step and lane, and the seconds that they were waited for."""
@@ -901,6 +1040,15 @@ class Engine:
         self._check_open()
         return AuditReport.joined([self.decode.audit(), *(self.passes.audit() or [self.prefill.audit()])])
 
+    def speculation_stats(self) -> dict[str, Any]:
+        """Counts of drafts since the start, by name: ``drafted``, ``accepted``, ``acceptance_rate``,
+        ``accepted_per_step``, ``steps`` by their number of drafts, ``overshoot`` (`SpeculationStats`). Raises
+        ConfigError without speculation."""
+        self._check_open()
+        if self.decode.speculator is None:
+            raise ConfigError("this engine drafts nothing; build it with speculation=Speculation()")
+        return self.decode.speculator.stats.as_dict()
+
     # -- prefix cache ----------------------------------------------------------------------------------------------
 
     def _prefixes(self) -> PrefixCache:
@@ -911,8 +1059,10 @@ class Engine:
 
     def prefix_stats(self) -> dict[str, Any]:
         """Counts of the prefix cache since the start, by name: ``cached_tokens`` of ``prompt_tokens``, ``hit_rate``,
-        how often each of the ``ways`` was taken, and what is kept now. Raises ConfigError without one."""
-        return self._prefixes().as_dict()
+        how often each of the ``ways`` was taken and why, what is kept now, and what decode read once for several
+        sequences. Raises ConfigError without one."""
+        reading = {} if self._reading is None else self._reading.as_dict()
+        return {**self._prefixes().as_dict(), **reading}
 
     def flush_prefix_cache(self) -> int:
         """Forget what is kept, pinned or not; returns the tokens forgotten. What runs goes on, and is not kept when it
@@ -1006,6 +1156,8 @@ class Engine:
         """
         self.sleeping.check(kv, weights)
         self._check_open()
+        if self.decode.speculator is not None and self.decode.speculator.draft_model is not None:
+            raise ConfigError("an engine with a draft model cannot sleep: its weights and cache would stay; use ngram")
         self.sleeping.require_awake()
         self._drain()
         with inference(), self._changing:

@@ -28,6 +28,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny-qwen2": {"model_type": "qwen2", **_TINY},
     "tiny-qwen3": {"model_type": "qwen3", **_TINY},
     "tiny-mistral": {"model_type": "mistral", "sliding_window": None, **_TINY},
+    "tiny-gemma3": {
+        "model_type": "gemma3_text",
+        **_TINY,
+        "max_position_embeddings": 131072,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 512,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    },
     "small-llama": {
         "model_type": "llama",
         **_TINY,

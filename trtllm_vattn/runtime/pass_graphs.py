@@ -58,7 +58,7 @@ class PassGraphs:
         cache = attention.cache
         lanes = len(decode.lengths)
         rows = ladder(min(prefill.chunk, lanes * (cache.shape.max_seq_len + 1)))
-        self._most, self._chunks = rows[-1], min(lanes, MOST_CHUNKS)
+        self._most, self._chunks = rows[-1], min(lanes, MOST_CHUNKS, attention.most_chunks or MOST_CHUNKS)
         self._sizes = [3 * self._most, lanes, lanes, 5 * self._chunks]
         self._idle = np.zeros(sum(self._sizes), np.int64)
         positions_tokens_slots, lane_of_row, _, numbers = self._parts(self._idle)

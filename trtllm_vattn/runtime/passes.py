@@ -22,7 +22,7 @@ from trtllm_vattn.runtime.decode import DecodeBatch, Launch, PromptLogprobs
 from trtllm_vattn.runtime.logprobs import of_logits
 from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad, Timing
 from trtllm_vattn.runtime.pass_graphs import PassGraphs, fill_rows
-from trtllm_vattn.runtime.prefill import Prefill, PromptChunk, packed_prefill, padded_length
+from trtllm_vattn.runtime.prefill import LONGEST_CAPTURED, TILE, Prefill, PromptChunk, packed_prefill, padded_length
 from trtllm_vattn.runtime.request import RequestState
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.vmm.tensors import finish, upload
@@ -35,6 +35,13 @@ LEARNT_ROWS = (64, 512, 2048)
 def decode_rows(lanes: int, most: int) -> int:
     """Rows of a pass for so many decoding sequences: few different numbers, for backends that plan for each."""
     return min(most, max(FEWEST_DECODE_ROWS, 1 << (lanes - 1).bit_length())) if lanes else 0
+
+
+def most_rows(chunk: int, lanes: int, max_seq_len: int) -> int:
+    """Rows of the largest pass of at most `chunk` prompt tokens and one of each of so many lanes."""
+    prompts = padded_length(min(chunk, lanes * (max_seq_len + 1)), chunk)
+    prompts = max(LONGEST_CAPTURED, prompts, min(chunk, LEARNT_ROWS[-1]))
+    return -(-(lanes + prompts + TILE) // TILE) * TILE
 
 
 class Passes:
@@ -112,15 +119,7 @@ class Passes:
         guard_s = decode.check(1) if plan.decodes else 0.0
         running = decode.lanes if plan.decodes else {}
         for request in plan.joins:
-            decode.set_lane(
-                request.slot,
-                request.last,
-                request.length,
-                request.limit,
-                request.params,
-                len(request.chosen),
-                request.asks,
-            )
+            decode.join(request)
         lanes = {**running, **{request.slot: decode.lane_of[request.slot] for request in plan.joins}}
         graphs = self.graphs if self.graphs is not None and self.graphs.fits(plan, running) else None
         if graphs is not None:

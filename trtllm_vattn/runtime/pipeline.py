@@ -98,7 +98,7 @@ class Pipeline:
         self.kv_s += perf_counter() - started
         if plan is None:
             return None
-        launch = self.passes.launch(plan) if plan.chunks else self.scheduler.decode.launch(plan.steps)
+        launch = self.passes.launch(plan) if plan.chunks else self.scheduler.decode.launch(plan.steps, plan.drafts)
         self.kv_s += launch.guard_s
         self.scheduler.launched(plan)
         return launch

@@ -103,6 +103,7 @@ class StepRecord:
     `lanes` sequences got tokens from it: none from a pass in which no prompt was completed and nobody decoded, whose
     `steps` are 0. `wall_s` ends with the tokens on the host. It starts where those of the launch before were, or, where
     none was under way, with the bookkeeping.
+    Of `drafted` tokens in a launch with drafts, `accepted` became tokens of requests.
     `kv_s` went to the cache (`prepare_step`, guard) for launches started meanwhile, `ahead_s` to mapping ahead, and for
     `wait_s` the host had nothing to do but wait for the tokens.
     """
@@ -114,6 +115,8 @@ class StepRecord:
     kv_s: float
     ahead_s: float
     wait_s: float
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(eq=False)

@@ -9,12 +9,13 @@ import numpy as np
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.prefix import PrefixCache, PrefixKey, Way, prefix_cache_over
 from trtllm_vattn.errors import KVCacheOutOfMemory, NoFreeSlot
+from trtllm_vattn.runtime.prefix_reading import PrefixReading
 from trtllm_vattn.runtime.request import RequestState
 
 WAYS = (Way.ADOPT, Way.ALIAS, Way.COPY)
-"""Ways to a hit that attention can serve. `Way.TABLE` needs decode kernels that take a base address a segment; then
-branches of one prompt can also read it once for all of them (cascade inference), from the same rows of
-`KVCache.segments`."""
+"""Ways to a hit that any attention can serve; `Way.TABLE` is one for attention that takes `PrefixTables`."""
+MOST_SEGMENTS = 2
+"""Slots that such attention reads one sequence's tokens in: its own and one other."""
 
 
 class Left(NamedTuple):
@@ -32,6 +33,8 @@ class RequestSlots:
     cache : KVCache
     prefixes : PrefixCache or None
         Keeps what requests leave, and finds what others begin with.
+    reading : PrefixReading or None
+        Is told who began with whose tokens; None where attention reads each sequence in its own slot alone.
 
     Attributes
     ----------
@@ -39,16 +42,19 @@ class RequestSlots:
         Of the weights that prompts are computed with from now on.
     """
 
-    def __init__(self, cache: KVCache, prefixes: PrefixCache | None) -> None:
-        self.cache, self.prefixes = cache, prefixes
+    def __init__(self, cache: KVCache, prefixes: PrefixCache | None, reading: PrefixReading | None = None) -> None:
+        self.cache, self.prefixes, self.reading = cache, prefixes, reading
         self.weights_version = 0
         self._refused: tuple[int, int, int] | None = None
         self._changes = 0
 
     @classmethod
-    def over(cls, cache: KVCache, prefix_cache: bool, events: bool) -> RequestSlots:
+    def over(
+        cls, cache: KVCache, prefix_cache: bool, events: bool, reading: PrefixReading | None = None
+    ) -> RequestSlots:
         """Of a cache, with or without prefix cache. Raises ConfigError where the cache can keep none."""
-        return cls(cache, prefix_cache_over(cache, WAYS, events) if prefix_cache else None)
+        ways, segments = (WAYS, 1) if reading is None else (tuple(Way), MOST_SEGMENTS)
+        return cls(cache, prefix_cache_over(cache, ways, events, segments) if prefix_cache else None, reading)
 
     def key_of(self, request: RequestState) -> PrefixKey:
         """Of a request's keys and values: a key of its own where all of its prompt shall be computed."""
@@ -95,6 +101,8 @@ class RequestSlots:
         except (NoFreeSlot, KVCacheOutOfMemory):
             self._refused = now
             raise
+        if self.reading is not None:
+            self.reading.origins.begin(found.slot, found.owner, found.cached_tokens)
         return found.slot, found.cached_tokens
 
     def has_all(self, request: RequestState) -> bool:
@@ -119,6 +127,7 @@ class RequestSlots:
         """Give a suspended request its tokens back, and memory for all its tokens. Raises as `KVCache.resume`."""
         tokens = request.prefilled if request.decodes_next else request.length
         request.slot = self.cache.resume(request.id, tokens)
+        self._begin_anew(request)
         if self.prefixes is not None:
             self.prefixes.resumed(request.id)
             if request.is_verified:
@@ -132,8 +141,14 @@ class RequestSlots:
 
     def moved(self, request: RequestState) -> None:
         """The cache has given a request another slot."""
+        self._begin_anew(request)
         if self.prefixes is not None:
             self.prefixes.moved(request.id)
+
+    def _begin_anew(self, request: RequestState) -> None:
+        """A request is in a slot that had others' tokens: it shares the reading of none."""
+        if self.reading is not None:
+            self.reading.origins.begin(request.slot)
 
     def leaving(self, request: RequestState) -> Left:
         """What `release` shall do with a request that gives its slot up now. What it has is kept where it was verified,
@@ -164,5 +179,7 @@ class RequestSlots:
     def begin_anew(self) -> None:
         """The cache was reset: nobody has a slot, and nothing is kept. Begins from any state."""
         self._refused = None
+        if self.reading is not None:
+            self.reading.clear()
         if self.prefixes is not None:
             self.prefixes.begin_anew()

@@ -169,7 +169,9 @@ def rotate_with_attention(graph: Graph) -> int:
     for node in list(graph.nodes):
         if node.target is not ops.attend:
             continue
-        q, k, v, layer = node.args
+        q, k, v, layer, *sinks = node.args
+        if any(each is not None for each in sinks):
+            continue
         turned_q, turned_k = _rotation(_heads_of(q)), _rotation(_heads_of(k))
         if turned_q is None or turned_k is None or turned_q[1:] != turned_k[1:] or 2 * turned_q.half != q.args[3]:
             continue

@@ -197,8 +197,12 @@ class SamplingParams:
         """What the noise of the token at `index` of the output is made of, with the tokens' ids: an int64 number.
 
         Without a seed it is that of seed 0; the engine gives every request one (`seeded`)."""
-        mixed = _mixed(_mixed((self.seed or 0) + _GOLDEN) + index * _GOLDEN)
-        return mixed - (1 << 64) if mixed >> 63 else mixed
+        return _as_int64(_mixed(self.noise_base + index * _GOLDEN))
+
+    @property
+    def noise_base(self) -> int:
+        """What `key` is made of, with the index (`keys_at`): an int64 number."""
+        return _as_int64(_mixed((self.seed or 0) + _GOLDEN))
 
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -213,19 +217,32 @@ def _mixed(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def _as_int64(x: int) -> int:
+    """The number with the same 64 bits."""
+    return x - (1 << 64) if x >> 63 else x
+
+
 def _signed(x: int) -> int:
     return x - (1 << 64)
+
+
+def _mixed_on_device(x: torch.Tensor) -> torch.Tensor:
+    """`_mixed` of int64 numbers, which wrap around. A shift to the right brings the sign in, which is masked away."""
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(_FIRST)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(_SECOND)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def keys_at(base: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`SamplingParams.key` on the device: int64 out of `noise_base` and index, int64, which broadcast."""
+    return _mixed_on_device(base + index * _signed(_GOLDEN))
 
 
 def add_noise(scores: torch.Tensor, keys: torch.Tensor, sampled: torch.Tensor) -> None:
     """Add each token's Gumbel noise, in place: scores ``[rows, vocab]``, keys int64 ``[rows]``; nothing to rows that
     are not `sampled`, bool ``[rows]``. The device's integers are 64-bit and wrap around, as the hash wants them."""
     ids = torch.arange(1, scores.shape[1] + 1, device=scores.device)
-    x = keys[:, None] + ids * _signed(_GOLDEN)
-    # A shift to the right brings the sign in, which is masked away.
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(_FIRST)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(_SECOND)
-    x = x ^ ((x >> 31) & ((1 << 33) - 1))
+    x = _mixed_on_device(keys[:, None] + ids * _signed(_GOLDEN))
     uniform = (((x >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52
     noise = -(-uniform.log()).log()
     scores.add_(torch.where(sampled[:, None], noise, 0.0))

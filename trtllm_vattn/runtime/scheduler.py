@@ -225,18 +225,25 @@ class Scheduler:
             self.cache.at_once(self._release_and_admit)
         if self._moves_wait(ahead):
             return None
+        drafting = True
         while True:
-            plan = self._next_plan()
+            plan = self._next_plan(drafting)
             if plan is None:
                 return None
             if not plan.decodes or not self.decode.lanes:
                 return plan
+            steps = 1 if self.decode.loop else plan.steps
             try:
-                self.cache.prepare_step(self.decode.lengths_after(1 if self.decode.loop else plan.steps))
+                self.cache.prepare_step(self.decode.lengths_after(steps, plan.drafts))
             except KVCacheOutOfMemory:
-                if ahead:
+                if plan.drafts and self.decode.speculator is not None:
+                    # Nobody gives memory up for tokens that may be rejected.
+                    drafting = False
+                    self.decode.speculator.stats.without_memory += 1
+                elif ahead:
                     return None
-                self.preempt()
+                else:
+                    self.preempt()
             except (DriverError, MemoryQuarantined):
                 if not ahead:
                     self.preempt_broken()
@@ -244,8 +251,8 @@ class Scheduler:
             else:
                 return plan
 
-    def _next_plan(self) -> StepPlan | None:
-        """What comes next if there is memory."""
+    def _next_plan(self, drafting: bool) -> StepPlan | None:
+        """What comes next if there is memory, with drafts or without."""
         decoding = bool(self.decode.lanes)
         for request in self.decoding.values():
             if request.forced is not None:
@@ -257,7 +264,8 @@ class Scheduler:
         if self.decode.processors.waits:
             return StepPlan(1)
         # What the longest of the requests still needs, but few different numbers.
-        return StepPlan(min(self.steps, 1 << (self.decode.most_left - 1).bit_length()))
+        steps = min(self.steps, 1 << (self.decode.most_left - 1).bit_length())
+        return StepPlan(steps, drafts=self.decode.choose_drafts() if drafting else 0)
 
     def launched(self, plan: StepPlan) -> None:
         """A plan was launched: its prompt tokens are in, and whose prompt is complete decodes from then on."""
@@ -304,6 +312,10 @@ class Scheduler:
         if self.compaction is None or not self.decoding or not self._moved_out:
             return False
         by_slot = {request.slot: request for request in self.holders}
+        # A slot in which others read keeps its place, and so does the bucket.
+        segments = self.cache.segments
+        if segments is not None and not by_slot.keys().isdisjoint(segments[:, 1].tolist()):
+            return False
         moves = self.compaction.plan({slot: request.left for slot, request in by_slot.items()})
         if moves and ahead:
             return True
@@ -331,15 +343,7 @@ class Scheduler:
     def decode_next(self, request: RequestState) -> None:
         """Have a request take part in the next launch, with its last token."""
         self.decoding[request.slot] = request
-        self.decode.set_lane(
-            request.slot,
-            request.last,
-            request.length,
-            request.limit,
-            request.params,
-            len(request.chosen),
-            request.asks,
-        )
+        self.decode.join(request)
 
     def preempt(self) -> None:
         """Send the youngest request back to the queue. Where it is the only one nobody can make room for it, and it

@@ -12,6 +12,7 @@ import torch
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.replay import default_buckets
 from trtllm_vattn.memory.mapping_policy import MappingPolicy
+from trtllm_vattn.runtime.speculation import check_speculation
 from trtllm_vattn.runtime.swap_cost import SwapCost
 from trtllm_vattn.values import described, finite, shown, truth, whole
 
@@ -45,6 +46,7 @@ def check_settings(
     observer: Any = None,
     swap_cost: Any = None,
     sleepable_weights: Any = False,
+    speculation: Any = None,
 ) -> dict[str, Any]:
     """`Engine`'s settings for a cache of so many slots, as the types that they are used as.
 
@@ -92,6 +94,7 @@ def check_settings(
         raise ConfigError(f"clock is {described(clock)}; give a function that returns seconds, or leave it out")
     if checked["record_margins"] and checked["steps"] > 1:
         raise ConfigError(f"margins are recorded of single steps; steps is {checked['steps']}, make it 1")
+    checked["speculation"] = check_speculation(speculation, checked)
     return checked
 
 

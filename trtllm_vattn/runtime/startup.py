@@ -15,7 +15,8 @@ class StartupReport:
     """Seconds and bytes of an engine's start.
 
     `compile_s` is the first passes over compiled layers, 0 where none are; `budget_bytes` is what the cache may hold
-    once it has started; `attention` names the kernels of decode and of prompts.
+    once it has started; `drafts` are steps with drafts, by their rows; `attention` names the kernels of decode and of
+    prompts.
     """
 
     load_s: float = 0.0
@@ -23,16 +24,21 @@ class StartupReport:
     decode: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
     prefill: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
     passes: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
+    drafts: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
     budget_bytes: int = 0
     attention: str = ""
 
     @property
     def capture_s(self) -> float:
-        return sum(sum(each.seconds.values()) for each in (self.decode, self.prefill, self.passes))
+        return sum(sum(each.seconds.values()) for each in self._captured)
 
     @property
     def capture_bytes(self) -> int:
-        return self.decode.pool_bytes + self.prefill.pool_bytes + self.passes.pool_bytes
+        return sum(each.pool_bytes for each in self._captured)
+
+    @property
+    def _captured(self) -> tuple[CaptureReport, ...]:
+        return self.decode, self.prefill, self.passes, self.drafts
 
 
 def memory_left(device: torch.device, utilisation: float = 0.9) -> int:

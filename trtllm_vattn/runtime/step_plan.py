@@ -21,11 +21,14 @@ class StepPlan:
         lane, and its first token with this launch.
     decodes : bool
         Whether running sequences take part. They always do, but for models that take prompts in passes of their own.
+    drafts : int
+        Draft tokens of each running sequence that its one step has room for.
     """
 
     steps: int
     chunks: tuple[tuple[RequestState, PromptChunk], ...] = ()
     decodes: bool = True
+    drafts: int = 0
 
     @property
     def joins(self) -> tuple[RequestState, ...]:

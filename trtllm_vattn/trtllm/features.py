@@ -88,6 +88,13 @@ def _asked(config: Any, name: str) -> bool:
     return chosen is not None and name in chosen and bool(getattr(config, name, None))
 
 
+def cannot_reuse(arguments: Mapping[str, Any]) -> str | None:
+    """For whom blocks cannot be reused, of a manager's arguments; None where they can."""
+    ranks = getattr(arguments["mapping"], "world_size", 1)
+    # What is held depends on the order in which each rank's memory runs short.
+    return f"a model on {ranks} ranks, which would have to hold the same blocks" if ranks > 1 else None
+
+
 def refuse(config: Any, cache_type: str, arguments: Mapping[str, Any]) -> None:
     """Raise UnsupportedFeature, naming every feature that a manager is asked for and this cache does not serve.
 
@@ -101,30 +108,48 @@ def refuse(config: Any, cache_type: str, arguments: Mapping[str, Any]) -> None:
         The manager's other arguments.
     """
     window = getattr(config, "max_attention_window", None) or []
-    mapping, heads = arguments["mapping"], arguments["num_kv_heads"]
-    found = {
-        "block reuse (kv_cache_config.enable_block_reuse)": _asked(config, "enable_block_reuse"),
-        "host offload (kv_cache_config.host_cache_size)": bool(getattr(config, "host_cache_size", None)),
-        "KV cache events (kv_cache_config.event_buffer_max_size)": bool(getattr(config, "event_buffer_max_size", 0)),
-        "attention sinks (kv_cache_config.sink_token_length)": bool(getattr(config, "sink_token_length", None)),
-        "sliding windows (kv_cache_config.max_attention_window)": min(window, default=arguments["max_seq_len"])
-        < arguments["max_seq_len"],
-        "beam search (max_beam_width)": arguments.get("max_beam_width", 1) > 1,
-        "KV connectors (kv_connector_config)": arguments.get("kv_connector_manager") is not None,
-        "a draft model with a KV cache of its own (speculative_config)": bool(arguments.get("is_draft", False)),
-        "sparse attention's indexer cache": bool(arguments.get("enable_indexer_k_cache", False)),
-        "cross attention": cache_type not in ("SELF", "SELFKONLY"),
-        "layers of different numbers of KV heads": not isinstance(heads, int) and len(set(heads)) > 1,
-        "a mask of layers": not all(arguments.get("layer_mask") or ()),
-        "layers of different head sizes": not isinstance(arguments["head_dim"], int) or _pools_differ(arguments),
-        "linear attention's states (linear_attention_metadata)": arguments.get("linear_attention_metadata") is not None,
-        "context parallelism": getattr(mapping, "cp_size", 1) > 1,
-    }
-    names = [name for name, asked in found.items() if asked]
+    mapping, heads, longest = arguments["mapping"], arguments["num_kv_heads"], arguments["max_seq_len"]
+    why = cannot_reuse(arguments)
+    reuses, events = (bool(getattr(config, name, 0)) for name in ("enable_block_reuse", "event_buffer_max_size"))
+    another = "serve another model"
+    found = [
+        (why and _asked(config, "enable_block_reuse"), f"block reuse for {why}", "set enable_block_reuse: false"),
+        (why and events, f"KV cache events for {why}", "leave event_buffer_max_size out"),
+        (events and not reuses, "KV cache events without block reuse", "set enable_block_reuse: true"),
+        (bool(getattr(config, "host_cache_size", None)), "host offload", "leave host_cache_size out"),
+        (bool(getattr(config, "sink_token_length", None)), "attention sinks", "leave sink_token_length out"),
+        (
+            min(window, default=longest) < longest,
+            f"sliding windows (max_attention_window {window})",
+            f"leave max_attention_window out, or set max_seq_len to {min(window, default=longest)}",
+        ),
+        (arguments.get("max_beam_width", 1) > 1, "beam search", "set max_beam_width: 1"),
+        (arguments.get("kv_connector_manager") is not None, "KV connectors", "leave kv_connector_config out"),
+        (
+            bool(arguments.get("is_draft", False)),
+            "a draft model with a KV cache of its own",
+            "draft by another speculative_config (n-grams, MTP, one-model EAGLE)",
+        ),
+        (bool(arguments.get("enable_indexer_k_cache", False)), "sparse attention's indexer cache", another),
+        (cache_type not in ("SELF", "SELFKONLY"), "cross attention", another),
+        (not isinstance(heads, int) and len(set(heads)) > 1, "layers of different numbers of KV heads", another),
+        (not all(arguments.get("layer_mask") or ()), "a mask of layers", another),
+        (
+            not isinstance(arguments["head_dim"], int) or _pools_differ(arguments),
+            "layers of different head sizes or dtypes (pool_configurations)",
+            another,
+        ),
+        (
+            arguments.get("linear_attention_metadata") is not None,
+            "linear attention's states (linear_attention_metadata)",
+            another,
+        ),
+        (getattr(mapping, "cp_size", 1) > 1, "context parallelism", "set context_parallel_size: 1"),
+    ]
+    names = [f"{name}: {instead}" for asked, name, instead in found if asked]
     if names:
         raise UnsupportedFeature(
-            f"the fixed-address KV cache does not support: {'; '.join(names)}. Switch it off, or run "
-            "without trtllm-vattn"
+            f"the fixed-address KV cache does not support {'; '.join(names)}. Or run without trtllm-vattn"
         )
 
 

@@ -63,7 +63,11 @@ class BlockHoldback:
 
 
 class StatsWithoutHoldback:
-    """`KvCacheStats` in which blocks held back neither exist nor are used; all else is the C++ manager's."""
+    """`KvCacheStats` in which blocks held back neither exist nor are used; all else is the C++ manager's, until it is
+    set."""
+
+    reused_blocks: int
+    missed_blocks: int
 
     def __init__(self, stock: Any, held: int) -> None:
         self._stock = stock

@@ -25,7 +25,7 @@ from typing import Any
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.trtllm.choose import Chooser, refuse_disaggregation
 from trtllm_vattn.trtllm.config import ENVIRONMENT, TrtllmConfig
-from trtllm_vattn.trtllm.start import check_executor
+from trtllm_vattn.trtllm.start import check_executor, note_failed
 from trtllm_vattn.trtllm.v2 import is_v2, limit_bytes
 from trtllm_vattn.trtllm.versions import RANGE, VERSION_MODULE, refuse_unrecorded
 
@@ -186,10 +186,10 @@ def check_version(module: Any, config: TrtllmConfig) -> None:
 
 
 def patch_executor(module: Any, config: TrtllmConfig) -> None:
-    """Patch a loaded ``py_executor``: executors check their managers when they start. Raises ConfigError where it lacks
-    a name that is needed."""
+    """Patch a loaded ``py_executor``: executors check their managers when they start, and name the requests that end in
+    an error. Raises ConfigError where it lacks a name that is needed."""
     _require(module, EXECUTOR, ["PyExecutor"])
-    _require(module.PyExecutor, f"{EXECUTOR}.PyExecutor", ["start_worker"])
+    _require(module.PyExecutor, f"{EXECUTOR}.PyExecutor", ["start_worker", "_handle_errors"])
 
     def checking(original: Any) -> Any:
         def start_worker(self: Any, *args: Any, **named: Any) -> Any:
@@ -198,7 +198,16 @@ def patch_executor(module: Any, config: TrtllmConfig) -> None:
 
         return functools.wraps(original)(start_worker)
 
+    def noting(original: Any) -> Any:
+        def _handle_errors(self: Any, *args: Any, **named: Any) -> Any:
+            given = named.get("requests")
+            note_failed(self, self.active_requests if given is None else given)
+            return original(self, *args, **named)
+
+        return functools.wraps(original)(_handle_errors)
+
     _patches.put(module.PyExecutor, "start_worker", checking)
+    _patches.put(module.PyExecutor, "_handle_errors", noting)
 
 
 def patch(module: Any, config: TrtllmConfig) -> None:

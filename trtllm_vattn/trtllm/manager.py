@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.trtllm import elastic
 from trtllm_vattn.trtllm.config import TrtllmConfig
-from trtllm_vattn.trtllm.features import check_interface, enum_name, refuse, unsupported
+from trtllm_vattn.trtllm.features import cannot_reuse, check_interface, enum_name, refuse, unsupported
 from trtllm_vattn.trtllm.holdback import StatsWithoutHoldback
 from trtllm_vattn.trtllm.memory import ManagerMemory
 from trtllm_vattn.trtllm.versions import RANGE
@@ -93,12 +93,22 @@ def check_cpp_pool_is_small(manager: Any) -> None:
 
 
 def without_block_reuse(config: Any) -> Any:
-    """A copy of a `KvCacheConfig` with block reuse off; a warning says so where it was on."""
+    """A copy of a `KvCacheConfig` for the C++ manager, which counts blocks and neither reuses them nor reports them."""
     plain = copy.copy(config)
-    if getattr(plain, "enable_block_reuse", False):
-        logger.warning("block reuse, on by default, is switched off: the fixed-address KV cache does not support it")
     plain.enable_block_reuse = plain.enable_partial_reuse = False
+    if getattr(plain, "event_buffer_max_size", 0):
+        plain.event_buffer_max_size = 0
     return plain
+
+
+def reuses_blocks(config: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether blocks are reused: as a `KvCacheConfig` says, where they can be. A warning says so where they cannot."""
+    if not getattr(config, "enable_block_reuse", False):
+        return False
+    if (why := cannot_reuse(arguments)) is not None:
+        logger.warning("block reuse, on by default, is switched off: the fixed-address KV cache cannot serve %s", why)
+        return False
+    return True
 
 
 def refuse_beams(width: int) -> None:
@@ -122,9 +132,14 @@ class FixedAddress(Stock):  # type: ignore[misc]
         if "is_estimating_kv_cache" in arguments:
             arguments["is_estimating_kv_cache"] = False
         module = self._vattn_module
-        byte_limit = int(getattr(kv_cache_config, "max_gpu_total_bytes", None) or 0)
+        reuses = reuses_blocks(kv_cache_config, arguments)
         self.vattn = ManagerMemory(
-            self, super(), lambda request: module.get_draft_token_length(request), self._vattn_config, byte_limit
+            self,
+            super(),
+            lambda request: module.get_draft_token_length(request),
+            self._vattn_config,
+            kv_cache_config,
+            reuses,
         )
         with ExitStack() as undo:
             with shrunken_cpp_pool(module):
@@ -132,6 +147,10 @@ class FixedAddress(Stock):  # type: ignore[misc]
             undo.callback(super().shutdown)
             check_cpp_pool_is_small(self)
             self.vattn.open(type(self)._vattn_driver(), arguments.get("execution_stream"))
+            if reuses:
+                self.enable_block_reuse = True
+                self.enable_partial_reuse = getattr(kv_cache_config, "enable_partial_reuse", True)
+                self.event_buffer_max_size = getattr(kv_cache_config, "event_buffer_max_size", 0)
             undo.pop_all()
         elastic.register(self)
 
@@ -166,6 +185,20 @@ class FixedAddress(Stock):  # type: ignore[misc]
     def add_dummy_requests(self, request_ids: Sequence[int], *arguments: Any, **named: Any) -> Any:
         """As `ManagerMemory.add_dummies`."""
         return self.vattn.add_dummies(request_ids, *arguments, **named)
+
+    # -- reuse -----------------------------------------------------------------------------------------------------
+
+    def reset_reuse_state(self) -> None:
+        """As `ManagerMemory.forget_reusable`."""
+        self.vattn.forget_reusable()
+
+    def flush_iteration_events(self) -> None:
+        """As `ManagerMemory.flush_events`."""
+        self.vattn.flush_events()
+
+    def get_latest_events(self, timeout_ms: float | None = 0) -> list[Any]:
+        """As `ManagerMemory.latest_events`."""
+        return self.vattn.latest_events(timeout_ms)
 
     # -- capacity --------------------------------------------------------------------------------------------------
 
@@ -226,8 +259,8 @@ class FixedAddress(Stock):  # type: ignore[misc]
         raise unsupported("pinning blocks")
 
     def store_blocks_for_reuse(self, request: Any, pin_blocks: bool = False) -> None:
-        """Raises UnsupportedFeature."""
-        raise unsupported("block reuse")
+        """Raises UnsupportedFeature: a request's blocks are kept when it ends."""
+        raise unsupported("storing the blocks of a request that runs")
 
     def get_unique_primary_pool(self) -> None:
         """Raises UnsupportedFeature: most of the pool has no memory, and a caller would read all of it."""
@@ -253,6 +286,17 @@ class BlockBudget(Stock):  # type: ignore[misc]
         return found if found is None or backed is None else (found[0], backed)
 
 
+class PrefixProbe(Stock):  # type: ignore[misc]
+    """Since 1.3 a router of attention-DP ranks asks how much of a prompt is held here."""
+
+    def probe_prefix_match_length(
+        self, input_tokens: Sequence[int], lora_task_id: int | None = None, cache_salt: str | None = None
+    ) -> int:
+        """As `ManagerMemory.reusable_tokens`."""
+        memory: ManagerMemory = self.vattn
+        return memory.reusable_tokens(input_tokens, lora_task_id, cache_salt)
+
+
 class PoolIndices(Stock):  # type: ignore[misc]
     """Since 1.3 KV connectors and transfers ask where in the C++ pool a block is."""
 
@@ -261,7 +305,11 @@ class PoolIndices(Stock):  # type: ignore[misc]
         raise unsupported("places in the C++ pool")
 
 
-LATER: dict[type, str] = {BlockBudget: "get_request_kv_block_budget", PoolIndices: "get_memory_pool_block_indices"}
+LATER: dict[type, str] = {
+    BlockBudget: "get_request_kv_block_budget",
+    PoolIndices: "get_memory_pool_block_indices",
+    PrefixProbe: "probe_prefix_match_length",
+}
 """Mixins for later versions, each with the stock method that asks for it."""
 
 

@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -29,8 +29,10 @@ from trtllm_vattn.errors import (
     UnmappedAccess,
 )
 from trtllm_vattn.trtllm.config import TrtllmConfig
+from trtllm_vattn.trtllm.events import EventBuffer
 from trtllm_vattn.trtllm.features import UnsupportedFeature, enum_name
 from trtllm_vattn.trtllm.holdback import BlockHoldback, StatsWithoutHoldback
+from trtllm_vattn.trtllm.reuse import RequestReuse
 from trtllm_vattn.trtllm.slots import NULL_BLOCK, RequestSlots
 from trtllm_vattn.trtllm.tables import AffineTables, RowGatherer
 from trtllm_vattn.vmm.base import Driver
@@ -52,13 +54,19 @@ class ManagerMemory:
         The same manager seen as its stock class (``super()``): calls on it reach TensorRT-LLM's own methods.
     draft_length : callable
         Draft tokens of a request in the next step.
-    byte_limit : int
-        Bytes at most, by ``kv_cache_config.max_gpu_total_bytes``; 0 is no limit.
+    asked : KvCacheConfig
+        What the manager was asked for; ``max_gpu_total_bytes`` of it limits the budget, unless it is 0.
+    reuses : bool
+        Keep what requests leave for those that begin alike.
 
     Attributes
     ----------
     slots, cache, holdback, rows
         Made by `open`.
+    reuse : RequestReuse or None
+        What requests leave, where blocks are reused.
+    events : EventBuffer or None
+        What becomes of such blocks, where that was asked for.
     target : int or None
         The budget asked for, in bytes; None while TensorRT-LLM has not been asked.
     total_blocks : int
@@ -78,10 +86,19 @@ class ManagerMemory:
     total_blocks: int
 
     def __init__(
-        self, manager: Any, stock: Any, draft_length: Callable[[Any], int], config: TrtllmConfig, byte_limit: int
+        self,
+        manager: Any,
+        stock: Any,
+        draft_length: Callable[[Any], int],
+        config: TrtllmConfig,
+        asked: Any,
+        reuses: bool = False,
     ) -> None:
         self._manager, self._stock, self._draft_length, self._config = manager, stock, draft_length, config
-        self._byte_limit = byte_limit
+        self._asked, self._reuses = asked, reuses
+        self._byte_limit = byte_limit = int(getattr(asked, "max_gpu_total_bytes", None) or 0)
+        self.reuse: RequestReuse | None = None
+        self.events: EventBuffer | None = None
         self._lock = threading.RLock()  # budgets are set from other threads than the executor's
         self._sizing: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         budget = config.budget_bytes
@@ -142,14 +159,26 @@ class ManagerMemory:
             self._take_blocks, self._stock.free_resources, manager.get_num_free_blocks, manager.max_blocks_per_seq
         )
         streams = () if stream is None else (stream.cuda_stream,)
-        self.slots = RequestSlots(shape, driver, layers, lookahead, block, streams)
+        self.slots = RequestSlots(shape, driver, layers, lookahead, block, streams, self._reuses)
         self.cache = self.slots.cache
+        if self._reuses:
+            self._open_reuse(block, stream)
         with ExitStack() as undo:
             undo.callback(self.cache.close)
             self._publish()
             if self.target is not None:
                 self.check_budget(self.target)
             undo.pop_all()
+
+    def _open_reuse(self, block: int, stream: Any) -> None:
+        on_stream: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if stream is not None:
+            on_stream = lambda: torch.cuda.stream(stream)  # noqa: E731
+        whole = not getattr(self._asked, "enable_partial_reuse", True)
+        room = int(getattr(self._asked, "event_buffer_max_size", None) or 0)
+        self.reuse = RequestReuse(self.cache, block, whole, bool(room), on_stream)
+        if room:
+            self.events = EventBuffer(room, self._manager.max_seq_len)
 
     def _publish(self) -> None:
         """Put pool addresses and tables where TensorRT-LLM's kernels and metadata look for them."""
@@ -179,7 +208,8 @@ class ManagerMemory:
         return (
             f"KV cache at fixed addresses: {self._manager.num_pools} pools, the first at "
             f"{self.cache.blocks(0).data_ptr():#x}; {self.slots.max_requests} requests of {shape.max_seq_len} tokens "
-            f"in blocks of {self._manager.tokens_per_block}; a budget of {self.target:,} bytes"
+            f"in blocks of {self._manager.tokens_per_block}, which are {'' if self.reuse else 'not '}reused; "
+            f"a budget of {self.target:,} bytes"
         )
 
     # -- requests --------------------------------------------------------------------------------------------------
@@ -194,27 +224,36 @@ class ManagerMemory:
             admitted, grown = self._new_tokens(batch)
             if admitted and not self.is_budget_set:
                 self.set_initial_budget()
+            new = {request.py_request_id: request for request in batch.context_requests if admitted}
+            admit = release = None
+            if (reuse := self.reuse) is not None:
+                admit, release = lambda n, tokens: reuse.admit(new[n], tokens), lambda n: reuse.undo(new[n])
             try:
-                self.slots.prepare_step(admitted, grown)
+                self.slots.prepare_step(admitted, grown, admit, release)
             except KVCacheOutOfMemory:
                 # The budget was lowered, or memory released, after the scheduler had asked how many blocks are free.
                 promised = self.slots.budget_for(self.promised_blocks)
                 if self.cache.budget_bytes >= promised:
                     raise
                 self.cache.set_budget(promised)
-                self.slots.prepare_step(admitted, grown)
+                self.slots.prepare_step(admitted, grown, admit, release)
             # The stock class may rearrange the batch.
             prompts = list(batch.context_requests) if admitted else []
             try:
                 self._stock.prepare_resources(batch)
             except BaseException:
-                self._undo_step(admitted, grown)
+                self._undo_step({number: new[number] for number in admitted}, grown)
                 raise
             finally:
                 for request in prompts:
                     number = request.py_request_id
                     if number in admitted and self.slots.holds(number):
                         self.running[number] = request
+                        if self.reuse is not None:
+                            self.reuse.begin(request)
+            if self.reuse is not None and admitted and hasattr(batch, "reset_context_requests"):
+                # A prompt that begins behind what is held may have become its last chunk.
+                batch.reset_context_requests()
 
     def _new_tokens(self, batch: Any) -> tuple[dict[int, int], dict[int, int]]:
         """Tokens of requests that begin, and additional tokens of those that go on, by id; dummies left out."""
@@ -231,23 +270,28 @@ class ManagerMemory:
         }
         return admitted, grown
 
-    def _undo_step(self, admitted: dict[int, int], grown: dict[int, int]) -> None:
+    def _undo_step(self, admitted: dict[int, Any], grown: dict[int, int]) -> None:
         """Shorten a failed step's requests to what the C++ manager counts by now, and release those it does not know.
 
         Where only blocks are counted, requests that grew stay as they are: memory may reach further than the count.
         """
-        for number in admitted:
+        for number, request in admitted.items():
             if self._counted_tokens_or_none(number) is None:
-                self.cache.release(number)
+                if self.reuse is not None:
+                    self.reuse.undo(request)
+                else:
+                    self.cache.release(number)
         for number, tokens in grown.items() if self._token_count is not None else ():
             ahead = self.slots.length_of(number) - (self._counted_tokens_or_none(number) or 0)
             if ahead > 0:
                 self.slots.rewind(number, min(tokens, ahead))
 
-    def update(self, *arguments: Any, **named: Any) -> None:
+    def update(self, batch: Any, *arguments: Any, **named: Any) -> None:
         """The stock update; then memory is mapped ahead while the step runs. What fails is mapped when it is needed."""
         with self._lock:
-            self._stock.update_resources(*arguments, **named)
+            self._stock.update_resources(batch, *arguments, **named)
+            if self.reuse is not None:
+                self.reuse.updated(batch.context_requests)
             try:
                 self.cache.map_ahead()
             except (DriverError, MemoryQuarantined) as error:
@@ -266,11 +310,44 @@ class ManagerMemory:
             number = request.py_request_id
             done = self._stock.free_resources(request)
             if self.dummies.pop(number, None) is None and self.slots.holds(number):
-                self.cache.release(number)
+                if self.reuse is not None:
+                    self.reuse.end(request)
+                else:
+                    self.cache.release(number)
                 self.running.pop(number, None)
             self.rows.epoch += 1
             self._update_holdback()
             return done
+
+    def fail(self, numbers: Iterable[int]) -> None:
+        """Requests end in an error: nothing of them is reused."""
+        with self._lock:
+            if self.reuse is not None:
+                for number in numbers:
+                    self.reuse.fail(number)
+
+    # -- reuse -----------------------------------------------------------------------------------------------------
+
+    def forget_reusable(self) -> None:
+        """Reuse nothing of what was computed so far."""
+        with self._lock:
+            if self.reuse is not None:
+                self.reuse.flush()
+
+    def reusable_tokens(self, tokens: Iterable[int], adapter: int | None, salt: int | str | None) -> int:
+        """Tokens of a prompt that are held, in whole blocks; 0 where blocks are not reused."""
+        with self._lock:
+            return 0 if self.reuse is None else self.reuse.match(tokens, adapter, salt)
+
+    def flush_events(self) -> None:
+        """Have `latest_events` give what happened so far."""
+        with self._lock:
+            if self.reuse is not None and self.events is not None:
+                self.events.add(self.reuse.take_events())
+
+    def latest_events(self, timeout_ms: float | None) -> list[Any]:
+        """As `EventBuffer.take`; nothing where events were not asked for."""
+        return [] if self.events is None else self.events.take(timeout_ms)
 
     def add_dummies(self, request_ids: Sequence[int], *arguments: Any, **named: Any) -> Any:
         """Dummies of any length take no memory: all their blocks are the null block. Held-back blocks make room for
@@ -313,9 +390,12 @@ class ManagerMemory:
         ]
 
     def has_invalid(self, fill_with_zero: bool) -> bool:
-        """As `RequestSlots.has_invalid`."""
+        """As `RequestSlots.has_invalid`. Nothing that was filled with zeros is reused."""
         with self._lock:
-            return self.slots.has_invalid(fill_with_zero)
+            found = self.slots.has_invalid(fill_with_zero)
+            if fill_with_zero and self.reuse is not None:
+                self.reuse.flush()
+            return found
 
     def _table_rows(self, numbers: Iterable[int]) -> list[int]:
         """Rows of the constant table; of a dummy, the row of null blocks."""
@@ -401,8 +481,13 @@ class ManagerMemory:
         return int(self.total_blocks - self.holdback.blocks - sum(self.dummies.values()))
 
     def stats(self) -> StatsWithoutHoldback:
-        """The stock statistics without the blocks held back."""
-        return StatsWithoutHoldback(self._stock.get_kv_cache_stats(), self.holdback.blocks)
+        """The stock statistics without the blocks held back, and with our reuse."""
+        found = StatsWithoutHoldback(self._stock.get_kv_cache_stats(), self.holdback.blocks)
+        if self.reuse is not None:
+            counts, block = self.reuse.prefixes.stats, self._manager.tokens_per_block
+            found.reused_blocks = counts.cached_tokens // block
+            found.missed_blocks = (counts.prompt_tokens - counts.cached_tokens) // block
+        return found
 
     def capacity_blocks(self) -> int | None:
         """Blocks that the budget backs; None while it is not known."""
@@ -442,6 +527,8 @@ class ManagerMemory:
             self.target = self.slots.budget_for(self._stock_blocks(self.slots.blocks_backed_by(self.target)))
         self.check_budget(self.target)
         with self._lock:
+            if self.events is not None and not self.is_budget_set:
+                self.events.create(self.slots.blocks_backed_by(self.target))
             self.is_budget_set = True
             self.cache.shrink_towards(self.target)
             self._update_holdback()

@@ -7,7 +7,7 @@ requests and the unused entries of block tables point there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -17,10 +17,23 @@ import torch
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.blocks import BlockKVCache
 from trtllm_vattn.cache.config import CacheConfig, Layout
+from trtllm_vattn.memory.layout import INT31, BlockLayout
 from trtllm_vattn.vmm.base import Driver
 
 NULL_BLOCK = 0
 """The block of every pool that is always mapped."""
+FEWEST_KEPT, MOST_KEPT_BYTES = 64, 1 << 44
+"""Slots beside the running requests' for what ended ones leave, and the addresses that they may take: a process has
+2**47."""
+
+
+def slots_to_keep(layout: BlockLayout) -> int:
+    """Slots for what ended requests leave, beside those of a layout: four times as many, or fewer where the kernels'
+    31-bit offsets or addresses do not reach further."""
+    blocks = layout.blocks_per_slot
+    slots = min(INT31 // (blocks * layout.layers_per_range * layout.kv_factor), (INT31 - 1) // blocks // 2) - 2
+    by_addresses = MOST_KEPT_BYTES // (layout.slot_stride * layout.num_ranges)
+    return max(0, min(max(FEWEST_KEPT, 4 * layout.num_slots), slots - layout.num_slots, by_addresses))
 
 
 class RequestSlots:
@@ -32,6 +45,8 @@ class RequestSlots:
         `num_slots` is the number of requests; the cache gets one slot more, slot 0.
     layers_per_range, lookahead, tokens_per_block, fence_streams
         As `CacheConfig` has them.
+    keeps : bool
+        Have slots for what ended requests leave, too.
 
     Raises
     ------
@@ -49,9 +64,22 @@ class RequestSlots:
         lookahead: int,
         tokens_per_block: int,
         fence_streams: tuple[int, ...] = (),
+        keeps: bool = False,
     ) -> None:
         self.max_requests = shape.num_slots
         shape = replace(shape, num_slots=shape.num_slots + 1)
+        if keeps:
+            layout = BlockLayout(
+                num_layers=shape.num_layers,
+                layers_per_range=layers_per_range,
+                layer_token_bytes=shape.layer_token_bytes,
+                max_seq_len=shape.max_seq_len,
+                num_slots=shape.num_slots,
+                granularity=driver.granularity(),
+                tokens_per_block=tokens_per_block,
+                kv_factor=shape.kv_factor,
+            )
+            shape = replace(shape, num_slots=shape.num_slots + slots_to_keep(layout))
         with ExitStack() as undo:
             config = CacheConfig(
                 layout=Layout.BLOCKS,
@@ -107,16 +135,24 @@ class RequestSlots:
         """Tokens of a request. Raises UnknownSequence."""
         return int(self.cache.lengths[self.cache.slot_of(request)])
 
-    def prepare_step(self, admitted: Mapping[int, int], grown: Mapping[int, int]) -> None:
+    def prepare_step(
+        self,
+        admitted: Mapping[int, int],
+        grown: Mapping[int, int],
+        admit: Callable[[int, int], object] | None = None,
+        release: Callable[[int], None] | None = None,
+    ) -> None:
         """Back the tokens of a step: tokens of new requests, and additional tokens of running ones, by request id.
 
+        New requests are given slots by `admit`, and those are taken again by `release`; None are the cache's own.
         Raises KVCacheOutOfMemory, NoFreeSlot, SequenceTooLong, UnknownSequence; nothing changed then.
         """
         cache = self.cache
+        admit, release = admit or cache.admit, release or cache.release
         with ExitStack() as undo:
             for request, tokens in admitted.items():
-                cache.admit(request, tokens)
-                undo.callback(cache.release, request)
+                admit(request, tokens)
+                undo.callback(release, request)
             lengths = np.zeros_like(cache.lengths)
             for request, tokens in grown.items():
                 slot = cache.slot_of(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from trtllm_vattn.errors import ConfigError
@@ -47,6 +48,14 @@ def check_executor(executor: Any, config: TrtllmConfig) -> None:
             # A warm-up executor is followed by the one that serves.
             if not getattr(executor, "is_warmup", False):
                 logger.warning("%s", manager.vattn.describe())
+
+
+def note_failed(executor: Any, requests: Iterable[Any]) -> None:
+    """Requests of an executor end in an error: nothing of them is reused."""
+    numbers = [request.py_request_id for request in requests]
+    for manager in managers_of(executor):
+        if elastic.is_ours(manager):
+            manager.vattn.fail(numbers)
 
 
 def managers_of(executor: Any) -> list[Any]:

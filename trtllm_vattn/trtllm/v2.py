@@ -9,6 +9,7 @@ between versions and are passed on unread.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from trtllm_vattn.errors import ConfigError
@@ -70,6 +71,9 @@ class V2Budget:
 
     def set_initial_budget(self) -> None:
         """Nothing: V2 has its quota from the start."""
+
+    def fail(self, numbers: Iterable[int]) -> None:
+        """Nothing: V2 reuses blocks by itself."""
 
     def check_budget(self, budget: int) -> None:
         """Raise ConfigError where this version cannot be resized, or while requests run."""

@@ -15,7 +15,7 @@ from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.errors import KVCacheOutOfMemory
-from trtllm_vattn.runtime.binding import DecodeStep, bind, forward
+from trtllm_vattn.runtime.binding import DecodeStep, bind, forward, options_for
 from trtllm_vattn.runtime.decode import DecodeBatch, Launch
 from trtllm_vattn.runtime.prefill import Prefill, PromptChunk
 from trtllm_vattn.verify.workload import Workload
@@ -61,10 +61,11 @@ class Replica:
     """One cache and one captured step of `LANES` lanes over it, by the torch backend, whose sums have a fixed order."""
 
     def __init__(self, model: PreTrainedModel, cache: KVCache) -> None:
-        scale = bind(model, cache.shape)
+        needs = bind(model, cache.shape)
         self.model, self.cache = model, cache
         heads = model.config.get_text_config().num_attention_heads
-        self.attention = make_attention("torch", cache, heads, scale)
+        options = options_for(needs, cache.shape, cache.device)
+        self.attention = make_attention("torch", cache, heads, needs.scale, options=options)
         self.decode = DigestedBatch(model, self.attention, LANES, STEPS)
         self.prefill = Prefill(model, self.attention, 64, pool=self.decode.runner.pool)
         self.captures = len(self.decode.capture().seconds)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
 
@@ -233,6 +233,9 @@ class RetainedPages:
 
     def segments_of(self, slot: int, tokens: int) -> int:
         return len(self._segments_below(slot, tokens))
+
+    def has_first(self, source: Any, tokens: int) -> bool:
+        return True
 
     def whole_extents(self, slot: int, tokens: int) -> tuple[int, int]:
         stripes = list(self._whole(slot, tokens))

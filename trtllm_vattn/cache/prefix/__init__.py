@@ -8,9 +8,10 @@ May import `cache`, `memory`, `vmm` and `errors`. README.md says how it works.
 from trtllm_vattn.cache.prefix.hybrid import Decision, Hit, ReuseCosts, Way, choose
 from trtllm_vattn.cache.prefix.managed import ManagedReuse, prefix_cache_over
 from trtllm_vattn.cache.prefix.reuse import Admission, PrefixCache, PrefixStats
-from trtllm_vattn.cache.prefix.tree import Match, PrefixKey, PrefixTree
+from trtllm_vattn.cache.prefix.tree import DEFAULT_PRIORITY, Match, PrefixKey, PrefixTree, Priorities, Retention
 
 __all__ = [
+    "DEFAULT_PRIORITY",
     "Admission",
     "Decision",
     "Hit",
@@ -20,6 +21,8 @@ __all__ = [
     "PrefixKey",
     "PrefixStats",
     "PrefixTree",
+    "Priorities",
+    "Retention",
     "ReuseCosts",
     "Way",
     "choose",

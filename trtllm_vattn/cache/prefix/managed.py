@@ -21,11 +21,13 @@ from trtllm_vattn.memory.slot import RangeGroup, Stripe
 from trtllm_vattn.vmm.owners import Extent
 
 
-def prefix_cache_over(cache: KVCache, ways: Collection[Way] = tuple(Way), events: bool = False) -> PrefixCache:
+def prefix_cache_over(
+    cache: KVCache, ways: Collection[Way] = tuple(Way), events: bool = False, max_segments: int = 1
+) -> PrefixCache:
     """A `PrefixCache` over a cache at fixed addresses. Raises ConfigError for another one."""
     if not isinstance(cache, KVCacheManager):
         raise ConfigError(f"a {type(cache).__name__} cannot keep prefixes; use the vattn cache, or prefix_cache=False")
-    return PrefixCache(ManagedReuse(cache), ways=ways, events=events)
+    return PrefixCache(ManagedReuse(cache), ways=ways, max_segments=max_segments, events=events)
 
 
 class ManagedReuse:
@@ -53,6 +55,9 @@ class ManagedReuse:
     def length_of(self, slot: int) -> int:
         return int(self.cache.lengths[slot])
 
+    def has_first(self, source: int | RetainedSlot, tokens: int) -> bool:
+        return self.cache.has_windows_of(source, tokens)
+
     # -- bytes --------------------------------------------------------------------------------------------------------
 
     def available_bytes(self) -> int:
@@ -75,9 +80,7 @@ class ManagedReuse:
         return arena.pool.available_bytes + arena.parked_bytes + kept
 
     def needed_bytes(self, prompt_len: int, present: int) -> int:
-        layout = self.cache.layout
-        first = layout.whole_bytes(present) // layout.granularity * layout.granularity
-        return max(0, layout.bytes_for(min(prompt_len, layout.max_seq_len)) - first) * layout.num_ranges
+        return self.cache.bytes_behind(min(prompt_len, self.cache.layout.max_seq_len), present)
 
     def bytes_behind(self, retained: RetainedSlot, tokens: int) -> int:
         arena = self.cache.arena
@@ -97,7 +100,7 @@ class ManagedReuse:
     def _all_behind(self, index: int, tokens: int) -> Iterator[Extent]:
         """Extents that lie wholly behind a slot's first tokens."""
         for group in self.cache.arena.slots[index].groups:
-            end, least = group.frontier, self.cache.layout.bytes_for(max(0, tokens - group.deficit))
+            end, least = group.frontier, self.cache.layout.bytes_for(group.held(tokens))
             for stripe in reversed(list(group.stripes)):
                 end -= stripe[0].size
                 if end < least:
@@ -119,16 +122,20 @@ class ManagedReuse:
         arena, layout = self.cache.arena, self.cache.layout
         if arena.held_tokens(slot) > keep_tokens or arena.slots[slot].prefix > keep_tokens:
             return None
+        tokens = min(prompt_len, layout.max_seq_len)
         for group, end, stripe in self._stripes(slot):
-            written = layout.whole_bytes(max(0, keep_tokens - group.deficit))
+            if self.cache.config.exact_admission and end - stripe[0].size < layout.bytes_for(group.held(tokens)) < end:
+                # It would hold more than was promised to it.
+                return None
+            written = layout.whole_bytes(group.held(keep_tokens))
             if end > written and any(mapping.extent.mappings > 1 for mapping in stripe):
                 return None
         return arena.missing_bytes({slot: min(prompt_len, layout.max_seq_len)})
 
     def whole_extents(self, slot: int, tokens: int) -> tuple[int, int]:
         layout, whole, handles, end = self.cache.layout, self.cache.layout.whole_bytes(tokens), 0, 0
-        for _, stop, stripe in self._stripes(slot):
-            if stop <= whole:
+        for group, stop, stripe in self._stripes(slot):
+            if stop <= whole and group.window is None:
                 end, handles = max(end, stop), handles + len(stripe)
         return max(layout.tokens_in(end), self.own_start(slot)) if handles else 0, handles
 
@@ -145,8 +152,8 @@ class ManagedReuse:
         return layout.tokens_in(layout.whole_bytes(tokens) // layout.granularity * layout.granularity)
 
     def handles_for(self, tokens: int) -> int:
-        layout = self.cache.layout
-        return len(self.cache.arena.pool.split(layout.bytes_for(tokens))) * layout.num_ranges
+        pool = self.cache.arena.pool
+        return sum(len(pool.split(size)) * count for size, count in self.cache.layout.needs(tokens))
 
     def mappings_left(self) -> int | None:
         driver = self.cache.driver

@@ -23,7 +23,7 @@ import numpy as np
 
 from trtllm_vattn.cache.prefix.events import KVCacheEvent
 from trtllm_vattn.cache.prefix.hybrid import Decision, Hit, ReuseCosts, Way, choose
-from trtllm_vattn.cache.prefix.tree import DEFAULT_PRIORITY, Match, PrefixKey, PrefixTree, Run
+from trtllm_vattn.cache.prefix.tree import DEFAULT_PRIORITY, Match, PrefixKey, PrefixTree, Priorities, Retention, Run
 from trtllm_vattn.errors import (
     ConfigError,
     DuplicateSequence,
@@ -83,6 +83,10 @@ class ReusableCache(Protocol):
     def length_of(self, slot: int) -> int:
         """Tokens of the sequence in a slot."""
 
+    def has_first(self, source: Any, tokens: int) -> bool:
+        """Whether a source has all that layers keep of its first `tokens` tokens: where layers have windows, later
+        tokens take the places of those before."""
+
     def available_bytes(self) -> int:
         """Bytes that can be mapped while every retained token stays."""
 
@@ -104,7 +108,8 @@ class ReusableCache(Protocol):
 
     def adoption_bytes(self, slot: int, keep_tokens: int, prompt_len: int) -> int | None:
         """Bytes to map for a prompt in a retained slot that keeps so many tokens; None where it cannot be adopted
-        without copying: others read or share what would be written, or it lies in other slots."""
+        without copying: others read or share what would be written, or it lies in other slots; or where it would hold
+        more than the prompt needs, in a cache that promises its memory to the byte."""
 
     def segments_of(self, slot: int, tokens: int) -> int:
         """Slots that the first `tokens` tokens of a slot lie in."""
@@ -125,12 +130,14 @@ class ReusableCache(Protocol):
 
 @dataclass(frozen=True)
 class Admission:
-    """Where a sequence lies, and how many of its first tokens need not be computed."""
+    """Where a sequence lies, and how many of its first tokens need not be computed: they are those of the sequence that
+    the slot `owner` holds, or held; None without any."""
 
     slot: int
     cached_tokens: int
     way: Way
     reason: str
+    owner: int | None = None
 
 
 @dataclass
@@ -147,7 +154,7 @@ class PrefixStats:
         Of each way, the reason of its last choice, with the costs of all.
     evicted_tokens, covered_slots, dropped : int
         Tokens evicted for room; slots released because others hold their tokens; sequences that were not kept, since
-        they ended in an error, are shorter than a block, or are of before a flush.
+        they ended in an error, are shorter than a block, are of before a flush, or have gone beyond a layer's window.
     """
 
     requests: int = 0
@@ -160,11 +167,28 @@ class PrefixStats:
     dropped: int = 0
 
 
+def _check_priority(priority: Priorities) -> None:
+    """Raise ConfigError for what is no priority."""
+    given: Any = priority
+    steps = given if isinstance(given, list | tuple) and given else [Retention(0, given)]
+    are_steps = all(isinstance(step, Retention) for step in steps)
+    starts = [step.start for step in steps] if are_steps else []
+    if starts[:1] != [0] or starts != sorted(starts) or not all(map(_is_priority, (step.priority for step in steps))):
+        raise ConfigError(
+            f"priority is {priority!r}; give a whole number from 0 to 100, or `Retention`s in order, the first from "
+            "token 0 on"
+        )
+
+
+def _is_priority(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 100
+
+
 @dataclass
 class _Running:
     slot: int
     key: PrefixKey
-    priority: int
+    priority: Priorities
     generation: int
 
 
@@ -213,18 +237,28 @@ class PrefixCache:
     def match(self, tokens: Tokens, key: PrefixKey = PrefixKey()) -> int:  # noqa: B008
         """How many of a prompt's tokens are held now; a router or a scheduler may ask. Changes nothing."""
         self._note_evicted()
-        found = self.tree.match(tokens, key)
+        found = self._find(tokens, key)
         return 0 if found is None else found.tokens
+
+    def _find(self, tokens: Tokens, key: PrefixKey, multiple: int = 1) -> Match | None:
+        """What is held of a prompt, of whole multiples of so many tokens, and can be begun with."""
+        found = self.tree.match(tokens, key)
+        if found is not None and multiple > 1:
+            found = found._replace(tokens=found.tokens // multiple * multiple)
+        if found is None or self.cache.has_first(self._retained.get(found.owner, found.owner), found.tokens):
+            return found
+        return None
 
     def lookup_and_admit(
         self,
         sequence: Hashable,
         tokens: Tokens,
         key: PrefixKey = PrefixKey(),  # noqa: B008
-        priority: int = DEFAULT_PRIORITY,
+        priority: Priorities = DEFAULT_PRIORITY,
         expected_tokens: int = 256,
         reserve_tokens: int = 0,
         share: bool = False,
+        multiple: int = 1,
     ) -> Admission:
         """Give a sequence a slot backed for its prompt, with as many of its first tokens in it as are held.
 
@@ -232,7 +266,7 @@ class PrefixCache:
         ----------
         tokens : sequence of int, or int64 array
             The prompt.
-        priority : int
+        priority : int or sequence of Retention
             0 to 100: with what priority its tokens are kept once it has ended.
         expected_tokens : int
             That it will generate, as far as is known.
@@ -242,6 +276,8 @@ class PrefixCache:
             Whether others will begin with all of it, and memory counts more than time: nothing is copied that whole
             extents hold, which are aliased; and of a prompt that is computed anew, an extent ends at the page of its
             last token. Memory that was parked keeps its extents.
+        multiple : int
+            No more of what is held is used than a multiple of so many tokens.
 
         Returns
         -------
@@ -258,14 +294,13 @@ class PrefixCache:
         """
         if len(tokens) < 1:
             raise ConfigError(f"the prompt of sequence {sequence!r} has no tokens; at least 1 is needed")
-        if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 100:
-            raise ConfigError(f"priority is {priority!r}; give a whole number from 0 to 100")
+        _check_priority(priority)
         if sequence in self._running:
             raise DuplicateSequence(f"sequence {sequence!r} runs in slot {self._running[sequence].slot}; finish it")
         ways = self.ways
         while True:
             self._note_evicted()
-            found = self.tree.match(tokens, key)
+            found = self._find(tokens, key, multiple)
             decision = Decision(Way.NONE, "nobody holds as much as a block of it", {})
             if found is not None and found.tokens >= self.tree.block_size:
                 decision = self._decide(found, len(tokens), expected_tokens, ways, share)
@@ -289,7 +324,8 @@ class PrefixCache:
         if cached:
             self.tree.insert(slot, tokens[:cached], key, priority, evictable=False)
         self._count(len(tokens), cached, decision)
-        return Admission(slot, cached, decision.way, decision.reason)
+        owner = found.owner if found is not None and cached else None
+        return Admission(slot, cached, decision.way, decision.reason, owner)
 
     def computed(self, sequence: Hashable, tokens: Tokens) -> None:
         """The KV of these first tokens of a running sequence is right: others may begin with them from now on, while it
@@ -319,6 +355,7 @@ class PrefixCache:
         slot = running.slot
         tokens = tokens[: self.cache.length_of(slot)]
         wanted = ok and running.generation == self._generation and len(tokens) >= self.tree.block_size
+        wanted = wanted and self.cache.has_first(slot, len(tokens))
         held = self.cache.held_tokens(slot) > 0
         if not wanted and not held:
             self.cache.release(sequence)
@@ -486,6 +523,9 @@ class PrefixCache:
     def make_room(self, size: int) -> int:
         """Have `size` bytes available to be mapped, by keeping fewer tokens; returns how many were evicted. Nothing is
         where all of it would not be enough; less is available where what is left is pinned."""
+        for owner in self.tree.expire():
+            if owner in self._retained:
+                self._touch(owner)
         evicted, went_on = 0, False
         aside: list[Run] = []
         short = size - self.cache.available_bytes()

@@ -18,7 +18,9 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,6 +33,19 @@ from trtllm_vattn.errors import ConfigError
 TOKEN = np.dtype("<i8")
 DEFAULT_PRIORITY = 35
 """Of a request that names none; priorities go from 0 to 100, and lower ones are evicted first (TensorRT-LLM's)."""
+
+
+class Retention(NamedTuple):
+    """What the tokens of a sequence from `start` on are worth: `priority` (0 to 100) for so many seconds, and
+    `DEFAULT_PRIORITY` after that; None is for good."""
+
+    start: int
+    priority: int
+    seconds: float | None = None
+
+
+Priorities = int | Sequence[Retention]
+"""One priority for all tokens, or one from each `Retention.start` on, in their order; the first starts at 0."""
 
 
 class PrefixKey(NamedTuple):
@@ -66,7 +81,19 @@ class _Node:
     """One block, behind those of its parents. `ends` has the owners whose last whole block it is, with the token ids
     (as bytes) that they hold beyond it."""
 
-    __slots__ = ("block", "children", "depth", "ends", "hash", "last_used", "parent", "pins", "priority", "stamp")
+    __slots__ = (
+        "block",
+        "children",
+        "depth",
+        "ends",
+        "expires",
+        "hash",
+        "last_used",
+        "parent",
+        "pins",
+        "priority",
+        "stamp",
+    )
 
     def __init__(self, parent: _Node | None, block: bytes, digest: int) -> None:
         self.parent, self.block, self.hash = parent, block, digest
@@ -74,6 +101,17 @@ class _Node:
         self.children: dict[bytes, _Node] = {}
         self.ends: dict[int, bytes] = {}
         self.last_used = self.priority = self.pins = self.stamp = 0
+        self.expires = math.inf
+
+    def retain(self, priority: int, expires: float) -> bool:
+        """It has at least this priority until that time; returns whether it has it, and for a limited time."""
+        if priority > self.priority:
+            self.priority, self.expires = priority, expires
+        elif priority == self.priority:
+            self.expires = max(self.expires, expires)
+        else:
+            return False
+        return self.expires < math.inf
 
 
 class _Entry:
@@ -109,6 +147,8 @@ class PrefixTree:
         fewer to look up.
     events : bool
         Keep events for `take_events`.
+    clock : callable
+        Seconds, for priorities that are for a limited time.
 
     Raises
     ------
@@ -116,7 +156,7 @@ class PrefixTree:
         `block_size` is not a positive whole number.
     """
 
-    def __init__(self, block_size: int = 16, events: bool = False) -> None:
+    def __init__(self, block_size: int = 16, events: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
             raise ConfigError(f"block_size is {block_size!r}; it must be a positive whole number of tokens")
         self.block_size = block_size
@@ -128,6 +168,8 @@ class PrefixTree:
         self._now = 0
         self._heap: list[tuple[int, int, int, int, _Node, int]] = []
         self._numbers = itertools.count()
+        self._clock = clock
+        self._expiring: list[tuple[float, int, _Node]] = []
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -254,11 +296,12 @@ class PrefixTree:
         owner: int,
         tokens: Sequence[int] | np.ndarray,
         key: PrefixKey = PrefixKey(),  # noqa: B008
-        priority: int = DEFAULT_PRIORITY,
+        priority: Priorities = DEFAULT_PRIORITY,
         evictable: bool = True,
     ) -> None:
         """An owner holds these tokens, which begin with those that it held before. `evictable` is False for one that
-        runs. Raises ConfigError for no tokens."""
+        runs. A block has the priority of its first token, or a higher one that somebody else gave it. Raises
+        ConfigError for no tokens."""
         data = as_bytes(tokens)
         if not data:
             raise ConfigError(f"owner {owner} holds no tokens; insert it when it does")
@@ -269,13 +312,19 @@ class PrefixTree:
         node, size = root, self._block_bytes
         whole = len(data) // size * size
         new: list[_Node] = []
+        steps = [Retention(0, priority)] if isinstance(priority, int) else list(priority)
+        now = self._clock()
         for at in range(0, whole, size):
             block = data[at : at + size]
+            while len(steps) > 1 and steps[1].start * TOKEN.itemsize <= at:
+                del steps[0]
             below = node.children.get(block)
             if below is None:
                 below = node.children[block] = _Node(node, block, self._digest(node, block, key))
                 new.append(below)
-            below.priority = max(below.priority, priority)
+            for_s = steps[0].seconds
+            if below.retain(steps[0].priority, math.inf if for_s is None else now + for_s):
+                heapq.heappush(self._expiring, (below.expires, next(self._numbers), below))
             node = below
         self.num_blocks += len(new)
         self._stored(new, key)
@@ -354,7 +403,7 @@ class PrefixTree:
 
     def clear(self) -> None:
         """Nobody holds anything, nothing is pinned."""
-        self._roots, self._entries, self._heap = {}, {}, []
+        self._roots, self._entries, self._heap, self._expiring = {}, {}, [], []
         self.num_blocks = 0
         if self._events is not None:
             self._events.append(AllBlocksCleared())
@@ -387,6 +436,19 @@ class PrefixTree:
             if len(self._heap) > 64 + 4 * len(self._entries):
                 self._heap = [item for item in self._heap if item[3] == item[4].stamp]
                 heapq.heapify(self._heap)
+
+    def expire(self) -> list[int]:
+        """Give blocks whose time is over `DEFAULT_PRIORITY`; returns the owners that end with one."""
+        found: list[int] = []
+        now = self._clock()
+        while self._expiring and self._expiring[0][0] <= now:
+            _, _, node = heapq.heappop(self._expiring)
+            if node.stamp >= 0 and node.expires <= now:
+                node.priority, node.expires = DEFAULT_PRIORITY, math.inf
+                node.stamp += 1
+                self._push(node)
+                found += node.ends
+        return found
 
     def pop_oldest(self) -> Run | None:
         """Take the run to be evicted first out of the queue: of the lowest priority the least recently used. None where

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import zlib
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -42,8 +43,11 @@ class Kernels:
     def value(number: int, layer: int, field: int, head: Any, token: Any) -> Any:
         return (number * 8191 + layer * 131 + field * 67 + head * 17 + token * 5) % 100003
 
-    def _pieces(self, row: torch.Tensor, number: int, tokens: range) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
-        """For every layer, field and block: where it is, a view of the tokens in it, and what belongs there."""
+    def _pieces(self, row: torch.Tensor, number: Any, tokens: range) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+        """For every layer, field and block: where it is, a view of the tokens in it, and what belongs there.
+
+        `number` is a request's, or there is one for each of its tokens.
+        """
         size, heads = self.manager.tokens_per_block, np.arange(self.heads)[:, None]
         for layer in range(len(self.mapping)):
             for field in range(self.manager.kv_factor):
@@ -51,9 +55,10 @@ class Kernels:
                     these = np.arange(max(tokens.start, first), min(tokens.stop, first + size))
                     block = self._block(row, layer, field, first // size)
                     span = block[:, these[0] - first : these[-1] - first + 1]
-                    yield (layer, field, these), span, self.value(number, layer, field, heads, these)
+                    who = number if isinstance(number, int) else number[these]
+                    yield (layer, field, these), span, self.value(who, layer, field, heads, these)
 
-    def write(self, row: torch.Tensor, number: int, tokens: range) -> None:
+    def write(self, row: torch.Tensor, number: Any, tokens: range) -> None:
         for _, span, values in self._pieces(row, number, tokens):
             span[:] = values[..., None]
 
@@ -66,7 +71,7 @@ class Kernels:
                 self._block(row, layer, 0, token // size)[0, token % size].sum()
                 self._block(row, layer, 1, token // size)[-1, token % size].sum()
 
-    def wrong(self, row: torch.Tensor, number: int, tokens: range) -> list[tuple[int, int, int, int]]:
+    def wrong(self, row: torch.Tensor, number: Any, tokens: range) -> list[tuple[int, int, int, int]]:
         """Places of a request's history that hold something else than was written."""
         found = []
         for (layer, field, these), span, values in self._pieces(row, number, tokens):
@@ -75,11 +80,28 @@ class Kernels:
         return found
 
 
+def identities(request: LlmRequest) -> Any:
+    """What a request's K and V are made from: its number, or for each token what comes before it. Its drafts are
+    wrong."""
+    if not request.has_content:
+        return request.py_request_id
+    seed = zlib.crc32(repr((request.lora_task_id, request.cache_salt_id)).encode())
+    found = []
+    for token in request.tokens + [0] * request.draft_tokens:
+        seed = zlib.crc32(token.to_bytes(8, "little"), seed)
+        found.append(seed % 10_000)
+    return np.array(found)
+
+
 class PyExecutor:
-    """Schedules without eviction, prepares, runs the kernels, updates, frees; one iteration a call."""
+    """Schedules without eviction, prepares, runs the kernels, updates, frees; one iteration a call. Prompts are
+    computed in chunks where `chunk` says of how many tokens."""
+
+    chunk: int | None = None
 
     def __init__(self, manager: Any, max_batch_size: int, warm_up_tokens: int = 1) -> None:
         self.manager, self.max_batch_size = manager, max_batch_size
+        self.computed: dict[int, list[range]] = {}
         self.waiting: list[LlmRequest] = []
         self.running: list[LlmRequest] = []
         self.lengths: dict[int, int] = {}
@@ -130,6 +152,18 @@ class PyExecutor:
                 if queue is self.running:
                     self._end(request)
 
+    @property
+    def active_requests(self) -> list[LlmRequest]:
+        return self.waiting + self.running
+
+    def _handle_errors(self, error_msg: str | None = None, *, requests: list[LlmRequest] | None = None) -> None:
+        for request in list(self.active_requests if requests is None else requests):
+            if request in self.waiting:
+                self.waiting.remove(request)
+            else:
+                self.running.remove(request)
+                self._end(request)
+
     def _end(self, request: LlmRequest) -> None:
         request.state = LlmRequestState.GENERATION_COMPLETE
         self.manager.free_resources(request)
@@ -142,13 +176,18 @@ class PyExecutor:
         free = self.manager.impl.get_kv_cache_stats().free_num_blocks
         for request in self.running:
             free -= need(request) - len(self.manager.impl.get_cache_block_ids(request.py_request_id, 0)[0])
-        context = []
-        while self.waiting and len(self.running) + len(context) < self.max_batch_size:
+        context = [each for each in self.running if each.state is LlmRequestState.CONTEXT_INIT]
+        going = [each for each in self.running if each not in context]
+        for request in context:
+            request.context_chunk_size = min(self.chunk or request.prompt_len, request.context_remaining_length)
+        while self.waiting and len(going) + len(context) < self.max_batch_size:
             if need(self.waiting[0]) > free:
                 break
             free -= need(self.waiting[0])
-            context.append(self.waiting.pop(0))
-        return ScheduledRequests(context, list(self.running))
+            request = self.waiting.pop(0)
+            request.context_chunk_size = min(self.chunk or request.prompt_len, request.prompt_len)
+            context.append(request)
+        return ScheduledRequests(context, going)
 
     def _pad(self, count: int) -> list[int]:
         if not self.padding:
@@ -167,30 +206,41 @@ class PyExecutor:
         ids += self._pad(self.max_batch_size - len(ids)) if len(ids) < self.max_batch_size else []
         self.manager.copy_batch_block_offsets(self.table, ids, 1, len(batch.context_requests), len(ids))
         for i, request in enumerate(requests):
-            number, row = request.py_request_id, self.table[:, i]
-            before = self.lengths.get(number, 0)
-            new = request.prompt_len if before == 0 else 1 + request.draft_tokens
-            self.wrong += self.kernels.wrong(row, number, range(before))
-            self.kernels.write(row, number, range(before, before + new))
-            if before == 0:
-                self.kernels.load_tiles(row, new)
+            number, row, who = request.py_request_id, self.table[:, i], identities(request)
+            is_prompt = request in batch.context_requests
+            before = request.context_current_position if is_prompt else self.lengths[number]
+            new = request.context_chunk_size if is_prompt else 1 + request.draft_tokens
+            self.wrong += self.kernels.wrong(row, who, range(before))
+            self.kernels.write(row, who, range(before, before + new))
+            if is_prompt:
+                self.kernels.load_tiles(row, before + new)
+                self.computed.setdefault(number, []).append(range(before, before + new))
+                request.move_to_next_context_chunk()
             self.lengths[number] = before + new
-            request.py_rewind_len = request.draft_tokens if before else 0
+            request.py_rewind_len = 0 if is_prompt else request.draft_tokens
+            if not is_prompt or not request.context_remaining_length:
+                request.tokens.append(self.sample(request))
         for i in range(len(requests), len(ids)):
             self.kernels.write(self.table[:, i], 7, range(1))
         self.manager.update_resources(batch)
         for request in requests:
             number = request.py_request_id
             self.lengths[number] -= request.py_rewind_len
-            request.is_first_context_chunk = False
-            if request in batch.context_requests:
-                request.state = LlmRequestState.GENERATION_IN_PROGRESS
+            if request not in self.running:
                 self.running.append(request)
+            if request.context_remaining_length:
+                continue
+            request.state = LlmRequestState.GENERATION_IN_PROGRESS
             request.generated += 1
             if request.generated >= request.max_new_tokens:
                 self.running.remove(request)
                 self._end(request)
         return len(requests)
+
+    @staticmethod
+    def sample(request: LlmRequest) -> int:
+        """The next token, which follows from those before it."""
+        return zlib.crc32(repr(request.tokens[-3:]).encode()) % 50_000
 
     def run(self) -> None:
         while self.waiting or self.running:

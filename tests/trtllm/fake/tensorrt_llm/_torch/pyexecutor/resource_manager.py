@@ -27,6 +27,7 @@ class KvCacheConfig:
     free_gpu_memory_fraction: float | None = None
     enable_block_reuse: bool = True
     enable_partial_reuse: bool = True
+    copy_on_partial_reuse: bool = True
     host_cache_size: int | None = None
     max_attention_window: list[int] | None = None
     sink_token_length: int | None = None
@@ -44,17 +45,67 @@ class Mapping:
 
 
 class LlmRequest(Watched):
-    """A request as schedulers and managers see it."""
+    """A request as schedulers and managers see it; without tokens it has some that no other one has."""
 
-    def __init__(self, number: int, prompt_len: int, max_new_tokens: int) -> None:
+    lora_task_id: int | None = None
+    cache_salt_id: int | None = None
+    py_multimodal_data: Any = None
+    py_return_context_logits = False
+
+    def __init__(self, number: int, prompt_len: int, max_new_tokens: int, tokens: list[int] | None = None) -> None:
         self.py_request_id, self.prompt_len, self.max_new_tokens = number, prompt_len, max_new_tokens
+        self.has_content = tokens is not None
+        self.tokens = list(tokens) if tokens is not None else [number * 100_000 + i for i in range(prompt_len)]
         self.orig_prompt_len = prompt_len
-        self.is_first_context_chunk, self.is_dummy = True, False
+        self.context_current_position = self.prepopulated_prompt_len = 0
+        self.context_chunk_size = prompt_len
+        self.is_dummy = False
         self.state = LlmRequestState.CONTEXT_INIT
         self.py_rewind_len = self.py_num_accepted_draft_tokens = 0
         self.py_beam_width = 1
         self.draft_tokens = 0
         self.generated = 0
+
+    @property
+    def is_first_context_chunk(self) -> bool:
+        return self.context_current_position == (self.prepopulated_prompt_len if MINOR >= 3 else 0)
+
+    @is_first_context_chunk.setter
+    def is_first_context_chunk(self, value: bool) -> None:
+        """False says that the prompt is through, True that the request begins again, as one that was paused does."""
+        self.context_current_position = 0 if value else self.prompt_len
+        if value:
+            self.prepopulated_prompt_len, self.context_chunk_size = 0, self.prompt_len
+
+    @property
+    def context_remaining_length(self) -> int:
+        return self.prompt_len - self.context_current_position
+
+    def get_tokens(self, beam: int) -> list[int]:
+        return self.tokens
+
+    def get_num_tokens(self, beam: int) -> int:
+        return len(self.tokens)
+
+    def move_to_next_context_chunk(self) -> None:
+        self.context_current_position += self.context_chunk_size
+        self.context_chunk_size = 0
+
+
+if MINOR >= 3:
+
+    def _set_prepopulated_prompt_len(request: LlmRequest, length: int, tokens_per_block: int) -> None:
+        """As the C++ one: moves the window of the chunk, which ends with a block unless it is the last."""
+        assert length < request.prompt_len
+        request.prepopulated_prompt_len = length
+        if length > 0:
+            chunk = request.context_chunk_size
+            if length + chunk < request.prompt_len:
+                chunk = (length + chunk) // tokens_per_block * tokens_per_block - length
+            request.context_current_position = length
+            request.context_chunk_size = min(chunk, request.prompt_len - length)
+
+    LlmRequest.set_prepopulated_prompt_len = _set_prepopulated_prompt_len
 
 
 class ScheduledRequests(Watched):
@@ -176,6 +227,17 @@ class _Manager1_2(Watched, BaseResourceManager):
         self.host_kv_cache_block_offsets = torch.empty(
             (self.num_pools, max_batch_size * max_beam_width, 2, self.max_blocks_per_seq), dtype=torch.int32
         )
+
+        self.event_buffer_max_size = kv_cache_config.event_buffer_max_size
+        if self.event_buffer_max_size:
+            raise RuntimeError("this stand-in has no event manager")
+
+    def reset_reuse_state(self) -> None: ...
+
+    def flush_iteration_events(self) -> None: ...
+
+    def get_latest_events(self, timeout_ms: float | None = 0) -> list[Any]:
+        return []
 
     def _take_draft_lengths(self, spec_config: Any) -> None:
         self.max_total_draft_tokens = spec_config.max_total_draft_tokens if spec_config else 0
@@ -435,6 +497,11 @@ class _Manager1_3(_Manager1_2):
                 request.state, request.prompt_len = LlmRequestState.GENERATION_IN_PROGRESS, tokens - 1
                 self._grow(request.py_request_id, reserved if prepare_resource else 0)
         return made
+
+    def probe_prefix_match_length(
+        self, input_tokens: list[int], lora_task_id: int | None = None, cache_salt: str | None = None
+    ) -> int:
+        raise RuntimeError("the stock prefix tree is not to be asked")
 
     def get_num_tokens(self, request: LlmRequest) -> int:
         return self.impl.get_token_count(request.py_request_id)

@@ -1,0 +1,164 @@
+"""The Triton kernel that reads what groups of lanes share once for all of a group's lanes.
+
+Cascade inference (FlashInfer, 2024) and Hydragen (arXiv 2402.05099): the queries of a group's lanes are rows of one
+tile, so that a key is loaded once for as many queries as a tile has rows. The results go to a buffer, by query head, as
+the logarithm of the sum of weights and the weighted mean of values; the shares kernel, launched next, reads the rest of
+each lane and combines the two, exactly up to rounding. The work is shared out as it is there (shares_kernel.py).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from trtllm_vattn.attention.shares_kernel import _attend, _combined, _tiles_of
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _leave(tops, outs, top, total, acc, index, here, d):  # type: ignore[no-untyped-def]
+    """Store rows' results, index int64 ``[rows]`` by lane, query and query head."""
+    given = here & (total > 0)
+    tl.store(tops + index, tl.where(given, top + tl.log2(total), float("-inf")), mask=here)
+    result = tl.where(given[:, None], acc / total[:, None], 0.0)
+    tl.store(outs + index[:, None] * d.shape[0] + d[None, :], result, mask=here[:, None])
+
+
+@triton.jit(do_not_specialize=["num_groups", "start", "fewest"])  # type: ignore[untyped-decorator]
+def read_prefixes(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    k_tiles,
+    v_tiles,
+    tops,
+    outs,
+    groups,
+    members,
+    part_tops,
+    part_totals,
+    part_outs,
+    arrived,
+    k_scale,
+    of_slot,
+    of_token,
+    of_head,
+    num_groups,
+    start,
+    fewest,
+    scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    TMA: tl.constexpr,
+    PDL: tl.constexpr,
+    FP8: tl.constexpr,
+    K_SCALES: tl.constexpr,
+):
+    """Attention of q ``[lanes, QUERIES, KV_HEADS * GROUP, DIM]`` to the tokens that its lanes' groups share.
+
+    groups int32 ``[num_groups, 4]`` and members int32 ``[lanes]`` are those of `PrefixTables`. tops float32
+    ``[lanes, QUERIES, KV_HEADS * GROUP]`` and outs, with `DIMS` behind; lanes of no group are left as they are. K and V
+    are scaled and placed as in `decode_shares`, but for `v_scale`, which is applied there.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    group_range = tl.arange(0, GROUPS)
+    inside = group_range < num_groups
+    n = tl.load(groups + group_range * 4 + 1, mask=inside, other=0)
+    counts = tl.load(groups + group_range * 4 + 3, mask=inside, other=0)
+    blocks = tl.cdiv(counts * (QUERIES * GROUP), ROWS)
+    weight = tl.where(n > 0, tl.cdiv(n, TILE) + start, 0) * KV_HEADS * blocks
+    begins = tl.cumsum(weight, 0) - weight
+    share = tl.maximum(tl.cdiv(tl.sum(weight, 0), programs), fewest)
+    at = program * share
+    end = tl.minimum(at + share, tl.sum(weight, 0))
+    places = (begins.to(tl.int64) << 32) | group_range
+    d = tl.arange(0, DIMS)
+    row_range = tl.arange(0, ROWS)
+    kv_dtype: tl.constexpr = tl.float8e4nv if FP8 else q.dtype.element_ty
+    dot_dtype: tl.constexpr = tl.float16 if FP8 else q.dtype.element_ty
+
+    while at < end:
+        place = tl.max(tl.where(begins <= at, places, 0), 0)
+        group = (place & 0xFFFFFFFF).to(tl.int32)
+        slot = tl.load(groups + group * 4).to(tl.int64)
+        length = tl.load(groups + group * 4 + 1)
+        first_member = tl.load(groups + group * 4 + 2)
+        count = tl.load(groups + group * 4 + 3)
+        row_blocks = tl.cdiv(count * (QUERIES * GROUP), ROWS)
+        tiles = tl.cdiv(length, TILE)
+        offset = at - (place >> 32).to(tl.int32)
+        unit = offset // (tiles + start)
+        head = unit // row_blocks
+        from_start = offset - unit * (tiles + start)
+        until = tl.minimum(tiles + start, from_start + end - at)
+        first = tl.maximum(from_start - start, 0)
+        last = tl.maximum(until - start, 0)
+
+        offset_bytes = (slot * of_slot + head * of_head) * (kv_dtype.primitive_bitwidth // 8)
+        k_head = tl.multiple_of((k + offset_bytes).to(tl.pointer_type(kv_dtype)), 16)
+        v_head = tl.multiple_of((v + offset_bytes).to(tl.pointer_type(kv_dtype)), 16)
+        rows = (unit % row_blocks) * ROWS + row_range
+        member = rows // (QUERIES * GROUP)
+        here = member < count
+        lane = tl.load(members + first_member + member, mask=here, other=0)
+        row = rows % (QUERIES * GROUP)
+        query_head = head * GROUP + row % GROUP
+        index = (lane.to(tl.int64) * QUERIES + row // GROUP) * (KV_HEADS * GROUP) + query_head
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        queries = tl.load(q + index[:, None] * DIM + d[None, :], mask=here[:, None] & (d < DIM)[None, :], other=0.0)
+        queries = queries.to(dot_dtype)
+        head_scale = scale
+        if K_SCALES:
+            head_scale = scale * tl.load(k_scale + head * (K_SCALES - 1))
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DIMS], tl.float32)
+        whole = tl.minimum(last, length // TILE)
+        for tile in tl.range(first, whole, num_stages=STAGES):
+            keys = _tiles_of(k_head, k_tiles, slot, tile * TILE, head, of_token, d, TILE, DIM, TMA).to(dot_dtype)
+            values = _tiles_of(v_head, v_tiles, slot, tile * TILE, head, of_token, d, TILE, DIM, TMA).to(dot_dtype)
+            top, total, acc = _attend(queries, keys, values, True, head_scale, top, total, acc, False)
+        for tile in tl.range(tl.maximum(first, whole), last, num_stages=1):
+            token = tile * TILE + tl.arange(0, TILE)
+            mask = (token < length)[:, None] & (d < DIM)[None, :]
+            from_head = token.to(tl.int64)[:, None] * of_token + d[None, :]
+            keys = tl.load(k_head + from_head, mask=mask, other=0.0).to(dot_dtype)
+            values = tl.load(v_head + from_head, mask=mask, other=0.0).to(dot_dtype)
+            visible = (token < length)[None, :]
+            top, total, acc = _attend(queries, keys, values, visible, head_scale, top, total, acc, True)
+
+        if (first == 0) & (last == tiles):
+            _leave(tops, outs, top, total, acc, index, here, d)
+        elif last > first:
+            part = (program * 2 + (first == 0).to(tl.int32)) * ROWS
+            tl.store(part_tops + part + row_range, top, mask=here)
+            tl.store(part_totals + part + row_range, total, mask=here)
+            tl.store(part_outs + (part + row_range)[:, None] * DIMS + d[None, :], acc, mask=here[:, None])
+            tl.debug_barrier()
+            begin = at - from_start
+            first_program = (begin + start) // share
+            last_program = (begin + start + tiles - 1) // share
+            # No two blocks of rows of two groups count in the same place.
+            before_group = (first_member * (QUERIES * GROUP) // ROWS + group) * KV_HEADS
+            counter = arrived + before_group + unit
+            before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+            if before == last_program - first_program:
+                whole_top, whole_total, whole_acc = _combined(
+                    part_tops, part_totals, part_outs, first_program, last_program, here, d, ROWS, ROWS, PARTS
+                )
+                _leave(tops, outs, whole_top, whole_total, whole_acc, index, here, d)
+                tl.store(counter, 0)
+        at += until - from_start
+    if PDL:
+        tl.extra.cuda.gdc_wait()

@@ -1,0 +1,277 @@
+"""`bench compression`: caches that keep less: windows of some layers, keys and values of eight bits."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from trtllm_vattn.arguments import listed, positive
+from trtllm_vattn.attention.options import FP8
+from trtllm_vattn.bench.harness.case import captured_graphs, conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.contenders import device_step_ms
+from trtllm_vattn.bench.harness.flags import add_attention, add_common
+from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
+from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.kv_dtype import KVScales
+from trtllm_vattn.runtime.kv_scales import calibrated_scales
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.prefill import PromptChunk
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.table import tabulate
+from trtllm_vattn.vmm.open import open_driver
+
+WINDOWED = "tiny-gemma3"
+"""The shape whose window slides."""
+COMPARED_TOKENS = 64
+"""Of two prompts, by a cache that keeps windows and by one that keeps everything."""
+
+
+def parts(text: str) -> list[str]:
+    """Names in `PARTS`; unknown ones are refused."""
+
+    def part(name: str) -> str:
+        if name not in PARTS:
+            raise argparse.ArgumentTypeError(f"no part {name!r:.60}; there are {', '.join(PARTS)}")
+        return name
+
+    return listed(text, part)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench compression`."""
+    gpu, add = add_common(parser), parser.add_argument
+    add_attention(parser)
+    names = ", ".join(PARTS)
+    add("--parts", type=parts, default=list(PARTS), metavar="PARTS", help=f"what is measured, of {names}")
+    text = "tokens that a window slides over"
+    add("--slide", type=positive, default=100_000 if gpu else 1200, metavar="TOKENS", help=text)
+    text = "tokens of each sequence whose windows' memory is counted"
+    add("--window-context", type=positive, default=32_768 if gpu else 512, metavar="TOKENS", help=text)
+    text = "sequences that decode over keys and values of 16 and of 8 bits"
+    add("--batch", type=positive, default=64 if gpu else 3, metavar="SEQUENCES", help=text)
+    add("--context", type=positive, default=8192 if gpu else 64, metavar="TOKENS", help="of each of them")
+    text = "KV memory, in which as many sequences as fit are admitted"
+    add(
+        "--pages", type=positive, default=16_384 if gpu else 300, metavar="PAGES", help=text + ", in the driver's pages"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 where tokens of a cache with windows are others, or anything was captured again."""
+    rows: list[dict[str, Any]] = []
+    summary: dict[str, Any] = {}
+    wrong: list[str] = []
+    for name in args.parts:
+        found = PARTS[name](args)
+        rows += [{"figure": key, "value": value} for key, value in found.items()]
+        summary.update(found)
+    if summary.get("window_recaptures"):
+        wrong.append(f"{summary['window_recaptures']} graphs were captured again while a window slid")
+    if summary.get("window_tokens_equal", 1.0) < 0.9:
+        wrong.append("a cache that keeps windows gives other tokens than one that keeps everything")
+    columns: dict[str, str | Callable[[Any], str]] = {"figure": "figure", "value": lambda row: _shown(row["value"])}
+    return conclude("compression", args, {"figures": rows}, summary, tabulate(rows, columns), wrong=wrong)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+# -- windows ---------------------------------------------------------------------------------------------------------
+
+
+def windows(args: argparse.Namespace) -> dict[str, Any]:
+    """Memory of windows beside their own tokens', and a window that slides under captured graphs."""
+    return {**window_memory(args), **sliding(args), **same_tokens(args)}
+
+
+def hybrid_shape(args: argparse.Namespace) -> CacheShape:
+    """Of Gemma 3 27B, or a small one of the same pattern: every sixth layer keeps all tokens."""
+    gpu = args.device != "cpu"
+    layers, window, heads, dim = (62, 1024, 16, 128) if gpu else (6, 64, 2, 16)
+    pattern = tuple(None if layer % 6 == 5 else window for layer in range(layers))
+    sequences = 4
+    return CacheShape(layers, heads, dim, torch.bfloat16, sequences, args.window_context, windows=pattern)
+
+
+def window_memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Bytes mapped for windows over those of windows times layers and a page a range, and over all tokens'."""
+    shape = hybrid_shape(args)
+    if args.window_context <= max(each for each in shape.windows if each):
+        raise ConfigError(f"--window-context is {args.window_context}; give more than the window")
+    with make_cache("vattn", shape, args.device) as cache:
+        assert isinstance(cache, KVCacheManager)
+        page = cache.layout.granularity
+        for sequence in range(shape.num_slots):
+            cache.admit(sequence, args.window_context // 2)
+            cache.extend(sequence, args.window_context // 2)
+        groups = [
+            group for slot in cache.arena.slots[: shape.num_slots] for group in slot.groups if group.window is not None
+        ]
+        mapped = sum(group.mapped * len(group.ranges) for group in groups)
+        ranges = sum(len(group.ranges) for group in groups)
+        whole = cache.stats().mapped_bytes
+    tokens = sum(each for each in shape.windows if each) * shape.num_slots
+    ideal = tokens * shape.layer_token_bytes
+    everything = shape.num_slots * args.window_context * shape.token_bytes
+    return {
+        "window_memory_over_ideal": mapped / (ideal + page * ranges),
+        "window_memory_over_windows": mapped / ideal,
+        "hybrid_memory_over_all_tokens": whole / everything,
+    }
+
+
+def sliding(args: argparse.Namespace) -> dict[str, Any]:
+    """Graphs captured again, and driver calls for the windows, while one sequence decodes `--slide` tokens."""
+    model = load_model(WINDOWED, args.device, torch.float32, args.seed)
+    prompt = np.random.default_rng(args.seed).integers(0, vocab_of(model), 700).tolist()
+    shape = shape_of(model, 1, args.slide + len(prompt) + 1)
+    cache = make_cache("vattn", shape, args.device)
+    assert isinstance(cache, KVCacheManager)
+    # What goes in first makes what is compiled and captured when it is first used.
+    with Engine(model, cache, steps=16, max_step_tokens=256, prefix_cache=False, compile=False) as engine:
+        engine.generate([prompt], SamplingParams(32, ignore_eos=True))
+        graphs = {id(graph) for graph in captured_graphs(engine)}
+        request = engine.submit(prompt, SamplingParams(args.slide, ignore_eos=True))
+        tokens, mapped = 0, 0
+        while engine.busy:
+            tokens += sum(event.request == request and event.token is not None for event in engine.step())
+            if not mapped and tokens:
+                mapped = _window_bytes(cache)
+            if mapped and engine.busy and _window_bytes(cache) != mapped:
+                raise ConfigError("a window's memory changed while it slid")
+        again = {id(graph) for graph in captured_graphs(engine)}
+    return {"window_recaptures": len(again - graphs), "slid_tokens": tokens}
+
+
+def _window_bytes(cache: KVCacheManager) -> int:
+    groups = cache.arena.slots[0].groups
+    return sum(group.mapped * len(group.ranges) for group in groups if group.window is not None)
+
+
+def same_tokens(args: argparse.Namespace) -> dict[str, Any]:
+    """The share of tokens, in float32, that are those of a cache that keeps everything and masks it."""
+    random, found = np.random.default_rng(args.seed), []
+    model = load_model(WINDOWED, args.device, torch.float32, args.seed)
+    prompts = [random.integers(0, vocab_of(model), count).tolist() for count in (700, 40)]
+    shape = shape_of(model, 2, 1024)
+    for each in (shape, replace(shape, windows=())):
+        cache = make_cache("vattn", each, args.device)
+        with Engine(model, cache, max_step_tokens=256, prefix_cache=False, compile=False) as engine:
+            done = engine.generate(prompts, SamplingParams(COMPARED_TOKENS, ignore_eos=True))
+            found.append([token for each in done for token in each.tokens])
+    equal = [first == second for first, second in zip(*found, strict=True)]
+    return {"window_tokens_equal": sum(equal) / len(equal)}
+
+
+# -- eight bits ------------------------------------------------------------------------------------------------------
+
+
+def eight_bits(args: argparse.Namespace) -> dict[str, Any]:
+    """Sequences in the same memory, a step over as many tokens, and how far logits drift."""
+    model = model_of(args)
+    random, vocab = np.random.default_rng(args.seed), vocab_of(model)
+    prompts = [random.integers(0, vocab, 96).tolist() for _ in range(6)]
+    scales = calibrated_scales(model, prompts[:3])
+    fitting = [_sequences(args, model, dtype) for dtype in (torch.bfloat16, FP8)]
+    steps, logits = [], []
+    for dtype, given in (("auto", None), ("fp8", scales)):
+        step, found = _measure(args, model, dtype, given, prompts)
+        steps.append(step)
+        logits.append(found)
+    exact, other = (torch.cat(each).float() for each in logits)
+    step = steps[1] / steps[0] if steps[0] and steps[1] else None
+    name = f"fp8_step_over_bf16_{args.batch}x{args.context}"
+    return {
+        "fp8_sequences_over_bf16": fitting[1] / fitting[0],
+        "fp8_step_over_bf16_64x8k" if (args.batch, args.context) == (64, 8192) else name: step,
+        "bf16_step_ms": steps[0],
+        "fp8_step_ms": steps[1],
+        "fp8_logits_drift": float((other - exact).norm() / exact.norm()),
+        "fp8_same_likeliest_token": float((other.argmax(-1) == exact.argmax(-1)).float().mean()),
+    }
+
+
+def _sequences(args: argparse.Namespace, model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Sequences of `--context` tokens that a cache of `--pages` pages holds at once."""
+    shape = replace(shape_of(model, 512, args.context), dtype=dtype)
+    driver = open_driver(args.device)
+    with KVCacheManager(shape, driver, args.pages * driver.granularity(), lookahead=0) as cache:
+        for sequence in range(shape.num_slots):
+            try:
+                cache.admit(sequence, args.context)
+            except KVCacheOutOfMemory:
+                break
+        if not 0 < cache.stats().sequences < shape.num_slots:
+            raise ConfigError(
+                f"--pages is {args.pages}; give as many as hold between 1 and {shape.num_slots} sequences"
+            )
+        return cache.stats().sequences
+
+
+def _measure(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    dtype: str,
+    scales: KVScales | None,
+    prompts: Sequence[Sequence[int]],
+) -> tuple[float | None, list[torch.Tensor]]:
+    """Milliseconds of a captured step over `--batch` sequences of `--context` random tokens (None on the host), and the
+    logits after each prompt, of which the last tokens read what was stored of the others."""
+    shape = shape_of(model, args.batch, max(args.context + 128, len(prompts[0])), dtype)
+    cache = make_cache("vattn", shape, args.device)
+    options: dict[str, Any] = {"attention": args.attention, "buckets": [args.batch], "prefix_cache": False}
+    with Engine(model, cache, max_step_tokens=32, kv_scales=scales, **options) as engine:
+        logits = [_logits(engine, list(prompt)) for prompt in prompts]
+        for sequence in range(args.batch):
+            slot = cache.admit(sequence, args.context)
+            engine.decode.set_lane(slot, sequence, args.context + 1, shape.max_seq_len)
+        _fill(cache, args.context, args.seed)
+        times = [device_step_ms(engine, 6) for _ in range(3)]
+        known = [each for each in times if each is not None]
+        for sequence in range(args.batch):
+            engine.decode.clear_lane(cache.slot_of(sequence))
+            cache.release(sequence)
+    return (median(known) if known else None), logits
+
+
+@torch.inference_mode()
+def _logits(engine: Engine, prompt: list[int]) -> torch.Tensor:
+    slot = engine.cache.admit("drift", len(prompt))
+    last = torch.empty(0)
+    for start in range(0, len(prompt), 32):
+        last = engine.prefill.run([PromptChunk(slot, prompt[start : start + 32], start)])
+    kept = last.clone()
+    engine.cache.release("drift")
+    return kept
+
+
+@torch.inference_mode()
+def _fill(cache: KVCache, context: int, seed: int) -> None:
+    """Random keys and values in all slots, the same ones in each."""
+    shape = cache.shape
+    generator = torch.Generator(cache.device).manual_seed(seed)
+    size = (context, shape.num_kv_heads, shape.head_dim)
+    for layer in range(shape.num_layers):
+        kv = cache.layer(layer)
+        assert isinstance(kv, FlatKV)
+        for rows in (kv.k, kv.v):
+            made = torch.randn(size, generator=generator, device=cache.device).to(shape.dtype)
+            bits = torch.uint8 if shape.dtype.itemsize == 1 else shape.dtype
+            for slot in range(shape.num_slots):
+                rows[slot, :context].view(bits).copy_(made.view(bits))
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"windows": windows, "fp8": eight_bits}
+"""What is measured, by name."""

@@ -1,0 +1,280 @@
+"""`bench speculation`: tokens a second with drafts beside none, on text that repeats itself and on text that does not.
+
+Nobody can say what a model with random weights writes next, so the text is **scripted**: the model computes all that it
+always computes, and then the next token of a generated text is made the likeliest. How many drafts are accepted is a
+property of that text (`repeating_text`), not of a model; what a step costs is the model's.
+
+That drafts change no token is shown apart, in float32 on the host, with nothing scripted, greedy and sampled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Sequence
+from copy import deepcopy
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from trtllm_vattn.arguments import numbers, positive
+from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_rounds
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import VattnError
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.speculation import Speculation
+from trtllm_vattn.table import tabulate
+
+DRAFTS = (0, 3, 7)
+"""Most draft tokens of a step, each an engine of its own."""
+LARGE = 1e4
+"""Logit of the scripted token."""
+PHRASES, SHORTEST, LONGEST = 48, 6, 20
+CHANGED = 0.04
+"""Tokens of a repeated phrase that are another one than before."""
+ROLLBACKS = 200
+NOISE = 0.02
+"""Of a draft model's weights, by their standard deviation."""
+COLUMNS = {
+    "text": "text",
+    "lanes": "lanes",
+    "drafts": "drafts",
+    "round": "round",
+    "tokens/s": "tokens_per_s:,.0f",
+    "step ms": "step_ms:.3f",
+    "accepted a step": "accepted_per_step:.2f",
+    "steps by drafts": "steps",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench speculation`."""
+    gpu, add = add_common(parser), parser.add_argument
+    add_attention(parser)
+    text = "sequences that decode at once"
+    add("--lanes", type=numbers, default="1,32,128" if gpu else "1,3", metavar="SEQUENCES,...", help=text)
+    text = "tokens of each sequence before it decodes"
+    add("--context", type=positive, default=1024 if gpu else 256, metavar="TOKENS", help=text)
+    add("--output-tokens", type=positive, default=256 if gpu else 32, metavar="TOKENS", help="of each sequence")
+    add_rounds(parser, 1, "number of drafts")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark."""
+    same = tokens_identical(args.seed)
+    model = model_of(args)
+    longest = args.context + args.output_tokens
+    script = Script(model, longest + max(DRAFTS) + 2)
+    random, vocab = np.random.default_rng(args.seed), vocab_of(model)
+    texts = {
+        "repeating": repeating_text(longest + 1, vocab, random),
+        "random": random.integers(0, vocab, longest + 1).tolist(),
+    }
+    rows: list[dict[str, Any]] = []
+    rollback_us = 0.0
+    try:
+        for drafts in DRAFTS:
+            gc.collect()
+            with engine_of(model, args, drafts, longest) as engine:
+                found, rollback = measure_all(engine, script, texts, args)
+                rows += [{"drafts": drafts, **row} for row in found]
+                rollback_us = max(rollback_us, rollback)
+    finally:
+        script.remove()
+    wrong = [] if same else ["tokens with drafts are others than without, in float32 on the host"]
+    summary = {"tokens_identical_float32": same, **summarised(rows), "rollback_us": rollback_us, "text": "scripted"}
+    return conclude("speculation", args, {"runs": rows}, summary, tabulate(rows, COLUMNS), wrong=wrong)
+
+
+def repeating_text(tokens: int, vocab: int, random: np.random.Generator) -> list[int]:
+    """A text that repeats itself as code and documents do: phrases, the first ones most often (Zipf), a few tokens of
+    each repetition changed."""
+    phrases = [random.integers(0, vocab, random.integers(SHORTEST, LONGEST + 1)) for _ in range(PHRASES)]
+    weights = 1 / np.arange(1, PHRASES + 1)
+    text: list[int] = []
+    while len(text) < tokens:
+        phrase = phrases[random.choice(PHRASES, p=weights / weights.sum())].copy()
+        changed = random.random(len(phrase)) < CHANGED
+        phrase[changed] = random.integers(0, vocab, int(changed.sum()))
+        text += phrase.tolist()
+    return text[:tokens]
+
+
+class Script:
+    """Has a model find a given text the likeliest, whatever it computes: behind position p comes token p + 1."""
+
+    def __init__(self, model: PreTrainedModel, tokens: int) -> None:
+        self._model = model
+        # Among its buffers, so that a captured step may read it.
+        model.register_buffer("script", torch.zeros(tokens, dtype=torch.int64, device=model.device), persistent=False)
+        self._hook = model.register_forward_hook(self._write, with_kwargs=True)
+
+    def set(self, text: Sequence[int]) -> None:
+        """Another text, for sequences that begin from now on."""
+        self._model.script.zero_()
+        self._model.script[: len(text)] = torch.tensor(text)
+
+    def _write(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        positions, kept = kwargs["position_ids"][0], kwargs.get("logits_to_keep")
+        if isinstance(kept, torch.Tensor):
+            positions = positions.index_select(0, kept)
+        following = model.script.index_select(0, (positions + 1).clamp(max=len(model.script) - 1))
+        output.logits[0].scatter_(1, following[:, None], LARGE)
+
+    def remove(self) -> None:
+        """The model writes what it likes again."""
+        self._hook.remove()
+        del self._model.script
+
+
+def engine_of(model: PreTrainedModel, args: argparse.Namespace, drafts: int, longest: int) -> Engine:
+    """An engine over the fixed-address cache, with or without drafts."""
+    lanes = max(args.lanes)
+    cache = make_cache("vattn", shape_of(model, lanes, longest), args.device)
+    speculation = Speculation(num_speculative_tokens=drafts) if drafts else None
+    return Engine(
+        model,
+        cache,
+        attention=args.attention,
+        buckets=sorted(set(args.lanes)),
+        prefix_cache=False,
+        speculation=speculation,
+    )
+
+
+def measure_all(
+    engine: Engine, script: Script, texts: dict[str, list[int]], args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], float]:
+    """Rows of every text and number of lanes, and microseconds to take rejected drafts of all lanes back."""
+    rows: list[dict[str, Any]] = []
+    rollback = 0.0
+    for turn in range(args.rounds + 1):
+        for name, text in texts.items():
+            script.set(text)
+            for lanes in args.lanes:
+                # The first turn plans and captures what is left to be.
+                output = args.output_tokens if turn else min(16, args.output_tokens)
+                row = measure(engine, text[: args.context], lanes, output)
+                if turn:
+                    rows.append({"text": name, "lanes": lanes, "round": turn - 1, **row})
+                rollback = max(rollback, row.pop("rollback_us"))
+    return rows, rollback
+
+
+def measure(engine: Engine, prompt: list[int], lanes: int, output: int) -> dict[str, Any]:
+    """Tokens a second while so many sequences decode, from when all do until the first one has ended."""
+    before = engine.speculation_stats() if engine.decode.speculator is not None else {}
+    for _ in range(lanes):
+        engine.submit(prompt, SamplingParams(output, ignore_eos=True))
+    while len(engine.scheduler.decoding) < lanes:
+        engine.step()
+    engine.step()
+    tokens = steps = 0
+    started = perf_counter()
+    while True:
+        events = engine.step()
+        if errors := [event.error for event in events if event.error]:
+            raise VattnError(str(errors[0]))
+        if any(event.finish_reason for event in events):
+            break
+        tokens, steps, ended = tokens + len(events), steps + 1, perf_counter()
+        if steps == 4:
+            rollback_us = _rollback_us(engine)
+            # Not counted: what was just measured.
+            started += perf_counter() - ended
+    if steps < 5:
+        raise VattnError(f"{steps} steps were too few to be timed; raise --output-tokens")
+    for _ in engine.run():
+        pass
+    row = {"tokens_per_s": tokens / (ended - started), "step_ms": 1e3 * (ended - started) / steps}
+    return {**row, "rollback_us": rollback_us, **_change(engine, before)}
+
+
+def _rollback_us(engine: Engine) -> float:
+    """Microseconds in which the host takes rejected drafts of all lanes back, as it does behind each step with any."""
+    if engine.decode.speculator is None:
+        return 0.0
+    took = []
+    for _ in range(ROLLBACKS):
+        started = perf_counter()
+        engine.cache.roll_back(engine.decode.lengths_after(0))
+        took.append(perf_counter() - started)
+    return 1e6 * float(np.median(took))
+
+
+def _change(engine: Engine, before: dict[str, Any]) -> dict[str, Any]:
+    """What became of drafts since then."""
+    if not before:
+        return {"accepted_per_step": 0.0, "drafted": 0, "accepted": 0, "steps": ""}
+    now = engine.speculation_stats()
+    drafted, accepted, verified = (now[name] - before[name] for name in ("drafted", "accepted", "verified"))
+    by_drafts = {drafts: count - before["steps"].get(drafts, 0) for drafts, count in now["steps"].items()}
+    return {
+        "accepted_per_step": accepted / max(1, verified),
+        "drafted": drafted,
+        "accepted": accepted,
+        "steps": " ".join(f"{drafts}:{count}" for drafts, count in by_drafts.items() if count),
+    }
+
+
+def summarised(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures that are quoted: the mean of rounds; `worst_over_without` of all texts, lanes and drafts."""
+
+    def mean(what: str, text: str, lanes: int, drafts: int) -> float:
+        some = [row[what] for row in rows if (row["text"], row["lanes"], row["drafts"]) == (text, lanes, drafts)]
+        return float(np.mean(some))
+
+    def speedup(text: str, lanes: int, drafts: int) -> float:
+        return mean("tokens_per_s", text, lanes, drafts) / mean("tokens_per_s", text, lanes, 0)
+
+    every = sorted({row["lanes"] for row in rows})
+    out: dict[str, Any] = {}
+    for drafts in DRAFTS[1:]:
+        out[f"accepted_per_step_k{drafts}"] = mean("accepted_per_step", "repeating", every[0], drafts)
+        for lanes in every:
+            out[f"speedup_k{drafts}_{lanes}_lane{'s' if lanes > 1 else ''}"] = speedup("repeating", lanes, drafts)
+    out["worst_over_without"] = min(
+        speedup(text, lanes, drafts) for text in ("repeating", "random") for lanes in every for drafts in DRAFTS[1:]
+    )
+    return out
+
+
+def tokens_identical(seed: int) -> bool:
+    """Whether requests get the same tokens with drafts as without in float32 on the host: greedy and sampled, looked up
+    and by a draft model. Raises VattnError where no draft was accepted, which would show nothing."""
+    model = load_model("tiny-llama", "cpu", torch.float32, seed)
+    random = np.random.default_rng(seed)
+    prompts = [(random.integers(0, 512, period).tolist() * 40)[:40] for period in (3, 5, 8, 13)]
+    params = [
+        SamplingParams(24),
+        SamplingParams(24, temperature=0.3, seed=seed),
+        SamplingParams(24, temperature=0.8, top_k=50, top_p=0.95, seed=seed + 1),
+        SamplingParams(24),
+    ]
+    # Nearly the same model: most of its drafts are right, some are not.
+    small = deepcopy(model)
+    with torch.no_grad():
+        for each in small.parameters():
+            each += NOISE * each.std() * torch.randn_like(each)
+    ways = [
+        None,
+        Speculation(num_speculative_tokens=7, prompt_lookup_min=1),
+        Speculation("draft_model", 3, model=small),
+    ]
+    found, accepted = [], 0
+    for speculation in ways:
+        cache = make_cache("vattn", shape_of(model, len(prompts), 64), "cpu")
+        with Engine(model, cache, attention="torch", compile=False, capture=False, speculation=speculation) as engine:
+            found.append([done.tokens for done in engine.generate(prompts, params)])
+            if speculation is not None:
+                accepted += engine.speculation_stats()["accepted"]
+    if not accepted:
+        raise VattnError("no draft was accepted in float32 on the host; choose another --seed")
+    return all(tokens == found[0] for tokens in found)
