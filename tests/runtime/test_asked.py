@@ -21,6 +21,7 @@ from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.lane_processors import StepKind
 from trtllm_vattn.runtime.logprobs import TokenLogprob
 from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.speculation import Speculation
 from trtllm_vattn.runtime.text import Text
 
 MODES = {
@@ -247,6 +248,22 @@ def test_what_an_engine_cannot_do_is_refused_at_its_door(options: dict, forced: 
     with pytest.raises(ConfigError, match=said):
         bare().submit([1, 2], SamplingParams(**options), forced)
     assert not bare().busy
+
+
+def test_an_engine_that_speculates_refuses_what_changes_logits_and_serves_the_rest() -> None:
+    model = copy.deepcopy(OWN)
+    cache = make_cache("vattn", shape_of(model, 2, 64), "cpu")
+    drafts = Speculation("ngram", num_speculative_tokens=2)
+    with Engine(
+        model, cache, compile=False, capture=False, tokenizer=tiny_tokenizer(), attention="torch", speculation=drafts
+    ) as engine:
+        for options in ({"logprobs": 1}, {"repetition_penalty": 1.2}, {"min_p": 0.1}, {"regex": "a"}):
+            with pytest.raises(ConfigError, match="this engine speculates"):
+                engine.submit(PROMPTS[0], SamplingParams(**options))  # type: ignore[arg-type]
+        text = tiny_tokenizer().decode(plain(2))
+        (done,) = engine.generate([PROMPTS[2]], asked(stop=text[6:8], prompt_logprobs=1))
+        assert done.text == text[: text.index(text[6:8])]
+        assert len(done.prompt_logprobs or ()) == len(PROMPTS[2])
 
 
 def test_a_text_without_a_tokenizer_and_a_tokenizer_that_is_none() -> None:
