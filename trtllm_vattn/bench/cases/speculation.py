@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lanes", type=numbers, default="1,32,128" if gpu else "1,3", metavar="SEQUENCES,...", help=text)
     text = "tokens of each sequence before it decodes"
     add("--context", type=positive, default=1024 if gpu else 256, metavar="TOKENS", help=text)
-    add("--output-tokens", type=positive, default=256 if gpu else 32, metavar="TOKENS", help="of each sequence")
+    add("--output-tokens", type=positive, default=256 if gpu else 48, metavar="TOKENS", help="of each sequence")
     add_rounds(parser, 1, "number of drafts")
 
 
@@ -160,7 +160,7 @@ def measure_all(
             script.set(text)
             for lanes in args.lanes:
                 # The first turn plans and captures what is left to be.
-                output = args.output_tokens if turn else min(16, args.output_tokens)
+                output = args.output_tokens if turn else min(48, args.output_tokens)
                 row = measure(engine, text[: args.context], lanes, output)
                 if turn:
                     rows.append({"text": name, "lanes": lanes, "round": turn - 1, **row})
@@ -185,11 +185,11 @@ def measure(engine: Engine, prompt: list[int], lanes: int, output: int) -> dict[
         if any(event.finish_reason for event in events):
             break
         tokens, steps, ended = tokens + len(events), steps + 1, perf_counter()
-        if steps == 4:
+        if steps == 1:
             rollback_us = _rollback_us(engine)
             # Not counted: what was just measured.
             started += perf_counter() - ended
-    if steps < 5:
+    if steps < 2:
         raise VattnError(f"{steps} steps were too few to be timed; raise --output-tokens")
     for _ in engine.run():
         pass
