@@ -21,6 +21,7 @@ LAYERS = [
     "memory",
     "tenancy",
     "cache",
+    "transfer",
     "graphs",
     "attention",
     "runtime",
@@ -159,6 +160,7 @@ THEIRS = {
     | {"_schema", "_unsafe_index", "_unsafe_index_put"},
     "transformers": {"_attn_implementation", "_model_mapping", "_supports_attention_backend"},
     "argparse": {"_SubParsersAction"},
+    "os": {"_exit"},
     "vllm": {"_vllm_fa3_C"},
     # Public, and named so that no field is hidden by it.
     "collections.namedtuple": {"_replace"},

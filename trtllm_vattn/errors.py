@@ -114,6 +114,26 @@ class WrongProcess(VattnError):
     """A cache or driver was used in a process that was forked after it was made; nothing was touched."""
 
 
+class RankLost(VattnError):
+    """Another process of a tensor parallel engine ended, failed or did not answer: nothing of the engine works any more
+    but `close()`. Requests that had not ended are submitted again to another engine.
+
+    Attributes
+    ----------
+    rank : int
+        Of the process that was lost.
+    """
+
+    def __init__(self, rank: int, message: str) -> None:
+        self.rank = rank
+        super().__init__(message)
+
+
+class TransferFailed(VattnError):
+    """A sequence did not get to another cache: the peer refused it, ended, or did not answer. The sender still has it,
+    and the receiver holds nothing of it."""
+
+
 class InvariantViolation(VattnError):
     """Our own bug: the books do not agree with one another. The message carries the numbers."""
 

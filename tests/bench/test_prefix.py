@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trtllm_vattn.bench.cases.reuse_ways import plot_ways
 from trtllm_vattn.bench.harness.ideal_tree import IdealTree
 from trtllm_vattn.bench.harness.retained_pages import RetainedPages
 from trtllm_vattn.bench.harness.traces import Request
@@ -151,11 +152,18 @@ def test_an_engine_with_and_without_reuse_is_measured(tmp_path: Path) -> None:
     command = ["bench", "reuse", "--device", "cpu", "--model", "tiny-llama", "--requests", "8", "--steps", "6"]
     assert main([*command, "--max-seqs", "2", "--output-json", str(report)]) == 0
     found = json.loads(report.read_text())
-    runs = {row["reuse"]: row for row in found["results"]["runs"]}
-    assert runs[True]["cached_tokens"] > 0
-    assert runs[False]["hit_rate"] == 0
+    runs = {(row["workload"], row["reuse"]): row for row in found["results"]["runs"]}
+    assert runs["agents", True]["cached_tokens"] > 0
+    assert runs["unlike", True]["cached_tokens"] == 0
+    assert runs["agents", False]["hit_rate"] == 0
+    ways = found["results"]["ways"]
+    assert {row["way"] for row in ways} == {"alias", "copy", "reach", "recompute"}
+    assert sum(row["chosen"] for row in ways) == len({row["tokens"] for row in ways})
     assert found["summary"]["driver_calls_per_steady_step"] == 0
-    assert {"throughput_over_no_reuse", "ttft_hit_over_step", "hit_rate_agents"} <= set(found["summary"])
+    wanted = {"throughput_over_no_reuse", "throughput_over_no_reuse_unlike", "ttft_hit_over_step", "hit_rate_agents"}
+    assert wanted | {"chosen_way_over_cheapest"} <= set(found["summary"])
+    plot_ways(found, tmp_path / "reuse.png")
+    assert (tmp_path / "reuse.png").stat().st_size > 1000
 
 
 def test_samples_of_one_prompt_are_measured_beside_one(tmp_path: Path) -> None:

@@ -122,11 +122,11 @@ def test_short_prompts_are_replays_where_a_pass_takes_longer(build: Build, monke
     both = put_in(engine, [(1, 0, 3), (3, 0, 31)])
     prefill = engine.prefill
     seen = passes(engine, monkeypatch)
-    prefill._replay_s = dict.fromkeys(prefill.runner.buckets, 1.0)
-    prefill._pass_s = 2.0
+    prefill.replay_s = dict.fromkeys(prefill.runner.buckets, 1.0)
+    prefill.pass_s = 2.0
     replayed = prefill.run(both)
     assert seen == []
-    prefill._pass_s = 1.9
+    prefill.pass_s = 1.9
     assert torch.allclose(prefill.run(both), replayed, atol=1e-4)
     assert seen == [64]
     # One alone is a replay whatever that takes.

@@ -14,7 +14,7 @@ import triton.language as tl
 from trtllm_vattn.attention.shares_kernel import _attend, _combined, _tiles_of
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _leave(tops, outs, top, total, acc, index, here, d):  # type: ignore[no-untyped-def]
     """Store rows' results, index int64 ``[rows]`` by lane, query and query head."""
     given = here & (total > 0)

@@ -418,12 +418,10 @@ def decode_shares(  # type: ignore[no-untyped-def]
         lane_range = place_range // HEADS
         head_range = place_range % HEADS
         inside = (lane_range < lanes) & (head_range < KV_HEADS)
-        per_place: tl.constexpr = ROW_BLOCKS
     else:
         place_range = tl.arange(0, LANES)
         lane_range = place_range
         inside = lane_range < lanes
-        per_place: tl.constexpr = KV_HEADS * ROW_BLOCKS
     n = tl.load(lengths + lane_range, mask=inside, other=0)
     if HAS_QUERY_LENS:
         n = tl.where(tl.load(query_lens + lane_range, mask=inside, other=0) > 0, n, 0)
@@ -435,7 +433,7 @@ def decode_shares(  # type: ignore[no-untyped-def]
     if PIECED:
         skips = tl.load(shared + lane_range, mask=inside, other=0) if SHARED else n * 0
         tiles_each, _, _ = _planned(n, skips, TILE, QUERIES, WINDOW, FIRST)
-    weight = tl.where(n > 0, tiles_each + start, 0) * per_place
+    weight = tl.where(n > 0, tiles_each + start, 0) * ((1 if HEADS else KV_HEADS) * ROW_BLOCKS)
     begins = tl.cumsum(weight, 0) - weight
     share = tl.maximum(tl.cdiv(tl.sum(weight, 0), programs), fewest)
     at = program * share

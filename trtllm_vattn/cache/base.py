@@ -111,6 +111,15 @@ class RetainedSlot(NamedTuple):
     serial: int
 
 
+class ExtentPlace(NamedTuple):
+    """A mapping that holds tokens of a sequence: `offset` bytes from the start of its slot in range `range`."""
+
+    range: int
+    offset: int
+    address: int
+    size: int
+
+
 Tokens = tuple["int | RetainedSlot", int]
 """The first so many tokens of a running sequence's slot, or of a retained one."""
 
@@ -467,6 +476,20 @@ class KVCache(ABC):
         their own (`CacheConfig.own_lengths`).
         """
         self._cannot("give ranges lengths of their own")
+
+    # -- other machines ----------------------------------------------------------------------------------------------
+
+    def extents(self, sequence: SequenceId) -> list[ExtentPlace]:
+        """The mappings that hold a sequence's tokens, by range and in order; they stay until it ends, or is moved.
+
+        Raises ConfigError where its tokens lie in other slots, or its ranges hold different ones.
+        """
+        self._cannot("say where a sequence's extents are")
+
+    @property
+    def byte_order(self) -> dict[str, Any]:
+        """What has to be equal for a slot's bytes in one cache to mean the same in another: sizes, and their order."""
+        self._cannot("say how its bytes are ordered")
 
     # -- host memory -------------------------------------------------------------------------------------------------
 

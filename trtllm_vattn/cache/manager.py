@@ -18,6 +18,7 @@ import torch
 from trtllm_vattn.cache.base import (
     CacheShape,
     CacheStats,
+    ExtentPlace,
     FlatKV,
     PagedKV,
     RetainedSlot,
@@ -561,6 +562,40 @@ class KVCacheManager(SlottedCache):
 
     def _copy(self, to: int, source: int, nbytes: int) -> None:
         copy_bytes(self.driver.device, to, source, nbytes)
+
+    def extents(self, sequence: SequenceId) -> list[ExtentPlace]:
+        index = self.slot_of(sequence)
+        slot, needed = self.arena.slots[index], self.layout.touched_bytes(int(self.lengths[index]))
+        if slot.prefix or any(group.deficit or group.lower for group in slot.groups):
+            raise ConfigError(
+                f"sequence {sequence!r} does not have all its tokens in its own slot; admit it without a prefix, and "
+                "do not shorten its ranges, where it is to be sent"
+            )
+        places = []
+        with self._lock:
+            for group in slot.groups:
+                for number, where in enumerate(group.ranges):
+                    start = self.arena.reservations[where].base + index * self.layout.slot_stride
+                    offset = 0
+                    for stripe in group.stripes:
+                        if offset < needed:
+                            size = stripe[number].size
+                            places.append(ExtentPlace(where, offset, start + offset, size))
+                            offset += size
+        return sorted(places)
+
+    @property
+    def byte_order(self) -> dict[str, Any]:
+        shape = self.shape
+        return {
+            "layout": self.config.layout.value,
+            "ranges": self.layout.num_ranges,
+            "row_bytes": self.layout.row_bytes,
+            "layers": shape.num_layers,
+            "kv_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+            "dtype": str(shape.dtype),
+        }
 
     def copy_prefix(self, owner: int | RetainedSlot, sequence: SequenceId, tokens: int) -> None:
         self._run(self._do_copy_prefix, owner, self.slot_of(sequence), tokens)

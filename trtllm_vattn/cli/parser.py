@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -40,6 +41,8 @@ BENCHMARKS = {
     "speculation": "drafts verified in one step: tokens a second beside none, on text that repeats itself or not",
     "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",
     "xqa": "TensorRT-LLM's kernels over affine tables: tokens, steps against random tables, remapped replays",
+    "tp": "one model on several GPUs beside one: steps, and replays over remapped memory",
+    "transfer": "sequences sent from one process's cache to another's, beside the link's own rate; bytes checked",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }
 MODULES = {"graph": "decode", "alloc": "driver_calls", "start": "startup"}
@@ -58,6 +61,10 @@ class HelpFormatter(argparse.HelpFormatter):
             default = ",".join(map(str, default))
         shown = str(default).replace("%", "%%") or "none"
         return f"{text} (default: {shown})"
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # Names with hyphens stay whole.
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class Parser(argparse.ArgumentParser):

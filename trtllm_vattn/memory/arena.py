@@ -315,9 +315,11 @@ class Arena:
         # A copy, which the background thread does not change: some properties are read without its lock.
         return [index for index in tuple(self._idle) if self.slots[index].state is PARKED]
 
-    def allocate_slot(self, tokens: int, limit: int, ahead: int = 0, exact: bool = False) -> tuple[int, int]:
+    def allocate_slot(
+        self, tokens: int, limit: int, ahead: int = 0, exact: bool = False, at: int | None = None
+    ) -> tuple[int, int]:
         """Choose a free slot below `limit`, of which there must be one, and back it for `tokens`; returns the slot and
-        the number of mappings made.
+        the number of mappings made. With `at`, that slot is chosen, which must be free.
 
         The best-fitting parked slot is adopted: the smallest that holds `tokens` and not more than twice as much, else
         the largest that holds less; where none is parked, the lowest free slot is taken. What is parked there beyond
@@ -336,7 +338,7 @@ class Arena:
         # Of slots without memory only the first counts.
         free = min(self._free, default=self._used_slots)
         some = [index for index in (*self._parked(), free) if index < min(limit, self.layout.num_slots)]
-        chosen = min(some, key=misfit)
+        chosen = min(some, key=misfit) if at is None else at
         slot = self.slots[chosen]
         if self._is_short_for(tokens):
             trims = slot.mapped > need + need // SLACK

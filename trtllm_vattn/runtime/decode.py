@@ -413,7 +413,7 @@ class DecodeBatch:
         largest = parts.new_empty(len(self.lengths), parts.shape[1])
         place = torch.empty_like(largest, dtype=torch.int64)
         torch.max(parts, dim=-1, out=(largest[:bucket], place[:bucket]))
-        self._advance_greedily(largest, place, parts.shape[2], inputs, *self._books())
+        self._take_largest(largest, place, parts.shape[2], inputs)
         self._keep(inputs, only)
 
     def take_sampled(self, logits: torch.Tensor, only: torch.Tensor | None = None) -> None:
@@ -427,8 +427,16 @@ class DecodeBatch:
         temperature, top_p, top_k = self._sampling[:3].view(torch.float64)[:, :bucket]
         chosen = self.inputs.new_empty(len(self.lengths))
         chosen[:bucket].copy_(sample_on_device(logits, temperature, top_p, top_k, keys, self._add_noise))
-        self._advance(chosen, inputs, *self._books())
+        self._take(chosen, inputs)
         self._keep(inputs, only)
+
+    def _take_largest(self, largest: torch.Tensor, place: torch.Tensor, width: int, inputs: torch.Tensor) -> None:
+        """`_take` each lane's likeliest token, by the largest logit of each part of it (`of_parts`)."""
+        self._advance_greedily(largest, place, width, inputs, *self._books())
+
+    def _take(self, chosen: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Note each lane's token, int64 ``[lanes]``, and `advance`."""
+        self._advance(chosen, inputs, *self._books())
 
     def _those(self, only: torch.Tensor | None) -> torch.Tensor:
         return self.inputs if only is None else torch.where(only, self.inputs, self._idle)
@@ -627,6 +635,10 @@ class DecodeBatch:
         guarded = self.check(1 if self.loop else steps)
         bucket = self.bucket
         variant = self.attention.pick(self.lengths[:bucket], self.packed, self._share_reading())
+        return self._start(steps, bucket, variant, guarded)
+
+    def _start(self, steps: int, bucket: int, variant: str, guarded: float) -> Launch:
+        """Start what was guarded, by one of the attention's kernels."""
         runner = self._runners[variant, self.sampling]
         self.capture_missing(runner, bucket)
         self.send(steps)

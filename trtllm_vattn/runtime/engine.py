@@ -81,6 +81,8 @@ from trtllm_vattn.vmm.uninterrupted import drain
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from trtllm_vattn.runtime.parallel.ranks import Ranks
+
 logger = logging.getLogger(__name__)
 
 NOT_FINITE = "its logits are NaN or infinite, so that there is no token to choose"
@@ -212,6 +214,8 @@ class Engine:
 
     supports_packed_prefill: ClassVar[bool] = True
     """Whether the model takes chunks of several prompts in one pass."""
+    decode_class: ClassVar[type[DecodeBatch]] = DecodeBatch
+    passes_class: ClassVar[type[Passes]] = Passes
 
     def __init__(
         self,
@@ -412,7 +416,7 @@ class Engine:
             wrap = compile_model(cast(PreTrainedModel, model)) if compiling else as_it_is
             # Behind the merging of projections, and before anything holds an address.
             self.sleeping = Sleeping(self.cache, cast(PreTrainedModel, model), settings["sleepable_weights"])
-            self.decode = DecodeBatch(
+            self.decode = self.decode_class(
                 model,
                 self.attention,
                 buckets,
@@ -426,7 +430,7 @@ class Engine:
                 reading=self._reading,
             )
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, mixed)
-            self.passes = Passes(self.decode, self.prefill, wrap)
+            self.passes = self.passes_class(self.decode, self.prefill, wrap)
             if compiling:
                 with tracing():
                     self.prefill.warm_up(UNUSUAL)
@@ -479,6 +483,7 @@ class Engine:
         idle_floor: int | str = 0,
         host_memory: int | str = 0,
         mapping: str = "auto",
+        tensor_parallel: int | Ranks = 1,
         kv_cache_dtype: str = "auto",
         **options: Any,
     ) -> Self:
@@ -506,6 +511,11 @@ class Engine:
             preempted or suspended, and that sleep; 0 is none.
         mapping : str
             ``auto`` runs a short probe of this driver, once, and stores its report (memory/mapping_policy.py).
+        tensor_parallel : int or Ranks
+            Ranks that compute the model together, each on a GPU of its own, or on the host
+            (runtime/parallel/README.md). Under torchrun they are its processes: rank 0 gets the engine, the others
+            serve within this call and leave by SystemExit. Else they are started here, and end with the engine; those
+            of a `Ranks` stay.
         kv_cache_dtype : str
             ``auto`` stores keys and values as the model has them; ``fp8`` (or ``fp8_e4m3``) in eight bits, half the
             bytes, by backends that can (torch, shares).
@@ -532,6 +542,12 @@ class Engine:
         if not isinstance(cache, str) or cache not in CACHES:
             raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
         check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key != "kv_scales"})
+        if not isinstance(tensor_parallel, int) or tensor_parallel != 1:
+            sizes = {"max_seqs": max_seqs, "max_seq_len": max_seq_len, "budget": budget, "kept_seqs": kept_seqs}
+            kept_back = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "host_memory": host_memory}
+            kinds = {"cache": cache, "mapping": mapping, "kv_cache_dtype": kv_cache_dtype}
+            given = {**sizes, **kept_back, **kinds, **options}
+            return cast("Self", _on_ranks(tensor_parallel, model, device, dtype, given))
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
         with ExitStack() as undo:
@@ -1246,6 +1262,13 @@ def _check_reuse(settings: dict[str, Any], cache: KVCache) -> bool:
     if settings["kv_events"] and not reusing:
         raise ConfigError("kv_events are those of the prefix cache, which this engine has not")
     return reusing
+
+
+def _on_ranks(ranks: int | Ranks, model: str, device: str, dtype: torch.dtype, given: dict[str, Any]) -> Engine:
+    # It builds upon this module.
+    from trtllm_vattn.runtime.parallel.start import start_engine
+
+    return start_engine(ranks, model, device, dtype, given)
 
 
 def _failing(engine: weakref.ref[Engine]) -> Callable[[RequestState, str], None]:

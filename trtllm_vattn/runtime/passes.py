@@ -111,10 +111,13 @@ class Passes:
 
     def launch(self, plan: StepPlan) -> Launch:
         """Guard and start a plan with prompts. Raises UnmappedAccess before anything is launched or changed."""
+        self.prefill.check([chunk for _, chunk in plan.chunks])
+        return self._start(plan, self.decode.check(1) if plan.decodes else 0.0)
+
+    def _start(self, plan: StepPlan, guard_s: float) -> Launch:
+        """Start what was guarded."""
         decode = self.decode
         chunks = [chunk for _, chunk in plan.chunks]
-        self.prefill.check(chunks)
-        guard_s = decode.check(1) if plan.decodes else 0.0
         running = decode.lanes if plan.decodes else {}
         for request in plan.joins:
             decode.join(request)

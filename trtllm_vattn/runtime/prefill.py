@@ -99,17 +99,18 @@ class Prefill:
         static = [*model.parameters(), *model.buffers(), *cache.storages(), *attention.storages(), self._static]
         self.runner = GraphRunner(self._step, sorted(sizes), static, cache.device, pool=pool)
         self.captured = False
-        self._replay_s: dict[int, float] = {}
-        self._pass_s = 0.0
-        """Of an eager pass that launching bounds; measured on a GPU."""
+        self.replay_s: dict[int, float] = {}
+        self.pass_s = 0.0
+        """Of a captured size, and of an eager pass that launching bounds; measured on a GPU. Whether prompts are
+        replays follows from them."""
 
     def capture(self) -> CaptureReport:
         """Capture every size; short prompts are replays from then on, where that is sooner over than a pass."""
         report = self.runner.capture()
         self.captured = True
         if self.supports_packed_prefill and self.attention.cache.device.type == "cuda":
-            self._replay_s = report.replay_s
-            self._pass_s = min(self._timed_pass() for _ in range(2))
+            self.replay_s = report.replay_s
+            self.pass_s = min(self._timed_pass() for _ in range(2))
         return report
 
     def _timed_pass(self) -> float:
@@ -145,8 +146,8 @@ class Prefill:
         """Whether each is one replay: all are captured, and a pass, which launches kernel by kernel, takes longer."""
         if not all(map(self._is_captured, chunks)):
             return False
-        replays = sum(self._replay_s.get(self.runner.bucket_for(chunk.end), 0.0) for chunk in chunks)
-        return len(chunks) == 1 or replays <= self._pass_s
+        replays = sum(self.replay_s.get(self.runner.bucket_for(chunk.end), 0.0) for chunk in chunks)
+        return len(chunks) == 1 or replays <= self.pass_s
 
     def _is_captured(self, chunk: PromptChunk) -> bool:
         return self.captured and chunk.start == 0 and chunk.end <= self.runner.buckets[-1]

@@ -23,7 +23,13 @@ from trtllm_vattn.cache.base import KVCache
 LEAST_SAVED = 8192
 """Tokens that a group must save the reading of on a GPU: with Llama-3-8B's heads 33 MB a layer, which take 8 us to read
 on an H200, about as long as the launch for groups."""
-LEAST_SAVED_ON_HOST = 16
+LEAST_SAVED_ON_HOST = 4096
+"""There torch computes over all positions of a slot, whatever is shared: nothing is gained."""
+LAYER_US = 4.0
+"""What a layer's step takes longer where first tokens may lie elsewhere: the launch for groups. An estimate; `bench
+attention` measures it (``prefix in one slot`` beside ``lanes apart``)."""
+LAYER_US_ON_HOST = 250.0
+"""By `bench attention` on two cores, 2026-11-29."""
 
 
 class Stretch(NamedTuple):
@@ -150,6 +156,12 @@ class PrefixReading:
         tables = PrefixTables.empty(cache.shape.num_slots, lanes, cache.device)
         attention.set_prefixes(tables)
         return cls(cache, tables, LEAST_SAVED if cache.device.type == "cuda" else LEAST_SAVED_ON_HOST)
+
+    @property
+    def step_us(self) -> float:
+        """Microseconds that a step takes longer where any lane reads elsewhere."""
+        each = LAYER_US if self.cache.device.type == "cuda" else LAYER_US_ON_HOST
+        return each * self.cache.shape.num_layers
 
     def publish(self) -> None:
         """Tell the device, behind what is launched, where first tokens lie; before each launch."""

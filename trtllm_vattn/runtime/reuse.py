@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.cache.prefix import PrefixCache, PrefixKey, Way, prefix_cache_over
+from trtllm_vattn.cache.prefix import PrefixCache, PrefixKey, ReuseCosts, Way, prefix_cache_over
 from trtllm_vattn.errors import KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.runtime.prefix_reading import PrefixReading
 from trtllm_vattn.runtime.request import RequestState
@@ -53,8 +54,12 @@ class RequestSlots:
         cls, cache: KVCache, prefix_cache: bool, events: bool, reading: PrefixReading | None = None
     ) -> RequestSlots:
         """Of a cache, with or without prefix cache. Raises ConfigError where the cache can keep none."""
-        ways, segments = (WAYS, 1) if reading is None else (tuple(Way), MOST_SEGMENTS)
-        return cls(cache, prefix_cache_over(cache, ways, events, segments) if prefix_cache else None, reading)
+        if not prefix_cache:
+            return cls(cache, None)
+        if reading is None:
+            return cls(cache, prefix_cache_over(cache, WAYS, events))
+        costs = ReuseCosts(table_step_us=reading.step_us)
+        return cls(cache, prefix_cache_over(cache, tuple(Way), events, MOST_SEGMENTS, costs), reading)
 
     def key(self, salt: str | None) -> PrefixKey:
         """What keys and values of requests with a salt depend on beside tokens."""
@@ -84,13 +89,14 @@ class RequestSlots:
             raise KVCacheOutOfMemory(f"nobody has left since request {request.id} found no room")
         params = request.params
         try:
-            found = prefixes.lookup_and_admit(
+            # Several calls of the cache, of which each would wait for the thread that makes them.
+            found = self.cache.at_once(
+                partial(prefixes.lookup_and_admit, share=request.group is not None),
                 request.id,
                 np.array(request.tokens, np.int64),
                 self.key(params.cache_salt),
                 params.retention_priority,
                 request.left,
-                share=request.group is not None,
             )
         except (NoFreeSlot, KVCacheOutOfMemory):
             self._refused = now
@@ -160,10 +166,9 @@ class RequestSlots:
         self._changes += 1
         if self.prefixes is None:
             self.cache.release(left.request)
-        elif left.tokens is None:
-            self.prefixes.finish(left.request, (), ok=False)
         else:
-            self.prefixes.finish(left.request, left.tokens)
+            kept = left.tokens is not None
+            self.cache.at_once(self.prefixes.finish, left.request, left.tokens if kept else (), kept)
 
     def flush(self) -> int:
         """Forget what is kept; returns the tokens forgotten."""

@@ -43,13 +43,18 @@ class CudaFence(Fence):
 class CudaDriver(Driver):
     """Virtual memory of one GPU, in its primary context, which torch uses too.
 
+    Parameters
+    ----------
+    exportable : bool
+        Whether memory can be handed to other processes and, where the GPU supports it, to network cards (RDMA).
+
     Raises
     ------
     ConfigError
         There is no such GPU, no driver, or no virtual memory management.
     """
 
-    def __init__(self, ordinal: int = 0) -> None:
+    def __init__(self, ordinal: int = 0, *, exportable: bool = False) -> None:
         try:
             from cuda.bindings import driver as cuda
         except ImportError as error:
@@ -76,6 +81,12 @@ class CudaDriver(Driver):
         self._properties = cuda.CUmemAllocationProp()
         self._properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location = location
+        if exportable:
+            handle_types = cuda.CUmemAllocationHandleType
+            self._properties.requestedHandleTypes = handle_types.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+            rdma = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
+            if self.call("cuDeviceGetAttribute", rdma, self._device):
+                self._properties.allocFlags.gpuDirectRDMACapable = 1
         access = cuda.CUmemAccessDesc()
         access.location = location
         access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE

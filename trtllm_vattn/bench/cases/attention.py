@@ -19,7 +19,7 @@ from tqdm import tqdm
 from trtllm_vattn.arguments import HEADS, heads, numbers, positive
 from trtllm_vattn.attention.base import Attention, PrefillChunk
 from trtllm_vattn.attention.select import make_attention
-from trtllm_vattn.bench.cases import decode_attention, prompt_attention
+from trtllm_vattn.bench.cases import attention_features, decode_attention, prompt_attention
 from trtllm_vattn.bench.harness.bandwidth import attention_bandwidth
 from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import (
@@ -78,9 +78,13 @@ def run(args: argparse.Namespace) -> int:
         args.device, args.heads, dtype_of(args.device), args.repeats, args.picks, args.seed
     )
     prompts = prompt_attention.prompt_points(args.device, args.heads, dtype_of(args.device), args.repeats)
-    results = {"points": rows, "same_kernels": same, "decode": decode, "prompts": prompts}
-    summary = _summary(rows, same) | decode_attention.summary(decode) | prompt_attention.summary(prompts)
-    shown = f"{_show(rows)}\n{decode_attention.show(decode)}\n{prompt_attention.show(prompts)}"
+    features = attention_features.feature_points(args.device, args.heads, dtype_of(args.device), args.repeats)
+    results = {"points": rows, "same_kernels": same, "decode": decode, "prompts": prompts, "features": features}
+    parts = (decode_attention, decode), (prompt_attention, prompts), (attention_features, features)
+    summary = _summary(rows, same)
+    for part, found in parts:
+        summary |= part.summary(found)
+    shown = "\n".join([_show(rows), *(part.show(found) for part, found in parts)])
     return conclude("attention", args, results, summary, shown, plot_attention)
 
 

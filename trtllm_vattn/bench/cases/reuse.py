@@ -1,4 +1,5 @@
-"""`bench reuse`: an engine with and without prefix cache, over requests whose prompts share what they begin with.
+"""`bench reuse`: an engine with and without prefix cache, over requests whose prompts share what they begin with, and
+over others that share nothing; and what each way to a hit takes, by the prefix's length.
 
 Requests are an agent's turns, or a trace with block hashes (Mooncake's). So many run at once, the next one comes when
 one has ended. Their outputs are the trace's own (forced), so that the next turn's prompt is what the engine stored.
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import positive, size
+from trtllm_vattn.bench.cases import reuse_ways
 from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
 from trtllm_vattn.bench.harness.flags import (
     BUDGET,
@@ -25,6 +27,7 @@ from trtllm_vattn.bench.harness.flags import (
     REQUESTS,
     add_attention,
     add_common,
+    add_plot,
     add_rounds,
     add_trace,
 )
@@ -67,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-seq-len", type=positive, default=20480 if gpu else 512, metavar="TOKENS", help=MAX_SEQ_LEN)
     add("--steps", type=positive, default=200 if gpu else 20, metavar="STEPS", help="steady decode steps, measured")
     add_rounds(parser, 3 if gpu else 1, "engine")
+    add_plot(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     short = args.device == "cpu"
     sizes = {"system_tokens": 64, "median_input": 20, "median_output": 6} if short else {}
     agents = agent_turns(args.requests, args.seed, at_once=args.max_seqs, longest=args.max_seq_len * 3 // 4, **sizes)
-    workloads = {"agents": agents}
+    workloads = {"agents": agents, "unlike": unlike(agents, args.seed)}
     if args.trace is not None:
         workloads["trace"] = from_trace(load_trace(args.trace, args.requests), args.divide_by)
     rows: list[dict[str, Any]] = []
@@ -86,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
                 {"workload": name, "reuse": reuse, "round": turn, **replay(model, args, fitting, reuse)}
                 for reuse in ((True, False) if turn % 2 == 0 else (False, True))
             ]
-    steady = steady_state(model, args)
-    summary: dict[str, Any] = dict(steady)
+    ways = ways_by_length(model, args)
+    summary: dict[str, Any] = {**steady_state(model, args), **reuse_ways.summary(ways)}
     for name in workloads:
         speed = {
             reuse: float(
@@ -100,7 +104,24 @@ def run(args: argparse.Namespace) -> int:
         summary[f"throughput_over_no_reuse_{name}"] = ratio
         hits = [row["hit_rate"] for row in rows if row["workload"] == name and row["reuse"]]
         summary[f"hit_rate_{name}"] = float(np.mean(hits))
-    return conclude("reuse", args, {"runs": rows}, summary, tabulate(rows, COLUMNS))
+    shown = f"{tabulate(rows, COLUMNS)}\n{reuse_ways.show(ways)}"
+    return conclude("reuse", args, {"runs": rows, "ways": ways}, summary, shown, reuse_ways.plot_ways)
+
+
+def unlike(requests: Sequence[TokenRequest], seed: int) -> list[TokenRequest]:
+    """Requests as long as these, no two of which begin alike: reuse costs something and gives nothing."""
+    random = np.random.default_rng(seed)
+    return [TokenRequest(random.integers(1, 1 << 40, len(each.prompt)), each.output) for each in requests]
+
+
+def ways_by_length(model: PreTrainedModel, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What each way to a hit takes, by the prefix's length (reuse_ways.py)."""
+    short = args.device == "cpu"
+    lengths, steps, repeats = reuse_ways.lengths_up_to(args.max_seq_len), 64, 3
+    if short:
+        lengths, steps, repeats = lengths[-1:], 5, 1
+    with engine_of(model, args, True) as engine:
+        return reuse_ways.measure_ways(engine, vocab_of(model), lengths, steps, repeats, args.seed)
 
 
 def fitted(request: TokenRequest, longest: int) -> TokenRequest:

@@ -47,7 +47,7 @@ class ReuseCosts:
     copy_launch_us : float
         Of one copy, however short. Not measured.
     table_step_us : float
-        What one more segment costs in one decode step. Not measured.
+        What one more segment costs in one decode step, over all layers. Not measured; an engine gives its own estimate.
     prefill_tokens_per_s : float
         Tokens computed anew in a second (Llama-3-8B).
     reuse_chance : float

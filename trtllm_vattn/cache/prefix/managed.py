@@ -13,7 +13,7 @@ import numpy as np
 
 from trtllm_vattn.cache.base import KVCache, RetainedSlot
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.cache.prefix.hybrid import Way
+from trtllm_vattn.cache.prefix.hybrid import ReuseCosts, Way
 from trtllm_vattn.cache.prefix.reuse import PrefixCache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.memory.layout import BlockLayout
@@ -22,12 +22,16 @@ from trtllm_vattn.vmm.owners import Extent
 
 
 def prefix_cache_over(
-    cache: KVCache, ways: Collection[Way] = tuple(Way), events: bool = False, max_segments: int = 1
+    cache: KVCache,
+    ways: Collection[Way] = tuple(Way),
+    events: bool = False,
+    max_segments: int = 1,
+    costs: ReuseCosts | None = None,
 ) -> PrefixCache:
     """A `PrefixCache` over a cache at fixed addresses. Raises ConfigError for another one."""
     if not isinstance(cache, KVCacheManager):
         raise ConfigError(f"a {type(cache).__name__} cannot keep prefixes; use the vattn cache, or prefix_cache=False")
-    return PrefixCache(ManagedReuse(cache), ways=ways, max_segments=max_segments, events=events)
+    return PrefixCache(ManagedReuse(cache), costs=costs, ways=ways, max_segments=max_segments, events=events)
 
 
 class ManagedReuse:
@@ -62,12 +66,14 @@ class ManagedReuse:
 
     def available_bytes(self) -> int:
         """Free under the budget, parked, or behind the tokens of retained slots."""
-        arena = self.cache.arena
-        behind = {
-            extent
-            for index in np.flatnonzero(arena.retained_frontiers).tolist()
-            for extent in self._behind(index, max(arena.slots[index].tokens, arena.held_tokens(index)))
-        }
+        arena, bytes_for = self.cache.arena, self.cache.layout.bytes_for
+        behind: set[Extent] = set()
+        for index in np.flatnonzero(arena.retained_frontiers).tolist():
+            slot = arena.slots[index]
+            tokens = max(slot.tokens, arena.held_tokens(index)) if slot.holders else slot.tokens
+            # Mostly nothing is: whoever ended gave that back.
+            if any(group.ends_behind(bytes_for(max(0, tokens - group.deficit))) for group in slot.groups):
+                behind.update(self._behind(index, tokens))
         return arena.pool.available_bytes + arena.parked_bytes + sum(extent.size for extent in behind)
 
     def evictable_bytes(self, but: int | None) -> int:

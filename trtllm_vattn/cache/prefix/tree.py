@@ -311,6 +311,7 @@ class PrefixTree:
             root = self._roots[key] = _Node(None, b"", 0)
         node, size = root, self._block_bytes
         whole = len(data) // size * size
+        old = self._entries.get(owner)
         new: list[_Node] = []
         steps = [Retention(0, priority)] if isinstance(priority, int) else list(priority)
         now = self._clock()
@@ -328,7 +329,6 @@ class PrefixTree:
             node = below
         self.num_blocks += len(new)
         self._stored(new, key)
-        old = self._entries.get(owner)
         if old is not None:
             del old.end.ends[owner]
         node.ends[owner] = data[whole:]

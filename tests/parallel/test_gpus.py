@@ -1,0 +1,36 @@
+"""Two GPUs: graphs that hold NCCL's sums, replayed while memory is remapped; sequences from one GPU to the other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from trtllm_vattn.cli.main import main
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+
+@pytest.mark.parametrize("sums", ["nccl", "symmetric"])
+def test_captured_sums_are_right_under_remapping(tmp_path: Path, sums: str) -> None:
+    output = tmp_path / "tp.json"
+    arguments = ["bench", "tp", "--parts", "replays", "--replays", "500", "--seconds", "30", "--all-reduce", sums]
+    assert main([*arguments, "--output-json", str(output)]) == 0
+    told = json.loads(output.read_text())["summary"]
+    assert told["wrong_replays"] == told["failed_requests"] == 0
+    assert told["replays"] >= 500
+    assert told["mappings"] > 0
+
+
+def test_sequences_cross_from_one_gpu_to_the_other(tmp_path: Path) -> None:
+    output = tmp_path / "transfer.json"
+    arguments = ["bench", "transfer", "--link", "group", "--sizes", "256,2048", "--transfers", "50"]
+    assert main([*arguments, "--output-json", str(output)]) == 0
+    told = json.loads(output.read_text())["summary"]
+    assert told["wrong_bytes"] == 0
+    assert told["transfers"] == 50
