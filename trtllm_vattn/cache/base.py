@@ -163,6 +163,7 @@ class CacheStats:
     waited for the thread that maps ahead. `retained_bytes` are mapped in `retained_slots` slots that keep the
     tokens of ended sequences; `segment_tokens` tokens of sequences lie in other slots than theirs.
     `suspended_sequences` have their tokens in host memory, of which `host_held_bytes` are pinned and `host_bytes` used.
+    `window_bytes` of `mapped_bytes` are those of layers that keep a window.
     """
 
     sequences: int
@@ -187,6 +188,7 @@ class CacheStats:
     suspended_sequences: int = 0
     host_bytes: int = 0
     host_held_bytes: int = 0
+    window_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -1032,6 +1032,7 @@ class KVCacheManager(SlottedCache):
                 suspended_sequences=len(self._tier.sequences),
                 host_bytes=self._tier.used_bytes,
                 host_held_bytes=self._tier.held_bytes,
+                window_bytes=self.arena.window_bytes,
             )
 
     def placement(self) -> Placement:

@@ -53,7 +53,10 @@ MODULES = {"graph": "decode", "alloc": "driver_calls", "start": "startup"}
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows the default, unless the help text states it."""
+    """Shows the default, unless the help text states it, and breaks no name at a hyphen."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help, action.default

@@ -936,6 +936,12 @@ class Arena:
         running = [slot for slot in self.used_slots if slot.state is RUNNING]
         return _unshared(running) if self.extent_refs else sum(slot.mapped_bytes for slot in running)
 
+    @property
+    def window_bytes(self) -> int:
+        """Of `running_bytes`, those in ranges that keep a window."""
+        groups = (group for slot in self.used_slots if slot.state is RUNNING for group in slot.groups)
+        return sum(group.mapped * len(group.ranges) for group in groups if group.window is not None)
+
     def placement(self) -> Placement:
         """Of all that is mapped in slots, parked ones too."""
         mappings = 0

@@ -32,9 +32,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model_type": "gemma3_text",
         **_TINY,
         "max_position_embeddings": 131072,
-        "query_pre_attn_scalar": 16,
+        "head_dim": 64,
+        "query_pre_attn_scalar": 64,
         "sliding_window": 512,
-        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "layer_types": ["sliding_attention", "full_attention"],
     },
     "small-llama": {
         "model_type": "llama",

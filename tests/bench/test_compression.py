@@ -1,0 +1,38 @@
+"""`bench compression` on the host: windows that slide, and eight bits beside sixteen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from trtllm_vattn.cli.main import main
+
+
+def test_what_less_memory_holds_is_measured(tmp_path: Path) -> None:
+    report = tmp_path / "compression.json"
+    command = [
+        "bench",
+        "compression",
+        "--device",
+        "cpu",
+        "--slide",
+        "200",
+        "--batch",
+        "2",
+        "--output-json",
+        str(report),
+    ]
+    assert main(command) == 0
+    summary = json.loads(report.read_text())["summary"]
+    assert summary["window_memory_over_ideal"] <= 1.03
+    assert 1 <= summary["window_memory_over_windows"] < 1.5
+    assert (summary["window_recaptures"], summary["window_memory_changes"]) == (0, 0)
+    assert (summary["slid_tokens"], summary["window_tokens_equal"]) == (200, 1.0)
+    assert summary["fp8_sequences_over_bf16"] >= 1.9
+    assert 0 < summary["fp8_logits_drift"] < 0.3
+    assert summary["fp8_step_over_bf16_2x64"] is None
+
+
+def test_parts_and_sizes_are_checked() -> None:
+    assert main(["bench", "compression", "--device", "cpu", "--parts", "windows", "--window-context", "32"]) == 2
+    assert main(["bench", "compression", "--device", "cpu", "--parts", "fp8", "--pages", "4"]) == 2
