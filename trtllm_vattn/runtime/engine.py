@@ -554,12 +554,12 @@ class Engine:
         if not isinstance(cache, str) or cache not in CACHES:
             raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
         check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key != "kv_scales"})
-        options["tokenizer"] = load_tokenizer(model, SHAPES) if tokenizer == "auto" else check_tokenizer(tokenizer)
         if not isinstance(tensor_parallel, int) or tensor_parallel != 1:
             sizes = {"max_seqs": max_seqs, "max_seq_len": max_seq_len, "budget": budget, "kept_seqs": kept_seqs}
             kept_back = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "host_memory": host_memory}
             kinds = {"cache": cache, "mapping": mapping, "kv_cache_dtype": kv_cache_dtype}
-            given = {**sizes, **kept_back, **kinds, **options}
+            tokenizer = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
+            given = {**sizes, **kept_back, **kinds, **options, "tokenizer": tokenizer}
             return cast("Self", _on_ranks(tensor_parallel, model, device, dtype, given))
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
@@ -581,6 +581,7 @@ class Engine:
             if not later and budget is None and shape.num_slots > max_seqs:
                 made.set_budget(made.budget_bytes // (shape.num_slots + 1) * (max_seqs + 1))
             options = {"max_running": max_seqs, **options}
+            options["tokenizer"] = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
             engine = cls(loaded, made, mapping=policy, **options)
             undo.callback(engine.close)
             if later:
