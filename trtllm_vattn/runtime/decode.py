@@ -580,11 +580,10 @@ class DecodeBatch:
 
     def _ends(self, steps: int, drafts: int = 0) -> np.ndarray:
         """The most that lanes' lengths may be, int64 ``[lanes]``, in the last of so many steps with so many drafts."""
-        more: int | np.ndarray = steps - 1 + drafts
+        ends: np.ndarray = self.lengths + (steps - 1 + drafts)
         if self.speculator is not None:
-            more = more + self.speculator.slack[self.slots]
-        ends: np.ndarray = np.minimum(self.lengths + more, self.limits)
-        return ends
+            ends += self.speculator.slack[self.slots]
+        return np.minimum(ends, self.limits, out=ends)
 
     def lengths_after(self, steps: int, drafts: int = 0) -> np.ndarray:
         """Lengths by slot, int64 ``[num_slots]``, once so many steps with so many drafts were taken, the most that they

@@ -17,9 +17,11 @@ import torch
 
 from trtllm_vattn.cache.ranked import FollowingCache, LeadingCache, Report
 from trtllm_vattn.errors import ConfigError, VattnError
+from trtllm_vattn.graphs.replay import CaptureReport
 from trtllm_vattn.runtime.decode import DecodeBatch, Launch
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.parallel.channel import Call, Follower, Leader
+from trtllm_vattn.runtime.parallel.group import current_group, numbers_of_all
 from trtllm_vattn.runtime.passes import Passes
 from trtllm_vattn.runtime.prefill import PromptChunk
 from trtllm_vattn.runtime.sampling import SamplingParams, of_parts
@@ -32,6 +34,20 @@ from trtllm_vattn.vmm.tensors import inference
 
 class RankedDecode(DecodeBatch):
     """Lanes of which rank 0's tokens are everybody's."""
+
+    def capture(self) -> CaptureReport:
+        here = current_group()
+        # One after another, for the first one stores what it measured, by which the others then choose alike.
+        for rank in range(here.size):
+            if rank == here.rank:
+                self.attention.measure(self.runner.buckets, self.packed)
+            numbers_of_all(rank)
+        if len(set(numbers_of_all(int(self.attention.captures_prompts)))) > 1:
+            raise ConfigError(
+                "ranks measured different kernels of attention as the fastest for prompts, and could not store what "
+                "they measured (XDG_CACHE_HOME); use deterministic=True, by which nothing is measured"
+            )
+        return super().capture()
 
     def _take_largest(self, largest: torch.Tensor, place: torch.Tensor, width: int, inputs: torch.Tensor) -> None:
         self._take(of_parts(largest, place, width), inputs)
