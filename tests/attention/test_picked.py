@@ -167,7 +167,7 @@ def generated(monkeypatch: pytest.MonkeyPatch, kernels: bool, **options: object)
         name: str, cache: KVCache, heads: int, scale: float | None, deterministic: bool, **more: object
     ) -> Attention:
         made = PickedAttention(cache, heads, scale, deterministic=deterministic)
-        by_longest = lambda lengths, anywhere=False: "shares" if lengths.max() > 30 else "torch"  # noqa: E731
+        by_longest = lambda lengths, *others: "shares" if lengths.max() > 30 else "torch"  # noqa: E731
         if not deterministic:
             monkeypatch.setattr(made, "pick", by_longest)
         return made
