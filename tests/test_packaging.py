@@ -25,6 +25,7 @@ LAYERS = [
     "graphs",
     "attention",
     "runtime",
+    "serve",
     "trtllm",
     "plugins",
     "verify",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         DuplicateSequence,
         EngineAsleep,
         EngineClosed,
+        EngineOverloaded,
         HostMemoryFull,
         InvariantViolation,
         KVCacheOutOfMemory,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         OutOfPages,
         PrefixEvicted,
         RankLost,
+        RequestFailed,
         SequenceSuspended,
         SequenceTooLong,
         TransferFailed,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
         WrongProcess,
     )
     from trtllm_vattn.plugins.session import EngineSession
+    from trtllm_vattn.runtime.async_engine import AsyncEngine
     from trtllm_vattn.runtime.engine import Engine
     from trtllm_vattn.runtime.request import Completion, TokenEvent
     from trtllm_vattn.runtime.sampling import SamplingParams
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AddressSpaceExhausted",
+    "AsyncEngine",
     "CacheAsleep",
     "CacheInterrupted",
     "CacheShape",
@@ -63,6 +67,7 @@ __all__ = [
     "Engine",
     "EngineAsleep",
     "EngineClosed",
+    "EngineOverloaded",
     "EngineSession",
     "HostMemoryFull",
     "InvariantViolation",
@@ -75,6 +80,7 @@ __all__ = [
     "OutOfPages",
     "PrefixEvicted",
     "RankLost",
+    "RequestFailed",
     "SamplingParams",
     "SequenceSuspended",
     "SequenceTooLong",
@@ -94,6 +100,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AsyncEngine": "runtime.async_engine",
     "CacheShape": "cache.base",
     "Completion": "runtime.request",
     "Engine": "runtime.engine",

@@ -93,6 +93,14 @@ class EngineAsleep(VattnError):
     """The engine gave memory back by `sleep` that a call needs; call `wake` first."""
 
 
+class EngineOverloaded(VattnError):
+    """As many requests are unfinished as an engine takes; nothing was queued. Try again later."""
+
+
+class RequestFailed(VattnError):
+    """A request ended with an error of its own; the message says which. Others go on."""
+
+
 class UnmappedAccess(VattnError):
     """A replay would touch addresses with no memory behind them; it was not launched."""
 

@@ -163,9 +163,11 @@ def generated(monkeypatch: pytest.MonkeyPatch, kernels: bool, **options: object)
     model = load_model("tiny-llama", "cpu", torch.float32)
     prompts = [np.random.default_rng(n).integers(0, model.config.vocab_size, n).tolist() for n in (3, 40, 1, 16, 5)]
 
-    def make(name: str, cache: KVCache, heads: int, scale: float | None, deterministic: bool) -> Attention:
+    def make(
+        name: str, cache: KVCache, heads: int, scale: float | None, deterministic: bool, **more: object
+    ) -> Attention:
         made = PickedAttention(cache, heads, scale, deterministic=deterministic)
-        by_longest = lambda lengths, anywhere=False: "shares" if lengths.max() > 30 else "torch"  # noqa: E731
+        by_longest = lambda lengths, *others: "shares" if lengths.max() > 30 else "torch"  # noqa: E731
         if not deterministic:
             monkeypatch.setattr(made, "pick", by_longest)
         return made

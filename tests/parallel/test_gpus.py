@@ -19,7 +19,7 @@ pytestmark = [
 @pytest.mark.parametrize("sums", ["nccl", "symmetric"])
 def test_captured_sums_are_right_under_remapping(tmp_path: Path, sums: str) -> None:
     output = tmp_path / "tp.json"
-    arguments = ["bench", "tp", "--parts", "replays", "--replays", "500", "--seconds", "30", "--all-reduce", sums]
+    arguments = ["bench", "tp", "--measure", "replays", "--replays", "500", "--seconds", "30", "--all-reduce", sums]
     assert main([*arguments, "--output-json", str(output)]) == 0
     told = json.loads(output.read_text())["summary"]
     assert told["wrong_replays"] == told["failed_requests"] == 0

@@ -242,6 +242,8 @@ def test_what_several_ranks_cannot_do_is_refused_by_name(engine: Engine, ranks: 
         (lambda: engine.sleep(), "sleep"),
         (lambda: engine.update_weights({}), "take new weights"),
         (lambda: engine.cache.suspend("a"), "suspend a sequence"),
+        (lambda: engine.submit([1], SamplingParams(logprobs=1)), "give log-probabilities"),
+        (lambda: engine.submit([1], SamplingParams(min_p=0.1)), "change logits"),
     ):
         with pytest.raises(ConfigError, match=what):
             calls()

@@ -374,7 +374,7 @@ def test_captured_graphs_hold_no_foreign_address(device: str, loop: bool) -> Non
 
 
 def test_what_is_not_captured_is_not_audited(build: Callable[..., Engine]) -> None:
-    with pytest.raises(CaptureError, match="no decode step is captured"):
+    with pytest.raises(CaptureError, match=r"no decode step.* is captured"):
         build(capture=False).audit()
 
 

@@ -327,7 +327,7 @@ def test_prompts_are_sequences_arrays_and_tensors_of_ids(engine: Engine, prompt:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("123", r"the prompt is text \(str\); tokenise it first"),
+        ("123", "the prompt is text, and this engine has no tokenizer; give token ids"),
         (b"abc", r"the prompt is text \(bytes\)"),
         (["1"], r"holds '1' \(str\) at position 0; tokenise it first"),
         ([1.0, 2], r"holds 1\.0 \(float\) at position 0"),

@@ -263,7 +263,8 @@ class WindowedAttention(Attention):
             raise ConfigError(f"a pass of {rows} rows over windows of a backend made for {most}; make it for more")
 
     def _rows_of(self, positions: torch.Tensor, window: int) -> torch.Tensor:
-        return self._for(window, lambda: positions % window, positions)
+        rows: torch.Tensor = self._for(window, lambda: positions % window, positions)
+        return rows
 
     def _for(self, window: int, make: Callable[[], Any], *inputs: object) -> Any:
         """What `make` makes, once a step for a window and the same inputs."""
@@ -305,7 +306,8 @@ class WindowedAttention(Attention):
     def _prompts_of(self, chunk: PrefillChunk) -> PackedPrefill:
         if self._prompts is not None and list(self._prompts.chunks) == [chunk]:
             return self._prompts
-        return self._once_a_step(partial(PackedPrefill, [chunk]), chunk)
+        packed = self._once_a_step(partial(PackedPrefill, [chunk]), chunk)
+        return packed
 
     def prefill_packed(self, layer: int, q: torch.Tensor, packed: PackedPrefill) -> torch.Tensor:
         window = self.cache.shape.window_of(layer)

@@ -181,7 +181,7 @@ class KVCacheManager(SlottedCache):
     def _make_layout(self) -> SlotLayout:
         return SlotLayout(**self._layout_sizes())
 
-    def _layout_sizes(self) -> dict[str, int]:
+    def _layout_sizes(self) -> dict[str, Any]:
         shape, layers, tensors = self.shape, self.config.layers_per_range, 1
         heads = self.config.heads_per_range or shape.num_kv_heads
         if shape.num_kv_heads % heads:

@@ -19,6 +19,10 @@ EXTRAS = {
     "tensorrt_rtx": "tensorrt-rtx",
     "onnx": "tensorrt-rtx",
     "tensorrt_llm": "tensorrt-llm",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "llguidance": "grammar",
 }
 """Which of the package's extras installs an optional package."""
 

@@ -18,6 +18,8 @@ COMMANDS = {
     ),
     "plugin": ("TensorRT engines: list, build, inspect", "trtllm_vattn.cli.plugin"),
     "warm-up": ("compile once what would take minutes at a first request", "trtllm_vattn.cli.warm_up"),
+    "serve": ("OpenAI's completions and chat endpoints over a checkpoint", "trtllm_vattn.cli.serve"),
+    "generate": ("text from prompts: arguments, a file or standard input", "trtllm_vattn.cli.generate"),
     "run": ("run a command with TensorRT-LLM's KV cache at fixed addresses", "trtllm_vattn.cli.run"),
 }
 BENCHMARKS = {
@@ -36,6 +38,7 @@ BENCHMARKS = {
     "prefix": "what prompts share, found again in slots: beside an ideal tree of the same memory; on any machine",
     "tiers": "keys and values in host memory: copies beside the link, sleep and wake, twice the sequences memory holds",
     "reuse": "prompts that share what they begin with, by an engine with and without prefix cache",
+    "doors": "clients of the HTTP server beside the engine itself: tokens, what killed clients leave, throughput",
     "forks": "several samples of one long prompt: memory and steps beside one sample",
     "compression": "caches that keep less: windows of some layers, keys and values of eight bits, fewer tokens",
     "speculation": "drafts verified in one step: tokens a second beside none, on text that repeats itself or not",

@@ -484,10 +484,10 @@ def options_for(
     """What a backend over a cache of this shape is told of each layer. Sinks are in float32; each step copies them from
     the model's parameters. Scales are copied to the model's device."""
 
-    def of(layer: int, values: Sequence[Any]) -> Any:
+    def of(layer: int, values: Sequence[Any] | torch.Tensor) -> Any:
         return values[layer] if len(values) else None
 
-    def copied(values: Sequence[Any], layer: int) -> torch.Tensor | None:
+    def copied(values: Sequence[Any] | torch.Tensor, layer: int) -> torch.Tensor | None:
         value = of(layer, values)
         return None if value is None else value.detach().to(device, torch.float32, copy=True)
 

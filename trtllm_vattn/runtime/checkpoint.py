@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from trtllm_vattn.errors import ConfigError
@@ -100,10 +100,10 @@ def _not_found(name: str, shapes: Iterable[str], error: Exception) -> ConfigErro
     )
 
 
-def _snapshot(name: str) -> Path | None:
-    """Where a name on the Hub lies in transformers' cache; None where it does not."""
+def _snapshot(name: str, file: str = "config.json") -> Path | None:
+    """Where a file of a name on the Hub lies in transformers' cache; None where it does not."""
     try:
-        found = cached_file(name, "config.json", local_files_only=True)
+        found = cached_file(name, file, local_files_only=True)
     except OSError:
         return None
     return None if found is None else Path(found).parent
@@ -211,3 +211,20 @@ def end_of_text(model: Any) -> tuple[int, ...]:
             "them"
         )
     return tuple(dict.fromkeys(token for token in listed if 0 <= token < config.vocab_size))
+
+
+def load_tokenizer(name: str, shapes: Iterable[str] = ()) -> Any:
+    """The fast tokenizer of a checkpoint, a directory or a name on the Hub; None where it has none, or `name` is one of
+    the `shapes`. Raises ConfigError where it has one that cannot be loaded."""
+    where = Path(name)
+    local = where.is_dir()
+    if local:
+        there = any((where / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    else:
+        there = name not in shapes and _snapshot(name, "tokenizer_config.json") is not None
+    if not there:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(f"the tokenizer of {name} cannot be loaded: {_said(error)}") from error

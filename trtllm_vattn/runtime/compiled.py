@@ -219,7 +219,7 @@ def tracing() -> Iterator[None]:
         yield
 
 
-Wrap = Callable[[Callable[..., None]], Callable[..., None]]
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 """What to apply to a function of tensors that is run in every step."""
 
 

@@ -12,11 +12,11 @@ although launches are unread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import DecodeStep, VerifyStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
+from trtllm_vattn.runtime.lane_processors import LaneAsks, LaneProcessors, StepKind
+from trtllm_vattn.runtime.logprobs import Fetched, TokenLogprob
 from trtllm_vattn.runtime.pass_cost import Timing
 from trtllm_vattn.runtime.prefix_reading import PrefixReading
 from trtllm_vattn.runtime.request import RequestState
@@ -55,6 +57,24 @@ ABSENT = -2
 """Stands for a token where a lane was given fewer than another one by the same launch."""
 
 
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities of tokens of a prompt, those at `start` + 1 and on, on their way to the host: at the place
+    `first` of what is fetched, and on."""
+
+    request: RequestState
+    start: int
+    first: int
+    tokens: Sequence[int]
+    fetched: Fetched
+
+    def read(self) -> None:
+        """Put them to the request's record; they may be there already."""
+        request, most = self.request, self.request.params.prompt_logprobs or 0
+        for place, token in enumerate(self.tokens):
+            at = self.start + 1 + place
+            request.prompt_logprobs[at:] = [self.fetched.token(token, most, self.first + place)]
+
+
 @dataclass(frozen=True)
 class Launch:
     """What was started.
@@ -74,12 +94,19 @@ class Launch:
     _arrived: torch.cuda.Event | None
     prompt_tokens: int = 0
     timing: Timing | None = None
+    of_prompts: tuple[PromptLogprobs, ...] = ()
+    logprobs: Fetched | None = None
     drafts: int | None = None
 
     @property
     def wanted(self) -> bool:
         """Whether it has to be waited for: somebody wants its tokens, or prompts went in with it."""
         return bool(self.lane_of or self.prompt_tokens)
+
+    def logprob(self, step: int, lane: int, token: int, most: int) -> TokenLogprob:
+        """Of the token of a lane, with `most` of the likeliest, after a step of it."""
+        assert self.logprobs is not None
+        return self.logprobs.token(token, most, (self.first + step) % (len(self._out) - 1), lane)
 
     def read(self) -> list[list[int]]:
         """Wait, and give each step's tokens by lane, `sampling.NO_TOKEN` where its logits gave none; with drafts, the
@@ -260,6 +287,7 @@ class DecodeBatch:
         self.guard = Guard(cache, attention.over_read)
         self._advance, self._advance_greedily, self._add_noise = wrap(advance), wrap(advance_greedily), wrap(add_noise)
         self._patch, self._likeliest = wrap(patch), wrap(likeliest)
+        self.processors = LaneProcessors(lanes, steps, device, wrap)
         static = [
             *model.parameters(),
             *model.buffers(),
@@ -274,17 +302,16 @@ class DecodeBatch:
             *(self.speculator.storages() if self.speculator is not None else []),
         ]
         self.static = static
-        self._make_runners(buckets, lanes, self._go if loop else None)
+        self._make_runners(buckets, lanes)
         self.captured = False
 
-    def _make_runners(self, buckets: Sequence[int], lanes: int, go: torch.Tensor | None) -> None:
+    def _make_runners(self, buckets: Sequence[int], lanes: int) -> None:
         static, device = self.static, self._device.device
-        first, *others = self.attention.variants
-        self.runner = GraphRunner(partial(self._step, first, False), buckets, static, device, go)
-        # Those that sample are captured when they are first used: sorting a vocabulary takes a lot of the pool.
-        self._runners = {(first, False): self.runner}
-        for key in [(first, True), *((variant, sampled) for variant in others for sampled in (False, True))]:
-            self._runners[key] = GraphRunner(partial(self._step, *key), buckets, static, device, go, self.runner.pool)
+        first, plain = self.attention.variants[0], StepKind()
+        self.runner = GraphRunner(partial(self._step, first, plain), buckets, static, device, self._loops_by)
+        # Steps of other kinds are made and captured when they are first used: sorting a vocabulary takes a lot of the
+        # pool.
+        self._runners = {(first, plain): self.runner}
         self._verifiers: dict[tuple[int, bool], GraphRunner] = {}
         """Of steps with drafts, by their number and whether any lane samples."""
         for drafts in self.speculator.config.ladder if self.speculator is not None else ():
@@ -292,6 +319,19 @@ class DecodeBatch:
             for sampled in (False, True):
                 step = partial(self._verify_step, drafts, sampled)
                 self._verifiers[drafts, sampled] = GraphRunner(step, some, static, device, pool=self.runner.pool)
+
+    @property
+    def _loops_by(self) -> torch.Tensor | None:
+        return self._go if self.loop else None
+
+    def _runner(self, variant: str, kind: StepKind) -> GraphRunner:
+        made = self._runners.get((variant, kind))
+        if made is None:
+            step, pool = partial(self._step, variant, kind), self.runner.pool
+            static = [*self.static, *self.processors.static]
+            made = GraphRunner(step, self.runner.buckets, static, self._device.device, self._loops_by, pool)
+            self._runners[variant, kind] = made
+        return made
 
     def capture(self) -> CaptureReport:
         """Capture every bucket, by each of the attention's kernels but those that honour `PrefixTables`, which wait for
@@ -301,7 +341,7 @@ class DecodeBatch:
         """
         self.attention.measure(self.runner.buckets, self.packed)
         plain = [variant for variant in self.attention.variants if not variant.endswith(PREFIXES)]
-        report, *others = (self._runners[variant, False].capture() for variant in plain)
+        report, *others = (self._runner(variant, StepKind()).capture() for variant in plain)
         self.captured = self._miscounted = True
         seconds = {bucket: sum(each.seconds[bucket] for each in (report, *others)) for bucket in report.seconds}
         return CaptureReport(seconds, report.replay_s, sum(each.pool_bytes for each in (report, *others)))
@@ -336,25 +376,38 @@ class DecodeBatch:
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def _step(self, variant: str, sampled: bool, bucket: int) -> Outputs:
+    def _step(self, variant: str, kind: StepKind, bucket: int) -> Outputs:
         """A step by one of the attention's kernels."""
         self.attention.use(variant)
-        return self._sampling_step(bucket) if sampled else self._greedy_step(bucket)
+        logits = self._forward(bucket)
+        self.take(logits, kind)
+        return (logits,)
 
     def _forward(self, bucket: int) -> torch.Tensor:
         positions, tokens, slots, lengths = self.inputs[:4, :bucket]
         step = DecodeStep(self.attention, slots, positions, lengths.to(torch.int32), self.packed)
         return forward(self.model, tokens, positions, step)
 
-    def _greedy_step(self, bucket: int) -> Outputs:
-        logits = self._forward(bucket)
-        self.take_greedily(logits)
-        return (logits,)
-
-    def _sampling_step(self, bucket: int) -> Outputs:
-        logits = self._forward(bucket)
-        self.take_sampled(logits)
-        return (logits,)
+    def take(self, logits: torch.Tensor, kind: StepKind, only: torch.Tensor | None = None) -> None:
+        """Choose tokens of the first lanes as a kind of step does, logits ``[bucket, vocab]``, and `advance`; with
+        `only`, bool ``[lanes]``, those lanes alone."""
+        if not (kind.processed or kind.logprobs):
+            (self.take_sampled if kind.sampled else self.take_greedily)(logits, only)
+            return
+        processors, row = self.processors, self._device[-2:-1].remainder(2 * self.steps)
+        running = self._those(only)[3] > 0
+        changed, min_p = logits, None
+        if kind.processed:
+            changed, min_p = processors.apply(logits), processors.min_p(len(logits))
+        if kind.sampled:
+            self.take_sampled(changed, only, min_p)
+        else:
+            self.take_greedily(changed, only)
+        chosen = self._out.index_select(0, row)[0]
+        if kind.processed:
+            processors.note(chosen, running)
+        if kind.logprobs:
+            processors.keep_logprobs(logits, chosen, row)
 
     def _verify_step(self, drafts: int, sampled: bool, bucket: int) -> Outputs:
         """A step that verifies up to so many drafts of each lane."""
@@ -416,7 +469,9 @@ class DecodeBatch:
         self._take_largest(largest, place, parts.shape[2], inputs)
         self._keep(inputs, only)
 
-    def take_sampled(self, logits: torch.Tensor, only: torch.Tensor | None = None) -> None:
+    def take_sampled(
+        self, logits: torch.Tensor, only: torch.Tensor | None = None, min_p: torch.Tensor | None = None
+    ) -> None:
         """`take_greedily`, but each lane's token as its parameters say."""
         if self.speculator is not None:
             self._take_undrafted(logits, only, sampled=True)
@@ -426,7 +481,7 @@ class DecodeBatch:
         keys = self._sampling[3:, :bucket].index_select(0, row)[0]
         temperature, top_p, top_k = self._sampling[:3].view(torch.float64)[:, :bucket]
         chosen = self.inputs.new_empty(len(self.lengths))
-        chosen[:bucket].copy_(sample_on_device(logits, temperature, top_p, top_k, keys, self._add_noise))
+        chosen[:bucket].copy_(sample_on_device(logits, temperature, top_p, top_k, keys, self._add_noise, min_p))
         self._take(chosen, inputs)
         self._keep(inputs, only)
 
@@ -454,8 +509,9 @@ class DecodeBatch:
     def join(self, request: RequestState) -> None:
         """Give a request a lane, which goes on from the tokens in its record."""
         known = request.tokens if self.speculator is not None else ()
+        chosen = len(request.chosen)
         self.set_lane(
-            request.slot, request.last, request.length, request.limit, request.params, len(request.chosen), known
+            request.slot, request.last, request.length, request.limit, request.params, chosen, known, request.asks
         )
 
     def set_lane(
@@ -467,10 +523,12 @@ class DecodeBatch:
         params: SamplingParams | None = None,
         generated: int = 0,
         known: Sequence[int] = (),
+        asks: LaneAsks | None = None,
     ) -> None:
         """Give a slot's sequence a lane. Its next step writes `token` and makes it `length` tokens long; no step makes
-        it longer than `limit`. `params` are those of the sequence, which has `generated` tokens of its own so far, and
-        `known` are all its tokens, of which `token` is the last, for drafts to be looked up in."""
+        it longer than `limit`. `params` are those of the sequence, which has `generated` tokens of its own so far;
+        `known` are all its tokens, of which `token` is the last, for drafts to be looked up in; `asks` is what else it
+        asks for."""
         lane = self.lane_of.get(slot)
         self._others = True
         if lane is None:
@@ -488,6 +546,7 @@ class DecodeBatch:
         if params is not None and not params.greedy:
             self._params[slot] = (params, generated)
             self._prompt_len[slot] = length - generated
+        self.processors.set(slot, asks)
 
     def feed(self, slot: int, forced: Sequence[int], prompt_len: int) -> None:
         """Have a slot's sequence take its next token from `forced`, the tokens behind its prompt."""
@@ -532,6 +591,7 @@ class DecodeBatch:
             launch.lane_of.pop(slot, None)
         lane = self.lane_of.pop(slot)
         self._params.pop(slot, None)
+        self.processors.clear(slot)
         if self.speculator is not None:
             self.speculator.leave(slot)
         if self.packed and lane != (last := len(self.lane_of)):
@@ -549,6 +609,7 @@ class DecodeBatch:
         self._under_way.clear()
         self.lane_of.clear()
         self._params.clear()
+        self.processors.clear_all()
         if self.speculator is not None:
             self.speculator.clear()
         self._columns[:] = self._idle_column()
@@ -580,11 +641,10 @@ class DecodeBatch:
 
     def _ends(self, steps: int, drafts: int = 0) -> np.ndarray:
         """The most that lanes' lengths may be, int64 ``[lanes]``, in the last of so many steps with so many drafts."""
-        more: int | np.ndarray = steps - 1 + drafts
+        ends: np.ndarray = self.lengths + (steps - 1 + drafts)
         if self.speculator is not None:
-            more = more + self.speculator.slack[self.slots]
-        ends: np.ndarray = np.minimum(self.lengths + more, self.limits)
-        return ends
+            ends += self.speculator.slack[self.slots]
+        return np.minimum(ends, self.limits, out=ends)
 
     def lengths_after(self, steps: int, drafts: int = 0) -> np.ndarray:
         """Lengths by slot, int64 ``[num_slots]``, once so many steps with so many drafts were taken, the most that they
@@ -640,7 +700,7 @@ class DecodeBatch:
 
     def _start(self, steps: int, bucket: int, variant: str, guarded: float) -> Launch:
         """Start what was guarded, by one of the attention's kernels."""
-        runner = self._runners[variant, self.sampling]
+        runner = self._runner(variant, self.kind)
         self.capture_missing(runner, bucket)
         self.send(steps)
         if not self.captured:
@@ -683,6 +743,7 @@ class DecodeBatch:
             self.speculator.send()
         if self._params:
             self._upload_sampling(steps)
+        self.processors.send(self.lane_of)
 
     def launched(
         self,
@@ -692,12 +753,26 @@ class DecodeBatch:
         guard_s: float = 0.0,
         prompt_tokens: int = 0,
         timing: Timing | None = None,
+        of_prompts: tuple[PromptLogprobs, ...] = (),
         drafts: int = 0,
     ) -> Launch:
         """Note what was started for these lanes, and start fetching their tokens."""
-        fetched = self._fetch(1 + max(lanes.values(), default=0))
-        drafted = None if self.speculator is None else drafts
-        launch = Launch(lanes, self._taken, steps, logits, guard_s, *fetched, prompt_tokens, timing, drafted)
+        count = 1 + max(lanes.values(), default=0)
+        fetched = self._fetch(count)
+        logprobs = self.fetch(each[:, :count] for each in self.processors.unread) if self.kind.logprobs else None
+        launch = Launch(
+            lanes,
+            self._taken,
+            steps,
+            logits,
+            guard_s,
+            *fetched,
+            prompt_tokens,
+            timing,
+            of_prompts,
+            logprobs,
+            None if self.speculator is None else drafts,
+        )
         if not self.loop:
             self._taken += steps
         if not self.loop or prompt_tokens:
@@ -713,7 +788,8 @@ class DecodeBatch:
             return
         # What is captured is also run, over idle lanes.
         finish(str(self._device.device))
-        state = [self._device, self._out, *(self.speculator.state() if self.speculator is not None else [])]
+        state = [self._device, self._out, *self.processors.unread]
+        state += self.speculator.state() if self.speculator is not None else []
         kept = [tensor.clone() for tensor in state]
         self.inputs.copy_(self._idle.expand_as(self.inputs))
         try:
@@ -726,6 +802,19 @@ class DecodeBatch:
     def sampling(self) -> bool:
         """Whether any lane's tokens are sampled."""
         return bool(self._params)
+
+    @property
+    def kind(self) -> StepKind:
+        """What the next step does: what any of the lanes asks for."""
+        return self.processors.kind(self.sampling)
+
+    def fetch(self, tensors: Iterable[torch.Tensor]) -> Fetched:
+        """Start copying log-probabilities to the host, beside whatever is launched next."""
+        if self._copies is not None:
+            self._left = torch.cuda.current_stream(self._device.device)
+        fetched = Fetched(tuple(tensors), self._copies)
+        self._left = None
+        return fetched
 
     def _fetch(self, lanes: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Start copying tokens of the first lanes to the host, beside whatever is launched next."""
@@ -764,7 +853,7 @@ class DecodeBatch:
 
     def _run_eagerly(self, variant: str, bucket: int, steps: int) -> Outputs:
         for _ in range(steps):
-            outputs = self._step(variant, self.sampling, bucket)
+            outputs = self._step(variant, self.kind, bucket)
             if self.loop and not self._go.item():
                 break
         return outputs
@@ -783,15 +872,15 @@ class DecodeBatch:
         self._sampling.copy_(upload(rows, self._sampling.device))
 
     def audit(self, bucket: int | None = None) -> AuditReport:
-        """Whose the addresses are that graphs hold, of a bucket or of all: greedy steps, those that sample and those of
+        """Whose the addresses are that graphs hold, of a bucket or of all: greedy steps, those of other kinds and of
         other kernels of attention, where any did, and launches of many steps. Raises CaptureError where there is no
         graph."""
         regions = self.attention.regions()
         reports = []
-        for (variant, sampled), runner in self._runners.items():
+        for (variant, kind), runner in self._runners.items():
             if runner is self.runner or bucket in runner.captured or (bucket is None and runner.captured):
                 by = "" if len(self.attention.variants) == 1 else f" by {variant}"
-                reports.append(runner.audit(regions, f"{'sampling' if sampled else 'decode'} step{by}", bucket))
+                reports.append(runner.audit(regions, f"{kind.name} step{by}", bucket))
         if self.speculator is not None:
             regions += self.speculator.regions()
         for (drafts, sampled), runner in self._verifiers.items():

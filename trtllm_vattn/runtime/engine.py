@@ -34,15 +34,17 @@ from trtllm_vattn.errors import (
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
-from trtllm_vattn.runtime.checkpoint import end_of_text
+from trtllm_vattn.runtime.checkpoint import end_of_text, load_tokenizer
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
 from trtllm_vattn.runtime.compression import Compression, check_compression, check_policy
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
 from trtllm_vattn.runtime.dry_pass import AttentionNeeds, naming
+from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler
 from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype, check_kv_scales
+from trtllm_vattn.runtime.lane_processors import check_sizes
 from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
-from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.models import SHAPES, load_model
 from trtllm_vattn.runtime.passes import Passes, most_rows
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
@@ -72,6 +74,7 @@ from trtllm_vattn.runtime.speculation_draft import DraftModel, check_draft_model
 from trtllm_vattn.runtime.startup import StartupReport, memory_left
 from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.runtime.swap_cost import SwapCost
+from trtllm_vattn.runtime.text import bad_word_ids, check_tokenizer, text_for
 from trtllm_vattn.runtime.tokens import TokenIds, token_ids
 from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
 from trtllm_vattn.sizes import parse_bytes
@@ -192,7 +195,8 @@ class Engine:
         Seconds, by which deadlines and waiting are counted; another one for virtual time.
     deterministic : bool
         Whether one kernel of attention decodes all batches. Else ``auto`` picks the fastest one by the lengths of a
-        batch, so that the other sequences' lengths may change the last bits of a sequence's logits.
+        batch, so that the other sequences' lengths may change the last bits of a sequence's logits. Kernels of matrix
+        products go by the rows of a pass all the same; bits that depend on nothing of the batch are not promised.
     record_margins : bool
         Whether token events carry the distance of the two largest logits.
     observer : callable or None
@@ -209,6 +213,8 @@ class Engine:
     speculation : Speculation or None
         Has several tokens of a sequence drafted and verified in one step (runtime/speculation.py); the tokens of every
         request are the same as without, up to rounding. With prompts in a pass nothing is drafted. None drafts none.
+    tokenizer : transformers' fast tokenizer, or None
+        Prompts may be texts then, and text, stop texts and grammars be asked for (`SamplingParams`).
     compression : CompressionPolicy or None
         Evicts tokens of each sequence, so that it takes less memory and its tokens are approximate
         (cache/compression/README.md). None keeps all.
@@ -252,6 +258,7 @@ class Engine:
         sleepable_weights: bool = False,
         kv_scales: KVScales | None = None,
         speculation: Speculation | None = None,
+        tokenizer: Any = None,
         compression: CompressionPolicy | None = None,
     ) -> None:
         if not isinstance(cache, KVCache):
@@ -284,6 +291,7 @@ class Engine:
         )
         self.swap_cost: SwapCost = settings["swap_cost"]
         steps, policy = settings["steps"], settings["mapping"]
+        self.tokenizer = check_tokenizer(tokenizer)
         if model.device != cache.device:
             raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
@@ -309,6 +317,7 @@ class Engine:
         self._events: list[TokenEvent] = []
         """Not delivered yet. An event is put here before its token is in the request's output."""
         self._ids = itertools.count()
+        self._grammars = GrammarCompiler(tokenizer, self._vocab_size, self._end_of_text) if tokenizer else None
         self._closed = False
         self.startup = StartupReport()
         with ExitStack() as undo:
@@ -498,6 +507,7 @@ class Engine:
         mapping: str = "auto",
         tensor_parallel: int | Ranks = 1,
         kv_cache_dtype: str = "auto",
+        tokenizer: Any = "auto",
         **options: Any,
     ) -> Self:
         """An engine over a checkpoint (a directory, or a name on the Hugging Face Hub) or a named shape
@@ -532,6 +542,8 @@ class Engine:
         kv_cache_dtype : str
             ``auto`` stores keys and values as the model has them; ``fp8`` (or ``fp8_e4m3``) in eight bits, half the
             bytes, by backends that can (torch, shares).
+        tokenizer : transformers' fast tokenizer, str or None
+            ``auto`` is the checkpoint's, where it has one.
         options
             Further parameters of `Engine`.
 
@@ -565,7 +577,8 @@ class Engine:
             sizes = {"max_seqs": max_seqs, "max_seq_len": max_seq_len, "budget": budget, "kept_seqs": kept_seqs}
             kept_back = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "host_memory": host_memory}
             kinds = {"cache": cache, "mapping": mapping, "kv_cache_dtype": kv_cache_dtype}
-            given = {**sizes, **kept_back, **kinds, **options}
+            tokenizer = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
+            given = {**sizes, **kept_back, **kinds, **options, "tokenizer": tokenizer}
             return cast("Self", _on_ranks(tensor_parallel, model, device, dtype, given))
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING and policy_of_tokens is None
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
@@ -591,7 +604,9 @@ class Engine:
             undo.callback(made.close)
             if not later and budget is None and shape.num_slots > max_seqs:
                 made.set_budget(made.budget_bytes // (shape.num_slots + 1) * (max_seqs + 1))
-            engine = cls(loaded, made, mapping=policy, **{"max_running": max_seqs, **options})
+            options = {"max_running": max_seqs, **options}
+            options["tokenizer"] = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
+            engine = cls(loaded, made, mapping=policy, **options)
             undo.callback(engine.close)
             if later:
                 engine.set_budget(engine._budget_left() if budget is None else budget)
@@ -623,15 +638,15 @@ class Engine:
 
     def submit(
         self,
-        prompt: TokenIds,
+        prompt: TokenIds | str,
         params: SamplingParams | None = None,
         forced: TokenIds | None = None,
         *,
         priority: int = 0,
         deadline_s: float | None = None,
     ) -> int:
-        """Queue a prompt of token ids; returns the request's number. Of `SamplingParams.n` samples it is the first
-        one's; the others have the numbers that follow, in order.
+        """Queue a prompt, token ids or a text; returns the request's number. Of `SamplingParams.n` samples it is the
+        first one's; the others have the numbers that follow, in order.
 
         The prompt's tokens and all of the output but its last token, which is not stored, have to fit a slot, and the
         budget alone; without `max_tokens` the output may be as long as that allows. With `forced`, those tokens are fed
@@ -641,7 +656,8 @@ class Engine:
         Parameters
         ----------
         prompt, forced : sequence, numpy array or torch tensor
-            Integers of one dimension.
+            Integers of one dimension. The prompt may be a text where the engine has a tokenizer, which adds the special
+            tokens that it adds to texts.
         priority : int
             Requests of higher priority are given slots first, and are preempted last.
         deadline_s : float or None
@@ -748,11 +764,55 @@ class Engine:
             )
         if forced is not None and self.steps > 1:
             raise ConfigError(f"tokens are forced in single steps; this engine takes {self.steps} a launch, make it 1")
+        is_text = isinstance(prompt, str)
+        if isinstance(prompt, str):
+            prompt = self._tokenize(prompt)
         made = make_request(
             next(self._ids), prompt, params, forced, self.cache, self._vocab_size, self._end_of_text, silent
         )
+        self._complete(made, is_text)
         made.arrived = self.clock()
         return made
+
+    def _tokenize(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise ConfigError("the prompt is text, and this engine has no tokenizer; give token ids, or tokenizer=")
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def _complete(self, request: RequestState, is_text: bool) -> None:
+        """Give a new request what its parameters ask for beside tokens. Raises ConfigError where that cannot be."""
+        params, tokenizer = request.params, self.tokenizer
+        if request.forced is not None and (params.uses_history or params.stop):
+            raise ConfigError(
+                "forced tokens are fed in place of chosen ones: penalties, bad_words, stop and grammars, which go by "
+                "what was chosen, are not possible with them"
+            )
+        if params.prompt_logprobs is not None and not self.scheduler.mixed:
+            raise ConfigError(
+                "prompt_logprobs are not possible: this model takes prompts by passes of their own; leave them out"
+            )
+        if self.decode.speculator is not None and request.asks is not None:
+            raise ConfigError(
+                "this engine speculates, and drafts are verified by the model's own logits: min_p, penalties, "
+                "logit_bias, bad_words, min_tokens, grammars and logprobs are not possible with them; leave them out, "
+                "or build the engine without speculation"
+            )
+        request.text = text_for(tokenizer, params, is_text)
+        request.bad_words = bad_word_ids(tokenizer, params)
+        token_ids("bad_words", [token for word in request.bad_words for token in word], self._vocab_size)
+        check_sizes(params, request.bad_words)
+        if params.has_grammar:
+            request.grammar = self.compile_grammar(params)
+        if request.asks is not None:
+            self.decode.processors.require(self._vocab_size)
+
+    def compile_grammar(self, params: SamplingParams) -> Grammar:
+        """The grammar that parameters ask for, compiled unless it was lately; any thread may call this before it
+        submits, so that no step waits. Raises ConfigError where there is no tokenizer, or it cannot be."""
+        if self._grammars is None:
+            raise ConfigError("a grammar needs a tokenizer, which this engine has not; build it with tokenizer=")
+        return self._grammars.grammar(params)
 
     def abort(self, request: int) -> None:
         """Drop a request wherever it is, and its tokens that nobody took yet; its memory is free for others. The number
@@ -831,11 +891,11 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[TokenIds],
+        prompts: Sequence[TokenIds | str],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = False,
     ) -> list[Completion]:
-        """Run prompts of token ids to their end; completions in the order of the prompts, of each as many as
+        """Run prompts, token ids or texts, to their end; completions in the order of the prompts, of each as many as
         `SamplingParams.n` says, by `index`.
 
         A request that fails has a completion with `finish_reason` ``error``. Raises ConfigError or SequenceTooLong with
@@ -935,7 +995,9 @@ class Engine:
         self.scheduler.admit_during_step()
         rows, wait_s = self._read(launch)
         lanes, wall_s = len(launch.lane_of), self._read_at - started
-        for row in rows:
+        for of_prompt in launch.of_prompts:
+            of_prompt.read()
+        for step, row in enumerate(rows):
             # Who has ended with an earlier row, or joined since the launch, has no part in it.
             requests = [
                 request
@@ -944,7 +1006,7 @@ class Engine:
             ]
             where = [launch.lane_of[request.slot] for request in requests]
             apart = margins(launch.logits[where]) if self.record_margins else None
-            self._commit_tokens(requests, [row[lane] for lane in where], apart)
+            self._commit_tokens(requests, [row[lane] for lane in where], apart, launch, step)
         self.pipeline.commit(launch, rows)
         self.swap_cost.observe_prompt(launch.prompt_tokens, wall_s)
         drafted = self._roll_back(launch)
@@ -975,13 +1037,22 @@ class Engine:
         self._read_at = perf_counter()
         return rows, waited
 
-    def _commit_tokens(self, requests: list[RequestState], chosen: Sequence[int], apart: list[float] | None) -> None:
+    def _commit_tokens(
+        self,
+        requests: list[RequestState],
+        chosen: Sequence[int],
+        apart: list[float] | None,
+        launch: Launch,
+        step: int,
+    ) -> None:
         """Append each request's token; those that end with it leave. Who has none (`NO_TOKEN`) ends with an error."""
         for i, (request, token) in enumerate(zip(requests, chosen, strict=True)):
-            if token == NO_TOKEN:
-                self._fail(request, NOT_FINITE)
+            grammar, most = request.grammar, request.params.logprobs
+            if token == NO_TOKEN or (grammar is not None and grammar.error):
+                self._fail(request, f"its grammar: {grammar.error}" if grammar and grammar.error else NOT_FINITE)
                 continue
-            event = request.event(token, apart[i] if apart else None, self.weights.version)
+            logprob = None if most is None else launch.logprob(step, launch.lane_of[request.slot], token, most)
+            event = request.event(token, apart[i] if apart else None, self.weights.version, logprob)
             if not request.silent:
                 self._events += [event]
             self._note(request, event)
@@ -991,9 +1062,7 @@ class Engine:
     def _note(self, request: RequestState, event: TokenEvent) -> None:
         """What an event says becomes part of the request's record; it ends, where the event is its last. Of its newest
         event it may be done again, where it was interrupted."""
-        if event.token is not None:
-            request.weights_versions[event.index :] = [event.weights_version]
-            request.chosen[event.index :] = [event.token]
+        request.note(event)
         if event.finish_reason:
             request.error, request.finish_reason = event.error, event.finish_reason
             self.scheduler.end(request)

@@ -26,7 +26,8 @@ def has_latents(module: Any) -> bool:
 def latent_size(model: nn.Module) -> int | None:
     """Numbers of a token's row: its latent, and the part of the keys that holds positions; None without latents. Raises
     ConfigError where layers have different ones."""
-    sizes = {module.kv_lora_rank + module.qk_rope_head_dim for module in model.modules() if has_latents(module)}
+    modules: list[Any] = [module for module in model.modules() if has_latents(module)]
+    sizes: set[int] = {module.kv_lora_rank + module.qk_rope_head_dim for module in modules}
     if len(sizes) > 1:
         raise ConfigError(f"{type(model).__name__} has latents of different sizes by layer, {sorted(sizes)}")
     return sizes.pop() if sizes else None
@@ -36,14 +37,14 @@ def keep_latents(model: nn.Module) -> None:
     """Have modules hand latents to attention as they are."""
     for module in model.modules():
         if has_latents(module):
-            module.expand_kv = _as_they_are
+            vars(module)["expand_kv"] = _as_they_are
 
 
 def expand_again(model: nn.Module) -> None:
     """Undo `keep_latents`."""
     for module in model.modules():
         if vars(module).get("expand_kv") is _as_they_are:
-            del module.expand_kv
+            del vars(module)["expand_kv"]
 
 
 def _as_they_are(latent: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +63,7 @@ def rows_and_queries(
 
     query ``[1, heads, tokens, nope + rope]``; latent ``[1, 1, tokens, lora]``; positions ``[1, 1, tokens, rope]``.
     """
-    nope, rope = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
+    nope, rope = torch.split(query, [module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
     keys, _ = _expansions(module)
     queries = torch.cat((torch.matmul(nope[0], keys), rope[0]), dim=-1).transpose(0, 1)
     return torch.cat((latent, positions), dim=-1)[0].transpose(0, 1), queries.contiguous()

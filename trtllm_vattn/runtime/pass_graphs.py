@@ -8,6 +8,7 @@ the chunks' descriptors (`PackedPrefill.descriptors`), which the attention backe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import MixedStep, forward
 from trtllm_vattn.runtime.decode import DecodeBatch
+from trtllm_vattn.runtime.lane_processors import StepKind
 from trtllm_vattn.runtime.prefill import Prefill, PromptChunk
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.vmm.tensors import upload
@@ -66,9 +68,18 @@ class PassGraphs:
         self._static = upload(self._idle, cache.device)
         static = [*decode.static, self._static]
         pool = decode.runner.pool
-        self.runner = GraphRunner(self._greedy_pass, rows, static, cache.device, pool=pool)
-        # Captured when the first sequence comes whose tokens are sampled.
-        self._sampler = GraphRunner(self._sampling_pass, rows, static, cache.device, pool=pool)
+        self.runner = GraphRunner(partial(self._pass, StepKind()), rows, static, cache.device, pool=pool)
+        # Others are made and captured when the first sequence comes that asks for them.
+        self._runners = {StepKind(): self.runner}
+
+    def _runner(self) -> GraphRunner:
+        kind = self.decode.kind
+        made = self._runners.get(kind)
+        if made is None:
+            static, first = [*self.decode.static, self._static, *self.decode.processors.static], self.runner
+            step, pool = partial(self._pass, kind), self.decode.runner.pool
+            made = self._runners[kind] = GraphRunner(step, first.buckets, static, self._static.device, pool=pool)
+        return made
 
     def _parts(self, array: np.ndarray) -> list[np.ndarray]:
         return np.split(array, np.cumsum(self._sizes)[:-1])
@@ -83,11 +94,13 @@ class PassGraphs:
 
     def fits(self, plan: StepPlan, running: dict[int, int]) -> bool:
         """Whether a plan is a replay."""
+        if any(request.wants_prompt_logprobs for request, _ in plan.chunks):
+            return False
         return plan.decodes and len(plan.chunks) <= self._chunks and len(running) + plan.prompt_tokens <= self._most
 
     def prepare(self, plan: StepPlan, running: dict[int, int]) -> None:
         """Capture what the plan needs, where it is not yet; before lanes are brought up to date."""
-        runner = self._sampler if self.decode.sampling else self.runner
+        runner = self._runner()
         rows = runner.bucket_for(len(running) + plan.prompt_tokens)
         if rows not in runner.captured:
             # What is captured is also run.
@@ -96,7 +109,7 @@ class PassGraphs:
 
     def replay(self, chunks: Sequence[PromptChunk], running: dict[int, int], lanes: dict[int, int]) -> torch.Tensor:
         """Logits ``[lanes, vocab]`` of a pass; tokens are chosen and lanes advanced with it."""
-        runner = self._sampler if self.decode.sampling else self.runner
+        runner = self._runner()
         first = len(running)
         array = self._idle.copy()
         rows, lane_of_row, last, numbers = self._parts(array)
@@ -125,25 +138,18 @@ class PassGraphs:
         step = MixedStep(decode.attention, slots, positions, lengths, slots[: len(lengths)], packed)
         return forward(decode.model, ids, positions, step, last)
 
-    def _greedy_pass(self, rows: int) -> Outputs:
+    def _pass(self, kind: StepKind, rows: int) -> Outputs:
         logits = self._forward(rows)
-        self.decode.take_greedily(logits)
-        return (logits,)
-
-    def _sampling_pass(self, rows: int) -> Outputs:
-        logits = self._forward(rows)
-        self.decode.take_sampled(logits)
+        self.decode.take(logits, kind)
         return (logits,)
 
     def audit(self) -> list[AuditReport]:
         """Whose the addresses are that the graphs hold. Raises CaptureError where there is none."""
         regions = self.decode.attention.regions()
-        reports = [self.runner.audit(regions, "pass")]
-        if self._sampler.captured:
-            reports.append(self._sampler.audit(regions, "sampling pass"))
-        return reports
+        used = [(kind, runner) for kind, runner in self._runners.items() if runner is self.runner or runner.captured]
+        return [runner.audit(regions, "pass" if kind == StepKind() else f"{kind.name} pass") for kind, runner in used]
 
     def close(self) -> None:
         """Drop all graphs. Idempotent."""
-        self.runner.close()
-        self._sampler.close()
+        for runner in self._runners.values():
+            runner.close()

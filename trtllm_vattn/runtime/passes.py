@@ -18,10 +18,12 @@ from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.graphs.replay import CaptureReport
 from trtllm_vattn.runtime.binding import MixedStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
-from trtllm_vattn.runtime.decode import DecodeBatch, Launch
+from trtllm_vattn.runtime.decode import DecodeBatch, Launch, PromptLogprobs
+from trtllm_vattn.runtime.logprobs import of_logits
 from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad, Timing
 from trtllm_vattn.runtime.pass_graphs import PassGraphs, fill_rows
 from trtllm_vattn.runtime.prefill import LONGEST_CAPTURED, TILE, Prefill, PromptChunk, packed_prefill, padded_length
+from trtllm_vattn.runtime.request import RequestState
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.vmm.tensors import finish, upload
 
@@ -126,19 +128,53 @@ class Passes:
         if graphs is not None:
             graphs.prepare(plan, running)
         decode.send(1)
+        of_prompts: tuple[PromptLogprobs, ...] = ()
         timing = self._timing(chunks, running, graphs)
         if graphs is not None:
             logits = graphs.replay(chunks, running, lanes)
         else:
-            logits = self._mixed(chunks, running, lanes) if running else self._alone(chunks, lanes)
+            asked = [(request, chunk) for request, chunk in plan.chunks if request.wants_prompt_logprobs]
+            if asked:
+                logits, of_prompts = self._with_prompt_logprobs(plan, asked, running, lanes)
+            else:
+                logits = self._mixed(chunks, running, lanes) if running else self._alone(chunks, lanes)
             if lanes:
-                take = decode.take_sampled if decode.sampling else decode.take_greedily
-                take(logits, None if plan.decodes else self._mask(lanes))
+                decode.take(logits, decode.kind, None if plan.decodes else self._mask(lanes))
         if timing is not None:
             timing.end()
         # A captured pass takes its step whether or not it is anybody's.
         steps = 1 if lanes or graphs is not None else 0
-        return decode.launched(lanes, steps, logits, guard_s, plan.prompt_tokens, timing)
+        return decode.launched(lanes, steps, logits, guard_s, plan.prompt_tokens, timing, of_prompts)
+
+    def _with_prompt_logprobs(
+        self,
+        plan: StepPlan,
+        asked: Sequence[tuple[RequestState, PromptChunk]],
+        running: dict[int, int],
+        lanes: dict[int, int],
+    ) -> tuple[torch.Tensor, tuple[PromptLogprobs, ...]]:
+        """Logits as `_mixed` gives them, and log-probabilities of prompts that are asked for, on their way."""
+        chunks = [chunk for _, chunk in plan.chunks]
+        ahead = decode_rows(max(1, len(running)), len(self.decode.lengths))
+        starts, first = {}, ahead
+        for chunk in chunks:
+            starts[chunk.slot] = first
+            first += len(chunk.tokens)
+        rows: list[np.ndarray] = []
+        targets: list[int] = []
+        made, at = [], 0
+        for request, chunk in asked:
+            # A row's logits are of the token behind it.
+            wanted = request.prompt[chunk.start + 1 : chunk.end + 1]
+            rows.append(np.arange(starts[chunk.slot], starts[chunk.slot] + len(wanted)))
+            targets += wanted
+            made.append((request, chunk.start, at, wanted))
+            at += len(wanted)
+        logits = self._mixed(chunks, running, lanes, ahead, np.concatenate(rows))
+        tokens = upload(np.array(targets, np.int64), logits.device)
+        fetched = self.decode.fetch(of_logits(logits[len(logits) - len(tokens) :], tokens))
+        of_prompts = (PromptLogprobs(request, start, first, wanted, fetched) for request, start, first, wanted in made)
+        return logits[: len(logits) - len(tokens)], tuple(of_prompts)
 
     def _timing(
         self, chunks: Sequence[PromptChunk], running: dict[int, int], graphs: PassGraphs | None
@@ -179,17 +215,26 @@ class Passes:
         return -(-(ahead + max(MIN_CHUNK_ROWS, padded_length(tokens, self.prefill.chunk))) // 16) * 16
 
     def _mixed(
-        self, chunks: Sequence[PromptChunk], running: dict[int, int], lanes: dict[int, int], ahead: int | None = None
+        self,
+        chunks: Sequence[PromptChunk],
+        running: dict[int, int],
+        lanes: dict[int, int],
+        ahead: int | None = None,
+        more: np.ndarray | None = None,
     ) -> torch.Tensor:
-        """Logits ``[bucket, vocab]`` by lane of a pass that holds both, prompts from row `ahead` on."""
+        """Logits ``[bucket, vocab]`` by lane of a pass that holds both, prompts from row `ahead` on; and below them
+        those of the rows `more`, where given."""
         decode, cache = self.decode, self.decode.attention.cache
         ahead = ahead or decode_rows(len(running), len(decode.lengths))
         tokens = sum(len(chunk.tokens) for chunk in chunks)
         # Whole cache lines of numbers: compiled code asks that what it is given be aligned.
         padded = self._rows(ahead, tokens)
         prompts, bucket = padded - ahead, decode.bucket_of(lanes)
-        packed = np.zeros(3 * padded + ahead + bucket + 5 * len(chunks), np.int64)
-        rows, lane_of_row, last, numbers = np.split(packed, np.cumsum((3 * padded, ahead, bucket)))
+        wanted = bucket if more is None else bucket + len(more)
+        packed = np.zeros(3 * padded + ahead + wanted + 5 * len(chunks), np.int64)
+        rows, lane_of_row, last, numbers = np.split(packed, np.cumsum((3 * padded, ahead, wanted)))
+        if more is not None:
+            last[bucket:] = more
         rows, numbers = rows.reshape(3, padded), numbers.reshape(5, len(chunks))
         rows[2] = cache.dummy_slot
         lane_of_row[:] = -1
@@ -200,7 +245,7 @@ class Passes:
             if slot in lanes:
                 last[lanes[slot]] = end
         sent = upload(packed, cache.device)
-        rows_, lane_of_row_, last_, numbers_ = torch.split(sent, [3 * padded, ahead, bucket, 5 * len(chunks)])
+        rows_, lane_of_row_, last_, numbers_ = torch.split(sent, [3 * padded, ahead, wanted, 5 * len(chunks)])
         lengths = torch.empty(ahead, dtype=torch.int32, device=cache.device)
         on_device = rows_.view(3, padded)
         self._fill_rows(on_device, lengths, decode.inputs, lane_of_row_)

@@ -24,7 +24,7 @@ class Pipeline:
     Parameters
     ----------
     one_by_one : bool
-        Never start a launch before the last one's tokens are read.
+        Never start a launch before the last one's tokens are read; while a request with a grammar runs, none is.
     compression : Compression or None
         Is told of each launch, to evict tokens behind it.
 
@@ -65,7 +65,7 @@ class Pipeline:
             self._first = self._launch(ahead=False)
         if self._first is None:
             return None
-        if self.unread is None and not self.one_by_one:
+        if self.unread is None and not self.one_by_one and not self.scheduler.decode.processors.waits:
             try:
                 self.unread = self._launch(ahead=True)
             except (DriverError, MemoryQuarantined):

@@ -17,7 +17,11 @@ import torch
 
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import ConfigError, SequenceTooLong
+from trtllm_vattn.runtime.grammar import Grammar
+from trtllm_vattn.runtime.lane_processors import LaneAsks
+from trtllm_vattn.runtime.logprobs import TokenLogprob
 from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.text import Text
 from trtllm_vattn.runtime.tokens import TEXT, token_ids
 from trtllm_vattn.values import described, shown
 
@@ -48,6 +52,14 @@ class TokenEvent:
         Of the prompt, whose keys and values were there and not computed.
     branch : int
         Which of `SamplingParams.n` samples it is of; `request` less this is the number that `Engine.submit` gave.
+    text : str or None
+        What the token adds to the request's text, where it has one (`SamplingParams.detokenize`): nothing where it is
+        no whole character yet, or may be the beginning of a stop text.
+    logprob : TokenLogprob or None
+        The token's, where `SamplingParams.logprobs` asks for it.
+    prompt_logprobs : list of TokenLogprob or None, or None
+        With the first event, where `SamplingParams.prompt_logprobs` asks for them: one for each token of the prompt,
+        None for the first.
     """
 
     request: int
@@ -59,13 +71,17 @@ class TokenEvent:
     weights_version: int = 0
     cached_tokens: int = 0
     branch: int = 0
+    text: str | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 @dataclass(frozen=True)
 class Completion:
     """A finished request: its tokens, why it ended (``stop``, ``length``, ``abort``, ``deadline``, or ``error``, which
     `error` explains; the tokens are those before it), the version of the weights that each token was computed with, how
-    many tokens of the prompt were not computed, and which of `SamplingParams.n` samples it is."""
+    many tokens of the prompt were not computed, and which of `SamplingParams.n` samples it is; and its text and
+    log-probabilities, where they were asked for, as `TokenEvent` has them."""
 
     request: int
     prompt_len: int
@@ -75,6 +91,9 @@ class Completion:
     weights_versions: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     index: int = 0
+    text: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +175,28 @@ class RequestState:
     group: int | None = None
     forks: int = 0
     """How often it was forked."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """As token ids."""
+    grammar: Grammar | None = None
+    text: Text | None = None
+    pieces: list[str] = field(default_factory=list)
+    """Of text, of each chosen token."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of each chosen token, where they are asked for."""
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    """Of the prompt's first tokens, where they are asked for."""
+
+    @property
+    def asks(self) -> LaneAsks | None:
+        """What its lane is asked for beside tokens."""
+        if not self.params.changes_logits and self.params.logprobs is None:
+            return None
+        return LaneAsks(self.params, self.prompt, self.chosen, self.bad_words, self.grammar)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of its prompt are still to come."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt)
 
     @property
     def first(self) -> int:
@@ -190,9 +231,20 @@ class RequestState:
                 branch=branch,
                 chosen=[],
                 weights_versions=[],
+                **self._own(),
             )
             for branch in range(1, count)
         ]
+
+    def _own(self) -> dict[str, Any]:
+        """What another request with this one's parameters and none of its tokens has for itself."""
+        return {
+            "grammar": self.grammar and self.grammar.anew(),
+            "text": self.text and self.text.anew(),
+            "pieces": [],
+            "logprobs": [],
+            "prompt_logprobs": [None],
+        }
 
     def fork(self, number: int, params: SamplingParams) -> RequestState:
         """Another request with the tokens that this one has so far."""
@@ -209,6 +261,7 @@ class RequestState:
             branch=0,
             forks=0,
             group=self.id if self.group is None else self.group,
+            **{**self._own(), "pieces": list(self.pieces), "logprobs": list(self.logprobs)},
         )
 
     @property
@@ -244,25 +297,55 @@ class RequestState:
         return self.max_tokens - len(self.chosen)
 
     def end_with(self, token: int) -> str | None:
-        """Why the request ends if this is the next token chosen, or None."""
+        """Why the request ends if this is the next token chosen, whatever its text, or None."""
         fed = token if self.forced is None else self.forced[len(self.chosen)]
         if fed in self.params.stop_token_ids:
             return "stop"
         return "length" if self.left == 1 else None
 
-    def event(self, token: int, margin: float | None, weights_version: int) -> TokenEvent:
-        """The next token as an event; it is not in the output yet."""
-        reason, index = self.end_with(token), len(self.chosen)
+    def event(
+        self, token: int, margin: float | None, weights_version: int, logprob: TokenLogprob | None = None
+    ) -> TokenEvent:
+        """The next token as an event; it is not in the output yet, and may be asked for again."""
+        reason, index, text = self.end_with(token), len(self.chosen), None
+        if self.grammar is not None and reason != "stop" and self.grammar.ends_with([*self.chosen, token]):
+            reason = "stop"
+        if self.text is not None:
+            text, stopped = self.text.push(self.chosen, token, reason is not None)
+            reason = "stop" if stopped else reason
+        prompt_logprobs = self.prompt_logprobs if self.params.prompt_logprobs is not None and not index else None
+        cached = self.cached_tokens or 0
         return TokenEvent(
-            self.id, token, reason, margin, None, index, weights_version, self.cached_tokens or 0, self.branch
+            self.id,
+            token,
+            reason,
+            margin,
+            None,
+            index,
+            weights_version,
+            cached,
+            self.branch,
+            text,
+            logprob,
+            prompt_logprobs,
         )
+
+    def note(self, event: TokenEvent) -> None:
+        """An event's token and text become part of the output; of the newest event it may be done again."""
+        if event.logprob is not None:
+            self.logprobs[event.index :] = [event.logprob]
+        if event.text is not None:
+            self.pieces[event.index :] = [event.text]
+        if event.token is not None:
+            self.weights_versions[event.index :] = [event.weights_version]
+            self.chosen[event.index :] = [event.token]
 
     def end_event(self, reason: str, message: str | None, weights_version: int) -> TokenEvent:
         """An end without a token as an event; the request has not ended yet."""
         error = None if message is None else f"request {self.id}: {message}"
-        index = len(self.chosen)
+        index, text = len(self.chosen), None if self.text is None else self.text.rest()
         return TokenEvent(
-            self.id, None, reason, None, error, index, weights_version, self.cached_tokens or 0, self.branch
+            self.id, None, reason, None, error, index, weights_version, self.cached_tokens or 0, self.branch, text
         )
 
     def completion(self) -> Completion:
@@ -277,14 +360,17 @@ class RequestState:
             self.weights_versions,
             self.cached_tokens or 0,
             self.branch,
+            None if self.text is None else "".join(self.pieces),
+            None if self.params.logprobs is None else self.logprobs,
+            None if self.params.prompt_logprobs is None else self.prompt_logprobs,
         )
 
 
 def as_prompts(given: Any) -> Sequence[Any]:
     """Prompts out of what `Engine.generate` was given: a sequence of them, or the rows of an array or tensor."""
-    advice = "generate takes a list of prompts, each a sequence of token ids"
+    advice = "generate takes a list of prompts, each a sequence of token ids, or a text"
     if isinstance(given, TEXT):
-        raise ConfigError(f"the prompts are text ({type(given).__name__}); {advice}: tokenise each first")
+        raise ConfigError(f"the prompts are text ({type(given).__name__}); {advice}: for one, [prompt]")
     if isinstance(given, np.ndarray | torch.Tensor):
         if given.ndim < 2:
             raise ConfigError(f"the prompts are an array of shape {tuple(given.shape)}; {advice}: for one, [prompt]")
@@ -328,6 +414,7 @@ def make_request(
     if not prompt:
         raise ConfigError("the prompt is empty; at least one token is needed")
     token_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+    token_ids("logit_bias", [*params.biases], vocab_size)
     if forced is not None:
         forced = token_ids("forced", forced, vocab_size)
         if len(forced) < (params.max_tokens or 1):

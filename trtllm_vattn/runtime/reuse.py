@@ -61,6 +61,12 @@ class RequestSlots:
         costs = ReuseCosts(table_step_us=reading.step_us)
         return cls(cache, prefix_cache_over(cache, tuple(Way), events, MOST_SEGMENTS, costs), reading)
 
+    def key_of(self, request: RequestState) -> PrefixKey:
+        """Of a request's keys and values: a key of its own where all of its prompt shall be computed."""
+        if request.params.prompt_logprobs is None:
+            return self.key(request.params.cache_salt)
+        return self.key(request.params.cache_salt)._replace(policy=f"logprobs of request {request.id}")
+
     def key(self, salt: str | None) -> PrefixKey:
         """What keys and values of requests with a salt depend on beside tokens."""
         return PrefixKey(salt or "", self.weights_version)
@@ -94,7 +100,7 @@ class RequestSlots:
                 partial(prefixes.lookup_and_admit, share=request.group is not None),
                 request.id,
                 np.array(request.tokens, np.int64),
-                self.key(params.cache_salt),
+                self.key_of(request),
                 params.retention_priority,
                 request.left,
             )
@@ -110,7 +116,7 @@ class RequestSlots:
         if self.prefixes is None:
             return False
         tokens = np.array(request.tokens, np.int64)
-        return self.prefixes.match(tokens, self.key(request.params.cache_salt)) >= len(tokens) - 1
+        return self.prefixes.match(tokens, self.key_of(request)) >= len(tokens) - 1
 
     def suspend(self, request: RequestState, tokens: int) -> int:
         """Put a request's first tokens to host memory, and give its memory to others; returns the bytes copied. Raises

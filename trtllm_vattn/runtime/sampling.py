@@ -13,12 +13,14 @@ vocabulary, which on a GPU would end the process. Single logits of minus infinit
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.sampling_fields import check_fields
 from trtllm_vattn.runtime.tokens import token_ids
 from trtllm_vattn.values import finite, shown, truth, whole
 
@@ -36,8 +38,10 @@ LARGEST_COUNT = (1 << 31) - 1
 class SamplingParams:
     """How a request's tokens are chosen.
 
-    Values are checked at construction; whole numbers and floats may be numpy's. Temperature comes first, then top-k,
-    then top-p over what is left, as in vLLM and transformers.
+    Values are checked at construction; whole numbers and floats may be numpy's. Logits are changed by `logit_bias`,
+    `repetition_penalty`, `frequency_penalty` and `presence_penalty`, `bad_words`, `min_tokens` and the grammar, in this
+    order; then comes temperature, top-k, top-p over what is left, and `min_p`: transformers' order. vLLM has `min_p`
+    before top-k.
 
     Parameters
     ----------
@@ -63,6 +67,33 @@ class SamplingParams:
         Keys and values of a prompt are reused for requests with the same salt alone.
     retention_priority : int
         0 to 100: what the request leaves is evicted before what those of a higher one left.
+    min_p : float
+        Only tokens at least so probable as this part of the likeliest one's probability; 0 is all.
+    repetition_penalty : float
+        Positive logits of tokens in the prompt or the output are divided by it, others multiplied (CTRL, 2019).
+    presence_penalty, frequency_penalty : float
+        -2 to 2. Subtracted from the logits of tokens in the output, once, and once for each time (OpenAI's).
+    logit_bias : mapping of int to float, or None
+        Added to the logits of these token ids, at most `sampling_fields.MOST_BIASED`.
+    bad_words : sequence of str, or of sequences of int
+        Texts, with and without a space before them, or token ids that are never generated in this order, also where
+        the prompt begins them. Texts need the engine's tokenizer.
+    stop : str or sequence of str
+        The output ends before the first of these texts; its tokens are among the output, it is not part of the text.
+        Needs the engine's tokenizer. Text that may be the beginning of one is held back.
+    min_tokens : int
+        So many tokens are generated before a stop token or a stop text may end the output.
+    logprobs, prompt_logprobs : int or None
+        Log-probabilities of each token of the output, and of the prompt given the tokens before it, with so many of the
+        likeliest; 0 is none beside it. They are the model's: of its logits, before anything above changes them. A
+        prompt whose log-probabilities are asked for is computed whole, whatever is kept of it.
+    json_schema : str, mapping or None
+        The output is JSON of this schema. Needs the extra ``grammar`` and the engine's tokenizer. While a request with
+        a grammar runs, launches wait for the tokens of the one before.
+    regex : str or None
+        The output matches this regular expression; as `json_schema`.
+    detokenize : bool or None
+        Whether events and completions have text. None is where the prompt is text, or `stop` is given.
 
     Raises
     ------
@@ -80,6 +111,19 @@ class SamplingParams:
     n: int = 1
     cache_salt: str | None = None
     retention_priority: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = ()
+    bad_words: Sequence[str | Sequence[int]] = ()
+    stop: str | Sequence[str] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    json_schema: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    detokenize: bool | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -102,11 +146,39 @@ class SamplingParams:
         if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
             raise ConfigError(f"cache_salt is {shown(self.cache_salt)}; give some text, or None for what all may share")
         put("retention_priority", whole("retention_priority", self.retention_priority, 0, 100))
+        check_fields(self, put)
+        if self.detokenize is not None:
+            truth("detokenize", self.detokenize)
 
     def stopping_at(self, end_of_text: Sequence[int]) -> SamplingParams:
         """These, stopped by a checkpoint's end-of-text tokens, too, unless they are ignored."""
         more = () if self.ignore_eos else tuple(token for token in end_of_text if token not in self.stop_token_ids)
         return replace(self, stop_token_ids=(*self.stop_token_ids, *more)) if more else self
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """`logit_bias` by token id."""
+        return dict(self.logit_bias or ())
+
+    @property
+    def has_grammar(self) -> bool:
+        return self.json_schema is not None or self.regex is not None
+
+    @property
+    def uses_history(self) -> bool:
+        """Whether the next token depends on which tokens came before it other than by the model."""
+        return bool(
+            self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.bad_words
+            or self.has_grammar
+        )
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether tokens are chosen from other logits than the model's, or by `min_p`."""
+        return bool(self.uses_history or self.logit_bias or self.min_p or self.min_tokens)
 
     @property
     def greedy(self) -> bool:
@@ -119,7 +191,7 @@ class SamplingParams:
     def of_branch(self, branch: int) -> SamplingParams:
         """Those of one sample of several."""
         seed = None if self.seed is None else (self.seed + branch) & LARGEST_SEED
-        return replace(self, n=1, seed=seed)
+        return replace(self, n=1, seed=seed, prompt_logprobs=None if branch else self.prompt_logprobs)
 
     def key(self, index: int) -> int:
         """What the noise of the token at `index` of the output is made of, with the tokens' ids: an int64 number.
@@ -188,11 +260,12 @@ def sample_on_device(
     top_k: torch.Tensor,
     keys: torch.Tensor,
     noise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] = add_noise,
+    min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One token a row, or `NO_TOKEN`: logits ``[rows, vocab]`` to int64 ``[rows]``.
 
     The other tensors are ``[rows]`` on the device: float64 but for `keys`, int64 (`SamplingParams.key`). Temperature 0
-    is greedy, top_k 0 is all. `noise` is `add_noise`, or the same compiled.
+    is greedy, top_k 0 is all, as are min_p None and 0. `noise` is `add_noise`, or the same compiled.
     """
     column = (-1, 1)
     logits = logits.float()
@@ -209,6 +282,9 @@ def sample_on_device(
     summed = weights.cumsum(dim=-1)
     enough = top_p.view(column)
     within &= (summed - weights < enough * summed[:, -1:]) | (enough >= 1)
+    if min_p is not None:
+        # The likeliest one's scaled logit is 0.
+        within &= ordered >= min_p.log().view(column)
     last = (within.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     edge, edge_id = ordered.gather(1, last), tokens.gather(1, last)
     cut = (scaled < edge) | ((scaled == edge) & (ids > edge_id))

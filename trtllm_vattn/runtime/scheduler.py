@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 MARGIN = 0.95
 """Of a target time, what a pass is planned for."""
 
+MOST_LOGPROB_ROWS = 512
+"""Of a chunk of a prompt whose log-probabilities are asked for: each row has logits of a whole vocabulary."""
+
 PromptChunks = list[tuple[RequestState, PromptChunk]]
 """Prompt tokens that go in at once, in the order of their requests."""
 
@@ -258,6 +261,8 @@ class Scheduler:
             return StepPlan(1, tuple(self.next_chunks()), decodes=self.mixed)
         if not decoding:
             return None
+        if self.decode.processors.waits:
+            return StepPlan(1)
         # What the longest of the requests still needs, but few different numbers.
         steps = min(self.steps, 1 << (self.decode.most_left - 1).bit_length())
         return StepPlan(steps, drafts=self.decode.choose_drafts() if drafting else 0)
@@ -288,6 +293,8 @@ class Scheduler:
         chunks: PromptChunks = []
         for request in sorted(self.prefilling, key=self.waiting.rank):
             rows = min(room, request.length - request.prefilled)
+            if request.wants_prompt_logprobs:
+                rows = min(rows, MOST_LOGPROB_ROWS)
             if self.cost is not None and left_ms < math.inf:
                 fits = self.cost.rows_within(left_ms, request.prefilled)
                 rows = min(rows, max(fits, 0 if chunks else least))

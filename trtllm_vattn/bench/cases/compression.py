@@ -19,7 +19,7 @@ from trtllm_vattn.bench.harness.case import captured_graphs, conclude, model_of,
 from trtllm_vattn.bench.harness.contenders import device_step_ms
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, dtype_of
 from trtllm_vattn.bench.harness.identity import compare
-from trtllm_vattn.bench.harness.workload import run_traced
+from trtllm_vattn.bench.harness.workload import TracedRun, run_traced
 from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
@@ -167,7 +167,8 @@ def same_tokens(args: argparse.Namespace) -> dict[str, Any]:
     random = np.random.default_rng(args.seed)
     model = load_model(WINDOWED, args.device, dtype_of(args.device), args.seed)
     prompts = [random.integers(0, vocab_of(model), count).tolist() for count in (700, 40)]
-    shape, runs = shape_of(model, 2, 1024), []
+    shape = shape_of(model, 2, 1024)
+    runs: list[TracedRun] = []
     for each in (shape, replace(shape, windows=())):
         cache = make_cache("vattn", each, args.device)
         options: dict[str, Any] = {"attention": args.attention, "max_step_tokens": 256, "prefix_cache": False}

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranks", type=positive, default=2, metavar="COUNT", help="GPUs, or processes on the host")
     text = "who sums over ranks: NCCL, or torch's symmetric memory where it can"
     add("--all-reduce", default=ALL_REDUCE[0], choices=ALL_REDUCE, help=text)
-    add("--parts", type=parts, default="steps,replays", metavar="NAME,...", help=f"of {', '.join(PARTS)}")
+    add("--measure", type=parts, default="steps,replays", metavar="NAME,...", help=f"of {', '.join(PARTS)}")
     context, batches = (2048, "1,32,128") if gpu else (48, "1,4")
     add_steady(parser, "engine", context, rounds=3 if gpu else 2, steps=24 if gpu else 4, batches=batches)
     text = "replays of the small model over memory that is remapped"
@@ -81,11 +81,11 @@ def run(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     replays: dict[str, Any] = {}
     try:
-        if "steps" in args.parts:
+        if "steps" in args.measure:
             rows += _steps(args, ranks)
-        if "replays" in args.parts:
+        if "replays" in args.measure:
             replays = _replays(args, ranks)
-        if "large" in args.parts:
+        if "large" in args.measure:
             rows += _large(args, ranks)
     finally:
         ranks.close()

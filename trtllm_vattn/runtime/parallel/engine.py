@@ -17,11 +17,15 @@ import torch
 
 from trtllm_vattn.cache.ranked import FollowingCache, LeadingCache, Report
 from trtllm_vattn.errors import ConfigError, VattnError
+from trtllm_vattn.graphs.replay import CaptureReport
 from trtllm_vattn.runtime.decode import DecodeBatch, Launch
 from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.lane_processors import LaneAsks
 from trtllm_vattn.runtime.parallel.channel import Call, Follower, Leader
+from trtllm_vattn.runtime.parallel.group import current_group, numbers_of_all
 from trtllm_vattn.runtime.passes import Passes
 from trtllm_vattn.runtime.prefill import PromptChunk
+from trtllm_vattn.runtime.request import RequestState
 from trtllm_vattn.runtime.sampling import SamplingParams, of_parts
 from trtllm_vattn.runtime.sleeping import SleepingReport
 from trtllm_vattn.runtime.step_model import StepModel
@@ -32,6 +36,20 @@ from trtllm_vattn.vmm.tensors import inference
 
 class RankedDecode(DecodeBatch):
     """Lanes of which rank 0's tokens are everybody's."""
+
+    def capture(self) -> CaptureReport:
+        here = current_group()
+        # One after another, for the first one stores what it measured, by which the others then choose alike.
+        for rank in range(here.size):
+            if rank == here.rank:
+                self.attention.measure(self.runner.buckets, self.packed)
+            numbers_of_all(rank)
+        if len(set(numbers_of_all(int(self.attention.captures_prompts)))) > 1:
+            raise ConfigError(
+                "ranks measured different kernels of attention as the fastest for prompts, and could not store what "
+                "they measured (XDG_CACHE_HOME); use deterministic=True, by which nothing is measured"
+            )
+        return super().capture()
 
     def _take_largest(self, largest: torch.Tensor, place: torch.Tensor, width: int, inputs: torch.Tensor) -> None:
         self._take(of_parts(largest, place, width), inputs)
@@ -61,9 +79,11 @@ class LeadingDecode(RankedDecode):
         params: SamplingParams | None = None,
         generated: int = 0,
         known: Sequence[int] = (),
+        asks: LaneAsks | None = None,
     ) -> None:
+        # `asks` is refused at the door.
         self.note("set_lane", slot, token, length, limit, params, generated)
-        super().set_lane(slot, token, length, limit, params, generated, known)
+        super().set_lane(slot, token, length, limit, params, generated, known, asks)
 
     def clear_lane(self, slot: int) -> None:
         self.note("clear_lane", slot)
@@ -140,6 +160,8 @@ class PromptRequest:
     limit: int
     params: SamplingParams
     chosen: range
+    asks: None = None
+    wants_prompt_logprobs: bool = False
 
     @classmethod
     def of(cls, request: Any) -> PromptRequest:
@@ -206,6 +228,11 @@ class LeadingEngine(Engine):
         self, *, kv: Literal["keep", "drop"] = "keep", weights: Literal["keep", "host", "drop"] = "keep"
     ) -> SleepingReport:
         self._cannot("sleep")
+
+    def _complete(self, request: RequestState, is_text: bool) -> None:
+        if request.asks is not None or request.params.prompt_logprobs is not None:
+            self._cannot("change logits or give log-probabilities (min_p, penalties, logit_bias, grammars, logprobs)")
+        super()._complete(request, is_text)
 
     def _cannot(self, what: str) -> NoReturn:
         raise ConfigError(f"a tensor parallel engine cannot {what} yet; use one of one rank, or start another")

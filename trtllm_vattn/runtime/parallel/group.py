@@ -125,6 +125,15 @@ def abort() -> None:
         dist.group.WORLD.abort()
 
 
+def numbers_of_all(number: int) -> list[int]:
+    """A number of each rank, by rank; waits for all of them."""
+    mine = torch.tensor([number], dtype=torch.int64, device=_current.device)
+    of_all = torch.empty(_current.size, dtype=torch.int64, device=_current.device)
+    _all_gather(of_all, mine)
+    listed: list[int] = of_all.tolist()
+    return listed
+
+
 @torch.library.custom_op("trtllm_vattn::all_reduce_", mutates_args=("x",))
 def all_reduce_(x: torch.Tensor) -> None:
     """The sum of all ranks' x, in its place."""

@@ -14,7 +14,7 @@ from trtllm_vattn.runtime.parallel.ranks import Ranks, size_of_torchrun
 from trtllm_vattn.values import whole
 
 MOST_RANKS = 64
-OWN = ("clock", "observer", "swap_cost")
+OWN = ("clock", "observer", "swap_cost", "tokenizer")
 """Parameters of `Engine` that rank 0 alone has."""
 
 

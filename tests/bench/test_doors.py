@@ -1,0 +1,43 @@
+"""`bench doors` on the host: clients get the engine's tokens, and what is wrong is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trtllm_vattn.bench.cases.doors import judge
+from trtllm_vattn.cli.main import main
+from trtllm_vattn.runtime.logprobs import TokenLogprob
+from trtllm_vattn.runtime.request import Completion
+
+pytest.importorskip("uvicorn")
+
+
+def test_clients_get_the_engines_tokens_and_leave_nothing(tmp_path: Path) -> None:
+    report = tmp_path / "doors.json"
+    command = ["bench", "doors", "--device", "cpu", "--requests", "30", "--clients", "12", "--prompts", "6"]
+    assert main([*command, "--max-output", "6", "--max-seqs", "4", "--output-json", str(report)]) == 0
+    summary = json.loads(report.read_text())["summary"]
+    assert (summary["requests"], summary["leaked"], summary["wrong"], summary["failed"]) == (30, 0, 0, 0)
+    assert summary["gone_away"] > 0
+    assert summary["http_over_engine"] > 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "more", "said"),
+    [
+        ([4, 5, 6], {}, "right"),
+        ([4, 5], {"left": True}, "right"),
+        ([4, 5], {}, "wrong"),
+        ([4, 7, 6], {}, "tie"),
+        ([9, 5], {"left": True}, "wrong"),
+        ([], {"error": "x"}, "failed"),
+    ],
+)
+def test_outputs_are_judged(tokens: list[int], more: dict[str, object], said: str) -> None:
+    gaps = (1.0, 0.1, 1.0)
+    logprobs = [TokenLogprob(4 + n, -1.0, ((4 + n, -1.0), (0, -1.0 - gap))) for n, gap in enumerate(gaps)]
+    wanted = Completion(0, 1, [4, 5, 6], "length", logprobs=logprobs)
+    assert judge({"tokens": tokens, **more}, wanted, 0.25) == said

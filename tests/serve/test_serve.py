@@ -1,0 +1,399 @@
+"""The server by OpenAI's own client: the engine's tokens, its bodies, clients that go away, SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import io
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from tiny_text import save_checkpoint, tiny_model, tiny_tokenizer
+
+pytest.importorskip("uvicorn")
+openai = pytest.importorskip("openai")
+
+import uvicorn  # noqa: E402
+
+from trtllm_vattn.cache.select import make_cache  # noqa: E402
+from trtllm_vattn.cli.generate import prompts_of, templated  # noqa: E402
+from trtllm_vattn.cli.main import main  # noqa: E402
+from trtllm_vattn.cli.parser import build_parser  # noqa: E402
+from trtllm_vattn.errors import ConfigError  # noqa: E402
+from trtllm_vattn.runtime.async_engine import AsyncEngine  # noqa: E402
+from trtllm_vattn.runtime.binding import shape_of  # noqa: E402
+from trtllm_vattn.runtime.engine import Engine  # noqa: E402
+from trtllm_vattn.runtime.sampling import SamplingParams  # noqa: E402
+from trtllm_vattn.serve.app import Settings  # noqa: E402
+from trtllm_vattn.serve.server import configuration, listen, serve  # noqa: E402
+
+KEY, NAME, LENGTH = "a key", "tiny", 256
+OWN = copy.deepcopy(tiny_model())
+TEXTS = ["the quick brown fox jumps over the lazy dog", "seven eight nine"]
+
+
+def engine_of(tokenizer: object = None) -> Engine:
+    model = copy.deepcopy(OWN)
+    cache = make_cache("vattn", shape_of(model, 4, LENGTH), "cpu")
+    return Engine(model, cache, compile=False, capture=False, tokenizer=tokenizer or tiny_tokenizer())
+
+
+@dataclass
+class Served:
+    engine: AsyncEngine
+    url: str
+    server: uvicorn.Server
+    thread: threading.Thread
+
+    def client(self, key: str = KEY) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def wait_until_idle(self) -> None:
+        with self.engine._changed:
+            assert self.engine._changed.wait_for(lambda: self.engine.unfinished == 0, 30)
+
+
+def start(engine: Engine, **settings: object) -> Served:
+    around = AsyncEngine(engine, max_requests=16)
+    listening = listen("127.0.0.1", 0)
+    config = configuration(around, Settings(NAME, (KEY,), **settings), LENGTH, 30)  # type: ignore[arg-type]
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    host, port = listening.getsockname()
+    return Served(around, f"http://{host}:{port}", server, thread)
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    made = start(engine_of(), max_body=10_000)
+    yield made
+    made.server.should_exit = True
+    made.thread.join(30)
+    assert not made.thread.is_alive()
+    assert made.engine.unfinished == 0
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Engine]:
+    with engine_of() as engine:
+        yield engine
+
+
+def greedy(engine: Engine, prompt: object, count: int = 12) -> str:
+    (done,) = engine.generate([prompt], SamplingParams(max_tokens=count, detokenize=True))  # type: ignore[list-item]
+    assert done.text is not None
+    return done.text
+
+
+def test_completions_are_the_engines(served: Served, alone: Engine) -> None:
+    client = served.client()
+    wanted = [greedy(alone, text) for text in TEXTS]
+    first = client.completions.create(model=NAME, prompt=TEXTS[0], max_tokens=12, temperature=0)
+    assert first.object == "text_completion"
+    assert first.choices[0].text == wanted[0]
+    assert first.choices[0].finish_reason in ("stop", "length")
+    tokens = tiny_tokenizer()(TEXTS[0])["input_ids"]
+    assert first.usage.prompt_tokens == len(tokens)
+    assert first.usage.total_tokens == len(tokens) + first.usage.completion_tokens
+    both = client.completions.create(model=NAME, prompt=TEXTS, max_tokens=12, temperature=0, n=1)
+    assert [choice.text for choice in both.choices] == wanted
+    assert [choice.index for choice in both.choices] == [0, 1]
+    long = " ".join(TEXTS * 6)
+    usages = [client.completions.create(model=NAME, prompt=long, max_tokens=2).usage for _ in range(2)]
+    # What the first request left is used again.
+    assert [usage.prompt_tokens_details.cached_tokens > 0 for usage in usages] == [False, True]
+    by_ids = client.completions.create(model=NAME, prompt=tokens, max_tokens=12, temperature=0)
+    assert by_ids.choices[0].text == wanted[0]
+    several = client.completions.create(model=NAME, prompt=TEXTS[1], max_tokens=5, n=3, seed=1, stop="zz")
+    assert len(several.choices) == 3
+    assert len(client.completions.create(model=NAME, prompt="one", temperature=0).choices[0].text) > 0
+
+
+def test_streams_are_the_whole_in_pieces(served: Served, alone: Engine) -> None:
+    client = served.client()
+    options = {"model": NAME, "max_tokens": 12, "temperature": 0, "stream": True}
+    options["stream_options"] = {"include_usage": True}
+    chunks = list(client.completions.create(prompt=TEXTS, **options))
+    texts = ["", ""]
+    for chunk in chunks[:-1]:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [greedy(alone, text) for text in TEXTS]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens > 2
+    assert len({chunk.id for chunk in chunks}) == 1
+    messages = [{"role": "user", "content": TEXTS[0]}]
+    whole = client.chat.completions.create(model=NAME, messages=messages, max_tokens=12, temperature=0)
+    pieces = list(client.chat.completions.create(messages=messages, **options))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    said = "".join(each.choices[0].delta.content or "" for each in pieces if each.choices)
+    assert said == whole.choices[0].message.content
+    assert [each.choices[0].finish_reason for each in pieces if each.choices][-1] == whole.choices[0].finish_reason
+    assert pieces[-1].usage.total_tokens == whole.usage.total_tokens
+
+
+def test_chat_goes_through_the_template(served: Served, alone: Engine) -> None:
+    client, tokenizer = served.client(), tiny_tokenizer()
+    messages = [
+        {"role": "system", "content": "brief"},
+        {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]},
+    ]
+    prompt = "<system>brief\n<user>one two\n<assistant>"
+    got = client.chat.completions.create(model=NAME, messages=messages, max_completion_tokens=12, temperature=0)
+    assert got.choices[0].message.content == greedy(alone, tokenizer(prompt)["input_ids"])
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    more = client.chat.completions.create(
+        model=NAME, messages=messages, max_tokens=2, temperature=0, tools=[tool], tool_choice="auto"
+    )
+    assert more.usage.prompt_tokens == len(tokenizer(f"tools: 1\n{prompt}")["input_ids"])
+    none = client.chat.completions.create(
+        model=NAME, messages=messages, max_tokens=2, temperature=0, tools=[tool], tool_choice="none"
+    )
+    assert none.usage.prompt_tokens == got.usage.prompt_tokens
+
+
+def test_log_probabilities_have_openais_form(served: Served, alone: Engine) -> None:
+    client, tokenizer = served.client(), tiny_tokenizer()
+    (done,) = alone.generate([TEXTS[1]], SamplingParams(max_tokens=4, logprobs=2, prompt_logprobs=2))
+    logprobs, of_prompt = done.logprobs or [], done.prompt_logprobs or []
+    got = client.completions.create(model=NAME, prompt=TEXTS[1], max_tokens=4, temperature=0, logprobs=2, echo=True)
+    said = got.choices[0].logprobs
+    assert said.tokens == [tokenizer.decode([token]) for token in tokenizer(TEXTS[1])["input_ids"] + done.tokens]
+    assert got.choices[0].text == TEXTS[1] + tokenizer.decode(done.tokens)
+    wanted = [None if each is None else each.logprob for each in (*of_prompt, *logprobs)]
+    assert said.token_logprobs[0] is None
+    assert said.token_logprobs[1:] == pytest.approx(wanted[1:], abs=1e-4)
+    # By text, in which tokens may be alike.
+    assert 1 <= len(said.top_logprobs[-1]) <= 2
+    assert said.text_offset[:2] == [0, len(said.tokens[0])]
+    chat = client.chat.completions.create(
+        model=NAME,
+        messages=[{"role": "user", "content": "x"}],
+        max_tokens=3,
+        logprobs=True,
+        top_logprobs=2,
+        temperature=0,
+    )
+    content = chat.choices[0].logprobs.content
+    assert len(content) == chat.usage.completion_tokens
+    assert all(len(each.top_logprobs) == 2 and bytes(each.bytes).decode() == each.token for each in content)
+
+
+def test_grammars_by_response_format(served: Served) -> None:
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 22]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    got = served.client().chat.completions.create(
+        model=NAME,
+        messages=[{"role": "user", "content": "a number"}],
+        max_tokens=200,
+        response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+        extra_body={"repetition_penalty": 1.3, "top_k": 50},
+    )
+    if got.choices[0].finish_reason == "stop":
+        assert json.loads(got.choices[0].message.content)["n"] in (1, 22)
+    by_regex = served.client().completions.create(model=NAME, prompt="x", extra_body={"regex": "(yes|no)"})
+    assert by_regex.choices[0].text in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "options"),
+    [
+        (404, "no model 'other'; this server has 'tiny'", {"model": "other"}),
+        (400, "temperature is -1", {"temperature": -1}),
+        (400, "nonsense: not served", {"extra_body": {"nonsense": 1}}),
+        (400, "prompt is 3", {"prompt": 3}),
+        (400, "the prompt has token ids outside", {"prompt": [9999]}),
+        (400, "the prompt is empty", {"prompt": ""}),
+        (400, "exceed max_seq_len 256", {"max_tokens": 1000}),
+        (400, "max_tokens is 0", {"max_tokens": 0}),
+        (400, "best_of is 3", {"best_of": 3}),
+        (400, "suffix is not served", {"suffix": "x"}),
+        (400, "500 samples are asked for; at most 128", {"n": 500}),
+        (400, "logit_bias is", {"logit_bias": {"x": 1}}),
+        (400, "response_format is", {"extra_body": {"response_format": {"type": "xml"}}}),
+        (400, "echo and stream are both asked for", {"echo": True, "stream": True}),
+        (400, "the grammar is not possible", {"extra_body": {"regex": "(("}}),
+        (413, "the body is longer than 10,000 bytes", {"prompt": "x" * 20_000}),
+    ],
+)
+def test_errors_are_openais(served: Served, status: int, said: str, options: dict) -> None:
+    with pytest.raises(openai.APIStatusError) as raised:
+        served.client().completions.create(**{"model": NAME, "prompt": "one", **options})
+    assert raised.value.status_code == status
+    assert said in raised.value.body["message"]
+    assert raised.value.body["type"] == "invalid_request_error"
+    assert served.engine.unfinished == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "options"),
+    [
+        ("messages is []", {"messages": []}),
+        (
+            "a message has a part of type image_url",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        ),
+        ("tool_choice is 'required'", {"tool_choice": "required"}),
+        ("top_logprobs is given without logprobs", {"top_logprobs": 2}),
+        ("logprobs is 21", {"logprobs": True, "top_logprobs": 21}),
+        ("stream_options is 3", {"extra_body": {"stream_options": 3}}),
+        ("priority is 'x'", {"extra_body": {"priority": "x"}}),
+    ],
+)
+def test_what_chat_cannot_do_is_refused_by_name(served: Served, said: str, options: dict) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        served.client().chat.completions.create(
+            **{"model": NAME, "messages": [{"role": "user", "content": "x"}], **options}
+        )
+    assert said in raised.value.body["message"]
+
+
+def test_keys_paths_and_bodies_that_are_none(served: Served) -> None:
+    with pytest.raises(openai.AuthenticationError, match="no such API key"):
+        served.client("another").models.list()
+    head = {"Authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=served.url, headers=head) as client:
+        for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)):
+            answer = client.request(method, path)
+            assert answer.status_code == status
+            assert "message" in answer.json()["error"]
+        for body in ("{", "[]"):
+            answer = client.post("/v1/completions", content=body)
+            assert answer.status_code == 400
+            assert "the body is" in answer.json()["error"]["message"]
+
+
+def test_models_health_and_metrics(served: Served) -> None:
+    client = served.client()
+    (model,) = client.models.list().data
+    assert (model.id, client.models.retrieve(NAME).id) == (NAME, NAME)
+    client.completions.create(model=NAME, prompt="one", max_tokens=3)
+    assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+    text = httpx.get(f"{served.url}/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values["vattn_generated_tokens_total"]) >= 3
+    assert float(values["vattn_running"]) == 0
+    assert float(values["vattn_kv_budget_bytes"]) > 0
+    assert float(values["vattn_time_to_first_token_seconds_count"]) >= 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_cancels_its_request(served: Served, stream: bool) -> None:
+    body = json.dumps({"model": NAME, "prompt": "one", "max_tokens": 240, "stream": stream, "ignore_eos": True})
+    request = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n{body}"
+    )
+    host, port = served.url.removeprefix("http://").split(":")
+    # Nothing comes that could be sent: it is the connection's end that is seen.
+    asyncio.run(served.engine.pause())
+    try:
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(request.encode())
+            if stream:
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            while not asyncio.run(served.engine.call(lambda engine: len(engine.scheduler.requests))):
+                pass
+        served.wait_until_idle()
+        assert not asyncio.run(served.engine.call(lambda engine: len(engine.scheduler.requests)))
+    finally:
+        asyncio.run(served.engine.resume())
+
+
+def test_more_than_the_engine_takes_is_429(served: Served) -> None:
+    with pytest.raises(openai.RateLimitError, match="as many as are taken; try again later") as raised:
+        served.client().completions.create(model=NAME, prompt=["one"] * 20, max_tokens=200)
+    assert raised.value.response.headers["retry-after"] == "1"
+    served.wait_until_idle()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def test_sigterm_drains_and_ends(checkpoint: Path, capfd: pytest.CaptureFixture[str], alone: Engine) -> None:
+    got: list[str] = []
+
+    def use(where: list[str]) -> None:
+        client = openai.OpenAI(base_url=where[0], api_key="none", max_retries=0, timeout=60)
+        options = {"max_tokens": 60, "temperature": 0, "extra_body": {"ignore_eos": True}}
+        for place, chunk in enumerate(client.completions.create(model=NAME, prompt="one", stream=True, **options)):
+            got.append(chunk.choices[0].text)
+            if place == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    ran: list[threading.Thread] = []
+    options = {"device": "cpu", "max_seqs": 2, "max_seq_len": LENGTH, "compile": False, "capture": False}
+    run = uvicorn.Server.run
+
+    def running(self: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        host, port = sockets[0].getsockname()
+        ran.append(threading.Thread(target=use, args=([f"http://{host}:{port}/v1"],)))
+        ran[0].start()
+        run(self, sockets)
+
+    switch = sys.getswitchinterval()
+    try:
+        uvicorn.Server.run = running  # type: ignore[method-assign,assignment]
+        serve(str(checkpoint), Settings(NAME), "127.0.0.1", 0, 30.0, 10, options)
+    finally:
+        uvicorn.Server.run = run  # type: ignore[method-assign]
+        sys.setswitchinterval(switch)
+    ran[0].join(30)
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    assert "".join(got) == alone.generate(["one"], params)[0].text
+    assert "tiny at http://127.0.0.1:" in capfd.readouterr().out
+
+
+def test_a_model_without_a_tokenizer_or_a_port_that_is_taken_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with listen("127.0.0.1", 0) as listening:
+        port = listening.getsockname()[1]
+        assert main(["serve", "--model", "tiny-llama", "--port", str(port)]) == 2
+        assert "nothing can listen there" in capsys.readouterr().err
+    with engine_of() as engine:
+        engine.tokenizer = None
+        around = AsyncEngine(engine)
+        with pytest.raises(ConfigError, match="tiny has no tokenizer"):
+            configuration(around, Settings(NAME), LENGTH, 1)
+        around.close()
+
+
+def test_generate_prints_texts(checkpoint: Path, capsys: pytest.CaptureFixture[str], alone: Engine) -> None:
+    flags = ["--device", "cpu", "--max-seqs", "2", "--max-seq-len", "64", "--max-tokens", "9"]
+    assert main(["generate", "--model", str(checkpoint), *flags, "--raw", "one", "two three"]) == 0
+    captured = capsys.readouterr()
+    for number, prompt in enumerate(("one", "two three")):
+        assert f"[{number}] {greedy(alone, prompt, 9)}\n" in captured.out
+    assert "tokens/s; KV memory" in captured.err
+    assert main(["generate", "--model", str(checkpoint), "--file", "x", "y"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_prompts_come_from_a_file_or_standard_input_and_through_the_template(tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text("one\n\ntwo\n")
+
+    def prompts(*given: str, stdin: str = "") -> list[str]:
+        arguments = ["generate", "--model", "x", *given]
+        return prompts_of(build_parser(arguments, "0").parse_args(arguments), io.StringIO(stdin))
+
+    assert prompts("--file", str(tmp_path / "prompts")) == ["one", "two"]
+    assert prompts(stdin="one\ntwo\n") == ["one\ntwo"]
+    for given in ([], [""]):
+        with pytest.raises(ConfigError, match="there is no prompt, or an empty one"):
+            prompts(*given)
+    assert templated(tiny_tokenizer(), "one") == tiny_tokenizer()("<user>one\n<assistant>")["input_ids"]

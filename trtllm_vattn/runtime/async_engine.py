@@ -1,0 +1,459 @@
+"""`AsyncEngine`: an `Engine` for tasks and threads, its loop in a thread of its own.
+
+Who may call what: every method here, from any task of any event loop in any thread. What they ask for is done by the
+engine's thread between two steps, in the order in which it was asked for; nobody else touches the engine. An event of a
+step reaches its request's task by one call into that task's event loop for all events of the step.
+
+Backpressure: at most `max_requests` requests are unfinished, and one more raises EngineOverloaded at once. A task that
+reads slowly holds nobody up: its request goes on, and its events, no more than the tokens it asked for, wait in its
+stream.
+
+Errors: what `Engine.submit` raises, `add_request` raises. A request that ends with an error of its own raises
+RequestFailed in its stream, behind its tokens. A step that raises is tried again, for the engine goes on from its
+records; where `MOST_FAILURES` steps in a row raise, all requests are aborted and each stream raises what the last one
+did. An update of the weights that broke (WeightsMixed) and `sleep` hold requests up until they are undone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from trtllm_vattn.errors import ConfigError, EngineClosed, EngineOverloaded, RequestFailed, VattnError, WeightsMixed
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.request import TokenEvent
+from trtllm_vattn.runtime.sampling import LARGEST_COUNT, SamplingParams
+from trtllm_vattn.runtime.tokens import TokenIds
+from trtllm_vattn.values import described, whole
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MOST_FAILURES = 3
+"""Steps in a row that raise before requests are given up."""
+
+
+class RequestStream(AsyncIterator[TokenEvent]):
+    """The events of one request, of all its samples, in order; for one task of the loop that added it.
+
+    A stream that is closed, or dropped, before its end aborts its request.
+
+    Attributes
+    ----------
+    request : int
+        The number that `Engine.submit` gave.
+    loop : asyncio.AbstractEventLoop
+        The one that it is for.
+    """
+
+    def __init__(self, engine: AsyncEngine, samples: int) -> None:
+        self.request = -1
+        self._engine, self._left = engine, samples
+        self.loop = asyncio.get_running_loop()
+        self._events: deque[TokenEvent | BaseException] = deque()
+        self._arrived = asyncio.Event()
+        self._ended = False
+
+    def put(self, events: Sequence[TokenEvent | BaseException]) -> None:
+        """In the stream's event loop: these came."""
+        if not self._ended:
+            self._events.extend(events)
+            self._arrived.set()
+
+    async def __anext__(self) -> TokenEvent:
+        return (await self._next(1))[0]
+
+    async def batches(self) -> AsyncIterator[list[TokenEvent]]:
+        """The events, all at once that have come: one for each step where the task keeps pace."""
+        while not self._ended or self._events:
+            try:
+                events = await self._next(LARGEST_COUNT)
+            except StopAsyncIteration:
+                return
+            yield events
+
+    async def _next(self, most: int) -> list[TokenEvent]:
+        """So many events at most, at least one. Raises as iterating does."""
+        while not self._events:
+            if self._ended:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        events: list[TokenEvent] = []
+        while self._events and len(events) < most:
+            event = self._events[0]
+            failed = isinstance(event, BaseException) or event.finish_reason == "error"
+            if failed and events:
+                break
+            self._events.popleft()
+            if isinstance(event, BaseException):
+                self._ended = True
+                self._events.clear()
+                raise event
+            if failed:
+                self._stop()
+                raise RequestFailed(event.error or "the request failed")
+            if event.finish_reason is not None:
+                self._left -= 1
+                self._ended = not self._left
+            events.append(event)
+        return events
+
+    async def aclose(self) -> None:
+        """Abort the request, unless it has ended. Idempotent."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if not self._ended and self.request >= 0:
+            self._engine.abort_soon(self.request)
+        self._ended = True
+        self._events.clear()
+        self._arrived.set()
+
+    def __del__(self) -> None:
+        self._stop()
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request that the engine has: its number, where its events go, and how many of its samples have not ended. The
+    stream is not kept alive, so that dropping it is seen."""
+
+    number: int
+    stream: weakref.ref[RequestStream]
+    loop: asyncio.AbstractEventLoop
+    left: int
+
+
+Puts = list[tuple["weakref.ref[RequestStream]", list[Any]]]
+
+
+def _put_all(puts: Puts) -> None:
+    """In an event loop: what came for its streams."""
+    for reference, events in puts:
+        if (stream := reference()) is not None:
+            stream.put(events)
+
+
+class AsyncEngine:
+    """Serves tasks and threads with one `Engine`, whose every call its own thread makes from then on.
+
+    Parameters
+    ----------
+    engine : Engine
+        Nobody else calls it any more; `shutdown` closes it.
+    max_requests : int
+        Requests that may be unfinished at once; a request of n samples counts once.
+
+    Raises
+    ------
+    ConfigError
+        `engine` is none, or is running requests already.
+    """
+
+    def __init__(self, engine: Engine, *, max_requests: int = 4096) -> None:
+        if not isinstance(engine, Engine):
+            raise ConfigError(f"engine is {described(engine)}; give an Engine")
+        if engine.busy:
+            raise ConfigError("the engine is running requests, whose tokens nobody would get; finish them first")
+        self._engine = engine
+        self.max_requests = whole("max_requests", max_requests, 1)
+        self._changed = threading.Condition()
+        self._calls: deque[tuple[Callable[[Engine], Any], Future[Any]]] = deque()
+        self._running: dict[int, _Running] = {}
+        """By each sample's number. The engine's thread alone uses it."""
+        self._taken = 0
+        """Requests taken, or being taken."""
+        self._paused = self._stopping = self._stopped = False
+        self._held_up: BaseException | None = None
+        """Why steps are not taken until a call changed something."""
+        self._thread = threading.Thread(target=self._run, name="vattn-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_pretrained(cls, model: str, *, max_requests: int = 4096, **options: Any) -> Self:
+        """Over `Engine.from_pretrained` with these options."""
+        engine = Engine.from_pretrained(model, **options)
+        try:
+            return cls(engine, max_requests=max_requests)
+        except BaseException:
+            engine.close()
+            raise
+
+    @property
+    def tokenizer(self) -> Any:
+        """The engine's."""
+        return self._engine.tokenizer
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests are taken."""
+        return not self._stopping
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that are not finished."""
+        return self._taken
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    async def add_request(
+        self,
+        prompt: TokenIds | str,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+    ) -> RequestStream:
+        """Queue a prompt as `Engine.submit` does; returns the stream of its events.
+
+        Raises
+        ------
+        ConfigError, SequenceTooLong
+            As `Engine.submit`.
+        EngineOverloaded
+            `max_requests` are unfinished.
+        EngineClosed
+            It is shut down, or shutting down.
+        """
+        with self._changed:
+            if self._stopping:
+                raise EngineClosed("this engine is shut down, or shutting down; no request is taken")
+            if self._taken >= self.max_requests:
+                raise EngineOverloaded(f"{self._taken} requests are unfinished, as many as are taken; try again later")
+            self._taken += 1
+        try:
+            if isinstance(params, SamplingParams) and params.has_grammar:
+                await asyncio.to_thread(self._engine.compile_grammar, params)
+            samples = params.n if isinstance(params, SamplingParams) else 1
+            stream = RequestStream(self, samples)
+            reference, loop = weakref.ref(stream), stream.loop
+
+            def submit(engine: Engine) -> int:
+                number = engine.submit(prompt, params, priority=priority, deadline_s=deadline_s)
+                running = _Running(number, reference, loop, samples)
+                self._running.update(dict.fromkeys(range(number, number + samples), running))
+                return number
+
+            taken = self._call(submit)
+        except BaseException:
+            self._give_back()
+            raise
+        taken.add_done_callback(lambda done: self._give_back() if done.exception() else None)
+        try:
+            stream.request = await asyncio.shield(asyncio.wrap_future(taken))
+        except asyncio.CancelledError:
+            # Whenever it is queued, nobody reads it.
+            taken.add_done_callback(lambda done: None if done.exception() else self.abort_soon(done.result()))
+            raise
+        return stream
+
+    async def abort(self, request: int | RequestStream) -> None:
+        """Drop a request, or its stream's, and all its samples; the stream ends. Nothing where it has ended."""
+        number = request.request if isinstance(request, RequestStream) else request
+        await asyncio.wrap_future(self._call(lambda engine: self._abort(engine, number)))
+
+    def abort_soon(self, request: int) -> None:
+        """As `abort`, without waiting; from anywhere."""
+        if not self._stopped:
+            self._call(lambda engine: self._abort(engine, request))
+
+    def _abort(self, engine: Engine, number: int) -> None:
+        running = self._running.get(number)
+        if running is not None and self._forget(running, StopAsyncIteration()):
+            engine.abort(running.number)
+
+    def _forget(self, running: _Running, error: BaseException | None) -> bool:
+        """A request is no more; its stream ends with an error. Returns whether it was there."""
+        numbers = [number for number, each in self._running.items() if each is running]
+        for number in numbers:
+            del self._running[number]
+        if numbers:
+            self._give_back()
+            if error is not None:
+                self._into(running.loop, [(running.stream, [error])])
+        return bool(numbers)
+
+    # -- the engine ------------------------------------------------------------------------------------------------
+
+    async def call(self, function: Callable[[Engine], T]) -> T:
+        """Have the engine's thread call a function of the `Engine` between two steps; returns or raises what it does.
+        What runs meanwhile waits. Raises EngineClosed after `shutdown`."""
+        return await asyncio.wrap_future(self._call(function))
+
+    async def pause(self) -> None:
+        """Take no further step until `resume`; requests are still queued."""
+        await self.call(lambda _: self._set_paused(True))
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        await self.call(lambda _: self._set_paused(False))
+
+    def _set_paused(self, paused: bool) -> None:
+        self._paused = paused
+
+    async def update_weights(self, named_tensors: Any, **options: Any) -> int:
+        """`Engine.update_weights` between two steps; returns the new version. Tokens say with which one they were
+        computed (`TokenEvent.weights_version`)."""
+        return await self.call(lambda engine: engine.update_weights(named_tensors, **options))
+
+    async def shutdown(self, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Take no more requests, and close the engine: with `drain` when all have ended, `timeout_s` seconds have
+        passed or none can go on, else at once. Streams of requests that have not ended raise EngineClosed then.
+        Idempotent."""
+        with self._changed:
+            self._stopping = True
+            self._paused = self._paused and not drain
+            self._changed.notify()
+        if drain:
+            await asyncio.to_thread(self._wait_until_drained, timeout_s)
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """`shutdown` without draining, for who has no event loop."""
+        with self._changed:
+            self._stopping = self._stopped = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _wait_until_drained(self, timeout_s: float | None) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._stopped or self._waits, timeout_s)
+
+    # -- the thread ------------------------------------------------------------------------------------------------
+
+    def _call(self, function: Callable[[Engine], T]) -> Future[T]:
+        future: Future[T] = Future()
+        with self._changed:
+            if self._stopped:
+                raise EngineClosed("this engine is shut down; build another")
+            self._calls.append((function, future))
+            self._changed.notify()
+        return future
+
+    def _give_back(self) -> None:
+        """One request less is unfinished."""
+        with self._changed:
+            self._taken -= 1
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        device = self._engine.cache.device
+        failures, why = 0, None
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            while self._wait():
+                self._answer()
+                failures = self._step(failures) if self._steps else failures
+        except BaseException as error:
+            logger.exception("the engine's thread ends")
+            why = error
+        self._end(why)
+
+    def _step(self, failures: int) -> int:
+        """A step, after so many in a row that raised; returns how many did then."""
+        try:
+            events = self._engine.step()
+        except WeightsMixed as error:
+            self._held_up = error
+            return failures
+        except Exception as error:
+            logger.warning("a step failed, %d in a row: %s", failures + 1, error)
+            if failures + 1 < MOST_FAILURES:
+                return failures + 1
+            for running in set(self._running.values()):
+                self._drop(running, error)
+            return 0
+        self._deliver(events)
+        return 0
+
+    def _drop(self, running: _Running, error: BaseException | None) -> None:
+        """Abort a request, whose stream ends with an error."""
+        if not self._forget(running, error):
+            return
+        try:
+            self._engine.abort(running.number)
+        except VattnError as failed:
+            logger.warning("request %d: taking its memory is tried again: %s", running.number, failed)
+
+    @property
+    def _steps(self) -> bool:
+        """Whether there is a step to take now."""
+        return not (self._paused or self._waits) and self._engine.busy
+
+    @property
+    def _waits(self) -> bool:
+        """Whether there is no step before somebody calls: `update_weights`, or `wake`."""
+        return self._held_up is not None or self._engine.sleeping.is_asleep
+
+    def _wait(self) -> bool:
+        """Wait for something to do; False is to end."""
+        with self._changed:
+            while not (self._stopped or self._calls or self._steps):
+                self._changed.wait()
+            return not self._stopped
+
+    def _answer(self) -> None:
+        """Make the calls that were asked for."""
+        while self._calls:
+            function, future = self._calls.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            self._held_up = None
+            try:
+                future.set_result(function(self._engine))
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        """Give events to their streams: one call into each event loop."""
+        came: dict[_Running, list[Any]] = {}
+        for event in events:
+            if (running := self._running.get(event.request)) is None:
+                continue
+            came.setdefault(running, []).append(event)
+            if event.finish_reason is not None:
+                del self._running[event.request]
+                running.left -= 1
+                if not running.left:
+                    self._give_back()
+        by_loop: dict[asyncio.AbstractEventLoop, Puts] = {}
+        for running, its in came.items():
+            by_loop.setdefault(running.loop, []).append((running.stream, its))
+        for loop, puts in by_loop.items():
+            self._into(loop, puts)
+
+    def _into(self, loop: asyncio.AbstractEventLoop, puts: Puts) -> None:
+        """Give events to streams of an event loop; who reads none any more, since that is closed, is aborted."""
+        try:
+            loop.call_soon_threadsafe(_put_all, puts)
+        except RuntimeError:
+            for running in {each for each in self._running.values() if each.loop is loop}:
+                self._drop(running, None)
+
+    def _end(self, why: BaseException | None) -> None:
+        """Close the engine, and tell everybody who waits."""
+        with self._changed:
+            self._stopping = self._stopped = True
+            calls, self._calls = self._calls, deque()
+        closed = EngineClosed("this engine was shut down before it was done" + (f": {why}" if why else ""))
+        for _, future in calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(closed)
+        for running in set(self._running.values()):
+            self._forget(running, closed)
+        self._engine.close()

@@ -1,0 +1,128 @@
+"""Grammars: JSON schemas and regular expressions as masks of the tokens that may come next, by llguidance.
+
+The masks are computed on the host, from the tokens chosen so far, and applied in the captured step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.sampling import SamplingParams
+
+MOST_KEPT = 64
+"""Compiled grammars."""
+
+
+class Grammar:
+    """One request's grammar, and how far its tokens have come in it.
+
+    Parameters
+    ----------
+    compiled
+        An llguidance matcher that nobody moves on.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled, self._matcher = compiled, compiled.deep_copy()
+        self._consumed: list[int] = []
+
+    def anew(self) -> Grammar:
+        """The same from its beginning, for another request."""
+        return Grammar(self._compiled)
+
+    def follow(self, chosen: Sequence[int]) -> Any:
+        """The matcher behind these tokens of the output, whatever it stood behind before."""
+        if self._consumed != chosen[: len(self._consumed)]:
+            self._matcher.reset()
+            self._consumed = []
+        for token in chosen[len(self._consumed) :]:
+            # What interrupts this leaves a matcher that the next call resets, for no token is this one.
+            self._consumed.append(-1)
+            self._matcher.consume_token(token)
+            self._consumed[-1] = token
+        return self._matcher
+
+    def ends_with(self, chosen: Sequence[int]) -> bool:
+        """Whether nothing can come behind these tokens."""
+        return bool(self.follow(chosen).is_stopped())
+
+    @property
+    def error(self) -> str | None:
+        """Why it cannot go on."""
+        return self._matcher.get_error() or None if self._matcher.is_error() else None
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer and model, and keeps some. Any thread may call it; compiling takes from
+    milliseconds to a second.
+
+    Parameters
+    ----------
+    tokenizer
+        A fast one of transformers.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, end_of_text: Sequence[int]) -> None:
+        self._tokenizer, self._vocab_size, self._end_of_text = tokenizer, vocab_size, [*end_of_text]
+        self._converted: Any = None
+        self._kept: OrderedDict[tuple[str | None, str | None], Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def grammar(self, params: SamplingParams) -> Grammar:
+        """The grammar that parameters ask for. Raises ConfigError where llguidance takes it, or the tokenizer, not, and
+        ModuleNotFoundError where it is not installed."""
+        assert not isinstance(params.json_schema, Mapping)
+        key = params.json_schema, params.regex
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = self._compile(*key)
+                if len(self._kept) > MOST_KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return Grammar(self._kept[key])
+
+    def _compile(self, schema: str | None, regex: str | None) -> Any:
+        from llguidance import LLMatcher
+        from llguidance.hf import from_tokenizer
+
+        if self._converted is None:
+            try:
+                self._converted = from_tokenizer(
+                    self._tokenizer, n_vocab=self._vocab_size, eos_token=self._end_of_text or None
+                )
+            except Exception as error:
+                raise ConfigError(f"grammars are not possible with this tokenizer: {error}") from error
+        if regex is not None:
+            text = LLMatcher.grammar_from_regex(regex)
+        else:
+            assert schema is not None
+            text = LLMatcher.grammar_from_json_schema(schema)
+        matcher = LLMatcher(self._converted, text, log_level=0)
+        if matcher.is_error():
+            raise ConfigError(f"the grammar is not possible: {matcher.get_error()}")
+        return matcher
+
+
+@lru_cache(maxsize=1)
+def _executor() -> Any:
+    from llguidance import LLExecutor
+
+    return LLExecutor()
+
+
+def fill_masks(grammars: Sequence[tuple[Grammar, Sequence[int]]], words: int) -> np.ndarray:
+    """What may come behind each grammar's tokens, a bit a token: int32 ``[grammars, words]``. All bits are set for a
+    grammar with an error, whose request ends with its next token."""
+    masks = np.full((len(grammars), words), -1, np.int32)
+    matchers = [grammar.follow(chosen) for grammar, chosen in grammars]
+    there = [(matcher, place) for place, matcher in enumerate(matchers) if not matcher.is_error()]
+    if there:
+        _executor().unsafe_compute_mask_ptr(there, masks.ctypes.data, words * 4, len(masks))
+    return masks

@@ -1,0 +1,181 @@
+"""Answers of both endpoints, whole and streamed, out of the engine's events."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trtllm_vattn.runtime.logprobs import TokenLogprob
+from trtllm_vattn.runtime.request import TokenEvent
+from trtllm_vattn.serve.protocol import Asked
+
+DONE = "data: [DONE]\n\n"
+
+
+def line(body: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+@dataclass
+class Choice:
+    """One sample of one prompt, so far."""
+
+    prompt: Sequence[int]
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    cached: int = 0
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    sent: int = 0
+    """Characters that `text_offset` counts before the next token."""
+
+    def add(self, events: Sequence[TokenEvent]) -> tuple[str, list[TokenLogprob]]:
+        """Take events; returns the text and the log-probabilities that came with them."""
+        text = "".join(event.text or "" for event in events)
+        logprobs = [event.logprob for event in events if event.logprob is not None]
+        self.text += text
+        self.logprobs += logprobs
+        self.tokens += [event.token for event in events if event.token is not None]
+        self.cached = events[0].cached_tokens
+        self.finish_reason = events[-1].finish_reason
+        self.prompt_logprobs = self.prompt_logprobs or events[0].prompt_logprobs
+        return text, logprobs
+
+
+class Answer:
+    """The answer to one request: of sample s of prompt p, the choice p * n + s."""
+
+    def __init__(self, asked: Asked, model: str, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> None:
+        self.asked, self._tokenizer = asked, tokenizer
+        kind = "chatcmpl" if asked.is_chat else "cmpl"
+        self._own = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._prompts = prompts
+        self.choices = [Choice(prompt) for prompt in prompts for _ in range(asked.params.n)]
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far. Of a prompt with several samples, the first one's cached tokens."""
+        prompt = sum(map(len, self._prompts))
+        made = sum(len(choice.tokens) for choice in self.choices)
+        cached = sum(choice.cached for choice in self.choices[:: self.asked.params.n])
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": made,
+            "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    # -- whole -----------------------------------------------------------------------------------------------------
+
+    def whole(self) -> dict[str, Any]:
+        """The body, when all choices have ended."""
+        name = "chat.completion" if self.asked.is_chat else "text_completion"
+        choices = [self._whole(place, choice) for place, choice in enumerate(self.choices)]
+        return {**self._own, "object": name, "choices": choices, "usage": self.usage()}
+
+    def _whole(self, place: int, choice: Choice) -> dict[str, Any]:
+        body: dict[str, Any] = {"index": place, "finish_reason": choice.finish_reason}
+        if self.asked.token_ids:
+            body["token_ids"] = choice.tokens
+        if self.asked.is_chat:
+            body["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+            body["logprobs"] = self._of_chat(choice.logprobs)
+            return body
+        text, logprobs = choice.text, list(choice.logprobs)
+        before = self._echoed(choice) if self.asked.echo else ""
+        if self.asked.echo and choice.prompt_logprobs is not None:
+            first = TokenLogprob(choice.prompt[0], float("nan"))
+            logprobs = [each or first for each in choice.prompt_logprobs] + logprobs
+        body["text"] = before + text
+        body["logprobs"] = self._of_completion(choice, logprobs)
+        return body
+
+    def _echoed(self, choice: Choice) -> str:
+        text: str = self._tokenizer.decode(choice.prompt)
+        return text
+
+    # -- streamed --------------------------------------------------------------------------------------------------
+
+    def first(self) -> list[str]:
+        """What a stream begins with."""
+        if not self.asked.is_chat:
+            return []
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk(self._delta(place, delta, None, None)) for place in range(len(self.choices))]
+
+    def more(self, place: int, events: Sequence[TokenEvent]) -> str | None:
+        """What a choice's events add; None where that is nothing yet."""
+        choice = self.choices[place]
+        before = len(choice.tokens)
+        text, logprobs = choice.add(events)
+        more: dict[str, Any] = {"token_ids": choice.tokens[before:]} if self.asked.token_ids else {}
+        if not text and not logprobs and not more and choice.finish_reason is None:
+            return None
+        if self.asked.is_chat:
+            delta = {"content": text} if text else {}
+            return self._chunk({**self._delta(place, delta, self._of_chat(logprobs), choice.finish_reason), **more})
+        body = {"index": place, "text": text, "finish_reason": choice.finish_reason, **more}
+        return self._chunk({**body, "logprobs": self._of_completion(choice, logprobs)})
+
+    def last(self) -> list[str]:
+        """What a stream ends with."""
+        usage = {**self._head(), "choices": [], "usage": self.usage()}
+        return [*([line(usage)] if self.asked.include_usage else []), DONE]
+
+    def _delta(self, place: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
+        return {"index": place, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def _chunk(self, choice: dict[str, Any]) -> str:
+        usage = {"usage": None} if self.asked.include_usage else {}
+        return line({**self._head(), "choices": [choice], **usage})
+
+    def _head(self) -> dict[str, Any]:
+        return {**self._own, "object": "chat.completion.chunk" if self.asked.is_chat else "text_completion"}
+
+    # -- log-probabilities -----------------------------------------------------------------------------------------
+
+    def _token(self, token: int) -> str:
+        text: str = self._tokenizer.decode([token])
+        return text
+
+    def _of_chat(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if self.asked.params.logprobs is None:
+            return None
+
+        def one(token: int, value: float) -> dict[str, Any]:
+            text = self._token(token)
+            return {"token": text, "logprob": value, "bytes": [*text.encode()]}
+
+        return {
+            "content": [
+                {**one(each.token, each.logprob), "top_logprobs": [one(*pair) for pair in each.top]}
+                for each in logprobs
+            ]
+        }
+
+    def _of_completion(self, choice: Choice, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        most = self.asked.params.logprobs
+        if most is None:
+            return None
+        tokens = [self._token(each.token) for each in logprobs]
+        offsets = []
+        for token in tokens:
+            offsets.append(choice.sent)
+            choice.sent += len(token)
+        known = [each.logprob == each.logprob for each in logprobs]
+        return {
+            "tokens": tokens,
+            "token_logprobs": [each.logprob if there else None for each, there in zip(logprobs, known, strict=True)],
+            "top_logprobs": [
+                {self._token(token): value for token, value in each.top} if there else None
+                for each, there in zip(logprobs, known, strict=True)
+            ]
+            if most
+            else None,
+            "text_offset": offsets,
+        }
