@@ -52,7 +52,7 @@ def engine_over(model: PreTrainedModel, policy: CompressionPolicy | None, **opti
     driver = options.pop("driver", None) or HostDriver()
     dtype = options.pop("dtype", model.dtype)
     heads = 1 if policy is not None and policy.by_head else None
-    config = CacheConfig(own_lengths=True, heads_per_range=heads, layers_per_range=1, lookahead=0)
+    config = CacheConfig(own_lengths=True, heads_per_range=heads, layers_per_range=1, lookahead=0, extent_classes=1)
     config = options.pop("config", config)
     shape = replace(shape_of(model, 2, LONGEST), dtype=dtype)
     cache = KVCacheManager(shape, driver, 1 << 24, config=config)
@@ -193,6 +193,28 @@ def test_a_compaction_that_fails_leaves_the_sequence_whole(llama: PreTrainedMode
         assert engine.compression is not None
         assert (engine.compression.failed, engine.compression.runs) == (1, 0)
     assert found == whole[0]
+
+
+def test_what_goes_back_lets_another_request_in(llama: PreTrainedModel) -> None:
+    prompts = [[(n * step + 5) % 500 for n in range(100)] for step in (37, 41)]
+    most = []
+    for policy in (None, H2O(2, 2)):
+        with engine_over(llama, policy) as engine:
+            cache = engine.cache
+            assert isinstance(cache, KVCacheManager)
+            whole = cache.bytes_of(100 + NEW)
+            assert whole >= 4 * cache.bytes_of(4 + NEW)
+            engine.set_budget(cache.layout.least_bytes + whole + cache.bytes_of(4 + NEW))
+            numbers = [engine.submit(prompt, SamplingParams(NEW, ignore_eos=True)) for prompt in prompts]
+            tokens = dict.fromkeys(numbers, 0)
+            most.append(0)
+            while engine.busy:
+                for event in engine.step():
+                    tokens[event.request] += event.token is not None
+                most[-1] = max(most[-1], len(engine.scheduler.decoding))
+                cache.check_integrity()
+            assert set(tokens.values()) == {NEW}
+    assert most == [1, 2]
 
 
 class Wrong(CompressionPolicy):

@@ -173,6 +173,10 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
         for sequence in range(args.batch):
             slot = cache.admit(sequence, args.context)
             engine.decode.set_lane(slot, sequence, args.context + 1, shape.max_seq_len)
+        with torch.inference_mode():
+            # A lane whose logits are no numbers would become idle.
+            for memory in cache.mapped_tensors():
+                memory.normal_()
         found.append(_step_ms(engine))
         kept = torch.arange(0, args.context, 5, device=args.device)
         with torch.inference_mode():
