@@ -19,6 +19,7 @@ from trtllm_vattn.runtime.binding import PrefillStep, bind, forward, shape_of
 from trtllm_vattn.runtime.compiled import LinearSlice, compile_around_layers, compile_layers, merge_projections
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.engine import UNUSUAL, Engine
+from trtllm_vattn.runtime.lane_processors import StepKind
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.prefill import Prefill, packed_prefill
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -134,7 +135,7 @@ def test_what_ends_a_step_is_one_function_for_all_batch_sizes() -> None:
     batch = DecodeBatch(model, attention, [1, 2, 4], wrap=wrap)
     batch.set_lane(0, token=3, length=1, limit=9)
     for step, bucket in enumerate((4, 2, 1)):
-        (logits,) = batch._greedy_step(bucket)
+        (logits,) = batch._step(attention.variants[0], StepKind(), bucket)
         assert len(logits) == bucket
         assert batch._out[step % 2, 0] == logits[0].argmax()
     assert len(backend.graphs) == 1

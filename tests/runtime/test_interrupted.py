@@ -225,7 +225,6 @@ SIZES = {key: SHAPES["tiny-llama"][key] for key in SHAPES["tiny-llama"] if key !
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("gemma2", {"sliding_window": 4096}, "layer 0 asks for attention with softcap = 50.0"),
         ("stablelm", {}, "StableLmForCausalLM .* is not served: it computes attention by its own code"),
         (
             "llama",
