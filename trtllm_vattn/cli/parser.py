@@ -68,10 +68,6 @@ class HelpFormatter(argparse.HelpFormatter):
         shown = str(default).replace("%", "%%") or "none"
         return f"{text} (default: {shown})"
 
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        # Names with hyphens stay whole.
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
-
 
 class Parser(argparse.ArgumentParser):
     """Reports an error in one line. Refuses abbreviated flags, because defaults depend on which flags are given."""

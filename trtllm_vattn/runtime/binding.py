@@ -283,7 +283,8 @@ def _attend(
 ) -> torch.Tensor:
     if not torch.compiler.is_compiling():
         return _store_and_attend(module.layer_idx, q, k, v, sinks)  # type: ignore[arg-type]
-    ops, layer, kept = torch.ops.trtllm_vattn, module.vattn_layer, module.vattn_kept
+    ops, layer = torch.ops.trtllm_vattn, module.vattn_layer
+    kept: Any = module.vattn_kept
     out: torch.Tensor
     if sinks is not None:
         out = ops.attend(q, k, v, layer, sinks)

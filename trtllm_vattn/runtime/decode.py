@@ -644,7 +644,8 @@ class DecodeBatch:
         ends: np.ndarray = self.lengths + (steps - 1 + drafts)
         if self.speculator is not None:
             ends += self.speculator.slack[self.slots]
-        return np.minimum(ends, self.limits, out=ends)
+        np.minimum(ends, self.limits, out=ends)
+        return ends
 
     def lengths_after(self, steps: int, drafts: int = 0) -> np.ndarray:
         """Lengths by slot, int64 ``[num_slots]``, once so many steps with so many drafts were taken, the most that they

@@ -247,7 +247,7 @@ def _rotation(node: Any) -> Rotation | None:
     return Rotation(x, cos.args[0], sin.args[0], lower.stop)
 
 
-def _is_part(node: Any, x: Node) -> bool:
+def _is_part(node: Any, x: Any) -> bool:
     """Whether this is ``x[..., a:b]``, a part of the last dimension."""
     if not _is_call(node, operator.getitem) or node.args[0] is not x:
         return False

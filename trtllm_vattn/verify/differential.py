@@ -44,9 +44,9 @@ class DigestedBatch(DecodeBatch):
         self._odd = odd.to(device)
         self.runner.static += [self.digests, self._odd]
 
-    def launch(self, steps: int = 1) -> Launch:
+    def launch(self, steps: int = 1, drafts: int = 0) -> Launch:
         self._miscounted = True  # the first step's digests are in the first row
-        return super().launch(steps)
+        return super().launch(steps, drafts)
 
     def _forward(self, bucket: int) -> torch.Tensor:
         logits = super()._forward(bucket)
