@@ -89,6 +89,11 @@ class DecoderSpec:
         if dtype is None:
             raise ConfigError(f"the model is of {model.dtype}; load it as one of {', '.join(DTYPES)}")
         shape = shape_of(model, 1, max_seq_len)
+        if windows := sorted({window for window in shape.windows if window}):
+            raise ConfigError(
+                f"the model has layers with a window of {windows[0]} tokens, and the network attends to all of "
+                f"{max_seq_len}: lower max_seq_len to the window"
+            )
         weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         check_weights(weights, shape.num_layers)
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
@@ -109,7 +114,6 @@ class DecoderSpec:
             vocab_size=config.vocab_size,
             eps=config.rms_norm_eps,
             scale=scale_of(model) or shape.head_dim**-0.5,
-            # shape_of has refused a window shorter than max_seq_len.
             window=0,
             dtype=dtype,
             weights=weights,

@@ -329,7 +329,7 @@ class SlotMachine(RuleBasedStateMachine):
         if len(slot.groups) == 1 or slot.segments or slot.holders or slot.lower or slot.groups[0].deficit:
             return
         tokens = min(tokens, frontier)
-        self.arena.set_deficits(index, [frontier - tokens, 0], 0, tokens, self.record())
+        self.arena.set_deficits(index, [frontier - tokens, 0], {0: tokens}, self.record())
         assert self.arena.frontiers[index] >= frontier
         assert not slot.groups[0].ends_behind(LAYOUT.bytes_for(tokens))
 

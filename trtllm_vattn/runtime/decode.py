@@ -653,10 +653,11 @@ class DecodeBatch:
         ends = self._ends(steps, drafts)
         if not self.packed:
             return ends
-        # Idle lanes are in the dummy slot, which is behind all others.
-        by_slot = np.zeros(self.attention.cache.dummy_slot + 1, np.int64)
-        by_slot[self.slots] = ends
-        return by_slot[:-1]
+        by_slot = np.zeros(self.attention.cache.shape.num_slots, np.int64)
+        count = len(self.lane_of)
+        slots, lanes = (np.fromiter(each, np.int64, count) for each in (self.lane_of.keys(), self.lane_of.values()))
+        by_slot[slots] = ends[lanes]
+        return by_slot
 
     # -- launching -------------------------------------------------------------------------------------------------
 
