@@ -69,3 +69,27 @@ def test_a_fixed_lookahead_minds_no_pace() -> None:
     ahead.timing = paced(1.0, 1.0)
     assert ahead.due().tolist() == [3, 1]
     assert ahead.tokens == 40
+
+
+def test_a_slot_that_does_not_get_on_is_left_alone() -> None:
+    """Who tries it for ever holds the cache's lock; one whose memory became visible gives way to the next."""
+    ahead = lookahead([1, 2])
+    tried: list[int] = []
+
+    def grow(wants: dict[int, int], wait: bool, ahead: bool) -> int:
+        (slot,) = wants
+        tried.append(slot)
+        assert len(tried) < 9
+        if visible:
+            frontiers[slot] += 500
+        return 0
+
+    frontiers = ahead.arena.frontiers
+    ahead.arena.slots = [SimpleNamespace(broken=False)] * 2  # type: ignore[list-item]
+    ahead.arena.grow = grow  # type: ignore[method-assign, assignment]
+    visible = False
+    assert ahead.map_due() == 0
+    assert tried == [0]
+    visible = True
+    assert ahead.map_due() == 0
+    assert tried == [0, 0, 1]

@@ -187,10 +187,13 @@ class Lookahead:
             wanted = np.maximum(self.past(self.tokens), self.arena.frontiers + (self.fixed is None))
             longest = self.arena.layout.max_seq_len
             wants = {slot: min(int(wanted[slot]), longest) for slot in due}
-            started = perf_counter()
+            before, started = self.arena.frontiers[due].copy(), perf_counter()
             try:
                 made = self.arena.grow(wants, wait=at_once is not None, ahead=True)
             except KVCacheOutOfMemory:
+                return 0
+            if not made and np.array_equal(before, self.arena.frontiers[due]):
+                # Nothing gets on: whoever holds the lock this long holds up everybody.
                 return 0
             self.timing.observe_mappings(made, perf_counter() - started)
         self.maps += made
