@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
@@ -93,6 +93,17 @@ def listed(text: str, each: Callable[[str], T]) -> list[T]:
     if not (parts := [part.strip() for part in text.split(",") if part.strip()]):
         raise argparse.ArgumentTypeError(f"it is {text!r:.60}; give one value or more, with commas between them")
     return [each(part) for part in parts]
+
+
+def chosen(text: str, kind: str, known: Collection[str]) -> list[str]:
+    """Names between commas; those that are not known are refused, as ``no KIND 'x'``."""
+
+    def name(part: str) -> str:
+        if part not in known:
+            raise argparse.ArgumentTypeError(f"no {kind} {part!r:.60}; there are {', '.join(known)}")
+        return part
+
+    return listed(text, name)
 
 
 def numbers(text: str) -> list[int]:

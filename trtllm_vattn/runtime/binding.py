@@ -160,6 +160,13 @@ class BoundCache(Cache):  # type: ignore[misc]
         return key_states, value_states
 
 
+def _attend_noted(step: Step, layer: int, q: torch.Tensor) -> torch.Tensor:
+    """`Step.attend` of queries as keys are stored, which are noted where a policy of eviction asks for them."""
+    if step.attention.query_log is not None:
+        step.attention.query_log.note(layer, q, step.slots, step.positions)
+    return step.attend(layer, q)
+
+
 def _store_and_attend(
     layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -171,9 +178,7 @@ def _store_and_attend(
         assert logits is not None
         logits.copy_(sinks)
     step.attention.write(layer, k, v, step.slots, step.positions)
-    if step.attention.query_log is not None:
-        step.attention.query_log.note(layer, q, step.slots, step.positions)
-    return step.attend(layer, q)
+    return _attend_noted(step, layer, q)
 
 
 @torch.library.custom_op("trtllm_vattn::attend", mutates_args=())
@@ -219,9 +224,7 @@ def _rotate_and_attend(
 ) -> torch.Tensor:
     step, number = current_step(), int(layer)
     q = step.attention.rotate_and_write(number, q, k, v, cos[0], sin[0], step.slots, step.positions)
-    if step.attention.query_log is not None:
-        step.attention.query_log.note(number, q, step.slots, step.positions)
-    return step.attend(number, q).contiguous()
+    return _attend_noted(step, number, q).contiguous()
 
 
 @_opaque_rotate_and_attend.register_fake

@@ -146,7 +146,20 @@ class NixlLink:
         self._agent = None
 
 
-class HostLink:
+class _Unregistered:
+    """What a link that registers nothing says to it."""
+
+    def register(self, address: int, size: int) -> Any:
+        return None
+
+    def deregister(self, registration: Any) -> None:
+        """Nothing to do."""
+
+    def offer(self, registrations: Sequence[Any]) -> bytes:
+        return b""
+
+
+class HostLink(_Unregistered):
     """Through pinned host memory and the connection between the two: works everywhere, and registers nothing.
 
     Parameters
@@ -161,15 +174,6 @@ class HostLink:
         self._driver = driver
         self._host = driver.create_host(CHUNK)
         self._view = _view_of(self._host, CHUNK)
-
-    def register(self, address: int, size: int) -> Any:
-        return None
-
-    def deregister(self, registration: Any) -> None:
-        """Nothing to do."""
-
-    def offer(self, registrations: Sequence[Any]) -> bytes:
-        return b""
 
     def write(self, pieces: Sequence[Piece], offer: bytes, connection: Connection, timeout_s: float) -> None:
         stream = current_stream(self._driver.device)
@@ -199,7 +203,7 @@ class HostLink:
         self._host = 0
 
 
-class GroupLink:
+class GroupLink(_Unregistered):
     """Through torch.distributed: NCCL between GPUs, which copies through buffers of its own and registers nothing that
     is remapped; gloo on the host. Both sides are in one process group.
 
@@ -214,15 +218,6 @@ class GroupLink:
 
     def __init__(self, device: str, peer: int) -> None:
         self._device, self._peer = device, peer
-
-    def register(self, address: int, size: int) -> Any:
-        return None
-
-    def deregister(self, registration: Any) -> None:
-        """Nothing to do."""
-
-    def offer(self, registrations: Sequence[Any]) -> bytes:
-        return b""
 
     def write(self, pieces: Sequence[Piece], offer: bytes, connection: Connection, timeout_s: float) -> None:
         self._move(dist.isend, [(piece.source, piece.size) for piece in pieces])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.arguments import listed, positive
+from trtllm_vattn.arguments import chosen, positive
 from trtllm_vattn.attention.options import FP8
 from trtllm_vattn.bench.cases.eviction import eviction
 from trtllm_vattn.bench.harness.case import captured_graphs, conclude, model_of, vocab_of
@@ -44,13 +44,7 @@ TIE = 0.25
 
 def parts(text: str) -> list[str]:
     """Names in `PARTS`; unknown ones are refused."""
-
-    def part(name: str) -> str:
-        if name not in PARTS:
-            raise argparse.ArgumentTypeError(f"no part {name!r:.60}; there are {', '.join(PARTS)}")
-        return name
-
-    return listed(text, part)
+    return chosen(text, "part", PARTS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

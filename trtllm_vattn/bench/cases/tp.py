@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import amount, listed, numbers, positive
+from trtllm_vattn.arguments import amount, chosen, numbers, positive
 from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.contenders import Contender, fill, take_turns
 from trtllm_vattn.bench.harness.flags import add_common, add_steady, dtype_of
@@ -47,13 +47,7 @@ COLUMNS = {
 
 def parts(text: str) -> list[str]:
     """Names of parts; unknown ones are refused."""
-
-    def part(name: str) -> str:
-        if name not in PARTS:
-            raise argparse.ArgumentTypeError(f"no part {name!r:.60}; there are {', '.join(PARTS)}")
-        return name
-
-    return listed(text, part)
+    return chosen(text, "part", PARTS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trtllm_vattn.arguments import amount, device, listed, numbers, output, positive, seed
+from trtllm_vattn.arguments import amount, chosen, device, listed, numbers, output, positive, seed
 from trtllm_vattn.attention.select import BACKENDS
 from trtllm_vattn.cache.select import CACHES
 
@@ -43,13 +43,7 @@ def points(text: str) -> list[tuple[int, int]]:
 
 def caches(text: str) -> list[str]:
     """Names of caches; unknown ones are refused."""
-
-    def cache(part: str) -> str:
-        if part not in CACHES:
-            raise argparse.ArgumentTypeError(f"no cache {part!r:.60}; there are {', '.join(CACHES)}")
-        return part
-
-    return listed(text, cache)
+    return chosen(text, "cache", CACHES)
 
 
 def rate(text: str) -> float:

@@ -52,7 +52,6 @@ class FastGen(CompressionPolicy):
     """
 
     by_head: ClassVar[bool] = True
-    reads_tokens: ClassVar[bool] = True
 
     def __init__(
         self,

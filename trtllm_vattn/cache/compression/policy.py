@@ -104,8 +104,6 @@ class CompressionPolicy(ABC):
     by_head: ClassVar[bool] = False
     """Whether it keeps different numbers of tokens in heads of one layer, so that heads need ranges of their own to
     give memory back (`CacheConfig.heads_per_range`)."""
-    reads_tokens: ClassVar[bool] = False
-    """Whether it looks at `HeadsView.tokens`."""
 
     def __init__(self, every: int | None = None, queries: int | None = 64) -> None:
         self.every = None if every is None else whole("every", every, 1)
