@@ -148,6 +148,8 @@ def test_a_missing_transformers_is_one_line() -> None:
 def test_an_interrupt_ends_in_one_line() -> None:
     # Imports are over then, and some of the work is done; the rest of it never ends.
     source = (
+        # Whoever runs the tests in a shell's background has its children ignore the signal.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from trtllm_vattn.verify.fault_injection import FaultStress\n"
         "run = FaultStress.run\n"
         "def begun(self, operations):\n"

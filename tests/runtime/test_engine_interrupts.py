@@ -194,13 +194,19 @@ def test_a_capture_in_a_step_interrupted_anywhere() -> None:
             engine.submit(PROMPTS[0], DRAWN[0])
             count = instructions_of(engine.step, handing_over)
     for number in some(count, 2):
-        with empty_driver() as driver, build(mode, driver) as engine:
-            requests = [engine.submit(PROMPTS[0], DRAWN[0])]
-            assert interrupt_at(number, engine.step, handing_over)
-            check_thread()
-            check_tokens(list(engine.run()), requests, wanted("drawn")[:1])
-            check_peace(engine)
-            engine.audit()
+        # What is dropped meanwhile runs a few hundred instructions, so the last one may be a little earlier.
+        for earlier in range(0, 1000 if number == count - 1 else 1, 200):
+            with empty_driver() as driver, build(mode, driver) as engine:
+                requests = [engine.submit(PROMPTS[0], DRAWN[0])]
+                if not interrupt_at(number - earlier, engine.step, handing_over):
+                    continue
+                check_thread()
+                check_tokens(list(engine.run()), requests, wanted("drawn")[:1])
+                check_peace(engine)
+                engine.audit()
+                break
+        else:
+            pytest.fail(f"instruction {number} was never reached")
 
 
 def serving(driver: HostDriver, mode: Mode) -> tuple[Engine, list[int], list[TokenEvent]]:
