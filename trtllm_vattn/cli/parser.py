@@ -20,6 +20,7 @@ COMMANDS = {
     "warm-up": ("compile once what would take minutes at a first request", "trtllm_vattn.cli.warm_up"),
     "serve": ("OpenAI's completions and chat endpoints over a checkpoint", "trtllm_vattn.cli.serve"),
     "generate": ("text from prompts: arguments, a file or standard input", "trtllm_vattn.cli.generate"),
+    "broker": ("lend a device's memory to several processes, under limits", "trtllm_vattn.cli.broker"),
     "run": ("run a command with TensorRT-LLM's KV cache at fixed addresses", "trtllm_vattn.cli.run"),
 }
 BENCHMARKS = {

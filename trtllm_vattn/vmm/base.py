@@ -112,6 +112,21 @@ class Driver(ABC):
     def record(self, stream: int) -> Fence:
         """A fence after everything submitted to `stream` (a cudaStream_t; 0 is the default stream)."""
 
+    # -- memory of other processes: not every driver can hand memory on --------------------------------------------
+
+    def identity(self) -> str:
+        """Names the device the same way in every process, whatever each of them numbers it."""
+        return self.device
+
+    def export_handle(self, handle: int) -> int:
+        """A file descriptor of a handle's memory, for `import_handle` in another process; the caller closes it."""
+        raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "export_handle", (handle,))
+
+    def import_handle(self, descriptor: int, size: int) -> int:
+        """A handle of the `size` bytes that another process exported; the descriptor stays the caller's. The memory
+        returns when every process has released its handle and unmapped it."""
+        raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "import_handle", (descriptor, size))
+
     # -- host memory: a driver of nothing but bookkeeping has none ---------------------------------------------------
 
     def create_host(self, size: int) -> int:

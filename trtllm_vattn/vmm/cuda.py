@@ -146,6 +146,19 @@ class CudaDriver(Driver):
         self.bind()
         self.call("cuMemUnmap", address, size)
 
+    def identity(self) -> str:
+        return bytes(self.call("cuDeviceGetUuid", self._device).bytes).hex()
+
+    def export_handle(self, handle: int) -> int:
+        self.bind()
+        kind = self.cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        return int(self.call("cuMemExportToShareableHandle", handle, kind, 0))
+
+    def import_handle(self, descriptor: int, size: int) -> int:
+        self.bind()
+        kind = self.cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        return int(self.call("cuMemImportFromShareableHandle", descriptor, kind))
+
     def record(self, stream: int) -> CudaFence:
         self.bind()
         return CudaFence(self, stream)

@@ -191,9 +191,12 @@ class HostDriver(Driver):
                     ) from error
                 fd = os.memfd_create("vattn", os.MFD_CLOEXEC)
             os.ftruncate(fd, size)
-            handle, self._next_handle = self._next_handle, self._next_handle + 1
-            self._handles[handle] = _Handle(fd, size)
-            return handle
+            return self._add_handle(fd, size)
+
+    def _add_handle(self, fd: int, size: int) -> int:
+        handle, self._next_handle = self._next_handle, self._next_handle + 1
+        self._handles[handle] = _Handle(fd, size)
+        return handle
 
     def release(self, handle: int) -> None:
         with self._lock:
@@ -205,6 +208,35 @@ class HostDriver(Driver):
         if found.released and not found.mappings:
             os.close(found.fd)
             del self._handles[handle]
+
+    def export_handle(self, handle: int) -> int:
+        with self._lock:
+            return self._duplicate("export_handle", self._find_handle("export_handle", handle).fd)
+
+    def import_handle(self, descriptor: int, size: int) -> int:
+        with self._lock:
+            self._check_aligned("import_handle", size)
+            try:
+                there = os.fstat(descriptor).st_size
+            except OSError as error:
+                raise DriverError(
+                    "CUDA_ERROR_INVALID_VALUE", "import_handle", (descriptor, size), str(error.strerror)
+                ) from error
+            if there != size:
+                raise DriverError(
+                    "CUDA_ERROR_INVALID_VALUE", "import_handle", (descriptor, size), f"its memory has {there:,} bytes"
+                )
+            return self._add_handle(self._duplicate("import_handle", descriptor), size)
+
+    def _duplicate(self, call: str, descriptor: int) -> int:
+        try:
+            return os.dup(descriptor)
+        except OSError as error:
+            if error.errno == errno.EMFILE and _raise_descriptor_limit():
+                return os.dup(descriptor)
+            raise DriverError(
+                "CUDA_ERROR_OUT_OF_MEMORY", call, (descriptor,), f"{error.strerror}; raise `ulimit -n`"
+            ) from error
 
     # -- mappings --------------------------------------------------------------------------------------------------
 
