@@ -370,6 +370,24 @@ class HostDriver(Driver):
         if end < address + size:
             raise DriverError("CUDA_ERROR_INVALID_VALUE", call, (host, address, size), f"nothing is mapped at {end:#x}")
 
+    # -- memory of other processes ---------------------------------------------------------------------------------
+
+    def export_fd(self, address: int, size: int) -> int:
+        with self._lock:
+            home, starts = self._whole_mappings("export_fd", address, size)
+            if len(starts) > 1:
+                detail = f"{len(starts)} mappings are there; one is exported at a time"
+                raise DriverError("CUDA_ERROR_INVALID_VALUE", "export_fd", (address, size), detail)
+            return os.dup(self._handles[home.mapped[address][1]].fd)
+
+    def import_fd(self, fd: int, size: int) -> int:
+        with self._lock:
+            self._check_aligned("import_fd", size)
+            there = os.fstat(fd).st_size
+            if there != size:
+                raise DriverError("CUDA_ERROR_INVALID_VALUE", "import_fd", (fd, size), f"it has {there:,} bytes")
+            return self._add_handle(os.dup(fd), size)
+
     # -- what is there ---------------------------------------------------------------------------------------------
 
     @property
