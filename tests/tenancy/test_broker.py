@@ -396,7 +396,7 @@ def test_what_cannot_be_imported_goes_back(broker: Broker) -> None:
     with Tenant(config(broker, "one")) as tenant:
         faulty = FaultyDriver(HostDriver())
         driver = BrokerDriver(tenant, faulty)
-        faulty.fail("import_handle")
+        faulty.fail("import_fd")
         with pytest.raises(DriverError, match="injected"):
             driver.create(PAGE)
         assert (tenant.held, standing(broker)["one"].lent, driver.leases) == (0, 0, {})

@@ -366,7 +366,7 @@ class BrokerDriver(WrappedDriver):
     def create(self, size: int) -> int:
         lease, descriptor = self.tenant.create(size)
         try:
-            handle = self.inner.import_handle(descriptor, size)
+            handle = self.inner.import_fd(descriptor, size)
         except BaseException:
             self.tenant.release(lease, size)
             raise

@@ -112,21 +112,6 @@ class Driver(ABC):
     def record(self, stream: int) -> Fence:
         """A fence after everything submitted to `stream` (a cudaStream_t; 0 is the default stream)."""
 
-    # -- memory of other processes: not every driver can hand memory on --------------------------------------------
-
-    def identity(self) -> str:
-        """Names the device the same way in every process, whatever each of them numbers it."""
-        return self.device
-
-    def export_handle(self, handle: int) -> int:
-        """A file descriptor of a handle's memory, for `import_handle` in another process; the caller closes it."""
-        raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "export_handle", (handle,))
-
-    def import_handle(self, descriptor: int, size: int) -> int:
-        """A handle of the `size` bytes that another process exported; the descriptor stays the caller's. The memory
-        returns when every process has released its handle and unmapped it."""
-        raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "import_handle", (descriptor, size))
-
     # -- host memory: a driver of nothing but bookkeeping has none ---------------------------------------------------
 
     def create_host(self, size: int) -> int:
@@ -148,12 +133,20 @@ class Driver(ABC):
 
     # -- memory of other processes: where the driver can -------------------------------------------------------------
 
+    def identity(self) -> str:
+        """Names the device the same way in every process, whatever each of them numbers it."""
+        return self.device
+
     def export_fd(self, address: int, size: int) -> int:
         """A file descriptor of the memory that one whole mapping is of, for another process; the caller closes it.
 
         The memory returns when the last process lets go of it.
         """
         raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "export_fd", (address, size))
+
+    def export_handle(self, handle: int) -> int:
+        """As `export_fd`, of a handle, mapped or not."""
+        raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "export_handle", (handle,))
 
     def import_fd(self, fd: int, size: int) -> int:
         """A handle of memory that another process exported, of `size` bytes; `fd` may be closed then."""

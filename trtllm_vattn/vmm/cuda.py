@@ -149,16 +149,6 @@ class CudaDriver(Driver):
     def identity(self) -> str:
         return bytes(self.call("cuDeviceGetUuid", self._device).bytes).hex()
 
-    def export_handle(self, handle: int) -> int:
-        self.bind()
-        kind = self.cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        return int(self.call("cuMemExportToShareableHandle", handle, kind, 0))
-
-    def import_handle(self, descriptor: int, size: int) -> int:
-        self.bind()
-        kind = self.cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        return int(self.call("cuMemImportFromShareableHandle", descriptor, kind))
-
     def record(self, stream: int) -> CudaFence:
         self.bind()
         return CudaFence(self, stream)
@@ -186,6 +176,10 @@ class CudaDriver(Driver):
             return int(self.call("cuMemExportToShareableHandle", handle, self._handle_type, 0))
         finally:
             self.call("cuMemRelease", handle)
+
+    def export_handle(self, handle: int) -> int:
+        self.bind()
+        return int(self.call("cuMemExportToShareableHandle", handle, self._handle_type, 0))
 
     def import_fd(self, fd: int, size: int) -> int:
         self.bind()

@@ -60,10 +60,6 @@ class WrappedDriver(Driver):
         descriptor: int = self._call("export_handle", handle)
         return descriptor
 
-    def import_handle(self, descriptor: int, size: int) -> int:
-        handle: int = self._call("import_handle", descriptor, size)
-        return handle
-
     def create_host(self, size: int) -> int:
         address: int = self._call("create_host", size)
         return address
