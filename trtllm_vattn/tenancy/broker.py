@@ -288,7 +288,7 @@ class Broker:
             undo.pop_all()
         tenant = Tenancy(hello.name, connection.pid, connection.uid, account, process, page_file, page, nudge)
         self.tenants[hello.name] = connection.tenant = tenant
-        self._selector.register(process, selectors.EVENT_READ, lambda: self._bury(tenant))
+        self._selector.register(process, selectors.EVENT_READ, lambda: self.bury(tenant))
         logger.info("tenant %s: process %d of user %d", tenant.name, tenant.pid, tenant.uid)
         books = self.books
         return (
@@ -404,9 +404,9 @@ class Broker:
             self.books.lose(tenant.name, self.clock())
             self._publish()
         else:
-            self._bury(tenant)
+            self.bury(tenant)
 
-    def _bury(self, tenant: Tenancy) -> None:
+    def bury(self, tenant: Tenancy) -> None:
         """A tenant's process has ended, and the system took what it had mapped; or it left with nothing."""
         for connection in [each for each in self._connections if each.tenant is tenant]:
             connection.tenant = None
@@ -460,7 +460,7 @@ class Broker:
             tenant.page[BROKER_ENDED] = 1
             self._nudge(tenant)
         for tenant in list(self.tenants.values()):
-            self._bury(tenant)
+            self.bury(tenant)
         for connection in list(self._connections):
             self._hang_up(connection)
         self._selector.unregister(self._socket)
