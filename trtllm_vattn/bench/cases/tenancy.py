@@ -251,7 +251,9 @@ def _serve(engine: Engine, due: Sequence[float], prompts: Sequence[list[int]], o
     between its tokens."""
     params = SamplingParams(max_tokens=output, ignore_eos=True)
     last: dict[int, float] = {}
-    ttft, itl, submitted = [], [], 0
+    ttft: list[float] = []
+    itl: list[float] = []
+    submitted = 0
     while submitted < len(due) or engine.busy:
         now = time.monotonic()
         while submitted < len(due) and due[submitted] <= now:
@@ -374,10 +376,10 @@ def serve_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str,
         shared = models.serve("shared", everyone, args.seed)
 
     def worst(rows: Sequence[dict[str, Any]], to: Sequence[dict[str, Any]]) -> float:
-        return max(row["itl_ms"]["p99"] / other["itl_ms"]["p99"] for row, other in zip(rows, to, strict=True))
+        return max(float(row["itl_ms"]["p99"]) / other["itl_ms"]["p99"] for row, other in zip(rows, to, strict=True))
 
     def ttft(rows: Sequence[dict[str, Any]]) -> float:
-        return sum(row["ttft_ms"]["mean"] for row in rows)
+        return sum(float(row["ttft_ms"]["mean"]) for row in rows)
 
     figures = {
         "p99_over_alone": worst(shared, alone),
