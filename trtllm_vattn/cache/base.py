@@ -20,7 +20,7 @@ C7. In a forked child every call raises `WrongProcess`, and the parent's memory 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
@@ -29,13 +29,14 @@ import numpy as np
 import torch
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.tenancy.borrowing import Lender
+from trtllm_vattn.tenancy.borrowing import Keeper, Lender
 from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from trtllm_vattn.memory.arena import Placement
+    from trtllm_vattn.tenancy.journal import KeptSlot, State
 
 SequenceId = Hashable
 T = TypeVar("T")
@@ -405,13 +406,33 @@ class KVCache(ABC):
         """Bytes of physical memory that the cache holds."""
         return self.stats().held_bytes
 
-    def borrow(self, tenant: Lender, beside: bool = True) -> None:
+    def borrow(self, tenant: Lender, beside: bool = True, keeper: Keeper | None = None) -> None:
         """Have the budget follow what a broker lends to this process from now on (tenancy/README.md), and never be
         larger than `set_budget` said last. The cache's driver has to be a `BrokerDriver` of this tenant, which is
         closed with the cache. Without `beside` memory is given back by `follow_budget` alone, and else as soon as the
-        broker asks, beside running steps. Raises ConfigError where the broker cannot promise what the dummy slot takes,
-        or the cache cannot give memory back."""
+        broker asks, beside running steps. `keeper` knows the leases, where they outlive this process. Raises
+        ConfigError where the broker cannot promise what the dummy slot takes, or the cache cannot give memory back."""
         self._cannot("borrow it")
+
+    def take_over(self, slots: Mapping[int, KeptSlot], tokens: Mapping[int, int]) -> None:
+        """Have sequences that another process left in a broker's memory at the same slots and offsets: by their number,
+        with so many tokens each. Raises ConfigError, KVCacheOutOfMemory or DriverError."""
+        self._cannot("take another's over")
+
+    def begin_journal(self, state: State) -> None:
+        """Note in a broker's journal what changes from `state` on, which is what there is now."""
+        self._cannot("be taken over by another process")
+
+    @property
+    def is_journaled(self) -> bool:
+        """Whether what changes is noted, for another process to go on with."""
+        return False
+
+    def note_placements(self) -> None:  # noqa: B027
+        """Before a launch: note where sequences' memory lies, if that has changed and is journaled."""
+
+    def note(self, *change: Any) -> None:  # noqa: B027
+        """Note something else in the journal, if there is one."""
 
     @property
     def waits_for_memory(self) -> bool:

@@ -11,7 +11,7 @@ import dataclasses
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -49,12 +49,17 @@ from trtllm_vattn.memory.lifetime import CacheMemory, MemoryRef
 from trtllm_vattn.memory.lookahead import BackgroundThread, Lookahead
 from trtllm_vattn.memory.pool import ExtentPool, Preallocation
 from trtllm_vattn.memory.reclaim import drop_surplus, set_budget, surplus_bytes, take_surplus, trim
+from trtllm_vattn.memory.slot import RUNNING
 from trtllm_vattn.sizes import parse_bytes
-from trtllm_vattn.tenancy.borrowing import Borrowing, Lender
+from trtllm_vattn.tenancy.borrowing import Borrowing, Keeper, Lender
 from trtllm_vattn.vmm.base import Driver, Fence
+from trtllm_vattn.vmm.owners import Extent
 from trtllm_vattn.vmm.regions import RESERVATION, STATIC, Region, tensor_regions
 from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, on_stream, stream_of, strided, tensor_at, upload
 from trtllm_vattn.vmm.uninterrupted import uninterrupted
+
+if TYPE_CHECKING:
+    from trtllm_vattn.tenancy.journal import Journal, KeptSlot, State
 
 T = TypeVar("T")
 
@@ -164,6 +169,7 @@ class KVCacheManager(SlottedCache):
         self._asleep: dict[SequenceId, tuple[int, int]] = {}
         """Slot and length of each sequence that runs again when the cache wakes."""
         self._borrowing: Borrowing | None = None
+        self._journal: Journal | None = None
         self._lock = self._memory.lock
         self._preallocation = Preallocation(pool, self.layout)
         self._admission_maps = self._critical_path_maps = self._reported_maps = 0
@@ -408,11 +414,92 @@ class KVCacheManager(SlottedCache):
         fences = [self.driver.record(stream) for stream in streams]
         return fences[0] if len(fences) == 1 else AllFences(fences)
 
-    def borrow(self, tenant: Lender, beside: bool = True) -> None:
+    def borrow(self, tenant: Lender, beside: bool = True, keeper: Keeper | None = None) -> None:
         self._check_open()
         tenant.need(self.layout.least_bytes)
-        self._borrowing = Borrowing(tenant, self._memory, beside)
+        self._borrowing = Borrowing(tenant, self._memory, beside, keeper)
         self._memory.on_closed = tenant.close
+
+    def take_over(self, slots: Mapping[int, KeptSlot], tokens: Mapping[int, int]) -> None:
+        if self._borrowing is None or self._borrowing.keeper is None:
+            raise ConfigError("this cache's memory is no broker's that keeps it; give TenantConfig(keep_s=...)")
+        self._run(self._do_take_over, slots, tokens)
+
+    def _do_take_over(self, slots: Mapping[int, KeptSlot], tokens: Mapping[int, int]) -> None:
+        assert self._borrowing is not None
+        assert self._borrowing.keeper is not None
+        take = self._borrowing.keeper.take_over
+        with self._lock:
+            for index, kept in slots.items():
+                groups = [
+                    (
+                        lower,
+                        [[Extent(self.driver, size, take(lease, size)) for lease in leases] for size, leases in all_],
+                    )
+                    for lower, all_ in kept.groups
+                ]
+                self.arena.take_over(index, groups)
+                self._place_sequence(kept.owner, index, tokens[kept.owner])
+
+    def begin_journal(self, state: State) -> None:
+        self._run(self._do_begin_journal, state)
+
+    def _do_begin_journal(self, state: State) -> None:
+        assert self._borrowing is not None
+        assert self._borrowing.keeper is not None
+        with self._lock:
+            self._journal = self._borrowing.keeper.journal
+            self._journal.begin(state)
+            self.arena.changed = set(self._owner)
+            self.arena.pool.before_reuse = self._note_placements
+            self._note_placements()
+
+    @property
+    def is_journaled(self) -> bool:
+        return self._journal is not None
+
+    def note_placements(self) -> None:
+        if self.arena.changed:
+            self._uninterrupted(self._do_note_placements)
+
+    def _do_note_placements(self) -> None:
+        with self._lock:
+            self._note_placements()
+
+    def _note_placements(self) -> None:
+        """Before an extent is used by another slot, or by nobody: what was taken from a slot is not noted as its own
+        any more."""
+        if self._journal is None or self._borrowing is None or not self.arena.changed:
+            return
+        changed, self.arena.changed = sorted(self.arena.changed), set()
+        self._journal.write("slots", [(index, *self._kept(index)) for index in changed])
+
+    def _kept(self, index: int) -> tuple[Any, list[Any]]:
+        owner, slot = self._owner.get(index), self.arena.slots[index]
+        assert self._borrowing is not None
+        assert self._borrowing.keeper is not None
+        if owner is None or slot.state is not RUNNING:
+            return None, []
+        lease_of = self._borrowing.keeper.lease_of
+        return owner, [
+            (group.lower, [(each[0].size, [lease_of(part.extent.handle) for part in each]) for each in group.stripes])
+            for group in slot.groups
+        ]
+
+    def note(self, *change: Any) -> None:
+        if self._journal is not None:
+            self._uninterrupted(self._do_note, change)
+
+    def _do_note(self, change: tuple[Any, ...]) -> None:
+        with self._lock:
+            self._note_placements()
+            assert self._journal is not None
+            self._journal.write(*change)
+
+    def _remove_sequence(self, sequence: SequenceId, slot: int) -> None:
+        super()._remove_sequence(sequence, slot)
+        if self.arena.changed is not None:
+            self.arena.changed.add(slot)
 
     @property
     def waits_for_memory(self) -> bool:
@@ -539,11 +626,15 @@ class KVCacheManager(SlottedCache):
             moved = remap.move(self.arena, source, slot, self._fence)
             self._move_sequence(sequence, slot)
             self._publish_deficits(slot)
+            if self.arena.changed is not None:
+                self.arena.changed |= {source, slot}
         return moved
 
     def _place_sequence(self, sequence: SequenceId, slot: int, tokens: int) -> None:
         super()._place_sequence(sequence, slot, tokens)
         self._publish_deficits(slot)
+        if self.arena.changed is not None:
+            self.arena.changed.add(slot)
 
     def fork(self, sequence: SequenceId, new_sequence: SequenceId, tokens: int) -> int:
         """Begin a sequence with the first `tokens` of another one; returns its slot.

@@ -47,6 +47,7 @@ BENCHMARKS = {
     "xqa": "TensorRT-LLM's kernels over affine tables: tokens, steps against random tables, remapped replays",
     "tp": "one model on several GPUs beside one: steps, and replays over remapped memory",
     "tenancy": "processes under one broker: isolation, processes that are killed, opposite bursts of several models",
+    "survival": "engines that are killed at any moment, and the next ones that go on with their sequences",
     "transfer": "sequences sent from one process's cache to another's, beside the link's own rate; bytes checked",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }

@@ -128,6 +128,8 @@ class Arena:
         self.extent_refs: dict[int, int] = {}
         self.reservations: list[Reservation] = []
         self.trim_pending: set[int] = set()
+        self.changed: set[int] | None = None
+        """Slots whose state or memory changed since somebody looked; None where nobody does."""
         self._pending_unmap: set[int] = set()
         self._scratches: list[Reservation] = []
         self._used_slots = 0
@@ -266,6 +268,8 @@ class Arena:
         """A slot's state, what is mapped in it, or visible of it, changed: bring what is known of it up to date."""
         if index < self.layout.num_slots:
             slot = self.slots[index]
+            if self.changed is not None:
+                self.changed.add(index)
             if index >= self._used_slots:
                 self._free.update(range(self._used_slots, index))
                 self._used_slots = index + 1
@@ -387,6 +391,25 @@ class Arena:
         slot.start()
         slot.groups = tuple(groups)
         self.hold(index, segments)
+        self.publish(index)
+
+    def take_over(self, index: int, groups: Sequence[tuple[int, Sequence[Sequence[Extent]]]]) -> None:
+        """Have a free, empty slot run with extents that hold a sequence's tokens already: of each range group, the
+        first byte, and the extents of each stripe, one a range. Raises KVCacheOutOfMemory or DriverError; what was
+        mapped before it is the slot's, to be parked."""
+        slot = self.slots[index]
+        slot.start()
+        self.publish(index)
+        for group, (lower, stripes) in zip(slot.groups, groups, strict=True):
+            group.lower = group.frontier = lower
+            for stripe in stripes:
+                self.check_ceiling(len(stripe))
+                offset = index * self.layout.slot_stride + group.frontier
+                made = []
+                for where, extent in zip(group.ranges, stripe, strict=True):
+                    made += self.map_extents(index, self.reservations[where], offset, [extent])
+                    self.pool.take_over(extent)
+                slot.push(group, [made])
         self.publish(index)
 
     def stop(self, index: int) -> None:

@@ -6,7 +6,7 @@ import bisect
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 
 from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, KVCacheOutOfMemory, MemoryQuarantined
@@ -57,6 +57,8 @@ class ExtentPool:
         self.free_bytes = 0
         self.held_bytes = 0
         self.quarantine: list[Extent] = []
+        self.before_reuse: Callable[[], None] | None = None
+        """Called before extents that were in use may be used by others, or given back to the driver."""
         self._targets: Counter[int] = Counter()
         self._filling: set[int] = set()
 
@@ -160,6 +162,8 @@ class ExtentPool:
 
     def release(self, extents: Iterable[Extent]) -> None:
         """Take extents back; they must be unmapped, and are free then."""
+        if self.before_reuse is not None:
+            self.before_reuse()
         for extent in extents:
             if extent.mappings:
                 raise InvariantViolation(
@@ -173,6 +177,10 @@ class ExtentPool:
     def free_extents(self) -> list[Extent]:
         """Extents that nobody uses, in creation order within a class."""
         return [extent for free in self._free.values() for extent in free]
+
+    def take_over(self, extent: Extent) -> None:
+        """An extent that was not created here is in use."""
+        self.held_bytes += extent.size
 
     def set_targets(self, targets: Mapping[int, int]) -> None:
         """How many free extents of each class `create_one` shall keep, for prompts to come: `acquire` gives them to

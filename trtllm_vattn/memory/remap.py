@@ -218,6 +218,7 @@ def _replace(arena: Arena, index: int, group: RangeGroup, first: int, copy: Copy
     for extent in old:
         arena.decref(extent)
     group.stripes[first:] = [list(stripe) for stripe in zip(*made, strict=True)]
+    arena.publish(index)
     arena.release_unmapped(old)
     return len(made) * len(made[0])
 

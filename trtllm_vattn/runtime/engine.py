@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
@@ -75,6 +75,7 @@ from trtllm_vattn.runtime.speculation import Speculation
 from trtllm_vattn.runtime.speculation_draft import DraftModel, check_draft_model
 from trtllm_vattn.runtime.startup import StartupReport, memory_left
 from trtllm_vattn.runtime.step_model import StepModel
+from trtllm_vattn.runtime.survival import Survival
 from trtllm_vattn.runtime.swap_cost import SwapCost
 from trtllm_vattn.runtime.text import bad_word_ids, check_tokenizer, text_for
 from trtllm_vattn.runtime.tokens import TokenIds, token_ids
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from trtllm_vattn.runtime.parallel.ranks import Ranks
+    from trtllm_vattn.tenancy.journal import State
 
 logger = logging.getLogger(__name__)
 
@@ -323,9 +325,10 @@ class Engine:
         self._read_at = 0.0
         self._events: list[TokenEvent] = []
         """Not delivered yet. An event is put here before its token is in the request's output."""
-        self._ids = itertools.count()
+        self._ids: Iterator[int] = itertools.count()
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size, self._end_of_text) if tokenizer else None
         self._closed = False
+        self._survival: Survival | None = None
         self.startup = StartupReport()
         with ExitStack() as undo:
             draft_model = self._make_draft_model(settings)
@@ -581,7 +584,7 @@ class Engine:
         check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key not in OBJECTS})
         policy_of_tokens = options.get("compression")
         check_policy(policy_of_tokens)
-        tenancy = check_broker(broker, cache, tensor_parallel, options.get("speculation"))
+        tenancy = check_broker(broker, cache, tensor_parallel, options)
         if policy_of_tokens is not None and cache != "vattn":
             raise ConfigError(f"compression is for the vattn cache; the cache asked for is {cache!r}")
         if not isinstance(tensor_parallel, int) or tensor_parallel != 1:
@@ -595,6 +598,7 @@ class Engine:
             return cast("Self", _on_ranks(tensor_parallel, model, device, dtype, given))
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING and policy_of_tokens is None
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
+        left: State | None = None
         with ExitStack() as undo:
             probe = undo.enter_context(start_policy_probe(device, mapping))
             started = perf_counter()
@@ -613,7 +617,7 @@ class Engine:
                 idle["heads_per_range"] = 1 if policy_of_tokens.by_head else None
                 idle["layers_per_range"] = 1 if policy_of_tokens.by_layer else None
             if tenancy is not None:
-                made = make_borrowing_cache(tenancy, cache, shape, device, policy, idle)
+                made, left = make_borrowing_cache(tenancy, cache, shape, device, policy, idle)
             else:
                 driver = policy.wrap(open_driver(device)) if later else None
                 made = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle)
@@ -626,6 +630,9 @@ class Engine:
             options["tokenizer"] = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
             engine = cls(loaded, made, mapping=policy, **options)
             undo.callback(engine.close)
+            if left is not None:
+                engine._survival = Survival(engine.scheduler, made, left)
+                engine._ids = engine._survival.numbers()
             if later and tenancy is None:
                 engine.set_budget(engine._budget_left() if budget is None else budget)
             undo.pop_all()
@@ -693,6 +700,8 @@ class Engine:
         if not self.busy:  # it costs as much as there are weights
             self._check_weights()
         request = self._request(prompt, params, forced)
+        if self._survival is not None:
+            self._survival.check(request)
         request.priority = whole("priority", priority, -LARGEST_COUNT, LARGEST_COUNT)
         if deadline_s is not None:
             if finite("deadline_s", deadline_s) <= 0:
@@ -702,6 +711,8 @@ class Engine:
         try:
             for each in samples:
                 self.scheduler.add(each)
+            if self._survival is not None:
+                self._survival.added(request)
             return request.id
         except BaseException:
             for each in samples:
@@ -730,6 +741,8 @@ class Engine:
             It can never fit.
         """
         self._check_open()
+        if self._survival is not None:
+            raise ConfigError("a request that outlives its process cannot be forked; submit another")
         if self.compression is not None:
             raise ConfigError("a request whose tokens are evicted cannot be forked; leave compression out, or submit")
         number = whole("request", request, 0, LARGEST_COUNT)
@@ -994,6 +1007,8 @@ class Engine:
         if self.sleeping.is_asleep:
             self.sleeping.require_awake()
         self.weights.require_current()
+        if self._survival is not None:
+            self._survival.begin_step(delivered=not self._events)
         while self.cache.follow_budget() and self.scheduler.holders:
             with self._changing:
                 self.scheduler.preempt_youngest()
@@ -1005,6 +1020,8 @@ class Engine:
             launch = self.pipeline.start()
             record = None if launch is None else self._commit(launch, started)
             self.scheduler.release_ended()
+        if self._survival is not None:
+            self._survival.write()
         self._report_demand(waits=launch is None)
         if record is not None and self.observer is not None:
             self.observer(record)
@@ -1098,6 +1115,8 @@ class Engine:
         """What an event says becomes part of the request's record; it ends, where the event is its last. Of its newest
         event it may be done again, where it was interrupted."""
         request.note(event)
+        if self._survival is not None:
+            self._survival.noted(event)
         if event.finish_reason:
             request.error, request.finish_reason = event.error, event.finish_reason
             self.scheduler.end(request)
@@ -1272,6 +1291,31 @@ class Engine:
         """Bytes: what is on the device now, by whose they are, and in host memory."""
         self._check_process()
         return self.sleeping.report()
+
+    def survivors(self, received: Mapping[int, int] | None = None) -> dict[int, list[int]]:
+        """The tokens so far of each request that the process before this one left (`TenantConfig.keep_s`), by its
+        number, which it keeps; before the first step. They go on from there.
+
+        Parameters
+        ----------
+        received : mapping of int to int, or None
+            How many tokens of each the consumer has; what is behind them comes again by events, before others, and
+            nothing that it has comes twice. None: it has all.
+
+        Raises ConfigError where nothing outlives a process, where steps were taken, or for more tokens than there are.
+        """
+        self._check_open()
+        if self._survival is None:
+            raise ConfigError("nothing outlives this engine's process; build it with broker=TenantConfig(keep_s=...)")
+        with self._changing:
+            self._events = [*self._survival.events(received), *self._events]
+        return self._survival.tokens()
+
+    @property
+    def prefilled_again(self) -> int:
+        """Requests that had tokens when they were taken over from another process, and whose keys and values had to be
+        computed again."""
+        return 0 if self._survival is None else self._survival.prefilled_again
 
     # -- weights ---------------------------------------------------------------------------------------------------
 

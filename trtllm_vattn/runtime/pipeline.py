@@ -103,6 +103,8 @@ class Pipeline:
         self.kv_s += perf_counter() - started
         if plan is None:
             return None
+        # What the launch writes into is noted to be its sequences' before.
+        self.scheduler.cache.note_placements()
         launch = self.passes.launch(plan) if plan.chunks else self.scheduler.decode.launch(plan.steps, plan.drafts)
         self.kv_s += launch.guard_s
         self.scheduler.launched(plan)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from trtllm_vattn.memory.lifetime import CacheMemory
 from trtllm_vattn.memory.slot import RUNNING
 from trtllm_vattn.sizes import MOST
+
+if TYPE_CHECKING:
+    from trtllm_vattn.tenancy.journal import Journal
 
 REPORT_S = 0.01
 """Seconds between two looks at what is needed: a look costs some microseconds a running slot."""
@@ -49,6 +52,17 @@ class Lender(Protocol):
     def close(self) -> None: ...
 
 
+class Keeper(Protocol):
+    """What knows the leases of handles (`tenant.BrokerDriver`), of a tenant whose leases outlive its process."""
+
+    @property
+    def journal(self) -> Journal: ...
+
+    def take_over(self, lease: int, size: int) -> int: ...
+
+    def lease_of(self, handle: int) -> int: ...
+
+
 class Borrowing:
     """What one cache owes and may take.
 
@@ -67,8 +81,8 @@ class Borrowing:
         Bytes that were left when less was asked for, and could not be given back; 0 where nothing is owed.
     """
 
-    def __init__(self, tenant: Lender, memory: CacheMemory, beside: bool) -> None:
-        self.tenant, self._memory = tenant, memory
+    def __init__(self, tenant: Lender, memory: CacheMemory, beside: bool, keeper: Keeper | None = None) -> None:
+        self.tenant, self._memory, self.keeper = tenant, memory, keeper
         self.own, self.stuck = MOST, 0
         self.is_changing = self.is_giving_back = False
         self._reported = -REPORT_S

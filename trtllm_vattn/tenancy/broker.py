@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import selectors
 import signal
 import socket
@@ -23,6 +24,7 @@ from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory
 from trtllm_vattn.tenancy import protocol as say
 from trtllm_vattn.tenancy.beside import DeviceProcesses
 from trtllm_vattn.tenancy.books import Account, Books, Limits
+from trtllm_vattn.tenancy.journal import SIZE as JOURNAL_SIZE
 from trtllm_vattn.tenancy.page import (
     ASLEEP,
     BROKER_ENDED,
@@ -79,6 +81,10 @@ class Tenancy:
     is_asleep: bool = False
     is_told: bool = False
     """Whether it was logged that it is overdue."""
+    keep_s: float = 0.0
+    kept_until: float | None = None
+    """Until when its leases outlive its process, which has ended."""
+    journal: int | None = None
 
 
 class Broker:
@@ -146,9 +152,13 @@ class Broker:
 
     def answer(self, timeout_s: float | None) -> bool:
         """Wait for something to do, so many seconds at most, and do it; False where it was told to stop."""
-        owed = any(each.account.debts for each in self.tenants.values())
+        # What a lost tenant holds is owed by nobody who could pay.
+        owed = any(each.account.debts and not each.account.is_lost for each in self.tenants.values())
         if owed and (timeout_s is None or timeout_s > LOOK_AGAIN_S):
             timeout_s = LOOK_AGAIN_S
+        if kept := [each.kept_until for each in self.tenants.values() if each.kept_until is not None]:
+            left = max(0.0, min(kept) - self.clock())
+            timeout_s = left if timeout_s is None else min(timeout_s, left)
         for key, _ in self._selector.select(timeout_s):
             if key.data is None:
                 return False
@@ -157,6 +167,10 @@ class Broker:
                 key.data()
         if owed:
             self._look_at_debtors()
+        for tenant in list(self.tenants.values()):
+            if tenant.kept_until is not None and tenant.kept_until <= self.clock():
+                logger.info("tenant %s: nobody took over what it left", tenant.name)
+                self.bury(tenant)
         return True
 
     def _accept(self) -> None:
@@ -257,6 +271,10 @@ class Broker:
         if isinstance(request, say.Release):
             self.books.take_back(tenant.name, request.lease, self.clock())
             self._drop(tenant, request.lease)
+        elif isinstance(request, say.Fetch):
+            if request.lease not in tenant.handles:
+                raise ConfigError(f"tenant {shown(tenant.name)} has no lease {request.lease}")
+            return say.Lent(request.lease), [self.driver.export_handle(tenant.handles[request.lease])]
         elif isinstance(request, say.Need):
             self.books.need(tenant.name, request.least, self.clock())
         else:
@@ -274,6 +292,7 @@ class Broker:
         if connection.pid == 0:
             text = "the tenant's process is in a namespace of processes that the broker does not see; run both in one"
             return self._refuse("config", text), []
+        before = self._predecessor(connection, hello)
         with ExitStack() as undo:
             process = os.pidfd_open(connection.pid)
             undo.callback(os.close, process)
@@ -283,18 +302,49 @@ class Broker:
             undo.callback(os.close, nudge)
             page = Page(page_file)
             undo.callback(page.close)
-            asked = Limits(hello.floor, hello.ceiling, hello.priority)
-            account = self.books.join(hello.name, asked, self.clock())
+            journal = None if before is None else before.journal
+            if journal is None and hello.keep_s:
+                journal = sealed_memory("vattn-journal", JOURNAL_SIZE)
+                undo.callback(os.close, journal)
+            if before is None:
+                asked = Limits(hello.floor, hello.ceiling, hello.priority)
+                account = self.books.join(hello.name, asked, self.clock())
+            else:
+                account = before.account
+                self.books.find(hello.name, self.clock())
             undo.pop_all()
         tenant = Tenancy(hello.name, connection.pid, connection.uid, account, process, page_file, page, nudge)
+        tenant.keep_s, tenant.journal = hello.keep_s, journal
+        if before is not None:
+            tenant.handles, tenant.inodes = before.handles, before.inodes
+            self._forget(before)
         self.tenants[hello.name] = connection.tenant = tenant
-        self._selector.register(process, selectors.EVENT_READ, lambda: self.bury(tenant))
+        self._selector.register(process, selectors.EVENT_READ, lambda: self._end_process(tenant))
         logger.info("tenant %s: process %d of user %d", tenant.name, tenant.pid, tenant.uid)
-        books = self.books
+        leases = list(account.leases.items())
         return (
-            say.Welcome(say.VERSION, self.driver.granularity(), books.memory, books.deadline_s),
-            [page_file, nudge],
+            say.Welcome(say.VERSION, self.driver.granularity(), self.books.memory, self.books.deadline_s, leases),
+            [page_file, nudge, *([] if journal is None else [journal])],
         )
+
+    def _predecessor(self, connection: Connection, hello: say.Hello) -> Tenancy | None:
+        """The tenant of this name whose process has ended, and whose leases this one goes on with. Raises ConfigError
+        where they are another user's."""
+        tenant = self.tenants.get(hello.name)
+        if tenant is None:
+            return None
+        if tenant.kept_until is None and select.select([tenant.process], [], [], 0)[0]:
+            # It has ended a moment ago, and its turn has not come.
+            self._end_process(tenant)
+            tenant = self.tenants.get(hello.name)
+        if tenant is None or tenant.kept_until is None:
+            return None
+        if tenant.uid != connection.uid:
+            raise ConfigError(f"what tenant {hello.name!r} left is kept for user {tenant.uid}")
+        if not hello.keep_s:
+            self.bury(tenant)
+            return None
+        return tenant
 
     def _create(self, tenant: Tenancy, size: int) -> tuple[say.Answer, list[int]]:
         granularity = self.driver.granularity()
@@ -352,6 +402,8 @@ class Broker:
     def _publish(self) -> None:
         """Write each tenant's page anew where its numbers changed, and wake who has to give back, or waited."""
         for tenant in self.tenants.values():
+            if tenant.kept_until is not None:
+                continue
             account = tenant.account
             now = (account.budget, account.share, account.needs, self.books.ceiling_of(account))
             if now != tenant.published:
@@ -374,7 +426,7 @@ class Broker:
             if tenant.account.debts and not tenant.account.is_lost:
                 self._hear(tenant)
         for tenant in list(self.tenants.values()):
-            if not tenant.account.is_overdue(now):
+            if tenant.kept_until is not None or not tenant.account.is_overdue(now):
                 tenant.is_told = False
             elif not tenant.is_told:
                 tenant.is_told = True
@@ -406,18 +458,39 @@ class Broker:
         else:
             self.bury(tenant)
 
-    def bury(self, tenant: Tenancy) -> None:
-        """A tenant's process has ended, and the system took what it had mapped; or it left with nothing."""
+    def _end_process(self, tenant: Tenancy) -> None:
+        """A tenant's process has ended, and the system took what it had mapped."""
+        if not tenant.keep_s or not tenant.handles:
+            self.bury(tenant)
+            return
+        self._disconnect(tenant)
+        self._selector.unregister(tenant.process)
+        tenant.kept_until = self.clock() + tenant.keep_s
+        self.books.lose(tenant.name, self.clock())
+        logger.info("tenant %s ended; what it was lent is kept for %g s", tenant.name, tenant.keep_s)
+        self._publish()
+
+    def _disconnect(self, tenant: Tenancy) -> None:
         for connection in [each for each in self._connections if each.tenant is tenant]:
             connection.tenant = None
             self._hang_up(connection)
-        self._selector.unregister(tenant.process)
+
+    def bury(self, tenant: Tenancy) -> None:
+        """Nothing is lent to a tenant any more: its process has ended, or it left with nothing."""
+        self._disconnect(tenant)
+        if tenant.kept_until is None:
+            self._selector.unregister(tenant.process)
         for lease in self.books.leave(tenant.name, self.clock()):
             self._drop(tenant, lease)
+        if tenant.journal is not None:
+            os.close(tenant.journal)
+        self._forget(tenant)
+        self._publish()
+
+    def _forget(self, tenant: Tenancy) -> None:
         del self.tenants[tenant.name]
         tenant.page.close()
         say.close_all([tenant.process, tenant.page_file, tenant.nudge])
-        self._publish()
 
     def standing(self) -> say.Standing:
         """What is lent to whom."""
@@ -427,7 +500,17 @@ class Broker:
             account = tenant.account
             limits, overdue = account.limits, account.is_overdue(now)
             late = max((now - due for due, most in account.debts if account.held > most), default=0.0)
-            state = "lost" if account.is_lost else "overdue" if overdue else "owing" if account.debts else "serving"
+            state = (
+                "kept"
+                if tenant.kept_until is not None
+                else "lost"
+                if account.is_lost
+                else "overdue"
+                if overdue
+                else "owing"
+                if account.debts
+                else "serving"
+            )
             if state == "serving" and tenant.is_asleep:
                 state = "asleep"
             tenants.append(

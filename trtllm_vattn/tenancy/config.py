@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.sizes import parse_bytes
-from trtllm_vattn.values import described, shown, whole
+from trtllm_vattn.values import described, finite, shown, whole
 
 _NAME = re.compile(r"[A-Za-z0-9._:@+-]{1,200}")
 
@@ -29,6 +29,9 @@ class TenantConfig:
         that the broker's operator set for the name hold instead.
     priority : int
         Tenants of higher priority get first what is beyond floors.
+    keep_s : float
+        Seconds for which what the tenant was lent outlives its process, for the next one of the same name, with a
+        journal of what lies where; 0 keeps nothing.
 
     Raises
     ------
@@ -41,6 +44,7 @@ class TenantConfig:
     floor: int | str = 0
     ceiling: int | str | None = None
     priority: int = 0
+    keep_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | os.PathLike) or not str(self.path):
@@ -52,3 +56,7 @@ class TenantConfig:
         if self.ceiling is not None:
             object.__setattr__(self, "ceiling", parse_bytes(self.ceiling, "ceiling"))
         whole("priority", self.priority, -1000, 1000)
+        if not 0 <= finite("keep_s", self.keep_s) <= 1e6:
+            raise ConfigError(f"keep_s is {self.keep_s}; it is a number of seconds from 0 to 1,000,000")
+        if self.keep_s and self.name is None:
+            raise ConfigError("what outlives a process is found by its tenant's name; give one, or leave keep_s out")

@@ -25,6 +25,7 @@ MOST_DESCRIPTORS = 4
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
 Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9._:@+-]+$")]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
 Priority = Annotated[int, msgspec.Meta(ge=-1000, le=1000)]
 
 
@@ -36,7 +37,8 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.l
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """A process becomes a tenant. Whose it is says the socket (SO_PEERCRED), not the message."""
+    """A process becomes a tenant. Whose it is says the socket (SO_PEERCRED), not the message. With `keep_s`, what it is
+    lent outlives its process for so many seconds, for the next one of the same name and user."""
 
     version: int
     name: Name
@@ -44,6 +46,7 @@ class Hello(Message, frozen=True, tag="hello"):
     ceiling: Bytes | None = None
     priority: Priority = 0
     device: str = ""
+    keep_s: Seconds = 0.0
 
 
 class Create(Message, frozen=True, tag="create"):
@@ -54,6 +57,12 @@ class Create(Message, frozen=True, tag="create"):
 
 class Release(Message, frozen=True, tag="release"):
     """The tenant has unmapped and released a lease."""
+
+    lease: Number
+
+
+class Fetch(Message, frozen=True, tag="fetch"):
+    """Give a lease's descriptor again, to a tenant whose process before had it."""
 
     lease: Number
 
@@ -88,18 +97,20 @@ class SetAsleep(Message, frozen=True, tag="asleep"):
     asleep: bool
 
 
-Request = Hello | Create | Release | Need | Report | Status | SetLimits | SetAsleep
+Request = Hello | Create | Release | Fetch | Need | Report | Status | SetLimits | SetAsleep
 
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """Comes with two descriptors: the tenant's page, and an eventfd that wakes it where it owes memory."""
+    """Comes with two descriptors, the tenant's page and an eventfd that wakes it where it owes memory, and with a
+    journal's where leases outlive its process. `leases` and their bytes are those that the process before it had."""
 
     version: int
     granularity: int
     memory: int
     deadline_s: float
+    leases: list[tuple[int, int]] = []
 
 
 class Lent(Message, frozen=True, tag="lent"):
@@ -136,7 +147,7 @@ class TenantStatus(msgspec.Struct, frozen=True):
     wants: int
     share: int
     budget: int
-    state: Literal["serving", "asleep", "owing", "overdue", "lost"]
+    state: Literal["serving", "asleep", "owing", "overdue", "lost", "kept"]
     overdue_s: float
     beside_bytes: int | None
 

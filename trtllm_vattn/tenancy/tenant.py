@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 from trtllm_vattn.errors import BrokerLost, ConfigError, DriverError, WrongProcess
 from trtllm_vattn.tenancy import protocol as say
 from trtllm_vattn.tenancy.config import TenantConfig
+from trtllm_vattn.tenancy.journal import Journal
 from trtllm_vattn.tenancy.page import (
     ASLEEP,
     BROKER_ENDED,
@@ -163,18 +164,20 @@ class Tenant(Client):
             config.ceiling,  # type: ignore[arg-type]
             config.priority,
             device,
+            float(config.keep_s),
         )
         descriptors: list[int] = []
         try:
             answer, descriptors = self.ask(hello)
             self.welcome = _check(answer, say.Welcome)
             self.page = Page(descriptors[0])
+            self.journal = None if not config.keep_s else Journal(descriptors[2])
         except BaseException:
             self.close()
             say.close_all(descriptors)
             raise
-        os.close(descriptors[0])
-        self.held = 0
+        say.close_all([descriptors[0], *descriptors[2:]])
+        self.held = sum(size for _, size in self.welcome.leases)
         self._watch = _Watch(descriptors[1], self.page)
 
     @property
@@ -241,6 +244,17 @@ class Tenant(Client):
             else:
                 self.wait_for(self.held + size, until - monotonic())
 
+    def fetch(self, lease: int) -> int:
+        """The descriptor of a lease that the process before this one had; the caller's. Raises DriverError."""
+        try:
+            answer, descriptors = self.ask(say.Fetch(lease))
+        except BrokerLost as error:
+            raise DriverError("CUDA_ERROR_OUT_OF_MEMORY", "fetch", (lease,), str(error)) from error
+        if isinstance(answer, say.Lent) and len(descriptors) == 1:
+            return descriptors[0]
+        say.close_all(descriptors)
+        raise DriverError("CUDA_ERROR_INVALID_HANDLE", "fetch", (lease,), getattr(answer, "message", "no memory came"))
+
     def release(self, lease: int, size: int) -> None:
         """Give a lease back, which is mapped nowhere here and whose handle is released."""
         self.held -= size
@@ -276,6 +290,8 @@ class Tenant(Client):
         super().close()
         if hasattr(self, "_watch"):
             self._watch.close()
+            if self.journal is not None:
+                self.journal.close()
 
 
 class _Watch:
@@ -374,6 +390,27 @@ class BrokerDriver(WrappedDriver):
             os.close(descriptor)
         self.leases[handle] = lease, size
         return handle
+
+    def take_over(self, lease: int, size: int) -> int:
+        """A handle of a lease that the process before this one had. Raises DriverError."""
+        descriptor = self.tenant.fetch(lease)
+        try:
+            handle = self.inner.import_fd(descriptor, size)
+        finally:
+            os.close(descriptor)
+        self.leases[handle] = lease, size
+        return handle
+
+    @property
+    def journal(self) -> Journal:
+        """Of the tenant. Raises ConfigError where nothing outlives its process."""
+        if self.tenant.journal is None:
+            raise ConfigError("what this tenant is lent does not outlive its process; give TenantConfig(keep_s=...)")
+        return self.tenant.journal
+
+    def lease_of(self, handle: int) -> int:
+        """The lease of a handle."""
+        return self.leases[handle][0]
 
     def release(self, handle: int) -> None:
         self.inner.release(handle)

@@ -55,15 +55,16 @@ class RollbackFailed(DriverError):
 class Extent:
     """Physical memory: one driver handle of `size` bytes. `mappings` counts where it is mapped now.
 
-    `serial` grows with creation, as near to physical order as a user can see.
+    `serial` grows with creation, as near to physical order as a user can see. With `handle` it owns that one, of so
+    many bytes, in place of a new one.
     """
 
     __slots__ = ("_driver", "_open", "handle", "mappings", "serial", "size")
     _serials = itertools.count()
 
-    def __init__(self, driver: Driver, size: int) -> None:
+    def __init__(self, driver: Driver, size: int, handle: int | None = None) -> None:
         self._open = 0
-        self.handle = driver.create(size)
+        self.handle = driver.create(size) if handle is None else handle
         self._driver, self.size, self.mappings = driver, size, 0
         self.serial = next(self._serials)
         self._open = _Process.id
