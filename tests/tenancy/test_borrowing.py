@@ -151,6 +151,37 @@ def test_who_sleeps_holds_nothing_and_wakes_with_others_memory(
     assert tokens(one) == alone
 
 
+def test_models_take_turns_with_all_the_memory_by_the_brokers_word(
+    lent: Broker, pair: tuple[Engine, Engine], alone: list[list[int]]
+) -> None:
+    one, two = pair
+    numbers = [one.submit(prompt, PARAMS) for prompt in PROMPTS]
+    found: dict[int, list[int | None]] = {number: [] for number in numbers}
+
+    def take(made: Engine) -> None:
+        for event in made.step():
+            found[event.request].append(event.token)
+
+    while min(map(len, found.values())) < 2:
+        take(one)
+    with Client(lent.path) as client:
+        client.do(say.SetAsleep("one", True))
+        take(one)
+        assert standing(lent)["one"].state == "asleep"
+        assert standing(lent)["one"].lent == 0
+        assert tokens(two) == alone
+        # Its requests wait, and steps do nothing until it is woken.
+        assert one.busy
+        before = {number: len(each) for number, each in found.items()}
+        for _ in range(3):
+            take(one)
+        assert before == {number: len(each) for number, each in found.items()}
+        client.do(say.SetAsleep("one", False))
+    while one.busy:
+        take(one)
+    assert list(found.values()) == alone
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -183,5 +214,10 @@ def test_engines_of_a_broker_that_ended_go_on_with_what_they_hold(tmp_path: Path
         made = engine(broker, "one")
         assert tokens(made) == alone
     assert not made.cache.waits_for_memory
-    assert tokens(made) == alone
+    # Extents of a size that is not there cannot be had any more: who needs one ends with an error that says so.
+    for completion, expected in zip(made.generate(PROMPTS, PARAMS), alone, strict=True):
+        assert completion.tokens == expected or (completion.finish_reason == "error" and completion.error)
+        if completion.error:
+            assert "no memory" in completion.error or "outgrew" in completion.error
+    made.cache.check_integrity()
     made.close()

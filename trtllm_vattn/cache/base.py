@@ -435,6 +435,11 @@ class KVCache(ABC):
         """Note something else in the journal, if there is one."""
 
     @property
+    def asked_to_sleep(self) -> bool:
+        """Whether the operator of a broker, whose the memory is, wants it all back until further notice."""
+        return False
+
+    @property
     def waits_for_memory(self) -> bool:
         """Whether memory that is short now may come later, from others whom it was lent to: nobody fails for it."""
         return False

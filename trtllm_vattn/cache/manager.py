@@ -502,6 +502,10 @@ class KVCacheManager(SlottedCache):
             self.arena.changed.add(slot)
 
     @property
+    def asked_to_sleep(self) -> bool:
+        return self._borrowing is not None and self._borrowing.tenant.asked_to_sleep
+
+    @property
     def waits_for_memory(self) -> bool:
         return self._borrowing is not None and not self._borrowing.tenant.broker_has_ended
 

@@ -28,6 +28,7 @@ from trtllm_vattn.errors import (
     CacheInterrupted,
     ConfigError,
     EngineClosed,
+    HostMemoryFull,
     KVCacheOutOfMemory,
     VattnError,
     WrongProcess,
@@ -329,6 +330,7 @@ class Engine:
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size, self._end_of_text) if tokenizer else None
         self._closed = False
         self._survival: Survival | None = None
+        self._sleeps_for_broker = False
         self.startup = StartupReport()
         with ExitStack() as undo:
             draft_model = self._make_draft_model(settings)
@@ -1004,6 +1006,9 @@ class Engine:
     def _step(self) -> None:
         """One step, whose events are put to the others: plan and launch (`Pipeline`), and commit."""
         self._check_open()
+        if (self.cache.asked_to_sleep or self._sleeps_for_broker) and self._obey():
+            self.cache.wait_for_memory(MEMORY_WAIT_S)
+            return
         if self.sleeping.is_asleep:
             self.sleeping.require_awake()
         self.weights.require_current()
@@ -1025,6 +1030,21 @@ class Engine:
         self._report_demand(waits=launch is None)
         if record is not None and self.observer is not None:
             self.observer(record)
+
+    def _obey(self) -> bool:
+        """Sleep or wake by the word of a broker's operator; returns whether the engine sleeps by it. Keys and values go
+        to host memory, or are computed anew where that has no room; weights go there where they can."""
+        if not self.cache.asked_to_sleep:
+            self.wake()
+            self._sleeps_for_broker = False
+        elif not self.sleeping.is_asleep:
+            weights: Literal["keep", "host"] = "keep" if self.sleeping.weights is None else "host"
+            try:
+                self.sleep(kv="keep", weights=weights)
+            except HostMemoryFull:
+                self.sleep(kv="drop", weights=weights)
+            self._sleeps_for_broker = True
+        return self._sleeps_for_broker
 
     def _report_demand(self, waits: bool) -> None:
         """Where the memory is a broker's, tell it what is needed, and leave it a moment where nothing can run."""

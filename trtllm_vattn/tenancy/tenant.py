@@ -202,7 +202,7 @@ class Tenant(Client):
     @property
     def asked_to_sleep(self) -> bool:
         """Whether the broker's operator wants this tenant to sleep."""
-        return bool(self.page[ASLEEP])
+        return bool(self.page[ASLEEP]) and not self.broker_has_ended
 
     @property
     def broker_has_ended(self) -> bool:
