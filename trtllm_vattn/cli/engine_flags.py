@@ -24,6 +24,8 @@ def add_engine(parser: argparse.ArgumentParser, max_seqs: int) -> None:
     add("--target-itl-ms", type=amount, metavar="MILLISECONDS", help=text)
     add("--no-prefix-cache", action="store_true", help="keep nothing of ended requests for prompts that begin alike")
     add("--deterministic", action="store_true", help="one kernel of attention for all batches")
+    text = "processes, each with a GPU, that the model is divided over (default: those of torchrun, or 1)"
+    add("--tensor-parallel", type=positive, metavar="RANKS", help=text)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -38,4 +40,5 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "target_itl_ms": args.target_itl_ms,
         "prefix_cache": False if args.no_prefix_cache else None,
         "deterministic": args.deterministic,
+        "tensor_parallel": args.tensor_parallel or 1,
     }
