@@ -177,7 +177,7 @@ def ranks(make: Make, fake: SimpleNamespace) -> list[Any]:
         # What the stock constructor agreed on with the other rank.
         type(manager).other_ranks_blocks = 40
         check_executor(executor, TrtllmConfig())
-        submit(executor, fake, 8)
+        submit(executor, fake, 12)
         made.append(executor)
     return made
 
@@ -210,7 +210,7 @@ def test_ranks_change_their_budget_at_the_same_step_to_the_least(ranks: list[Any
             first.set_budget(first.slots.budget_for(11))
             second.set_budget(second.slots.budget_for(9))
             assert second.target == before
-        if step == 24:
+        if step == 40:
             first.set_budget(first.slots.budget_for(30))
 
     lives = lives_of(ranks, ask)
@@ -220,7 +220,7 @@ def test_ranks_change_their_budget_at_the_same_step_to_the_least(ranks: list[Any
     assert counted.index(9) > 9
     assert counted[-1] == 30
     assert [each.slots.blocks_backed_by(each.target) for each in (first, second)] == [30, 30]
-    assert [len(each.finished) for each in ranks] == [8, 8]
+    assert [len(each.finished) for each in ranks] == [12, 12]
 
 
 def test_a_budget_that_one_rank_cannot_change_stays_on_all(
@@ -245,7 +245,7 @@ def test_a_budget_that_one_rank_cannot_change_stays_on_all(
     assert not failures
     assert lives[0] == lives[1]
     assert [(each.target, each.promised_blocks) for each in (first, second)] == before
-    assert [len(each.finished) for each in ranks] == [8, 8]
+    assert [len(each.finished) for each in ranks] == [12, 12]
     assert "rank 1: DriverError" in caplog.text
 
 
