@@ -33,8 +33,8 @@ from trtllm_vattn.memory.layout import round_up
 from trtllm_vattn.runtime.parallel import Ranks, size_of_torchrun
 from trtllm_vattn.table import tabulate
 from trtllm_vattn.transfer import GroupLink, Link, Peer, RegisteringDriver, open_link
-from trtllm_vattn.transfer.links import nixl_installed
 from trtllm_vattn.transfer.pieces import Piece
+from trtllm_vattn.transfer.ucx import nixl_installed
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
@@ -345,6 +345,7 @@ class Sending:
             "descriptors_per_transfer": descriptors / done,
             "registrations": side.driver.made,
             "deregistrations": side.driver.ended,
+            **{f"link_{name}": value for name, value in side.link.stats.items()},
         }
 
 
