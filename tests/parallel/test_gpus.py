@@ -34,3 +34,12 @@ def test_sequences_cross_from_one_gpu_to_the_other(tmp_path: Path) -> None:
     told = json.loads(output.read_text())["summary"]
     assert told["wrong_bytes"] == 0
     assert told["transfers"] == 50
+
+
+def test_memory_of_one_gpu_is_read_by_the_other(tmp_path: Path) -> None:
+    output = tmp_path / "peer.json"
+    assert main(["bench", "transfer", "--measure", "peer", "--output-json", str(output)]) == 0
+    told = json.loads(output.read_text())["summary"]
+    assert told["peer"] == "measured"
+    assert told["wrong_bytes"] == 0
+    assert told["peer_read_gb_s"] > 0

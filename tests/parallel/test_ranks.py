@@ -110,6 +110,17 @@ def test_the_benchmark_of_transfers_counts_descriptors_and_wrong_bytes(
     assert told["complete"]
 
 
+def test_what_peer_mapping_needs_is_said(
+    run_bench: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert run_bench("transfer", "--measure", "peer")["peer"] == "skipped: peer mapping needs two GPUs, and there are 1"
+    assert main(["bench", "transfer", "--device", "cpu", "--measure", "sequences,peer"]) == 2
+    assert "ask for it alone" in capsys.readouterr().err
+    assert main(["bench", "transfer", "--device", "cuda:0", "--link", "group"]) == 2
+    assert "NCCL refuses two processes on one GPU" in capsys.readouterr().err
+
+
 def test_each_rank_has_half_of_the_heads_at_its_own_addresses(ranks: Ranks, engine: Engine) -> None:
     assert looked_at.heads(engine) == (2, 1)
     assert ranks.call(looked_at.heads) == [(2, 1)]
