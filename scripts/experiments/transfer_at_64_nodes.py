@@ -60,6 +60,7 @@ INPUTS: dict[str, tuple[float, str, str]] = {
 STEP_MS = {1: 4.874, 8: 5.326, 32: 6.570, 64: 8.588, 128: 13.140}
 """Decode steps by sequences of 2,048 tokens; measured: one H200, scripts/results/h200/graph_vllm.json."""
 STEP_CONTEXT = 2_048
+STEP_S = [1e-3 * float(np.interp(sequences, list(STEP_MS), list(STEP_MS.values()))) for sequences in range(129)]
 COLORS = ("#1f77b4", "#d62728", "#2ca02c")
 
 
@@ -107,9 +108,8 @@ def transfer_s(tokens: int, layout: str, costs: dict[str, float]) -> tuple[float
 
 def step_s(sequences: int, tokens: int, costs: dict[str, float]) -> float:
     """Seconds of a decode step of so many sequences with so many tokens together."""
-    base = float(np.interp(sequences, list(STEP_MS), list(STEP_MS.values()))) * 1e-3
     more = (tokens - sequences * STEP_CONTEXT) * costs["kv_bytes"] / (costs["kv_read_gb_s"] * 1e9)
-    return max(base + more, STEP_MS[1] * 1e-3)
+    return max(STEP_S[sequences] + more, STEP_S[1])
 
 
 @dataclass
@@ -158,7 +158,7 @@ class Decode:
                 self.done.append((number, joined, (self.now - joined) / max(1, request.output_tokens - 1)))
 
     def _admit(self) -> None:
-        while self.waiting and self.waiting[0][0] <= self.now and len(self.ends) < max(STEP_MS):
+        while self.waiting and self.waiting[0][0] <= self.now and len(self.ends) < len(STEP_S) - 1:
             _, number, request = self.waiting[0]
             if self.tokens + request.prompt_tokens + request.output_tokens > self.costs["kv_capacity_tokens"]:
                 return
@@ -193,8 +193,8 @@ def simulate(
         end = max(start, float(at)) + request.prompt_tokens / costs["prefill_tokens_s"]
         heapq.heappush(free, (end, node))
         finished.append((end, number, node))
-    for end, number, node in sorted(finished):
-        two = random.integers(0, len(nodes), 2).tolist()
+    pairs = random.integers(0, len(nodes), (len(requests), 2)).tolist()
+    for (end, number, node), two in zip(sorted(finished), pairs, strict=True):
         for index in two:
             nodes[index].advance(end)
         to = min(two, key=lambda index: nodes[index].load)
@@ -333,7 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inputs["step_ms"] = {"value": STEP_MS, "unit": "ms by sequences", "source": "scripts/results/h200/graph_vllm.json"}
     if args.output_json:
         results = {"inputs": inputs, "runs": rows, "executed": False}
-        write(Result.of("transfer_at_64_nodes", args, results, told), args.output_json)
+        program = "python scripts/experiments/transfer_at_64_nodes.py"
+        write(Result.of("transfer_at_64_nodes", args, results, told, program), args.output_json)
     if args.plot:
         draw(rows, args.plot)
     return 0

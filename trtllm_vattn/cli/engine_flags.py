@@ -25,7 +25,7 @@ def add_engine(parser: argparse.ArgumentParser, max_seqs: int) -> None:
     add("--no-prefix-cache", action="store_true", help="keep nothing of ended requests for prompts that begin alike")
     add("--deterministic", action="store_true", help="one kernel of attention for all batches")
     text = "processes, each with a GPU, that the model is divided over (default: those of torchrun, or 1)"
-    add("--tensor-parallel", type=positive, metavar="RANKS", help=text)
+    add("--tensor-parallel", type=positive, metavar="COUNT", help=text)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
