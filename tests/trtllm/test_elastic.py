@@ -177,7 +177,8 @@ def ranks(make: Make, fake: SimpleNamespace) -> list[Any]:
         # What the stock constructor agreed on with the other rank.
         type(manager).other_ranks_blocks = 40
         check_executor(executor, TrtllmConfig())
-        submit(executor, fake, 12)
+        for number in range(12):
+            executor.submit(fake.managers.LlmRequest(number, 20 + number, 14))
         made.append(executor)
     return made
 
@@ -210,7 +211,7 @@ def test_ranks_change_their_budget_at_the_same_step_to_the_least(ranks: list[Any
             first.set_budget(first.slots.budget_for(11))
             second.set_budget(second.slots.budget_for(9))
             assert second.target == before
-        if step == 40:
+        if step == 33:
             first.set_budget(first.slots.budget_for(30))
 
     lives = lives_of(ranks, ask)

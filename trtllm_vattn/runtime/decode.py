@@ -550,11 +550,15 @@ class DecodeBatch:
 
     def feed(self, slot: int, forced: Sequence[int], prompt_len: int) -> None:
         """Have a slot's sequence take its next token from `forced`, the tokens behind its prompt."""
+        length = int(self.lengths[self.lane_of[slot]])
+        if length:
+            self.feed_token(slot, forced[length - prompt_len - 1])
+
+    def feed_token(self, slot: int, token: int) -> None:
+        """Have a slot's sequence take this token next."""
         lane = self.lane_of[slot]
-        if self.lengths[lane]:
-            self.tokens[lane] = forced[int(self.lengths[lane]) - prompt_len - 1]
-            self._source[lane] = -1
-            self._changed = True
+        self.tokens[lane], self._source[lane] = token, -1
+        self._changed = True
 
     def resend(self) -> None:
         """Have the device take all lanes from the host's arrays, which somebody changed, or which it is ahead of."""
