@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,7 +23,9 @@ from trtllm_vattn.transfer import HostLink, IpcLink, Peer, RegisteringDriver, op
 from trtllm_vattn.transfer.pieces import Piece
 from trtllm_vattn.transfer.sequences import pieces_of
 from trtllm_vattn.transfer.ucx import Ucx, check_ucx
+from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
+from trtllm_vattn.vmm.tensors import tensor_at
 from trtllm_vattn.vmm.wrappers import FaultyDriver
 
 SHAPE = CacheShape(num_layers=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, num_slots=3, max_seq_len=512)
@@ -365,6 +368,48 @@ def test_the_receiver_waits_for_what_ran_on_its_memory_before(pinned: Pair) -> N
         transfer(pinned, "a", "b")
     receiver.host.complete()
     assert receiver.cache.stats().sequences == 0
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gpu_is_written_through_a_descriptor() -> None:
+    driver = CudaDriver(exportable=True)
+    size, fd = driver.granularity(), -1
+    first, second = driver.reserve(size), driver.reserve(size)
+    handle = driver.create(size)
+    driver.map(first, size, handle)
+    driver.set_access(first, size)
+    try:
+        fd = driver.export_fd(first, size)
+        imported = driver.import_fd(fd, size)
+    finally:
+        os.close(fd)
+    driver.map(second, size, imported)
+    driver.set_access(second, size)
+    tensor_at(second, size, driver.device).fill_(7)
+    assert int((tensor_at(first, size, driver.device) == 7).sum()) == size
+    for address, its in ((second, imported), (first, handle)):
+        driver.unmap(address, size)
+        driver.release(its)
+        driver.free(address, size)
+
+
+def test_part_of_an_extent_is_not_exported(host_driver: HostDriver) -> None:
+    base, handle = host_driver.reserve(16384), host_driver.create(8192)
+    host_driver.map(base, 8192, handle)
+    with pytest.raises(DriverError, match="whole mappings"):
+        host_driver.export_fd(base, 4096)
+    other = host_driver.create(8192)
+    host_driver.map(base + 8192, 8192, other)
+    with pytest.raises(DriverError, match="2 mappings are there"):
+        host_driver.export_fd(base, 16384)
+    fd = host_driver.export_fd(base, 8192)
+    with pytest.raises(DriverError, match="it has 8,192 bytes"):
+        host_driver.import_fd(fd, 4096)
+    os.close(fd)
+    host_driver.unmap(base, 16384)
+    host_driver.release(handle)
+    host_driver.release(other)
+    host_driver.free(base, 16384)
 
 
 def test_a_link_is_opened_by_name(host_driver: HostDriver) -> None:

@@ -23,7 +23,7 @@ import secrets
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -92,7 +92,15 @@ class _Import:
             undo.callback(driver.unmap, self.here, size)
             driver.set_access(self.here, size)
             undo.pop_all()
-        self._left = [(driver.free, (self.here, size)), (driver.release, (handle,)), (driver.unmap, (self.here, size))]
+        self._left: list[tuple[Callable[..., None], tuple[int, ...]]] = [
+            (driver.free, (self.here, size)),
+            (driver.release, (handle,)),
+            (driver.unmap, (self.here, size)),
+        ]
+            (driver.free, (self.here, size)),
+            (driver.release, (handle,)),
+            (driver.unmap, (self.here, size)),
+        ]
 
     def close(self) -> None:
         """Unmap it. Raises DriverError; what was not done then is done by the next call."""
