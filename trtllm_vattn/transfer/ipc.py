@@ -97,10 +97,6 @@ class _Import:
             (driver.release, (handle,)),
             (driver.unmap, (self.here, size)),
         ]
-            (driver.free, (self.here, size)),
-            (driver.release, (handle,)),
-            (driver.unmap, (self.here, size)),
-        ]
 
     def close(self) -> None:
         """Unmap it. Raises DriverError; what was not done then is done by the next call."""
