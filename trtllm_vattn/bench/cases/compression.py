@@ -17,13 +17,15 @@ from transformers import PreTrainedModel
 from trtllm_vattn.arguments import chosen, positive
 from trtllm_vattn.attention.options import FP8
 from trtllm_vattn.bench.cases.eviction import eviction, returned
+from trtllm_vattn.bench.cases.needle import needle
 from trtllm_vattn.bench.harness.case import captured_graphs, conclude, vocab_of
 from trtllm_vattn.bench.harness.contenders import device_step_ms
-from trtllm_vattn.bench.harness.flags import add_attention, add_common, dtype_of
+from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_plot, dtype_of
 from trtllm_vattn.bench.harness.identity import compare
 from trtllm_vattn.bench.harness.lanes import empty_lanes, fill_lanes
 from trtllm_vattn.bench.harness.parts import Bench, Part, measure
 from trtllm_vattn.bench.harness.workload import TracedRun, run_traced
+from trtllm_vattn.bench.publish.compression import plot_compression
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
@@ -59,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench compression`."""
     gpu, add = add_common(parser), parser.add_argument
     add_attention(parser)
+    add_plot(parser)
     names = ", ".join(PARTS)
     add("--parts", type=parts, default=list(PARTS), metavar="NAME,...", help=f"what is measured, of {names}")
     text = "tokens that a window slides over"
@@ -92,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
         wrong.append("a policy keeps other tokens than the paper's rule computed in full")
     columns: dict[str, str | Callable[[Any], str]] = {"part": "part", "seconds": "seconds"}
     rows = [{"part": name, "seconds": seconds} for name, seconds in bench.seconds.items()]
-    return conclude("compression", args, bench.results(), summary, tabulate(rows, columns), wrong=wrong)
+    shown = tabulate(rows, columns)
+    return conclude("compression", args, bench.results(), summary, shown, plot_compression, wrong)
 
 
 # -- windows ---------------------------------------------------------------------------------------------------------
@@ -265,5 +269,6 @@ PARTS: dict[str, Part] = {
     "fp8": eight_bits,
     "returned": returned,
     "eviction": eviction,
+    "needle": needle,
 }
 """What is measured, by name."""
