@@ -19,7 +19,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import amount, non_negative, positive, size
-from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.case import Progress, conclude, model_of, vocab_of
 from trtllm_vattn.bench.harness.flags import (
     BUDGET,
     MAX_OUTPUT,
@@ -96,14 +96,14 @@ def run(args: argparse.Namespace) -> int:
     parts: list[tuple[str, Callable[..., dict[str, Any]]]] = [("gap", gap)]
     if args.requests:
         parts.append(("load", loaded))
-    rows = [
-        {"part": name, "target_itl_ms": target, "round": number, **measure(model, args, target)}
-        for name, measure in parts
-        for number in range(args.rounds)
-        for target in (None, args.target_itl_ms)
-    ]
-    for row in rows:
-        row["target_itl_ms"] = row["target_itl_ms"] or "none"
+    progress = Progress("stall", args)
+    rows: list[dict[str, Any]] = []
+    for name, measure in parts:
+        for number in range(args.rounds):
+            for target in (None, args.target_itl_ms):
+                found = measure(model, args, target)
+                rows.append({"part": name, "target_itl_ms": target or "none", "round": number, **found})
+                progress.found(f"{name} at target {rows[-1]['target_itl_ms']}", {"runs": rows}, {})
     shown = [
         tabulate([row for row in rows if row["part"] == part], columns)
         for part, columns in (("gap", COLUMNS), ("load", LOAD_COLUMNS))

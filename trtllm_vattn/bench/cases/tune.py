@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from trtllm_vattn.arguments import output_folder, positive
-from trtllm_vattn.bench.harness.case import conclude
+from trtllm_vattn.bench.harness.case import Progress, conclude
 from trtllm_vattn.bench.harness.contenders import Contest, take_turns
 from trtllm_vattn.bench.harness.flags import add_common, dtype_of
 from trtllm_vattn.bench.harness.timing import summarise
@@ -83,11 +83,13 @@ def run(args: argparse.Namespace) -> int:
     name = card_of(torch.device(args.device))
     rows: list[dict[str, Any]] = []
     found = []
+    progress = Progress("tune", args)
     with tempfile.TemporaryDirectory() as nothing:
         for number in range(args.trials):
             row, kernels = started(args, nothing)
             rows.append({"start": f"trial {number + 1}", **row, "kernels": len(kernels)})
             found.append(kernels)
+            progress.found(f"trial {number + 1}", {"runs": rows, "kernels": found}, {})
     best = min(range(args.trials), key=lambda number: rows[number]["step_ms"])
     if not found[best]:
         raise VattnError("the search left no configuration: this torch keeps none, or its caches are disabled")
