@@ -11,10 +11,10 @@ it (programmatic dependent launch, PDL). Other GPUs use ordinary loads and launc
 the kernel's place. Prompts and mixed passes go through the kernel of prompts.py.
 
 Decode serves everything that options.py names: windows, first tokens and sink logits, soft caps, rows of eight bits,
-first tokens in another slot, lengths a range group. Lanes that share their first tokens (`PrefixTables.groups`) read them once, by
-the kernel of prefix_kernel.py before this one, in layers without a window; there the lanes' own rests and what they
-share are added up in another order, which may change the last bits of the output. A step in which no lane's first
-tokens lie elsewhere or are shared runs the kernel that knows nothing of it.
+first tokens in another slot, lengths a range group. Lanes that share their first tokens (`PrefixTables.groups`) read
+them once, by the kernel of prefix_kernel.py before this one, in layers without a window; there the lanes' own rests and
+what they share are added up in another order, which may change the last bits of the output. A step in which no lane's
+first tokens lie elsewhere or are shared runs the kernel that knows nothing of it.
 """
 
 from __future__ import annotations

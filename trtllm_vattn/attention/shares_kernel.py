@@ -416,10 +416,10 @@ def decode_shares(  # type: ignore[no-untyped-def]
 
     With `PREFIXES`, tokens below ``borders[slot]`` are at ``base_slots[slot]``. With `SHARED`, a lane's first
     ``shared[lane]`` tokens were attended to already, with the results in `shared_tops` and `shared_outs`. `K_SCALES`
-    and `V_SCALES` are 0 without scales, 1 for one of all heads, 2 for one a head. `SOFTCAP` is that of scores, which are
-    powers of two, or 0. With `HEADS` (a power of two, the KV
-    heads or more; 0: none), K and V of head h are at the addresses ``head_bases[h]`` instead, and a head has
-    ``deficits[head_groups[h]][slot]`` tokens fewer than its lane's length.
+    and `V_SCALES` are 0 without scales, 1 for one of all heads, 2 for one a head. `SOFTCAP` is that of scores, in
+    powers of two as they are, or 0. With `HEADS` (a power of two, the KV heads or more; 0: none), K and V of head h are
+    at the addresses ``head_bases[h]`` instead, and a head has ``deficits[head_groups[h]][slot]`` tokens fewer than its
+    lane's length.
     """
     PIECED: tl.constexpr = PREFIXES or SHARED or WINDOW > 0
     program = tl.program_id(0)
