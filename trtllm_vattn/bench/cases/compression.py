@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import chosen, positive
 from trtllm_vattn.attention.options import FP8
-from trtllm_vattn.bench.cases.eviction import eviction, returned
+from trtllm_vattn.bench.cases.eviction import eviction, returned, scores
 from trtllm_vattn.bench.cases.needle import needle
 from trtllm_vattn.bench.harness.case import captured_graphs, conclude, vocab_of
 from trtllm_vattn.bench.harness.contenders import device_step_ms
@@ -268,6 +268,7 @@ PARTS: dict[str, Part] = {
     "sliding": sliding,
     "fp8": eight_bits,
     "returned": returned,
+    "scores": scores,
     "eviction": eviction,
     "needle": needle,
 }
