@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.arguments import chosen, positive
 from trtllm_vattn.attention.options import FP8
 from trtllm_vattn.bench.cases.eviction import eviction, returned, scores
+from trtllm_vattn.bench.cases.latents import latents
 from trtllm_vattn.bench.cases.needle import needle
 from trtllm_vattn.bench.harness.case import captured_graphs, conclude, vocab_of
 from trtllm_vattn.bench.harness.contenders import device_step_ms
@@ -269,6 +270,7 @@ PARTS: dict[str, Part] = {
     "fp8": eight_bits,
     "returned": returned,
     "scores": scores,
+    "latents": latents,
     "eviction": eviction,
     "needle": needle,
 }
