@@ -44,11 +44,13 @@ def _returned(axes: Any, results: dict[str, Any]) -> None:
                     label = f"{label}, {row['extent_sizes']} sizes from there"
                     axis.plot(*at, marker="s", markerfacecolor="none", color=colour, linestyle="", label=label)
         axis.set_xscale("log", base=2)
+        sizes = sorted({row["extent_bytes"] // 1024 for row in mine})
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axis.set_xlabel("KiB of an extent")
         axis.set_ylabel("bytes returned / bytes evicted")
         axis.set_ylim(-0.03, 1.06)
         axis.set_title(f"{_NAMES[policy]}, a prompt of {mine[0]['prompt_tokens']:,} tokens", fontsize=10)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0.02, 0.08))
 
 
 def _needle(axes: Any, results: dict[str, Any]) -> None:
