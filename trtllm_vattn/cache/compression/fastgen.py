@@ -32,6 +32,10 @@ class FastGen(CompressionPolicy):
     evicted keys a row is what is left of it, divided by its sum; so that distance is the attention to what is evicted,
     and the head recovers 1 minus it. Local tokens are those before each query.
 
+    The order of policies, the shares of frequent and local tokens and the threshold are the paper's, and those of the
+    reimplementation in AnswerDotAI/cold-compress (the authors published none), which counts as recovered the numbers of
+    a map that differ by less than 1e-4; the paper does not say which norm it takes.
+
     What a head's policy is stays; with `every`, it is applied again to the tokens that came.
 
     Parameters
