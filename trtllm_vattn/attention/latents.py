@@ -239,11 +239,18 @@ def launch_lanes(
     lanes, queries, heads, dim = q.shape
     size, blocks = blocks_of(queries * heads)
     sizes = _sizes(heads, dim, size, blocks, queries, query_lens is not None, slots is not None)
-    given = [lengths, lengths if query_lens is None else query_lens, lengths if slots is None else slots]
-    partial_results = workspace.storages()
-    _launch(q, latents, out, lengths, *given, partial_results, scale, lanes * blocks, pieces, sizes)
+    given = {
+        "descriptors": lengths,
+        "lengths": lengths,
+        "query_lens": lengths if query_lens is None else query_lens,
+        "slots": lengths if slots is None else slots,
+        "part_tops": workspace.tops,
+        "part_totals": workspace.totals,
+        "part_outs": workspace.outs,
+    }
+    _launch(q, latents, out, given, scale, lanes * blocks, pieces, sizes)
     if pieces > 1:
-        combine_pieces[(lanes * blocks, size)](out, lengths, *given, *partial_results, PIECES=pieces, **sizes)
+        combine_pieces[(lanes * blocks, size)](out, **given, PIECES=pieces, **sizes)
 
 
 def launch_chunks(
@@ -254,8 +261,8 @@ def launch_chunks(
     rows, heads, dim = q.shape
     size, blocks = blocks_of(rows * heads)
     sizes = _sizes(heads, dim, size, blocks, 0, False, False)
-    unused = [descriptors] * 6
-    _launch(q, latents, out, descriptors, *unused[:3], unused[3:], scale, len(descriptors) * blocks, 1, sizes)
+    names = ("descriptors", "lengths", "query_lens", "slots", "part_tops", "part_totals", "part_outs")
+    _launch(q, latents, out, dict.fromkeys(names, descriptors), scale, len(descriptors) * blocks, 1, sizes)
 
 
 def _sizes(
@@ -279,11 +286,7 @@ def _launch(
     q: torch.Tensor,
     latents: torch.Tensor,
     out: torch.Tensor,
-    descriptors: torch.Tensor,
-    lengths: torch.Tensor,
-    query_lens: torch.Tensor,
-    slots: torch.Tensor,
-    partial_results: list[torch.Tensor],
+    given: dict[str, torch.Tensor],
     scale: float,
     units: int,
     pieces: int,
@@ -294,16 +297,12 @@ def _launch(
     of_slot, of_token = latents.stride()[:2]
     attend_latents[(pieces, units)](
         q,
-        latents.data_ptr(),
-        out,
-        descriptors,
-        lengths,
-        query_lens,
-        slots,
-        *partial_results,
-        of_slot,
-        of_token,
-        scale * LOG2_E,
+        latents=latents.data_ptr(),
+        out=out,
+        **given,
+        of_slot=of_slot,
+        of_token=of_token,
+        scale=scale * LOG2_E,
         **sizes,
         TILE=TILE,
         PIECES=pieces,
