@@ -19,7 +19,7 @@ from trtllm_vattn.attention.options import FP8
 from trtllm_vattn.bench.cases.eviction import eviction, returned, scores
 from trtllm_vattn.bench.cases.latents import latents
 from trtllm_vattn.bench.cases.needle import needle
-from trtllm_vattn.bench.harness.case import captured_graphs, conclude, vocab_of
+from trtllm_vattn.bench.harness.case import captured_graphs, vocab_of
 from trtllm_vattn.bench.harness.contenders import device_step_ms
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_plot, dtype_of
 from trtllm_vattn.bench.harness.identity import compare
@@ -60,7 +60,7 @@ def parts(text: str) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench compression`."""
-    gpu, add = add_common(parser), parser.add_argument
+    gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
     add_attention(parser)
     add_plot(parser)
     names = ", ".join(PARTS)
@@ -83,9 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where tokens of a cache with windows are others, anything was captured again, a policy keeps
     others than its paper says, or a part failed."""
-    bench = measure("compression", args, PARTS, args.parts)
-    summary = bench.summary
-    wrong = [f"{name} failed: {why}" for name, why in bench.failed.items()]
+    recording = measure("compression", args, PARTS, args.parts)
+    summary, wrong = recording.summary, []
     if summary.get("window_recaptures"):
         wrong.append(f"{summary['window_recaptures']} graphs were captured again while a window slid")
     if summary.get("window_tokens_equal", 1.0) < 1.0:
@@ -95,9 +94,8 @@ def run(args: argparse.Namespace) -> int:
     if summary.get("kept_sets_match_paper", 1.0) < 1.0:
         wrong.append("a policy keeps other tokens than the paper's rule computed in full")
     columns: dict[str, str | Callable[[Any], str]] = {"part": "part", "seconds": "seconds"}
-    rows = [{"part": name, "seconds": seconds} for name, seconds in bench.seconds.items()]
-    shown = tabulate(rows, columns)
-    return conclude("compression", args, bench.results(), summary, shown, plot_compression, wrong)
+    rows = [{"part": name, "seconds": seconds} for name, seconds in recording.results["part_seconds"].items()]
+    return recording.conclude(tabulate(rows, columns), plot_compression, wrong)
 
 
 # -- windows ---------------------------------------------------------------------------------------------------------

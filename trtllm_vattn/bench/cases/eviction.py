@@ -47,7 +47,7 @@ def returned(bench: Bench) -> Iterator[dict[str, Any]]:
     gpu = args.device != "cpu"
     shape = _prompt_shape(gpu, args.evicted_context)
     rows: list[dict[str, Any]] = []
-    bench.tables["returned"] = rows
+    bench.recording.results["returned"] = rows
     found: dict[tuple[str, int, int], float] = {}
     pages = (open_driver(args.device).granularity(),) if gpu else HOST_PAGES
     heads_per_range = [1 << power for power in range(shape.num_kv_heads.bit_length())]

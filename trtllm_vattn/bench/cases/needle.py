@@ -13,7 +13,7 @@ and keys), and its second with queries and keys that match what those wrote; it 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trtllm_vattn.bench.harness.parts import Bench, say
+from trtllm_vattn.bench.harness.parts import Bench
 from trtllm_vattn.cache.compression import H2O, CompressionPolicy, FastGen
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -88,8 +88,10 @@ def _questions(keys: np.ndarray) -> list[int]:
     return [token for key in keys.tolist() for token in (ASK, key)]
 
 
-def trained_model(steps: int, seed: int, most_pairs: int = PAIRS) -> PreTrainedModel:
-    """A model of two layers, trained for so many steps with prompts of up to so many pairs."""
+def trained_model(
+    steps: int, seed: int, most_pairs: int = PAIRS, say: Callable[[str], None] = lambda text: None
+) -> PreTrainedModel:
+    """A model of two layers, trained for so many steps with prompts of up to so many pairs; `say` is told how far."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         "qwen2",
@@ -124,7 +126,7 @@ def trained_model(steps: int, seed: int, most_pairs: int = PAIRS) -> PreTrainedM
         optimizer.step()
         schedule.step()
         if (step + 1) % 50 == 0:
-            say(f"needle: {step + 1} steps of training, loss {loss.item():.3f}")
+            say(f"{step + 1} steps of training, loss {loss.item():.3f}")
     return model.eval().requires_grad_(False)
 
 
@@ -247,9 +249,9 @@ def measured(
 
 def needle(bench: Bench) -> Iterator[dict[str, Any]]:
     """Right answers and drift by policy and share kept; a model is trained for it on the host, whatever the device."""
-    model = trained_model(STEPS, bench.args.seed)
+    model = trained_model(STEPS, bench.args.seed, say=bench.recording.say)
     rows: list[dict[str, Any]] = []
-    bench.tables["needle"] = {"chance": 1 / VALUES, "prompt_tokens": 2 * (PAIRS + ASKED), "rows": rows}
+    bench.recording.results["needle"] = {"chance": 1 / VALUES, "prompt_tokens": 2 * (PAIRS + ASKED), "rows": rows}
     yield {"needle_chance": 1 / VALUES}
     for name, row in measured(model, needles(PROMPTS, bench.args.seed + 1), KEPT):
         rows.append({"name": name, **row})
