@@ -45,11 +45,15 @@ def test_figures_are_written_as_they_come(tmp_path: Path, capsys: pytest.Capture
     assert "first failed: KVCacheOutOfMemory: no memory" in told
 
 
-def test_wrong_flags_end_the_run() -> None:
+def test_wrong_flags_of_a_part_leave_the_others_to_run(tmp_path: Path) -> None:
     def wrong(bench: Bench) -> Iterator[dict[str, Any]]:
         raise ConfigError("too few")
         yield {}
 
-    args = argparse.Namespace(seed=0, output_json=None, device="cpu")
+    def right(bench: Bench) -> Iterator[dict[str, Any]]:
+        yield {"a": 1}
+
+    args = argparse.Namespace(seed=0, output_json=tmp_path / "result.json", device="cpu")
     with pytest.raises(ConfigError, match="too few"):
-        measure("made", args, {"wrong": wrong}, ["wrong"])
+        measure("made", args, {"wrong": wrong, "right": right}, ["wrong", "right"])
+    assert json.loads(args.output_json.read_text())["summary"]["a"] == 1

@@ -43,12 +43,13 @@ Part = Callable[[Bench], Iterator[dict[str, Any]]]
 
 
 def measure(benchmark: str, args: argparse.Namespace, parts: Mapping[str, Part], names: Sequence[str]) -> Recording:
-    """Run parts one after the other. One that fails on the device, or has no memory, leaves the others to run: it is in
-    ``failed`` of the results, and the run is wrong. Raises ConfigError as parts do."""
+    """Run parts one after the other. One that fails leaves the others to run: it is in ``failed`` of the results, and
+    the run is wrong. Raises the first ConfigError of a part, behind the last part."""
     bench = Bench(benchmark, args)
     recording = bench.recording
     seconds: dict[str, float] = {}
     failed: dict[str, str] = {}
+    refused: ConfigError | None = None
     recording.results |= {"part_seconds": seconds, "failed": failed}
     for name in names:
         started = perf_counter()
@@ -56,9 +57,9 @@ def measure(benchmark: str, args: argparse.Namespace, parts: Mapping[str, Part],
         try:
             for found in parts[name](bench):
                 recording.sum_up(**found)
-        except ConfigError:
-            raise
         except (RuntimeError, VattnError) as error:
+            if isinstance(error, ConfigError):
+                refused = refused or error
             failed[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
             recording.wrong.append(f"{name} failed: {failed[name]}")
             recording.say(recording.wrong[-1])
@@ -68,4 +69,6 @@ def measure(benchmark: str, args: argparse.Namespace, parts: Mapping[str, Part],
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    if refused is not None:
+        raise refused
     return recording
