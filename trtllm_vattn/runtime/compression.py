@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.gather import restored
+from trtllm_vattn.attention.options import FP8
 from trtllm_vattn.attention.query_log import QueryLog
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.cache.compression import CompressionPolicy, HeadsView, compact
@@ -167,7 +168,9 @@ class Compression:
         queries = queries.view(length - start, shape.num_kv_heads, group, shape.head_dim)[:, own]
         options = self.attention.options[layer]
         keys, values = (
-            restored(rows[slot, :held], scale if scale is None or len(scale) == 1 else scale[own])
+            rows[slot, :held]
+            if rows.dtype != FP8
+            else restored(rows[slot, :held], scale if scale is None or len(scale) == 1 else scale[own])
             for rows, scale in ((kv.k, options.k_scale), (kv.v, options.v_scale))
         )
         return HeadsView(

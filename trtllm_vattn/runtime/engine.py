@@ -154,7 +154,8 @@ class Engine:
     cache : KVCache
         The engine closes it.
     attention : str
-        ``auto``, ``torch``, ``cudnn``, ``shares``, ``xqa`` or ``xqa-fmha`` (`attention.select.make_attention`).
+        ``auto``, ``torch``, ``cudnn``, ``shares``, ``latents``, ``xqa`` or ``xqa-fmha``
+        (`attention.select.make_attention`).
     capture : bool
         Whether decode steps are captured once a bucket and replayed, or run eagerly.
     buckets : sequence of int or None
