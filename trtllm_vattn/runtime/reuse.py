@@ -41,13 +41,15 @@ class RequestSlots:
     ----------
     weights_version : int
         Of the weights that prompts are computed with from now on.
+    changes : int
+        Counts whatever may have made memory free, or tokens known.
     """
 
     def __init__(self, cache: KVCache, prefixes: PrefixCache | None, reading: PrefixReading | None = None) -> None:
         self.cache, self.prefixes, self.reading = cache, prefixes, reading
         self.weights_version = 0
         self._refused: tuple[int, int, int] | None = None
-        self._changes = 0
+        self.changes = 0
 
     @classmethod
     def over(
@@ -58,7 +60,7 @@ class RequestSlots:
             return cls(cache, None)
         if reading is None:
             return cls(cache, prefix_cache_over(cache, WAYS, events))
-        costs = ReuseCosts(table_step_us=reading.step_us)
+        costs = ReuseCosts(table_step_us=reading.step_us, table_is_measured=reading.is_measured)
         return cls(cache, prefix_cache_over(cache, tuple(Way), events, MOST_SEGMENTS, costs), reading)
 
     def key_of(self, request: RequestState) -> PrefixKey:
@@ -90,7 +92,7 @@ class RequestSlots:
 
     def _look_up_and_admit(self, prefixes: PrefixCache, request: RequestState) -> tuple[int, int]:
         # Nothing becomes free but by those who leave and by a larger budget: looking again would only evict more.
-        now = request.id, self._changes, self.cache.budget_bytes
+        now = request.id, self.changes, self.cache.budget_bytes
         if now == self._refused:
             raise KVCacheOutOfMemory(f"nobody has left since request {request.id} found no room")
         params = request.params
@@ -123,7 +125,7 @@ class RequestSlots:
         as `KVCache.suspend` and `truncate`; the request has its slot then."""
         self.cache.truncate(request.id, tokens)
         copied = self.cache.suspend(request.id)
-        self._changes += 1
+        self.changes += 1
         if self.prefixes is not None:
             self.prefixes.suspended(request.id)
         request.slot, request.prefilled = -1, tokens
@@ -142,7 +144,7 @@ class RequestSlots:
     def computed(self, request: RequestState) -> None:
         """A verified request's tokens are in its slot: others may begin with them from now on."""
         if self.prefixes is not None:
-            self._changes += 1
+            self.changes += 1
             self.prefixes.computed(request.id, np.array(request.stored, np.int64))
 
     def moved(self, request: RequestState) -> None:
@@ -169,7 +171,7 @@ class RequestSlots:
 
     def release(self, left: Left) -> None:
         """Take a request's slot. Raises DriverError, with nothing changed."""
-        self._changes += 1
+        self.changes += 1
         if self.prefixes is None:
             self.cache.release(left.request)
         else:
@@ -178,7 +180,7 @@ class RequestSlots:
 
     def flush(self) -> int:
         """Forget what is kept; returns the tokens forgotten."""
-        self._changes += 1
+        self.changes += 1
         return 0 if self.prefixes is None else self.prefixes.flush()
 
     def begin_anew(self) -> None:

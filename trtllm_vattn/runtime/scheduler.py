@@ -31,6 +31,7 @@ from trtllm_vattn.runtime.request_queue import RequestQueue
 from trtllm_vattn.runtime.reuse import Left, RequestSlots
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.runtime.swap_cost import SwapCost
+from trtllm_vattn.runtime.watermark import Watermark
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,8 @@ class Scheduler:
         By slot, in the order in which they joined; each has a lane.
     parked : dict of int to RequestState
         Those that were suspended until they are resumed (`park`); they neither run nor wait.
+    watermark : Watermark
+        Keeps those that were sent back from pushing out others.
     swaps : int
         How often a request's tokens went to host memory.
     ended : deque of Left
@@ -112,6 +115,7 @@ class Scheduler:
         self.slots, self.decode, self.compaction, self.chunk, self.fail = slots, decode, compaction, chunk, fail
         self.steps, self.mixed, self.cost, self.target_ms = steps, mixed, cost, target_ms
         self.swap_cost, self.swaps = swap_cost, 0
+        self.watermark = Watermark(self.cache)
         self.parked: dict[int, RequestState] = {}
         self._decoded_last = True
         """Whether the last launch was of decode steps, where prompts go in apart from them."""
@@ -158,12 +162,16 @@ class Scheduler:
         Prompts go in one after another, so more than the next two chunks would hold memory for nothing, and a burst
         would map all of it at once instead of beside the prompts before.
         """
+        if not self.waiting:
+            self.watermark.emptied()
         left = sum(request.length - request.prefilled for request in self.prefilling)
         while self.waiting and len(self.decoding) + len(self.prefilling) < len(self.decode.lengths):
             request = self.waiting.first
             if len(self.prefilling) >= 2 and left >= 2 * self.chunk and not self._goes_before_all(request):
                 return
-            if self._begins_with_another(request):
+            if self._begins_with_another(request) or not self.watermark.lets_in(
+                request, self.holders, self.slots.changes
+            ):
                 return
             suspended = self.cache.is_suspended(request.id)
             try:
@@ -350,6 +358,7 @@ class Scheduler:
         ends with an error."""
         holders = self.holders
         if len(holders) > 1:
+            self.watermark.sent_back()
             self.preempt_youngest()
             return
         if self._forget_suspended():
@@ -487,7 +496,8 @@ class Scheduler:
 
     def end(self, request: RequestState) -> None:
         """Take a request out wherever it is; its slot and memory are taken by `release_ended`."""
-        self.requests.pop(request.id, None)
+        if self.requests.pop(request.id, None) is not None and request.finish_reason in ("stop", "length"):
+            self.watermark.ended(len(request.chosen))
         self.parked.pop(request.id, None)
         self.waiting.remove(request)
         if request in self.prefilling:
