@@ -320,10 +320,6 @@ class Scheduler:
         if self.compaction is None or not self.decoding or not self._moved_out:
             return False
         by_slot = {request.slot: request for request in self.holders}
-        # A slot in which others read keeps its place, and so does the bucket.
-        segments = self.cache.segments
-        if segments is not None and not by_slot.keys().isdisjoint(segments[:, 1].tolist()):
-            return False
         moves = self.compaction.plan({slot: request.left for slot, request in by_slot.items()})
         if moves and ahead:
             return True
