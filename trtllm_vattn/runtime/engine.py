@@ -213,7 +213,8 @@ class Engine:
         is 1.
     speculation : Speculation or None
         Has several tokens of a sequence drafted and verified in one step (runtime/speculation.py); the tokens of every
-        request are the same as without, up to rounding. With prompts in a pass nothing is drafted. None drafts none.
+        request are the same as without, up to rounding. Of a pass with prompts in it every sequence gets one token, and
+        what sequences share is read by each of them (trtllm_vattn/README.md). None drafts none.
     tokenizer : transformers' fast tokenizer, or None
         Prompts may be texts then, and text, stop texts and grammars be asked for (`SamplingParams`).
     compression : CompressionPolicy or None
