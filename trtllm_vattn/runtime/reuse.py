@@ -120,11 +120,12 @@ class RequestSlots:
         tokens = np.array(request.tokens, np.int64)
         return self.prefixes.match(tokens, self.key_of(request)) >= len(tokens) - 1
 
-    def suspend(self, request: RequestState, tokens: int) -> int:
-        """Put a request's first tokens to host memory, and give its memory to others; returns the bytes copied. Raises
-        as `KVCache.suspend` and `truncate`; the request has its slot then."""
+    def suspend(self, request: RequestState, tokens: int, wait: bool = True) -> int:
+        """Put a request's first tokens to host memory, and give its memory to others, at once or without `wait` when
+        they are there; returns the bytes copied. Raises as `KVCache.suspend` and `truncate`; the request has its slot
+        then."""
         self.cache.truncate(request.id, tokens)
-        copied = self.cache.suspend(request.id)
+        copied = self.cache.suspend(request.id, wait=wait)
         self.changes += 1
         if self.prefixes is not None:
             self.prefixes.suspended(request.id)
@@ -132,9 +133,14 @@ class RequestSlots:
         return copied
 
     def resume(self, request: RequestState) -> None:
-        """Give a suspended request its tokens back, and memory for all its tokens. Raises as `KVCache.resume`."""
+        """Give a suspended request memory for all its tokens again, and have its tokens come back beside what others
+        do; once they are there (`KVCache.has_arrived`), `arrived` is to be called. Raises as `KVCache.resume`."""
         tokens = request.prefilled if request.decodes_next else request.length
-        request.slot = self.cache.resume(request.id, tokens)
+        request.slot = self.cache.resume(request.id, tokens, wait=False)
+
+    def arrived(self, request: RequestState) -> None:
+        """A resumed request's tokens are there: others may read them, too. Waits where they are not."""
+        self.cache.slot_of(request.id)
         self._begin_anew(request)
         if self.prefixes is not None:
             self.prefixes.resumed(request.id)

@@ -85,6 +85,8 @@ class Scheduler:
         In the order of their requests; they hold a slot.
     decoding : dict of int to RequestState
         By slot, in the order in which they joined; each has a lane.
+    arriving : dict of int to RequestState
+        By number; they hold a slot, and their tokens are on their way back from host memory.
     parked : dict of int to RequestState
         Those that were suspended until they are resumed (`park`); they neither run nor wait.
     watermark : Watermark
@@ -127,6 +129,7 @@ class Scheduler:
         """A heap, of requests with a deadline, some of which have ended."""
         self.prefilling: deque[RequestState] = deque()
         self.decoding: dict[int, RequestState] = {}
+        self.arriving: dict[int, RequestState] = {}
         self.ended: deque[Left] = deque()
 
     def add(self, request: RequestState) -> None:
@@ -153,7 +156,7 @@ class Scheduler:
     @property
     def holders(self) -> list[RequestState]:
         """Requests with a slot."""
-        return [*self.decoding.values(), *self.prefilling]
+        return [*self.decoding.values(), *self.prefilling, *self.arriving.values()]
 
     def admit(self) -> None:
         """Give the next waiting requests slots if there is room. Who would not fit even alone ends with an error, so
@@ -164,8 +167,9 @@ class Scheduler:
         """
         if not self.waiting:
             self.watermark.emptied()
+        self._take_arrived()
         left = sum(request.length - request.prefilled for request in self.prefilling)
-        while self.waiting and len(self.decoding) + len(self.prefilling) < len(self.decode.lengths):
+        while self.waiting and len(self.holders) < len(self.decode.lengths):
             request = self.waiting.first
             if len(self.prefilling) >= 2 and left >= 2 * self.chunk and not self._goes_before_all(request):
                 return
@@ -173,9 +177,9 @@ class Scheduler:
                 request, self.holders, self.slots.changes
             ):
                 return
-            suspended = self.cache.is_suspended(request.id)
+            resumed = self.cache.is_suspended(request.id)
             try:
-                (self.slots.resume if suspended else self.slots.admit)(request)
+                (self.slots.resume if resumed else self.slots.admit)(request)
             except NoFreeSlot:
                 if not self.holders and not self._forget_suspended(but=request):
                     raise
@@ -196,11 +200,28 @@ class Scheduler:
                     return
                 continue
             self.waiting.remove(request)
-            if suspended and request.decodes_next:
-                self.decode_next(request)
+            if resumed:
+                self.arriving[request.id] = request
+                self._take_arrived()
                 continue
             self.prefilling.append(request)
             left += request.length - request.prefilled
+
+    def _take_arrived(self, wait: bool = False) -> None:
+        """Have those go on whose tokens came back from host memory; with `wait`, one at least."""
+        for request in list(self.arriving.values()):
+            if wait or self.cache.has_arrived(request.id):
+                wait = False
+                self._take(request)
+                if request.decodes_next:
+                    self.decode_next(request)
+                else:
+                    self.prefilling.append(request)
+
+    def _take(self, request: RequestState) -> None:
+        """A request's tokens are there, or are waited for now; nothing of one that is not on its way."""
+        if self.arriving.pop(request.id, None) is not None:
+            self.slots.arrived(request)
 
     def _begins_with_another(self, request: RequestState) -> bool:
         """Whether this is a branch whose prompt goes in for another one now, which it waits for."""
@@ -229,8 +250,10 @@ class Scheduler:
         With `ahead` launches are under way whose tokens nobody knows yet: nobody is preempted or moved then. None where
         there is nothing to launch, or nothing before these tokens are read.
         """
-        if self.ended or self.waiting:
+        if self.ended or self.waiting or self.arriving:
             self.cache.at_once(self._release_and_admit)
+        if self.arriving and not (ahead or self.decoding or self.prefilling):
+            self._take_arrived(wait=True)
         if self._moves_wait(ahead):
             return None
         drafting = True
@@ -412,7 +435,7 @@ class Scheduler:
         self.waiting.remove(request)
         if request.slot < 0:
             return 0
-        copied = self._swap_out(request)
+        copied = self._swap_out(request, wait=False)
         if not copied:
             self._leave_to_recompute(request)
         self.release_ended()
@@ -423,14 +446,16 @@ class Scheduler:
         del self.parked[request.id]
         self.waiting.add(request)
 
-    def _swap_out(self, request: RequestState) -> int:
-        """Put a request's tokens to host memory; returns the bytes, 0 where that is full or cannot be."""
+    def _swap_out(self, request: RequestState, wait: bool = True) -> int:
+        """Put a request's tokens to host memory; returns the bytes, 0 where that is full or cannot be. Without `wait`,
+        beside what others do; who needs the memory waits for it anyway."""
+        self._take(request)
         tokens = self._computed_tokens(request)
         if tokens < 1:
             return 0
         slot = request.slot
         try:
-            copied = self.slots.suspend(request, tokens)
+            copied = self.slots.suspend(request, tokens, wait)
         except (ConfigError, HostMemoryFull, KVCacheOutOfMemory, MemoryQuarantined):
             return 0
         except DriverError as error:
@@ -474,6 +499,7 @@ class Scheduler:
 
     def leave(self, request: RequestState) -> None:
         """Take a request's lane; its slot and memory are taken by `release_ended`."""
+        self._take(request)
         if self.decoding.pop(request.slot, None) is not None:
             self.decode.clear_lane(request.slot)
         if request.slot >= 0:
@@ -511,6 +537,7 @@ class Scheduler:
         self.waiting.clear()
         self.prefilling.clear()
         self.decoding.clear()
+        self.arriving.clear()
         self.ended.clear()
         for number, request in sorted(self.requests.items()):
             request.slot, request.prefilled = -1, 0
@@ -526,6 +553,7 @@ class Scheduler:
         self.requests.clear()
         self.parked.clear()
         self.waiting.clear()
+        self.arriving.clear()
         self.prefilling.clear()
         self.decoding.clear()
         self.ended.clear()
