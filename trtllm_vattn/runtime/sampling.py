@@ -241,7 +241,9 @@ def keys_at(base: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def add_noise(scores: torch.Tensor, keys: torch.Tensor, sampled: torch.Tensor) -> None:
     """Add each token's Gumbel noise, in place: scores ``[rows, vocab]``, keys int64 ``[rows]``; nothing to rows that
     are not `sampled`, bool ``[rows]``. The device's integers are 64-bit and wrap around, as the hash wants them."""
-    ids = torch.arange(1, scores.shape[1] + 1, device=scores.device)
+    # By way of float64, which is exact here: Inductor would take a product with an index for an index itself, of 32
+    # bits, and triton refuses a factor that is longer.
+    ids = torch.arange(1, scores.shape[1] + 1, dtype=torch.float64, device=scores.device).long()
     x = _mixed_on_device(keys[:, None] + ids * _signed(_GOLDEN))
     uniform = (((x >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52
     noise = -(-uniform.log()).log()

@@ -23,7 +23,6 @@ from trtllm_vattn.attention.base import Attention, PrefillChunk
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.cases import attention_features, decode_attention, prompt_attention
 from trtllm_vattn.bench.harness.bandwidth import attention_bandwidth
-from trtllm_vattn.bench.harness.case import Progress, conclude
 from trtllm_vattn.bench.harness.flags import (
     add_attention,
     add_device,
@@ -31,6 +30,7 @@ from trtllm_vattn.bench.harness.flags import (
     dtype_of,
     points,
 )
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.timing import summarise, timed_ms
 from trtllm_vattn.bench.publish.plots import plot_attention
 from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
@@ -70,18 +70,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     torch.manual_seed(args.seed)
-    results: dict[str, Any] = {}
-    summary: dict[str, Any] = {}
     shown: list[str] = []
-    progress = Progress("attention", args)
+    recording = Recording("attention", args)
     for name in args.parts:
         part = PARTS[name]
-        results[name] = part.measure(args)
-        summary |= part.summary(results[name])
-        shown.append(part.show(results[name]))
-        progress.found(name, results, summary)
+        recording.say(name)
+        found = part.measure(args)
+        recording.found(name, found, **part.summary(found))
+        shown.append(part.show(found))
     plot = plot_attention if "points" in args.parts else None
-    return conclude("attention", args, results, summary, "\n".join(filter(None, shown)), plot)
+    return recording.conclude("\n".join(filter(None, shown)), plot)
 
 
 def _points(args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:

@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -37,26 +36,6 @@ def captured_graphs(engine: Engine) -> list[Any]:
     passes = engine.passes.graphs
     runners = [engine.decode.runner, engine.prefill.runner if passes is None else passes.runner]
     return [runner.graph(bucket) for runner in runners for bucket in sorted(runner.captured)]
-
-
-class Progress:
-    """What a long case found so far: after each part, a line on stderr says how long it took, and ``--output-json``
-    holds what is there, so that a run that is cut off shows where its time went and keeps what it measured."""
-
-    def __init__(self, benchmark: str, args: argparse.Namespace) -> None:
-        self.benchmark, self.args = benchmark, args
-        self.began = self.before = perf_counter()
-
-    def found(self, part: str, results: dict[str, Any], summary: dict[str, Any]) -> None:
-        """Call it behind each part, with all that was found until then. Raises ConfigError where the file cannot be
-        written."""
-        now = perf_counter()
-        print(
-            f"{self.benchmark}: {part} took {now - self.before:.1f} s, {now - self.began:.1f} s in all", file=sys.stderr
-        )
-        self.before = now
-        if self.args.output_json:
-            write(Result.of(self.benchmark, self.args, results, summary), self.args.output_json)
 
 
 def conclude(

@@ -24,11 +24,14 @@ class Recording:
     ----------
     results, summary : dict
         As `harness.report.Result` has them.
+    wrong : list of str
+        What makes the run fail at its end.
     """
 
     def __init__(self, benchmark: str, args: argparse.Namespace) -> None:
         self.results: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
+        self.wrong: list[str] = []
         self._benchmark, self._args = benchmark, args
         self._started = perf_counter()
         self._written: Result | None = None
@@ -43,6 +46,12 @@ class Recording:
         """Another row of the results of this name."""
         self.results.setdefault(name, []).append(row)
         self._write()
+
+    def found(self, name: str, results: Any, **figures: Any) -> None:
+        """All results of this name, and figures that come of them."""
+        self.results[name] = results
+        self.say(f"{name} is measured")
+        self.sum_up(**figures)
 
     def sum_up(self, **figures: Any) -> None:
         """Figures that are quoted, as far as they are known."""
@@ -69,4 +78,4 @@ class Recording:
     ) -> int:
         """The end of a case, as `harness.case.conclude`."""
         self.say("done")
-        return conclude(self._benchmark, self._args, self.results, self.summary, shown, plot, wrong)
+        return conclude(self._benchmark, self._args, self.results, self.summary, shown, plot, [*self.wrong, *wrong])
