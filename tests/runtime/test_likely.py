@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.cache.prefix import Way
 from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import CaptureError
 from trtllm_vattn.graphs.replay import CaptureReport
 from trtllm_vattn.runtime import async_engine, likely
 from trtllm_vattn.runtime.async_engine import AsyncEngine
@@ -48,11 +49,13 @@ def capture_likely(engine: Engine) -> CaptureReport:
 class Runner:
     """Counts what it captures; each takes as much of the pool."""
 
-    def __init__(self, nbytes: int = 0, seconds: float = 0.0) -> None:
+    def __init__(self, nbytes: int = 0, seconds: float = 0.0, fails_at: int = 0) -> None:
         self.captured: set[int] = set()
-        self.nbytes, self.seconds = nbytes, seconds
+        self.nbytes, self.seconds, self.fails_at = nbytes, seconds, fails_at
 
     def capture(self, buckets: list[int]) -> CaptureReport:
+        if self.fails_at in buckets:
+            raise CaptureError("it holds what a graph cannot")
         self.captured |= set(buckets)
         return CaptureReport(dict.fromkeys(buckets, self.seconds), {}, self.nbytes)
 
@@ -78,6 +81,14 @@ def test_captures_end_at_the_bounds() -> None:
     assert (large.captured, report.pool_bytes) == ({8, 4}, likely.MOST_BYTES)
     likely.capture_within((slow, bucket) for bucket in (8, 4, 2, 1))
     assert slow.captured == {8, 4, 2}
+
+
+def test_an_engine_starts_though_a_likely_graph_cannot_be_captured(caplog: pytest.LogCaptureFixture) -> None:
+    runner = Runner(nbytes=5, fails_at=4)
+    with caplog.at_level("WARNING"):
+        report = likely.capture_within((runner, bucket) for bucket in (8, 4, 2))
+    assert (runner.captured, report.pool_bytes) == ({8}, 5)
+    assert "it holds what a graph cannot" in caplog.text
 
 
 def test_who_samples_first_waits_for_a_capture_and_is_counted(model: PreTrainedModel) -> None:

@@ -10,9 +10,13 @@ kind that has no graph of its size runs in a larger one of that kind, and its ow
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
+from trtllm_vattn.errors import VattnError
 from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
+
+logger = logging.getLogger(__name__)
 
 MOST_SECONDS = 1.5
 MOST_BYTES = 512 << 20
@@ -47,13 +51,18 @@ def serving(runner: GraphRunner, bucket: int) -> int | None:
 
 
 def capture_within(wanted: Iterable[tuple[GraphRunner, int]]) -> CaptureReport:
-    """Capture graphs in order until the bounds are reached; the report's `seconds` are by size, of all together."""
+    """Capture graphs in order until the bounds are reached, or one cannot be: whoever asks for it is told then. The
+    report's `seconds` are by size, of all together."""
     seconds: dict[int, float] = {}
     nbytes = 0
     for runner, bucket in wanted:
         if sum(seconds.values()) >= MOST_SECONDS or nbytes >= MOST_BYTES:
             break
-        report = runner.capture([bucket])
+        try:
+            report = runner.capture([bucket])
+        except (RuntimeError, VattnError) as error:
+            logger.warning("steps that may be wanted are not captured before they are: %s", error)
+            break
         seconds[bucket] = seconds.get(bucket, 0.0) + report.seconds[bucket]
         nbytes += report.pool_bytes
     return CaptureReport(seconds, {}, nbytes)
