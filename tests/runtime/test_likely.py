@@ -18,8 +18,10 @@ from trtllm_vattn.graphs.replay import CaptureReport
 from trtllm_vattn.runtime import async_engine, likely
 from trtllm_vattn.runtime.async_engine import AsyncEngine
 from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import SHAPES, load_model
+from trtllm_vattn.runtime.parallel.engine import RankedDecode
 from trtllm_vattn.runtime.reuse import RequestSlots
 from trtllm_vattn.runtime.sampling import SamplingParams
 
@@ -110,6 +112,18 @@ def test_who_samples_first_waits_for_a_capture_and_is_counted(model: PreTrainedM
         assert warm.capture_wanted() == 0
         assert [each.tokens for each in warm.generate(prompts, SAMPLED)] == want
         assert (warm.captures_while_running, warm.decode.wanted) == (0, {})
+
+
+def test_lanes_of_several_ranks_capture_in_the_launch_that_needs_it(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not RankedDecode.captures_alone
+    monkeypatch.setattr(DecodeBatch, "captures_alone", False)
+    with engine_of(model) as engine:
+        capture_likely(engine)
+        engine.generate([[5, 6, 7], [9, 8, 7, 6]], SAMPLED)
+        assert engine.captures_while_running > 0
+        assert engine.decode.wanted == {}
 
 
 def test_what_a_table_costs_is_measured_and_said(model: PreTrainedModel) -> None:

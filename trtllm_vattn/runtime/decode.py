@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -223,6 +223,9 @@ class DecodeBatch:
         int64 ``[rows, lanes]``, what the device has: positions, tokens, slots, lengths, limits, stop tokens; with
         drafts, the row of `Speculator.history`.
     """
+
+    captures_alone: ClassVar[bool] = True
+    """Whether it may capture what others do not: no other rank takes part in its steps."""
 
     def __init__(
         self,
@@ -739,7 +742,8 @@ class DecodeBatch:
     def _start(self, steps: int, bucket: int, variant: str, guarded: float) -> Launch:
         """Start what was guarded, by one of the attention's kernels."""
         runner = self._runner(variant, self.kind)
-        if self.kind != StepKind() and serving(runner, bucket) is None and not variant.endswith(PREFIXES):
+        other = self.kind != StepKind() and not variant.endswith(PREFIXES)
+        if other and self.captures_alone and serving(runner, bucket) is None:
             # By another kernel, rather than have everybody wait for a graph by this one.
             same = [each for (name, kind), each in self._runners.items() if kind == self.kind and name in self._plain]
             runner = next((each for each in same if serving(each, bucket) is not None), runner)
@@ -830,7 +834,7 @@ class DecodeBatch:
         are."""
         if not self.captured or bucket in runner.captured:
             return bucket
-        if spare and (larger := serving(runner, bucket)) is not None:
+        if spare and self.captures_alone and (larger := serving(runner, bucket)) is not None:
             self.wanted[runner, bucket] = None
             return larger
         self.captures_while_running += 1

@@ -479,7 +479,7 @@ class Engine:
                     self.startup.passes = self.passes.capture()
                 else:
                     self.startup.prefill = self.prefill.capture()
-                if on_gpu:
+                if on_gpu and self.decode.captures_alone:
                     likely = itertools.chain(self.decode.likely(), self.passes.likely())
                     self.startup.likely = capture_within(likely)
                     self.decode.measure_prefixes()

@@ -21,7 +21,7 @@ from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import MixedStep, forward
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.lane_processors import StepKind
-from trtllm_vattn.runtime.likely import few_buckets, sampled_rows, serving
+from trtllm_vattn.runtime.likely import few_buckets, sampled_rows
 from trtllm_vattn.runtime.prefill import Prefill, PromptChunk
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.vmm.tensors import upload
@@ -111,7 +111,7 @@ class PassGraphs:
         to date."""
         runner = self._runner(self.decode.kind)
         rows = runner.bucket_for(len(running) + plan.prompt_tokens)
-        if serving(runner, rows) is None:
+        if rows not in runner.captured:
             # What is captured is also run.
             self.clear()
         self._rows = self.decode.capture_missing(runner, rows)

@@ -212,7 +212,8 @@ class StreamTiming:
         if self._stream is None:
             return self._took
         first, last = self._events
-        return float(first.elapsed_time(last)) / 1e3 if last.query() else None
+        is_done = last.query()  # type: ignore[no-untyped-call]
+        return float(first.elapsed_time(last)) / 1e3 if is_done else None
 
 
 def inference() -> AbstractContextManager[object]:
