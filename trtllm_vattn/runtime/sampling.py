@@ -207,6 +207,7 @@ class SamplingParams:
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _LOW = (1 << 64) - 1
+_GOLDEN_INVERSE = pow(_GOLDEN, -1, 1 << 64)
 
 
 def _mixed(x: int) -> int:
@@ -241,10 +242,10 @@ def keys_at(base: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def add_noise(scores: torch.Tensor, keys: torch.Tensor, sampled: torch.Tensor) -> None:
     """Add each token's Gumbel noise, in place: scores ``[rows, vocab]``, keys int64 ``[rows]``; nothing to rows that
     are not `sampled`, bool ``[rows]``. The device's integers are 64-bit and wrap around, as the hash wants them."""
-    # By way of float64, which is exact here: Inductor would take a product with an index for an index itself, of 32
-    # bits, and triton refuses a factor that is longer.
-    ids = torch.arange(1, scores.shape[1] + 1, dtype=torch.float64, device=scores.device).long()
-    x = _mixed_on_device(keys[:, None] + ids * _signed(_GOLDEN))
+    ids = torch.arange(1, scores.shape[1] + 1, device=scores.device)
+    # The same as keys + ids * _GOLDEN. Inductor takes the product of an index and a number for an index of 32 bits too,
+    # and triton refuses a longer factor of it; a sum with what was loaded is a number.
+    x = _mixed_on_device((keys[:, None] * _as_int64(_GOLDEN_INVERSE) + ids) * _signed(_GOLDEN))
     uniform = (((x >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52
     noise = -(-uniform.log()).log()
     scores.add_(torch.where(sampled[:, None], noise, 0.0))
