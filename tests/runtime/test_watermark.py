@@ -75,8 +75,8 @@ def run(model: PreTrainedModel, slots: int, lengths: list[int], swap: bool, monk
         scheduler, suspend = engine.scheduler, engine.slots.suspend
         send_back = scheduler._leave_to_recompute
 
-        def counted(request: RequestState, tokens: int) -> int:
-            copied = suspend(request, tokens)
+        def counted(request: RequestState, tokens: int, wait: bool = True) -> int:
+            copied = suspend(request, tokens, wait)
             found.swaps[request.id] += 1
             return copied
 
