@@ -508,12 +508,13 @@ class KVCache(ABC):
 
     # -- host memory -------------------------------------------------------------------------------------------------
 
-    def suspend(self, sequence: SequenceId) -> int:
+    def suspend(self, sequence: SequenceId, *, wait: bool = True) -> int:
         """Copy a sequence's tokens to pinned host memory and give its memory to others; returns the bytes copied.
 
         Nothing is mapped for it any more, but its slot stays its own, so that `resume` brings the tokens back at the
         same addresses. Until then it can be resumed or released, and nothing else. Tokens that it reads in other slots
-        stay there, held. Waits for the device.
+        stay there, held. Waits for the device; without `wait` the copies go on beside what is submitted next, and
+        others get the memory when they are done.
 
         Raises
         ------
@@ -528,14 +529,20 @@ class KVCache(ABC):
         """
         self._cannot("suspend a sequence")
 
-    def resume(self, sequence: SequenceId, tokens: int | None = None) -> int:
+    def resume(self, sequence: SequenceId, tokens: int | None = None, *, wait: bool = True) -> int:
         """Bring a suspended sequence's tokens back; returns its slot, which is the one it had, unless an unmap failed
-        there meanwhile. `tokens` backs it for so many, as `extend` would. Waits for the device.
+        there meanwhile. `tokens` backs it for so many, as `extend` would. Waits for the device; without
+        `wait` the copies go on beside what is submitted next, and every call that names the sequence, or a step of it,
+        waits for them: ask `has_arrived` first.
 
         Raises UnknownSequence for one that is not suspended, SequenceTooLong, KVCacheOutOfMemory, DriverError; it is
         suspended as before then.
         """
         self._cannot("suspend a sequence")
+
+    def has_arrived(self, sequence: SequenceId) -> bool:
+        """Whether a sequence that was resumed without waiting has its tokens by now; True for every other one."""
+        return True
 
     def is_suspended(self, sequence: SequenceId) -> bool:
         """Whether a sequence's tokens are in host memory."""

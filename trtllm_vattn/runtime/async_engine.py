@@ -44,6 +44,9 @@ T = TypeVar("T")
 MOST_FAILURES = 3
 """Steps in a row that raise before requests are given up."""
 
+IDLE_S = 0.25
+"""Seconds without work after which a graph is captured that steps went without."""
+
 
 class RequestStream(AsyncIterator[TokenEvent]):
     """The events of one request, of all its samples, in order; for one task of the loop that added it.
@@ -401,11 +404,24 @@ class AsyncEngine:
         return self._held_up is not None or self._engine.sleeping.is_asleep
 
     def _wait(self) -> bool:
-        """Wait for something to do; False is to end."""
-        with self._changed:
-            while not (self._stopped or self._calls or self._steps):
-                self._changed.wait()
-            return not self._stopped
+        """Wait for something to do; False is to end. After a while without, graphs that steps went without are
+        captured."""
+        while True:
+            with self._changed:
+                idle = False
+                while not (idle or self._stopped or self._calls or self._steps):
+                    wanted = bool(self._engine.decode.wanted) and not (self._engine.busy or self._waits)
+                    idle = not self._changed.wait(IDLE_S if wanted else None)
+                if not idle:
+                    return not self._stopped
+            self._capture_wanted()
+
+    def _capture_wanted(self) -> None:
+        try:
+            self._engine.capture_wanted()
+        except Exception as error:
+            # Steps go on without it, in a larger graph.
+            logger.warning("a graph could not be captured: %s", error)
 
     def _answer(self) -> None:
         """Make the calls that were asked for."""

@@ -43,6 +43,7 @@ from trtllm_vattn.runtime.dry_pass import AttentionNeeds, naming
 from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler
 from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype, check_kv_scales
 from trtllm_vattn.runtime.lane_processors import check_sizes
+from trtllm_vattn.runtime.likely import capture_within
 from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
 from trtllm_vattn.runtime.models import SHAPES, load_model
 from trtllm_vattn.runtime.passes import Passes, most_rows
@@ -213,7 +214,8 @@ class Engine:
         is 1.
     speculation : Speculation or None
         Has several tokens of a sequence drafted and verified in one step (runtime/speculation.py); the tokens of every
-        request are the same as without, up to rounding. With prompts in a pass nothing is drafted. None drafts none.
+        request are the same as without, up to rounding. Of a pass with prompts in it every sequence gets one token, and
+        what sequences share is read by each of them (trtllm_vattn/README.md). None drafts none.
     tokenizer : transformers' fast tokenizer, or None
         Prompts may be texts then, and text, stop texts and grammars be asked for (`SamplingParams`).
     compression : CompressionPolicy or None
@@ -478,6 +480,10 @@ class Engine:
                     self.startup.passes = self.passes.capture()
                 else:
                     self.startup.prefill = self.prefill.capture()
+                if on_gpu and self.decode.captures_alone:
+                    likely = itertools.chain(self.decode.likely(), self.passes.likely())
+                    self.startup.likely = capture_within(likely)
+                    self.decode.measure_prefixes()
             if settings["target_itl_ms"] is not None:
                 self.passes.learn()
         self.startup.attention = self.attention.describe()
@@ -1093,6 +1099,21 @@ class Engine:
         if self.decode.speculator is None:
             raise ConfigError("this engine drafts nothing; build it with speculation=Speculation()")
         return self.decode.speculator.stats.as_dict()
+
+    @property
+    def captures_while_running(self) -> int:
+        """Graphs that were captured while requests waited for them, 0.1 to 0.2 s each on a GPU: of the first step of a
+        kind (sampling, log-probabilities, prefixes in other slots) that was not captured at the start."""
+        return self.decode.captures_while_running
+
+    def capture_wanted(self, most: int = 1) -> int:
+        """Capture up to so many graphs that steps went without, in larger ones; returns how many are left. Where
+        requests run nothing is captured. `AsyncEngine` calls it while it has nothing to do."""
+        self._check_open()
+        if self.busy or self.sleeping.is_asleep:
+            return len(self.decode.wanted)
+        with inference(), naming(self.model), self._changing:
+            return self.passes.capture_wanted(most)
 
     # -- prefix cache ----------------------------------------------------------------------------------------------
 

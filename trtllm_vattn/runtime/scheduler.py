@@ -31,6 +31,7 @@ from trtllm_vattn.runtime.request_queue import RequestQueue
 from trtllm_vattn.runtime.reuse import Left, RequestSlots
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.runtime.swap_cost import SwapCost
+from trtllm_vattn.runtime.watermark import Watermark
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +88,12 @@ class Scheduler:
         In the order of their requests; they hold a slot.
     decoding : dict of int to RequestState
         By slot, in the order in which they joined; each has a lane.
+    arriving : dict of int to RequestState
+        By number; they hold a slot, and their tokens are on their way back from host memory.
     parked : dict of int to RequestState
         Those that were suspended until they are resumed (`park`); they neither run nor wait.
+    watermark : Watermark
+        Keeps those that were sent back from pushing out others.
     swaps : int
         How often a request's tokens went to host memory.
     ended : deque of Left
@@ -117,6 +122,7 @@ class Scheduler:
         self.steps, self.mixed, self.cost, self.target_ms = steps, mixed, cost, target_ms
         self.pass_sizes = pass_sizes
         self.swap_cost, self.swaps = swap_cost, 0
+        self.watermark = Watermark(self.cache)
         self.parked: dict[int, RequestState] = {}
         self._decoded_last = True
         """Whether the last launch was of decode steps, where prompts go in apart from them."""
@@ -128,6 +134,7 @@ class Scheduler:
         """A heap, of requests with a deadline, some of which have ended."""
         self.prefilling: deque[RequestState] = deque()
         self.decoding: dict[int, RequestState] = {}
+        self.arriving: dict[int, RequestState] = {}
         self.ended: deque[Left] = deque()
 
     def add(self, request: RequestState) -> None:
@@ -154,7 +161,7 @@ class Scheduler:
     @property
     def holders(self) -> list[RequestState]:
         """Requests with a slot."""
-        return [*self.decoding.values(), *self.prefilling]
+        return [*self.decoding.values(), *self.prefilling, *self.arriving.values()]
 
     def admit(self) -> None:
         """Give the next waiting requests slots if there is room. Who would not fit even alone ends with an error, so
@@ -163,16 +170,21 @@ class Scheduler:
         Prompts go in one after another, so more than the next two chunks would hold memory for nothing, and a burst
         would map all of it at once instead of beside the prompts before.
         """
+        if not self.waiting:
+            self.watermark.emptied()
+        self._take_arrived()
         left = sum(request.length - request.prefilled for request in self.prefilling)
-        while self.waiting and len(self.decoding) + len(self.prefilling) < len(self.decode.lengths):
+        while self.waiting and len(self.holders) < len(self.decode.lengths):
             request = self.waiting.first
             if len(self.prefilling) >= 2 and left >= 2 * self.chunk and not self._goes_before_all(request):
                 return
-            if self._begins_with_another(request):
+            if self._begins_with_another(request) or not self.watermark.lets_in(
+                request, self.holders, self.slots.changes
+            ):
                 return
-            suspended = self.cache.is_suspended(request.id)
+            resumed = self.cache.is_suspended(request.id)
             try:
-                (self.slots.resume if suspended else self.slots.admit)(request)
+                (self.slots.resume if resumed else self.slots.admit)(request)
             except NoFreeSlot:
                 if not self.holders and not self._forget_suspended(but=request):
                     raise
@@ -193,11 +205,28 @@ class Scheduler:
                     return
                 continue
             self.waiting.remove(request)
-            if suspended and request.decodes_next:
-                self.decode_next(request)
+            if resumed:
+                self.arriving[request.id] = request
+                self._take_arrived()
                 continue
             self.prefilling.append(request)
             left += request.length - request.prefilled
+
+    def _take_arrived(self, wait: bool = False) -> None:
+        """Have those go on whose tokens came back from host memory; with `wait`, one at least."""
+        for request in list(self.arriving.values()):
+            if wait or self.cache.has_arrived(request.id):
+                wait = False
+                self._take(request)
+                if request.decodes_next:
+                    self.decode_next(request)
+                else:
+                    self.prefilling.append(request)
+
+    def _take(self, request: RequestState) -> None:
+        """A request's tokens are there, or are waited for now; nothing of one that is not on its way."""
+        if self.arriving.pop(request.id, None) is not None:
+            self.slots.arrived(request)
 
     def _begins_with_another(self, request: RequestState) -> bool:
         """Whether this is a branch whose prompt goes in for another one now, which it waits for."""
@@ -226,8 +255,10 @@ class Scheduler:
         With `ahead` launches are under way whose tokens nobody knows yet: nobody is preempted or moved then. None where
         there is nothing to launch, or nothing before these tokens are read.
         """
-        if self.ended or self.waiting:
+        if self.ended or self.waiting or self.arriving:
             self.cache.at_once(self._release_and_admit)
+        if self.arriving and not (ahead or self.decoding or self.prefilling):
+            self._take_arrived(wait=True)
         if self._moves_wait(ahead):
             return None
         drafting = True
@@ -329,10 +360,6 @@ class Scheduler:
         if self.compaction is None or not self.decoding or not self._moved_out:
             return False
         by_slot = {request.slot: request for request in self.holders}
-        # A slot in which others read keeps its place, and so does the bucket.
-        segments = self.cache.segments
-        if segments is not None and not by_slot.keys().isdisjoint(segments[:, 1].tolist()):
-            return False
         moves = self.compaction.plan({slot: request.left for slot, request in by_slot.items()})
         if moves and ahead:
             return True
@@ -367,6 +394,7 @@ class Scheduler:
         ends with an error."""
         holders = self.holders
         if len(holders) > 1:
+            self.watermark.sent_back()
             self.preempt_youngest()
             return
         if self._forget_suspended():
@@ -424,7 +452,7 @@ class Scheduler:
         self.waiting.remove(request)
         if request.slot < 0:
             return 0
-        copied = self._swap_out(request)
+        copied = self._swap_out(request, wait=False)
         if not copied:
             self._leave_to_recompute(request)
         self.release_ended()
@@ -435,14 +463,16 @@ class Scheduler:
         del self.parked[request.id]
         self.waiting.add(request)
 
-    def _swap_out(self, request: RequestState) -> int:
-        """Put a request's tokens to host memory; returns the bytes, 0 where that is full or cannot be."""
+    def _swap_out(self, request: RequestState, wait: bool = True) -> int:
+        """Put a request's tokens to host memory; returns the bytes, 0 where that is full or cannot be. Without `wait`,
+        beside what others do; who needs the memory waits for it anyway."""
+        self._take(request)
         tokens = self._computed_tokens(request)
         if tokens < 1:
             return 0
         slot = request.slot
         try:
-            copied = self.slots.suspend(request, tokens)
+            copied = self.slots.suspend(request, tokens, wait)
         except (ConfigError, HostMemoryFull, KVCacheOutOfMemory, MemoryQuarantined):
             return 0
         except DriverError as error:
@@ -486,6 +516,7 @@ class Scheduler:
 
     def leave(self, request: RequestState) -> None:
         """Take a request's lane; its slot and memory are taken by `release_ended`."""
+        self._take(request)
         if self.decoding.pop(request.slot, None) is not None:
             self.decode.clear_lane(request.slot)
         if request.slot >= 0:
@@ -504,7 +535,8 @@ class Scheduler:
 
     def end(self, request: RequestState) -> None:
         """Take a request out wherever it is; its slot and memory are taken by `release_ended`."""
-        self.requests.pop(request.id, None)
+        if self.requests.pop(request.id, None) is not None and request.finish_reason in ("stop", "length"):
+            self.watermark.ended(len(request.chosen))
         self.parked.pop(request.id, None)
         self.waiting.remove(request)
         if request in self.prefilling:
@@ -522,6 +554,7 @@ class Scheduler:
         self.waiting.clear()
         self.prefilling.clear()
         self.decoding.clear()
+        self.arriving.clear()
         self.ended.clear()
         for number, request in sorted(self.requests.items()):
             request.slot, request.prefilled = -1, 0
@@ -537,6 +570,7 @@ class Scheduler:
         self.requests.clear()
         self.parked.clear()
         self.waiting.clear()
+        self.arriving.clear()
         self.prefilling.clear()
         self.decoding.clear()
         self.ended.clear()

@@ -37,6 +37,8 @@ from trtllm_vattn.vmm.tensors import inference
 class RankedDecode(DecodeBatch):
     """Lanes of which rank 0's tokens are everybody's."""
 
+    captures_alone: ClassVar[bool] = False
+
     def capture(self) -> CaptureReport:
         here = current_group()
         # One after another, for the first one stores what it measured, by which the others then choose alike.
