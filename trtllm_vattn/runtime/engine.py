@@ -77,6 +77,7 @@ from trtllm_vattn.runtime.swap_cost import SwapCost
 from trtllm_vattn.runtime.text import bad_word_ids, check_tokenizer, text_for
 from trtllm_vattn.runtime.tokens import TokenIds, token_ids
 from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
+from trtllm_vattn.runtime.weights_ipc import IpcWeights, ReceivedWeights, named_tensors
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.values import described, finite, shown, truth, whole
 from trtllm_vattn.vmm.open import open_driver
@@ -1252,6 +1253,7 @@ class Engine:
         manifest: Manifest | None = None,
         partial: bool = False,
         running: Literal["continue", "restart", "abort"] = "continue",
+        restore: bool = False,
     ) -> int:
         """Write new weights over the model's, in place, under captured graphs; returns the new `weights_version`.
 
@@ -1275,6 +1277,9 @@ class Engine:
             What becomes of requests that are not finished: ``continue`` goes on over keys and values that the old
             weights computed; ``restart`` prefills prompts and the tokens so far again; ``abort`` ends them all, queued
             ones too, by an event with `finish_reason` ``abort`` and no token.
+        restore : bool
+            Whether a stream that breaks leaves the old weights. As many bytes of host memory as are written keep what
+            was there meanwhile.
 
         Raises
         ------
@@ -1282,8 +1287,8 @@ class Engine:
             Names, shapes, dtypes or devices are wrong, by the dict or the manifest: nothing is changed, and what runs
             goes on. Or a stream gives other than its manifest.
 
-        Where a stream breaks after its first tensor was written, whatever it raised is raised, and the weights are
-        mixed: `step` raises WeightsMixed until a full update succeeds; events wait for that.
+        Where a stream breaks after its first tensor was written, whatever it raised is raised, and without `restore`
+        the weights are mixed: `step` raises WeightsMixed until a full update succeeds; events wait for that.
         """
         if running not in ("continue", "restart", "abort"):
             raise ConfigError(f"running is {running!r}; choose continue, restart or abort")
@@ -1301,8 +1306,44 @@ class Engine:
                 self.scheduler.release_ended()
             # What runs goes on, and is not kept.
             self.slots.flush()
-        self.slots.weights_version = self.weights.write(update)
+        self.slots.weights_version = self.weights.write(update, restore)
         return self.weights.version
+
+    def update_weights_from_ipc(
+        self,
+        weights: IpcWeights,
+        *,
+        manifest: Manifest | None = None,
+        partial: bool = False,
+        running: Literal["continue", "restart", "abort"] = "continue",
+        restore: bool = True,
+    ) -> int:
+        """`update_weights` from memory of another process that this one maps: by CUDA IPC of the same GPU, or, on the
+        host, shared memory (runtime/weights_ipc.py). Returns the new `weights_version`.
+
+        Parameters
+        ----------
+        weights
+            A mapping of names to what `torch.multiprocessing.reductions.reduce_tensor` gave for each tensor, all of
+            which stay as they are until this returns; `WeightBucket` objects, of which each may be written again when
+            the next is asked for; or what `receive_weights` gives, whose other end is told how it went.
+        manifest, partial, running, restore
+            As `update_weights` takes them. A manifest is needed for buckets that are not all there; a channel begins
+            with its own.
+
+        Raises ConfigError as `update_weights`, and where memory cannot be mapped: it is on another GPU, or whose it is
+        has gone. Unless `restore` is False, the weights are the old ones whenever this raises.
+        """
+        try:
+            pairs, manifest = named_tensors(weights, manifest, self.cache.device)
+            version = self.update_weights(pairs, manifest=manifest, partial=partial, running=running, restore=restore)
+        except BaseException as error:
+            if isinstance(weights, ReceivedWeights):
+                weights.tell("failed", str(error))
+            raise
+        if isinstance(weights, ReceivedWeights):
+            weights.tell("done", version)
+        return version
 
     def _drain(self) -> None:
         """Take the tokens of all launches under way."""
