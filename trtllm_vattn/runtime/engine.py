@@ -39,6 +39,7 @@ from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
 from trtllm_vattn.runtime.compression import Compression, check_compression, check_policy
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
+from trtllm_vattn.runtime.deterministic import check_batch_invariant, check_deterministic
 from trtllm_vattn.runtime.dry_pass import AttentionNeeds, naming
 from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler
 from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype, check_kv_scales
@@ -91,6 +92,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CHANGED = (
+    "computed anew, it chose another token than before, which deterministic engines do not; the machine or an "
+    "operation of its own is at fault"
+)
 NOT_FINITE = "its logits are NaN or infinite, so that there is no token to choose"
 UNUSUAL = 509
 """Tokens of the first compiled pass. No dimension of a model has this size, so torch takes none for their number; and
@@ -195,9 +200,10 @@ class Engine:
     clock : callable
         Seconds, by which deadlines and waiting are counted; another one for virtual time.
     deterministic : bool
-        Whether one kernel of attention decodes all batches. Else ``auto`` picks the fastest one by the lengths of a
-        batch, so that the other sequences' lengths may change the last bits of a sequence's logits. Kernels of matrix
-        products go by the rows of a pass all the same; bits that depend on nothing of the batch are not promised.
+        Whether the bits of a request's logits, and so its tokens and log-probabilities, depend on nothing but its own
+        tokens and parameters: not on who runs beside it, in which lane, or whether it was preempted
+        (runtime/deterministic.py says by what means, and what they cost). Prefixes, speculation, compression and mixed
+        passes are left out, and refused where they are asked for; so is what cannot hold it.
     record_margins : bool
         Whether token events carry the distance of the two largest logits.
     observer : callable or None
@@ -300,6 +306,8 @@ class Engine:
         scales = check_kv_scales(kv_scales, cache.shape)
         needs = bind(model, cache.shape)
         check_compression(compression, settings, cache, needs)
+        if settings["deterministic"]:
+            check_deterministic(model, compression, settings)
         self.model, self.cache = model, cache
         self.steps, self.loop, self.record_margins, self.observer = steps, loop, record_margins, observer
         self.clock = clock
@@ -307,6 +315,8 @@ class Engine:
         self._vocab_size: int = config.vocab_size
         self._end_of_text = end_of_text(model)
         self.attention = self._make_attention(attention, needs, scales, settings)
+        if settings["deterministic"]:
+            check_batch_invariant(self.attention)
         self._check_drafts(settings["speculation"])
         # Before anything is captured: its memory is a captured step's.
         self.compression = None if compression is None else Compression(compression, self.attention, model.dtype)
@@ -362,14 +372,16 @@ class Engine:
     def _make_scheduler(self, settings: dict[str, Any], mixed: bool) -> Scheduler:
         # Queries are noted by slot, so nobody moves who may be asked for them.
         movable = self.cache.remaps and settings["capture"] and not settings["packed"] and self.compression is None
+        alone: bool = settings["deterministic"]
         return Scheduler(
             self.slots,
             self.decode,
-            Compaction(self.cache, self.startup.decode.replay_s) if movable else None,
+            Compaction(self.cache, self.startup.decode.replay_s) if movable and not alone else None,
             settings["chunk"],
             _failing(weakref.ref(self)),
             steps=settings["steps"],
             mixed=mixed,
+            alone=alone,
             clock=self.clock,
             max_wait_s=settings["max_wait_s"],
             swap_cost=self.swap_cost,
@@ -431,7 +443,8 @@ class Engine:
         passes."""
         names = ("buckets", "steps", "loop", "packed", "chunk", "compile", "lanes")
         buckets, steps, loop, packed, chunk, compiling, lanes = (settings[name] for name in names)
-        model, mixed, on_gpu = self.model, self.supports_packed_prefill, self.cache.device.type == "cuda"
+        model, on_gpu = self.model, self.cache.device.type == "cuda"
+        mixed = self.supports_packed_prefill and not settings["deterministic"]
         if compiling is None:
             compiling = on_gpu
         with inference(), naming(model):
@@ -582,6 +595,7 @@ class Engine:
             given = {**sizes, **kept_back, **kinds, **options, "tokenizer": tokenizer}
             return cast("Self", _on_ranks(tensor_parallel, model, device, dtype, given))
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING and policy_of_tokens is None
+        reusing = reusing and options.get("deterministic") is not True
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
         with ExitStack() as undo:
             probe = undo.enter_context(start_policy_probe(device, mapping))
@@ -788,6 +802,11 @@ class Engine:
             raise ConfigError(
                 "forced tokens are fed in place of chosen ones: penalties, bad_words, stop and grammars, which go by "
                 "what was chosen, are not possible with them"
+            )
+        if params.prompt_logprobs is not None and self.scheduler.alone:
+            raise ConfigError(
+                "this engine is deterministic, and prompt_logprobs are computed by passes that others share; leave "
+                "them out, or build another without deterministic"
             )
         if params.prompt_logprobs is not None and not self.scheduler.mixed:
             raise ConfigError(
@@ -1052,9 +1071,12 @@ class Engine:
             if token == NO_TOKEN or (grammar is not None and grammar.error):
                 self._fail(request, f"its grammar: {grammar.error}" if grammar and grammar.error else NOT_FINITE)
                 continue
+            if request.is_chosen_again and token != request.expected:
+                self._fail(request, CHANGED)
+                continue
             logprob = None if most is None else launch.logprob(step, launch.lane_of[request.slot], token, most)
             event = request.event(token, apart[i] if apart else None, self.weights.version, logprob)
-            if not request.silent:
+            if not (request.silent or request.is_chosen_again):
                 self._events += [event]
             self._note(request, event)
             if request.is_verified and len(request.chosen) == request.known + 1:
@@ -1074,6 +1096,7 @@ class Engine:
         self._end_without_token(request, "error", message)
 
     def _end_without_token(self, request: RequestState, reason: str, message: str | None) -> None:
+        request.restore()
         event = request.end_event(reason, message, self.weights.version)
         if not request.silent:
             self._events += [event]
@@ -1306,6 +1329,12 @@ class Engine:
                 self.scheduler.release_ended()
             # What runs goes on, and is not kept.
             self.slots.flush()
+            for request in list(self.scheduler.requests.values()):
+                if request.is_chosen_again and request.slot >= 0:
+                    # The new weights would choose other tokens.
+                    self.scheduler.recompute(request)
+                request.restore()
+                request.given = len(request.chosen)
         self.slots.weights_version = self.weights.write(update, restore)
         return self.weights.version
 

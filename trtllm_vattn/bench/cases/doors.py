@@ -12,6 +12,7 @@ Parts, each by a word of `--measure`; results are written after each.
   GPU an output may part from the engine's where the two likeliest tokens are nearly as likely, for batches differ:
   those are `ties`, and not wrong.
 * ``updates``: new weights from a process beside this one, again and again while requests stream (doors_updates.py).
+* ``deterministic``: what `Engine(deterministic=True)` costs, and whether it holds (doors_deterministic.py).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from trtllm_vattn.arguments import chosen, positive, probability, size, tolerance
+from trtllm_vattn.arguments import chosen, numbers, positive, probability, size, tolerance
+from trtllm_vattn.bench.cases.doors_deterministic import measure_deterministic
 from trtllm_vattn.bench.cases.doors_http import Serving, judge, outcomes_of, seconds_of, serving
 from trtllm_vattn.bench.cases.doors_updates import measure_updates
 from trtllm_vattn.bench.harness.case import model_of, vocab_of
@@ -49,7 +51,7 @@ from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.request import Completion, StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 
-MEASURES = ("parameters", "http", "clients", "updates")
+MEASURES = ("parameters", "http", "clients", "updates", "deterministic")
 SHARED = {"parameters", "http", "clients"}
 """Parts of one engine."""
 
@@ -80,6 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-seq-len", type=positive, default=1024 if gpu else 64, metavar="TOKENS", help=MAX_SEQ_LEN)
     add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=TIE_TOLERANCE)
     add("--updates", type=positive, default=100 if gpu else 20, metavar="TIMES", help="of all weights, of part updates")
+    text = "random ones, of part deterministic"
+    add("--batches", type=positive, default=100 if gpu else 10, metavar="BATCHES", help=text)
+    text = "sequences of the steps of part deterministic"
+    add("--at-once", type=numbers, default="1,32,128" if gpu else "1,4,8", metavar="SEQUENCES,...", help=text)
     add_rounds(parser, 2 if gpu else 1, "of what is compared")
 
 
@@ -115,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
         through_one_engine(parts, args, model, trace, random)
     if "updates" in args.measure:
         measure_updates(parts, args, model)
+    if "deterministic" in args.measure:
+        measure_deterministic(parts, args, model, trace.prompts)
     return parts.conclude()
 
 
