@@ -23,7 +23,8 @@ def add_engine(parser: argparse.ArgumentParser, max_seqs: int) -> None:
     text = "longest time between two tokens that prompts may cause (default: no limit)"
     add("--target-itl-ms", type=amount, metavar="MILLISECONDS", help=text)
     add("--no-prefix-cache", action="store_true", help="keep nothing of ended requests for prompts that begin alike")
-    add("--deterministic", action="store_true", help="one kernel of attention for all batches")
+    text = "the bits of a request depend on nothing of its batch; nothing is kept for prompts that begin alike then"
+    add("--deterministic", action="store_true", help=text)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -367,7 +367,7 @@ class Engine:
         if settings["speculation"] is not None:
             return None
         lanes = settings["lanes"] or self.cache.shape.num_slots
-        return PrefixReading.over(self.attention, lanes, settings["deterministic"])
+        return PrefixReading.over(self.attention, lanes)
 
     def _make_scheduler(self, settings: dict[str, Any], mixed: bool) -> Scheduler:
         # Queries are noted by slot, so nobody moves who may be asked for them.
