@@ -180,9 +180,9 @@ def test_a_mixture_of_experts_compression_and_prompt_logprobs_are_refused(expert
     with made as cache, pytest.raises(ConfigError, match="MixtralForCausalLM has 2 experts"):
         Engine(experts, cache, compile=False, deterministic=True)
     with pytest.raises(ConfigError, match="deterministic is True, and compression evicts"):
-        check_deterministic(OWN, object(), {})
+        check_deterministic(OWN, object(), shape_of(OWN, 2, 64))
     with pytest.raises(ConfigError, match="the model is a int"):
-        check_deterministic(3, None, {})
+        check_deterministic(3, None, shape_of(OWN, 2, 64))
     made_engine = engine_of(buckets=[LANES], capture=False)
     with made_engine as engine, pytest.raises(ConfigError, match="deterministic, and prompt_logprobs"):
         engine.submit([1, 2], SamplingParams(prompt_logprobs=1))

@@ -27,12 +27,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention.options import FP8
+from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def check_deterministic(model: Any, compression: object, settings: dict[str, Any]) -> None:
+def check_deterministic(model: Any, compression: object, shape: CacheShape) -> None:
     """Raise ConfigError, by name, for what cannot hold it."""
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
@@ -43,6 +45,11 @@ def check_deterministic(model: Any, compression: object, settings: dict[str, Any
         raise ConfigError(
             "deterministic is True, and compression evicts tokens by steps that it takes behind others'; leave one of "
             "them out"
+        )
+    if shape.dtype == FP8:
+        raise ConfigError(
+            f"deterministic is True, and keys and values are {FP8}, which on a GPU the shares kernel alone reads, that "
+            "splits a sequence by the lengths of the others; leave one of them out"
         )
     config = model.config.get_text_config()
     experts = next((name for name in EXPERTS if (getattr(config, name, None) or 0) > 1), None)

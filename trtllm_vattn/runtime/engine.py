@@ -307,7 +307,7 @@ class Engine:
         needs = bind(model, cache.shape)
         check_compression(compression, settings, cache, needs)
         if settings["deterministic"]:
-            check_deterministic(model, compression, settings)
+            check_deterministic(model, compression, cache.shape)
         self.model, self.cache = model, cache
         self.steps, self.loop, self.record_margins, self.observer = steps, loop, record_margins, observer
         self.clock = clock
@@ -609,7 +609,7 @@ class Engine:
             later = cache in ("vattn", "blocks") and device != "cpu"
             idle: dict[str, Any] = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "sized_later": later}
             idle["host_memory"] = host_memory
-            if policy_of_tokens is not None:
+            if policy_of_tokens is not None and not shape.windows:  # which is refused by name
                 # What is mapped at once goes back at once, so single pages.
                 idle["own_lengths"], idle["extent_classes"] = True, 1
                 idle["heads_per_range"] = 1 if policy_of_tokens.by_head else None

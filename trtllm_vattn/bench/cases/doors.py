@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "random ones, of part deterministic"
     add("--batches", type=positive, default=100 if gpu else 10, metavar="BATCHES", help=text)
     text = "sequences of the steps of part deterministic"
-    add("--at-once", type=numbers, default="1,32,128" if gpu else "1,4,8", metavar="SEQUENCES,...", help=text)
+    add("--batch-sizes", type=numbers, default="1,32,128" if gpu else "1,4,8", metavar="SEQUENCES,...", help=text)
     add_rounds(parser, 2 if gpu else 1, "of what is compared")
 
 

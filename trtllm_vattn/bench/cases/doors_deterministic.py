@@ -47,7 +47,7 @@ def measure_deterministic(
         options = {"attention": args.attention, "prefix_cache": False, "deterministic": deterministic}
         with Engine(model, cache, **options) as engine:
             parts.say(f"an engine is captured, {'' if deterministic else 'not '}deterministic")
-            sizes = [size for size in args.at_once if size <= args.max_seqs]
+            sizes = [size for size in args.batch_sizes if size <= args.max_seqs]
             step_ms[deterministic] = {size: _step_ms(engine, prompts, size) for size in sizes}
             seconds[deterministic] = min(_seconds(engine, prompts, args.max_output) for _ in range(args.rounds))
             batches = args.batches if deterministic else -(-args.batches // 10)
