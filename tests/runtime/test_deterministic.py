@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,16 +35,19 @@ def engine_of(dtype: torch.dtype = torch.float32, pages: int | None = None, **op
 def asked(
     random: np.random.Generator, lengths: tuple[int, int] = (1, 24), count: int = 2
 ) -> tuple[list[int], SamplingParams]:
-    """A prompt and how to go on from it; every second one samples."""
+    """A prompt and how to go on from it; some sample, some change logits, and all lanes' steps with them."""
     prompt = random.integers(0, VOCAB, int(random.integers(*lengths))).tolist()
     temperature = 0.8 if random.random() < 0.5 else 0.0
     seed = int(random.integers(1000))
-    return prompt, SamplingParams(count, temperature=temperature, seed=seed, ignore_eos=True, logprobs=3)
+    penalty = 1.3 if random.random() < 0.3 else 1.0
+    params = SamplingParams(count, temperature=temperature, seed=seed, repetition_penalty=penalty, top_p=0.9)
+    return prompt, replace(params, ignore_eos=True, logprobs=3 if random.random() < 0.7 else None)
 
 
 def bits(events: list[TokenEvent]) -> list[object]:
     """Tokens, and log-probabilities bit by bit."""
-    return [(event.token, event.logprob.logprob.hex(), event.logprob.top) for event in events if event.logprob]
+    each = [(event.token, event.logprob) for event in events]
+    return [(token, known and (known.logprob.hex(), known.top)) for token, known in each]
 
 
 def alone(engine: Engine, prompt: list[int], params: SamplingParams) -> list[object]:

@@ -43,7 +43,7 @@ from trtllm_vattn.bench.harness.flags import (
     add_common,
     add_rounds,
 )
-from trtllm_vattn.bench.harness.parts import Parts
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
@@ -111,33 +111,33 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     if args.context + args.max_output > args.max_seq_len:
         raise ConfigError(f"{args.context} tokens and {args.max_output} exceed --max-seq-len {args.max_seq_len}")
-    parts = Parts("doors", args)
+    recording = Recording("doors", args)
     model, random = model_of(args), np.random.default_rng(args.seed)
     lengths = random.integers(max(1, args.context // 4), args.context + 1, args.prompts)
     prompts = [random.integers(0, vocab_of(model), length).tolist() for length in lengths]
     trace = Trace(prompts, args.max_output)
-    parts.say(f"{args.model} is loaded")
+    recording.say(f"{args.model} is loaded")
     if SHARED & set(args.measure):
-        through_one_engine(parts, args, model, trace, random)
+        through_one_engine(recording, args, model, trace, random)
     if "updates" in args.measure:
-        measure_updates(parts, args, model)
+        measure_updates(recording, args, model)
     if "deterministic" in args.measure:
-        measure_deterministic(parts, args, model, trace.prompts)
-    return parts.conclude()
+        measure_deterministic(recording, args, model, trace.prompts)
+    return recording.conclude()
 
 
 def through_one_engine(
-    parts: Parts, args: argparse.Namespace, model: PreTrainedModel, trace: Trace, random: np.random.Generator
+    recording: Recording, args: argparse.Namespace, model: PreTrainedModel, trace: Trace, random: np.random.Generator
 ) -> None:
     """The parts that share an engine."""
     cache = make_cache("vattn", shape_of(model, args.max_seqs, args.max_seq_len), args.device, args.budget)
     # Every round computes every prompt.
     engine = Engine(model, cache, attention=args.attention, prefix_cache=False, tokenizer=tokenizer_of(vocab_of(model)))
-    parts.say("an engine is captured")
+    recording.say("an engine is captured")
     try:
         engine_seconds(engine, trace, trace.plain)
         if "parameters" in args.measure:
-            measure_parameters(parts, args, engine, trace)
+            measure_parameters(recording, args, engine, trace)
         if not {"http", "clients"} & set(args.measure):
             return
         wanted = engine.generate(trace.prompts, replace(trace.plain, logprobs=2))
@@ -147,9 +147,9 @@ def through_one_engine(
             engine.close()
     with serving(engine, 4 * args.clients + args.prompts, args.max_seq_len) as server:
         if "http" in args.measure:
-            measure_http(parts, args, server, trace, alone)
+            measure_http(recording, args, server, trace, alone)
         if "clients" in args.measure:
-            measure_clients(parts, args, server, trace, wanted, random)
+            measure_clients(recording, args, server, trace, wanted, random)
 
 
 def engine_seconds(engine: Engine, trace: Trace, params: SamplingParams) -> tuple[float, int]:
@@ -167,10 +167,10 @@ def engine_seconds(engine: Engine, trace: Trace, params: SamplingParams) -> tupl
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 
-def measure_parameters(parts: Parts, args: argparse.Namespace, engine: Engine, trace: Trace) -> None:
+def measure_parameters(recording: Recording, args: argparse.Namespace, engine: Engine, trace: Trace) -> None:
     """What it costs to be asked for more than tokens, and what it costs those who ask for nothing."""
     before = [timed(engine, trace, trace.plain)[1] for _ in range(args.rounds)]
-    parts.say(f"plain steps: {median(before):.3f} ms")
+    recording.say(f"plain steps: {median(before):.3f} ms")
     asked = {"plain": trace.plain, **asked_for(trace)}
     seconds: dict[str, list[float]] = {name: [] for name in asked}
     steps: dict[str, list[float]] = {name: [] for name in asked}
@@ -181,7 +181,7 @@ def measure_parameters(parts: Parts, args: argparse.Namespace, engine: Engine, t
             if turn:
                 seconds[name].append(took)
                 steps[name].append(step_ms)
-            parts.say(f"round {turn} of {args.rounds}, {name}: {took:.2f} s, a step {step_ms:.3f} ms")
+            recording.say(f"round {turn} of {args.rounds}, {name}: {took:.2f} s, a step {step_ms:.3f} ms")
     after = [timed(engine, trace, trace.plain)[1] for _ in range(args.rounds)]
     least = {name: min(took) for name, took in seconds.items()}
     others = [name for name in asked if name != "plain"]
@@ -191,7 +191,9 @@ def measure_parameters(parts: Parts, args: argparse.Namespace, engine: Engine, t
         **{f"{name}_over_plain": least["plain"] / least[name] for name in others},
         **{f"{name}_step_over_plain": min(steps[name]) / min(steps["plain"]) for name in others},
     }
-    parts.add("parameters", {"step_ms": {"before": before, "after": after, **steps}, "seconds": seconds}, summary)
+    recording.found(
+        "parameters", {"step_ms": {"before": before, "after": after, **steps}, "seconds": seconds}, **summary
+    )
 
 
 def asked_for(trace: Trace) -> dict[str, SamplingParams]:
@@ -227,7 +229,9 @@ def timed(engine: Engine, trace: Trace, params: SamplingParams) -> tuple[float, 
 # -- HTTP --------------------------------------------------------------------------------------------------------------
 
 
-def measure_http(parts: Parts, args: argparse.Namespace, server: Serving, trace: Trace, alone: Sequence[float]) -> None:
+def measure_http(
+    recording: Recording, args: argparse.Namespace, server: Serving, trace: Trace, alone: Sequence[float]
+) -> None:
     """All prompts at once by HTTP, and by the engine alone."""
     asked = [body(trace, place) for place in range(len(trace.prompts))]
     job = {**server.where, "at_once": len(asked), "requests": asked}
@@ -237,11 +241,11 @@ def measure_http(parts: Parts, args: argparse.Namespace, server: Serving, trace:
         "http_tokens_per_s": trace.tokens / min(served),
         "http_over_engine": min(alone) / min(served),
     }
-    parts.add("http", {"engine_s": list(alone), "http_s": served}, summary)
+    recording.found("http", {"engine_s": list(alone), "http_s": served}, **summary)
 
 
 def measure_clients(
-    parts: Parts,
+    recording: Recording,
     args: argparse.Namespace,
     server: Serving,
     trace: Trace,
@@ -258,7 +262,7 @@ def measure_clients(
     job = {**server.where, "at_once": args.clients, "requests": asked, "library": args.library}
     share = args.requests // args.client_processes
     kills = random.integers(share // 4, max(share // 4 + 1, share // 2), args.client_processes - 1).tolist()
-    parts.say(f"{args.requests} requests by {args.clients} clients at once")
+    recording.say(f"{args.requests} requests by {args.clients} clients at once")
     started = perf_counter()
     outcomes = outcomes_of(job, args.client_processes, kills)
     seconds = perf_counter() - started
@@ -279,7 +283,8 @@ def measure_clients(
     }
     errors = sorted({outcome["error"] for outcome in outcomes if "error" in outcome})
     wrong = [f"{name}: {summary[name]}" for name in ("leaked", "wrong", "failed") if summary[name]] + errors[:5]
-    parts.add("clients", {"errors": errors, "left": left, "before": before, "seconds": seconds}, summary, wrong)
+    recording.wrong += wrong
+    recording.found("clients", {"errors": errors, "left": left, "before": before, "seconds": seconds}, **summary)
 
 
 def body(trace: Trace, place: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from time import perf_counter
 import numpy as np
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.harness.parts import Parts
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
@@ -35,7 +35,7 @@ Bits = list[tuple[int | None, str]]
 
 
 def measure_deterministic(
-    parts: Parts, args: argparse.Namespace, model: PreTrainedModel, prompts: Sequence[list[int]]
+    recording: Recording, args: argparse.Namespace, model: PreTrainedModel, prompts: Sequence[list[int]]
 ) -> None:
     """Both engines, one after the other."""
     step_ms: dict[bool, dict[int, float]] = {}
@@ -46,13 +46,13 @@ def measure_deterministic(
         cache = make_cache("vattn", shape_of(model, args.max_seqs, args.max_seq_len), args.device, args.budget)
         options = {"attention": args.attention, "prefix_cache": False, "deterministic": deterministic}
         with Engine(model, cache, **options) as engine:
-            parts.say(f"an engine is captured, {'' if deterministic else 'not '}deterministic")
+            recording.say(f"an engine is captured, {'' if deterministic else 'not '}deterministic")
             sizes = [size for size in args.batch_sizes if size <= args.max_seqs]
             step_ms[deterministic] = {size: _step_ms(engine, prompts, size) for size in sizes}
             seconds[deterministic] = min(_seconds(engine, prompts, args.max_output) for _ in range(args.rounds))
             batches = args.batches if deterministic else -(-args.batches // 10)
-            parts.say(f"steps {step_ms[deterministic]}; {batches} batches follow")
-            asked, different[deterministic] = _compare(engine, prompts, args, batches, parts)
+            recording.say(f"steps {step_ms[deterministic]}; {batches} batches follow")
+            asked, different[deterministic] = _compare(engine, prompts, args, batches, recording)
             requests = asked if deterministic else 0
     costs = {f"deterministic_step_over_plain_{n}": step_ms[True][n] / took for n, took in step_ms[False].items()}
     summary = {
@@ -65,8 +65,8 @@ def measure_deterministic(
     }
     names = {False: "plain", True: "deterministic"}
     results = {names[each]: {"step_ms": step_ms[each], "seconds": seconds[each]} for each in names}
-    wrong = [f"different: {different[True]}"] if different[True] else []
-    parts.add("deterministic", results, summary, wrong)
+    recording.wrong += [f"different: {different[True]}"] if different[True] else []
+    recording.found("deterministic", results, **summary)
 
 
 def _step_ms(engine: Engine, prompts: Sequence[list[int]], size: int) -> float:
@@ -102,7 +102,7 @@ def _finished(engine: Engine) -> list[TokenEvent]:
 
 
 def _compare(
-    engine: Engine, prompts: Sequence[list[int]], args: argparse.Namespace, batches: int, parts: Parts
+    engine: Engine, prompts: Sequence[list[int]], args: argparse.Namespace, batches: int, recording: Recording
 ) -> tuple[int, int]:
     """How many requests there were in so many random batches, and how many of them had other bits than alone."""
     random = np.random.default_rng(args.seed)
@@ -128,7 +128,7 @@ def _compare(
         requests += len(place)
         different += sum(_bits(by_request[number]) != wanted[which] for number, which in place.items())
         if batch % 25 == 0:
-            parts.say(f"batch {batch + 1} of {batches}: {different} of {requests} requests have other bits")
+            recording.say(f"batch {batch + 1} of {batches}: {different} of {requests} requests have other bits")
     return requests, different
 
 

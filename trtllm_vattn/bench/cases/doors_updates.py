@@ -20,7 +20,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from trtllm_vattn.bench.harness.case import captured_graphs, vocab_of
-from trtllm_vattn.bench.harness.parts import Parts
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.peer.trainer import train
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.runtime.async_engine import AsyncEngine
@@ -48,7 +48,7 @@ class Streamed:
     versions: list[int] = field(default_factory=list)
 
 
-def measure_updates(parts: Parts, args: argparse.Namespace, model: PreTrainedModel) -> None:
+def measure_updates(recording: Recording, args: argparse.Namespace, model: PreTrainedModel) -> None:
     """Updates of all weights, under the graphs, while requests stream."""
     spawning = multiprocessing.get_context(START)
     connection, theirs = spawning.Pipe()
@@ -60,11 +60,11 @@ def measure_updates(parts: Parts, args: argparse.Namespace, model: PreTrainedMod
     around = AsyncEngine(engine)
     try:
         connection.recv()
-        parts.say("an engine is captured, and the trainer has its weights")
+        recording.say("an engine is captured, and the trainer has its weights")
         graphs = captured_graphs(engine)
-        streamed, took = asyncio.run(_serve(around, connection, parts, args, vocab_of(model)))
+        streamed, took = asyncio.run(_serve(around, connection, recording, args, vocab_of(model)))
         same = captured_graphs(engine) == graphs
-        parts.say(f"{args.updates} updates; looking at {sum(len(each.tokens) for each in streamed)} tokens")
+        recording.say(f"{args.updates} updates; looking at {sum(len(each.tokens) for each in streamed)} tokens")
         tolerance = max(args.tie_tolerance, LEAST_TIE)
         mixed, ties = asyncio.run(around.call(lambda engine: _mixed_tokens(engine, connection, streamed, tolerance)))
     finally:
@@ -84,12 +84,12 @@ def measure_updates(parts: Parts, args: argparse.Namespace, model: PreTrainedMod
         "update_restorable_ms": 1e3 * median(took[True]),
         "update_gb_per_s": 1e-9 * nbytes / median(took[False]),
     }
-    wrong = [f"{name}: {summary[name]}" for name in ("recaptured", "mixed_tokens") if summary[name]]
-    parts.add("updates", {"seconds": took[False], "restorable_s": took[True], "bytes": nbytes}, summary, wrong)
+    recording.wrong += [f"{name}: {summary[name]}" for name in ("recaptured", "mixed_tokens") if summary[name]]
+    recording.found("updates", {"seconds": took[False], "restorable_s": took[True], "bytes": nbytes}, **summary)
 
 
 async def _serve(
-    around: AsyncEngine, connection: Connection, parts: Parts, args: argparse.Namespace, vocab: int
+    around: AsyncEngine, connection: Connection, recording: Recording, args: argparse.Namespace, vocab: int
 ) -> tuple[list[Streamed], dict[bool, list[float]]]:
     """What streams while the updates are made, and the seconds of each, with `restore` or without."""
     random = np.random.default_rng(args.seed)
@@ -125,7 +125,7 @@ async def _serve(
         await around.update_weights_from_ipc(weights, running="restart", restore=restore)
         took[restore].append(perf_counter() - started)
         if number % 20 == 0:
-            parts.say(f"update {number + 1} of {args.updates}: {took[restore][-1]:.3f} s")
+            recording.say(f"update {number + 1} of {args.updates}: {took[restore][-1]:.3f} s")
     done.set()
     await asyncio.gather(*asking)
     return streamed, took

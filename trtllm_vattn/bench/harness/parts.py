@@ -1,42 +1,100 @@
-"""A benchmark of several parts: says on stderr how far it is, and writes its results after each, so that a run that is
-ended early leaves what it had."""
+"""Benchmarks of several parts: each figure is written to the result file once it is there, so that a run that is cut
+off keeps what it measured; and what is under way is told on stderr, with the time."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
 from time import perf_counter
 from typing import Any
 
-from trtllm_vattn.bench.harness.case import conclude
+import torch
+from transformers import PreTrainedModel
+
+from trtllm_vattn.bench.harness.case import model_of
 from trtllm_vattn.bench.harness.report import Result, write
+from trtllm_vattn.errors import ConfigError, VattnError
 
 
-class Parts:
-    """Results and summary of a benchmark, growing by its parts."""
+@dataclass
+class Bench:
+    """One run of a benchmark of parts.
 
-    def __init__(self, benchmark: str, args: argparse.Namespace) -> None:
-        self._benchmark, self._args, self._started = benchmark, args, perf_counter()
-        self.results: dict[str, Any] = {}
-        self.summary: dict[str, Any] = {}
-        self.wrong: list[str] = []
+    Attributes
+    ----------
+    args : Namespace
+        The flags.
+    tables : dict
+        What is more than a figure, for the result file and plots.
+    summary : dict
+        Figures so far.
+    seconds, failed : dict
+        By name, how long each part took that is done, and why another one failed.
+    """
 
-    def say(self, text: str) -> None:
-        """A line on stderr, with the seconds since the start."""
-        print(f"{perf_counter() - self._started:7.1f} s  {text}", file=sys.stderr, flush=True)
+    args: argparse.Namespace
+    tables: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, results: dict[str, Any], summary: dict[str, Any], wrong: list[str] | None = None) -> None:
-        """A part is done. Raises ConfigError where ``--output-json`` cannot be written."""
-        self.results[name] = results
-        self.summary.update(summary)
-        self.wrong += wrong or []
-        self.say(f"{name}: " + ", ".join(f"{key} {_shown(value)}" for key, value in summary.items()))
-        if self._args.output_json:
-            write(Result.of(self._benchmark, self._args, self.results, self.summary), self._args.output_json)
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model that ``--model`` names, loaded once."""
+        say(f"loading {self.args.model}")
+        return model_of(self.args)
 
-    def conclude(self) -> int:
-        """The end; the exit code, 1 where anything is wrong."""
-        return conclude(self._benchmark, self._args, self.results, self.summary, wrong=self.wrong)
+    def results(self) -> dict[str, Any]:
+        """The body of the result file."""
+        figures = [{"figure": name, "value": value} for name, value in self.summary.items()]
+        return {"figures": figures, **self.tables, "part_seconds": self.seconds, "failed": self.failed}
+
+
+Part = Callable[[Bench], Iterator[dict[str, Any]]]
+"""Measures, and yields figures as they are known; a later figure takes the place of an earlier one of its name."""
+
+
+def say(text: str) -> None:
+    """A line on stderr, with the time of day."""
+    print(f"{datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
+
+
+def measure(benchmark: str, args: argparse.Namespace, parts: Mapping[str, Part], names: Sequence[str]) -> Bench:
+    """Run parts one after the other. One that fails on the device, or has no memory, leaves the others to run; it is
+    in `Bench.failed`. Raises ConfigError as parts do."""
+    bench, began = Bench(args), perf_counter()
+    result = Result.of(benchmark, args, bench.results(), bench.summary)
+    for name in names:
+        started = perf_counter()
+        say(f"{name}: begins, {started - began:.1f} s after the start")
+        try:
+            for found in parts[name](bench):
+                bench.summary.update(found)
+                say(f"{name}: {', '.join(f'{key}={_shown(value)}' for key, value in found.items())}")
+                _keep(result, bench)
+        except ConfigError:
+            raise
+        except (RuntimeError, VattnError) as error:
+            bench.failed[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+            say(f"{name}: failed, {bench.failed[name]}")
+        bench.seconds[name] = round(perf_counter() - started, 2)
+        say(f"{name}: ends, {bench.seconds[name]:.1f} s")
+        _keep(result, bench)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return bench
+
+
+def _keep(result: Result, bench: Bench) -> None:
+    result.results, result.summary = bench.results(), bench.summary
+    if bench.args.output_json:
+        write(result, bench.args.output_json)
 
 
 def _shown(value: Any) -> str:
