@@ -12,6 +12,7 @@ import torch
 from tiny_text import VOCAB, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
@@ -179,14 +180,14 @@ def test_what_cannot_hold_it_is_refused_by_name(options: dict[str, Any], said: s
         Engine(model, cache, compile=False, deterministic=True, **options)
 
 
-def test_a_mixture_of_experts_compression_and_prompt_logprobs_are_refused(experts: Any) -> None:
+def test_a_mixture_of_experts_and_prompt_logprobs_are_refused(experts: Any) -> None:
     made = make_cache("vattn", shape_of(experts, 2, 64), "cpu")
     with made as cache, pytest.raises(ConfigError, match="MixtralForCausalLM has 2 experts"):
         Engine(experts, cache, compile=False, deterministic=True)
-    with pytest.raises(ConfigError, match="deterministic is True, and compression evicts"):
-        check_deterministic(OWN, object(), shape_of(OWN, 2, 64))
-    with pytest.raises(ConfigError, match="the model is a int"):
-        check_deterministic(3, None, shape_of(OWN, 2, 64))
+    with make_cache("vattn", shape_of(OWN, 2, 64), "cpu") as cache:
+        attention = make_attention("torch", cache, 2)
+        with pytest.raises(ConfigError, match="the model is a int"):
+            check_deterministic(3, attention)
     made_engine = engine_of(buckets=[LANES], capture=False)
     with made_engine as engine, pytest.raises(ConfigError, match="deterministic, and prompt_logprobs"):
         engine.submit([1, 2], SamplingParams(prompt_logprobs=1))

@@ -209,6 +209,7 @@ def check_compression(policy: Any, settings: Mapping[str, Any], cache: KVCache, 
     wrong = {
         "prefix_cache=True: what was evicted is no prefix of another prompt; leave it out": settings["prefix_cache"],
         "speculation: rejected drafts go back behind a compaction; leave it out": settings["speculation"] is not None,
+        "deterministic=True: it runs behind others' launches; leave one of them out": settings["deterministic"],
         "layers with windows, whose tokens are masked by their places": windows,
         "sink logits": any(each is not None for each in needs.sinks),
         "soft caps of scores": any(each is not None for each in needs.softcaps),

@@ -28,23 +28,18 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.options import FP8
-from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def check_deterministic(model: Any, compression: object, shape: CacheShape) -> None:
+def check_deterministic(model: Any, attention: Attention) -> None:
     """Raise ConfigError, by name, for what cannot hold it."""
+    shape = attention.cache.shape
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
             f"deterministic is True, and the model is a {type(model).__name__}, whose kernels choose by shapes that "
             "are not known here; leave it out, or serve the Hugging Face model"
-        )
-    if compression is not None:
-        raise ConfigError(
-            "deterministic is True, and compression evicts tokens by steps that it takes behind others'; leave one of "
-            "them out"
         )
     if shape.dtype == FP8:
         raise ConfigError(
@@ -58,10 +53,6 @@ def check_deterministic(model: Any, compression: object, shape: CacheShape) -> N
             f"deterministic is True, and {type(model).__name__} has {getattr(config, experts)} experts, whose products "
             "have as many rows as a batch sends each; leave it out"
         )
-
-
-def check_batch_invariant(attention: Attention) -> None:
-    """Raise ConfigError for attention whose output of a lane depends on others."""
     if not attention.batch_invariant:
         raise ConfigError(
             f"deterministic is True, and decode is by {attention.describe()}, which splits a sequence by the lengths "

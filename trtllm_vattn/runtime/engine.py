@@ -39,7 +39,7 @@ from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
 from trtllm_vattn.runtime.compression import Compression, check_compression, check_policy
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
-from trtllm_vattn.runtime.deterministic import check_batch_invariant, check_deterministic
+from trtllm_vattn.runtime.deterministic import check_deterministic
 from trtllm_vattn.runtime.dry_pass import AttentionNeeds, naming
 from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler
 from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype, check_kv_scales
@@ -306,8 +306,6 @@ class Engine:
         scales = check_kv_scales(kv_scales, cache.shape)
         needs = bind(model, cache.shape)
         check_compression(compression, settings, cache, needs)
-        if settings["deterministic"]:
-            check_deterministic(model, compression, cache.shape)
         self.model, self.cache = model, cache
         self.steps, self.loop, self.record_margins, self.observer = steps, loop, record_margins, observer
         self.clock = clock
@@ -315,8 +313,6 @@ class Engine:
         self._vocab_size: int = config.vocab_size
         self._end_of_text = end_of_text(model)
         self.attention = self._make_attention(attention, needs, scales, settings)
-        if settings["deterministic"]:
-            check_batch_invariant(self.attention)
         self._check_drafts(settings["speculation"])
         # Before anything is captured: its memory is a captured step's.
         self.compression = None if compression is None else Compression(compression, self.attention, model.dtype)
@@ -351,7 +347,7 @@ class Engine:
         self, name: str, needs: AttentionNeeds, scales: KVScales | None, settings: dict[str, Any]
     ) -> Attention:
         shape = self.cache.shape
-        return make_attention(
+        made = make_attention(
             name,
             self.cache,
             self.model.config.get_text_config().num_attention_heads,
@@ -360,6 +356,9 @@ class Engine:
             options=options_for(needs, shape, self.cache.device, scales),
             most_rows=most_rows(settings["chunk"], settings["lanes"], shape.max_seq_len),
         )
+        if settings["deterministic"]:
+            check_deterministic(self.model, made)
+        return made
 
     def _make_reading(self, settings: dict[str, Any]) -> PrefixReading | None:
         """What has lanes read first tokens in another's slot; None where drafts are verified, by steps in which every

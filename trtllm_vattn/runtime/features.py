@@ -32,7 +32,7 @@ REFUSED = {
     frozenset({"fp8", "deterministic"}): "deterministic is True, and keys and values are",
     frozenset({"windows", "compression"}): "compression is not served with layers with windows",
     frozenset({"windows", "deterministic"}): "deterministic is True, and decode is by",
-    frozenset({"compression", "deterministic"}): "deterministic is True, and compression evicts tokens",
+    frozenset({"compression", "deterministic"}): "compression is not served with deterministic=True",
     frozenset({"compression", "fork"}): "a request whose tokens are evicted cannot be forked",
 }
 """What an error says, for each pair that is not served."""
