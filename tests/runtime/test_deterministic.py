@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from tiny_text import VOCAB, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.select import make_cache
@@ -18,7 +18,7 @@ from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.deterministic import check_deterministic
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.request import TokenEvent
+from trtllm_vattn.runtime.request import RequestState, TokenEvent
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.runtime.speculation import Speculation
 
@@ -28,7 +28,7 @@ OWN = copy.deepcopy(tiny_model())
 
 def engine_of(dtype: torch.dtype = torch.float32, pages: int | None = None, **options: Any) -> Engine:
     model = copy.deepcopy(OWN).to(dtype)
-    more = {} if pages is None else {"lookahead": 0, "budget": (pages + 1) * 4096}
+    more: dict[str, Any] = {} if pages is None else {"lookahead": 0, "budget": (pages + 1) * 4096}
     cache = make_cache("vattn", shape_of(model, LANES, 64), "cpu", **more)
     return Engine(model, cache, **{"compile": False, "deterministic": True, "chunk": 16, **options})
 
@@ -88,16 +88,21 @@ def together(engine: Engine, pool: list[tuple[list[int], SamplingParams]]) -> li
     return [bits(got[number]) for number in numbers]
 
 
-def test_who_is_preempted_has_the_same_bits_and_no_token_comes_twice() -> None:
+def test_who_is_preempted_has_the_same_bits_and_no_token_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is looked at changes where an engine is not deterministic."""
     random = np.random.default_rng(3)
     pool = [asked(random, (24, 30), 12) for _ in range(5)]
     with engine_of() as engine:
         wanted = [alone(engine, *each) for each in pool]
     with engine_of(pages=4) as engine:
-        preempted = []
+        preempted: list[int] = []
         send_back = engine.scheduler._leave_to_recompute
-        engine.scheduler._leave_to_recompute = lambda each: (preempted.append(len(each.chosen)), send_back(each))[1]
+
+        def noted(request: RequestState) -> None:
+            preempted.append(len(request.chosen))
+            send_back(request)
+
+        monkeypatch.setattr(engine.scheduler, "_leave_to_recompute", noted)
         assert together(engine, pool) == wanted
         assert max(preempted, default=0) > 1
         # By wish, with a deadline that passes while tokens are chosen again: all that were told are in the output.
@@ -125,7 +130,7 @@ def test_a_token_that_is_another_when_it_is_chosen_again_ends_its_request(caplog
         first = [event for _ in range(5) for event in engine.step()]
         engine.scheduler.preempt_all()
         with torch.no_grad():
-            engine.model.lm_head.weight.neg_()
+            cast(LlamaForCausalLM, engine.model).lm_head.weight.neg_()
         rest = list(engine.run())
         assert [event.finish_reason for event in rest] == ["error"]
         assert "chose another token than before" in str(rest[0].error)
@@ -148,7 +153,7 @@ def test_new_weights_do_not_choose_told_tokens_again() -> None:
 
 
 @pytest.fixture(scope="module")
-def experts() -> torch.nn.Module:
+def experts() -> PreTrainedModel:
     config = AutoConfig.for_model(
         "mixtral",
         hidden_size=32,
@@ -160,7 +165,8 @@ def experts() -> torch.nn.Module:
         vocab_size=64,
         num_local_experts=2,
     )
-    return AutoModelForCausalLM.from_config(config).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    return model
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.runtime.weights import WeightsState
-from trtllm_vattn.runtime.weights_ipc import BucketEntry, WeightBucket, manifest_of, receive_weights
+from trtllm_vattn.runtime.weights_ipc import BucketEntry, IpcHandle, WeightBucket, manifest_of, receive_weights
 
 PROMPTS = [[5, 6, 7], [300, 2, 9, 11]]
 
@@ -43,7 +43,7 @@ def built_from(version: int) -> list[list[int]]:
 
 
 def trainer(device: str) -> tuple[Connection, multiprocessing.process.BaseProcess]:
-    spawning = multiprocessing.get_context("spawn" if device != "cpu" else "fork")
+    spawning: Any = multiprocessing.get_context("spawn" if device != "cpu" else "fork")
     here, there = spawning.Pipe()
     process = spawning.Process(target=train, args=(there, device), daemon=True)
     process.start()
@@ -115,19 +115,25 @@ def test_what_the_engine_refuses_the_trainer_is_told_and_may_try_again(engine: E
     assert tokens_of(engine) == first
 
 
+def handle_of(tensor: torch.Tensor) -> IpcHandle:
+    """Of a tensor that is put to shared memory."""
+    handle: IpcHandle = reduce_tensor(tensor.share_memory_())  # type: ignore[no-untyped-call]
+    return handle
+
+
 def buckets(version: int) -> list[WeightBucket]:
     """Each tensor in a bucket of its own."""
     made = []
     for name, each in drawn(version).items():
-        flat = each.reshape(-1).view(torch.uint8).clone().share_memory_()
-        made.append(WeightBucket(reduce_tensor(flat), (BucketEntry(name, tuple(each.shape), each.dtype, 0),)))
+        flat = each.reshape(-1).view(torch.uint8).clone()
+        made.append(WeightBucket(handle_of(flat), (BucketEntry(name, tuple(each.shape), each.dtype, 0),)))
     return made
 
 
 def test_handles_of_each_tensor_and_buckets_without_a_channel(engine: Engine) -> None:
     first, wanted = tokens_of(engine), built_from(1)
-    shared = {name: each.share_memory_() for name, each in drawn(1).items()}
-    engine.update_weights_from_ipc({name: reduce_tensor(each) for name, each in shared.items()})
+    shared = drawn(1)
+    engine.update_weights_from_ipc({name: handle_of(each) for name, each in shared.items()})
     assert tokens_of(engine) == wanted
     engine.update_weights_from_ipc(buckets(0))
     assert tokens_of(engine) == first
@@ -177,7 +183,7 @@ def test_on_the_card_buckets_come_by_cuda_ipc() -> None:
     connection, process = trainer("cuda:0")
     with engine_of("cuda:0") as engine:
         graphs, first = dict(engine.decode.runner._graphs), tokens_of(engine)
-        got = {}
+        got: dict[int, list[list[int]]] = {}
         for version in (1, 2, 1, 0):
             connection.send(version)
             engine.update_weights_from_ipc(receive_weights(connection))

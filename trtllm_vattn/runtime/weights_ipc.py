@@ -193,7 +193,8 @@ def _packed(tensors: Mapping[str, torch.Tensor], most: int) -> Iterator[WeightBu
             nbytes = each.numel() * each.itemsize
             flat[offset : offset + nbytes].view(each.dtype).view(each.shape).copy_(each)
             offset += _room(each)
-        yield WeightBucket(reductions.reduce_tensor(flat), tuple(entries), _gpu_of(device))
+        handle: IpcHandle = reductions.reduce_tensor(flat)  # type: ignore[no-untyped-call]
+        yield WeightBucket(handle, tuple(entries), _gpu_of(device))
 
 
 def _room(tensor: torch.Tensor) -> int:
@@ -218,7 +219,9 @@ def _grouped(tensors: Mapping[str, torch.Tensor], most: int) -> Iterator[list[st
 
 def _shared(nbytes: int, device: torch.device) -> torch.Tensor:
     flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return flat if device.type == "cuda" else flat.share_memory_()
+    if device.type != "cuda":
+        flat.share_memory_()  # type: ignore[no-untyped-call]
+    return flat
 
 
 def _gpu_of(device: torch.device) -> str | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -50,7 +51,7 @@ class Streamed:
 
 def measure_updates(recording: Recording, args: argparse.Namespace, model: PreTrainedModel) -> None:
     """Updates of all weights, under the graphs, while requests stream."""
-    spawning = multiprocessing.get_context(START)
+    spawning: Any = multiprocessing.get_context(START)
     connection, theirs = spawning.Pipe()
     process = spawning.Process(target=train, args=(theirs, args.model, args.device, args.seed), daemon=True)
     process.start()
