@@ -18,6 +18,7 @@ import torch
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.host_graph import HostGraph
 from trtllm_vattn.runtime import Engine, SamplingParams
+from trtllm_vattn.runtime.features import feature_table
 from trtllm_vattn.vmm.host import HostDriver
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +96,10 @@ def test_every_rule_invariant_and_promise_names_a_test() -> None:
 def test_python_in_documents_is_python(name: str) -> None:
     for source in blocks(ROOT / name, "python"):
         ast.parse(source)
+
+
+def test_the_matrix_of_features_is_the_one_that_is_tried() -> None:
+    assert feature_table() in (ROOT / "trtllm_vattn/README.md").read_text()
 
 
 def test_the_readme_is_short_and_its_picture_small() -> None:

@@ -99,6 +99,8 @@ class Attention(ABC):
     """
 
     name: ClassVar[str]
+    batch_invariant: bool = False
+    """Whether a lane's output of a step of so many lanes has the same bits whatever the other lanes are."""
     over_read: ClassVar[int] = 0
     """Tokens past a sequence's length that a kernel may load; the guard requires that they are mapped."""
     captures_prompts: ClassVar[bool] = False

@@ -33,6 +33,7 @@ from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import LARGEST_COUNT, SamplingParams
 from trtllm_vattn.runtime.tokens import TokenIds
+from trtllm_vattn.runtime.weights_ipc import IpcWeights
 from trtllm_vattn.values import described, whole
 
 if TYPE_CHECKING:
@@ -311,6 +312,10 @@ class AsyncEngine:
         """`Engine.update_weights` between two steps; returns the new version. Tokens say with which one they were
         computed (`TokenEvent.weights_version`)."""
         return await self.call(lambda engine: engine.update_weights(named_tensors, **options))
+
+    async def update_weights_from_ipc(self, weights: IpcWeights, **options: Any) -> int:
+        """`Engine.update_weights_from_ipc` between two steps; returns the new version."""
+        return await self.call(lambda engine: engine.update_weights_from_ipc(weights, **options))
 
     async def shutdown(self, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take no more requests, and close the engine: with `drain` when all have ended, `timeout_s` seconds have

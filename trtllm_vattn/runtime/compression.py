@@ -202,16 +202,17 @@ def check_compression(policy: Any, settings: Mapping[str, Any], cache: KVCache, 
     check_policy(policy)
     if policy is None:
         return
-    if cache.length_deficits is None:
+    windows = bool(cache.shape.windows or any(needs.windows))
+    if cache.length_deficits is None and not windows:
         raise ConfigError(
             f"compression needs ranges with lengths of their own, which this {type(cache).__name__} has not; build a "
             "KVCacheManager with CacheConfig(own_lengths=True), or let Engine.from_pretrained build it"
         )
     again = policy.every is not None
-    windows = bool(cache.shape.windows or any(needs.windows))
     wrong = {
         "prefix_cache=True: what was evicted is no prefix of another prompt; leave it out": settings["prefix_cache"],
         "speculation: rejected drafts go back behind a compaction; leave it out": settings["speculation"] is not None,
+        "deterministic=True: it runs behind others' launches; leave one of them out": settings["deterministic"],
         "layers with windows, whose tokens are masked by their places": windows,
         "sink logits": any(each is not None for each in needs.sinks),
         "soft caps of scores": any(each is not None for each in needs.softcaps),

@@ -39,6 +39,7 @@ from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
 from trtllm_vattn.runtime.compression import Compression, check_compression, check_policy
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
+from trtllm_vattn.runtime.deterministic import check_deterministic
 from trtllm_vattn.runtime.dry_pass import AttentionNeeds, naming
 from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler
 from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype, check_kv_scales
@@ -78,6 +79,7 @@ from trtllm_vattn.runtime.swap_cost import SwapCost
 from trtllm_vattn.runtime.text import bad_word_ids, check_tokenizer, text_for
 from trtllm_vattn.runtime.tokens import TokenIds, token_ids
 from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
+from trtllm_vattn.runtime.weights_ipc import IpcWeights, ReceivedWeights, named_tensors
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.values import described, finite, shown, truth, whole
 from trtllm_vattn.vmm.open import open_driver
@@ -91,6 +93,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CHANGED = (
+    "computed anew, it chose another token than before, which deterministic engines do not; the machine or an "
+    "operation of its own is at fault"
+)
 NOT_FINITE = "its logits are NaN or infinite, so that there is no token to choose"
 UNUSUAL = 509
 """Tokens of the first compiled pass. No dimension of a model has this size, so torch takes none for their number; and
@@ -196,9 +202,10 @@ class Engine:
     clock : callable
         Seconds, by which deadlines and waiting are counted; another one for virtual time.
     deterministic : bool
-        Whether one kernel of attention decodes all batches. Else ``auto`` picks the fastest one by the lengths of a
-        batch, so that the other sequences' lengths may change the last bits of a sequence's logits. Kernels of matrix
-        products go by the rows of a pass all the same; bits that depend on nothing of the batch are not promised.
+        Whether the bits of a request's logits, and so its tokens and log-probabilities, depend on nothing but its own
+        tokens and parameters: not on who runs beside it, in which lane, or whether it was preempted
+        (runtime/deterministic.py says by what means, and what they cost). Prefixes, speculation, compression and mixed
+        passes are left out, and refused where they are asked for; so is what cannot hold it.
     record_margins : bool
         Whether token events carry the distance of the two largest logits.
     observer : callable or None
@@ -343,7 +350,7 @@ class Engine:
         self, name: str, needs: AttentionNeeds, scales: KVScales | None, settings: dict[str, Any]
     ) -> Attention:
         shape = self.cache.shape
-        return make_attention(
+        made = make_attention(
             name,
             self.cache,
             self.model.config.get_text_config().num_attention_heads,
@@ -352,6 +359,9 @@ class Engine:
             options=options_for(needs, shape, self.cache.device, scales),
             most_rows=most_rows(settings["chunk"], settings["lanes"], shape.max_seq_len),
         )
+        if settings["deterministic"]:
+            check_deterministic(self.model, made)
+        return made
 
     def _make_reading(self, settings: dict[str, Any]) -> PrefixReading | None:
         """What has lanes read first tokens in another's slot; None where drafts are verified, by steps in which every
@@ -359,19 +369,21 @@ class Engine:
         if settings["speculation"] is not None:
             return None
         lanes = settings["lanes"] or self.cache.shape.num_slots
-        return PrefixReading.over(self.attention, lanes, settings["deterministic"])
+        return PrefixReading.over(self.attention, lanes)
 
     def _make_scheduler(self, settings: dict[str, Any], mixed: bool) -> Scheduler:
         # Queries are noted by slot, so nobody moves who may be asked for them.
         movable = self.cache.remaps and settings["capture"] and not settings["packed"] and self.compression is None
+        alone: bool = settings["deterministic"]
         return Scheduler(
             self.slots,
             self.decode,
-            Compaction(self.cache, self.startup.decode.replay_s) if movable else None,
+            Compaction(self.cache, self.startup.decode.replay_s) if movable and not alone else None,
             settings["chunk"],
             _failing(weakref.ref(self)),
             steps=settings["steps"],
             mixed=mixed,
+            alone=alone,
             clock=self.clock,
             max_wait_s=settings["max_wait_s"],
             swap_cost=self.swap_cost,
@@ -434,7 +446,8 @@ class Engine:
         passes."""
         names = ("buckets", "steps", "loop", "packed", "chunk", "compile", "lanes")
         buckets, steps, loop, packed, chunk, compiling, lanes = (settings[name] for name in names)
-        model, mixed, on_gpu = self.model, self.supports_packed_prefill, self.cache.device.type == "cuda"
+        model, on_gpu = self.model, self.cache.device.type == "cuda"
+        mixed = self.supports_packed_prefill and not settings["deterministic"]
         if compiling is None:
             compiling = on_gpu
         with inference(), naming(model):
@@ -589,6 +602,7 @@ class Engine:
             given = {**sizes, **kept_back, **kinds, **options, "tokenizer": tokenizer}
             return cast("Self", _on_ranks(tensor_parallel, model, device, dtype, given))
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING and policy_of_tokens is None
+        reusing = reusing and options.get("deterministic") is not True
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
         with ExitStack() as undo:
             probe = undo.enter_context(start_policy_probe(device, mapping))
@@ -602,7 +616,7 @@ class Engine:
             later = cache in ("vattn", "blocks") and device != "cpu"
             idle: dict[str, Any] = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "sized_later": later}
             idle["host_memory"] = host_memory
-            if policy_of_tokens is not None:
+            if policy_of_tokens is not None and not shape.windows:  # which is refused by name
                 # What is mapped at once goes back at once, so single pages.
                 idle["own_lengths"], idle["extent_classes"] = True, 1
                 idle["heads_per_range"] = 1 if policy_of_tokens.by_head else None
@@ -795,6 +809,11 @@ class Engine:
             raise ConfigError(
                 "forced tokens are fed in place of chosen ones: penalties, bad_words, stop and grammars, which go by "
                 "what was chosen, are not possible with them"
+            )
+        if params.prompt_logprobs is not None and self.scheduler.alone:
+            raise ConfigError(
+                "this engine is deterministic, and prompt_logprobs are computed by passes that others share; leave "
+                "them out, or build another without deterministic"
             )
         if params.prompt_logprobs is not None and not self.scheduler.mixed:
             raise ConfigError(
@@ -1059,9 +1078,12 @@ class Engine:
             if token == NO_TOKEN or (grammar is not None and grammar.error):
                 self._fail(request, f"its grammar: {grammar.error}" if grammar and grammar.error else NOT_FINITE)
                 continue
+            if request.is_chosen_again and token != request.expected:
+                self._fail(request, CHANGED)
+                continue
             logprob = None if most is None else launch.logprob(step, launch.lane_of[request.slot], token, most)
             event = request.event(token, apart[i] if apart else None, self.weights.version, logprob)
-            if not request.silent:
+            if not (request.silent or request.is_chosen_again):
                 self._events += [event]
             self._note(request, event)
             if request.is_verified and len(request.chosen) == request.known + 1:
@@ -1081,6 +1103,7 @@ class Engine:
         self._end_without_token(request, "error", message)
 
     def _end_without_token(self, request: RequestState, reason: str, message: str | None) -> None:
+        request.restore()
         event = request.end_event(reason, message, self.weights.version)
         if not request.silent:
             self._events += [event]
@@ -1275,6 +1298,7 @@ class Engine:
         manifest: Manifest | None = None,
         partial: bool = False,
         running: Literal["continue", "restart", "abort"] = "continue",
+        restore: bool = False,
     ) -> int:
         """Write new weights over the model's, in place, under captured graphs; returns the new `weights_version`.
 
@@ -1298,6 +1322,9 @@ class Engine:
             What becomes of requests that are not finished: ``continue`` goes on over keys and values that the old
             weights computed; ``restart`` prefills prompts and the tokens so far again; ``abort`` ends them all, queued
             ones too, by an event with `finish_reason` ``abort`` and no token.
+        restore : bool
+            Whether a stream that breaks leaves the old weights. As many bytes of host memory as are written keep what
+            was there meanwhile.
 
         Raises
         ------
@@ -1305,8 +1332,8 @@ class Engine:
             Names, shapes, dtypes or devices are wrong, by the dict or the manifest: nothing is changed, and what runs
             goes on. Or a stream gives other than its manifest.
 
-        Where a stream breaks after its first tensor was written, whatever it raised is raised, and the weights are
-        mixed: `step` raises WeightsMixed until a full update succeeds; events wait for that.
+        Where a stream breaks after its first tensor was written, whatever it raised is raised, and without `restore`
+        the weights are mixed: `step` raises WeightsMixed until a full update succeeds; events wait for that.
         """
         if running not in ("continue", "restart", "abort"):
             raise ConfigError(f"running is {running!r}; choose continue, restart or abort")
@@ -1324,8 +1351,50 @@ class Engine:
                 self.scheduler.release_ended()
             # What runs goes on, and is not kept.
             self.slots.flush()
-        self.slots.weights_version = self.weights.write(update)
+            for request in list(self.scheduler.requests.values()):
+                if request.is_chosen_again and request.slot >= 0:
+                    # The new weights would choose other tokens.
+                    self.scheduler.recompute(request)
+                request.restore()
+                request.given = len(request.chosen)
+        self.slots.weights_version = self.weights.write(update, restore)
         return self.weights.version
+
+    def update_weights_from_ipc(
+        self,
+        weights: IpcWeights,
+        *,
+        manifest: Manifest | None = None,
+        partial: bool = False,
+        running: Literal["continue", "restart", "abort"] = "continue",
+        restore: bool = True,
+    ) -> int:
+        """`update_weights` from memory of another process that this one maps: by CUDA IPC of the same GPU, or, on the
+        host, shared memory (runtime/weights_ipc.py). Returns the new `weights_version`.
+
+        Parameters
+        ----------
+        weights
+            A mapping of names to what `torch.multiprocessing.reductions.reduce_tensor` gave for each tensor, all of
+            which stay as they are until this returns; `WeightBucket` objects, of which each may be written again when
+            the next is asked for; or what `receive_weights` gives, whose other end is told how it went.
+        manifest, partial, running, restore
+            As `update_weights` takes them. A manifest is needed for buckets that are not all there; a channel begins
+            with its own.
+
+        Raises ConfigError as `update_weights`, and where memory cannot be mapped: it is on another GPU, or whose it is
+        has gone. Unless `restore` is False, the weights are the old ones whenever this raises.
+        """
+        try:
+            pairs, manifest = named_tensors(weights, manifest, self.cache.device)
+            version = self.update_weights(pairs, manifest=manifest, partial=partial, running=running, restore=restore)
+        except BaseException as error:
+            if isinstance(weights, ReceivedWeights):
+                weights.tell("failed", str(error))
+            raise
+        if isinstance(weights, ReceivedWeights):
+            weights.tell("done", version)
+        return version
 
     def _drain(self) -> None:
         """Take the tokens of all launches under way."""

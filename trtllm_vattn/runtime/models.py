@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trtllm_vattn.runtime.checkpoint import load_checkpoint
+from trtllm_vattn.runtime.checkpoint import load_checkpoint, positions_in
 
 _TINY: dict[str, Any] = {
     "vocab_size": 512,
@@ -129,6 +129,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Shapes as published in the models' configurations."""
+
+
+def longest_of(name: str, most: int) -> int:
+    """`most` tokens, or as many as the model of a name has positions, where they are fewer."""
+    shape = SHAPES.get(name) if not Path(name).is_dir() else None
+    positions = positions_in(name, SHAPES) if shape is None else shape["max_position_embeddings"]
+    return min(most, positions or most)
 
 
 def load_model(name: str, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:

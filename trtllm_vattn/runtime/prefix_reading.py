@@ -155,11 +155,10 @@ class PrefixReading:
         self._shared_by: tuple[Any, ...] = ()
 
     @classmethod
-    def over(cls, attention: Attention, lanes: int, deterministic: bool) -> PrefixReading | None:
-        """For a backend that can read so, whose tables are set; None for another, and where the order in which numbers
-        are added up shall depend on no other sequence."""
+    def over(cls, attention: Attention, lanes: int) -> PrefixReading | None:
+        """For a backend that can read so, whose tables are set; None for another."""
         cache = attention.cache
-        if deterministic or Feature.PREFIXES not in attention.features or cache.length_deficits is not None:
+        if Feature.PREFIXES not in attention.features or cache.length_deficits is not None:
             return None
         tables = PrefixTables.empty(cache.shape.num_slots, lanes, cache.device)
         attention.set_prefixes(tables)

@@ -66,6 +66,9 @@ class Scheduler:
         Most decode steps of a launch without prompts.
     mixed : bool
         Whether prompts and decoding sequences share a pass.
+    alone : bool
+        Whether each prompt goes in by passes of its own, cut by its own length alone, and who is computed anew chooses
+        the same tokens again by the same steps, so that nothing about others changes a bit. Not with `mixed`.
     clock, max_wait_s
         As `RequestQueue` takes them.
     swap_cost : SwapCost or None
@@ -110,6 +113,7 @@ class Scheduler:
         *,
         steps: int = 1,
         mixed: bool = True,
+        alone: bool = False,
         clock: Callable[[], float] = perf_counter,
         max_wait_s: float = math.inf,
         swap_cost: SwapCost | None = None,
@@ -119,7 +123,7 @@ class Scheduler:
     ) -> None:
         self.cache: KVCache = slots.cache
         self.slots, self.decode, self.compaction, self.chunk, self.fail = slots, decode, compaction, chunk, fail
-        self.steps, self.mixed, self.cost, self.target_ms = steps, mixed, cost, target_ms
+        self.steps, self.mixed, self.alone, self.cost, self.target_ms = steps, mixed, alone, cost, target_ms
         self.pass_sizes = pass_sizes
         self.swap_cost, self.swaps = swap_cost, 0
         self.watermark = Watermark(self.cache)
@@ -183,6 +187,8 @@ class Scheduler:
             ):
                 return
             resumed = self.cache.is_suspended(request.id)
+            if self.alone and not resumed:
+                request.begin_again()
             try:
                 (self.slots.resume if resumed else self.slots.admit)(request)
             except NoFreeSlot:
@@ -352,6 +358,8 @@ class Scheduler:
             tokens = request.tokens[request.prefilled : request.prefilled + rows]
             chunks.append((request, PromptChunk(request.slot, tokens, request.prefilled)))
             room -= rows
+            if self.alone:
+                break
         return chunks
 
     def _moves_wait(self, ahead: bool) -> bool:
@@ -421,6 +429,12 @@ class Scheduler:
                 self.preempt_youngest()
         finally:
             self.swap_cost = cost
+
+    def recompute(self, request: RequestState) -> None:
+        """Have a request with a slot go back to the queue, to be computed anew."""
+        self._leave_to_recompute(request)
+        self.waiting.add(request)
+        self.release_ended()
 
     def forget_suspended(self) -> None:
         """Have all tokens that are in host memory computed anew."""

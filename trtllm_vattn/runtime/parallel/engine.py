@@ -221,6 +221,7 @@ class LeadingEngine(Engine):
         manifest: Manifest | None = None,
         partial: bool = False,
         running: Literal["continue", "restart", "abort"] = "continue",
+        restore: bool = False,
     ) -> int:
         self._cannot("take new weights")
 
