@@ -31,6 +31,7 @@ from trtllm_vattn.runtime.request_queue import RequestQueue
 from trtllm_vattn.runtime.reuse import Left, RequestSlots
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.runtime.swap_cost import SwapCost
+from trtllm_vattn.trace import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +87,10 @@ class Scheduler:
         By slot, in the order in which they joined; each has a lane.
     parked : dict of int to RequestState
         Those that were suspended until they are resumed (`park`); they neither run nor wait.
-    swaps : int
-        How often a request's tokens went to host memory.
+    swaps, preempted : int
+        How often a request's tokens went to host memory, and how often one with a slot went back to the queue.
+    trace : Trace or None
+        Notes requests from their coming to their end.
     ended : deque of Left
         Requests that left and whose slot and memory are still to be released.
     """
@@ -111,7 +114,8 @@ class Scheduler:
         self.cache: KVCache = slots.cache
         self.slots, self.decode, self.compaction, self.chunk, self.fail = slots, decode, compaction, chunk, fail
         self.steps, self.mixed, self.cost, self.target_ms = steps, mixed, cost, target_ms
-        self.swap_cost, self.swaps = swap_cost, 0
+        self.swap_cost, self.swaps, self.preempted = swap_cost, 0, 0
+        self.trace: Trace | None = None
         self.parked: dict[int, RequestState] = {}
         self._decoded_last = True
         """Whether the last launch was of decode steps, where prompts go in apart from them."""
@@ -128,6 +132,8 @@ class Scheduler:
     def add(self, request: RequestState) -> None:
         """Queue a new request."""
         self.requests[request.id] = request
+        if self.trace is not None:
+            self.trace.begin("request", request.id, {"request": request.id, "tokens": request.length})
         if request.deadline < math.inf:
             heappush(self._deadlines, (request.deadline, request.id))
         self.waiting.add(request)
@@ -271,6 +277,9 @@ class Scheduler:
         """A plan was launched: its prompt tokens are in, and whose prompt is complete decodes from then on."""
         self._decoded_last = not plan.chunks
         for request, chunk in plan.chunks:
+            if self.trace is not None:
+                tokens = {"start": chunk.start, "stop": chunk.end}
+                self.trace.mark("request", request.id, "prompt tokens", tokens)
             request.prefilled = chunk.end
         for request in plan.joins:
             self.prefilling.remove(request)
@@ -460,6 +469,9 @@ class Scheduler:
                 self._send_back(request)
 
     def _send_back(self, request: RequestState) -> None:
+        self.preempted += 1
+        if self.trace is not None:
+            self.trace.mark("request", request.id, "preempted")
         tokens = self._computed_tokens(request)
         chosen = choose_preemption(request, tokens, self.cache.bytes_of(tokens), self.swap_cost)
         if chosen == "recompute" or not self._swap_out(request):
@@ -487,7 +499,7 @@ class Scheduler:
 
     def end(self, request: RequestState) -> None:
         """Take a request out wherever it is; its slot and memory are taken by `release_ended`."""
-        self.requests.pop(request.id, None)
+        self._forget(request)
         self.parked.pop(request.id, None)
         self.waiting.remove(request)
         if request in self.prefilling:
@@ -496,8 +508,13 @@ class Scheduler:
 
     def drop(self, request: RequestState) -> None:
         """Forget a request that waits."""
-        self.requests.pop(request.id, None)
+        self._forget(request)
         self.waiting.remove(request)
+
+    def _forget(self, request: RequestState) -> None:
+        if self.requests.pop(request.id, None) is not None and self.trace is not None:
+            ended = {"tokens": len(request.chosen), "finish_reason": request.finish_reason}
+            self.trace.end("request", request.id, ended)
 
     def begin_anew(self) -> None:
         """Have all requests wait, in their order, for nobody holds a slot any more. Begins from any state; only which

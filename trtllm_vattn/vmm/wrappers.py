@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable
 from time import perf_counter
-from typing import IO, Any
+from typing import Any
 
 from trtllm_vattn.errors import DriverError
+from trtllm_vattn.trace import Trace
 from trtllm_vattn.vmm.base import Driver, Fence
 
 
@@ -84,26 +84,25 @@ class CountingDriver(WrappedDriver):
 
 
 class TracingDriver(WrappedDriver):
-    """Writes a JSON line a call: what was called, with what, what came of it, and its microseconds."""
+    """Notes a span a call in a trace: what was called, with what, and what came of it."""
 
-    def __init__(self, inner: Driver, file: IO[str]) -> None:
+    def __init__(self, inner: Driver, trace: Trace) -> None:
         super().__init__(inner)
-        self._file = file
+        self._trace = trace
 
     def _call(self, name: str, *arguments: int) -> Any:
-        line: dict[str, Any] = {"call": name, "arguments": arguments}
+        noted: dict[str, Any] = {"arguments": arguments}
         started = perf_counter()
         try:
             answer = super()._call(name, *arguments)
             if isinstance(answer, int):
-                line["result"] = answer
+                noted["result"] = answer
             return answer
         except DriverError as error:
-            line["error"] = error.code
+            noted["error"] = error.code
             raise
         finally:
-            line["us"] = round(1e6 * (perf_counter() - started), 2)
-            self._file.write(json.dumps(line) + "\n")
+            self._trace.span(name, started, perf_counter(), noted, "driver")
 
 
 class FaultyDriver(WrappedDriver):
