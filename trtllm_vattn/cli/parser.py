@@ -19,6 +19,7 @@ COMMANDS = {
     "plugin": ("TensorRT engines: list, build, inspect", "trtllm_vattn.cli.plugin"),
     "warm-up": ("compile once what would take minutes at a first request", "trtllm_vattn.cli.warm_up"),
     "serve": ("OpenAI's completions and chat endpoints over a checkpoint", "trtllm_vattn.cli.serve"),
+    "top": ("a live view of a running engine: requests, memory, mappings, slots", "trtllm_vattn.cli.top"),
     "generate": ("text from prompts: arguments, a file or standard input", "trtllm_vattn.cli.generate"),
     "run": ("run a command with TensorRT-LLM's KV cache at fixed addresses", "trtllm_vattn.cli.run"),
 }

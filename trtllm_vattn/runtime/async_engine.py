@@ -28,8 +28,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from trtllm_vattn.cache.base import SlotStats
 from trtllm_vattn.errors import ConfigError, EngineClosed, EngineOverloaded, RequestFailed, VattnError, WeightsMixed
 from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.engine_stats import EngineStats
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import LARGEST_COUNT, SamplingParams
 from trtllm_vattn.runtime.tokens import TokenIds
@@ -206,6 +208,14 @@ class AsyncEngine:
     def unfinished(self) -> int:
         """Requests that are not finished."""
         return self._taken
+
+    def stats(self) -> EngineStats:
+        """`Engine.stats`, from any thread."""
+        return self._engine.stats()
+
+    def slot_stats(self) -> list[SlotStats]:
+        """`Engine.slot_stats`, from any thread."""
+        return self._engine.slot_stats()
 
     # -- requests --------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
-from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.base import CacheShape, KVCache, SlotStats
 from trtllm_vattn.cache.compression import CompressionPolicy
 from trtllm_vattn.cache.prefix import PrefixCache
 from trtllm_vattn.cache.prefix.events import KVCacheEvent
@@ -679,6 +679,10 @@ class Engine:
             prefix=None if prefixes is None else (prefixes.stats.prompt_tokens, prefixes.stats.cached_tokens),
             drafts=None if speculator is None else (speculator.stats.drafted, speculator.stats.accepted),
         )
+
+    def slot_stats(self) -> list[SlotStats]:
+        """The cache's slots that hold anything (`KVCache.slot_stats`). From any thread. Raises ManagerClosed."""
+        return self.cache.slot_stats()
 
     # -- requests --------------------------------------------------------------------------------------------------
 

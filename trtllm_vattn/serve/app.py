@@ -25,11 +25,12 @@ from trtllm_vattn.errors import (
     SequenceTooLong,
     VattnError,
 )
+from trtllm_vattn.observe.metrics import SLOTS_PATH
 from trtllm_vattn.runtime.async_engine import AsyncEngine, RequestStream
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.serve import protocol
 from trtllm_vattn.serve.answers import Answer, line
-from trtllm_vattn.serve.metrics import CONTENT_TYPE, Metrics, State, Timer
+from trtllm_vattn.serve.metrics import CONTENT_TYPE, Metrics, Timer
 from trtllm_vattn.serve.protocol import ApiError, Asked
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Server:
     """Endpoints over an engine."""
 
     def __init__(self, engine: AsyncEngine, settings: Settings, max_model_len: int) -> None:
-        self.engine, self.settings, self.metrics = engine, settings, Metrics()
+        self.engine, self.settings, self.metrics = engine, settings, Metrics(engine)
         self._max_model_len = max_model_len
 
     def app(self) -> Starlette:
@@ -115,6 +116,7 @@ class Server:
         routes = [
             Route("/health", self._health),
             Route("/metrics", self._metrics),
+            Route(SLOTS_PATH, self._slots),
             Route("/v1/models", self._guarded(self._models)),
             Route("/v1/models/{name:path}", self._guarded(self._model)),
             Route("/v1/completions", self._guarded(self._completions), methods=["POST"]),
@@ -130,11 +132,11 @@ class Server:
         return JSONResponse({"status": "shutting down"}, 503)
 
     async def _metrics(self, _: Request) -> Response:
-        try:
-            state = await self.engine.call(State.of)
-        except EngineClosed:
-            state = None
-        return Response(self.metrics.text(state), media_type=CONTENT_TYPE)
+        # In another thread: it waits, for a moment, where memory is being mapped.
+        return Response(await asyncio.to_thread(self.metrics.text), media_type=CONTENT_TYPE)
+
+    async def _slots(self, _: Request) -> Response:
+        return Response(await asyncio.to_thread(self.metrics.text, slots=True), media_type=CONTENT_TYPE)
 
     async def _models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._described()]})
