@@ -37,6 +37,7 @@ OTHER_THREAD = "calls that no signal interrupts"
 """Name of a thread that the threading module does not know: the helper of vmm/uninterrupted.py."""
 
 Arguments = dict[str, Any]
+_encode = json.JSONEncoder(separators=(",", ":"), default=str).encode
 
 
 class _Event(NamedTuple):
@@ -80,6 +81,7 @@ class Trace:
         self.path, self.error, self.dropped, self.is_owned = Path(path), None, 0, False
         self._waiting: deque[_Event] = deque()
         self._tracks: dict[int | str, int] = {}
+        self._counters: dict[str, dict[str, float]] = {}
         self._process = os.getpid()
         self._ended = False
         self._stop = threading.Event()
@@ -88,6 +90,7 @@ class Trace:
         at = {"unix_time_s": time.time(), "perf_counter_s": time.perf_counter()}
         begun += self._line("i", "trace begins", at=time.perf_counter(), tid=0, args=at)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
             try:
                 self._write(b"[\n" + begun.encode())
@@ -152,8 +155,10 @@ class Trace:
         self._put("e", name, name, "", time.perf_counter(), 0.0, number, args)
 
     def counter(self, name: str, values: dict[str, float]) -> None:
-        """Numbers are these from now on."""
-        self._put("C", name, "", "", time.perf_counter(), 0.0, None, values)
+        """Numbers are these from now on; nothing is noted where they were so before."""
+        if self._counters.get(name) != values:
+            self._counters[name] = values
+            self._put("C", name, "", "", time.perf_counter(), 0.0, None, values)
 
     def _put(
         self,
@@ -232,7 +237,7 @@ class Trace:
         elif phase == "i":
             more += ',"s":"t"'
         if args is not None:
-            more += f',"args":{json.dumps(args, separators=(",", ":"), default=str)}'
+            more += f',"args":{_encode(args)}'
         return f'{{"name":"{name}","ph":"{phase}","ts":{1e6 * at:.3f},"pid":{self._process},"tid":{tid}{more}}},\n'
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from trtllm_vattn.arguments import amount, positive, size
+from trtllm_vattn.arguments import amount, output, positive, size
 from trtllm_vattn.bench.harness.flags import MAX_SEQ_LEN, MAX_SEQS, add_device, add_model
 
 
@@ -23,6 +23,8 @@ def add_engine(parser: argparse.ArgumentParser, max_seqs: int) -> None:
     text = "longest time between two tokens that prompts may cause (default: no limit)"
     add("--target-itl-ms", type=amount, metavar="MILLISECONDS", help=text)
     add("--no-prefix-cache", action="store_true", help="keep nothing of ended requests for prompts that begin alike")
+    text = "note events for Perfetto there: driver calls, steps, requests, mappings (default: none)"
+    add("--event-trace", type=output, metavar="FILE", help=text)
     add("--deterministic", action="store_true", help="one kernel of attention for all batches")
 
 
@@ -38,4 +40,5 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "target_itl_ms": args.target_itl_ms,
         "prefix_cache": False if args.no_prefix_cache else None,
         "deterministic": args.deterministic,
+        "trace": args.event_trace,
     }

@@ -1,7 +1,7 @@
 """The address space at a moment of a trace: which slot has which extents, and whose they are.
 
-A trace (trace.py) holds every driver call with its addresses and handles, and every sequence that got or left a slot, so
-that any moment of it can be drawn.
+A trace (trace.py) holds every driver call with its addresses and handles, and every sequence that got or left a slot,
+so that any moment of it can be drawn.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from trtllm_vattn.errors import ConfigError
 
 Event = dict[str, Any]
 RUNNING, IDLE, SHARED = "backs a running sequence", "parked or retained", "in more than one slot"
-COLOURS = {RUNNING: "#009E73", IDLE: "#56B4E9", SHARED: "#E69F00"}
+DUMMY = "the dummy slot's"
+COLOURS = {RUNNING: "#009E73", IDLE: "#56B4E9", SHARED: "#E69F00", DUMMY: "#999999"}
 """Of Okabe and Ito's palette, told apart by the colour-blind."""
 MOST_SLOTS = 64
 """Rows that a picture has room for."""
@@ -41,8 +43,9 @@ class AddressMap:
     at_s: float
     mapped: dict[tuple[int, int], list[tuple[int, int, int]]]
     owners: dict[int, str]
+    dummy_slot: int
 
-    @property
+    @cached_property
     def shared(self) -> set[int]:
         """Handles that are mapped more than once."""
         counts = Counter(handle for places in self.mapped.values() for _, _, handle in places)
@@ -50,6 +53,8 @@ class AddressMap:
 
     def kind(self, slot: int, handle: int) -> str:
         """Whose an extent in a slot is."""
+        if slot == self.dummy_slot:
+            return DUMMY
         if handle in self.shared:
             return SHARED
         return RUNNING if slot in self.owners else IDLE
@@ -70,12 +75,13 @@ class Space:
     """
 
     def __init__(self, events: list[Event]) -> None:
-        layouts = [event["args"] for event in events if event["name"] == "address space"]
+        noted = (event["args"] for event in events if event["name"] == "address space")
+        layouts = list({tuple(layout["ranges"]): layout for layout in noted}.values())
         if len(layouts) != 1:
             raise ConfigError(f"the trace holds the address spaces of {len(layouts)} caches; one can be drawn")
         self.layout: dict[str, Any] = layouts[0]
-        noted = [event for event in events if event.get("cat") in ("driver", "cache") and event["ph"] in "Xi"]
-        self._events = sorted(noted, key=_done_at)
+        kept = (event for event in events if event.get("cat") in ("driver", "cache") and event["ph"] in "Xi")
+        self._events = sorted(kept, key=_done_at)
         self._times = [_done_at(event) for event in self._events]
         if not any(event["name"] == "map" for event in self._events):
             raise ConfigError("the trace holds no driver call; trace an engine by Engine.from_pretrained(trace=...)")
@@ -95,13 +101,14 @@ class Space:
                 table[address] = size, handle
             elif name == "unmap":
                 address, size = args["arguments"]
-                for each in [each for each in table if address <= each < address + size]:
+                whole = address in table and table[address][0] == size
+                for each in [address] if whole else [each for each in table if address <= each < address + size]:
                     del table[each]
             elif name == PLACED:
                 owners[args["slot"]] = str(args["sequence"])
             elif name == LEFT:
                 owners.pop(args["slot"], None)
-        return AddressMap(seconds, self._placed(table), owners)
+        return AddressMap(seconds, self._placed(table), owners, self.layout["slots"])
 
     def _placed(self, table: dict[int, tuple[int, int]]) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
         slot_bytes, slots = self.layout["slot_bytes"], self.layout["slots"]
@@ -153,7 +160,7 @@ def draw(space: Space, maps: list[AddressMap], path: Path) -> None:
                 for offset, size, handle in each.mapped.get((slot, number), []):
                     left, colour = (number * wide + offset) / unit, COLOURS[each.kind(slot, handle)]
                     axis.broken_barh([(left, size / unit)], (row - 0.4, 0.8), color=colour, edgecolor="white", lw=0.4)
-        labels = ["dummy" if slot == space.layout["slots"] else str(slot) for slot in slots]
+        labels = ["dummy" if slot == each.dummy_slot else str(slot) for slot in slots]
         axis.set_yticks(range(len(slots)), labels, fontsize=7)
         axis.set_ylim(len(slots) - 0.5, -0.5)
         axis.set_xlim(0, ranges * wide / unit)

@@ -237,7 +237,7 @@ class MetricsServer:
     def __init__(self, server: WSGIServer) -> None:
         self._server = server
         self.port: int = server.server_port
-        self._thread = threading.Thread(target=server.serve_forever, name="vattn-metrics", daemon=True)
+        self._thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="vattn-metrics", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
