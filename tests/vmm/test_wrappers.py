@@ -107,3 +107,14 @@ def test_mappings_change_only_after_quiescing(host_driver: HostDriver) -> None:
         owner.close()
     changes = ["quiesce", "map", "quiesce", "set_access", "quiesce", "unmap"]
     assert order == ["reserve", "create", *changes, "release", "free"]
+
+
+def test_a_sticky_failure_stays(host_driver: HostDriver) -> None:
+    driver = FaultyDriver(host_driver)
+    driver.fail("create", code="CUDA_ERROR_ILLEGAL_ADDRESS", sticky=True)
+    driver.record(0)
+    for call in (lambda: driver.create(4096), lambda: driver.record(0)):
+        with pytest.raises(DriverError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+            call()
+    driver.disarm()
+    use(driver)

@@ -21,6 +21,7 @@ COMMANDS = {
     "serve": ("OpenAI's completions and chat endpoints over a checkpoint", "trtllm_vattn.cli.serve"),
     "top": ("a live view of a running engine: requests, memory, mappings, slots", "trtllm_vattn.cli.top"),
     "map": ("draw the address space before and after a burst, from a trace", "trtllm_vattn.cli.map"),
+    "drill": ("bring about failures, and see whether what should comes of them", "trtllm_vattn.cli.drill"),
     "generate": ("text from prompts: arguments, a file or standard input", "trtllm_vattn.cli.generate"),
     "run": ("run a command with TensorRT-LLM's KV cache at fixed addresses", "trtllm_vattn.cli.run"),
 }

@@ -680,6 +680,11 @@ class Engine:
             drafts=None if speculator is None else (speculator.stats.drafted, speculator.stats.accepted),
         )
 
+    @property
+    def trace_error(self) -> str | None:
+        """Why the trace ended before the engine; None where it goes on, and without one."""
+        return None if self._trace is None else self._trace.error
+
     def slot_stats(self) -> list[SlotStats]:
         """The cache's slots that hold anything (`KVCache.slot_stats`). From any thread. Raises ManagerClosed."""
         return self.cache.slot_stats()

@@ -119,9 +119,10 @@ class FaultyDriver(WrappedDriver):
         self.seen = 0
         self.disarm()
 
-    def fail(self, name: str, skip: int = 0) -> None:
-        """Fail one call of that name (any call for ``"*"``) after letting `skip` of them pass. Orders add up."""
-        self._orders.append([name, skip])
+    def fail(self, name: str, skip: int = 0, code: str = "CUDA_ERROR_UNKNOWN", sticky: bool = False) -> None:
+        """Fail one call of that name (any call for ``"*"``) with a CUresult after letting `skip` of them pass; with
+        `sticky` every call from that one on, as after an error that a context does not recover from. Orders add up."""
+        self._orders.append([name, skip, code, sticky])
 
     def fail_randomly(self, probability: float, seed: int) -> None:
         """Fail each call with this probability, repeatably."""
@@ -130,14 +131,18 @@ class FaultyDriver(WrappedDriver):
     def disarm(self) -> None:
         """Fail nothing more."""
         self._orders: list[list[Any]] = []
+        self._sticky: str | None = None
         self._probability, self._random = 0.0, random.Random(0)
 
     def _call(self, name: str, *arguments: int) -> Any:
         self.seen += 1
+        if self._sticky is not None:
+            raise DriverError(self._sticky, name, arguments, "injected")
         for order in [order for order in self._orders if order[0] in (name, "*")]:
             if order[1] == 0:
                 self._orders.remove(order)
-                raise DriverError("CUDA_ERROR_UNKNOWN", name, arguments, "injected")
+                self._sticky = order[2] if order[3] else None
+                raise DriverError(order[2], name, arguments, "injected")
             order[1] -= 1
         if self._probability and self._random.random() < self._probability:
             raise DriverError("CUDA_ERROR_UNKNOWN", name, arguments, "injected")
