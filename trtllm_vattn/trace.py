@@ -78,7 +78,8 @@ class Trace:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path, self.error, self.dropped, self.is_owned = Path(path), None, 0, False
+        self.path, self.dropped, self.is_owned = Path(path), 0, False
+        self.error: str | None = None
         self._waiting: deque[_Event] = deque()
         self._tracks: dict[int | str, int] = {}
         self._counters: dict[str, dict[str, float]] = {}

@@ -45,10 +45,9 @@ class Family:
         value = self.value(stats)
         if value is None:
             return None
-        if not self.label:
+        if not isinstance(value, dict):
             return self.kind(self.name, self.help, value=value)
         made = self.kind(self.name, self.help, labels=[self.label])
-        assert isinstance(value, dict)
         for each, number in value.items():
             made.add_metric([each], number)
         return made

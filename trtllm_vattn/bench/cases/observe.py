@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
                 rounds.append(_row(turn - 1, taken))
         trace.close()
         noted = len(read_trace(trace.path))
-        wrong = [] if trace.error is None else [trace.error]
+        wrong = [each for each in (trace.error,) if each is not None]
         dropped = trace.dropped
     ratios = [row["ratio"] for row in rounds]
     summary = {
