@@ -222,7 +222,7 @@ def test_a_map_is_what_the_cache_has(watched: tuple[Engine, Path], tmp_path: Pat
     before, after = (space.at(seconds) for seconds in space.burst(0.5))
     assert sum(map(len, after.mapped.values())) > sum(map(len, before.mapped.values()))
     picture = tmp_path / "map.png"
-    assert main(["map", str(path), str(picture), "--burst-s", "0.5"]) == 0
+    assert main(["map", str(path), "--plot", str(picture), "--burst-s", "0.5"]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "sequences" in capsys.readouterr().out
 

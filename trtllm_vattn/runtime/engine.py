@@ -338,15 +338,16 @@ class Engine:
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
         self.slots = RequestSlots.over(cache, reusing, settings["kv_events"], self._reading)
         self.scheduler = self._make_scheduler(settings, mixed)
-        self.totals = StepTotals()
-        self._trace_to(trace)
+        self._watch(trace)
         one_by_one = loop or record_margins or (self.compression is not None and self.compression.one_by_one)
         self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one, self.compression)
         _engines.add(self)
         # Nothing at the end of the interpreter, when graphs may still run.
         weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
 
-    def _trace_to(self, given: Trace | str | os.PathLike[str] | None) -> None:
+    def _watch(self, given: Trace | str | os.PathLike[str] | None) -> None:
+        """Count steps, and note events where there is a trace."""
+        self.totals = StepTotals()
         self._trace = self.scheduler.trace = Trace.of(given)
         if self._trace is not None:
             self.cache.trace_to(self._trace)
