@@ -18,11 +18,14 @@ pytest.importorskip("rich")
 from trtllm_vattn import ConfigError, Engine, EngineClosed, SamplingParams  # noqa: E402
 from trtllm_vattn.cache.base import SlotStats  # noqa: E402
 from trtllm_vattn.cli.main import main  # noqa: E402
+from trtllm_vattn.memory.pool import ExtentPool  # noqa: E402
 from trtllm_vattn.observe.address_map import DUMMY, IDLE, RUNNING, SHARED, Space  # noqa: E402
 from trtllm_vattn.observe.metrics import COUNTER, FAMILIES, STEP, EngineCollector, start_metrics_server  # noqa: E402
 from trtllm_vattn.observe.top import first_reached, read  # noqa: E402
 from trtllm_vattn.runtime.engine_stats import StepTotals  # noqa: E402
 from trtllm_vattn.trace import read_trace  # noqa: E402
+from trtllm_vattn.vmm.host import HostDriver  # noqa: E402
+from trtllm_vattn.vmm.wrappers import FaultyDriver  # noqa: E402
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "trtllm_vattn" / "observe" / "README.md"
 PROMPT = [1 + token % 200 for token in range(70)]
@@ -245,3 +248,21 @@ def test_a_closed_engine_exports_nothing() -> None:
     assert exported(engine) == {}
     with pytest.raises(ConfigError, match="one rank"):
         Engine.from_pretrained("tiny-llama", device="cpu", tensor_parallel=2, trace="x.json")
+
+
+def test_log_records_have_fields(
+    watched: tuple[Engine, Path], host_driver: HostDriver, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, _ = watched
+    number = engine.submit([1, 2, 3], SamplingParams(max_tokens=2))
+    engine._fail(engine.scheduler.requests[number], "a reason")
+    driver = FaultyDriver(host_driver)
+    pool = ExtentPool(driver, 1 << 20)
+    pool.release(pool.acquire(4096))
+    driver.fail("release")
+    pool.drop_free()
+    pool.close()
+    of_request, of_extent = (record for record in caplog.records if record.name.startswith("trtllm_vattn"))
+    assert (of_request.name, vars(of_request)["request"]) == ("trtllm_vattn.runtime.engine", number)
+    fields = {name: vars(of_extent)[name] for name in ("bytes", "code")}
+    assert (of_extent.name, fields) == ("trtllm_vattn.memory.pool", {"bytes": 4096, "code": "CUDA_ERROR_UNKNOWN"})

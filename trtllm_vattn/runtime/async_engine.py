@@ -405,7 +405,7 @@ class AsyncEngine:
         except Exception as error:
             if is_device_lost(error):
                 raise
-            logger.warning("a step failed, %d in a row: %s", failures + 1, error)
+            logger.warning("a step failed, %d in a row: %s", failures + 1, error, extra={"failures": failures + 1})
             if failures + 1 < MOST_FAILURES:
                 return failures + 1
             for running in set(self._running.values()):
@@ -421,7 +421,8 @@ class AsyncEngine:
         try:
             self._engine.abort(running.number)
         except VattnError as failed:
-            logger.warning("request %d: taking its memory is tried again: %s", running.number, failed)
+            text, number = "request %d: taking its memory is tried again: %s", running.number
+            logger.warning(text, number, failed, extra={"request": number})
 
     @property
     def _steps(self) -> bool:

@@ -1144,7 +1144,7 @@ class Engine:
 
     def _fail(self, request: RequestState, message: str) -> None:
         """End a request with an error; its slot is taken by `Scheduler.release_ended`."""
-        logger.warning("request %d: %s", request.id, message)
+        logger.warning("request %d: %s", request.id, message, extra={"request": request.id})
         self._end_without_token(request, "error", message)
 
     def _end_without_token(self, request: RequestState, reason: str, message: str | None) -> None:

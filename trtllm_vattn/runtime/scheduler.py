@@ -455,7 +455,8 @@ class Scheduler:
         except (ConfigError, HostMemoryFull, KVCacheOutOfMemory, MemoryQuarantined):
             return 0
         except DriverError as error:
-            logger.warning("request %d is computed anew, for copying its tokens failed: %s", request.id, error)
+            text = "request %d is computed anew, for copying its tokens failed: %s"
+            logger.warning(text, request.id, error, extra={"request": request.id})
             return 0
         if request in self.prefilling:
             self.prefilling.remove(request)
