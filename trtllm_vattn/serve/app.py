@@ -32,6 +32,7 @@ from trtllm_vattn.serve import protocol
 from trtllm_vattn.serve.answers import Answer, line
 from trtllm_vattn.serve.metrics import CONTENT_TYPE, Metrics, Timer
 from trtllm_vattn.serve.protocol import ApiError, Asked
+from trtllm_vattn.serve.spans import RequestSpan
 
 logger = logging.getLogger(__name__)
 GONE = 499
@@ -207,13 +208,16 @@ class Server:
         tokenizer = self.engine.tokenizer
         prompts = [tokenizer(each)["input_ids"] if isinstance(each, str) else each for each in asked.prompts]
         answer = Answer(asked, self.settings.name, tokenizer, prompts)
-        timer, streams = self.metrics.timer(), list[RequestStream]()
+        span = RequestSpan(request.url.path, self.settings.name, request.headers)
+        timer, streams = self.metrics.timer(span), list[RequestStream]()
         try:
             for prompt in prompts:
                 streams.append(await self.engine.add_request(prompt, asked.params, priority=asked.priority))
         except BaseException as error:
             await self._close(streams)
-            self.metrics.ended("refused" if isinstance(error, VattnError) else "error")
+            reason = "refused" if isinstance(error, VattnError) else "error"
+            self.metrics.ended(reason)
+            span.end(reason)
             raise
         if asked.stream:
             return Streamed(
@@ -273,9 +277,7 @@ class Server:
             for task in tasks:
                 task.cancel()
             await self._close(streams)
-            usage = answer.usage()
-            self.metrics.ended(reason, usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"])
-            timer.end()
+            timer.end(reason, answer.usage())
 
     async def _close(self, streams: list[RequestStream]) -> None:
         for stream in streams:

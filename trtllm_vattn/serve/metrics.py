@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from time import perf_counter
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from trtllm_vattn.observe.metrics import EngineCollector
 from trtllm_vattn.runtime.async_engine import AsyncEngine
+from trtllm_vattn.serve.spans import RequestSpan
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 BETWEEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
@@ -35,9 +38,9 @@ class Metrics:
         self._slots = CollectorRegistry()
         self._slots.register(EngineCollector(engine, slots=True))
 
-    def timer(self) -> Timer:
-        """For a request that begins now."""
-        return Timer(self)
+    def timer(self, span: RequestSpan) -> Timer:
+        """For a request that begins now, and its span."""
+        return Timer(self, span)
 
     def text(self, slots: bool = False) -> bytes:
         """All of it, or each slot's; from any thread."""
@@ -52,14 +55,16 @@ class Metrics:
 
 
 class Timer:
-    """Times one request's tokens."""
+    """Times one request's tokens, and tells its span of them."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, span: RequestSpan) -> None:
         self._metrics, self._began, self._last = metrics, perf_counter(), 0.0
+        self.span = span
 
     def tokens(self, count: int) -> None:
         """So many came at once."""
         now = perf_counter()
+        self.span.token()
         if self._last:
             self._metrics._between.observe((now - self._last) / count)
         else:
@@ -67,6 +72,8 @@ class Timer:
         self._last = now
         self._metrics._generated.inc(count)
 
-    def end(self) -> None:
-        """The request has ended."""
+    def end(self, reason: str, usage: Mapping[str, Any]) -> None:
+        """The request has ended, for this reason."""
+        self._metrics.ended(reason, usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"])
         self._metrics._whole.observe(perf_counter() - self._began)
+        self.span.end(reason, usage)
