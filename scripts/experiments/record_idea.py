@@ -1,8 +1,8 @@
 """Record the run that the README's picture is drawn from: a captured step is replayed while memory changes beneath it.
 
 The run uses the real cache over the host driver, and is recorded by the trace that any engine can write
-(trtllm_vattn/trace.py): driver calls, which sequence is in which slot, and what this script adds, operations and replays.
-Each replay's sums are compared with a model that holds every token. ``python scripts/experiments/record_idea.py
+(trtllm_vattn/trace.py): driver calls, which sequence is in which slot, and what this script adds, operations and
+replays. Each replay's sums are compared with a model that holds every token. ``python scripts/experiments/record_idea.py
 OUTPUT.json`` writes the run, ``draw_idea.py`` draws it; ``--trace FILE`` keeps the trace, for Perfetto.
 """
 
