@@ -2,8 +2,10 @@
 
 The run uses the real cache over the host driver, and is recorded by the trace that any engine can write
 (trtllm_vattn/trace.py): driver calls, which sequence is in which slot, and what this script adds, operations and
-replays. Each replay's sums are compared with a model that holds every token. ``python scripts/experiments/record_idea.py
-OUTPUT.json`` writes the run, ``draw_idea.py`` draws it; ``--trace FILE`` keeps the trace, for Perfetto.
+replays. Each replay's sums are compared with a model that holds every token.
+
+``python scripts/experiments/record_idea.py OUTPUT.json`` writes the run, ``draw_idea.py`` draws it; ``--trace FILE``
+keeps the trace, for Perfetto.
 """
 
 from __future__ import annotations
