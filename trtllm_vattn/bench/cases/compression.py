@@ -57,7 +57,7 @@ def parts(text: str) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench compression`."""
-    gpu, add = add_common(parser), parser.add_argument
+    gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
     add_attention(parser)
     names = ", ".join(PARTS)
     add("--parts", type=parts, default=list(PARTS), metavar="NAME,...", help=f"what is measured, of {names}")
