@@ -20,12 +20,10 @@ from prometheus_client.registry import Collector
 
 from trtllm_vattn.cache.base import SlotStats
 from trtllm_vattn.errors import EngineClosed, ManagerClosed
+from trtllm_vattn.observe import SLOTS_PATH
 from trtllm_vattn.runtime.async_engine import AsyncEngine
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.engine_stats import EngineStats
-
-SLOTS_PATH = "/metrics/slots"
-"""Where the slots are, one by one: too many series for a scrape every few seconds."""
 
 Labelled = dict[str, float]
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.observe.metrics import SLOTS_PATH
+from trtllm_vattn.observe import SLOTS_PATH
 
 TIMEOUT_S = 5.0
 Labels = tuple[tuple[str, str], ...]

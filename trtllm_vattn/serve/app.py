@@ -25,7 +25,7 @@ from trtllm_vattn.errors import (
     SequenceTooLong,
     VattnError,
 )
-from trtllm_vattn.observe.metrics import SLOTS_PATH
+from trtllm_vattn.observe import SLOTS_PATH
 from trtllm_vattn.runtime.async_engine import AsyncEngine, RequestStream
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.serve import protocol
