@@ -488,13 +488,13 @@ def test_a_cache_that_sleeps_has_no_memory_and_wakes_with_all_its_tokens(host_dr
         assert shared
         assert cache.sleep(keep=True) == held
         assert (cache.held_bytes, host_driver.physical_bytes, host_driver.live_mappings) == (0, 0, 0)
+        assert (cache.stats().held_bytes, cache.stats().sequences) == (0, 0)
         for call in (
             lambda: cache.admit("new", 1),
             lambda: cache.resume("suspended"),
             lambda: cache.prepare_step(cache.lengths + 1),
             lambda: cache.slot_of("reads"),
             cache.map_ahead,
-            cache.stats,
             lambda: cache.set_budget("1GiB"),
             lambda: cache.sleep(keep=True),
         ):

@@ -23,6 +23,7 @@ from trtllm_vattn.cache.base import (
     PagedKV,
     RetainedSlot,
     SequenceId,
+    SlotStats,
     Tokens,
     Transfers,
 )
@@ -48,7 +49,9 @@ from trtllm_vattn.memory.lifetime import CacheMemory, MemoryRef
 from trtllm_vattn.memory.lookahead import BackgroundThread, Lookahead
 from trtllm_vattn.memory.pool import ExtentPool, Preallocation
 from trtllm_vattn.memory.reclaim import drop_surplus, set_budget, surplus_bytes, take_surplus, trim
+from trtllm_vattn.memory.slot import SlotState
 from trtllm_vattn.sizes import parse_bytes
+from trtllm_vattn.trace import Trace
 from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.regions import RESERVATION, STATIC, Region, tensor_regions
 from trtllm_vattn.vmm.tensors import (
@@ -247,7 +250,8 @@ class KVCacheManager(SlottedCache):
     def _run(self, call: Callable[..., T], *arguments: Any) -> T:
         # It stays set where the call raised or was interrupted: the next call looks then.
         self._needs_check = True
-        answer = self._uninterrupted(call, *arguments)
+        with self._noted(call):
+            answer = self._uninterrupted(call, *arguments)
         self._needs_check = self.is_asleep
         return answer
 
@@ -1010,7 +1014,7 @@ class KVCacheManager(SlottedCache):
             return super().live_bytes
         held = sum(
             group.held(int(self.lengths[slot])) * len(group.ranges)
-            for slot in self._owner
+            for slot in list(self._owner)
             for group in self.arena.slots[slot].groups
         )
         return held * self.layout.row_bytes
@@ -1032,6 +1036,19 @@ class KVCacheManager(SlottedCache):
             return remap.replace(self.arena, slot, self._copy, self._fence)
 
     # -- ahead -----------------------------------------------------------------------------------------------------
+
+    def trace_to(self, trace: Trace) -> None:
+        super().trace_to(trace)
+        self._memory.trace = trace
+        layout = self.layout
+        where = {
+            "slots": layout.num_slots,
+            "slot_bytes": layout.slot_stride,
+            "row_bytes": layout.row_bytes,
+            "granularity": layout.granularity,
+            "ranges": [reservation.base for reservation in self.arena.reservations],
+        }
+        trace.instant("address space", where, "cache")
 
     def start_thread(self) -> None:
         """Have a thread map ahead from now on, so that `map_ahead` has no more to do than wake it when something is
@@ -1149,12 +1166,14 @@ class KVCacheManager(SlottedCache):
         return sum(len(group.stripes) * len(group.ranges) for group in self.arena.slots[slot].groups)
 
     def stats(self) -> CacheStats:
-        self._check_open()
-        return self._run(self._do_stats)
+        # Not by `_run`, whose notes are the stepping thread's; but no interrupt comes while the lock is held.
+        self._check_readable()
+        return uninterrupted(self._do_stats)
 
     def _do_stats(self) -> CacheStats:
-        with self._lock:
+        with self._lock.in_background():
             pool = self.arena.pool
+            owned = list(self._owner)
             return CacheStats(
                 sequences=len(self._slot_of),
                 live_bytes=self.live_bytes,
@@ -1174,12 +1193,28 @@ class KVCacheManager(SlottedCache):
                 ahead_wait_s=self._lock.waited_s,
                 retained_slots=self.arena.retained_slots,
                 retained_bytes=self.arena.retained_bytes,
-                segment_tokens=sum(self.arena.slots[slot].prefix for slot in self._owner),
+                segment_tokens=sum(self.arena.slots[slot].prefix for slot in owned),
                 suspended_sequences=len(self._tier.sequences),
                 host_bytes=self._tier.used_bytes,
                 host_held_bytes=self._tier.held_bytes,
                 window_bytes=self.arena.window_bytes,
+                free_bytes=pool.free_bytes,
+                free_extents=len(pool.free_extents()),
+                parked_slots=self.arena.parked_slots,
             )
+
+    def slot_stats(self) -> list[SlotStats]:
+        self._check_readable()
+        return uninterrupted(self._do_slot_stats)
+
+    def _do_slot_stats(self) -> list[SlotStats]:
+        with self._lock.in_background():
+            lengths, backed = self.lengths.tolist(), np.maximum(self.frontiers, self.arena.retained_frontiers).tolist()
+            return [
+                SlotStats(index, slot.state.value, lengths[index] or slot.tokens, backed[index], slot.mapped_bytes)
+                for index, slot in enumerate(self.arena.used_slots)
+                if slot.state is not SlotState.FREE
+            ]
 
     def placement(self) -> Placement:
         """How nearly slots' memory lies in the order of its creation."""

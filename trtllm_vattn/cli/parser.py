@@ -19,6 +19,9 @@ COMMANDS = {
     "plugin": ("TensorRT engines: list, build, inspect", "trtllm_vattn.cli.plugin"),
     "warm-up": ("compile once what would take minutes at a first request", "trtllm_vattn.cli.warm_up"),
     "serve": ("OpenAI's completions and chat endpoints over a checkpoint", "trtllm_vattn.cli.serve"),
+    "top": ("a live view of a running engine: requests, memory, mappings, slots", "trtllm_vattn.cli.top"),
+    "map": ("draw the address space before and after a burst, from a trace", "trtllm_vattn.cli.map"),
+    "drill": ("bring about failures, and see whether what should comes of them", "trtllm_vattn.cli.drill"),
     "generate": ("text from prompts: arguments, a file or standard input", "trtllm_vattn.cli.generate"),
     "run": ("run a command with TensorRT-LLM's KV cache at fixed addresses", "trtllm_vattn.cli.run"),
 }
@@ -46,6 +49,7 @@ BENCHMARKS = {
     "xqa": "TensorRT-LLM's kernels over affine tables: tokens, steps against random tables, remapped replays",
     "tp": "one model on several GPUs beside one: steps, and replays over remapped memory",
     "transfer": "sequences sent from one process's cache to another's, beside the link's own rate; bytes checked",
+    "observe": "metrics, an event trace and top beside none of them: what they add to a step",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }
 MODULES = {"graph": "decode", "alloc": "driver_calls", "start": "startup"}

@@ -859,7 +859,9 @@ class Arena:
             try:
                 mapping.close()
             except DriverError as error:
-                logger.warning("a mapping of %d bytes at %#x is quarantined: %s", mapping.size, mapping.address, error)
+                numbers = {"address": mapping.address, "bytes": mapping.size, "code": error.code}
+                text = "a mapping of %d bytes at %#x is quarantined: %s"
+                logger.warning(text, mapping.size, mapping.address, error, extra=numbers)
                 stuck.append(mapping)
         self.quarantine_mappings(index, stuck)
 

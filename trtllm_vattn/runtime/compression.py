@@ -111,7 +111,8 @@ class Compression:
             self.runs += 1
         except (DriverError, KVCacheOutOfMemory, MemoryQuarantined) as error:
             self.failed += 1
-            logger.warning("request %d keeps all its tokens, for compacting them failed: %s", request.id, error)
+            text = "request %d keeps all its tokens, for compacting them failed: %s"
+            logger.warning(text, request.id, error, extra={"request": request.id})
         except ConfigError as error:
             self.failed += 1
             fail(request, f"the compression policy chose what cannot be: {error}")

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
-from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.base import CacheShape, KVCache, SlotStats
 from trtllm_vattn.cache.compression import CompressionPolicy
 from trtllm_vattn.cache.prefix import PrefixCache
 from trtllm_vattn.cache.prefix.events import KVCacheEvent
@@ -41,6 +41,7 @@ from trtllm_vattn.runtime.compression import Compression, check_compression, che
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
 from trtllm_vattn.runtime.deterministic import check_deterministic
 from trtllm_vattn.runtime.dry_pass import AttentionNeeds, naming
+from trtllm_vattn.runtime.engine_stats import EngineStats, StepTotals
 from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler
 from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype, check_kv_scales
 from trtllm_vattn.runtime.lane_processors import check_sizes
@@ -81,10 +82,12 @@ from trtllm_vattn.runtime.tokens import TokenIds, token_ids
 from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
 from trtllm_vattn.runtime.weights_ipc import IpcWeights, ReceivedWeights, named_tensors
 from trtllm_vattn.sizes import parse_bytes
+from trtllm_vattn.trace import Trace
 from trtllm_vattn.values import described, finite, shown, truth, whole
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.tensors import finish, inference
 from trtllm_vattn.vmm.uninterrupted import drain
+from trtllm_vattn.vmm.wrappers import TracingDriver
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -225,6 +228,10 @@ class Engine:
         what sequences share is read by each of them (trtllm_vattn/README.md). None drafts none.
     tokenizer : transformers' fast tokenizer, or None
         Prompts may be texts then, and text, stop texts and grammars be asked for (`SamplingParams`).
+    trace : Trace, str, Path or None
+        Has events noted for Perfetto (trace.py): steps, launches, requests, what changes the cache, and background
+        work; of an engine by `from_pretrained` driver calls, too. A file of this name is written, and closed with the
+        engine. None notes nothing.
     compression : CompressionPolicy or None
         Evicts tokens of each sequence, so that it takes less memory and its tokens are approximate
         (cache/compression/README.md). None keeps all.
@@ -270,6 +277,7 @@ class Engine:
         speculation: Speculation | None = None,
         tokenizer: Any = None,
         compression: CompressionPolicy | None = None,
+        trace: Trace | str | os.PathLike[str] | None = None,
     ) -> None:
         if not isinstance(cache, KVCache):
             raise ConfigError(f"cache is {described(cache)}; give a KVCache (cache.select.make_cache)")
@@ -340,11 +348,19 @@ class Engine:
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
         self.slots = RequestSlots.over(cache, reusing, settings["kv_events"], self._reading)
         self.scheduler = self._make_scheduler(settings, mixed)
+        self._watch(trace)
         one_by_one = loop or record_margins or (self.compression is not None and self.compression.one_by_one)
         self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one, self.compression)
         _engines.add(self)
         # Nothing at the end of the interpreter, when graphs may still run.
         weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
+
+    def _watch(self, given: Trace | str | os.PathLike[str] | None) -> None:
+        """Count steps, and note events where there is a trace."""
+        self.totals = StepTotals()
+        self._trace = self.scheduler.trace = Trace.of(given)
+        if self._trace is not None:
+            self.cache.trace_to(self._trace)
 
     def _make_attention(
         self, name: str, needs: AttentionNeeds, scales: KVScales | None, settings: dict[str, Any]
@@ -529,6 +545,7 @@ class Engine:
         tensor_parallel: int | Ranks = 1,
         kv_cache_dtype: str = "auto",
         tokenizer: Any = "auto",
+        trace: Trace | str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
         """An engine over a checkpoint (a directory, or a name on the Hugging Face Hub) or a named shape
@@ -595,6 +612,8 @@ class Engine:
         if not isinstance(tensor_parallel, int) or tensor_parallel != 1:
             if policy_of_tokens is not None:
                 raise ConfigError("compression is served on one rank; leave it out, or make tensor_parallel 1")
+            if trace is not None:
+                raise ConfigError("a trace is written on one rank; leave trace out, or make tensor_parallel 1")
             sizes = {"max_seqs": max_seqs, "max_seq_len": max_seq_len, "budget": budget, "kept_seqs": kept_seqs}
             kept_back = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "host_memory": host_memory}
             kinds = {"cache": cache, "mapping": mapping, "kv_cache_dtype": kv_cache_dtype}
@@ -621,14 +640,20 @@ class Engine:
                 idle["own_lengths"], idle["extent_classes"] = True, 1
                 idle["heads_per_range"] = 1 if policy_of_tokens.by_head else None
                 idle["layers_per_range"] = 1 if policy_of_tokens.by_layer else None
-            driver = policy.wrap(open_driver(device)) if later else None
+            tracing_to = Trace.of(trace)
+            if tracing_to is not None and tracing_to.is_owned:
+                undo.callback(tracing_to.close)
+            driver = None
+            if later or tracing_to is not None:
+                inner = open_driver(device)
+                driver = policy.wrap(inner if tracing_to is None else TracingDriver(inner, tracing_to))
             made = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle)
             undo.callback(made.close)
             if not later and budget is None and shape.num_slots > max_seqs:
                 made.set_budget(made.budget_bytes // (shape.num_slots + 1) * (max_seqs + 1))
             options = {"max_running": max_seqs, **options}
             options["tokenizer"] = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
-            engine = cls(loaded, made, mapping=policy, **options)
+            engine = cls(loaded, made, mapping=policy, trace=tracing_to, **options)
             undo.callback(engine.close)
             if later:
                 engine.set_budget(engine._budget_left() if budget is None else budget)
@@ -655,6 +680,37 @@ class Engine:
                     raise
                 with self._changing:
                     self.scheduler.preempt_youngest()
+
+    def stats(self) -> EngineStats:
+        """What it holds now, and has counted since it was built. From any thread, beside running steps, which do not
+        wait for it. Raises EngineClosed, WrongProcess."""
+        self._check_process()
+        if self._closed:
+            raise EngineClosed("this engine is closed; build another")
+        scheduler, prefixes, speculator = self.scheduler, self.slots.prefixes, self.decode.speculator
+        return EngineStats(
+            running=len(scheduler.decoding) + len(scheduler.prefilling),
+            waiting=len(scheduler.waiting),
+            suspended=len(scheduler.parked),
+            is_asleep=self.sleeping.is_asleep,
+            weights_version=self.weights.version,
+            swaps=scheduler.swaps,
+            num_slots=self.cache.shape.num_slots,
+            totals=self.totals.copy(scheduler.preempted),
+            cache=self.cache.stats(),
+            transfers=self.cache.transfers,
+            prefix=None if prefixes is None else (prefixes.stats.prompt_tokens, prefixes.stats.cached_tokens),
+            drafts=None if speculator is None else (speculator.stats.drafted, speculator.stats.accepted),
+        )
+
+    @property
+    def trace_error(self) -> str | None:
+        """Why the trace ended before the engine; None where it goes on, and without one."""
+        return None if self._trace is None else self._trace.error
+
+    def slot_stats(self) -> list[SlotStats]:
+        """The cache's slots that hold anything (`KVCache.slot_stats`). From any thread. Raises ManagerClosed."""
+        return self.cache.slot_stats()
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -1014,6 +1070,18 @@ class Engine:
         if record is not None and self.observer is not None:
             self.observer(record)
 
+    def _trace_step(self, record: StepRecord) -> None:
+        """Note a launch whose tokens were just read."""
+        if self._trace is None:
+            return
+        read, scheduler = self._read_at, self.scheduler
+        steps = {"lanes": record.lanes, "steps": record.steps, "prompt_tokens": record.prefilled}
+        self._trace.span("wait for tokens", read - record.wait_s, read, category="step")
+        self._trace.span("step", read - record.wall_s, read, steps, "step", track="steps")
+        running = len(scheduler.decoding) + len(scheduler.prefilling)
+        self._trace.counter("requests", {"running": running, "waiting": len(scheduler.waiting)})
+        self._trace.counter("KV bytes held", {"bytes": self.cache.held_bytes})
+
     def _commit(self, launch: Launch, started: float) -> StepRecord:
         """Append a launch's tokens to their requests; while the device computes them, memory is mapped and requests are
         admitted."""
@@ -1024,6 +1092,7 @@ class Engine:
         lanes, wall_s = len(launch.lane_of), self._read_at - started
         for of_prompt in launch.of_prompts:
             of_prompt.read()
+        tokens = 0
         for step, row in enumerate(rows):
             # Who has ended with an earlier row, or joined since the launch, has no part in it.
             requests = [
@@ -1031,6 +1100,7 @@ class Engine:
                 for request in self.scheduler.decoding.values()
                 if (lane := launch.lane_of.get(request.slot)) is not None and row[lane] != ABSENT
             ]
+            tokens += len(requests)
             where = [launch.lane_of[request.slot] for request in requests]
             apart = margins(launch.logits[where]) if self.record_margins else None
             self._commit_tokens(requests, [row[lane] for lane in where], apart, launch, step)
@@ -1038,7 +1108,10 @@ class Engine:
         self.swap_cost.observe_prompt(launch.prompt_tokens, wall_s)
         drafted = self._roll_back(launch)
         steps = min(len(rows), launch.steps)
-        return StepRecord(lanes, steps, launch.prompt_tokens, wall_s, self.pipeline.kv_s, ahead_s, wait_s, *drafted)
+        record = StepRecord(lanes, steps, launch.prompt_tokens, wall_s, self.pipeline.kv_s, ahead_s, wait_s, *drafted)
+        self.totals.add(record, tokens)
+        self._trace_step(record)
+        return record
 
     def _roll_back(self, launch: Launch) -> tuple[int, int]:
         """What was backed for rejected drafts is not the sequences' any more. Returns how many tokens were drafted in
@@ -1095,11 +1168,12 @@ class Engine:
         request.note(event)
         if event.finish_reason:
             request.error, request.finish_reason = event.error, event.finish_reason
+            self.totals.ended[event.finish_reason] += request.id in self.scheduler.requests
             self.scheduler.end(request)
 
     def _fail(self, request: RequestState, message: str) -> None:
         """End a request with an error; its slot is taken by `Scheduler.release_ended`."""
-        logger.warning("request %d: %s", request.id, message)
+        logger.warning("request %d: %s", request.id, message, extra={"request": request.id})
         self._end_without_token(request, "error", message)
 
     def _end_without_token(self, request: RequestState, reason: str, message: str | None) -> None:
@@ -1425,6 +1499,8 @@ class Engine:
         self.scheduler.clear()
         with ExitStack() as all_of_it:
             # In this order backwards, each whatever the others raise.
+            if self._trace is not None and self._trace.is_owned:
+                all_of_it.callback(self._trace.close)
             all_of_it.callback(self.sleeping.close)
             all_of_it.callback(self.cache.close)
             all_of_it.callback(self.prefill.close)

@@ -32,6 +32,7 @@ from trtllm_vattn.runtime.reuse import Left, RequestSlots
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.runtime.swap_cost import SwapCost
 from trtllm_vattn.runtime.watermark import Watermark
+from trtllm_vattn.trace import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +98,10 @@ class Scheduler:
         Those that were suspended until they are resumed (`park`); they neither run nor wait.
     watermark : Watermark
         Keeps those that were sent back from pushing out others.
-    swaps : int
-        How often a request's tokens went to host memory.
+    swaps, preempted : int
+        How often a request's tokens went to host memory, and how often one with a slot went back to the queue.
+    trace : Trace or None
+        Notes requests from their coming to their end.
     ended : deque of Left
         Requests that left and whose slot and memory are still to be released.
     """
@@ -125,8 +128,9 @@ class Scheduler:
         self.slots, self.decode, self.compaction, self.chunk, self.fail = slots, decode, compaction, chunk, fail
         self.steps, self.mixed, self.alone, self.cost, self.target_ms = steps, mixed, alone, cost, target_ms
         self.pass_sizes = pass_sizes
-        self.swap_cost, self.swaps = swap_cost, 0
+        self.swap_cost, self.swaps, self.preempted = swap_cost, 0, 0
         self.watermark = Watermark(self.cache)
+        self.trace: Trace | None = None
         self.parked: dict[int, RequestState] = {}
         self._decoded_last = True
         """Whether the last launch was of decode steps, where prompts go in apart from them."""
@@ -144,6 +148,8 @@ class Scheduler:
     def add(self, request: RequestState) -> None:
         """Queue a new request."""
         self.requests[request.id] = request
+        if self.trace is not None:
+            self.trace.begin("request", request.id, {"request": request.id, "tokens": request.length})
         if request.deadline < math.inf:
             heappush(self._deadlines, (request.deadline, request.id))
         self.waiting.add(request)
@@ -313,6 +319,9 @@ class Scheduler:
         """A plan was launched: its prompt tokens are in, and whose prompt is complete decodes from then on."""
         self._decoded_last = not plan.chunks
         for request, chunk in plan.chunks:
+            if self.trace is not None:
+                tokens = {"start": chunk.start, "stop": chunk.end}
+                self.trace.mark("request", request.id, "prompt tokens", tokens)
             request.prefilled = chunk.end
         for request in plan.joins:
             self.prefilling.remove(request)
@@ -490,7 +499,8 @@ class Scheduler:
         except (ConfigError, HostMemoryFull, KVCacheOutOfMemory, MemoryQuarantined):
             return 0
         except DriverError as error:
-            logger.warning("request %d is computed anew, for copying its tokens failed: %s", request.id, error)
+            text = "request %d is computed anew, for copying its tokens failed: %s"
+            logger.warning(text, request.id, error, extra={"request": request.id})
             return 0
         if request in self.prefilling:
             self.prefilling.remove(request)
@@ -521,6 +531,9 @@ class Scheduler:
                 self._send_back(request)
 
     def _send_back(self, request: RequestState) -> None:
+        self.preempted += 1
+        if self.trace is not None:
+            self.trace.mark("request", request.id, "preempted")
         tokens = self._computed_tokens(request)
         chosen = choose_preemption(request, tokens, self.cache.bytes_of(tokens), self.swap_cost)
         if chosen == "recompute" or not self._swap_out(request):
@@ -549,7 +562,7 @@ class Scheduler:
 
     def end(self, request: RequestState) -> None:
         """Take a request out wherever it is; its slot and memory are taken by `release_ended`."""
-        if self.requests.pop(request.id, None) is not None and request.finish_reason in ("stop", "length"):
+        if self._forget(request) and request.finish_reason in ("stop", "length"):
             self.watermark.ended(len(request.chosen))
         self.parked.pop(request.id, None)
         self.waiting.remove(request)
@@ -559,8 +572,16 @@ class Scheduler:
 
     def drop(self, request: RequestState) -> None:
         """Forget a request that waits."""
-        self.requests.pop(request.id, None)
+        self._forget(request)
         self.waiting.remove(request)
+
+    def _forget(self, request: RequestState) -> bool:
+        """Whether it was still there."""
+        known = self.requests.pop(request.id, None) is not None
+        if known and self.trace is not None:
+            ended = {"tokens": len(request.chosen), "finish_reason": request.finish_reason}
+            self.trace.end("request", request.id, ended)
+        return known
 
     def begin_anew(self) -> None:
         """Have all requests wait, in their order, for nobody holds a slot any more. Begins from any state; only which

@@ -8,6 +8,7 @@ import torch
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.replay import CaptureReport
+from trtllm_vattn.machine import free_bytes
 
 
 @dataclass
@@ -49,18 +50,12 @@ def memory_left(device: torch.device, utilisation: float = 0.9) -> int:
     The smaller of what the driver calls free and what NVML does, which counts other processes the same way. Raises
     ConfigError where nothing is left.
     """
-    import pynvml
-
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     properties = torch.cuda.get_device_properties(device)
-    pynvml.nvmlInit()
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}".encode())
-        free = min(free, int(pynvml.nvmlDeviceGetMemoryInfo(handle).free))
-    finally:
-        pynvml.nvmlShutdown()
+    by_nvml = free_bytes(str(properties.uuid))
+    free = free if by_nvml is None else min(free, by_nvml)
     left = free - int((1 - utilisation) * total)
     if left <= 0:
         raise ConfigError(
