@@ -20,6 +20,11 @@ COMMANDS = {
     "warm-up": ("compile once what would take minutes at a first request", "trtllm_vattn.cli.warm_up"),
     "serve": ("OpenAI's completions and chat endpoints over a checkpoint", "trtllm_vattn.cli.serve"),
     "generate": ("text from prompts: arguments, a file or standard input", "trtllm_vattn.cli.generate"),
+    "calibrate": (
+        "measure, in two minutes, what this machine's plans are made by",
+        "trtllm_vattn.bench.cases.calibrate",
+    ),
+    "plan": ("choose the cache's layout and limits for a model, lengths and memory", "trtllm_vattn.cli.plan"),
     "run": ("run a command with TensorRT-LLM's KV cache at fixed addresses", "trtllm_vattn.cli.run"),
 }
 BENCHMARKS = {
@@ -46,6 +51,7 @@ BENCHMARKS = {
     "xqa": "TensorRT-LLM's kernels over affine tables: tokens, steps against random tables, remapped replays",
     "tp": "one model on several GPUs beside one: steps, and replays over remapped memory",
     "transfer": "sequences sent from one process's cache to another's, beside the link's own rate; bytes checked",
+    "plan": "the planner's predictions beside what was measured, and its choice beside an exhaustive search",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }
 MODULES = {"graph": "decode", "alloc": "driver_calls", "start": "startup"}
