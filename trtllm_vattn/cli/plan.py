@@ -1,4 +1,4 @@
-"""`trtllm-vattn plan`: the cache's layout and an engine's limits for a model, the lengths of its requests, and memory."""
+"""`trtllm-vattn plan`: the cache's layout and an engine's limits for a model, its requests' lengths, and memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from trtllm_vattn.arguments import positive, size
-from trtllm_vattn.bench.cases.calibrate import planned_shape
 from trtllm_vattn.bench.harness.flags import MAX_SEQS, add_model, plot
 from trtllm_vattn.bench.harness.traces import load_trace
 from trtllm_vattn.bench.publish.plots import pyplot
+from trtllm_vattn.cache.calibrated import calibration_of
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.machine import card, gpu
-from trtllm_vattn.planner import Calibration, CostModel, Lengths, Objective, Plan, Prediction, plan
-from trtllm_vattn.planner.calibration import find, named, packaged
+from trtllm_vattn.planner import CostModel, Lengths, Objective, Plan, Prediction, plan
+from trtllm_vattn.planner.calibration import packaged
+from trtllm_vattn.runtime.models import planned_shape
 from trtllm_vattn.table import table
 
 SLOS = ("itl_p99",)
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     requests = load_trace(args.lengths)
     lengths = Lengths.of([max(1, r.prompt_tokens) for r in requests], [max(1, r.output_tokens) for r in requests])
     # On a GPU models are of bfloat16, wherever they are planned for.
-    shape = planned_shape(args.model, "cuda:0")
+    shape = planned_shape(args.model, torch.bfloat16)
     objective = Objective(args.memory, args.slo[1] if args.slo else None, args.max_seqs)
     model = CostModel(shape, calibration)
     found = plan(model, lengths, objective)
@@ -63,20 +63,6 @@ def run(args: argparse.Namespace) -> int:
         draw(found, objective, f"{args.model}, {args.lengths.name}", args.plot)
         print(f"drawn in {args.plot}")
     return 0
-
-
-def calibration_of(given: str | None) -> Calibration:
-    """The one that is named, or this machine's. Raises ConfigError where there is none."""
-    if given is not None:
-        return named(given)
-    there = gpu() if torch.cuda.is_available() else None
-    name = card({"gpu": there})
-    if (found := find(name)) is None:
-        raise ConfigError(
-            f"there is no calibration of this machine ({name}): run trtllm-vattn calibrate, or name a card by "
-            f"--calibration: {', '.join(packaged())}"
-        )
-    return found
 
 
 def report(found: Plan, model: CostModel, lengths: Lengths, objective: Objective) -> str:
@@ -111,7 +97,7 @@ def report(found: Plan, model: CostModel, lengths: Lengths, objective: Objective
             "",
             f"CacheConfig(layers_per_range={best.layout.layers_per_range}, lookahead={lookahead}, "
             f"extent_classes={best.layout.extent_classes})",
-            f"Engine(max_step_tokens={best.chunk}), max_seqs={max(1, round(best.sequences))}",
+            f"Engine(max_step_tokens={best.chunk}), max_seqs={best.max_seqs}",
         ]
     )
 

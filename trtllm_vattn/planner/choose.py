@@ -65,8 +65,10 @@ class Prediction:
     layout : Layout
     chunk : int
         Tokens of a pass (`Engine`'s ``max_step_tokens``).
+    max_seqs : int
+        Sequences to let run at once: fewer than asked for where more would not be within the latency.
     sequences : float
-        That run at once.
+        That run at once, on average.
     capacity : float
         That memory alone would let run at once, on average.
     waste : float
@@ -83,6 +85,7 @@ class Prediction:
 
     layout: Layout
     chunk: int
+    max_seqs: int
     sequences: float
     capacity: float
     waste: float
@@ -124,17 +127,29 @@ def _kind(each: Prediction) -> int:
     return each.layout.layers_per_range
 
 
-def predict(model: CostModel, layout: Layout, lengths: Lengths, objective: Objective, chunk: int) -> Prediction | None:
-    """What a layout and a chunk give; None where no sequence runs within the objective."""
+def memory_of(model: CostModel, layout: Layout, lengths: Lengths, objective: Objective) -> tuple[float, float]:
+    """Sequences that memory alone lets run at once, and the part of it that is wasted."""
     step_s = model.step_s(layout, 1, lengths.mean_tokens)
-    capacity = waste = 0.0
     # The automatic lookahead depends on the step's time, and that on how many run.
     for _ in range(2):
         ahead = layout.ahead_tokens(step_s, model.page_s())
         capacity = layout.capacity(lengths, ahead, objective.budget)
-        waste = layout.waste(lengths, ahead)
         running = max(1.0, min(capacity, objective.max_seqs))
         step_s = model.step_s(layout, running, running * lengths.mean_tokens)
+    return capacity, layout.waste(lengths, ahead)
+
+
+def predict(
+    model: CostModel,
+    layout: Layout,
+    lengths: Lengths,
+    objective: Objective,
+    chunk: int,
+    memory: tuple[float, float] | None = None,
+) -> Prediction | None:
+    """What a layout and a chunk give; None where no sequence runs within the objective. `memory` is what `memory_of`
+    returns, where it is known."""
+    capacity, waste = memory or memory_of(model, layout, lengths, objective)
     if capacity < 1:
         return None
     of_memory = min(capacity, float(objective.max_seqs))
@@ -150,7 +165,8 @@ def predict(model: CostModel, layout: Layout, lengths: Lengths, objective: Objec
     full = model.parts(layout, model.full_pass(load.sequences, load.kv_tokens, chunk, p)).total
     of_token = max(0.0, full - parts.total) / max(1.0, chunk - sequences)
     rate = o / (p * of_token + o * parts.total / sequences)
-    if sequences < most * 0.99:
+    by_latency = sequences < most
+    if by_latency:
         binds = parts.binds
     elif most < of_memory:
         binds = "prompts"
@@ -160,7 +176,8 @@ def predict(model: CostModel, layout: Layout, lengths: Lengths, objective: Objec
         binds = parts.binds
     window = model.window_s(layout, lengths.representative(int(max(1, sequences))))
     itl = _itl_p99(model, layout, lengths, objective, chunk, sequences)
-    return Prediction(layout, chunk, sequences, capacity, waste, parts.total, itl, window, rate, parts, binds)
+    limit = int(sequences) if by_latency else objective.max_seqs
+    return Prediction(layout, chunk, limit, sequences, capacity, waste, parts.total, itl, window, rate, parts, binds)
 
 
 def _within(
@@ -227,12 +244,11 @@ def plan(
         for classes in EXTENT_CLASSES
         for lookahead in LOOKAHEADS
     ]
-    found = [
-        each
-        for layout in layouts
-        for chunk in objective.chunks
-        if (each := predict(model, layout, lengths, objective, chunk)) is not None
-    ]
+    found = []
+    for layout in layouts:
+        memory = memory_of(model, layout, lengths, objective)
+        each_chunk = (predict(model, layout, lengths, objective, chunk, memory) for chunk in objective.chunks)
+        found += [each for each in each_chunk if each is not None]
     if not found:
         raise ConfigError(_nothing(model, lengths, objective, layouts[0]))
     best = max(each.output_tokens_per_s for each in found)

@@ -31,16 +31,17 @@ from trtllm_vattn.bench.harness.contenders import decode_steps, fill
 from trtllm_vattn.bench.harness.flags import add_attention, add_device, add_model, dtype_of
 from trtllm_vattn.bench.harness.timing import read_limit, timed_ms
 from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.cache.calibrated import card_of
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.machine import card, gpu, versions
+from trtllm_vattn.machine import gpu, versions
 from trtllm_vattn.memory.layout import default_layers_per_range
 from trtllm_vattn.planner import Calibration, ModelShape
 from trtllm_vattn.planner.calibration import QUANTITIES, Curve, folder, named, save
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.models import SHAPES
+from trtllm_vattn.runtime.models import planned_shape
 from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import table
@@ -97,8 +98,9 @@ class Measured:
         }
         numbers = {name: self.values[name] for name, (is_curve, _) in QUANTITIES.items() if not is_curve}
         curves = {name: Curve(tuple(self.values[name])) for name, (is_curve, _) in QUANTITIES.items() if is_curve}
-        name = card({"gpu": found})
-        return Calibration(name, granularity, about, numbers, curves, self.sources, frozenset(self.estimated))
+        return Calibration(
+            card_of(device), granularity, about, numbers, curves, self.sources, frozenset(self.estimated)
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, measured: Measured) -> Calibration:
     """All numbers; an engine is made for some of them, and closed."""
-    model_shape = planned_shape(args.model, args.device)
+    model_shape = planned_shape(args.model, dtype_of(args.device))
     granularity = measure_machine(args.device, model_shape, args.attention, measured)
     measured.say(f"loading {args.model} and starting an engine")
     model = model_of(args)
@@ -139,15 +141,6 @@ def measure(args: argparse.Namespace, measured: Measured) -> Calibration:
     gc.collect()
     measured.say("done")
     return measured.calibration(args.device, granularity, args.model)
-
-
-def planned_shape(name: str, device: str) -> ModelShape:
-    """A named shape or a checkpoint's, with weights as they are loaded on a device. Raises ConfigError for models that
-    no plan is made for."""
-    from transformers import AutoConfig
-
-    config = SHAPES[name] if name in SHAPES else AutoConfig.from_pretrained(name).get_text_config().to_dict()
-    return ModelShape.from_config(name, config, dtype_of(device).itemsize)
 
 
 def measure_machine(device: str, shape: ModelShape, attention: str, measured: Measured) -> int:

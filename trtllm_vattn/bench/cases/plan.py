@@ -23,7 +23,7 @@ import torch
 from trtllm_vattn.arguments import chosen, positive, size
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.cases.attention import fill as fill_lengths
-from trtllm_vattn.bench.cases.calibrate import batches, cancel_all, layer_us, planned_shape, probe_engine
+from trtllm_vattn.bench.cases.calibrate import batches, cancel_all, layer_us, probe_engine
 from trtllm_vattn.bench.cases.fragmentation import MAPPING_S, ModelledTiming, make, simulate
 from trtllm_vattn.bench.cases.serve import densest
 from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
@@ -41,14 +41,15 @@ from trtllm_vattn.bench.harness.report import Result, write
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.cache.calibrated import card_of
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.machine import card, gpu
 from trtllm_vattn.memory.layout import default_layers_per_range
 from trtllm_vattn.planner import CostModel, Layout, Lengths, Load, ModelShape, Objective, plan
 from trtllm_vattn.planner.calibration import find, named
 from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import planned_shape
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import tabulate
 
@@ -121,7 +122,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.results = args, dict[str, Any]()
         self.began = perf_counter()
-        own = "host" if args.device == "cpu" else card({"gpu": gpu(torch.device(args.device).index or 0)})
+        own = card_of(args.device)
         found = named(args.calibration) if args.calibration else find(own)
         self.calibration = found or named("h200")
         self.results["calibration"] = {"card": self.calibration.card, **self.calibration.about}
@@ -182,7 +183,7 @@ def lengths_of(requests: list[Request]) -> Lengths:
 
 def memory_shape() -> ModelShape:
     """Llama-3-8B's."""
-    return planned_shape(PLANNED, "cuda:0")
+    return planned_shape(PLANNED, torch.bfloat16)
 
 
 def memory(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -236,7 +237,7 @@ def with_engine(bench: Bench) -> None:
     bench.say(f"loading {args.model} and starting an engine")
     model = model_of(args)
     with probe_engine(model, args) as engine:
-        shape = planned_shape(args.model, args.device)
+        shape = planned_shape(args.model, dtype_of(args.device))
         layers = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
         layout = Layout(shape, bench.calibration.granularity, layers)
         if "step" in args.parts:
