@@ -15,7 +15,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from trtllm_vattn.planner import ModelShape
 from trtllm_vattn.planner.calibration import DATA, QUANTITIES, Calibration, Curve, save
+from trtllm_vattn.runtime.models import SHAPES
 
 RESULTS = Path(__file__).parents[1] / "results" / "h200"
 PAGE, EXTENT = 2 << 20, 64 << 20
@@ -23,8 +25,11 @@ MEMORY_RATIO = 3.35 / 4.8
 """Bandwidth of an H100 SXM's memory over an H200's, by NVIDIA's data sheets."""
 BURSTS = ("burst_rows_8_1", "burst_rows_8_2", "burst_rows_8_3")
 SOLVED_ROWS = (1, 8, 32, 128, 256)
-WEIGHTS = {"8b": 15_009_841_152, "1b": 2_471_493_632}
-"""Bytes that a step of Llama-3-8B and Llama-3.2-1B reads: layers and output."""
+WEIGHTS = {
+    short: ModelShape.from_config(name, SHAPES[name]).weight_bytes
+    for short, name in (("8b", "llama-3-8b"), ("1b", "llama-3.2-1b"))
+}
+"""Bytes that a step of a model reads: layers and output."""
 PASS_LAYER_US = 126.0
 """A layer's other kernels at 2,048 rows, by their bytes: 168 KB a row at 4 TB/s, and 40 us of launches."""
 

@@ -79,7 +79,7 @@ def report(found: Plan, model: CostModel, lengths: Lengths, objective: Objective
         "host beside it": parts.host,
         "mapping beside it": parts.beside,
         "mapping within it": parts.mapping,
-        "TLB alone": parts.tlb,
+        "of attention, TLB misses": parts.tlb,
     }
     tokens = f"{len(lengths.prompts):,} requests, prompts of {lengths.mean_prompt:,.0f} and outputs of "
     lookahead = best.layout.lookahead

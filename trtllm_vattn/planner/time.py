@@ -37,8 +37,8 @@ class Load:
 class StepParts:
     """Seconds of a pass: what the device takes, by part, and the host, which works beside it.
 
-    `tlb` is what attention would take if misses of the TLB alone bound it; it is no part of the sum. `mapping` are
-    driver calls that the step itself has to make, `beside` those of the thread that maps ahead.
+    `tlb` is what of `attention` misses of the TLB add to reading. `mapping` are driver calls that the step itself has
+    to make, `beside` those of the thread that maps ahead.
     """
 
     weights: float
@@ -56,7 +56,11 @@ class StepParts:
 
     @property
     def total(self) -> float:
-        return max(self.device, self.host, self.beside) + self.mapping
+        return self.with_more(0.0)
+
+    def with_more(self, device_s: float) -> float:
+        """The same with so many seconds more on the device."""
+        return max(self.device + device_s, self.host, self.beside) + self.mapping
 
     @property
     def binds(self) -> str:
@@ -65,7 +69,7 @@ class StepParts:
             return "driver calls"
         if self.host > self.device:
             return "host"
-        return "TLB" if self.tlb >= self.attention > self.device / 2 else "bandwidth"
+        return "TLB" if self.tlb > self.attention / 2 > self.device / 4 else "bandwidth"
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class CostModel:
         )
 
     def attention_s(self, layout: Layout, kv_tokens: float) -> tuple[float, float]:
-        """Seconds of all layers' decode attention over so many tokens, and what TLB misses alone would take."""
+        """Seconds of all layers' decode attention over so many tokens, and what of them TLB misses add to reading."""
         card, layers = self.card, self.shape.num_layers
         rate = card["attention_bytes_per_s"] * self.row_factor(layout)
         read = kv_tokens * self.shape.layer_token_bytes / rate
@@ -126,7 +130,7 @@ class CostModel:
         tiles = self.shape.kv_factor * self.shape.num_kv_heads / layout.head_groups
         visits = kv_tokens / max(1.0, layout.page_tokens) * tiles * layout.head_groups
         walks = self.walks_s(visits, kv_tokens * self.shape.token_bytes)
-        return layers * (1e-6 * card["attention_us"] + max(read, walks)), layers * walks
+        return layers * (1e-6 * card["attention_us"] + max(read, walks)), layers * max(0.0, walks - read)
 
     # -- passes -------------------------------------------------------------------------------------------------------
 
@@ -159,20 +163,39 @@ class CostModel:
         return self.parts(layout, Load(sequences, kv_tokens)).total
 
     def full_pass(self, sequences: float, kv_tokens: float, chunk: int, prompt: float) -> Load:
-        """The pass with the most work in a burst: `chunk` rows, of which what decoding sequences leave are the last of
-        a prompt of so many tokens, or as many whole prompts as fit."""
+        """A pass of `chunk` rows, of which decoding sequences leave the rest to prompts of so many tokens."""
         rows = max(1.0, chunk - sequences)
-        # Of shorter prompts several go in: each row meets half of its own prompt on average.
-        pairs = rows * (prompt - rows / 2) if prompt >= rows else rows * prompt / 2
-        return Load(sequences, kv_tokens, rows, pairs)
+        # Each row meets half of its own prompt on average.
+        return Load(sequences, kv_tokens, rows, rows * prompt / 2)
 
-    def burst_itl_s(self, layout: Layout, sequences: float, kv_tokens: float, chunk: int, prompts: np.ndarray) -> float:
-        """Seconds between two tokens, p99, of sequences that decode while these prompts arrive at once: of the 99th in
-        a hundred of the passes they go in by."""
+    def burst_itl_s(
+        self,
+        layout: Layout,
+        sequences: float,
+        kv_tokens: float,
+        chunk: int,
+        prompts: np.ndarray,
+        join: bool = False,
+    ) -> float:
+        """Seconds between two tokens, p99, of sequences that decode while these prompts arrive at once.
+
+        Prompts go in one after another, by passes of `chunk` rows that decoding sequences have one each of. `kv_tokens`
+        are all tokens of those at the beginning; with `join`, whose prompt is in decodes on with them.
+        """
         rows = max(1.0, chunk - sequences)
-        passes = max(1.0, float(prompts.sum()) / rows)
-        # The queue of prompts is filled up beside a pass, so that only the first one waits for its prompts' memory.
+        ends = np.concatenate(([0.0], np.cumsum(prompts, dtype=np.float64)))
+        edges = np.append(np.arange(0.0, ends[-1], rows), ends[-1])
+        # Pairs of queries and keys up to a token: those of whole prompts before, and half a square of its own.
+        before = np.concatenate(([0.0], np.cumsum(np.square(prompts, dtype=np.float64) / 2)))
+        prompt = np.minimum(np.searchsorted(ends, edges, side="right") - 1, len(prompts) - 1)
+        pairs = np.diff(before[prompt] + (edges - ends[prompt]) ** 2 / 2)
+        joined = prompt[:-1] if join else np.zeros(len(pairs), np.int64)
+        base = {n: self.parts(layout, Load(sequences + n, kv_tokens + ends[n], rows)) for n in set(joined.tolist())}
+        more = self.shape.num_layers * self.shape.pair_flops / self.card["prompt_attention_flops_per_s"]
+        passes = np.array(
+            [base[n].with_more(more * each) for n, each in zip(joined.tolist(), pairs.tolist(), strict=True)]
+        )
+        # The queue is filled up beside a pass, so that only the first one waits for its prompts' memory.
         first = prompts[: max(1, int(np.searchsorted(np.cumsum(prompts), 2 * chunk)) + 1)]
-        waits = self.window_s(layout, first, created=False) if passes < 100 else 0.0
-        longest = float(np.percentile(prompts, min(99.0, 100 * (1 - 1 / (passes + 1)))))
-        return self.parts(layout, self.full_pass(sequences, kv_tokens, chunk, longest)).total + waits
+        passes[0] += self.window_s(layout, first, created=False)
+        return float(np.percentile(passes, 99))

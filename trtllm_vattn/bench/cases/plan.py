@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtllm_vattn.arguments import chosen, positive, size
+from trtllm_vattn.arguments import chosen, numbers, positive, size
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.cases.attention import fill as fill_lengths
 from trtllm_vattn.bench.cases.calibrate import batches, cancel_all, layer_us, probe_engine
@@ -128,9 +128,16 @@ class Bench:
         self.results["calibration"] = {"card": self.calibration.card, **self.calibration.about}
         if found is None:
             self.say(f"no calibration of {own}; the H200's is taken")
-        self.mixes: Mixes = {path.stem: load_trace(path) for path in args.trace}
+        counts = args.requests * (len(args.trace) if len(args.requests) == 1 else 1)
+        if args.trace and len(counts) != len(args.trace):
+            raise ConfigError(
+                f"--requests has {len(counts)} numbers for {len(args.trace)} traces; give one, or one for each"
+            )
+        self.mixes: Mixes = {
+            path.stem: load_trace(path, count) for path, count in zip(args.trace, counts, strict=False)
+        }
         if not args.trace:
-            self.mixes["generated"] = generate_trace(args.requests, args.seed, median_prompt=1469, median_output=28)
+            self.mixes["generated"] = generate_trace(counts[0], args.seed, median_prompt=1469, median_output=28)
 
     def say(self, text: str) -> None:
         print(f"[{perf_counter() - self.began:6.1f} s] {text}", file=sys.stderr, flush=True)
@@ -146,7 +153,7 @@ class Bench:
         return CostModel(shape, self.calibration)
 
     def fitted(self, name: str, longest: int = MAX_SEQ_LEN) -> list[Request]:
-        return fit(self.mixes[name][: self.args.requests], longest, self.args.max_output)
+        return fit(self.mixes[name], longest, self.args.max_output)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -274,7 +281,7 @@ def steps(bench: Bench, engine: Engine, layout: Layout, name: str) -> Iterator[d
     longest = engine.cache.shape.max_seq_len
     # Tokens that the first sequences decode while the others join.
     room = longest // 8
-    requests = fit(bench.mixes[name][: args.requests], longest - room, min(args.max_output, longest // 2))
+    requests = fit(bench.mixes[name], longest - room, min(args.max_output, longest // 2))
     running = 0
     for count in batches(args.device)[1:]:
         join(engine, sampled(requests, count - running, random), room, random)
@@ -311,9 +318,9 @@ def burst(bench: Bench, engine: Engine, layout: Layout, name: str) -> dict[str, 
         decode_steps(engine, 8)
         gaps += _gaps(engine, running, prompts, random)
         cancel_all(engine)
-    # Those whose prompts are in decode with the others: the last passes have the most work.
-    kv = sum(lengths) + sum(prompts)
-    planned = model.burst_itl_s(layout, args.running + count, kv, engine.scheduler.chunk, np.array(prompts))
+    planned = model.burst_itl_s(
+        layout, args.running, sum(lengths), engine.scheduler.chunk, np.array(prompts), join=True
+    )
     return {
         "trace": name,
         "running": args.running,
