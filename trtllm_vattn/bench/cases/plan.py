@@ -105,9 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parts", type=lambda text: chosen(text, "part", PARTS), default=usual, metavar="PARTS", help=text)
     text = "a file of `trtllm-vattn calibrate`, or a card's name (default: this machine's, else the H200's)"
     add("--calibration", metavar="FILE", help=text)
-    add(
-        "--requests", type=positive, default=800 if on_gpu else 4000, metavar="REQUESTS", help=f"{REQUESTS}, for memory"
-    )
+    text = f"{REQUESTS}; one number for all traces, or one for each"
+    add("--requests", type=numbers, default="800" if on_gpu else "4000", metavar="REQUESTS,...", help=text)
     add("--max-output", type=positive, default=512, metavar="TOKENS", help=MAX_OUTPUT)
     add("--budget", type=size, default="16GiB", metavar="BYTES", help=f"{BUDGET}, of memory and choice")
     text = "sequences that decode when the burst comes"
@@ -268,10 +267,10 @@ def join(engine: Engine, prompts: list[int], tokens: int, random: np.random.Gene
     """Have sequences of these lengths decode; returns their numbers."""
     vocab = vocab_of(engine.model)
     wanted = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    numbers = [engine.submit(random.integers(0, vocab, length).tolist(), wanted) for length in prompts]
+    joined = [engine.submit(random.integers(0, vocab, length).tolist(), wanted) for length in prompts]
     while engine.prefilling:
         engine.step()
-    return numbers
+    return joined
 
 
 def steps(bench: Bench, engine: Engine, layout: Layout, name: str) -> Iterator[dict[str, Any]]:
