@@ -97,11 +97,11 @@ def test_means_are_those_over_all_steps() -> None:
 def test_waste_and_capacity_are_those_of_the_cache_in_virtual_time() -> None:
     """The cache's own code over a driver without memory: waste within a point, capacity within 2 %."""
     random = np.random.default_rng(5)
-    prompts = np.minimum(np.maximum(1, random.lognormal(np.log(1469), 0.8, 1500)), 8000).astype(int)
-    outputs = np.maximum(1, random.lognormal(np.log(28), 0.6, 1500)).astype(int)
+    prompts = np.minimum(np.maximum(1, random.lognormal(np.log(1469), 0.8, 1000)), 8000).astype(int)
+    outputs = np.maximum(1, random.lognormal(np.log(28), 0.6, 1000)).astype(int)
     requests = [Request(0.0, int(p), int(o)) for p, o in zip(prompts, outputs, strict=True)]
-    lengths, budget = Lengths.of(prompts, outputs), 8 << 30
-    shape = CacheShape(32, 8, 128, torch.bfloat16, 64, 16384)
+    lengths, budget = Lengths.of(prompts, outputs), 5 << 30
+    shape = CacheShape(32, 8, 128, torch.bfloat16, 40, 16384)
     layout = Layout(LLAMA, PAGE, 16)
     timing = ModelledTiming(shape.token_bytes)
     with make(CacheConfig(layers_per_range=16), shape, budget, timing) as cache:

@@ -13,6 +13,7 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,8 @@ def save(calibration: Calibration, path: Path) -> None:
         partial.write_text(json.dumps(calibration.as_dict(), indent=1) + "\n")
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise ConfigError(f"cannot write the calibration to {path}: {error.strerror}") from error
 
 

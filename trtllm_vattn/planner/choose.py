@@ -15,7 +15,6 @@ CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
 """Tokens of a pass to choose from."""
 USUAL_CHUNK = 2048
 LOOKAHEADS = (None, 0, 16, 64, 256)
-EXTENT_CLASSES = (CLASSES, 1)
 ALIKE = 5e-3
 """Part of the throughput within which two choices count as equal: the one with less to do for the driver goes first."""
 RARE = 0.01
@@ -113,7 +112,7 @@ class Plan:
         return self.ranked[0]
 
     def runners_up(self, count: int = 4) -> list[Prediction]:
-        """The best of each other number of layers a range, and the best with another lookahead or other extents."""
+        """The best of each other number of layers a range, in their order."""
         seen = {_kind(self.best)}
         found = []
         for each in self.ranked[1:]:
@@ -172,9 +171,10 @@ def predict(
         binds = "prompts"
     else:
         binds = "memory" if capacity <= objective.max_seqs else "max_seqs"
-    if binds in ("memory", "max_seqs", "prompts") and parts.binds in ("driver calls", "TLB"):
+    if binds in ("memory", "max_seqs", "prompts") and parts.binds != "bandwidth":
         binds = parts.binds
-    window = model.window_s(layout, lengths.representative(int(max(1, sequences))))
+    sample = lengths.sample
+    window = model.window_s(layout, sample) * sequences / len(sample)
     itl = _itl_p99(model, layout, lengths, objective, chunk, sequences)
     limit = int(sequences) if by_latency else objective.max_seqs
     return Prediction(layout, chunk, limit, sequences, capacity, waste, parts.total, itl, window, rate, parts, binds)
@@ -206,7 +206,7 @@ def _itl_p99(
     p, o = lengths.mean_prompt, lengths.mean_output
     if sequences * p / o / max(1.0, chunk - sequences) < RARE:
         return model.step_s(layout, sequences, kv)
-    return model.burst_itl_s(layout, sequences, kv, chunk, lengths.representative())
+    return model.burst_itl_s(layout, sequences, kv, chunk, lengths.sample)
 
 
 def plan(
@@ -239,9 +239,9 @@ def plan(
             f"{objective.budget:,}: give more, or cut requests"
         )
     layouts = [
-        Layout(shape, granularity, each, None, classes, lookahead)
+        # More sizes of extents are fewer calls for the same bytes: there is nothing to choose.
+        Layout(shape, granularity, each, None, CLASSES, lookahead)
         for each in layers
-        for classes in EXTENT_CLASSES
         for lookahead in LOOKAHEADS
     ]
     found = []

@@ -81,15 +81,9 @@ class Lengths:
         return float(max(0.0, square - self.mean_tokens**2) ** 0.5)
 
     @cached_property
-    def _sample(self) -> np.ndarray:
-        return self._quantiles(SAMPLE)
-
-    def representative(self, count: int = SAMPLE) -> np.ndarray:
-        """So many prompts, evenly over the distribution, in the order of a fixed shuffle."""
-        return self._sample if count == SAMPLE else self._quantiles(count)
-
-    def _quantiles(self, count: int) -> np.ndarray:
-        found = np.quantile(self.prompts, (np.arange(count) + 0.5) / count).astype(np.int64)
+    def sample(self) -> np.ndarray:
+        """`SAMPLE` prompts, evenly over the distribution, in a fixed random order."""
+        found = np.quantile(self.prompts, (np.arange(SAMPLE) + 0.5) / SAMPLE).astype(np.int64)
         return np.random.default_rng(0).permutation(found)
 
     def over_time(self, values: np.ndarray) -> float:

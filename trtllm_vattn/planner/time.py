@@ -56,11 +56,7 @@ class StepParts:
 
     @property
     def total(self) -> float:
-        return self.with_more(0.0)
-
-    def with_more(self, device_s: float) -> float:
-        """The same with so many seconds more on the device."""
-        return max(self.device + device_s, self.host, self.beside) + self.mapping
+        return max(self.device, self.host, self.beside) + self.mapping
 
     @property
     def binds(self) -> str:
@@ -190,11 +186,11 @@ class CostModel:
         prompt = np.minimum(np.searchsorted(ends, edges, side="right") - 1, len(prompts) - 1)
         pairs = np.diff(before[prompt] + (edges - ends[prompt]) ** 2 / 2)
         joined = prompt[:-1] if join else np.zeros(len(pairs), np.int64)
-        base = {n: self.parts(layout, Load(sequences + n, kv_tokens + ends[n], rows)) for n in set(joined.tolist())}
+        numbers, which = np.unique(joined, return_inverse=True)
+        each = [self.parts(layout, Load(sequences + n, kv_tokens + ends[n], rows)) for n in numbers.tolist()]
+        device, beside, mapping = np.array([(p.device, max(p.host, p.beside), p.mapping) for p in each])[which].T
         more = self.shape.num_layers * self.shape.pair_flops / self.card["prompt_attention_flops_per_s"]
-        passes = np.array(
-            [base[n].with_more(more * each) for n, each in zip(joined.tolist(), pairs.tolist(), strict=True)]
-        )
+        passes = np.maximum(device + more * pairs, beside) + mapping
         # The queue is filled up beside a pass, so that only the first one waits for its prompts' memory.
         first = prompts[: max(1, int(np.searchsorted(np.cumsum(prompts), 2 * chunk)) + 1)]
         passes[0] += self.window_s(layout, first, created=False)

@@ -127,7 +127,7 @@ class Bench:
         self.results["calibration"] = {"card": self.calibration.card, **self.calibration.about}
         if found is None:
             self.say(f"no calibration of {own}; the H200's is taken")
-        counts = args.requests * (len(args.trace) if len(args.requests) == 1 else 1)
+        counts = args.requests * (max(1, len(args.trace)) if len(args.requests) == 1 else 1)
         if args.trace and len(counts) != len(args.trace):
             raise ConfigError(
                 f"--requests has {len(counts)} numbers for {len(args.trace)} traces; give one, or one for each"
@@ -315,7 +315,7 @@ def burst(bench: Bench, engine: Engine, layout: Layout, name: str) -> dict[str, 
     for _ in range(2):
         running = set(join(engine, lengths, room, random))
         decode_steps(engine, 8)
-        gaps += _gaps(engine, running, prompts, random)
+        gaps += _gaps(engine, running, prompts, min(128, room), random)
         cancel_all(engine)
     planned = model.burst_itl_s(
         layout, args.running, sum(lengths), engine.scheduler.chunk, np.array(prompts), join=True
@@ -330,13 +330,16 @@ def burst(bench: Bench, engine: Engine, layout: Layout, name: str) -> dict[str, 
     }
 
 
-def _gaps(engine: Engine, running: set[int], prompts: list[int], random: np.random.Generator) -> list[float]:
-    """Milliseconds between tokens of running sequences, from the submission of prompts until the last is in."""
+def _gaps(
+    engine: Engine, running: set[int], prompts: list[int], tokens: int, random: np.random.Generator
+) -> list[float]:
+    """Milliseconds between tokens of running sequences, from the submission of prompts, which decode so many tokens,
+    until the last is in."""
     vocab = vocab_of(engine.model)
-    wanted = SamplingParams(max_tokens=128, ignore_eos=True)
+    wanted = SamplingParams(max_tokens=tokens, ignore_eos=True)
     last: dict[int, float] = {}
     gaps: list[float] = []
-    left = {engine.submit(random.integers(0, vocab, tokens).tolist(), wanted) for tokens in prompts}
+    left = {engine.submit(random.integers(0, vocab, length).tolist(), wanted) for length in prompts}
     while left:
         events = engine.step()
         now = perf_counter()
