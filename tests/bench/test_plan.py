@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from trtllm_vattn.bench.cases import plan
 from trtllm_vattn.bench.cases.calibrate import Measured, burst_us
 from trtllm_vattn.bench.cases.plan import summary
 from trtllm_vattn.cli.main import main
@@ -38,21 +39,14 @@ def test_a_calibration_of_the_host_has_all_numbers_and_says_where_they_are_from(
 
 
 def test_predictions_stand_beside_what_is_measured(
-    calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plan, "MEMORY_LAYERS", (16,))
+    monkeypatch.setattr(plan, "CHOICE_LOOKAHEADS", (None,))
+    monkeypatch.setattr(plan, "MAX_SEQS", 32)
     report = tmp_path / "plan.json"
-    flags = [
-        "--parts",
-        "memory,step,burst,choice",
-        "--requests",
-        "60",
-        "--max-output",
-        "12",
-        "--budget",
-        "3GiB",
-        "--calibration",
-    ]
-    flags += [str(calibration), "--steps", "3", "--output-json", str(report)]
+    flags = ["--parts", "memory,step,burst,choice", "--requests", "60", "--budget", "3GiB", "--steps", "3"]
+    flags += ["--calibration", str(calibration), "--output-json", str(report)]
     assert main(["bench", "plan", "--device", "cpu", *flags]) == 0
     found: dict[str, Any] = json.loads(report.read_text())
     assert set(found["summary"]) == {
@@ -64,17 +58,18 @@ def test_predictions_stand_beside_what_is_measured(
     }
     assert found["summary"] == summary(found["results"])
     memory = found["results"]["memory"]
-    assert [row["layers_per_range"] for row in memory] == [8, 16, 32]
-    assert found["summary"]["waste_error_points"] < 1
+    assert [row["layers_per_range"] for row in memory] == [16]
+    # In so little memory a part is free at times, and sequences keep what they found in their slots.
+    assert memory[0]["planned_waste"] == pytest.approx(memory[0]["simulated"]["waste"], abs=0.01)
     choices = found["results"]["choice"]
     assert sum(row["planned"] for row in choices) == 1
-    assert len(choices) == 6 * 3
+    assert len(choices) == 6
     assert 0.97 <= found["summary"]["choice_over_best"] <= 1
     (step,), (burst,) = found["results"]["step"], found["results"]["burst"]
     assert step["sequences"] == 4
     assert burst["itl_ms"]["count"] > 0
     said = capsys.readouterr().err
-    assert "memory: 3 rows" in said
+    assert "memory: 1 rows" in said
     assert main(["bench", "plan", "--device", "cpu", "--requests", "1,2", "--trace", str(report)]) == 2
     assert "--requests has 2 numbers for 1 traces" in capsys.readouterr().err
 

@@ -186,9 +186,13 @@ class CostModel:
         prompt = np.minimum(np.searchsorted(ends, edges, side="right") - 1, len(prompts) - 1)
         pairs = np.diff(before[prompt] + (edges - ends[prompt]) ** 2 / 2)
         joined = prompt[:-1] if join else np.zeros(len(pairs), np.int64)
-        numbers, which = np.unique(joined, return_inverse=True)
-        each = [self.parts(layout, Load(sequences + n, kv_tokens + ends[n], rows)) for n in numbers.tolist()]
-        device, beside, mapping = np.array([(p.device, max(p.host, p.beside), p.mapping) for p in each])[which].T
+        # Few kinds: all but the last pass have as many rows.
+        kinds, which = np.unique(np.stack((joined, np.diff(edges)), axis=1), axis=0, return_inverse=True)
+        each = [
+            self.parts(layout, Load(sequences + n, kv_tokens + ends[int(n)], tokens)) for n, tokens in kinds.tolist()
+        ]
+        of_kinds = np.array([(part.device, max(part.host, part.beside), part.mapping) for part in each])
+        device, beside, mapping = of_kinds[which.reshape(-1)].T
         more = self.shape.num_layers * self.shape.pair_flops / self.card["prompt_attention_flops_per_s"]
         passes = np.maximum(device + more * pairs, beside) + mapping
         # The queue is filled up beside a pass, so that only the first one waits for its prompts' memory.
