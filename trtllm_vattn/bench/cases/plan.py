@@ -99,7 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench plan`."""
     on_gpu, add = add_common(parser), parser.add_argument
     add_attention(parser)
-    add_trace(parser, action="append", default=[], help="requests, as for serve; may be given again")
+    add_trace(
+        parser,
+        action="append",
+        default=[],
+        help="requests, as for serve; may be given again (default: a generated one)",
+    )
     text = f"of {', '.join(PARTS)}"
     usual = "step,burst,choice" if on_gpu else "memory,choice"
     add("--parts", type=lambda text: chosen(text, "part", PARTS), default=usual, metavar="PARTS", help=text)
