@@ -107,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = f"of {', '.join(PARTS)}"
     usual = "step,burst,choice" if on_gpu else "memory,choice"
-    add("--parts", type=lambda text: chosen(text, "part", PARTS), default=usual, metavar="PARTS", help=text)
+    add("--parts", type=lambda text: chosen(text, "part", PARTS), default=usual, metavar="NAME", help=text)
     text = "a file of `trtllm-vattn calibrate`, or a card's name (default: this machine's, else the H200's)"
     add("--calibration", metavar="FILE", help=text)
     text = f"{REQUESTS}; one number for all traces, or one for each"
