@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,6 +28,32 @@ def collector_off() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `work` alone, to time it; `work` is called once before, behind what the current stream still has
+    to do."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with collector_off(), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        work()
+    return graph
+
+
+def replays_ms(graph: torch.cuda.CUDAGraph, repeats: int) -> list[float]:
+    """Milliseconds of each of `repeats` replays, after one that is not timed."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
+    graph.replay()
+    for event in events[:-1]:
+        event.record()
+        graph.replay()
+    events[-1].record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in pairwise(events)]
 
 
 class GraphCapture:

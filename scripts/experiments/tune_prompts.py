@@ -24,10 +24,10 @@ from trtllm_vattn.attention.base import PackedPrefill, PrefillChunk, Span
 from trtllm_vattn.attention.cudnn import CudnnAttention
 from trtllm_vattn.attention.prompt_launch import PromptPlan, PromptSettings, PromptWorkspace, attend, plan
 from trtllm_vattn.attention.shares_launch import Features, programs_at_once, tensor_maps
-from trtllm_vattn.bench.harness.timing import captured, replays_ms
 from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import VattnError
+from trtllm_vattn.graphs.capture import captured, replays_ms
 from trtllm_vattn.table import table
 
 LAYERS = 4

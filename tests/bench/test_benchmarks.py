@@ -296,6 +296,16 @@ def test_attention_is_timed_over_flat_kv_and_block_tables(tmp_path: Path) -> Non
     assert len(report["results"]["same_kernels"]) == 1
 
 
+def test_attentions_parts_are_chosen_and_kept_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["attention", "--device", "cpu", "--repeats", "1", "--heads", "4,2,16", "--parts", "prompts,decode"]
+    report = run_small(tmp_path, *command)
+    assert list(report["results"]) == ["prompts", "decode"]
+    assert "prompts is measured" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", *command[:-1], "speed"])
+    assert "no part 'speed'" in capsys.readouterr().err
+
+
 def test_rounds_of_serving_are_compared_pair_by_pair() -> None:
     rates = {"vattn": [30.0, 10.0], "paged": [20.0, 10.0]}
     runs = [{"cache": c, "round": n, "output_throughput": r} for c, each in rates.items() for n, r in enumerate(each)]

@@ -7,22 +7,29 @@ from pathlib import Path
 
 import pytest
 
-from trtllm_vattn.bench.cases.doors import judge
+from trtllm_vattn.bench.cases.doors_http import judge
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.runtime.logprobs import TokenLogprob
 from trtllm_vattn.runtime.request import Completion
 
 pytest.importorskip("uvicorn")
+pytest.importorskip("openai")
 
 
-def test_clients_get_the_engines_tokens_and_leave_nothing(tmp_path: Path) -> None:
+def test_clients_are_killed_at_random_get_the_engines_tokens_and_leave_nothing(tmp_path: Path) -> None:
     report = tmp_path / "doors.json"
-    command = ["bench", "doors", "--device", "cpu", "--requests", "30", "--clients", "12", "--prompts", "6"]
-    assert main([*command, "--max-output", "6", "--max-seqs", "4", "--output-json", str(report)]) == 0
-    summary = json.loads(report.read_text())["summary"]
-    assert (summary["requests"], summary["leaked"], summary["wrong"], summary["failed"]) == (30, 0, 0, 0)
-    assert summary["gone_away"] > 0
+    command = ["bench", "doors", "--device", "cpu", "--requests", "40", "--clients", "12", "--prompts", "4"]
+    command += ["--client-processes", "2", "--library", "openai", "--context", "12", "--max-output", "5"]
+    assert main([*command, "--max-seqs", "4", "--output-json", str(report)]) == 0
+    written = json.loads(report.read_text())
+    assert list(written["results"]) == ["parameters", "http", "clients"]
+    summary = written["summary"]
+    assert (summary["requests"], summary["leaked"], summary["wrong"], summary["failed"]) == (40, 0, 0, 0)
+    assert (summary["hung"], summary["gone_away"] > 0, summary["killed"] > 0) == (0, True, True)
+    assert set(written["results"]["clients"]["before"]) >= {"sequences", "mappings", "tasks", "descriptors"}
     assert summary["http_over_engine"] > 0
+    assert summary["grammar_over_plain"] > 0
+    assert 0.2 < summary["step_over_before"] < 5
 
 
 @pytest.mark.parametrize(

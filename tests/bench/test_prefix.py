@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trtllm_vattn.bench.cases import prefix
 from trtllm_vattn.bench.cases.reuse_ways import plot_ways
 from trtllm_vattn.bench.harness.ideal_tree import IdealTree
 from trtllm_vattn.bench.harness.retained_pages import RetainedPages
@@ -15,6 +16,7 @@ from trtllm_vattn.bench.harness.traces import Request
 from trtllm_vattn.bench.harness.turns import agent_turns, from_trace
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
+from trtllm_vattn.runtime.models import SHAPES
 
 
 def shared(one: np.ndarray, other: np.ndarray) -> int:
@@ -147,26 +149,36 @@ def test_ascending_extents_are_no_larger_than_what_lies_before_them() -> None:
     pages.check()
 
 
-def test_an_engine_with_and_without_reuse_is_measured(tmp_path: Path) -> None:
+def test_an_engine_with_and_without_reuse_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES["tiny-llama"], "num_hidden_layers", 1)
     report = tmp_path / "reuse.json"
     command = ["bench", "reuse", "--device", "cpu", "--model", "tiny-llama", "--requests", "8", "--steps", "6"]
     assert main([*command, "--max-seqs", "2", "--output-json", str(report)]) == 0
     found = json.loads(report.read_text())
-    runs = {(row["workload"], row["reuse"]): row for row in found["results"]["runs"]}
-    assert runs["agents", True]["cached_tokens"] > 0
-    assert runs["unlike", True]["cached_tokens"] == 0
-    assert runs["agents", False]["hit_rate"] == 0
+    runs = {(row["workload"], row["engine"]): row for row in found["results"]["runs"]}
+    assert runs["agents", "reuse"]["cached_tokens"] > 0
+    assert runs["agents", "block tables"]["cached_tokens"] > 0
+    assert runs["unlike", "reuse"]["cached_tokens"] == runs["unlike", "block tables"]["cached_tokens"] == 0
+    assert runs["agents", "no reuse"]["hit_rate"] == 0
+    assert "unfinished" not in found["summary"]
     ways = found["results"]["ways"]
     assert {row["way"] for row in ways} == {"alias", "copy", "reach", "recompute"}
     assert sum(row["chosen"] for row in ways) == len({row["tokens"] for row in ways})
     assert found["summary"]["driver_calls_per_steady_step"] == 0
-    wanted = {"throughput_over_no_reuse", "throughput_over_no_reuse_unlike", "ttft_hit_over_step", "hit_rate_agents"}
+    wanted = {
+        "throughput_over_no_reuse",
+        "throughput_over_block_tables",
+        "throughput_over_no_reuse_unlike",
+        "ttft_hit_over_step",
+        "hit_rate_agents",
+    }
     assert wanted | {"chosen_way_over_cheapest"} <= set(found["summary"])
     plot_ways(found, tmp_path / "reuse.png")
     assert (tmp_path / "reuse.png").stat().st_size > 1000
 
 
-def test_samples_of_one_prompt_are_measured_beside_one(tmp_path: Path) -> None:
+def test_samples_of_one_prompt_are_measured_beside_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES["tiny-llama"], "num_hidden_layers", 1)
     report = tmp_path / "forks.json"
     command = ["bench", "forks", "--device", "cpu", "--model", "tiny-llama", "--samples", "4", "--prompt", "600"]
     assert main([*command, "--rounds", "1", "--output-json", str(report)]) == 0
@@ -176,3 +188,14 @@ def test_samples_of_one_prompt_are_measured_beside_one(tmp_path: Path) -> None:
     assert summary["memory_n16_over_one"] < 1.05
     assert summary["step_n16_over_one"] > 1
     assert main([*command, "--output-tokens", "8"]) == 2
+
+
+def test_one_result_has_hits_and_what_an_engine_makes_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES["tiny-llama"], "num_hidden_layers", 1)
+    monkeypatch.setitem(prefix.ENGINE, "host", {**prefix.ENGINE["host"], "max_seqs": 2, "max_seq_len": 256, "steps": 4})
+    report = tmp_path / "prefix.json"
+    command = ["bench", "prefix", "--device", "cpu", "--parts", "engine", "--requests", "40", "--engine-requests", "4"]
+    assert main([*command, "--output-json", str(report)]) == 0
+    summary = json.loads(report.read_text())["summary"]
+    wanted = {"hits_over_simulated", "driver_calls_per_steady_step", "ttft_hit_over_step"}
+    assert wanted | {"throughput_over_no_reuse", "throughput_over_block_tables"} <= summary.keys()

@@ -12,6 +12,7 @@ import torch
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import CaptureError
+from trtllm_vattn.graphs.capture import captured, replays_ms
 from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.owners import Extent, Reservation
@@ -195,3 +196,15 @@ def test_capture_while_another_thread_maps(device: str) -> None:
     assert results == [[[6.0] * 3] * bucket for bucket in (1, 2, 4, 8)]
     assert runner.replay(8)[0].tolist() == [[6.0] * 3] * 8
     runner.close()
+
+
+@pytest.mark.gpu
+def test_work_that_is_timed_starts_behind_what_its_inputs_wait_for() -> None:
+    """`captured` calls it on another stream: lengths that are still being written there would be any number."""
+    lengths = torch.zeros(4, device="cuda")
+    torch.cuda._sleep(100_000_000)
+    lengths.fill_(7)
+    seen: list[torch.Tensor] = []
+    graph = captured(lambda: seen.append(lengths.clone()))
+    assert seen[0].tolist() == [7] * 4
+    assert len(replays_ms(graph, 2)) == 2

@@ -96,15 +96,18 @@ def test_the_benchmark_counts_steps_and_replays(run_bench: Callable[..., dict[st
     assert told["mappings"] > 0
 
 
+@pytest.mark.parametrize("link", ["group", "ipc"])
 def test_the_benchmark_of_transfers_counts_descriptors_and_wrong_bytes(
-    run_bench: Callable[..., dict[str, Any]],
+    run_bench: Callable[..., dict[str, Any]], link: str
 ) -> None:
-    told = run_bench("transfer", "--link", "group", "--sizes", "16,200", "--transfers", "8")
+    told = run_bench("transfer", "--link", link, "--sizes", "16,200", "--transfers", "8")
     assert told["transfers"] == 8
     assert told["wrong_bytes"] == 0
     assert told["checked_bytes"] > 0
     assert told["descriptors_per_extent"] == 1
+    assert told["extents_per_transfer"] > 1
     assert told["over_link"] > 0
+    assert told["complete"]
 
 
 def test_each_rank_has_half_of_the_heads_at_its_own_addresses(ranks: Ranks, engine: Engine) -> None:

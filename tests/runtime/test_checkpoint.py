@@ -263,3 +263,9 @@ def test_sequences_end_where_transformers_ends_them(folder: Path, options: dict[
     assert len(want) <= 5
     assert tokens(ignore_eos=True) == free
     assert tokens(ignore_eos=True, stop_token_ids=(free[0][2],))[0] == free[0][: free[0].index(free[0][2]) + 1]
+
+
+def test_every_shape_is_a_configuration(whole_models: None) -> None:
+    for name, fields in SHAPES.items():
+        config = AutoConfig.for_model(**fields)
+        assert config.num_hidden_layers == fields["num_hidden_layers"], name

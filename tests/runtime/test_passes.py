@@ -338,6 +338,31 @@ def test_chunks_shrink_as_a_prompt_grows_so_that_a_pass_fits_its_time(build: Bui
         assert cost.milliseconds(load) <= 1.01 or len(plan.chunks[0][1].tokens) == 16
 
 
+def test_a_pass_with_a_target_fills_one_of_the_captured_sizes(build: Build) -> None:
+    """A captured pass takes the time of its padding too: 40 of 64 rows would take what 64 do."""
+    engine = build(chunk=64, target_itl_ms=1.0)
+    engine.scheduler.pass_sizes = [16, 32, 64]
+    cost = PassCost([0.1, 0.02, 0.0, 0.0])
+    cost.measure = lambda *measured: None  # type: ignore[method-assign]
+    engine.scheduler.cost = cost
+    seen = launches(engine)
+    engine.submit(PROMPTS[0], SamplingParams(60))
+    engine.step()
+    engine.submit(PROMPTS[4], SamplingParams(2))
+    while engine.prefilling:
+        engine.step()
+    rows = [1 + plan.prompt_tokens for plan, _ in seen if plan.chunks][1:]
+    # By tokens alone, 42 would fit 0.95 ms.
+    assert cost.rows_within(0.95 - 0.12, 0) > 32
+    assert rows[0] == 32
+    assert max(rows) == 32
+    cost.coefficients = [5.0, 0.02, 0.0, 0.0]
+    engine.submit(PROMPTS[4], SamplingParams(2))
+    engine.scheduler.admit()
+    # Where nothing fits, a few tokens go in all the same.
+    assert [len(chunk.tokens) for _, chunk in engine.scheduler.next_chunks()] == [16]
+
+
 @pytest.mark.parametrize("described", [False, True])
 def test_costs_are_learnt_from_the_passes_that_ran(build: Build, described: bool) -> None:
     engine = build(described, capture=described, target_itl_ms=1e6)

@@ -18,8 +18,8 @@ from trtllm_vattn.cache.base import CacheShape, ExtentPlace
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory, TransferFailed
-from trtllm_vattn.transfer import HostLink, Peer, RegisteringDriver, open_link
-from trtllm_vattn.transfer.links import Piece
+from trtllm_vattn.transfer import HostLink, IpcLink, Peer, RegisteringDriver, open_link
+from trtllm_vattn.transfer.pieces import Piece
 from trtllm_vattn.transfer.sequences import pieces_of
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
@@ -125,7 +125,7 @@ def pair_of(link: Callable[[HostDriver], Any], **config: Any) -> Iterator[Pair]:
     there.close()
 
 
-@pytest.fixture(params=[PinnedLink, HostLink], ids=["pinned", "host"])
+@pytest.fixture(params=[PinnedLink, HostLink, IpcLink], ids=["pinned", "host", "ipc"])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     """A sender and a receiver."""
     yield from pair_of(request.param)
@@ -293,7 +293,7 @@ def test_the_receiver_waits_for_what_ran_on_its_memory_before(pinned: Pair) -> N
 
 
 def test_a_link_is_opened_by_name(host_driver: HostDriver) -> None:
-    with pytest.raises(ConfigError, match="no link 'rdma'; there are auto, nixl and host"):
+    with pytest.raises(ConfigError, match="no link 'rdma'; there are auto, nixl, ipc and host"):
         open_link("rdma", host_driver)
     link = open_link("host", host_driver)
     assert link.name == "host"

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from statistics import median
 from typing import ClassVar
 
@@ -32,7 +31,7 @@ from trtllm_vattn.attention.shares_launch import MANY_LANES
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, VattnError
-from trtllm_vattn.graphs.capture import collector_off
+from trtllm_vattn.graphs.capture import captured, replays_ms
 
 logger = logging.getLogger(__name__)
 
@@ -325,21 +324,7 @@ def card_and_versions() -> str:
 
 def replayed_us(work: Callable[[], object], replays: int = 5) -> float:
     """Microseconds of a captured call: the median of some replays."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with collector_off(), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-        work()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]  # type: ignore[no-untyped-call]
-    graph.replay()
-    for event in events[:-1]:
-        event.record()
-        graph.replay()
-    events[-1].record()
-    torch.cuda.synchronize()
-    return 1e3 * float(median(start.elapsed_time(end) for start, end in pairwise(events)))
+    return 1e3 * median(replays_ms(captured(work), replays))
 
 
 @contextmanager

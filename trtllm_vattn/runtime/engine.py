@@ -374,6 +374,7 @@ class Engine:
             swap_cost=self.swap_cost,
             cost=self.passes.cost,
             target_ms=settings["target_itl_ms"],
+            pass_sizes=() if self.passes.graphs is None else self.passes.graphs.runner.buckets,
         )
 
     def _check_drafts(self, speculation: Speculation | None) -> None:

@@ -33,6 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny-gemma3": {
         "model_type": "gemma3_text",
         **_TINY,
+        "num_hidden_layers": 2,
         "max_position_embeddings": 131072,
         "head_dim": 64,
         "query_pre_attn_scalar": 64,

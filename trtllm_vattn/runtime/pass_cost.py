@@ -88,10 +88,11 @@ class PassCost:
         """What a pass takes."""
         return float(np.dot(self.coefficients, _terms(load)))
 
-    def rows_within(self, milliseconds: float, start: int) -> int:
+    def rows_within(self, milliseconds: float, start: int, paid: bool = False) -> int:
         """The most rows of a chunk of a prompt, of which `start` tokens are in already, that a pass can take in so much
-        more time."""
+        more time; where rows are `paid`, what they attend to is all that they add."""
         _, of_token, of_attention, _ = self.coefficients
+        of_token = 0.0 if paid else of_token
         if milliseconds <= 0:
             return 0
         # of_attention n (start + n) + of_token n = milliseconds
@@ -101,10 +102,10 @@ class PassCost:
         root = linear + math.sqrt(linear**2 + 4 * of_attention * milliseconds)
         return int(2 * milliseconds / root)
 
-    def chunk(self, rows: int, start: int) -> float:
-        """Milliseconds that so many rows of a prompt add to a pass."""
+    def chunk(self, rows: int, start: int, paid: bool = False) -> float:
+        """Milliseconds that so many rows of a prompt add to a pass, as `rows_within` counts them."""
         _, of_token, of_attention, _ = self.coefficients
-        return of_token * rows + of_attention * rows * (start + rows)
+        return (0.0 if paid else of_token * rows) + of_attention * rows * (start + rows)
 
     def measure(self, load: PassLoad, milliseconds: float) -> None:
         """Learn from a pass."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import islice
 from time import perf_counter
@@ -71,6 +71,9 @@ class Scheduler:
         Says whether who is preempted goes to host memory; None has all tokens computed anew.
     cost, target_ms : PassCost, float, or None
         With both, a pass holds no more prompt tokens than it can take in so many milliseconds.
+    pass_sizes : sequence of int
+        Numbers of rows that passes are captured for, in order: with a target, a pass fills one of them, since a pass
+        takes the time of all its rows, those without a token too. Empty where passes run as they are.
     fail : callable
         Called with a request that can never be served and the reason; it ends it (`end`).
 
@@ -107,10 +110,12 @@ class Scheduler:
         swap_cost: SwapCost | None = None,
         cost: PassCost | None = None,
         target_ms: float | None = None,
+        pass_sizes: Sequence[int] = (),
     ) -> None:
         self.cache: KVCache = slots.cache
         self.slots, self.decode, self.compaction, self.chunk, self.fail = slots, decode, compaction, chunk, fail
         self.steps, self.mixed, self.cost, self.target_ms = steps, mixed, cost, target_ms
+        self.pass_sizes = pass_sizes
         self.swap_cost, self.swaps = swap_cost, 0
         self.parked: dict[int, RequestState] = {}
         self._decoded_last = True
@@ -286,19 +291,31 @@ class Scheduler:
         lanes = self.decode.lanes if self.mixed else {}
         least = min(self.chunk, MIN_CHUNK_ROWS)
         room = max(self.chunk - len(lanes), least)
-        left_ms = math.inf
-        if self.cost is not None and self.target_ms is not None:
-            kv = int(self.decode.lengths[list(lanes.values())].sum())
-            left_ms = MARGIN * self.target_ms - self.cost.milliseconds(PassLoad(len(lanes), 0, kv))
+        if self.cost is None or self.target_ms is None:
+            return self._chunks(room)
+        kv = int(self.decode.lengths[list(lanes.values())].sum())
+        target_ms = MARGIN * self.target_ms
+        best = self._chunks(least)[:1]
+        if not self.pass_sizes or not self.mixed:
+            left_ms = target_ms - self.cost.milliseconds(PassLoad(len(lanes), 0, kv))
+            return max(best, self._chunks(room, left_ms), key=_tokens)
+        for size in self.pass_sizes:
+            left_ms = target_ms - self.cost.milliseconds(PassLoad(size, 0, kv))
+            if size > len(lanes) and left_ms > 0:
+                best = max(best, self._chunks(min(room, size - len(lanes)), left_ms, paid=True), key=_tokens)
+        return best
+
+    def _chunks(self, room: int, left_ms: float = math.inf, paid: bool = False) -> PromptChunks:
+        """Chunks of the prompts that go in, the first ones first, of at most so many rows in all that take at most so
+        much time (`PassCost.rows_within`)."""
         chunks: PromptChunks = []
         for request in sorted(self.prefilling, key=self.waiting.rank):
             rows = min(room, request.length - request.prefilled)
             if request.wants_prompt_logprobs:
                 rows = min(rows, MOST_LOGPROB_ROWS)
             if self.cost is not None and left_ms < math.inf:
-                fits = self.cost.rows_within(left_ms, request.prefilled)
-                rows = min(rows, max(fits, 0 if chunks else least))
-                left_ms -= self.cost.chunk(rows, request.prefilled)
+                rows = min(rows, self.cost.rows_within(left_ms, request.prefilled, paid))
+                left_ms -= self.cost.chunk(rows, request.prefilled, paid)
             if not rows:
                 break
             tokens = request.tokens[request.prefilled : request.prefilled + rows]
@@ -523,3 +540,7 @@ class Scheduler:
         self.prefilling.clear()
         self.decoding.clear()
         self.ended.clear()
+
+
+def _tokens(chunks: PromptChunks) -> int:
+    return sum(len(chunk.tokens) for _, chunk in chunks)

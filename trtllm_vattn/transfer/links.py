@@ -13,24 +13,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from time import monotonic, sleep
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from trtllm_vattn.errors import ConfigError, TransferFailed
+from trtllm_vattn.transfer.ipc import IpcLink
+from trtllm_vattn.transfer.pieces import Piece
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.tensors import current_stream, finish, tensor_at
 
 CHUNK = 8 << 20
 """Bytes of one message of a `HostLink`."""
-
-
-class Piece(NamedTuple):
-    """Bytes at one address that are to be at another, in one extent on either side: a descriptor."""
-
-    source: int
-    target: int
-    size: int
 
 
 class Link(Protocol):
@@ -247,11 +241,14 @@ def nixl_installed() -> bool:
 
 
 def open_link(name: str, driver: Driver) -> Link:
-    """A link by name: ``nixl``, ``host``, or ``auto``, which is nixl where it is installed."""
+    """A link by name: ``nixl``, ``ipc`` (both processes on one host), ``host``, or ``auto``, which is nixl where it is
+    installed."""
     if name == "auto":
         name = "nixl" if nixl_installed() else "host"
     if name == "nixl":
         return NixlLink(driver.device)
+    if name == "ipc":
+        return IpcLink(driver)
     if name == "host":
         return HostLink(driver)
-    raise ConfigError(f"no link {name!r}; there are auto, nixl and host")
+    raise ConfigError(f"no link {name!r}; there are auto, nixl, ipc and host")

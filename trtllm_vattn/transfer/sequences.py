@@ -22,7 +22,9 @@ from typing import Any
 
 from trtllm_vattn.cache.base import ExtentPlace, KVCache, SequenceId
 from trtllm_vattn.errors import TransferFailed, VattnError
-from trtllm_vattn.transfer.links import Link, Piece
+from trtllm_vattn.transfer.connections import quick
+from trtllm_vattn.transfer.links import Link
+from trtllm_vattn.transfer.pieces import Piece
 from trtllm_vattn.transfer.registrations import RegisteringDriver
 from trtllm_vattn.vmm.tensors import current_stream
 
@@ -96,7 +98,7 @@ class Peer:
         patience_s: float = PATIENCE_S,
     ) -> None:
         self.cache, self.driver, self.link, self.patience_s = cache, driver, link, patience_s
-        self._connection = connection
+        self._connection = quick(connection)
         self._failed: str | None = None
         """Why messages on the connection are in no order any more."""
 

@@ -130,3 +130,16 @@ class Driver(ABC):
     def copy_to_device(self, address: int, host: int, size: int, stream: int) -> None:
         """Copy `size` bytes of pinned host memory to mapped memory, behind what `stream` has; does not wait."""
         raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "copy_to_device", (address, host, size))
+
+    # -- memory of other processes: where the driver can -------------------------------------------------------------
+
+    def export_fd(self, address: int, size: int) -> int:
+        """A file descriptor of the memory that one whole mapping is of, for another process; the caller closes it.
+
+        The memory returns when the last process lets go of it.
+        """
+        raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "export_fd", (address, size))
+
+    def import_fd(self, fd: int, size: int) -> int:
+        """A handle of memory that another process exported, of `size` bytes; `fd` may be closed then."""
+        raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "import_fd", (fd, size))

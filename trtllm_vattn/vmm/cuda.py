@@ -81,9 +81,9 @@ class CudaDriver(Driver):
         self._properties = cuda.CUmemAllocationProp()
         self._properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location = location
+        self._handle_type = cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         if exportable:
-            handle_types = cuda.CUmemAllocationHandleType
-            self._properties.requestedHandleTypes = handle_types.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+            self._properties.requestedHandleTypes = self._handle_type
             rdma = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
             if self.call("cuDeviceGetAttribute", rdma, self._device):
                 self._properties.allocFlags.gpuDirectRDMACapable = 1
@@ -165,3 +165,15 @@ class CudaDriver(Driver):
     def copy_to_device(self, address: int, host: int, size: int, stream: int) -> None:
         self.bind()
         self.call("cuMemcpyHtoDAsync", address, host, size, stream)
+
+    def export_fd(self, address: int, size: int) -> int:
+        self.bind()
+        handle = self.call("cuMemRetainAllocationHandle", address)
+        try:
+            return int(self.call("cuMemExportToShareableHandle", handle, self._handle_type, 0))
+        finally:
+            self.call("cuMemRelease", handle)
+
+    def import_fd(self, fd: int, size: int) -> int:
+        self.bind()
+        return int(self.call("cuMemImportFromShareableHandle", fd, self._handle_type))

@@ -191,9 +191,12 @@ class HostDriver(Driver):
                     ) from error
                 fd = os.memfd_create("vattn", os.MFD_CLOEXEC)
             os.ftruncate(fd, size)
-            handle, self._next_handle = self._next_handle, self._next_handle + 1
-            self._handles[handle] = _Handle(fd, size)
-            return handle
+            return self._add_handle(fd, size)
+
+    def _add_handle(self, fd: int, size: int) -> int:
+        handle, self._next_handle = self._next_handle, self._next_handle + 1
+        self._handles[handle] = _Handle(fd, size)
+        return handle
 
     def release(self, handle: int) -> None:
         with self._lock:
@@ -337,6 +340,24 @@ class HostDriver(Driver):
             end, at = start + home.mapped[start][0], at + 1
         if end < address + size:
             raise DriverError("CUDA_ERROR_INVALID_VALUE", call, (host, address, size), f"nothing is mapped at {end:#x}")
+
+    # -- memory of other processes ---------------------------------------------------------------------------------
+
+    def export_fd(self, address: int, size: int) -> int:
+        with self._lock:
+            home, starts = self._whole_mappings("export_fd", address, size)
+            if len(starts) > 1:
+                detail = f"{len(starts)} mappings are there; one is exported at a time"
+                raise DriverError("CUDA_ERROR_INVALID_VALUE", "export_fd", (address, size), detail)
+            return os.dup(self._handles[home.mapped[address][1]].fd)
+
+    def import_fd(self, fd: int, size: int) -> int:
+        with self._lock:
+            self._check_aligned("import_fd", size)
+            there = os.fstat(fd).st_size
+            if there != size:
+                raise DriverError("CUDA_ERROR_INVALID_VALUE", "import_fd", (fd, size), f"it has {there:,} bytes")
+            return self._add_handle(os.dup(fd), size)
 
     # -- what is there ---------------------------------------------------------------------------------------------
 

@@ -66,6 +66,14 @@ class WrappedDriver(Driver):
     def copy_to_device(self, address: int, host: int, size: int, stream: int) -> None:
         self._call("copy_to_device", address, host, size, stream)
 
+    def export_fd(self, address: int, size: int) -> int:
+        fd: int = self._call("export_fd", address, size)
+        return fd
+
+    def import_fd(self, fd: int, size: int) -> int:
+        handle: int = self._call("import_fd", fd, size)
+        return handle
+
 
 class CountingDriver(WrappedDriver):
     """Counts calls that succeeded, and the host seconds spent in them, by name."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -16,12 +18,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import HEADS, heads, numbers, positive
+from trtllm_vattn.arguments import HEADS, chosen, heads, numbers, positive
 from trtllm_vattn.attention.base import Attention, PrefillChunk
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.cases import attention_features, decode_attention, prompt_attention
 from trtllm_vattn.bench.harness.bandwidth import attention_bandwidth
-from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import (
     add_attention,
     add_device,
@@ -29,6 +30,7 @@ from trtllm_vattn.bench.harness.flags import (
     dtype_of,
     points,
 )
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.timing import summarise, timed_ms
 from trtllm_vattn.bench.publish.plots import plot_attention
 from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
@@ -60,32 +62,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=positive, default=20, metavar="TIMES", help="times that each kernel is timed")
     text = "times that the choice between kernels is judged, by a random batch each, on a GPU"
     add("--picks", type=positive, default=200, metavar="TIMES", help=text)
+    text = f"what is measured, of {', '.join(PARTS)}"
+    add("--parts", type=lambda text: chosen(text, "part", PARTS), default=list(PARTS), metavar="NAME,...", help=text)
     add_results(parser, plots=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     torch.manual_seed(args.seed)
-    points = [(f"{sequences} x {tokens}", np.full(sequences, tokens)) for sequences, tokens in args.points]
+    shown: list[str] = []
+    recording = Recording("attention", args)
+    for name in args.parts:
+        part = PARTS[name]
+        recording.say(name)
+        found = part.measure(args)
+        recording.found(name, found, **part.summary(found))
+        shown.append(part.show(found))
+    plot = plot_attention if "points" in args.parts else None
+    return recording.conclude("\n".join(filter(None, shown)), plot)
+
+
+def _points(args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
+    """Each point's name and lengths; the uneven batch is the last."""
     long = np.arange(args.uneven) % 10 == 9
-    points.append((f"{args.uneven} uneven", np.where(long, args.long, 200 if args.long > 1000 else 5)))
-    rows = []
-    for name, lengths in tqdm(points, desc="points", disable=None):
-        systems = ("flat", *(f"blocks of {size}" for size in args.blocks))
-        rows += [{"point": name, "system": system, **_point(args, system, lengths)} for system in systems]
-    same = [row for name, lengths in points[:-1] for row in _same_kernels(args, name, lengths)]
-    decode = decode_attention.decode_points(
-        args.device, args.heads, dtype_of(args.device), args.repeats, args.picks, args.seed
-    )
-    prompts = prompt_attention.prompt_points(args.device, args.heads, dtype_of(args.device), args.repeats)
-    features = attention_features.feature_points(args.device, args.heads, dtype_of(args.device), args.repeats)
-    results = {"points": rows, "same_kernels": same, "decode": decode, "prompts": prompts, "features": features}
-    parts = (decode_attention, decode), (prompt_attention, prompts), (attention_features, features)
-    summary = _summary(rows, same)
-    for part, found in parts:
-        summary |= part.summary(found)
-    shown = "\n".join([_show(rows), *(part.show(found) for part, found in parts)])
-    return conclude("attention", args, results, summary, shown, plot_attention)
+    uneven = np.where(long, args.long, 200 if args.long > 1000 else 5)
+    return [*((f"{n} x {tokens}", np.full(n, tokens)) for n, tokens in args.points), (f"{args.uneven} uneven", uneven)]
+
+
+def _all_points(args: argparse.Namespace) -> list[dict[str, Any]]:
+    systems = ("flat", *(f"blocks of {size}" for size in args.blocks))
+    points = tqdm(_points(args), desc="points", disable=None)
+    return [
+        {"point": name, "system": system, **_point(args, system, lengths)}
+        for name, lengths in points
+        for system in systems
+    ]
 
 
 def _shape(args: argparse.Namespace, lengths: np.ndarray) -> CacheShape:
@@ -201,17 +212,19 @@ def _same_kernels(args: argparse.Namespace, point: str, lengths: np.ndarray) -> 
     return rows
 
 
-def _summary(rows: list[dict[str, Any]], same: list[dict[str, Any]]) -> dict[str, Any]:
+def _over_blocks(rows: list[dict[str, Any]]) -> dict[str, Any]:
     times = {(row["point"], row["system"]): row["layer_us"]["p50"] for row in rows if "layer_us" in row}
     out: dict[str, Any] = {}
     for system in dict.fromkeys(row["system"] for row in rows if row["system"] != "flat"):
         ratios = [times[p, "flat"] / us for (p, s), us in times.items() if s == system and (p, "flat") in times]
         if ratios:
             out[f"flat_over_{system.replace(' ', '_')}"] = [min(ratios), max(ratios)]
-    ratios = [row["ratio"] for row in same if "ratio" in row]
-    if ratios:
-        out["same_kernel_ours_over_torch"] = [min(ratios), max(ratios)]
     return out
+
+
+def _over_torch(same: list[dict[str, Any]]) -> dict[str, Any]:
+    ratios = [row["ratio"] for row in same if "ratio" in row]
+    return {"same_kernel_ours_over_torch": [min(ratios), max(ratios)]} if ratios else {}
 
 
 def _show(rows: list[dict[str, Any]]) -> str:
@@ -225,3 +238,38 @@ def _show(rows: list[dict[str, Any]]) -> str:
         prefill = f"{row['prefill_us']['p50']:.1f}"
         lines.append([row["point"], row["system"], f"{layer['p50']:.1f}", f"{rate:,.0f}", prefill, ""])
     return table(["sequences x tokens", "system", "decode us", "GB/s", "prefill chunk us", "refused"], lines)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the benchmark's parts: how it is measured, which figures of it are quoted, and its table."""
+
+    measure: Callable[[argparse.Namespace], Any]
+    summary: Callable[[Any], dict[str, Any]]
+    show: Callable[[Any], str]
+
+
+def _decode(args: argparse.Namespace) -> dict[str, Any]:
+    dtype = dtype_of(args.device)
+    return decode_attention.decode_points(args.device, args.heads, dtype, args.repeats, args.picks, args.seed)
+
+
+def _prompts(args: argparse.Namespace) -> dict[str, Any]:
+    return prompt_attention.prompt_points(args.device, args.heads, dtype_of(args.device), args.repeats)
+
+
+def _features(args: argparse.Namespace) -> dict[str, Any]:
+    return attention_features.feature_points(args.device, args.heads, dtype_of(args.device), args.repeats)
+
+
+def _same(args: argparse.Namespace) -> list[dict[str, Any]]:
+    return [row for name, lengths in _points(args)[:-1] for row in _same_kernels(args, name, lengths)]
+
+
+PARTS = {
+    "decode": Part(_decode, decode_attention.summary, decode_attention.show),
+    "prompts": Part(_prompts, prompt_attention.summary, prompt_attention.show),
+    "features": Part(_features, attention_features.summary, attention_features.show),
+    "same_kernels": Part(_same, _over_torch, lambda rows: ""),
+    "points": Part(_all_points, _over_blocks, _show),
+}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,15 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import chosen, positive
 from trtllm_vattn.attention.options import FP8
-from trtllm_vattn.bench.cases.eviction import eviction
-from trtllm_vattn.bench.harness.case import captured_graphs, conclude, model_of, vocab_of
+from trtllm_vattn.bench.cases.eviction import eviction, returned
+from trtllm_vattn.bench.harness.case import captured_graphs, conclude, vocab_of
 from trtllm_vattn.bench.harness.contenders import device_step_ms
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, dtype_of
 from trtllm_vattn.bench.harness.identity import compare
+from trtllm_vattn.bench.harness.lanes import empty_lanes, fill_lanes
+from trtllm_vattn.bench.harness.parts import Bench, Part, measure
 from trtllm_vattn.bench.harness.workload import TracedRun, run_traced
-from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
+from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
@@ -40,6 +44,10 @@ COMPARED_TOKENS = 32
 """Of two prompts, by a cache that keeps windows and by one that keeps everything."""
 TIE = 0.25
 """Logits; on a GPU, in bfloat16, the two largest closer than this are a tie."""
+TOLD_EVERY_S = 5.0
+"""Seconds between two figures of a window that slides."""
+ROUNDS = 5
+"""Turns in which steps over 16 and over 8 bits are timed."""
 
 
 def parts(text: str) -> list[str]:
@@ -49,7 +57,7 @@ def parts(text: str) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench compression`."""
-    gpu, add = add_common(parser), parser.add_argument
+    gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
     add_attention(parser)
     names = ", ".join(PARTS)
     add("--parts", type=parts, default=list(PARTS), metavar="NAME,...", help=f"what is measured, of {names}")
@@ -69,15 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; 1 where tokens of a cache with windows are others, anything was captured again, or a policy
-    keeps others than its paper says."""
-    rows: list[dict[str, Any]] = []
-    summary: dict[str, Any] = {}
-    wrong: list[str] = []
-    for name in args.parts:
-        found = PARTS[name](args)
-        rows += [{"figure": key, "value": value} for key, value in found.items()]
-        summary.update(found)
+    """Run the benchmark; 1 where tokens of a cache with windows are others, anything was captured again, a policy keeps
+    others than its paper says, or a part failed."""
+    bench = measure("compression", args, PARTS, args.parts)
+    summary = bench.summary
+    wrong = [f"{name} failed: {why}" for name, why in bench.failed.items()]
     if summary.get("window_recaptures"):
         wrong.append(f"{summary['window_recaptures']} graphs were captured again while a window slid")
     if summary.get("window_tokens_equal", 1.0) < 1.0:
@@ -86,20 +90,18 @@ def run(args: argparse.Namespace) -> int:
         wrong.append("the windows' memory changed while they slid")
     if summary.get("kept_sets_match_paper", 1.0) < 1.0:
         wrong.append("a policy keeps other tokens than the paper's rule computed in full")
-    columns: dict[str, str | Callable[[Any], str]] = {"figure": "figure", "value": lambda row: _shown(row["value"])}
-    return conclude("compression", args, {"figures": rows}, summary, tabulate(rows, columns), wrong=wrong)
-
-
-def _shown(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    columns: dict[str, str | Callable[[Any], str]] = {"part": "part", "seconds": "seconds"}
+    rows = [{"part": name, "seconds": seconds} for name, seconds in bench.seconds.items()]
+    return conclude("compression", args, bench.results(), summary, tabulate(rows, columns), wrong=wrong)
 
 
 # -- windows ---------------------------------------------------------------------------------------------------------
 
 
-def windows(args: argparse.Namespace) -> dict[str, Any]:
-    """Memory of windows beside their own tokens', and a window that slides under captured graphs."""
-    return {**window_memory(args), **sliding(args), **same_tokens(args)}
+def windows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Memory of windows beside their own tokens', and tokens beside those of a cache that keeps everything."""
+    yield window_memory(bench.args)
+    yield same_tokens(bench.args)
 
 
 def hybrid_shape(args: argparse.Namespace) -> CacheShape:
@@ -135,8 +137,9 @@ def window_memory(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def sliding(args: argparse.Namespace) -> dict[str, Any]:
+def sliding(bench: Bench) -> Iterator[dict[str, Any]]:
     """Graphs captured again, and changes of the windows' memory, while one sequence decodes `--slide` tokens."""
+    args = bench.args
     model = load_model(WINDOWED, args.device, dtype_of(args.device), args.seed)
     prompt = np.random.default_rng(args.seed).integers(0, vocab_of(model), 700).tolist()
     shape = shape_of(model, 1, args.slide + len(prompt) + 1)
@@ -147,13 +150,16 @@ def sliding(args: argparse.Namespace) -> dict[str, Any]:
         engine.generate([prompt], SamplingParams(200, ignore_eos=True))
         graphs = {id(graph) for graph in captured_graphs(engine)}
         engine.submit(prompt, SamplingParams(args.slide, ignore_eos=True))
-        tokens, mapped = 0, set()
+        tokens, mapped, told = 0, set(), perf_counter()
         while engine.busy:
             tokens += len(engine.step())
             if engine.busy and tokens:
                 mapped.add(cache.stats().window_bytes)
-        again = {id(graph) for graph in captured_graphs(engine)}
-    return {"window_recaptures": len(again - graphs), "slid_tokens": tokens, "window_memory_changes": len(mapped) - 1}
+            if not engine.busy or perf_counter() - told > TOLD_EVERY_S:
+                told = perf_counter()
+                again = {id(graph) for graph in captured_graphs(engine)} - graphs
+                changes = max(0, len(mapped) - 1)
+                yield {"window_recaptures": len(again), "slid_tokens": tokens, "window_memory_changes": changes}
 
 
 def same_tokens(args: argparse.Namespace) -> dict[str, Any]:
@@ -176,28 +182,44 @@ def same_tokens(args: argparse.Namespace) -> dict[str, Any]:
 # -- eight bits ------------------------------------------------------------------------------------------------------
 
 
-def eight_bits(args: argparse.Namespace) -> dict[str, Any]:
-    """Sequences in the same memory, a step over as many tokens, and how far logits drift."""
-    model = model_of(args)
+def eight_bits(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Sequences in the same memory; how far logits drift; and a captured step over `--batch` sequences of `--context`
+    random tokens, of 16 and of 8 bits in turns (None on the host)."""
+    args, model = bench.args, bench.model
+    fitting = [_sequences(args, model, dtype) for dtype in (torch.bfloat16, FP8)]
+    yield {"fp8_sequences_over_bf16": fitting[1] / fitting[0]}
     random, vocab = np.random.default_rng(args.seed), vocab_of(model)
     prompts = [random.integers(0, vocab, 64).tolist() for _ in range(4)]
     scales = calibrated_scales(model, prompts[:2])
-    fitting = [_sequences(args, model, dtype) for dtype in (torch.bfloat16, FP8)]
-    steps, logits = [], []
-    for dtype, given in (("auto", None), ("fp8", scales)):
-        step, found = _measure(args, model, dtype, given, prompts)
-        steps.append(step)
-        logits.append(found)
-    exact, other = (torch.cat(each).float() for each in logits)
-    step = steps[1] / steps[0] if steps[0] and steps[1] else None
+    with ExitStack() as open_engines:
+        engines = [
+            open_engines.enter_context(_engine(args, model, dtype, given))
+            for dtype, given in (("auto", None), ("fp8", scales))
+        ]
+        exact, other = (torch.cat([_logits(engine, prompt) for prompt in prompts]).float() for engine in engines)
+        yield {
+            "fp8_logits_drift": float((other - exact).norm() / exact.norm()),
+            "fp8_same_likeliest_token": float((other.argmax(-1) == exact.argmax(-1)).float().mean()),
+        }
+        for engine in engines:
+            fill_lanes(engine, args.context, args.seed)
+            open_engines.callback(empty_lanes, engine)
+        turns = [[device_step_ms(engine, 6) for engine in engines] for _ in range(ROUNDS)]
+    yield _step_figures(args, turns)
+
+
+def _step_figures(args: argparse.Namespace, turns: Sequence[Sequence[float | None]]) -> dict[str, Any]:
+    known = [(bf16, fp8) for bf16, fp8 in turns if bf16 is not None and fp8 is not None]
+    bf16, fp8 = (median(each[part] for each in known) if known else None for part in (0, 1))
+    ratios = [each[1] / each[0] for each in known]
     name = f"fp8_step_over_bf16_{args.batch}x{args.context}"
     return {
-        "fp8_sequences_over_bf16": fitting[1] / fitting[0],
-        "fp8_step_over_bf16_64x8k" if (args.batch, args.context) == (64, 8192) else name: step,
-        "bf16_step_ms": steps[0],
-        "fp8_step_ms": steps[1],
-        "fp8_logits_drift": float((other - exact).norm() / exact.norm()),
-        "fp8_same_likeliest_token": float((other.argmax(-1) == exact.argmax(-1)).float().mean()),
+        "fp8_step_over_bf16_64x8k" if (args.batch, args.context) == (64, 8192) else name: fp8 / bf16
+        if bf16 and fp8
+        else None,
+        "fp8_step_over_bf16_by_turn": [min(ratios), max(ratios)] if ratios else None,
+        "bf16_step_ms": bf16,
+        "fp8_step_ms": fp8,
     }
 
 
@@ -218,30 +240,12 @@ def _sequences(args: argparse.Namespace, model: PreTrainedModel, dtype: torch.dt
         return cache.stats().sequences
 
 
-def _measure(
-    args: argparse.Namespace,
-    model: PreTrainedModel,
-    dtype: str,
-    scales: KVScales | None,
-    prompts: Sequence[Sequence[int]],
-) -> tuple[float | None, list[torch.Tensor]]:
-    """Milliseconds of a captured step over `--batch` sequences of `--context` random tokens (None on the host), and the
-    logits after each prompt, of which the last tokens read what was stored of the others."""
-    shape = shape_of(model, args.batch, max(args.context + 128, len(prompts[0])), dtype)
+def _engine(args: argparse.Namespace, model: PreTrainedModel, dtype: str, scales: KVScales | None) -> Engine:
+    """One that decodes `--batch` sequences; passes of prompts are short, since few are captured then."""
+    shape = shape_of(model, args.batch, max(args.context + 128, 64), dtype)
     cache = make_cache("vattn", shape, args.device)
     options: dict[str, Any] = {"attention": args.attention, "buckets": [args.batch], "prefix_cache": False}
-    with Engine(model, cache, max_step_tokens=32, kv_scales=scales, **options) as engine:
-        logits = [_logits(engine, list(prompt)) for prompt in prompts]
-        for sequence in range(args.batch):
-            slot = cache.admit(sequence, args.context)
-            engine.decode.set_lane(slot, sequence, args.context + 1, shape.max_seq_len)
-        _fill(cache, args.context, args.seed)
-        times = [device_step_ms(engine, 6) for _ in range(3)]
-        known = [each for each in times if each is not None]
-        for sequence in range(args.batch):
-            engine.decode.clear_lane(cache.slot_of(sequence))
-            cache.release(sequence)
-    return (median(known) if known else None), logits
+    return Engine(model, cache, max_step_tokens=32, kv_scales=scales, **options)
 
 
 @torch.inference_mode()
@@ -255,25 +259,11 @@ def _logits(engine: Engine, prompt: list[int]) -> torch.Tensor:
     return kept
 
 
-@torch.inference_mode()
-def _fill(cache: KVCache, context: int, seed: int) -> None:
-    """Random keys and values in all slots, the same ones in each."""
-    shape = cache.shape
-    generator = torch.Generator(cache.device).manual_seed(seed)
-    size = (context, shape.num_kv_heads, shape.head_dim)
-    for layer in range(shape.num_layers):
-        kv = cache.layer(layer)
-        assert isinstance(kv, FlatKV)
-        for rows in (kv.k, kv.v):
-            made = torch.randn(size, generator=generator, device=cache.device).to(shape.dtype)
-            bits = torch.uint8 if shape.dtype.itemsize == 1 else shape.dtype
-            for slot in range(shape.num_slots):
-                rows[slot, :context].view(bits).copy_(made.view(bits))
-
-
-PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+PARTS: dict[str, Part] = {
     "windows": windows,
+    "sliding": sliding,
     "fp8": eight_bits,
+    "returned": returned,
     "eviction": eviction,
 }
 """What is measured, by name."""

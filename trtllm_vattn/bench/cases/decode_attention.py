@@ -18,10 +18,11 @@ from trtllm_vattn.attention.picked import PickedAttention
 from trtllm_vattn.attention.select import available
 from trtllm_vattn.attention.shares import SharesAttention
 from trtllm_vattn.attention.shares_launch import MANY_LANES
-from trtllm_vattn.bench.harness.timing import captured, read_limit, replays_ms, summarise, timed_ms
+from trtllm_vattn.bench.harness.timing import read_limit, summarise, timed_ms
 from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import VattnError
+from trtllm_vattn.graphs.capture import captured, replays_ms
 from trtllm_vattn.table import tabulate
 
 OWN = ("shares", "shares-plain")

@@ -1,35 +1,35 @@
-"""`bench doors`: clients of the HTTP server beside the engine itself.
+"""`bench doors`: what clients, trainers and operators call, beside the engine's own narrow door.
 
-First the engine alone takes every prompt, so many at once: its tokens are what clients have to get, its throughput what
-theirs is divided by. So is that of requests that all ask for penalties, log-probabilities or a grammar
-(`grammars_over_engine`, …). Then a server over the same engine takes the same prompts by streaming clients in a process
-of their own (`http_over_engine`). Then clients, of which some go away in the middle, ask until `--requests` are asked:
-`wrong` are outputs, or beginnings of those that went away, that are not the engine's; `leaked` is what is left in the
-engine when all have gone. On a GPU an output may part from the engine's where the two likeliest tokens are nearly as
-likely, for batches differ: those are `ties`, and not wrong.
+Parts, each by a word of `--measure`; results are written after each.
+
+* ``parameters``: decode steps of a full batch before any request asked for anything but a token, and after all was
+  asked for and captured (`step_over_before`); and the throughput of all prompts when every request asks for penalties,
+  log-probabilities or a grammar, by that of plain ones (`grammar_over_plain`, …).
+* ``http``: all prompts at once by streaming clients of a server over the same engine (`http_over_engine`).
+* ``clients``: clients, of which some go away in the middle, ask until `--requests` are asked: `wrong` are outputs, or
+  beginnings of those that went away, that are not the engine's; `leaked` is what is there more than before when all
+  have gone (requests, sequences, mappings, tasks, threads, file descriptors), `hung` who waited for five minutes. On a
+  GPU an output may part from the engine's where the two likeliest tokens are nearly as likely, for batches differ:
+  those are `ties`, and not wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import importlib.util
-import json
-import subprocess
-import sys
-import threading
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from statistics import median
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from trtllm_vattn.arguments import positive, probability, size, tolerance
-from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.arguments import chosen, positive, probability, size, tolerance
+from trtllm_vattn.bench.cases.doors_http import Serving, judge, outcomes_of, seconds_of, serving
+from trtllm_vattn.bench.harness.case import model_of, vocab_of
 from trtllm_vattn.bench.harness.flags import (
     BUDGET,
     MAX_SEQ_LEN,
@@ -39,84 +39,251 @@ from trtllm_vattn.bench.harness.flags import (
     add_common,
     add_rounds,
 )
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.runtime.async_engine import AsyncEngine
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.request import Completion
+from trtllm_vattn.runtime.request import Completion, StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
-from trtllm_vattn.serve.app import Settings
-from trtllm_vattn.serve.server import SWITCH_S, configuration, listen
 
-CLIENTS = "trtllm_vattn.bench.peer.http_clients"
+MEASURES = ("parameters", "http", "clients")
+
+
+def measures(text: str) -> list[str]:
+    """Names of parts; unknown ones are refused."""
+    return chosen(text, "part", MEASURES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench doors`."""
     gpu, add = add_common(parser), parser.add_argument
     add_attention(parser)
-    add(
-        "--requests",
-        type=positive,
-        default=1000 if gpu else 60,
-        metavar="REQUESTS",
-        help="of clients, some of whom leave",
-    )
+    text = f"of {', '.join(MEASURES)}"
+    add("--measure", type=measures, default="parameters,http,clients", metavar="NAME,...", help=text)
+    add("--requests", type=positive, default=512 if gpu else 60, metavar="REQUESTS", help="of part clients")
     add("--clients", type=positive, default=256 if gpu else 16, metavar="SEQUENCES", help="that ask at once")
     add("--leaving", type=probability, default=0.3, metavar="SHARE", help="of clients that go away in the middle")
+    text = "of whom each shares the clients; all but one are killed once, in the middle"
+    add("--client-processes", type=positive, default=2 if gpu else 1, metavar="COUNT", help=text)
+    text = "of the clients of part clients; openai is its own package's"
+    add("--library", choices=("plain", "openai"), default="plain", help=text)
     add("--prompts", type=positive, default=128 if gpu else 12, metavar="PROMPTS", help="different ones")
     add("--context", type=positive, default=512 if gpu else 24, metavar="TOKENS", help="of the longest prompt")
-    add("--max-output", type=positive, default=128 if gpu else 10, metavar="TOKENS", help="of each output")
+    add("--max-output", type=positive, default=96 if gpu else 10, metavar="TOKENS", help="of each output")
     add("--budget", type=size, default="40GiB" if gpu else "4MiB", metavar="BYTES", help=BUDGET)
     add("--max-seqs", type=positive, default=128 if gpu else 8, metavar="SEQUENCES", help=MAX_SEQS)
     add("--max-seq-len", type=positive, default=1024 if gpu else 64, metavar="TOKENS", help=MAX_SEQ_LEN)
     add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=TIE_TOLERANCE)
-    add_rounds(parser, 2 if gpu else 1, "of engine and server")
+    add_rounds(parser, 2 if gpu else 1, "of what is compared")
+
+
+@dataclass
+class Trace:
+    """Prompts, and how many tokens each is asked for."""
+
+    prompts: list[list[int]]
+    max_output: int
+
+    @property
+    def tokens(self) -> int:
+        """Of all outputs."""
+        return len(self.prompts) * self.max_output
+
+    @property
+    def plain(self) -> SamplingParams:
+        """Asks for so many tokens and nothing else."""
+        return SamplingParams(self.max_output, ignore_eos=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     if args.context + args.max_output > args.max_seq_len:
         raise ConfigError(f"{args.context} tokens and {args.max_output} exceed --max-seq-len {args.max_seq_len}")
+    recording = Recording("doors", args)
     model, random = model_of(args), np.random.default_rng(args.seed)
     lengths = random.integers(max(1, args.context // 4), args.context + 1, args.prompts)
     prompts = [random.integers(0, vocab_of(model), length).tolist() for length in lengths]
+    trace = Trace(prompts, args.max_output)
+    recording.say(f"{args.model} is loaded")
+    through_one_engine(recording, args, model, trace, random)
+    return recording.conclude()
+
+
+def through_one_engine(
+    recording: Recording, args: argparse.Namespace, model: PreTrainedModel, trace: Trace, random: np.random.Generator
+) -> None:
+    """The parts that share an engine."""
     cache = make_cache("vattn", shape_of(model, args.max_seqs, args.max_seq_len), args.device, args.budget)
     # Every round computes every prompt.
     engine = Engine(model, cache, attention=args.attention, prefix_cache=False, tokenizer=tokenizer_of(vocab_of(model)))
+    recording.say("an engine is captured")
     try:
-        params = SamplingParams(args.max_output, ignore_eos=True)
-        wanted = engine.generate(prompts, SamplingParams(args.max_output, ignore_eos=True, logprobs=2))
-        alone = [engine_seconds(engine, prompts, params)[0] for _ in range(args.rounds)]
-        tokens = args.prompts * args.max_output
-        beside = {name: rate(engine, prompts, more, args) for name, more in asked_for(args).items()}
-    except BaseException:
-        engine.close()
-        raise
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_S)
-    try:
-        served, outcomes, left = through_http(engine, args, prompts, random)
+        engine_seconds(engine, trace, trace.plain)
+        if "parameters" in args.measure:
+            measure_parameters(recording, args, engine, trace)
+        if not {"http", "clients"} & set(args.measure):
+            return
+        wanted = engine.generate(trace.prompts, replace(trace.plain, logprobs=2))
+        alone = [engine_seconds(engine, trace, trace.plain)[0] for _ in range(args.rounds)]
     finally:
-        sys.setswitchinterval(before)
-    judged = [judge(outcome, wanted[place], args.tie_tolerance) for place, outcome in outcomes]
+        if not {"http", "clients"} & set(args.measure):
+            engine.close()
+    with serving(engine, 4 * args.clients + args.prompts, args.max_seq_len) as server:
+        if "http" in args.measure:
+            measure_http(recording, args, server, trace, alone)
+        if "clients" in args.measure:
+            measure_clients(recording, args, server, trace, wanted, random)
+
+
+def engine_seconds(engine: Engine, trace: Trace, params: SamplingParams) -> tuple[float, int]:
+    """What all prompts take by the engine itself, all queued at once, and their tokens."""
+    started, tokens = perf_counter(), 0
+    for prompt in trace.prompts:
+        engine.submit(prompt, params)
+    for event in engine.run():
+        if event.error is not None:
+            raise ConfigError(f"{event.error}; raise --budget")
+        tokens += event.token is not None
+    return perf_counter() - started, tokens
+
+
+# -- parameters --------------------------------------------------------------------------------------------------------
+
+
+def measure_parameters(recording: Recording, args: argparse.Namespace, engine: Engine, trace: Trace) -> None:
+    """What it costs to be asked for more than tokens, and what it costs those who ask for nothing."""
+    before = [timed(engine, trace, trace.plain)[1] for _ in range(args.rounds)]
+    recording.say(f"plain steps: {median(before):.3f} ms")
+    asked = {"plain": trace.plain, **asked_for(trace)}
+    seconds: dict[str, list[float]] = {name: [] for name in asked}
+    steps: dict[str, list[float]] = {name: [] for name in asked}
+    for turn in range(args.rounds + 1):
+        for name, params in asked.items():
+            took, step_ms = timed(engine, trace, params)
+            # The first time captures what it needs.
+            if turn:
+                seconds[name].append(took)
+                steps[name].append(step_ms)
+            recording.say(f"round {turn} of {args.rounds}, {name}: {took:.2f} s, a step {step_ms:.3f} ms")
+    after = [timed(engine, trace, trace.plain)[1] for _ in range(args.rounds)]
+    least = {name: min(took) for name, took in seconds.items()}
+    others = [name for name in asked if name != "plain"]
+    summary = {
+        "step_ms": median(before),
+        "step_over_before": median(after) / median(before),
+        **{f"{name}_over_plain": least["plain"] / least[name] for name in others},
+        **{f"{name}_step_over_plain": min(steps[name]) / min(steps["plain"]) for name in others},
+    }
+    recording.found(
+        "parameters", {"step_ms": {"before": before, "after": after, **steps}, "seconds": seconds}, **summary
+    )
+
+
+def asked_for(trace: Trace) -> dict[str, SamplingParams]:
+    """What all requests ask for at once, by a word."""
+    each = trace.plain
+    item = {"name": {"type": "string", "maxLength": 24}, "count": {"type": "integer"}}
+    fields = {"type": "object", "properties": item, "required": [*item]}
+    # It does not end before the output does.
+    schema = {"type": "array", "items": fields, "minItems": trace.max_output}
+    asked = {
+        "penalties": replace(each, repetition_penalty=1.1, frequency_penalty=0.1, presence_penalty=0.1),
+        "logprobs": replace(each, logprobs=5),
+    }
+    if importlib.util.find_spec("llguidance") is not None:
+        asked["grammar"] = replace(each, json_schema=schema)
+    return asked
+
+
+def timed(engine: Engine, trace: Trace, params: SamplingParams) -> tuple[float, float]:
+    """Seconds of all prompts, all asking for this, as if none had ended early; and the milliseconds of a decode step of
+    as many lanes as they fill, the median."""
+    records: list[StepRecord] = []
+    engine.observer = records.append
+    try:
+        seconds, tokens = engine_seconds(engine, trace, params)
+    finally:
+        engine.observer = None
+    most = max(record.lanes for record in records if not record.prefilled)
+    steps = [record.wall_s for record in records if record.lanes == most and not record.prefilled]
+    return seconds * trace.tokens / tokens, 1e3 * median(steps)
+
+
+# -- HTTP --------------------------------------------------------------------------------------------------------------
+
+
+def measure_http(
+    recording: Recording, args: argparse.Namespace, server: Serving, trace: Trace, alone: Sequence[float]
+) -> None:
+    """All prompts at once by HTTP, and by the engine alone."""
+    asked = [body(trace, place) for place in range(len(trace.prompts))]
+    job = {**server.where, "at_once": len(asked), "requests": asked}
+    served = [seconds_of(job) for _ in range(args.rounds)]
+    summary = {
+        "engine_tokens_per_s": trace.tokens / min(alone),
+        "http_tokens_per_s": trace.tokens / min(served),
+        "http_over_engine": min(alone) / min(served),
+    }
+    recording.found("http", {"engine_s": list(alone), "http_s": served}, **summary)
+
+
+def measure_clients(
+    recording: Recording,
+    args: argparse.Namespace,
+    server: Serving,
+    trace: Trace,
+    wanted: Sequence[Completion],
+    random: np.random.Generator,
+) -> None:
+    """Clients of which some go away."""
+    places = random.integers(0, len(trace.prompts), args.requests).tolist()
+    asked = [leaving(body(trace, place), args, random) for place in places]
+    # What the first ones make is there for good.
+    first = [body(trace, place) for place in range(min(8, len(trace.prompts)))]
+    outcomes_of({**server.where, "at_once": 8, "requests": first}, 1)
+    before = server.counts()
+    job = {**server.where, "at_once": args.clients, "requests": asked, "library": args.library}
+    share = args.requests // args.client_processes
+    kills = random.integers(share // 4, max(share // 4 + 1, share // 2), args.client_processes - 1).tolist()
+    recording.say(f"{args.requests} requests by {args.clients} clients at once")
+    started = perf_counter()
+    outcomes = outcomes_of(job, args.client_processes, kills)
+    seconds = perf_counter() - started
+    left = server.left_since(before)
+    judged = [
+        judge(outcome, wanted[place], args.tie_tolerance) for outcome, place in zip(outcomes, places, strict=True)
+    ]
     summary = {
         "requests": len(outcomes),
-        "leaked": left,
+        "leaked": sum(left.values()),
         "wrong": judged.count("wrong"),
         "failed": judged.count("failed"),
+        "hung": sum(bool(outcome.get("hung")) for outcome in outcomes),
         "ties": judged.count("tie"),
-        "gone_away": sum(bool(outcome.get("left")) for _, outcome in outcomes),
-        "engine_tokens_per_s": tokens / min(alone),
-        "http_tokens_per_s": tokens / min(served),
-        "http_over_engine": min(alone) / min(served),
-        **{f"{name}_over_engine": value * min(alone) / tokens for name, value in beside.items()},
+        "gone_away": sum(bool(outcome.get("left")) for outcome in outcomes),
+        "killed": sum(bool(outcome.get("killed")) for outcome in outcomes),
+        "clients_requests_per_s": len(outcomes) / seconds,
     }
-    errors = sorted({outcome["error"] for _, outcome in outcomes if "error" in outcome})
+    errors = sorted({outcome["error"] for outcome in outcomes if "error" in outcome})
     wrong = [f"{name}: {summary[name]}" for name in ("leaked", "wrong", "failed") if summary[name]] + errors[:5]
-    results = {"engine_s": alone, "http_s": served, "errors": errors}
-    return conclude("doors", args, results, summary, wrong=wrong)
+    recording.wrong += wrong
+    recording.found("clients", {"errors": errors, "left": left, "before": before, "seconds": seconds}, **summary)
+
+
+def body(trace: Trace, place: int) -> dict[str, Any]:
+    """A request for one of the prompts."""
+    return {"prompt": trace.prompts[place], "max_tokens": trace.max_output, "temperature": 0, "ignore_eos": True}
+
+
+def leaving(request: dict[str, Any], args: argparse.Namespace, random: np.random.Generator) -> dict[str, Any]:
+    """Some go away behind some tokens, some after some time, wherever they are then."""
+    if random.random() < args.leaving:
+        if random.random() < 0.5:
+            request["leave_after"] = int(random.integers(1, max(2, args.max_output)))
+        else:
+            request["cancel_after"] = float(random.uniform(0.001, 0.5))
+    return request
 
 
 def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -127,107 +294,3 @@ def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>"])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-
-
-def asked_for(args: argparse.Namespace) -> dict[str, SamplingParams]:
-    """What all requests ask for at once, by a word."""
-    each = SamplingParams(args.max_output, ignore_eos=True)
-    schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
-    asked = {
-        "penalties": replace(each, repetition_penalty=1.1, frequency_penalty=0.1, presence_penalty=0.1),
-        "logprobs": replace(each, logprobs=5),
-    }
-    if importlib.util.find_spec("llguidance") is not None:
-        asked["grammars"] = replace(each, json_schema=schema)
-    return asked
-
-
-def rate(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, args: argparse.Namespace) -> float:
-    """Tokens a second when all ask for this, in the fastest round; one more before captures what it needs."""
-    rounds = [engine_seconds(engine, prompts, params) for _ in range(args.rounds + 1)]
-    return max(tokens / seconds for seconds, tokens in rounds[1:])
-
-
-def engine_seconds(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> tuple[float, int]:
-    """What all prompts take by the engine itself, all queued at once, and their tokens."""
-    started, tokens = perf_counter(), 0
-    for prompt in prompts:
-        engine.submit(prompt, params)
-    for event in engine.run():
-        if event.error is not None:
-            raise ConfigError(f"{event.error}; raise --budget")
-        tokens += event.token is not None
-    return perf_counter() - started, tokens
-
-
-def through_http(
-    engine: Engine, args: argparse.Namespace, prompts: Sequence[Sequence[int]], random: np.random.Generator
-) -> tuple[list[float], list[tuple[int, dict[str, Any]]], int]:
-    """Seconds of each round of all prompts by HTTP; what each client got, with its prompt's place, when some go away;
-    and what is left in the engine then. The engine is closed."""
-    around = AsyncEngine(engine, max_requests=4 * args.clients + args.prompts)
-    listening = listen("127.0.0.1", 0)
-    server = uvicorn.Server(configuration(around, Settings("bench"), args.max_seq_len, 60))
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-    thread.start()
-    where = dict(zip(("host", "port"), listening.getsockname(), strict=True))
-
-    def body(place: int) -> dict[str, Any]:
-        return {"prompt": prompts[place], "max_tokens": args.max_output, "temperature": 0, "ignore_eos": True}
-
-    try:
-        every = [body(place) for place in range(len(prompts))]
-        whole = {**where, "at_once": len(prompts), "requests": every}
-        served = [clients(whole)["seconds"] for _ in range(args.rounds)]
-        places = random.integers(0, len(prompts), args.requests).tolist()
-        asked = [body(place) for place in places]
-        for request in asked:
-            if random.random() < args.leaving:
-                request["leave_after"] = int(random.integers(0, args.max_output))
-        outcomes = clients({**where, "at_once": args.clients, "requests": asked})["outcomes"]
-        left = asyncio.run(_left(around))
-    finally:
-        server.should_exit = True
-        thread.join()
-        around.close()
-    return served, list(zip(places, outcomes, strict=True)), left
-
-
-def clients(job: dict[str, Any]) -> dict[str, Any]:
-    """Have clients do a job."""
-    command = [sys.executable, "-m", CLIENTS]
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ConfigError(f"the clients failed: {done.stderr.strip()[-500:]}")
-    outcome: dict[str, Any] = json.loads(done.stdout)
-    return outcome
-
-
-async def _left(around: AsyncEngine) -> int:
-    """Requests and sequences that are there when all clients have gone; those that are just being dropped are waited
-    for."""
-    patience = perf_counter() + 30
-    while around.unfinished and perf_counter() < patience:
-        await asyncio.sleep(0.02)
-    return around.unfinished + await around.call(_books)
-
-
-def _books(engine: Engine) -> int:
-    engine.scheduler.release_ended()
-    engine.cache.check_integrity()
-    return len(engine.scheduler.requests) + engine.cache.stats().sequences
-
-
-def judge(outcome: dict[str, Any], wanted: Completion, tolerance: float) -> str:
-    """``right``, ``wrong``, ``failed``, or ``tie`` where an output parts from the engine's at a tie."""
-    tokens, whole = outcome["tokens"], not outcome.get("left")
-    if "error" in outcome:
-        return "failed"
-    if whole and len(tokens) != len(wanted.tokens):
-        return "wrong"
-    parts = [place for place, (got, own) in enumerate(zip(tokens, wanted.tokens, strict=False)) if got != own]
-    if not parts:
-        return "right"
-    assert wanted.logprobs is not None
-    (_, first), (_, second) = wanted.logprobs[parts[0]].top
-    return "tie" if first - second < tolerance else "wrong"

@@ -1,9 +1,9 @@
-"""Part of `bench compression`: what evicting tokens by H2O and FastGen gives back, by pages, heads a range, policy."""
+"""Parts of `bench compression`: what evicting tokens by H2O and FastGen gives back, by the size of extents, heads a
+range and policy; and a step before and behind it."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator
 from math import pi
 from statistics import median
 from typing import Any
@@ -11,48 +11,78 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtllm_vattn.bench.harness.case import model_of, vocab_of
 from trtllm_vattn.bench.harness.contenders import device_step_ms
+from trtllm_vattn.bench.harness.lanes import empty_lanes, fill_lanes
+from trtllm_vattn.bench.harness.parts import Bench
 from trtllm_vattn.cache.base import CacheShape, FlatKV
 from trtllm_vattn.cache.compression import H2O, CompressionPolicy, FastGen, HeadsView, compact
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.memory.pool import CLASSES
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.verify.compression import fastgen_sets, h2o_sets, random_view
+from trtllm_vattn.vmm.base import Driver
+from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.open import open_driver
 
-QUERIES, OUTPUT = 64, 24
+QUERIES = 64
 SHARE = 0.1
 """Of the prompt: H2O's heavy hitters, and its recent tokens."""
 SPECIAL = 7
 """The id of a special token; one token in 50 is one."""
 KINDS = ("full", "special", "local", "frequency")
 """What heads attend to, in turn."""
+HOST_PAGES = (4 << 10, 16 << 10, 64 << 10, 256 << 10)
+"""Bytes of the host driver's pages; a GPU's are what they are."""
 
 
-def eviction(args: argparse.Namespace) -> dict[str, Any]:
-    """Bytes returned for each byte evicted, whether kept sets are the papers', and a step before and behind."""
-    policies: dict[str, CompressionPolicy] = {"h2o": H2O(SHARE, SHARE), "fastgen": _fastgen()}
-    found = {
-        (name, heads, classes): returned_over_evicted(args, policy, heads, classes)
-        for name, policy in policies.items()
-        for heads in (1, None)
-        for classes in (1, CLASSES)
-    }
+def returned(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Whether kept sets are the papers'; and bytes returned for each byte evicted, by extents of one size, each a page
+    of the driver, by heads a range and by policy; and by extents of several sizes."""
+    args = bench.args
+    yield {"kept_sets_match_paper": kept_sets_match(args.seed)}
+    gpu = args.device != "cpu"
+    shape = _prompt_shape(gpu, args.evicted_context)
+    rows: list[dict[str, Any]] = []
+    bench.tables["returned"] = rows
+    found: dict[tuple[str, int, int], float] = {}
+    pages = (open_driver(args.device).granularity(),) if gpu else HOST_PAGES
+    heads_per_range = [1 << power for power in range(shape.num_kv_heads.bit_length())]
+    for page, classes in [(page, 1) for page in pages] + [(pages[0], CLASSES)]:
+        for name, policy in (("h2o", H2O(SHARE, SHARE)), ("fastgen", _fastgen())):
+            for heads in heads_per_range if classes == 1 else (1, shape.num_kv_heads):
+                driver = open_driver(args.device) if gpu else HostDriver(page)
+                ratio = returned_over_evicted(shape, driver, policy, heads, classes, args.device, args.seed)
+                if page == pages[0]:
+                    found[name, heads, classes] = ratio
+                head_bytes = shape.layer_token_bytes // shape.num_kv_heads
+                rows.append(
+                    {
+                        "policy": name,
+                        "heads_per_range": heads,
+                        "extent_bytes": page,
+                        "extent_sizes": classes,
+                        "tokens_per_extent": page // (heads * head_bytes),
+                        "prompt_tokens": args.evicted_context,
+                        "returned_over_evicted": ratio,
+                    }
+                )
+        if page == pages[0]:
+            yield _returned_figures(found, shape.num_kv_heads, classes)
+
+
+def _returned_figures(found: dict[tuple[str, int, int], float], all_heads: int, classes: int) -> dict[str, Any]:
+    if classes > 1:
+        return {
+            "h2o_returned_over_evicted_large_extents": found["h2o", all_heads, classes],
+            "fastgen_returned_over_evicted_large_extents": found["fastgen", 1, classes],
+        }
     return {
-        "h2o_returned_over_evicted": found["h2o", None, 1],
+        "h2o_returned_over_evicted": found["h2o", all_heads, 1],
         "h2o_returned_over_evicted_range_a_head": found["h2o", 1, 1],
-        "h2o_returned_over_evicted_large_extents": found["h2o", None, CLASSES],
         "fastgen_returned_over_evicted": found["fastgen", 1, 1],
-        "fastgen_returned_over_evicted_large_extents": found["fastgen", 1, CLASSES],
-        "row_of_all_heads_returned_over_evicted": found["fastgen", None, 1],
-        "kept_sets_match_paper": kept_sets_match(args.seed),
-        **same_tokens(args),
-        **steps(args),
+        "row_of_all_heads_returned_over_evicted": found["fastgen", all_heads, 1],
     }
 
 
@@ -60,27 +90,23 @@ def _fastgen() -> FastGen:
     return FastGen([SPECIAL], threshold=0.9, frequent=0.05, local=0.1)
 
 
-def returned_over_evicted(
-    args: argparse.Namespace, policy: CompressionPolicy, heads: int | None, classes: int
-) -> float:
-    """Memory that goes back for each byte that the policy evicts of a prompt of `--evicted-context` tokens. `heads`
-    share a range, None all of them; extents are of `classes` sizes; heads' attention is of `KINDS`."""
-    gpu, tokens = args.device != "cpu", args.evicted_context
+def _prompt_shape(gpu: bool, tokens: int) -> CacheShape:
     layers, kv_heads, dim = (4, 8, 128) if gpu else (2, 4, 16)
-    shape = CacheShape(layers, kv_heads, dim, torch.bfloat16, 1, tokens + 64)
-    # A head that has a range of its own has it in each layer, too.
-    config = CacheConfig(
-        own_lengths=True,
-        heads_per_range=heads,
-        layers_per_range=None if heads is None else 1,
-        extent_classes=classes,
-    )
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    driver = open_driver(args.device)
-    least = (tokens + 64) * shape.token_bytes + 2 * layers * kv_heads * driver.granularity()
+    return CacheShape(layers, kv_heads, dim, torch.bfloat16, 1, tokens + 64)
+
+
+def returned_over_evicted(
+    shape: CacheShape, driver: Driver, policy: CompressionPolicy, heads: int, classes: int, device: str, seed: int
+) -> float:
+    """Memory that goes back for each byte that the policy evicts of a prompt. `heads` of a layer share a range; extents
+    are of `classes` sizes, from a page of the driver on; heads' attention is of `KINDS`."""
+    tokens, layers = shape.max_seq_len - 64, shape.num_layers
+    config = CacheConfig(own_lengths=True, heads_per_range=heads, layers_per_range=1, extent_classes=classes)
+    generator = torch.Generator(device).manual_seed(seed)
+    least = shape.max_seq_len * shape.token_bytes + 2 * layers * shape.num_kv_heads * driver.granularity()
     with KVCacheManager(shape, driver, 2 * least, config=config) as cache, torch.inference_mode():
         cache.admit(0, tokens)
-        ids = torch.arange(tokens, device=args.device).remainder(50).eq(SPECIAL).long() * SPECIAL
+        ids = torch.arange(tokens, device=device).remainder(50).eq(SPECIAL).long() * SPECIAL
         kept: list[list[torch.Tensor]] = [[] for _ in range(layers)]
         first = [0] * layers
         for layer in range(layers):
@@ -131,70 +157,35 @@ def kept_sets_match(seed: int) -> float:
     return float(np.mean(same))
 
 
-def same_tokens(args: argparse.Namespace) -> dict[str, float]:
-    """The share of steps that choose the token which they choose with everything kept, of `OUTPUT` behind each of a few
-    prompts of `--context` tokens, all fed the same; by how many of 100 tokens of a prompt H2O keeps."""
-    model = model_of(args)
-    random = np.random.default_rng(args.seed)
-    prompts = [random.integers(0, vocab_of(model), args.context).tolist() for _ in range(3)]
-
-    def chosen(policy: CompressionPolicy | None, forced: list[list[int]] | None) -> list[list[int]]:
-        shape = shape_of(model, len(prompts), args.context + OUTPUT)
-        cache = make_cache("vattn", shape, args.device, own_lengths=policy is not None, extent_classes=1)
-        options: dict[str, Any] = {"compile": False, "capture": False, "prefix_cache": False}
-        with Engine(model, cache, attention=args.attention, compression=policy, **options) as engine:
-            params = SamplingParams(OUTPUT, ignore_eos=True)
-            tokens: dict[int, list[int]] = {
-                engine.submit(prompt, params, None if forced is None else forced[index]): []
-                for index, prompt in enumerate(prompts)
-            }
-            for event in engine.run():
-                tokens[event.request].append(-1 if event.token is None else event.token)
-        return [*tokens.values()]
-
-    whole = chosen(None, None)
-    found = {}
-    for kept in (20, 40, 60, 80):
-        other = chosen(H2O(kept / 200, kept / 200), whole)
-        found[f"h2o_same_tokens_kept_{kept}"] = float(np.mean(np.array(other) == np.array(whole)))
-    return found
-
-
-def steps(args: argparse.Namespace) -> dict[str, Any]:
+def eviction(bench: Bench) -> Iterator[dict[str, Any]]:
     """Milliseconds of a captured step over `--batch` sequences of `--context` tokens, and of the same graph behind the
     eviction of all but a fifth of them; None on the host."""
-    model = model_of(args)
+    args, model = bench.args, bench.model
     shape = shape_of(model, args.batch, args.context + 64)
     driver = open_driver(args.device)
     whole = (args.batch + 1) * (shape.max_seq_len * shape.token_bytes + 2 * shape.num_layers * driver.granularity())
-    cache = KVCacheManager(shape, driver, whole, config=CacheConfig(own_lengths=True))
-    found: list[float | None] = []
-    with Engine(model, cache, attention=args.attention, buckets=[args.batch], prefix_cache=False) as engine:
-        for sequence in range(args.batch):
-            slot = cache.admit(sequence, args.context)
-            engine.decode.set_lane(slot, sequence, args.context + 1, shape.max_seq_len)
-        with torch.inference_mode():
-            # A lane whose logits are no numbers would become idle.
-            for memory in cache.mapped_tensors():
-                memory.normal_()
-        found.append(_step_ms(engine))
+    # Single pages, as `Engine.from_pretrained` takes for a policy.
+    cache = KVCacheManager(shape, driver, whole, config=CacheConfig(own_lengths=True, extent_classes=1))
+    options: dict[str, Any] = {"attention": args.attention, "buckets": [args.batch], "prefix_cache": False}
+    with Engine(model, cache, max_step_tokens=32, **options) as engine:
+        fill_lanes(engine, args.context, args.seed)
+        before = _step_ms(engine)
+        yield {"step_ms_before_eviction": before}
         kept = torch.arange(0, args.context, 5, device=args.device)
+        places = [[kept] * shape.num_kv_heads] * shape.num_layers
         with torch.inference_mode():
-            for sequence in range(args.batch):
-                compact(cache, sequence, [[kept] * shape.num_kv_heads] * shape.num_layers)
-        found.append(_step_ms(engine))
-        for sequence in range(args.batch):
-            engine.decode.clear_lane(cache.slot_of(sequence))
-            cache.release(sequence)
-    before, after = found
-    return {
-        "step_ms_before_eviction": before,
+            done = [compact(cache, sequence, places) for sequence in range(args.batch)]
+        after = _step_ms(engine)
+        empty_lanes(engine)
+    yield {
         "step_ms_behind_eviction": after,
         f"evicted_step_over_whole_{args.batch}x{args.context}": after / before if before and after else None,
+        "evicted_lanes_returned_over_evicted": sum(each.returned_bytes for each in done)
+        / sum(each.evicted_bytes for each in done),
     }
 
 
 def _step_ms(engine: Engine) -> float | None:
-    times: Sequence[float | None] = [device_step_ms(engine, 6) for _ in range(3)]
+    times = [device_step_ms(engine, 6) for _ in range(3)]
     known = [each for each in times if each is not None]
     return median(known) if known else None

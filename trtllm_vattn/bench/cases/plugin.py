@@ -27,10 +27,11 @@ from trtllm_vattn.arguments import positive
 from trtllm_vattn.bench.cases.plugin_layers import EmulatedLayers
 from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import MAX_SEQ_LEN, add_attention, add_common, add_rounds, dtype_of
-from trtllm_vattn.bench.harness.timing import captured, replays_ms, summarise, timed_ms
+from trtllm_vattn.bench.harness.timing import summarise, timed_ms
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.graphs.capture import captured, replays_ms
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.plugins import plain, registry

@@ -1,5 +1,5 @@
-"""`bench reuse`: an engine with and without prefix cache, over requests whose prompts share what they begin with, and
-over others that share nothing; and what each way to a hit takes, by the prefix's length.
+"""`bench reuse`: an engine with and without prefix cache, and over block tables that share blocks, over requests whose
+prompts share what they begin with, and over others that share nothing; what each way to a hit takes, by its length.
 
 Requests are an agent's turns, or a trace with block hashes (Mooncake's). So many run at once, the next one comes when
 one has ended. Their outputs are the trace's own (forced), so that the next turn's prompt is what the engine stored.
@@ -8,8 +8,8 @@ one has ended. Their outputs are the trace's own (forced), so that the next turn
 from __future__ import annotations
 
 import argparse
-import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import positive, size
 from trtllm_vattn.bench.cases import reuse_ways
-from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.case import model_of, vocab_of
 from trtllm_vattn.bench.harness.flags import (
     BUDGET,
     MAX_SEQ_LEN,
@@ -31,6 +31,8 @@ from trtllm_vattn.bench.harness.flags import (
     add_rounds,
     add_trace,
 )
+from trtllm_vattn.bench.harness.recording import Recording
+from trtllm_vattn.bench.harness.shared_blocks import BlockSlots, SharedBlocks
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.bench.harness.traces import load_trace
 from trtllm_vattn.bench.harness.turns import TokenRequest, agent_turns, from_trace
@@ -41,9 +43,12 @@ from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import tabulate
 
+CONTENDERS = ("reuse", "no reuse", "block tables")
+"""A prefix cache at fixed addresses, none, and block tables that share blocks."""
+BLOCK_SIZE, WARM_UP = 16, 4
 COLUMNS = {
     "requests": "workload",
-    "reuse": "reuse",
+    "engine": "engine",
     "round": "round",
     "seconds": "seconds:,.1f",
     "tokens/s": "throughput:,.0f",
@@ -58,54 +63,99 @@ HIT = 0.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench reuse`."""
-    gpu, add = add_common(parser), parser.add_argument
+    gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
     add_attention(parser)
     add_trace(parser, help="requests with block hashes: Mooncake's (default: an agent's turns alone)")
-    add("--requests", type=positive, default=600 if gpu else 24, metavar="REQUESTS", help=REQUESTS)
+    add("--requests", type=positive, default=64 if gpu else 24, metavar="REQUESTS", help=REQUESTS)
     text = "lengths and blocks of the trace are so many times shorter"
     add("--divide-by", type=positive, default=8, metavar="TIMES", help=text)
-    add("--budget", type=size, default="40GiB" if gpu else "2MiB", metavar="BYTES", help=BUDGET)
+    add("--budget", type=size, default="30GiB" if gpu else "2MiB", metavar="BYTES", help=BUDGET)
     add("--max-seqs", type=positive, default=32 if gpu else 4, metavar="SEQUENCES", help=MAX_SEQS)
     add("--kept-seqs", type=positive, default=256 if gpu else 24, metavar="SEQUENCES", help="slots beside those")
     add("--max-seq-len", type=positive, default=20480 if gpu else 512, metavar="TOKENS", help=MAX_SEQ_LEN)
     add("--steps", type=positive, default=200 if gpu else 20, metavar="STEPS", help="steady decode steps, measured")
-    add_rounds(parser, 3 if gpu else 1, "engine")
+    add_rounds(parser, 1, "engine")
     add_plot(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
+    recording = Recording("reuse", args)
+    recording.say(f"load {args.model}")
     model = model_of(args)
-    short = args.device == "cpu"
-    sizes = {"system_tokens": 64, "median_input": 20, "median_output": 6} if short else {}
-    agents = agent_turns(args.requests, args.seed, at_once=args.max_seqs, longest=args.max_seq_len * 3 // 4, **sizes)
+    agents = agents_of(args, args.requests)
     workloads = {"agents": agents, "unlike": unlike(agents, args.seed)}
     if args.trace is not None:
         workloads["trace"] = from_trace(load_trace(args.trace, args.requests), args.divide_by)
-    rows: list[dict[str, Any]] = []
+    with contenders(model, args, CONTENDERS, recording) as engines:
+        compare(engines, workloads, args, recording)
+        recording.say("steady steps, and hits alone")
+        recording.sum_up(**steady_state(engines["reuse"], args))
+        engines["reuse"].flush_prefix_cache()
+        ways_by_length(engines["reuse"], args, recording)
+    runs, ways = recording.results["runs"], recording.results["ways"]
+    return recording.conclude(f"{tabulate(runs, COLUMNS)}\n{reuse_ways.show(ways)}", reuse_ways.plot_ways)
+
+
+def agents_of(args: argparse.Namespace, requests: int) -> list[TokenRequest]:
+    """An agent's turns that fit the engine."""
+    sizes = {"system_tokens": 64, "median_input": 20, "median_output": 6} if args.device == "cpu" else {}
+    return agent_turns(requests, args.seed, at_once=args.max_seqs, longest=args.max_seq_len * 3 // 4, **sizes)
+
+
+@contextmanager
+def contenders(
+    model: PreTrainedModel, args: argparse.Namespace, names: Sequence[str], recording: Recording
+) -> Iterator[dict[str, Engine]]:
+    """Engines over one model by name, of `CONTENDERS`, warmed up by a few requests."""
+    few = [fitted(request, args.max_seq_len) for request in agents_of(args, 2 * args.max_seqs)[:WARM_UP]]
+    with ExitStack() as all_of_them:
+        made = {}
+        for name in names:
+            recording.say(f"start the engine: {name}")
+            made[name] = all_of_them.enter_context(engine_of(model, args, name))
+            recording.say(f"warm up: {name}")
+            replay(made[name], few, args.max_seqs)
+        yield made
+
+
+def compare(
+    engines: dict[str, Engine],
+    workloads: dict[str, list[TokenRequest]],
+    args: argparse.Namespace,
+    recording: Recording,
+    rows: str = "runs",
+) -> None:
+    """Have engines take turns at each workload, and record what they gave as rows of this name."""
     for name, requests in workloads.items():
         fitting = [fitted(request, args.max_seq_len) for request in requests]
         for turn in range(args.rounds):
-            rows += [
-                {"workload": name, "reuse": reuse, "round": turn, **replay(model, args, fitting, reuse)}
-                for reuse in ((True, False) if turn % 2 == 0 else (False, True))
-            ]
-    ways = ways_by_length(model, args)
-    summary: dict[str, Any] = {**steady_state(model, args), **reuse_ways.summary(ways)}
-    for name in workloads:
+            for contender in engines if turn % 2 == 0 else reversed(engines):
+                recording.say(f"turn {turn + 1} of {args.rounds}: {name}, {len(fitting)} requests: {contender}")
+                row = replay(engines[contender], fitting, args.max_seqs)
+                recording.add(rows, {"workload": name, "engine": contender, "round": turn, **row})
+                recording.sum_up(**compared(recording.results[rows]))
+
+
+def compared(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Throughputs with reuse over those without it and of block tables, as far as they were measured; the first
+    workload's is quoted without its name."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(row["workload"] for row in rows):
+        some = [row for row in rows if row["workload"] == name]
         speed = {
-            reuse: float(
-                np.mean([row["throughput"] for row in rows if (row["workload"], row["reuse"]) == (name, reuse)])
-            )
-            for reuse in (True, False)
+            engine: float(np.mean([row["throughput"] for row in some if row["engine"] == engine]))
+            for engine in dict.fromkeys(row["engine"] for row in some)
         }
-        ratio = speed[True] / speed[False]
-        summary.setdefault("throughput_over_no_reuse", ratio)
-        summary[f"throughput_over_no_reuse_{name}"] = ratio
-        hits = [row["hit_rate"] for row in rows if row["workload"] == name and row["reuse"]]
-        summary[f"hit_rate_{name}"] = float(np.mean(hits))
-    shown = f"{tabulate(rows, COLUMNS)}\n{reuse_ways.show(ways)}"
-    return conclude("reuse", args, {"runs": rows, "ways": ways}, summary, shown, reuse_ways.plot_ways)
+        hits = [row["hit_rate"] for row in some if row["engine"] == "reuse"]
+        if hits:
+            found[f"hit_rate_{name}"] = float(np.mean(hits))
+        for other in CONTENDERS[1:]:
+            if "reuse" in speed and other in speed:
+                ratio, key = speed["reuse"] / speed[other], f"throughput_over_{other.replace(' ', '_')}"
+                found.setdefault(key, ratio)
+                found[f"{key}_{name}"] = ratio
+    return found
 
 
 def unlike(requests: Sequence[TokenRequest], seed: int) -> list[TokenRequest]:
@@ -114,14 +164,18 @@ def unlike(requests: Sequence[TokenRequest], seed: int) -> list[TokenRequest]:
     return [TokenRequest(random.integers(1, 1 << 40, len(each.prompt)), each.output) for each in requests]
 
 
-def ways_by_length(model: PreTrainedModel, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What each way to a hit takes, by the prefix's length (reuse_ways.py)."""
-    short = args.device == "cpu"
-    lengths, steps, repeats = reuse_ways.lengths_up_to(args.max_seq_len), 64, 3
-    if short:
+def ways_by_length(engine: Engine, args: argparse.Namespace, recording: Recording) -> None:
+    """Record what each way to a hit takes, by the prefix's length (reuse_ways.py)."""
+    lengths, steps, repeats = reuse_ways.lengths_up_to(args.max_seq_len)[2::2], 24, 2
+    if args.device == "cpu":
         lengths, steps, repeats = lengths[-1:], 5, 1
-    with engine_of(model, args, True) as engine:
-        return reuse_ways.measure_ways(engine, vocab_of(model), lengths, steps, repeats, args.seed)
+    vocab = vocab_of(engine.model)
+    recording.results["ways"] = []
+    for tokens in lengths:
+        recording.say(f"ways to a hit of {tokens:,} tokens")
+        for row in reuse_ways.measure_ways(engine, vocab, [tokens], steps, repeats, args.seed + tokens):
+            recording.add("ways", row)
+        recording.sum_up(**reuse_ways.summary(recording.results["ways"]))
 
 
 def fitted(request: TokenRequest, longest: int) -> TokenRequest:
@@ -136,86 +190,104 @@ def token_ids(numbers: np.ndarray, vocab: int) -> list[int]:
     return ids
 
 
-def engine_of(model: PreTrainedModel, args: argparse.Namespace, reuse: bool) -> Engine:
-    slots = args.max_seqs + (args.kept_seqs if reuse else 0)
-    cache = make_cache("vattn", shape_of(model, slots, args.max_seq_len), args.device, args.budget)
-    return Engine(model, cache, attention=args.attention, max_running=args.max_seqs, prefix_cache=reuse)
+def engine_of(model: PreTrainedModel, args: argparse.Namespace, name: str) -> Engine:
+    """An engine of `CONTENDERS`."""
+    options: dict[str, Any] = {"attention": args.attention, "max_running": args.max_seqs}
+    reuse = name == "reuse"
+    shape = shape_of(model, args.max_seqs + (args.kept_seqs if reuse else 0), args.max_seq_len)
+    if name != "block tables":
+        return Engine(model, make_cache("vattn", shape, args.device, args.budget), prefix_cache=reuse, **options)
+    blocks = SharedBlocks(shape, args.device, BLOCK_SIZE, args.budget // (BLOCK_SIZE * shape.token_bytes))
+    engine = Engine(model, blocks, **options)
+    engine.slots = engine.scheduler.slots = BlockSlots(blocks)
+    return engine
 
 
-def replay(
-    model: PreTrainedModel, args: argparse.Namespace, requests: Sequence[TokenRequest], reuse: bool
-) -> dict[str, Any]:
-    """All requests, so many at once; tokens a second are those of prompts and outputs."""
-    vocab = vocab_of(model)
+def cached_of(engine: Engine) -> tuple[int, int]:
+    """Tokens of prompts that were there since the start, and all."""
+    if isinstance(engine.slots, BlockSlots):
+        return engine.slots.cached_tokens, engine.slots.prompt_tokens
+    if engine.slots.prefixes is None:
+        return 0, 0
+    stats = engine.prefix_stats()
+    return stats["cached_tokens"], stats["prompt_tokens"]
+
+
+def replay(engine: Engine, requests: Sequence[TokenRequest], max_seqs: int) -> dict[str, Any]:
+    """All requests, so many at once, beginning with nothing kept; tokens a second are those of prompts and outputs."""
+    vocab = vocab_of(engine.model)
     asked = [(token_ids(each.prompt, vocab), token_ids(each.output, vocab)) for each in requests]
     came: dict[int, float] = {}
     ttft: list[float] = []
-    failed = 0
-    with engine_of(model, args, reuse) as engine:
-        started, at = perf_counter(), 0
-        with tqdm(total=len(asked), desc=f"reuse {reuse}", unit="request", disable=None) as bar:
-            while at < len(asked) or engine.busy:
-                while at < len(asked) and len(engine.scheduler.requests) < args.max_seqs:
-                    prompt, output = asked[at]
-                    params = SamplingParams(len(output), ignore_eos=True)
-                    came[engine.submit(prompt, params, forced=output)] = perf_counter()
-                    at += 1
-                for event in engine.step():
-                    if event.token is not None and event.index == 0:
-                        ttft.append(1e3 * (perf_counter() - came[event.request]))
-                    failed += event.finish_reason == "error"
-                    bar.update(event.finish_reason is not None)
-        seconds = perf_counter() - started
-        stats = engine.prefix_stats() if reuse else {"hit_rate": 0.0}
-        critical = engine.cache.stats().critical_path_maps
-    gc.collect()
+    failed, at = 0, 0
+    engine.flush_prefix_cache()
+    hits, prompts = cached_of(engine)
+    critical = engine.cache.stats().critical_path_maps
+    started = perf_counter()
+    with tqdm(total=len(asked), desc="requests", unit="request", disable=None) as bar:
+        while at < len(asked) or engine.busy:
+            while at < len(asked) and len(engine.scheduler.requests) < max_seqs:
+                prompt, output = asked[at]
+                params = SamplingParams(len(output), ignore_eos=True)
+                came[engine.submit(prompt, params, forced=output)] = perf_counter()
+                at += 1
+            for event in engine.step():
+                if event.token is not None and event.index == 0:
+                    ttft.append(1e3 * (perf_counter() - came[event.request]))
+                failed += event.finish_reason == "error"
+                bar.update(event.finish_reason is not None)
+    seconds = perf_counter() - started
     if failed:
         raise ConfigError(f"{failed} of {len(asked)} requests failed; raise --budget")
     tokens = sum(len(prompt) + len(output) for prompt, output in asked)
+    hits, prompts = (now - before for now, before in zip(cached_of(engine), (hits, prompts), strict=True))
     return {
         "seconds": seconds,
         "throughput": tokens / seconds,
         "median_ttft_ms": float(np.median(ttft)),
         "ttft_ms": summarise(ttft),
-        "critical_path_maps": critical,
-        **stats,
+        "critical_path_maps": engine.cache.stats().critical_path_maps - critical,
+        "cached_tokens": hits,
+        "hit_rate": hits / prompts if prompts else 0.0,
     }
 
 
-def steady_state(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, float]:
+def steady_state(engine: Engine, args: argparse.Namespace) -> dict[str, float]:
     """Steps of all sequences, begun by hits, beside what is kept: `driver_calls_per_steady_step` are mappings that a
     step had to make for itself. And the time to the first token of a hit, alone, by that of a step, alone."""
-    vocab, random = vocab_of(model), np.random.default_rng(args.seed)
+    vocab, random = vocab_of(engine.model), np.random.default_rng(args.seed)
     half = args.max_seq_len // 2
-    with engine_of(model, args, True) as engine:
-        prompt = random.integers(0, vocab, half).tolist()
-        engine.generate([prompt], SamplingParams(2, ignore_eos=True))
-        wanted = SamplingParams(args.steps + 8, ignore_eos=True)
-        prompts = [[*prompt, *random.integers(0, vocab, 8).tolist()] for _ in range(args.max_seqs)]
-        numbers = [engine.submit(each, wanted) for each in prompts]
-        while any(not engine.scheduler.requests[number].chosen for number in numbers):
-            engine.step()
-        before = engine.cache.stats().critical_path_maps
-        for _ in range(args.steps):
-            engine.step()
-        calls = (engine.cache.stats().critical_path_maps - before) / args.steps
-        for number in numbers:
-            if number in engine.scheduler.requests:
-                engine.abort(number)
-        first, steps = [], []
-        for _ in range(12):
-            turn = [*prompt, *random.integers(0, vocab, 1).tolist()]
-            started = perf_counter()
-            engine.submit(turn, SamplingParams(40, ignore_eos=True))
-            times = []
-            while engine.busy:
-                times += [perf_counter()] * len(engine.step())
-                times[-1:] = [perf_counter()] if times else []
-            first.append(1e3 * (times[0] - started))
-            steps.append(1e3 * float(np.median(np.diff(times))))
-        hits = engine.prefix_stats()["hit_rate"]
-    if hits < HIT:
-        raise ConfigError(f"only {hits:.0%} of these prompts' tokens were reused; raise --budget or --kept-seqs")
+    before_turns = cached_of(engine)
+    prompt = random.integers(0, vocab, half).tolist()
+    engine.generate([prompt], SamplingParams(2, ignore_eos=True))
+    wanted = SamplingParams(args.steps + 8, ignore_eos=True)
+    prompts = [[*prompt, *random.integers(0, vocab, 8).tolist()] for _ in range(args.max_seqs)]
+    numbers = [engine.submit(each, wanted) for each in prompts]
+    while any(not engine.scheduler.requests[number].chosen for number in numbers):
+        engine.step()
+    before = engine.cache.stats().critical_path_maps
+    for _ in range(args.steps):
+        engine.step()
+    calls = (engine.cache.stats().critical_path_maps - before) / args.steps
+    for number in numbers:
+        if number in engine.scheduler.requests:
+            engine.abort(number)
+    first, steps = [], []
+    for _ in range(12 if args.steps >= 100 else 3):
+        turn = [*prompt, *random.integers(0, vocab, 1).tolist()]
+        started = perf_counter()
+        engine.submit(turn, SamplingParams(min(40, args.steps), ignore_eos=True))
+        times = []
+        while engine.busy:
+            if engine.step():
+                times.append(perf_counter())
+        first.append(1e3 * (times[0] - started))
+        steps.append(1e3 * float(np.median(np.diff(times))))
+    hits, asked = (now - was for now, was in zip(cached_of(engine), before_turns, strict=True))
+    if hits < HIT * asked:
+        raise ConfigError(
+            f"only {hits / asked:.0%} of these prompts' tokens were reused; raise --budget or --kept-seqs"
+        )
     return {
         "driver_calls_per_steady_step": calls,
         "ttft_hit_ms": float(np.median(first)),

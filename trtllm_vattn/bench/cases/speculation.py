@@ -13,6 +13,7 @@ import argparse
 import gc
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import product
 from time import perf_counter
 from typing import Any
 
@@ -21,8 +22,10 @@ import torch
 from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import numbers, positive
-from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.cases.forks import rollback_us
+from trtllm_vattn.bench.harness.case import model_of, vocab_of
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_rounds
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.runtime.binding import shape_of
@@ -33,13 +36,16 @@ from trtllm_vattn.runtime.speculation import Speculation
 from trtllm_vattn.table import tabulate
 
 DRAFTS = (0, 3, 7)
-"""Most draft tokens of a step, each an engine of its own."""
+"""Most draft tokens of a step."""
+ENGINES = (0, DRAFTS[-1])
+"""Drafts of engines: one that can take more takes fewer, too."""
+WARM_UP = 32
+"""Tokens of each sequence of a turn that is not measured."""
 LARGE = 1e4
 """Logit of the scripted token."""
 PHRASES, SHORTEST, LONGEST = 48, 6, 20
 CHANGED = 0.04
 """Tokens of a repeated phrase that are another one than before."""
-ROLLBACKS = 200
 NOISE = 0.02
 """Of a draft model's weights, by their standard deviation."""
 COLUMNS = {
@@ -61,14 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "sequences that decode at once"
     add("--lanes", type=numbers, default="1,32,128" if gpu else "1,3", metavar="SEQUENCES,...", help=text)
     text = "tokens of each sequence before it decodes"
-    add("--context", type=positive, default=1024 if gpu else 256, metavar="TOKENS", help=text)
-    add("--output-tokens", type=positive, default=256 if gpu else 48, metavar="TOKENS", help="of each sequence")
+    add("--context", type=positive, default=512 if gpu else 256, metavar="TOKENS", help=text)
+    add("--output-tokens", type=positive, default=128 if gpu else 48, metavar="TOKENS", help="of each sequence")
     add_rounds(parser, 1, "number of drafts")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
+    recording = Recording("speculation", args)
+    recording.say("tokens in float32 on the host")
     same = tokens_identical(args.seed)
+    recording.sum_up(tokens_identical_float32=same, text="scripted")
+    recording.say(f"load {args.model}")
     model = model_of(args)
     longest = args.context + args.output_tokens
     script = Script(model, longest + max(DRAFTS) + 2)
@@ -77,20 +87,16 @@ def run(args: argparse.Namespace) -> int:
         "repeating": repeating_text(longest + 1, vocab, random),
         "random": random.integers(0, vocab, longest + 1).tolist(),
     }
-    rows: list[dict[str, Any]] = []
-    rollback_us = 0.0
     try:
-        for drafts in DRAFTS:
+        for drafts in ENGINES:
+            recording.say(f"start the engine with up to {drafts} drafts")
             gc.collect()
             with engine_of(model, args, drafts, longest) as engine:
-                found, rollback = measure_all(engine, script, texts, args)
-                rows += [{"drafts": drafts, **row} for row in found]
-                rollback_us = max(rollback_us, rollback)
+                measure_all(engine, script, texts, args, recording)
     finally:
         script.remove()
     wrong = [] if same else ["tokens with drafts are others than without, in float32 on the host"]
-    summary = {"tokens_identical_float32": same, **summarised(rows), "rollback_us": rollback_us, "text": "scripted"}
-    return conclude("speculation", args, {"runs": rows}, summary, tabulate(rows, COLUMNS), wrong=wrong)
+    return recording.conclude(tabulate(recording.results["runs"], COLUMNS), wrong=wrong)
 
 
 def repeating_text(tokens: int, vocab: int, random: np.random.Generator) -> list[int]:
@@ -150,22 +156,34 @@ def engine_of(model: PreTrainedModel, args: argparse.Namespace, drafts: int, lon
 
 
 def measure_all(
-    engine: Engine, script: Script, texts: dict[str, list[int]], args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], float]:
-    """Rows of every text and number of lanes, and microseconds to take rejected drafts of all lanes back."""
-    rows: list[dict[str, Any]] = []
-    rollback = 0.0
+    engine: Engine, script: Script, texts: dict[str, list[int]], args: argparse.Namespace, recording: Recording
+) -> None:
+    """Record rows of every text and number of lanes, by the drafts that this engine can take in a step."""
+    ladders: dict[int, tuple[int, ...]] = {0: ()}
+    if engine.decode.speculator is not None:
+        whole = engine.decode.speculator.length.ladder
+        ladders = {most: tuple(each for each in whole if each <= most) for most in DRAFTS if 0 < most <= whole[-1]}
     for turn in range(args.rounds + 1):
         for name, text in texts.items():
             script.set(text)
-            for lanes in args.lanes:
+            for lanes, (drafts, ladder) in product(args.lanes, ladders.items()):
                 # The first turn plans and captures what is left to be.
-                output = args.output_tokens if turn else min(48, args.output_tokens)
+                if not turn and (name, drafts) != (next(iter(texts)), max(ladders)):
+                    continue
+                said = f"turn {turn} of {args.rounds}" if turn else "warm-up"
+                recording.say(f"{said}: {name} text, {lanes} lanes, {drafts} drafts")
+                if engine.decode.speculator is not None:
+                    engine.decode.speculator.length.ladder = ladder
+                # All decode at once only if the first one goes on until the last one's prompt is in.
+                meanwhile = -(-lanes * args.context // engine.scheduler.chunk)
+                output = args.output_tokens if turn else min(args.output_tokens, WARM_UP + meanwhile)
                 row = measure(engine, text[: args.context], lanes, output)
-                if turn:
-                    rows.append({"text": name, "lanes": lanes, "round": turn - 1, **row})
-                rollback = max(rollback, row.pop("rollback_us"))
-    return rows, rollback
+                rollback = row.pop("rollback_us")
+                if not turn:
+                    continue
+                recording.add("runs", {"drafts": drafts, "text": name, "lanes": lanes, "round": turn - 1, **row})
+                rollback = max(rollback, recording.summary.get("rollback_us", 0.0))
+                recording.sum_up(rollback_us=rollback, **summarised(recording.results["runs"]))
 
 
 def measure(engine: Engine, prompt: list[int], lanes: int, output: int) -> dict[str, Any]:
@@ -174,9 +192,10 @@ def measure(engine: Engine, prompt: list[int], lanes: int, output: int) -> dict[
     for _ in range(lanes):
         engine.submit(prompt, SamplingParams(output, ignore_eos=True))
     while len(engine.scheduler.decoding) < lanes:
-        engine.step()
+        if any(event.finish_reason for event in engine.step()):
+            raise VattnError(f"a sequence ended before all {lanes} decoded; raise --output-tokens")
     engine.step()
-    tokens = steps = 0
+    tokens, steps, rollback = 0, 0, 0.0
     started = perf_counter()
     while True:
         events = engine.step()
@@ -185,8 +204,8 @@ def measure(engine: Engine, prompt: list[int], lanes: int, output: int) -> dict[
         if any(event.finish_reason for event in events):
             break
         tokens, steps, ended = tokens + len(events), steps + 1, perf_counter()
-        if steps == 1:
-            rollback_us = _rollback_us(engine)
+        if steps == 1 and engine.decode.speculator is not None:
+            rollback = rollback_us(engine)
             # Not counted: what was just measured.
             started += perf_counter() - ended
     if steps < 2:
@@ -194,19 +213,7 @@ def measure(engine: Engine, prompt: list[int], lanes: int, output: int) -> dict[
     for _ in engine.run():
         pass
     row = {"tokens_per_s": tokens / (ended - started), "step_ms": 1e3 * (ended - started) / steps}
-    return {**row, "rollback_us": rollback_us, **_change(engine, before)}
-
-
-def _rollback_us(engine: Engine) -> float:
-    """Microseconds in which the host takes rejected drafts of all lanes back, as it does behind each step with any."""
-    if engine.decode.speculator is None:
-        return 0.0
-    took = []
-    for _ in range(ROLLBACKS):
-        started = perf_counter()
-        engine.cache.roll_back(engine.decode.lengths_after(0))
-        took.append(perf_counter() - started)
-    return 1e6 * float(np.median(took))
+    return {**row, "rollback_us": rollback, **_change(engine, before)}
 
 
 def _change(engine: Engine, before: dict[str, Any]) -> dict[str, Any]:
@@ -225,25 +232,29 @@ def _change(engine: Engine, before: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarised(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The figures that are quoted: the mean of rounds; `worst_over_without` of all texts, lanes and drafts."""
+    """The figures that are quoted, as far as rows are there: the mean of rounds; `worst_over_without` of all texts,
+    lanes and drafts."""
+    by: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        by.setdefault((row["text"], row["lanes"], row["drafts"]), []).append(row)
 
-    def mean(what: str, text: str, lanes: int, drafts: int) -> float:
-        some = [row[what] for row in rows if (row["text"], row["lanes"], row["drafts"]) == (text, lanes, drafts)]
-        return float(np.mean(some))
+    def mean(what: str, rows: Sequence[dict[str, Any]]) -> float:
+        return float(np.mean([row[what] for row in rows]))
 
-    def speedup(text: str, lanes: int, drafts: int) -> float:
-        return mean("tokens_per_s", text, lanes, drafts) / mean("tokens_per_s", text, lanes, 0)
-
-    every = sorted({row["lanes"] for row in rows})
     out: dict[str, Any] = {}
-    for drafts in DRAFTS[1:]:
-        out[f"accepted_per_step_k{drafts}"] = mean("accepted_per_step", "repeating", every[0], drafts)
-        for lanes in every:
-            out[f"speedup_k{drafts}_{lanes}_lane{'s' if lanes > 1 else ''}"] = speedup("repeating", lanes, drafts)
-    out["worst_over_without"] = min(
-        speedup(text, lanes, drafts) for text in ("repeating", "random") for lanes in every for drafts in DRAFTS[1:]
-    )
-    return out
+    worst: list[float] = []
+    fewest = min(row["lanes"] for row in rows)
+    for (text, lanes, drafts), some in by.items():
+        without = by.get((text, lanes, 0))
+        if not drafts or without is None:
+            continue
+        speedup = mean("tokens_per_s", some) / mean("tokens_per_s", without)
+        worst.append(speedup)
+        if text == "repeating":
+            out[f"speedup_k{drafts}_{lanes}_lane{'s' if lanes > 1 else ''}"] = speedup
+            if lanes == fewest:
+                out[f"accepted_per_step_k{drafts}"] = mean("accepted_per_step", some)
+    return {**out, "worst_over_without": min(worst)} if worst else out
 
 
 def tokens_identical(seed: int) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import amount, non_negative, positive, size
-from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.case import model_of, vocab_of
 from trtllm_vattn.bench.harness.flags import (
     BUDGET,
     MAX_OUTPUT,
@@ -30,6 +30,7 @@ from trtllm_vattn.bench.harness.flags import (
     add_rounds,
     add_trace,
 )
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.serving import Load, report, serve
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.bench.harness.traces import fit, generate_trace, load_trace
@@ -96,20 +97,22 @@ def run(args: argparse.Namespace) -> int:
     parts: list[tuple[str, Callable[..., dict[str, Any]]]] = [("gap", gap)]
     if args.requests:
         parts.append(("load", loaded))
-    rows = [
-        {"part": name, "target_itl_ms": target, "round": number, **measure(model, args, target)}
-        for name, measure in parts
-        for number in range(args.rounds)
-        for target in (None, args.target_itl_ms)
-    ]
-    for row in rows:
-        row["target_itl_ms"] = row["target_itl_ms"] or "none"
+    recording = Recording("stall", args)
+    rows: list[dict[str, Any]] = []
+    for name, measure in parts:
+        for number in range(args.rounds):
+            for target in (None, args.target_itl_ms):
+                recording.say(f"{name} at a target of {target or 'none'}")
+                found = measure(model, args, target)
+                rows.append({"part": name, "target_itl_ms": target or "none", "round": number, **found})
+                recording.found("runs", rows)
     shown = [
         tabulate([row for row in rows if row["part"] == part], columns)
         for part, columns in (("gap", COLUMNS), ("load", LOAD_COLUMNS))
         if any(row["part"] == part for row in rows)
     ]
-    return conclude("stall", args, {"runs": rows}, summary(rows, args.target_itl_ms), "\n\n".join(shown))
+    recording.sum_up(**summary(rows, args.target_itl_ms))
+    return recording.conclude("\n\n".join(shown))
 
 
 def summary(rows: Sequence[dict[str, Any]], target_ms: float) -> dict[str, Any]:

@@ -21,8 +21,9 @@ import torch
 from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import positive, size
-from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.case import captured_graphs, model_of, vocab_of
 from trtllm_vattn.bench.harness.flags import MAX_SEQS, add_common, add_rounds
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.base import FlatKV
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.host_tier import measure_link
@@ -41,7 +42,7 @@ HOST_SLACK = 1 << 30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench tiers`."""
-    gpu, add = add_common(parser), parser.add_argument
+    gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
     text = "of the plain copy that the link is measured by"
     add("--link-bytes", type=size, default="2GiB" if gpu else "16MiB", metavar="BYTES", help=text)
     text = "of the sequence that is suspended and resumed, and of those that fill memory"
@@ -49,71 +50,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "of KV that an engine wakes with, empty"
     add("--wake-bytes", type=size, default="60GiB" if gpu else "16MiB", metavar="BYTES", help=text)
     text = "of KV that an engine keeps while it sleeps"
-    add("--keep-bytes", type=size, default="16GiB" if gpu else "8MiB", metavar="BYTES", help=text)
+    add("--keep-bytes", type=size, default="8GiB" if gpu else "8MiB", metavar="BYTES", help=text)
     text = f"{MAX_SEQS} under admission control; memory holds these at full length"
     add("--max-seqs", type=positive, default=32 if gpu else 3, metavar="SEQUENCES", help=text)
     text = "of each request of those that come at once"
-    add("--prompt", type=positive, default=2000 if gpu else 60, metavar="TOKENS", help=f"prompt {text}")
-    add("--output-tokens", type=positive, default=1000 if gpu else 60, metavar="TOKENS", help=f"output {text}")
-    add_rounds(parser, 5, "each copy and sleep")
+    add("--prompt", type=positive, default=1000 if gpu else 60, metavar="TOKENS", help=f"prompt {text}")
+    add("--output-tokens", type=positive, default=600 if gpu else 60, metavar="TOKENS", help=f"output {text}")
+    add_rounds(parser, 3, "each copy and sleep")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where tokens changed or anything was captured again."""
+    recording = Recording("tiers", args)
+    recording.say(f"load {args.model}")
     model = model_of(args)
+    recording.say(f"the link, by {args.link_bytes:,} bytes")
     link_out, link_in = measure_link(open_driver(args.device), args.link_bytes)
-    sequences = suspended(args, model)
-    sleeps = slept(args, model)
-    crowds = crowded(args, model)
-    admission, over = crowds
-    empty = [row for row in sleeps if row["kv"] == "drop"]
-    kept = [row for row in sleeps if row["kv"] == "keep"]
-    wake_empty_s = median(row["wake_s"] + row["fill_s"] for row in empty)
-    summary = {
-        "link_out_gb_s": link_out / 1e9,
-        "link_in_gb_s": link_in / 1e9,
-        "suspend_over_link": median(row["bytes"] / row["suspend_s"] for row in sequences) / link_out,
-        "resume_over_link": median(row["bytes"] / row["resume_s"] for row in sequences) / link_in,
-        # Of an engine whose memory is of that size; smaller ones say nothing about it.
-        "wake_empty_s_60gb": wake_empty_s if min(row["bytes"] for row in empty) >= SIXTY_GB else None,
-        "wake_empty_s": wake_empty_s,
-        "wake_kept_over_link": median(row["copied_bytes"] / row["wake_s"] for row in kept) / link_in,
-        "oversubscribed_over_admission": over["output_throughput"] / admission["output_throughput"],
-        "oversubscribed_tpot_over_admission": over["p99_tpot_ms"] / admission["p99_tpot_ms"],
-        "swaps": over["swaps"],
-        "recaptures": sum(row["recaptures"] for row in sleeps),
-        "tokens_identical": all(row["tokens_identical"] for row in sleeps),
-    }
+    recording.results["link"] = {"out_bytes_s": link_out, "in_bytes_s": link_in}
+    recording.sum_up(link_out_gb_s=link_out / 1e9, link_in_gb_s=link_in / 1e9)
+    suspended(args, model, recording, link_out, link_in)
+    slept(args, model, recording, link_in)
+    crowded(args, model, recording)
+    parts = [recording.results[name] for name in ("sequences", "sleeps", "crowds")]
     shown = "\n".join(
-        table(list(rows[0]), [[_short(value) for value in row.values()] for row in rows])
-        for rows in (sequences, sleeps, crowds)
+        table(list(rows[0]), [[_short(value) for value in row.values()] for row in rows]) for rows in parts
     )
-    link = {"out_bytes_s": link_out, "in_bytes_s": link_in}
-    results = {"link": link, "sequences": sequences, "sleeps": sleeps, "crowds": crowds}
+    summary = recording.summary
     wrong = [] if summary["tokens_identical"] else ["tokens differ after waking"]
     wrong += [f"{summary['recaptures']} graphs were captured again"] if summary["recaptures"] else []
-    return conclude("tiers", args, results, summary, shown, wrong=wrong)
+    return recording.conclude(shown, wrong=wrong)
 
 
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def suspended(args: argparse.Namespace, model: PreTrainedModel) -> list[dict[str, Any]]:
+def suspended(
+    args: argparse.Namespace, model: PreTrainedModel, recording: Recording, link_out: float, link_in: float
+) -> None:
     """One sequence to host memory and back, several times; memory is pinned before."""
     shape = shape_of(model, 2, args.tokens)
+    recording.say(f"suspend and resume {args.tokens:,} tokens: {args.tokens * shape.token_bytes:,} bytes")
     with KVCacheManager(shape, open_driver(args.device), config=_host(args.tokens * shape.token_bytes)) as cache:
         cache.set_budget(3 * cache.bytes_of(args.tokens))
         cache.admit("sequence", args.tokens)
-        rows = []
-        for _ in range(args.rounds + 1):
+        for turn in range(args.rounds + 1):
             finish(args.device)
             began = perf_counter()
             copied = cache.suspend("sequence")
             gone = perf_counter()
             cache.resume("sequence")
-            rows.append({"bytes": copied, "suspend_s": gone - began, "resume_s": perf_counter() - gone})
-        return rows[1:]
+            took = {"bytes": copied, "suspend_s": gone - began, "resume_s": perf_counter() - gone}
+            # The first turn pins the host's memory.
+            if turn:
+                recording.add("sequences", took)
+    rows = recording.results["sequences"]
+    recording.sum_up(
+        suspend_over_link=median(row["bytes"] / row["suspend_s"] for row in rows) / link_out,
+        resume_over_link=median(row["bytes"] / row["resume_s"] for row in rows) / link_in,
+    )
 
 
 def _host(content_bytes: int) -> CacheConfig:
@@ -121,24 +116,43 @@ def _host(content_bytes: int) -> CacheConfig:
     return CacheConfig(host_memory=content_bytes + content_bytes // 8 + HOST_SLACK)
 
 
-def slept(args: argparse.Namespace, model: PreTrainedModel) -> list[dict[str, Any]]:
+def slept(args: argparse.Namespace, model: PreTrainedModel, recording: Recording, link_in: float) -> None:
     """An engine sleeps after churn, empty and with contents; the same prompt before and after."""
-    rows = []
-    for kv, nbytes in (("drop", args.wake_bytes), ("keep", args.keep_bytes)):
+    for kv, nbytes, rounds in (("drop", args.wake_bytes, args.rounds), ("keep", args.keep_bytes, args.rounds)):
+        recording.say(f"start the engine that sleeps with {nbytes:,} bytes, kv {kv}")
         shape = shape_of(model, 1, args.tokens)
         slots = nbytes // (args.tokens * shape.token_bytes) + 8
         shape = shape_of(model, slots, args.tokens)
         cache = KVCacheManager(shape, open_driver(args.device), config=_host(nbytes if kv == "keep" else 0))
         with Engine(model, cache, buckets=[slots], prefix_cache=False, packed=False) as engine:
             engine.set_budget(nbytes + cache.bytes_of(1))
-            rows += [_sleep_once(engine, cache, kv, args.tokens) for _ in range(args.rounds)]
-    return rows
+            for turn in range(rounds):
+                recording.say(f"sleep and wake, kv {kv}, turn {turn + 1} of {rounds}")
+                recording.add("sleeps", _sleep_once(engine, cache, kv, args.tokens))
+                recording.sum_up(**_wakes(recording.results["sleeps"], link_in))
+
+
+def _wakes(rows: list[dict[str, Any]], link_in: float) -> dict[str, Any]:
+    """Figures of sleeps, as far as they were measured."""
+    empty = [row for row in rows if row["kv"] == "drop"]
+    kept = [row for row in rows if row["kv"] == "keep"]
+    wake_empty_s = median(row["wake_s"] + row["fill_s"] for row in empty)
+    found = {
+        # Of an engine whose memory is of that size; smaller ones say nothing about it.
+        "wake_empty_s_60gb": wake_empty_s if min(row["bytes"] for row in empty) >= SIXTY_GB else None,
+        "wake_empty_s": wake_empty_s,
+        "recaptures": sum(row["recaptures"] for row in rows),
+        "tokens_identical": all(row["tokens_identical"] for row in rows),
+    }
+    if kept:
+        found["wake_kept_over_link"] = median(row["copied_bytes"] / row["wake_s"] for row in kept) / link_in
+    return found
 
 
 def _sleep_once(engine: Engine, cache: KVCacheManager, kv: Any, tokens: int) -> dict[str, Any]:
     prompt, params = [1, 2, 3, 4, 5], SamplingParams(max_tokens=16, ignore_eos=True)
     want = engine.generate([prompt], params)[0].tokens
-    captured = _graphs(engine)
+    captured = captured_graphs(engine)
     _churn(cache, tokens)
     _fill(cache, tokens)
     if kv == "drop":
@@ -158,7 +172,7 @@ def _sleep_once(engine: Engine, cache: KVCacheManager, kv: Any, tokens: int) -> 
     filled = cache.held_bytes
     _empty(cache)
     same = engine.generate([prompt], params)[0].tokens == want
-    now = _graphs(engine)
+    now = captured_graphs(engine)
     return {
         "kv": kv,
         "bytes": min(held, filled),
@@ -181,11 +195,6 @@ def _mark(cache: KVCacheManager, tokens: int) -> list[tuple[torch.Tensor, torch.
         view.normal_()
         marked.append((view, view.clone()))
     return marked
-
-
-def _graphs(engine: Engine) -> list[object]:
-    prefill = engine.prefill.runner
-    return [*map(engine.decode.runner.graph, engine.decode.runner.buckets), *map(prefill.graph, prefill.buckets)]
 
 
 def _churn(cache: KVCacheManager, tokens: int) -> None:
@@ -220,14 +229,20 @@ def _empty(cache: KVCacheManager) -> None:
         cache.release(sequence)
 
 
-def crowded(args: argparse.Namespace, model: PreTrainedModel) -> list[dict[str, Any]]:
+def crowded(args: argparse.Namespace, model: PreTrainedModel, recording: Recording) -> None:
     """Twice as many requests as memory holds, all at once: admitted as memory allows at full length, and all that
     find a slot."""
-    rows = []
     for name, slots in (("admission", args.max_seqs), ("oversubscribed", 2 * args.max_seqs)):
+        recording.say(f"start the engine of {slots} slots: {name}")
         with _engine(args, model, slots) as engine:
-            rows.append({"engine": name, **_serve(args, engine, vocab_of(model))})
-    return rows
+            recording.say(f"{2 * args.max_seqs} requests at once: {name}")
+            recording.add("crowds", {"engine": name, **_serve(args, engine, vocab_of(model))})
+    admission, over = recording.results["crowds"]
+    recording.sum_up(
+        oversubscribed_over_admission=over["output_throughput"] / admission["output_throughput"],
+        oversubscribed_tpot_over_admission=over["p99_tpot_ms"] / admission["p99_tpot_ms"],
+        swaps=over["swaps"],
+    )
 
 
 @contextmanager

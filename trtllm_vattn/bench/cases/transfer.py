@@ -1,12 +1,16 @@
 """`bench transfer`: sequences sent from one process's cache to another's, beside what the link gives for one large
 buffer; then many of them while memory is remapped on both sides, their bytes checked.
+
+With one GPU both processes are on it. Results are written after each part, so that a run that is cut short leaves what
+it has.
 """
 
 from __future__ import annotations
 
 import argparse
 import secrets
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
@@ -16,25 +20,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from trtllm_vattn.arguments import amount, numbers, positive
 from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import add_device, add_results
+from trtllm_vattn.bench.harness.report import Result, write
 from trtllm_vattn.cache.base import CacheShape, ExtentPlace
+from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.memory.layout import round_up
 from trtllm_vattn.runtime.parallel import Ranks, size_of_torchrun
 from trtllm_vattn.table import tabulate
 from trtllm_vattn.transfer import GroupLink, Link, Peer, RegisteringDriver, open_link
-from trtllm_vattn.transfer.links import Piece, nixl_installed
+from trtllm_vattn.transfer.links import nixl_installed
+from trtllm_vattn.transfer.pieces import Piece
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.tensors import finish, tensor_at
 
-LINKS = ("auto", "nixl", "group", "host")
+LINKS = ("auto", "nixl", "ipc", "group", "host")
 ROUNDS = 5
+SMALL = 8
+"""Sequences sent under remapping have at most a part of the shortest timed one's tokens."""
+SMALL_EXTENTS = CacheConfig(extent_classes=2)
+"""Of the cache that they are in, so that most sequences cross the border of two extents."""
+SAY_S = 5.0
+"""Between two messages of how far it is."""
 BLOCK = 16
 """Tokens of a block, of the block tables that descriptors are compared with: K and V of each layer lie apart there."""
 SLOTS = 3
@@ -59,6 +72,8 @@ class Plan:
     ----------
     kind : str
         ``cpu`` or ``cuda``.
+    gpus : tuple of int
+        The sender's and the receiver's.
     link : str
     sizes : tuple of int
         Tokens of the sequences that are timed.
@@ -68,6 +83,7 @@ class Plan:
     """
 
     kind: str
+    gpus: tuple[int, int]
     link: str
     sizes: tuple[int, ...]
     transfers: int
@@ -80,49 +96,75 @@ class Plan:
         sizes = (32, 8, 128, torch.bfloat16) if self.kind == "cuda" else (8, 4, 64, torch.float32)
         return CacheShape(*sizes, num_slots=SLOTS, max_seq_len=max(self.sizes) + 256)
 
+    @property
+    def small(self) -> int:
+        """Tokens of the longest sequence that is sent under remapping."""
+        return max(32, min(self.sizes) // SMALL)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench transfer`."""
     gpu, add = add_device(parser), parser.add_argument
     add_results(parser)
-    text = "how bytes move; auto is nixl where it is installed, else group: torch.distributed"
+    text = "how bytes move; auto is nixl where it is installed, else group (torch.distributed); with one GPU, ipc"
     add("--link", default="auto", choices=LINKS, help=text)
     text = "tokens of the sequences that are timed"
     add("--sizes", type=numbers, default="2048,32768" if gpu else "64,512", metavar="TOKENS,...", help=text)
     text = "sequences sent while memory is remapped"
-    add("--transfers", type=positive, default=2000 if gpu else 24, metavar="SEQUENCES", help=text)
-    add("--seconds", type=amount, default=60.0, metavar="SECONDS", help="end these after so many")
+    add("--transfers", type=positive, default=10_000 if gpu else 24, metavar="SEQUENCES", help=text)
+    add("--seconds", type=amount, default=40.0, metavar="SECONDS", help="end these after so many")
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """What the flags ask for. Raises ConfigError where there are too few GPUs for it."""
+    kind, _, index = args.device.partition(":")
+    first = int(index or 0)
+    alone = kind == "cuda" and torch.cuda.device_count() == 1
+    link = args.link
+    if link == "auto":
+        link = "ipc" if alone else "nixl" if nixl_installed() else "group"
+    if alone and link == "group":
+        raise ConfigError("link is group, and NCCL refuses two processes on one GPU; take ipc, host or nixl")
+    gpus = (first, first) if alone else (0, 1)
+    return Plan(kind, gpus, link, tuple(args.sizes), args.transfers, args.seconds, args.seed)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where bytes were wrong."""
-    kind = args.device.partition(":")[0]
-    link = args.link if args.link != "auto" else "nixl" if nixl_installed() else "group"
-    plan = Plan(kind, link, tuple(args.sizes), args.transfers, args.seconds, args.seed)
+    plan = plan_of(args)
+    started = perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{perf_counter() - started:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    # Two processes on one GPU have no NCCL between them.
+    kind = "cpu" if plan.gpus[0] == plan.gpus[1] else plan.kind
     ranks = (Ranks.of_torchrun if size_of_torchrun() > 1 else Ranks.start)(2, kind)
     try:
+        say("both processes are there")
         key = secrets.token_bytes(32)
         with Listener(("127.0.0.1", 0), authkey=key) as listener:
             address = listener.address
 
-            def own() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+            def own() -> Sending:
                 with listener.accept() as connection:
-                    return _send_all(plan, connection)
+                    sending = Sending(plan, connection, say, lambda part: _write_part(args, part))
+                    sending.run()
+                    return sending
 
-            (rows, done), (received,) = ranks.call_beside(own, receive_all, plan, address, key)
+            sending, (received,) = ranks.call_beside(own, receive_all, plan, address, key)
     finally:
         ranks.close()
-    summary = {
-        "link": link,
-        "over_link": rows[-1]["over_link"],
-        **{f"gb_s_{row['tokens']}": row["gb_s"] for row in rows},
-        "link_gb_s": rows[-1]["link_gb_s"],
-        "descriptors_per_extent": sum(row["descriptors"] for row in rows) / sum(row["extents"] for row in rows),
-        **done,
-        **received,
-    }
+    rows = sending.rows
+    summary = {**sending.summary, **received, "complete": True}
     wrong = [f"{received['wrong_bytes']} bytes were wrong"] if received["wrong_bytes"] else []
     return conclude("transfer", args, {"runs": rows}, summary, tabulate(rows, COLUMNS), wrong=wrong)
+
+
+def _write_part(args: argparse.Namespace, part: Sending) -> None:
+    if args.output_json:
+        result = Result.of("transfer", args, {"runs": part.rows}, {**part.summary, "complete": False})
+        write(result, args.output_json)
 
 
 # -- both sides --------------------------------------------------------------------------------------------------------
@@ -153,24 +195,27 @@ class Side:
             yield place, tensor_at(place.address, size, self.driver.device).view(torch.int32)
 
     def _expected(self, place: ExtentPlace, words: int, seed: int) -> torch.Tensor:
-        first = place.offset // 4 + 7919 * place.range + 104729 * seed
+        first = (place.offset // 4 + 7919 * place.range + 104729 * seed) % (1 << 30)
         return torch.arange(first, first + words, dtype=torch.int32, device=self.driver.device)
 
 
-def _driver(kind: str, rank: int) -> Driver:
-    return HostDriver(granularity=2 << 20) if kind == "cpu" else CudaDriver(rank, exportable=True)
+def _driver(plan: Plan, rank: int) -> Driver:
+    return HostDriver(granularity=64 << 10) if plan.kind == "cpu" else CudaDriver(plan.gpus[rank], exportable=True)
 
 
 @contextmanager
-def _side(plan: Plan, rank: int, connection: Connection) -> Iterator[Side]:
+def _side(
+    plan: Plan, rank: int, connection: Connection, longest: int, config: CacheConfig | None = None
+) -> Iterator[Side]:
+    """One half, with memory for sequences of `longest` tokens."""
     with ExitStack() as closing:
-        inner = _driver(plan.kind, rank)
+        inner = _driver(plan, rank)
         link = GroupLink(inner.device, 1 - rank) if plan.link == "group" else open_link(plan.link, inner)
         closing.callback(link.close)
         driver = RegisteringDriver(inner, link)
-        cache = closing.enter_context(KVCacheManager(plan.shape, driver))
+        cache = closing.enter_context(KVCacheManager(plan.shape, driver, config=config))
         layout = cache.layout
-        cache.set_budget(layout.least_bytes + SLOTS * layout.num_ranges * layout.bytes_for(max(plan.sizes) + 64))
+        cache.set_budget(layout.least_bytes + SLOTS * layout.num_ranges * layout.bytes_for(longest + 64))
         yield Side(cache, driver, link, Peer(cache, driver, link, connection))
 
 
@@ -211,60 +256,103 @@ def _buffer(driver: Driver, nbytes: int) -> Iterator[tuple[int, int]]:
         yield address, size
 
 
-def _send_all(plan: Plan, connection: Connection) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    rows = []
-    with _side(plan, 0, connection) as side:
+class Sending:
+    """The sender's part.
+
+    Attributes
+    ----------
+    rows : list of dict
+        One for each size that was timed.
+    summary : dict
+    """
+
+    def __init__(
+        self, plan: Plan, connection: Connection, say: Callable[[str], None], write_part: Callable[[Sending], None]
+    ) -> None:
+        self.plan, self._connection, self._say, self._write_part = plan, connection, say, write_part
+        self.rows: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {"link": plan.link, "same_device": plan.gpus[0] == plan.gpus[1]}
+
+    def run(self) -> None:
+        with _side(self.plan, 0, self._connection, max(self.plan.sizes)) as side:
+            for tokens in self.plan.sizes:
+                self.rows.append(self._timed(side, tokens))
+                self._sum_up()
+                row = self.rows[-1]
+                self._say(f"{tokens} tokens: {row['gb_s']:.1f} GB/s, the link {row['link_gb_s']:.1f}")
+                self._write_part(self)
+        with _side(self.plan, 0, self._connection, self.plan.small, SMALL_EXTENTS) as side:
+            self._send_many(side)
+
+    def _sum_up(self) -> None:
+        rows = self.rows
+        self.summary |= {
+            "over_link": rows[-1]["over_link"],
+            **{f"gb_s_{row['tokens']}": row["gb_s"] for row in rows},
+            **{f"over_link_{row['tokens']}": row["over_link"] for row in rows},
+            "link_gb_s": rows[-1]["link_gb_s"],
+            "descriptors_per_extent": sum(row["descriptors"] for row in rows) / sum(row["extents"] for row in rows),
+            "block_descriptors_per_descriptor": sum(row["block_descriptors"] for row in rows)
+            / sum(row["descriptors"] for row in rows),
+        }
+
+    def _timed(self, side: Side, tokens: int) -> dict[str, Any]:
+        side.cache.admit("timed", tokens)
+        places = side.cache.extents("timed")
+        side.fill(places, side.cache.byte_order["row_bytes"] * tokens, tokens)
+        sent = [side.peer.send("timed") for _ in range(ROUNDS)]
+        side.cache.release("timed")
+        limit = _limit(self.plan, side, self._connection, sent[0].nbytes, 0)
+        # The first one registers, and connects.
+        rate = sent[0].nbytes / median(each.seconds for each in sent[1:]) / 1e9
+        return {
+            "tokens": tokens,
+            "megabytes": sent[0].nbytes / 1e6,
+            "gb_s": rate,
+            "link_gb_s": limit,
+            "over_link": rate / limit,
+            "extents": sent[0].extents,
+            "descriptors": sent[0].descriptors,
+            "block_descriptors": -(-tokens // BLOCK) * self.plan.shape.num_layers * 2,
+            "seconds": [each.seconds for each in sent],
+        }
+
+    def _send_many(self, side: Side) -> None:
+        plan, connection = self.plan, self._connection
+        random = np.random.default_rng(plan.seed)
         row_bytes = side.cache.byte_order["row_bytes"]
-        for tokens in plan.sizes:
-            side.cache.admit("timed", tokens)
-            places = side.cache.extents("timed")
-            side.fill(places, row_bytes * tokens, tokens)
-            sent = [side.peer.send("timed") for _ in range(ROUNDS)]
-            side.cache.release("timed")
-            limit = _limit(plan, side, connection, sent[0].nbytes, 0)
-            # The first one registers, and connects.
-            rate = sent[0].nbytes / median(each.seconds for each in sent[1:]) / 1e9
-            rows.append(
-                {
-                    "tokens": tokens,
-                    "megabytes": sent[0].nbytes / 1e6,
-                    "gb_s": rate,
-                    "link_gb_s": limit,
-                    "over_link": rate / limit,
-                    "extents": sent[0].extents,
-                    "descriptors": sent[0].descriptors,
-                    "block_descriptors": -(-tokens // BLOCK) * plan.shape.num_layers * 2,
-                    "seconds": [each.seconds for each in sent],
-                }
-            )
-        return rows, _send_many(plan, side, connection)
-
-
-def _send_many(plan: Plan, side: Side, connection: Connection) -> dict[str, Any]:
-    random = np.random.default_rng(plan.seed)
-    row_bytes = side.cache.byte_order["row_bytes"]
-    until = perf_counter() + plan.seconds
-    done = 0
-    with tqdm(total=plan.transfers, desc="transfers", unit="transfer", disable=None) as bar:
-        while done < plan.transfers and perf_counter() < until:
-            tokens = int(random.integers(1, min(plan.sizes) + 1))
+        started = said = perf_counter()
+        done = extents = descriptors = 0
+        while done < plan.transfers and perf_counter() < started + plan.seconds:
+            tokens = int(random.integers(1, plan.small + 1))
             connection.send((done, tokens))
             _shift(side, random)
             side.cache.admit("sent", tokens)
             side.fill(side.cache.extents("sent"), row_bytes * tokens, done)
-            side.peer.send("sent")
+            sent = side.peer.send("sent")
             side.cache.release("sent")
-            done += 1
-            bar.update(1)
-    connection.send(None)
-    return {"transfers": done, "registrations": side.driver.made, "deregistrations": side.driver.ended}
+            done, extents, descriptors = done + 1, extents + sent.extents, descriptors + sent.descriptors
+            if perf_counter() > said + SAY_S:
+                said = perf_counter()
+                self._say(f"{done:,} of {plan.transfers:,} transfers under remapping")
+                self.summary["transfers"] = done
+                self._write_part(self)
+        connection.send(None)
+        self._say(f"{done:,} transfers under remapping")
+        self.summary |= {
+            "transfers": done,
+            "extents_per_transfer": extents / done,
+            "descriptors_per_transfer": descriptors / done,
+            "registrations": side.driver.made,
+            "deregistrations": side.driver.ended,
+        }
 
 
 def _shift(side: Side, random: np.random.Generator) -> None:
     """Have the next sequence lie in other pages, and mostly in another slot."""
     if side.cache.stats().sequences:
         side.cache.release("between")
-    if random.random() < 0.5:
+    if random.random() < 0.3:
         side.cache.release_free_memory()
     if random.random() < 0.5:
         side.cache.admit("between", int(random.integers(1, 64)))
@@ -273,21 +361,23 @@ def _shift(side: Side, random: np.random.Generator) -> None:
 def receive_all(engine: Any, plan: Plan, address: tuple[str, int], key: bytes) -> dict[str, Any]:
     """The other process's part; what was wrong."""
     wrong = checked = 0
-    with Client(address, authkey=key) as connection, _side(plan, 1, connection) as side:
-        row_bytes = side.cache.byte_order["row_bytes"]
-        for tokens in plan.sizes:
-            for turn in range(ROUNDS):
-                side.peer.receive("timed")
-                if not turn:
-                    wrong += side.wrong_bytes(side.cache.extents("timed"), row_bytes * tokens, tokens)
-                side.cache.release("timed")
-            _limit(plan, side, connection, plan.shape.token_bytes * tokens, 1)
+    with Client(address, authkey=key) as connection:
+        with _side(plan, 1, connection, max(plan.sizes)) as side:
+            row_bytes = side.cache.byte_order["row_bytes"]
+            for tokens in plan.sizes:
+                for turn in range(ROUNDS):
+                    side.peer.receive("timed")
+                    if turn in (0, ROUNDS - 1):
+                        wrong += side.wrong_bytes(side.cache.extents("timed"), row_bytes * tokens, tokens)
+                    side.cache.release("timed")
+                _limit(plan, side, connection, plan.shape.token_bytes * tokens, 1)
         random = np.random.default_rng(plan.seed + 1)
-        while (said := connection.recv()) is not None:
-            number, tokens = said
-            _shift(side, random)
-            side.peer.receive("taken")
-            wrong += side.wrong_bytes(side.cache.extents("taken"), row_bytes * tokens, number)
-            checked += row_bytes * tokens * side.cache.byte_order["ranges"]
-            side.cache.release("taken")
+        with _side(plan, 1, connection, plan.small, SMALL_EXTENTS) as side:
+            while (said := connection.recv()) is not None:
+                number, tokens = said
+                _shift(side, random)
+                side.peer.receive("taken")
+                wrong += side.wrong_bytes(side.cache.extents("taken"), row_bytes * tokens, number)
+                checked += row_bytes * tokens * side.cache.byte_order["ranges"]
+                side.cache.release("taken")
     return {"wrong_bytes": wrong, "checked_bytes": checked}

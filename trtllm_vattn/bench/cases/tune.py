@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from trtllm_vattn.arguments import output_folder, positive
-from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.contenders import Contest, take_turns
 from trtllm_vattn.bench.harness.flags import add_common, dtype_of
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, VattnError
@@ -83,11 +83,13 @@ def run(args: argparse.Namespace) -> int:
     name = card_of(torch.device(args.device))
     rows: list[dict[str, Any]] = []
     found = []
+    recording = Recording("tune", args)
     with tempfile.TemporaryDirectory() as nothing:
         for number in range(args.trials):
             row, kernels = started(args, nothing)
             rows.append({"start": f"trial {number + 1}", **row, "kernels": len(kernels)})
             found.append(kernels)
+            recording.found("runs", rows)
     best = min(range(args.trials), key=lambda number: rows[number]["step_ms"])
     if not found[best]:
         raise VattnError("the search left no configuration: this torch keeps none, or its caches are disabled")
@@ -110,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
     wrong = []
     if again["tried"] or not summary["same_kernels"]:
         wrong.append(f"with what was found, a start tried {again['tried']} configurations all the same")
-    return conclude("tune", args, {"runs": rows, "kernels": found}, summary, tabulate(rows, COLUMNS), wrong=wrong)
+    recording.found("kernels", found, **summary)
+    return recording.conclude(tabulate(rows, COLUMNS), wrong=wrong)
 
 
 def started(args: argparse.Namespace, tuned: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

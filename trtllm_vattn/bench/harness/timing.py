@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from time import perf_counter
 from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
-from trtllm_vattn.graphs.capture import collector_off
+from trtllm_vattn.graphs.capture import captured, replays_ms
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -109,30 +108,6 @@ def timed_ms(work: Callable[[], object], repeats: int, device: torch.device) -> 
         work()
         took.append(1e3 * (perf_counter() - started))
     return took
-
-
-def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of `work`, which is called once before."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with collector_off(), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-        work()
-    return graph
-
-
-def replays_ms(graph: torch.cuda.CUDAGraph, repeats: int) -> list[float]:
-    """Milliseconds of each of `repeats` replays, after one that is not timed."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
-    graph.replay()
-    for event in events[:-1]:
-        event.record()
-        graph.replay()
-    events[-1].record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in pairwise(events)]
 
 
 @torch.inference_mode()

@@ -11,7 +11,6 @@ import logging
 import os
 import pickle
 import select
-import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from trtllm_vattn import errors
 from trtllm_vattn.cache.ranked import Report
 from trtllm_vattn.errors import DriverError, RankLost, VattnError
 from trtllm_vattn.runtime.parallel import group
+from trtllm_vattn.transfer.connections import quick
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +35,6 @@ LOOK_S = 5.0
 """That a failed collective waits to be told which rank has ended."""
 
 Call = tuple[str, tuple[Any, ...]]
-
-
-def quick(connection: Connection) -> Connection:
-    """A connection whose messages leave at once."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as there:
-        if there.family != socket.AF_UNIX:
-            there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return connection
 
 
 def told(error: Exception) -> tuple[str, tuple[Any, ...]]:

@@ -1,0 +1,185 @@
+"""`bench doors`: a server over an engine, its clients in processes of their own, and what they leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter, sleep
+from typing import Any
+
+import uvicorn
+
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.async_engine import AsyncEngine
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.request import Completion
+from trtllm_vattn.serve.app import Settings
+from trtllm_vattn.serve.server import SWITCH_S, configuration, listen
+
+CLIENTS = "trtllm_vattn.bench.peer.http_clients"
+NAME = "bench"
+PATIENCE_S = 30.0
+
+
+@dataclass
+class Serving:
+    """A server in a thread of this process."""
+
+    engine: AsyncEngine
+    where: dict[str, Any]
+    loop: asyncio.AbstractEventLoop
+
+    def counts(self) -> dict[str, int]:
+        """What is there now, by kind, memory that no sequence uses given back; nothing of it should be more when all
+        clients are gone."""
+        books = asyncio.run(self.engine.call(_books))
+        tasks = asyncio.run_coroutine_threadsafe(_tasks(), self.loop).result()
+        return {
+            **books,
+            "unfinished": self.engine.unfinished,
+            "tasks": tasks,
+            "descriptors": len(os.listdir("/proc/self/fd")),
+            "threads": threading.active_count(),
+        }
+
+    def left_since(self, before: dict[str, int]) -> dict[str, int]:
+        """What there is more than before, by kind; what is just being dropped is waited for."""
+        patience = perf_counter() + PATIENCE_S
+        while True:
+            now = self.counts()
+            more = {kind: now[kind] - before[kind] for kind in now if now[kind] > before[kind]}
+            if not more or perf_counter() > patience:
+                return more
+            sleep(0.1)
+
+
+async def _tasks() -> int:
+    return len(asyncio.all_tasks())
+
+
+def _books(engine: Engine) -> dict[str, int]:
+    engine.scheduler.release_ended()
+    engine.cache.release_free_memory()
+    engine.cache.check_integrity()
+    stats = engine.cache.stats()
+    return {
+        "requests": len(engine.scheduler.requests),
+        "sequences": stats.sequences,
+        "mappings": stats.live_mappings,
+        "quarantined": stats.quarantined,
+    }
+
+
+@contextmanager
+def serving(engine: Engine, max_requests: int, max_seq_len: int) -> Iterator[Serving]:
+    """A server over an engine, which is closed at the end."""
+    around = AsyncEngine(engine, max_requests=max_requests)
+    before = sys.getswitchinterval()
+    try:
+        listening = listen("127.0.0.1", 0)
+        server = uvicorn.Server(configuration(around, Settings(NAME), max_seq_len, 60))
+        loops: list[asyncio.AbstractEventLoop] = []
+        ready = threading.Event()
+
+        async def serve() -> None:
+            loops.append(asyncio.get_running_loop())
+            ready.set()
+            await server.serve([listening])
+
+        sys.setswitchinterval(SWITCH_S)
+        thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+        thread.start()
+        ready.wait()
+        host, port = listening.getsockname()
+        try:
+            yield Serving(around, {"host": host, "port": port, "model": NAME}, loops[0])
+        finally:
+            server.should_exit = True
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+        around.close()
+
+
+def seconds_of(job: dict[str, Any]) -> float:
+    """What clients of one process take for a job. Raises ConfigError where any failed."""
+    *outcomes, last = _lines(_start(job))
+    if "seconds" not in last or any("error" in each for each in outcomes):
+        raise ConfigError(f"clients failed: {[each['error'] for each in outcomes if 'error' in each][:3]}")
+    return float(last["seconds"])
+
+
+def outcomes_of(job: dict[str, Any], processes: int, kills: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """What each request of a job got, which so many processes share. Process p is killed once it has told of
+    ``kills[p]`` requests, where there is such a number: what it had in hand is gone, and another one takes the rest."""
+    requests: list[dict[str, Any]] = job["requests"]
+    outcomes: list[dict[str, Any]] = [{} for _ in requests]
+
+    def part(number: int) -> None:
+        places = list(range(number, len(requests), processes))
+        own = {**job, "at_once": max(1, job["at_once"] // processes)}
+        kill_at = kills[number] if number < len(kills) else None
+        while places:
+            done: set[int] = set()
+            process = _start({**own, "requests": [requests[place] for place in places]})
+            for line in _lines(process):
+                if (place := line.pop("place", None)) is not None:
+                    outcomes[places[place]] = line
+                    done.add(place)
+                if kill_at is not None and len(done) == kill_at:
+                    process.kill()
+            if kill_at is None:
+                return
+            # Clients take places in order, each the next one when it has done with one.
+            taken = min(len(places), max(done, default=-1) + 1 + own["at_once"])
+            for place in set(range(taken)) - done:
+                outcomes[places[place]] = {"tokens": [], "left": True, "killed": True}
+            places, kill_at = places[taken:], None
+
+    threads = [threading.Thread(target=part, args=(number,)) for number in range(processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [outcome or {"tokens": [], "error": "a process of clients ended early"} for outcome in outcomes]
+
+
+def _start(job: dict[str, Any]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", CLIENTS]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    with process.stdin as into:
+        into.write(json.dumps(job))
+    return process
+
+
+def _lines(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    """What clients tell, until they have ended; half a line is of one that was killed."""
+    assert process.stdout is not None
+    with process.stdout as told:
+        for line in told:
+            if line.endswith("\n"):
+                yield json.loads(line)
+    process.wait()
+
+
+def judge(outcome: dict[str, Any], wanted: Completion, tolerance: float) -> str:
+    """``right``, ``wrong``, ``failed``, or ``tie`` where an output parts from the engine's at a tie."""
+    tokens, whole = outcome["tokens"], not outcome.get("left")
+    if "error" in outcome:
+        return "failed"
+    if whole and len(tokens) != len(wanted.tokens):
+        return "wrong"
+    parts = [place for place, (got, own) in enumerate(zip(tokens, wanted.tokens, strict=False)) if got != own]
+    if not parts:
+        return "right"
+    assert wanted.logprobs is not None
+    (_, first), (_, second) = wanted.logprobs[parts[0]].top
+    return "tie" if first - second < tolerance else "wrong"
