@@ -69,7 +69,7 @@ def test_predictions_stand_beside_what_is_measured(
     assert step["sequences"] == 4
     assert burst["itl_ms"]["count"] > 0
     said = capsys.readouterr().err
-    assert "memory: 1 rows" in said
+    assert "waste_error_points = " in said
     assert main(["bench", "plan", "--device", "cpu", "--requests", "1,2", "--trace", str(report)]) == 2
     assert "--requests has 2 numbers for 1 traces" in capsys.readouterr().err
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -26,7 +25,7 @@ from trtllm_vattn.bench.cases.attention import fill as fill_lengths
 from trtllm_vattn.bench.cases.calibrate import batches, cancel_all, layer_us, probe_engine
 from trtllm_vattn.bench.cases.fragmentation import MAPPING_S, ModelledTiming, make, simulate
 from trtllm_vattn.bench.cases.serve import densest
-from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.case import model_of, vocab_of
 from trtllm_vattn.bench.harness.contenders import decode_steps
 from trtllm_vattn.bench.harness.flags import (
     BUDGET,
@@ -37,7 +36,7 @@ from trtllm_vattn.bench.harness.flags import (
     add_trace,
     dtype_of,
 )
-from trtllm_vattn.bench.harness.report import Result, write
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.cache.base import CacheShape
@@ -111,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "a file of `trtllm-vattn calibrate`, or a card's name (default: this machine's, else the H200's)"
     add("--calibration", metavar="FILE", help=text)
     text = f"{REQUESTS}; one number for all traces, or one for each"
-    add("--requests", type=numbers, default="800" if on_gpu else "4000", metavar="REQUESTS,...", help=text)
+    add("--requests", type=numbers, default="300" if on_gpu else "4000", metavar="REQUESTS,...", help=text)
     add("--max-output", type=positive, default=512, metavar="TOKENS", help=MAX_OUTPUT)
     add("--budget", type=size, default="16GiB", metavar="BYTES", help=f"{BUDGET}, of memory and choice")
     text = "sequences that decode when the burst comes"
@@ -124,12 +123,11 @@ class Bench:
     """One invocation: traces, the calibration, and what has been measured so far."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.results = args, dict[str, Any]()
-        self.began = perf_counter()
+        self.args, self.recording, self.shown = args, Recording("plan", args), list[str]()
         own = card_of(args.device)
         found = named(args.calibration) if args.calibration else find(own)
         self.calibration = found or named("h200")
-        self.results["calibration"] = {"card": self.calibration.card, **self.calibration.about}
+        self.recording.results["calibration"] = {"card": self.calibration.card, **self.calibration.about}
         if found is None:
             self.say(f"no calibration of {own}; the H200's is taken")
         counts = args.requests * (max(1, len(args.trace)) if len(args.requests) == 1 else 1)
@@ -144,14 +142,16 @@ class Bench:
             self.mixes["generated"] = generate_trace(counts[0], args.seed, median_prompt=1469, median_output=28)
 
     def say(self, text: str) -> None:
-        print(f"[{perf_counter() - self.began:6.1f} s] {text}", file=sys.stderr, flush=True)
+        self.recording.say(text)
 
-    def keep(self, part: str, rows: list[dict[str, Any]]) -> None:
-        """A part is done: the result is written with what there is."""
-        self.results[part] = rows
-        self.say(f"{part}: {len(rows)} rows")
-        if self.args.output_json:
-            write(Result.of("plan", self.args, self.results, summary(self.results)), self.args.output_json)
+    def measure(
+        self, part: str, rows: Iterable[dict[str, Any]], columns: Mapping[str, str | Callable[[Any], str]]
+    ) -> None:
+        """Each row of a part as it is there, and what comes of all so far; what is shown of it in the end."""
+        for row in rows:
+            self.recording.add(part, row)
+        self.recording.sum_up(**summary(self.recording.results))
+        self.shown.append(tabulate(self.recording.results[part], columns))
 
     def model(self, shape: ModelShape) -> CostModel:
         return CostModel(shape, self.calibration)
@@ -163,25 +163,17 @@ class Bench:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     bench = Bench(args)
-    shown = []
     if "memory" in args.parts:
-        bench.keep("memory", list(memory(bench)))
-        shown.append(tabulate(bench.results["memory"], MEMORY))
+        bench.measure("memory", memory(bench), MEMORY)
     attention: dict[tuple[str, int], float] = {}
     if "choice" in args.parts and args.device != "cpu":
         # Before the model is there: the layouts' memory is as large as it.
         attention = measured_attention(bench)
     if {"step", "burst"} & set(args.parts):
         with_engine(bench)
-        shown += [
-            tabulate(bench.results[part], columns)
-            for part, columns in (("step", STEPS), ("burst", BURSTS))
-            if part in bench.results
-        ]
     if "choice" in args.parts:
-        bench.keep("choice", list(choices(bench, attention)))
-        shown.append(tabulate(bench.results["choice"], CHOICES))
-    return conclude("plan", args, bench.results, summary(bench.results), "\n\n".join(shown))
+        bench.measure("choice", choices(bench, attention), CHOICES)
+    return bench.recording.conclude("\n\n".join(bench.shown))
 
 
 def lengths_of(requests: list[Request]) -> Lengths:
@@ -252,9 +244,9 @@ def with_engine(bench: Bench) -> None:
         layers = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
         layout = Layout(shape, bench.calibration.granularity, layers)
         if "step" in args.parts:
-            bench.keep("step", [row for name in bench.mixes for row in steps(bench, engine, layout, name)])
+            bench.measure("step", (row for name in bench.mixes for row in steps(bench, engine, layout, name)), STEPS)
         if "burst" in args.parts:
-            bench.keep("burst", [burst(bench, engine, layout, name) for name in bench.mixes])
+            bench.measure("burst", (burst(bench, engine, layout, name) for name in bench.mixes), BURSTS)
     del engine, model
     gc.collect()
     if args.device != "cpu":
