@@ -13,6 +13,7 @@ MAPPED = {"graphs": "trtllm_vattn.graphs", "plugins": "trtllm_vattn.plugins"}
 LAYERS = [
     "errors",
     "values",
+    "planner",
     "sizes",
     "arguments",
     "machine",

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.cache.prefix import PrefixCache, PrefixKey, ReuseCosts, Way, prefix_cache_over
+from trtllm_vattn.cache.prefix import PrefixCache, PrefixKey, Way, prefix_cache_over
+from trtllm_vattn.cache.prefix.costs import reuse_costs
 from trtllm_vattn.errors import KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.runtime.prefix_reading import PrefixReading
 from trtllm_vattn.runtime.request import RequestState
@@ -59,8 +60,8 @@ class RequestSlots:
         if not prefix_cache:
             return cls(cache, None)
         if reading is None:
-            return cls(cache, prefix_cache_over(cache, WAYS, events))
-        costs = ReuseCosts(table_step_us=reading.step_us, table_is_measured=reading.is_measured)
+            return cls(cache, prefix_cache_over(cache, WAYS, events, costs=reuse_costs(cache.device)))
+        costs = reuse_costs(cache.device, table_step_us=reading.step_us, table_is_measured=reading.is_measured)
         return cls(cache, prefix_cache_over(cache, tuple(Way), events, MOST_SEGMENTS, costs), reading)
 
     def key_of(self, request: RequestState) -> PrefixKey:
