@@ -20,6 +20,7 @@ PATHS = [
     *([name] for name in COMMANDS),
     *(["bench", name] for name in BENCHMARKS),
     *(["plugin", action] for action in ("list", "build", "inspect")),
+    *(["broker", action] for action in ("status", "limits", "sleep", "wake")),
 ]
 UNITS = {
     *("TOKENS", "SEQUENCES", "REQUESTS", "PROMPTS", "STEPS", "REPLAYS", "TURNS", "TIMES", "LAYERS", "OPERATIONS"),
@@ -27,6 +28,7 @@ UNITS = {
     *("FILE", "FOLDER", "MODEL", "DEVICE", "CACHES", "NAME", "CAPABILITIES", "Q,KV,SIZE", "SEQUENCESxTOKENS"),
     *("URL", "HOST", "PORT", "KEY", "TEXT", "BATCHES", "RATE", "SHAPE", "MILLISECONDS", "NAME:MILLISECONDS"),
     "NAME=TIME",
+    "USER",
 }
 
 
@@ -53,7 +55,7 @@ def flags_of(path: list[str]) -> Iterator[argparse.Action]:
 
 def test_no_command_is_left_out() -> None:
     assert set(children(parser_of([]))) == {path[0] for path in PATHS if path}
-    for parent in ("bench", "plugin"):
+    for parent in ("bench", "plugin", "broker"):
         assert set(children(parser_of([parent]))) == {path[1] for path in PATHS if path[:1] == [parent] and path[1:]}
 
 

@@ -24,6 +24,7 @@ EXTRAS = {
     "uvicorn": "serve",
     "prometheus_client": "serve",
     "llguidance": "grammar",
+    "msgspec": "tenancy",
 }
 """Which of the package's extras installs an optional package."""
 

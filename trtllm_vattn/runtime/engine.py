@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -34,6 +35,7 @@ from trtllm_vattn.errors import (
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
+from trtllm_vattn.runtime.borrowing import check_broker, make_borrowing_cache
 from trtllm_vattn.runtime.checkpoint import end_of_text, load_tokenizer
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
@@ -82,8 +84,10 @@ from trtllm_vattn.runtime.tokens import TokenIds, token_ids
 from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
 from trtllm_vattn.runtime.weights_ipc import IpcWeights, ReceivedWeights, named_tensors
 from trtllm_vattn.sizes import parse_bytes
+from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.trace import Trace
 from trtllm_vattn.values import described, finite, shown, truth, whole
+from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.tensors import finish, inference
 from trtllm_vattn.vmm.uninterrupted import drain
@@ -101,6 +105,8 @@ CHANGED = (
     "operation of its own is at fault"
 )
 NOT_FINITE = "its logits are NaN or infinite, so that there is no token to choose"
+MEMORY_WAIT_S = 0.01
+"""Seconds that a step waits for other tenants' memory where it has nothing else to do."""
 UNUSUAL = 509
 """Tokens of the first compiled pass. No dimension of a model has this size, so torch takes none for their number; and
 kernels are tuned by it, which with few tokens would all seem alike."""
@@ -140,11 +146,13 @@ class _Changing:
         engine = self._engine()
         assert engine is not None
         engine._interrupted = engine._attention = True
+        engine.cache.mark_changing(True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        engine = self._engine()
+        assert engine is not None
+        engine.cache.mark_changing(False)
         if kind is None or (issubclass(kind, VattnError) and kind is not CacheInterrupted):
-            engine = self._engine()
-            assert engine is not None
             engine._interrupted = engine._attention = False
 
 
@@ -546,6 +554,7 @@ class Engine:
         kv_cache_dtype: str = "auto",
         tokenizer: Any = "auto",
         trace: Trace | str | os.PathLike[str] | None = None,
+        broker: str | TenantConfig | None = None,
         **options: Any,
     ) -> Self:
         """An engine over a checkpoint (a directory, or a name on the Hugging Face Hub) or a named shape
@@ -582,6 +591,9 @@ class Engine:
             bytes, by backends that can (torch, shares).
         tokenizer : transformers' fast tokenizer, str or None
             ``auto`` is the checkpoint's, where it has one.
+        broker : str, TenantConfig or None
+            Keys and values lie in memory that a broker lends to several processes (tenancy/README.md): the path of its
+            socket, or with a name, limits and a priority. The budget follows what it lends, up to `budget`.
         options
             Further parameters of `Engine`.
 
@@ -607,6 +619,7 @@ class Engine:
         check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key not in OBJECTS})
         policy_of_tokens = options.get("compression")
         check_policy(policy_of_tokens)
+        tenancy = check_broker(broker, cache, tensor_parallel, options.get("speculation"))
         if policy_of_tokens is not None and cache != "vattn":
             raise ConfigError(f"compression is for the vattn cache; the cache asked for is {cache!r}")
         if not isinstance(tensor_parallel, int) or tensor_parallel != 1:
@@ -643,19 +656,25 @@ class Engine:
             tracing_to = Trace.of(trace)
             if tracing_to is not None and tracing_to.is_owned:
                 undo.callback(tracing_to.close)
-            driver = None
-            if later or tracing_to is not None:
-                inner = open_driver(device)
-                driver = policy.wrap(inner if tracing_to is None else TracingDriver(inner, tracing_to))
-            made = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle)
+
+            def traced(driver: Driver) -> Driver:
+                return driver if tracing_to is None else TracingDriver(driver, tracing_to)
+
+            if tenancy is not None:
+                made = make_borrowing_cache(tenancy, cache, shape, device, policy, idle, traced)
+            else:
+                driver = policy.wrap(traced(open_driver(device))) if later or tracing_to is not None else None
+                made = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle)
             undo.callback(made.close)
-            if not later and budget is None and shape.num_slots > max_seqs:
+            if tenancy is not None and budget is not None:
+                made.set_budget(budget)
+            elif tenancy is None and not later and budget is None and shape.num_slots > max_seqs:
                 made.set_budget(made.budget_bytes // (shape.num_slots + 1) * (max_seqs + 1))
             options = {"max_running": max_seqs, **options}
             options["tokenizer"] = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
             engine = cls(loaded, made, mapping=policy, trace=tracing_to, **options)
             undo.callback(engine.close)
-            if later:
+            if later and tenancy is None:
                 engine.set_budget(engine._budget_left() if budget is None else budget)
             undo.pop_all()
         engine.startup.load_s, engine.startup.budget_bytes = load_s, made.stats().budget_bytes
@@ -1059,6 +1078,9 @@ class Engine:
         if self.sleeping.is_asleep:
             self.sleeping.require_awake()
         self.weights.require_current()
+        while self.cache.follow_budget() and self.scheduler.holders:
+            with self._changing:
+                self.scheduler.preempt_youngest()
         with inference(), self._changing:
             self._map_ahead.before_step()
             started = self._read_at if self.pipeline.running else perf_counter()
@@ -1067,6 +1089,7 @@ class Engine:
             launch = self.pipeline.start()
             record = None if launch is None else self._commit(launch, started)
             self.scheduler.release_ended()
+        self._report_demand(waits=launch is None)
         if record is not None and self.observer is not None:
             self.observer(record)
 
@@ -1081,6 +1104,19 @@ class Engine:
         running = len(scheduler.decoding) + len(scheduler.prefilling)
         self._trace.counter("requests", {"running": running, "waiting": len(scheduler.waiting)})
         self._trace.counter("KV bytes held", {"bytes": self.cache.held_bytes})
+
+    def _report_demand(self, waits: bool) -> None:
+        """Where the memory is a broker's, tell it what is needed, and leave it a moment where nothing can run."""
+        if not self.cache.waits_for_memory:
+            return
+        scheduler = self.scheduler
+        lanes = len(self.decode.lengths) - len(scheduler.holders)
+        waiting = [request.length for request in islice(scheduler.waiting, lanes)]
+        self.cache.report_demand(waiting, at_once=waits or not scheduler.has_active)
+        if waits and waiting:
+            self.cache.wait_for_memory(MEMORY_WAIT_S)
+        elif not scheduler.has_active:
+            self.cache.follow_budget()
 
     def _commit(self, launch: Launch, started: float) -> StepRecord:
         """Append a launch's tokens to their requests; while the device computes them, memory is mapped and requests are

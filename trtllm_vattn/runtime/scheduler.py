@@ -211,7 +211,7 @@ class Scheduler:
                     )
                 elif not self.holders and self._forget_suspended(but=request):
                     continue
-                elif not self.holders:
+                elif not self.holders and not cache.waits_for_memory:
                     self.fail(request, f"no memory for its {request.length} tokens, though nobody else runs: {error}")
                 else:
                     return
@@ -408,7 +408,7 @@ class Scheduler:
 
     def preempt(self) -> None:
         """Send the youngest request back to the queue. Where it is the only one nobody can make room for it, and it
-        ends with an error."""
+        ends with an error; unless others may give memory back, which it waits for in the queue then."""
         holders = self.holders
         if len(holders) > 1:
             self.watermark.sent_back()
@@ -418,6 +418,9 @@ class Scheduler:
             return
         (alone,) = holders
         cache = self.cache
+        if cache.waits_for_memory and alone.length < cache.longest_alone:
+            self.preempt_youngest()
+            return
         self.fail(
             alone,
             f"it alone outgrew the cache's memory at {alone.length} tokens: the budget has "
