@@ -45,8 +45,11 @@ def make_borrowing_cache(
     settings: dict[str, Any],
     traced: Callable[[Driver], Driver],
 ) -> KVCache:
-    """A cache whose memory is a broker's, by calls that are `traced`, and whose budget follows it. Raises ConfigError where the broker refuses,
-    KVCacheOutOfMemory where others do not give back in time what the dummy slot takes; nothing is left behind."""
+    """A cache whose memory is a broker's, by calls that are `traced`, and whose budget follows it.
+
+    Raises ConfigError where the broker refuses, KVCacheOutOfMemory where others do not give back in time what the dummy
+    slot takes; nothing is left behind.
+    """
     # With msgspec, which is an extra.
     from trtllm_vattn.tenancy.tenant import open_tenant
 
