@@ -649,10 +649,7 @@ class Engine:
             idle: dict[str, Any] = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "sized_later": later}
             idle["host_memory"] = host_memory
             if policy_of_tokens is not None and not shape.windows:  # which is refused by name
-                # What is mapped at once goes back at once, so single pages.
-                idle["own_lengths"], idle["extent_classes"] = True, 1
-                idle["heads_per_range"] = 1 if policy_of_tokens.by_head else None
-                idle["layers_per_range"] = 1 if policy_of_tokens.by_layer else None
+                idle |= _compressing(policy_of_tokens)
             tracing_to = Trace.of(trace)
             if tracing_to is not None and tracing_to.is_owned:
                 undo.callback(tracing_to.close)
@@ -1561,6 +1558,16 @@ def _check_reuse(settings: dict[str, Any], cache: KVCache) -> bool:
     if settings["kv_events"] and not reusing:
         raise ConfigError("kv_events are those of the prefix cache, which this engine has not")
     return reusing
+
+
+def _compressing(policy: CompressionPolicy) -> dict[str, Any]:
+    """Settings of a cache whose tokens a policy evicts: what is mapped at once goes back at once, so single pages."""
+    return {
+        "own_lengths": True,
+        "extent_classes": 1,
+        "heads_per_range": 1 if policy.by_head else None,
+        "layers_per_range": 1 if policy.by_layer else None,
+    }
 
 
 def _on_ranks(ranks: int | Ranks, model: str, device: str, dtype: torch.dtype, given: dict[str, Any]) -> Engine:
