@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +13,7 @@ from trtllm_vattn.bench.harness.report import Result, load, write
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.machine import commit, gpu, machine, versions
+from trtllm_vattn.runtime.models import SHAPES
 from trtllm_vattn.table import table, tabulate
 
 
@@ -70,3 +74,26 @@ def test_the_commit_is_unknown_outside_a_checkout(monkeypatch: pytest.MonkeyPatc
 def test_a_machine_without_a_gpu_says_none() -> None:
     assert gpu(index=99) is None
     assert set(machine()) == {"system", "cpus", "memory_bytes", "gpu"}
+
+
+@pytest.mark.parametrize(
+    ("case", "tokens"),
+    [
+        ("compression", lambda args: args.context + 128),
+        ("doors", lambda args: args.max_seq_len),
+        ("forks", lambda args: args.prompt + args.output_tokens),
+        ("reuse", lambda args: args.max_seq_len),
+        ("serve", lambda args: args.max_seq_len),
+        ("speculation", lambda args: args.context + args.output_tokens),
+        ("stall", lambda args: args.prompt_tokens),
+        ("tiers", lambda args: max(args.tokens, args.prompt + args.output_tokens)),
+    ],
+)
+def test_what_a_gpu_is_given_by_default_fits_the_models_positions(case: str, tokens: Callable[[Any], int]) -> None:
+    """Defaults of a GPU are not what tests run."""
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(device="cuda:0")
+    import_module(f"trtllm_vattn.bench.cases.{case}").add_arguments(parser)
+    args = parser.parse_args(["--device", "cpu"])
+    shape = SHAPES[args.model]
+    assert 0 < tokens(args) <= shape["max_position_embeddings"]

@@ -15,8 +15,9 @@ from trtllm_vattn.bench.cases.prompts import time_prompts
 from trtllm_vattn.bench.cases.steady import run_steady
 from trtllm_vattn.bench.harness import contenders
 from trtllm_vattn.bench.harness.case import captured_graphs
-from trtllm_vattn.bench.harness.contenders import PROFILED, Contender, fill, take_turns
+from trtllm_vattn.bench.harness.contenders import PROFILED, Contender, fill, replayed_steps, take_turns
 from trtllm_vattn.bench.harness.device_utilization import DeviceUtilization, covered, device_utilization, work_of
+from trtllm_vattn.bench.harness.lanes import empty_lanes, fill_lanes
 from trtllm_vattn.bench.publish import tables
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.runtime.binding import shape_of
@@ -67,6 +68,19 @@ def test_mappings_that_a_step_waited_for_are_counted_by_the_end_of_the_turns() -
         assert 0 < contender.critical_path_maps == cache.stats().critical_path_maps
         cache.prepare_step(engine.decode.lengths_after(100))
         assert contender.critical_path_maps < cache.stats().critical_path_maps
+
+
+def test_steps_are_replayed_from_where_the_host_has_the_lanes() -> None:
+    """Of lanes without a request, too: else each turn would begin where the last one ended, past what is mapped."""
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    cache = make_cache("vattn", shape_of(model, 2, 256), "cpu", lookahead=0)
+    with Engine(model, cache, attention="torch", compile=False, buckets=[2], prefix_cache=False) as engine:
+        fill_lanes(engine, 64, seed=0)
+        for turn in range(4):
+            assert len([*replayed_steps(engine, 6)]) == 7
+            assert engine.decode.lengths.tolist() == [66 + turn] * 2
+            assert engine.decode.inputs[3].tolist() == [66 + turn + 6] * 2
+        empty_lanes(engine)
 
 
 @pytest.mark.usefixtures("no_bandwidth")

@@ -187,3 +187,18 @@ def test_what_a_row_cannot_hold_is_refused() -> None:
             check_sizes(SamplingParams(), words)
     with pytest.raises(ConfigError, match="there are 33 stop tokens"):
         check_sizes(SamplingParams(min_tokens=1, stop_token_ids=range(33)), ())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3])
+def test_compiled_noise_is_the_noise(rows: int) -> None:
+    """Inductor took the product of an index and a 64-bit factor for an index of 32 bits, and triton refused it."""
+    keys = torch.tensor([SamplingParams(temperature=1.0, seed=seed).key(5) for seed in range(rows)])
+    sampled = torch.arange(rows) != 1
+    wanted = torch.zeros(rows, 5000)
+    add_noise(wanted, keys, sampled)
+    compiled = torch.compile(add_noise, dynamic=True)
+    found = torch.zeros(rows, 5000, device="cuda")
+    with torch.inference_mode():
+        compiled(found, keys.cuda(), sampled.cuda())
+    torch.testing.assert_close(found.cpu(), wanted)

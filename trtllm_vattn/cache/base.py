@@ -30,6 +30,7 @@ import torch
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.tenancy.borrowing import Keeper, Lender
+from trtllm_vattn.trace import Trace
 from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
 
 if TYPE_CHECKING:
@@ -165,7 +166,8 @@ class CacheStats:
     waited for the thread that maps ahead. `retained_bytes` are mapped in `retained_slots` slots that keep the
     tokens of ended sequences; `segment_tokens` tokens of sequences lie in other slots than theirs.
     `suspended_sequences` have their tokens in host memory, of which `host_held_bytes` are pinned and `host_bytes` used.
-    `window_bytes` of `mapped_bytes` are those of layers that keep a window.
+    `window_bytes` of `mapped_bytes` are those of layers that keep a window. `free_bytes` in `free_extents` extents are
+    mapped nowhere; `parked_bytes` are in `parked_slots` slots.
     """
 
     sequences: int
@@ -191,6 +193,20 @@ class CacheStats:
     host_bytes: int = 0
     host_held_bytes: int = 0
     window_bytes: int = 0
+    free_bytes: int = 0
+    free_extents: int = 0
+    parked_slots: int = 0
+
+
+class SlotStats(NamedTuple):
+    """One slot at one moment: its state (`memory.slot.SlotState`, by its value), the tokens of its sequence, how many
+    are backed, and the bytes that are mapped in it."""
+
+    slot: int
+    state: str
+    length: int
+    frontier: int
+    mapped_bytes: int
 
 
 @dataclass(frozen=True)
@@ -332,6 +348,10 @@ class KVCache(ABC):
         """A sequence may grow by up to so many tokens in one launch, whatever it grew by of late: memory is
         mapped ahead for it. Nothing to do where memory is backed from the start."""
 
+    def trace_to(self, trace: Trace) -> None:  # noqa: B027
+        """Note in a trace, from now on: each call that changes the cache, which sequence is in which slot, and what is
+        done in the background. Driver calls are noted by a `TracingDriver` that the cache is built over."""
+
     def map_ahead(self) -> int:
         """Back tokens that coming steps will need; returns the number of mappings made.
 
@@ -373,7 +393,18 @@ class KVCache(ABC):
 
     @abstractmethod
     def stats(self) -> CacheStats:
-        """Bytes and counts now."""
+        """Bytes and counts now. From any thread, beside whatever the cache does; of one that sleeps, too. Raises
+        ManagerClosed, WrongProcess."""
+
+    def slot_stats(self) -> list[SlotStats]:
+        """Slots that hold anything, in order. From any thread, as `stats`."""
+        lengths, frontiers = self.lengths.tolist(), self.frontiers.tolist()
+        size = self.shape.token_bytes
+        return [
+            SlotStats(slot, "running", length, frontiers[slot], frontiers[slot] * size)
+            for slot, length in enumerate(lengths)
+            if length
+        ]
 
     @abstractmethod
     def check_integrity(self) -> None:
@@ -564,12 +595,13 @@ class KVCache(ABC):
 
     # -- host memory -------------------------------------------------------------------------------------------------
 
-    def suspend(self, sequence: SequenceId) -> int:
+    def suspend(self, sequence: SequenceId, *, wait: bool = True) -> int:
         """Copy a sequence's tokens to pinned host memory and give its memory to others; returns the bytes copied.
 
         Nothing is mapped for it any more, but its slot stays its own, so that `resume` brings the tokens back at the
         same addresses. Until then it can be resumed or released, and nothing else. Tokens that it reads in other slots
-        stay there, held. Waits for the device.
+        stay there, held. Waits for the device; without `wait` the copies go on beside what is submitted next, and
+        others get the memory when they are done.
 
         Raises
         ------
@@ -584,14 +616,20 @@ class KVCache(ABC):
         """
         self._cannot("suspend a sequence")
 
-    def resume(self, sequence: SequenceId, tokens: int | None = None) -> int:
+    def resume(self, sequence: SequenceId, tokens: int | None = None, *, wait: bool = True) -> int:
         """Bring a suspended sequence's tokens back; returns its slot, which is the one it had, unless an unmap failed
-        there meanwhile. `tokens` backs it for so many, as `extend` would. Waits for the device.
+        there meanwhile. `tokens` backs it for so many, as `extend` would. Waits for the device; without
+        `wait` the copies go on beside what is submitted next, and every call that names the sequence, or a step of it,
+        waits for them: ask `has_arrived` first.
 
         Raises UnknownSequence for one that is not suspended, SequenceTooLong, KVCacheOutOfMemory, DriverError; it is
         suspended as before then.
         """
         self._cannot("suspend a sequence")
+
+    def has_arrived(self, sequence: SequenceId) -> bool:
+        """Whether a sequence that was resumed without waiting has its tokens by now; True for every other one."""
+        return True
 
     def is_suspended(self, sequence: SequenceId) -> bool:
         """Whether a sequence's tokens are in host memory."""

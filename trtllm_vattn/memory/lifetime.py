@@ -7,12 +7,15 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
+from time import perf_counter
 
 from trtllm_vattn.errors import DriverError
 from trtllm_vattn.memory.arena import Arena, discard, retry_discarded
 from trtllm_vattn.memory.host_pool import HostPool
 from trtllm_vattn.memory.lookahead import BackgroundThread, Lookahead, PriorityLock
 from trtllm_vattn.memory.reclaim import release_idle, set_budget, trim
+from trtllm_vattn.trace import Trace
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.tensors import finish
 from trtllm_vattn.vmm.uninterrupted import finalize
@@ -45,6 +48,8 @@ class CacheMemory:
     ----------
     is_owned : bool
         Whether a user got the cache, and could close it.
+    trace : Trace or None
+        Notes background work.
     is_asleep : bool
         Whether the arena has no memory, not even the dummy slot's, and may take none.
     on_closed : callable or None
@@ -63,6 +68,14 @@ class CacheMemory:
         self.is_owned = self.is_closed = False
         self.process = os.getpid()
         self._idle_after_s, self._idle_floor = idle_after_s, idle_floor
+        self.trace: Trace | None = None
+        self._units: tuple[tuple[str, Callable[[], object]], ...] = (
+            ("map ahead", ahead.map_due),
+            ("unmap surplus", partial(trim, arena)),
+            ("preallocate", arena.pool.create_one),
+            ("return idle memory", self._release_idle),
+        )
+        """Kinds of background work, the most urgent first; each does one unit of it, and says whether it did."""
 
     def start_thread(self) -> None:
         """Have a thread map ahead. Idempotent."""
@@ -76,12 +89,17 @@ class CacheMemory:
             if self.is_closed or self.is_asleep:
                 return False
             self.arena.complete_pending_unmaps()
-            return (
-                self.ahead.map_due() > 0
-                or trim(self.arena)
-                or self.arena.pool.create_one()
-                or (self._idle_after_s is not None and release_idle(self.arena, self._idle_after_s, self._idle_floor))
-            )
+            for name, unit in self._units:
+                started = perf_counter()
+                if unit():
+                    if self.trace is not None:
+                        self.trace.span(name, started, perf_counter(), category="background")
+                    return True
+            return False
+
+    def _release_idle(self) -> bool:
+        after_s = self._idle_after_s
+        return after_s is not None and release_idle(self.arena, after_s, self._idle_floor)
 
     def shrink_beside(self, budget: int, retained: bool) -> int:
         """Lower the budget towards `budget` bytes as far as parked memory allows, and `retained` memory too; returns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trtllm_vattn.cache.base import CacheShape, KVCache
@@ -10,6 +11,7 @@ from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.memory.mapping_policy import MappingPolicy
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.values import described
+from trtllm_vattn.vmm.base import Driver
 
 if TYPE_CHECKING:
     from trtllm_vattn.tenancy.journal import State
@@ -54,10 +56,16 @@ def check_broker(broker: Any, cache: str, tensor_parallel: Any, options: dict[st
 
 
 def make_borrowing_cache(
-    config: TenantConfig, name: str, shape: CacheShape, device: str, policy: MappingPolicy, settings: dict[str, Any]
+    config: TenantConfig,
+    name: str,
+    shape: CacheShape,
+    device: str,
+    policy: MappingPolicy,
+    settings: dict[str, Any],
+    traced: Callable[[Driver], Driver],
 ) -> Borrowed:
-    """A cache whose budget follows a broker; with the sequences that the process before this one left, where the broker
-    keeps them.
+    """A cache whose memory is a broker's, by calls that are `traced`, and whose budget follows it; with the sequences
+    that the process before this one left, where the broker keeps them.
 
     Raises ConfigError where the broker refuses, or what is left is of another model or layout, and KVCacheOutOfMemory
     where others do not give back in time what the dummy slot takes; nothing is left behind.
@@ -76,7 +84,7 @@ def make_borrowing_cache(
                     tenant.release(lease, nbytes)
         with tenant.waiting(tenant.welcome.deadline_s + 1.0):
             made = make_cache(
-                name, shape, device, None, driver=policy.wrap(driver), **{**settings, "sized_later": True}
+                name, shape, device, None, driver=policy.wrap(traced(driver)), **{**settings, "sized_later": True}
             )
         try:
             # Nothing is unmapped beside running kernels where mapping waits for them.

@@ -207,6 +207,7 @@ class SamplingParams:
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _LOW = (1 << 64) - 1
+_GOLDEN_INVERSE = pow(_GOLDEN, -1, 1 << 64)
 
 
 def _mixed(x: int) -> int:
@@ -242,7 +243,9 @@ def add_noise(scores: torch.Tensor, keys: torch.Tensor, sampled: torch.Tensor) -
     """Add each token's Gumbel noise, in place: scores ``[rows, vocab]``, keys int64 ``[rows]``; nothing to rows that
     are not `sampled`, bool ``[rows]``. The device's integers are 64-bit and wrap around, as the hash wants them."""
     ids = torch.arange(1, scores.shape[1] + 1, device=scores.device)
-    x = _mixed_on_device(keys[:, None] + ids * _signed(_GOLDEN))
+    # The same as keys + ids * _GOLDEN. Inductor takes the product of an index and a number for an index of 32 bits too,
+    # and triton refuses a longer factor of it; a sum with what was loaded is a number.
+    x = _mixed_on_device((keys[:, None] * _as_int64(_GOLDEN_INVERSE) + ids) * _signed(_GOLDEN))
     uniform = (((x >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52
     noise = -(-uniform.log()).log()
     scores.add_(torch.where(sampled[:, None], noise, 0.0))

@@ -190,7 +190,16 @@ class HostDriver(Driver):
                         f"{error.strerror}: a handle takes a file descriptor; raise `ulimit -n`",
                     ) from error
                 fd = os.memfd_create("vattn", os.MFD_CLOEXEC)
-            os.ftruncate(fd, size)
+            try:
+                os.ftruncate(fd, size)
+            except OSError as error:
+                os.close(fd)
+                raise DriverError(
+                    "CUDA_ERROR_OUT_OF_MEMORY",
+                    "create",
+                    (size,),
+                    f"{error.strerror}: a handle is a file in memory; raise `ulimit -f`, or the container's memory",
+                ) from error
             return self._add_handle(fd, size)
 
     def _add_handle(self, fd: int, size: int) -> int:

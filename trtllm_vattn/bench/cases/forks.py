@@ -33,7 +33,7 @@ REJECTED = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench forks`."""
-    gpu, add = add_common(parser), parser.add_argument
+    gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
     add_attention(parser)
     add("--samples", type=positive, default=16, metavar="COUNT", help="of the prompt, beside one")
     add("--prompt", type=positive, default=16_000 if gpu else 2000, metavar="TOKENS", help="of the prompt")

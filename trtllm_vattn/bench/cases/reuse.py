@@ -63,7 +63,7 @@ HIT = 0.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench reuse`."""
-    gpu, add = add_common(parser), parser.add_argument
+    gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
     add_attention(parser)
     add_trace(parser, help="requests with block hashes: Mooncake's (default: an agent's turns alone)")
     add("--requests", type=positive, default=64 if gpu else 24, metavar="REQUESTS", help=REQUESTS)

@@ -163,7 +163,6 @@ def measure_all(
     if engine.decode.speculator is not None:
         whole = engine.decode.speculator.length.ladder
         ladders = {most: tuple(each for each in whole if each <= most) for most in DRAFTS if 0 < most <= whole[-1]}
-    warm_up = min(WARM_UP, args.output_tokens)
     for turn in range(args.rounds + 1):
         for name, text in texts.items():
             script.set(text)
@@ -175,7 +174,10 @@ def measure_all(
                 recording.say(f"{said}: {name} text, {lanes} lanes, {drafts} drafts")
                 if engine.decode.speculator is not None:
                     engine.decode.speculator.length.ladder = ladder
-                row = measure(engine, text[: args.context], lanes, args.output_tokens if turn else warm_up)
+                # All decode at once only if the first one goes on until the last one's prompt is in.
+                meanwhile = -(-lanes * args.context // engine.scheduler.chunk)
+                output = args.output_tokens if turn else min(args.output_tokens, WARM_UP + meanwhile)
+                row = measure(engine, text[: args.context], lanes, output)
                 rollback = row.pop("rollback_us")
                 if not turn:
                     continue
@@ -190,7 +192,8 @@ def measure(engine: Engine, prompt: list[int], lanes: int, output: int) -> dict[
     for _ in range(lanes):
         engine.submit(prompt, SamplingParams(output, ignore_eos=True))
     while len(engine.scheduler.decoding) < lanes:
-        engine.step()
+        if any(event.finish_reason for event in engine.step()):
+            raise VattnError(f"a sequence ended before all {lanes} decoded; raise --output-tokens")
     engine.step()
     tokens, steps, rollback = 0, 0, 0.0
     started = perf_counter()

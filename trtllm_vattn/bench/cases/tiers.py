@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import positive, size
-from trtllm_vattn.bench.harness.case import model_of, vocab_of
+from trtllm_vattn.bench.harness.case import captured_graphs, model_of, vocab_of
 from trtllm_vattn.bench.harness.flags import MAX_SEQS, add_common, add_rounds
 from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.base import FlatKV
@@ -42,7 +42,7 @@ HOST_SLACK = 1 << 30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench tiers`."""
-    gpu, add = add_common(parser), parser.add_argument
+    gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
     text = "of the plain copy that the link is measured by"
     add("--link-bytes", type=size, default="2GiB" if gpu else "16MiB", metavar="BYTES", help=text)
     text = "of the sequence that is suspended and resumed, and of those that fill memory"
@@ -152,7 +152,7 @@ def _wakes(rows: list[dict[str, Any]], link_in: float) -> dict[str, Any]:
 def _sleep_once(engine: Engine, cache: KVCacheManager, kv: Any, tokens: int) -> dict[str, Any]:
     prompt, params = [1, 2, 3, 4, 5], SamplingParams(max_tokens=16, ignore_eos=True)
     want = engine.generate([prompt], params)[0].tokens
-    captured = _graphs(engine)
+    captured = captured_graphs(engine)
     _churn(cache, tokens)
     _fill(cache, tokens)
     if kv == "drop":
@@ -172,7 +172,7 @@ def _sleep_once(engine: Engine, cache: KVCacheManager, kv: Any, tokens: int) -> 
     filled = cache.held_bytes
     _empty(cache)
     same = engine.generate([prompt], params)[0].tokens == want
-    now = _graphs(engine)
+    now = captured_graphs(engine)
     return {
         "kv": kv,
         "bytes": min(held, filled),
@@ -195,11 +195,6 @@ def _mark(cache: KVCacheManager, tokens: int) -> list[tuple[torch.Tensor, torch.
         view.normal_()
         marked.append((view, view.clone()))
     return marked
-
-
-def _graphs(engine: Engine) -> list[object]:
-    prefill = engine.prefill.runner
-    return [*map(engine.decode.runner.graph, engine.decode.runner.buckets), *map(prefill.graph, prefill.buckets)]
 
 
 def _churn(cache: KVCacheManager, tokens: int) -> None:

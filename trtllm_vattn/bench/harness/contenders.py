@@ -110,9 +110,9 @@ def take_turns(contenders: Sequence[Contender], rounds: int, steps: int, label: 
         for each in [*contenders[number % len(contenders) :], *contenders[: number % len(contenders)]]:
             with _mode_of(each):
                 # What was under way in another mode, and what was started beside it.
-                _decode(each.engine, untimed)
+                decode_steps(each.engine, untimed)
                 before = each.engine.decode.lengths.mean()
-                each.rounds.append(_decode(each.engine, steps))
+                each.rounds.append(decode_steps(each.engine, steps))
                 each.tokens.append(float(before + each.engine.decode.lengths.mean()) / 2)
     # Counted now: what is measured next may prepare more steps at once than any engine would.
     for each in contenders:
@@ -130,13 +130,14 @@ def _mode_of(contender: Contender) -> Iterator[None]:
 def utilization(contender: Contender) -> DeviceUtilization | None:
     """The device's work in a few steps more; each of them is submitted while the one before is read."""
     with _mode_of(contender):
-        _decode(contender.engine, 2)
+        decode_steps(contender.engine, 2)
         return device_utilization(
-            lambda: sum(record.steps for record in _decode(contender.engine, PROFILED)), contender.engine.cache.device
+            lambda: sum(record.steps for record in decode_steps(contender.engine, PROFILED)),
+            contender.engine.cache.device,
         )
 
 
-def _decode(engine: Engine, steps: int) -> list[StepRecord]:
+def decode_steps(engine: Engine, steps: int) -> list[StepRecord]:
     """At least so many decode steps."""
     records: list[StepRecord] = []
     engine.observer = records.append
@@ -150,17 +151,27 @@ def _decode(engine: Engine, steps: int) -> list[StepRecord]:
 def device_step_ms(engine: Engine, replays: int = 10) -> float | None:
     """Milliseconds of the device for one captured step of the sequences that an engine is decoding, replayed without
     a pause; None on the host. Their steps are real, but nobody reads their tokens."""
-    cache, decode = engine.cache, engine.decode
-    if cache.device.type != "cuda":
+    device = engine.cache.device
+    if device.type != "cuda":
         return None
-    engine.pipeline.forget()
-    cache.prepare_step(decode.lengths_after(2 * replays + 2))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]  # type: ignore[no-untyped-call]
+    for number, _ in enumerate(replayed_steps(engine, replays)):
+        events[number].record()
+    torch.cuda.synchronize(device)
+    return float(median(start.elapsed_time(end) for start, end in pairwise(events)))
+
+
+@torch.inference_mode()
+def replayed_steps(engine: Engine, replays: int) -> Iterator[None]:
+    """Replay a captured step of all lanes so many times, each behind a yield; the engine goes on from its records."""
+    cache, decode = engine.cache, engine.decode
+    engine.pipeline.forget()
+    # Lanes of no request, too, begin where the host has them: the device took more steps than it knows of.
+    decode.resend()
+    cache.prepare_step(decode.lengths_after(2 * replays + 2))
     decode.launch(1)
-    for event in events[:-1]:
-        event.record()
+    for _ in range(replays):
+        yield
         decode.runner.replay(decode.bucket)
     engine.pipeline.forget()
-    events[-1].record()
-    torch.cuda.synchronize(cache.device)
-    return float(median(start.elapsed_time(end) for start, end in pairwise(events)))
+    yield
