@@ -515,11 +515,6 @@ class KVCacheManager(SlottedCache):
             assert self._journal is not None
             self._journal.write(*change)
 
-    def _remove_sequence(self, sequence: SequenceId, slot: int) -> None:
-        super()._remove_sequence(sequence, slot)
-        if self.arena.changed is not None:
-            self.arena.changed.add(slot)
-
     @property
     def asked_to_sleep(self) -> bool:
         return self._borrowing is not None and self._borrowing.tenant.asked_to_sleep
@@ -972,6 +967,8 @@ class KVCacheManager(SlottedCache):
     def _remove_sequence(self, sequence: SequenceId, slot: int) -> None:
         self._arriving.pop(sequence, None)
         super()._remove_sequence(sequence, slot)
+        if self.arena.changed is not None:
+            self.arena.changed.add(slot)
 
     def _do_discard(self, sequence: SequenceId) -> None:
         with self._lock:

@@ -16,9 +16,6 @@ from trtllm_vattn.arguments import amount, device, listed, size
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.table import tabulate
-from trtllm_vattn.vmm.base import Driver
-from trtllm_vattn.vmm.cuda import CudaDriver
-from trtllm_vattn.vmm.host import HostDriver
 
 COLUMNS = {
     "tenant": "name",
@@ -35,8 +32,6 @@ COLUMNS = {
     "beside": "beside_bytes:,.1f",
 }
 BYTES = ("lent", "budget", "share", "needs", "wants", "floor", "ceiling", "beside_bytes")
-HOST_GRANULARITY = 2 << 20
-"""Of the host's memory, as a card has it."""
 
 
 def bytes_or_none(text: str) -> int:
@@ -126,13 +121,6 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def open_exportable(name: str) -> Driver:
-    """A driver whose memory can be handed to other processes."""
-    if name == "cpu":
-        return HostDriver(HOST_GRANULARITY)
-    return CudaDriver(int(name.partition(":")[2] or 0), exportable=True)
-
-
 @contextmanager
 def told_to_stop() -> Iterator[int]:
     """A descriptor that is readable after SIGTERM or SIGINT."""
@@ -153,7 +141,7 @@ def _serve(args: argparse.Namespace) -> int:
     if args.memory is None or args.socket is None:
         raise ConfigError("a broker begins with --memory and --socket; or give an action, see broker --help")
     # With msgspec, which is an extra.
-    from trtllm_vattn.tenancy.broker import Broker
+    from trtllm_vattn.tenancy.broker import Broker, open_exportable
 
     logging.getLogger("trtllm_vattn.tenancy").setLevel(logging.INFO)
     driver = open_exportable(args.device)

@@ -255,6 +255,8 @@ class Engine:
 
     supports_packed_prefill: ClassVar[bool] = True
     """Whether the model takes chunks of several prompts in one pass."""
+    _survival: Survival | None = None
+    _sleeps_for_broker = False
     decode_class: ClassVar[type[DecodeBatch]] = DecodeBatch
     passes_class: ClassVar[type[Passes]] = Passes
 
@@ -348,8 +350,6 @@ class Engine:
         self._ids: Iterator[int] = itertools.count()
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size, self._end_of_text) if tokenizer else None
         self._closed = False
-        self._survival: Survival | None = None
-        self._sleeps_for_broker = False
         self.startup = StartupReport()
         with ExitStack() as undo:
             draft_model = self._make_draft_model(settings)
@@ -641,7 +641,6 @@ class Engine:
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING and policy_of_tokens is None
         reusing = reusing and options.get("deterministic") is not True
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
-        left: State | None = None
         with ExitStack() as undo:
             probe = undo.enter_context(start_policy_probe(device, mapping))
             started = perf_counter()
@@ -667,7 +666,7 @@ class Engine:
                 made, left = make_borrowing_cache(tenancy, cache, shape, device, policy, idle, traced)
             else:
                 driver = policy.wrap(traced(open_driver(device))) if later or tracing_to is not None else None
-                made = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle)
+                made, left = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle), None
             undo.callback(made.close)
             if tenancy is not None and budget is not None:
                 made.set_budget(budget)
@@ -677,9 +676,7 @@ class Engine:
             options["tokenizer"] = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
             engine = cls(loaded, made, mapping=policy, trace=tracing_to, **options)
             undo.callback(engine.close)
-            if left is not None:
-                engine._survival = Survival(engine.scheduler, made, left)
-                engine._ids = engine._survival.numbers()
+            engine._go_on_with(left)
             if later and tenancy is None:
                 engine.set_budget(engine._budget_left() if budget is None else budget)
             undo.pop_all()
@@ -1429,6 +1426,12 @@ class Engine:
         """Bytes: what is on the device now, by whose they are, and in host memory."""
         self._check_process()
         return self.sleeping.report()
+
+    def _go_on_with(self, left: State | None) -> None:
+        """Note requests in a broker's journal, and go on with those that another process left; nothing without one."""
+        if left is not None:
+            self._survival = Survival(self.scheduler, self.cache, left)
+            self._ids = self._survival.numbers()
 
     def survivors(self, received: Mapping[int, int] | None = None) -> dict[int, list[int]]:
         """The tokens so far of each request that the process before this one left (`TenantConfig.keep_s`), by its

@@ -41,9 +41,13 @@ from trtllm_vattn.tenancy.page import (
 )
 from trtllm_vattn.values import shown
 from trtllm_vattn.vmm.base import Driver
+from trtllm_vattn.vmm.cuda import CudaDriver
+from trtllm_vattn.vmm.host import HostDriver
 
 logger = logging.getLogger(__name__)
 
+HOST_GRANULARITY = 2 << 20
+"""Of the host's memory, as a card has it."""
 MOST_CONNECTIONS = 1024
 LOOK_AGAIN_S = 0.05
 """How often tenants that owe memory are looked at between their messages."""
@@ -550,6 +554,13 @@ class Broker:
         self._socket.close()
         self.path.unlink(missing_ok=True)
         self._selector.close()
+
+
+def open_exportable(device: str) -> Driver:
+    """A driver of ``cpu`` or ``cuda:N`` whose memory can be handed to other processes. Raises ConfigError."""
+    if device == "cpu":
+        return HostDriver(HOST_GRANULARITY)
+    return CudaDriver(int(device.partition(":")[2] or 0), exportable=True)
 
 
 def _listen(path: Path, for_others: bool) -> socket.socket:

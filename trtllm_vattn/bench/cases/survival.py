@@ -36,11 +36,11 @@ from trtllm_vattn.arguments import non_negative, positive, size
 from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import add_common, dtype_of
 from trtllm_vattn.bench.harness.timing import summarise
-from trtllm_vattn.cli.broker import open_exportable
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.tenancy import journal
+from trtllm_vattn.tenancy.broker import Broker, open_exportable
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.vmm.host import HostDriver
 
@@ -123,8 +123,6 @@ def broker_process(args: argparse.Namespace, path: Path) -> Iterator[Path]:
     """A broker in a process of its own."""
 
     def serve(pipe: int) -> None:
-        from trtllm_vattn.tenancy.broker import Broker
-
         driver = HostDriver() if args.device == "cpu" else open_exportable(args.device)
         broker = Broker(driver, args.memory, path)
         os.write(pipe, b"x")

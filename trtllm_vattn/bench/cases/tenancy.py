@@ -376,7 +376,8 @@ def serve_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str,
         shared = models.serve("shared", everyone, args.seed)
 
     def worst(rows: Sequence[dict[str, Any]], to: Sequence[dict[str, Any]]) -> float:
-        return max(float(row["itl_ms"]["p99"]) / other["itl_ms"]["p99"] for row, other in zip(rows, to, strict=True))
+        pairs = zip(rows, to, strict=True)
+        return max(float(row["itl_ms"]["p99"]) / float(other["itl_ms"]["p99"]) for row, other in pairs)
 
     def ttft(rows: Sequence[dict[str, Any]]) -> float:
         return sum(float(row["ttft_ms"]["mean"]) for row in rows)

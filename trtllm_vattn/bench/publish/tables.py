@@ -287,6 +287,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "plugin": (("plugin.json",), figures),
     "xqa": (("xqa.json",), figures),
     "faults": (("faults.json",), figures),
+    "tenancy": (("tenancy.json",), figures),
+    "survival": (("survival.json",), figures),
     "fragmentation": (("fragmentation.json",), fragmentation),
     "plan-memory": (("plan.json",), planned_memory),
 }
