@@ -252,7 +252,7 @@ class Drills:
         if not select.select([reading], [], [], PATIENCE_S)[0]:
             os.kill(pid, signal.SIGKILL)
             raise DrillFailed(f"the process did not end within {PATIENCE_S:g} s")
-        return int(reading.readline())
+        return _number(reading, "code")
 
     def _start(self, name: str, arguments: list[str], said: Path) -> tuple[int, IO[bytes]]:
         """Have a process started that does a drill's part; its id, and where its exit code will be read."""
@@ -267,10 +267,17 @@ class Drills:
         assert self._source.stdin is not None
         assert self._source.stdout is not None
         self._source.stdin.write(json.dumps([name, arguments, str(said)]).encode() + b"\n")
-        return int(self._source.stdout.readline()), self._source.stdout
+        return _number(self._source.stdout, "pid"), self._source.stdout
 
     def _free_bytes(self) -> int:
         return 0 if self.device == "cpu" else int(torch.cuda.mem_get_info(self.device)[0])
+
+
+def _number(reading: IO[bytes], what: str) -> int:
+    """The number on the next line, which says what it is: nobody is to be killed by another's exit code."""
+    kind, _, number = reading.readline().decode().strip().partition(" ")
+    expect(kind == what, f"the process that others are forked from said {kind!r} in place of {what!r}")
+    return int(number)
 
 
 def _run_through(engine: Engine, wanted: list[list[int]]) -> int:
@@ -397,8 +404,8 @@ def fork_children() -> None:
             CHILDREN[name](*arguments)
             # From here on it ends as any interpreter does.
             return
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        print("pid", pid, flush=True)
+        print("code", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
 DRILLS: dict[str, Callable[[Drills], str]] = {
