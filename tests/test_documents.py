@@ -18,6 +18,7 @@ import torch
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.host_graph import HostGraph
 from trtllm_vattn.runtime import Engine, SamplingParams
+from trtllm_vattn.runtime.features import feature_table
 from trtllm_vattn.vmm.host import HostDriver
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +98,10 @@ def test_python_in_documents_is_python(name: str) -> None:
         ast.parse(source)
 
 
+def test_the_matrix_of_features_is_the_one_that_is_tried() -> None:
+    assert feature_table() in (ROOT / "trtllm_vattn/README.md").read_text()
+
+
 def test_the_readme_is_short_and_its_picture_small() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
     pictures = re.findall(r"(?:src|srcset)=\"([^\"]+)\"", (ROOT / "README.md").read_text())
@@ -145,6 +150,7 @@ def test_the_readme_is_the_description_and_documents_are_not_installed(tmp_path:
     assert [name for name in names if name.endswith((".md", ".svg"))] == []
     data = ("trtllm_vattn/runtime/tuned/", "trtllm_vattn/planner/")
     assert [name for name in names if name.endswith(".json") and not name.startswith(data)] == []
+    assert {f"trtllm_vattn/planner/data/{card}.json" for card in ("h100", "h200")} <= set(names)
     assert metadata.endswith((ROOT / "README.md").read_text())
 
 

@@ -172,6 +172,11 @@ class RankLost(VattnError):
         super().__init__(message)
 
 
+class BrokerLost(VattnError):
+    """The broker that lends a process its memory has ended, or does not answer. What was lent stays as it is; nothing
+    more is lent until the process has another broker."""
+
+
 class TransferFailed(VattnError):
     """A sequence did not get to another cache: the peer refused it, ended, or did not answer. The sender still has it,
     and the receiver holds nothing of it."""

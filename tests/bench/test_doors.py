@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from trtllm_vattn.bench.cases import doors_updates
 from trtllm_vattn.bench.cases.doors_http import judge
+from trtllm_vattn.bench.peer.trainer import train
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.runtime.logprobs import TokenLogprob
 from trtllm_vattn.runtime.request import Completion
@@ -30,6 +35,35 @@ def test_clients_are_killed_at_random_get_the_engines_tokens_and_leave_nothing(t
     assert summary["http_over_engine"] > 0
     assert summary["grammar_over_plain"] > 0
     assert 0.2 < summary["step_over_before"] < 5
+
+
+def one_set(connection: Connection, model: str, device: str, seed: int) -> None:
+    """A trainer that sends the second set whatever is asked for."""
+
+    class Asked:
+        send = staticmethod(connection.send)
+
+        def recv(self) -> Any:
+            got = connection.recv()
+            return 1 if isinstance(got, int) else got
+
+    train(Asked(), model, device, seed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("trainer", "exit_code"), [(train, 0), (one_set, 1)])
+def test_updates_while_requests_stream_and_the_other_weights_tokens_are_told(
+    trainer: Callable[..., None], exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "doors.json"
+    # Importing torch again takes seconds.
+    monkeypatch.setattr(doors_updates, "START", "fork")
+    monkeypatch.setattr(doors_updates, "train", trainer)
+    command = ["bench", "doors", "--device", "cpu", "--measure", "updates", "--updates", "3", "--max-seqs", "3"]
+    command += ["--context", "5", "--max-output", "12", "--max-seq-len", "32", "--output-json", str(report)]
+    assert main(command) == exit_code
+    summary = json.loads(report.read_text())["summary"]
+    assert (summary["updates"], summary["recaptured"], summary["versions_stamped"]) == (3, 0, 4)
+    assert (summary["mixed_tokens"] > 0) == bool(exit_code)
 
 
 @pytest.mark.parametrize(

@@ -95,12 +95,11 @@ def test_without_hits_the_kernel_without_prefixes_runs() -> None:
         assert engine.prefix_stats()["tokens_read_once"] == 0
 
 
-def test_a_deterministic_engine_shares_no_reading() -> None:
+def test_a_deterministic_engine_keeps_no_prefixes_and_shares_no_reading() -> None:
     with ExitStack() as closing:
         engine = engine_of(closing, capture=False, deterministic=True)
         assert engine.attention.prefixes is None
-        assert engine.slots.prefixes is not None
-        assert Way.TABLE not in engine.slots.prefixes.ways
+        assert engine.slots.prefixes is None
 
 
 def test_groups_save_the_most_reading() -> None:

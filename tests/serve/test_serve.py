@@ -377,7 +377,8 @@ def test_a_model_without_a_tokenizer_or_a_port_that_is_taken_is_told(capsys: pyt
 
 
 def test_generate_prints_texts(checkpoint: Path, capsys: pytest.CaptureFixture[str], alone: Engine) -> None:
-    flags = ["--device", "cpu", "--max-seqs", "2", "--max-seq-len", "64", "--max-tokens", "9"]
+    # Sequences are as long as the model has positions, which are fewer than the usual length.
+    flags = ["--device", "cpu", "--max-seqs", "2", "--max-tokens", "9"]
     assert main(["generate", "--model", str(checkpoint), *flags, "--raw", "one", "two three"]) == 0
     captured = capsys.readouterr()
     for number, prompt in enumerate(("one", "two three")):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.features import ADAPTER, FEATURES
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.features import UnsupportedFeature
 
@@ -101,3 +102,26 @@ def test_a_budget_for_less_than_one_request_is_refused(make: Make) -> None:
         ConfigError, match=r"backs 2 blocks of 6,144 bytes, but one request of 128 tokens needs 8: raise"
     ):
         make(TrtllmConfig(budget=40000))
+
+
+NEAREST: dict[str, dict[str, Any]] = {
+    "drafts": {"is_draft": True},
+    "compression": {"enable_indexer_k_cache": True},
+    "fork": {"max_beam_width": 4},
+    "windows": {"max_attention_window": [64, 128]},
+    "sleep": {"host_cache_size": 1 << 30},
+}
+"""What comes nearest to a feature that the adapter does not serve: arguments, or settings of the pool."""
+
+
+def test_the_matrix_says_what_the_adapter_serves(make: Make, fake: SimpleNamespace) -> None:
+    assert set(ADAPTER) == set(FEATURES)
+    assert {name for name, said in ADAPTER.items() if said not in ("served", "own")} == set(NEAREST)
+    for name, given in NEAREST.items():
+        pool = name in ("windows", "sleep")
+        arguments = {"cache_config": fake.managers.KvCacheConfig(**given)} if pool else given
+        with pytest.raises(UnsupportedFeature, match=ADAPTER[name]):
+            make(**arguments)
+    assert [name for name, said in ADAPTER.items() if said == "served"] == ["prefix", "fp8"]
+    manager = make(dtype=fake.bindings.DataType.FP8)
+    assert manager.enable_block_reuse

@@ -99,6 +99,8 @@ class Attention(ABC):
     """
 
     name: ClassVar[str]
+    batch_invariant: bool = False
+    """Whether a lane's output of a step of so many lanes has the same bits whatever the other lanes are."""
     over_read: ClassVar[int] = 0
     """Tokens past a sequence's length that a kernel may load; the guard requires that they are mapped."""
     captures_prompts: ClassVar[bool] = False
@@ -192,6 +194,11 @@ class Attention(ABC):
 
         `anywhere` says that lane i need not be slot i. Called outside of a capture.
         """
+
+    def token_us(self, lanes: int, anywhere: bool = False) -> float | None:
+        """Microseconds in which a layer reads one token of a batch of so many lanes by the kernel that honours
+        prefixes, as `measure` found it; None where it is not known."""
+        return None
 
     def pick(self, lengths: np.ndarray, anywhere: bool = False, prefixes: bool = False) -> str:
         """The fastest of `variants` for lengths int ``[lanes]``, 0 for idle lanes; the host alone is asked.

@@ -48,6 +48,7 @@ class CudnnAttention(GatheringAttention):
     """
 
     name: ClassVar[str] = "cudnn"
+    batch_invariant = True
 
     def __init__(self, cache: KVCache, num_heads: int, scale: float | None = None) -> None:
         super().__init__(cache, num_heads, scale)

@@ -86,6 +86,10 @@ class PickedAttention(FlatPromptsAttention):
         self._verifying = next((kernel for kernel in self.kernels.values() if kernel.most_queries > 1), None)
         self.most_queries = 1 if self._verifying is None else self._verifying.most_queries
         self._costs: dict[tuple[int, bool], dict[str, Cost]] = {}
+        self._see_invariance()
+
+    def _see_invariance(self) -> None:
+        self.batch_invariant = len(self.kernels) == 1 and self.kernels[self._first].batch_invariant
 
     def _usual(self, deterministic: bool) -> dict[str, Attention]:
         cache, heads, scale = self.cache, self.num_heads, self.scale
@@ -113,6 +117,11 @@ class PickedAttention(FlatPromptsAttention):
             return super().pick(lengths, anywhere, prefixes)
         costs = self._costs.get((measured_lanes(len(lengths), self.cache.shape.num_slots), anywhere))
         return self._first if costs is None else cheapest(costs, lengths)
+
+    def token_us(self, lanes: int, anywhere: bool = False) -> float | None:
+        costs = self._costs.get((measured_lanes(lanes, self.cache.shape.num_slots), anywhere), {})
+        cost = costs.get(self.variants[-1].removesuffix(PREFIXES))
+        return None if cost is None or cost.per_token <= 0 else cost.per_token
 
     def use(self, variant: str) -> None:
         super().use(variant)
@@ -156,6 +165,7 @@ class PickedAttention(FlatPromptsAttention):
             self._costs.clear()
         self.kernels = kernels
         self._first = self._current = next(iter(kernels))
+        self._see_invariance()
 
     def describe(self) -> str:
         decode = " or ".join(self.kernels) + (" by lengths" if len(self.kernels) > 1 else "")

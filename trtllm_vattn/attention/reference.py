@@ -20,6 +20,7 @@ class TorchAttention(GatheringAttention):
     """Attention in plain torch; correct for any shape, and slow."""
 
     name: ClassVar[str] = "torch"
+    batch_invariant = True
     most_queries = MOST_QUERIES
     features: ClassVar[frozenset[Feature]] = frozenset(Feature)
 

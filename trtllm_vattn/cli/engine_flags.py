@@ -6,16 +6,21 @@ import argparse
 from typing import Any
 
 from trtllm_vattn.arguments import amount, output, positive, size
-from trtllm_vattn.bench.harness.flags import MAX_SEQ_LEN, MAX_SEQS, add_device, add_model
+from trtllm_vattn.bench.harness.flags import MAX_SEQS, add_device
+
+LONGEST = 4096
+"""Tokens of a sequence, unless it is said."""
 
 
 def add_engine(parser: argparse.ArgumentParser, max_seqs: int) -> None:
     """Add ``--model``, ``--device`` and what an engine is given."""
     add_device(parser)
-    add_model(parser, required=True)
     add = parser.add_argument
+    text = "checkpoint with a tokenizer: a folder as save_pretrained writes it, or a name on the Hugging Face Hub"
+    add("--model", metavar="MODEL", required=True, help=text)
     add("--max-seqs", type=positive, default=max_seqs, metavar="SEQUENCES", help=MAX_SEQS)
-    add("--max-seq-len", type=positive, default=4096, metavar="TOKENS", help=MAX_SEQ_LEN)
+    text = f"longest sequence, prompt and output together; longer ones are refused (default: {LONGEST}, or what the "
+    add("--max-seq-len", type=positive, metavar="TOKENS", help=f"{text}model has, if that is less)")
     text = "KV memory, as 40GiB (default: what is left of the GPU's; on the host, all sequences at full length)"
     add("--budget", type=size, metavar="BYTES", help=text)
     add("--host-memory", type=size, metavar="BYTES", help="for KV of preempted requests, as 32GiB (default: none)")
@@ -23,22 +28,29 @@ def add_engine(parser: argparse.ArgumentParser, max_seqs: int) -> None:
     text = "longest time between two tokens that prompts may cause (default: no limit)"
     add("--target-itl-ms", type=amount, metavar="MILLISECONDS", help=text)
     add("--no-prefix-cache", action="store_true", help="keep nothing of ended requests for prompts that begin alike")
+    text = "the bits of a request depend on nothing of its batch; nothing is kept for prompts that begin alike then"
+    add("--deterministic", action="store_true", help=text)
+    text = "processes, each with a GPU, that the model is divided over (default: those of torchrun, or 1)"
+    add("--tensor-parallel", type=positive, metavar="COUNT", help=text)
     text = "note events for Perfetto there: driver calls, steps, requests, mappings (default: none)"
     add("--event-trace", type=output, metavar="FILE", help=text)
-    add("--deterministic", action="store_true", help="one kernel of attention for all batches")
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Parameters of `Engine.from_pretrained` out of the flags."""
+    # With transformers, which takes seconds.
+    from trtllm_vattn.runtime.models import longest_of
+
     return {
         "device": args.device,
         "max_seqs": args.max_seqs,
-        "max_seq_len": args.max_seq_len,
+        "max_seq_len": args.max_seq_len or longest_of(args.model, LONGEST),
         "budget": args.budget,
         "host_memory": args.host_memory or 0,
         "max_step_tokens": args.max_step_tokens,
         "target_itl_ms": args.target_itl_ms,
         "prefix_cache": False if args.no_prefix_cache else None,
         "deterministic": args.deterministic,
+        "tensor_parallel": args.tensor_parallel or 1,
         "trace": args.event_trace,
     }

@@ -45,6 +45,7 @@ from trtllm_vattn.runtime.engine_stats import EngineStats
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import LARGEST_COUNT, SamplingParams
 from trtllm_vattn.runtime.tokens import TokenIds
+from trtllm_vattn.runtime.weights_ipc import IpcWeights
 from trtllm_vattn.values import described, whole
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ T = TypeVar("T")
 
 MOST_FAILURES = 3
 """Steps in a row that raise before requests are given up."""
+
+IDLE_S = 0.25
+"""Seconds without work after which a graph is captured that steps went without."""
 
 
 class RequestStream(AsyncIterator[TokenEvent]):
@@ -333,6 +337,10 @@ class AsyncEngine:
         computed (`TokenEvent.weights_version`)."""
         return await self.call(lambda engine: engine.update_weights(named_tensors, **options))
 
+    async def update_weights_from_ipc(self, weights: IpcWeights, **options: Any) -> int:
+        """`Engine.update_weights_from_ipc` between two steps; returns the new version."""
+        return await self.call(lambda engine: engine.update_weights_from_ipc(weights, **options))
+
     async def shutdown(self, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take no more requests, and close the engine: with `drain` when all have ended, `timeout_s` seconds have
         passed or none can go on, else at once. Streams of requests that have not ended raise EngineClosed then.
@@ -435,11 +443,24 @@ class AsyncEngine:
         return self._held_up is not None or self._engine.sleeping.is_asleep
 
     def _wait(self) -> bool:
-        """Wait for something to do; False is to end."""
-        with self._changed:
-            while not (self._stopped or self._calls or self._steps):
-                self._changed.wait()
-            return not self._stopped
+        """Wait for something to do; False is to end. After a while without, graphs that steps went without are
+        captured."""
+        while True:
+            with self._changed:
+                idle = False
+                while not (idle or self._stopped or self._calls or self._steps):
+                    wanted = bool(self._engine.decode.wanted) and not (self._engine.busy or self._waits)
+                    idle = not self._changed.wait(IDLE_S if wanted else None)
+                if not idle:
+                    return not self._stopped
+            self._capture_wanted()
+
+    def _capture_wanted(self) -> None:
+        try:
+            self._engine.capture_wanted()
+        except Exception as error:
+            # Steps go on without it, in a larger graph.
+            logger.warning("a graph could not be captured: %s", error)
 
     def _answer(self) -> None:
         """Make the calls that were asked for."""

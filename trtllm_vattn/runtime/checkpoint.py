@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.runtime.binding import refuse_family
+from trtllm_vattn.runtime.binding import positions_of, refuse_family
 
 SHOWN = 4
 """Names in a message; the others are counted."""
@@ -70,6 +70,16 @@ def load_checkpoint(
     _refuse_other_tensors(name, model, found)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def positions_in(name: str, shapes: Iterable[str]) -> int | None:
+    """Positions that the model of a checkpoint has, by its configuration; None where that says none, or cannot be
+    read."""
+    try:
+        config = _config(name, Path(name).is_dir(), shapes)
+    except ConfigError:
+        return None
+    return positions_of(config.get_text_config())
 
 
 def _config(name: str, local: bool, shapes: Iterable[str]) -> PreTrainedConfig:

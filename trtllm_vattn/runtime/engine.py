@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -34,16 +35,19 @@ from trtllm_vattn.errors import (
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
+from trtllm_vattn.runtime.borrowing import check_broker, make_borrowing_cache
 from trtllm_vattn.runtime.checkpoint import end_of_text, load_tokenizer
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
 from trtllm_vattn.runtime.compression import Compression, check_compression, check_policy
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
+from trtllm_vattn.runtime.deterministic import check_deterministic
 from trtllm_vattn.runtime.dry_pass import AttentionNeeds, naming
 from trtllm_vattn.runtime.engine_stats import EngineStats, StepTotals
 from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler
 from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype, check_kv_scales
 from trtllm_vattn.runtime.lane_processors import check_sizes
+from trtllm_vattn.runtime.likely import capture_within
 from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
 from trtllm_vattn.runtime.models import SHAPES, load_model
 from trtllm_vattn.runtime.passes import Passes, most_rows
@@ -78,9 +82,12 @@ from trtllm_vattn.runtime.swap_cost import SwapCost
 from trtllm_vattn.runtime.text import bad_word_ids, check_tokenizer, text_for
 from trtllm_vattn.runtime.tokens import TokenIds, token_ids
 from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
+from trtllm_vattn.runtime.weights_ipc import IpcWeights, ReceivedWeights, named_tensors
 from trtllm_vattn.sizes import parse_bytes
+from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.trace import Trace
 from trtllm_vattn.values import described, finite, shown, truth, whole
+from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.tensors import finish, inference
 from trtllm_vattn.vmm.uninterrupted import drain
@@ -93,7 +100,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CHANGED = (
+    "computed anew, it chose another token than before, which deterministic engines do not; the machine or an "
+    "operation of its own is at fault"
+)
 NOT_FINITE = "its logits are NaN or infinite, so that there is no token to choose"
+MEMORY_WAIT_S = 0.01
+"""Seconds that a step waits for other tenants' memory where it has nothing else to do."""
 UNUSUAL = 509
 """Tokens of the first compiled pass. No dimension of a model has this size, so torch takes none for their number; and
 kernels are tuned by it, which with few tokens would all seem alike."""
@@ -133,11 +146,13 @@ class _Changing:
         engine = self._engine()
         assert engine is not None
         engine._interrupted = engine._attention = True
+        engine.cache.mark_changing(True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        engine = self._engine()
+        assert engine is not None
+        engine.cache.mark_changing(False)
         if kind is None or (issubclass(kind, VattnError) and kind is not CacheInterrupted):
-            engine = self._engine()
-            assert engine is not None
             engine._interrupted = engine._attention = False
 
 
@@ -157,7 +172,8 @@ class Engine:
     cache : KVCache
         The engine closes it.
     attention : str
-        ``auto``, ``torch``, ``cudnn``, ``shares``, ``xqa`` or ``xqa-fmha`` (`attention.select.make_attention`).
+        ``auto``, ``torch``, ``cudnn``, ``shares``, ``latents``, ``xqa`` or ``xqa-fmha``
+        (`attention.select.make_attention`).
     capture : bool
         Whether decode steps are captured once a bucket and replayed, or run eagerly.
     buckets : sequence of int or None
@@ -197,9 +213,10 @@ class Engine:
     clock : callable
         Seconds, by which deadlines and waiting are counted; another one for virtual time.
     deterministic : bool
-        Whether one kernel of attention decodes all batches. Else ``auto`` picks the fastest one by the lengths of a
-        batch, so that the other sequences' lengths may change the last bits of a sequence's logits. Kernels of matrix
-        products go by the rows of a pass all the same; bits that depend on nothing of the batch are not promised.
+        Whether the bits of a request's logits, and so its tokens and log-probabilities, depend on nothing but its own
+        tokens and parameters: not on who runs beside it, in which lane, or whether it was preempted
+        (runtime/deterministic.py says by what means, and what they cost). Prefixes, speculation, compression and mixed
+        passes are left out, and refused where they are asked for; so is what cannot hold it.
     record_margins : bool
         Whether token events carry the distance of the two largest logits.
     observer : callable or None
@@ -215,7 +232,8 @@ class Engine:
         is 1.
     speculation : Speculation or None
         Has several tokens of a sequence drafted and verified in one step (runtime/speculation.py); the tokens of every
-        request are the same as without, up to rounding. With prompts in a pass nothing is drafted. None drafts none.
+        request are the same as without, up to rounding. Of a pass with prompts in it every sequence gets one token, and
+        what sequences share is read by each of them (trtllm_vattn/README.md). None drafts none.
     tokenizer : transformers' fast tokenizer, or None
         Prompts may be texts then, and text, stop texts and grammars be asked for (`SamplingParams`).
     trace : Trace, str, Path or None
@@ -356,7 +374,7 @@ class Engine:
         self, name: str, needs: AttentionNeeds, scales: KVScales | None, settings: dict[str, Any]
     ) -> Attention:
         shape = self.cache.shape
-        return make_attention(
+        made = make_attention(
             name,
             self.cache,
             self.model.config.get_text_config().num_attention_heads,
@@ -365,6 +383,9 @@ class Engine:
             options=options_for(needs, shape, self.cache.device, scales),
             most_rows=most_rows(settings["chunk"], settings["lanes"], shape.max_seq_len),
         )
+        if settings["deterministic"]:
+            check_deterministic(self.model, made)
+        return made
 
     def _make_reading(self, settings: dict[str, Any]) -> PrefixReading | None:
         """What has lanes read first tokens in another's slot; None where drafts are verified, by steps in which every
@@ -372,19 +393,21 @@ class Engine:
         if settings["speculation"] is not None:
             return None
         lanes = settings["lanes"] or self.cache.shape.num_slots
-        return PrefixReading.over(self.attention, lanes, settings["deterministic"])
+        return PrefixReading.over(self.attention, lanes)
 
     def _make_scheduler(self, settings: dict[str, Any], mixed: bool) -> Scheduler:
         # Queries are noted by slot, so nobody moves who may be asked for them.
         movable = self.cache.remaps and settings["capture"] and not settings["packed"] and self.compression is None
+        alone: bool = settings["deterministic"]
         return Scheduler(
             self.slots,
             self.decode,
-            Compaction(self.cache, self.startup.decode.replay_s) if movable else None,
+            Compaction(self.cache, self.startup.decode.replay_s) if movable and not alone else None,
             settings["chunk"],
             _failing(weakref.ref(self)),
             steps=settings["steps"],
             mixed=mixed,
+            alone=alone,
             clock=self.clock,
             max_wait_s=settings["max_wait_s"],
             swap_cost=self.swap_cost,
@@ -447,7 +470,8 @@ class Engine:
         passes."""
         names = ("buckets", "steps", "loop", "packed", "chunk", "compile", "lanes")
         buckets, steps, loop, packed, chunk, compiling, lanes = (settings[name] for name in names)
-        model, mixed, on_gpu = self.model, self.supports_packed_prefill, self.cache.device.type == "cuda"
+        model, on_gpu = self.model, self.cache.device.type == "cuda"
+        mixed = self.supports_packed_prefill and not settings["deterministic"]
         if compiling is None:
             compiling = on_gpu
         with inference(), naming(model):
@@ -493,6 +517,10 @@ class Engine:
                     self.startup.passes = self.passes.capture()
                 else:
                     self.startup.prefill = self.prefill.capture()
+                if on_gpu and self.decode.captures_alone:
+                    likely = itertools.chain(self.decode.likely(), self.passes.likely())
+                    self.startup.likely = capture_within(likely)
+                    self.decode.measure_prefixes()
             if settings["target_itl_ms"] is not None:
                 self.passes.learn()
         self.startup.attention = self.attention.describe()
@@ -526,6 +554,7 @@ class Engine:
         kv_cache_dtype: str = "auto",
         tokenizer: Any = "auto",
         trace: Trace | str | os.PathLike[str] | None = None,
+        broker: str | TenantConfig | None = None,
         **options: Any,
     ) -> Self:
         """An engine over a checkpoint (a directory, or a name on the Hugging Face Hub) or a named shape
@@ -562,6 +591,9 @@ class Engine:
             bytes, by backends that can (torch, shares).
         tokenizer : transformers' fast tokenizer, str or None
             ``auto`` is the checkpoint's, where it has one.
+        broker : str, TenantConfig or None
+            Keys and values lie in memory that a broker lends to several processes (tenancy/README.md): the path of its
+            socket, or with a name, limits and a priority. The budget follows what it lends, up to `budget`.
         options
             Further parameters of `Engine`.
 
@@ -587,6 +619,7 @@ class Engine:
         check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key not in OBJECTS})
         policy_of_tokens = options.get("compression")
         check_policy(policy_of_tokens)
+        tenancy = check_broker(broker, cache, tensor_parallel, options.get("speculation"))
         if policy_of_tokens is not None and cache != "vattn":
             raise ConfigError(f"compression is for the vattn cache; the cache asked for is {cache!r}")
         if not isinstance(tensor_parallel, int) or tensor_parallel != 1:
@@ -601,6 +634,7 @@ class Engine:
             given = {**sizes, **kept_back, **kinds, **options, "tokenizer": tokenizer}
             return cast("Self", _on_ranks(tensor_parallel, model, device, dtype, given))
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING and policy_of_tokens is None
+        reusing = reusing and options.get("deterministic") is not True
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
         with ExitStack() as undo:
             probe = undo.enter_context(start_policy_probe(device, mapping))
@@ -614,27 +648,30 @@ class Engine:
             later = cache in ("vattn", "blocks") and device != "cpu"
             idle: dict[str, Any] = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "sized_later": later}
             idle["host_memory"] = host_memory
-            if policy_of_tokens is not None:
-                # What is mapped at once goes back at once, so single pages.
-                idle["own_lengths"], idle["extent_classes"] = True, 1
-                idle["heads_per_range"] = 1 if policy_of_tokens.by_head else None
-                idle["layers_per_range"] = 1 if policy_of_tokens.by_layer else None
+            if policy_of_tokens is not None and not shape.windows:  # which is refused by name
+                idle |= _compressing(policy_of_tokens)
             tracing_to = Trace.of(trace)
             if tracing_to is not None and tracing_to.is_owned:
                 undo.callback(tracing_to.close)
-            driver = None
-            if later or tracing_to is not None:
-                inner = open_driver(device)
-                driver = policy.wrap(inner if tracing_to is None else TracingDriver(inner, tracing_to))
-            made = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle)
+
+            def traced(driver: Driver) -> Driver:
+                return driver if tracing_to is None else TracingDriver(driver, tracing_to)
+
+            if tenancy is not None:
+                made = make_borrowing_cache(tenancy, cache, shape, device, policy, idle, traced)
+            else:
+                driver = policy.wrap(traced(open_driver(device))) if later or tracing_to is not None else None
+                made = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle)
             undo.callback(made.close)
-            if not later and budget is None and shape.num_slots > max_seqs:
+            if tenancy is not None and budget is not None:
+                made.set_budget(budget)
+            elif tenancy is None and not later and budget is None and shape.num_slots > max_seqs:
                 made.set_budget(made.budget_bytes // (shape.num_slots + 1) * (max_seqs + 1))
             options = {"max_running": max_seqs, **options}
             options["tokenizer"] = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
             engine = cls(loaded, made, mapping=policy, trace=tracing_to, **options)
             undo.callback(engine.close)
-            if later:
+            if later and tenancy is None:
                 engine.set_budget(engine._budget_left() if budget is None else budget)
             undo.pop_all()
         engine.startup.load_s, engine.startup.budget_bytes = load_s, made.stats().budget_bytes
@@ -845,6 +882,11 @@ class Engine:
                 "forced tokens are fed in place of chosen ones: penalties, bad_words, stop and grammars, which go by "
                 "what was chosen, are not possible with them"
             )
+        if params.prompt_logprobs is not None and self.scheduler.alone:
+            raise ConfigError(
+                "this engine is deterministic, and prompt_logprobs are computed by passes that others share; leave "
+                "them out, or build another without deterministic"
+            )
         if params.prompt_logprobs is not None and not self.scheduler.mixed:
             raise ConfigError(
                 "prompt_logprobs are not possible: this model takes prompts by passes of their own; leave them out"
@@ -1033,6 +1075,9 @@ class Engine:
         if self.sleeping.is_asleep:
             self.sleeping.require_awake()
         self.weights.require_current()
+        while self.cache.follow_budget() and self.scheduler.holders:
+            with self._changing:
+                self.scheduler.preempt_youngest()
         with inference(), self._changing:
             self._map_ahead.before_step()
             started = self._read_at if self.pipeline.running else perf_counter()
@@ -1041,6 +1086,7 @@ class Engine:
             launch = self.pipeline.start()
             record = None if launch is None else self._commit(launch, started)
             self.scheduler.release_ended()
+        self._report_demand(waits=launch is None)
         if record is not None and self.observer is not None:
             self.observer(record)
 
@@ -1055,6 +1101,19 @@ class Engine:
         running = len(scheduler.decoding) + len(scheduler.prefilling)
         self._trace.counter("requests", {"running": running, "waiting": len(scheduler.waiting)})
         self._trace.counter("KV bytes held", {"bytes": self.cache.held_bytes})
+
+    def _report_demand(self, waits: bool) -> None:
+        """Where the memory is a broker's, tell it what is needed, and leave it a moment where nothing can run."""
+        if not self.cache.waits_for_memory:
+            return
+        scheduler = self.scheduler
+        lanes = len(self.decode.lengths) - len(scheduler.holders)
+        waiting = [request.length for request in islice(scheduler.waiting, lanes)]
+        self.cache.report_demand(waiting, at_once=waits or not scheduler.has_active)
+        if waits and waiting:
+            self.cache.wait_for_memory(MEMORY_WAIT_S)
+        elif not scheduler.has_active:
+            self.cache.follow_budget()
 
     def _commit(self, launch: Launch, started: float) -> StepRecord:
         """Append a launch's tokens to their requests; while the device computes them, memory is mapped and requests are
@@ -1125,9 +1184,12 @@ class Engine:
             if token == NO_TOKEN or (grammar is not None and grammar.error):
                 self._fail(request, f"its grammar: {grammar.error}" if grammar and grammar.error else NOT_FINITE)
                 continue
+            if request.is_chosen_again and token != request.expected:
+                self._fail(request, CHANGED)
+                continue
             logprob = None if most is None else launch.logprob(step, launch.lane_of[request.slot], token, most)
             event = request.event(token, apart[i] if apart else None, self.weights.version, logprob)
-            if not request.silent:
+            if not (request.silent or request.is_chosen_again):
                 self._events += [event]
             self._note(request, event)
             if request.is_verified and len(request.chosen) == request.known + 1:
@@ -1148,6 +1210,7 @@ class Engine:
         self._end_without_token(request, "error", message)
 
     def _end_without_token(self, request: RequestState, reason: str, message: str | None) -> None:
+        request.restore()
         event = request.end_event(reason, message, self.weights.version)
         if not request.silent:
             self._events += [event]
@@ -1166,6 +1229,21 @@ class Engine:
         if self.decode.speculator is None:
             raise ConfigError("this engine drafts nothing; build it with speculation=Speculation()")
         return self.decode.speculator.stats.as_dict()
+
+    @property
+    def captures_while_running(self) -> int:
+        """Graphs that were captured while requests waited for them, 0.1 to 0.2 s each on a GPU: of the first step of a
+        kind (sampling, log-probabilities, prefixes in other slots) that was not captured at the start."""
+        return self.decode.captures_while_running
+
+    def capture_wanted(self, most: int = 1) -> int:
+        """Capture up to so many graphs that steps went without, in larger ones; returns how many are left. Where
+        requests run nothing is captured. `AsyncEngine` calls it while it has nothing to do."""
+        self._check_open()
+        if self.busy or self.sleeping.is_asleep:
+            return len(self.decode.wanted)
+        with inference(), naming(self.model), self._changing:
+            return self.passes.capture_wanted(most)
 
     # -- prefix cache ----------------------------------------------------------------------------------------------
 
@@ -1327,6 +1405,7 @@ class Engine:
         manifest: Manifest | None = None,
         partial: bool = False,
         running: Literal["continue", "restart", "abort"] = "continue",
+        restore: bool = False,
     ) -> int:
         """Write new weights over the model's, in place, under captured graphs; returns the new `weights_version`.
 
@@ -1350,6 +1429,9 @@ class Engine:
             What becomes of requests that are not finished: ``continue`` goes on over keys and values that the old
             weights computed; ``restart`` prefills prompts and the tokens so far again; ``abort`` ends them all, queued
             ones too, by an event with `finish_reason` ``abort`` and no token.
+        restore : bool
+            Whether a stream that breaks leaves the old weights. As many bytes of host memory as are written keep what
+            was there meanwhile.
 
         Raises
         ------
@@ -1357,8 +1439,8 @@ class Engine:
             Names, shapes, dtypes or devices are wrong, by the dict or the manifest: nothing is changed, and what runs
             goes on. Or a stream gives other than its manifest.
 
-        Where a stream breaks after its first tensor was written, whatever it raised is raised, and the weights are
-        mixed: `step` raises WeightsMixed until a full update succeeds; events wait for that.
+        Where a stream breaks after its first tensor was written, whatever it raised is raised, and without `restore`
+        the weights are mixed: `step` raises WeightsMixed until a full update succeeds; events wait for that.
         """
         if running not in ("continue", "restart", "abort"):
             raise ConfigError(f"running is {running!r}; choose continue, restart or abort")
@@ -1376,8 +1458,50 @@ class Engine:
                 self.scheduler.release_ended()
             # What runs goes on, and is not kept.
             self.slots.flush()
-        self.slots.weights_version = self.weights.write(update)
+            for request in list(self.scheduler.requests.values()):
+                if request.is_chosen_again and request.slot >= 0:
+                    # The new weights would choose other tokens.
+                    self.scheduler.recompute(request)
+                request.restore()
+                request.given = len(request.chosen)
+        self.slots.weights_version = self.weights.write(update, restore)
         return self.weights.version
+
+    def update_weights_from_ipc(
+        self,
+        weights: IpcWeights,
+        *,
+        manifest: Manifest | None = None,
+        partial: bool = False,
+        running: Literal["continue", "restart", "abort"] = "continue",
+        restore: bool = True,
+    ) -> int:
+        """`update_weights` from memory of another process that this one maps: by CUDA IPC of the same GPU, or, on the
+        host, shared memory (runtime/weights_ipc.py). Returns the new `weights_version`.
+
+        Parameters
+        ----------
+        weights
+            A mapping of names to what `torch.multiprocessing.reductions.reduce_tensor` gave for each tensor, all of
+            which stay as they are until this returns; `WeightBucket` objects, of which each may be written again when
+            the next is asked for; or what `receive_weights` gives, whose other end is told how it went.
+        manifest, partial, running, restore
+            As `update_weights` takes them. A manifest is needed for buckets that are not all there; a channel begins
+            with its own.
+
+        Raises ConfigError as `update_weights`, and where memory cannot be mapped: it is on another GPU, or whose it is
+        has gone. Unless `restore` is False, the weights are the old ones whenever this raises.
+        """
+        try:
+            pairs, manifest = named_tensors(weights, manifest, self.cache.device)
+            version = self.update_weights(pairs, manifest=manifest, partial=partial, running=running, restore=restore)
+        except BaseException as error:
+            if isinstance(weights, ReceivedWeights):
+                weights.tell("failed", str(error))
+            raise
+        if isinstance(weights, ReceivedWeights):
+            weights.tell("done", version)
+        return version
 
     def _drain(self) -> None:
         """Take the tokens of all launches under way."""
@@ -1434,6 +1558,16 @@ def _check_reuse(settings: dict[str, Any], cache: KVCache) -> bool:
     if settings["kv_events"] and not reusing:
         raise ConfigError("kv_events are those of the prefix cache, which this engine has not")
     return reusing
+
+
+def _compressing(policy: CompressionPolicy) -> dict[str, Any]:
+    """Settings of a cache whose tokens a policy evicts: what is mapped at once goes back at once, so single pages."""
+    return {
+        "own_lengths": True,
+        "extent_classes": 1,
+        "heads_per_range": 1 if policy.by_head else None,
+        "layers_per_range": 1 if policy.by_layer else None,
+    }
 
 
 def _on_ranks(ranks: int | Ranks, model: str, device: str, dtype: torch.dtype, given: dict[str, Any]) -> Engine:

@@ -119,6 +119,16 @@ class StepRecord:
     accepted: int = 0
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a request has chosen."""
+
+    chosen: list[int]
+    weights_versions: list[int]
+    pieces: list[str]
+    logprobs: list[TokenLogprob]
+
+
 @dataclass(eq=False)
 class RequestState:
     """A request inside the engine.
@@ -147,6 +157,9 @@ class RequestState:
         Which of several samples it is; and the request that the first of them, or the request forked, is.
     silent : bool
         Whether nobody gets events of it, but the output at its end.
+    given : int
+        How many tokens of its output it does not choose again where it is computed anew (`begin_again`): those that it
+        was forked with, or that other weights chose.
     priority : int
         Those of higher priority go first.
     deadline, arrived : float
@@ -175,6 +188,9 @@ class RequestState:
     group: int | None = None
     forks: int = 0
     """How often it was forked."""
+    given: int = 0
+    _told: Output | None = None
+    """What somebody has of it already, while it is computed anew from its beginning."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """As token ids."""
     grammar: Grammar | None = None
@@ -219,6 +235,37 @@ class RequestState:
         have been fed."""
         return self.tokens[:-1]
 
+    # -- computed anew ---------------------------------------------------------------------------------------------
+
+    def begin_again(self) -> None:
+        """Forget what was chosen, to choose the same again by the same steps; `is_told` says of which tokens somebody
+        knows."""
+        self.restore()
+        if len(self.chosen) > self.given:
+            self._told = Output([*self.chosen], [*self.weights_versions], [*self.pieces], [*self.logprobs])
+            for each in (self.chosen, self.weights_versions, self.pieces, self.logprobs):
+                del each[self.given :]
+
+    def restore(self) -> None:
+        """Have the output that somebody knows, though not all of it is computed again."""
+        told, self._told = self._told, None
+        if told is not None and len(told.chosen) > len(self.chosen):
+            self.chosen[:], self.weights_versions[:] = told.chosen, told.weights_versions
+            self.pieces[:], self.logprobs[:] = told.pieces, told.logprobs
+
+    @property
+    def is_chosen_again(self) -> bool:
+        """Whether its next token is one that somebody knows."""
+        return self._told is not None and len(self.chosen) < len(self._told.chosen)
+
+    @property
+    def expected(self) -> int:
+        """The next token, where it is chosen again."""
+        assert self._told is not None
+        return self._told.chosen[len(self.chosen)]
+
+    # -- others like it --------------------------------------------------------------------------------------------
+
     def branches(self, numbers: Iterator[int]) -> list[RequestState]:
         """Further requests, one for each sample beside this one's, which is the first."""
         params, count = self.params, self.params.n
@@ -248,12 +295,15 @@ class RequestState:
 
     def fork(self, number: int, params: SamplingParams) -> RequestState:
         """Another request with the tokens that this one has so far."""
+        output = self._told if self.is_chosen_again and self._told is not None else self
         return replace(
             self,
             id=number,
             params=params,
-            chosen=list(self.chosen),
-            weights_versions=list(self.weights_versions),
+            chosen=list(output.chosen),
+            weights_versions=list(output.weights_versions),
+            given=len(output.chosen),
+            _told=None,
             silent=False,
             slot=-1,
             prefilled=0,
@@ -261,7 +311,7 @@ class RequestState:
             branch=0,
             forks=0,
             group=self.id if self.group is None else self.group,
-            **{**self._own(), "pieces": list(self.pieces), "logprobs": list(self.logprobs)},
+            **{**self._own(), "pieces": list(output.pieces), "logprobs": list(output.logprobs)},
         )
 
     @property

@@ -95,7 +95,29 @@ def check_settings(
     if checked["record_margins"] and checked["steps"] > 1:
         raise ConfigError(f"margins are recorded of single steps; steps is {checked['steps']}, make it 1")
     checked["speculation"] = check_speculation(speculation, checked)
+    if checked["deterministic"]:
+        refuse_with_deterministic(buckets, checked)
     return checked
+
+
+def refuse_with_deterministic(buckets: Any, settings: dict[str, Any]) -> None:
+    """Raise ConfigError for settings by which a request's bits would depend on its batch; leave out what a
+    deterministic engine has not."""
+    asked = {
+        "prefix_cache": "what is kept was computed by other requests' steps",
+        "kv_events": "they are those of the prefix cache",
+        "speculation": "drafts are verified in steps of other shapes",
+        "target_itl_ms": "it has prompts cut by how many others run",
+    }
+    for name, why in asked.items():
+        if settings[name]:
+            raise ConfigError(f"deterministic is True, and {name} is given: {why}; leave one of them out")
+    if buckets is not None and settings["buckets"] != [settings["lanes"]]:
+        raise ConfigError(
+            f"deterministic is True, and buckets are {shown(buckets)}: the number of rows of a step would depend on "
+            "who runs; leave them out"
+        )
+    settings["prefix_cache"], settings["buckets"] = False, [settings["lanes"]]
 
 
 def _positive(name: str, given: Any, unit: str) -> float:

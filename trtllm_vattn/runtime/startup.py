@@ -16,7 +16,8 @@ class StartupReport:
     """Seconds and bytes of an engine's start.
 
     `compile_s` is the first passes over compiled layers, 0 where none are; `budget_bytes` is what the cache may hold
-    once it has started; `drafts` are steps with drafts, by their rows; `attention` names the kernels of decode and of
+    once it has started; `drafts` are steps with drafts, by their rows; `likely` are graphs that nobody has asked for
+    yet (likely.py); `attention` names the kernels of decode and of
     prompts.
     """
 
@@ -26,6 +27,7 @@ class StartupReport:
     prefill: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
     passes: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
     drafts: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
+    likely: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
     budget_bytes: int = 0
     attention: str = ""
 
@@ -39,7 +41,7 @@ class StartupReport:
 
     @property
     def _captured(self) -> tuple[CaptureReport, ...]:
-        return self.decode, self.prefill, self.passes, self.drafts
+        return self.decode, self.prefill, self.passes, self.drafts, self.likely
 
 
 def memory_left(device: torch.device, utilisation: float = 0.9) -> int:

@@ -274,17 +274,19 @@ class Weights:
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def write(self, update: WeightUpdate) -> int:
+    def write(self, update: WeightUpdate, restore: bool = False) -> int:
         """Write a checked update over the model's weights, on the current stream, and wait for it; returns the new
         version.
 
         Raises ConfigError where a stream gives other than its manifest says, or whatever the stream raises: before the
-        first tensor is written nothing is changed, and after it the weights are mixed.
+        first tensor is written nothing is changed, and after it the weights are mixed. With `restore` what is
+        overwritten is kept on the host meanwhile, and written back then.
         """
         left = dict(update.manifest)
         places: set[tuple[int, ...]] = set()
         copier = _Copier(self.device)
         version, before, written = self.version, self.state, False
+        replaced: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.state = WeightsState.UPDATING
         try:
             for name, tensor in _pairs(update.tensors):
@@ -293,6 +295,8 @@ class Weights:
                     raise ConfigError("another update was made while a stream was asked for its next tensor")
                 where = update.destinations[name]
                 if where.place not in places:
+                    if restore:
+                        replaced.append((where.view, _on_host(where.view)))
                     written = True
                     copier.copy(where.view, tensor)
                     places.add(where.place)
@@ -305,7 +309,11 @@ class Weights:
             self.state = WeightsState.CURRENT
         except BaseException as error:
             self._broken_by = f"{type(error).__name__}: {error}"
-            self.state = WeightsState.MIXED if written else before
+            if restore:
+                for view, old in replaced:
+                    copier.copy(view, old)
+                copier.finish()
+            self.state = WeightsState.MIXED if written and not restore else before
             raise
         return self.version
 
@@ -367,6 +375,13 @@ class _Copier:
         """Wait until everything is written, so that what it came from may be reused on any stream."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
+
+
+@torch.inference_mode()
+def _on_host(view: torch.Tensor) -> torch.Tensor:
+    """A copy of a weight's values, in pinned memory where they are on a GPU."""
+    kept = torch.empty(view.shape, dtype=view.dtype, pin_memory=view.device.type == "cuda")
+    return kept.copy_(view)
 
 
 def _in_rows(target: torch.Tensor, source: torch.Tensor, most: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

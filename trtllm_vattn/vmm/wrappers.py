@@ -53,6 +53,13 @@ class WrappedDriver(Driver):
         fence: Fence = self._call("record", stream)
         return fence
 
+    def identity(self) -> str:
+        return self.inner.identity()
+
+    def export_handle(self, handle: int) -> int:
+        descriptor: int = self._call("export_handle", handle)
+        return descriptor
+
     def create_host(self, size: int) -> int:
         address: int = self._call("create_host", size)
         return address

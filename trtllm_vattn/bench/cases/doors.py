@@ -11,6 +11,8 @@ Parts, each by a word of `--measure`; results are written after each.
   have gone (requests, sequences, mappings, tasks, threads, file descriptors), `hung` who waited for five minutes. On a
   GPU an output may part from the engine's where the two likeliest tokens are nearly as likely, for batches differ:
   those are `ties`, and not wrong.
+* ``updates``: new weights from a process beside this one, again and again while requests stream (doors_updates.py).
+* ``deterministic``: what `Engine(deterministic=True)` costs, and whether it holds (doors_deterministic.py).
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from trtllm_vattn.arguments import chosen, positive, probability, size, tolerance
+from trtllm_vattn.arguments import chosen, numbers, positive, probability, size, tolerance
+from trtllm_vattn.bench.cases.doors_deterministic import measure_deterministic
 from trtllm_vattn.bench.cases.doors_http import Serving, judge, outcomes_of, seconds_of, serving
+from trtllm_vattn.bench.cases.doors_updates import measure_updates
 from trtllm_vattn.bench.harness.case import model_of, vocab_of
 from trtllm_vattn.bench.harness.flags import (
     BUDGET,
@@ -47,7 +51,9 @@ from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.request import Completion, StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 
-MEASURES = ("parameters", "http", "clients")
+MEASURES = ("parameters", "http", "clients", "updates", "deterministic")
+SHARED = {"parameters", "http", "clients"}
+"""Parts of one engine."""
 
 
 def measures(text: str) -> list[str]:
@@ -75,6 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-seqs", type=positive, default=128 if gpu else 8, metavar="SEQUENCES", help=MAX_SEQS)
     add("--max-seq-len", type=positive, default=1024 if gpu else 64, metavar="TOKENS", help=MAX_SEQ_LEN)
     add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=TIE_TOLERANCE)
+    add("--updates", type=positive, default=100 if gpu else 20, metavar="TIMES", help="of all weights, of part updates")
+    text = "random ones, of part deterministic"
+    add("--batches", type=positive, default=100 if gpu else 10, metavar="BATCHES", help=text)
+    text = "sequences of the steps of part deterministic"
+    add("--batch-sizes", type=numbers, default="1,32,128" if gpu else "1,4,8", metavar="SEQUENCES,...", help=text)
     add_rounds(parser, 2 if gpu else 1, "of what is compared")
 
 
@@ -106,7 +117,12 @@ def run(args: argparse.Namespace) -> int:
     prompts = [random.integers(0, vocab_of(model), length).tolist() for length in lengths]
     trace = Trace(prompts, args.max_output)
     recording.say(f"{args.model} is loaded")
-    through_one_engine(recording, args, model, trace, random)
+    if SHARED & set(args.measure):
+        through_one_engine(recording, args, model, trace, random)
+    if "updates" in args.measure:
+        measure_updates(recording, args, model)
+    if "deterministic" in args.measure:
+        measure_deterministic(recording, args, model, trace.prompts)
     return recording.conclude()
 
 

@@ -1,0 +1,136 @@
+"""`bench doors --measure deterministic`: what `Engine(deterministic=True)` costs, and whether it holds.
+
+Steps of so many sequences, and all prompts at once, by an engine with and one without. Then requests of a pool of
+prompts, which first ran alone, in random batches, some of them joining while others run: `different` are those whose
+tokens or log-probabilities have other bits than alone; `plain_different` are those of the engine without, in a tenth of
+the batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from trtllm_vattn.bench.harness.recording import Recording
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.request import StepRecord, TokenEvent
+from trtllm_vattn.runtime.sampling import SamplingParams
+
+MOST_AT_ONCE = 20
+POOL = 32
+OUTPUT = 16
+"""Tokens of each request whose bits are compared."""
+STEPS = 48
+
+Bits = list[tuple[int | None, str]]
+
+
+def measure_deterministic(
+    recording: Recording, args: argparse.Namespace, model: PreTrainedModel, prompts: Sequence[list[int]]
+) -> None:
+    """Both engines, one after the other."""
+    step_ms: dict[bool, dict[int, float]] = {}
+    seconds: dict[bool, float] = {}
+    different: dict[bool, int] = {}
+    requests = 0
+    for deterministic in (False, True):
+        cache = make_cache("vattn", shape_of(model, args.max_seqs, args.max_seq_len), args.device, args.budget)
+        options = {"attention": args.attention, "prefix_cache": False, "deterministic": deterministic}
+        with Engine(model, cache, **options) as engine:
+            recording.say(f"an engine is captured, {'' if deterministic else 'not '}deterministic")
+            sizes = [size for size in args.batch_sizes if size <= args.max_seqs]
+            step_ms[deterministic] = {size: _step_ms(engine, prompts, size) for size in sizes}
+            seconds[deterministic] = min(_seconds(engine, prompts, args.max_output) for _ in range(args.rounds))
+            batches = args.batches if deterministic else -(-args.batches // 10)
+            recording.say(f"steps {step_ms[deterministic]}; {batches} batches follow")
+            asked, different[deterministic] = _compare(engine, prompts, args, batches, recording)
+            requests = asked if deterministic else 0
+    costs = {f"deterministic_step_over_plain_{n}": step_ms[True][n] / took for n, took in step_ms[False].items()}
+    summary = {
+        "deterministic_requests": requests,
+        "deterministic_batches": args.batches,
+        "different": different[True],
+        "plain_different": different[False],
+        **costs,
+        "deterministic_over_plain": seconds[False] / seconds[True],
+    }
+    names = {False: "plain", True: "deterministic"}
+    results = {names[each]: {"step_ms": step_ms[each], "seconds": seconds[each]} for each in names}
+    recording.wrong += [f"different: {different[True]}"] if different[True] else []
+    recording.found("deterministic", results, **summary)
+
+
+def _step_ms(engine: Engine, prompts: Sequence[list[int]], size: int) -> float:
+    """The median of a step of so many sequences."""
+    records: list[StepRecord] = []
+    shortest = min(map(len, prompts))
+    for number in range(size):
+        engine.submit(prompts[number % len(prompts)][:shortest], SamplingParams(_steps(engine), ignore_eos=True))
+    engine.observer = records.append
+    _finished(engine)
+    engine.observer = None
+    return 1e3 * median(each.wall_s for each in records if each.lanes == size and not each.prefilled)
+
+
+def _steps(engine: Engine) -> int:
+    return min(STEPS, engine.cache.shape.max_seq_len // 2)
+
+
+def _seconds(engine: Engine, prompts: Sequence[list[int]], output: int) -> float:
+    started = perf_counter()
+    for prompt in prompts:
+        engine.submit(prompt, SamplingParams(output, ignore_eos=True))
+    _finished(engine)
+    return perf_counter() - started
+
+
+def _finished(engine: Engine) -> list[TokenEvent]:
+    events = list(engine.run())
+    for event in events:
+        if event.error is not None:
+            raise ConfigError(f"{event.error}; raise --budget")
+    return events
+
+
+def _compare(
+    engine: Engine, prompts: Sequence[list[int]], args: argparse.Namespace, batches: int, recording: Recording
+) -> tuple[int, int]:
+    """How many requests there were in so many random batches, and how many of them had other bits than alone."""
+    random = np.random.default_rng(args.seed)
+    output = min(OUTPUT, args.max_output)
+    pool = [*prompts][:POOL]
+    greedy = SamplingParams(output, ignore_eos=True, logprobs=1)
+    params = [greedy if n % 2 else replace(greedy, temperature=0.8, seed=n) for n in range(len(pool))]
+    wanted: list[Bits] = []
+    for prompt, each in zip(pool, params, strict=True):
+        engine.submit(prompt, each)
+        wanted.append(_bits(_finished(engine)))
+    requests = different = 0
+    for batch in range(batches):
+        place: dict[int, int] = {}
+        events: list[TokenEvent] = []
+        for which in random.integers(0, len(pool), int(random.integers(1, MOST_AT_ONCE))).tolist():
+            place[engine.submit(pool[which], params[which])] = which
+            events += engine.step() if random.random() < 0.3 else []
+        events += _finished(engine)
+        by_request: dict[int, list[TokenEvent]] = {number: [] for number in place}
+        for event in events:
+            by_request[event.request].append(event)
+        requests += len(place)
+        different += sum(_bits(by_request[number]) != wanted[which] for number, which in place.items())
+        if batch % 25 == 0:
+            recording.say(f"batch {batch + 1} of {batches}: {different} of {requests} requests have other bits")
+    return requests, different
+
+
+def _bits(events: Sequence[TokenEvent]) -> Bits:
+    return [(each.token, "" if each.logprob is None else each.logprob.logprob.hex()) for each in events]

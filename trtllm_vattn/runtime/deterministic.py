@@ -1,0 +1,61 @@
+"""`Engine(deterministic=True)`: a request's bits depend on nothing of its batch.
+
+Floating-point sums depend on their order, and kernels choose that by the shape of what they are given: a matrix
+product of 8 rows adds up otherwise than one of 64, and attention that splits long sequences splits them by the batch
+(He et al., Defeating Nondeterminism in LLM Inference, 2025). vLLM's batch-invariant mode has kernels that do not. Here
+nothing is given another shape, and the kernels stay the fastest ones:
+
+* every decode step has as many rows as there are lanes, idle ones among them (one bucket);
+* a prompt goes in by passes of its own, in chunks that its own length alone cuts (`padded_length`), its logits by a
+  product of one row; no pass holds two prompts, or prompts and decoding sequences;
+* one kernel of attention decodes all batches, one whose output of a lane depends on no other lane
+  (`Attention.batch_invariant`);
+* who was preempted and is computed anew takes the same steps again: its prompt goes in, and its tokens are chosen
+  again, one by one (`RequestState.begin_again`). What is different then from what somebody has been told ends it with
+  an error.
+
+So no kernel sees a shape that depends on others. That a row's place among the rows of one shape changes nothing is the
+kernels' own property; `bench doors --measure deterministic` looks at it on the machine at hand, with requests in 100
+random batches. It costs the rows that are padding, which is little where reading weights bounds a step, and that
+prompts do not share passes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention.options import FP8
+from trtllm_vattn.errors import ConfigError
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def check_deterministic(model: Any, attention: Attention) -> None:
+    """Raise ConfigError, by name, for what cannot hold it."""
+    shape = attention.cache.shape
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"deterministic is True, and the model is a {type(model).__name__}, whose kernels choose by shapes that "
+            "are not known here; leave it out, or serve the Hugging Face model"
+        )
+    if shape.dtype == FP8:
+        raise ConfigError(
+            f"deterministic is True, and keys and values are {FP8}, which on a GPU the shares kernel alone reads, that "
+            "splits a sequence by the lengths of the others; leave one of them out"
+        )
+    config = model.config.get_text_config()
+    experts = next((name for name in EXPERTS if (getattr(config, name, None) or 0) > 1), None)
+    if experts is not None:
+        raise ConfigError(
+            f"deterministic is True, and {type(model).__name__} has {getattr(config, experts)} experts, whose products "
+            "have as many rows as a batch sends each; leave it out"
+        )
+    if not attention.batch_invariant:
+        raise ConfigError(
+            f"deterministic is True, and decode is by {attention.describe()}, which splits a sequence by the lengths "
+            "of the others or is not known not to; use attention='auto', over a cache and a model that cudnn serves on "
+            "a GPU (no windows, sinks or eight-bit keys), or 'torch'"
+        )

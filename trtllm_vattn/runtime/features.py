@@ -1,0 +1,75 @@
+"""Which features of an engine are served together, and what is said where two are not.
+
+``python -m trtllm_vattn.runtime.features`` prints the table of trtllm_vattn/README.md. tests/runtime/test_features.py
+tries every cell, and the documents' test compares the table.
+"""
+
+from __future__ import annotations
+
+FEATURES = {
+    "prefix": "prefix cache",
+    "drafts": "drafts",
+    "fp8": "fp8 keys",
+    "windows": "windows",
+    "compression": "compression",
+    "deterministic": "deterministic",
+    "fork": "fork",
+    "sleep": "sleep",
+    "grammar": "grammar",
+    "logprobs": "logprobs",
+}
+"""By a word: those of an engine first, then those of a request or a call."""
+OF_ENGINE = ("prefix", "drafts", "fp8", "windows", "compression", "deterministic")
+
+REFUSED = {
+    frozenset({"prefix", "compression"}): "compression is not served with prefix_cache=True",
+    frozenset({"prefix", "deterministic"}): "deterministic is True, and prefix_cache is given",
+    frozenset({"drafts", "windows"}): "a cache that keeps windows has no tokens that left one",
+    frozenset({"drafts", "compression"}): "compression is not served with speculation",
+    frozenset({"drafts", "deterministic"}): "deterministic is True, and speculation is given",
+    frozenset({"drafts", "grammar"}): "this engine speculates, and drafts are verified by the model's own logits",
+    frozenset({"drafts", "logprobs"}): "this engine speculates, and drafts are verified by the model's own logits",
+    frozenset({"fp8", "deterministic"}): "deterministic is True, and keys and values are",
+    frozenset({"windows", "compression"}): "compression is not served with layers with windows",
+    frozenset({"windows", "deterministic"}): "deterministic is True, and decode is by",
+    frozenset({"compression", "deterministic"}): "compression is not served with deterministic=True",
+    frozenset({"compression", "fork"}): "a request whose tokens are evicted cannot be forked",
+}
+"""What an error says, for each pair that is not served."""
+
+ADAPTER = {
+    "prefix": "served",
+    "drafts": "a draft model",
+    "fp8": "served",
+    "windows": "sliding windows",
+    "compression": "sparse attention",
+    "deterministic": "own",
+    "fork": "beam search",
+    "sleep": "host offload",
+    "grammar": "own",
+    "logprobs": "own",
+}
+"""TensorRT-LLM's adapter: ``served``, what an error says of what comes nearest, or ``own`` where that is
+TensorRT-LLM's, and nothing of the cache's."""
+
+
+def refusal(one: str, other: str) -> str | None:
+    """What an error says of two features, or None where they are served together."""
+    return REFUSED.get(frozenset({one, other}))
+
+
+def feature_table() -> str:
+    """The matrix as a Markdown table."""
+    names = [*FEATURES]
+    rows = [["", *(FEATURES[name] for name in names)]]
+    for place, one in enumerate(names):
+        cells = ["refused" if refusal(one, other) else "served" for other in names[:place]]
+        rows.append([FEATURES[one], *cells, *[""] * (len(names) - place)])
+    adapter = [each if each in ("served", "own") else "refused" for each in ADAPTER.values()]
+    rows.append(["TensorRT-LLM's adapter", *adapter])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "| --- " * (len(names) + 1) + "|", *lines[1:]])
+
+
+if __name__ == "__main__":
+    print(feature_table())
