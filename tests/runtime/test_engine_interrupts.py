@@ -358,7 +358,10 @@ def test_a_constructor_interrupted_anywhere() -> None:
     hits = 0
     for number in some(count, 2):
         with empty_driver() as driver, cache_of(mode, driver) as cache:
-            hits += interrupt_at(number, lambda cache=cache: construct(cache))  # type: ignore[misc]
+            # Kept, so that where it comes too late it is not in a finalizer.
+            made: list[Engine] = []
+            hits += interrupt_at(number, lambda cache=cache, made=made: made.append(construct(cache)))  # type: ignore[misc]
+            made.clear()
             gc.collect()
             check_thread()
             engine = construct(cache)

@@ -24,6 +24,7 @@ def on_host() -> Iterator[Drills]:
         yield made
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", DRILLS)
 def test_what_should_come_of_it_comes(name: str, on_host: Drills) -> None:
     outcome = on_host.run(name)

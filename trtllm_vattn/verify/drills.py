@@ -106,19 +106,21 @@ class Drills:
     def __init__(self, device: str) -> None:
         self.device = device
         self._folder = tempfile.TemporaryDirectory()
-        self._source: subprocess.Popen[str] | None = None
+        self._source: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Drills:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._source is not None:
-            assert self._source.stdin is not None
-            self._source.stdin.close()
-            self._source.wait(PATIENCE_S)
-            assert self._source.stdout is not None
-            self._source.stdout.close()
+        self._end_source()
         self._folder.cleanup()
+
+    def _end_source(self) -> None:
+        source, self._source = self._source, None
+        if source is not None:
+            # It may be waiting for a process that hangs.
+            source.kill()
+            source.communicate()
 
     def run(self, name: str) -> Outcome:
         """One drill, whatever comes of it. Raises ConfigError for an unknown one."""
@@ -229,39 +231,53 @@ class Drills:
         Raises DrillFailed where it hangs, or its GPU's memory does not come back."""
         said = Path(self._folder.name, f"{name}.txt")
         free = self._free_bytes()
-        pid, reading = self._start(name, [self.device, *arguments], said)
-        while kill_at is not None and not kill_at.exists() and not select.select([reading], [], [], 0.01)[0]:
-            pass
-        if kill_at is not None:
-            os.kill(pid, signal.SIGTERM)
-        if not select.select([reading], [], [], PATIENCE_S)[0]:
-            os.kill(pid, signal.SIGKILL)
-            reading.readline()  # its code, which nobody wants
-            raise DrillFailed(f"the process did not end within {PATIENCE_S:g} s")
-        code = int(reading.readline())
+        try:
+            code = self._code_of(name, [self.device, *arguments], said, kill_at)
+        except BaseException:
+            # What it says next would be taken for another drill's.
+            self._end_source()
+            raise
         until = perf_counter() + FREED_WITHIN_S
         while self._free_bytes() < free - FREED_BUT:
             expect(perf_counter() < until, f"of {free:,} free bytes {self._free_bytes():,} came back")
             time.sleep(0.1)
         return code, said.read_text().strip()
 
-    def _start(self, name: str, arguments: list[str], said: Path) -> tuple[int, IO[str]]:
-        """Have a process started that runs `child`; its id, and where its exit code will be read."""
+    def _code_of(self, name: str, arguments: list[str], said: Path, kill_at: Path | None) -> int:
+        pid, reading = self._start(name, arguments, said)
+        while kill_at is not None and not kill_at.exists() and not select.select([reading], [], [], 0.01)[0]:
+            pass
+        if kill_at is not None:
+            os.kill(pid, signal.SIGTERM)
+        if not select.select([reading], [], [], PATIENCE_S)[0]:
+            os.kill(pid, signal.SIGKILL)
+            raise DrillFailed(f"the process did not end within {PATIENCE_S:g} s")
+        return _number(reading, "code")
+
+    def _start(self, name: str, arguments: list[str], said: Path) -> tuple[int, IO[bytes]]:
+        """Have a process started that does a drill's part; its id, and where its exit code will be read."""
         if self._source is None:
+            # Unbuffered: what a reader had taken too much, `select` would not see.
             self._source = subprocess.Popen(
                 [sys.executable, "-c", "from trtllm_vattn.verify.drills import fork_children; fork_children()"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                text=True,
+                bufsize=0,
             )
         assert self._source.stdin is not None
         assert self._source.stdout is not None
-        self._source.stdin.write(json.dumps([name, arguments, str(said)]) + "\n")
-        self._source.stdin.flush()
-        return int(self._source.stdout.readline()), self._source.stdout
+        self._source.stdin.write(json.dumps([name, arguments, str(said)]).encode() + b"\n")
+        return _number(self._source.stdout, "pid"), self._source.stdout
 
     def _free_bytes(self) -> int:
         return 0 if self.device == "cpu" else int(torch.cuda.mem_get_info(self.device)[0])
+
+
+def _number(reading: IO[bytes], what: str) -> int:
+    """The number on the next line, which says what it is: nobody is to be killed by another's exit code."""
+    kind, _, number = reading.readline().decode().strip().partition(" ")
+    expect(kind == what, f"the process that others are forked from said {kind!r} in place of {what!r}")
+    return int(number)
 
 
 def _run_through(engine: Engine, wanted: list[list[int]]) -> int:
@@ -388,8 +404,8 @@ def fork_children() -> None:
             CHILDREN[name](*arguments)
             # From here on it ends as any interpreter does.
             return
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        print("pid", pid, flush=True)
+        print("code", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
 DRILLS: dict[str, Callable[[Drills], str]] = {
