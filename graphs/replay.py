@@ -113,7 +113,7 @@ class GraphRunner:
             started = perf_counter()
             self._graphs[bucket] = self._capture.capture(partial(self._step, bucket), bucket)
             seconds[bucket] = perf_counter() - started
-            replays[bucket] = self._time_replay(bucket)
+            replays[bucket] = self.replay_s(bucket, 3)
         report = CaptureReport(seconds, replays, self._reserved_bytes() - before)
         logger.info("captured %d graphs in %.2f s, %d bytes", len(seconds), sum(seconds.values()), report.pool_bytes)
         return report
@@ -121,7 +121,8 @@ class GraphRunner:
     def _reserved_bytes(self) -> int:
         return torch.cuda.memory_reserved(self._device) if self._driver is not None else 0
 
-    def _time_replay(self, bucket: int, times: int = 3) -> float:
+    def replay_s(self, bucket: int, times: int = 5) -> float:
+        """Seconds of the shortest of a few replays of a captured bucket; while nothing else runs."""
         shortest = float("inf")
         for _ in range(times):
             started = perf_counter()

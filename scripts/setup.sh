@@ -27,7 +27,7 @@ quietly() {
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; }
 
-extras=runtime,bench,dev,tensorrt-rtx,serve,grammar
+extras=runtime,bench,dev,tensorrt-rtx,serve,grammar,tenancy
 if has_gpu; then extras=$extras,cuda; fi
 # What stands in pyproject.toml decides whether anything is to be done.
 stamp=.venv/installed-$(sha256sum pyproject.toml | cut -c1-16)-$extras

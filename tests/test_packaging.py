@@ -13,10 +13,12 @@ MAPPED = {"graphs": "trtllm_vattn.graphs", "plugins": "trtllm_vattn.plugins"}
 LAYERS = [
     "errors",
     "values",
+    "planner",
     "sizes",
     "arguments",
     "machine",
     "table",
+    "trace",
     "vmm",
     "memory",
     "tenancy",
@@ -25,6 +27,7 @@ LAYERS = [
     "graphs",
     "attention",
     "runtime",
+    "observe",
     "serve",
     "trtllm",
     "plugins",
@@ -202,7 +205,7 @@ def test_no_private_attribute_of_another_package_is_used(name: str, path: Path) 
 @pytest.mark.parametrize(("name", "path"), sorted({**modules(), **SCRIPTS}.items()))
 def test_above_the_cache_only_the_contract_of_caches_is_used(name: str, path: Path) -> None:
     """Nothing asks whether a cache is a `KVCacheManager`, or reaches for the arena inside it."""
-    below = name.startswith(("trtllm_vattn.cache", "trtllm_vattn.memory"))
+    below = name.startswith(("trtllm_vattn.cache", "trtllm_vattn.memory", "trtllm_vattn.tenancy"))
     for node in nodes_of(path):
         where = f"{name}, line {getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trtllm_vattn.cache.select import make_cache
     from trtllm_vattn.errors import (
         AddressSpaceExhausted,
+        BrokerLost,
         CacheAsleep,
         CacheInterrupted,
         CaptureError,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from trtllm_vattn.runtime.request import Completion, TokenEvent
     from trtllm_vattn.runtime.sampling import SamplingParams
     from trtllm_vattn.runtime.speculation import Speculation
+    from trtllm_vattn.tenancy.config import TenantConfig
     from trtllm_vattn.trtllm.config import TrtllmConfig
     from trtllm_vattn.trtllm.installation import install, uninstall
     from trtllm_vattn.vmm.open import open_driver
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AddressSpaceExhausted",
     "AsyncEngine",
+    "BrokerLost",
     "CacheAsleep",
     "CacheInterrupted",
     "CacheShape",
@@ -85,6 +88,7 @@ __all__ = [
     "SequenceSuspended",
     "SequenceTooLong",
     "Speculation",
+    "TenantConfig",
     "TokenEvent",
     "TransferFailed",
     "TrtllmConfig",
@@ -109,6 +113,7 @@ _MODULES = {
     "KVCacheManager": "cache.manager",
     "SamplingParams": "runtime.sampling",
     "Speculation": "runtime.speculation",
+    "TenantConfig": "tenancy.config",
     "TokenEvent": "runtime.request",
     "TrtllmConfig": "trtllm.config",
     "install": "trtllm.installation",

@@ -9,8 +9,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.sizes import parse_bytes
 
@@ -133,6 +131,9 @@ def sizes(text: str) -> list[int]:
 
 def device(text: str) -> str:
     """``cpu``, or a GPU that is there."""
+    # Where nobody asks for a device, it is not worth its import.
+    import torch
+
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if text not in ("cpu", *gpus):
         there = f"there are {', '.join(['cpu', *gpus])}" if gpus else "there is cpu alone: torch sees no GPU"

@@ -43,6 +43,41 @@ class DriverError(VattnError):
         super().__init__(f"{call}({shown}) failed: {code}" + (f" ({detail})" if detail else ""))
 
 
+STICKY = frozenset(
+    f"CUDA_ERROR_{name}"
+    for name in (
+        *("ILLEGAL_ADDRESS", "MISALIGNED_ADDRESS", "INVALID_ADDRESS_SPACE", "INVALID_PC", "ILLEGAL_INSTRUCTION"),
+        *("LAUNCH_FAILED", "LAUNCH_TIMEOUT", "ASSERT", "HARDWARE_STACK_ERROR", "ECC_UNCORRECTABLE", "CONTAINED"),
+        *("CONTEXT_IS_DESTROYED", "DEVICE_UNAVAILABLE", "EXTERNAL_DEVICE", "MPS_CLIENT_TERMINATED"),
+    )
+)
+"""CUresults after which every call of the process on the device fails the same way (CUDA driver API, error codes: "the
+process must be terminated and relaunched"), and those of a device that is gone."""
+STICKY_TEXTS = (
+    *("illegal memory access", "misaligned address", "global/shared address space", "invalid program counter"),
+    *("illegal instruction", "unspecified launch failure", "launch timed out", "device-side assert"),
+    *("hardware stack error", "uncorrectable ECC"),
+)
+"""The same, as torch words them behind "CUDA error:"."""
+
+
+def is_device_lost(error: BaseException | None) -> bool:
+    """Whether no call of this process on the device succeeds any more: by a driver call's code, or by what torch raises
+    for work that failed; also as the cause of another error."""
+    while error is not None:
+        if isinstance(error, DriverError):
+            if error.code in STICKY:
+                return True
+        elif isinstance(error, RuntimeError) and "CUDA error" in (text := str(error)) and _is_sticky(text):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _is_sticky(text: str) -> bool:
+    return any(each in text for each in STICKY_TEXTS)
+
+
 class MemoryQuarantined(VattnError):
     """Memory that the driver would not unmap or release is in the way; the warning logged then has the driver's words.
 
@@ -135,6 +170,11 @@ class RankLost(VattnError):
     def __init__(self, rank: int, message: str) -> None:
         self.rank = rank
         super().__init__(message)
+
+
+class BrokerLost(VattnError):
+    """The broker that lends a process its memory has ended, or does not answer. What was lent stays as it is; nothing
+    more is lent until the process has another broker."""
 
 
 class TransferFailed(VattnError):

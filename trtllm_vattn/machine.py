@@ -62,6 +62,26 @@ def gpu(index: int = 0) -> dict[str, Any] | None:
         pynvml.nvmlShutdown()
 
 
+def free_bytes(uuid: str) -> int | None:
+    """Free bytes of a GPU, or of a MIG slice of one, by the UUID that CUDA gives it; None where NVML knows neither."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        for kind in ("GPU", "MIG"):
+            try:
+                handle = pynvml.nvmlDeviceGetHandleByUUID(f"{kind}-{uuid}".encode())
+                return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+            except pynvml.NVMLError:
+                continue
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def card(machine: dict[str, Any]) -> str:
     """The folder of a machine's results, by the name of its GPU: ``h200``, ``h100``, ``h100-pcie``, ``a100-sxm4-80gb``.
 

@@ -1,8 +1,11 @@
 """Record the run that the README's picture is drawn from: a captured step is replayed while memory changes beneath it.
 
-The run uses the real cache over the host driver. A wrapper at the driver seam notes every call; each replay's sums are
-compared with a model that holds every token. ``python scripts/experiments/record_idea.py OUTPUT.json`` writes the run,
-``draw_idea.py`` draws it.
+The run uses the real cache over the host driver, and is recorded by the trace that any engine can write
+(trtllm_vattn/trace.py): driver calls, which sequence is in which slot, and what this script adds, operations and
+replays. Each replay's sums are compared with a model that holds every token.
+
+``python scripts/experiments/record_idea.py OUTPUT.json`` writes the run, ``draw_idea.py`` draws it; ``--trace FILE``
+keeps the trace, for Perfetto.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,46 +23,51 @@ import torch
 
 from trtllm_vattn.cache.base import CacheShape, FlatKV
 from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.cache.slotted import LEFT, PLACED
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.host_graph import HostGraph
 from trtllm_vattn.machine import commit, machine, versions
-from trtllm_vattn.vmm.base import Driver
+from trtllm_vattn.trace import Trace, read_trace
 from trtllm_vattn.vmm.host import HostDriver
-from trtllm_vattn.vmm.wrappers import WrappedDriver
+from trtllm_vattn.vmm.wrappers import TracingDriver
 
 SLOTS, LONGEST, PAGES = 5, 64, 30
 """Slots, tokens a slot, and pages of the budget besides the dummy slot's."""
 NOTED = ("reserve", "create", "release", "map", "unmap")
 
 
-class NotingDriver(WrappedDriver):
-    """Appends every call that succeeded to a list of events."""
-
-    def __init__(self, inner: Driver, events: list[dict[str, Any]]) -> None:
-        super().__init__(inner)
-        self._events = events
-
-    def _call(self, name: str, *arguments: int) -> Any:
-        answer = super()._call(name, *arguments)
-        if name in NOTED:
-            event: dict[str, Any] = {"event": name, "arguments": list(arguments)}
-            if isinstance(answer, int):
-                event["result"] = answer
-            self._events.append(event)
-        return answer
+def events_of(trace: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is drawn, out of a trace: driver calls that succeeded, what this script noted, and behind each operation who
+    has which slot."""
+    owners: list[str | None] = [None] * SLOTS
+    events: list[dict[str, Any]] = []
+    for noted in trace:
+        name, args, kind = noted["name"], noted.get("args", {}), noted.get("cat")
+        if kind == "driver" and name in NOTED and "error" not in args:
+            events.append({"event": name, **args})
+        elif name == PLACED:
+            owners[args["slot"]] = args["sequence"]
+        elif name == LEFT:
+            owners[args["slot"]] = None
+        elif kind == "idea" and name == "owners":
+            events.append({"event": name, "owners": list(owners), **args})
+        elif kind == "idea":
+            events.append({"event": name, **args})
+    return events
 
 
 class Recorder:
     """One captured step over one cache, and the requests that it decodes."""
 
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
+    def __init__(self, trace: Path) -> None:
+        self.trace = Trace(trace)
         self._host = HostDriver()
-        driver = NotingDriver(self._host, self.events)
+        driver = TracingDriver(self._host, self.trace)
         shape = CacheShape(1, 1, 64, torch.float32, SLOTS, LONGEST)
         page = driver.granularity()
         self.full = (PAGES + 1) * page
         self.cache = KVCacheManager(shape, driver, budget=self.full, lookahead=8)
+        self.cache.trace_to(self.trace)
         self.page, self.tokens_a_page = page, page // shape.token_bytes
         self._guard = Guard(self.cache)
         layer = self.cache.layer(0)
@@ -72,7 +81,7 @@ class Recorder:
         self._sums = torch.zeros(SLOTS)
         static = [*self.cache.storages(), self._inputs, self._every, self._sums]
         self._graph = HostGraph.capture(self._step, static)
-        self.events.append({"event": "captured", "operations": len(self._graph)})
+        self._note("captured", operations=len(self._graph))
         self.replays = self.wrong = 0
 
     def _step(self) -> None:
@@ -85,6 +94,9 @@ class Recorder:
         there = self._every[None] < lengths[:, None]
         read = self._k[slots[:, None], places] - self._v[slots[:, None], places]
         self._sums.copy_(torch.where(there, read[..., 0, :].mean(-1), 0.0).sum(-1))
+
+    def _note(self, event: str, **args: Any) -> None:
+        self.trace.instant(event, args, "idea")
 
     def replay(self) -> None:
         """Decode one token of every request that is not at its slot's end, by a replay; then map ahead."""
@@ -105,15 +117,14 @@ class Recorder:
         self.replays += 1
         wrong = [name for name, slot in running.items() if self._sums[slot] != 3 * sum(self.tokens[name])]
         self.wrong += bool(wrong)
-        self.events.append({"event": "replay", "lengths": self.cache.lengths.tolist(), "wrong": wrong})
+        self._note("replay", lengths=self.cache.lengths.tolist(), wrong=wrong)
         self.cache.map_ahead()
 
     def operate(self, text: str, change: Callable[[], object], replays: int) -> None:
         """One operation on the cache, noted with what it is called, and replays behind it."""
-        self.events.append({"event": "operation", "text": text})
+        self._note("operation", text=text)
         change()
-        owners = [self.cache.sequence_at(slot) for slot in range(SLOTS)]
-        self.events.append({"event": "owners", "owners": owners, "lengths": self.cache.lengths.tolist()})
+        self._note("owners", lengths=self.cache.lengths.tolist())
         for _ in range(replays):
             self.replay()
 
@@ -138,11 +149,12 @@ class Recorder:
         self._graph.close()
         self.cache.close()
         self._host.close()
+        self.trace.close()
 
 
-def record() -> dict[str, Any]:
-    """The whole run: what the machine is, what was called, and what came of it."""
-    run = Recorder()
+def record(trace: Path) -> dict[str, Any]:
+    """The whole run, recorded by a trace in this file: what the machine is, what was called, and what came of it."""
+    run = Recorder(trace)
     cache = run.cache
     run.operate("Memory is created ahead, mapped nowhere yet", lambda: cache.preallocate(11, run.tokens_a_page), 2)
     run.operate("Request A arrives: its prompt is mapped", lambda: run.admit("A", 20), 3)
@@ -157,12 +169,14 @@ def record() -> dict[str, Any]:
     run.operate("The budget shrinks: parked pages go back", lambda: cache.set_budget(21 * run.page), 3)
     run.operate("The budget grows again, and F arrives", lambda: (cache.set_budget(run.full), run.admit("F", 30)), 6)
     run.operate("All end", lambda: [run.release(name) for name in list(run.tokens)], 0)
-    drawn = len(run.events)
-    reserved = next(event for event in run.events if event["event"] == "reserve")
     slot_bytes = cache.layout.slot_stride
     cache.check_integrity()
     run.close()
-    counts = {name: sum(e["event"] == name for e in run.events[:drawn]) for name in ("map", "unmap", "create")}
+    events = events_of(read_trace(trace))
+    # What closing the cache unmaps is not drawn.
+    events = events[: max(place for place, each in enumerate(events) if each["event"] == "owners") + 1]
+    reserved = next(event for event in events if event["event"] == "reserve")
+    counts = {name: sum(event["event"] == name for event in events) for name in ("map", "unmap", "create")}
     return {
         "benchmark": "idea",
         "machine": machine(),
@@ -178,7 +192,7 @@ def record() -> dict[str, Any]:
             "slot_bytes": slot_bytes,
             "base": reserved["result"],
         },
-        "results": {"events": run.events[:drawn]},
+        "results": {"events": events},
         "summary": {
             "graphs_captured": 1,
             "replays": run.replays,
@@ -194,8 +208,10 @@ def main() -> int:
     """Record a run and write it; 1 where a replay's sums were wrong."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--trace", type=Path, help="keep the trace there")
     args = parser.parse_args()
-    found = record()
+    with tempfile.TemporaryDirectory() as folder:
+        found = record(args.trace or Path(folder, "trace.json"))
     args.output.write_text(json.dumps(found, separators=(",", ":")).replace('{"event"', '\n{"event"') + "\n")
     print(json.dumps(found["summary"], indent=1))
     return int(found["summary"]["wrong_replays"] > 0)

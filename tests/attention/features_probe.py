@@ -1,5 +1,5 @@
 """What the kernels serve beyond causal attention to a sequence's own slot, against plain float64 attention: windows and
-sinks, first tokens in another slot and read once for several lanes, rows of eight bits, lengths a head.
+sinks, soft caps, first tokens in another slot and read once for several lanes, rows of eight bits, lengths a head.
 
 Run as ``python features_probe.py DEVICE CASE [PATH]``, the device ``cpu`` (in Triton's interpreter: TRITON_INTERPRET=1)
 or a GPU, the path ``hopper`` (TMA) or ``plain``. What nobody may read is NaN, or is not mapped: a load too far ends the
@@ -83,6 +83,8 @@ class Probe:
             k, v = self.rows([where[token] for token in seen], seen, head)
             for each in range(head * GROUP, (head + 1) * GROUP):
                 scores = k @ q[each].double() * SCALE
+                if options.softcap is not None:
+                    scores = options.softcap * (scores / options.softcap).tanh()
                 if options.sink_logits is not None:
                     scores = torch.cat((scores, options.sink_logits[each : each + 1].double()))
                 out[each] = scores.softmax(0)[: len(seen)] @ v
@@ -127,7 +129,7 @@ class Probe:
                 self.prefixes,
                 reads,
                 scale=SCALE,
-                k_scale=self.options.k_scale,
+                options=self.options,
                 programs=PROGRAMS,
                 settings=settings,
                 features=Features(self.features.tma, False),
@@ -247,6 +249,24 @@ def prefixes(device: str, hopper: bool) -> None:
     probe.done("prefixes")
 
 
+def softcaps(device: str, hopper: bool) -> None:
+    """Soft caps that scores reach: alone, with a window and sink logits, and over what lanes read together."""
+    probe = Probe(device, hopper, 4, 128, torch.float32 if device == "cpu" else torch.bfloat16)
+    lengths = [60, 1, 100, 33]
+    for slot, length in enumerate(lengths):
+        probe.cache.admit(slot, length)
+        probe.fill(slot, [(0, length)], (0, int(probe.cache.frontiers[slot])))
+    logits = torch.randn(HEADS, device=device)
+    for options in (LayerOptions(softcap=0.7), LayerOptions(20, sink_logits=logits, softcap=1.5)):
+        probe.options = options
+        probe.decode([2, 0, 3, 1], [100, 60, 33, 1], 2, [2, 1, 2, 1])
+        probe.prompts([(12, 100, 2), (3, 33, 3), (1, 1, 1)])
+    probe.options, probe.prefixes = LayerOptions(softcap=0.7), PrefixTables.empty(4, 4, probe.device)
+    probe.prefixes.set_groups([(2, 32, [0, 1])])
+    probe.decode([2, 0], [100, 60], 1)
+    probe.done("soft caps")
+
+
 def fp8(device: str, hopper: bool) -> None:
     """Rows of eight bits with scales of a tensor and of a head, as the kernels for writing store them."""
     probe = Probe(device, hopper, 4, 128, FP8)
@@ -311,5 +331,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     device, case, *path = sys.argv[1:]
     with torch.inference_mode():
-        {"windows": windows, "prefixes": prefixes, "fp8": fp8, "heads": heads}[case](device, path == ["hopper"])
+        cases = {"windows": windows, "prefixes": prefixes, "softcaps": softcaps, "fp8": fp8, "heads": heads}
+        cases[case](device, path == ["hopper"])
     print("all cases passed", flush=True)

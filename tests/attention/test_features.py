@@ -23,7 +23,7 @@ from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.vmm.open import open_driver
 
 PROBE = Path(__file__).with_name("features_probe.py")
-CASES = ["windows", "prefixes", "fp8", "heads"]
+CASES = ["windows", "prefixes", "softcaps", "fp8", "heads"]
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
 

@@ -42,11 +42,14 @@ def test_parts_and_sizes_are_checked() -> None:
 
 def test_evicted_bytes_go_back(tmp_path: Path) -> None:
     report = tmp_path / "compression.json"
-    command = ["bench", "compression", "--device", "cpu", "--parts", "returned,eviction", "--output-json", str(report)]
+    command = ["bench", "compression", "--device", "cpu", "--output-json", str(report)]
+    command += ["--parts", "returned,scores,latents,eviction", "--evicted-context", "4000"]
     assert main([*command, "--batch", "2"]) == 0
     summary = json.loads(report.read_text())["summary"]
     assert 0.95 <= summary["h2o_returned_over_evicted"] <= 1
     assert 0.9 <= summary["fastgen_returned_over_evicted"] <= 1
     assert summary["row_of_all_heads_returned_over_evicted"] <= 0.1
     assert summary["kept_sets_match_paper"] == 1.0
+    assert summary["h2o_scores_torch_ms"] > 0
+    assert summary["latents_us_a_layer_4_heads"] > 0
     assert summary["evicted_step_over_whole_2x64"] is None

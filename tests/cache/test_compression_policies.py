@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from probing import probe
 
 from trtllm_vattn.cache.compression import H2O, CompressionPolicy, FastGen, HeadsView
 from trtllm_vattn.cache.compression.fastgen import KINDS
@@ -13,6 +16,24 @@ from trtllm_vattn.verify.compression import attention_of, fastgen_sets, h2o_sets
 
 HEADS, GROUP, DIM, TOKENS = 3, 2, 8, 40
 SPECIAL, PUNCTUATION = (0,), (1, 2)
+
+
+def test_the_kernels_add_up_attention_in_the_interpreter() -> None:
+    probe(Path(__file__).with_name("mass_probe.py"), "cpu", interpreted=True)
+
+
+@pytest.mark.gpu
+def test_the_kernels_add_up_attention_on_the_card() -> None:
+    probe(Path(__file__).with_name("mass_probe.py"), "cuda:0", interpreted=False)
+
+
+def test_attention_adds_up() -> None:
+    seen = random_view(queries=7)
+    full = attention_of(seen)
+    assert np.allclose(seen.attended().numpy(), full.sum((1, 2)), atol=1e-5)
+    at = seen.length - 7 + np.arange(7)
+    near = np.arange(seen.held) > at[:, None] - 4
+    assert np.allclose(seen.attended(4).numpy(), (full * near).sum((1, 2)), atol=1e-5)
 
 
 def test_maps_are_causal_attention() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from time import perf_counter
 
 import numpy as np
 import pytest
+import torch
 from contents import expect, expect_in, fill
 from failing import fail_each_call
 from shapes import SHAPE
@@ -20,6 +22,7 @@ from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import (
     CacheAsleep,
     ConfigError,
+    DriverError,
     DuplicateSequence,
     HostMemoryFull,
     KVCacheOutOfMemory,
@@ -30,6 +33,7 @@ from trtllm_vattn.errors import (
 )
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.host import HostDriver
+from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.wrappers import CountingDriver, FaultyDriver
 
 HOST = CacheConfig(lookahead=0, host_memory="512MiB")
@@ -278,7 +282,10 @@ def test_a_raised_lower_edge_comes_back(host_driver: HostDriver) -> None:
         cache.check_integrity()
 
 
-@pytest.mark.parametrize("call", ["suspend", "resume", "resume for more", "sleep", "wake", "drop"])
+@pytest.mark.parametrize(
+    "call",
+    ["suspend", "suspend beside", "resume", "resume beside", "resume for more", "sleep", "wake", "drop"],
+)
 def test_every_driver_call_may_fail_once(call: str) -> None:
     """The sequence runs, or is suspended, as before; its bytes are there."""
 
@@ -292,13 +299,15 @@ def test_every_driver_call_may_fail_once(call: str) -> None:
             cache.fork("a", "shares", 35)
             cache.admit("reads", 20, prefix=(cache.slot_of("a"), 13))
             fill(cache, "reads", range(13, 20))
-        if call != "suspend" and call != "sleep":
-            cache.sleep(keep=True) if call == "wake" else cache.suspend("a")
+        if not call.startswith("suspend") and call != "sleep":
+            cache.sleep(keep=True) if call == "wake" else cache.suspend("a", wait=call != "resume beside")
         return cache
 
     calls: dict[str, Callable[[KVCacheManager], object]] = {
         "suspend": lambda cache: cache.suspend("a"),
+        "suspend beside": lambda cache: cache.suspend("a", wait=False),
         "resume": lambda cache: cache.resume("a"),
+        "resume beside": lambda cache: cache.resume("a", wait=False),
         "resume for more": lambda cache: cache.resume("a", 50),
         "sleep": lambda cache: cache.sleep(keep=True),
         "wake": lambda cache: cache.wake(),
@@ -310,10 +319,10 @@ def test_every_driver_call_may_fail_once(call: str) -> None:
             assert cache.is_asleep is (failed == (call == "wake"))
         cache.wake()
         if cache.is_suspended("a"):
-            assert failed != (call == "suspend") or call == "drop"
+            assert failed != call.startswith("suspend") or call == "drop"
             cache.resume("a")
         else:
-            assert failed == (call == "suspend") or call in ("sleep", "wake")
+            assert failed == call.startswith("suspend") or call in ("sleep", "wake")
         cache.check_integrity()
         expect(cache, "a", range(40))
         if call in ("sleep", "wake"):
@@ -321,7 +330,108 @@ def test_every_driver_call_may_fail_once(call: str) -> None:
             expect(cache, "reads", range(13), "a")
             expect(cache, "reads", range(13, 20))
 
-    assert fail_each_call(build, calls[call], check) >= (2 if call == "drop" else 6)
+    assert fail_each_call(build, calls[call], check) >= (2 if call in ("drop", "suspend beside") else 6)
+
+
+def test_copies_go_on_beside_the_steps_of_others(build: Callable[..., KVCacheManager]) -> None:
+    cache = build(60)
+    admit(cache, "other", 20)
+    admit(cache, "a", 37)
+    used = cache.arena.used_bytes
+    assert cache.suspend("a", wait=False) == 37 * SHAPE.token_bytes
+    assert cache.is_suspended("a")
+    cache.extend("other", 3)
+    fill(cache, "other", range(20, 23))
+    # Who comes waits for the memory, where there is no other, and does not write into what is copied.
+    while True:
+        try:
+            admit(cache, f"new {cache.stats().sequences}", 20)
+        except (KVCacheOutOfMemory, NoFreeSlot):
+            break
+    assert cache.arena.used_bytes >= used
+    for sequence in [each for each in cache.sequences if each != "other"]:
+        cache.release(sequence)
+    slot = cache.resume("a", 40, wait=False)
+    cache.extend("other", 2)
+    fill(cache, "other", range(23, 25))
+    while not cache.has_arrived("a"):
+        pass
+    assert cache.slot_of("a") == slot
+    expect(cache, "a", range(37))
+    expect(cache, "other", range(25))
+    # Suspended and gone at once: what is suspended next may have its host memory.
+    cache.suspend("a", wait=False)
+    cache.release("a")
+    cache.suspend("other", wait=False)
+    cache.resume("other", wait=False)
+    # Whoever names it waits.
+    cache.extend("other", 1)
+    expect(cache, "other", range(25))
+    cache.check_integrity()
+    assert cache.transfers.out_bytes >= (37 + 37 + 25) * SHAPE.token_bytes
+
+
+def test_memory_is_unmapped_and_steps_are_taken_behind_their_fences(host_driver: HostDriver) -> None:
+    with KVCacheManager(SHAPE, host_driver, 60 * host_driver.granularity(), 2, config=HOST) as cache:
+        admit(cache, "other", 20)
+        slot = admit(cache, "a", 37)
+        host_driver.hold()
+        cache.suspend("a", wait=False)
+        pending = cache.arena.slots[slot].pending_unmap
+        assert pending
+        cache.arena.complete_pending_unmaps()
+        assert cache.arena.slots[slot].pending_unmap
+        cache.check_integrity()
+        # It cannot be mapped again before that.
+        with pytest.raises(DriverError, match="held"):
+            cache.resume("a")
+        assert cache.is_suspended("a")
+        cache.extend("other", 2)
+        host_driver.complete()
+        cache.arena.complete_pending_unmaps()
+        assert not cache.arena.slots[slot].pending_unmap
+        cache.check_integrity()
+        host_driver.hold()
+        assert cache.resume("a", wait=False) == slot
+        assert not cache.has_arrived("a")
+        cache.check_integrity()
+        lengths = cache.lengths.copy()
+        lengths[slot] = 0
+        cache.prepare_step(lengths)
+        lengths[slot] = 38
+        for call in (lambda: cache.prepare_step(lengths), lambda: cache.slot_of("a")):
+            with pytest.raises(DriverError, match="held"):
+                call()
+            assert not cache.has_arrived("a")
+        host_driver.complete()
+        assert cache.has_arrived("a")
+        cache.prepare_step(lengths)
+        expect(cache, "a", range(37))
+
+
+@pytest.mark.gpu
+def test_nobody_waits_for_copies_on_a_gpu() -> None:
+    driver = open_driver("cuda:0")
+    with KVCacheManager(SHAPE, driver, 200 * driver.granularity(), 2, config=HOST) as cache:
+        admit(cache, "other", 20)
+        admit(cache, "a", 37)
+        cache.suspend("a")
+        cache.resume("a")
+        torch.cuda.synchronize()
+        # A step that takes long, which the copies are behind.
+        torch.cuda._sleep(1 << 30)
+        started = perf_counter()
+        cache.suspend("a", wait=False)
+        taken = perf_counter() - started
+        fill(cache, "other", range(20))
+        torch.cuda.synchronize()
+        took = perf_counter() - started
+        assert taken < took / 4
+        cache.resume("a", wait=False)
+        while not cache.has_arrived("a"):
+            pass
+        expect(cache, "a", range(37))
+        expect(cache, "other", range(20))
 
 
 def test_where_an_unmap_failed_in_its_slot_it_comes_back_in_another() -> None:
@@ -378,13 +488,13 @@ def test_a_cache_that_sleeps_has_no_memory_and_wakes_with_all_its_tokens(host_dr
         assert shared
         assert cache.sleep(keep=True) == held
         assert (cache.held_bytes, host_driver.physical_bytes, host_driver.live_mappings) == (0, 0, 0)
+        assert (cache.stats().held_bytes, cache.stats().sequences) == (0, 0)
         for call in (
             lambda: cache.admit("new", 1),
             lambda: cache.resume("suspended"),
             lambda: cache.prepare_step(cache.lengths + 1),
             lambda: cache.slot_of("reads"),
             cache.map_ahead,
-            cache.stats,
             lambda: cache.set_budget("1GiB"),
             lambda: cache.sleep(keep=True),
         ):

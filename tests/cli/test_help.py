@@ -20,12 +20,15 @@ PATHS = [
     *([name] for name in COMMANDS),
     *(["bench", name] for name in BENCHMARKS),
     *(["plugin", action] for action in ("list", "build", "inspect")),
+    *(["broker", action] for action in ("status", "limits", "sleep", "wake")),
 ]
 UNITS = {
     *("TOKENS", "SEQUENCES", "REQUESTS", "PROMPTS", "STEPS", "REPLAYS", "TURNS", "TIMES", "LAYERS", "OPERATIONS"),
     *("COUNT", "MAPPINGS", "THREADS", "CONTEXTS", "BYTES", "SECONDS", "LOGITS", "DEVIATIONS", "SHARE", "N"),
     *("FILE", "FOLDER", "MODEL", "DEVICE", "CACHES", "NAME", "CAPABILITIES", "Q,KV,SIZE", "SEQUENCESxTOKENS"),
-    *("HOST", "PORT", "KEY", "TEXT", "BATCHES", "RATE", "SHAPE", "MILLISECONDS", "NAME:MILLISECONDS"),
+    *("URL", "HOST", "PORT", "KEY", "TEXT", "BATCHES", "RATE", "SHAPE", "MILLISECONDS", "NAME:MILLISECONDS"),
+    "NAME=TIME",
+    "USER",
 }
 
 
@@ -52,7 +55,7 @@ def flags_of(path: list[str]) -> Iterator[argparse.Action]:
 
 def test_no_command_is_left_out() -> None:
     assert set(children(parser_of([]))) == {path[0] for path in PATHS if path}
-    for parent in ("bench", "plugin"):
+    for parent in ("bench", "plugin", "broker"):
         assert set(children(parser_of([parent]))) == {path[1] for path in PATHS if path[:1] == [parent] and path[1:]}
 
 
@@ -90,6 +93,9 @@ def test_one_word_has_one_unit_everywhere() -> None:
         for action in flags_of(path):
             for option in action.option_strings:
                 own = str(action.metavar).partition(",...")[0]
+                if option == "--output" and own in ("FILE", "FOLDER"):
+                    # Whatever the command writes: kernels by name, or one set of numbers.
+                    continue
                 unit, where = seen.setdefault(option, (own, " ".join(path)))
                 assert unit == own, f"{option} is {own} in {path} and {unit} in {where}"
 
@@ -169,7 +175,7 @@ def required(parser: argparse.ArgumentParser, but: str) -> list[str]:
             if not action.option_strings:
                 given.append("x") if action.nargs is None else None
             elif but not in action.option_strings:
-                given += [action.option_strings[0], "/tmp/somewhere"]
+                given += [action.option_strings[0], "1GiB" if action.metavar == "BYTES" else "/tmp/somewhere"]
     return given
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from trtllm_vattn.trace import read_trace
+
 ROOT = Path(__file__).resolve().parents[2]
 HOST = ROOT / "scripts" / "results" / "host"
 
@@ -71,16 +73,18 @@ def check_run(run: dict[str, Any]) -> None:
     assert any(len(each) > len(set(each)) for each in handles), "no memory was ever at two addresses"
 
 
-def test_a_run_is_right_and_moves_memory() -> None:
-    check_run(record_idea.record())
+def test_a_run_is_right_and_moves_memory(tmp_path: Path) -> None:
+    check_run(record_idea.record(tmp_path / "trace.json"))
+    names = {event["name"] for event in read_trace(tmp_path / "trace.json")}
+    assert names >= {"map", "replay", "admit", "move", "begin_with"}
 
 
 def test_the_committed_run_is_right_and_moves_memory(committed: dict[str, Any]) -> None:
     check_run(committed)
 
 
-def test_a_wrong_sum_is_noticed() -> None:
-    run = record_idea.Recorder()
+def test_a_wrong_sum_is_noticed(tmp_path: Path) -> None:
+    run = record_idea.Recorder(tmp_path / "trace.json")
     run.operate("A arrives", lambda: run.admit("A", 4), 1)
     assert run.wrong == 0
     run._k[run.cache.slot_of("A"), 1] += 1

@@ -14,6 +14,7 @@ import looked_at
 import numpy as np
 import pytest
 
+from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory, MemoryQuarantined, NoFreeSlot, RankLost
 from trtllm_vattn.runtime.engine import Engine
@@ -110,6 +111,17 @@ def test_the_benchmark_of_transfers_counts_descriptors_and_wrong_bytes(
     assert told["complete"]
 
 
+def test_what_peer_mapping_needs_is_said(
+    run_bench: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert run_bench("transfer", "--measure", "peer")["peer"] == "skipped: peer mapping needs two GPUs, and there are 1"
+    assert main(["bench", "transfer", "--device", "cpu", "--measure", "sequences,peer"]) == 2
+    assert "ask for it alone" in capsys.readouterr().err
+    assert main(["bench", "transfer", "--device", "cuda:0", "--link", "group"]) == 2
+    assert "NCCL refuses two processes on one GPU" in capsys.readouterr().err
+
+
 def test_each_rank_has_half_of_the_heads_at_its_own_addresses(ranks: Ranks, engine: Engine) -> None:
     assert looked_at.heads(engine) == (2, 1)
     assert ranks.call(looked_at.heads) == [(2, 1)]
@@ -193,6 +205,26 @@ def test_a_mapping_that_fails_on_the_other_rank_fails_the_admission_on_both(engi
     disarm(ranks)
     assert looked_at.slots(engine) == before
     assert ranks.call(looked_at.slots) == [before]
+
+
+def test_a_sequence_whose_release_failed_is_released_before_it_begins_again(
+    engine: Engine, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(cache: KVCacheManager, sequence: object) -> None:
+        raise DriverError("CUDA_ERROR_UNKNOWN", "record", (0,))
+
+    engine.cache.release_free_memory()
+    ranks.call(looked_at.arm, "map", 0)
+    monkeypatch.setattr(KVCacheManager, "release", refuse)
+    with pytest.raises(DriverError, match="on rank 1"):
+        engine.cache.admit("again", 30)
+    disarm(ranks)
+    with pytest.raises(DriverError, match="record"):
+        engine.cache.admit("again", 30)
+    monkeypatch.undo()
+    engine.cache.admit("again", 30)
+    agree(ranks, engine)
+    engine.cache.release("again")
 
 
 def test_a_step_has_memory_on_all_ranks_or_on_none(engine: Engine, ranks: Ranks) -> None:

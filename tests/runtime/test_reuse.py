@@ -28,12 +28,21 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import CountingDriver
 
-DRAW = np.random.default_rng(29)
-BASE = DRAW.integers(0, 512, 64).tolist()
+BASE = np.random.default_rng(29).integers(0, 512, 64).tolist()
+draw = np.random.default_rng(29)
+
+
+@pytest.fixture(autouse=True)
+def fixed_prompts() -> None:
+    """Each test has prompts of its own, whatever ran before it. Keys and values that are computed again by another pass
+    differ by rounding: logits by 1e-5 here, and the two largest of every 40,000 are closer than that. Of prompts that
+    were others in each run, one in some hundred runs of 180 tokens gave another token."""
+    global draw
+    draw = np.random.default_rng(30)
 
 
 def tail(count: int) -> list[int]:
-    return DRAW.integers(0, 512, count).tolist()
+    return draw.integers(0, 512, count).tolist()
 
 
 @remember
@@ -223,7 +232,8 @@ def test_who_goes_back_to_the_queue_finds_its_own_prefix(bench: Bench) -> None:
     plain = bench.engine(prefix_cache=False)
     prompts = [tail(40) for _ in range(3)]
     want = [each.tokens for each in plain.generate(prompts, SamplingParams(60))]
-    engine = bench.engine(slots=3, budget=281 * 1024)
+    # How far memory is mapped ahead goes by measured times, and what it takes is not kept.
+    engine = bench.engine(slots=3, budget=281 * 1024, lookahead=4)
     seen: Counter[int] = Counter()
     admit = engine.slots.admit
 

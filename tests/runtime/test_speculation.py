@@ -317,6 +317,29 @@ def test_forks_samples_and_prefixes_share_while_drafts_are_verified(build: Build
     engine.cache.check_integrity()
 
 
+@pytest.mark.parametrize("options", [{}, {"capture": True, "packed": True}])
+def test_prompts_that_come_in_the_middle_change_no_token(build: Build, options: dict[str, Any]) -> None:
+    # Prompts go in by so few tokens that sequences decode beside them for several passes, each without drafts.
+    engine = build(chunk=8, speculation=Speculation(num_speculative_tokens=3, prompt_lookup_min=1), **options)
+    mixed: list[StepRecord] = []
+    engine.observer = mixed.append
+    events, numbers = [], []
+    for prompt, params in zip(PROMPTS, PARAMS, strict=True):
+        numbers.append(engine.submit(prompt, params))
+        before = engine.speculation_stats()["drafted"]
+        for _ in range(14):
+            events += engine.step()
+            if engine.speculation_stats()["drafted"] > before + 3:
+                break
+    events += engine.run()
+    got = by_request(events)
+    assert [got[number] for number in numbers] == wanted()
+    assert sum(record.prefilled > 0 and record.lanes > 0 for record in mixed) > 6
+    stats = engine.speculation_stats()
+    assert stats["accepted"] > 0
+    assert stats["steps"][0] > 6
+
+
 def test_suspended_cancelled_and_late_requests_leave_the_others_right(build: Build) -> None:
     engine = build(speculation=Speculation(num_speculative_tokens=7, prompt_lookup_min=1), host_memory="16MiB")
     numbers = [engine.submit(prompt, params) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]

@@ -117,6 +117,49 @@ def test_a_suspended_request_goes_on_as_if_nothing_had_been(build: Build, captur
     engine.cache.check_integrity()
 
 
+@pytest.mark.parametrize("prefixes", [False, True])
+@pytest.mark.parametrize("then", ["goes on", "is aborted", "is suspended again", "sleeps"])
+def test_others_go_on_while_a_request_comes_back(build: Build, then: str, prefixes: bool) -> None:
+    driver = HostDriver()
+    engine = build(driver=driver, capture=False, prefix_cache=prefixes, mapping="between-steps")
+    numbers = [engine.submit(prompt, PARAMS) for prompt in PROMPTS]
+    tokens: dict[int, list[int]] = {}
+    while len(tokens.get(numbers[3], ())) < 3:
+        note(tokens, engine.step())
+    # Its copies are not done until `complete`.
+    driver.hold()
+    engine.suspend(numbers[1])
+    before = len(tokens[numbers[0]])
+    note(tokens, engine.step())
+    driver.complete()
+    driver.hold()
+    engine.resume(numbers[1])
+    for _ in range(4):
+        note(tokens, engine.step())
+    came = engine.scheduler.requests[numbers[1]]
+    assert [*engine.scheduler.arriving] == [numbers[1]]
+    assert came in engine.scheduler.holders
+    assert len(tokens[numbers[0]]) > before + 3
+    seen = len(tokens[numbers[1]])
+    driver.complete()
+    if then == "is aborted":
+        engine.abort(numbers[1])
+    elif then == "is suspended again":
+        assert engine.suspend(numbers[1]) > 0
+        note(tokens, engine.step())
+        engine.resume(numbers[1])
+    elif then == "sleeps":
+        engine.sleep()
+        engine.wake()
+    collect(engine, tokens)
+    want = {numbers[n]: found for n, found in undisturbed().items()}
+    if then == "is aborted":
+        want[numbers[1]] = want[numbers[1]][:seen]
+    assert tokens == want
+    assert not engine.scheduler.arriving
+    engine.cache.check_integrity()
+
+
 def test_a_request_is_suspended_wherever_it_is(build: Build) -> None:
     engine = build(slots=2, chunk=8)
     numbers = [engine.submit(prompt, PARAMS) for prompt in PROMPTS]

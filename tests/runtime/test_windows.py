@@ -206,13 +206,15 @@ def test_a_named_shape_takes_the_setting() -> None:
 # -- latents ---------------------------------------------------------------------------------------------------------
 
 
-def test_latents_take_one_row_a_token() -> None:
+@pytest.mark.parametrize("attention", ["auto", "latents"])
+def test_latents_take_one_row_a_token(attention: str) -> None:
     model = tiny_model(tiny_config("deepseek_v3", num_hidden_layers=2))
     shape = shape_of(model, 2, LONGEST)
     assert (shape.num_kv_heads, shape.head_dim, shape.kv_factor) == (1, 16 + 8, 1)
     assert shape.token_bytes == 2 * 24 * 4
     cache = KVCacheManager(shape, driver := HostDriver(), 1 << 20, config=CacheConfig())
-    with Engine(copy.deepcopy(model), cache, compile=False, attention="auto", capture=False) as engine:
+    capture = attention == "latents"
+    with Engine(copy.deepcopy(model), cache, compile=False, attention=attention, capture=capture) as engine:
         assert run(engine, PROMPTS[:1]) == [own_tokens(model, PROMPTS[0])]
         done = engine.generate([list(PROMPTS[1])] * 2, SamplingParams(max_tokens=2))
         assert done[1].cached_tokens or done[0].tokens == done[1].tokens

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,15 @@ from trtllm_vattn.cache.select import make_cache  # noqa: E402
 from trtllm_vattn.cli.generate import prompts_of, templated  # noqa: E402
 from trtllm_vattn.cli.main import main  # noqa: E402
 from trtllm_vattn.cli.parser import build_parser  # noqa: E402
-from trtllm_vattn.errors import ConfigError  # noqa: E402
+from trtllm_vattn.errors import ConfigError, EngineClosed  # noqa: E402
 from trtllm_vattn.runtime.async_engine import AsyncEngine  # noqa: E402
 from trtllm_vattn.runtime.binding import shape_of  # noqa: E402
 from trtllm_vattn.runtime.engine import Engine  # noqa: E402
 from trtllm_vattn.runtime.sampling import SamplingParams  # noqa: E402
 from trtllm_vattn.serve.app import Settings  # noqa: E402
 from trtllm_vattn.serve.server import configuration, listen, serve  # noqa: E402
+from trtllm_vattn.vmm.host import HostDriver  # noqa: E402
+from trtllm_vattn.vmm.wrappers import FaultyDriver  # noqa: E402
 
 KEY, NAME, LENGTH = "a key", "tiny", 256
 OWN = copy.deepcopy(tiny_model())
@@ -398,3 +401,33 @@ def test_prompts_come_from_a_file_or_standard_input_and_through_the_template(tmp
         with pytest.raises(ConfigError, match="there is no prompt, or an empty one"):
             prompts(*given)
     assert templated(tiny_tokenizer(), "one") == tiny_tokenizer()("<user>one\n<assistant>")["input_ids"]
+
+
+def test_a_lost_device_ends_the_server(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    model, driver = copy.deepcopy(OWN), FaultyDriver(HostDriver())
+    cache = make_cache("vattn", shape_of(model, 4, LENGTH), "cpu", driver=driver)
+    engine = Engine(model, cache, compile=False, capture=False, tokenizer=tiny_tokenizer())
+    around = AsyncEngine(engine)
+    monkeypatch.setattr(AsyncEngine, "from_pretrained", lambda model, **options: around)
+    said: list[BaseException] = []
+
+    def client() -> None:
+        url = "nothing yet"
+        while not url.startswith("http"):
+            url = capfd.readouterr().out.strip().rpartition(" ")[2]
+            time.sleep(0.01)
+        driver.fail("*", code="CUDA_ERROR_ILLEGAL_ADDRESS", sticky=True)
+        try:
+            openai.OpenAI(base_url=url, api_key=KEY, max_retries=0).completions.create(model=NAME, prompt="one")
+        except openai.APIStatusError as error:
+            said.append(error)
+
+    asking = threading.Thread(target=client)
+    asking.start()
+    with pytest.raises(EngineClosed, match=r"with it the server: .*CUDA_ERROR_ILLEGAL_ADDRESS"):
+        serve("x", Settings(NAME, (KEY,)), "127.0.0.1", 0, 5.0, 8, {"max_seq_len": LENGTH})
+    asking.join()
+    assert [error.status_code for error in said if isinstance(error, openai.APIStatusError)] == [503]
+    assert not around.is_open
+    driver.disarm()
+    cache.close()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.errors import ConfigError, DriverError
 from trtllm_vattn.trtllm import elastic
 from trtllm_vattn.trtllm.config import TrtllmConfig
+from trtllm_vattn.trtllm.start import check_executor
 from trtllm_vattn.verify.workload import Workload
 
 Make = Callable[..., Any]
@@ -139,12 +142,129 @@ def test_budgets_change_all_the_time_and_no_history_is_lost(executor: Any, fake:
     assert len(executor.finished) == 40
 
 
-def test_too_little_and_several_ranks_are_refused(executor: Any) -> None:
+def test_too_little_is_refused(executor: Any) -> None:
     with pytest.raises(ConfigError, match="raise it to"):
         elastic.set_budget(1000)
-    executor.manager.mapping.world_size = 2
-    with pytest.raises(ConfigError, match=r"2 ranks.*give the budget at start"):
+
+
+class Communicator:
+    """Of stand-in ranks, a thread each."""
+
+    def __init__(self, size: int) -> None:
+        self.all = threading.Barrier(size, timeout=20)
+        self.values: list[Any] = [None] * size
+
+    def of(self, rank: int) -> SimpleNamespace:
+        def allgather(value: Any) -> list[Any]:
+            self.values[rank] = value
+            self.all.wait()
+            found = list(self.values)
+            self.all.wait()
+            return found
+
+        return SimpleNamespace(allgather=allgather)
+
+
+@pytest.fixture
+def ranks(make: Make, fake: SimpleNamespace) -> list[Any]:
+    """Two executors of the same requests, as tensor parallel ranks are; the second has fewer heads."""
+    meeting, made = Communicator(2), []
+    for rank in range(2):
+        mapping = fake.managers.Mapping(world_size=2)
+        manager = make(TrtllmConfig(budget=BUDGET), mapping=mapping, num_kv_heads=2 - rank)
+        executor = fake.executor.PyExecutor(manager, 4, 128)
+        executor.dist = meeting.of(rank)
+        # What the stock constructor agreed on with the other rank.
+        type(manager).other_ranks_blocks = 40
+        check_executor(executor, TrtllmConfig())
+        for number in range(12):
+            executor.submit(fake.managers.LlmRequest(number, 20 + number, 14))
+        made.append(executor)
+    return made
+
+
+def lives_of(ranks: list[Any], ask: Callable[[int], None]) -> list[list[tuple[int, int]]]:
+    """Run all ranks to the end: requests that took part in each step and blocks that the scheduler counted on, by
+    rank. ``ask(step)`` is called before each step of the first rank."""
+    lives: list[list[tuple[int, int]]] = [[] for _ in ranks]
+
+    def live(rank: int) -> None:
+        executor = ranks[rank]
+        while executor.waiting or executor.running:
+            if rank == 0:
+                ask(len(lives[0]))
+            lives[rank].append((executor.step(), executor.manager.vattn.promised_blocks))
+            healthy(executor)
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        for done in [pool.submit(live, rank) for rank in range(len(ranks))]:
+            done.result()
+    return lives
+
+
+def test_ranks_change_their_budget_at_the_same_step_to_the_least(ranks: list[Any]) -> None:
+    first, second = (each.manager.vattn for each in ranks)
+    before = second.target
+
+    def ask(step: int) -> None:
+        if step == 9:
+            first.set_budget(first.slots.budget_for(11))
+            second.set_budget(second.slots.budget_for(9))
+            assert second.target == before
+        if step == 33:
+            first.set_budget(first.slots.budget_for(30))
+
+    lives = lives_of(ranks, ask)
+    assert lives[0] == lives[1]
+    counted = [blocks for _, blocks in lives[0]]
+    assert 9 in counted
+    assert counted.index(9) > 9
+    assert counted[-1] == 30
+    assert [each.slots.blocks_backed_by(each.target) for each in (first, second)] == [30, 30]
+    assert [len(each.finished) for each in ranks] == [12, 12]
+
+
+def test_a_budget_that_one_rank_cannot_change_stays_on_all(
+    ranks: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = (each.manager.vattn for each in ranks)
+    before = [(each.target, each.promised_blocks) for each in (first, second)]
+    shrink, failures = second.cache.shrink_towards, [DriverError("CUDA_ERROR_UNKNOWN", "unmap", (1, 2))]
+
+    def fail_once(budget: int) -> int:
+        if failures and budget < before[1][0]:
+            raise failures.pop()
+        return int(shrink(budget))
+
+    monkeypatch.setattr(second.cache, "shrink_towards", fail_once)
+
+    def ask(step: int) -> None:
+        if step == 3:
+            first.set_budget(first.slots.budget_for(9))
+
+    lives = lives_of(ranks, ask)
+    assert not failures
+    assert lives[0] == lives[1]
+    assert [(each.target, each.promised_blocks) for each in (first, second)] == before
+    assert [len(each.finished) for each in ranks] == [12, 12]
+    assert "rank 1: DriverError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [({"pp_size": 2}, "of a pipeline"), ({"enable_attention_dp": True}, "attention data"), ({}, "no communicator")],
+)
+def test_ranks_that_cannot_meet_are_refused_by_name(
+    make: Make, fake: SimpleNamespace, setting: dict[str, Any], why: str
+) -> None:
+    manager = make(TrtllmConfig(budget=BUDGET), mapping=fake.managers.Mapping(world_size=2, **setting))
+    executor = fake.executor.PyExecutor(manager, 4, 128)
+    executor.dist = Communicator(2).of(0) if setting else None
+    check_executor(executor, TrtllmConfig())
+    with pytest.raises(ConfigError, match=rf"2 ranks.*{why}.*give the budget at start"):
         elastic.set_budget(BUDGET)
+    assert elastic.release() <= BUDGET
+    assert elastic.resume() == manager.vattn.target
 
 
 def test_without_a_manager_it_says_where_to_call() -> None:

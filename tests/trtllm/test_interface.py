@@ -84,9 +84,8 @@ def test_what_is_required_was_recorded(series: str) -> None:
         assert set(wanted) <= set(methods(recorded)[name]), name
     assert set(REQUIRED_GLOBALS) <= set(recorded["module_globals_used"])
     assert "_kv_cache_manager_cls" in RECORDED[series]["KvCacheCreator"]["attributes"]
-    assert {"kv_cache_manager", "resource_manager.resource_managers", "is_warmup", "active_requests"} <= set(
-        RECORDED[series]["PyExecutor"]["attributes"]
-    )
+    executor = {"kv_cache_manager", "resource_manager.resource_managers", "is_warmup", "active_requests"}
+    assert executor | {"dist.allgather"} <= set(RECORDED[series]["PyExecutor"]["attributes"])
     for name, attributes in RECORDED[series]["kv_cache_events"].items():
         if name != "serializer":
             assert set(attributes) <= {each.name for each in fields(getattr(events, name))}

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import signal
 import subprocess
 from collections.abc import Callable
@@ -133,3 +135,16 @@ def test_a_driver_is_opened_by_device() -> None:
 def test_without_a_gpu_the_cuda_driver_says_what_to_do() -> None:
     with pytest.raises(ConfigError, match=r"no GPU 77 .*host driver"):
         open_driver("cuda:77")
+
+
+def test_a_file_that_cannot_grow_is_a_driver_error(host_driver: HostDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", full)
+        with pytest.raises(DriverError, match=r"CUDA_ERROR_OUT_OF_MEMORY .No space left on device: a handle is a file"):
+            host_driver.create(4096)
+    assert len(os.listdir("/proc/self/fd")) == before
+    host_driver.release(host_driver.create(4096))

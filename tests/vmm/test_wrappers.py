@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import io
-import json
+from pathlib import Path
 
 import pytest
 
 from trtllm_vattn.errors import DriverError
+from trtllm_vattn.trace import Trace, read_trace
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.owners import Extent, Reservation
 from trtllm_vattn.vmm.wrappers import CountingDriver, FaultyDriver, QuiescingDriver, TracingDriver, WrappedDriver
@@ -34,18 +34,18 @@ def test_counting(host_driver: HostDriver) -> None:
     assert all(seconds > 0 for seconds in driver.seconds.values())
 
 
-def test_tracing_writes_a_line_a_call(host_driver: HostDriver) -> None:
-    file = io.StringIO()
-    driver = TracingDriver(host_driver, file)
-    use(driver)
-    with pytest.raises(DriverError):
-        driver.create(5)
-    lines = [json.loads(line) for line in file.getvalue().splitlines()]
-    assert [line["call"] for line in lines] == [*CALLS, "create"]
-    assert lines[0]["arguments"] == [4096]
-    assert lines[2]["arguments"][0] == lines[0]["result"]
-    assert lines[-1]["error"] == "CUDA_ERROR_INVALID_VALUE"
-    assert all(line["us"] > 0 for line in lines)
+def test_tracing_notes_a_span_a_call(host_driver: HostDriver, tmp_path: Path) -> None:
+    with Trace(tmp_path / "trace.json") as trace:
+        driver = TracingDriver(host_driver, trace)
+        use(driver)
+        with pytest.raises(DriverError):
+            driver.create(5)
+    spans = [event for event in read_trace(trace.path) if event.get("cat") == "driver"]
+    assert [span["name"] for span in spans] == [*CALLS, "create"]
+    assert spans[0]["args"]["arguments"] == [4096]
+    assert spans[2]["args"]["arguments"][0] == spans[0]["args"]["result"]
+    assert spans[-1]["args"]["error"] == "CUDA_ERROR_INVALID_VALUE"
+    assert all(span["dur"] > 0 for span in spans)
 
 
 def test_an_injected_failure_does_not_reach_the_driver(host_driver: HostDriver) -> None:
@@ -107,3 +107,14 @@ def test_mappings_change_only_after_quiescing(host_driver: HostDriver) -> None:
         owner.close()
     changes = ["quiesce", "map", "quiesce", "set_access", "quiesce", "unmap"]
     assert order == ["reserve", "create", *changes, "release", "free"]
+
+
+def test_a_sticky_failure_stays(host_driver: HostDriver) -> None:
+    driver = FaultyDriver(host_driver)
+    driver.fail("create", code="CUDA_ERROR_ILLEGAL_ADDRESS", sticky=True)
+    driver.record(0)
+    for call in (lambda: driver.create(4096), lambda: driver.record(0)):
+        with pytest.raises(DriverError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+            call()
+    driver.disarm()
+    use(driver)

@@ -195,6 +195,11 @@ class Attention(ABC):
         `anywhere` says that lane i need not be slot i. Called outside of a capture.
         """
 
+    def token_us(self, lanes: int, anywhere: bool = False) -> float | None:
+        """Microseconds in which a layer reads one token of a batch of so many lanes by the kernel that honours
+        prefixes, as `measure` found it; None where it is not known."""
+        return None
+
     def pick(self, lengths: np.ndarray, anywhere: bool = False, prefixes: bool = False) -> str:
         """The fastest of `variants` for lengths int ``[lanes]``, 0 for idle lanes; the host alone is asked.
 

@@ -118,6 +118,11 @@ class PickedAttention(FlatPromptsAttention):
         costs = self._costs.get((measured_lanes(len(lengths), self.cache.shape.num_slots), anywhere))
         return self._first if costs is None else cheapest(costs, lengths)
 
+    def token_us(self, lanes: int, anywhere: bool = False) -> float | None:
+        costs = self._costs.get((measured_lanes(lanes, self.cache.shape.num_slots), anywhere), {})
+        cost = costs.get(self.variants[-1].removesuffix(PREFIXES))
+        return None if cost is None or cost.per_token <= 0 else cost.per_token
+
     def use(self, variant: str) -> None:
         super().use(variant)
         self._current = variant.removesuffix(PREFIXES)

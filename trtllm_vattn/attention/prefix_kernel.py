@@ -60,6 +60,7 @@ def read_prefixes(  # type: ignore[no-untyped-def]
     PDL: tl.constexpr,
     FP8: tl.constexpr,
     K_SCALES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     """Attention of q ``[lanes, QUERIES, KV_HEADS * GROUP, DIM]`` to the tokens that its lanes' groups share.
 
@@ -128,7 +129,7 @@ def read_prefixes(  # type: ignore[no-untyped-def]
         for tile in tl.range(first, whole, num_stages=STAGES):
             keys = _tiles_of(k_head, k_tiles, slot, tile * TILE, head, of_token, d, TILE, DIM, TMA).to(dot_dtype)
             values = _tiles_of(v_head, v_tiles, slot, tile * TILE, head, of_token, d, TILE, DIM, TMA).to(dot_dtype)
-            top, total, acc = _attend(queries, keys, values, True, head_scale, top, total, acc, False)
+            top, total, acc = _attend(queries, keys, values, True, head_scale, top, total, acc, SOFTCAP, False)
         for tile in tl.range(tl.maximum(first, whole), last, num_stages=1):
             token = tile * TILE + tl.arange(0, TILE)
             mask = (token < length)[:, None] & (d < DIM)[None, :]
@@ -136,7 +137,7 @@ def read_prefixes(  # type: ignore[no-untyped-def]
             keys = tl.load(k_head + from_head, mask=mask, other=0.0).to(dot_dtype)
             values = tl.load(v_head + from_head, mask=mask, other=0.0).to(dot_dtype)
             visible = (token < length)[None, :]
-            top, total, acc = _attend(queries, keys, values, visible, head_scale, top, total, acc, True)
+            top, total, acc = _attend(queries, keys, values, visible, head_scale, top, total, acc, SOFTCAP, True)
 
         if (first == 0) & (last == tiles):
             _leave(tops, outs, top, total, acc, index, here, d)

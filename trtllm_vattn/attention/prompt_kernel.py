@@ -20,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from trtllm_vattn.attention.shares_kernel import capped
+
 FIELDS = tl.constexpr(16)
 """int32 numbers of a piece in the list: its chunk's first row, rows, length and slot; its tile of the chunk; its first
 block of keys and the end of its last; pieces of its tile; the first one's place among all parts, and its own."""
@@ -162,9 +164,12 @@ def _block_of(base, tiles, slot, token, head, of_token, d, BLOCK_N: tl.constexpr
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _attend(q, k, v, visible, scale, top, total, acc, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _attend(q, k, v, visible, scale, top, total, acc, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Add a block of keys to each row's online softmax: its largest score, the sum of its weights, and its output."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if SOFTCAP > 0:
+        scores = capped(scores * scale, SOFTCAP)
+        scale = 1.0
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -202,6 +207,7 @@ def _attend_whole(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     STAGES: tl.constexpr,
     TMA: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     """Attend to blocks `begin` to `end` (by their numbers in the list), which lie in one slot and are seen whole."""
     k_slot, v_slot = tl.multiple_of(k_head + slot * of_slot, 16), tl.multiple_of(v_head + slot * of_slot, 16)
@@ -209,7 +215,7 @@ def _attend_whole(  # type: ignore[no-untyped-def]
         token = (block + shift) * BLOCK_N
         keys = _block_of(k_slot, k_tiles, slot, token, head, of_token, d, BLOCK_N, DIM, TMA).to(dot_dtype)
         values = _block_of(v_slot, v_tiles, slot, token, head, of_token, d, BLOCK_N, DIM, TMA).to(dot_dtype)
-        top, total, acc = _attend(q, keys, values, True, scale, top, total, acc, False)
+        top, total, acc = _attend(q, keys, values, True, scale, top, total, acc, SOFTCAP, False)
     return top, total, acc
 
 
@@ -241,6 +247,7 @@ def _attend_masked(  # type: ignore[no-untyped-def]
     WINDOW: tl.constexpr,
     FIRST: tl.constexpr,
     PREFIXES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     """Attend to blocks `begin` to `end` (by their numbers in the list) row by row; heads' addresses are without slot.
     With a window, no token from `FIRST` to `lowest` is read."""
@@ -259,7 +266,7 @@ def _attend_masked(  # type: ignore[no-untyped-def]
         visible = (token[None, :] < sees[:, None]) & there[None, :]
         if WINDOW:
             visible &= (token[None, :] >= sees[:, None] - WINDOW) | (token < FIRST)[None, :]
-        top, total, acc = _attend(q, keys, values, visible, scale, top, total, acc, True)
+        top, total, acc = _attend(q, keys, values, visible, scale, top, total, acc, SOFTCAP, True)
     return top, total, acc
 
 
@@ -299,6 +306,7 @@ def _attend_pieces(  # type: ignore[no-untyped-def]
     FIRST: tl.constexpr,
     PREFIXES: tl.constexpr,
     TMA: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     """Attend to blocks `first` to `last` of a tile (by their numbers in the list) whose tokens are not all in one slot,
     or not all in the window. `clear` is the first block that not every query sees, or in which the sequence ends."""
@@ -319,7 +327,7 @@ def _attend_pieces(  # type: ignore[no-untyped-def]
         whole = tl.minimum(tl.maximum(tl.cdiv(low, BLOCK_N) - shift, first), last)
         top, total, acc = _attend_masked(
             first, whole, sinks, shift, q, sees, lowest, k_head, v_head, of_slot, of_token, slot, base, border, length,
-            d, scale, top, total, acc, dot_dtype, BLOCK_N, DIM, WINDOW, FIRST, PREFIXES,
+            d, scale, top, total, acc, dot_dtype, BLOCK_N, DIM, WINDOW, FIRST, PREFIXES, SOFTCAP,
         )  # fmt: skip
     high = tl.minimum(tl.maximum(clear - shift, whole), last)
     own = whole
@@ -328,19 +336,19 @@ def _attend_pieces(  # type: ignore[no-untyped-def]
         own = tl.minimum(tl.maximum(tl.cdiv(border, BLOCK_N) - shift, based), high)
         top, total, acc = _attend_whole(
             whole, based, shift, q, k_head, v_head, k_tiles, v_tiles, of_slot, of_token, head, base, d, scale, top,
-            total, acc, dot_dtype, BLOCK_N, DIM, STAGES, TMA,
+            total, acc, dot_dtype, BLOCK_N, DIM, STAGES, TMA, SOFTCAP,
         )  # fmt: skip
         top, total, acc = _attend_masked(
             based, own, sinks, shift, q, sees, lowest, k_head, v_head, of_slot, of_token, slot, base, border, length,
-            d, scale, top, total, acc, dot_dtype, BLOCK_N, DIM, WINDOW, FIRST, PREFIXES,
+            d, scale, top, total, acc, dot_dtype, BLOCK_N, DIM, WINDOW, FIRST, PREFIXES, SOFTCAP,
         )  # fmt: skip
     top, total, acc = _attend_whole(
         own, high, shift, q, k_head, v_head, k_tiles, v_tiles, of_slot, of_token, head, slot, d, scale, top, total,
-        acc, dot_dtype, BLOCK_N, DIM, STAGES, TMA,
+        acc, dot_dtype, BLOCK_N, DIM, STAGES, TMA, SOFTCAP,
     )  # fmt: skip
     return _attend_masked(
         high, last, sinks, shift, q, sees, lowest, k_head, v_head, of_slot, of_token, slot, base, border, length, d,
-        scale, top, total, acc, dot_dtype, BLOCK_N, DIM, WINDOW, FIRST, PREFIXES,
+        scale, top, total, acc, dot_dtype, BLOCK_N, DIM, WINDOW, FIRST, PREFIXES, SOFTCAP,
     )  # fmt: skip
 
 
@@ -421,6 +429,7 @@ def attend_prompts(  # type: ignore[no-untyped-def]
     K_SCALES: tl.constexpr,
     V_SCALES: tl.constexpr,
     HEADS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     """Causal attention of chunks: q, out ``[all_rows, KV_HEADS * GROUP, DIM]``.
 
@@ -519,6 +528,7 @@ def attend_prompts(  # type: ignore[no-untyped-def]
                 FIRST,
                 PREFIXES,
                 TMA,
+                SOFTCAP,
             )
         else:
             for block in tl.range(first, clear, num_stages=STAGES):
@@ -528,7 +538,7 @@ def attend_prompts(  # type: ignore[no-untyped-def]
                 values = _block_of(v_head, v_tiles, slot, block * BLOCK_N, head, of_token, d, BLOCK_N, DIM, TMA).to(
                     dot_dtype
                 )
-                top, total, acc = _attend(queries, keys, values, True, head_scale, top, total, acc, False)
+                top, total, acc = _attend(queries, keys, values, True, head_scale, top, total, acc, SOFTCAP, False)
             for block in tl.range(tl.maximum(first, clear), whole, num_stages=1):
                 keys = _block_of(k_head, k_tiles, slot, block * BLOCK_N, head, of_token, d, BLOCK_N, DIM, TMA).to(
                     dot_dtype
@@ -537,7 +547,7 @@ def attend_prompts(  # type: ignore[no-untyped-def]
                     dot_dtype
                 )
                 visible = (block * BLOCK_N + tl.arange(0, BLOCK_N))[None, :] < sees[:, None]
-                top, total, acc = _attend(queries, keys, values, visible, head_scale, top, total, acc, True)
+                top, total, acc = _attend(queries, keys, values, visible, head_scale, top, total, acc, SOFTCAP, True)
             # The block in which the sequence ends, if it is among them.
             for block in tl.range(tl.maximum(first, whole), last, num_stages=1):
                 token = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -546,7 +556,7 @@ def attend_prompts(  # type: ignore[no-untyped-def]
                 keys = tl.load(k_head + from_head, mask=mask, other=0.0).to(dot_dtype)
                 values = tl.load(v_head + from_head, mask=mask, other=0.0).to(dot_dtype)
                 visible = (token[None, :] < sees[:, None]) & (token < length)[None, :]
-                top, total, acc = _attend(queries, keys, values, visible, head_scale, top, total, acc, True)
+                top, total, acc = _attend(queries, keys, values, visible, head_scale, top, total, acc, SOFTCAP, True)
 
         result_mask = here[:, None] & (d < DIM)[None, :]
         if splits == 1:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from trtllm_vattn.attention import cudnn, fmha, shares, xqa
+from trtllm_vattn.attention import cudnn, fmha, latents, shares, xqa
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.decode_only import default_attention
 from trtllm_vattn.attention.options import FP8, Feature, LayerOptions
@@ -19,11 +19,12 @@ from trtllm_vattn.errors import ConfigError
 
 
 def automatic(cache: KVCache, num_heads: int, scale: float | None = None, *, deterministic: bool = False) -> Attention:
-    """The picked backend (picked.py) if its kernels work over this cache, else `default_attention`; over latents the
-    torch backend."""
+    """The picked backend (picked.py) if its kernels work over this cache, else `default_attention`; over latents their
+    own backend if its kernels do, else the torch backend."""
     shape = cache.shape
     if shape.kv_factor == 1:
-        return TorchAttention(cache, num_heads, scale)
+        kind = latents.LatentAttention if latents.serves(cache) else TorchAttention
+        return kind(cache, num_heads, scale)
     flat = isinstance(cache.head_groups(0)[0], FlatKV) and shape.kv_factor == 2
     half = shape.dtype in (torch.float16, torch.bfloat16, FP8) and shape.head_dim in shares.HEAD_SIZES
     if cache.device.type == "cuda" and flat and half and cudnn.availability() == shares.availability() == "yes":
@@ -37,6 +38,7 @@ _BACKENDS: dict[str, Callable[..., Attention]] = {
     "xqa": xqa.XqaAttention,
     "xqa-fmha": fmha.XqaFmhaAttention,
     "shares": shares.SharesAttention,
+    "latents": latents.LatentAttention,
 }
 BACKENDS = ("auto", *_BACKENDS)
 
@@ -104,6 +106,7 @@ def available() -> dict[str, str]:
         "torch": "yes",
         "cudnn": cudnn.availability(),
         "shares": shares.availability(),
+        "latents": latents.availability(),
         "xqa": xqa.availability(),
         "xqa-fmha": fmha.availability(),
     }

@@ -10,11 +10,11 @@ On compute capability 9 the kernel loads whole tiles by TMA, and a layer's launc
 it (programmatic dependent launch, PDL). Other GPUs use ordinary loads and launches. On the host the torch backend takes
 the kernel's place. Prompts and mixed passes go through the kernel of prompts.py.
 
-Decode serves everything that options.py names: windows, first tokens and sink logits, rows of eight bits, first tokens
-in another slot, lengths a range group. Lanes that share their first tokens (`PrefixTables.groups`) read them once, by
-the kernel of prefix_kernel.py before this one, in layers without a window; there the lanes' own rests and what they
-share are added up in another order, which may change the last bits of the output. A step in which no lane's first
-tokens lie elsewhere or are shared runs the kernel that knows nothing of it.
+Decode serves everything that options.py names: windows, first tokens and sink logits, soft caps, rows of eight bits,
+first tokens in another slot, lengths a range group. Lanes that share their first tokens (`PrefixTables.groups`) read
+them once, by the kernel of prefix_kernel.py before this one, in layers without a window; there the lanes' own rests and
+what they share are added up in another order, which may change the last bits of the output. A step in which no lane's
+first tokens lie elsewhere or are shared runs the kernel that knows nothing of it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,18 @@ class SharesAttention(FlatPromptsAttention):
 
     name: ClassVar[str] = "shares"
     most_queries = MOST_QUERIES
-    features: ClassVar[frozenset[Feature]] = frozenset(Feature)
+    # Each by its name: what a kernel does not compute must not be among them.
+    features: ClassVar[frozenset[Feature]] = frozenset(
+        {
+            Feature.WINDOW,
+            Feature.FIRST_TOKENS,
+            Feature.SINK_LOGITS,
+            Feature.SOFTCAP,
+            Feature.FP8,
+            Feature.PREFIXES,
+            Feature.LENGTHS,
+        }
+    )
 
     def __init__(
         self,
@@ -248,7 +259,8 @@ class SharesAttention(FlatPromptsAttention):
         reads = None
         if tables is not None and shared and options.window is None:
             reads = self._read_shared(layer, kv, q, tables, features)
-        used = options.window, options.first_tokens, options.sink_logits is None, tables is None, reads is None
+        beyond = options.sink_logits is None, options.softcap is None
+        used = options.window, options.first_tokens, *beyond, tables is None, reads is None
         kind = (settings, queries, lanes, query_lens is None, slots is None, dependent, *used)
         kernel = launch(
             q,
@@ -289,14 +301,14 @@ class SharesAttention(FlatPromptsAttention):
         settings = settings_for(
             self._card.shared_memory_per_multiprocessor, shape.head_dim, shape.dtype.itemsize, reads.rows, 1, False
         )
-        kind = ("shared", settings, q.shape[1], features.pdl)
+        kind = ("shared", settings, q.shape[1], features.pdl, self.options[layer].softcap is None)
         kernel = launch_prefixes(
             q,
             kv,
             tables,
             reads,
             scale=self.scale,
-            k_scale=self.options[layer].k_scale,
+            options=self.options[layer],
             programs=self._programs(kind),
             settings=settings,
             features=features,

@@ -74,6 +74,7 @@ def _attend_masked(  # type: ignore[no-untyped-def]
     WINDOW: tl.constexpr,
     FIRST: tl.constexpr,
     PREFIXES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     """Attend to tiles `begin` to `end` (by their numbers in the list) row by row; heads' addresses are without slot."""
     for tile in tl.range(begin, end, num_stages=2):
@@ -92,14 +93,22 @@ def _attend_masked(  # type: ignore[no-untyped-def]
         visible = (token[None, :] < sees) & there[None, :]
         if WINDOW:
             visible &= (token[None, :] >= sees - WINDOW) | (token < FIRST)[None, :]
-        top, total, acc = _attend(q, keys, values, visible, scale, top, total, acc, True)
+        top, total, acc = _attend(q, keys, values, visible, scale, top, total, acc, SOFTCAP, True)
     return top, total, acc
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _attend(q, k, v, visible, scale, top, total, acc, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+def capped(scores, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scores between -SOFTCAP and SOFTCAP, by a hyperbolic tangent; 0 is no cap."""
+    if SOFTCAP > 0:
+        scores = SOFTCAP * (2 * tl.sigmoid(scores * (2 / SOFTCAP)) - 1)
+    return scores
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend(q, k, v, visible, scale, top, total, acc, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Add a tile to each row's online softmax: its largest score, the sum of its weights, and its output."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, SOFTCAP)
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1))
@@ -137,6 +146,7 @@ def _attend_whole(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     STAGES: tl.constexpr,
     TMA: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     """Attend to tiles `begin` to `end` (by their numbers in the list), which lie in one slot and are seen whole."""
     k_slot, v_slot = tl.multiple_of(k_head + slot * of_slot, 16), tl.multiple_of(v_head + slot * of_slot, 16)
@@ -144,7 +154,7 @@ def _attend_whole(  # type: ignore[no-untyped-def]
         token = (tile + shift) * TILE
         keys = _tiles_of(k_slot, k_tiles, slot, token, head, of_token, d, TILE, DIM, TMA).to(kv_dtype)
         values = _tiles_of(v_slot, v_tiles, slot, token, head, of_token, d, TILE, DIM, TMA).to(kv_dtype)
-        top, total, acc = _attend(q, keys, values, True, scale, top, total, acc, False)
+        top, total, acc = _attend(q, keys, values, True, scale, top, total, acc, SOFTCAP, False)
     return top, total, acc
 
 
@@ -183,6 +193,7 @@ def _attend_pieces(  # type: ignore[no-untyped-def]
     PREFIXES: tl.constexpr,
     SHARED: tl.constexpr,
     TMA: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     """Attend to tiles `first` to `last` of a lane (by their numbers in the list) whose tokens are not all in one slot,
     or not all seen: whole tiles of each slot, and row by row what lies before, between and behind them."""
@@ -199,7 +210,7 @@ def _attend_pieces(  # type: ignore[no-untyped-def]
     if WINDOW > 0 or SHARED:
         top, total, acc = _attend_masked(
             first, whole, sinks, shift, q, query, k_head, v_head, of_slot, of_token, slot, base, border, length,
-            seen_by_all, skip, d, scale, top, total, acc, kv_dtype, TILE, DIM, WINDOW, FIRST, PREFIXES,
+            seen_by_all, skip, d, scale, top, total, acc, kv_dtype, TILE, DIM, WINDOW, FIRST, PREFIXES, SOFTCAP,
         )  # fmt: skip
     own = whole
     if PREFIXES:
@@ -207,19 +218,19 @@ def _attend_pieces(  # type: ignore[no-untyped-def]
         own = tl.minimum(tl.maximum(tl.cdiv(border, TILE) - shift, based), high)
         top, total, acc = _attend_whole(
             whole, based, shift, q, k_head, v_head, k_tiles, v_tiles, of_slot, of_token, head, base, d, scale, top,
-            total, acc, kv_dtype, TILE, DIM, STAGES, TMA,
+            total, acc, kv_dtype, TILE, DIM, STAGES, TMA, SOFTCAP,
         )  # fmt: skip
         top, total, acc = _attend_masked(
             based, own, sinks, shift, q, query, k_head, v_head, of_slot, of_token, slot, base, border, length,
-            seen_by_all, skip, d, scale, top, total, acc, kv_dtype, TILE, DIM, WINDOW, FIRST, PREFIXES,
+            seen_by_all, skip, d, scale, top, total, acc, kv_dtype, TILE, DIM, WINDOW, FIRST, PREFIXES, SOFTCAP,
         )  # fmt: skip
     top, total, acc = _attend_whole(
         own, high, shift, q, k_head, v_head, k_tiles, v_tiles, of_slot, of_token, head, slot, d, scale, top, total,
-        acc, kv_dtype, TILE, DIM, STAGES, TMA,
+        acc, kv_dtype, TILE, DIM, STAGES, TMA, SOFTCAP,
     )  # fmt: skip
     return _attend_masked(
         high, last, sinks, shift, q, query, k_head, v_head, of_slot, of_token, slot, base, border, length,
-        seen_by_all, skip, d, scale, top, total, acc, kv_dtype, TILE, DIM, WINDOW, FIRST, PREFIXES,
+        seen_by_all, skip, d, scale, top, total, acc, kv_dtype, TILE, DIM, WINDOW, FIRST, PREFIXES, SOFTCAP,
     )  # fmt: skip
 
 
@@ -395,6 +406,7 @@ def decode_shares(  # type: ignore[no-untyped-def]
     K_SCALES: tl.constexpr,
     V_SCALES: tl.constexpr,
     HEADS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     """Decode attention: q, out ``[lanes, QUERIES, KV_HEADS * GROUP, DIM]``.
 
@@ -404,9 +416,10 @@ def decode_shares(  # type: ignore[no-untyped-def]
 
     With `PREFIXES`, tokens below ``borders[slot]`` are at ``base_slots[slot]``. With `SHARED`, a lane's first
     ``shared[lane]`` tokens were attended to already, with the results in `shared_tops` and `shared_outs`. `K_SCALES`
-    and `V_SCALES` are 0 without scales, 1 for one of all heads, 2 for one a head. With `HEADS` (a power of two, the KV
-    heads or more; 0: none), K and V of head h are at the addresses ``head_bases[h]`` instead, and a head has
-    ``deficits[head_groups[h]][slot]`` tokens fewer than its lane's length.
+    and `V_SCALES` are 0 without scales, 1 for one of all heads, 2 for one a head. `SOFTCAP` is that of scores, in
+    powers of two as they are, or 0. With `HEADS` (a power of two, the KV heads or more; 0: none), K and V of head h are
+    at the addresses ``head_bases[h]`` instead, and a head has ``deficits[head_groups[h]][slot]`` tokens fewer than its
+    lane's length.
     """
     PIECED: tl.constexpr = PREFIXES or SHARED or WINDOW > 0
     program = tl.program_id(0)
@@ -538,12 +551,13 @@ def decode_shares(  # type: ignore[no-untyped-def]
                 PREFIXES,
                 SHARED,
                 TMA,
+                SOFTCAP,
             )
         else:
             for tile in tl.range(first, whole, num_stages=STAGES):
                 keys = _tiles_of(k_head, k_tiles, slot, tile * TILE, head, of_token, d, TILE, DIM, TMA).to(dot_dtype)
                 values = _tiles_of(v_head, v_tiles, slot, tile * TILE, head, of_token, d, TILE, DIM, TMA).to(dot_dtype)
-                top, total, acc = _attend(queries, keys, values, True, head_scale, top, total, acc, False)
+                top, total, acc = _attend(queries, keys, values, True, head_scale, top, total, acc, SOFTCAP, False)
             for tile in tl.range(tl.maximum(first, whole), last, num_stages=2):
                 token = tile * TILE + tl.arange(0, TILE)
                 mask = (token < length)[:, None] & (d < DIM)[None, :]
@@ -552,7 +566,7 @@ def decode_shares(  # type: ignore[no-untyped-def]
                 values = tl.load(v_head + from_head, mask=mask, other=0.0).to(dot_dtype)
                 visible = token[None, :] < (seen_by_all + query)[:, None]
                 visible &= (token < length)[None, :]
-                top, total, acc = _attend(queries, keys, values, visible, head_scale, top, total, acc, True)
+                top, total, acc = _attend(queries, keys, values, visible, head_scale, top, total, acc, SOFTCAP, True)
 
         if (first == 0) & (last == tiles):
             _finish(

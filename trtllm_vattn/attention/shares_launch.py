@@ -227,6 +227,7 @@ class Extras:
             "FIRST": options.first_tokens,
             "PREFIXES": tables is not None,
             "SINKS": logits is not None,
+            "SOFTCAP": softcap_of(options),
             "K_SCALES": scales_of(k_scale),
             "V_SCALES": scales_of(v_scale),
             "HEADS": 0 if heads is None else power_of_two(kv_heads),
@@ -244,6 +245,11 @@ class Extras:
 
 
 NOTHING = Extras()
+
+
+def softcap_of(options: LayerOptions) -> float:
+    """What the kernels are told about a soft cap: it in powers of two, as their scores are, or 0 for none."""
+    return 0.0 if options.softcap is None else options.softcap * LOG2_E
 
 
 def scales_of(scale: torch.Tensor | None) -> int:
@@ -310,7 +316,7 @@ def launch_prefixes(
     reads: SharedReads,
     *,
     scale: float,
-    k_scale: torch.Tensor | None,
+    options: LayerOptions,
     programs: int,
     settings: Settings,
     features: Features,
@@ -329,7 +335,7 @@ def launch_prefixes(
         outs=reads.outs,
         groups=tables.groups,
         members=tables.members,
-        k_scale=q if k_scale is None else k_scale,
+        k_scale=q if options.k_scale is None else options.k_scale,
         num_groups=len(tables.groups),
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
@@ -337,7 +343,8 @@ def launch_prefixes(
         ROWS=reads.rows,
         GROUPS=max(16, power_of_two(len(tables.groups))),
         PARTS=max(1, MOST_OUTPUTS // (reads.rows * dims)),
-        K_SCALES=scales_of(k_scale),
+        K_SCALES=scales_of(options.k_scale),
+        SOFTCAP=softcap_of(options),
         **_reading(kv, reads.workspace, settings, features, tiles, scale, dim),
         **more,
     )

@@ -20,7 +20,7 @@ C7. In a forked child every call raises `WrongProcess`, and the parent's memory 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
@@ -29,6 +29,8 @@ import numpy as np
 import torch
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.tenancy.borrowing import Lender
+from trtllm_vattn.trace import Trace
 from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
 
 if TYPE_CHECKING:
@@ -163,7 +165,8 @@ class CacheStats:
     waited for the thread that maps ahead. `retained_bytes` are mapped in `retained_slots` slots that keep the
     tokens of ended sequences; `segment_tokens` tokens of sequences lie in other slots than theirs.
     `suspended_sequences` have their tokens in host memory, of which `host_held_bytes` are pinned and `host_bytes` used.
-    `window_bytes` of `mapped_bytes` are those of layers that keep a window.
+    `window_bytes` of `mapped_bytes` are those of layers that keep a window. `free_bytes` in `free_extents` extents are
+    mapped nowhere; `parked_bytes` are in `parked_slots` slots.
     """
 
     sequences: int
@@ -189,6 +192,20 @@ class CacheStats:
     host_bytes: int = 0
     host_held_bytes: int = 0
     window_bytes: int = 0
+    free_bytes: int = 0
+    free_extents: int = 0
+    parked_slots: int = 0
+
+
+class SlotStats(NamedTuple):
+    """One slot at one moment: its state (`memory.slot.SlotState`, by its value), the tokens of its sequence, how many
+    are backed, and the bytes that are mapped in it."""
+
+    slot: int
+    state: str
+    length: int
+    frontier: int
+    mapped_bytes: int
 
 
 @dataclass(frozen=True)
@@ -330,6 +347,10 @@ class KVCache(ABC):
         """A sequence may grow by up to so many tokens in one launch, whatever it grew by of late: memory is
         mapped ahead for it. Nothing to do where memory is backed from the start."""
 
+    def trace_to(self, trace: Trace) -> None:  # noqa: B027
+        """Note in a trace, from now on: each call that changes the cache, which sequence is in which slot, and what is
+        done in the background. Driver calls are noted by a `TracingDriver` that the cache is built over."""
+
     def map_ahead(self) -> int:
         """Back tokens that coming steps will need; returns the number of mappings made.
 
@@ -371,7 +392,18 @@ class KVCache(ABC):
 
     @abstractmethod
     def stats(self) -> CacheStats:
-        """Bytes and counts now."""
+        """Bytes and counts now. From any thread, beside whatever the cache does; of one that sleeps, too. Raises
+        ManagerClosed, WrongProcess."""
+
+    def slot_stats(self) -> list[SlotStats]:
+        """Slots that hold anything, in order. From any thread, as `stats`."""
+        lengths, frontiers = self.lengths.tolist(), self.frontiers.tolist()
+        size = self.shape.token_bytes
+        return [
+            SlotStats(slot, "running", length, frontiers[slot], frontiers[slot] * size)
+            for slot, length in enumerate(lengths)
+            if length
+        ]
 
     @abstractmethod
     def check_integrity(self) -> None:
@@ -403,6 +435,35 @@ class KVCache(ABC):
     def held_bytes(self) -> int:
         """Bytes of physical memory that the cache holds."""
         return self.stats().held_bytes
+
+    def borrow(self, tenant: Lender, beside: bool = True) -> None:
+        """Have the budget follow what a broker lends to this process from now on (tenancy/README.md), and never be
+        larger than `set_budget` said last. The cache's driver has to be a `BrokerDriver` of this tenant, which is
+        closed with the cache. Without `beside` memory is given back by `follow_budget` alone, and else as soon as the
+        broker asks, beside running steps. Raises ConfigError where the broker cannot promise what the dummy slot takes,
+        or the cache cannot give memory back."""
+        self._cannot("borrow it")
+
+    @property
+    def waits_for_memory(self) -> bool:
+        """Whether memory that is short now may come later, from others whom it was lent to: nobody fails for it."""
+        return False
+
+    def follow_budget(self) -> int:
+        """Between steps, have the budget be what a broker lends, where the memory is a broker's; parked and retained
+        memory beyond it is given back. Returns the bytes that are owed all the same: who runs has to be preempted."""
+        return 0
+
+    def mark_changing(self, changing: bool) -> None:  # noqa: B027
+        """Whether somebody looks retained slots up and then uses what was found: none is evicted meanwhile for a
+        broker, but for those calls of this cache."""
+
+    def report_demand(self, prompts: Iterable[int], at_once: bool = False) -> None:  # noqa: B027
+        """Tell the broker, where the memory is a broker's, what is used, and that prompts of these tokens wait: now and
+        then, however often it is called, or `at_once`."""
+
+    def wait_for_memory(self, timeout_s: float) -> None:  # noqa: B027
+        """Return once a broker lends more or less than before, or after so many seconds; at once without one."""
 
     def set_budget(self, budget: int | str) -> None:
         """Raise or lower the bytes (``"40GiB"`` too) of physical memory that the cache may hold; no address changes.
@@ -508,12 +569,13 @@ class KVCache(ABC):
 
     # -- host memory -------------------------------------------------------------------------------------------------
 
-    def suspend(self, sequence: SequenceId) -> int:
+    def suspend(self, sequence: SequenceId, *, wait: bool = True) -> int:
         """Copy a sequence's tokens to pinned host memory and give its memory to others; returns the bytes copied.
 
         Nothing is mapped for it any more, but its slot stays its own, so that `resume` brings the tokens back at the
         same addresses. Until then it can be resumed or released, and nothing else. Tokens that it reads in other slots
-        stay there, held. Waits for the device.
+        stay there, held. Waits for the device; without `wait` the copies go on beside what is submitted next, and
+        others get the memory when they are done.
 
         Raises
         ------
@@ -528,14 +590,20 @@ class KVCache(ABC):
         """
         self._cannot("suspend a sequence")
 
-    def resume(self, sequence: SequenceId, tokens: int | None = None) -> int:
+    def resume(self, sequence: SequenceId, tokens: int | None = None, *, wait: bool = True) -> int:
         """Bring a suspended sequence's tokens back; returns its slot, which is the one it had, unless an unmap failed
-        there meanwhile. `tokens` backs it for so many, as `extend` would. Waits for the device.
+        there meanwhile. `tokens` backs it for so many, as `extend` would. Waits for the device; without
+        `wait` the copies go on beside what is submitted next, and every call that names the sequence, or a step of it,
+        waits for them: ask `has_arrived` first.
 
         Raises UnknownSequence for one that is not suspended, SequenceTooLong, KVCacheOutOfMemory, DriverError; it is
         suspended as before then.
         """
         self._cannot("suspend a sequence")
+
+    def has_arrived(self, sequence: SequenceId) -> bool:
+        """Whether a sequence that was resumed without waiting has its tokens by now; True for every other one."""
+        return True
 
     def is_suspended(self, sequence: SequenceId) -> bool:
         """Whether a sequence's tokens are in host memory."""

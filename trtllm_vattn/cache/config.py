@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from trtllm_vattn.cache.calibrated import calibration_of
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.memory.lookahead import StepTimingModel
 from trtllm_vattn.memory.pool import CLASSES
+from trtllm_vattn.planner import Calibration, CostModel, Lengths, ModelShape, Objective, plan
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.values import finite, whole
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Layout(enum.Enum):
@@ -83,6 +89,59 @@ class CacheConfig:
     idle_after_s: float | None = None
     idle_floor: int | str = 0
     host_memory: int | str = 0
+
+    @classmethod
+    def auto(
+        cls,
+        shape: ModelShape,
+        lengths: Lengths,
+        budget: int | str,
+        *,
+        calibration: Calibration | str | None = None,
+        itl_p99_ms: float | None = None,
+        max_seqs: int = 256,
+        **settings: Any,
+    ) -> Self:
+        """The configuration that the planner chooses (planner/README.md), for rows: layers that share one, lookahead,
+        and extent sizes.
+
+        Parameters
+        ----------
+        shape : ModelShape
+            `planner.ModelShape.from_config`, of a model's configuration.
+        lengths : Lengths
+            `planner.Lengths.of`, tokens of prompts and outputs.
+        budget : int or str
+            Bytes of KV memory, ``"40GiB"`` too.
+        calibration : Calibration, str or None
+            Numbers of the machine, a file of `trtllm-vattn calibrate`, or a card's name. None is this machine's: as
+            measured on it, else the package's of its card.
+        itl_p99_ms : float or None
+            Milliseconds between two tokens that 99 % are to stay within.
+        max_seqs : int
+            Sequences that run at once, at most.
+        settings
+            Other settings of `CacheConfig`; what is given here is not chosen.
+
+        Raises
+        ------
+        ConfigError
+            There is no calibration of this machine; the memory does not hold the longest request; nothing is within
+            the latency; or another layout than rows is asked for.
+        """
+        if settings.get("layout", Layout.ROWS) is not Layout.ROWS:
+            raise ConfigError(f"a plan is made for rows; the layout asked for is {settings['layout']}")
+        numbers = calibration if isinstance(calibration, Calibration) else calibration_of(calibration)
+        within = None if itl_p99_ms is None else 1e-3 * finite("itl_p99_ms", itl_p99_ms)
+        objective = Objective(parse_bytes(budget, "the budget"), within, max_seqs)
+        given = settings.get("layers_per_range")
+        chosen = plan(CostModel(shape, numbers), lengths, objective, given and [given]).best.layout
+        found = {
+            "layers_per_range": chosen.layers_per_range,
+            "lookahead": chosen.lookahead,
+            "extent_classes": chosen.extent_classes,
+        }
+        return cls(**{**found, **settings})
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, Layout):

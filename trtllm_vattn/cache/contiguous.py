@@ -51,7 +51,7 @@ class ContiguousCache(SlottedCache):
         return [tensor for layer in self._layers for tensor in (layer.k, layer.v)]
 
     def stats(self) -> CacheStats:
-        self._check_open()
+        self._check_readable()
         slot_bytes = self.shape.kept_bytes(self.shape.max_seq_len)
         held = (self.shape.num_slots + 1) * slot_bytes
         return CacheStats(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import NamedTuple
 
 from trtllm_vattn.cache.base import SequenceId, Transfers
 from trtllm_vattn.memory import suspend as images
@@ -12,9 +13,15 @@ from trtllm_vattn.memory.arena import Arena
 from trtllm_vattn.memory.host_pool import HostPool
 from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.owners import Extent, Reservation
+from trtllm_vattn.vmm.tensors import StreamTiming
 
-CopyStream = tuple[int, Callable[[], Fence]]
-"""The stream that copies are made on, and what records a fence behind all work submitted so far."""
+
+class CopyStream(NamedTuple):
+    """The stream that copies are made on, what records a fence behind all that it has, and what times it."""
+
+    stream: int
+    record: Callable[[], Fence]
+    timing: Callable[[], StreamTiming]
 
 
 @dataclass(frozen=True)
@@ -39,15 +46,35 @@ class HostTier:
         Suspended sequences.
     asleep : memory.suspend.Image or None
         All used slots and the dummy, while the cache sleeps.
-    transfers : Transfers
-        Copies so far.
     """
 
     def __init__(self, arena: Arena, host: HostPool) -> None:
         self._arena, self._host = arena, host
         self.sequences: dict[SequenceId, Suspended] = {}
         self.asleep: images.Image | None = None
-        self.transfers = Transfers()
+        self._done = Transfers()
+        self._under_way: list[tuple[Transfers, StreamTiming]] = []
+        """Bytes out and in of copies that nobody waited for, and what times them."""
+
+    @property
+    def transfers(self) -> Transfers:
+        """Copies so far, those under way when they are done."""
+        under_way, self._under_way = self._under_way, []
+        for copied, timing in under_way:
+            if (took := timing.seconds()) is None:
+                self._under_way.append((copied, timing))
+            else:
+                self._add(copied, took)
+        return self._done
+
+    def _add(self, copied: Transfers, took: float) -> None:
+        done = self._done
+        self._done = Transfers(
+            done.out_bytes + copied.out_bytes,
+            done.out_s + (took if copied.out_bytes else 0.0),
+            done.in_bytes + copied.in_bytes,
+            done.in_s + (took if copied.in_bytes else 0.0),
+        )
 
     @property
     def used_bytes(self) -> int:
@@ -63,19 +90,25 @@ class HostTier:
         found = [found.slot for found in self.sequences.values()]
         return sorted({*found, *asleep} - {dummy})
 
-    def suspend(self, sequence: SequenceId, slot: int, tokens: int, on: CopyStream) -> int:
+    def suspend(self, sequence: SequenceId, slot: int, tokens: int, on: CopyStream, wait: bool = True) -> int:
         """Suspend a slot; returns the bytes copied. Raises ConfigError where other slots read it."""
         self._arena.check_not_held(slot)
-        image = self._suspend({slot: tokens}, on)
+        image = self._suspend({slot: tokens}, on, wait)
         self.sequences[sequence] = Suspended(image, tokens)
         return image.content_bytes
 
-    def resume(self, sequence: SequenceId, tokens: int, on: CopyStream) -> tuple[int, int]:
-        """Resume a sequence, backed for so many tokens; returns its slot and the mappings made."""
+    def settle(self, sequence: SequenceId) -> None:
+        """Have all of a suspended sequence's memory unmapped, by waiting for copies that are under way."""
+        if self._arena.slots[self.sequences[sequence].slot].pending_unmap:
+            self._arena.complete_pending_unmaps(wait=True)
+
+    def resume(self, sequence: SequenceId, tokens: int, on: CopyStream, wait: bool = True) -> tuple[int, int, Fence]:
+        """Resume a sequence, backed for so many tokens; returns its slot, the mappings made, and the fence behind its
+        copies."""
         found = self.sequences[sequence]
-        maps = self._resume(found.image.upto({found.slot: tokens}, self._arena), on)
+        maps, fence = self._resume(found.image.upto({found.slot: tokens}, self._arena), on, wait)
         del self.sequences[sequence]
-        return found.slot, maps
+        return found.slot, maps, fence
 
     def missing_bytes(self, sequence: SequenceId, tokens: int) -> int:
         """Bytes of device memory that `resume` takes."""
@@ -113,21 +146,22 @@ class HostTier:
             slots = tuple(slot for slot in self.asleep.slots if slot.index == dummy)
             self.asleep = images.Image(slots, (), ())
 
-    def _suspend(self, tokens: Mapping[int, int], on: CopyStream) -> images.Image:
-        started = perf_counter()
-        image = images.suspend(self._arena, tokens, self._host, *on)
-        done, took = self.transfers, perf_counter() - started
-        if image.content_bytes:
-            self.transfers = replace(done, out_bytes=done.out_bytes + image.content_bytes, out_s=done.out_s + took)
+    def _suspend(self, tokens: Mapping[int, int], on: CopyStream, wait: bool = True) -> images.Image:
+        timing = on.timing()
+        image = images.suspend(self._arena, tokens, self._host, on.stream, on.record, wait)
+        self._note(Transfers(out_bytes=image.content_bytes), timing)
         return image
 
-    def _resume(self, image: images.Image, on: CopyStream) -> int:
-        started = perf_counter()
-        maps = images.resume(self._arena, image, self._host, *on)
-        done, took = self.transfers, perf_counter() - started
-        if image.content_bytes:
-            self.transfers = replace(done, in_bytes=done.in_bytes + image.content_bytes, in_s=done.in_s + took)
-        return maps
+    def _resume(self, image: images.Image, on: CopyStream, wait: bool = True) -> tuple[int, Fence]:
+        timing = on.timing()
+        maps, fence = images.resume(self._arena, image, self._host, on.stream, on.record, wait)
+        self._note(Transfers(in_bytes=image.content_bytes), timing)
+        return maps, fence
+
+    def _note(self, copied: Transfers, timing: StreamTiming) -> None:
+        timing.end()
+        if copied.out_bytes or copied.in_bytes:
+            self._under_way.append((copied, timing))
 
 
 def measure_link(driver: Driver, size: int, stream: int = 0, rounds: int = 3) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from trtllm_vattn.cache.base import (
     PagedKV,
     RetainedSlot,
     SequenceId,
+    SlotStats,
     Tokens,
     Transfers,
 )
@@ -48,10 +50,22 @@ from trtllm_vattn.memory.lifetime import CacheMemory, MemoryRef
 from trtllm_vattn.memory.lookahead import BackgroundThread, Lookahead
 from trtllm_vattn.memory.pool import ExtentPool, Preallocation
 from trtllm_vattn.memory.reclaim import drop_surplus, set_budget, surplus_bytes, take_surplus, trim
+from trtllm_vattn.memory.slot import SlotState
 from trtllm_vattn.sizes import parse_bytes
+from trtllm_vattn.tenancy.borrowing import Borrowing, Lender
+from trtllm_vattn.trace import Trace
 from trtllm_vattn.vmm.base import Driver, Fence
 from trtllm_vattn.vmm.regions import RESERVATION, STATIC, Region, tensor_regions
-from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, on_stream, stream_of, strided, tensor_at, upload
+from trtllm_vattn.vmm.tensors import (
+    SideStream,
+    copy_bytes,
+    current_stream,
+    on_stream,
+    stream_of,
+    strided,
+    tensor_at,
+    upload,
+)
 from trtllm_vattn.vmm.uninterrupted import uninterrupted
 
 T = TypeVar("T")
@@ -159,8 +173,13 @@ class KVCacheManager(SlottedCache):
         idle_floor, host_memory = parse_bytes(config.idle_floor), parse_bytes(config.host_memory)
         self._memory = CacheMemory(self.arena, self.ahead, config.idle_after_s, idle_floor, host_memory)
         self._tier = HostTier(self.arena, self._memory.host)
+        self._copies: SideStream | None = None
+        """Of copies between the device and host memory; made with the first one."""
+        self._arriving: dict[SequenceId, Fence] = {}
+        """Sequences whose tokens are on their way back, and when they are there."""
         self._asleep: dict[SequenceId, tuple[int, int]] = {}
         """Slot and length of each sequence that runs again when the cache wakes."""
+        self._borrowing: Borrowing | None = None
         self._lock = self._memory.lock
         self._preallocation = Preallocation(pool, self.layout)
         self._admission_maps = self._critical_path_maps = self._reported_maps = 0
@@ -234,7 +253,8 @@ class KVCacheManager(SlottedCache):
     def _run(self, call: Callable[..., T], *arguments: Any) -> T:
         # It stays set where the call raised or was interrupted: the next call looks then.
         self._needs_check = True
-        answer = self._uninterrupted(call, *arguments)
+        with self._noted(call):
+            answer = self._uninterrupted(call, *arguments)
         self._needs_check = self.is_asleep
         return answer
 
@@ -306,9 +326,12 @@ class KVCacheManager(SlottedCache):
 
     @property
     def bytes_for_sequences(self) -> int:
-        """Of the budget, without what the dummy slot takes and what could not be given back to the driver."""
-        pool = self.arena.pool
-        return max(0, pool.budget - self.layout.least_bytes - pool.quarantined_bytes)
+        """Of the budget, or of what a broker may lend, without what the dummy slot takes and what could not be given
+        back to the driver."""
+        pool, budget = self.arena.pool, self.arena.pool.budget
+        if self._borrowing is not None:
+            budget = max(budget, self._borrowing.most)
+        return max(0, budget - self.layout.least_bytes - pool.quarantined_bytes)
 
     @property
     def longest_alone(self) -> int:
@@ -395,12 +418,56 @@ class KVCacheManager(SlottedCache):
         with self._lock:
             self.arena.clear(self._fence())
             self._tier.forget(self.dummy_slot)
+            self._arriving.clear()
             self._asleep.clear()
 
     def _fence(self) -> Fence:
-        streams = (current_stream(self.device), *self.config.fence_streams)
+        streams: tuple[int, ...] = (current_stream(self.device), *self.config.fence_streams)
+        if self._copies is not None:
+            streams = (*streams, self._copies.number)
         fences = [self.driver.record(stream) for stream in streams]
         return fences[0] if len(fences) == 1 else AllFences(fences)
+
+    def borrow(self, tenant: Lender, beside: bool = True) -> None:
+        self._check_open()
+        tenant.need(self.layout.least_bytes)
+        self._borrowing = Borrowing(tenant, self._memory, beside)
+        self._memory.on_closed = tenant.close
+
+    @property
+    def waits_for_memory(self) -> bool:
+        return self._borrowing is not None and not self._borrowing.tenant.broker_has_ended
+
+    def follow_budget(self) -> int:
+        borrowing = self._borrowing
+        if borrowing is None or self.is_asleep:
+            return 0
+        wanted = max(borrowing.wanted, self.layout.least_bytes)
+        if wanted == self.arena.pool.budget:
+            borrowing.stuck = 0
+            return 0
+        reached = self.shrink_towards(wanted)
+        return borrowing.owed(wanted, reached)
+
+    def mark_changing(self, changing: bool) -> None:
+        if self._borrowing is not None:
+            # No lock, which an interrupt could leave taken: each side says what it does before it looks at the other.
+            self._borrowing.is_changing = changing
+            if changing and self._borrowing.is_giving_back:
+                self._uninterrupted(self._borrowing.wait)
+
+    def report_demand(self, prompts: Iterable[int], at_once: bool = False) -> None:
+        if self._borrowing is not None and (at_once or self._borrowing.is_due()):
+            self._uninterrupted(self._do_report_demand, sum(map(self.layout.total_bytes, prompts)))
+
+    def _do_report_demand(self, waiting: int) -> None:
+        assert self._borrowing is not None
+        with self._lock:
+            self._borrowing.report(waiting)
+
+    def wait_for_memory(self, timeout_s: float) -> None:
+        if self._borrowing is not None:
+            self._borrowing.tenant.wait_for_change(timeout_s)
 
     def set_budget(self, budget: int | str) -> None:
         """Raise or lower the bytes (``"40GiB"`` too) of physical memory that the cache may hold, at any time; no
@@ -410,10 +477,16 @@ class KVCacheManager(SlottedCache):
         KVCacheOutOfMemory where running sequences have more: release or preempt some first. Nothing changed then.
         """
         self._check_open()
-        self._run(self._do_set_budget, parse_bytes(budget, "the budget"))
+        size = parse_bytes(budget, "the budget")
+        self._run(self._do_set_budget, size)
+        if self._borrowing is not None:
+            self._borrowing.own = size
 
     def _do_set_budget(self, budget: int) -> None:
         with self._lock:
+            if self._borrowing is not None:
+                # As much as there was before, where this raises.
+                budget = min(budget, max(self._borrowing.tenant.budget, self.layout.least_bytes))
             if budget < self.arena.used_bytes:
                 self.arena.complete_pending_unmaps(wait=True)
                 short = self.arena.used_bytes - self.arena.evictable_bytes - budget
@@ -433,7 +506,8 @@ class KVCacheManager(SlottedCache):
             if budget < self.held_bytes:
                 drop_surplus(self.arena, self.lengths.tolist(), self._fence())
                 self.arena.complete_pending_unmaps(wait=True)
-            set_budget(self.arena, max(budget, self.arena.used_bytes - self.arena.evictable_bytes))
+                budget = max(budget, self.arena.used_bytes - self.arena.evictable_bytes)
+            set_budget(self.arena, budget)
             return self.budget_bytes
 
     def release_free_memory(self, size: int | None = None) -> int:
@@ -707,6 +781,10 @@ class KVCacheManager(SlottedCache):
     # -- host memory -------------------------------------------------------------------------------------------------
 
     def slot_of(self, sequence: SequenceId) -> int:
+        if sequence in self._arriving:
+            # Whatever is done with it comes behind its copies.
+            self._arriving[sequence].wait()
+            del self._arriving[sequence]
         if sequence in self._tier.sequences:
             self._check_open()
             raise SequenceSuspended(f"sequence {sequence!r} is suspended; resume it first, or release it")
@@ -717,40 +795,62 @@ class KVCacheManager(SlottedCache):
         if sequence in self._tier.sequences:
             raise DuplicateSequence(f"sequence {sequence!r} is suspended; resume or release it")
 
-    def suspend(self, sequence: SequenceId) -> int:
-        return self._run(self._do_suspend, sequence, self.slot_of(sequence))
+    def suspend(self, sequence: SequenceId, *, wait: bool = True) -> int:
+        return self._run(self._do_suspend, sequence, self.slot_of(sequence), wait)
 
-    def _do_suspend(self, sequence: SequenceId, slot: int) -> int:
+    def _do_suspend(self, sequence: SequenceId, slot: int, wait: bool) -> int:
         with self._lock:
-            copied = self._tier.suspend(sequence, slot, int(self.lengths[slot]), self._copy_stream())
+            copied = self._tier.suspend(sequence, slot, int(self.lengths[slot]), self._copy_stream(), wait)
             self._remove_sequence(sequence, slot)
         return copied
 
     def _copy_stream(self) -> CopyStream:
-        """Torch's current stream, for copies; what others have was waited for."""
+        """The cache's own stream for copies, behind what torch's current one has; what others have was waited for."""
         if self.config.fence_streams:
             self._fence().wait()
-        return current_stream(self.device), self._fence
+        if self._copies is None:
+            self._copies = SideStream(self.device)
+        self._copies.follow()
+        stream = self._copies.number
+        return CopyStream(stream, lambda: self.driver.record(stream), self._copies.timing)
 
-    def resume(self, sequence: SequenceId, tokens: int | None = None) -> int:
+    def prepare_step(self, lengths: np.ndarray) -> None:
+        if self._arriving:
+            for sequence in [each for each in self._arriving if lengths[self._slot_of[each]] > 0]:
+                self.slot_of(sequence)
+        super().prepare_step(lengths)
+
+    def has_arrived(self, sequence: SequenceId) -> bool:
+        fence = self._arriving.get(sequence)
+        if fence is None:
+            return True
+        if not fence.done():
+            return False
+        del self._arriving[sequence]
+        return True
+
+    def resume(self, sequence: SequenceId, tokens: int | None = None, *, wait: bool = True) -> int:
         found = self._suspended(sequence)
         tokens = found if tokens is None else tokens
         if tokens < found:
             raise ConfigError(f"sequence {sequence!r} has {found} tokens; resume it for those or more, not {tokens}")
         self._check_fits(sequence, tokens)
-        return self._run(self._do_resume, sequence, tokens)
+        return self._run(self._do_resume, sequence, tokens, wait)
 
-    def _do_resume(self, sequence: SequenceId, tokens: int) -> int:
+    def _do_resume(self, sequence: SequenceId, tokens: int, wait: bool) -> int:
         with self._lock:
+            self._tier.settle(sequence)
             if self.arena.slots[self._tier.sequences[sequence].slot].broken:
                 self._limit(self._tier.missing_bytes(sequence, tokens))
                 target = self.arena.free_slots()[0]
                 self.arena.unmap_parked(target)
                 self._tier.relocate(sequence, target)
             self._make_room(self._tier.missing_bytes(sequence, tokens), self.ahead.tokens)
-            slot, maps = self._tier.resume(sequence, tokens, self._copy_stream())
+            slot, maps, fence = self._tier.resume(sequence, tokens, self._copy_stream(), wait)
             self._admission_maps += maps
             self._place_sequence(sequence, slot, tokens)
+            if not wait:
+                self._arriving[sequence] = fence
         self._wake_for_memory()
         return slot
 
@@ -774,6 +874,10 @@ class KVCacheManager(SlottedCache):
             self._run(self._do_discard, sequence)
         else:
             super().release(sequence)
+
+    def _remove_sequence(self, sequence: SequenceId, slot: int) -> None:
+        self._arriving.pop(sequence, None)
+        super()._remove_sequence(sequence, slot)
 
     def _do_discard(self, sequence: SequenceId) -> None:
         with self._lock:
@@ -804,6 +908,8 @@ class KVCacheManager(SlottedCache):
                 self._asleep[sequence] = slot, int(self.lengths[slot])
                 self._remove_sequence(sequence, slot)
             arena.pool.drop_free()
+            if self._borrowing is not None:
+                self._borrowing.sleeps()
         return held - arena.pool.held_bytes
 
     def wake(self) -> int:
@@ -814,7 +920,7 @@ class KVCacheManager(SlottedCache):
         return self._run(self._do_wake)
 
     def _do_wake(self) -> int:
-        with self._lock:
+        with self._lock, nullcontext() if self._borrowing is None else self._borrowing.waking(self._tier.used_bytes):
             copied = self._tier.wake(self._copy_stream())
             self._memory.is_asleep = False
             for sequence, (slot, tokens) in self._asleep.items():
@@ -964,7 +1070,7 @@ class KVCacheManager(SlottedCache):
             return super().live_bytes
         held = sum(
             group.held(int(self.lengths[slot])) * len(group.ranges)
-            for slot in self._owner
+            for slot in list(self._owner)
             for group in self.arena.slots[slot].groups
         )
         return held * self.layout.row_bytes
@@ -986,6 +1092,19 @@ class KVCacheManager(SlottedCache):
             return remap.replace(self.arena, slot, self._copy, self._fence)
 
     # -- ahead -----------------------------------------------------------------------------------------------------
+
+    def trace_to(self, trace: Trace) -> None:
+        super().trace_to(trace)
+        self._memory.trace = trace
+        layout = self.layout
+        where = {
+            "slots": layout.num_slots,
+            "slot_bytes": layout.slot_stride,
+            "row_bytes": layout.row_bytes,
+            "granularity": layout.granularity,
+            "ranges": [reservation.base for reservation in self.arena.reservations],
+        }
+        trace.instant("address space", where, "cache")
 
     def start_thread(self) -> None:
         """Have a thread map ahead from now on, so that `map_ahead` has no more to do than wake it when something is
@@ -1103,12 +1222,14 @@ class KVCacheManager(SlottedCache):
         return sum(len(group.stripes) * len(group.ranges) for group in self.arena.slots[slot].groups)
 
     def stats(self) -> CacheStats:
-        self._check_open()
-        return self._run(self._do_stats)
+        # Not by `_run`, whose notes are the stepping thread's; but no interrupt comes while the lock is held.
+        self._check_readable()
+        return uninterrupted(self._do_stats)
 
     def _do_stats(self) -> CacheStats:
-        with self._lock:
+        with self._lock.in_background():
             pool = self.arena.pool
+            owned = list(self._owner)
             return CacheStats(
                 sequences=len(self._slot_of),
                 live_bytes=self.live_bytes,
@@ -1128,12 +1249,28 @@ class KVCacheManager(SlottedCache):
                 ahead_wait_s=self._lock.waited_s,
                 retained_slots=self.arena.retained_slots,
                 retained_bytes=self.arena.retained_bytes,
-                segment_tokens=sum(self.arena.slots[slot].prefix for slot in self._owner),
+                segment_tokens=sum(self.arena.slots[slot].prefix for slot in owned),
                 suspended_sequences=len(self._tier.sequences),
                 host_bytes=self._tier.used_bytes,
                 host_held_bytes=self._tier.held_bytes,
                 window_bytes=self.arena.window_bytes,
+                free_bytes=pool.free_bytes,
+                free_extents=len(pool.free_extents()),
+                parked_slots=self.arena.parked_slots,
             )
+
+    def slot_stats(self) -> list[SlotStats]:
+        self._check_readable()
+        return uninterrupted(self._do_slot_stats)
+
+    def _do_slot_stats(self) -> list[SlotStats]:
+        with self._lock.in_background():
+            lengths, backed = self.lengths.tolist(), np.maximum(self.frontiers, self.arena.retained_frontiers).tolist()
+            return [
+                SlotStats(index, slot.state.value, lengths[index] or slot.tokens, backed[index], slot.mapped_bytes)
+                for index, slot in enumerate(self.arena.used_slots)
+                if slot.state is not SlotState.FREE
+            ]
 
     def placement(self) -> Placement:
         """How nearly slots' memory lies in the order of its creation."""

@@ -125,7 +125,7 @@ class PagedCache(SlottedCache):
         return [self._table] + [tensor for layer in self._layers for tensor in (layer.k, layer.v)]
 
     def stats(self) -> CacheStats:
-        self._check_open()
+        self._check_readable()
         block_bytes = self.block_size * self.shape.token_bytes
         return CacheStats(
             sequences=len(self._slot_of),

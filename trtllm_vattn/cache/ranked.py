@@ -70,6 +70,14 @@ class _Ranked(KVCacheManager):
                 return
             left.pop(0)
 
+    def _release_left_of(self, sequence: SequenceId) -> None:
+        """Before a sequence begins: release what was left of one of the same name. Raises DriverError where the driver
+        refuses still."""
+        self.release_left()
+        if sequence in self._to_release:
+            KVCacheManager.release(self, sequence)
+            self._to_release.remove(sequence)
+
     def reset(self) -> None:
         super().reset()
         self._to_release.clear()
@@ -87,6 +95,7 @@ class FollowingCache(_Ranked):
 
     def admit_at(self, sequence: SequenceId, slot: int, prompt_len: int) -> None:
         """`admit` in the slot that rank 0 has chosen. Raises MemoryQuarantined where an unmap failed in it."""
+        self._release_left_of(sequence)
         self._check_new(sequence, prompt_len)
         self._run(self._do_admit_at, sequence, slot, prompt_len)
 
@@ -151,7 +160,7 @@ class LeadingCache(_Ranked):
         return self._uninterrupted(self._admit_everywhere, self.peers, sequence, prompt_len)
 
     def _admit_everywhere(self, peers: Peers, sequence: SequenceId, prompt_len: int) -> int:
-        self.release_left()
+        self._release_left_of(sequence)
         slot = super().admit(sequence, prompt_len)
         self._everywhere(
             peers,

@@ -6,6 +6,7 @@ import os
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,9 +25,13 @@ from trtllm_vattn.errors import (
     VattnError,
     WrongProcess,
 )
+from trtllm_vattn.trace import Trace
 from trtllm_vattn.vmm.uninterrupted import drain
 
 T = TypeVar("T")
+NOTHING = nullcontext()
+PLACED, LEFT = "sequence placed", "sequence left"
+"""Events of a trace: a sequence has a slot, and has it no more."""
 _caches: weakref.WeakSet[SlottedCache] = weakref.WeakSet()
 
 
@@ -49,6 +54,7 @@ class SlottedCache(KVCache):
         """Whether the next call must look first whether the last one was cut short, the cache is closed, or the process
         is another."""
         self._call_under_way: str | None = None
+        self._trace: Trace | None = None
         _caches.add(self)
 
     # -- hooks -----------------------------------------------------------------------------------------------------
@@ -133,6 +139,7 @@ class SlottedCache(KVCache):
         del self._slot_of[sequence], self._owner[slot]
         self._occupied[slot] = False
         self.lengths[slot] = 0
+        self._note(LEFT, sequence, slot)
 
     def prepare_step(self, lengths: np.ndarray) -> None:
         self._check_open()
@@ -229,6 +236,8 @@ class SlottedCache(KVCache):
 
     def _do_reset(self) -> None:
         self._clear()
+        for sequence, slot in self._slot_of.items():
+            self._note(LEFT, sequence, slot)
         self._slot_of.clear()
         self._owner.clear()
         self._occupied[:] = False
@@ -247,12 +256,15 @@ class SlottedCache(KVCache):
         self._slot_of[sequence], self._owner[slot] = slot, self._owner.pop(old)
         self._occupied[[old, slot]] = False, True
         self.lengths[slot], self.lengths[old] = self.lengths[old], 0
+        self._note(LEFT, sequence, old)
+        self._note(PLACED, sequence, slot, tokens=int(self.lengths[slot]))
 
     def _place_sequence(self, sequence: SequenceId, slot: int, tokens: int) -> None:
         """A new sequence of so many tokens is in a slot."""
         self._slot_of[sequence], self._owner[slot] = slot, sequence
         self._occupied[slot] = True
         self.lengths[slot] = tokens
+        self._note(PLACED, sequence, slot, tokens=tokens)
 
     def _check_new(self, sequence: SequenceId, tokens: int) -> None:
         """Raise unless a new sequence of so many tokens may come."""
@@ -274,6 +286,13 @@ class SlottedCache(KVCache):
         if self._needs_check:
             self._check_state()
 
+    def _check_readable(self) -> None:
+        """For calls that change nothing, from any thread, and of a cache in whatever state: raise WrongProcess, or
+        ManagerClosed."""
+        self._check_process()
+        if self._closed:
+            raise ManagerClosed("this cache is closed; build another")
+
     def _check_state(self, recovering: bool = False) -> None:
         """What `_needs_check` asks for, before a call begins; `recovering` is one that mends what was cut short."""
         self._check_process()
@@ -294,13 +313,28 @@ class SlottedCache(KVCache):
         self._needs_check = True
         self._call_under_way = call.__name__.removeprefix("_do_")
         try:
-            answer = call(*arguments)
+            with self._noted(call):
+                answer = call(*arguments)
         except VattnError:
             self._call_under_way = None
             raise
         self._call_under_way = None
         self._needs_check = False
         return answer
+
+    def trace_to(self, trace: Trace) -> None:
+        self._trace = trace
+
+    def _noted(self, call: Callable[..., Any]) -> AbstractContextManager[None]:
+        """A span of a call, where there is a trace."""
+        if self._trace is None:
+            return NOTHING
+        return self._trace.spanning(call.__name__.removeprefix("_do_").removeprefix("_"), "cache")
+
+    def _note(self, what: str, sequence: SequenceId, slot: int, **more: int) -> None:
+        """What became of a sequence, where there is a trace."""
+        if self._trace is not None:
+            self._trace.instant(what, {"sequence": sequence, "slot": slot, **more}, "cache")
 
     def _check_fits(self, sequence: SequenceId, tokens: int) -> None:
         if tokens > self.shape.max_seq_len:

@@ -18,7 +18,9 @@ from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.machine import machine, versions
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
+from trtllm_vattn.observe.surroundings import conditions
 from trtllm_vattn.plugins import tensorrt
+from trtllm_vattn.transfer.ucx import check_ucx, installed_ucx
 from trtllm_vattn.trtllm.selfcheck import MODEL, self_check
 from trtllm_vattn.trtllm.versions import OVERRIDE, RANGE, series_of
 from trtllm_vattn.vmm.base import Driver
@@ -87,6 +89,7 @@ def examine() -> tuple[list[Finding], int]:
         except VattnError as error:
             finding = Finding(name, False, str(error))
         findings.append(finding)
+    findings += _surroundings()
     findings.append(_mapping())
     findings += [Finding(f"attention {name}", why == "yes", why) for name, why in available().items()]
     usual = CacheShape(1, 8, 128, torch.bfloat16, 1, 1)
@@ -100,8 +103,31 @@ def examine() -> tuple[list[Finding], int]:
         ("matplotlib", "plots (pip install 'trtllm-vattn[bench]')"),
     ):
         findings.append(Finding(package, importlib.util.find_spec(package) is not None, what))
-    findings.append(_tensorrt_llm())
+    findings += [_transfer(), _tensorrt_llm()]
     return findings, drivers
+
+
+def _transfer() -> Finding:
+    """Whether sequences can be sent to other machines, and by which versions."""
+    try:
+        found = installed_ucx()
+        check_ucx(found, "cuda" if torch.cuda.is_available() else "cpu")
+    except VattnError as error:
+        return Finding("transfer", False, str(error))
+    return Finding("transfer", True, str(found))
+
+
+def _surroundings() -> list[Finding]:
+    """What this process may take here."""
+    found: dict[str, Any] | None = machine()["gpu"]
+    try:
+        driver: Driver | None = CudaDriver()
+    except VattnError:
+        driver = None
+    return [
+        Finding(*each)
+        for each in conditions(driver, None if driver is None or found is None else found["memory_bytes"])
+    ]
 
 
 def _tensorrt_llm() -> Finding:

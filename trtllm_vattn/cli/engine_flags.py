@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from trtllm_vattn.arguments import amount, positive, size
+from trtllm_vattn.arguments import amount, output, positive, size
 from trtllm_vattn.bench.harness.flags import MAX_SEQS, add_device
 
 LONGEST = 4096
@@ -30,6 +30,10 @@ def add_engine(parser: argparse.ArgumentParser, max_seqs: int) -> None:
     add("--no-prefix-cache", action="store_true", help="keep nothing of ended requests for prompts that begin alike")
     text = "the bits of a request depend on nothing of its batch; nothing is kept for prompts that begin alike then"
     add("--deterministic", action="store_true", help=text)
+    text = "processes, each with a GPU, that the model is divided over (default: those of torchrun, or 1)"
+    add("--tensor-parallel", type=positive, metavar="COUNT", help=text)
+    text = "note events for Perfetto there: driver calls, steps, requests, mappings (default: none)"
+    add("--event-trace", type=output, metavar="FILE", help=text)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -47,4 +51,6 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "target_itl_ms": args.target_itl_ms,
         "prefix_cache": False if args.no_prefix_cache else None,
         "deterministic": args.deterministic,
+        "tensor_parallel": args.tensor_parallel or 1,
+        "trace": args.event_trace,
     }

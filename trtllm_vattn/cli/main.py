@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from trtllm_vattn.cli.parser import build_parser, one_line
+from trtllm_vattn.cli.torchrun import launched, own_rank, run_on_ranks, spoken_once
 from trtllm_vattn.errors import VattnError
 
 EXTRAS = {
@@ -23,6 +24,7 @@ EXTRAS = {
     "uvicorn": "serve",
     "prometheus_client": "serve",
     "llguidance": "grammar",
+    "msgspec": "tenancy",
 }
 """Which of the package's extras installs an optional package."""
 
@@ -52,17 +54,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parsed = build_parser(arguments, importlib.metadata.version("trtllm-vattn")).parse_args(arguments)
-    if parsed.run is None:
-        parsed.shown.print_help()
-        return 0
+    with spoken_once():
+        parsed = build_parser(arguments, importlib.metadata.version("trtllm-vattn")).parse_args(arguments)
+        if parsed.run is None:
+            parsed.shown.print_help()
+            return 0
     logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(name)s: %(message)s")
-    code: int = parsed.run(parsed)
+    code: int = run_on_ranks(parsed) if launched() else parsed.run(parsed)
     return code
 
 
 def _say(text: str, code: int) -> int:
-    print(f"trtllm-vattn: {one_line(text)}", file=sys.stderr)
+    rank = f"rank {own_rank()}: " if own_rank() else ""
+    print(f"trtllm-vattn: {rank}{one_line(text)}", file=sys.stderr)
     return code
 
 

@@ -19,7 +19,16 @@ COMMANDS = {
     "plugin": ("TensorRT engines: list, build, inspect", "trtllm_vattn.cli.plugin"),
     "warm-up": ("compile once what would take minutes at a first request", "trtllm_vattn.cli.warm_up"),
     "serve": ("OpenAI's completions and chat endpoints over a checkpoint", "trtllm_vattn.cli.serve"),
+    "top": ("a live view of a running engine: requests, memory, mappings, slots", "trtllm_vattn.cli.top"),
+    "map": ("draw the address space before and after a burst, from a trace", "trtllm_vattn.cli.map"),
+    "drill": ("bring about failures, and see whether what should comes of them", "trtllm_vattn.cli.drill"),
     "generate": ("text from prompts: arguments, a file or standard input", "trtllm_vattn.cli.generate"),
+    "calibrate": (
+        "measure, in two minutes, what this machine's plans are made by",
+        "trtllm_vattn.bench.cases.calibrate",
+    ),
+    "plan": ("choose the cache's layout and limits for a model, lengths and memory", "trtllm_vattn.cli.plan"),
+    "broker": ("lend a device's memory to several processes, under limits", "trtllm_vattn.cli.broker"),
     "run": ("run a command with TensorRT-LLM's KV cache at fixed addresses", "trtllm_vattn.cli.run"),
 }
 BENCHMARKS = {
@@ -45,7 +54,10 @@ BENCHMARKS = {
     "plugin": "the TensorRT plugin called as TensorRT calls it: captured once, replayed while memory moves",
     "xqa": "TensorRT-LLM's kernels over affine tables: tokens, steps against random tables, remapped replays",
     "tp": "one model on several GPUs beside one: steps, and replays over remapped memory",
+    "tenancy": "processes under one broker: isolation, processes that are killed, opposite bursts of several models",
     "transfer": "sequences sent from one process's cache to another's, beside the link's own rate; bytes checked",
+    "observe": "metrics, an event trace and top beside none of them: what they add to a step",
+    "plan": "the planner's predictions beside what was measured, and its choice beside an exhaustive search",
     "multistep": "many decode steps in one launch, and a loop that the device ends",
 }
 MODULES = {"graph": "decode", "alloc": "driver_calls", "start": "startup"}

@@ -601,13 +601,16 @@ class Arena:
         self._let_go(index, None)
         self._unmap_what_is_not_adopted(index)
 
-    def suspend(self, index: int) -> None:
+    def suspend(self, index: int, fence: Fence | None = None) -> None:
         """A slot's bytes are in host memory, and its mappings were unmapped: it keeps nothing but its place. Its
-        extents are the caller's, where they are mapped nowhere else."""
+        extents are the caller's, where they are mapped nowhere else. With a fence, its bytes are on their way, and it
+        is unmapped once that is done (`complete_pending_unmaps`)."""
         slot = self.slots[index]
         for mapping in slot.mappings():
             self.decref(mapping.extent)
-        slot.suspend()
+        slot.suspend(fence)
+        if slot.pending_unmap:
+            self._pending_unmap.add(index)
         self._retained.discard(index)
         self._sharing_changed |= bool(slot.segments)
         self.trim_pending.discard(index)
@@ -856,7 +859,9 @@ class Arena:
             try:
                 mapping.close()
             except DriverError as error:
-                logger.warning("a mapping of %d bytes at %#x is quarantined: %s", mapping.size, mapping.address, error)
+                numbers = {"address": mapping.address, "bytes": mapping.size, "code": error.code}
+                text = "a mapping of %d bytes at %#x is quarantined: %s"
+                logger.warning(text, mapping.size, mapping.address, error, extra=numbers)
                 stuck.append(mapping)
         self.quarantine_mappings(index, stuck)
 

@@ -6,12 +6,16 @@ import logging
 import os
 import warnings
 import weakref
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
 
 from trtllm_vattn.errors import DriverError
 from trtllm_vattn.memory.arena import Arena, discard, retry_discarded
 from trtllm_vattn.memory.host_pool import HostPool
 from trtllm_vattn.memory.lookahead import BackgroundThread, Lookahead, PriorityLock
-from trtllm_vattn.memory.reclaim import release_idle, trim
+from trtllm_vattn.memory.reclaim import release_idle, set_budget, trim
+from trtllm_vattn.trace import Trace
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.tensors import finish
 from trtllm_vattn.vmm.uninterrupted import finalize
@@ -44,8 +48,12 @@ class CacheMemory:
     ----------
     is_owned : bool
         Whether a user got the cache, and could close it.
+    trace : Trace or None
+        Notes background work.
     is_asleep : bool
         Whether the arena has no memory, not even the dummy slot's, and may take none.
+    on_closed : callable or None
+        Called once all memory was given back, or nothing more is tried.
     """
 
     def __init__(
@@ -54,11 +62,20 @@ class CacheMemory:
         self.arena, self.ahead = arena, ahead
         self.host = HostPool(arena.pool.driver, host_memory)
         self.is_asleep = False
+        self.on_closed: Callable[[], None] | None = None
         self.lock = PriorityLock()
         self.thread: BackgroundThread | None = None
         self.is_owned = self.is_closed = False
         self.process = os.getpid()
         self._idle_after_s, self._idle_floor = idle_after_s, idle_floor
+        self.trace: Trace | None = None
+        self._units: tuple[tuple[str, Callable[[], object]], ...] = (
+            ("map ahead", ahead.map_due),
+            ("unmap surplus", partial(trim, arena)),
+            ("preallocate", arena.pool.create_one),
+            ("return idle memory", self._release_idle),
+        )
+        """Kinds of background work, the most urgent first; each does one unit of it, and says whether it did."""
 
     def start_thread(self) -> None:
         """Have a thread map ahead. Idempotent."""
@@ -72,12 +89,27 @@ class CacheMemory:
             if self.is_closed or self.is_asleep:
                 return False
             self.arena.complete_pending_unmaps()
-            return (
-                self.ahead.map_due() > 0
-                or trim(self.arena)
-                or self.arena.pool.create_one()
-                or (self._idle_after_s is not None and release_idle(self.arena, self._idle_after_s, self._idle_floor))
-            )
+            for name, unit in self._units:
+                started = perf_counter()
+                if unit():
+                    if self.trace is not None:
+                        self.trace.span(name, started, perf_counter(), category="background")
+                    return True
+            return False
+
+    def _release_idle(self) -> bool:
+        after_s = self._idle_after_s
+        return after_s is not None and release_idle(self.arena, after_s, self._idle_floor)
+
+    def shrink_beside(self, budget: int, retained: bool) -> int:
+        """Lower the budget towards `budget` bytes as far as parked memory allows, and `retained` memory too; returns
+        the budget then. From any thread that holds the lock, beside running steps; waits for the fences of what it
+        unmaps."""
+        arena = self.arena
+        if not (self.is_closed or self.is_asleep) and budget < arena.pool.budget:
+            used = arena.used_bytes - (arena.evictable_bytes if retained else 0)
+            set_budget(arena, max(budget, used, arena.layout.least_bytes))
+        return arena.pool.budget
 
     def close(self, fence: Fence) -> None:
         """Stop the thread and give everything back once `fence` is done. Idempotent.
@@ -87,12 +119,19 @@ class CacheMemory:
         """
         if self.thread is not None:
             self.thread.close()
-        self.arena.close(fence)
+        with self.lock:
+            self.arena.close(fence)
         self.host.close()
-        self.is_closed = True
+        self._end()
         retry_discarded()
         if self.thread is not None:
             self.thread.raise_error()
+
+    def _end(self) -> None:
+        with self.lock:
+            self.is_closed = True
+        if self.on_closed is not None:
+            self.on_closed()
 
     def discard(self) -> None:
         """Give everything back once the device is done, or leave it to a later attempt. Raises nothing."""
@@ -102,12 +141,13 @@ class CacheMemory:
             finish(self.arena.pool.driver.device)
         except Exception as error:
             logger.warning("the device of a cache that is gone does not finish its work: %s", error)
-        discard(self.arena)
+        with self.lock:
+            discard(self.arena)
         try:
             self.host.close()
         except DriverError as error:
             logger.warning("pinned host memory of a cache that is gone stays: %s", error)
-        self.is_closed = True
+        self._end()
 
 
 def _on_last_reference(memory: CacheMemory) -> None:

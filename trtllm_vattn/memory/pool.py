@@ -247,7 +247,9 @@ class ExtentPool:
         try:
             extent.close()
         except DriverError as error:
-            logger.warning("extent %d of %d bytes is quarantined: %s", extent.serial, extent.size, error)
+            numbers = {"extent": extent.serial, "bytes": extent.size, "code": error.code}
+            text = "extent %d of %d bytes is quarantined: %s"
+            logger.warning(text, extent.serial, extent.size, error, extra=numbers)
             self.quarantine.append(extent)
         else:
             self.held_bytes -= extent.size

@@ -281,5 +281,5 @@ def map_again(arena: Arena, index: int, stripe: Stripe, place: int) -> bool:
                 break
         else:
             return True
-    logger.warning("slot %d loses its memory from %#x on: %s", index, old.address, failed)
+    logger.warning("slot %d loses its memory from %#x on: %s", index, old.address, failed, extra={"slot": index})
     return False

@@ -270,12 +270,15 @@ class Slot:
         self._check(RETAINED)
         self._become_idle()
 
-    def suspend(self) -> None:
-        """RUNNING or RETAINED → SUSPENDED; its mappings are unmapped already. It keeps its segments and holders."""
+    def suspend(self, fence: Fence | None = None) -> None:
+        """RUNNING or RETAINED → SUSPENDED; its mappings are unmapped already, or with a fence once that is done. It
+        keeps its segments and holders."""
         self._check(RUNNING, RETAINED)
-        for group in self.groups:
-            group.clear()
-        self.state, self.visible_bytes, self.fence, self.tokens = SUSPENDED, None, None, 0
+        held = [mapping for group in self.groups for mapping in group.clear()]
+        self.state, self.visible_bytes, self.fence, self.tokens = SUSPENDED, None, fence, 0
+        if fence is not None:
+            # What was pending before was so behind an earlier one.
+            self.pending_unmap += held
 
     def resume(self, groups: Sequence[RangeGroup], state: SlotState, tokens: int, serial: int) -> None:
         """SUSPENDED → RUNNING or RETAINED, as it was, with memory that was mapped and filled again."""

@@ -4,7 +4,12 @@ Tensors, tables and captured graphs hold addresses, so that a suspended slot kee
 extents there and copies the bytes back. Several slots are suspended together where they share extents or read one
 another's tokens: what they share is saved once and is shared again afterwards. Nothing past a slot's tokens is copied.
 
-Both operations wait for the device, and succeed whole or leave the state as it was.
+Copies are made on one stream of their own, behind all that was submitted before: a step that wrote the tokens is done
+then, and host memory that is used again has been read. Both operations wait for them, or leave them to go on beside the
+steps of others. What a suspended slot had is unmapped once its fence is done, or when somebody needs the memory: an
+unmap is not ordered by a stream, so it cannot be given away sooner. A slot that comes back must not be touched before
+its fence is done. Both succeed whole or leave the state as it was; an unmap that was left for later and fails is
+quarantined, and the slot comes back in another place.
 """
 
 from __future__ import annotations
@@ -113,6 +118,7 @@ def suspend(
     host: HostPool,
     stream: int,
     record: Callable[[], Fence],
+    wait: bool = True,
 ) -> Image:
     """Copy the bytes of used slots to host memory, and unmap all that is mapped in them. No other slot may be resumed
     before them, or go on, that reads one of them.
@@ -123,6 +129,8 @@ def suspend(
         How many tokens of each slot, by its index, are kept; 0 is a page, whatever it holds.
     stream : int
         The stream that copies are made on; `record` records behind it.
+    wait : bool
+        Whether to wait for the copies; else memory comes back to the pool once they are done.
 
     Raises
     ------
@@ -135,19 +143,25 @@ def suspend(
         slot = arena.slots[index]
         if slot.broken:
             raise MemoryQuarantined(f"an unmap failed in slot {index}, so it cannot come back; release its sequence")
-    arena.complete_pending_unmaps(wait=True)
+    arena.complete_pending_unmaps(wait)
     slots, runs = _plan(arena, tokens)
     spans = host.acquire(sum(run.size for run in runs))
     image = Image(tuple(slots), tuple(runs), tuple(spans))
     try:
         for address, at, size in _parts(arena, image):
             host.driver.copy_to_host(at, address, size, stream)
-        record().wait()
-        _unmap_all(arena, tokens)
+        fence = record()
+        if wait:
+            fence.wait()
+            _unmap_all(arena, tokens)
     except BaseException:
         finish(host.driver.device)
         host.release(spans)
         raise
+    if not wait:
+        for index in tokens:
+            arena.suspend(index, fence)
+        return image
     extents = {m.extent.serial: m.extent for index in tokens for m in arena.slots[index].mappings()}
     for index in tokens:
         arena.suspend(index)
@@ -155,8 +169,11 @@ def suspend(
     return image
 
 
-def resume(arena: Arena, image: Image, host: HostPool, stream: int, record: Callable[[], Fence]) -> int:
-    """Map memory at the addresses of suspended slots and copy their bytes back; returns the mappings made.
+def resume(
+    arena: Arena, image: Image, host: HostPool, stream: int, record: Callable[[], Fence], wait: bool = True
+) -> tuple[int, Fence]:
+    """Map memory at the addresses of suspended slots and copy their bytes back; returns the mappings made, and the
+    fence behind the copies, which is done with `wait`.
 
     Raises
     ------
@@ -171,7 +188,7 @@ def resume(arena: Arena, image: Image, host: HostPool, stream: int, record: Call
     while True:
         arena.make_available(image.mapped_bytes)
         try:
-            return _resume(arena, image, host, stream, record)
+            return _resume(arena, image, host, stream, record, wait)
         except KVCacheOutOfMemory:
             if not arena.reclaim(image.mapped_bytes):
                 raise
@@ -297,7 +314,9 @@ def _unmap_all(arena: Arena, indices: Mapping[int, int]) -> None:
         raise
 
 
-def _resume(arena: Arena, image: Image, host: HostPool, stream: int, record: Callable[[], Fence]) -> int:
+def _resume(
+    arena: Arena, image: Image, host: HostPool, stream: int, record: Callable[[], Fence], wait: bool
+) -> tuple[int, Fence]:
     groups: dict[int, list[RangeGroup]] = {}
     shared: dict[int, list[Extent]] = {}
     pieces = [(piece, len(g.ranges)) for slot in image.slots for g in slot.groups for piece in g.pieces]
@@ -308,7 +327,9 @@ def _resume(arena: Arena, image: Image, host: HostPool, stream: int, record: Cal
         undo.callback(finish, host.driver.device)
         for address, at, size in _parts(arena, image):
             host.driver.copy_to_device(address, at, size, stream)
-        record().wait()
+        fence = record()
+        if wait:
+            fence.wait()
         undo.pop_all()
     again: set[int] = set()
     for slot in image.slots:
@@ -319,7 +340,7 @@ def _resume(arena: Arena, image: Image, host: HostPool, stream: int, record: Cal
             again.add(mapping.extent.serial)
         arena.resume(slot.index, groups[slot.index], slot.state, slot.tokens, slot.serial)
     host.release(image.spans)
-    return sum(len(group.stripes) * len(group.ranges) for each in groups.values() for group in each)
+    return sum(len(group.stripes) * len(group.ranges) for each in groups.values() for group in each), fence
 
 
 def _map_group(

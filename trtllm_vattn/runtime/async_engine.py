@@ -11,7 +11,9 @@ stream.
 Errors: what `Engine.submit` raises, `add_request` raises. A request that ends with an error of its own raises
 RequestFailed in its stream, behind its tokens. A step that raises is tried again, for the engine goes on from its
 records; where `MOST_FAILURES` steps in a row raise, all requests are aborted and each stream raises what the last one
-did. An update of the weights that broke (WeightsMixed) and `sleep` hold requests up until they are undone.
+did. Where the device is lost (`errors.is_device_lost`) no step can succeed any more: the engine ends, all streams raise
+EngineClosed, and `failure` says why; the process has to be started anew. An update of the weights that broke
+(WeightsMixed) and `sleep` hold requests up until they are undone.
 """
 
 from __future__ import annotations
@@ -28,8 +30,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from trtllm_vattn.errors import ConfigError, EngineClosed, EngineOverloaded, RequestFailed, VattnError, WeightsMixed
+from trtllm_vattn.cache.base import SlotStats
+from trtllm_vattn.errors import (
+    ConfigError,
+    EngineClosed,
+    EngineOverloaded,
+    RequestFailed,
+    VattnError,
+    WeightsMixed,
+    is_device_lost,
+)
 from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.engine_stats import EngineStats
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import LARGEST_COUNT, SamplingParams
 from trtllm_vattn.runtime.tokens import TokenIds
@@ -44,6 +56,9 @@ T = TypeVar("T")
 
 MOST_FAILURES = 3
 """Steps in a row that raise before requests are given up."""
+
+IDLE_S = 0.25
+"""Seconds without work after which a graph is captured that steps went without."""
 
 
 class RequestStream(AsyncIterator[TokenEvent]):
@@ -180,6 +195,10 @@ class AsyncEngine:
         self._paused = self._stopping = self._stopped = False
         self._held_up: BaseException | None = None
         """Why steps are not taken until a call changed something."""
+        self.failure: BaseException | None = None
+        """Why the engine ended by itself."""
+        self.on_failure: Callable[[], object] | None = None
+        """Called when it does, in the engine's thread."""
         self._thread = threading.Thread(target=self._run, name="vattn-engine", daemon=True)
         self._thread.start()
 
@@ -207,6 +226,14 @@ class AsyncEngine:
     def unfinished(self) -> int:
         """Requests that are not finished."""
         return self._taken
+
+    def stats(self) -> EngineStats:
+        """`Engine.stats`, from any thread."""
+        return self._engine.stats()
+
+    def slot_stats(self) -> list[SlotStats]:
+        """`Engine.slot_stats`, from any thread."""
+        return self._engine.slot_stats()
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -366,8 +393,15 @@ class AsyncEngine:
                 failures = self._step(failures) if self._steps else failures
         except BaseException as error:
             logger.exception("the engine's thread ends")
-            why = error
-        self._end(why)
+            self.failure = why = error
+        try:
+            self._end(why)
+        except Exception as error:
+            if why is None:
+                raise
+            logger.error("what the engine held could not be given back before the process ends: %s", error)
+        if why is not None and self.on_failure is not None:
+            self.on_failure()
 
     def _step(self, failures: int) -> int:
         """A step, after so many in a row that raised; returns how many did then."""
@@ -377,7 +411,9 @@ class AsyncEngine:
             self._held_up = error
             return failures
         except Exception as error:
-            logger.warning("a step failed, %d in a row: %s", failures + 1, error)
+            if is_device_lost(error):
+                raise
+            logger.warning("a step failed, %d in a row: %s", failures + 1, error, extra={"failures": failures + 1})
             if failures + 1 < MOST_FAILURES:
                 return failures + 1
             for running in set(self._running.values()):
@@ -393,7 +429,8 @@ class AsyncEngine:
         try:
             self._engine.abort(running.number)
         except VattnError as failed:
-            logger.warning("request %d: taking its memory is tried again: %s", running.number, failed)
+            text, number = "request %d: taking its memory is tried again: %s", running.number
+            logger.warning(text, number, failed, extra={"request": number})
 
     @property
     def _steps(self) -> bool:
@@ -406,11 +443,24 @@ class AsyncEngine:
         return self._held_up is not None or self._engine.sleeping.is_asleep
 
     def _wait(self) -> bool:
-        """Wait for something to do; False is to end."""
-        with self._changed:
-            while not (self._stopped or self._calls or self._steps):
-                self._changed.wait()
-            return not self._stopped
+        """Wait for something to do; False is to end. After a while without, graphs that steps went without are
+        captured."""
+        while True:
+            with self._changed:
+                idle = False
+                while not (idle or self._stopped or self._calls or self._steps):
+                    wanted = bool(self._engine.decode.wanted) and not (self._engine.busy or self._waits)
+                    idle = not self._changed.wait(IDLE_S if wanted else None)
+                if not idle:
+                    return not self._stopped
+            self._capture_wanted()
+
+    def _capture_wanted(self) -> None:
+        try:
+            self._engine.capture_wanted()
+        except Exception as error:
+            # Steps go on without it, in a larger graph.
+            logger.warning("a graph could not be captured: %s", error)
 
     def _answer(self) -> None:
         """Make the calls that were asked for."""

@@ -1,8 +1,12 @@
 """Closing holes among the lanes by moving sequences to lower slots, where a smaller bucket repays the remapping.
 
 A lane is a slot, so one sequence in a high slot makes every step replay a large bucket. Moving it is a remapping and
-no copy. Both sides of the bargain are measured: what a bucket's size costs when it was captured, what a move costs
-each time one is made.
+no copy. A sequence that shares extents with others (a fork, an alias) takes its mappings of them along, and one that
+reads its first tokens in another slot goes on reading them there. Only a slot in which others read stays where it is:
+the base addresses that their lanes are told, and launches under way, are its own.
+
+Both sides of the bargain are measured: what a bucket's size costs when it was captured, what a move costs each time one
+is made.
 """
 
 from __future__ import annotations
@@ -39,7 +43,8 @@ class Compaction:
         self.moves = 0
 
     def plan(self, steps_left: Mapping[int, int]) -> list[tuple[int, int]]:
-        """Moves worth making, as pairs of slots: from, to; `steps_left` of each taken slot. None where it does not pay.
+        """Moves worth making, as pairs of slots: from, to; `steps_left` of each taken slot. None where it does not pay,
+        or a slot that others read would have to move.
 
         A smaller bucket is gained for as long as the longest of the moved sequences would have held the larger one.
         """
@@ -49,13 +54,13 @@ class Compaction:
         current = self._bucket(taken[-1] + 1)
         best: list[tuple[int, int]] = []
         gained = 0.0
-        free = self.cache.free_slots()
+        free, read = self.cache.free_slots(), self._read_by_others()
         for bucket in self.replay_s:
             if not len(taken) <= bucket < current:
                 continue
             high = [slot for slot in taken if slot >= bucket]
             holes = [slot for slot in free if slot < bucket][: len(high)]
-            if len(holes) < len(high):
+            if len(holes) < len(high) or not read.isdisjoint(high):
                 continue
             saved = (self.replay_s[current] - self.replay_s[bucket]) * max(steps_left[slot] for slot in high)
             mappings = sum(self.cache.mappings_in(slot) for slot in (*high, *holes))
@@ -64,6 +69,11 @@ class Compaction:
                 best, gained = list(zip(high, holes, strict=True)), gain
         return best
 
+    def _read_by_others(self) -> set[int]:
+        """Slots in which other slots' first tokens are read, those of retained sequences too."""
+        segments = self.cache.segments
+        return set() if segments is None else set(segments[:, 1].tolist())
+
     def _bucket(self, lanes: int) -> int:
         return next(bucket for bucket in self.replay_s if bucket >= lanes)
 
@@ -71,7 +81,7 @@ class Compaction:
         """Move the sequence in a slot to another slot and remember what it took.
 
         Raises KVCacheOutOfMemory, DriverError or MemoryQuarantined; it is where it was then, and moves count as twice
-        as dear.
+        as dear. Raises ConfigError for a slot that others read.
         """
         started = perf_counter()
         try:

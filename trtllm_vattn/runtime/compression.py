@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.gather import restored
+from trtllm_vattn.attention.options import FP8
 from trtllm_vattn.attention.query_log import QueryLog
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.cache.compression import CompressionPolicy, HeadsView, compact
@@ -110,7 +111,8 @@ class Compression:
             self.runs += 1
         except (DriverError, KVCacheOutOfMemory, MemoryQuarantined) as error:
             self.failed += 1
-            logger.warning("request %d keeps all its tokens, for compacting them failed: %s", request.id, error)
+            text = "request %d keeps all its tokens, for compacting them failed: %s"
+            logger.warning(text, request.id, error, extra={"request": request.id})
         except ConfigError as error:
             self.failed += 1
             fail(request, f"the compression policy chose what cannot be: {error}")
@@ -167,7 +169,9 @@ class Compression:
         queries = queries.view(length - start, shape.num_kv_heads, group, shape.head_dim)[:, own]
         options = self.attention.options[layer]
         keys, values = (
-            restored(rows[slot, :held], scale if scale is None or len(scale) == 1 else scale[own])
+            rows[slot, :held]
+            if rows.dtype != FP8
+            else restored(rows[slot, :held], scale if scale is None or len(scale) == 1 else scale[own])
             for rows, scale in ((kv.k, options.k_scale), (kv.v, options.v_scale))
         )
         return HeadsView(

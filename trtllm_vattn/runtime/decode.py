@@ -12,11 +12,12 @@ although launches are unread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import DecodeStep, VerifyStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
 from trtllm_vattn.runtime.lane_processors import LaneAsks, LaneProcessors, StepKind
+from trtllm_vattn.runtime.likely import few_buckets, sampled_rows, serving
 from trtllm_vattn.runtime.logprobs import Fetched, TokenLogprob
 from trtllm_vattn.runtime.pass_cost import Timing
 from trtllm_vattn.runtime.prefix_reading import PrefixReading
@@ -213,10 +215,17 @@ class DecodeBatch:
         `positions` are the least that they may be, until a launch is read (`Speculator.slack`).
     lane_of : dict
         Lanes by slot.
+    captures_while_running : int
+        Graphs that were captured while requests waited for them.
+    wanted : dict of (GraphRunner, int) to None
+        Graphs, by runner and bucket, that steps went without, in larger ones, in the order in which they did.
     inputs : Tensor
         int64 ``[rows, lanes]``, what the device has: positions, tokens, slots, lengths, limits, stop tokens; with
         drafts, the row of `Speculator.history`.
     """
+
+    captures_alone: ClassVar[bool] = True
+    """Whether it may capture what others do not: no other rank takes part in its steps."""
 
     def __init__(
         self,
@@ -304,13 +313,14 @@ class DecodeBatch:
         self.static = static
         self._make_runners(buckets, lanes)
         self.captured = False
+        self.wanted: dict[tuple[GraphRunner, int], None] = {}
+        self.captures_while_running = 0
 
     def _make_runners(self, buckets: Sequence[int], lanes: int) -> None:
         static, device = self.static, self._device.device
         first, plain = self.attention.variants[0], StepKind()
         self.runner = GraphRunner(partial(self._step, first, plain), buckets, static, device, self._loops_by)
-        # Steps of other kinds are made and captured when they are first used: sorting a vocabulary takes a lot of the
-        # pool.
+        # Steps of other kinds are made when they are first used, or likely to be.
         self._runners = {(first, plain): self.runner}
         self._verifiers: dict[tuple[int, bool], GraphRunner] = {}
         """Of steps with drafts, by their number and whether any lane samples."""
@@ -319,6 +329,11 @@ class DecodeBatch:
             for sampled in (False, True):
                 step = partial(self._verify_step, drafts, sampled)
                 self._verifiers[drafts, sampled] = GraphRunner(step, some, static, device, pool=self.runner.pool)
+
+    @property
+    def _plain(self) -> list[str]:
+        """The attention's kernels that know nothing of `PrefixTables`."""
+        return [variant for variant in self.attention.variants if not variant.endswith(PREFIXES)]
 
     @property
     def _loops_by(self) -> torch.Tensor | None:
@@ -334,17 +349,42 @@ class DecodeBatch:
         return made
 
     def capture(self) -> CaptureReport:
-        """Capture every bucket, by each of the attention's kernels but those that honour `PrefixTables`, which wait for
-        their first use; launches are replays from then on. The report's `replay_s` is that of the first kernel.
-
-        A capture while requests run would hold all of them up for 0.1 to 0.2 s.
-        """
+        """Capture every bucket, by each of the attention's kernels but those that honour `PrefixTables`; launches are
+        replays from then on. The report's `replay_s` is that of the first kernel."""
         self.attention.measure(self.runner.buckets, self.packed)
-        plain = [variant for variant in self.attention.variants if not variant.endswith(PREFIXES)]
-        report, *others = (self._runner(variant, StepKind()).capture() for variant in plain)
+        report, *others = (self._runner(variant, StepKind()).capture() for variant in self._plain)
         self.captured = self._miscounted = True
         seconds = {bucket: sum(each.seconds[bucket] for each in (report, *others)) for bucket in report.seconds}
         return CaptureReport(seconds, report.replay_s, sum(each.pool_bytes for each in (report, *others)))
+
+    def likely(self) -> Iterator[tuple[GraphRunner, int]]:
+        """What steps may be wanted without having been, the likeliest first (likely.py)."""
+        first, *others = self.attention.variants
+        rows = sampled_rows(int(self.model.config.get_text_config().vocab_size))
+        for name in (each for each in others if each.endswith(PREFIXES)):
+            if self.reading is not None:
+                runner = self._runner(name, StepKind())
+                yield from ((runner, bucket) for bucket in few_buckets(runner.buckets))
+        sampling = self._runner(first, StepKind(sampled=True))
+        yield from ((sampling, bucket) for bucket in few_buckets(sampling.buckets, rows))
+        for (drafts, sampled), runner in self._verifiers.items():
+            if sampled:
+                yield from ((runner, bucket) for bucket in few_buckets(runner.buckets, rows // (1 + drafts)))
+
+    def measure_prefixes(self) -> None:
+        """Have `reading` know what a step takes longer where first tokens lie elsewhere, by replays of both over idle
+        lanes; before any sequence has a lane, behind `capture` and that of what is `likely`."""
+        name = self.attention.variants[-1]
+        with_tables = self._runners.get((name, StepKind()))
+        if self.reading is None or with_tables is None or not name.endswith(PREFIXES):
+            return
+        plain = [runner for (each, kind), runner in self._runners.items() if kind == StepKind() and each != name]
+        longer = [
+            with_tables.replay_s(bucket) - min(runner.replay_s(bucket) for runner in plain)
+            for bucket in sorted(with_tables.captured)
+        ]
+        if longer:
+            self.reading.learn(1e6 * median(longer), self.attention.token_us(len(self.lengths), self.packed))
 
     def capture_drafts(self, replay_s: Mapping[int, float]) -> CaptureReport:
         """Capture the steps with drafts, behind `capture`, by which `replay_s` came: what either takes says how many
@@ -550,11 +590,15 @@ class DecodeBatch:
 
     def feed(self, slot: int, forced: Sequence[int], prompt_len: int) -> None:
         """Have a slot's sequence take its next token from `forced`, the tokens behind its prompt."""
+        length = int(self.lengths[self.lane_of[slot]])
+        if length:
+            self.feed_token(slot, forced[length - prompt_len - 1])
+
+    def feed_token(self, slot: int, token: int) -> None:
+        """Have a slot's sequence take this token next."""
         lane = self.lane_of[slot]
-        if self.lengths[lane]:
-            self.tokens[lane] = forced[int(self.lengths[lane]) - prompt_len - 1]
-            self._source[lane] = -1
-            self._changed = True
+        self.tokens[lane], self._source[lane] = token, -1
+        self._changed = True
 
     def resend(self) -> None:
         """Have the device take all lanes from the host's arrays, which somebody changed, or which it is ahead of."""
@@ -680,8 +724,7 @@ class DecodeBatch:
         guarded = self.check(1, drafts)
         self.speculator.check(self.lengths_after(1, drafts))
         runner = self._verifiers[drafts, self.sampling]
-        bucket = runner.bucket_for(1 + max(self.lanes.values()))
-        self.capture_missing(runner, bucket)
+        bucket = self.capture_missing(runner, runner.bucket_for(1 + max(self.lanes.values())))
         self.send(1)
         if self.captured:
             (logits,) = runner.replay(bucket)
@@ -703,7 +746,12 @@ class DecodeBatch:
     def _start(self, steps: int, bucket: int, variant: str, guarded: float) -> Launch:
         """Start what was guarded, by one of the attention's kernels."""
         runner = self._runner(variant, self.kind)
-        self.capture_missing(runner, bucket)
+        other = self.kind != StepKind() and not variant.endswith(PREFIXES)
+        if other and self.captures_alone and serving(runner, bucket) is None:
+            # By another kernel, rather than have everybody wait for a graph by this one.
+            same = [each for (name, kind), each in self._runners.items() if kind == self.kind and name in self._plain]
+            runner = next((each for each in same if serving(each, bucket) is not None), runner)
+        bucket = self.capture_missing(runner, bucket)
         self.send(steps)
         if not self.captured:
             (logits,) = self._run_eagerly(variant, bucket, steps)
@@ -784,10 +832,28 @@ class DecodeBatch:
         self._under_way.append(launch)
         return launch
 
-    def capture_missing(self, runner: GraphRunner, bucket: int) -> None:
-        """Capture a bucket that is replayed next, where it is not yet; lanes and unread tokens stay as they are."""
+    def capture_missing(self, runner: GraphRunner, bucket: int, spare: bool = True) -> int:
+        """The bucket to replay for `bucket`: itself, or with `spare` a larger one that is captured, and this one is
+        wanted then (`capture_wanted`). Where there is none it is captured now; lanes and unread tokens stay as they
+        are."""
         if not self.captured or bucket in runner.captured:
-            return
+            return bucket
+        if spare and self.captures_alone and (larger := serving(runner, bucket)) is not None:
+            self.wanted[runner, bucket] = None
+            return larger
+        self.captures_while_running += 1
+        self._capture_apart(runner, bucket)
+        return bucket
+
+    def capture_wanted(self, most: int = 1) -> int:
+        """Capture up to so many graphs that steps went without; returns how many are left. While nobody runs."""
+        for runner, bucket in list(self.wanted)[:most]:
+            del self.wanted[runner, bucket]
+            self._capture_apart(runner, bucket)
+        return len(self.wanted)
+
+    def _capture_apart(self, runner: GraphRunner, bucket: int) -> None:
+        """Capture a bucket, with lanes and unread tokens as they were afterwards."""
         # What is captured is also run, over idle lanes.
         finish(str(self._device.device))
         state = [self._device, self._out, *self.processors.unread]

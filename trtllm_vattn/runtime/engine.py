@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
-from trtllm_vattn.cache.base import CacheShape, KVCache
+from trtllm_vattn.cache.base import CacheShape, KVCache, SlotStats
 from trtllm_vattn.cache.compression import CompressionPolicy
 from trtllm_vattn.cache.prefix import PrefixCache
 from trtllm_vattn.cache.prefix.events import KVCacheEvent
@@ -34,6 +35,7 @@ from trtllm_vattn.errors import (
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
+from trtllm_vattn.runtime.borrowing import check_broker, make_borrowing_cache
 from trtllm_vattn.runtime.checkpoint import end_of_text, load_tokenizer
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
@@ -41,9 +43,11 @@ from trtllm_vattn.runtime.compression import Compression, check_compression, che
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
 from trtllm_vattn.runtime.deterministic import check_deterministic
 from trtllm_vattn.runtime.dry_pass import AttentionNeeds, naming
+from trtllm_vattn.runtime.engine_stats import EngineStats, StepTotals
 from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler
 from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype, check_kv_scales
 from trtllm_vattn.runtime.lane_processors import check_sizes
+from trtllm_vattn.runtime.likely import capture_within
 from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
 from trtllm_vattn.runtime.models import SHAPES, load_model
 from trtllm_vattn.runtime.passes import Passes, most_rows
@@ -80,10 +84,14 @@ from trtllm_vattn.runtime.tokens import TokenIds, token_ids
 from trtllm_vattn.runtime.weights import Manifest, NamedTensors, Weights
 from trtllm_vattn.runtime.weights_ipc import IpcWeights, ReceivedWeights, named_tensors
 from trtllm_vattn.sizes import parse_bytes
+from trtllm_vattn.tenancy.config import TenantConfig
+from trtllm_vattn.trace import Trace
 from trtllm_vattn.values import described, finite, shown, truth, whole
+from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.tensors import finish, inference
 from trtllm_vattn.vmm.uninterrupted import drain
+from trtllm_vattn.vmm.wrappers import TracingDriver
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -97,6 +105,8 @@ CHANGED = (
     "operation of its own is at fault"
 )
 NOT_FINITE = "its logits are NaN or infinite, so that there is no token to choose"
+MEMORY_WAIT_S = 0.01
+"""Seconds that a step waits for other tenants' memory where it has nothing else to do."""
 UNUSUAL = 509
 """Tokens of the first compiled pass. No dimension of a model has this size, so torch takes none for their number; and
 kernels are tuned by it, which with few tokens would all seem alike."""
@@ -136,11 +146,13 @@ class _Changing:
         engine = self._engine()
         assert engine is not None
         engine._interrupted = engine._attention = True
+        engine.cache.mark_changing(True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        engine = self._engine()
+        assert engine is not None
+        engine.cache.mark_changing(False)
         if kind is None or (issubclass(kind, VattnError) and kind is not CacheInterrupted):
-            engine = self._engine()
-            assert engine is not None
             engine._interrupted = engine._attention = False
 
 
@@ -160,7 +172,8 @@ class Engine:
     cache : KVCache
         The engine closes it.
     attention : str
-        ``auto``, ``torch``, ``cudnn``, ``shares``, ``xqa`` or ``xqa-fmha`` (`attention.select.make_attention`).
+        ``auto``, ``torch``, ``cudnn``, ``shares``, ``latents``, ``xqa`` or ``xqa-fmha``
+        (`attention.select.make_attention`).
     capture : bool
         Whether decode steps are captured once a bucket and replayed, or run eagerly.
     buckets : sequence of int or None
@@ -219,9 +232,14 @@ class Engine:
         is 1.
     speculation : Speculation or None
         Has several tokens of a sequence drafted and verified in one step (runtime/speculation.py); the tokens of every
-        request are the same as without, up to rounding. With prompts in a pass nothing is drafted. None drafts none.
+        request are the same as without, up to rounding. Of a pass with prompts in it every sequence gets one token, and
+        what sequences share is read by each of them (trtllm_vattn/README.md). None drafts none.
     tokenizer : transformers' fast tokenizer, or None
         Prompts may be texts then, and text, stop texts and grammars be asked for (`SamplingParams`).
+    trace : Trace, str, Path or None
+        Has events noted for Perfetto (trace.py): steps, launches, requests, what changes the cache, and background
+        work; of an engine by `from_pretrained` driver calls, too. A file of this name is written, and closed with the
+        engine. None notes nothing.
     compression : CompressionPolicy or None
         Evicts tokens of each sequence, so that it takes less memory and its tokens are approximate
         (cache/compression/README.md). None keeps all.
@@ -267,6 +285,7 @@ class Engine:
         speculation: Speculation | None = None,
         tokenizer: Any = None,
         compression: CompressionPolicy | None = None,
+        trace: Trace | str | os.PathLike[str] | None = None,
     ) -> None:
         if not isinstance(cache, KVCache):
             raise ConfigError(f"cache is {described(cache)}; give a KVCache (cache.select.make_cache)")
@@ -337,11 +356,19 @@ class Engine:
         self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
         self.slots = RequestSlots.over(cache, reusing, settings["kv_events"], self._reading)
         self.scheduler = self._make_scheduler(settings, mixed)
+        self._watch(trace)
         one_by_one = loop or record_margins or (self.compression is not None and self.compression.one_by_one)
         self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one, self.compression)
         _engines.add(self)
         # Nothing at the end of the interpreter, when graphs may still run.
         weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
+
+    def _watch(self, given: Trace | str | os.PathLike[str] | None) -> None:
+        """Count steps, and note events where there is a trace."""
+        self.totals = StepTotals()
+        self._trace = self.scheduler.trace = Trace.of(given)
+        if self._trace is not None:
+            self.cache.trace_to(self._trace)
 
     def _make_attention(
         self, name: str, needs: AttentionNeeds, scales: KVScales | None, settings: dict[str, Any]
@@ -490,6 +517,10 @@ class Engine:
                     self.startup.passes = self.passes.capture()
                 else:
                     self.startup.prefill = self.prefill.capture()
+                if on_gpu and self.decode.captures_alone:
+                    likely = itertools.chain(self.decode.likely(), self.passes.likely())
+                    self.startup.likely = capture_within(likely)
+                    self.decode.measure_prefixes()
             if settings["target_itl_ms"] is not None:
                 self.passes.learn()
         self.startup.attention = self.attention.describe()
@@ -522,6 +553,8 @@ class Engine:
         tensor_parallel: int | Ranks = 1,
         kv_cache_dtype: str = "auto",
         tokenizer: Any = "auto",
+        trace: Trace | str | os.PathLike[str] | None = None,
+        broker: str | TenantConfig | None = None,
         **options: Any,
     ) -> Self:
         """An engine over a checkpoint (a directory, or a name on the Hugging Face Hub) or a named shape
@@ -558,6 +591,9 @@ class Engine:
             bytes, by backends that can (torch, shares).
         tokenizer : transformers' fast tokenizer, str or None
             ``auto`` is the checkpoint's, where it has one.
+        broker : str, TenantConfig or None
+            Keys and values lie in memory that a broker lends to several processes (tenancy/README.md): the path of its
+            socket, or with a name, limits and a priority. The budget follows what it lends, up to `budget`.
         options
             Further parameters of `Engine`.
 
@@ -583,11 +619,14 @@ class Engine:
         check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key not in OBJECTS})
         policy_of_tokens = options.get("compression")
         check_policy(policy_of_tokens)
+        tenancy = check_broker(broker, cache, tensor_parallel, options.get("speculation"))
         if policy_of_tokens is not None and cache != "vattn":
             raise ConfigError(f"compression is for the vattn cache; the cache asked for is {cache!r}")
         if not isinstance(tensor_parallel, int) or tensor_parallel != 1:
             if policy_of_tokens is not None:
                 raise ConfigError("compression is served on one rank; leave it out, or make tensor_parallel 1")
+            if trace is not None:
+                raise ConfigError("a trace is written on one rank; leave trace out, or make tensor_parallel 1")
             sizes = {"max_seqs": max_seqs, "max_seq_len": max_seq_len, "budget": budget, "kept_seqs": kept_seqs}
             kept_back = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "host_memory": host_memory}
             kinds = {"cache": cache, "mapping": mapping, "kv_cache_dtype": kv_cache_dtype}
@@ -610,20 +649,29 @@ class Engine:
             idle: dict[str, Any] = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "sized_later": later}
             idle["host_memory"] = host_memory
             if policy_of_tokens is not None and not shape.windows:  # which is refused by name
-                # What is mapped at once goes back at once, so single pages.
-                idle["own_lengths"], idle["extent_classes"] = True, 1
-                idle["heads_per_range"] = 1 if policy_of_tokens.by_head else None
-                idle["layers_per_range"] = 1 if policy_of_tokens.by_layer else None
-            driver = policy.wrap(open_driver(device)) if later else None
-            made = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle)
+                idle |= _compressing(policy_of_tokens)
+            tracing_to = Trace.of(trace)
+            if tracing_to is not None and tracing_to.is_owned:
+                undo.callback(tracing_to.close)
+
+            def traced(driver: Driver) -> Driver:
+                return driver if tracing_to is None else TracingDriver(driver, tracing_to)
+
+            if tenancy is not None:
+                made = make_borrowing_cache(tenancy, cache, shape, device, policy, idle, traced)
+            else:
+                driver = policy.wrap(traced(open_driver(device))) if later or tracing_to is not None else None
+                made = make_cache(cache, shape, device, None if later else budget, driver=driver, **idle)
             undo.callback(made.close)
-            if not later and budget is None and shape.num_slots > max_seqs:
+            if tenancy is not None and budget is not None:
+                made.set_budget(budget)
+            elif tenancy is None and not later and budget is None and shape.num_slots > max_seqs:
                 made.set_budget(made.budget_bytes // (shape.num_slots + 1) * (max_seqs + 1))
             options = {"max_running": max_seqs, **options}
             options["tokenizer"] = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
-            engine = cls(loaded, made, mapping=policy, **options)
+            engine = cls(loaded, made, mapping=policy, trace=tracing_to, **options)
             undo.callback(engine.close)
-            if later:
+            if later and tenancy is None:
                 engine.set_budget(engine._budget_left() if budget is None else budget)
             undo.pop_all()
         engine.startup.load_s, engine.startup.budget_bytes = load_s, made.stats().budget_bytes
@@ -648,6 +696,37 @@ class Engine:
                     raise
                 with self._changing:
                     self.scheduler.preempt_youngest()
+
+    def stats(self) -> EngineStats:
+        """What it holds now, and has counted since it was built. From any thread, beside running steps, which do not
+        wait for it. Raises EngineClosed, WrongProcess."""
+        self._check_process()
+        if self._closed:
+            raise EngineClosed("this engine is closed; build another")
+        scheduler, prefixes, speculator = self.scheduler, self.slots.prefixes, self.decode.speculator
+        return EngineStats(
+            running=len(scheduler.decoding) + len(scheduler.prefilling),
+            waiting=len(scheduler.waiting),
+            suspended=len(scheduler.parked),
+            is_asleep=self.sleeping.is_asleep,
+            weights_version=self.weights.version,
+            swaps=scheduler.swaps,
+            num_slots=self.cache.shape.num_slots,
+            totals=self.totals.copy(scheduler.preempted),
+            cache=self.cache.stats(),
+            transfers=self.cache.transfers,
+            prefix=None if prefixes is None else (prefixes.stats.prompt_tokens, prefixes.stats.cached_tokens),
+            drafts=None if speculator is None else (speculator.stats.drafted, speculator.stats.accepted),
+        )
+
+    @property
+    def trace_error(self) -> str | None:
+        """Why the trace ended before the engine; None where it goes on, and without one."""
+        return None if self._trace is None else self._trace.error
+
+    def slot_stats(self) -> list[SlotStats]:
+        """The cache's slots that hold anything (`KVCache.slot_stats`). From any thread. Raises ManagerClosed."""
+        return self.cache.slot_stats()
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -996,6 +1075,9 @@ class Engine:
         if self.sleeping.is_asleep:
             self.sleeping.require_awake()
         self.weights.require_current()
+        while self.cache.follow_budget() and self.scheduler.holders:
+            with self._changing:
+                self.scheduler.preempt_youngest()
         with inference(), self._changing:
             self._map_ahead.before_step()
             started = self._read_at if self.pipeline.running else perf_counter()
@@ -1004,8 +1086,34 @@ class Engine:
             launch = self.pipeline.start()
             record = None if launch is None else self._commit(launch, started)
             self.scheduler.release_ended()
+        self._report_demand(waits=launch is None)
         if record is not None and self.observer is not None:
             self.observer(record)
+
+    def _trace_step(self, record: StepRecord) -> None:
+        """Note a launch whose tokens were just read."""
+        if self._trace is None:
+            return
+        read, scheduler = self._read_at, self.scheduler
+        steps = {"lanes": record.lanes, "steps": record.steps, "prompt_tokens": record.prefilled}
+        self._trace.span("wait for tokens", read - record.wait_s, read, category="step")
+        self._trace.span("step", read - record.wall_s, read, steps, "step", track="steps")
+        running = len(scheduler.decoding) + len(scheduler.prefilling)
+        self._trace.counter("requests", {"running": running, "waiting": len(scheduler.waiting)})
+        self._trace.counter("KV bytes held", {"bytes": self.cache.held_bytes})
+
+    def _report_demand(self, waits: bool) -> None:
+        """Where the memory is a broker's, tell it what is needed, and leave it a moment where nothing can run."""
+        if not self.cache.waits_for_memory:
+            return
+        scheduler = self.scheduler
+        lanes = len(self.decode.lengths) - len(scheduler.holders)
+        waiting = [request.length for request in islice(scheduler.waiting, lanes)]
+        self.cache.report_demand(waiting, at_once=waits or not scheduler.has_active)
+        if waits and waiting:
+            self.cache.wait_for_memory(MEMORY_WAIT_S)
+        elif not scheduler.has_active:
+            self.cache.follow_budget()
 
     def _commit(self, launch: Launch, started: float) -> StepRecord:
         """Append a launch's tokens to their requests; while the device computes them, memory is mapped and requests are
@@ -1017,6 +1125,7 @@ class Engine:
         lanes, wall_s = len(launch.lane_of), self._read_at - started
         for of_prompt in launch.of_prompts:
             of_prompt.read()
+        tokens = 0
         for step, row in enumerate(rows):
             # Who has ended with an earlier row, or joined since the launch, has no part in it.
             requests = [
@@ -1024,6 +1133,7 @@ class Engine:
                 for request in self.scheduler.decoding.values()
                 if (lane := launch.lane_of.get(request.slot)) is not None and row[lane] != ABSENT
             ]
+            tokens += len(requests)
             where = [launch.lane_of[request.slot] for request in requests]
             apart = margins(launch.logits[where]) if self.record_margins else None
             self._commit_tokens(requests, [row[lane] for lane in where], apart, launch, step)
@@ -1031,7 +1141,10 @@ class Engine:
         self.swap_cost.observe_prompt(launch.prompt_tokens, wall_s)
         drafted = self._roll_back(launch)
         steps = min(len(rows), launch.steps)
-        return StepRecord(lanes, steps, launch.prompt_tokens, wall_s, self.pipeline.kv_s, ahead_s, wait_s, *drafted)
+        record = StepRecord(lanes, steps, launch.prompt_tokens, wall_s, self.pipeline.kv_s, ahead_s, wait_s, *drafted)
+        self.totals.add(record, tokens)
+        self._trace_step(record)
+        return record
 
     def _roll_back(self, launch: Launch) -> tuple[int, int]:
         """What was backed for rejected drafts is not the sequences' any more. Returns how many tokens were drafted in
@@ -1088,11 +1201,12 @@ class Engine:
         request.note(event)
         if event.finish_reason:
             request.error, request.finish_reason = event.error, event.finish_reason
+            self.totals.ended[event.finish_reason] += request.id in self.scheduler.requests
             self.scheduler.end(request)
 
     def _fail(self, request: RequestState, message: str) -> None:
         """End a request with an error; its slot is taken by `Scheduler.release_ended`."""
-        logger.warning("request %d: %s", request.id, message)
+        logger.warning("request %d: %s", request.id, message, extra={"request": request.id})
         self._end_without_token(request, "error", message)
 
     def _end_without_token(self, request: RequestState, reason: str, message: str | None) -> None:
@@ -1115,6 +1229,21 @@ class Engine:
         if self.decode.speculator is None:
             raise ConfigError("this engine drafts nothing; build it with speculation=Speculation()")
         return self.decode.speculator.stats.as_dict()
+
+    @property
+    def captures_while_running(self) -> int:
+        """Graphs that were captured while requests waited for them, 0.1 to 0.2 s each on a GPU: of the first step of a
+        kind (sampling, log-probabilities, prefixes in other slots) that was not captured at the start."""
+        return self.decode.captures_while_running
+
+    def capture_wanted(self, most: int = 1) -> int:
+        """Capture up to so many graphs that steps went without, in larger ones; returns how many are left. Where
+        requests run nothing is captured. `AsyncEngine` calls it while it has nothing to do."""
+        self._check_open()
+        if self.busy or self.sleeping.is_asleep:
+            return len(self.decode.wanted)
+        with inference(), naming(self.model), self._changing:
+            return self.passes.capture_wanted(most)
 
     # -- prefix cache ----------------------------------------------------------------------------------------------
 
@@ -1403,6 +1532,8 @@ class Engine:
         self.scheduler.clear()
         with ExitStack() as all_of_it:
             # In this order backwards, each whatever the others raise.
+            if self._trace is not None and self._trace.is_owned:
+                all_of_it.callback(self._trace.close)
             all_of_it.callback(self.sleeping.close)
             all_of_it.callback(self.cache.close)
             all_of_it.callback(self.prefill.close)
@@ -1427,6 +1558,16 @@ def _check_reuse(settings: dict[str, Any], cache: KVCache) -> bool:
     if settings["kv_events"] and not reusing:
         raise ConfigError("kv_events are those of the prefix cache, which this engine has not")
     return reusing
+
+
+def _compressing(policy: CompressionPolicy) -> dict[str, Any]:
+    """Settings of a cache whose tokens a policy evicts: what is mapped at once goes back at once, so single pages."""
+    return {
+        "own_lengths": True,
+        "extent_classes": 1,
+        "heads_per_range": 1 if policy.by_head else None,
+        "layers_per_range": 1 if policy.by_layer else None,
+    }
 
 
 def _on_ranks(ranks: int | Ranks, model: str, device: str, dtype: torch.dtype, given: dict[str, Any]) -> Engine:

@@ -29,9 +29,9 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("Phi-3", "microsoft/Phi-3-mini-4k-instruct"),
     "olmo2": Family("OLMo 2", "allenai/OLMo-2-1124-7B-Instruct"),
     "granite": Family("Granite", "ibm-granite/granite-3.3-8b-instruct"),
-    "gemma2": Family("Gemma 2", "google/gemma-2-9b-it", "on a GPU by the torch backend"),
-    "deepseek_v2": Family("DeepSeek-V2", "deepseek-ai/DeepSeek-V2-Lite", "on a GPU by the torch backend"),
-    "deepseek_v3": Family("DeepSeek-V3", "deepseek-ai/DeepSeek-V3", "on a GPU by the torch backend"),
+    "gemma2": Family("Gemma 2", "google/gemma-2-9b-it"),
+    "deepseek_v2": Family("DeepSeek-V2", "deepseek-ai/DeepSeek-V2-Lite"),
+    "deepseek_v3": Family("DeepSeek-V3", "deepseek-ai/DeepSeek-V3"),
     "gpt_oss": Family("gpt-oss", "openai/gpt-oss-20b"),
     "smollm3": Family("SmolLM3", "HuggingFaceTB/SmolLM3-3B"),
 }

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.planner import ModelShape
 from trtllm_vattn.runtime.checkpoint import load_checkpoint, positions_in
 
 _TINY: dict[str, Any] = {
@@ -136,6 +138,21 @@ def longest_of(name: str, most: int) -> int:
     shape = SHAPES.get(name) if not Path(name).is_dir() else None
     positions = positions_in(name, SHAPES) if shape is None else shape["max_position_embeddings"]
     return min(most, positions or most)
+
+
+def planned_shape(name: str, dtype: torch.dtype) -> ModelShape:
+    """What the planner needs of a model that `load_model` would load with weights of a dtype; nothing is loaded but its
+    configuration. Raises ConfigError for a model that no plan is made for."""
+    if name in SHAPES and not Path(name).is_dir():
+        return ModelShape.from_config(name, SHAPES[name], dtype.itemsize)
+    try:
+        config = AutoConfig.from_pretrained(name).get_text_config().to_dict()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no configuration of {name!r} ({str(error).splitlines()[0]}); give a checkpoint, or one of "
+            f"{', '.join(SHAPES)}"
+        ) from error
+    return ModelShape.from_config(name, config, dtype.itemsize)
 
 
 def load_model(name: str, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:

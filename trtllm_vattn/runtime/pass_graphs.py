@@ -7,7 +7,7 @@ the chunks' descriptors (`PackedPrefill.descriptors`), which the attention backe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -21,6 +21,7 @@ from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import MixedStep, forward
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.lane_processors import StepKind
+from trtllm_vattn.runtime.likely import few_buckets, sampled_rows
 from trtllm_vattn.runtime.prefill import Prefill, PromptChunk
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.vmm.tensors import upload
@@ -69,11 +70,18 @@ class PassGraphs:
         static = [*decode.static, self._static]
         pool = decode.runner.pool
         self.runner = GraphRunner(partial(self._pass, StepKind()), rows, static, cache.device, pool=pool)
-        # Others are made and captured when the first sequence comes that asks for them.
+        # Others are made when they are likely, or the first sequence comes that asks for them.
         self._runners = {StepKind(): self.runner}
+        self._rows = 0
 
-    def _runner(self) -> GraphRunner:
-        kind = self.decode.kind
+    def likely(self) -> Iterator[tuple[GraphRunner, int]]:
+        """Passes that may be wanted without having been (likely.py): those of lanes that sample."""
+        decode = self.decode
+        if len(decode.lengths) <= sampled_rows(int(decode.model.config.get_text_config().vocab_size)):
+            runner = self._runner(StepKind(sampled=True))
+            yield from ((runner, rows) for rows in few_buckets(runner.buckets))
+
+    def _runner(self, kind: StepKind) -> GraphRunner:
         made = self._runners.get(kind)
         if made is None:
             static, first = [*self.decode.static, self._static, *self.decode.processors.static], self.runner
@@ -99,17 +107,22 @@ class PassGraphs:
         return plan.decodes and len(plan.chunks) <= self._chunks and len(running) + plan.prompt_tokens <= self._most
 
     def prepare(self, plan: StepPlan, running: dict[int, int]) -> None:
-        """Capture what the plan needs, where it is not yet; before lanes are brought up to date."""
-        runner = self._runner()
+        """Choose the graph that a plan is replayed by, and capture it where there is none; before lanes are brought up
+        to date."""
+        runner = self._runner(self.decode.kind)
         rows = runner.bucket_for(len(running) + plan.prompt_tokens)
         if rows not in runner.captured:
             # What is captured is also run.
-            self._static.copy_(upload(self._idle, self._static.device))
-            self.decode.capture_missing(runner, rows)
+            self.clear()
+        self._rows = self.decode.capture_missing(runner, rows)
+
+    def clear(self) -> None:
+        """Have the device see no prompts, for a pass that is captured."""
+        self._static.copy_(upload(self._idle, self._static.device))
 
     def replay(self, chunks: Sequence[PromptChunk], running: dict[int, int], lanes: dict[int, int]) -> torch.Tensor:
         """Logits ``[lanes, vocab]`` of a pass; tokens are chosen and lanes advanced with it."""
-        runner = self._runner()
+        runner = self._runner(self.decode.kind)
         first = len(running)
         array = self._idle.copy()
         rows, lane_of_row, last, numbers = self._parts(array)
@@ -121,7 +134,7 @@ class PassGraphs:
             if chunk.slot in lanes:
                 last[lanes[chunk.slot]] = end
         self._static.copy_(upload(array, self._static.device))
-        (logits,) = runner.replay(self.rows_for(first + sum(len(chunk.tokens) for chunk in chunks)))
+        (logits,) = runner.replay(self._rows)
         return logits
 
     def _forward(self, rows: int) -> torch.Tensor:

@@ -8,14 +8,14 @@ start before anything is read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from trtllm_vattn.attention.base import MIN_CHUNK_ROWS
 from trtllm_vattn.graphs.audit import AuditReport
-from trtllm_vattn.graphs.replay import CaptureReport
+from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import MixedStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
 from trtllm_vattn.runtime.decode import DecodeBatch, Launch, PromptLogprobs
@@ -78,6 +78,16 @@ class Passes:
         report = self.graphs.capture()
         self.replay_s = dict(sorted(report.replay_s.items()))
         return report
+
+    def likely(self) -> Iterator[tuple[GraphRunner, int]]:
+        """Captured passes that may be wanted without having been."""
+        return iter(()) if self.graphs is None else self.graphs.likely()
+
+    def capture_wanted(self, most: int = 1) -> int:
+        """As `DecodeBatch.capture_wanted`, passes among them."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        return self.decode.capture_wanted(most)
 
     def warm_up(self) -> None:
         """One pass over the dummy slot for each number of decode rows: kernels are compiled and planned for them."""

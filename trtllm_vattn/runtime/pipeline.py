@@ -105,6 +105,14 @@ class Pipeline:
             return None
         launch = self.passes.launch(plan) if plan.chunks else self.scheduler.decode.launch(plan.steps, plan.drafts)
         self.kv_s += launch.guard_s
+        if self.scheduler.trace is not None:
+            self.scheduler.trace.span(
+                "launch prompts" if plan.chunks else "launch decode",
+                started,
+                perf_counter(),
+                {"lanes": len(launch.lane_of), "steps": plan.steps, "prompt_tokens": launch.prompt_tokens},
+                "step",
+            )
         self.scheduler.launched(plan)
         if self.compression is not None:
             scheduler = self.scheduler

@@ -25,11 +25,13 @@ LEAST_SAVED = 8192
 on an H200, about as long as the launch for groups."""
 LEAST_SAVED_ON_HOST = 4096
 """There torch computes over all positions of a slot, whatever is shared: nothing is gained."""
+FEWEST_SAVED, MOST_SAVED = 1024, 65536
+"""Whatever is measured, no group saves less, and none that saves more is left."""
 LAYER_US = 4.0
-"""What a layer's step takes longer where first tokens may lie elsewhere: the launch for groups. An estimate; `bench
-attention` measures it (``prefix in one slot`` beside ``lanes apart``)."""
+"""What a layer's step takes longer where first tokens may lie elsewhere: the launch for groups. Until it is measured
+(`PrefixReading.learn`)."""
 LAYER_US_ON_HOST = 250.0
-"""By `bench attention` on two cores, 2026-11-29."""
+"""There it is not measured. By `bench attention` on two cores, 2026-11-29."""
 
 
 class Stretch(NamedTuple):
@@ -136,6 +138,10 @@ class PrefixReading:
         Those of the last launch.
     read_once : int
         Tokens whose reading groups have saved so far, counted by launches.
+    step_us : float
+        Microseconds that a step takes longer where any lane reads elsewhere.
+    is_measured : bool
+        Whether that is of this device; else it is a default.
     """
 
     def __init__(self, cache: KVCache, tables: PrefixTables, least: int) -> None:
@@ -143,6 +149,8 @@ class PrefixReading:
         self.origins = Origins()
         self.groups: list[Group] = []
         self.read_once = 0
+        each = LAYER_US if cache.device.type == "cuda" else LAYER_US_ON_HOST
+        self.step_us, self.is_measured = each * cache.shape.num_layers, False
         self._segments: np.ndarray | None = None
         self._shared_by: tuple[Any, ...] = ()
 
@@ -156,11 +164,14 @@ class PrefixReading:
         attention.set_prefixes(tables)
         return cls(cache, tables, LEAST_SAVED if cache.device.type == "cuda" else LEAST_SAVED_ON_HOST)
 
-    @property
-    def step_us(self) -> float:
-        """Microseconds that a step takes longer where any lane reads elsewhere."""
-        each = LAYER_US if self.cache.device.type == "cuda" else LAYER_US_ON_HOST
-        return each * self.cache.shape.num_layers
+    def learn(self, step_us: float, token_us: float | None = None) -> None:
+        """What was measured of this device: how much longer a step takes that reads elsewhere, and with `token_us` what
+        a layer takes to read one token, from which follows how many a group has to save."""
+        # Both were measured over idle lanes, where the clock's noise may be more than the difference.
+        self.step_us, self.is_measured = max(0.0, step_us), True
+        if token_us:
+            saved = self.step_us / self.cache.shape.num_layers / token_us
+            self.least = int(min(max(saved, FEWEST_SAVED), MOST_SAVED))
 
     def publish(self) -> None:
         """Tell the device, behind what is launched, where first tokens lie; before each launch."""
@@ -190,9 +201,13 @@ class PrefixReading:
         self.origins.clear()
         self._shared_by = ()
 
-    def as_dict(self) -> dict[str, int]:
-        """For stats: groups of the last launch, their lanes, and tokens whose reading was saved so far."""
+    def as_dict(self) -> dict[str, Any]:
+        """For stats: groups of the last launch, their lanes, and tokens whose reading was saved so far; what a step
+        that reads elsewhere takes longer, whether that was measured here, and the tokens that a group has to save."""
         return {
+            "table_step_us": self.step_us,
+            "table_step_is_measured": self.is_measured,
+            "least_saved_tokens": self.least,
             "shared_groups": len(self.groups),
             "shared_lanes": sum(len(group.lanes) for group in self.groups),
             "tokens_read_once": self.read_once,

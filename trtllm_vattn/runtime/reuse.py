@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from trtllm_vattn.cache.base import KVCache
-from trtllm_vattn.cache.prefix import PrefixCache, PrefixKey, ReuseCosts, Way, prefix_cache_over
+from trtllm_vattn.cache.prefix import PrefixCache, PrefixKey, Way, prefix_cache_over
+from trtllm_vattn.cache.prefix.costs import reuse_costs
 from trtllm_vattn.errors import KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.runtime.prefix_reading import PrefixReading
 from trtllm_vattn.runtime.request import RequestState
@@ -41,13 +42,15 @@ class RequestSlots:
     ----------
     weights_version : int
         Of the weights that prompts are computed with from now on.
+    changes : int
+        Counts whatever may have made memory free, or tokens known.
     """
 
     def __init__(self, cache: KVCache, prefixes: PrefixCache | None, reading: PrefixReading | None = None) -> None:
         self.cache, self.prefixes, self.reading = cache, prefixes, reading
         self.weights_version = 0
         self._refused: tuple[int, int, int] | None = None
-        self._changes = 0
+        self.changes = 0
 
     @classmethod
     def over(
@@ -57,8 +60,8 @@ class RequestSlots:
         if not prefix_cache:
             return cls(cache, None)
         if reading is None:
-            return cls(cache, prefix_cache_over(cache, WAYS, events))
-        costs = ReuseCosts(table_step_us=reading.step_us)
+            return cls(cache, prefix_cache_over(cache, WAYS, events, costs=reuse_costs(cache.device)))
+        costs = reuse_costs(cache.device, table_step_us=reading.step_us, table_is_measured=reading.is_measured)
         return cls(cache, prefix_cache_over(cache, tuple(Way), events, MOST_SEGMENTS, costs), reading)
 
     def key_of(self, request: RequestState) -> PrefixKey:
@@ -90,7 +93,7 @@ class RequestSlots:
 
     def _look_up_and_admit(self, prefixes: PrefixCache, request: RequestState) -> tuple[int, int]:
         # Nothing becomes free but by those who leave and by a larger budget: looking again would only evict more.
-        now = request.id, self._changes, self.cache.budget_bytes
+        now = request.id, self.changes, self.cache.budget_bytes
         if now == self._refused:
             raise KVCacheOutOfMemory(f"nobody has left since request {request.id} found no room")
         params = request.params
@@ -118,21 +121,27 @@ class RequestSlots:
         tokens = np.array(request.tokens, np.int64)
         return self.prefixes.match(tokens, self.key_of(request)) >= len(tokens) - 1
 
-    def suspend(self, request: RequestState, tokens: int) -> int:
-        """Put a request's first tokens to host memory, and give its memory to others; returns the bytes copied. Raises
-        as `KVCache.suspend` and `truncate`; the request has its slot then."""
+    def suspend(self, request: RequestState, tokens: int, wait: bool = True) -> int:
+        """Put a request's first tokens to host memory, and give its memory to others, at once or without `wait` when
+        they are there; returns the bytes copied. Raises as `KVCache.suspend` and `truncate`; the request has its slot
+        then."""
         self.cache.truncate(request.id, tokens)
-        copied = self.cache.suspend(request.id)
-        self._changes += 1
+        copied = self.cache.suspend(request.id, wait=wait)
+        self.changes += 1
         if self.prefixes is not None:
             self.prefixes.suspended(request.id)
         request.slot, request.prefilled = -1, tokens
         return copied
 
     def resume(self, request: RequestState) -> None:
-        """Give a suspended request its tokens back, and memory for all its tokens. Raises as `KVCache.resume`."""
+        """Give a suspended request memory for all its tokens again, and have its tokens come back beside what others
+        do; once they are there (`KVCache.has_arrived`), `arrived` is to be called. Raises as `KVCache.resume`."""
         tokens = request.prefilled if request.decodes_next else request.length
-        request.slot = self.cache.resume(request.id, tokens)
+        request.slot = self.cache.resume(request.id, tokens, wait=False)
+
+    def arrived(self, request: RequestState) -> None:
+        """A resumed request's tokens are there: others may read them, too. Waits where they are not."""
+        self.cache.slot_of(request.id)
         self._begin_anew(request)
         if self.prefixes is not None:
             self.prefixes.resumed(request.id)
@@ -142,7 +151,7 @@ class RequestSlots:
     def computed(self, request: RequestState) -> None:
         """A verified request's tokens are in its slot: others may begin with them from now on."""
         if self.prefixes is not None:
-            self._changes += 1
+            self.changes += 1
             self.prefixes.computed(request.id, np.array(request.stored, np.int64))
 
     def moved(self, request: RequestState) -> None:
@@ -169,7 +178,7 @@ class RequestSlots:
 
     def release(self, left: Left) -> None:
         """Take a request's slot. Raises DriverError, with nothing changed."""
-        self._changes += 1
+        self.changes += 1
         if self.prefixes is None:
             self.cache.release(left.request)
         else:
@@ -178,7 +187,7 @@ class RequestSlots:
 
     def flush(self) -> int:
         """Forget what is kept; returns the tokens forgotten."""
-        self._changes += 1
+        self.changes += 1
         return 0 if self.prefixes is None else self.prefixes.flush()
 
     def begin_anew(self) -> None:

@@ -31,6 +31,8 @@ from trtllm_vattn.runtime.request_queue import RequestQueue
 from trtllm_vattn.runtime.reuse import Left, RequestSlots
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.runtime.swap_cost import SwapCost
+from trtllm_vattn.runtime.watermark import Watermark
+from trtllm_vattn.trace import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +92,16 @@ class Scheduler:
         In the order of their requests; they hold a slot.
     decoding : dict of int to RequestState
         By slot, in the order in which they joined; each has a lane.
+    arriving : dict of int to RequestState
+        By number; they hold a slot, and their tokens are on their way back from host memory.
     parked : dict of int to RequestState
         Those that were suspended until they are resumed (`park`); they neither run nor wait.
-    swaps : int
-        How often a request's tokens went to host memory.
+    watermark : Watermark
+        Keeps those that were sent back from pushing out others.
+    swaps, preempted : int
+        How often a request's tokens went to host memory, and how often one with a slot went back to the queue.
+    trace : Trace or None
+        Notes requests from their coming to their end.
     ended : deque of Left
         Requests that left and whose slot and memory are still to be released.
     """
@@ -120,7 +128,9 @@ class Scheduler:
         self.slots, self.decode, self.compaction, self.chunk, self.fail = slots, decode, compaction, chunk, fail
         self.steps, self.mixed, self.alone, self.cost, self.target_ms = steps, mixed, alone, cost, target_ms
         self.pass_sizes = pass_sizes
-        self.swap_cost, self.swaps = swap_cost, 0
+        self.swap_cost, self.swaps, self.preempted = swap_cost, 0, 0
+        self.watermark = Watermark(self.cache)
+        self.trace: Trace | None = None
         self.parked: dict[int, RequestState] = {}
         self._decoded_last = True
         """Whether the last launch was of decode steps, where prompts go in apart from them."""
@@ -132,11 +142,14 @@ class Scheduler:
         """A heap, of requests with a deadline, some of which have ended."""
         self.prefilling: deque[RequestState] = deque()
         self.decoding: dict[int, RequestState] = {}
+        self.arriving: dict[int, RequestState] = {}
         self.ended: deque[Left] = deque()
 
     def add(self, request: RequestState) -> None:
         """Queue a new request."""
         self.requests[request.id] = request
+        if self.trace is not None:
+            self.trace.begin("request", request.id, {"request": request.id, "tokens": request.length})
         if request.deadline < math.inf:
             heappush(self._deadlines, (request.deadline, request.id))
         self.waiting.add(request)
@@ -158,7 +171,7 @@ class Scheduler:
     @property
     def holders(self) -> list[RequestState]:
         """Requests with a slot."""
-        return [*self.decoding.values(), *self.prefilling]
+        return [*self.decoding.values(), *self.prefilling, *self.arriving.values()]
 
     def admit(self) -> None:
         """Give the next waiting requests slots if there is room. Who would not fit even alone ends with an error, so
@@ -167,18 +180,23 @@ class Scheduler:
         Prompts go in one after another, so more than the next two chunks would hold memory for nothing, and a burst
         would map all of it at once instead of beside the prompts before.
         """
+        if not self.waiting:
+            self.watermark.emptied()
+        self._take_arrived()
         left = sum(request.length - request.prefilled for request in self.prefilling)
-        while self.waiting and len(self.decoding) + len(self.prefilling) < len(self.decode.lengths):
+        while self.waiting and len(self.holders) < len(self.decode.lengths):
             request = self.waiting.first
             if len(self.prefilling) >= 2 and left >= 2 * self.chunk and not self._goes_before_all(request):
                 return
-            if self._begins_with_another(request):
+            if self._begins_with_another(request) or not self.watermark.lets_in(
+                request, self.holders, self.slots.changes
+            ):
                 return
-            suspended = self.cache.is_suspended(request.id)
-            if self.alone and not suspended:
+            resumed = self.cache.is_suspended(request.id)
+            if self.alone and not resumed:
                 request.begin_again()
             try:
-                (self.slots.resume if suspended else self.slots.admit)(request)
+                (self.slots.resume if resumed else self.slots.admit)(request)
             except NoFreeSlot:
                 if not self.holders and not self._forget_suspended(but=request):
                     raise
@@ -193,17 +211,34 @@ class Scheduler:
                     )
                 elif not self.holders and self._forget_suspended(but=request):
                     continue
-                elif not self.holders:
+                elif not self.holders and not cache.waits_for_memory:
                     self.fail(request, f"no memory for its {request.length} tokens, though nobody else runs: {error}")
                 else:
                     return
                 continue
             self.waiting.remove(request)
-            if suspended and request.decodes_next:
-                self.decode_next(request)
+            if resumed:
+                self.arriving[request.id] = request
+                self._take_arrived()
                 continue
             self.prefilling.append(request)
             left += request.length - request.prefilled
+
+    def _take_arrived(self, wait: bool = False) -> None:
+        """Have those go on whose tokens came back from host memory; with `wait`, one at least."""
+        for request in list(self.arriving.values()):
+            if wait or self.cache.has_arrived(request.id):
+                wait = False
+                self._take(request)
+                if request.decodes_next:
+                    self.decode_next(request)
+                else:
+                    self.prefilling.append(request)
+
+    def _take(self, request: RequestState) -> None:
+        """A request's tokens are there, or are waited for now; nothing of one that is not on its way."""
+        if self.arriving.pop(request.id, None) is not None:
+            self.slots.arrived(request)
 
     def _begins_with_another(self, request: RequestState) -> bool:
         """Whether this is a branch whose prompt goes in for another one now, which it waits for."""
@@ -232,8 +267,10 @@ class Scheduler:
         With `ahead` launches are under way whose tokens nobody knows yet: nobody is preempted or moved then. None where
         there is nothing to launch, or nothing before these tokens are read.
         """
-        if self.ended or self.waiting:
+        if self.ended or self.waiting or self.arriving:
             self.cache.at_once(self._release_and_admit)
+        if self.arriving and not (ahead or self.decoding or self.prefilling):
+            self._take_arrived(wait=True)
         if self._moves_wait(ahead):
             return None
         drafting = True
@@ -282,6 +319,9 @@ class Scheduler:
         """A plan was launched: its prompt tokens are in, and whose prompt is complete decodes from then on."""
         self._decoded_last = not plan.chunks
         for request, chunk in plan.chunks:
+            if self.trace is not None:
+                tokens = {"start": chunk.start, "stop": chunk.end}
+                self.trace.mark("request", request.id, "prompt tokens", tokens)
             request.prefilled = chunk.end
         for request in plan.joins:
             self.prefilling.remove(request)
@@ -337,10 +377,6 @@ class Scheduler:
         if self.compaction is None or not self.decoding or not self._moved_out:
             return False
         by_slot = {request.slot: request for request in self.holders}
-        # A slot in which others read keeps its place, and so does the bucket.
-        segments = self.cache.segments
-        if segments is not None and not by_slot.keys().isdisjoint(segments[:, 1].tolist()):
-            return False
         moves = self.compaction.plan({slot: request.left for slot, request in by_slot.items()})
         if moves and ahead:
             return True
@@ -372,15 +408,19 @@ class Scheduler:
 
     def preempt(self) -> None:
         """Send the youngest request back to the queue. Where it is the only one nobody can make room for it, and it
-        ends with an error."""
+        ends with an error; unless others may give memory back, which it waits for in the queue then."""
         holders = self.holders
         if len(holders) > 1:
+            self.watermark.sent_back()
             self.preempt_youngest()
             return
         if self._forget_suspended():
             return
         (alone,) = holders
         cache = self.cache
+        if cache.waits_for_memory and alone.length < cache.longest_alone:
+            self.preempt_youngest()
+            return
         self.fail(
             alone,
             f"it alone outgrew the cache's memory at {alone.length} tokens: the budget has "
@@ -438,7 +478,7 @@ class Scheduler:
         self.waiting.remove(request)
         if request.slot < 0:
             return 0
-        copied = self._swap_out(request)
+        copied = self._swap_out(request, wait=False)
         if not copied:
             self._leave_to_recompute(request)
         self.release_ended()
@@ -449,18 +489,21 @@ class Scheduler:
         del self.parked[request.id]
         self.waiting.add(request)
 
-    def _swap_out(self, request: RequestState) -> int:
-        """Put a request's tokens to host memory; returns the bytes, 0 where that is full or cannot be."""
+    def _swap_out(self, request: RequestState, wait: bool = True) -> int:
+        """Put a request's tokens to host memory; returns the bytes, 0 where that is full or cannot be. Without `wait`,
+        beside what others do; who needs the memory waits for it anyway."""
+        self._take(request)
         tokens = self._computed_tokens(request)
         if tokens < 1:
             return 0
         slot = request.slot
         try:
-            copied = self.slots.suspend(request, tokens)
+            copied = self.slots.suspend(request, tokens, wait)
         except (ConfigError, HostMemoryFull, KVCacheOutOfMemory, MemoryQuarantined):
             return 0
         except DriverError as error:
-            logger.warning("request %d is computed anew, for copying its tokens failed: %s", request.id, error)
+            text = "request %d is computed anew, for copying its tokens failed: %s"
+            logger.warning(text, request.id, error, extra={"request": request.id})
             return 0
         if request in self.prefilling:
             self.prefilling.remove(request)
@@ -491,6 +534,9 @@ class Scheduler:
                 self._send_back(request)
 
     def _send_back(self, request: RequestState) -> None:
+        self.preempted += 1
+        if self.trace is not None:
+            self.trace.mark("request", request.id, "preempted")
         tokens = self._computed_tokens(request)
         chosen = choose_preemption(request, tokens, self.cache.bytes_of(tokens), self.swap_cost)
         if chosen == "recompute" or not self._swap_out(request):
@@ -500,6 +546,7 @@ class Scheduler:
 
     def leave(self, request: RequestState) -> None:
         """Take a request's lane; its slot and memory are taken by `release_ended`."""
+        self._take(request)
         if self.decoding.pop(request.slot, None) is not None:
             self.decode.clear_lane(request.slot)
         if request.slot >= 0:
@@ -518,7 +565,8 @@ class Scheduler:
 
     def end(self, request: RequestState) -> None:
         """Take a request out wherever it is; its slot and memory are taken by `release_ended`."""
-        self.requests.pop(request.id, None)
+        if self._forget(request) and request.finish_reason in ("stop", "length"):
+            self.watermark.ended(len(request.chosen))
         self.parked.pop(request.id, None)
         self.waiting.remove(request)
         if request in self.prefilling:
@@ -527,8 +575,16 @@ class Scheduler:
 
     def drop(self, request: RequestState) -> None:
         """Forget a request that waits."""
-        self.requests.pop(request.id, None)
+        self._forget(request)
         self.waiting.remove(request)
+
+    def _forget(self, request: RequestState) -> bool:
+        """Whether it was still there."""
+        known = self.requests.pop(request.id, None) is not None
+        if known and self.trace is not None:
+            ended = {"tokens": len(request.chosen), "finish_reason": request.finish_reason}
+            self.trace.end("request", request.id, ended)
+        return known
 
     def begin_anew(self) -> None:
         """Have all requests wait, in their order, for nobody holds a slot any more. Begins from any state; only which
@@ -536,6 +592,7 @@ class Scheduler:
         self.waiting.clear()
         self.prefilling.clear()
         self.decoding.clear()
+        self.arriving.clear()
         self.ended.clear()
         for number, request in sorted(self.requests.items()):
             request.slot, request.prefilled = -1, 0
@@ -551,6 +608,7 @@ class Scheduler:
         self.requests.clear()
         self.parked.clear()
         self.waiting.clear()
+        self.arriving.clear()
         self.prefilling.clear()
         self.decoding.clear()
         self.ended.clear()

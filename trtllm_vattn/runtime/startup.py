@@ -8,6 +8,7 @@ import torch
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.replay import CaptureReport
+from trtllm_vattn.machine import free_bytes
 
 
 @dataclass
@@ -15,7 +16,8 @@ class StartupReport:
     """Seconds and bytes of an engine's start.
 
     `compile_s` is the first passes over compiled layers, 0 where none are; `budget_bytes` is what the cache may hold
-    once it has started; `drafts` are steps with drafts, by their rows; `attention` names the kernels of decode and of
+    once it has started; `drafts` are steps with drafts, by their rows; `likely` are graphs that nobody has asked for
+    yet (likely.py); `attention` names the kernels of decode and of
     prompts.
     """
 
@@ -25,6 +27,7 @@ class StartupReport:
     prefill: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
     passes: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
     drafts: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
+    likely: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
     budget_bytes: int = 0
     attention: str = ""
 
@@ -38,7 +41,7 @@ class StartupReport:
 
     @property
     def _captured(self) -> tuple[CaptureReport, ...]:
-        return self.decode, self.prefill, self.passes, self.drafts
+        return self.decode, self.prefill, self.passes, self.drafts, self.likely
 
 
 def memory_left(device: torch.device, utilisation: float = 0.9) -> int:
@@ -47,18 +50,12 @@ def memory_left(device: torch.device, utilisation: float = 0.9) -> int:
     The smaller of what the driver calls free and what NVML does, which counts other processes the same way. Raises
     ConfigError where nothing is left.
     """
-    import pynvml
-
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     properties = torch.cuda.get_device_properties(device)
-    pynvml.nvmlInit()
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}".encode())
-        free = min(free, int(pynvml.nvmlDeviceGetMemoryInfo(handle).free))
-    finally:
-        pynvml.nvmlShutdown()
+    by_nvml = free_bytes(str(properties.uuid))
+    free = free if by_nvml is None else min(free, by_nvml)
     left = free - int((1 - utilisation) * total)
     if left <= 0:
         raise ConfigError(

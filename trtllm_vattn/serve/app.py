@@ -25,12 +25,14 @@ from trtllm_vattn.errors import (
     SequenceTooLong,
     VattnError,
 )
+from trtllm_vattn.observe import SLOTS_PATH
 from trtllm_vattn.runtime.async_engine import AsyncEngine, RequestStream
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.serve import protocol
 from trtllm_vattn.serve.answers import Answer, line
-from trtllm_vattn.serve.metrics import CONTENT_TYPE, Metrics, State, Timer
+from trtllm_vattn.serve.metrics import CONTENT_TYPE, Metrics, Timer
 from trtllm_vattn.serve.protocol import ApiError, Asked
+from trtllm_vattn.serve.spans import RequestSpan
 
 logger = logging.getLogger(__name__)
 GONE = 499
@@ -101,7 +103,7 @@ class Server:
     """Endpoints over an engine."""
 
     def __init__(self, engine: AsyncEngine, settings: Settings, max_model_len: int) -> None:
-        self.engine, self.settings, self.metrics = engine, settings, Metrics()
+        self.engine, self.settings, self.metrics = engine, settings, Metrics(engine)
         self._max_model_len = max_model_len
 
     def app(self) -> Starlette:
@@ -115,6 +117,7 @@ class Server:
         routes = [
             Route("/health", self._health),
             Route("/metrics", self._metrics),
+            Route(SLOTS_PATH, self._slots),
             Route("/v1/models", self._guarded(self._models)),
             Route("/v1/models/{name:path}", self._guarded(self._model)),
             Route("/v1/completions", self._guarded(self._completions), methods=["POST"]),
@@ -130,11 +133,11 @@ class Server:
         return JSONResponse({"status": "shutting down"}, 503)
 
     async def _metrics(self, _: Request) -> Response:
-        try:
-            state = await self.engine.call(State.of)
-        except EngineClosed:
-            state = None
-        return Response(self.metrics.text(state), media_type=CONTENT_TYPE)
+        # In another thread: it waits, for a moment, where memory is being mapped.
+        return Response(await asyncio.to_thread(self.metrics.text), media_type=CONTENT_TYPE)
+
+    async def _slots(self, _: Request) -> Response:
+        return Response(await asyncio.to_thread(self.metrics.text, slots=True), media_type=CONTENT_TYPE)
 
     async def _models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._described()]})
@@ -205,13 +208,16 @@ class Server:
         tokenizer = self.engine.tokenizer
         prompts = [tokenizer(each)["input_ids"] if isinstance(each, str) else each for each in asked.prompts]
         answer = Answer(asked, self.settings.name, tokenizer, prompts)
-        timer, streams = self.metrics.timer(), list[RequestStream]()
+        span = RequestSpan(request.url.path, self.settings.name, request.headers)
+        timer, streams = self.metrics.timer(span), list[RequestStream]()
         try:
             for prompt in prompts:
                 streams.append(await self.engine.add_request(prompt, asked.params, priority=asked.priority))
         except BaseException as error:
             await self._close(streams)
-            self.metrics.ended("refused" if isinstance(error, VattnError) else "error")
+            reason = "refused" if isinstance(error, VattnError) else "error"
+            self.metrics.ended(reason)
+            span.end(reason)
             raise
         if asked.stream:
             return Streamed(
@@ -271,9 +277,7 @@ class Server:
             for task in tasks:
                 task.cancel()
             await self._close(streams)
-            usage = answer.usage()
-            self.metrics.ended(reason, usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"])
-            timer.end()
+            timer.end(reason, answer.usage())
 
     async def _close(self, streams: list[RequestStream]) -> None:
         for stream in streams:

@@ -1,49 +1,27 @@
-"""`/metrics`: what is counted of requests, and the engine's state when somebody asks, as Prometheus' text."""
+"""`/metrics`: what is counted of requests, beside the engine's numbers (observe/metrics.py), as Prometheus' text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from time import perf_counter
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.observe.metrics import EngineCollector
+from trtllm_vattn.runtime.async_engine import AsyncEngine
+from trtllm_vattn.serve.spans import RequestSpan
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 BETWEEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
-@dataclass(frozen=True)
-class State:
-    """An engine's, at one moment."""
-
-    running: int
-    waiting: int
-    used_bytes: int
-    held_bytes: int
-    budget_bytes: int
-    weights_version: int
-
-    @classmethod
-    def of(cls, engine: Engine) -> State:
-        """In the engine's thread."""
-        stats, scheduler = engine.cache.stats(), engine.scheduler
-        return cls(
-            len(scheduler.holders),
-            len(scheduler.waiting),
-            stats.live_bytes,
-            stats.held_bytes,
-            stats.budget_bytes,
-            engine.weights_version,
-        )
-
-
 class Metrics:
-    """Of one server."""
+    """Of one server, over an engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: AsyncEngine) -> None:
         self._registry = registry = CollectorRegistry()
         self._ended = Counter("vattn_requests", "Requests ended, by why", ["finish_reason"], registry=registry)
         self._prompt = Counter("vattn_prompt_tokens", "Tokens of prompts", registry=registry)
@@ -56,34 +34,17 @@ class Metrics:
             "vattn_inter_token_seconds", "Between tokens of a request", buckets=BETWEEN, registry=registry
         )
         self._whole = Histogram("vattn_request_seconds", "From request to its end", buckets=SECONDS, registry=registry)
-        names = {
-            "running": "Requests with a slot",
-            "waiting": "Requests without one",
-            "kv_used_bytes": "KV memory that holds tokens of requests",
-            "kv_held_bytes": "KV memory held, free and retained parts among it",
-            "kv_budget_bytes": "KV memory that may be held",
-            "weights_version": "Updates of the weights",
-        }
-        self._gauges = [Gauge(f"vattn_{name}", text, registry=registry) for name, text in names.items()]
+        registry.register(EngineCollector(engine))
+        self._slots = CollectorRegistry()
+        self._slots.register(EngineCollector(engine, slots=True))
 
-    def timer(self) -> Timer:
-        """For a request that begins now."""
-        return Timer(self)
+    def timer(self, span: RequestSpan) -> Timer:
+        """For a request that begins now, and its span."""
+        return Timer(self, span)
 
-    def text(self, state: State | None) -> bytes:
-        """All of it; without a state, as gauges were."""
-        if state is not None:
-            values = (
-                state.running,
-                state.waiting,
-                state.used_bytes,
-                state.held_bytes,
-                state.budget_bytes,
-                state.weights_version,
-            )
-            for gauge, value in zip(self._gauges, values, strict=True):
-                gauge.set(value)
-        text: bytes = generate_latest(self._registry)
+    def text(self, slots: bool = False) -> bytes:
+        """All of it, or each slot's; from any thread."""
+        text: bytes = generate_latest(self._slots if slots else self._registry)
         return text
 
     def ended(self, reason: str, prompt_tokens: int = 0, cached_tokens: int = 0) -> None:
@@ -94,14 +55,16 @@ class Metrics:
 
 
 class Timer:
-    """Times one request's tokens."""
+    """Times one request's tokens, and tells its span of them."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, span: RequestSpan) -> None:
         self._metrics, self._began, self._last = metrics, perf_counter(), 0.0
+        self.span = span
 
     def tokens(self, count: int) -> None:
         """So many came at once."""
         now = perf_counter()
+        self.span.token()
         if self._last:
             self._metrics._between.observe((now - self._last) / count)
         else:
@@ -109,6 +72,8 @@ class Timer:
         self._last = now
         self._metrics._generated.inc(count)
 
-    def end(self) -> None:
-        """The request has ended."""
+    def end(self, reason: str, usage: Mapping[str, Any]) -> None:
+        """The request has ended, for this reason."""
+        self._metrics.ended(reason, usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"])
         self._metrics._whole.observe(perf_counter() - self._began)
+        self.span.end(reason, usage)

@@ -9,7 +9,7 @@ from typing import Any
 
 import uvicorn
 
-from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.errors import ConfigError, EngineClosed
 from trtllm_vattn.runtime.async_engine import AsyncEngine
 from trtllm_vattn.serve.app import Server, Settings
 
@@ -35,6 +35,8 @@ def serve(
         The checkpoint has no tokenizer, or a setting of the engine (`options`) cannot work.
     OSError
         Nothing can listen there.
+    EngineClosed
+        The engine ended by itself: the device is lost, say. Start the process anew.
     """
     sys.setswitchinterval(SWITCH_S)
     # Before the model is loaded: it may take minutes.
@@ -48,12 +50,16 @@ def serve(
             print(f"{settings.name} at http://{address}:{bound}/v1", flush=True)
             # uvicorn raises the signal again that ended it, with the handler that there was before.
             before = signal.signal(signal.SIGTERM, lambda *_: None)
+            engine.on_failure = lambda: setattr(server, "should_exit", True)
+            server.should_exit = engine.failure is not None
             try:
                 server.run([listening])
             finally:
                 signal.signal(signal.SIGTERM, before)
         finally:
             engine.close()
+        if engine.failure is not None:
+            raise EngineClosed(f"the engine ended, and with it the server: {engine.failure}") from engine.failure
 
 
 def configuration(engine: AsyncEngine, settings: Settings, max_model_len: int, drain_s: float) -> uvicorn.Config:

@@ -23,7 +23,7 @@ import secrets
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -70,15 +70,40 @@ class _Importer:
     """By number of what it was given; set once it has unmapped it."""
 
 
-@dataclass
 class _Import:
-    """An extent of another process, mapped here."""
+    """An extent of another process, mapped here.
 
-    address: int
-    """There."""
-    here: int
-    size: int
-    undo: ExitStack
+    Parameters
+    ----------
+    driver : Driver
+    fd : int
+    address, size : int
+        There.
+    """
+
+    def __init__(self, driver: Driver, fd: int, address: int, size: int) -> None:
+        self.address, self.size = address, size
+        with ExitStack() as undo:
+            self.here = driver.reserve(size)
+            undo.callback(driver.free, self.here, size)
+            handle = driver.import_fd(fd, size)
+            undo.callback(driver.release, handle)
+            driver.map(self.here, size, handle)
+            undo.callback(driver.unmap, self.here, size)
+            driver.set_access(self.here, size)
+            undo.pop_all()
+        self._left: list[tuple[Callable[..., None], tuple[int, ...]]] = [
+            (driver.free, (self.here, size)),
+            (driver.release, (handle,)),
+            (driver.unmap, (self.here, size)),
+        ]
+
+    def close(self) -> None:
+        """Unmap it. Raises DriverError; what was not done then is done by the next call."""
+        while self._left:
+            call, arguments = self._left[-1]
+            call(*arguments)
+            self._left.pop()
 
 
 class _Exporter:
@@ -94,6 +119,8 @@ class _Exporter:
         self.there.connect(f"\0{name}")
         self.there.settimeout(None)
         self.mapped: dict[int, _Import] = {}
+        self._kept: list[_Import] = []
+        """Ended there, and not unmapped here for a failure."""
         self.in_use = threading.Lock()
         """Held while what is mapped is read or written, or changes."""
         self._given: queue.SimpleQueue[tuple[tuple[int, ...], list[int]] | None] = queue.SimpleQueue()
@@ -126,12 +153,18 @@ class _Exporter:
                 # It was given, and is on its way to `fetch`.
                 self._ended.add(number)
                 return True
+            self._kept.append(found)
+            return self._close_kept()
+
+    def _close_kept(self) -> bool:
+        while self._kept:
             try:
-                found.undo.close()
+                self._kept[-1].close()
             except DriverError as error:
-                logger.warning("%d bytes of another process stay mapped: %s", found.size, error)
+                logger.warning("%d bytes of another process stay mapped: %s", self._kept[-1].size, error)
                 return False
-            return True
+            self._kept.pop()
+        return True
 
     def fetch(self, offered: dict[int, tuple[int, int]], timeout_s: float) -> None:
         """Map what was offered (number to address and size) and is not mapped yet. Raises TransferFailed."""
@@ -154,22 +187,10 @@ class _Exporter:
                         if number in self._ended:
                             self._ended.discard(number)
                         else:
-                            self.mapped[number] = self._map(fd, *offered[number])
+                            self.mapped[number] = _Import(self._driver, fd, *offered[number])
             finally:
                 for fd in fds:
                     os.close(fd)
-
-    def _map(self, fd: int, address: int, size: int) -> _Import:
-        driver = self._driver
-        with ExitStack() as undo:
-            here = driver.reserve(size)
-            undo.callback(driver.free, here, size)
-            handle = driver.import_fd(fd, size)
-            undo.callback(driver.release, handle)
-            driver.map(here, size, handle)
-            undo.callback(driver.unmap, here, size)
-            driver.set_access(here, size)
-            return _Import(address, here, size, undo.pop_all())
 
     def at(self, address: int, size: int) -> int:
         """Where bytes of the other process are mapped here. Raises TransferFailed where they are not any more."""
@@ -183,6 +204,8 @@ class _Exporter:
             self.there.shutdown(socket.SHUT_RDWR)
         self._thread.join(PATIENCE_S)
         self.there.close()
+        with self.in_use:
+            self._close_kept()
 
 
 class IpcLink:
@@ -209,6 +232,12 @@ class IpcLink:
         self._listener.listen()
         self._thread = threading.Thread(target=self._accept, name="trtllm-vattn exports", daemon=True)
         self._thread.start()
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Extents of other processes that are mapped here, and processes that have mapped some of this one's."""
+        mapped = sum(len(exporter.mapped) for exporter in self._exporters.values())
+        return {"imports": mapped, "importers": len(self._importers)}
 
     # -- the receiver's side ---------------------------------------------------------------------------------------
 

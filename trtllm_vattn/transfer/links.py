@@ -5,7 +5,6 @@ All links push: the sender writes, for reading was reported a hundred times slow
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pickle
 import threading
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from trtllm_vattn.errors import ConfigError, TransferFailed
 from trtllm_vattn.transfer.ipc import IpcLink
 from trtllm_vattn.transfer.pieces import Piece
+from trtllm_vattn.transfer.ucx import check_ucx, installed_ucx, nixl_installed
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.tensors import current_stream, finish, tensor_at
 
@@ -31,6 +31,10 @@ class Link(Protocol):
     """Moves bytes; also a `registrations.Registrar`."""
 
     name: str
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What it runs with, by name."""
 
     def register(self, address: int, size: int) -> Any: ...
 
@@ -57,17 +61,22 @@ class NixlLink:
     device : str
         Whose memory is registered.
 
+    Attributes
+    ----------
+    ucx : Ucx
+        The versions that it runs with.
+
     Raises
     ------
     ConfigError
-        NIXL is not installed.
+        NIXL is not installed, or its UCX would keep memory of the device (ucx.py).
     """
 
     name = "nixl"
 
     def __init__(self, device: str) -> None:
-        if not nixl_installed():
-            raise ConfigError("nixl is not installed: pip install 'trtllm-vattn[transfer]'")
+        self.ucx = installed_ucx()
+        check_ucx(self.ucx, device)
         # A registration that is ended must not live on in a cache of UCX's.
         os.environ.setdefault("UCX_RCACHE_ENABLE", "n")
         from nixl_cu13._api import nixl_agent, nixl_agent_config
@@ -80,6 +89,11 @@ class NixlLink:
         """Registrations that were ended here."""
         self._known: dict[str, int] = {}
         """What a peer had ended when it was last asked, by its name."""
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Versions of NIXL and UCX; registrations that were ended."""
+        return {**self.ucx.as_dict(), "deregistrations": self._ended}
 
     def register(self, address: int, size: int) -> Any:
         with self._lock:
@@ -142,6 +156,10 @@ class NixlLink:
 
 class _Unregistered:
     """What a link that registers nothing says to it."""
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        return {}
 
     def register(self, address: int, size: int) -> Any:
         return None
@@ -233,11 +251,6 @@ def _view_of(address: int, size: int) -> memoryview:
     import ctypes
 
     return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
-
-
-def nixl_installed() -> bool:
-    """Whether NIXL can be imported here."""
-    return importlib.util.find_spec("nixl_cu13") is not None
 
 
 def open_link(name: str, driver: Driver) -> Link:

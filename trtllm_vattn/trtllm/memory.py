@@ -28,6 +28,7 @@ from trtllm_vattn.errors import (
     UnknownSequence,
     UnmappedAccess,
 )
+from trtllm_vattn.trtllm.agreement import BudgetAgreement
 from trtllm_vattn.trtllm.config import TrtllmConfig
 from trtllm_vattn.trtllm.events import EventBuffer
 from trtllm_vattn.trtllm.features import UnsupportedFeature, enum_name
@@ -75,6 +76,8 @@ class ManagerMemory:
         Requests that have a slot, by id.
     dummies : dict
         Blocks that each dummy request took of the C++ manager when it was made, by id.
+    agreement : BudgetAgreement or None
+        By which the budget changes at run time, where there are several ranks.
     is_budget_set : bool
         Whether the budget is in force. Until graphs are captured there are only dummies, which take no memory.
     """
@@ -99,6 +102,7 @@ class ManagerMemory:
         self._byte_limit = byte_limit = int(getattr(asked, "max_gpu_total_bytes", None) or 0)
         self.reuse: RequestReuse | None = None
         self.events: EventBuffer | None = None
+        self.agreement: BudgetAgreement | None = None
         self._lock = threading.RLock()  # budgets are set from other threads than the executor's
         self._sizing: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         budget = config.budget_bytes
@@ -296,6 +300,8 @@ class ManagerMemory:
                 self.cache.map_ahead()
             except (DriverError, MemoryQuarantined) as error:
                 logger.warning("mapping ahead failed and is left to the next step: %s", error)
+            if self.agreement is not None:
+                self.agreement.step()
 
     def rewind(self, request: Any, tokens: int) -> None:
         """Take rejected draft tokens back; their memory stays mapped."""
@@ -564,12 +570,27 @@ class ManagerMemory:
         Memory that no request needs goes back at once. The scheduler learns of a change when the next request ends.
         Running requests keep what they may need to their end, so a lowered budget is reached as they end; under a
         scheduler that overcommits (MAX_UTILIZATION), when fewer run.
+        On several ranks that is begun at the same step of all, a few steps later (`BudgetAgreement`), and what is
+        returned is the budget until then.
         Raises ConfigError for fewer bytes than one request of the longest kind needs.
         """
         self.check_budget(budget)
         with self._lock:
+            if self.agreement is not None:
+                self.agreement.ask(budget)
+                return self.cache.budget_bytes
             self.target = budget
             return self.cache.shrink_towards(self._with_running(budget))
+
+    def put_in_force(self, budget: int) -> None:
+        """Change the budget, and what the scheduler is told of it, now. On the executor's thread, between its steps.
+
+        Raises ConfigError as `check_budget`; DriverError.
+        """
+        self.check_budget(budget)
+        self.target = budget
+        self.cache.shrink_towards(self._with_running(budget))
+        self._update_holdback()
 
     def release(self) -> int:
         """Give back all memory that running requests will not need; returns the bytes kept. The budget stays: new

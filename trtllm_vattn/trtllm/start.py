@@ -45,6 +45,7 @@ def check_executor(executor: Any, config: TrtllmConfig) -> None:
     for manager in found:
         if elastic.is_ours(manager):
             manager.vattn.set_initial_budget()
+            elastic.let_ranks_agree(manager, executor)
             # A warm-up executor is followed by the one that serves.
             if not getattr(executor, "is_warmup", False):
                 logger.warning("%s", manager.vattn.describe())

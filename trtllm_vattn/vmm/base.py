@@ -133,12 +133,20 @@ class Driver(ABC):
 
     # -- memory of other processes: where the driver can -------------------------------------------------------------
 
+    def identity(self) -> str:
+        """Names the device the same way in every process, whatever each of them numbers it."""
+        return self.device
+
     def export_fd(self, address: int, size: int) -> int:
         """A file descriptor of the memory that one whole mapping is of, for another process; the caller closes it.
 
         The memory returns when the last process lets go of it.
         """
         raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "export_fd", (address, size))
+
+    def export_handle(self, handle: int) -> int:
+        """As `export_fd`, of a handle, mapped or not."""
+        raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "export_handle", (handle,))
 
     def import_fd(self, fd: int, size: int) -> int:
         """A handle of memory that another process exported, of `size` bytes; `fd` may be closed then."""

@@ -146,6 +146,9 @@ class CudaDriver(Driver):
         self.bind()
         self.call("cuMemUnmap", address, size)
 
+    def identity(self) -> str:
+        return bytes(self.call("cuDeviceGetUuid", self._device).bytes).hex()
+
     def record(self, stream: int) -> CudaFence:
         self.bind()
         return CudaFence(self, stream)
@@ -173,6 +176,10 @@ class CudaDriver(Driver):
             return int(self.call("cuMemExportToShareableHandle", handle, self._handle_type, 0))
         finally:
             self.call("cuMemRelease", handle)
+
+    def export_handle(self, handle: int) -> int:
+        self.bind()
+        return int(self.call("cuMemExportToShareableHandle", handle, self._handle_type, 0))
 
     def import_fd(self, fd: int, size: int) -> int:
         self.bind()

@@ -190,7 +190,16 @@ class HostDriver(Driver):
                         f"{error.strerror}: a handle takes a file descriptor; raise `ulimit -n`",
                     ) from error
                 fd = os.memfd_create("vattn", os.MFD_CLOEXEC)
-            os.ftruncate(fd, size)
+            try:
+                os.ftruncate(fd, size)
+            except OSError as error:
+                os.close(fd)
+                raise DriverError(
+                    "CUDA_ERROR_OUT_OF_MEMORY",
+                    "create",
+                    (size,),
+                    f"{error.strerror}: a handle is a file in memory; raise `ulimit -f`, or the container's memory",
+                ) from error
             return self._add_handle(fd, size)
 
     def _add_handle(self, fd: int, size: int) -> int:
@@ -349,15 +358,33 @@ class HostDriver(Driver):
             if len(starts) > 1:
                 detail = f"{len(starts)} mappings are there; one is exported at a time"
                 raise DriverError("CUDA_ERROR_INVALID_VALUE", "export_fd", (address, size), detail)
-            return os.dup(self._handles[home.mapped[address][1]].fd)
+            return self._duplicate("export_fd", self._handles[home.mapped[address][1]].fd)
+
+    def export_handle(self, handle: int) -> int:
+        with self._lock:
+            return self._duplicate("export_handle", self._find_handle("export_handle", handle).fd)
 
     def import_fd(self, fd: int, size: int) -> int:
         with self._lock:
             self._check_aligned("import_fd", size)
-            there = os.fstat(fd).st_size
+            try:
+                there = os.fstat(fd).st_size
+            except OSError as error:
+                detail = str(error.strerror)
+                raise DriverError("CUDA_ERROR_INVALID_VALUE", "import_fd", (fd, size), detail) from error
             if there != size:
                 raise DriverError("CUDA_ERROR_INVALID_VALUE", "import_fd", (fd, size), f"it has {there:,} bytes")
-            return self._add_handle(os.dup(fd), size)
+            return self._add_handle(self._duplicate("import_fd", fd), size)
+
+    def _duplicate(self, call: str, descriptor: int) -> int:
+        try:
+            return os.dup(descriptor)
+        except OSError as error:
+            if error.errno == errno.EMFILE and _raise_descriptor_limit():
+                return os.dup(descriptor)
+            raise DriverError(
+                "CUDA_ERROR_OUT_OF_MEMORY", call, (descriptor,), f"{error.strerror}; raise `ulimit -n`"
+            ) from error
 
     # -- what is there ---------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import atexit
 import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from time import perf_counter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -163,6 +164,56 @@ def on_stream(stream: torch.cuda.Stream | None, call: Callable[..., T], *argumen
     """Make a call with torch launching on this stream, in whatever thread."""
     with torch.cuda.stream(stream) if stream is not None else nullcontext():
         return call(*arguments)
+
+
+class SideStream:
+    """A stream beside the one that torch launches on. On the host there is none: what is submitted is done at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    @property
+    def number(self) -> int:
+        """As the driver takes it."""
+        return 0 if self._stream is None else int(self._stream.cuda_stream)
+
+    def follow(self) -> None:
+        """What is submitted here from now on waits for what was submitted to torch's current stream."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
+    def timing(self) -> StreamTiming:
+        """Times what is submitted from now on."""
+        return StreamTiming(self._stream)
+
+
+class StreamTiming:
+    """Times what is submitted to a stream until `end`; where there is none, what the host does meanwhile."""
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._stream = stream
+        self._events: list[torch.cuda.Event] = []
+        self._started, self._took = perf_counter(), 0.0
+        self._mark()
+
+    def _mark(self) -> None:
+        if self._stream is not None:
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+            self._events.append(event)
+
+    def end(self) -> None:
+        """What is timed was submitted."""
+        self._mark()
+        self._took = perf_counter() - self._started
+
+    def seconds(self) -> float | None:
+        """What it took; None while it is not done."""
+        if self._stream is None:
+            return self._took
+        first, last = self._events
+        is_done = last.query()  # type: ignore[no-untyped-call]
+        return float(first.elapsed_time(last)) / 1e3 if is_done else None
 
 
 def inference() -> AbstractContextManager[object]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable
 from time import perf_counter
-from typing import IO, Any
+from typing import Any
 
 from trtllm_vattn.errors import DriverError
+from trtllm_vattn.trace import Trace
 from trtllm_vattn.vmm.base import Driver, Fence
 
 
@@ -53,6 +53,13 @@ class WrappedDriver(Driver):
         fence: Fence = self._call("record", stream)
         return fence
 
+    def identity(self) -> str:
+        return self.inner.identity()
+
+    def export_handle(self, handle: int) -> int:
+        descriptor: int = self._call("export_handle", handle)
+        return descriptor
+
     def create_host(self, size: int) -> int:
         address: int = self._call("create_host", size)
         return address
@@ -92,26 +99,25 @@ class CountingDriver(WrappedDriver):
 
 
 class TracingDriver(WrappedDriver):
-    """Writes a JSON line a call: what was called, with what, what came of it, and its microseconds."""
+    """Notes a span a call in a trace: what was called, with what, and what came of it."""
 
-    def __init__(self, inner: Driver, file: IO[str]) -> None:
+    def __init__(self, inner: Driver, trace: Trace) -> None:
         super().__init__(inner)
-        self._file = file
+        self._trace = trace
 
     def _call(self, name: str, *arguments: int) -> Any:
-        line: dict[str, Any] = {"call": name, "arguments": arguments}
+        noted: dict[str, Any] = {"arguments": arguments}
         started = perf_counter()
         try:
             answer = super()._call(name, *arguments)
             if isinstance(answer, int):
-                line["result"] = answer
+                noted["result"] = answer
             return answer
         except DriverError as error:
-            line["error"] = error.code
+            noted["error"] = error.code
             raise
         finally:
-            line["us"] = round(1e6 * (perf_counter() - started), 2)
-            self._file.write(json.dumps(line) + "\n")
+            self._trace.span(name, started, perf_counter(), noted, "driver")
 
 
 class FaultyDriver(WrappedDriver):
@@ -128,9 +134,10 @@ class FaultyDriver(WrappedDriver):
         self.seen = 0
         self.disarm()
 
-    def fail(self, name: str, skip: int = 0) -> None:
-        """Fail one call of that name (any call for ``"*"``) after letting `skip` of them pass. Orders add up."""
-        self._orders.append([name, skip])
+    def fail(self, name: str, skip: int = 0, code: str = "CUDA_ERROR_UNKNOWN", sticky: bool = False) -> None:
+        """Fail one call of that name (any call for ``"*"``) with a CUresult after letting `skip` of them pass; with
+        `sticky` every call from that one on, as after an error that a context does not recover from. Orders add up."""
+        self._orders.append([name, skip, code, sticky])
 
     def fail_randomly(self, probability: float, seed: int) -> None:
         """Fail each call with this probability, repeatably."""
@@ -139,14 +146,18 @@ class FaultyDriver(WrappedDriver):
     def disarm(self) -> None:
         """Fail nothing more."""
         self._orders: list[list[Any]] = []
+        self._sticky: str | None = None
         self._probability, self._random = 0.0, random.Random(0)
 
     def _call(self, name: str, *arguments: int) -> Any:
         self.seen += 1
+        if self._sticky is not None:
+            raise DriverError(self._sticky, name, arguments, "injected")
         for order in [order for order in self._orders if order[0] in (name, "*")]:
             if order[1] == 0:
                 self._orders.remove(order)
-                raise DriverError("CUDA_ERROR_UNKNOWN", name, arguments, "injected")
+                self._sticky = order[2] if order[3] else None
+                raise DriverError(order[2], name, arguments, "injected")
             order[1] -= 1
         if self._probability and self._random.random() < self._probability:
             raise DriverError("CUDA_ERROR_UNKNOWN", name, arguments, "injected")

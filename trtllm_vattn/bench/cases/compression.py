@@ -16,14 +16,17 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import chosen, positive
 from trtllm_vattn.attention.options import FP8
-from trtllm_vattn.bench.cases.eviction import eviction, returned
-from trtllm_vattn.bench.harness.case import captured_graphs, conclude, vocab_of
+from trtllm_vattn.bench.cases.eviction import eviction, returned, scores
+from trtllm_vattn.bench.cases.latents import latents
+from trtllm_vattn.bench.cases.needle import needle
+from trtllm_vattn.bench.harness.case import captured_graphs, vocab_of
 from trtllm_vattn.bench.harness.contenders import device_step_ms
-from trtllm_vattn.bench.harness.flags import add_attention, add_common, dtype_of
+from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_plot, dtype_of
 from trtllm_vattn.bench.harness.identity import compare
 from trtllm_vattn.bench.harness.lanes import empty_lanes, fill_lanes
 from trtllm_vattn.bench.harness.parts import Bench, Part, measure
 from trtllm_vattn.bench.harness.workload import TracedRun, run_traced
+from trtllm_vattn.bench.publish.compression import plot_compression
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
@@ -59,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench compression`."""
     gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
     add_attention(parser)
+    add_plot(parser)
     names = ", ".join(PARTS)
     add("--parts", type=parts, default=list(PARTS), metavar="NAME,...", help=f"what is measured, of {names}")
     text = "tokens that a window slides over"
@@ -79,9 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where tokens of a cache with windows are others, anything was captured again, a policy keeps
     others than its paper says, or a part failed."""
-    bench = measure("compression", args, PARTS, args.parts)
-    summary = bench.summary
-    wrong = [f"{name} failed: {why}" for name, why in bench.failed.items()]
+    recording = measure("compression", args, PARTS, args.parts)
+    summary, wrong = recording.summary, []
     if summary.get("window_recaptures"):
         wrong.append(f"{summary['window_recaptures']} graphs were captured again while a window slid")
     if summary.get("window_tokens_equal", 1.0) < 1.0:
@@ -91,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
     if summary.get("kept_sets_match_paper", 1.0) < 1.0:
         wrong.append("a policy keeps other tokens than the paper's rule computed in full")
     columns: dict[str, str | Callable[[Any], str]] = {"part": "part", "seconds": "seconds"}
-    rows = [{"part": name, "seconds": seconds} for name, seconds in bench.seconds.items()]
-    return conclude("compression", args, bench.results(), summary, tabulate(rows, columns), wrong=wrong)
+    rows = [{"part": name, "seconds": seconds} for name, seconds in recording.results["part_seconds"].items()]
+    return recording.conclude(tabulate(rows, columns), plot_compression, wrong)
 
 
 # -- windows ---------------------------------------------------------------------------------------------------------
@@ -264,6 +267,9 @@ PARTS: dict[str, Part] = {
     "sliding": sliding,
     "fp8": eight_bits,
     "returned": returned,
+    "scores": scores,
+    "latents": latents,
     "eviction": eviction,
+    "needle": needle,
 }
 """What is measured, by name."""

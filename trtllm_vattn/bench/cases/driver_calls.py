@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     sizes = [number * granularity for number in args.granules]
     rows: list[dict[str, Any]] = []
     for busy in (False, True):
-        with _load(args.device) if busy else nullcontext():
+        with busy_device(args.device) if busy else nullcontext():
             for size in sizes:
                 rows += _rows("one by one", size, busy, one_by_one(driver, size, args.repeats))
             rows += _rows(
@@ -175,7 +175,7 @@ def _timed(into: list[float], call: Callable[..., Any], *arguments: int) -> Any:
 
 
 @contextmanager
-def _load(device: str) -> Iterator[None]:
+def busy_device(device: str) -> Iterator[None]:
     """The device reads memory without a pause; on the host, another thread does."""
     stop = threading.Event()
     data = torch.zeros(1 << 28 if device != "cpu" else 1 << 20, device=device)

@@ -14,8 +14,10 @@ import torch
 from trtllm_vattn.bench.harness.contenders import device_step_ms
 from trtllm_vattn.bench.harness.lanes import empty_lanes, fill_lanes
 from trtllm_vattn.bench.harness.parts import Bench
+from trtllm_vattn.bench.harness.timing import timed_ms
 from trtllm_vattn.cache.base import CacheShape, FlatKV
 from trtllm_vattn.cache.compression import H2O, CompressionPolicy, FastGen, HeadsView, compact
+from trtllm_vattn.cache.compression.mass import attended, maps
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.memory.pool import CLASSES
@@ -45,7 +47,7 @@ def returned(bench: Bench) -> Iterator[dict[str, Any]]:
     gpu = args.device != "cpu"
     shape = _prompt_shape(gpu, args.evicted_context)
     rows: list[dict[str, Any]] = []
-    bench.tables["returned"] = rows
+    bench.recording.results["returned"] = rows
     found: dict[tuple[str, int, int], float] = {}
     pages = (open_driver(args.device).granularity(),) if gpu else HOST_PAGES
     heads_per_range = [1 << power for power in range(shape.num_kv_heads.bit_length())]
@@ -155,6 +157,30 @@ def kept_sets_match(seed: int) -> float:
         policy = FastGen([0], [1, 2], threshold=(0.3, 0.7, 0.9, 0.99)[number % 4], frequent=0.2, local=0.2)
         same.append([each.tolist() for each in policy.keep(seen)] == [kept for _, kept in fastgen_sets(seen, policy)])
     return float(np.mean(same))
+
+
+def scores(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Milliseconds that it takes to add up one layer's attention over a prompt of `--evicted-context` tokens, for 64
+    queries of 32 heads that share 8 KV heads (a few small ones on the host); by torch, and by the kernels on a GPU."""
+    args = bench.args
+    gpu, device = args.device != "cpu", torch.device(args.device)
+    heads, group, dim = (8, 4, 128) if gpu else (4, 2, 16)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    dtype = torch.bfloat16 if gpu else torch.float32
+    queries, keys = (
+        torch.randn(size, generator=generator, device=device).to(dtype)
+        for size in ((QUERIES, heads, group, dim), (args.evicted_context, heads, dim))
+    )
+
+    def by_torch() -> torch.Tensor:
+        return maps(queries, keys, dim**-0.5).sum(dim=(1, 2))
+
+    with torch.inference_mode():
+        found = {"h2o_scores_torch_ms": median(timed_ms(by_torch, 5, device))}
+        if gpu:
+            kernel = median(timed_ms(lambda: attended(queries, keys, dim**-0.5), 5, device))
+            found |= {"h2o_scores_ms": kernel, "h2o_scores_gb_per_s": 2 * keys.nbytes / kernel / 1e6}
+    yield found
 
 
 def eviction(bench: Bench) -> Iterator[dict[str, Any]]:

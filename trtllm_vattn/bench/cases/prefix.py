@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     text = f"what is measured, of {', '.join(PARTS)}"
     add("--parts", type=parts, default="hits,engine" if gpu else "hits,variants", metavar="NAME,...", help=text)
-    add_model(parser, default="llama-3-8b" if gpu else "tiny-llama")
+    add_model(parser, default="llama-3.1-8b" if gpu else "tiny-llama")
     text = f"{REQUESTS}, for the engine"
     add("--engine-requests", type=positive, default=96 if gpu else 24, metavar="REQUESTS", help=text)
     text = "requests with block hashes: Mooncake's JSON lines or list, also .gz (default: generated ones alone)"

@@ -2,7 +2,7 @@
 buffer; then many of them while memory is remapped on both sides, their bytes checked.
 
 With one GPU both processes are on it. Results are written after each part, so that a run that is cut short leaves what
-it has.
+it has. `--measure peer` is of one process and two GPUs (transfer_peer.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtllm_vattn.arguments import amount, numbers, positive
+from trtllm_vattn.arguments import amount, chosen, numbers, positive
+from trtllm_vattn.bench.cases import transfer_peer
 from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import add_device, add_results
 from trtllm_vattn.bench.harness.report import Result, write
@@ -33,14 +34,15 @@ from trtllm_vattn.memory.layout import round_up
 from trtllm_vattn.runtime.parallel import Ranks, size_of_torchrun
 from trtllm_vattn.table import tabulate
 from trtllm_vattn.transfer import GroupLink, Link, Peer, RegisteringDriver, open_link
-from trtllm_vattn.transfer.links import nixl_installed
 from trtllm_vattn.transfer.pieces import Piece
+from trtllm_vattn.transfer.ucx import nixl_installed
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.tensors import finish, tensor_at
 
 LINKS = ("auto", "nixl", "ipc", "group", "host")
+PARTS = ("sequences", "remapping", "peer")
 ROUNDS = 5
 SMALL = 8
 """Sequences sent under remapping have at most a part of the shortest timed one's tokens."""
@@ -77,6 +79,8 @@ class Plan:
     link : str
     sizes : tuple of int
         Tokens of the sequences that are timed.
+    parts : tuple of str
+        Of `PARTS`.
     transfers, seconds : int, float
         Sequences sent under remapping, and after how many seconds no more are.
     seed : int
@@ -86,6 +90,7 @@ class Plan:
     gpus: tuple[int, int]
     link: str
     sizes: tuple[int, ...]
+    parts: tuple[str, ...]
     transfers: int
     seconds: float
     seed: int
@@ -102,10 +107,16 @@ class Plan:
         return max(32, min(self.sizes) // SMALL)
 
 
+def parts(text: str) -> list[str]:
+    """Names of parts; unknown ones are refused."""
+    return chosen(text, "part", PARTS)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench transfer`."""
     gpu, add = add_device(parser), parser.add_argument
     add_results(parser)
+    add("--measure", type=parts, default="sequences,remapping", metavar="NAME,...", help=f"of {', '.join(PARTS)}")
     text = "how bytes move; auto is nixl where it is installed, else group (torch.distributed); with one GPU, ipc"
     add("--link", default="auto", choices=LINKS, help=text)
     text = "tokens of the sequences that are timed"
@@ -126,11 +137,15 @@ def plan_of(args: argparse.Namespace) -> Plan:
     if alone and link == "group":
         raise ConfigError("link is group, and NCCL refuses two processes on one GPU; take ipc, host or nixl")
     gpus = (first, first) if alone else (0, 1)
-    return Plan(kind, gpus, link, tuple(args.sizes), args.transfers, args.seconds, args.seed)
+    if "peer" in args.measure:
+        raise ConfigError("peer is of one process; ask for it alone")
+    return Plan(kind, gpus, link, tuple(args.sizes), tuple(args.measure), args.transfers, args.seconds, args.seed)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where bytes were wrong."""
+    if args.measure == ["peer"]:
+        return _run_peer(args)
     plan = plan_of(args)
     started = perf_counter()
 
@@ -158,7 +173,20 @@ def run(args: argparse.Namespace) -> int:
     rows = sending.rows
     summary = {**sending.summary, **received, "complete": True}
     wrong = [f"{received['wrong_bytes']} bytes were wrong"] if received["wrong_bytes"] else []
-    return conclude("transfer", args, {"runs": rows}, summary, tabulate(rows, COLUMNS), wrong=wrong)
+    shown = tabulate(rows, COLUMNS) if rows else ""
+    return conclude("transfer", args, {"runs": rows}, summary, shown, wrong=wrong)
+
+
+def _run_peer(args: argparse.Namespace) -> int:
+    why = transfer_peer.why_not()
+    if why is not None:
+        return conclude("transfer", args, {"peer": []}, {"peer": f"skipped: {why}"})
+    rows = transfer_peer.measure_peer()
+    wrong = sum(row["wrong_bytes"] for row in rows)
+    summary = {"peer": "measured", **rows[-1], "wrong_bytes": wrong}
+    shown = tabulate(rows, transfer_peer.COLUMNS)
+    told = [f"{wrong} bytes were wrong"] if wrong else []
+    return conclude("transfer", args, {"peer": rows}, summary, shown, wrong=told)
 
 
 def _write_part(args: argparse.Namespace, part: Sending) -> None:
@@ -274,15 +302,17 @@ class Sending:
         self.summary: dict[str, Any] = {"link": plan.link, "same_device": plan.gpus[0] == plan.gpus[1]}
 
     def run(self) -> None:
-        with _side(self.plan, 0, self._connection, max(self.plan.sizes)) as side:
-            for tokens in self.plan.sizes:
-                self.rows.append(self._timed(side, tokens))
-                self._sum_up()
-                row = self.rows[-1]
-                self._say(f"{tokens} tokens: {row['gb_s']:.1f} GB/s, the link {row['link_gb_s']:.1f}")
-                self._write_part(self)
-        with _side(self.plan, 0, self._connection, self.plan.small, SMALL_EXTENTS) as side:
-            self._send_many(side)
+        if "sequences" in self.plan.parts:
+            with _side(self.plan, 0, self._connection, max(self.plan.sizes)) as side:
+                for tokens in self.plan.sizes:
+                    self.rows.append(self._timed(side, tokens))
+                    self._sum_up()
+                    row = self.rows[-1]
+                    self._say(f"{tokens} tokens: {row['gb_s']:.1f} GB/s, the link {row['link_gb_s']:.1f}")
+                    self._write_part(self)
+        if "remapping" in self.plan.parts:
+            with _side(self.plan, 0, self._connection, self.plan.small, SMALL_EXTENTS) as side:
+                self._send_many(side)
 
     def _sum_up(self) -> None:
         rows = self.rows
@@ -345,6 +375,7 @@ class Sending:
             "descriptors_per_transfer": descriptors / done,
             "registrations": side.driver.made,
             "deregistrations": side.driver.ended,
+            **{f"link_{name}": value for name, value in side.link.stats.items()},
         }
 
 
@@ -362,22 +393,38 @@ def receive_all(engine: Any, plan: Plan, address: tuple[str, int], key: bytes) -
     """The other process's part; what was wrong."""
     wrong = checked = 0
     with Client(address, authkey=key) as connection:
-        with _side(plan, 1, connection, max(plan.sizes)) as side:
-            row_bytes = side.cache.byte_order["row_bytes"]
-            for tokens in plan.sizes:
-                for turn in range(ROUNDS):
-                    side.peer.receive("timed")
-                    if turn in (0, ROUNDS - 1):
-                        wrong += side.wrong_bytes(side.cache.extents("timed"), row_bytes * tokens, tokens)
-                    side.cache.release("timed")
-                _limit(plan, side, connection, plan.shape.token_bytes * tokens, 1)
-        random = np.random.default_rng(plan.seed + 1)
-        with _side(plan, 1, connection, plan.small, SMALL_EXTENTS) as side:
-            while (said := connection.recv()) is not None:
-                number, tokens = said
-                _shift(side, random)
-                side.peer.receive("taken")
-                wrong += side.wrong_bytes(side.cache.extents("taken"), row_bytes * tokens, number)
-                checked += row_bytes * tokens * side.cache.byte_order["ranges"]
-                side.cache.release("taken")
+        if "sequences" in plan.parts:
+            with _side(plan, 1, connection, max(plan.sizes)) as side:
+                wrong += sum(_receive_timed(plan, side, connection, tokens) for tokens in plan.sizes)
+        if "remapping" in plan.parts:
+            with _side(plan, 1, connection, plan.small, SMALL_EXTENTS) as side:
+                wrong_there, checked = _receive_many(plan, side, connection)
+                wrong += wrong_there
     return {"wrong_bytes": wrong, "checked_bytes": checked}
+
+
+def _receive_timed(plan: Plan, side: Side, connection: Connection, tokens: int) -> int:
+    wrong = 0
+    for turn in range(ROUNDS):
+        side.peer.receive("timed")
+        if turn in (0, ROUNDS - 1):
+            nbytes = side.cache.byte_order["row_bytes"] * tokens
+            wrong += side.wrong_bytes(side.cache.extents("timed"), nbytes, tokens)
+        side.cache.release("timed")
+    _limit(plan, side, connection, plan.shape.token_bytes * tokens, 1)
+    return wrong
+
+
+def _receive_many(plan: Plan, side: Side, connection: Connection) -> tuple[int, int]:
+    """Bytes that were wrong, and those that were checked."""
+    wrong = checked = 0
+    random = np.random.default_rng(plan.seed + 1)
+    row_bytes = side.cache.byte_order["row_bytes"]
+    while (said := connection.recv()) is not None:
+        number, tokens = said
+        _shift(side, random)
+        side.peer.receive("taken")
+        wrong += side.wrong_bytes(side.cache.extents("taken"), row_bytes * tokens, number)
+        checked += row_bytes * tokens * side.cache.byte_order["ranges"]
+        side.cache.release("taken")
+    return wrong, checked

@@ -110,9 +110,9 @@ def take_turns(contenders: Sequence[Contender], rounds: int, steps: int, label: 
         for each in [*contenders[number % len(contenders) :], *contenders[: number % len(contenders)]]:
             with _mode_of(each):
                 # What was under way in another mode, and what was started beside it.
-                _decode(each.engine, untimed)
+                decode_steps(each.engine, untimed)
                 before = each.engine.decode.lengths.mean()
-                each.rounds.append(_decode(each.engine, steps))
+                each.rounds.append(decode_steps(each.engine, steps))
                 each.tokens.append(float(before + each.engine.decode.lengths.mean()) / 2)
     # Counted now: what is measured next may prepare more steps at once than any engine would.
     for each in contenders:
@@ -130,13 +130,14 @@ def _mode_of(contender: Contender) -> Iterator[None]:
 def utilization(contender: Contender) -> DeviceUtilization | None:
     """The device's work in a few steps more; each of them is submitted while the one before is read."""
     with _mode_of(contender):
-        _decode(contender.engine, 2)
+        decode_steps(contender.engine, 2)
         return device_utilization(
-            lambda: sum(record.steps for record in _decode(contender.engine, PROFILED)), contender.engine.cache.device
+            lambda: sum(record.steps for record in decode_steps(contender.engine, PROFILED)),
+            contender.engine.cache.device,
         )
 
 
-def _decode(engine: Engine, steps: int) -> list[StepRecord]:
+def decode_steps(engine: Engine, steps: int) -> list[StepRecord]:
     """At least so many decode steps."""
     records: list[StepRecord] = []
     engine.observer = records.append

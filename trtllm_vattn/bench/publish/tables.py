@@ -6,7 +6,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from trtllm_vattn.table import table
+from trtllm_vattn.table import table, tabulate
 
 Result = dict[str, Any]
 
@@ -164,6 +164,20 @@ def fragmentation(result: Result) -> str:
     return table(["system", *mixes], [[system, *(cells[system, mix] for mix in mixes)] for system in systems])
 
 
+def planned_memory(result: Result) -> str:
+    """Waste and sequences at once of the cache in virtual time, and as planned."""
+    columns = {
+        "trace": "trace",
+        "requests": "requests",
+        "layers a row": "layers_per_range",
+        "waste": "waste:.2%",
+        "planned waste": "planned_waste:.2%",
+        "sequences at once": "capacity:.2f",
+        "planned sequences": "planned_capacity:.2f",
+    }
+    return tabulate(result["results"]["memory"], columns)
+
+
 def attention(result: Result) -> str:
     """Decode attention by point and system; points that failed are left out."""
     rows = [row for row in result["results"]["points"] if "refused" not in row]
@@ -274,5 +288,6 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "xqa": (("xqa.json",), figures),
     "faults": (("faults.json",), figures),
     "fragmentation": (("fragmentation.json",), fragmentation),
+    "plan-memory": (("plan.json",), planned_memory),
 }
 """By name: the results that a table is made of, in the folder of one card, and how."""

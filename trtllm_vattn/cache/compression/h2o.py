@@ -14,7 +14,9 @@ from trtllm_vattn.errors import ConfigError
 class H2O(CompressionPolicy):
     """Each head keeps the `recent` last tokens, and of those before the `heavy` ones of most attention, added
     up over queries; of equal ones the earlier. With ``every=1`` and ``queries=None`` that is the paper's greedy
-    algorithm, which evicts one token a step once the budget is full.
+    algorithm, which evicts one token a step once the budget is full, and what the authors' code keeps
+    (FMInference/H2O, h2o_hf/utils_real_drop, `H2OKVCache_LayerWise`), where a KV head's own query heads are added up.
+    The paper divides the budget evenly between the two, as the default does.
 
     Parameters
     ----------

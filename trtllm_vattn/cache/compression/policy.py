@@ -11,13 +11,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from trtllm_vattn.cache.compression.mass import attended, maps
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.values import described, finite, whole
 
 Amount = int | float
 """Tokens; a float is a share of the sequence's tokens at the end of its prompt."""
-BLOCK = 256
-"""Queries whose attention is held at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +31,8 @@ class HeadsView:
     length, prompt_length : int
         The sequence's tokens so far, evicted ones too, and those at the end of its prompt.
     keys, values : Tensor
-        ``[held, heads, head_dim]``, as they are stored: keys turned to their positions.
+        ``[held, heads, head_dim]``, as they are stored, for reading alone: keys turned to their positions. Those of
+        eight bits are given as float32, scales applied.
     positions, tokens : Tensor
         int64 ``[heads, held]``: each place's position, and the id of its token.
     queries : Tensor
@@ -68,20 +68,25 @@ class HeadsView:
     def maps(self, first: int = 0, stop: int | None = None) -> torch.Tensor:
         """Attention of queries `first` to `stop` to all places, float32 ``[heads, group, queries, held]``: each row
         adds up to 1, and is 0 where the query does not see the place."""
-        queries = self.queries[first:stop].float()
-        scores = torch.einsum("qhgd,thd->hgqt", queries, self.keys.float()) * self.scale
-        seen = self.held - len(self.queries) + 1 + first + torch.arange(len(queries), device=scores.device)
-        places = torch.arange(self.held, device=scores.device)
-        return scores.masked_fill(places >= seen[:, None], float("-inf")).softmax(-1)
+        return maps(self.queries, self.keys, self.scale, first, stop)
+
+    def attended(self, local: int | None = None) -> torch.Tensor:
+        """float32 ``[heads, held]``: the attention that each token had from the queries seen, added up over these and
+        the query heads that share the KV head. With `local`, that of queries less than so many positions behind it."""
+        first = self.length - len(self.queries)
+        return attended(
+            self.queries, self.keys, self.scale, positions=self.positions, first_position=first, local=local
+        )
 
     @cached_property
+    def seen_mass(self) -> torch.Tensor:
+        """`attended` of all positions."""
+        return self.attended()
+
+    @property
     def mass(self) -> torch.Tensor:
-        """float32 ``[heads, held]``: the attention that each token has had, added up over the queries seen and the
-        query heads that share the KV head."""
-        total = self.carried.clone()
-        for first in range(0, len(self.queries), BLOCK):
-            total += self.maps(first, first + BLOCK).sum(dim=(1, 2))
-        return total
+        """float32 ``[heads, held]``: the attention that each token has had, from queries before these, too."""
+        return self.carried + self.seen_mass
 
 
 class CompressionPolicy(ABC):

@@ -47,7 +47,9 @@ class ReuseCosts:
     copy_launch_us : float
         Of one copy, however short. Not measured.
     table_step_us : float
-        What one more segment costs in one decode step, over all layers. Not measured; an engine gives its own estimate.
+        What one more segment costs in one decode step, over all layers; an engine gives what it measured.
+    table_is_measured : bool
+        Whether that was measured on this device at the start.
     prefill_tokens_per_s : float
         Tokens computed anew in a second (Llama-3-8B).
     reuse_chance : float
@@ -65,9 +67,10 @@ class ReuseCosts:
     table_step_us: float = 0.05
     prefill_tokens_per_s: float = 42_000.0
     reuse_chance: float = 0.25
+    table_is_measured: bool = False
 
     def __post_init__(self) -> None:
-        for each in fields(self):
+        for each in fields(self)[:-1]:
             value = getattr(self, each.name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ConfigError(f"{each.name} is {value!r}; it must be a number from 0 on")
@@ -173,15 +176,17 @@ def choose(hit: Hit, costs: ReuseCosts, ways: Collection[Way] = frozenset(Way)) 
     order = [Way.ADOPT, Way.TABLE, Way.ALIAS, Way.COPY, Way.NONE]
     ranked = sorted(found, key=lambda way: (found[way], order.index(way)))
     way = ranked[0]
-    return Decision(way, _reason(hit, way, found, ranked), found)
+    return Decision(way, _reason(hit, way, found, ranked, costs), found)
 
 
-def _reason(hit: Hit, way: Way, found: Mapping[Way, float], ranked: Sequence[Way]) -> str:
+def _reason(hit: Hit, way: Way, found: Mapping[Way, float], ranked: Sequence[Way], costs: ReuseCosts) -> str:
     what = {
         Way.ADOPT: f"nobody else needs the slot, and {hit.lost_tokens} tokens behind the prefix are lost",
-        Way.ALIAS: f"{hit.alias_handles} whole extents hold {hit.alias_tokens} of {hit.tokens} tokens",
+        Way.ALIAS: f"{hit.alias_handles} whole extents hold {hit.alias_tokens} of {hit.tokens} tokens, "
+        f"{costs.alias_handle_us:.1f} us each",
         Way.COPY: f"{hit.tokens * hit.token_bytes:,} bytes are copied",
-        Way.TABLE: f"{hit.segments} segments are read for {hit.expected_tokens} steps",
+        Way.TABLE: f"{hit.segments} segments are read for {hit.expected_tokens} steps, {costs.table_step_us:.2f} us "
+        f"each ({'measured at the start' if costs.table_is_measured else 'not measured'})",
         Way.NONE: f"{hit.tokens} tokens are computed sooner than they are fetched",
     }[way]
     others = ", ".join(f"{each.value} {found[each]:.0f}" for each in ranked[1:])

@@ -37,6 +37,8 @@ from trtllm_vattn.vmm.tensors import inference
 class RankedDecode(DecodeBatch):
     """Lanes of which rank 0's tokens are everybody's."""
 
+    captures_alone: ClassVar[bool] = False
+
     def capture(self) -> CaptureReport:
         here = current_group()
         # One after another, for the first one stores what it measured, by which the others then choose alike.
@@ -89,11 +91,9 @@ class LeadingDecode(RankedDecode):
         self.note("clear_lane", slot)
         super().clear_lane(slot)
 
-    def feed(self, slot: int, forced: Sequence[int], prompt_len: int) -> None:
-        at = int(self.lengths[self.lane_of[slot]]) - prompt_len - 1
-        # Of all the forced tokens the next one is enough, at the place where it is looked for.
-        self.note("feed", slot, [forced[at]] if 0 <= at < len(forced) else [], prompt_len + max(at, 0))
-        super().feed(slot, forced, prompt_len)
+    def feed_token(self, slot: int, token: int) -> None:
+        self.note("feed_token", slot, token)
+        super().feed_token(slot, token)
 
     def resend(self) -> None:
         self.note("resend")
@@ -276,7 +276,7 @@ class FollowingEngine(Engine):
         self._calls: dict[str, Callable[..., object]] = {
             "set_lane": self.decode.set_lane,
             "clear_lane": self.decode.clear_lane,
-            "feed": self._feed,
+            "feed_token": self.decode.feed_token,
             "resend": self.decode.resend,
             "clear": self.decode.clear,
             "decode": self._decode,
@@ -318,10 +318,6 @@ class FollowingEngine(Engine):
     def _report(self) -> Report:
         self._reported = self.cache.report()
         return self._reported
-
-    def _feed(self, slot: int, forced: Sequence[int], prompt_len: int) -> None:
-        if forced:
-            self.decode.feed(slot, forced, prompt_len)
 
     def _decode(self, steps: int, variant: str) -> None:
         self.decode.follow(steps, variant)

@@ -36,8 +36,11 @@ END_S = 30.0
 
 
 def size_of_torchrun() -> int:
-    """How many ranks torchrun has started, of which this process is one; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    """How many ranks torchrun, or whatever else sets its variables, has started, of which this process is one; 1
+    without it."""
+    if not all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
+        return 1
+    return int(os.environ["WORLD_SIZE"])
 
 
 def device_of(rank: int, size: int, device: str) -> torch.device:
@@ -111,8 +114,11 @@ class Ranks:
         if started != size:
             raise ConfigError(f"tensor_parallel is {size}, and torchrun started {started} ranks; make them equal")
         rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-        own = device_of(local, int(os.environ["LOCAL_WORLD_SIZE"]), device)
-        store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        own = device_of(local, int(os.environ.get("LOCAL_WORLD_SIZE", size)), device)
+        try:
+            store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise ConfigError(f"RANK is set, and ranks cannot meet: {error}; start them by torchrun") from error
         if rank:
             store.wait([ADDRESS])
             host, port, sent = store.get(ADDRESS).decode().split()

@@ -98,6 +98,8 @@ class PyExecutor:
     computed in chunks where `chunk` says of how many tokens."""
 
     chunk: int | None = None
+    dist: Any = None
+    """Has `allgather`, where there are several ranks."""
 
     def __init__(self, manager: Any, max_batch_size: int, warm_up_tokens: int = 1) -> None:
         self.manager, self.max_batch_size = manager, max_batch_size

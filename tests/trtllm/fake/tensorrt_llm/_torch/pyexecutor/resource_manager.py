@@ -41,6 +41,7 @@ class KvCacheConfig:
 class Mapping:
     world_size: int = 1
     cp_size: int = 1
+    pp_size: int = 1
     enable_attention_dp: bool = False
 
 

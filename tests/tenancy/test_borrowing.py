@@ -1,0 +1,187 @@
+"""Engines whose keys and values are a broker's: the same tokens, while memory goes from one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tenancy.lending import lending
+
+from trtllm_vattn.errors import ConfigError, SequenceTooLong
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.speculation import Speculation
+from trtllm_vattn.tenancy import protocol as say
+from trtllm_vattn.tenancy.broker import Broker
+from trtllm_vattn.tenancy.config import TenantConfig
+from trtllm_vattn.tenancy.tenant import Client
+
+MEMORY = 640 << 10
+"""Bytes: 640 tokens of the model."""
+PROMPTS = [list(range(1, 60)), list(range(3, 120)), [5, 6, 7], list(range(100, 230))]
+PARAMS = SamplingParams(max_tokens=10, ignore_eos=True)
+SIZES: dict[str, Any] = {"device": "cpu", "max_seqs": 4, "max_seq_len": 256, "capture": False, "compile": False}
+
+
+@pytest.fixture(scope="module")
+def lent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    with lending(tmp_path_factory.mktemp("broker") / "socket", MEMORY, deadline_s=30.0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pair(lent: Broker) -> Iterator[tuple[Engine, Engine]]:
+    """Two engines that are each promised a little less than half."""
+    with engine(lent, "one", floor=MEMORY // 2 - 8192) as one, engine(lent, "two", floor=MEMORY // 2 - 8192) as two:
+        yield one, two
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[list[int]]:
+    """The tokens of an engine without a broker."""
+    with Engine.from_pretrained("tiny-llama", **SIZES) as made:
+        return [completion.tokens for completion in made.generate(PROMPTS, PARAMS)]
+
+
+def engine(broker: Broker, name: str, budget: int | None = None, **options: Any) -> Engine:
+    config = TenantConfig(str(broker.path), name, **options)
+    return Engine.from_pretrained("tiny-llama", broker=config, budget=budget, **SIZES)
+
+
+def standing(broker: Broker) -> dict[str, say.TenantStatus]:
+    with Client(broker.path) as client:
+        return {tenant.name: tenant for tenant in client.standing().tenants}
+
+
+def tokens(made: Engine, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+    return [completion.tokens for completion in made.generate(prompts, PARAMS)]
+
+
+def serve_together(engines: tuple[Engine, ...], prompts: list[list[int]]) -> list[list[list[int | None]]]:
+    """Step engines in turns until all are done; the tokens of each, by prompt."""
+    found: list[dict[int, list[int | None]]] = []
+    for made in engines:
+        numbers = [made.submit(prompt, PARAMS) for prompt in prompts]
+        found.append({number: [] for number in numbers})
+    while any(made.busy for made in engines):
+        for made, into in zip(engines, found, strict=True):
+            for event in made.step() if made.busy else ():
+                assert event.error is None, event.error
+                into[event.request].append(event.token)
+    return [list(each.values()) for each in found]
+
+
+def test_one_engines_burst_borrows_what_the_other_leaves_idle(
+    pair: tuple[Engine, Engine], lent: Broker, alone: list[list[int]]
+) -> None:
+    one, two = pair
+    for first, second in ((one, two), (two, one)):
+        # The second does not step: what its last requests left is taken from it all the same.
+        assert tokens(first) == alone
+        names = ("one", "two") if first is one else ("two", "one")
+        seen = standing(lent)
+        assert seen[names[0]].lent > MEMORY // 2
+        assert sum(each.lent for each in seen.values()) <= MEMORY
+        assert second.cache.held_bytes == seen[names[1]].lent
+        for each in pair:
+            each.cache.check_integrity()
+
+
+def test_both_serve_and_who_runs_gives_way_to_a_floor(
+    pair: tuple[Engine, Engine], lent: Broker, alone: list[list[int]]
+) -> None:
+    one, two = pair
+    numbers = [one.submit(prompt, PARAMS) for prompt in PROMPTS]
+    found: dict[int, list[int | None]] = {number: [] for number in numbers}
+    while min(map(len, found.values())) < 3:
+        for event in one.step():
+            found[event.request].append(event.token)
+    held = one.cache.held_bytes
+    assert held > MEMORY // 2
+    waiting = [two.submit(prompt, PARAMS) for prompt in PROMPTS]
+    other: dict[int, list[int | None]] = {number: [] for number in waiting}
+    least = held
+    while one.busy or two.busy:
+        for made, into in ((two, other), (one, found)):
+            for event in made.step() if made.busy else ():
+                assert event.error is None, event.error
+                into[event.request].append(event.token)
+        least = min(least, one.cache.held_bytes) if one.busy else least
+    assert least <= MEMORY // 2 + 8192, "what the other was promised was given back while sequences ran"
+    assert list(found.values()) == alone
+    assert list(other.values()) == alone
+    assert all(each.state == "serving" for each in standing(lent).values())
+
+
+def test_a_request_that_does_not_fit_now_waits_for_memory(pair: tuple[Engine, Engine], alone: list[list[int]]) -> None:
+    one, two = pair
+    # Nearly all there is, held by nobody who runs: neither submit nor the scheduler fails for the budget of the moment.
+    assert tokens(two) == alone
+    long = list(range(1, 231))
+    assert one.cache.longest_alone == 256
+    found = serve_together((one, two), [long, long[::-1]])
+    assert found[0] == found[1]
+
+
+def test_the_smaller_of_two_budgets_counts(lent: Broker, pair: tuple[Engine, Engine]) -> None:
+    one, _ = pair
+    one.set_budget(200 << 10)
+    tokens(one, PROMPTS[:2])
+    assert one.cache.held_bytes <= one.cache.budget_bytes <= 200 << 10
+    with pytest.raises(SequenceTooLong, match="the budget has"):
+        one.submit(list(range(1, 231)), PARAMS)
+    one.set_budget(1 << 30)
+    tokens(one)
+    assert standing(lent)["one"].lent > 200 << 10
+
+
+def test_who_sleeps_holds_nothing_and_wakes_with_others_memory(
+    lent: Broker, pair: tuple[Engine, Engine], alone: list[list[int]]
+) -> None:
+    one, two = pair
+    one.sleep(kv="drop")
+    assert standing(lent)["one"].lent == 0
+    assert standing(lent)["one"].state == "asleep"
+    assert tokens(two) == alone
+    one.wake()
+    assert tokens(one) == alone
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"broker": 3}, "broker is a int"),
+        ({"broker": "/no/broker"}, "no broker answers at /no/broker"),
+        ({"broker": "x", "cache": "contiguous"}, "has its memory for life; a broker lends to vattn and blocks"),
+        ({"broker": "x", "tensor_parallel": 2}, "memory of one device to one process"),
+        ({"broker": "x", "speculation": "draft"}, "a draft model's cache has memory of its own beside the broker"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_at_the_door(options: dict[str, Any], message: str) -> None:
+    if options.get("speculation"):
+        options = {
+            **options,
+            "speculation": Speculation("draft_model", model=load_model("tiny-llama", "cpu", torch.float32)),
+        }
+    with pytest.raises(ConfigError, match=message):
+        Engine.from_pretrained("tiny-llama", **{**SIZES, **options})
+
+
+def test_a_floor_that_cannot_be_promised_is_refused_and_nothing_is_left(lent: Broker) -> None:
+    before = standing(lent)
+    with pytest.raises(ConfigError, match="are promised to others: lower a floor, or give the broker more memory"):
+        engine(lent, "three", floor=MEMORY)
+    assert standing(lent).keys() == before.keys()
+
+
+def test_engines_of_a_broker_that_ended_go_on_with_what_they_hold(tmp_path: Path, alone: list[list[int]]) -> None:
+    with lending(tmp_path / "broker", MEMORY) as broker:
+        made = engine(broker, "one")
+        assert tokens(made) == alone
+    assert not made.cache.waits_for_memory
+    assert tokens(made) == alone
+    made.close()

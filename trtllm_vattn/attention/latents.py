@@ -1,0 +1,311 @@
+"""Attention over latents (MLA), one row a token, by own Triton kernels (latents_kernel.py) on a GPU, by torch on the
+host. Decode, mixed passes and prompts go through the same kernel, which reads all on the device."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+
+from trtllm_vattn.attention.base import MOST_QUERIES, PackedPrefill, PrefillChunk
+from trtllm_vattn.attention.gather import GatheringAttention
+from trtllm_vattn.attention.prompts import descriptors_of
+from trtllm_vattn.attention.reference import TorchAttention
+from trtllm_vattn.cache.base import FlatKV, KVCache
+from trtllm_vattn.errors import ConfigError
+
+DTYPES = (torch.bfloat16, torch.float16)
+LONGEST_ROW = 1023
+"""Numbers of a row; the largest power of two in it is a tile's width."""
+TILE = 32
+"""Rows of latents that a program holds at once."""
+MOST_PIECES = 16
+"""Into which a sequence's tokens are divided, where lanes alone do not fill the GPU."""
+MOST_ROWS = 64
+"""Rows of queries, one of each head, in a block."""
+PROGRAMS_EACH = 4
+"""Programs of a divided launch for each multiprocessor, at most."""
+RESERVE = 8 << 10
+"""Bytes of shared memory that a program needs besides queries and two tiles."""
+LOG2_E = 1.4426950408889634
+
+
+def availability() -> str:
+    """``yes`` if the kernels run on this machine, else the reason."""
+    if not torch.cuda.is_available():
+        return "no GPU; over a cache on the host a reference in torch takes its place"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the kernels need compute capability 8.0, this GPU is older"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; it comes with torch for CUDA"
+    return "yes"
+
+
+def serves(cache: KVCache) -> bool:
+    """Whether the kernels run over this cache on this machine."""
+    shape = cache.shape
+    if cache.device.type != "cuda" or availability() != "yes" or shape.kv_factor != 1 or shape.dtype not in DTYPES:
+        return False
+    shared: int = torch.cuda.get_device_properties(cache.device).shared_memory_per_multiprocessor
+    fits = (MOST_ROWS + 2 * TILE) * sum(parts_of(max(16, shape.head_dim))) * 2 <= shared - RESERVE
+    return fits and 16 <= shape.head_dim <= LONGEST_ROW
+
+
+class LatentAttention(GatheringAttention):
+    """Attention over a cache of latents; all launches must be on one stream.
+
+    Raises
+    ------
+    ConfigError
+        The cache keeps keys and values, or the kernels do not run over it on this machine.
+    """
+
+    name: ClassVar[str] = "latents"
+    most_queries = MOST_QUERIES
+    captures_prompts: ClassVar[bool] = True
+
+    def __init__(self, cache: KVCache, num_heads: int, scale: float | None = None) -> None:
+        shape = cache.shape
+        if shape.kv_factor != 1 or not isinstance(cache.head_groups(0)[0], FlatKV):
+            raise ConfigError(
+                "the latents backend attends over one latent a token in flat rows (kv_factor 1), and this cache keeps "
+                "others; use attention='auto'"
+            )
+        if cache.device.type == "cuda" and not serves(cache):
+            raise ConfigError(
+                f"the latents backend takes rows of 16 to {LONGEST_ROW} numbers of bfloat16 or float16, not "
+                f"{shape.head_dim} of {shape.dtype}, on a GPU where it works ({availability()}); use the torch backend"
+            )
+        super().__init__(cache, num_heads, scale)
+        self._on_gpu = cache.device.type == "cuda"
+        self._reference = TorchAttention(cache, num_heads, scale)
+        """On the host it takes the kernels' place."""
+        if self._on_gpu:
+            self._multiprocessors: int = torch.cuda.get_device_properties(cache.device).multi_processor_count
+            self._workspace = LatentWorkspace(cache.device, self._multiprocessors, shape.head_dim)
+
+    def begin_step(self) -> None:
+        super().begin_step()
+        self._reference.begin_step()
+
+    def storages(self) -> list[torch.Tensor]:
+        parts = self._workspace.storages() if self._on_gpu else []
+        return [*super().storages(), *self._reference.storages(), *parts]
+
+    def decode(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        lengths: torch.Tensor,
+        slots: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        result = self.decode_queries(layer, q[:, None], None, lengths, slots, None if out is None else out[:, None])
+        return result[:, 0] if out is None else out
+
+    def decode_queries(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        query_lens: torch.Tensor | None,
+        lengths: torch.Tensor,
+        slots: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if not self._on_gpu:
+            return self._reference.decode_queries(layer, q, query_lens, lengths, slots, out)
+        lanes, queries = q.shape[:2]
+        if q.dtype != self.cache.shape.dtype or not 1 <= queries <= MOST_QUERIES:
+            raise ConfigError(
+                f"{queries} queries a lane of {q.dtype}; give 1 to {MOST_QUERIES} of {self.cache.shape.dtype}, the "
+                "cache's dtype"
+            )
+        q = q.contiguous()
+        out = torch.empty_like(q) if out is None else out
+        launch_lanes(
+            q,
+            self._rows(layer),
+            out,
+            lengths.contiguous(),
+            None if query_lens is None else query_lens.contiguous(),
+            None if slots is None else slots.contiguous(),
+            scale=self.scale,
+            pieces=pieces_for(lanes * blocks_of(queries * self.num_heads)[1], self._multiprocessors),
+            workspace=self._workspace,
+        )
+        return out
+
+    def prefill(self, layer: int, q: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
+        if not self._on_gpu:
+            return self._reference.prefill(layer, q, chunk)
+        return self.prefill_packed(layer, q, self._once_a_step(partial(PackedPrefill, [chunk]), chunk))
+
+    def prefill_packed(self, layer: int, q: torch.Tensor, packed: PackedPrefill) -> torch.Tensor:
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        self._attend_prompts(layer, q.contiguous(), out, packed, 0)
+        return out
+
+    def attend_mixed(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        decode_lengths: torch.Tensor,
+        decode_slots: torch.Tensor,
+        packed: PackedPrefill,
+    ) -> torch.Tensor:
+        q = q.contiguous()
+        out, lanes = torch.zeros_like(q), len(decode_lengths)
+        if lanes:
+            self.decode_mixed(layer, q[:lanes], decode_lengths, decode_slots, out[:lanes])
+        self._attend_prompts(layer, q, out, packed, lanes)
+        return out
+
+    def decode_mixed(
+        self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        if self._on_gpu:
+            self.decode(layer, q, lengths, slots, out)
+        else:
+            self._reference.decode_mixed(layer, q, lengths, slots, out)
+
+    def _attend_prompts(
+        self, layer: int, q: torch.Tensor, out: torch.Tensor, packed: PackedPrefill, decode_rows: int
+    ) -> None:
+        make = partial(descriptors_of, packed, decode_rows, self.cache.device)
+        descriptors = self._once_a_step(make, packed)
+        if not self._on_gpu:
+            extent = max(chunk.max_length for chunk in packed.chunks) if packed.chunks else None
+            self._reference.attend_chunks(layer, q, out, descriptors, extent)
+            return
+        launch_chunks(q, self._rows(layer), out, descriptors.contiguous(), scale=self.scale)
+
+    def _rows(self, layer: int) -> torch.Tensor:
+        kv = self.cache.layer(layer)
+        assert isinstance(kv, FlatKV)
+        return kv.k
+
+
+class LatentWorkspace:
+    """Memory for partial results, for launches of any lanes on one stream."""
+
+    def __init__(self, device: torch.device, multiprocessors: int, row: int) -> None:
+        rows = PROGRAMS_EACH * multiprocessors * MOST_ROWS
+        self.tops, self.totals = torch.empty(2, rows, dtype=torch.float32, device=device)
+        self.outs = torch.empty(rows, sum(parts_of(row)), dtype=torch.float32, device=device)
+
+    def storages(self) -> list[torch.Tensor]:
+        """All tensors."""
+        return [self.tops, self.totals, self.outs]
+
+
+def parts_of(row: int) -> tuple[int, int]:
+    """The two parts in which a row of so many numbers is read; the second is padded."""
+    first = 1 << (row.bit_length() - 1)
+    return first, max(16, 1 << (row - first - 1).bit_length()) if row > first else 16
+
+
+def blocks_of(rows: int) -> tuple[int, int]:
+    """Rows of a block, and blocks, for so many rows of a lane or chunk."""
+    size = 16 if rows <= 16 else 32 if rows <= 32 else MOST_ROWS
+    return size, -(-rows // size)
+
+
+def pieces_for(units: int, multiprocessors: int) -> int:
+    """Pieces of each sequence, a power of two: two programs a multiprocessor or more, and less than twice as many."""
+    pieces = 1
+    while pieces < MOST_PIECES and 2 * units * pieces < PROGRAMS_EACH * multiprocessors:
+        pieces *= 2
+    return pieces
+
+
+def launch_lanes(
+    q: torch.Tensor,
+    latents: torch.Tensor,
+    out: torch.Tensor,
+    lengths: torch.Tensor,
+    query_lens: torch.Tensor | None,
+    slots: torch.Tensor | None,
+    *,
+    scale: float,
+    pieces: int,
+    workspace: LatentWorkspace,
+) -> None:
+    """Launch for lanes: q, out ``[lanes, queries, heads, row]``, contiguous; latents ``[slots, tokens, 1, row]``; the
+    rest as in `Attention.decode_queries`. There is room for partial results of `pieces_for` many pieces."""
+    from trtllm_vattn.attention.latents_kernel import combine_pieces
+
+    lanes, queries, heads, dim = q.shape
+    size, blocks = blocks_of(queries * heads)
+    sizes = _sizes(heads, dim, size, blocks, queries, query_lens is not None, slots is not None)
+    given = {
+        "descriptors": lengths,
+        "lengths": lengths,
+        "query_lens": lengths if query_lens is None else query_lens,
+        "slots": lengths if slots is None else slots,
+        "part_tops": workspace.tops,
+        "part_totals": workspace.totals,
+        "part_outs": workspace.outs,
+    }
+    _launch(q, latents, out, given, scale, lanes * blocks, pieces, sizes)
+    if pieces > 1:
+        combine_pieces[(lanes * blocks, size)](out, **given, PIECES=pieces, **sizes)
+
+
+def launch_chunks(
+    q: torch.Tensor, latents: torch.Tensor, out: torch.Tensor, descriptors: torch.Tensor, *, scale: float
+) -> None:
+    """Launch for chunks, descriptors int32 ``[chunks, 4]``: q, out ``[rows, heads, row]``, contiguous. Rows of no chunk
+    stay as they are."""
+    rows, heads, dim = q.shape
+    size, blocks = blocks_of(rows * heads)
+    sizes = _sizes(heads, dim, size, blocks, 0, False, False)
+    names = ("descriptors", "lengths", "query_lens", "slots", "part_tops", "part_totals", "part_outs")
+    _launch(q, latents, out, dict.fromkeys(names, descriptors), scale, len(descriptors) * blocks, 1, sizes)
+
+
+def _sizes(
+    heads: int, dim: int, rows: int, blocks: int, queries: int, has_query_lens: bool, has_slots: bool
+) -> dict[str, Any]:
+    first, rest = parts_of(dim)
+    return {
+        "HEADS": heads,
+        "QUERIES": queries,
+        "HAS_QUERY_LENS": has_query_lens,
+        "HAS_SLOTS": has_slots,
+        "DIM": dim,
+        "FIRST": first,
+        "REST": rest,
+        "ROWS": rows,
+        "BLOCKS": blocks,
+    }
+
+
+def _launch(
+    q: torch.Tensor,
+    latents: torch.Tensor,
+    out: torch.Tensor,
+    given: dict[str, torch.Tensor],
+    scale: float,
+    units: int,
+    pieces: int,
+    sizes: dict[str, Any],
+) -> None:
+    from trtllm_vattn.attention.latents_kernel import attend_latents
+
+    of_slot, of_token = latents.stride()[:2]
+    attend_latents[(pieces, units)](
+        q,
+        latents=latents.data_ptr(),
+        out=out,
+        **given,
+        of_slot=of_slot,
+        of_token=of_token,
+        scale=scale * LOG2_E,
+        **sizes,
+        TILE=TILE,
+        PIECES=pieces,
+        STAGES=2,
+        num_warps=8 if sizes["ROWS"] > 16 else 4,
+    )

@@ -1,0 +1,140 @@
+"""`bench observe`: what metrics, an event trace and `top` add to a step, beside an engine that nobody watches."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from trtllm_vattn.arguments import amount, positive
+from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_steady
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.observe.metrics import start_metrics_server
+from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.table import tabulate
+from trtllm_vattn.trace import Trace, read_trace
+from trtllm_vattn.vmm.open import open_driver
+from trtllm_vattn.vmm.wrappers import TracingDriver
+
+UNTIMED = 2
+"""Steps at the start of a turn: caches of the processor are another engine's."""
+WATCH = "from trtllm_vattn.cli.main import main; raise SystemExit(main())"
+COLUMNS: dict[str, str | Callable[[Any], str]] = {
+    "round": "round",
+    "without ms": "without_ms:,.3f",
+    "with ms": "with_ms:,.3f",
+    "with / without": "ratio:,.4f",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench observe`."""
+    gpu, add = add_common(parser), parser.add_argument
+    add_attention(parser)
+    add("--max-seqs", type=positive, default=64 if gpu else 4, metavar="SEQUENCES", help="that decode all the time")
+    add_steady(parser, "engine", 1024 if gpu else 32, 8 if gpu else 3, 300 if gpu else 40)
+    add("--interval-s", type=amount, default=1.0, metavar="SECONDS", help="between frames of top")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark."""
+    if args.steps <= UNTIMED:
+        raise ConfigError(f"--steps is {args.steps}, of which the first {UNTIMED} of a turn are not timed; give more")
+    model, rounds = model_of(args), []
+    longest = args.context + (args.rounds + 1) * args.steps + 64
+    shape = shape_of(model, args.max_seqs, longest)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
+        trace = opened.enter_context(Trace(Path(folder, "trace.json")))
+        drivers = {"without": open_driver(args.device), "with": TracingDriver(open_driver(args.device), trace)}
+        engines = {}
+        for name, driver in drivers.items():
+            cache = make_cache("vattn", shape, args.device, driver=driver)
+            given = trace if name == "with" else None
+            engines[name] = opened.enter_context(Engine(model, cache, attention=args.attention, trace=given))
+            _begin(engines[name], args, vocab_of(model), longest)
+        server = opened.enter_context(start_metrics_server(engines["with"]))
+        watcher = opened.enter_context(_watching(server.port, args.interval_s))
+        for turn in range(args.rounds + 1):
+            # Who goes first alternates, so that a machine that becomes slower or faster favours nobody.
+            order = ("without", "with") if turn % 2 else ("with", "without")
+            taken = {}
+            for name in order:
+                os.kill(watcher.pid, signal.SIGCONT if name == "with" else signal.SIGSTOP)
+                taken[name] = _turn(engines[name], args.steps)
+            # The first turn warms up.
+            if turn:
+                rounds.append(_row(turn - 1, taken))
+        trace.close()
+        noted = len(read_trace(trace.path))
+        wrong = [each for each in (trace.error,) if each is not None]
+        dropped = trace.dropped
+    ratios = [row["ratio"] for row in rounds]
+    summary = {
+        "metrics_trace_top_over_without": median(ratios),
+        "lowest_round": min(ratios),
+        "highest_round": max(ratios),
+        "p50_over_without": median(row["p50_ratio"] for row in rounds),
+        "without_step_ms": median(row["without_ms"] for row in rounds),
+        "events": noted,
+        "events_dropped": dropped,
+    }
+    return conclude("observe", args, {"rounds": rounds}, summary, tabulate(rounds, COLUMNS), wrong=wrong)
+
+
+def _begin(engine: Engine, args: argparse.Namespace, vocab: int, longest: int) -> None:
+    """Requests that decode until the end of the benchmark."""
+    random = np.random.default_rng(args.seed)
+    for _ in range(args.max_seqs):
+        prompt = random.integers(0, vocab, args.context).tolist()
+        engine.submit(prompt, SamplingParams(longest - args.context, ignore_eos=True))
+    while engine.prefilling:
+        engine.step()
+
+
+def _turn(engine: Engine, steps: int) -> list[float]:
+    times = []
+    for _ in range(steps):
+        started = perf_counter()
+        engine.step()
+        times.append(1e3 * (perf_counter() - started))
+    return times[UNTIMED:]
+
+
+def _row(turn: int, taken: dict[str, list[float]]) -> dict[str, Any]:
+    """Means: a scrape falls into few steps, and its cost shall count."""
+    found = {name: mean(times) for name, times in taken.items()}
+    return {
+        "round": turn,
+        "without_ms": found["without"],
+        "with_ms": found["with"],
+        "ratio": found["with"] / found["without"],
+        "p50_ratio": median(taken["with"]) / median(taken["without"]),
+    }
+
+
+@contextmanager
+def _watching(port: int, interval_s: float) -> Iterator[subprocess.Popen[bytes]]:
+    """`top` in a process of its own."""
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-c", WATCH, "top", url, "--interval-s", str(interval_s)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()

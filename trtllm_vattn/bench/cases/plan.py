@@ -1,0 +1,449 @@
+"""`bench plan`: how far are the planner's predictions from what is measured, on traces it was not fitted to, and how
+good is its choice?
+
+*memory*: waste and capacity, by the cache's own code over a driver without memory, in virtual time; on any machine, for
+Llama-3-8B. *step*: decode steps of an engine whose sequences have the trace's lengths. *burst*: time between two tokens
+of running sequences, p99, while the trace's densest arrivals come at once. *choice*: what is planned beside every other
+layout and lookahead, each by its capacity in virtual time and, on a GPU, its measured attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from trtllm_vattn.arguments import chosen, numbers, positive, size
+from trtllm_vattn.attention.select import make_attention
+from trtllm_vattn.bench.cases.attention import fill as fill_lengths
+from trtllm_vattn.bench.cases.calibrate import batches, cancel_all, layer_us, probe_engine
+from trtllm_vattn.bench.cases.fragmentation import MAPPING_S, ModelledTiming, make, simulate
+from trtllm_vattn.bench.cases.serve import densest
+from trtllm_vattn.bench.harness.case import model_of, vocab_of
+from trtllm_vattn.bench.harness.contenders import decode_steps
+from trtllm_vattn.bench.harness.flags import (
+    BUDGET,
+    MAX_OUTPUT,
+    REQUESTS,
+    add_attention,
+    add_common,
+    add_trace,
+    dtype_of,
+)
+from trtllm_vattn.bench.harness.recording import Recording
+from trtllm_vattn.bench.harness.timing import summarise
+from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
+from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.cache.calibrated import card_of
+from trtllm_vattn.cache.config import CacheConfig
+from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.memory.layout import default_layers_per_range
+from trtllm_vattn.planner import CostModel, Layout, Lengths, Load, ModelShape, Objective, plan
+from trtllm_vattn.planner.calibration import find, named
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.models import planned_shape
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.table import tabulate
+
+PARTS = ("memory", "step", "burst", "choice")
+PLANNED = "llama-3-8b"
+"""Whose memory is planned, on any machine."""
+MEMORY_LAYERS = (8, 16, 32)
+CHOICE_LOOKAHEADS = (None, 0, 64)
+MAX_SEQ_LEN, MAX_SEQS = 16384, 256
+
+Mixes = dict[str, list[Request]]
+
+MEMORY: dict[str, str | Callable[[Any], str]] = {
+    "trace": "trace",
+    "layers a row": "layers_per_range",
+    "waste": "waste:.2%",
+    "planned": "planned_waste:.2%",
+    "sequences at once": "capacity:.2f",
+    "planned ": "planned_capacity:.2f",
+}
+STEPS: dict[str, str | Callable[[Any], str]] = {
+    "trace": "trace",
+    "sequences": "sequences",
+    "tokens": "kv_tokens:,.0f",
+    "step p50 ms": "step_ms.p50:.3f",
+    "planned": "planned_ms:.3f",
+}
+BURSTS: dict[str, str | Callable[[Any], str]] = {
+    "trace": "trace",
+    "running": "running",
+    "prompts": "prompts",
+    "ITL p99 ms": "itl_ms.p99:.2f",
+    "planned": "planned_ms:.2f",
+}
+CHOICES: dict[str, str | Callable[[Any], str]] = {
+    "trace": "trace",
+    "layers a row": "layers_per_range",
+    "lookahead": lambda row: "auto" if row["lookahead"] is None else str(row["lookahead"]),
+    "sequences": "sequences:.1f",
+    "step ms": "step_ms:.3f",
+    "tokens/s": "tokens_per_s:,.0f",
+    "planned": "planned",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench plan`."""
+    on_gpu, add = add_common(parser), parser.add_argument
+    add_attention(parser)
+    add_trace(
+        parser,
+        action="append",
+        default=[],
+        help="requests, as for serve; may be given again (default: a generated one)",
+    )
+    text = f"of {', '.join(PARTS)}"
+    usual = "step,burst,choice" if on_gpu else "memory,choice"
+    add("--parts", type=lambda text: chosen(text, "part", PARTS), default=usual, metavar="NAME", help=text)
+    text = "a file of `trtllm-vattn calibrate`, or a card's name (default: this machine's, else the H200's)"
+    add("--calibration", metavar="FILE", help=text)
+    text = f"{REQUESTS}; one number for all traces, or one for each"
+    add("--requests", type=numbers, default="300" if on_gpu else "4000", metavar="REQUESTS,...", help=text)
+    add("--max-output", type=positive, default=512, metavar="TOKENS", help=MAX_OUTPUT)
+    add("--budget", type=size, default="16GiB", metavar="BYTES", help=f"{BUDGET}, of memory and choice")
+    text = "sequences that decode when the burst comes"
+    add("--running", type=positive, default=32 if on_gpu else 2, metavar="SEQUENCES", help=text)
+    add("--prompts", type=positive, default=48 if on_gpu else 3, metavar="PROMPTS", help="prompts of the burst")
+    add("--steps", type=positive, default=32 if on_gpu else 6, metavar="STEPS", help="decode steps that are timed")
+
+
+class Bench:
+    """One invocation: traces, the calibration, and what has been measured so far."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.recording, self.shown = args, Recording("plan", args), list[str]()
+        own = card_of(args.device)
+        found = named(args.calibration) if args.calibration else find(own)
+        self.calibration = found or named("h200")
+        self.recording.results["calibration"] = {"card": self.calibration.card, **self.calibration.about}
+        if found is None:
+            self.say(f"no calibration of {own}; the H200's is taken")
+        counts = args.requests * (max(1, len(args.trace)) if len(args.requests) == 1 else 1)
+        if args.trace and len(counts) != len(args.trace):
+            raise ConfigError(
+                f"--requests has {len(counts)} numbers for {len(args.trace)} traces; give one, or one for each"
+            )
+        self.mixes: Mixes = {
+            path.stem: load_trace(path, count) for path, count in zip(args.trace, counts, strict=False)
+        }
+        if not args.trace:
+            self.mixes["generated"] = generate_trace(counts[0], args.seed, median_prompt=1469, median_output=28)
+
+    def say(self, text: str) -> None:
+        self.recording.say(text)
+
+    def measure(
+        self, part: str, rows: Iterable[dict[str, Any]], columns: Mapping[str, str | Callable[[Any], str]]
+    ) -> None:
+        """Each row of a part as it is there, and what comes of all so far; what is shown of it in the end."""
+        for row in rows:
+            self.recording.add(part, row)
+        self.recording.sum_up(**summary(self.recording.results))
+        self.shown.append(tabulate(self.recording.results[part], columns))
+
+    def model(self, shape: ModelShape) -> CostModel:
+        return CostModel(shape, self.calibration)
+
+    def fitted(self, name: str, longest: int = MAX_SEQ_LEN) -> list[Request]:
+        return fit(self.mixes[name], longest, self.args.max_output)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark."""
+    bench = Bench(args)
+    if "memory" in args.parts:
+        bench.measure("memory", memory(bench), MEMORY)
+    attention: dict[tuple[str, int], float] = {}
+    if "choice" in args.parts and args.device != "cpu":
+        # Before the model is there: the layouts' memory is as large as it.
+        attention = measured_attention(bench)
+    if {"step", "burst"} & set(args.parts):
+        with_engine(bench)
+    if "choice" in args.parts:
+        bench.measure("choice", choices(bench, attention), CHOICES)
+    return bench.recording.conclude("\n\n".join(bench.shown))
+
+
+def lengths_of(requests: list[Request]) -> Lengths:
+    """The length distribution of requests."""
+    return Lengths.of([each.prompt_tokens for each in requests], [each.output_tokens for each in requests])
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def memory_shape() -> ModelShape:
+    """Llama-3-8B's."""
+    return planned_shape(PLANNED, torch.bfloat16)
+
+
+def memory(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Waste and capacity of the cache itself in virtual time, and as planned."""
+    shape = memory_shape()
+    model = bench.model(shape)
+    for name in bench.mixes:
+        requests = bench.fitted(name)
+        lengths = lengths_of(requests)
+        for layers in MEMORY_LAYERS:
+            bench.say(f"memory: {name}, {layers} layers a row")
+            layout = Layout(shape, 2 << 20, layers)
+            simulated = in_virtual_time(layout, requests, bench.args.budget)
+            step_s = model.step_s(layout, simulated["mean_sequences"] or 1.0, lengths.mean_tokens)
+            ahead = layout.ahead_tokens(step_s, MAPPING_S)
+            yield {
+                "trace": name,
+                "requests": len(requests),
+                "layers_per_range": layers,
+                "waste": simulated["waste_with_surplus"],
+                "planned_waste": layout.waste(lengths, ahead),
+                # Nobody waited, or not for memory: that says nothing of the capacity.
+                "capacity": simulated["mean_sequences"] if simulated["kept_waiting_by_memory"] else None,
+                "planned_capacity": layout.capacity(lengths, ahead, bench.args.budget),
+                "simulated": simulated,
+            }
+
+
+def in_virtual_time(layout: Layout, requests: list[Request], budget: int) -> dict[str, Any]:
+    """The cache itself over requests that all come at once (`fragmentation.simulate`)."""
+    shape = layout.shape
+    cache_shape = CacheShape(
+        shape.num_layers, shape.num_kv_heads, shape.head_dim, torch.bfloat16, MAX_SEQS, MAX_SEQ_LEN
+    )
+    config = CacheConfig(
+        layers_per_range=layout.layers_per_range,
+        extent_classes=layout.extent_classes,
+        lookahead=layout.lookahead,
+    )
+    timing = ModelledTiming(cache_shape.token_bytes)
+    with make(config, cache_shape, budget, timing) as cache:
+        return simulate(cache, requests, timing)
+
+
+# -- an engine ---------------------------------------------------------------------------------------------------------
+
+
+def with_engine(bench: Bench) -> None:
+    """The parts that run an engine, over one."""
+    args = bench.args
+    bench.say(f"loading {args.model} and starting an engine")
+    model = model_of(args)
+    with probe_engine(model, args) as engine:
+        shape = planned_shape(args.model, dtype_of(args.device))
+        layers = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
+        layout = Layout(shape, bench.calibration.granularity, layers)
+        if "step" in args.parts:
+            bench.measure("step", (row for name in bench.mixes for row in steps(bench, engine, layout, name)), STEPS)
+        if "burst" in args.parts:
+            bench.measure("burst", (burst(bench, engine, layout, name) for name in bench.mixes), BURSTS)
+    del engine, model
+    gc.collect()
+    if args.device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def sampled(requests: list[Request], count: int, random: np.random.Generator) -> list[int]:
+    """Lengths of decoding sequences at a moment: of requests by how long they decode, somewhere in their output."""
+    outputs = np.array([each.output_tokens for each in requests])
+    picked = random.choice(len(requests), count, p=outputs / outputs.sum())
+    return [requests[i].prompt_tokens + int(random.integers(0, outputs[i] + 1)) for i in picked]
+
+
+def join(engine: Engine, prompts: list[int], tokens: int, random: np.random.Generator) -> list[int]:
+    """Have sequences of these lengths decode; returns their numbers."""
+    vocab = vocab_of(engine.model)
+    wanted = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    joined = [engine.submit(random.integers(0, vocab, length).tolist(), wanted) for length in prompts]
+    while engine.prefilling:
+        engine.step()
+    return joined
+
+
+def steps(bench: Bench, engine: Engine, layout: Layout, name: str) -> Iterator[dict[str, Any]]:
+    """Decode steps of sequences with a trace's lengths, and as planned."""
+    args, model = bench.args, bench.model(layout.shape)
+    random = np.random.default_rng(args.seed)
+    longest = engine.cache.shape.max_seq_len
+    # Tokens that the first sequences decode while the others join.
+    room = longest // 8
+    requests = fit(bench.mixes[name], longest - room, min(args.max_output, longest // 2))
+    running = 0
+    for count in batches(args.device)[1:]:
+        join(engine, sampled(requests, count - running, random), room, random)
+        running = count
+        decode_steps(engine, 4)
+        before = float(engine.decode.lengths.sum())
+        records = decode_steps(engine, args.steps)
+        kv = (before + float(engine.decode.lengths.sum())) / 2
+        step_ms = summarise([1e3 * record.wall_s / max(1, record.steps) for record in records])
+        yield {
+            "trace": name,
+            "sequences": count,
+            "kv_tokens": kv,
+            "step_ms": step_ms,
+            "planned_ms": 1e3 * model.step_s(layout, count, kv),
+        }
+    cancel_all(engine)
+
+
+def burst(bench: Bench, engine: Engine, layout: Layout, name: str) -> dict[str, Any]:
+    """The time between two tokens of running sequences while prompts come at once, and as planned."""
+    args, model = bench.args, bench.model(layout.shape)
+    random = np.random.default_rng(args.seed + 1)
+    longest = engine.cache.shape.max_seq_len
+    room = longest // 8
+    requests = fit(bench.mixes[name], longest - room, min(args.max_output, longest // 2))
+    count = min(args.prompts, engine.cache.shape.num_slots - args.running, len(requests))
+    first = densest(requests, count)
+    prompts = [each.prompt_tokens for each in requests[first : first + count]]
+    gaps: list[float] = []
+    lengths = sampled(requests, args.running, random)
+    for _ in range(2):
+        running = set(join(engine, lengths, room, random))
+        decode_steps(engine, 8)
+        gaps += _gaps(engine, running, prompts, min(128, room), random)
+        cancel_all(engine)
+    planned = model.burst_itl_s(
+        layout, args.running, sum(lengths), engine.scheduler.chunk, np.array(prompts), join=True
+    )
+    return {
+        "trace": name,
+        "running": args.running,
+        "prompts": count,
+        "prompt_tokens": sum(prompts),
+        "itl_ms": summarise(gaps),
+        "planned_ms": 1e3 * planned,
+    }
+
+
+def _gaps(
+    engine: Engine, running: set[int], prompts: list[int], tokens: int, random: np.random.Generator
+) -> list[float]:
+    """Milliseconds between tokens of running sequences, from the submission of prompts, which decode so many tokens,
+    until the last is in."""
+    vocab = vocab_of(engine.model)
+    wanted = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    last: dict[int, float] = {}
+    gaps: list[float] = []
+    left = {engine.submit(random.integers(0, vocab, length).tolist(), wanted) for length in prompts}
+    while left:
+        events = engine.step()
+        now = perf_counter()
+        for event in events:
+            left.discard(event.request)
+            if event.request in running:
+                if event.request in last:
+                    gaps.append(1e3 * (now - last[event.request]))
+                last[event.request] = now
+    return gaps
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------
+
+
+def measured_attention(bench: Bench) -> dict[tuple[str, int], float]:
+    """Seconds of all layers' attention by trace and layers a row, over a budget full of the trace's sequences."""
+    shape, args = memory_shape(), bench.args
+    found = {}
+    for name in bench.mixes:
+        requests = bench.fitted(name)
+        count = int(Layout(shape, 2 << 20, 16).capacity(lengths_of(requests), 4.0, args.budget))
+        lengths = sampled(requests, max(1, count), np.random.default_rng(args.seed))
+        cache_shape = CacheShape(
+            shape.num_layers,
+            shape.num_kv_heads,
+            shape.head_dim,
+            dtype_of(args.device),
+            len(lengths),
+            MAX_SEQ_LEN,
+        )
+        for layers in _divisors(shape.num_layers):
+            bench.say(f"attention: {name}, {layers} layers a row")
+            budget = 2 * args.budget
+            with make_cache("vattn", cache_shape, args.device, budget, layers_per_range=layers, lookahead=0) as cache:
+                attention = make_attention(args.attention, cache, shape.num_heads)
+                fill_lengths(attention, np.array(lengths))
+                us, _ = layer_us(attention, np.array(cache.lengths))
+                # A layer's microseconds for a token, all layers: sequences at once differ a little between layouts.
+                found[name, layers] = 1e-6 * us * shape.num_layers / sum(lengths)
+            gc.collect()
+    return found
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def choices(bench: Bench, attention: dict[tuple[str, int], float]) -> Iterator[dict[str, Any]]:
+    """Every layout and lookahead by its sequences in virtual time and the step's time, and which one was planned."""
+    shape, args = memory_shape(), bench.args
+    model = bench.model(shape)
+    for name in bench.mixes:
+        requests = bench.fitted(name)
+        lengths = lengths_of(requests)
+        objective = Objective(args.budget, None, MAX_SEQS, (2048,))
+        best = plan(model, lengths, objective).best.layout
+        bench.say(f"choice: {name}, planned are {best.layers_per_range} layers a row")
+        for layers in _divisors(shape.num_layers):
+            for lookahead in dict.fromkeys((*CHOICE_LOOKAHEADS, best.lookahead)):
+                layout = Layout(shape, 2 << 20, layers, None, best.extent_classes, lookahead)
+                found = in_virtual_time(layout, requests, args.budget)
+                sequences = found["mean_sequences"]
+                if sequences is None:
+                    raise ConfigError(f"no request of {name} waits within --budget; lower it, or raise --requests")
+                kv = sequences * lengths.mean_tokens
+                parts = model.parts(replace(layout, lookahead=None), Load(sequences, kv))
+                if (name, layers) in attention:
+                    parts = replace(parts, attention=attention[name, layers] * kv)
+                calls_us = model.handle_us(layout.granularity) + bench.calibration["mapping_us"]
+                waits = 1e-6 * calls_us * found["critical_path_maps"] / found["steps"]
+                step_s = max(parts.device, parts.host, parts.beside if lookahead != 0 else 0.0) + waits
+                yield {
+                    "trace": name,
+                    "layers_per_range": layers,
+                    "lookahead": lookahead,
+                    "sequences": sequences,
+                    "step_ms": 1e3 * step_s,
+                    "tokens_per_s": sequences / step_s,
+                    "attention": "measured" if (name, layers) in attention else "by formula",
+                    "planned": (layers, lookahead) == (best.layers_per_range, best.lookahead),
+                }
+
+
+# -- the figures -------------------------------------------------------------------------------------------------------
+
+
+def summary(results: dict[str, Any]) -> dict[str, float]:
+    """The worst of each kind: part of the measured value, or points of waste; and what was planned over the best."""
+
+    def worst(part: str, error: Callable[[Any], float | None]) -> float | None:
+        found = [each for row in results.get(part, []) if (each := error(row)) is not None]
+        return max(found, default=None)
+
+    def capacity(row: Any) -> float | None:
+        return None if row["capacity"] is None else abs(row["planned_capacity"] / row["capacity"] - 1)
+
+    found = {
+        "step_p50_error": worst("step", lambda row: abs(row["planned_ms"] / row["step_ms"]["p50"] - 1)),
+        "waste_error_points": worst("memory", lambda row: 100 * abs(row["planned_waste"] - row["waste"])),
+        "capacity_error": worst("memory", capacity),
+        "burst_p99_error": worst("burst", lambda row: abs(row["planned_ms"] / row["itl_ms"]["p99"] - 1)),
+    }
+    over = []
+    for trace in dict.fromkeys(row["trace"] for row in results.get("choice", [])):
+        of_trace = [row for row in results["choice"] if row["trace"] == trace]
+        planned = max(row["tokens_per_s"] for row in of_trace if row["planned"])
+        over.append(planned / max(row["tokens_per_s"] for row in of_trace))
+    found["choice_over_best"] = min(over, default=None)
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,391 @@
+"""`bench tenancy`: several processes under one broker (tenancy/README.md), in three parts.
+
+*Isolation*: tenants' processes hand memory to one another and look at every word of it when it comes, and again before
+it goes; meanwhile processes are ended by SIGKILL wherever they are, and new ones come. *Messages*: garbled ones, to a
+broker that an honest tenant has leases of. *Serving*: models with opposite bursts, each in a process of its own (on the
+host in a thread): each alone with a static part of the memory, all together with static parts, and all together with
+what the others leave idle. The parts are the broker's limits, changed while the engines serve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from trtllm_vattn.arguments import amount, non_negative, positive, size
+from trtllm_vattn.bench.harness.case import conclude
+from trtllm_vattn.bench.harness.flags import add_common, dtype_of
+from trtllm_vattn.bench.harness.timing import summarise
+from trtllm_vattn.errors import VattnError
+from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.table import tabulate
+from trtllm_vattn.tenancy import protocol as say
+from trtllm_vattn.tenancy.books import Limits
+from trtllm_vattn.tenancy.broker import Broker
+from trtllm_vattn.tenancy.config import TenantConfig
+from trtllm_vattn.tenancy.tenant import Client
+from trtllm_vattn.verify.tenants import Strangers, TenantProcess
+from trtllm_vattn.vmm.host import HostDriver
+
+SURVIVORS, VICTIMS = 2, 3
+EXTENT = 4
+"""Granules of the largest extent that tenants of the isolation borrow."""
+PHASES = 4
+START_S = 0.2
+COLUMNS = {
+    "run": "run",
+    "model": "model",
+    "requests": "requests",
+    "ITL p50 ms": "itl_ms.p50:.2f",
+    "ITL p99": "itl_ms.p99:.2f",
+    "TTFT p50 ms": "ttft_ms.p50:,.0f",
+    "TTFT p99": "ttft_ms.p99:,.0f",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench tenancy`."""
+    gpu, add = add_common(parser, on_gpu="llama-3.2-1b"), parser.add_argument
+    text = "extents that go from one tenant to another"
+    add("--handovers", type=non_negative, default=400 if gpu else 2000, metavar="COUNT", help=text)
+    text = "tenants' processes that are ended by SIGKILL meanwhile"
+    add("--kills", type=non_negative, default=4 if gpu else 10, metavar="COUNT", help=text)
+    text = "garbled messages to a broker"
+    add("--messages", type=non_negative, default=10_000, metavar="COUNT", help=text)
+    text = "models that serve under one broker; 0 leaves the serving out"
+    add("--models", type=non_negative, default=2, metavar="COUNT", help=text)
+    add("--memory", type=size, default="6GiB" if gpu else "640KiB", metavar="BYTES", help="that the models share")
+    text = "of each run, in which every model has two bursts"
+    add("--seconds", type=amount, default=12.0 if gpu else 1.5, metavar="SECONDS", help=text)
+    text = "prompts of a burst"
+    add("--prompts", type=positive, default=48 if gpu else 4, metavar="PROMPTS", help=text)
+    add("--prompt-tokens", type=positive, default=2048 if gpu else 100, metavar="TOKENS", help="of each prompt")
+    add("--output-tokens", type=positive, default=128 if gpu else 8, metavar="TOKENS", help="of each request")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 where a byte was foreign or lost, a ceiling was passed, or a message moved anything."""
+    started = time.perf_counter()
+    counts = isolate(args)
+    messages = garble(args.messages, args.seed)
+    rows, served = serve_all(args) if args.models else ([], {})
+    summary = {
+        "handovers": counts["handovers"],
+        "foreign_bytes_seen": counts["foreign_bytes"],
+        "ceilings_passed": counts["passed"],
+        "killed_tenants": counts["killed"],
+        "lost_by_others": counts["lost_bytes"] + counts["lost_leases"],
+        "messages": messages["messages"],
+        "messages_refused": messages["refused"],
+        "leases_moved_by_messages": messages["moved"],
+        **served,
+        "seconds": time.perf_counter() - started,
+    }
+    wrong = [
+        f"{name}: {summary[name]}"
+        for name in ("foreign_bytes_seen", "ceilings_passed", "lost_by_others", "leases_moved_by_messages")
+        if summary[name]
+    ]
+    shown = tabulate(rows, COLUMNS) if rows else ""
+    return conclude("tenancy", args, {"isolation": dict(counts), "serving": rows}, summary, shown, wrong=wrong)
+
+
+# -- isolation ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def lending(device: str, memory: int, deadline_s: float) -> Iterator[Path]:
+    """A broker: on the host in a thread, with pages of 4 KiB; on a GPU in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "broker"
+        if device == "cpu":
+            driver = HostDriver()
+            broker = Broker(driver, memory, path, deadline_s=deadline_s)
+            read, write = os.pipe()
+            thread = threading.Thread(target=broker.serve, args=(read,), daemon=True)
+            thread.start()
+            try:
+                yield path
+            finally:
+                os.write(write, b"x")
+                thread.join()
+                broker.close()
+                os.close(read)
+                os.close(write)
+                driver.close()
+            return
+        command = [sys.executable, "-m", "trtllm_vattn", "broker", "--memory", str(memory), "--socket", str(path)]
+        process = subprocess.Popen([*command, "--device", device, "--deadline-s", str(deadline_s)])
+        try:
+            _until(path.exists, 120.0)
+            yield path
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _until(holds: Callable[[], bool], timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > end:
+            raise VattnError(f"a broker or tenant did not do within {timeout_s:g} s what was waited for")
+        time.sleep(0.002)
+
+
+def isolate(args: argparse.Namespace) -> Counter[str]:
+    """Hand memory over, and end processes, until there were as many of both as asked for."""
+    counts: Counter[str] = Counter()
+    if not args.handovers and not args.kills:
+        return counts
+    rng = random.Random(args.seed)
+    # Scarce: the tenants' ceilings add up to twice of it, so that nearly all that is lent was another's before.
+    granule = 4096 if args.device == "cpu" else 2 << 20
+    tenants = SURVIVORS + VICTIMS
+    memory, numbers = tenants * 8 * EXTENT * granule, iter(range(1 << 30))
+
+    def begin(floor: int = 0) -> TenantProcess:
+        number = next(numbers)
+        config = TenantConfig(str(path), f"t{number}", floor, 2 * memory // tenants)
+        return TenantProcess(config, args.seed + number, device=args.device)
+
+    with lending(args.device, memory, 2.0) as path:
+        promised = EXTENT * granule
+        survivors = [begin(promised) for _ in range(SURVIVORS)]
+        victims = [begin() for _ in range(VICTIMS if args.kills else 0)]
+        for each in (*survivors, *victims):
+            each.wait_ready(120.0)
+        with tqdm(total=args.kills, unit="kill", disable=None) as bar:
+            while counts["killed"] < args.kills:
+                time.sleep(rng.random() * 0.02)
+                at = rng.randrange(len(victims))
+                victims[at].kill()
+                counts["killed"] += 1
+                victims[at] = begin()
+                victims[at].wait_ready(120.0)
+                bar.update()
+        for each in victims:
+            counts.update(each.end(120.0))
+        _until(lambda: sum(each.progress() for each in survivors) + counts["handovers"] >= args.handovers, 3600.0)
+        for each in survivors:
+            counts.update(each.end(120.0))
+        with Client(path) as client:
+            _until(lambda: not client.standing().tenants, 60.0)
+            counts["lost_leases"] = client.standing().lent
+    return counts
+
+
+def garble(messages: int, seed: int) -> dict[str, int]:
+    """Send garbled messages to a broker of which an honest tenant has leases; how many were refused, and how many of
+    those leases are not as they were."""
+    with tempfile.TemporaryDirectory() as folder:
+        driver = HostDriver()
+        broker = Broker(driver, 1 << 20, Path(folder) / "broker")
+        broker.books.join("honest", Limits(floor=1 << 16), 0.0)
+        leases = [broker.books.lend("honest", 4096, 0.0) for _ in range(8)]
+        strangers = Strangers(broker, seed)
+        strangers.send(messages)
+        account = broker.books.accounts.get("honest")
+        left = 0 if account is None else sum(account.leases.get(lease) == 4096 for lease in leases)
+        broker.close()
+        driver.close()
+    return {"messages": strangers.messages, "refused": strangers.refused, "moved": len(leases) - left}
+
+
+# -- serving -----------------------------------------------------------------------------------------------------------
+
+
+def serve_model(options: dict[str, Any], pipe: Connection) -> None:
+    """One model's process: builds an engine, then serves what it is sent, until it is sent None; sends what it met
+    where it cannot."""
+    try:
+        _serve_orders(options, pipe)
+    except Exception as error:
+        pipe.send(error)
+
+
+def _serve_orders(options: dict[str, Any], pipe: Connection) -> None:
+    tokens, device, output = options["prompt_tokens"], options["device"], options["output_tokens"]
+    engine = Engine.from_pretrained(
+        options["model"],
+        device=device,
+        dtype=dtype_of(device),
+        max_seqs=options["max_seqs"],
+        max_seq_len=tokens + output,
+        broker=options["broker"],
+        tokenizer=None,
+        compile=False if device == "cpu" else None,
+    )
+    with engine:
+        vocab = engine.model.config.get_text_config().vocab_size
+        # What compiles or is tuned at the first use is no run's.
+        engine.generate([[1] * tokens] * 2, SamplingParams(max_tokens=output, ignore_eos=True))
+        engine.flush_prefix_cache()
+        pipe.send("ready")
+        while (order := pipe.recv()) is not None:
+            due, seed = order
+            rng = np.random.default_rng(seed)
+            prompts = [rng.integers(0, vocab, tokens).tolist() for _ in due]
+            pipe.send(_serve(engine, due, prompts, output))
+            engine.flush_prefix_cache()
+
+
+def _serve(engine: Engine, due: Sequence[float], prompts: Sequence[list[int]], output: int) -> dict[str, list[float]]:
+    """Submit each prompt when it is due (by the monotonic clock); milliseconds from then to its first token, and
+    between its tokens."""
+    params = SamplingParams(max_tokens=output, ignore_eos=True)
+    last: dict[int, float] = {}
+    ttft: list[float] = []
+    itl: list[float] = []
+    submitted = 0
+    while submitted < len(due) or engine.busy:
+        now = time.monotonic()
+        while submitted < len(due) and due[submitted] <= now:
+            last[engine.submit(prompts[submitted], params)] = -due[submitted]
+            submitted += 1
+        if not engine.busy:
+            time.sleep(max(0.0, min(0.002, due[submitted] - now)))
+            continue
+        events = engine.step()
+        now = time.monotonic()
+        for event in events:
+            if event.error:
+                raise VattnError(event.error)
+            before = last[event.request]
+            (ttft if before < 0 else itl).append(1e3 * (now - abs(before)))
+            last[event.request] = now
+    return {"ttft_ms": ttft, "itl_ms": itl}
+
+
+def schedule(args: argparse.Namespace, model: int) -> list[float]:
+    """Seconds at which a model's requests come: a burst in every other phase, and now and then one in the others."""
+    phase = args.seconds / PHASES
+    found = []
+    for number in range(PHASES):
+        start = number * phase
+        if number % args.models == model % args.models or args.models == 1:
+            found += [start] * args.prompts
+        found += [start + phase * part / 4 for part in range(4)]
+    return sorted(found)
+
+
+class _Models:
+    """The workers of all models, and the broker that they share."""
+
+    def __init__(self, args: argparse.Namespace, path: Path, stack: ExitStack) -> None:
+        self.args, self.path = args, path
+        self.names = [f"model-{number}" for number in range(args.models)]
+        self.pipes: list[Connection] = []
+        for name in self.names:
+            mine, theirs = multiprocessing.Pipe()
+            options = {
+                "broker": TenantConfig(str(path), name),
+                "model": args.model,
+                "device": args.device,
+                "max_seqs": args.prompts + 8,
+                "prompt_tokens": args.prompt_tokens,
+                "output_tokens": args.output_tokens,
+            }
+            worker: Any
+            if args.device == "cpu":
+                worker = threading.Thread(target=serve_model, args=(options, theirs), daemon=True)
+            else:
+                worker = multiprocessing.get_context("spawn").Process(target=serve_model, args=(options, theirs))
+            worker.start()
+            self.pipes.append(mine)
+            stack.callback(worker.join)
+            stack.callback(mine.send, None)
+        for pipe in self.pipes:
+            self._answer(pipe, 600.0)
+
+    def _answer(self, pipe: Connection, timeout_s: float) -> Any:
+        if not pipe.poll(timeout_s):
+            raise VattnError(f"a model did not answer within {timeout_s:g} s")
+        answer = pipe.recv()
+        if isinstance(answer, Exception):
+            raise VattnError(f"a model ended: {answer}") from answer
+        return answer
+
+    def limit(self, floor: int, ceiling: int) -> None:
+        """Give every model these limits."""
+        with Client(self.path) as client:
+            for name in self.names:
+                client.do(say.SetLimits(name, 0, self.args.memory // 4096 * 4096))
+            for name in self.names:
+                client.do(say.SetLimits(name, floor, ceiling))
+
+    def serve(self, run: str, models: Sequence[int], seed: int) -> list[dict[str, Any]]:
+        """Have these models serve, all from one moment on; a row of each."""
+        begin = time.monotonic() + START_S
+        for model in models:
+            due = [begin + each for each in schedule(self.args, model)]
+            self.pipes[model].send((due, seed + model))
+        most = Counter[str]()
+        states: Counter[str] = Counter()
+        with Client(self.path) as client:
+            while not all(self.pipes[model].poll() for model in models):
+                for tenant in client.standing().tenants:
+                    most[tenant.name] = max(most[tenant.name], tenant.lent)
+                    states[tenant.state] += 1
+                time.sleep(0.02)
+                if time.monotonic() > begin + 20 * self.args.seconds + 120:
+                    raise VattnError("models did not serve their requests in twenty times the run's seconds")
+        rows = []
+        for model in models:
+            answer = self._answer(self.pipes[model], 1.0)
+            row = {name: summarise(values) for name, values in answer.items()}
+            rows.append(
+                {
+                    "run": run,
+                    "model": self.names[model],
+                    "requests": len(answer["ttft_ms"]),
+                    "most_lent_bytes": most[self.names[model]],
+                    "times_overdue": states["overdue"],
+                    **row,
+                }
+            )
+        return rows
+
+
+def serve_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All runs: the rows of each, and the figures that are quoted."""
+    part = args.memory // args.models
+    everyone = range(args.models)
+    with ExitStack() as stack:
+        models = _Models(args, stack.enter_context(lending(args.device, args.memory, 1.0)), stack)
+        models.limit(part, part)
+        alone = [row for model in everyone for row in models.serve("alone", [model], args.seed)]
+        static = models.serve("static", everyone, args.seed)
+        models.limit(part // 2, args.memory)
+        shared = models.serve("shared", everyone, args.seed)
+
+    def worst(rows: Sequence[dict[str, Any]], to: Sequence[dict[str, Any]]) -> float:
+        return max(float(row["itl_ms"]["p99"]) / other["itl_ms"]["p99"] for row, other in zip(rows, to, strict=True))
+
+    def ttft(rows: Sequence[dict[str, Any]]) -> float:
+        return sum(float(row["ttft_ms"]["mean"]) for row in rows)
+
+    figures = {
+        "p99_over_alone": worst(shared, alone),
+        "p99_static_over_alone": worst(static, alone),
+        "ttft_static_over_ours": ttft(static) / ttft(shared),
+        "most_borrowed_bytes": max(row["most_lent_bytes"] for row in shared) - part // 2,
+        "times_overdue": sum(row["times_overdue"] for row in shared),
+    }
+    return [*alone, *static, *shared], figures

@@ -1,0 +1,69 @@
+"""What a tenant has on the device that its broker did not lend.
+
+On a card NVML says what each process holds; a tenant's weights and context are in that, and so is what it imported,
+where the driver counts it there. On the host, in place of NVML, the memory files of host drivers that a process has
+open.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from trtllm_vattn.vmm.base import Driver
+
+
+def host_bytes_beside(pid: int, lent: Collection[int]) -> int | None:
+    """Bytes of a process's extents of host drivers whose inodes are not `lent`; None where it may not be looked at."""
+    try:
+        entries = list(os.scandir(f"/proc/{pid}/fd"))
+    except OSError:
+        return None
+    found: dict[int, int] = {}
+    for entry in entries:
+        try:
+            if os.readlink(entry.path).startswith("/memfd:vattn "):
+                there = Path(entry.path).stat()
+                found[there.st_ino] = there.st_size
+        except OSError:
+            continue
+    return sum(size for inode, size in found.items() if inode not in lent)
+
+
+class DeviceProcesses:
+    """Bytes by process on the device of a driver.
+
+    What was lent is taken off what NVML says of a process, whether the driver counts imported memory there or not: so
+    what is told may be too little by what was lent, and is never too much.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._uuid = None if driver.device == "cpu" else driver.identity()
+        self._nvml: Any = None
+
+    def bytes_beside(self, pid: int, lent: int, inodes: Collection[int]) -> int | None:
+        """Of process `pid`, which was lent `lent` bytes; None where nobody can tell."""
+        if self._uuid is None:
+            return host_bytes_beside(pid, inodes)
+        used = self._used(pid)
+        return None if used is None else max(0, used - lent)
+
+    def _used(self, pid: int) -> int | None:
+        try:
+            import pynvml
+        except ImportError:
+            return None
+        try:
+            if self._nvml is None:
+                pynvml.nvmlInit()
+                text = self._uuid or ""
+                parts = (text[:8], text[8:12], text[12:16], text[16:20], text[20:])
+                self._nvml = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{'-'.join(parts)}".encode())
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self._nvml):
+                if process.pid == pid:
+                    return None if process.usedGpuMemory is None else int(process.usedGpuMemory)
+        except pynvml.NVMLError:
+            return None
+        return 0

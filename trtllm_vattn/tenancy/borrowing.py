@@ -1,0 +1,141 @@
+"""A cache whose budget is what a broker lends. Needs nothing of msgspec: a cache without a broker imports it, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from time import monotonic
+from typing import Protocol
+
+from trtllm_vattn.memory.lifetime import CacheMemory
+from trtllm_vattn.memory.slot import RUNNING
+from trtllm_vattn.sizes import MOST
+
+REPORT_S = 0.01
+"""Seconds between two looks at what is needed: a look costs some microseconds a running slot."""
+HEADROOM = 8
+"""This part of what is needed is wanted besides, for running sequences to grow into."""
+WAKE_S = 10.0
+"""Seconds that waking waits for memory that others have to give back first."""
+
+
+class Lender(Protocol):
+    """What a cache asks of the tenant that it borrows as (`tenant.Tenant`)."""
+
+    @property
+    def budget(self) -> int: ...
+
+    @property
+    def ceiling(self) -> int: ...
+
+    @property
+    def heard_needs(self) -> int: ...
+
+    @property
+    def broker_has_ended(self) -> bool: ...
+
+    def need(self, least: int) -> None: ...
+
+    def report(self, needs: int, wants: int, is_asleep: bool = False) -> None: ...
+
+    def wait_for(self, budget: int, timeout_s: float) -> bool: ...
+
+    def wait_for_change(self, timeout_s: float) -> None: ...
+
+    def waiting(self, seconds: float) -> AbstractContextManager[None]: ...
+
+    def on_change(self, call: Callable[[], None]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Borrowing:
+    """What one cache owes and may take.
+
+    Memory that no sequence uses is given back in the tenant's own thread as soon as the broker asks, whether steps are
+    taken or not; the rest between steps.
+
+    Attributes
+    ----------
+    own : int
+        Bytes that the cache's user allows it.
+    is_changing : bool
+        Whether retained slots are left alone by the tenant's thread.
+    is_giving_back : bool
+        Whether that thread gives memory back now, in which it looked at `is_changing`.
+    stuck : int
+        Bytes that were left when less was asked for, and could not be given back; 0 where nothing is owed.
+    """
+
+    def __init__(self, tenant: Lender, memory: CacheMemory, beside: bool) -> None:
+        self.tenant, self._memory = tenant, memory
+        self.own, self.stuck = MOST, 0
+        self.is_changing = self.is_giving_back = False
+        self._reported = -REPORT_S
+        self._waiting = 0
+        if beside:
+            tenant.on_change(self.give_back)
+
+    @property
+    def wanted(self) -> int:
+        """The budget that the broker and the user allow now."""
+        return min(self.own, self.tenant.budget)
+
+    @property
+    def most(self) -> int:
+        """The budget that they may allow one day; what there is, where the broker has ended."""
+        return self.wanted if self.tenant.broker_has_ended else min(self.own, self.tenant.ceiling)
+
+    def give_back(self) -> None:
+        """Give back what no sequence uses, if it is owed; in the tenant's thread."""
+        if self.tenant.broker_has_ended:
+            return
+        wanted = self.wanted
+        with self._memory.lock.in_background():
+            self.is_giving_back = True
+            try:
+                if self._memory.shrink_beside(wanted, retained=not self.is_changing) > wanted:
+                    self.report(self._waiting)
+            finally:
+                self.is_giving_back = False
+
+    def wait(self) -> None:
+        """Return when the tenant's thread has given back what it began to."""
+        with self._memory.lock:
+            pass
+
+    def owed(self, wanted: int, reached: int) -> int:
+        """Of a budget that should be `wanted` bytes and is `reached`, what running sequences have to give: nothing
+        before the broker has worked out its budgets from that they have it."""
+        self.stuck = reached if reached > wanted else 0
+        if not self.stuck:
+            return 0
+        self.report(self._waiting)
+        return reached - wanted if self.tenant.heard_needs >= self.stuck and self.wanted <= wanted else 0
+
+    def is_due(self) -> bool:
+        """Whether it is time to look at what is needed."""
+        return not self._memory.is_asleep and monotonic() - self._reported >= REPORT_S
+
+    def report(self, waiting: int) -> None:
+        """Tell the broker what running sequences hold, and that `waiting` bytes are wanted beside."""
+        self._reported, self._waiting = monotonic(), waiting
+        arena = self._memory.arena
+        if self._memory.is_asleep or self._memory.is_closed:
+            return
+        running = sum(slot.mapped_bytes for slot in arena.used_slots if slot.state is RUNNING)
+        needs = min(arena.used_bytes, max(running + arena.layout.least_bytes, self.stuck))
+        self.tenant.report(needs, needs + waiting + needs // HEADROOM)
+
+    def sleeps(self) -> None:
+        """Nothing is held any more, and nothing wanted."""
+        self.tenant.report(0, 0, True)
+
+    @contextmanager
+    def waking(self, size: int) -> Iterator[None]:
+        """Inside this context `size` bytes are to be had again, from others if need be."""
+        least = size + self._memory.arena.layout.least_bytes
+        self.tenant.report(0, least)
+        self.tenant.wait_for(min(least, self.most), WAKE_S)
+        with self.tenant.waiting(WAKE_S):
+            yield

@@ -1,0 +1,500 @@
+"""The broker: one process that creates a device's physical memory and lends it to others by lease (README.md).
+
+One thread and one selector. What a message asks for is done before the next one is read; nothing that a tenant sends,
+or leaves unsent, makes the broker wait.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import selectors
+import signal
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+
+from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory
+from trtllm_vattn.tenancy import protocol as say
+from trtllm_vattn.tenancy.beside import DeviceProcesses
+from trtllm_vattn.tenancy.books import Account, Books, Limits
+from trtllm_vattn.tenancy.page import (
+    ASLEEP,
+    BROKER_ENDED,
+    BUDGET,
+    CEILING,
+    HEARD_NEEDS,
+    IS_ASLEEP,
+    NEEDS,
+    SHARE,
+    SIZE,
+    WANTS,
+    Page,
+    sealed_memory,
+)
+from trtllm_vattn.values import shown
+from trtllm_vattn.vmm.base import Driver
+
+logger = logging.getLogger(__name__)
+
+MOST_CONNECTIONS = 1024
+LOOK_AGAIN_S = 0.05
+"""How often tenants that owe memory are looked at between their messages."""
+
+
+@dataclass(eq=False)
+class Connection:
+    """A process that speaks to the broker; a tenant once it has said Hello."""
+
+    socket: socket.socket
+    pid: int
+    uid: int
+    tenant: Tenancy | None = None
+
+
+@dataclass(eq=False)
+class Tenancy:
+    """What the broker has of one tenant: its process, its page, and a handle of each of its leases."""
+
+    name: str
+    pid: int
+    uid: int
+    account: Account
+    process: int
+    """A pidfd: it says when the process has ended, and can be no other process's."""
+    page_file: int
+    page: Page
+    nudge: int
+    """An eventfd: written where the tenant should look at its page."""
+    handles: dict[int, int] = field(default_factory=dict)
+    """Driver handles by lease."""
+    inodes: dict[int, int] = field(default_factory=dict)
+    """On the host: the file of each lease."""
+    published: tuple[int, ...] = ()
+    is_asleep: bool = False
+    is_told: bool = False
+    """Whether it was logged that it is overdue."""
+
+
+class Broker:
+    """Lends a device's memory to processes on this machine.
+
+    Parameters
+    ----------
+    driver : Driver
+        Creates the memory, which has to be exportable (`HostDriver`, or ``CudaDriver(exportable=True)``); the broker
+        does not close it.
+    memory : int
+        Bytes that may be lent.
+    path : Path
+        Of the Unix socket, which nobody else may be listening at.
+    deadline_s : float
+        Seconds within which a tenant gives back what others are owed.
+    allow : sequence of int
+        Users, by number, that may be tenants beside the broker's own.
+    kill : bool
+        End a tenant's process (SIGKILL) that owes memory beyond its deadline. Else it is lent nothing more, and said
+        to be overdue by `status` and in the log.
+
+    Raises
+    ------
+    ConfigError
+        Another broker listens there, or the path cannot be.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        memory: int,
+        path: Path,
+        *,
+        deadline_s: float = 1.0,
+        allow: Sequence[int] = (),
+        kill: bool = False,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self.driver, self.path, self.kill, self.clock = driver, path, kill, clock
+        self.books = Books(memory // driver.granularity() * driver.granularity(), deadline_s)
+        self.tenants: dict[str, Tenancy] = {}
+        self.refused = 0
+        """Messages that were answered by `Refused`."""
+        self._own, self._allowed = os.getuid(), {os.getuid(), *allow}
+        self._stuck: list[int] = []
+        """Handles that the driver would not release; tried again with each release."""
+        self._processes = DeviceProcesses(driver)
+        self._selector = selectors.DefaultSelector()
+        self._connections: set[Connection] = set()
+        self._socket = _listen(path, bool(allow))
+        self._selector.register(self._socket, selectors.EVENT_READ, self._accept)
+        self._closed = False
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def serve(self, stop: int) -> None:
+        """Answer until the descriptor `stop` is readable."""
+        self._selector.register(stop, selectors.EVENT_READ, None)
+        try:
+            while self.answer(None):
+                pass
+        finally:
+            self._selector.unregister(stop)
+
+    def answer(self, timeout_s: float | None) -> bool:
+        """Wait for something to do, so many seconds at most, and do it; False where it was told to stop."""
+        owed = any(each.account.debts for each in self.tenants.values())
+        if owed and (timeout_s is None or timeout_s > LOOK_AGAIN_S):
+            timeout_s = LOOK_AGAIN_S
+        for key, _ in self._selector.select(timeout_s):
+            if key.data is None:
+                return False
+            # What was ready may have been closed by what came before it.
+            if self._selector.get_map().get(key.fd) is key:
+                key.data()
+        if owed:
+            self._look_at_debtors()
+        return True
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._socket.accept()
+        except OSError as error:
+            # Out of descriptors, or the other side has gone already: nobody else suffers.
+            logger.warning("a connection was not accepted: %s", error.strerror)
+            return
+        connection.setblocking(False)
+        pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        made = Connection(connection, pid, uid)
+        if len(self._connections) >= MOST_CONNECTIONS:
+            self._send(made, self._refuse("denied", f"{MOST_CONNECTIONS} processes are connected already"))
+            connection.close()
+            return
+        self._connections.add(made)
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._read(made))
+
+    def _read(self, connection: Connection) -> None:
+        try:
+            packet, descriptors = say.receive(connection.socket)
+        except BlockingIOError:
+            return
+        except say.Malformed as error:
+            self._send(connection, self._refuse("malformed", str(error)))
+            self._hang_up(connection)
+            return
+        except OSError:
+            packet, descriptors = b"", []
+        if descriptors:
+            say.close_all(descriptors)
+            self._send(connection, self._refuse("malformed", "a tenant sends no descriptors"))
+            packet = b""
+        if not packet:
+            self._hang_up(connection)
+            return
+        answer, beside = self.handle(connection, packet)
+        try:
+            if answer is not None and not self._send(connection, answer, beside):
+                self._hang_up(connection)
+        finally:
+            if isinstance(answer, say.Lent):
+                say.close_all(beside)
+        if isinstance(answer, say.Refused) and answer.code == "malformed":
+            self._hang_up(connection)
+
+    def _send(self, connection: Connection, answer: say.Message, beside: Sequence[int] = ()) -> bool:
+        """Whether it was sent: who does not read its answers is hung up on, and not waited for."""
+        try:
+            socket.send_fds(connection.socket, [say.encode(answer)], list(beside), socket.MSG_NOSIGNAL)
+        except OSError:
+            return False
+        return True
+
+    def _refuse(self, code: str, message: str) -> say.Refused:
+        self.refused += 1
+        return say.Refused(code, message)  # type: ignore[arg-type]
+
+    # -- messages --------------------------------------------------------------------------------------------------
+
+    def handle(self, connection: Connection, packet: bytes) -> tuple[say.Answer | None, list[int]]:
+        """Do what a packet asks for; the answer, and the descriptors that go with it. Raises nothing for any packet."""
+        try:
+            request = say.decode_request(packet)
+            answer, beside = self._do(connection, request)
+        except say.Malformed as error:
+            return self._refuse("malformed", str(error)), []
+        except ConfigError as error:
+            return self._refuse("config", str(error)), []
+        except KVCacheOutOfMemory as error:
+            return self._refuse("short", str(error)), []
+        except DriverError as error:
+            code = "short" if error.code == "CUDA_ERROR_OUT_OF_MEMORY" else "driver"
+            return self._refuse(code, str(error)), []
+        except OSError as error:
+            return self._refuse("driver", f"the broker's machine refused: {error.strerror}"), []
+        self._publish()
+        return answer, beside
+
+    def _do(self, connection: Connection, request: say.Request) -> tuple[say.Answer | None, list[int]]:
+        tenant = connection.tenant
+        if connection.uid not in self._allowed:
+            return self._refuse("denied", f"user {connection.uid} may not speak to this broker; see --allow"), []
+        if isinstance(request, say.Hello):
+            return self._welcome(connection, request)
+        if isinstance(request, say.Status):
+            return self.standing(), []
+        if isinstance(request, say.SetLimits | say.SetAsleep):
+            if tenant is not None or connection.uid not in (self._own, 0):
+                return self._refuse("denied", "limits are set by the broker's own user, and by no tenant"), []
+            self._operate(request)
+            return say.Done(), []
+        if tenant is None:
+            return self._refuse("denied", "say Hello first"), []
+        if isinstance(request, say.Create):
+            return self._create(tenant, request.size)
+        if isinstance(request, say.Release):
+            self.books.take_back(tenant.name, request.lease, self.clock())
+            self._drop(tenant, request.lease)
+        elif isinstance(request, say.Need):
+            self.books.need(tenant.name, request.least, self.clock())
+        else:
+            self._hear(tenant)
+            return None, []
+        return say.Done(), []
+
+    def _welcome(self, connection: Connection, hello: say.Hello) -> tuple[say.Answer, list[int]]:
+        if hello.version != say.VERSION:
+            return self._refuse("version", f"version {hello.version} asked for; this broker speaks {say.VERSION}"), []
+        if connection.tenant is not None:
+            return self._refuse("denied", f"this process is tenant {connection.tenant.name!r} already"), []
+        if hello.device != (own := self.driver.identity()):
+            return self._refuse("config", f"this broker lends memory of device {own}, not of {hello.device}"), []
+        if connection.pid == 0:
+            text = "the tenant's process is in a namespace of processes that the broker does not see; run both in one"
+            return self._refuse("config", text), []
+        with ExitStack() as undo:
+            process = os.pidfd_open(connection.pid)
+            undo.callback(os.close, process)
+            page_file = sealed_memory("vattn-page", SIZE)
+            undo.callback(os.close, page_file)
+            nudge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            undo.callback(os.close, nudge)
+            page = Page(page_file)
+            undo.callback(page.close)
+            asked = Limits(hello.floor, hello.ceiling, hello.priority)
+            account = self.books.join(hello.name, asked, self.clock())
+            undo.pop_all()
+        tenant = Tenancy(hello.name, connection.pid, connection.uid, account, process, page_file, page, nudge)
+        self.tenants[hello.name] = connection.tenant = tenant
+        self._selector.register(process, selectors.EVENT_READ, lambda: self.bury(tenant))
+        logger.info("tenant %s: process %d of user %d", tenant.name, tenant.pid, tenant.uid)
+        books = self.books
+        return (
+            say.Welcome(say.VERSION, self.driver.granularity(), books.memory, books.deadline_s),
+            [page_file, nudge],
+        )
+
+    def _create(self, tenant: Tenancy, size: int) -> tuple[say.Answer, list[int]]:
+        granularity = self.driver.granularity()
+        if not size or size % granularity:
+            raise ConfigError(f"{size} bytes asked for; extents are multiples of {granularity:,} bytes")
+        lease = self.books.lend(tenant.name, size, self.clock())
+        handle = descriptor = None
+        try:
+            handle = self.driver.create(size)
+            descriptor = self.driver.export_handle(handle)
+            if self.driver.device == "cpu":
+                tenant.inodes[lease] = os.fstat(descriptor).st_ino
+        except BaseException:
+            self.books.take_back(tenant.name, lease, self.clock())
+            if handle is not None:
+                self._release(handle)
+            raise
+        tenant.handles[lease] = handle
+        return say.Lent(lease), [descriptor]
+
+    def _drop(self, tenant: Tenancy, lease: int) -> None:
+        """Nobody has a lease any more: its memory goes back to the driver, and is never lent again."""
+        tenant.inodes.pop(lease, None)
+        self._release(tenant.handles.pop(lease))
+
+    def _release(self, handle: int) -> None:
+        handles, self._stuck = [*self._stuck, handle], []
+        for each in handles:
+            try:
+                self.driver.release(each)
+            except DriverError as error:
+                logger.warning("a handle is not released, and tried again: %s", error)
+                self._stuck.append(each)
+
+    def _hear(self, tenant: Tenancy) -> None:
+        tenant.is_asleep = bool(tenant.page[IS_ASLEEP])
+        self.books.report(tenant.name, tenant.page[NEEDS], tenant.page[WANTS], self.clock())
+
+    def _operate(self, request: say.SetLimits | say.SetAsleep) -> None:
+        if isinstance(request, say.SetAsleep):
+            if request.name not in self.tenants:
+                raise ConfigError(f"there is no tenant {shown(request.name)}; see `trtllm-vattn broker status`")
+            tenant = self.tenants[request.name]
+            tenant.page[ASLEEP] = request.asleep
+            self._nudge(tenant)
+            return
+        old = self.books.limits_of(request.name)
+        floor = old.floor if request.floor is None else request.floor
+        ceiling = old.ceiling if request.ceiling is None else request.ceiling
+        priority = old.priority if request.priority is None else request.priority
+        self.books.set_limits(request.name, Limits(floor, ceiling, priority), self.clock())
+
+    # -- tenants ---------------------------------------------------------------------------------------------------
+
+    def _publish(self) -> None:
+        """Write each tenant's page anew where its numbers changed, and wake who has to give back, or waited."""
+        for tenant in self.tenants.values():
+            account = tenant.account
+            now = (account.budget, account.share, account.needs, self.books.ceiling_of(account))
+            if now != tenant.published:
+                before = tenant.published[0] if tenant.published else 0
+                tenant.published = now
+                for field_, value in zip((BUDGET, SHARE, HEARD_NEEDS, CEILING), now, strict=True):
+                    tenant.page[field_] = value
+                if account.held > account.budget or account.budget > before:
+                    self._nudge(tenant)
+
+    def _nudge(self, tenant: Tenancy) -> None:
+        # A counter that is full wakes the tenant as well.
+        with suppress(BlockingIOError):
+            os.eventfd_write(tenant.nudge, 1)
+
+    def _look_at_debtors(self) -> None:
+        """Hear those that owe memory, and do what is to be done about those that owe it beyond their deadline."""
+        now = self.clock()
+        for tenant in list(self.tenants.values()):
+            if tenant.account.debts and not tenant.account.is_lost:
+                self._hear(tenant)
+        for tenant in list(self.tenants.values()):
+            if not tenant.account.is_overdue(now):
+                tenant.is_told = False
+            elif not tenant.is_told:
+                tenant.is_told = True
+                owed = tenant.account.held - tenant.account.share
+                logger.warning(
+                    "tenant %s, process %d, owes %d bytes beyond its deadline of %g s; nothing more is lent to it%s",
+                    tenant.name,
+                    tenant.pid,
+                    owed,
+                    self.books.deadline_s,
+                    ", and its process is ended" if self.kill else "",
+                )
+                if self.kill:
+                    with suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(tenant.process, signal.SIGKILL)
+        self._publish()
+
+    def _hang_up(self, connection: Connection) -> None:
+        """A connection has ended. What a tenant holds counts as lent until its process has ended, too."""
+        self._selector.unregister(connection.socket)
+        connection.socket.close()
+        self._connections.discard(connection)
+        tenant, connection.tenant = connection.tenant, None
+        if tenant is None:
+            return
+        if tenant.handles:
+            self.books.lose(tenant.name, self.clock())
+            self._publish()
+        else:
+            self.bury(tenant)
+
+    def bury(self, tenant: Tenancy) -> None:
+        """A tenant's process has ended, and the system took what it had mapped; or it left with nothing."""
+        for connection in [each for each in self._connections if each.tenant is tenant]:
+            connection.tenant = None
+            self._hang_up(connection)
+        self._selector.unregister(tenant.process)
+        for lease in self.books.leave(tenant.name, self.clock()):
+            self._drop(tenant, lease)
+        del self.tenants[tenant.name]
+        tenant.page.close()
+        say.close_all([tenant.process, tenant.page_file, tenant.nudge])
+        self._publish()
+
+    def standing(self) -> say.Standing:
+        """What is lent to whom."""
+        now, books = self.clock(), self.books
+        tenants = []
+        for tenant in self.tenants.values():
+            account = tenant.account
+            limits, overdue = account.limits, account.is_overdue(now)
+            late = max((now - due for due, most in account.debts if account.held > most), default=0.0)
+            state = "lost" if account.is_lost else "overdue" if overdue else "owing" if account.debts else "serving"
+            if state == "serving" and tenant.is_asleep:
+                state = "asleep"
+            tenants.append(
+                say.TenantStatus(
+                    name=tenant.name,
+                    pid=tenant.pid,
+                    uid=tenant.uid,
+                    floor=account.promised,
+                    ceiling=books.ceiling_of(account),
+                    priority=limits.priority,
+                    lent=account.held,
+                    leases=len(account.leases),
+                    needs=account.needs,
+                    wants=account.wants,
+                    share=account.share,
+                    budget=account.budget,
+                    state=state,  # type: ignore[arg-type]
+                    overdue_s=max(0.0, late),
+                    beside_bytes=self._processes.bytes_beside(tenant.pid, account.held, set(tenant.inodes.values())),
+                )
+            )
+        return say.Standing(self.driver.device, books.memory, books.lent, books.deadline_s, self.refused, tenants)
+
+    def close(self) -> None:
+        """Stop listening, and release every handle: tenants keep what they have mapped, and get no more. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for tenant in self.tenants.values():
+            tenant.page[BROKER_ENDED] = 1
+            self._nudge(tenant)
+        for tenant in list(self.tenants.values()):
+            self.bury(tenant)
+        for connection in list(self._connections):
+            self._hang_up(connection)
+        self._selector.unregister(self._socket)
+        self._socket.close()
+        self.path.unlink(missing_ok=True)
+        self._selector.close()
+
+
+def _listen(path: Path, for_others: bool) -> socket.socket:
+    """A socket that listens at a path, in the place of one whose broker has ended. Raises ConfigError."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+                try:
+                    probe.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink()
+                else:
+                    raise ConfigError(f"a broker listens at {path} already; give another path, or end that one")
+        elif path.exists():
+            raise ConfigError(f"{path} is there, and is no socket; give another path")
+        before = os.umask(0o111 if for_others else 0o177)
+        try:
+            made.bind(str(path))
+        finally:
+            os.umask(before)
+        made.listen(128)
+    except OSError as error:
+        made.close()
+        if error.errno == errno.EADDRINUSE or isinstance(error, FileNotFoundError | PermissionError):
+            raise ConfigError(f"no broker can listen at {path}: {error.strerror}") from error
+        raise ConfigError(f"no broker can listen at {path}: {error}") from error
+    except BaseException:
+        made.close()
+        raise
+    return made
