@@ -18,7 +18,10 @@ DONE = "data: [DONE]\n\n"
 
 def line(body: dict[str, Any]) -> str:
     """A server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_json(body)}\n\n"
+
+
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Answer:
         kind = "chatcmpl" if asked.is_chat else "cmpl"
         self._own = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._prompts = prompts
+        self._before = f'{_json(self._head())[:-1]},"choices":['
+        self._behind = '],"usage":null}' if asked.include_usage else "]}"
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(asked.params.n)]
 
     def usage(self) -> dict[str, Any]:
@@ -131,8 +136,8 @@ class Answer:
         return {"index": place, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def _chunk(self, choice: dict[str, Any]) -> str:
-        usage = {"usage": None} if self.asked.include_usage else {}
-        return line({**self._head(), "choices": [choice], **usage})
+        # There is one for every token of every stream, and all but the choice is always the same.
+        return f"data: {self._before}{_json(choice)}{self._behind}\n\n"
 
     def _head(self) -> dict[str, Any]:
         return {**self._own, "object": "chat.completion.chunk" if self.asked.is_chat else "text_completion"}
