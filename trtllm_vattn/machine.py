@@ -82,6 +82,24 @@ def free_bytes(uuid: str) -> int | None:
         pynvml.nvmlShutdown()
 
 
+def processes(uuid: str) -> int:
+    """How many processes have a context on a GPU, by the UUID that CUDA gives it; 0 where NVML does not know it."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return 0
+    try:
+        return len(
+            pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode()))
+        )
+    except pynvml.NVMLError:
+        return 0
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def card(machine: dict[str, Any]) -> str:
     """The folder of a machine's results, by the name of its GPU: ``h200``, ``h100``, ``h100-pcie``, ``a100-sxm4-80gb``.
 

@@ -12,6 +12,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from trtllm_vattn.cache.compression import H2O
+from trtllm_vattn.cache.config import CacheConfig
+from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError
@@ -20,9 +23,10 @@ from trtllm_vattn.plugins.emulated import EmulatedContext
 from trtllm_vattn.plugins.engine_model import EngineModel
 from trtllm_vattn.plugins.networks.spec import PlanLimits
 from trtllm_vattn.plugins.session import EngineSession, LoadedEngine
-from trtllm_vattn.runtime import Engine, SamplingParams
+from trtllm_vattn.runtime import Engine, SamplingParams, prefix_reading
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.vmm.open import open_driver
 
 ELSEWHERE = """
 import json, sys
@@ -195,6 +199,27 @@ def test_a_chunk_of_one_token_is_refused(llama: PreTrainedModel) -> None:
     anywhere = PlanLimits(max_lanes=4, max_chunk=1, max_seq_len=128, any_slot=True)
     with session(llama, anywhere) as engine:
         assert tokens_of(engine) == over_the_model("tiny-llama")
+
+
+def test_a_plans_layers_read_nothing_in_other_slots(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers attend by themselves: tables of the engine's attention are not theirs, however cheap they seem."""
+    monkeypatch.setattr(prefix_reading, "LAYER_US_ON_HOST", 0.0)
+    monkeypatch.setattr(prefix_reading, "LEAST_SAVED_ON_HOST", 1)
+    with session(llama, attention="torch") as engine:
+        first = tokens_of(engine)
+        assert tokens_of(engine) == first
+        stats = engine.prefix_stats()
+        assert stats["cached_tokens"] > 0
+        assert "table" not in stats["ways"]
+
+
+def test_compression_over_a_plan_is_refused(llama: PreTrainedModel) -> None:
+    loaded = LoadedEngine.emulated(llama, LIMITS)
+    config = CacheConfig(own_lengths=True, extent_classes=1, layers_per_range=1)
+    with KVCacheManager(loaded.cache_shape(4), open_driver("cpu"), config=config) as cache:
+        with pytest.raises(ConfigError, match="a TensorRT plan, whose own layers attend"):
+            EngineSession(loaded, cache, attention="torch", compression=H2O(0.3, 0.3))
+        assert not registry.is_attached("kv")
 
 
 def test_a_folder_without_a_plan_is_emulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -361,15 +361,20 @@ def test_captured_graphs_hold_no_foreign_address(device: str, loop: bool) -> Non
         whole.raise_if_foreign()
         # Where attention has several kernels, the names say which one a step is of.
         names = {re.sub(" by .*? of ", " of ", name) for name in whole.graphs}
-        captured = {"decode step of 1", "decode step of 4", "sampling step of 1"}
-        if engine.attention.captures_prompts:
-            captured |= {f"pass of {rows}" for rows in (32, 128, 256, 260)} | {"sampling pass of 32"}
-        else:
-            captured |= {f"prompt of {size}" for size in (16, 32, 64)}
         # On the host a launch of many steps is as many replays.
         how = "in a loop" if loop else "4 times over"
-        composed = {f"{step} step of 1, {how}" for step in ("decode", "sampling")}
-        assert names == captured | (composed if device != "cpu" else set())
+
+        def expected(lanes: int, rows: int) -> set[str]:
+            captured = {"decode step of 1", "decode step of 4", f"sampling step of {lanes}"}
+            if engine.attention.captures_prompts:
+                captured |= {f"pass of {rows}" for rows in (32, 128, 256, 260)} | {f"sampling pass of {rows}"}
+            else:
+                captured |= {f"prompt of {size}" for size in (16, 32, 64)}
+            composed = {f"decode step of 1, {how}", f"sampling step of {lanes}, {how}"}
+            return captured | (composed if device != "cpu" else set())
+
+        # On a GPU the largest step and pass that draw are captured at the start if time allows, and serve smaller ones.
+        assert names in ([expected(1, 32)] if device == "cpu" else [expected(1, 32), expected(4, 260)])
         assert not [part for _, _, part in whole.opaque if "conditional" in part.why]
 
 

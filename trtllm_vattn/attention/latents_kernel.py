@@ -115,7 +115,7 @@ def attend_latents(  # type: ignore[no-untyped-def]
             top = higher
         if PIECES == 1:
             # Rows of padding attend to nothing.
-            over = tl.where(total > 0, total, 1.0)[:, None]
+            over = tl.where(total != 0, total, 1.0)[:, None]
             tl.store(out + to + low[None, :], (acc_low / over).to(out.dtype.element_ty), mask=here[:, None])
             tl.store(out + to + high[None, :], (acc_high / over).to(out.dtype.element_ty), mask=here[:, None] & in_rest)
         else:

@@ -17,7 +17,7 @@ from trtllm_vattn.attention.shares_kernel import _attend, _combined, _tiles_of
 @triton.jit
 def _leave(tops, outs, top, total, acc, index, here, d):  # type: ignore[no-untyped-def]
     """Store rows' results, index int64 ``[rows]`` by lane, query and query head."""
-    given = here & (total > 0)
+    given = here & (total != 0)
     tl.store(tops + index, tl.where(given, top + tl.log2(total), float("-inf")), mask=here)
     result = tl.where(given[:, None], acc / total[:, None], 0.0)
     tl.store(outs + index[:, None] * d.shape[0] + d[None, :], result, mask=here[:, None])

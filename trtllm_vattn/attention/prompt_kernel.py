@@ -381,7 +381,7 @@ def _finish(  # type: ignore[no-untyped-def]
     result = acc / total[:, None]
     if HEADS:
         # A head may hold nothing that a query sees.
-        result = tl.where((total > 0)[:, None], result, 0.0)
+        result = tl.where((total != 0)[:, None], result, 0.0)
     tl.store(out + from_row, result.to(out.dtype.element_ty), mask=mask)
 
 

@@ -256,7 +256,7 @@ def _store(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
 ):
     """Store the output of some rows; zeros for queries past `count`."""
-    given = (rows // GROUP < count) & (total > 0)
+    given = (rows // GROUP < count) & (total != 0)
     result = tl.where(given[:, None], acc / total[:, None], 0.0)
     to = out + _row_offsets(rows, lane, head, KV_HEADS, GROUP, QUERIES)[:, None] * DIM + d[None, :]
     tl.store(to, result.to(out.dtype.element_ty), mask=(rows < GROUP * QUERIES)[:, None] & (d < DIM)[None, :])

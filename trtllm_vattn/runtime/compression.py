@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.gather import restored
@@ -21,6 +22,7 @@ from trtllm_vattn.cache.compression import CompressionPolicy, HeadsView, compact
 from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory, MemoryQuarantined
 from trtllm_vattn.runtime.dry_pass import AttentionNeeds
 from trtllm_vattn.runtime.request import RequestState
+from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.values import described
 from trtllm_vattn.vmm.tensors import upload
 
@@ -198,7 +200,9 @@ def check_policy(policy: Any) -> None:
         )
 
 
-def check_compression(policy: Any, settings: Mapping[str, Any], cache: KVCache, needs: AttentionNeeds) -> None:
+def check_compression(
+    policy: Any, settings: Mapping[str, Any], cache: KVCache, needs: AttentionNeeds, model: StepModel
+) -> None:
     """Raise ConfigError, by its name, for what a policy is not served with; None is no policy."""
     check_policy(policy)
     if policy is None:
@@ -211,6 +215,7 @@ def check_compression(policy: Any, settings: Mapping[str, Any], cache: KVCache, 
         )
     again = policy.every is not None
     wrong = {
+        "a TensorRT plan, whose own layers attend, so that nobody sees queries": not isinstance(model, PreTrainedModel),
         "prefix_cache=True: what was evicted is no prefix of another prompt; leave it out": settings["prefix_cache"],
         "speculation: rejected drafts go back behind a compaction; leave it out": settings["speculation"] is not None,
         "deterministic=True: it runs behind others' launches; leave one of them out": settings["deterministic"],

@@ -329,7 +329,7 @@ class Engine:
         reusing = _check_reuse(settings, cache) and compression is None
         scales = check_kv_scales(kv_scales, cache.shape)
         needs = bind(model, cache.shape)
-        check_compression(compression, settings, cache, needs)
+        check_compression(compression, settings, cache, needs, model)
         self.model, self.cache = model, cache
         self.steps, self.loop, self.record_margins, self.observer = steps, loop, record_margins, observer
         self.clock = clock
@@ -394,8 +394,8 @@ class Engine:
 
     def _make_reading(self, settings: dict[str, Any]) -> PrefixReading | None:
         """What has lanes read first tokens in another's slot; None where drafts are verified, by steps in which every
-        lane reads its own slot."""
-        if settings["speculation"] is not None:
+        lane reads its own slot, and where attention is a plan's own layers', which know of no other slot."""
+        if settings["speculation"] is not None or not isinstance(self.model, PreTrainedModel):
             return None
         lanes = settings["lanes"] or self.cache.shape.num_slots
         return PrefixReading.over(self.attention, lanes)

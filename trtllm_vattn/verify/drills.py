@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError, DriverError, EngineClosed, RequestFailed, VattnError, WrongProcess
+from trtllm_vattn.machine import processes
 from trtllm_vattn.runtime.async_engine import AsyncEngine
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
@@ -228,7 +229,7 @@ class Drills:
 
     def _process(self, name: str, *arguments: str, kill_at: Path | None = None) -> tuple[int, str]:
         """Run a drill's process, which gets SIGTERM once `kill_at` exists; its exit code, and what it said on stderr.
-        Raises DrillFailed where it hangs, or its GPU's memory does not come back."""
+        Raises DrillFailed where it hangs, or its GPU's memory does not come back where nobody else uses it."""
         said = Path(self._folder.name, f"{name}.txt")
         free = self._free_bytes()
         try:
@@ -238,7 +239,7 @@ class Drills:
             self._end_source()
             raise
         until = perf_counter() + FREED_WITHIN_S
-        while self._free_bytes() < free - FREED_BUT:
+        while self._is_alone() and self._free_bytes() < free - FREED_BUT:
             expect(perf_counter() < until, f"of {free:,} free bytes {self._free_bytes():,} came back")
             time.sleep(0.1)
         return code, said.read_text().strip()
@@ -268,6 +269,10 @@ class Drills:
         assert self._source.stdout is not None
         self._source.stdin.write(json.dumps([name, arguments, str(said)]).encode() + b"\n")
         return _number(self._source.stdout, "pid"), self._source.stdout
+
+    def _is_alone(self) -> bool:
+        """Whether nobody else uses the GPU, whose memory could not be told apart."""
+        return self.device == "cpu" or processes(str(torch.cuda.get_device_properties(self.device).uuid)) <= 1
 
     def _free_bytes(self) -> int:
         return 0 if self.device == "cpu" else int(torch.cuda.mem_get_info(self.device)[0])
