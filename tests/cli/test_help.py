@@ -186,7 +186,8 @@ def required(parser: argparse.ArgumentParser, but: str) -> list[str]:
     [
         (["nonsense"], "argument COMMAND: invalid choice: 'nonsense'"),
         (["bench", "nonsense"], "argument BENCHMARK: invalid choice: 'nonsense'"),
-        (["bench", "graph", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["bench", "graph", "--nonsense"], "unrecognized arguments: --nonsense (see trtllm-vattn bench graph --help)"),
+        (["top", "--url", "http://x"], "unrecognized arguments: --url (see trtllm-vattn top --help)"),
         (["bench", "graph", "--req", "3"], "unrecognized arguments: --req 3"),
         (["bench", "graph", "nonsense"], "unrecognized arguments: nonsense"),
         (["bench", "graph", "--requests"], "argument --requests: expected one argument"),

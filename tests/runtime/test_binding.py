@@ -70,7 +70,10 @@ def test_rope_lengthens_what_may_be_asked(rope: dict[str, Any], positions: int) 
     model = tiny_model(tiny_config("llama", max_position_embeddings=1024, rope_parameters={"rope_theta": 1e4, **rope}))
     assert binding.positions_of(model.config) == positions
     assert binding.shape_of(model, 1, positions).max_seq_len == positions
-    with pytest.raises(ConfigError, match=f"max_seq_len is {positions + 1}, the model has {positions} positions"):
+    with pytest.raises(
+        ConfigError,
+        match=f"max_seq_len is {positions + 1}, the model has {positions} positions; give {positions} or fewer",
+    ):
         binding.shape_of(model, 1, positions + 1)
 
 

@@ -95,6 +95,13 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"argument {argument[:-3]}: it is '--'; give a value")
         return super().parse_known_args(args, namespace)
 
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            # By the command's own parser, whose --help lists what it takes.
+            getattr(parsed, "shown", self).error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {one_line(message)} (see {self.prog} --help)\n")
 

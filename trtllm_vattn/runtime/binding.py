@@ -333,7 +333,9 @@ def shape_of(model: StepModel, num_slots: int, max_seq_len: int, kv_cache_dtype:
         )
     positions = positions_of(config)
     if positions is not None and max_seq_len > positions:
-        raise ConfigError(f"max_seq_len is {max_seq_len}, the model has {positions} positions; lower it")
+        raise ConfigError(
+            f"max_seq_len is {max_seq_len}, the model has {positions} positions; give {positions} or fewer"
+        )
     names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
     sizes = {name: _field(config, name) for name in names}
     sizes["num_key_value_heads"] = _field(config, "num_key_value_heads", sizes["num_attention_heads"])

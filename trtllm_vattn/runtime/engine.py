@@ -573,6 +573,8 @@ class Engine:
         ----------
         max_seqs : int
             Sequences that run at once.
+        max_seq_len : int
+            Tokens of the longest sequence, prompt and output together; refused where the model has fewer positions.
         kept_seqs : int or None
             Ended ones that may be kept beside them for prompts that begin alike, as far as the budget goes: each takes
             a slot, which is addresses. None is four times `max_seqs`, at least 64; 0 without a prefix cache.

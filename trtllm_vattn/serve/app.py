@@ -307,9 +307,11 @@ async def _gone(request: Request, came: asyncio.Queue[Any]) -> None:
     came.put_nowait(ClientDisconnect())
 
 
-async def _told(_: Request, error: Exception) -> Response:
+async def _told(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, in OpenAI's bodies."""
     assert isinstance(error, HTTPException)
-    return as_response(
-        ApiError(error.status_code, f"{error.detail}", "not_found" if error.status_code == 404 else None)
-    )
+    message, code = f"{error.detail}", None
+    if error.status_code == 404:
+        paths = [route.path for route in request.app.routes if "{" not in route.path]
+        message, code = f"nothing is served at {request.url.path}; served are {', '.join(paths)}", "not_found"
+    return as_response(ApiError(error.status_code, message, code))
