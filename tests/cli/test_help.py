@@ -211,6 +211,10 @@ def required(parser: argparse.ArgumentParser, but: str) -> list[str]:
             ["plugin", "build", "tiny-llama", "--output", "/dev/null"],
             "argument --output: it is '/dev/null', which is not a folder",
         ),
+        (
+            ["broker", "limits", "--socket", "/tmp/nobody.sock", "--tenant", "chat"],
+            "no limit to change; give --floor, --ceiling or --priority",
+        ),
         (["plugin", "build", "tiny-llama"], "the following arguments are required: --output"),
     ],
 )

@@ -184,6 +184,8 @@ def _limits(args: argparse.Namespace) -> int:
     from trtllm_vattn.tenancy.protocol import SetLimits
     from trtllm_vattn.tenancy.tenant import Client
 
+    if args.floor is None and args.ceiling is None and args.priority is None:
+        raise ConfigError("no limit to change; give --floor, --ceiling or --priority")
     with Client(args.socket) as client:
         client.do(SetLimits(args.tenant, args.floor, args.ceiling, args.priority))
     return 0
