@@ -523,6 +523,12 @@ class KVCacheManager(SlottedCache):
     def waits_for_memory(self) -> bool:
         return self._borrowing is not None and not self._borrowing.tenant.broker_has_ended
 
+    @property
+    def remedy(self) -> str:
+        if self._borrowing is None or not self._borrowing.tenant.broker_has_ended:
+            return super().remedy
+        return f"the broker at {self._borrowing.tenant.path} has ended: start one and this engine anew"
+
     def follow_budget(self) -> int:
         borrowing = self._borrowing
         if borrowing is None or self.is_asleep:
@@ -1348,6 +1354,7 @@ class KVCacheManager(SlottedCache):
                 free_bytes=pool.free_bytes,
                 free_extents=len(pool.free_extents()),
                 parked_slots=self.arena.parked_slots,
+                lease=None if self._borrowing is None else self._borrowing.lease(),
             )
 
     def slot_stats(self) -> list[SlotStats]:

@@ -723,6 +723,7 @@ class Engine:
             transfers=self.cache.transfers,
             prefix=None if prefixes is None else (prefixes.stats.prompt_tokens, prefixes.stats.cached_tokens),
             drafts=None if speculator is None else (speculator.stats.drafted, speculator.stats.accepted),
+            captures_while_running=self.captures_while_running,
         )
 
     @property
