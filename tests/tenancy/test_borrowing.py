@@ -218,6 +218,6 @@ def test_engines_of_a_broker_that_ended_go_on_with_what_they_hold(tmp_path: Path
     for completion, expected in zip(made.generate(PROMPTS, PARAMS), alone, strict=True):
         assert completion.tokens == expected or (completion.finish_reason == "error" and completion.error)
         if completion.error:
-            assert "the broker at" in completion.error, completion.error
+            assert "start a broker and this engine anew" in completion.error, completion.error
     made.cache.check_integrity()
     made.close()

@@ -527,7 +527,7 @@ class KVCacheManager(SlottedCache):
     def remedy(self) -> str:
         if self._borrowing is None or not self._borrowing.tenant.broker_has_ended:
             return super().remedy
-        return f"the broker at {self._borrowing.tenant.path} has ended: start one and this engine anew"
+        return f"start a broker and this engine anew, for the one at {self._borrowing.tenant.path} has ended"
 
     def follow_budget(self) -> int:
         borrowing = self._borrowing
