@@ -184,6 +184,8 @@ def test_a_tenant_of_a_broker_is_shown_beside_the_others(
             engine = stack.enter_context(Engine.from_pretrained("tiny-llama", device="cpu", broker=config, **options))
             url = f"http://127.0.0.1:{stack.enter_context(start_metrics_server(engine)).port}"
             engine.generate([[1, 2, 3]], SamplingParams(max_tokens=3, ignore_eos=True))
+            # Behind this answer the broker has heard all that the engine said.
+            engine.cache._borrowing.tenant.standing()  # type: ignore[attr-defined]
             found, account = exported(engine), broker.books.accounts["chat"]
             assert found["vattn_lease_bytes"] == account.held == engine.cache.held_bytes > 0
             assert found["vattn_lease_budget_bytes"] == account.budget
