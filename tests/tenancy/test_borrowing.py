@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,20 @@ def test_engines_of_a_broker_that_ended_go_on_with_what_they_hold(tmp_path: Path
             assert "start a broker and this engine anew" in completion.error, completion.error
     made.cache.check_integrity()
     made.close()
+
+
+def test_who_waits_for_others_memory_ends_with_an_error_where_the_broker_is_killed(tmp_path: Path) -> None:
+    long = list(range(1, 231))
+    with lending(tmp_path / "broker", MEMORY) as broker, engine(broker, "rich") as rich, engine(broker, "poor") as poor:
+        for prompt in (long, long[::-1], long[1:]):
+            rich.submit(prompt, PARAMS)
+        while standing(broker)["rich"].lent < MEMORY * 3 // 4:
+            rich.step()
+        number = poor.submit(long, PARAMS)
+        assert [poor.step() for _ in range(3)] == [[]] * 3
+        # As the kernel does with those of a process that is killed; nothing is written to any page.
+        for connection in list(broker._connections):
+            connection.socket.shutdown(socket.SHUT_RDWR)
+        (event,) = poor.run()
+        assert (event.request, event.finish_reason) == (number, "error")
+        assert "start a broker and this engine anew" in str(event.error)
