@@ -72,7 +72,9 @@ def test_every_commands_help_is_shown(path: list[str], capsys: pytest.CaptureFix
         assert all(option in shown for option in action.option_strings), action
         if action.option_strings and action.default not in (None, False, "") and action.dest != "engine":
             default = ",".join(map(str, action.default)) if isinstance(action.default, list) else str(action.default)
-            assert f"(default: {default or 'a generated one'})" in shown, action
+            # A long list is broken where the line ends.
+            said = f"(default: {default or 'a generated one'})"
+            assert said.replace(" ", "") in shown.replace(" ", ""), action
 
 
 @pytest.mark.parametrize("path", PATHS, ids=" ".join)

@@ -44,6 +44,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return SimpleNamespace(free=it.nvml_free)
 
     nvml = SimpleNamespace(
+        NVMLError=OSError,
         nvmlInit=noting("init"),
         nvmlShutdown=noting("shutdown"),
         nvmlDeviceGetHandleByUUID=noting("handle", lambda uuid: f"handle of {uuid.decode()}"),

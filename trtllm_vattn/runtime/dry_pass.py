@@ -163,6 +163,22 @@ class AttentionNeeds:
     softcaps: tuple[float | None, ...] = ()
 
 
+_stance = threading.Lock()
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run compiled code as it is written. torch has one stance for the whole process, which two threads that each put
+    back what they found could leave at the other's; and so could an interrupt."""
+    with _stance:
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        except BaseException:
+            torch.compiler.set_stance("default")
+            raise
+
+
 def attention_needs(model: PreTrainedModel, shape: CacheShape, cache: Cache) -> AttentionNeeds:
     """What the model asks of attention over up to `max_seq_len` tokens, once dry passes have shown that backends can
     compute it.
@@ -180,7 +196,7 @@ def attention_needs(model: PreTrainedModel, shape: CacheShape, cache: Cache) -> 
         A layer does not call attention exactly once, or asks for what no backend computes, or for heads that are not
         the cache's; or tokens meet elsewhere. The message names the family and what it did.
     """
-    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+    with torch.inference_mode(), _uncompiled():
         model.set_attn_implementation(DRY_NAME)
         there = _pass(model, shape, cache)
         wrong = _wrong_calls(model, there, shape)

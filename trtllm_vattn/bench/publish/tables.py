@@ -284,6 +284,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "doors": (("doors.json",), figures),
     "transfer": (("transfer.json",), figures),
     "tp": (("tp.json",), figures),
+    "tiers": (("tiers.json",), figures),
     "plugin": (("plugin.json",), figures),
     "xqa": (("xqa.json",), figures),
     "faults": (("faults.json",), figures),
