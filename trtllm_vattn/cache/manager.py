@@ -651,16 +651,23 @@ class KVCacheManager(SlottedCache):
             moved = remap.move(self.arena, source, slot, self._fence)
             self._move_sequence(sequence, slot)
             self._publish_deficits(slot)
-            if self.arena.changed is not None:
-                self.arena.changed |= {source, slot}
+            self._changed(source)
+            self._changed(slot)
         return moved
 
     def _place_sequence(self, sequence: SequenceId, slot: int, tokens: int) -> None:
         super()._place_sequence(sequence, slot, tokens)
         self._publish_deficits(slot)
+        self._changed(slot, sequence)
+
+    def _changed(self, slot: int, placed: SequenceId | None = None) -> None:
+        """What is noted of a slot in the journal changed, with the sequence that came there. By the lock, for the
+        tenant's thread may be noting."""
         if self.arena.changed is not None:
-            self.arena.changed.add(slot)
-            self._placed_anew.add(sequence)
+            with self._lock:
+                self.arena.changed.add(slot)
+                if placed is not None:
+                    self._placed_anew.add(placed)
 
     def fork(self, sequence: SequenceId, new_sequence: SequenceId, tokens: int) -> int:
         """Begin a sequence with the first `tokens` of another one; returns its slot.
@@ -976,8 +983,7 @@ class KVCacheManager(SlottedCache):
         self._arriving.pop(sequence, None)
         self._placed_anew.discard(sequence)
         super()._remove_sequence(sequence, slot)
-        if self.arena.changed is not None:
-            self.arena.changed.add(slot)
+        self._changed(slot)
 
     def _do_discard(self, sequence: SequenceId) -> None:
         with self._lock:
