@@ -154,6 +154,24 @@ def shares(device: str, features: Features) -> None:
         checked.cache.close()
 
 
+def not_a_number(device: str, features: Features) -> None:
+    """A lane whose tokens are NaN has NaN, not the zeros of a lane without tokens; other lanes do not notice."""
+    shape = CacheShape(1, 2, 64, torch.float32 if device == "cpu" else torch.bfloat16, 3, 320)
+    checked = Checked(shape, 4, device, [200, 0, 150], features)
+    for x in (checked.kv.k, checked.kv.v):
+        x[0, :200] = torch.nan
+    compared: list[torch.Tensor] = []
+
+    def compare(q: torch.Tensor, out: torch.Tensor, *rest: object) -> None:
+        compared.append(out)
+
+    checked.compare = compare  # type: ignore[method-assign]
+    checked.ask(1)
+    (out,) = compared
+    if not (out[0].isnan().all() and (out[1] == 0).all() and out[2].isfinite().all()):
+        raise SystemExit(f"NaN, nothing and numbers gave {[lane.flatten()[:2].tolist() for lane in out]}")
+
+
 def queries(device: str, features: Features) -> None:
     """0 to 8 queries a lane, fewer than there is room for."""
     lengths = [0, 1, 8, 64, 65, 71, 200]
@@ -246,7 +264,6 @@ if __name__ == "__main__":
     device, case, *path = sys.argv[1:]
     hopper = path == ["hopper"]
     with torch.inference_mode():
-        {"shapes": shapes, "shares": shares, "queries": queries, "far": far, "graph": graph}[case](
-            device, Features(hopper, hopper)
-        )
+        cases = {"shapes": shapes, "shares": shares, "queries": queries, "far": far, "graph": graph}
+        {**cases, "nan": not_a_number}[case](device, Features(hopper, hopper))
     print("all cases passed", flush=True)

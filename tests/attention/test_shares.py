@@ -27,14 +27,14 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 PROBE = Path(__file__).with_name("shares_probe.py")
 
 
-@pytest.mark.parametrize("case", ["shapes", "shares", "queries", "far"])
+@pytest.mark.parametrize("case", ["shapes", "shares", "queries", "far", "nan"])
 def test_the_kernel_is_right_in_the_interpreter(case: str) -> None:
     probe(PROBE, "cpu", case, interpreted=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("path", ["hopper", "plain"])
-@pytest.mark.parametrize("case", ["shapes", "shares", "queries", "far", "graph"])
+@pytest.mark.parametrize("case", ["shapes", "shares", "queries", "far", "nan", "graph"])
 def test_the_kernel_is_right_on_the_card(case: str, path: str) -> None:
     if available()["shares"] != "yes":
         pytest.skip(available()["shares"])
