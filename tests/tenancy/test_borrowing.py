@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from tenancy.lending import lending
 
 from trtllm_vattn.errors import ConfigError, SequenceTooLong
+from trtllm_vattn.runtime.async_engine import AsyncEngine, RequestStream
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -181,6 +183,34 @@ def test_models_take_turns_with_all_the_memory_by_the_brokers_word(
     while one.busy:
         take(one)
     assert list(found.values()) == alone
+
+
+def test_an_engine_in_its_own_thread_sleeps_and_wakes_by_the_brokers_word(
+    tmp_path: Path, alone: list[list[int]]
+) -> None:
+    async def sleeps(broker: Broker) -> None:
+        while standing(broker)["one"].state != "asleep":
+            await asyncio.sleep(0.01)
+
+    async def tokens_of(stream: RequestStream) -> list[int | None]:
+        return [event.token async for event in stream]
+
+    async def job(broker: Broker, made: AsyncEngine) -> list[list[int | None]]:
+        with Client(broker.path) as client:
+            # Nothing runs, and nobody calls it.
+            client.do(say.SetAsleep("one", True))
+            await asyncio.wait_for(sleeps(broker), 30.0)
+            streams = [await made.add_request(prompt, PARAMS) for prompt in PROMPTS]
+            assert standing(broker)["one"].lent == 0
+            client.do(say.SetAsleep("one", False))
+            return list(await asyncio.wait_for(asyncio.gather(*map(tokens_of, streams)), 60.0))
+
+    with lending(tmp_path / "broker", MEMORY) as broker:
+        made = AsyncEngine(engine(broker, "one"))
+        try:
+            assert asyncio.run(job(broker, made)) == alone
+        finally:
+            made.close()
 
 
 @pytest.mark.parametrize(

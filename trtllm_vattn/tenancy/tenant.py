@@ -171,6 +171,10 @@ class Tenant(Client):
         try:
             answer, descriptors = self.ask(hello)
             self.welcome = _check(answer, say.Welcome)
+            self.leases = self.welcome.leases
+            """Those of the process before this one, with their bytes."""
+            while more := self._leases_after(self.leases):
+                self.leases += more
             self.page = Page(descriptors[0])
             self.journal = None if not config.keep_s else Journal(descriptors[2])
         except BaseException:
@@ -178,7 +182,7 @@ class Tenant(Client):
             say.close_all(descriptors)
             raise
         say.close_all([descriptors[0], *descriptors[2:]])
-        self.held = sum(size for _, size in self.welcome.leases)
+        self.held = sum(size for _, size in self.leases)
         self._watch = _Watch(descriptors[1], self.page, self._socket.fileno(), self._lose)
 
     def _lose(self) -> None:
@@ -226,6 +230,11 @@ class Tenant(Client):
         if (needs, wants, is_asleep) != (page[NEEDS], page[WANTS], bool(page[IS_ASLEEP])):
             page[NEEDS], page[WANTS], page[IS_ASLEEP] = needs, wants, is_asleep
             self.tell(say.Report())
+
+    def _leases_after(self, known: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        if len(known) < say.MOST_LEASES:
+            return []
+        return _check(self.ask(say.Leases(known[-1][0]))[0], say.Leased).leases
 
     def need(self, least: int) -> None:
         """It cannot do with less than so many bytes. Raises ConfigError where the broker cannot promise them."""

@@ -170,6 +170,8 @@ MESSAGES: list[say.Message] = [
     say.Hello(say.VERSION, "one", device="cpu"),
     say.Create(4096),
     say.Release(1),
+    say.Fetch(1),
+    say.Leases(0),
     say.Need(0),
     say.Report(),
     say.Status(),
