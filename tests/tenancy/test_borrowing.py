@@ -235,7 +235,7 @@ def test_what_cannot_be_combined_is_refused_at_the_door(options: dict[str, Any],
 
 def test_a_floor_that_cannot_be_promised_is_refused_and_nothing_is_left(lent: Broker) -> None:
     before = standing(lent)
-    with pytest.raises(ConfigError, match="tenant 'three' has a floor of .* are promised to others: lower a floor"):
+    with pytest.raises(ConfigError, match=r"tenant 'three' has a floor of .* are promised to others: lower a floor"):
         engine(lent, "three", floor=MEMORY)
     assert standing(lent).keys() == before.keys()
 

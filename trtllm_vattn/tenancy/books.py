@@ -145,9 +145,9 @@ class Books:
             )
         if promised + floor > self.memory:
             raise ConfigError(
-                f"tenant {shown(name)} has a floor of {floor:,} bytes, by its own wish, by `trtllm-vattn broker limits`, "
-                f"or as the least it runs with; {promised:,} of {self.memory:,} are promised to others: lower a floor, "
-                "or give the broker more memory"
+                f"tenant {shown(name)} has a floor of {floor:,} bytes, by its own wish, by `trtllm-vattn broker "
+                f"limits`, or as the least it runs with; {promised:,} of {self.memory:,} are promised to others: lower "
+                "a floor, or give the broker more memory"
             )
 
     def report(self, name: str, needs: int, wants: int, now: float) -> None:
