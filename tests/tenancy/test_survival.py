@@ -169,6 +169,31 @@ def test_what_cannot_outlive_a_process_is_refused(tmp_path: Path) -> None:
             )
 
 
+def test_what_was_aborted_stays_so_and_no_number_comes_again(tmp_path: Path) -> None:
+    with lending(tmp_path / "broker", 1 << 20) as broker:
+        config = TenantConfig(str(broker.path), "one", keep_s=60)
+
+        def engine_of() -> Engine:
+            return Engine.from_pretrained("tiny-llama", broker=config, prefix_cache=False, **SIZES)
+
+        pid = os.fork()
+        if not pid:
+            engine = engine_of()
+            goes_on = engine.submit([1, 2], SamplingParams(max_tokens=20, ignore_eos=True))
+            ends = engine.submit([3], SamplingParams(max_tokens=1, ignore_eos=True))
+            aborted = engine.submit([4, 5], SamplingParams(max_tokens=20, ignore_eos=True))
+            for _ in range(4):
+                engine.step()
+            engine.abort(aborted)
+            os._exit(0 if (goes_on, ends, aborted) == (0, 1, 2) else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        with engine_of() as engine:
+            assert list(engine.survivors({0: 1, 1: 1, 2: 2})) == [0]
+            assert engine.submit([6], SamplingParams(max_tokens=1, ignore_eos=True)) == 3
+            while engine.busy:
+                assert all(event.request in (0, 3) for event in engine.step())
+
+
 def test_engines_that_are_killed_lose_no_token_and_give_none_twice(tmp_path: Path) -> None:
     path = tmp_path / "survival.json"
     sizes = ["--kills", "6", "--prompts", "3", "--prompt-tokens", "20", "--output-tokens", "24", "--life-tokens", "20"]
