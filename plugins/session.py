@@ -32,6 +32,7 @@ from trtllm_vattn.plugins.trtllm_folder import PLAN, is_trtllm_folder, read_trtl
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.startup import memory_left
+from trtllm_vattn.values import shown, whole
 from trtllm_vattn.vmm.open import open_driver
 
 if TYPE_CHECKING:
@@ -120,7 +121,8 @@ class EngineSession(Engine):
     attention : str
         The backend that the plan's layers run on: ``auto``, ``torch`` or ``cudnn``.
     options
-        Further parameters of `Engine`, except `compile` (off) and `packed` (by the plan).
+        Further parameters of `Engine`; `compile` is off and `packed` the plan's, and others are refused. A pass takes
+        `max_chunk` tokens of the plan at most.
 
     Raises
     ------
@@ -148,12 +150,19 @@ class EngineSession(Engine):
             model = EngineModel(
                 loaded.engine, loaded.config, loaded.decoder["scale"], limits, attached, loaded.allocation
             )
-            options["chunk"] = min(options.get("chunk", limits.max_chunk), limits.max_chunk)
+            most = options.pop("max_step_tokens", None)
+            most = options.get("chunk", limits.max_chunk) if most is None else most
+            options["chunk"] = min(whole("max_step_tokens", most, 1), limits.max_chunk)
             if options["chunk"] == 1 and not limits.any_slot:
                 raise ConfigError(
                     "a chunk of 1 token would be taken for a decode step of lane 0; chunk and the plan's max_chunk "
                     "have to be at least 2"
                 )
+            for name, own in (("compile", False), ("packed", limits.any_slot)):
+                if options.get(name) not in (None, own):
+                    raise ConfigError(
+                        f"{name} is {shown(options[name])}, and this plan's is {own}, as it was built; leave it out"
+                    )
             options["compile"], options["packed"] = False, limits.any_slot
             super().__init__(model, cache, attention=attention, **options)
             undo.pop_all()

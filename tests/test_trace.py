@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.trace import Trace, read_trace
 
 
@@ -50,6 +51,9 @@ def test_events_of_all_kinds_are_one_json_array(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_refused_at_the_door(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot write the trace /dev/full: No space left"):
         Trace("/dev/full")
+    with pytest.raises(ConfigError, match=r"cannot write the trace /dev/full"):
+        # Before the model is looked for, let alone loaded.
+        Engine.from_pretrained("no/such-model", device="cpu", trace="/dev/full")
     with pytest.raises(ConfigError, match="Is a directory"):
         Trace(tmp_path)
     with pytest.raises(ConfigError, match="give a file's path"):

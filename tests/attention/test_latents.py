@@ -9,6 +9,7 @@ import pytest
 import torch
 from probing import probe
 
+from trtllm_vattn.attention import latents
 from trtllm_vattn.attention.latents import MOST_PIECES, PROGRAMS_EACH, blocks_of, parts_of, pieces_for
 from trtllm_vattn.attention.select import available, make_attention
 from trtllm_vattn.cache.base import CacheShape
@@ -46,6 +47,15 @@ def test_pieces_fit_the_memory_for_them() -> None:
             assert 1 <= pieces <= MOST_PIECES
             assert pieces == 1 or units * pieces <= PROGRAMS_EACH * 132
             assert pieces == MOST_PIECES or units * pieces >= 2 * 132 or 2 * units * pieces >= PROGRAMS_EACH * 132
+
+
+def test_deterministic_engines_have_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latents, "serves", lambda cache: True)
+    shape = CacheShape(1, 1, 64, torch.bfloat16, 1, 32, kv_factor=1)
+    with make_cache("vattn", shape, "cpu") as cache:
+        assert make_attention("auto", cache, 4).name == "latents"
+        chosen = make_attention("auto", cache, 4, deterministic=True)
+        assert (chosen.name, chosen.batch_invariant) == ("torch", True)
 
 
 def test_other_caches_are_refused() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,28 @@ from trtllm_vattn import ConfigError, Engine, EngineClosed, SamplingParams  # no
 from trtllm_vattn.cache.base import SlotStats  # noqa: E402
 from trtllm_vattn.cli.main import main  # noqa: E402
 from trtllm_vattn.memory.pool import ExtentPool  # noqa: E402
+from trtllm_vattn.observe import metrics  # noqa: E402
 from trtllm_vattn.observe.address_map import DUMMY, IDLE, RUNNING, SHARED, Space  # noqa: E402
-from trtllm_vattn.observe.metrics import COUNTER, FAMILIES, STEP, EngineCollector, start_metrics_server  # noqa: E402
+from trtllm_vattn.observe.metrics import (  # noqa: E402
+    COUNTER,
+    FAMILIES,
+    STEP,
+    EngineCollector,
+    start_metrics_server,
+    tenant_metrics_of,
+)
 from trtllm_vattn.observe.top import first_reached, read  # noqa: E402
 from trtllm_vattn.runtime.engine_stats import StepTotals  # noqa: E402
+from trtllm_vattn.tenancy.borrowing import Lease  # noqa: E402
+from trtllm_vattn.tenancy.config import TenantConfig  # noqa: E402
+from trtllm_vattn.tenancy.tenant import Tenant  # noqa: E402
 from trtllm_vattn.trace import read_trace  # noqa: E402
+from trtllm_vattn.verify.tenants import lending  # noqa: E402
 from trtllm_vattn.vmm.host import HostDriver  # noqa: E402
 from trtllm_vattn.vmm.wrappers import FaultyDriver  # noqa: E402
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "trtllm_vattn" / "observe" / "README.md"
+OTHERS = re.compile("draft|lease|broker")
 PROMPT = [1 + token % 200 for token in range(70)]
 
 
@@ -75,6 +90,10 @@ def test_metrics_are_the_engines_numbers(watched: tuple[Engine, Path]) -> None:
     assert sum(found[f"vattn_kv_{part}_bytes"] for part in parts) + dummy == cache.held_bytes
     assert found["vattn_mappings"] == cache.stats().live_mappings > 0
     assert found["vattn_mappings_made_totaladmission"] > 0
+    assert found["vattn_captures_while_running_total"] == 0
+    engine.decode.captures_while_running = 3
+    assert exported(engine)["vattn_captures_while_running_total"] == engine.captures_while_running == 3
+    engine.decode.captures_while_running = 0
 
 
 def test_slots_are_shown_as_they_are(watched: tuple[Engine, Path]) -> None:
@@ -98,9 +117,9 @@ def test_the_document_has_the_names_that_are_exported(watched: tuple[Engine, Pat
     }
     wanted = {f.name + ("_total" if f.kind is COUNTER else ""): (f.label, f.help) for f in FAMILIES}
     assert rows == {**wanted, STEP[0]: ("le", f"{STEP[1]}: a histogram")}
-    # Of this engine everything but drafts, which it has not.
+    # Of this engine everything but drafts and a broker, which it has not.
     exporting = {name.partition("{")[0] for name in exported(watched[0])}
-    assert all(any(each.startswith(name) for each in exporting) for name in rows if "draft" not in name)
+    assert all(any(each.startswith(name) for each in exporting) for name in rows if not OTHERS.search(name))
 
 
 def test_numbers_are_read_from_any_thread_while_steps_run(watched: tuple[Engine, Path]) -> None:
@@ -151,6 +170,54 @@ def test_a_frame_is_drawn_by_the_metrics_address(
     said = capsys.readouterr().err.splitlines()
     assert "does not answer" in said[0]
     assert "is no address" in said[1]
+
+
+def test_a_tenant_of_a_broker_is_shown_beside_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    path = tmp_path / "broker"
+    config = TenantConfig(str(path), "chat", floor="128KiB", ceiling="512KiB")
+    options: dict[str, Any] = {"max_seqs": 2, "max_seq_len": 64, "capture": False, "compile": False}
+    with ExitStack() as stack:
+        with lending(HostDriver(), 1 << 20, path) as broker, Tenant(TenantConfig(str(path), "idle", floor="64KiB")):
+            engine = stack.enter_context(Engine.from_pretrained("tiny-llama", device="cpu", broker=config, **options))
+            url = f"http://127.0.0.1:{stack.enter_context(start_metrics_server(engine)).port}"
+            engine.generate([[1, 2, 3]], SamplingParams(max_tokens=3, ignore_eos=True))
+            # Behind this answer the broker has heard all that the engine said.
+            engine.cache._borrowing.tenant.standing()  # type: ignore[attr-defined]
+            found, account = exported(engine), broker.books.accounts["chat"]
+            assert found["vattn_lease_bytes"] == account.held == engine.cache.held_bytes > 0
+            assert found["vattn_lease_budget_bytes"] == account.budget
+            lease = engine.stats().cache.lease
+            assert lease is not None
+            assert found["vattn_lease_wanted_bytes"] == lease.wanted > 0
+            assert found["vattn_broker_ended"] == 0
+            of_all = exported(engine, slots=True)
+            assert of_all["vattn_tenant_lent_byteschat|serving"] == account.held
+            assert of_all["vattn_tenant_ceiling_byteschat|serving"] == 512 << 10
+            assert of_all["vattn_tenant_wanted_byteschat|serving"] == account.wants
+            assert of_all["vattn_tenant_floor_bytesidle|serving"] == 64 << 10
+            # Its own connection has no part in it: a late one is shown as the broker tells it.
+            account.debts.append((broker.clock() - 7.0, 0))
+            assert exported(engine, slots=True)["vattn_tenant_overdue_secondschat|overdue"] >= 7.0
+            assert main(["top", url, "--once"]) == 0
+            shown = capsys.readouterr().out
+            for text in ("tenants", "chat", "overdue", "idle", "asked for", "0.5"):
+                assert text in shown, text
+        assert exported(engine)["vattn_broker_ended"] == 1
+        assert not [name for name in exported(engine, slots=True) if "tenant" in name]
+        assert main(["top", url, "--once"]) == 0
+        assert "the broker has ended" in capsys.readouterr().out
+
+
+def test_a_broker_that_hangs_holds_up_nobody_who_watches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "BROKER_S", 0.05)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as hanging:
+        hanging.bind(str(tmp_path / "broker"))
+        hanging.listen()
+        assert list(tenant_metrics_of(Lease(str(tmp_path / "broker"), "one", 1, 1, 1, False))) == []
+    assert list(tenant_metrics_of(Lease(str(tmp_path / "none"), "one", 1, 1, 1, False))) == []
 
 
 def test_another_programs_metrics_are_refused() -> None:

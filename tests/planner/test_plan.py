@@ -138,6 +138,13 @@ def test_the_ways_to_a_prefix_take_the_machine_s_numbers_where_there_are_some(mo
     assert found.copy_bytes_per_us == pytest.approx(1e-6 * model.card["copy_bytes_per_s"])
 
 
+def test_a_calibration_of_another_version_stops_no_engine(caplog: pytest.LogCaptureFixture) -> None:
+    folder().mkdir(parents=True, exist_ok=True)
+    (folder() / "host.json").write_text('{"format": 0}')
+    assert reuse_costs("cpu") == ReuseCosts()
+    assert "is no calibration of format" in caplog.text
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 

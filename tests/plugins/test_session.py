@@ -201,6 +201,21 @@ def test_a_chunk_of_one_token_is_refused(llama: PreTrainedModel) -> None:
         assert tokens_of(engine) == over_the_model("tiny-llama")
 
 
+def test_what_the_plan_decides_is_refused_and_its_chunk_is_a_bound(llama: PreTrainedModel) -> None:
+    loaded = LoadedEngine.emulated(llama, LIMITS)
+    for options, message in (
+        ({"compile": True}, "compile is True, and this plan's is False"),
+        ({"packed": True}, "packed is True, and this plan's is False"),
+        ({"max_step_tokens": 0}, "max_step_tokens is 0"),
+    ):
+        with make_cache("vattn", loaded.cache_shape(4), "cpu") as cache, pytest.raises(ConfigError, match=message):
+            EngineSession(loaded, cache, **options)
+        assert not registry.is_attached("kv")
+    with session(llama, max_step_tokens=4096) as engine:
+        assert engine.scheduler.chunk == LIMITS.max_chunk
+        assert tokens_of(engine) == over_the_model("tiny-llama")
+
+
 def test_a_plans_layers_read_nothing_in_other_slots(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its layers attend by themselves: tables of the engine's attention are not theirs, however cheap they seem."""
     monkeypatch.setattr(prefix_reading, "LAYER_US_ON_HOST", 0.0)

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cache as remember
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +19,17 @@ from transformers import PreTrainedModel
 from trtllm_vattn.cache.compression import H2O
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.memory.mapping_policy import MappingPolicy
 from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.borrowing import make_borrowing_cache
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.features import FEATURES, OF_ENGINE, REFUSED, refusal
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.runtime.speculation import Speculation
+from trtllm_vattn.tenancy.config import TenantConfig
+from trtllm_vattn.verify.tenants import lending
+from trtllm_vattn.vmm.host import HostDriver
 
 pytest.importorskip("llguidance")
 
@@ -42,13 +48,18 @@ def model_for(windows: bool) -> PreTrainedModel:
     return model_of(tiny_config("gemma3_text", vocab_size=VOCAB, **fields))
 
 
-def engine_of(features: Features) -> Engine:
+def engine_of(features: Features, broker: Path | None = None) -> Engine:
     model = copy.deepcopy(model_for("windows" in features))
     shape = shape_of(model, 4, 64, "fp8" if "fp8" in features else "auto")
     options: dict[str, Any] = {"lookahead": 0, "host_memory": 1 << 20}
     if features >= {"compression"} and "windows" not in features:
         options.update(own_lengths=True, extent_classes=1, layers_per_range=1)
-    cache = make_cache("vattn", shape, "cpu", 1 << 20, **options)
+    if "tenancy" in features:
+        tenant = TenantConfig(str(broker), "-".join(sorted(features)))
+        policy = MappingPolicy.CONCURRENT
+        cache = make_borrowing_cache(tenant, "vattn", shape, "cpu", policy, options, lambda driver: driver).cache
+    else:
+        cache = make_cache("vattn", shape, "cpu", 1 << 20, **options)
     with ExitStack() as undo:
         undo.callback(cache.close)
         made = Engine(
@@ -96,6 +107,10 @@ def tokens_of(engine: Engine, features: Features) -> list[int]:
         (again,) = engine.generate([PROMPT], params)
         # Of a sequence that is longer than a window nothing is kept that others may begin with.
         assert (again.tokens, again.cached_tokens > 0) == (tokens, "windows" not in features)
+    if "tenancy" in features:
+        lease = engine.stats().cache.lease
+        assert lease is not None
+        assert lease.lent == engine.cache.held_bytes > 0
     if "drafts" in features:
         assert engine.speculation_stats()["drafted"] > 0
     if "logprobs" in features:
@@ -125,6 +140,15 @@ def check(engine: Engine, one: str, other: str) -> None:
         engine.abort(number)
 
 
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("broker") / "socket"
+    driver = HostDriver()
+    with lending(driver, 16 << 20, path):
+        yield path
+    assert driver.live_handles == 0
+
+
 @pytest.fixture
 def undo() -> Iterator[ExitStack]:
     with ExitStack() as closing:
@@ -132,17 +156,17 @@ def undo() -> Iterator[ExitStack]:
 
 
 @pytest.mark.parametrize("one", OF_ENGINE)
-def test_a_feature_of_an_engine_with_every_other(one: str, undo: ExitStack) -> None:
-    engine = undo.enter_context(engine_of(frozenset({one})))
+def test_a_feature_of_an_engine_with_every_other(one: str, undo: ExitStack, broker: Path) -> None:
+    engine = undo.enter_context(engine_of(frozenset({one}), broker))
     for other in OF_REQUEST:
         check(engine, one, other)
     for other in OF_ENGINE[OF_ENGINE.index(one) + 1 :]:
         features = frozenset({one, other})
         if (said := refusal(one, other)) is not None:
             with pytest.raises(ConfigError, match=said):
-                engine_of(features)
+                engine_of(features, broker)
             continue
-        both = undo.enter_context(engine_of(features))
+        both = undo.enter_context(engine_of(features, broker))
         assert tokens_of(both, features) == expected(features & CHANGING), (one, other)
 
 

@@ -20,8 +20,10 @@ from trtllm_vattn.runtime.async_engine import AsyncEngine
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.lane_processors import StepKind
 from trtllm_vattn.runtime.models import SHAPES, load_model
 from trtllm_vattn.runtime.parallel.engine import RankedDecode
+from trtllm_vattn.runtime.pass_cost import PassLoad
 from trtllm_vattn.runtime.reuse import RequestSlots
 from trtllm_vattn.runtime.sampling import SamplingParams
 
@@ -35,9 +37,9 @@ def model() -> Iterator[PreTrainedModel]:
         yield load_model("tiny-llama", "cpu", torch.float32)
 
 
-def engine_of(model: PreTrainedModel, slots: int = 4, **options: object) -> Engine:
+def engine_of(model: PreTrainedModel, slots: int = 4, attention: str = "torch", **options: object) -> Engine:
     cache = make_cache("vattn", shape_of(model, slots + 8, 64), "cpu")
-    return Engine(model, cache, attention="torch", max_running=slots, **options)
+    return Engine(model, cache, attention=attention, max_running=slots, **options)
 
 
 def capture_likely(engine: Engine) -> CaptureReport:
@@ -112,6 +114,24 @@ def test_who_samples_first_waits_for_a_capture_and_is_counted(model: PreTrainedM
         assert warm.capture_wanted() == 0
         assert [each.tokens for each in warm.generate(prompts, SAMPLED)] == want
         assert (warm.captures_while_running, warm.decode.wanted) == (0, {})
+
+
+def test_passes_in_larger_graphs_are_measured_as_what_they_are(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine_of(model, attention="shares", target_itl_ms=1000.0, max_step_tokens=64) as engine:
+        graphs, cost = engine.passes.graphs, engine.passes.cost
+        assert graphs is not None
+        assert cost is not None
+        sampled = graphs._runner(StepKind(sampled=True))
+        small, large = sampled.buckets[:2]
+        with torch.inference_mode():
+            sampled.capture([large])
+        loads: list[PassLoad] = []
+        monkeypatch.setattr(cost, "measure", lambda load, milliseconds: loads.append(load))
+        engine.generate([[5, 6]], SAMPLED)
+        assert small not in sampled.captured
+        assert loads[0].tokens == large
 
 
 def test_lanes_of_several_ranks_capture_in_the_launch_that_needs_it(

@@ -155,6 +155,18 @@ def test_the_reserve_is_what_all_grow_by_until_one_ends() -> None:
     assert mark.usual == pytest.approx(30)
 
 
+def test_what_a_broker_may_lend_one_day_is_not_there() -> None:
+    pages = Pages()
+    mark, running, next_one = Watermark(cast(KVCache, pages)), [request(0, 500, 101)], request(1, 400, 101)
+    mark.sent_back()
+    pages.used, pages.bytes_for_sequences = 501, 5000
+    assert not mark.lets_in(next_one, running, 0)
+    assert mark.reserve([request(0, 100, 5001)]) == 250
+    # A larger budget is looked at.
+    pages.budget_bytes = 5000
+    assert mark.lets_in(next_one, running, 0)
+
+
 def test_nobody_is_held_back_before_somebody_was_sent_back_or_where_nobody_runs() -> None:
     pages = Pages()
     mark, running, next_one = Watermark(cast(KVCache, pages)), [request(0, 500, 101)], request(1, 400, 101)

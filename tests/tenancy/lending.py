@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from trtllm_vattn.tenancy.broker import Broker
+from trtllm_vattn.verify import tenants
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.host import HostDriver
 
@@ -18,18 +17,10 @@ from trtllm_vattn.vmm.host import HostDriver
 def lending(path: Path, memory: int, driver: Driver | None = None, **options: Any) -> Iterator[Broker]:
     """A broker that serves until the end; it must have released everything then."""
     made = HostDriver() if driver is None else driver
-    broker = Broker(made, memory, path, **options)
-    read, write = os.pipe()
-    thread = threading.Thread(target=broker.serve, args=(read,), daemon=True)
-    thread.start()
     try:
-        yield broker
+        with tenants.lending(made, memory, path, **options) as broker:
+            yield broker
     finally:
-        os.write(write, b"x")
-        thread.join()
-        broker.close()
-        os.close(read)
-        os.close(write)
         if isinstance(made, HostDriver):
             left = made.live_handles
             made.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from tenancy.lending import lending
 
 from trtllm_vattn.errors import ConfigError, SequenceTooLong
+from trtllm_vattn.runtime.async_engine import AsyncEngine, RequestStream
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -182,6 +185,34 @@ def test_models_take_turns_with_all_the_memory_by_the_brokers_word(
     assert list(found.values()) == alone
 
 
+def test_an_engine_in_its_own_thread_sleeps_and_wakes_by_the_brokers_word(
+    tmp_path: Path, alone: list[list[int]]
+) -> None:
+    async def sleeps(broker: Broker) -> None:
+        while standing(broker)["one"].state != "asleep":
+            await asyncio.sleep(0.01)
+
+    async def tokens_of(stream: RequestStream) -> list[int | None]:
+        return [event.token async for event in stream]
+
+    async def job(broker: Broker, made: AsyncEngine) -> list[list[int | None]]:
+        with Client(broker.path) as client:
+            # Nothing runs, and nobody calls it.
+            client.do(say.SetAsleep("one", True))
+            await asyncio.wait_for(sleeps(broker), 30.0)
+            streams = [await made.add_request(prompt, PARAMS) for prompt in PROMPTS]
+            assert standing(broker)["one"].lent == 0
+            client.do(say.SetAsleep("one", False))
+            return list(await asyncio.wait_for(asyncio.gather(*map(tokens_of, streams)), 60.0))
+
+    with lending(tmp_path / "broker", MEMORY) as broker:
+        made = AsyncEngine(engine(broker, "one"))
+        try:
+            assert asyncio.run(job(broker, made)) == alone
+        finally:
+            made.close()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -218,6 +249,23 @@ def test_engines_of_a_broker_that_ended_go_on_with_what_they_hold(tmp_path: Path
     for completion, expected in zip(made.generate(PROMPTS, PARAMS), alone, strict=True):
         assert completion.tokens == expected or (completion.finish_reason == "error" and completion.error)
         if completion.error:
-            assert "no memory" in completion.error or "outgrew" in completion.error
+            assert "start a broker and this engine anew" in completion.error, completion.error
     made.cache.check_integrity()
     made.close()
+
+
+def test_who_waits_for_others_memory_ends_with_an_error_where_the_broker_is_killed(tmp_path: Path) -> None:
+    long = list(range(1, 231))
+    with lending(tmp_path / "broker", MEMORY) as broker, engine(broker, "rich") as rich, engine(broker, "poor") as poor:
+        for prompt in (long, long[::-1], long[1:]):
+            rich.submit(prompt, PARAMS)
+        while standing(broker)["rich"].lent < MEMORY * 3 // 4:
+            rich.step()
+        number = poor.submit(long, PARAMS)
+        assert [poor.step() for _ in range(3)] == [[]] * 3
+        # As the kernel does with those of a process that is killed; nothing is written to any page.
+        for connection in list(broker._connections):
+            connection.socket.shutdown(socket.SHUT_RDWR)
+        (event,) = poor.run()
+        assert (event.request, event.finish_reason) == (number, "error")
+        assert "start a broker and this engine anew" in str(event.error)

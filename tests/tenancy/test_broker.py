@@ -334,6 +334,17 @@ def test_tenants_of_a_broker_that_ended_keep_what_they_hold(tmp_path: Path) -> N
     tenant.close()
 
 
+def test_a_tenant_hears_that_its_broker_was_killed(broker: Broker) -> None:
+    # Who is killed writes to no page: its end of the connection is gone. Who waits for others' memory waits no more.
+    with Tenant(config(broker, "one")) as tenant:
+        for connection in list(broker._connections):
+            connection.socket.shutdown(socket.SHUT_RDWR)
+        assert tenant.wait_for(1 << 30, 20.0)
+        assert tenant.broker_has_ended
+        with pytest.raises(DriverError, match="has ended; what it lent stays"):
+            tenant.create(PAGE)
+
+
 def test_a_tenant_is_of_one_process(broker: Broker) -> None:
     with Tenant(config(broker, "one")) as tenant:
         pid = os.fork()

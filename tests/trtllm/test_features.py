@@ -110,14 +110,19 @@ NEAREST: dict[str, dict[str, Any]] = {
     "fork": {"max_beam_width": 4},
     "windows": {"max_attention_window": [64, 128]},
     "sleep": {"host_cache_size": 1 << 30},
+    "tenancy": {"broker": "/run/vattn.sock"},
 }
-"""What comes nearest to a feature that the adapter does not serve: arguments, or settings of the pool."""
+"""What comes nearest to a feature that the adapter does not serve: arguments, settings of the pool, or its own."""
 
 
 def test_the_matrix_says_what_the_adapter_serves(make: Make, fake: SimpleNamespace) -> None:
     assert set(ADAPTER) == set(FEATURES)
     assert {name for name, said in ADAPTER.items() if said not in ("served", "own")} == set(NEAREST)
     for name, given in NEAREST.items():
+        if name == "tenancy":
+            with pytest.raises(ConfigError, match=ADAPTER[name]):
+                TrtllmConfig.of(given)
+            continue
         pool = name in ("windows", "sleep")
         arguments = {"cache_config": fake.managers.KvCacheConfig(**given)} if pool else given
         with pytest.raises(UnsupportedFeature, match=ADAPTER[name]):

@@ -12,6 +12,7 @@ import pytest
 
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import DriverError, EngineClosed, VattnError, is_device_lost
+from trtllm_vattn.tenancy.broker import Broker
 from trtllm_vattn.verify import drills
 from trtllm_vattn.verify.drills import CODES, DRILLS, Drills
 
@@ -51,6 +52,12 @@ def test_a_drill_that_finds_something_fails(
     assert (found["name"], found["passed"]) == ("clock-jumps", False)
     assert main(["drill", "earthquake", "--device", "cpu"]) == 2
     assert "there are out-of-memory, " in capsys.readouterr().err
+
+
+def test_a_lease_that_does_not_come_back_is_noticed(on_host: Drills, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drills, "FREED_WITHIN_S", 0.1)
+    monkeypatch.setattr(Broker, "_end_process", lambda broker, tenant: None)
+    assert "lends to a tenant whose process has ended" in on_host.run("killed-tenant").detail
 
 
 def test_a_process_that_ends_otherwise_or_hangs_is_noticed(on_host: Drills, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,11 @@ from trtllm_vattn.errors import ConfigError
 
 def automatic(cache: KVCache, num_heads: int, scale: float | None = None, *, deterministic: bool = False) -> Attention:
     """The picked backend (picked.py) if its kernels work over this cache, else `default_attention`; over latents their
-    own backend if its kernels do, else the torch backend."""
+    own backend if its kernels do and it need not be deterministic, else the torch backend."""
     shape = cache.shape
     if shape.kv_factor == 1:
-        kind = latents.LatentAttention if latents.serves(cache) else TorchAttention
+        # Whether bits of the own kernels depend on other lanes was not looked at.
+        kind = latents.LatentAttention if latents.serves(cache) and not deterministic else TorchAttention
         return kind(cache, num_heads, scale)
     flat = isinstance(cache.head_groups(0)[0], FlatKV) and shape.kv_factor == 2
     half = shape.dtype in (torch.float16, torch.bfloat16, FP8) and shape.head_dim in shares.HEAD_SIZES

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.tenancy.borrowing import Keeper, Lender
+from trtllm_vattn.tenancy.borrowing import Keeper, Lease, Lender
 from trtllm_vattn.trace import Trace
 from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
 
@@ -167,7 +167,7 @@ class CacheStats:
     tokens of ended sequences; `segment_tokens` tokens of sequences lie in other slots than theirs.
     `suspended_sequences` have their tokens in host memory, of which `host_held_bytes` are pinned and `host_bytes` used.
     `window_bytes` of `mapped_bytes` are those of layers that keep a window. `free_bytes` in `free_extents` extents are
-    mapped nowhere; `parked_bytes` are in `parked_slots` slots.
+    mapped nowhere; `parked_bytes` are in `parked_slots` slots. `lease` is what a broker lends, None without one.
     """
 
     sequences: int
@@ -196,6 +196,7 @@ class CacheStats:
     free_bytes: int = 0
     free_extents: int = 0
     parked_slots: int = 0
+    lease: Lease | None = None
 
 
 class SlotStats(NamedTuple):
@@ -474,6 +475,11 @@ class KVCache(ABC):
     def waits_for_memory(self) -> bool:
         """Whether memory that is short now may come later, from others whom it was lent to: nobody fails for it."""
         return False
+
+    @property
+    def remedy(self) -> str:
+        """What to do for a sequence that the cache has too little memory for."""
+        return "raise the budget"
 
     def follow_budget(self) -> int:
         """Between steps, have the budget be what a broker lends, where the memory is a broker's; parked and retained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -55,17 +56,20 @@ class HostTier:
         self._done = Transfers()
         self._under_way: list[tuple[Transfers, StreamTiming]] = []
         """Bytes out and in of copies that nobody waited for, and what times them."""
+        self._counting = threading.Lock()
+        """`transfers` is asked for by other threads than the one that copies."""
 
     @property
     def transfers(self) -> Transfers:
         """Copies so far, those under way when they are done."""
-        under_way, self._under_way = self._under_way, []
-        for copied, timing in under_way:
-            if (took := timing.seconds()) is None:
-                self._under_way.append((copied, timing))
-            else:
-                self._add(copied, took)
-        return self._done
+        with self._counting:
+            under_way, self._under_way = self._under_way, []
+            for copied, timing in under_way:
+                if (took := timing.seconds()) is None:
+                    self._under_way.append((copied, timing))
+                else:
+                    self._add(copied, took)
+            return self._done
 
     def _add(self, copied: Transfers, took: float) -> None:
         done = self._done
@@ -161,7 +165,8 @@ class HostTier:
     def _note(self, copied: Transfers, timing: StreamTiming) -> None:
         timing.end()
         if copied.out_bytes or copied.in_bytes:
-            self._under_way.append((copied, timing))
+            with self._counting:
+                self._under_way.append((copied, timing))
 
 
 def measure_link(driver: Driver, size: int, stream: int = 0, rounds: int = 3) -> tuple[float, float]:

@@ -185,6 +185,8 @@ class KVCacheManager(SlottedCache):
         """Slot and length of each sequence that runs again when the cache wakes."""
         self._borrowing: Borrowing | None = None
         self._journal: Journal | None = None
+        self._placed_anew: set[SequenceId] = set()
+        """Sequences that came to a slot since that was noted in the journal."""
         self._lock = self._memory.lock
         self._preallocation = Preallocation(pool, self.layout)
         self._admission_maps = self._critical_path_maps = self._reported_maps = 0
@@ -424,6 +426,7 @@ class KVCacheManager(SlottedCache):
             self.arena.clear(self._fence())
             self._tier.forget(self.dummy_slot)
             self._arriving.clear()
+            self._placed_anew.clear()
             self._asleep.clear()
 
     def _fence(self) -> Fence:
@@ -493,17 +496,21 @@ class KVCacheManager(SlottedCache):
         changed, self.arena.changed = sorted(self.arena.changed), set()
         self._journal.write("slots", [(index, *self._kept(index)) for index in changed])
 
-    def _kept(self, index: int) -> tuple[Any, list[Any]]:
+    def _kept(self, index: int) -> tuple[Any, list[Any], bool]:
+        """The sequence in a slot, its memory, and whether it came there since its last note."""
         owner, slot = self._owner.get(index), self.arena.slots[index]
         assert self._borrowing is not None
         assert self._borrowing.keeper is not None
         if owner is None or slot.state is not RUNNING:
-            return None, []
+            return None, [], False
+        is_new = owner in self._placed_anew
+        self._placed_anew.discard(owner)
         lease_of = self._borrowing.keeper.lease_of
-        return owner, [
+        groups = [
             (group.lower, [(each[0].size, [lease_of(part.extent.handle) for part in each]) for each in group.stripes])
             for group in slot.groups
         ]
+        return owner, groups, is_new
 
     def note(self, *change: Any) -> None:
         if self._journal is not None:
@@ -522,6 +529,12 @@ class KVCacheManager(SlottedCache):
     @property
     def waits_for_memory(self) -> bool:
         return self._borrowing is not None and not self._borrowing.tenant.broker_has_ended
+
+    @property
+    def remedy(self) -> str:
+        if self._borrowing is None or not self._borrowing.tenant.broker_has_ended:
+            return super().remedy
+        return f"start a broker and this engine anew, for the one at {self._borrowing.tenant.path} has ended"
 
     def follow_budget(self) -> int:
         borrowing = self._borrowing
@@ -644,15 +657,23 @@ class KVCacheManager(SlottedCache):
             moved = remap.move(self.arena, source, slot, self._fence)
             self._move_sequence(sequence, slot)
             self._publish_deficits(slot)
-            if self.arena.changed is not None:
-                self.arena.changed |= {source, slot}
+            self._changed(source)
+            self._changed(slot)
         return moved
 
     def _place_sequence(self, sequence: SequenceId, slot: int, tokens: int) -> None:
         super()._place_sequence(sequence, slot, tokens)
         self._publish_deficits(slot)
+        self._changed(slot, sequence)
+
+    def _changed(self, slot: int, placed: SequenceId | None = None) -> None:
+        """What is noted of a slot in the journal changed, with the sequence that came there. By the lock, for the
+        tenant's thread may be noting."""
         if self.arena.changed is not None:
-            self.arena.changed.add(slot)
+            with self._lock:
+                self.arena.changed.add(slot)
+                if placed is not None:
+                    self._placed_anew.add(placed)
 
     def fork(self, sequence: SequenceId, new_sequence: SequenceId, tokens: int) -> int:
         """Begin a sequence with the first `tokens` of another one; returns its slot.
@@ -966,9 +987,9 @@ class KVCacheManager(SlottedCache):
 
     def _remove_sequence(self, sequence: SequenceId, slot: int) -> None:
         self._arriving.pop(sequence, None)
+        self._placed_anew.discard(sequence)
         super()._remove_sequence(sequence, slot)
-        if self.arena.changed is not None:
-            self.arena.changed.add(slot)
+        self._changed(slot)
 
     def _do_discard(self, sequence: SequenceId) -> None:
         with self._lock:
@@ -1348,6 +1369,7 @@ class KVCacheManager(SlottedCache):
                 free_bytes=pool.free_bytes,
                 free_extents=len(pool.free_extents()),
                 parked_slots=self.arena.parked_slots,
+                lease=None if self._borrowing is None else self._borrowing.lease(),
             )
 
     def slot_stats(self) -> list[SlotStats]:

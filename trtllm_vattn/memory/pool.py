@@ -9,7 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 
-from trtllm_vattn.errors import ConfigError, DriverError, InvariantViolation, KVCacheOutOfMemory, MemoryQuarantined
+from trtllm_vattn.errors import (
+    BrokerLost,
+    ConfigError,
+    DriverError,
+    InvariantViolation,
+    KVCacheOutOfMemory,
+    MemoryQuarantined,
+)
 from trtllm_vattn.memory.layout import SlotLayout, round_up
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.owners import Extent
@@ -119,9 +126,11 @@ class ExtentPool:
         except (DriverError, KVCacheOutOfMemory) as error:
             self.release(acquired)
             if isinstance(error, DriverError) and error.code == "CUDA_ERROR_OUT_OF_MEMORY":
+                why = "the device has no memory left; lower the budget or free device memory"
+                if isinstance(error.__cause__, BrokerLost):
+                    why = f"{error.__cause__}; start a broker and this engine anew"
                 raise KVCacheOutOfMemory(
-                    f"{size:,} bytes asked for and within the budget of {self.budget:,}, but the device has no memory "
-                    "left; lower the budget or free device memory"
+                    f"{size:,} bytes asked for and within the budget of {self.budget:,}, but {why}"
                 ) from error
             raise
         return acquired

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry
@@ -19,13 +19,19 @@ from prometheus_client.exposition import make_wsgi_app
 from prometheus_client.registry import Collector
 
 from trtllm_vattn.cache.base import SlotStats
-from trtllm_vattn.errors import EngineClosed, ManagerClosed
+from trtllm_vattn.errors import BrokerLost, ConfigError, EngineClosed, ManagerClosed
 from trtllm_vattn.observe import SLOTS_PATH
 from trtllm_vattn.runtime.async_engine import AsyncEngine
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.engine_stats import EngineStats
+from trtllm_vattn.tenancy.borrowing import Lease
+
+if TYPE_CHECKING:
+    from trtllm_vattn.tenancy.protocol import TenantStatus
 
 Labelled = dict[str, float]
+BROKER_S = 1.0
+"""Seconds that a broker has to answer in: who watches is to see one that hangs."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,11 @@ class Family:
         for each, number in value.items():
             made.add_metric([each], number)
         return made
+
+
+def _lease(value: Callable[[Lease], float]) -> Callable[[EngineStats], float | None]:
+    """Of an engine whose memory is a broker's, and None of others."""
+    return lambda stats: None if stats.cache.lease is None else value(stats.cache.lease)
 
 
 def _pair(names: tuple[str, str], pair: tuple[float, float] | None) -> Labelled | None:
@@ -152,6 +163,12 @@ FAMILIES = (
     Family(
         "vattn_plan_seconds", COUNTER, "Time that plans, backing of steps and the guard took", lambda s: s.totals.kv_s
     ),
+    Family(
+        "vattn_captures_while_running",
+        COUNTER,
+        "Graphs captured while requests waited for them",
+        lambda s: s.captures_while_running,
+    ),
     Family("vattn_preemptions", COUNTER, "Requests that gave their memory up", lambda s: s.totals.preempted),
     Family("vattn_swaps", COUNTER, "Requests whose tokens went to host memory", lambda s: s.swaps),
     Family("vattn_ended", COUNTER, "Requests ended, by why", lambda s: dict(s.totals.ended), "finish_reason"),
@@ -169,12 +186,34 @@ FAMILIES = (
         lambda s: _pair(("verified", "accepted"), s.drafts),
         "what",
     ),
+    Family("vattn_lease_bytes", GAUGE, "Memory that the broker has lent to this engine", _lease(lambda of: of.lent)),
+    Family(
+        "vattn_lease_budget_bytes", GAUGE, "Of the broker's memory, what may be held now", _lease(lambda of: of.budget)
+    ),
+    Family(
+        "vattn_lease_wanted_bytes",
+        GAUGE,
+        "Of the broker's memory, what this engine asked for last",
+        _lease(lambda of: of.wanted),
+    ),
+    Family("vattn_broker_ended", GAUGE, "1 once the broker has ended", _lease(lambda of: float(of.broker_has_ended))),
 )
 STEP = ("vattn_step_seconds", "From the tokens of one launch to those of the next")
 SLOT_FAMILIES: tuple[tuple[str, str, Callable[[SlotStats], float]], ...] = (
     ("vattn_slot_tokens", "Tokens of a slot's sequence", lambda slot: slot.length),
     ("vattn_slot_frontier_tokens", "Tokens of a slot that are backed", lambda slot: slot.frontier),
     ("vattn_slot_mapped_bytes", "KV memory mapped in a slot", lambda slot: slot.mapped_bytes),
+)
+TENANT_FAMILIES: tuple[tuple[str, str, Callable[[TenantStatus], float]], ...] = (
+    ("vattn_tenant_lent_bytes", "Memory that the broker has lent to a tenant", lambda tenant: tenant.lent),
+    ("vattn_tenant_floor_bytes", "Memory that a tenant is promised", lambda tenant: tenant.floor),
+    ("vattn_tenant_ceiling_bytes", "Memory that a tenant may hold at most", lambda tenant: tenant.ceiling),
+    ("vattn_tenant_wanted_bytes", "Memory that a tenant asked for last", lambda tenant: tenant.wants),
+    (
+        "vattn_tenant_overdue_seconds",
+        "How long a tenant owes memory beyond its deadline",
+        lambda tenant: tenant.overdue_s,
+    ),
 )
 
 
@@ -201,6 +240,26 @@ def slot_metrics_of(slots: Iterable[SlotStats]) -> Iterator[Metric]:
         yield made
 
 
+def tenant_metrics_of(lease: Lease | None) -> Iterator[Metric]:
+    """Metrics of all tenants of the broker that lends to an engine, as the broker says now, which the engine's own
+    connection has no part in; none without a broker, or where it does not answer."""
+    if lease is None or lease.broker_has_ended:
+        return
+    # With msgspec, which is an extra, and which who borrows has.
+    from trtllm_vattn.tenancy.tenant import Client
+
+    try:
+        with Client(lease.path, BROKER_S) as client:
+            tenants = client.standing().tenants
+    except (BrokerLost, ConfigError):
+        return
+    for name, text, value in TENANT_FAMILIES:
+        made = GaugeMetricFamily(name, text, labels=["tenant", "state"])
+        for tenant in tenants:
+            made.add_metric([tenant.name, tenant.state], value(tenant))
+        yield made
+
+
 class EngineCollector(Collector):
     """For `CollectorRegistry.register`: an engine's numbers, of the moment somebody asks. Nothing of one that is
     closed, or that nobody else holds any more.
@@ -209,7 +268,7 @@ class EngineCollector(Collector):
     ----------
     engine : Engine or AsyncEngine
     slots : bool
-        Each slot's numbers in place of the engine's.
+        Each slot's numbers in place of the engine's, and each tenant's of its broker.
     """
 
     def __init__(self, engine: Engine | AsyncEngine, slots: bool = False) -> None:
@@ -223,7 +282,9 @@ class EngineCollector(Collector):
         if (engine := self._engine()) is None:
             return ()
         try:
-            return list(slot_metrics_of(engine.slot_stats()) if self._slots else metrics_of(engine.stats()))
+            if not self._slots:
+                return list(metrics_of(engine.stats()))
+            return [*slot_metrics_of(engine.slot_stats()), *tenant_metrics_of(engine.stats().cache.lease)]
         except (EngineClosed, ManagerClosed):
             return ()
 

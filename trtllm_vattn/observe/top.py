@@ -22,6 +22,7 @@ from trtllm_vattn.observe import SLOTS_PATH
 TIMEOUT_S = 5.0
 Labels = tuple[tuple[str, str], ...]
 STYLES = {"running": "green", "retained": "blue", "parked": "yellow", "suspended": "magenta"}
+TENANT_STYLES = {"serving": "green", "asleep": "magenta", "owing": "yellow", "overdue": "red", "lost": "red"}
 PARTS = (
     ("vattn_kv_used_bytes", "holds tokens"),
     ("vattn_kv_mapped_bytes", "mapped for running requests"),
@@ -74,7 +75,10 @@ def _get(url: str) -> str:
 
 def frame(now: Reading, before: Reading | None = None, most_slots: int = 20) -> Group:
     """What is shown: rates are of the time since the reading `before`, without one since the engine was built."""
-    return Group(_requests(now, before), _memory(now), _mapping(now, before), _slots(now, most_slots))
+    panels = [_requests(now, before), _memory(now), _mapping(now, before), _slots(now, most_slots)]
+    if "vattn_lease_bytes" in now.values:
+        panels.append(_tenants(now))
+    return Group(*panels)
 
 
 def _requests(now: Reading, before: Reading | None) -> Panel:
@@ -150,6 +154,33 @@ def _slots(now: Reading, most: int) -> Panel:
     if len(found) > most:
         table.add_row("…", f"{len(found) - most} more")
     return Panel(table, title=title, title_align="left")
+
+
+def _tenants(now: Reading) -> Panel:
+    lent, budget, wanted = (now.get(f"vattn_lease{part}_bytes") / 2**20 for part in ("", "_budget", "_wanted"))
+    table = Table(
+        box=None,
+        padding=(0, 2),
+        caption=f"lent to this engine {lent:,.1f} of {budget:,.1f} MiB, asked for {wanted:,.1f}",
+        caption_justify="left",
+    )
+    for column in ("tenant", "state", "lent MiB", "floor", "ceiling", "asked", "overdue s"):
+        table.add_column(column, justify="left" if column in ("tenant", "state") else "right")
+    sizes = [f"vattn_tenant_{part}_bytes" for part in ("lent", "floor", "ceiling", "wanted")]
+    for labels in sorted(now.values.get(sizes[0], {}), key=lambda labels: dict(labels)["tenant"]):
+        named = dict(labels)
+        overdue = now.get("vattn_tenant_overdue_seconds", **named)
+        table.add_row(
+            named["tenant"],
+            Text(named["state"], TENANT_STYLES.get(named["state"], "")),
+            *(f"{now.get(size, **named) / 2**20:,.1f}" for size in sizes),
+            f"{overdue:,.1f}" if overdue else "",
+        )
+    if now.get("vattn_broker_ended"):
+        table.add_row(Text("the broker has ended", "red"))
+    elif not table.row_count:
+        table.add_row(Text("the broker does not answer", "red"))
+    return Panel(table, title="tenants", title_align="left")
 
 
 def _change(now: Reading, before: Reading | None, name: str, **labels: str) -> float:

@@ -58,7 +58,7 @@ MOST_FAILURES = 3
 """Steps in a row that raise before requests are given up."""
 
 IDLE_S = 0.25
-"""Seconds without work after which a graph is captured that steps went without."""
+"""Seconds without work after which a graph is captured that steps went without, and a broker's word is looked at."""
 
 
 class RequestStream(AsyncIterator[TokenEvent]):
@@ -434,12 +434,14 @@ class AsyncEngine:
 
     @property
     def _steps(self) -> bool:
-        """Whether there is a step to take now."""
-        return not (self._paused or self._waits) and self._engine.busy
+        """Whether there is a step to take now: something runs, or a broker's operator has the engine sleep or wake."""
+        if self._paused or self._held_up is not None:
+            return False
+        return self._engine.is_told_otherwise or (self._engine.busy and not self._engine.sleeping.is_asleep)
 
     @property
     def _waits(self) -> bool:
-        """Whether there is no step before somebody calls: `update_weights`, or `wake`."""
+        """Whether there is no step before somebody calls: `update_weights`, or `wake`, or a broker's operator does."""
         return self._held_up is not None or self._engine.sleeping.is_asleep
 
     def _wait(self) -> bool:
@@ -450,7 +452,9 @@ class AsyncEngine:
                 idle = False
                 while not (idle or self._stopped or self._calls or self._steps):
                     wanted = bool(self._engine.decode.wanted) and not (self._engine.busy or self._waits)
-                    idle = not self._changed.wait(IDLE_S if wanted else None)
+                    # Nothing here says what a broker's operator wants: that is looked at.
+                    looks = wanted or self._engine.cache.waits_for_memory
+                    idle = not self._changed.wait(IDLE_S if looks else None) and wanted
                 if not idle:
                     return not self._stopped
             self._capture_wanted()

@@ -79,7 +79,7 @@ def make_borrowing_cache(
         left = None if tenant.journal is None else tenant.journal.state
         if left is not None:
             wanted = set().union(*(slot.leases() for slot in left.kept_slots().values()))
-            for lease, nbytes in tenant.welcome.leases:
+            for lease, nbytes in tenant.leases:
                 if lease not in wanted:
                     tenant.release(lease, nbytes)
         with tenant.waiting(tenant.welcome.deadline_s + 1.0):

@@ -642,6 +642,9 @@ class Engine:
         reusing = reusing and options.get("deterministic") is not True
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
         with ExitStack() as undo:
+            tracing_to = Trace.of(trace)
+            if tracing_to is not None and tracing_to.is_owned:
+                undo.callback(tracing_to.close)
             probe = undo.enter_context(start_policy_probe(device, mapping))
             started = perf_counter()
             loaded = load_model(model, device, dtype)
@@ -655,9 +658,6 @@ class Engine:
             idle["host_memory"] = host_memory
             if policy_of_tokens is not None and not shape.windows:  # which is refused by name
                 idle |= _compressing(policy_of_tokens)
-            tracing_to = Trace.of(trace)
-            if tracing_to is not None and tracing_to.is_owned:
-                undo.callback(tracing_to.close)
 
             def traced(driver: Driver) -> Driver:
                 return driver if tracing_to is None else TracingDriver(driver, tracing_to)
@@ -723,6 +723,7 @@ class Engine:
             transfers=self.cache.transfers,
             prefix=None if prefixes is None else (prefixes.stats.prompt_tokens, prefixes.stats.cached_tokens),
             drafts=None if speculator is None else (speculator.stats.drafted, speculator.stats.accepted),
+            captures_while_running=self.captures_while_running,
         )
 
     @property
@@ -1086,7 +1087,7 @@ class Engine:
     def _step(self) -> None:
         """One step, whose events are put to the others: plan and launch (`Pipeline`), and commit."""
         self._check_open()
-        if (self.cache.asked_to_sleep or self._sleeps_for_broker) and self._obey():
+        if (self._sleeps_for_broker or self.is_told_otherwise) and self._obey():
             self.cache.wait_for_memory(MEMORY_WAIT_S)
             return
         if self.sleeping.is_asleep:
@@ -1110,6 +1111,12 @@ class Engine:
         self._report_demand(waits=launch is None)
         if record is not None and self.observer is not None:
             self.observer(record)
+
+    @property
+    def is_told_otherwise(self) -> bool:
+        """Whether it is awake and a broker's operator wants it to sleep, or sleeps by the operator's word, which holds
+        no more: the next step does so, whether anything runs or not."""
+        return not self.sleeping.is_asleep if self.cache.asked_to_sleep else self._sleeps_for_broker
 
     def _obey(self) -> bool:
         """Sleep or wake by the word of a broker's operator; returns whether the engine sleeps by it. Keys and values go
@@ -1235,7 +1242,8 @@ class Engine:
         """What an event says becomes part of the request's record; it ends, where the event is its last. Of its newest
         event it may be done again, where it was interrupted."""
         request.note(event)
-        if self._survival is not None:
+        if self._survival is not None and not request.is_chosen_again:
+            # What is chosen again is noted already, with what came behind it.
             self._survival.noted(event)
         if event.finish_reason:
             request.error, request.finish_reason = event.error, event.finish_reason
@@ -1432,7 +1440,7 @@ class Engine:
     def _go_on_with(self, left: State | None) -> None:
         """Note requests in a broker's journal, and go on with those that another process left; nothing without one."""
         if left is not None:
-            self._survival = Survival(self.scheduler, self.cache, left)
+            self._survival = Survival(self.scheduler, self.cache, left, lambda one: self._complete(one, is_text=False))
             self._ids = self._survival.numbers()
 
     def survivors(self, received: Mapping[int, int] | None = None) -> dict[int, list[int]]:

@@ -90,6 +90,8 @@ class EngineStats:
         Tokens of prompts that were looked up in the prefix cache, and found; None without one.
     drafts : (int, int) or None
         Draft tokens that were verified, and accepted; None without speculation.
+    captures_while_running : int
+        `Engine.captures_while_running`.
     """
 
     running: int
@@ -104,3 +106,4 @@ class EngineStats:
     transfers: Transfers
     prefix: tuple[int, int] | None
     drafts: tuple[int, int] | None
+    captures_while_running: int

@@ -13,13 +13,14 @@ FEATURES = {
     "windows": "windows",
     "compression": "compression",
     "deterministic": "deterministic",
+    "tenancy": "tenancy (broker)",
     "fork": "fork",
     "sleep": "sleep",
     "grammar": "grammar",
     "logprobs": "logprobs",
 }
 """By a word: those of an engine first, then those of a request or a call."""
-OF_ENGINE = ("prefix", "drafts", "fp8", "windows", "compression", "deterministic")
+OF_ENGINE = ("prefix", "drafts", "fp8", "windows", "compression", "deterministic", "tenancy")
 
 REFUSED = {
     frozenset({"prefix", "compression"}): "compression is not served with prefix_cache=True",
@@ -44,6 +45,7 @@ ADAPTER = {
     "windows": "sliding windows",
     "compression": "sparse attention",
     "deterministic": "own",
+    "tenancy": "no setting broker",
     "fork": "beam search",
     "sleep": "host offload",
     "grammar": "own",

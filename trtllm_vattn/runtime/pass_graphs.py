@@ -72,7 +72,8 @@ class PassGraphs:
         self.runner = GraphRunner(partial(self._pass, StepKind()), rows, static, cache.device, pool=pool)
         # Others are made when they are likely, or the first sequence comes that asks for them.
         self._runners = {StepKind(): self.runner}
-        self._rows = 0
+        self.rows = 0
+        """Of the graph that `prepare` chose."""
 
     def likely(self) -> Iterator[tuple[GraphRunner, int]]:
         """Passes that may be wanted without having been (likely.py): those of lanes that sample."""
@@ -96,10 +97,6 @@ class PassGraphs:
         """Capture all rungs; before any sequence has a lane."""
         return self.runner.capture()
 
-    def rows_for(self, tokens: int) -> int:
-        """The rung of a pass of so many tokens."""
-        return self.runner.bucket_for(tokens)
-
     def fits(self, plan: StepPlan, running: dict[int, int]) -> bool:
         """Whether a plan is a replay."""
         if any(request.wants_prompt_logprobs for request, _ in plan.chunks):
@@ -114,7 +111,7 @@ class PassGraphs:
         if rows not in runner.captured:
             # What is captured is also run.
             self.clear()
-        self._rows = self.decode.capture_missing(runner, rows)
+        self.rows = self.decode.capture_missing(runner, rows)
 
     def clear(self) -> None:
         """Have the device see no prompts, for a pass that is captured."""
@@ -134,7 +131,7 @@ class PassGraphs:
             if chunk.slot in lanes:
                 last[lanes[chunk.slot]] = end
         self._static.copy_(upload(array, self._static.device))
-        (logits,) = runner.replay(self._rows)
+        (logits,) = runner.replay(self.rows)
         return logits
 
     def _forward(self, rows: int) -> torch.Tensor:

@@ -193,7 +193,8 @@ class Passes:
             return None
         tokens = sum(len(chunk.tokens) for chunk in chunks)
         if graphs is not None:
-            rows = graphs.rows_for(len(running) + tokens)
+            # A larger graph than the smallest, where that is not captured.
+            rows = graphs.rows
         else:
             rows = self._rows(decode_rows(len(running), len(self.decode.lengths)), tokens)
         pairs = sum(len(chunk.tokens) * chunk.end for chunk in chunks)

@@ -491,6 +491,6 @@ def _most_tokens(prompt_len: int, wanted: int | None, cache: KVCache) -> int:
     if stored > alone:
         raise SequenceTooLong(
             f"{asked} take {cache.bytes_of(stored):,} bytes, and the budget has {cache.bytes_for_sequences:,} for "
-            f"sequences, enough for {alone} tokens; shorten the prompt, lower max_tokens, or raise the budget"
+            f"sequences, enough for {alone} tokens; shorten the prompt, lower max_tokens, or {cache.remedy}"
         )
     return min(longest, alone) - prompt_len + 1 if wanted is None else wanted

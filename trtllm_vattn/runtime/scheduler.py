@@ -207,7 +207,7 @@ class Scheduler:
                     self.fail(
                         request,
                         f"its {request.length} tokens take {cache.bytes_of(request.length):,} bytes, and the budget "
-                        f"has {cache.bytes_for_sequences:,} for sequences; raise the budget",
+                        f"has {cache.bytes_for_sequences:,} for sequences; {cache.remedy}",
                     )
                 elif not self.holders and self._forget_suspended(but=request):
                     continue
@@ -424,7 +424,7 @@ class Scheduler:
         self.fail(
             alone,
             f"it alone outgrew the cache's memory at {alone.length} tokens: the budget has "
-            f"{cache.bytes_for_sequences:,} bytes for sequences; raise the budget",
+            f"{cache.bytes_for_sequences:,} bytes for sequences; {cache.remedy}",
         )
         self.release_ended()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ class Survival:
     """Notes what becomes of requests, and begins with those that another process left.
 
     A request with a token goes on at its slot, without a prefill; one without is prefilled from its beginning, as is
-    one that was preempted. A deadline is not taken over.
+    one that was preempted. A deadline is not taken over. `complete` gives a request what its parameters ask for beside
+    tokens, as a new one's do.
 
     Attributes
     ----------
@@ -30,7 +31,9 @@ class Survival:
         Requests that had tokens and no slot when they were taken over.
     """
 
-    def __init__(self, scheduler: Scheduler, cache: KVCache, left: State) -> None:
+    def __init__(
+        self, scheduler: Scheduler, cache: KVCache, left: State, complete: Callable[[RequestState], None]
+    ) -> None:
         self._cache = cache
         self._left: dict[int, KeptRequest] = dict(left.requests)
         self._next_number = left.next_number
@@ -43,6 +46,7 @@ class Survival:
         for number in sorted(self._known):
             kept = left.requests[number]
             request = _request(number, kept)
+            complete(request)
             scheduler.requests[number] = request
             if number in slots:
                 request.slot, request.prefilled, request.known = slots[number], request.length - 1, len(kept.chosen)

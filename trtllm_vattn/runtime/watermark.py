@@ -63,7 +63,12 @@ class Watermark:
             cache.bytes_of(request.length + min(request.left, steps)) - cache.bytes_of(request.length)
             for request in running
         )
-        return min(grown, cache.bytes_for_sequences // LARGEST_SHARE)
+        return min(grown, self._bytes // LARGEST_SHARE)
+
+    @property
+    def _bytes(self) -> int:
+        """Of the memory for sequences, what there is now: a broker may lend more one day."""
+        return min(self._cache.bytes_for_sequences, self._cache.budget_bytes)
 
     def lets_in(self, request: RequestState, running: list[RequestState], changes: int) -> bool:
         """Whether a request may take memory beside those that run; `changes` counts what may have freed any."""
@@ -73,7 +78,7 @@ class Watermark:
         now = request.id, request.length, changes, self._cache.budget_bytes, len(running)
         if now == self._refused:
             return False
-        free = self._cache.bytes_for_sequences - self._cache.stats().mapped_bytes
+        free = self._bytes - self._cache.stats().mapped_bytes
         if free >= self._cache.bytes_of(request.length) + self.reserve([*running, request]):
             return True
         self._refused = now

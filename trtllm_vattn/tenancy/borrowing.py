@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from trtllm_vattn.memory.lifetime import CacheMemory
 from trtllm_vattn.memory.slot import RUNNING
@@ -22,8 +22,27 @@ WAKE_S = 10.0
 """Seconds that waking waits for memory that others have to give back first."""
 
 
+class Lease(NamedTuple):
+    """What a tenant has of its broker at one moment, in bytes: what is lent to it, what it may hold now, what it asked
+    for last. `path` is of the broker's socket."""
+
+    path: str
+    name: str
+    lent: int
+    budget: int
+    wanted: int
+    broker_has_ended: bool
+
+
 class Lender(Protocol):
     """What a cache asks of the tenant that it borrows as (`tenant.Tenant`)."""
+
+    path: str
+    name: str
+    held: int
+
+    @property
+    def wanted(self) -> int: ...
 
     @property
     def budget(self) -> int: ...
@@ -102,6 +121,13 @@ class Borrowing:
     def most(self) -> int:
         """The budget that they may allow one day; what there is, where the broker has ended."""
         return self.wanted if self.tenant.broker_has_ended else min(self.own, self.tenant.ceiling)
+
+    def lease(self) -> Lease | None:
+        """As it is now; None once the cache is closed. Under the cache's lock."""
+        tenant = self.tenant
+        if self._memory.is_closed:
+            return None
+        return Lease(tenant.path, tenant.name, tenant.held, tenant.budget, tenant.wanted, tenant.broker_has_ended)
 
     def give_back(self) -> None:
         """Give back what no sequence uses, if it is owed; in the tenant's thread."""

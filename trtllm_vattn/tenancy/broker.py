@@ -17,6 +17,7 @@ import struct
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from time import monotonic
 
@@ -279,6 +280,8 @@ class Broker:
             if request.lease not in tenant.handles:
                 raise ConfigError(f"tenant {shown(tenant.name)} has no lease {request.lease}")
             return say.Lent(request.lease), [self.driver.export_handle(tenant.handles[request.lease])]
+        elif isinstance(request, say.Leases):
+            return say.Leased(_leases_after(tenant, request.after)), []
         elif isinstance(request, say.Need):
             self.books.need(tenant.name, request.least, self.clock())
         else:
@@ -325,9 +328,9 @@ class Broker:
         self.tenants[hello.name] = connection.tenant = tenant
         self._selector.register(process, selectors.EVENT_READ, lambda: self._end_process(tenant))
         logger.info("tenant %s: process %d of user %d", tenant.name, tenant.pid, tenant.uid)
-        leases = list(account.leases.items())
+        sizes = self.driver.granularity(), self.books.memory
         return (
-            say.Welcome(say.VERSION, self.driver.granularity(), self.books.memory, self.books.deadline_s, leases),
+            say.Welcome(say.VERSION, *sizes, self.books.deadline_s, _leases_after(tenant, 0)),
             [page_file, nudge, *([] if journal is None else [journal])],
         )
 
@@ -554,6 +557,13 @@ class Broker:
         self._socket.close()
         self.path.unlink(missing_ok=True)
         self._selector.close()
+
+
+def _leases_after(tenant: Tenancy, number: int) -> list[tuple[int, int]]:
+    """The next leases of a tenant behind a number, with their bytes, as many as go into a message."""
+    # They are entered by rising numbers.
+    found = ((lease, size) for lease, size in tenant.account.leases.items() if lease > number)
+    return list(islice(found, say.MOST_LEASES))
 
 
 def open_exportable(device: str) -> Driver:

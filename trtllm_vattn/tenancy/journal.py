@@ -35,11 +35,13 @@ Stripes = list[tuple[int, list[int]]]
 
 @dataclass
 class KeptRequest:
-    """A request as the journal has it: what it was submitted with, its tokens so far, and why it ended, if it did."""
+    """A request as the journal has it: what it was submitted with, its tokens so far, why it ended, if it did, and how
+    many tokens it had `known` when it came to its slot: before the next one, not all of them need be stored there."""
 
     settings: dict[str, Any]
     chosen: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    known: int = 0
 
 
 @dataclass
@@ -96,7 +98,9 @@ class State:
                 request.finish_reason = reason
 
     def _set_slots(self, slots: list[Any]) -> None:
-        for index, owner, groups in slots:
+        for index, owner, groups, is_new in slots:
+            if is_new and (request := self.requests.get(owner)) is not None:
+                request.known = len(request.chosen)
             if owner is None:
                 self.slots.pop(index, None)
             else:
@@ -105,19 +109,21 @@ class State:
 
     def whole(self) -> list[Any]:
         """The record of everything."""
-        slots = [(index, slot.owner, slot.groups) for index, slot in self.slots.items()]
+        slots = [(index, slot.owner, slot.groups, False) for index, slot in self.slots.items()]
         requests = [
-            (number, (each.settings, each.chosen, each.finish_reason)) for number, each in self.requests.items()
+            (number, (each.settings, each.chosen, each.finish_reason, each.known))
+            for number, each in self.requests.items()
         ]
         return ["all", self.settings, slots, requests, self.next_number]
 
     def kept_slots(self) -> dict[int, KeptSlot]:
-        """Slots of sequences that have a token and have not ended: those that another engine goes on with."""
+        """Slots of sequences that got a token there and have not ended: those that another engine goes on with. Who was
+        preempted, and whose tokens were on their way back, to be computed or copied, is not among them."""
         return {
             index: slot
             for index, slot in self.slots.items()
             if (request := self.requests.get(slot.owner)) is not None
-            and request.chosen
+            and len(request.chosen) > request.known
             and request.finish_reason is None
         }
 
@@ -174,8 +180,9 @@ class Journal:
         return number, _decode(payload), start + length
 
     def begin(self, state: State) -> None:
-        """What was read is taken over, or given up: from now on this is the state."""
+        """What was read is taken over, or given up: from now on this is the state, without slots that nobody took."""
         self.state = state
+        state.slots = state.kept_slots()
         self._checkpoint()
 
     def write(self, *change: Any) -> None:

@@ -21,6 +21,8 @@ VERSION = 1
 LONGEST = 1 << 16
 """Bytes of a message, at most."""
 MOST_DESCRIPTORS = 4
+MOST_LEASES = 2000
+"""Of a message: each takes up to 19 bytes."""
 
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
 Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
@@ -67,6 +69,12 @@ class Fetch(Message, frozen=True, tag="fetch"):
     lease: Number
 
 
+class Leases(Message, frozen=True, tag="leases"):
+    """Name more of the leases that the process before had: those of a number above `after`."""
+
+    after: Number
+
+
 class Need(Message, frozen=True, tag="need"):
     """The tenant cannot do with less than so many bytes."""
 
@@ -97,14 +105,15 @@ class SetAsleep(Message, frozen=True, tag="asleep"):
     asleep: bool
 
 
-Request = Hello | Create | Release | Fetch | Need | Report | Status | SetLimits | SetAsleep
+Request = Hello | Create | Release | Fetch | Leases | Need | Report | Status | SetLimits | SetAsleep
 
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
     """Comes with two descriptors, the tenant's page and an eventfd that wakes it where it owes memory, and with a
-    journal's where leases outlive its process. `leases` and their bytes are those that the process before it had."""
+    journal's where leases outlive its process. `leases` and their bytes are those that the process before it had, the
+    first `MOST_LEASES` of them (`Leases`)."""
 
     version: int
     granularity: int
@@ -117,6 +126,12 @@ class Lent(Message, frozen=True, tag="lent"):
     """Comes with the extent's descriptor."""
 
     lease: int
+
+
+class Leased(Message, frozen=True, tag="leased"):
+    """The answer to `Leases`: the next ones with their bytes, `MOST_LEASES` at most, none behind the last."""
+
+    leases: list[tuple[int, int]]
 
 
 class Done(Message, frozen=True, tag="done"):
@@ -163,7 +178,7 @@ class Standing(Message, frozen=True, tag="standing"):
     tenants: list[TenantStatus]
 
 
-Answer = Welcome | Lent | Done | Refused | Standing
+Answer = Welcome | Lent | Leased | Done | Refused | Standing
 
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(Request)

@@ -52,13 +52,14 @@ RETRY_S = 0.02
 
 
 class Client:
-    """A connection to a broker. From any thread; one request at a time."""
+    """A connection to a broker, which answers within so many seconds or counts as lost. From any thread; one request at
+    a time."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, answer_s: float = ANSWER_S) -> None:
         self.path, self._process = str(path), os.getpid()
         self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(ANSWER_S)
+        self._socket.settimeout(answer_s)
         self.is_lost = False
         try:
             self._socket.connect(self.path)
@@ -170,6 +171,10 @@ class Tenant(Client):
         try:
             answer, descriptors = self.ask(hello)
             self.welcome = _check(answer, say.Welcome)
+            self.leases = self.welcome.leases
+            """Those of the process before this one, with their bytes."""
+            while more := self._leases_after(self.leases):
+                self.leases += more
             self.page = Page(descriptors[0])
             self.journal = None if not config.keep_s else Journal(descriptors[2])
         except BaseException:
@@ -177,8 +182,12 @@ class Tenant(Client):
             say.close_all(descriptors)
             raise
         say.close_all([descriptors[0], *descriptors[2:]])
-        self.held = sum(size for _, size in self.welcome.leases)
-        self._watch = _Watch(descriptors[1], self.page)
+        self.held = sum(size for _, size in self.leases)
+        self._watch = _Watch(descriptors[1], self.page, self._socket.fileno(), self._lose)
+
+    def _lose(self) -> None:
+        """The broker's process has ended, by whatever: nobody waits for it any more."""
+        self.is_lost = True
 
     @property
     def budget(self) -> int:
@@ -193,6 +202,11 @@ class Tenant(Client):
     def ceiling(self) -> int:
         """Bytes that it may ever hold."""
         return self.page[CEILING]
+
+    @property
+    def wanted(self) -> int:
+        """Bytes that it said last it could use."""
+        return self.page[WANTS]
 
     @property
     def heard_needs(self) -> int:
@@ -216,6 +230,11 @@ class Tenant(Client):
         if (needs, wants, is_asleep) != (page[NEEDS], page[WANTS], bool(page[IS_ASLEEP])):
             page[NEEDS], page[WANTS], page[IS_ASLEEP] = needs, wants, is_asleep
             self.tell(say.Report())
+
+    def _leases_after(self, known: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        if len(known) < say.MOST_LEASES:
+            return []
+        return _check(self.ask(say.Leases(known[-1][0]))[0], say.Leased).leases
 
     def need(self, least: int) -> None:
         """It cannot do with less than so many bytes. Raises ConfigError where the broker cannot promise them."""
@@ -295,10 +314,12 @@ class Tenant(Client):
 
 
 class _Watch:
-    """A thread that reads what the broker writes to a tenant's eventfd, and tells those that wait."""
+    """A thread that reads what the broker writes to a tenant's eventfd, sees when the broker's end of the connection is
+    gone, and tells those that wait."""
 
-    def __init__(self, nudge: int, page: Page) -> None:
-        self._nudge, self._page = nudge, page
+    def __init__(self, nudge: int, page: Page, connection: int, lose: Callable[[], None]) -> None:
+        self._nudge, self._page, self._connection = nudge, page, connection
+        self._lose = weakref.WeakMethod(lose)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._changed = threading.Condition()
         self.call: weakref.WeakMethod[Callable[[], None]] | None = None
@@ -307,10 +328,19 @@ class _Watch:
         _watches.add(self)
 
     def _run(self) -> None:
+        waiting = select.poll()
+        waiting.register(self._nudge, select.POLLIN)
+        waiting.register(self._stop, select.POLLIN)
+        # For its end alone, of which a broker that was killed wrote nothing.
+        waiting.register(self._connection, 0)
         while True:
-            ready, _, _ = select.select([self._nudge, self._stop], [], [])
+            ready = {descriptor for descriptor, _ in waiting.poll()}
             if self._stop in ready:
                 return
+            if self._connection in ready:
+                waiting.unregister(self._connection)
+                if (lose := self._lose()) is not None:
+                    lose()
             with suppress(BlockingIOError):
                 os.eventfd_read(self._nudge)
             with self._changed:

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,10 @@ from trtllm_vattn.runtime.async_engine import AsyncEngine
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.tenancy.beside import host_bytes_beside
+from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.trace import read_trace
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
@@ -48,6 +52,8 @@ MOST_CALLS = 500
 """Driver calls of a small workload; more is a workload that does not end."""
 PATIENCE_S = 120.0
 """A process that takes longer hangs."""
+LENT = 256 << 20
+"""Bytes of a broker: more than the drills' engines ask for."""
 FREED_WITHIN_S, FREED_BUT = 10.0, 64 << 20
 """The driver takes a dead process's memory back soon, but for what other processes took meanwhile."""
 OUT_OF_MEMORY, ILLEGAL = "CUDA_ERROR_OUT_OF_MEMORY", "CUDA_ERROR_ILLEGAL_ADDRESS"
@@ -87,6 +93,23 @@ def engine_over(driver: Driver, extent_classes: int = CacheConfig.extent_classes
     except BaseException:
         kv.close()
         raise
+
+
+def tenant_over(device: str, path: str, name: str) -> Engine:
+    """A small engine whose memory is a broker's, not captured."""
+    return Engine.from_pretrained(
+        "tiny-llama",
+        device=device,
+        dtype=torch.float32,
+        max_seqs=4,
+        max_seq_len=128,
+        broker=TenantConfig(path, name),
+        attention="torch",
+        mapping="between-steps",
+        prefix_cache=False,
+        capture=False,
+        compile=False,
+    )
 
 
 def generate(engine: Engine) -> list[list[int]]:
@@ -227,36 +250,109 @@ class Drills:
         expect(code == -signal.SIGTERM, f"the process ended with {code} in place of {-signal.SIGTERM}: {said}")
         return f"its trace holds {len(read_trace(path))} events"
 
+    def killed_tenant(self) -> str:
+        """A tenant of a broker is killed while it and another one serve: its memory comes back, the other goes on."""
+        # With msgspec, which is an extra.
+        from trtllm_vattn.tenancy.broker import open_exportable
+        from trtllm_vattn.verify.tenants import lending
+
+        with engine_over(open_driver(self.device)) as engine:
+            wanted = generate(engine)
+        driver, path = open_exportable(self.device), Path(self._folder.name, "of-tenant")
+        with (
+            self._gives_back(),
+            lending(driver, LENT, path) as broker,
+            tenant_over(self.device, str(path), "other") as other,
+        ):
+            with self._beside("killed_tenant", str(path)) as victim:
+                events = _some_steps(other)
+                lent = broker.books.accounts["victim"].held
+                expect(lent > 0, "the tenant was killed before it held anything")
+                code = victim.kill()
+            expect(code == -signal.SIGKILL, f"the process ended with {code} in place of {-signal.SIGKILL}")
+            _await(lambda: "victim" not in broker.tenants, "the broker lends to a tenant whose process has ended")
+            expect(_tokens_of([*events, *other.run()]) == wanted, "other tokens of the tenant that goes on")
+            expect(generate(other) == wanted, "other tokens of a tenant that begins again")
+            other.cache.check_integrity()
+            held, left = other.cache.held_bytes, broker.books.lent
+            expect(left == held, f"{left:,} bytes are lent, of which {held:,} to the tenant that is left")
+        return f"{lent:,} bytes came back to the broker, the other's tokens all came"
+
+    def killed_broker(self) -> str:
+        """A broker is killed while a tenant serves: who needs no more memory goes on, who needs some ends with an error
+        that says why."""
+        with engine_over(open_driver(self.device)) as engine:
+            wanted = generate(engine)
+        path = Path(self._folder.name, "of-broker")
+        with (
+            self._gives_back(),
+            self._beside("killed_broker", str(path)) as broker,
+            tenant_over(self.device, str(path), "holder") as holder,
+            tenant_over(self.device, str(path), "needy") as needy,
+        ):
+            events = _some_steps(holder)
+            number = needy.submit(PROMPTS[1], SamplingParams(TOKENS, ignore_eos=True))
+            code = broker.kill()
+            expect(code == -signal.SIGKILL, f"the broker ended with {code} in place of {-signal.SIGKILL}")
+            expect(_tokens_of([*events, *holder.run()]) == wanted, "other tokens of a tenant that needs no more memory")
+            expect(generate(holder) == wanted, "other tokens of a tenant that begins again within what it holds")
+            ended = [event for event in needy.run() if event.request == number][-1]
+            expect(ended.finish_reason == "error", f"a request without memory ended by {ended.finish_reason}")
+            expect("broker" in str(ended.error), f"its error does not say that the broker has ended: {ended.error}")
+            for each in (holder, needy):
+                each.cache.check_integrity()
+        return f"who held its memory went on; who did not: {ended.error}"
+
+    @contextmanager
+    def _beside(self, name: str, *arguments: str) -> Iterator[_Process]:
+        """Inside this context a process does a drill's part, and has said that it is ready; it is ended at the end."""
+        ready, said = (Path(self._folder.name, f"{name}.{what}") for what in ("ready", "txt"))
+        ready.unlink(missing_ok=True)
+        process = self._start(name, [self.device, *arguments, str(ready)], said)
+        try:
+            process.wait_for(ready)
+            expect(ready.exists(), f"the process ended before it was ready: {said.read_text()}")
+            yield process
+            process.kill()
+        except BaseException:
+            process.signal(signal.SIGKILL)
+            self._end_source()
+            raise
+
     def _process(self, name: str, *arguments: str, kill_at: Path | None = None) -> tuple[int, str]:
         """Run a drill's process, which gets SIGTERM once `kill_at` exists; its exit code, and what it said on stderr.
         Raises DrillFailed where it hangs, or its GPU's memory does not come back where nobody else uses it."""
         said = Path(self._folder.name, f"{name}.txt")
-        free = self._free_bytes()
-        try:
-            code = self._code_of(name, [self.device, *arguments], said, kill_at)
-        except BaseException:
-            # What it says next would be taken for another drill's.
-            self._end_source()
-            raise
+        with self._gives_back():
+            try:
+                code = self._code_of(name, [self.device, *arguments], said, kill_at)
+            except BaseException:
+                # What it says next would be taken for another drill's.
+                self._end_source()
+                raise
+        return code, said.read_text().strip()
+
+    @contextmanager
+    def _gives_back(self) -> Iterator[None]:
+        """Behind this context this process holds of host drivers what it did before, and the GPU's memory comes back,
+        where nobody else uses it; else DrillFailed is raised."""
+        files, free = _files_open(), self._free_bytes()
+        yield
+        expect(_files_open() == files, f"{_files_open():,} bytes of host drivers are held, where {files:,} were")
         until = perf_counter() + FREED_WITHIN_S
         while self._is_alone() and self._free_bytes() < free - FREED_BUT:
             expect(perf_counter() < until, f"of {free:,} free bytes {self._free_bytes():,} came back")
             time.sleep(0.1)
-        return code, said.read_text().strip()
 
     def _code_of(self, name: str, arguments: list[str], said: Path, kill_at: Path | None) -> int:
-        pid, reading = self._start(name, arguments, said)
-        while kill_at is not None and not kill_at.exists() and not select.select([reading], [], [], 0.01)[0]:
-            pass
+        process = self._start(name, arguments, said)
         if kill_at is not None:
-            os.kill(pid, signal.SIGTERM)
-        if not select.select([reading], [], [], PATIENCE_S)[0]:
-            os.kill(pid, signal.SIGKILL)
-            raise DrillFailed(f"the process did not end within {PATIENCE_S:g} s")
-        return _number(reading, "code")
+            process.wait_for(kill_at)
+            process.signal(signal.SIGTERM)
+        return process.wait()
 
-    def _start(self, name: str, arguments: list[str], said: Path) -> tuple[int, IO[bytes]]:
-        """Have a process started that does a drill's part; its id, and where its exit code will be read."""
+    def _start(self, name: str, arguments: list[str], said: Path) -> _Process:
+        """Have a process started that does a drill's part, one at a time."""
         if self._source is None:
             # Unbuffered: what a reader had taken too much, `select` would not see.
             self._source = subprocess.Popen(
@@ -268,7 +364,7 @@ class Drills:
         assert self._source.stdin is not None
         assert self._source.stdout is not None
         self._source.stdin.write(json.dumps([name, arguments, str(said)]).encode() + b"\n")
-        return _number(self._source.stdout, "pid"), self._source.stdout
+        return _Process(_number(self._source.stdout, "pid"), self._source.stdout)
 
     def _is_alone(self) -> bool:
         """Whether nobody else uses the GPU, whose memory could not be told apart."""
@@ -276,6 +372,76 @@ class Drills:
 
     def _free_bytes(self) -> int:
         return 0 if self.device == "cpu" else int(torch.cuda.mem_get_info(self.device)[0])
+
+
+class _Process:
+    """A process that does a drill's part, and where its exit code will be read."""
+
+    def __init__(self, pid: int, reading: IO[bytes]) -> None:
+        self._pid, self._reading = pid, reading
+        self._code: int | None = None
+
+    def _has_ended(self, within_s: float = 0.0) -> bool:
+        return self._code is not None or bool(select.select([self._reading], [], [], within_s)[0])
+
+    def wait_for(self, path: Path) -> None:
+        """Return when there is such a file, or the process has ended. Raises DrillFailed."""
+        until = perf_counter() + PATIENCE_S
+        while not path.exists() and not self._has_ended(0.01):
+            if perf_counter() > until:
+                self.signal(signal.SIGKILL)
+                raise DrillFailed(f"the process did not come so far within {PATIENCE_S:g} s")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal, if it has not ended."""
+        if not self._has_ended():
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, number)
+
+    def wait(self) -> int:
+        """Its exit code. Raises DrillFailed where it hangs."""
+        if not self._has_ended(PATIENCE_S):
+            self.signal(signal.SIGKILL)
+            raise DrillFailed(f"the process did not end within {PATIENCE_S:g} s")
+        if self._code is None:
+            self._code = _number(self._reading, "code")
+        return self._code
+
+    def kill(self) -> int:
+        """End it where it is (SIGKILL), if it has not ended; its exit code."""
+        self.signal(signal.SIGKILL)
+        return self.wait()
+
+
+def _files_open() -> int:
+    """Bytes that this process holds of host drivers, its own and others'."""
+    return host_bytes_beside(os.getpid(), ()) or 0
+
+
+def _await(holds: Callable[[], bool], otherwise: str) -> None:
+    until = perf_counter() + FREED_WITHIN_S
+    while not holds():
+        expect(perf_counter() < until, otherwise)
+        time.sleep(0.005)
+
+
+def _some_steps(engine: Engine) -> list[TokenEvent]:
+    """Submit the prompts, and step until each has a token and none has all."""
+    numbers = [engine.submit(prompt, SamplingParams(TOKENS, ignore_eos=True)) for prompt in PROMPTS]
+    events: list[TokenEvent] = []
+    while {event.request for event in events} < set(numbers):
+        events += engine.step()
+    expect(all(event.finish_reason is None for event in events), "a request ended before the others had begun")
+    return events
+
+
+def _tokens_of(events: list[TokenEvent]) -> list[list[int | None]]:
+    """Of each request, in order. Raises DrillFailed where one ended with an error."""
+    tokens: dict[int, list[int | None]] = {}
+    for event in sorted(events, key=lambda event: event.request):
+        expect(event.error is None, f"request {event.request}: {event.error}")
+        tokens.setdefault(event.request, []).append(event.token)
+    return list(tokens.values())
 
 
 def _number(reading: IO[bytes], what: str) -> int:
@@ -389,12 +555,31 @@ def _in_sigterm(device: str, path: str, ready: str) -> None:
             engine.step()
 
 
+def _in_killed_tenant(device: str, path: str, ready: str) -> None:
+    engine = tenant_over(device, path, "victim")
+    while True:
+        engine.submit(PROMPTS[1], SamplingParams(100, ignore_eos=True))
+        while engine.busy:
+            engine.step()
+            Path(ready).touch()
+
+
+def _in_killed_broker(device: str, path: str, ready: str) -> None:
+    from trtllm_vattn.tenancy.broker import Broker, open_exportable
+
+    broker = Broker(open_exportable(device), LENT, Path(path))
+    Path(ready).touch()
+    broker.serve(os.eventfd(0))
+
+
 CHILDREN: dict[str, Callable[..., None]] = {
     "sticky_error": _in_sticky_error,
     "full_disk": _in_full_disk,
     "fork": _in_fork,
     "exit_in_flight": _in_exit_in_flight,
     "sigterm": _in_sigterm,
+    "killed_tenant": _in_killed_tenant,
+    "killed_broker": _in_killed_broker,
 }
 
 
@@ -420,7 +605,12 @@ DRILLS: dict[str, Callable[[Drills], str]] = {
     "fork": Drills.fork,
     "exit-in-flight": Drills.exit_in_flight,
     "sigterm": Drills.sigterm,
+    "killed-tenant": Drills.killed_tenant,
+    "killed-broker": Drills.killed_broker,
     "clock-jumps": Drills.clock_jumps,
 }
-CODES = {"sticky-error": 1, "exit-in-flight": 3, "sigterm": -int(signal.SIGTERM)}
+CODES = {
+    **{"sticky-error": 1, "exit-in-flight": 3, "sigterm": -int(signal.SIGTERM)},
+    **dict.fromkeys(("killed-tenant", "killed-broker"), -int(signal.SIGKILL)),
+}
 """Exit codes of the processes that die."""

@@ -10,10 +10,14 @@ import multiprocessing
 import os
 import random
 import socket
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,10 +29,27 @@ from trtllm_vattn.tenancy.broker import Broker
 from trtllm_vattn.tenancy.broker import Connection as ClientConnection
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.tenancy.tenant import BrokerDriver, open_tenant
+from trtllm_vattn.vmm.base import Driver
 
 WORD = 8
 WAIT_S = 20.0
 """Seconds that a tenant waits for its first extent."""
+
+
+@contextmanager
+def lending(driver: Driver, memory: int, path: Path, **options: Any) -> Iterator[Broker]:
+    """A `Broker` that answers in a thread of this process until the end."""
+    broker = Broker(driver, memory, path, **options)
+    stop = os.eventfd(0, os.EFD_CLOEXEC)
+    thread = threading.Thread(target=broker.serve, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield broker
+    finally:
+        os.eventfd_write(stop, 1)
+        thread.join()
+        broker.close()
+        os.close(stop)
 
 
 @dataclass
@@ -149,6 +170,8 @@ MESSAGES: list[say.Message] = [
     say.Hello(say.VERSION, "one", device="cpu"),
     say.Create(4096),
     say.Release(1),
+    say.Fetch(1),
+    say.Leases(0),
     say.Need(0),
     say.Report(),
     say.Status(),

@@ -24,7 +24,7 @@ from trtllm_vattn.bench.harness.contenders import device_step_ms
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_plot, dtype_of
 from trtllm_vattn.bench.harness.identity import compare
 from trtllm_vattn.bench.harness.lanes import empty_lanes, fill_lanes
-from trtllm_vattn.bench.harness.parts import Bench, Part, measure
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.workload import TracedRun, run_traced
 from trtllm_vattn.bench.publish.compression import plot_compression
 from trtllm_vattn.cache.base import CacheShape
@@ -83,7 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where tokens of a cache with windows are others, anything was captured again, a policy keeps
     others than its paper says, or a part failed."""
-    recording = measure("compression", args, PARTS, args.parts)
+    recording = Recording("compression", args)
+    recording.measure(PARTS, args.parts)
     summary, wrong = recording.summary, []
     if summary.get("window_recaptures"):
         wrong.append(f"{summary['window_recaptures']} graphs were captured again while a window slid")
@@ -101,10 +102,10 @@ def run(args: argparse.Namespace) -> int:
 # -- windows ---------------------------------------------------------------------------------------------------------
 
 
-def windows(bench: Bench) -> Iterator[dict[str, Any]]:
+def windows(recording: Recording) -> Iterator[dict[str, Any]]:
     """Memory of windows beside their own tokens', and tokens beside those of a cache that keeps everything."""
-    yield window_memory(bench.args)
-    yield same_tokens(bench.args)
+    yield window_memory(recording.args)
+    yield same_tokens(recording.args)
 
 
 def hybrid_shape(args: argparse.Namespace) -> CacheShape:
@@ -140,9 +141,9 @@ def window_memory(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def sliding(bench: Bench) -> Iterator[dict[str, Any]]:
+def sliding(recording: Recording) -> Iterator[dict[str, Any]]:
     """Graphs captured again, and changes of the windows' memory, while one sequence decodes `--slide` tokens."""
-    args = bench.args
+    args = recording.args
     model = load_model(WINDOWED, args.device, dtype_of(args.device), args.seed)
     prompt = np.random.default_rng(args.seed).integers(0, vocab_of(model), 700).tolist()
     shape = shape_of(model, 1, args.slide + len(prompt) + 1)
@@ -185,10 +186,10 @@ def same_tokens(args: argparse.Namespace) -> dict[str, Any]:
 # -- eight bits ------------------------------------------------------------------------------------------------------
 
 
-def eight_bits(bench: Bench) -> Iterator[dict[str, Any]]:
+def eight_bits(recording: Recording) -> Iterator[dict[str, Any]]:
     """Sequences in the same memory; how far logits drift; and a captured step over `--batch` sequences of `--context`
     random tokens, of 16 and of 8 bits in turns (None on the host)."""
-    args, model = bench.args, bench.model
+    args, model = recording.args, recording.model
     fitting = [_sequences(args, model, dtype) for dtype in (torch.bfloat16, FP8)]
     yield {"fp8_sequences_over_bf16": fitting[1] / fitting[0]}
     random, vocab = np.random.default_rng(args.seed), vocab_of(model)

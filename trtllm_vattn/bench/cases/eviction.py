@@ -13,7 +13,7 @@ import torch
 
 from trtllm_vattn.bench.harness.contenders import device_step_ms
 from trtllm_vattn.bench.harness.lanes import empty_lanes, fill_lanes
-from trtllm_vattn.bench.harness.parts import Bench
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.timing import timed_ms
 from trtllm_vattn.cache.base import CacheShape, FlatKV
 from trtllm_vattn.cache.compression import H2O, CompressionPolicy, FastGen, HeadsView, compact
@@ -39,15 +39,15 @@ HOST_PAGES = (4 << 10, 16 << 10, 64 << 10, 256 << 10)
 """Bytes of the host driver's pages; a GPU's are what they are."""
 
 
-def returned(bench: Bench) -> Iterator[dict[str, Any]]:
+def returned(recording: Recording) -> Iterator[dict[str, Any]]:
     """Whether kept sets are the papers'; and bytes returned for each byte evicted, by extents of one size, each a page
     of the driver, by heads a range and by policy; and by extents of several sizes."""
-    args = bench.args
+    args = recording.args
     yield {"kept_sets_match_paper": kept_sets_match(args.seed)}
     gpu = args.device != "cpu"
     shape = _prompt_shape(gpu, args.evicted_context)
     rows: list[dict[str, Any]] = []
-    bench.recording.results["returned"] = rows
+    recording.results["returned"] = rows
     found: dict[tuple[str, int, int], float] = {}
     pages = (open_driver(args.device).granularity(),) if gpu else HOST_PAGES
     heads_per_range = [1 << power for power in range(shape.num_kv_heads.bit_length())]
@@ -159,10 +159,10 @@ def kept_sets_match(seed: int) -> float:
     return float(np.mean(same))
 
 
-def scores(bench: Bench) -> Iterator[dict[str, Any]]:
+def scores(recording: Recording) -> Iterator[dict[str, Any]]:
     """Milliseconds that it takes to add up one layer's attention over a prompt of `--evicted-context` tokens, for 64
     queries of 32 heads that share 8 KV heads (a few small ones on the host); by torch, and by the kernels on a GPU."""
-    args = bench.args
+    args = recording.args
     gpu, device = args.device != "cpu", torch.device(args.device)
     heads, group, dim = (8, 4, 128) if gpu else (4, 2, 16)
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -183,10 +183,10 @@ def scores(bench: Bench) -> Iterator[dict[str, Any]]:
     yield found
 
 
-def eviction(bench: Bench) -> Iterator[dict[str, Any]]:
+def eviction(recording: Recording) -> Iterator[dict[str, Any]]:
     """Milliseconds of a captured step over `--batch` sequences of `--context` tokens, and of the same graph behind the
     eviction of all but a fifth of them; None on the host."""
-    args, model = bench.args, bench.model
+    args, model = recording.args, recording.model
     shape = shape_of(model, args.batch, args.context + 64)
     driver = open_driver(args.device)
     whole = (args.batch + 1) * (shape.max_seq_len * shape.token_bytes + 2 * shape.num_layers * driver.granularity())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trtllm_vattn.attention.select import make_attention
-from trtllm_vattn.bench.harness.parts import Bench
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.timing import timed_ms
 from trtllm_vattn.cache.base import CacheShape, FlatKV
 from trtllm_vattn.cache.select import make_cache
@@ -17,10 +17,10 @@ from trtllm_vattn.cache.select import make_cache
 ROW, LAYERS = 576, 4
 
 
-def latents(bench: Bench) -> Iterator[dict[str, Any]]:
+def latents(recording: Recording) -> Iterator[dict[str, Any]]:
     """Microseconds a layer of decoding `--batch` sequences of `--context` tokens, of 16 and of 128 query heads, and the
     bytes of latents that were read in that time; on the host by torch, of small rows."""
-    args = bench.args
+    args = recording.args
     gpu, device = args.device != "cpu", torch.device(args.device)
     dtype = torch.bfloat16 if gpu else torch.float32
     shape = CacheShape(LAYERS, 1, ROW if gpu else 24, dtype, args.batch, args.context, kv_factor=1)

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trtllm_vattn.bench.harness.parts import Bench
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.compression import H2O, CompressionPolicy, FastGen
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -247,13 +247,13 @@ def measured(
             yield f"fastgen_{percent}", {**compared("fastgen", asked, nearest, whole), "threshold": threshold}
 
 
-def needle(bench: Bench) -> Iterator[dict[str, Any]]:
+def needle(recording: Recording) -> Iterator[dict[str, Any]]:
     """Right answers and drift by policy and share kept; a model is trained for it on the host, whatever the device."""
-    model = trained_model(STEPS, bench.args.seed, say=bench.recording.say)
+    model = trained_model(STEPS, recording.args.seed, say=recording.say)
     rows: list[dict[str, Any]] = []
-    bench.recording.results["needle"] = {"chance": 1 / VALUES, "prompt_tokens": 2 * (PAIRS + ASKED), "rows": rows}
+    recording.results["needle"] = {"chance": 1 / VALUES, "prompt_tokens": 2 * (PAIRS + ASKED), "rows": rows}
     yield {"needle_chance": 1 / VALUES}
-    for name, row in measured(model, needles(PROMPTS, bench.args.seed + 1), KEPT):
+    for name, row in measured(model, needles(PROMPTS, recording.args.seed + 1), KEPT):
         rows.append({"name": name, **row})
         yield {
             f"needle_kept_{name}": row["kept"],

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import random
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from trtllm_vattn.tenancy.broker import Broker
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.tenancy.tenant import Client
 from trtllm_vattn.verify.tenants import Strangers, TenantProcess
+from trtllm_vattn.verify.tenants import lending as lending_here
 from trtllm_vattn.vmm.host import HostDriver
 
 SURVIVORS, VICTIMS = 2, 3
@@ -116,20 +116,8 @@ def lending(device: str, memory: int, deadline_s: float) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "broker"
         if device == "cpu":
-            driver = HostDriver()
-            broker = Broker(driver, memory, path, deadline_s=deadline_s)
-            read, write = os.pipe()
-            thread = threading.Thread(target=broker.serve, args=(read,), daemon=True)
-            thread.start()
-            try:
+            with closing(HostDriver()) as driver, lending_here(driver, memory, path, deadline_s=deadline_s):
                 yield path
-            finally:
-                os.write(write, b"x")
-                thread.join()
-                broker.close()
-                os.close(read)
-                os.close(write)
-                driver.close()
             return
         command = [sys.executable, "-m", "trtllm_vattn", "broker", "--memory", str(memory), "--socket", str(path)]
         process = subprocess.Popen([*command, "--device", device, "--deadline-s", str(deadline_s)])

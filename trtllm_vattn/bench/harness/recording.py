@@ -4,15 +4,21 @@ it had."""
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from trtllm_vattn.bench.harness.case import conclude
+import torch
+from transformers import PreTrainedModel
+
+from trtllm_vattn.bench.harness.case import conclude, model_of
 from trtllm_vattn.bench.harness.report import Result, write
+from trtllm_vattn.errors import ConfigError, VattnError
 
 
 class Recording:
@@ -22,6 +28,8 @@ class Recording:
 
     Attributes
     ----------
+    args : Namespace
+        The flags.
     results, summary : dict
         As `harness.report.Result` has them.
     wrong : list of str
@@ -32,9 +40,15 @@ class Recording:
         self.results: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
         self.wrong: list[str] = []
-        self._benchmark, self._args = benchmark, args
+        self._benchmark, self.args = benchmark, args
         self._started = perf_counter()
         self._written: Result | None = None
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model that ``--model`` names, loaded once."""
+        self.say(f"loading {self.args.model}")
+        return model_of(self.args)
 
     def say(self, text: str) -> None:
         """Print what begins now, or was found."""
@@ -61,14 +75,42 @@ class Recording:
             self.say(f"{name} = {value:,.4g}" if isinstance(value, float) else f"{name} = {value}")
         self._write()
 
+    def measure(self, parts: Mapping[str, Part], names: Sequence[str]) -> None:
+        """Run parts one after the other. One that fails leaves the others to run: it is in ``failed`` of the results,
+        and the run is wrong. Raises the first ConfigError of a part, behind the last part."""
+        seconds: dict[str, float] = {}
+        failed: dict[str, str] = {}
+        refused: ConfigError | None = None
+        self.results |= {"part_seconds": seconds, "failed": failed}
+        for name in names:
+            started = perf_counter()
+            self.say(f"{name} begins")
+            try:
+                for found in parts[name](self):
+                    self.sum_up(**found)
+            except (RuntimeError, VattnError) as error:
+                if isinstance(error, ConfigError):
+                    refused = refused or error
+                failed[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+                self.wrong.append(f"{name} failed: {failed[name]}")
+                self.say(self.wrong[-1])
+            seconds[name] = round(perf_counter() - started, 2)
+            self.say(f"{name} ends, {seconds[name]:.1f} s")
+            self.sum_up()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if refused is not None:
+            raise refused
+
     def _write(self) -> None:
-        if not self._args.output_json:
+        if not self.args.output_json:
             return
         if self._written is None:
             # What machine it is need not be asked again.
-            self._written = Result.of(self._benchmark, self._args, self.results, {})
+            self._written = Result.of(self._benchmark, self.args, self.results, {})
         self._written.summary = {**self.summary, "unfinished": True}
-        write(self._written, self._args.output_json)
+        write(self._written, self.args.output_json)
 
     def conclude(
         self,
@@ -78,4 +120,9 @@ class Recording:
     ) -> int:
         """The end of a case, as `harness.case.conclude`."""
         self.say("done")
-        return conclude(self._benchmark, self._args, self.results, self.summary, shown, plot, [*self.wrong, *wrong])
+        return conclude(self._benchmark, self.args, self.results, self.summary, shown, plot, [*self.wrong, *wrong])
+
+
+Part = Callable[[Recording], Iterator[dict[str, Any]]]
+"""Measures, and yields figures as they are known; a later figure takes the place of an earlier one of its name. What is
+more than a figure it puts into `Recording.results`."""
