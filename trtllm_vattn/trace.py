@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.values import shown
 
 logger = logging.getLogger(__name__)
 
@@ -310,9 +311,12 @@ def read_trace(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if line in ("]", ""):
             break
         try:
-            events.append(json.loads(line.removesuffix(",")))
-        except ValueError as error:
+            event = json.loads(line.removesuffix(","))
+        except (ValueError, RecursionError) as error:
             if number == len(lines) + 1:
                 break  # it was being written when the process was killed
             raise ConfigError(f"{path}, line {number}: {error}") from error
+        if not isinstance(event, dict) or not {"name", "ph"} <= event.keys():
+            raise ConfigError(f"{path}, line {number}: {shown(event)} is no event, which has a name and a ph")
+        events.append(event)
     return events

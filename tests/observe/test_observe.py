@@ -305,6 +305,22 @@ def test_a_trace_without_a_cache_or_driver_is_no_map(tmp_path: Path) -> None:
         Space([layout])
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"ph":"i","ts":1.0}', "is no event"),
+        ("3", "is no event"),
+        ("[" * 5000 + ",", "line 2: maximum recursion"),
+        ('{"name":"address space","ph":"i","ts":1.0}', "not as an engine writes them"),
+    ],
+)
+def test_a_damaged_trace_is_refused(tmp_path: Path, capsys: Any, line: str, said: str) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text(f"[\n{line}\n{line}\n]\n")
+    assert main(["map", str(path), "--plot", str(tmp_path / "map.svg")]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_closed_engine_exports_nothing() -> None:
     engine = Engine.from_pretrained("tiny-llama", device="cpu", max_seqs=1, max_seq_len=32, capture=False)
     engine.sleep(kv="drop")

@@ -316,6 +316,21 @@ def test_who_is_aborted_or_overdue_while_it_sleeps_is_gone(build: Build) -> None
     assert engine.cache.stats().sequences == 0
 
 
+def test_weights_are_written_while_keys_and_values_of_ended_requests_sleep(build: Build) -> None:
+    engine = build(prefix_cache=True)
+    engine.generate(PROMPTS, PARAMS)
+    assert engine.prefix_stats()["retained_slots"] > 0
+    engine.sleep(kv="keep")
+    same = {name: each.clone() for name, each in model_of().state_dict().items()}
+    assert engine.update_weights(same) == 1
+    engine.wake()
+    (done,) = engine.generate(PROMPTS[:1], PARAMS)
+    assert (done.tokens, done.cached_tokens) == (undisturbed()[0], 0)
+    engine.flush_prefix_cache()
+    assert [row.state for row in engine.slot_stats() if row.state == "retained"] == []
+    engine.cache.check_integrity()
+
+
 def test_a_small_host_refuses_to_keep_and_loses_nothing(build: Build) -> None:
     engine = build(host="16KiB")
     numbers = [engine.submit(prompt, PARAMS) for prompt in PROMPTS]

@@ -199,6 +199,31 @@ def test_what_cannot_outlive_a_process_is_refused(tmp_path: Path) -> None:
             )
 
 
+def test_what_was_aborted_stays_so_and_no_number_comes_again(tmp_path: Path) -> None:
+    with lending(tmp_path / "broker", 1 << 20) as broker:
+        config = TenantConfig(str(broker.path), "one", keep_s=60)
+
+        def engine_of() -> Engine:
+            return Engine.from_pretrained("tiny-llama", broker=config, prefix_cache=False, **SIZES)
+
+        pid = os.fork()
+        if not pid:
+            engine = engine_of()
+            goes_on = engine.submit([1, 2], SamplingParams(max_tokens=20, ignore_eos=True))
+            ends = engine.submit([3], SamplingParams(max_tokens=1, ignore_eos=True))
+            aborted = engine.submit([4, 5], SamplingParams(max_tokens=20, ignore_eos=True))
+            for _ in range(4):
+                engine.step()
+            engine.abort(aborted)
+            os._exit(0 if (goes_on, ends, aborted) == (0, 1, 2) else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        with engine_of() as engine:
+            assert list(engine.survivors({0: 1, 1: 1, 2: 2})) == [0]
+            assert engine.submit([6], SamplingParams(max_tokens=1, ignore_eos=True)) == 3
+            while engine.busy:
+                assert all(event.request in (0, 3) for event in engine.step())
+
+
 def test_what_a_request_asks_for_beside_tokens_is_taken_over(tmp_path: Path) -> None:
     options: dict[str, Any] = {"prefix_cache": False, **SIZES}
     prompt = [*range(1, 9)]

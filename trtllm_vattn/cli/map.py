@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trtllm_vattn.arguments import amount, listed, tolerance
 from trtllm_vattn.bench.harness.flags import PLOTS, plot
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.trace import read_trace
 
 
@@ -29,8 +30,17 @@ def run(args: argparse.Namespace) -> int:
     """Draw, and say what was drawn; 0."""
     from trtllm_vattn.observe.address_map import Space, draw
 
-    space = Space(read_trace(args.trace))
-    maps = [space.at(seconds) for seconds in args.at_s or space.burst(args.burst_s)]
+    events = read_trace(args.trace)
+    try:
+        space = Space(events)
+        maps = [space.at(seconds) for seconds in args.at_s or space.burst(args.burst_s)]
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the events of {args.trace} are not as an engine writes them ({type(error).__name__}: {error}); the file "
+            "was changed, or is of another version"
+        ) from error
     draw(space, maps, args.plot)
     for each in maps:
         count = sum(map(len, each.mapped.values()))

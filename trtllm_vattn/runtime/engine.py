@@ -951,6 +951,8 @@ class Engine:
                 event for event in self._events if number not in (event.request, event.request - event.branch)
             ]
             self.scheduler.release_ended()
+            if self._survival is not None:
+                self._survival.dropped({number, *(each.id for each in samples)})
 
     def _check_open(self) -> None:
         if self._attention:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ class Survival:
     ) -> None:
         self._cache = cache
         self._left: dict[int, KeptRequest] = dict(left.requests)
+        self._next_number = left.next_number
         self._noted: list[tuple[int, int, int | None, str | None]] = []
         self._known = {number for number, each in left.requests.items() if each.finish_reason is None}
         self._ended = [number for number in left.requests if number not in self._known]
@@ -55,11 +57,8 @@ class Survival:
         cache.begin_journal(left)
 
     def numbers(self) -> Iterator[int]:
-        """Numbers that no request has."""
-        number = max(self._left, default=-1)
-        while True:
-            number += 1
-            yield number
+        """Numbers that no request has or had, of this process or those before it."""
+        return itertools.count(self._next_number)
 
     def check(self, request: RequestState) -> None:
         """Raise ConfigError for a request that cannot be noted."""
@@ -87,6 +86,17 @@ class Survival:
             if event.finish_reason:
                 self._known.discard(event.request)
                 self._ended.append(event.request)
+
+    def dropped(self, numbers: Iterable[int]) -> None:
+        """Nobody wants these requests any more, nor what they gave: the next process has nothing of them."""
+        self.write()
+        gone = [number for number in numbers if number in self._known or number in self._ended]
+        for number in gone:
+            self._left.pop(number, None)
+        self._known.difference_update(gone)
+        self._ended = [number for number in self._ended if number not in gone]
+        if gone:
+            self._cache.note("forget", gone)
 
     def write(self) -> None:
         """Write what was noted."""

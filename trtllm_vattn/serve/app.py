@@ -69,6 +69,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error), "context_length_exceeded")
     if isinstance(error, ConfigError):
         return ApiError(400, str(error))
+    if isinstance(error, RecursionError):  # of reading it, or of anything that looks through its values
+        return ApiError(400, "the body is nested too deep; give JSON of fewer levels")
     if isinstance(error, EngineOverloaded):
         return ApiError(429, str(error), "overloaded", retry_s=1)
     if isinstance(error, EngineClosed):

@@ -64,17 +64,20 @@ class State:
     ----------
     settings : dict
         What another engine has to have in common with the one that wrote it.
+    next_number : int
+        Greater than that of every request so far, forgotten ones too: a consumer may know them still.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     slots: dict[int, KeptSlot] = field(default_factory=dict)
     requests: dict[int, KeptRequest] = field(default_factory=dict)
+    next_number: int = 0
 
     def apply(self, change: list[Any]) -> None:
         """Take a record in."""
         kind, *what = change
         if kind == "all":
-            settings, slots, requests = what
+            settings, slots, requests, self.next_number = what
             self.settings = settings
             self.requests = {number: KeptRequest(*each) for number, each in requests}
             self.slots = {}
@@ -83,6 +86,7 @@ class State:
             self._set_slots(what[0])
         elif kind == "add":
             self.requests[what[0]] = KeptRequest(what[1])
+            self.next_number = max(self.next_number, what[0] + 1)
         elif kind == "forget":
             for number in what[0]:
                 self.requests.pop(number, None)
@@ -110,7 +114,7 @@ class State:
             (number, (each.settings, each.chosen, each.finish_reason, each.known))
             for number, each in self.requests.items()
         ]
-        return ["all", self.settings, slots, requests]
+        return ["all", self.settings, slots, requests, self.next_number]
 
     def kept_slots(self) -> dict[int, KeptSlot]:
         """Slots of sequences that got a token there and have not ended: those that another engine goes on with. Who was

@@ -25,6 +25,7 @@ from trtllm_vattn.cache.prefix.events import KVCacheEvent
 from trtllm_vattn.cache.prefix.hybrid import Decision, Hit, ReuseCosts, Way, choose
 from trtllm_vattn.cache.prefix.tree import DEFAULT_PRIORITY, Match, PrefixKey, PrefixTree, Priorities, Retention, Run
 from trtllm_vattn.errors import (
+    CacheAsleep,
     ConfigError,
     DuplicateSequence,
     KVCacheOutOfMemory,
@@ -641,8 +642,11 @@ class PrefixCache:
     def _release_unwanted(self) -> None:
         for slot, retained in list(self._unwanted.items()):
             if not self.cache.held_tokens(slot):
+                try:
+                    self.cache.release_retained(retained)
+                except CacheAsleep:
+                    return  # by the next call that finds it awake
                 del self._unwanted[slot]
-                self.cache.release_retained(retained)
 
     def _note_evicted(self) -> None:
         """Forget what the cache itself had to evict, when a step found no memory."""
