@@ -17,6 +17,7 @@ from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import COMPARED, make_cache
 from trtllm_vattn.errors import CaptureError, ConfigError, SequenceTooLong
 from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.decode import Launch
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.request import StepRecord
@@ -392,3 +393,34 @@ def test_nothing_is_launched_after_closing(build: Callable[..., Engine]) -> None
     engine.close()
     with pytest.raises(CaptureError, match="the runner is closed"):
         runner.replay(1)
+
+
+def test_who_joins_while_a_loop_runs_did_not_go_with_it(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory is asked for steps that the new lane did not take: there may be none."""
+    engine = build(steps=4, loop=True)
+    engine.submit(PROMPTS[0], SamplingParams(40, ignore_eos=True))
+    while not engine.scheduler.decoding:
+        engine.step()
+    other = engine.cache.admit("beside", 5)
+    asked: list[np.ndarray] = []
+    read, prepare = Launch.read, engine.cache.prepare_step
+
+    def joined_meanwhile(launch: Launch) -> list[list[int]]:
+        rows = read(launch)
+        engine.decode.set_lane(other, 1, 40, 50)
+        asked.clear()
+        return rows
+
+    def noting(lengths: np.ndarray) -> None:
+        asked.append(lengths.copy())
+        prepare(lengths)
+
+    monkeypatch.setattr(Launch, "read", joined_meanwhile)
+    monkeypatch.setattr(engine.cache, "prepare_step", noting)
+    engine.step()
+    running = next(iter(engine.scheduler.decoding))
+    assert asked[0][other] == 0 < asked[0][running]
+    engine.decode.clear_lane(other)
+    engine.cache.release("beside")

@@ -703,6 +703,14 @@ class DecodeBatch:
         by_slot[slots] = ends[lanes]
         return by_slot
 
+    def lengths_taken(self, launch: Launch, steps: int) -> np.ndarray:
+        """`lengths_after` so many steps of a launch, for the slots in it: who joined since did not go with it."""
+        lengths = self.lengths_after(steps)
+        taken = np.zeros_like(lengths)
+        slots = [*launch.lane_of]
+        taken[slots] = lengths[slots]
+        return taken
+
     # -- launching -------------------------------------------------------------------------------------------------
 
     def choose_drafts(self) -> int:

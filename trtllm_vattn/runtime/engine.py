@@ -1211,7 +1211,7 @@ class Engine:
         waited = perf_counter() - started
         if self.loop and not launch.prompt_tokens:
             # The device went no further than memory reached.
-            self.cache.prepare_step(self.decode.lengths_after(len(rows)))
+            self.cache.prepare_step(self.decode.lengths_taken(launch, len(rows)))
         self._read_at = perf_counter()
         return rows, waited
 
