@@ -270,7 +270,9 @@ def survive(args: argparse.Namespace, path: Path) -> tuple[Counter[str], list[di
                 ended = found["ended"]
             counts["sequences"] += len(prompts)
             counts.update(consumer.counts)
-            for number, tokens in enumerate(expected):
+            # No number comes again, also of another round's requests.
+            first = min(consumer.tokens, default=0)
+            for number, tokens in enumerate(expected, first):
                 got = consumer.tokens.get(number, [])
                 counts["tokens"] += len(got)
                 counts["lost"] += len(got) < len(tokens)
