@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"argument {argument[:-3]}: it is '--'; give a value")
         return super().parse_known_args(args, namespace)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)  # type: ignore[no-untyped-call]
         if unknown:
             # By the command's own parser, whose --help lists what it takes.
