@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,65 +41,62 @@ def machine() -> dict[str, Any]:
     }
 
 
-def gpu(index: int = 0) -> dict[str, Any] | None:
-    """Name, memory, driver and CUDA version of a GPU; None where NVML finds none."""
+@contextmanager
+def nvml() -> Iterator[Any]:
+    """NVML's module, open; None where there is no NVML."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return None
+        yield None
+        return
     try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
-        return {
-            "name": pynvml.nvmlDeviceGetName(handle),
-            "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
-        }
-    except pynvml.NVMLError:
-        return None
+        yield pynvml
     finally:
         pynvml.nvmlShutdown()
+
+
+def gpu(index: int = 0) -> dict[str, Any] | None:
+    """Name, memory, driver and CUDA version of a GPU; None where NVML finds none."""
+    with nvml() as library:
+        if library is None:
+            return None
+        try:
+            handle = library.nvmlDeviceGetHandleByIndex(index)
+            cuda = library.nvmlSystemGetCudaDriverVersion_v2()
+            return {
+                "name": library.nvmlDeviceGetName(handle),
+                "memory_bytes": int(library.nvmlDeviceGetMemoryInfo(handle).total),
+                "driver": library.nvmlSystemGetDriverVersion(),
+                "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
+            }
+        except library.NVMLError:
+            return None
 
 
 def free_bytes(uuid: str) -> int | None:
     """Free bytes of a GPU, or of a MIG slice of one, by the UUID that CUDA gives it; None where NVML knows neither."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        for kind in ("GPU", "MIG"):
+    with nvml() as library:
+        for kind in ("GPU", "MIG") if library is not None else ():
             try:
-                handle = pynvml.nvmlDeviceGetHandleByUUID(f"{kind}-{uuid}".encode())
-                return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
-            except pynvml.NVMLError:
+                handle = library.nvmlDeviceGetHandleByUUID(f"{kind}-{uuid}".encode())
+                return int(library.nvmlDeviceGetMemoryInfo(handle).free)
+            except library.NVMLError:
                 continue
-        return None
-    finally:
-        pynvml.nvmlShutdown()
+    return None
 
 
 def processes(uuid: str) -> int:
     """How many processes have a context on a GPU, by the UUID that CUDA gives it; 0 where NVML does not know it."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return 0
-    try:
-        return len(
-            pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode()))
-        )
-    except pynvml.NVMLError:
-        return 0
-    finally:
-        pynvml.nvmlShutdown()
+    with nvml() as library:
+        if library is None:
+            return 0
+        try:
+            handle = library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+            return len(library.nvmlDeviceGetComputeRunningProcesses(handle))
+        except library.NVMLError:
+            return 0
 
 
 def card(machine: dict[str, Any]) -> str:

@@ -24,8 +24,8 @@ from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import add_device, add_results
 from trtllm_vattn.bench.harness.timing import summarise, timed_ms
 from trtllm_vattn.cache.calibrated import card_of
-from trtllm_vattn.cli.parser import Parser, device_in
-from trtllm_vattn.errors import ConfigError, VattnError
+from trtllm_vattn.cli.parser import run_script
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.planner.calibration import find, named
 from trtllm_vattn.table import tabulate
 from trtllm_vattn.vmm.base import Driver
@@ -215,16 +215,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; 2 for what the user can mend, with one line that says what."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    parser = Parser(prog="placement.py", description=str(__doc__).partition("\n")[0])
-    if (device := device_in(given)) is not None:
-        parser.set_defaults(device=device)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(given))
-    except VattnError as error:
-        print(f"placement.py: {error}", file=sys.stderr)
-        return 2
+    return run_script("placement.py", str(__doc__), add_arguments, run, arguments)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.paged import PagedCache
-from trtllm_vattn.cli.parser import Parser, device_in
+from trtllm_vattn.cli.parser import run_script
 from trtllm_vattn.errors import KVCacheOutOfMemory, VattnError
 from trtllm_vattn.table import table
 from trtllm_vattn.verify.workload import CacheWorkload
@@ -355,16 +355,7 @@ def _by_working_set(axis: Any, rows: list[dict[str, Any]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; 2 for what the user can mend, with one line that says what."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    parser = Parser(prog="tlb.py", description=str(__doc__).partition("\n")[0])
-    if (device := device_in(given)) is not None:
-        parser.set_defaults(device=device)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(given))
-    except VattnError as error:
-        print(f"tlb.py: {error}", file=sys.stderr)
-        return 2
+    return run_script("tlb.py", str(__doc__), add_arguments, run, arguments)
 
 
 if __name__ == "__main__":

@@ -316,11 +316,17 @@ def test_a_pass_is_guarded_before_anything_changes(build: Build) -> None:
 # -- sizes of passes ---------------------------------------------------------------------------------------------------
 
 
-def test_chunks_shrink_as_a_prompt_grows_so_that_a_pass_fits_its_time(build: Build) -> None:
-    engine = build(chunk=64, target_itl_ms=1.0)
-    cost = PassCost([0.1, 0.01, 0.0005, 0.0001])
+def costing(engine: Engine, coefficients: list[float]) -> PassCost:
+    """Passes cost this from now on, whatever they take."""
+    cost = PassCost(coefficients)
     cost.measure = lambda *measured: None  # type: ignore[method-assign]
     engine.scheduler.cost = cost
+    return cost
+
+
+def test_chunks_shrink_as_a_prompt_grows_so_that_a_pass_fits_its_time(build: Build) -> None:
+    engine = build(chunk=64, target_itl_ms=1.0)
+    cost = costing(engine, [0.1, 0.01, 0.0005, 0.0001])
     seen = launches(engine)
     engine.submit(PROMPTS[0], SamplingParams(60))
     engine.step()
@@ -342,9 +348,7 @@ def test_a_pass_with_a_target_fills_one_of_the_captured_sizes(build: Build) -> N
     """A captured pass takes the time of its padding too: 40 of 64 rows would take what 64 do."""
     engine = build(chunk=64, target_itl_ms=1.0)
     engine.scheduler.pass_sizes = [16, 32, 64]
-    cost = PassCost([0.1, 0.02, 0.0, 0.0])
-    cost.measure = lambda *measured: None  # type: ignore[method-assign]
-    engine.scheduler.cost = cost
+    cost = costing(engine, [0.1, 0.02, 0.0, 0.0])
     seen = launches(engine)
     engine.submit(PROMPTS[0], SamplingParams(60))
     engine.step()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+from trtllm_vattn.errors import VattnError
 
 # Name, what it does, and where, of each command; a module has add_arguments(parser) and run(args).
 COMMANDS = {
@@ -157,3 +160,24 @@ def device_in(arguments: Sequence[str]) -> str | None:
     parser.add_argument("--device", nargs="?")
     device: str | None = parser.parse_known_args(list(arguments))[0].device
     return device
+
+
+def run_script(
+    program: str,
+    document: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], int],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Run what has flags as a benchmark has them and is no command of its own. Returns its exit code, and 2 for what
+    the user can mend, with one line that says what."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    parser = Parser(prog=program, description=document.partition("\n")[0])
+    if (device := device_in(given)) is not None:
+        parser.set_defaults(device=device)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(given))
+    except VattnError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2

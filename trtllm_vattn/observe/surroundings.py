@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trtllm_vattn.errors import DriverError
+from trtllm_vattn.machine import nvml
 from trtllm_vattn.vmm.base import Driver
 
 MOST_PINNED = 64 << 20
@@ -121,34 +122,26 @@ def mps(environment: Mapping[str, str]) -> Condition:
 
 def mig() -> Condition:
     """Whether the first GPU is divided into slices, and which."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return Condition("MIG", True, "no GPU")
-    try:
-        return _mig(pynvml)
-    finally:
-        pynvml.nvmlShutdown()
+    with nvml() as library:
+        return Condition("MIG", True, "no GPU") if library is None else _mig(library)
 
 
-def _mig(pynvml: Any) -> Condition:
+def _mig(library: Any) -> Condition:
     try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        enabled = pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
-    except pynvml.NVMLError:
+        handle = library.nvmlDeviceGetHandleByIndex(0)
+        enabled = library.nvmlDeviceGetMigMode(handle)[0] == library.NVML_DEVICE_MIG_ENABLE
+    except library.NVMLError:
         return Condition("MIG", True, "this GPU has none")
     if not enabled:
         return Condition("MIG", True, "off")
     slices = []
-    for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+    for index in range(library.nvmlDeviceGetMaxMigDeviceCount(handle)):
         try:
-            each = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)
-        except pynvml.NVMLError:
+            each = library.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)
+        except library.NVMLError:
             continue
-        size = pynvml.nvmlDeviceGetMemoryInfo(each).total / 2**30
-        slices.append(f"{pynvml.nvmlDeviceGetUUID(each)} of {size:,.1f} GiB")
+        size = library.nvmlDeviceGetMemoryInfo(each).total / 2**30
+        slices.append(f"{library.nvmlDeviceGetUUID(each)} of {size:,.1f} GiB")
     if not slices:
         how = "have some made (`nvidia-smi mig -cgi … -C`), or MIG switched off"
         return Condition("MIG", False, f"on, and no slice is set up; {how}")

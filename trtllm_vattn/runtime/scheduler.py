@@ -334,28 +334,39 @@ class Scheduler:
     def next_chunks(self) -> PromptChunks:
         """What goes in now, in the order of requests: what running sequences leave of the pass, but at least a few
         tokens; and with a target, as many as its cost allows."""
+        order = sorted(self.prefilling, key=self.waiting.rank)
+        chunks: PromptChunks = []
+        for request, rows in zip(order, self._rows(order), strict=False):
+            tokens = request.tokens[request.prefilled : request.prefilled + rows]
+            chunks.append((request, PromptChunk(request.slot, tokens, request.prefilled)))
+        return chunks
+
+    def _rows(self, order: Sequence[RequestState]) -> list[int]:
+        """How many tokens of each of the first requests go in now."""
         lanes = self.decode.lanes if self.mixed else {}
         least = min(self.chunk, MIN_CHUNK_ROWS)
         room = max(self.chunk - len(lanes), least)
         if self.cost is None or self.target_ms is None:
-            return self._chunks(room)
+            return self._rows_within(order, room)
         kv = int(self.decode.lengths[list(lanes.values())].sum())
         target_ms = MARGIN * self.target_ms
-        best = self._chunks(least)[:1]
+        best = self._rows_within(order[:1], least)
         if not self.pass_sizes or not self.mixed:
             left_ms = target_ms - self.cost.milliseconds(PassLoad(len(lanes), 0, kv))
-            return max(best, self._chunks(room, left_ms), key=_tokens)
+            return max(best, self._rows_within(order, room, left_ms), key=sum)
         for size in self.pass_sizes:
             left_ms = target_ms - self.cost.milliseconds(PassLoad(size, 0, kv))
             if size > len(lanes) and left_ms > 0:
-                best = max(best, self._chunks(min(room, size - len(lanes)), left_ms, paid=True), key=_tokens)
+                best = max(best, self._rows_within(order, min(room, size - len(lanes)), left_ms, paid=True), key=sum)
         return best
 
-    def _chunks(self, room: int, left_ms: float = math.inf, paid: bool = False) -> PromptChunks:
-        """Chunks of the prompts that go in, the first ones first, of at most so many rows in all that take at most so
-        much time (`PassCost.rows_within`)."""
-        chunks: PromptChunks = []
-        for request in sorted(self.prefilling, key=self.waiting.rank):
+    def _rows_within(
+        self, order: Sequence[RequestState], room: int, left_ms: float = math.inf, paid: bool = False
+    ) -> list[int]:
+        """Tokens of the first requests, of at most so many rows in all that take at most so much time
+        (`PassCost.rows_within`)."""
+        found: list[int] = []
+        for request in order[: 1 if self.alone else None]:
             rows = min(room, request.length - request.prefilled)
             if request.wants_prompt_logprobs:
                 rows = min(rows, MOST_LOGPROB_ROWS)
@@ -364,12 +375,9 @@ class Scheduler:
                 left_ms -= self.cost.chunk(rows, request.prefilled, paid)
             if not rows:
                 break
-            tokens = request.tokens[request.prefilled : request.prefilled + rows]
-            chunks.append((request, PromptChunk(request.slot, tokens, request.prefilled)))
+            found.append(rows)
             room -= rows
-            if self.alone:
-                break
-        return chunks
+        return found
 
     def _moves_wait(self, ahead: bool) -> bool:
         """Move sequences out of high slots where a smaller bucket repays it. True where that has to wait for launches
@@ -612,7 +620,3 @@ class Scheduler:
         self.prefilling.clear()
         self.decoding.clear()
         self.ended.clear()
-
-
-def _tokens(chunks: PromptChunks) -> int:
-    return sum(len(chunk.tokens) for _, chunk in chunks)
