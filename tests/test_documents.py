@@ -150,7 +150,7 @@ def test_the_readme_is_the_description_and_documents_are_not_installed(tmp_path:
     assert [name for name in names if name.endswith((".md", ".svg"))] == []
     data = ("trtllm_vattn/runtime/tuned/", "trtllm_vattn/planner/")
     assert [name for name in names if name.endswith(".json") and not name.startswith(data)] == []
-    assert {f"trtllm_vattn/planner/data/{card}.json" for card in ("h100", "h200")} <= set(names)
+    assert {f"trtllm_vattn/planner/calibration/{card}.json" for card in ("h100", "h200")} <= set(names)
     assert metadata.endswith((ROOT / "README.md").read_text())
 
 

@@ -22,8 +22,9 @@ from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.values import shown
 
 FORMAT = 1
-DATA = Path(__file__).parent / "data"
-"""Defaults of some cards; the name of a file is the card's, as results are filed by."""
+DATA = Path(__file__).parent / "calibration"
+"""Defaults of some cards; the name of a file is the card's, as results are filed by. The folder has this module's name, or
+mypy would take it for a package without a file."""
 
 
 @dataclass(frozen=True)
