@@ -23,8 +23,8 @@ from trtllm_vattn.values import shown
 
 FORMAT = 1
 DATA = Path(__file__).parent / "calibration"
-"""Defaults of some cards; the name of a file is the card's, as results are filed by. The folder has this module's name, or
-mypy would take it for a package without a file."""
+"""Defaults of some cards; the name of a file is the card's, as results are filed by. The folder has this module's name,
+or mypy would take it for a package without a file."""
 
 
 @dataclass(frozen=True)
