@@ -9,12 +9,11 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import httpx
 import pytest
@@ -29,13 +28,14 @@ from trtllm_vattn.cache.select import make_cache  # noqa: E402
 from trtllm_vattn.cli.generate import prompts_of, templated  # noqa: E402
 from trtllm_vattn.cli.main import main  # noqa: E402
 from trtllm_vattn.cli.parser import build_parser  # noqa: E402
-from trtllm_vattn.errors import ConfigError, EngineClosed  # noqa: E402
+from trtllm_vattn.errors import ConfigError, EngineClosed, VattnError  # noqa: E402
 from trtllm_vattn.runtime.async_engine import AsyncEngine  # noqa: E402
 from trtllm_vattn.runtime.binding import shape_of  # noqa: E402
 from trtllm_vattn.runtime.engine import Engine  # noqa: E402
 from trtllm_vattn.runtime.sampling import SamplingParams  # noqa: E402
+from trtllm_vattn.serve import server  # noqa: E402
 from trtllm_vattn.serve.app import Settings  # noqa: E402
-from trtllm_vattn.serve.server import configuration, listen, serve  # noqa: E402
+from trtllm_vattn.serve.server import ServerProcess, configuration, listen, serve  # noqa: E402
 from trtllm_vattn.vmm.host import HostDriver  # noqa: E402
 from trtllm_vattn.vmm.wrappers import FaultyDriver  # noqa: E402
 
@@ -69,11 +69,11 @@ def start(engine: Engine, **settings: object) -> Served:
     around = AsyncEngine(engine, max_requests=16)
     listening = listen("127.0.0.1", 0)
     config = configuration(around, Settings(NAME, (KEY,), **settings), LENGTH, 30)  # type: ignore[arg-type]
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    own = uvicorn.Server(config)
+    thread = threading.Thread(target=own.run, args=([listening],), daemon=True)
     thread.start()
     host, port = listening.getsockname()
-    return Served(around, f"http://{host}:{port}", server, thread)
+    return Served(around, f"http://{host}:{port}", own, thread)
 
 
 @pytest.fixture(scope="module")
@@ -332,38 +332,70 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
-def test_sigterm_drains_and_ends(checkpoint: Path, capfd: pytest.CaptureFixture[str], alone: Engine) -> None:
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> SimpleQueue[tuple[str, int]]:
+    """The address of what `serve` serves, and the number of its server's process, once it does. The process is forked,
+    since one that imports torch again takes seconds."""
+    served: SimpleQueue[tuple[str, int]] = SimpleQueue()
+    where: list[str] = []
+    wait = ServerProcess.wait
+
+    def listening(host: str, port: int) -> socket.socket:
+        made = listen(host, port)
+        where.append("http://{}:{}/v1".format(*made.getsockname()))
+        return made
+
+    def waiting(self: ServerProcess) -> int:
+        served.put((where[0], self.pid))
+        return wait(self)
+
+    monkeypatch.setattr(server, "START", "fork")
+    monkeypatch.setattr(server, "listen", listening)
+    monkeypatch.setattr(ServerProcess, "wait", waiting)
+    return served
+
+
+SERVE = (
+    "127.0.0.1",
+    0,
+    30.0,
+    10,
+    {"device": "cpu", "max_seqs": 2, "max_seq_len": LENGTH, "compile": False, "capture": False},
+)
+
+
+def test_sigterm_drains_and_ends(
+    checkpoint: Path, told: SimpleQueue[tuple[str, int]], capfd: pytest.CaptureFixture[str], alone: Engine
+) -> None:
     got: list[str] = []
 
-    def use(where: list[str]) -> None:
-        client = openai.OpenAI(base_url=where[0], api_key="none", max_retries=0, timeout=60)
+    def use() -> None:
+        client = openai.OpenAI(base_url=told.get()[0], api_key="none", max_retries=0, timeout=60)
         options = {"max_tokens": 60, "temperature": 0, "extra_body": {"ignore_eos": True}}
         for place, chunk in enumerate(client.completions.create(model=NAME, prompt="one", stream=True, **options)):
             got.append(chunk.choices[0].text)
             if place == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    ran: list[threading.Thread] = []
-    options = {"device": "cpu", "max_seqs": 2, "max_seq_len": LENGTH, "compile": False, "capture": False}
-    run = uvicorn.Server.run
-
-    def running(self: uvicorn.Server, sockets: list[socket.socket]) -> None:
-        host, port = sockets[0].getsockname()
-        ran.append(threading.Thread(target=use, args=([f"http://{host}:{port}/v1"],)))
-        ran[0].start()
-        run(self, sockets)
-
-    switch = sys.getswitchinterval()
-    try:
-        uvicorn.Server.run = running  # type: ignore[method-assign,assignment]
-        serve(str(checkpoint), Settings(NAME), "127.0.0.1", 0, 30.0, 10, options)
-    finally:
-        uvicorn.Server.run = run  # type: ignore[method-assign]
-        sys.setswitchinterval(switch)
-    ran[0].join(30)
+    using = threading.Thread(target=use)
+    using.start()
+    handler = signal.getsignal(signal.SIGTERM)
+    serve(str(checkpoint), Settings(NAME), *SERVE)
+    assert signal.getsignal(signal.SIGTERM) == handler
+    using.join(30)
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     assert "".join(got) == alone.generate(["one"], params)[0].text
     assert "tiny at http://127.0.0.1:" in capfd.readouterr().out
+
+
+def test_a_server_that_is_killed_ends_the_engine_and_is_told(
+    checkpoint: Path, told: SimpleQueue[tuple[str, int]]
+) -> None:
+    killing = threading.Thread(target=lambda: os.kill(told.get()[1], signal.SIGKILL))
+    killing.start()
+    with pytest.raises(VattnError, match=f"the server's process ended with code {-signal.SIGKILL}"):
+        serve(str(checkpoint), Settings(NAME), *SERVE)
+    killing.join()
 
 
 def test_a_model_without_a_tokenizer_or_a_port_that_is_taken_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -406,19 +438,23 @@ def test_prompts_come_from_a_file_or_standard_input_and_through_the_template(tmp
     assert templated(tiny_tokenizer(), "one") == tiny_tokenizer()("<user>one\n<assistant>")["input_ids"]
 
 
-def test_a_lost_device_ends_the_server(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_device_ends_the_server(
+    monkeypatch: pytest.MonkeyPatch, told: SimpleQueue[tuple[str, int]], checkpoint: Path
+) -> None:
     model, driver = copy.deepcopy(OWN), FaultyDriver(HostDriver())
     cache = make_cache("vattn", shape_of(model, 4, LENGTH), "cpu", driver=driver)
     engine = Engine(model, cache, compile=False, capture=False, tokenizer=tiny_tokenizer())
-    around = AsyncEngine(engine)
-    monkeypatch.setattr(AsyncEngine, "from_pretrained", lambda model, **options: around)
+    around: list[AsyncEngine] = []
+
+    def loaded(model: str, **options: object) -> AsyncEngine:
+        around.append(AsyncEngine(engine))
+        return around[0]
+
+    monkeypatch.setattr(AsyncEngine, "from_pretrained", loaded)
     said: list[BaseException] = []
 
     def client() -> None:
-        url = "nothing yet"
-        while not url.startswith("http"):
-            url = capfd.readouterr().out.strip().rpartition(" ")[2]
-            time.sleep(0.01)
+        url = told.get()[0]
         driver.fail("*", code="CUDA_ERROR_ILLEGAL_ADDRESS", sticky=True)
         try:
             openai.OpenAI(base_url=url, api_key=KEY, max_retries=0).completions.create(model=NAME, prompt="one")
@@ -428,9 +464,9 @@ def test_a_lost_device_ends_the_server(monkeypatch: pytest.MonkeyPatch, capfd: p
     asking = threading.Thread(target=client)
     asking.start()
     with pytest.raises(EngineClosed, match=r"with it the server: .*CUDA_ERROR_ILLEGAL_ADDRESS"):
-        serve("x", Settings(NAME, (KEY,)), "127.0.0.1", 0, 5.0, 8, {"max_seq_len": LENGTH})
+        serve("x", Settings(NAME, (KEY,)), *SERVE)
     asking.join()
     assert [error.status_code for error in said if isinstance(error, openai.APIStatusError)] == [503]
-    assert not around.is_open
+    assert not around[0].is_open
     driver.disarm()
     cache.close()

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry
@@ -260,18 +260,28 @@ def tenant_metrics_of(lease: Lease | None) -> Iterator[Metric]:
         yield made
 
 
+class Counted(Protocol):
+    """An engine, or what stands for one of another process."""
+
+    def stats(self) -> EngineStats:
+        """As `Engine.stats`."""
+
+    def slot_stats(self) -> list[SlotStats]:
+        """As `Engine.slot_stats`."""
+
+
 class EngineCollector(Collector):
     """For `CollectorRegistry.register`: an engine's numbers, of the moment somebody asks. Nothing of one that is
     closed, or that nobody else holds any more.
 
     Parameters
     ----------
-    engine : Engine or AsyncEngine
+    engine : Engine, AsyncEngine, or what has the numbers of one
     slots : bool
         Each slot's numbers in place of the engine's, and each tenant's of its broker.
     """
 
-    def __init__(self, engine: Engine | AsyncEngine, slots: bool = False) -> None:
+    def __init__(self, engine: Counted, slots: bool = False) -> None:
         self._engine, self._slots = weakref.ref(engine), slots
 
     def describe(self) -> Iterable[Metric]:

@@ -1,8 +1,8 @@
 """`AsyncEngine`: an `Engine` for tasks and threads, its loop in a thread of its own.
 
 Who may call what: every method here, from any task of any event loop in any thread. What they ask for is done by the
-engine's thread between two steps, in the order in which it was asked for; nobody else touches the engine. An event of a
-step reaches its request's task by one call into that task's event loop for all events of the step.
+engine's thread between two steps, in the order in which it was asked for; nobody else touches the engine. All events of
+a step for the tasks of one event loop reach it by one call; who has no event loop gets them by an `Outlet`.
 
 Backpressure: at most `max_requests` requests are unfinished, and one more raises EngineOverloaded at once. A task that
 reads slowly holds nobody up: its request goes on, and its events, no more than the tokens it asked for, wait in its
@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -61,69 +61,75 @@ IDLE_S = 0.25
 """Seconds without work after which a graph is captured that steps went without, and a broker's word is looked at."""
 
 
+class Aborts(Protocol):
+    """What has requests that a stream may abort: an `AsyncEngine`, or what stands for one of another process."""
+
+    def abort_soon(self, request: int) -> None:
+        """As `AsyncEngine.abort_soon`."""
+
+
 class RequestStream(AsyncIterator[TokenEvent]):
     """The events of one request, of all its samples, in order; for one task of the loop that added it.
 
     A stream that is closed, or dropped, before its end aborts its request.
 
+    Parameters
+    ----------
+    arrived : asyncio.Event or None
+        Set whenever events come; one that is given may be that of several streams, by which one task waits for them
+        all (`take`).
+
     Attributes
     ----------
     request : int
         The number that `Engine.submit` gave.
-    loop : asyncio.AbstractEventLoop
-        The one that it is for.
+    has_ended : bool
+        Whether no event comes any more.
     """
 
-    def __init__(self, engine: AsyncEngine, samples: int) -> None:
+    def __init__(self, engine: Aborts, samples: int, arrived: asyncio.Event | None = None) -> None:
         self.request = -1
+        self.has_ended = False
         self._engine, self._left = engine, samples
-        self.loop = asyncio.get_running_loop()
         self._events: deque[TokenEvent | BaseException] = deque()
-        self._arrived = asyncio.Event()
-        self._ended = False
+        self._arrived = asyncio.Event() if arrived is None else arrived
 
     def put(self, events: Sequence[TokenEvent | BaseException]) -> None:
         """In the stream's event loop: these came."""
-        if not self._ended:
+        if not self.has_ended:
             self._events.extend(events)
             self._arrived.set()
 
     async def __anext__(self) -> TokenEvent:
-        return (await self._next(1))[0]
-
-    async def batches(self) -> AsyncIterator[list[TokenEvent]]:
-        """The events, all at once that have come: one for each step where the task keeps pace."""
-        while not self._ended or self._events:
-            try:
-                events = await self._next(LARGEST_COUNT)
-            except StopAsyncIteration:
-                return
-            yield events
-
-    async def _next(self, most: int) -> list[TokenEvent]:
-        """So many events at most, at least one. Raises as iterating does."""
-        while not self._events:
-            if self._ended:
+        while not (events := self.take(1)):
+            if self.has_ended:
                 raise StopAsyncIteration
             self._arrived.clear()
             await self._arrived.wait()
+        return events[0]
+
+    def take(self, most: int = LARGEST_COUNT) -> list[TokenEvent]:
+        """The events that have come, so many at most; none where none have. Raises what the request ended with, behind
+        the events before."""
         events: list[TokenEvent] = []
-        while self._events and len(events) < most:
+        while self._events and len(events) < most and not self.has_ended:
             event = self._events[0]
             failed = isinstance(event, BaseException) or event.finish_reason == "error"
             if failed and events:
                 break
             self._events.popleft()
             if isinstance(event, BaseException):
-                self._ended = True
+                self.has_ended = True
                 self._events.clear()
+                if isinstance(event, StopAsyncIteration):
+                    break
                 raise event
             if failed:
                 self._stop()
                 raise RequestFailed(event.error or "the request failed")
             if event.finish_reason is not None:
                 self._left -= 1
-                self._ended = not self._left
+                self.has_ended = not self._left
             events.append(event)
         return events
 
@@ -132,9 +138,9 @@ class RequestStream(AsyncIterator[TokenEvent]):
         self._stop()
 
     def _stop(self) -> None:
-        if not self._ended and self.request >= 0:
+        if not self.has_ended and self.request >= 0:
             self._engine.abort_soon(self.request)
-        self._ended = True
+        self.has_ended = True
         self._events.clear()
         self._arrived.set()
 
@@ -142,18 +148,26 @@ class RequestStream(AsyncIterator[TokenEvent]):
         self._stop()
 
 
-@dataclass(eq=False)
-class _Running:
-    """A request that the engine has: its number, where its events go, and how many of its samples have not ended. The
-    stream is not kept alive, so that dropping it is seen."""
+Puts = list[tuple[Any, list[Any]]]
+"""Events of some requests, or the error that one ended with, each with the key that its request was submitted with."""
 
-    number: int
-    stream: weakref.ref[RequestStream]
+
+class Outlet(Protocol):
+    """Where events of requests go."""
+
+    def put(self, puts: Puts) -> None:
+        """These came. Called by the engine's thread, once a step at most, and for errors; it waits for nothing. Raises
+        RuntimeError where nobody takes them any more; requests whose events go there are aborted then."""
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """Tasks of an event loop; keys are their streams, which are not kept alive, so that dropping one is seen."""
+
     loop: asyncio.AbstractEventLoop
-    left: int
 
-
-Puts = list[tuple["weakref.ref[RequestStream]", list[Any]]]
+    def put(self, puts: Puts) -> None:
+        self.loop.call_soon_threadsafe(_put_all, puts)
 
 
 def _put_all(puts: Puts) -> None:
@@ -161,6 +175,21 @@ def _put_all(puts: Puts) -> None:
     for reference, events in puts:
         if (stream := reference()) is not None:
             stream.put(events)
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request that the engine has: its samples' numbers, where its events go, and how many have not ended."""
+
+    numbers: range
+    outlet: Outlet
+    key: Any
+    left: int
+
+    @property
+    def number(self) -> int:
+        """The request's."""
+        return self.numbers[0]
 
 
 class AsyncEngine:
@@ -244,8 +273,9 @@ class AsyncEngine:
         *,
         priority: int = 0,
         deadline_s: float | None = None,
+        arrived: asyncio.Event | None = None,
     ) -> RequestStream:
-        """Queue a prompt as `Engine.submit` does; returns the stream of its events.
+        """Queue a prompt as `Engine.submit` does; returns the stream of its events (`RequestStream` has `arrived`).
 
         Raises
         ------
@@ -256,30 +286,11 @@ class AsyncEngine:
         EngineClosed
             It is shut down, or shutting down.
         """
-        with self._changed:
-            if self._stopping:
-                raise EngineClosed("this engine is shut down, or shutting down; no request is taken")
-            if self._taken >= self.max_requests:
-                raise EngineOverloaded(f"{self._taken} requests are unfinished, as many as are taken; try again later")
-            self._taken += 1
-        try:
-            if isinstance(params, SamplingParams) and params.has_grammar:
-                await asyncio.to_thread(self._engine.compile_grammar, params)
-            samples = params.n if isinstance(params, SamplingParams) else 1
-            stream = RequestStream(self, samples)
-            reference, loop = weakref.ref(stream), stream.loop
-
-            def submit(engine: Engine) -> int:
-                number = engine.submit(prompt, params, priority=priority, deadline_s=deadline_s)
-                running = _Running(number, reference, loop, samples)
-                self._running.update(dict.fromkeys(range(number, number + samples), running))
-                return number
-
-            taken = self._call(submit)
-        except BaseException:
-            self._give_back()
-            raise
-        taken.add_done_callback(lambda done: self._give_back() if done.exception() else None)
+        stream = RequestStream(self, _samples(params), arrived)
+        if isinstance(params, SamplingParams) and params.has_grammar:
+            await asyncio.to_thread(self.compile_grammar, params)
+        into = _Loop(asyncio.get_running_loop()), weakref.ref(stream)
+        taken = self.submit(prompt, params, *into, priority=priority, deadline_s=deadline_s)
         try:
             stream.request = await asyncio.shield(asyncio.wrap_future(taken))
         except asyncio.CancelledError:
@@ -287,6 +298,46 @@ class AsyncEngine:
             taken.add_done_callback(lambda done: None if done.exception() else self.abort_soon(done.result()))
             raise
         return stream
+
+    def submit(
+        self,
+        prompt: TokenIds | str,
+        params: SamplingParams | None,
+        outlet: Outlet,
+        key: Any,
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+    ) -> Future[int]:
+        """As `add_request`, for who has no event loop: the request's events go to an outlet, with a key. Waits for
+        nothing; the future has the number that `Engine.submit` gave, or what that raised. Raises EngineOverloaded and
+        EngineClosed."""
+        with self._changed:
+            if self._stopping:
+                raise EngineClosed("this engine is shut down, or shutting down; no request is taken")
+            if self._taken >= self.max_requests:
+                raise EngineOverloaded(f"{self._taken} requests are unfinished, as many as are taken; try again later")
+            self._taken += 1
+        samples = _samples(params)
+
+        def submit(engine: Engine) -> int:
+            number = engine.submit(prompt, params, priority=priority, deadline_s=deadline_s)
+            running = _Running(range(number, number + samples), outlet, key, samples)
+            self._running.update(dict.fromkeys(running.numbers, running))
+            return number
+
+        try:
+            taken = self._call(submit)
+        except BaseException:
+            self._give_back()
+            raise
+        taken.add_done_callback(lambda done: self._give_back() if done.exception() else None)
+        return taken
+
+    def compile_grammar(self, params: SamplingParams) -> None:
+        """Compile the grammar that parameters ask for, so that no step waits for it; in any thread, for a while. Raises
+        as `Engine.compile_grammar`."""
+        self._engine.compile_grammar(params)
 
     async def abort(self, request: int | RequestStream) -> None:
         """Drop a request, or its stream's, and all its samples; the stream ends. Nothing where it has ended."""
@@ -305,14 +356,13 @@ class AsyncEngine:
 
     def _forget(self, running: _Running, error: BaseException | None) -> bool:
         """A request is no more; its stream ends with an error. Returns whether it was there."""
-        numbers = [number for number, each in self._running.items() if each is running]
-        for number in numbers:
-            del self._running[number]
-        if numbers:
-            self._give_back()
-            if error is not None:
-                self._into(running.loop, [(running.stream, [error])])
-        return bool(numbers)
+        there = [self._running.pop(number, None) for number in running.numbers]
+        if not any(there):
+            return False
+        self._give_back()
+        if error is not None:
+            self._into(running.outlet, [(running.key, [error])])
+        return True
 
     # -- the engine ------------------------------------------------------------------------------------------------
 
@@ -348,7 +398,7 @@ class AsyncEngine:
         with self._changed:
             self._stopping = True
             self._paused = self._paused and not drain
-            self._changed.notify()
+            self._changed.notify_all()
         if drain:
             await asyncio.to_thread(self._wait_until_drained, timeout_s)
         await asyncio.to_thread(self.close)
@@ -357,7 +407,7 @@ class AsyncEngine:
         """`shutdown` without draining, for who has no event loop."""
         with self._changed:
             self._stopping = self._stopped = True
-            self._changed.notify()
+            self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -373,7 +423,7 @@ class AsyncEngine:
             if self._stopped:
                 raise EngineClosed("this engine is shut down; build another")
             self._calls.append((function, future))
-            self._changed.notify()
+            self._changed.notify_all()
         return future
 
     def _give_back(self) -> None:
@@ -479,7 +529,7 @@ class AsyncEngine:
                 future.set_exception(error)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
-        """Give events to their streams: one call into each event loop."""
+        """Give events to their outlets, to each at once."""
         came: dict[_Running, list[Any]] = {}
         for event in events:
             if (running := self._running.get(event.request)) is None:
@@ -490,18 +540,18 @@ class AsyncEngine:
                 running.left -= 1
                 if not running.left:
                     self._give_back()
-        by_loop: dict[asyncio.AbstractEventLoop, Puts] = {}
+        by_outlet: dict[Outlet, Puts] = {}
         for running, its in came.items():
-            by_loop.setdefault(running.loop, []).append((running.stream, its))
-        for loop, puts in by_loop.items():
-            self._into(loop, puts)
+            by_outlet.setdefault(running.outlet, []).append((running.key, its))
+        for outlet, puts in by_outlet.items():
+            self._into(outlet, puts)
 
-    def _into(self, loop: asyncio.AbstractEventLoop, puts: Puts) -> None:
-        """Give events to streams of an event loop; who reads none any more, since that is closed, is aborted."""
+    def _into(self, outlet: Outlet, puts: Puts) -> None:
+        """Give events to an outlet; where nobody takes them any more, its requests are aborted."""
         try:
-            loop.call_soon_threadsafe(_put_all, puts)
+            outlet.put(puts)
         except RuntimeError:
-            for running in {each for each in self._running.values() if each.loop is loop}:
+            for running in {each for each in self._running.values() if each.outlet == outlet}:
                 self._drop(running, None)
 
     def _end(self, why: BaseException | None) -> None:
@@ -516,3 +566,7 @@ class AsyncEngine:
         for running in set(self._running.values()):
             self._forget(running, closed)
         self._engine.close()
+
+
+def _samples(params: object) -> int:
+    return params.n if isinstance(params, SamplingParams) else 1

@@ -11,6 +11,7 @@ from typing import Any
 
 from trtllm_vattn.runtime.logprobs import TokenLogprob
 from trtllm_vattn.runtime.request import TokenEvent
+from trtllm_vattn.runtime.text import Text
 from trtllm_vattn.serve.protocol import Asked
 
 DONE = "data: [DONE]\n\n"
@@ -22,13 +23,22 @@ def line(body: dict[str, Any]) -> str:
 
 
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_quoted = json.encoder.encode_basestring
+"""A text as JSON."""
 
 
 @dataclass
 class Choice:
-    """One sample of one prompt, so far."""
+    """One sample of one prompt, so far.
+
+    Attributes
+    ----------
+    decoder : Text or None
+        What makes text of tokens, where the engine does not.
+    """
 
     prompt: Sequence[int]
+    decoder: Text | None
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
@@ -40,15 +50,22 @@ class Choice:
 
     def add(self, events: Sequence[TokenEvent]) -> tuple[str, list[TokenLogprob]]:
         """Take events; returns the text and the log-probabilities that came with them."""
-        text = "".join(event.text or "" for event in events)
-        logprobs = [event.logprob for event in events if event.logprob is not None]
+        text, known = "", len(self.logprobs)
+        if not self.tokens:
+            self.cached, self.prompt_logprobs = events[0].cached_tokens, events[0].prompt_logprobs
+        for event in events:
+            if event.token is None:
+                continue
+            if self.decoder is None:
+                text += event.text or ""
+            else:
+                text += self.decoder.push(self.tokens, event.token, event.finish_reason is not None).text
+            self.tokens.append(event.token)
+            if event.logprob is not None:
+                self.logprobs.append(event.logprob)
         self.text += text
-        self.logprobs += logprobs
-        self.tokens += [event.token for event in events if event.token is not None]
-        self.cached = events[0].cached_tokens
         self.finish_reason = events[-1].finish_reason
-        self.prompt_logprobs = self.prompt_logprobs or events[0].prompt_logprobs
-        return text, logprobs
+        return text, self.logprobs[known:]
 
 
 class Answer:
@@ -61,7 +78,11 @@ class Answer:
         self._prompts = prompts
         self._before = f'{_json(self._head())[:-1]},"choices":['
         self._behind = '],"usage":null}' if asked.include_usage else "]}"
-        self.choices = [Choice(prompt) for prompt in prompts for _ in range(asked.params.n)]
+        by_engine = asked.params.detokenize
+        decoders = (
+            (prompt, None if by_engine else Text(tokenizer)) for prompt in prompts for _ in range(asked.params.n)
+        )
+        self.choices = [Choice(prompt, decoder) for prompt, decoder in decoders]
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far. Of a prompt with several samples, the first one's cached tokens."""
@@ -106,38 +127,44 @@ class Answer:
 
     # -- streamed --------------------------------------------------------------------------------------------------
 
-    def first(self) -> list[str]:
+    def first(self) -> str:
         """What a stream begins with."""
         if not self.asked.is_chat:
-            return []
+            return ""
         delta = {"role": "assistant", "content": ""}
-        return [self._chunk(self._delta(place, delta, None, None)) for place in range(len(self.choices))]
+        return "".join(self._chunk(_json(self._delta(place, delta, None, None))) for place in range(len(self.choices)))
 
-    def more(self, place: int, events: Sequence[TokenEvent]) -> str | None:
-        """What a choice's events add; None where that is nothing yet."""
+    def more(self, place: int, events: Sequence[TokenEvent]) -> str:
+        """What a choice's events add; empty where that is nothing yet."""
         choice = self.choices[place]
         before = len(choice.tokens)
         text, logprobs = choice.add(events)
+        reason = choice.finish_reason
         more: dict[str, Any] = {"token_ids": choice.tokens[before:]} if self.asked.token_ids else {}
-        if not text and not logprobs and not more and choice.finish_reason is None:
-            return None
+        if not text and not logprobs and not more and reason is None:
+            return ""
+        if self.asked.params.logprobs is None and reason is None:
+            # Most chunks: written by hand, since there is one for every token of every stream.
+            body = f'"delta":{{"content":{_quoted(text)}}}' if self.asked.is_chat else f'"text":{_quoted(text)}'
+            ids = f',"token_ids":{_json(more["token_ids"])}' if more else ""
+            return self._chunk(f'{{"index":{place},{body},"logprobs":null,"finish_reason":null{ids}}}')
         if self.asked.is_chat:
             delta = {"content": text} if text else {}
-            return self._chunk({**self._delta(place, delta, self._of_chat(logprobs), choice.finish_reason), **more})
-        body = {"index": place, "text": text, "finish_reason": choice.finish_reason, **more}
-        return self._chunk({**body, "logprobs": self._of_completion(choice, logprobs)})
+            return self._chunk(_json({**self._delta(place, delta, self._of_chat(logprobs), reason), **more}))
+        wanted = self._of_completion(choice, logprobs)
+        return self._chunk(_json({"index": place, "text": text, "logprobs": wanted, "finish_reason": reason, **more}))
 
-    def last(self) -> list[str]:
+    def last(self) -> str:
         """What a stream ends with."""
         usage = {**self._head(), "choices": [], "usage": self.usage()}
-        return [*([line(usage)] if self.asked.include_usage else []), DONE]
+        return (line(usage) if self.asked.include_usage else "") + DONE
 
     def _delta(self, place: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
         return {"index": place, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-    def _chunk(self, choice: dict[str, Any]) -> str:
-        # There is one for every token of every stream, and all but the choice is always the same.
-        return f"data: {self._before}{_json(choice)}{self._behind}\n\n"
+    def _chunk(self, choice: str) -> str:
+        # All but the choice is always the same.
+        return f"data: {self._before}{choice}{self._behind}\n\n"
 
     def _head(self) -> dict[str, Any]:
         return {**self._own, "object": "chat.completion.chunk" if self.asked.is_chat else "text_completion"}

@@ -26,11 +26,12 @@ from trtllm_vattn.errors import (
     VattnError,
 )
 from trtllm_vattn.observe import SLOTS_PATH
-from trtllm_vattn.runtime.async_engine import AsyncEngine, RequestStream
+from trtllm_vattn.runtime.async_engine import RequestStream
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.serve import protocol
 from trtllm_vattn.serve.answers import Answer, line
-from trtllm_vattn.serve.metrics import CONTENT_TYPE, Metrics, Timer
+from trtllm_vattn.serve.link import RemoteEngine
+from trtllm_vattn.serve.metrics import CONTENT_TYPE, Metrics, Served, Timer
 from trtllm_vattn.serve.protocol import ApiError, Asked
 from trtllm_vattn.serve.spans import RequestSpan
 
@@ -104,7 +105,7 @@ class Streamed(StreamingResponse):
 class Server:
     """Endpoints over an engine."""
 
-    def __init__(self, engine: AsyncEngine, settings: Settings, max_model_len: int) -> None:
+    def __init__(self, engine: Served, settings: Settings, max_model_len: int) -> None:
         self.engine, self.settings, self.metrics = engine, settings, Metrics(engine)
         self._max_model_len = max_model_len
 
@@ -113,6 +114,8 @@ class Server:
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            if isinstance(self.engine, RemoteEngine):
+                self.engine.attach()
             yield
             await self.engine.shutdown()
 
@@ -135,6 +138,7 @@ class Server:
         return JSONResponse({"status": "shutting down"}, 503)
 
     async def _metrics(self, _: Request) -> Response:
+        self.metrics.tasks.set(len(asyncio.all_tasks()))
         # In another thread: it waits, for a moment, where memory is being mapped.
         return Response(await asyncio.to_thread(self.metrics.text), media_type=CONTENT_TYPE)
 
@@ -211,102 +215,109 @@ class Server:
         prompts = [tokenizer(each)["input_ids"] if isinstance(each, str) else each for each in asked.prompts]
         answer = Answer(asked, self.settings.name, tokenizer, prompts)
         span = RequestSpan(request.url.path, self.settings.name, request.headers)
+        arrived = asyncio.Event()
         timer, streams = self.metrics.timer(span), list[RequestStream]()
         try:
             for prompt in prompts:
-                streams.append(await self.engine.add_request(prompt, asked.params, priority=asked.priority))
+                added = await self.engine.add_request(prompt, asked.params, priority=asked.priority, arrived=arrived)
+                streams.append(added)
         except BaseException as error:
-            await self._close(streams)
+            await _close(streams)
             reason = "refused" if isinstance(error, VattnError) else "error"
             self.metrics.ended(reason)
             span.end(reason)
             raise
+        came = _events(request, answer, streams, arrived, timer)
         if asked.stream:
             return Streamed(
-                self._streamed(request, answer, streams, timer),
-                media_type="text/event-stream",
-                headers={"Cache-Control": "no-cache"},
+                _streamed(answer, came), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
             )
-        await self._whole(request, answer, streams, timer)
+        async with aclosing(came):
+            async for events in came:
+                for place, some in events:
+                    answer.choices[place].add(some)
         return JSONResponse(answer.whole())
 
-    async def _whole(self, request: Request, answer: Answer, streams: list[RequestStream], timer: Timer) -> None:
-        """Wait for all choices. Raises ClientDisconnect where nobody waits for them any more."""
-        async for place, events in self._watched(request, streams, timer, answer):
-            answer.choices[place].add(events)
 
-    async def _streamed(
-        self, request: Request, answer: Answer, streams: list[RequestStream], timer: Timer
-    ) -> AsyncIterator[str]:
-        for each in answer.first():
-            yield each
-        try:
-            async with aclosing(self._watched(request, streams, timer, answer)) as came:
-                async for place, events in came:
-                    if (chunk := answer.more(place, events)) is not None:
-                        yield chunk
-        except ClientDisconnect:
-            return
-        except Exception as error:
-            yield line(as_api_error(error).body())
-            return
-        for each in answer.last():
-            yield each
-
-    async def _watched(
-        self, request: Request, streams: list[RequestStream], timer: Timer, answer: Answer
-    ) -> AsyncGenerator[tuple[int, list[TokenEvent]], None]:
-        """Events of a request by choice, of one choice at a time, until all have ended; however it ends, nothing of it
-        is left in the engine. Raises what a stream raises, and ClientDisconnect when the client goes away."""
-        came: asyncio.Queue[tuple[int, list[TokenEvent]] | Exception | None] = asyncio.Queue()
-        tasks = [asyncio.create_task(_gone(request, came))]
-        n, reason = answer.asked.params.n, "cancelled"
-        tasks += [asyncio.create_task(_pump(stream, place * n, came)) for place, stream in enumerate(streams)]
-        left = len(streams)
-        try:
-            while left:
-                item = await came.get()
-                if item is None:
-                    left -= 1
-                    continue
-                if isinstance(item, Exception):
-                    reason = "cancelled" if isinstance(item, ClientDisconnect) else "error"
-                    raise item
-                timer.tokens(len(item[1]))
-                yield item
-            reason = answer.choices[0].finish_reason or "error"
-        finally:
-            for task in tasks:
-                task.cancel()
-            await self._close(streams)
-            timer.end(reason, answer.usage())
-
-    async def _close(self, streams: list[RequestStream]) -> None:
-        for stream in streams:
-            await stream.aclose()
+Came = list[tuple[int, list[TokenEvent]]]
+"""Events by choice."""
 
 
-async def _pump(stream: RequestStream, first: int, came: asyncio.Queue[Any]) -> None:
-    """Put a stream's events, by choice, to those that came; None at its end."""
+async def _streamed(answer: Answer, came: AsyncGenerator[Came, None]) -> AsyncGenerator[str, None]:
+    """An answer's server-sent events, all at once that can be."""
+    before = answer.first()
     try:
-        async for events in stream.batches():
-            by_choice: dict[int, list[TokenEvent]] = {}
-            for event in events:
-                if event.finish_reason in ("abort", "deadline"):
-                    raise RequestFailed(f"the request was ended before it was done: {event.finish_reason}")
-                by_choice.setdefault(first + event.branch, []).append(event)
-            for item in by_choice.items():
-                came.put_nowait(item)
-        came.put_nowait(None)
+        async with aclosing(came):
+            async for events in came:
+                if chunk := before + "".join([answer.more(place, some) for place, some in events]):
+                    yield chunk
+                    before = ""
+    except ClientDisconnect:
+        return
     except Exception as error:
-        came.put_nowait(error)
+        yield line(as_api_error(error).body())
+        return
+    yield answer.last()
 
 
-async def _gone(request: Request, came: asyncio.Queue[Any]) -> None:
+async def _events(
+    request: Request, answer: Answer, streams: list[RequestStream], arrived: asyncio.Event, timer: Timer
+) -> AsyncGenerator[Came, None]:
+    """Events of a request whenever some have come, until all its streams have ended, which set `arrived`; however it
+    ends, nothing of it is left in the engine. Raises what a stream raises, and ClientDisconnect when the client goes
+    away."""
+    n, reason = answer.asked.params.n, "cancelled"
+    gone = asyncio.create_task(_gone(request, arrived))
+    open_ = {place * n: stream for place, stream in enumerate(streams)}
+    try:
+        while open_:
+            if gone.done():
+                raise ClientDisconnect
+            arrived.clear()
+            came: Came = []
+            for first, stream in list(open_.items()):
+                came += _by_choice(first, stream.take())
+                if stream.has_ended:
+                    del open_[first]
+            if came:
+                timer.tokens(sum(len(events) for _, events in came))
+                yield came
+            elif open_:
+                await arrived.wait()
+        reason = answer.choices[0].finish_reason or "error"
+    except Exception as error:
+        reason = "cancelled" if isinstance(error, ClientDisconnect) else "error"
+        raise
+    finally:
+        gone.cancel()
+        await _close(streams)
+        timer.end(reason, answer.usage())
+
+
+def _by_choice(first: int, events: list[TokenEvent]) -> Came:
+    """Events of one stream, whose first sample is the choice `first`."""
+    if len(events) == 1:
+        found = {first + events[0].branch: events}
+    else:
+        found = {}
+        for event in events:
+            found.setdefault(first + event.branch, []).append(event)
+    for some in found.values():
+        if some[-1].finish_reason in ("abort", "deadline"):
+            raise RequestFailed(f"the request was ended before it was done: {some[-1].finish_reason}")
+    return list(found.items())
+
+
+async def _gone(request: Request, arrived: asyncio.Event) -> None:
     """Wait until the client goes away."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    came.put_nowait(ClientDisconnect())
+    arrived.set()
+
+
+async def _close(streams: list[RequestStream]) -> None:
+    for stream in streams:
+        await stream.aclose()
 
 
 async def _told(request: Request, error: Exception) -> Response:
@@ -316,4 +327,6 @@ async def _told(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         paths = [route.path for route in request.app.routes if "{" not in route.path]
         message, code = f"nothing is served at {request.url.path}; served are {', '.join(paths)}", "not_found"
-    return as_response(ApiError(error.status_code, message, code))
+    answer = as_response(ApiError(error.status_code, message, code))
+    answer.headers.update(error.headers or {})  # the methods that there are
+    return answer

@@ -6,22 +6,25 @@ from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from trtllm_vattn.observe.metrics import EngineCollector
 from trtllm_vattn.runtime.async_engine import AsyncEngine
+from trtllm_vattn.serve.link import RemoteEngine
 from trtllm_vattn.serve.spans import RequestSpan
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 BETWEEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+Served = AsyncEngine | RemoteEngine
+"""What a server is given: an engine of its process, or of another."""
 
 
 class Metrics:
     """Of one server, over an engine."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: Served) -> None:
         self._registry = registry = CollectorRegistry()
         self._ended = Counter("vattn_requests", "Requests ended, by why", ["finish_reason"], registry=registry)
         self._prompt = Counter("vattn_prompt_tokens", "Tokens of prompts", registry=registry)
@@ -34,6 +37,7 @@ class Metrics:
             "vattn_inter_token_seconds", "Between tokens of a request", buckets=BETWEEN, registry=registry
         )
         self._whole = Histogram("vattn_request_seconds", "From request to its end", buckets=SECONDS, registry=registry)
+        self.tasks = Gauge("vattn_server_tasks", "Tasks of the server's event loop", registry=registry)
         registry.register(EngineCollector(engine))
         self._slots = CollectorRegistry()
         self._slots.register(EngineCollector(engine, slots=True))

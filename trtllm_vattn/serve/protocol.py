@@ -5,6 +5,7 @@ Beside OpenAI's fields both endpoints take those of `SamplingParams` that OpenAI
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """A body's object. Raises ApiError."""
     try:
         parsed = json.loads(body)
+        if rb"\u" in body:
+            # Half of a surrogate pair is JSON, and no text.
+            json.dumps(parsed, ensure_ascii=False).encode()
     except ValueError as error:
         raise ApiError(400, f"the body is no JSON: {error}") from None
     if not isinstance(parsed, dict):
@@ -136,8 +140,7 @@ def completion(body: Mapping[str, Any]) -> Asked:
 def chat(body: Mapping[str, Any], tokenizer: Any) -> Asked:
     """What a body asks of the chat endpoint, by a tokenizer's chat template. Raises ApiError."""
     _refuse_unknown(body, OF_CHAT)
-    messages = _messages(body.get("messages"))
-    tools = body.get("tools")
+    messages, tools = _messages(body.get("messages")), _tools(body.get("tools"))
     choice = body.get("tool_choice")
     if choice not in (None, "none", "auto"):
         raise ApiError(
@@ -147,13 +150,14 @@ def chat(body: Mapping[str, Any], tokenizer: Any) -> Asked:
         )
     if getattr(tokenizer, "chat_template", None) is None:
         raise ApiError(400, "this model's tokenizer has no chat template; use /v1/completions")
+    more = _template_options(body.get("chat_template_kwargs"), tokenizer)
     try:
         text = tokenizer.apply_chat_template(
             messages,
             tools=tools if tools and choice != "none" else None,
             add_generation_prompt=True,
             tokenize=False,
-            **(body.get("chat_template_kwargs") or {}),
+            **more,
         )
     except Exception as error:
         raise ApiError(400, f"the chat template does not take this: {error}", param="messages") from None
@@ -161,14 +165,21 @@ def chat(body: Mapping[str, Any], tokenizer: Any) -> Asked:
     if body.get("top_logprobs") is not None and not wanted:
         raise ApiError(400, "top_logprobs is given without logprobs; set logprobs to true", param="top_logprobs")
     most = body.get("max_completion_tokens")
-    more = {
+    asked = {
         "max_tokens": body.get("max_tokens") if most is None else most,
         "logprobs": (body.get("top_logprobs") or 0) if wanted else None,
     }
     stream, include_usage = _streaming(body)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return Asked(
-        [ids], _params(body, more), True, stream, include_usage, False, _priority(body), _flag(body, "return_token_ids")
+        [ids],
+        _params(body, asked),
+        True,
+        stream,
+        include_usage,
+        False,
+        _priority(body),
+        _flag(body, "return_token_ids"),
     )
 
 
@@ -181,7 +192,8 @@ def _refuse_unknown(body: Mapping[str, Any], own: Sequence[str]) -> None:
 
 def _params(body: Mapping[str, Any], more: dict[str, Any]) -> SamplingParams:
     given = {name: body[name] for name in (*ALIKE, *MORE) if body.get(name) is not None}
-    given = {"temperature": 1.0, **given, **more, "detokenize": True}
+    # Text is made here, beside the engine, unless that has to look for texts to stop at.
+    given = {"temperature": 1.0, **given, **more, "detokenize": bool(given.get("stop"))}
     biases = body.get("logit_bias")
     if biases is not None:
         given["logit_bias"] = _biases(biases)
@@ -191,7 +203,13 @@ def _params(body: Mapping[str, Any], more: dict[str, Any]) -> SamplingParams:
     try:
         return SamplingParams(**given)
     except ConfigError as error:
-        raise ApiError(400, str(error)) from None
+        raise ApiError(400, str(error), param=_named_in(str(error), body)) from None
+
+
+def _named_in(message: str, body: Mapping[str, Any]) -> str | None:
+    """The field that a message begins with, where the body has it."""
+    name = message.partition(" ")[0]
+    return name if name in body else None
 
 
 def _biases(given: Any) -> dict[int, Any]:
@@ -232,13 +250,19 @@ def _prompts(given: Any) -> list[Any]:
 def _messages(given: Any) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not given or not all(isinstance(each, dict) for each in given):
         raise ApiError(400, f"messages is {shown(given)}; it is a list of messages, at least one", param="messages")
+    for message in given:
+        if not isinstance(message.get("role"), str):
+            raise ApiError(400, f"a message's role is {shown(message.get('role'))}; it is a text", param="messages")
     return [{**message, "content": _content(message.get("content"))} for message in given]
 
 
 def _content(given: Any) -> Any:
     """A message's content as text; parts other than text are refused."""
-    if not isinstance(given, list):
+    if given is None or isinstance(given, str):
         return given
+    if not isinstance(given, list):
+        message = f"a message's content is {shown(given)}; it is a text, or a list of parts"
+        raise ApiError(400, message, param="messages")
     for part in given:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else shown(part)
@@ -246,22 +270,52 @@ def _content(given: Any) -> Any:
     return "".join(part["text"] for part in given)
 
 
+def _tools(given: Any) -> list[dict[str, Any]] | None:
+    if given is None:
+        return None
+    if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
+        raise ApiError(400, f"tools is {shown(given)}; it is a list of tools", param="tools")
+    return given
+
+
+def _template_options(given: Any, tokenizer: Any) -> dict[str, Any]:
+    """What a chat template is given beside messages and tools: its own variables, and nothing of who fills it in."""
+    if given is None:
+        return {}
+    name = "chat_template_kwargs"
+    if not isinstance(given, dict):
+        raise ApiError(400, f"{name} is {shown(given)}; it is an object", param=name)
+    taken = sorted(given.keys() & inspect.signature(tokenizer.apply_chat_template).parameters.keys())
+    if taken:
+        raise ApiError(400, f"{name} has {', '.join(taken)}, which is the server's to say; leave it out", param=name)
+    return given
+
+
 def _streaming(body: Mapping[str, Any]) -> tuple[bool, bool]:
-    options = body.get("stream_options")
-    if options is not None and not isinstance(options, Mapping):
-        raise ApiError(400, f"stream_options is {shown(options)}; it is an object", param="stream_options")
-    return _flag(body, "stream"), _flag(options or {}, "include_usage")
+    stream, options = _flag(body, "stream"), body.get("stream_options")
+    name = "stream_options"
+    if options is None:
+        return stream, False
+    if not isinstance(options, Mapping):
+        raise ApiError(400, f"{name} is {shown(options)}; it is an object", param=name)
+    if not stream:
+        raise ApiError(400, f"{name} is given without stream; set stream to true", param=name)
+    # Padding against who measures encrypted lengths is not made.
+    if unknown := [each for each in options if each not in ("include_usage", "include_obfuscation")]:
+        raise ApiError(400, f"{name} has {', '.join(unknown)}: not served; leave it out", "unknown_parameter", name)
+    return stream, _flag(options, "include_usage")
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:
     value = body.get(name)
-    if value not in (None, True, False):
+    if value is not None and not isinstance(value, bool):
         raise ApiError(400, f"{name} is {shown(value)}; it is true or false", param=name)
     return bool(value)
 
 
 def _priority(body: Mapping[str, Any]) -> int:
-    value = as_whole(body.get("priority") or 0)
+    given = body.get("priority")
+    value = 0 if given is None else as_whole(given)
     if value is None:
         raise ApiError(400, f"priority is {shown(body['priority'])}; it is a whole number", param="priority")
     return value

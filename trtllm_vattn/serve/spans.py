@@ -5,9 +5,23 @@ not installed. What becomes of spans is for the SDK to say, which whoever starts
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
 from collections.abc import Mapping
 from typing import Any
+
+AUTO = "opentelemetry.instrumentation.auto_instrumentation"
+
+
+def is_instrumented() -> bool:
+    """Whether `opentelemetry-instrument` started this process, whose children it leaves alone."""
+    return AUTO in sys.modules
+
+
+def instrument() -> None:
+    """Set this process up as `opentelemetry-instrument` did the one that started it."""
+    importlib.import_module(AUTO).initialize()
 
 
 class RequestSpan:

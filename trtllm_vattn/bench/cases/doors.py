@@ -5,7 +5,11 @@ Parts, each by a word of `--measure`; results are written after each.
 * ``parameters``: decode steps of a full batch before any request asked for anything but a token, and after all was
   asked for and captured (`step_over_before`); and the throughput of all prompts when every request asks for penalties,
   log-probabilities or a grammar, by that of plain ones (`grammar_over_plain`, …).
-* ``http``: all prompts at once by streaming clients of a server over the same engine (`http_over_engine`).
+* ``http``: all prompts at once by streaming clients of a server over the same engine (`http_over_engine`), and by
+  clients that do not stream (`whole_over_engine`); what the server's process takes of processors for a token
+  (`server_us_per_token`), and how much longer the engine's thread works at a step beside it
+  (`engine_host_over_alone`). With ``--emulate-step-ms`` the device is emulated (harness/emulated_device.py): these
+  figures are of the server then, and of no GPU.
 * ``clients``: clients, of which some go away in the middle, ask until `--requests` are asked: `wrong` are outputs, or
   beginnings of those that went away, that are not the engine's; `leaked` is what is there more than before when all
   have gone (requests, sequences, mappings, tasks, threads, file descriptors), `hung` who waited for five minutes. On a
@@ -22,18 +26,19 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from trtllm_vattn.arguments import chosen, numbers, positive, probability, size, tolerance
+from trtllm_vattn.arguments import amount, chosen, numbers, positive, probability, size, tolerance
 from trtllm_vattn.bench.cases.doors_deterministic import measure_deterministic
-from trtllm_vattn.bench.cases.doors_http import Serving, judge, outcomes_of, seconds_of, serving
+from trtllm_vattn.bench.cases.doors_http import Serving, Took, judge, observed, outcomes_of, serving, through_server
 from trtllm_vattn.bench.cases.doors_updates import measure_updates
 from trtllm_vattn.bench.harness.case import model_of, vocab_of
+from trtllm_vattn.bench.harness.emulated_device import EmulatedEngine
 from trtllm_vattn.bench.harness.flags import (
     BUDGET,
     MAX_SEQ_LEN,
@@ -67,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attention(parser)
     text = f"of {', '.join(MEASURES)}"
     add("--measure", type=measures, default="parameters,http,clients", metavar="NAME,...", help=text)
+    text = "of a launch, on an emulated device that computes nothing; of parts http and clients, on the host"
+    add("--emulate-step-ms", type=amount, metavar="MILLISECONDS", help=text)
     add("--requests", type=positive, default=512 if gpu else 60, metavar="REQUESTS", help="of part clients")
     add("--clients", type=positive, default=256 if gpu else 16, metavar="SEQUENCES", help="that ask at once")
     add("--leaving", type=probability, default=0.3, metavar="SHARE", help="of clients that go away in the middle")
@@ -111,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     if args.context + args.max_output > args.max_seq_len:
         raise ConfigError(f"{args.context} tokens and {args.max_output} exceed --max-seq-len {args.max_seq_len}")
+    if args.emulate_step_ms and (args.device != "cpu" or not {"http", "clients"} >= set(args.measure)):
+        raise ConfigError("a device is emulated on the host, for the server: give --device cpu --measure http,clients")
     recording = Recording("doors", args)
     model, random = model_of(args), np.random.default_rng(args.seed)
     lengths = random.integers(max(1, args.context // 4), args.context + 1, args.prompts)
@@ -130,9 +139,7 @@ def through_one_engine(
     recording: Recording, args: argparse.Namespace, model: PreTrainedModel, trace: Trace, random: np.random.Generator
 ) -> None:
     """The parts that share an engine."""
-    cache = make_cache("vattn", shape_of(model, args.max_seqs, args.max_seq_len), args.device, args.budget)
-    # Every round computes every prompt.
-    engine = Engine(model, cache, attention=args.attention, prefix_cache=False, tokenizer=tokenizer_of(vocab_of(model)))
+    engine = engine_for(args, model)
     recording.say("an engine is captured")
     try:
         engine_seconds(engine, trace, trace.plain)
@@ -141,15 +148,24 @@ def through_one_engine(
         if not {"http", "clients"} & set(args.measure):
             return
         wanted = engine.generate(trace.prompts, replace(trace.plain, logprobs=2))
-        alone = [engine_seconds(engine, trace, trace.plain)[0] for _ in range(args.rounds)]
+        alone = [took_alone(engine, trace) for _ in range(args.rounds)]
     finally:
         if not {"http", "clients"} & set(args.measure):
             engine.close()
     with serving(engine, 4 * args.clients + args.prompts, args.max_seq_len) as server:
         if "http" in args.measure:
-            measure_http(recording, args, server, trace, alone)
+            measure_http(recording, args, engine, server, trace, alone, wanted)
         if "clients" in args.measure:
             measure_clients(recording, args, server, trace, wanted, random)
+
+
+def engine_for(args: argparse.Namespace, model: PreTrainedModel) -> Engine:
+    """One that computes every prompt in every round."""
+    cache = make_cache("vattn", shape_of(model, args.max_seqs, args.max_seq_len), args.device, args.budget)
+    options = {"attention": args.attention, "prefix_cache": False, "tokenizer": tokenizer_of(vocab_of(model))}
+    if args.emulate_step_ms:
+        return EmulatedEngine(model, cache, args.emulate_step_ms / 1e3, **options)
+    return Engine(model, cache, **options)
 
 
 def engine_seconds(engine: Engine, trace: Trace, params: SamplingParams) -> tuple[float, int]:
@@ -229,19 +245,55 @@ def timed(engine: Engine, trace: Trace, params: SamplingParams) -> tuple[float, 
 # -- HTTP --------------------------------------------------------------------------------------------------------------
 
 
+def took_alone(engine: Engine, trace: Trace) -> Took:
+    """All prompts by the engine alone, in this thread."""
+    before = thread_time()
+    with observed(engine) as launches:
+        seconds, _ = engine_seconds(engine, trace, trace.plain)
+    return Took(seconds, thread_time() - before, launches)
+
+
 def measure_http(
-    recording: Recording, args: argparse.Namespace, server: Serving, trace: Trace, alone: Sequence[float]
+    recording: Recording,
+    args: argparse.Namespace,
+    engine: Engine,
+    server: Serving,
+    trace: Trace,
+    alone: Sequence[Took],
+    wanted: Sequence[Completion],
 ) -> None:
-    """All prompts at once by HTTP, and by the engine alone."""
+    """All prompts at once by HTTP, streamed and whole, and by the engine alone."""
     asked = [body(trace, place) for place in range(len(trace.prompts))]
-    job = {**server.where, "at_once": len(asked), "requests": asked}
-    served = [seconds_of(job) for _ in range(args.rounds)]
+    took: dict[str, list[Took]] = {"alone": list(alone), "http": [], "whole": []}
+    wrong, used = 0, []
+    for number in range(args.rounds):
+        for name, stream in (("http", True), ("whole", False)):
+            before = server.cpu_s()
+            one, outcomes = through_server(engine, server, {"requests": asked, "stream": stream})
+            took[name].append(one)
+            used += [server.cpu_s() - before] if stream else []
+            judged = [judge(got, each, args.tie_tolerance) for got, each in zip(outcomes, wanted, strict=True)]
+            wrong += judged.count("wrong")
+            recording.say(f"round {number + 1} of {args.rounds}, {name}: {one.seconds:.2f} s")
+    least = {name: min(each.seconds for each in several) for name, several in took.items()}
+    host = {name: min(each.host_ms for each in several) for name, several in took.items()}
+    cpu = {name: min(each.engine_cpu_s for each in several) for name, several in took.items()}
     summary = {
-        "engine_tokens_per_s": trace.tokens / min(alone),
-        "http_tokens_per_s": trace.tokens / min(served),
-        "http_over_engine": min(alone) / min(served),
+        "engine_tokens_per_s": trace.tokens / least["alone"],
+        "http_tokens_per_s": trace.tokens / least["http"],
+        "http_over_engine": least["alone"] / least["http"],
+        "whole_over_engine": least["alone"] / least["whole"],
+        "http_wrong": wrong,
+        "server_us_per_token": 1e6 * min(used) / trace.tokens,
+        "engine_us_per_token": 1e6 * cpu["alone"] / trace.tokens,
+        "engine_us_per_token_beside": 1e6 * cpu["http"] / trace.tokens,
+        "engine_host_ms": host["alone"],
+        "engine_host_over_alone": host["http"] / host["alone"],
     }
-    recording.found("http", {"engine_s": list(alone), "http_s": served}, **summary)
+    recording.wrong += [f"{wrong} requests got other tokens than the engine's"] if wrong else []
+    names = {"alone": "engine_s", "http": "http_s", "whole": "whole_s"}
+    seconds = {names[name]: [each.seconds for each in several] for name, several in took.items()}
+    recording.found("http", {**seconds, "server_cpu_s": used}, **summary)
 
 
 def measure_clients(

@@ -5,23 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from time import perf_counter, sleep
+from pathlib import Path
+from statistics import median
+from time import perf_counter, sleep, thread_time
 from typing import Any
-
-import uvicorn
+from urllib.request import urlopen
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.async_engine import AsyncEngine
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.request import Completion
+from trtllm_vattn.runtime.request import Completion, StepRecord
 from trtllm_vattn.serve.app import Settings
-from trtllm_vattn.serve.server import SWITCH_S, configuration, listen
+from trtllm_vattn.serve.server import ServerProcess, listen
 
 CLIENTS = "trtllm_vattn.bench.peer.http_clients"
 NAME = "bench"
@@ -30,24 +32,29 @@ PATIENCE_S = 30.0
 
 @dataclass
 class Serving:
-    """A server in a thread of this process."""
+    """A server over an engine of this process."""
 
     engine: AsyncEngine
     where: dict[str, Any]
-    loop: asyncio.AbstractEventLoop
+    pid: int
 
     def counts(self) -> dict[str, int]:
         """What is there now, by kind, memory that no sequence uses given back; nothing of it should be more when all
         clients are gone."""
         books = asyncio.run(self.engine.call(_books))
-        tasks = asyncio.run_coroutine_threadsafe(_tasks(), self.loop).result()
         return {
             **books,
             "unfinished": self.engine.unfinished,
-            "tasks": tasks,
-            "descriptors": len(os.listdir("/proc/self/fd")),
-            "threads": threading.active_count(),
+            "tasks": self.tasks(),
+            "descriptors": len(os.listdir("/proc/self/fd")) + len(os.listdir(f"/proc/{self.pid}/fd")),
+            "threads": threading.active_count() + len(os.listdir(f"/proc/{self.pid}/task")),
         }
+
+    def tasks(self) -> int:
+        """Of the server's event loop."""
+        with urlopen(f"http://{self.where['host']}:{self.where['port']}/metrics") as answer:
+            text = answer.read().decode()
+        return int(float(text.partition("\nvattn_server_tasks ")[2].split()[0]))
 
     def left_since(self, before: dict[str, int]) -> dict[str, int]:
         """What there is more than before, by kind; what is just being dropped is waited for."""
@@ -59,9 +66,14 @@ class Serving:
                 return more
             sleep(0.1)
 
+    def cpu_s(self) -> float:
+        """Seconds of processors that the server's process has used."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-async def _tasks() -> int:
-    return len(asyncio.all_tasks())
+    def engine_cpu_s(self) -> float:
+        """Seconds of processors that the engine's thread has used."""
+        return asyncio.run(self.engine.call(lambda _: thread_time()))
 
 
 def _books(engine: Engine) -> dict[str, int]:
@@ -81,39 +93,53 @@ def _books(engine: Engine) -> dict[str, int]:
 def serving(engine: Engine, max_requests: int, max_seq_len: int) -> Iterator[Serving]:
     """A server over an engine, which is closed at the end."""
     around = AsyncEngine(engine, max_requests=max_requests)
-    before = sys.getswitchinterval()
     try:
         listening = listen("127.0.0.1", 0)
-        server = uvicorn.Server(configuration(around, Settings(NAME), max_seq_len, 60))
-        loops: list[asyncio.AbstractEventLoop] = []
-        ready = threading.Event()
-
-        async def serve() -> None:
-            loops.append(asyncio.get_running_loop())
-            ready.set()
-            await server.serve([listening])
-
-        sys.setswitchinterval(SWITCH_S)
-        thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
-        thread.start()
-        ready.wait()
         host, port = listening.getsockname()
-        try:
-            yield Serving(around, {"host": host, "port": port, "model": NAME}, loops[0])
-        finally:
-            server.should_exit = True
-            thread.join()
+        with ServerProcess(listening, Settings(NAME), 60) as server:
+            server.begin(around, max_seq_len)
+            yield Serving(around, {"host": host, "port": port, "model": NAME}, server.pid)
+            server.send_signal(signal.SIGTERM)
+            server.wait()
     finally:
-        sys.setswitchinterval(before)
         around.close()
 
 
-def seconds_of(job: dict[str, Any]) -> float:
-    """What clients of one process take for a job. Raises ConfigError where any failed."""
-    *outcomes, last = _lines(_start(job))
+@dataclass
+class Took:
+    """What a trace took: seconds by the clock, those of processors that the engine's thread used, and its launches."""
+
+    seconds: float
+    engine_cpu_s: float
+    launches: list[StepRecord]
+
+    @property
+    def host_ms(self) -> float:
+        """Milliseconds of a launch of the most lanes in which its thread did not wait for the device, the median."""
+        most = max(each.lanes for each in self.launches)
+        full = [each for each in self.launches if each.lanes == most and not each.prefilled]
+        return 1e3 * median(each.wall_s - each.wait_s for each in full)
+
+
+@contextmanager
+def observed(engine: Engine) -> Iterator[list[StepRecord]]:
+    """Launches meanwhile."""
+    launches: list[StepRecord] = []
+    engine.observer = launches.append
+    try:
+        yield launches
+    finally:
+        engine.observer = None
+
+
+def through_server(engine: Engine, server: Serving, job: dict[str, Any]) -> tuple[Took, list[dict[str, Any]]]:
+    """All requests of a job at once, by HTTP, and what each got. Raises ConfigError where any failed."""
+    before = server.engine_cpu_s()
+    with observed(engine) as launches:
+        *outcomes, last = _lines(_start({**server.where, **job, "timed": True}))
     if "seconds" not in last or any("error" in each for each in outcomes):
         raise ConfigError(f"clients failed: {[each['error'] for each in outcomes if 'error' in each][:3]}")
-    return float(last["seconds"])
+    return Took(float(last["seconds"]), server.engine_cpu_s() - before, launches), outcomes
 
 
 def outcomes_of(job: dict[str, Any], processes: int, kills: Sequence[int] = ()) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 Reads a job as JSON from standard input; writes a line of JSON for each request as it ends, with its place, and last one
 with the seconds that all of it took. Clients speak HTTP by themselves, so that they take as little as can be of the
-machine that they measure, or are those of the openai package, where the job says so (``library``).
+machine that they measure, or are those of the openai package, where the job says so (``library``). Of a job that is
+``timed``, all requests are sent at once, and no answer is looked at before the last one is there.
 """
 
 from __future__ import annotations
@@ -63,6 +64,40 @@ async def ask_plainly(
         writer.close()
 
 
+async def answer_of(job: dict[str, Any], body: dict[str, Any]) -> bytes:
+    """All of an answer, as it comes over a socket."""
+    sent = json.dumps({**body, "stream": job.get("stream", True), "return_token_ids": True}).encode()
+    reader, writer = await post(job["host"], job["port"], sent)
+    try:
+        return await reader.read()
+    finally:
+        writer.close()
+
+
+def outcome_of(answer: bytes) -> dict[str, Any]:
+    """What an answer says, as `one` has it."""
+    lines = [line for line in answer.splitlines() if line.startswith((b"data: {", b"{"))]
+    bodies = [json.loads(line.removeprefix(b"data: ")) for line in lines]
+    failed = next((body["error"]["message"] for body in bodies if "error" in body), None)
+    choices = [body["choices"][0] for body in bodies if "error" not in body]
+    if failed is not None or not choices or choices[-1]["finish_reason"] is None:
+        return {"tokens": [], "error": failed or "the answer ended early"}
+    tokens = [token for choice in choices for token in choice["token_ids"]]
+    return {"tokens": tokens, "finish_reason": choices[-1]["finish_reason"], "left": False}
+
+
+async def run_timed(job: dict[str, Any], told: Callable[[dict[str, Any]], None]) -> None:
+    """All requests of a job at once."""
+    started = time.perf_counter()
+    asked = [answer_of(job, body) for body in job["requests"]]
+    answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), TIMEOUT_S)
+    seconds = time.perf_counter() - started
+    for place, answer in enumerate(answers):
+        failed = isinstance(answer, BaseException)
+        told({"place": place, **({"tokens": [], "error": repr(answer)} if failed else outcome_of(answer))})
+    told({"seconds": seconds})
+
+
 def asking_by_openai(job: dict[str, Any]) -> Ask:
     """The openai package's asynchronous client; all of a process share one, as its documentation advises."""
     import openai
@@ -104,7 +139,10 @@ async def one(ask: Ask, request: dict[str, Any]) -> dict[str, Any]:
 
 
 async def run(job: dict[str, Any], told: Callable[[dict[str, Any]], None]) -> None:
-    """All requests of a job, `at_once` at a time, in order."""
+    """All requests of a job, `at_once` at a time, in order; or `run_timed`."""
+    if job.get("timed"):
+        await run_timed(job, told)
+        return
 
     async def plainly(body: dict[str, Any], leave_after: int | None, tokens: list[int]) -> str | None:
         return await ask_plainly(job, body, leave_after, tokens)
