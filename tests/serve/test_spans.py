@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from trtllm_vattn.serve.spans import RequestSpan
+from trtllm_vattn.serve.spans import RequestSpan, is_traced
 
 Noted = list[tuple[Any, ...]]
+
+
+@pytest.fixture(autouse=True)
+def looked_for_anew() -> Iterator[None]:
+    """What is installed is another thing in each test."""
+    is_traced.cache_clear()
+    yield
+    is_traced.cache_clear()
 
 
 @pytest.fixture

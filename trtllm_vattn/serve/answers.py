@@ -146,7 +146,7 @@ class Answer:
         if self.asked.params.logprobs is None and reason is None:
             # Most chunks: written by hand, since there is one for every token of every stream.
             body = f'"delta":{{"content":{_quoted(text)}}}' if self.asked.is_chat else f'"text":{_quoted(text)}'
-            ids = f',"token_ids":{_json(more["token_ids"])}' if more else ""
+            ids = f',"token_ids":[{",".join(map(str, more["token_ids"]))}]' if more else ""
             return self._chunk(f'{{"index":{place},{body},"logprobs":null,"finish_reason":null{ids}}}')
         if self.asked.is_chat:
             delta = {"content": text} if text else {}

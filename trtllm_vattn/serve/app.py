@@ -92,11 +92,11 @@ def as_response(error: Exception) -> Response:
 
 
 class Streamed(StreamingResponse):
-    """Closes its generator however it ends."""
+    """Closes its generator however it ends. That looks for itself whether the client is gone."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await self.stream_response(send)
         finally:
             assert isinstance(self.body_iterator, AsyncGenerator)
             await self.body_iterator.aclose()
@@ -296,12 +296,9 @@ async def _events(
 
 def _by_choice(first: int, events: list[TokenEvent]) -> Came:
     """Events of one stream, whose first sample is the choice `first`."""
-    if len(events) == 1:
-        found = {first + events[0].branch: events}
-    else:
-        found = {}
-        for event in events:
-            found.setdefault(first + event.branch, []).append(event)
+    found: dict[int, list[TokenEvent]] = {}
+    for event in events:
+        found.setdefault(first + event.branch, []).append(event)
     for some in found.values():
         if some[-1].finish_reason in ("abort", "deadline"):
             raise RequestFailed(f"the request was ended before it was done: {some[-1].finish_reason}")

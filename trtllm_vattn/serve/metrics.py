@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from time import perf_counter
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
 
 from trtllm_vattn.observe.metrics import EngineCollector
 from trtllm_vattn.runtime.async_engine import AsyncEngine
@@ -21,7 +25,27 @@ Served = AsyncEngine | RemoteEngine
 """What a server is given: an engine of its process, or of another."""
 
 
-class Metrics:
+class Distribution:
+    """Counts of values by bounds. The event loop alone adds to it, for every token; others read."""
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
+        self._name, self._text, self._bounds = name, text, bounds
+        self._within = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self._within[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def metric(self) -> Metric:
+        """As it is now."""
+        names = (*map(str, self._bounds), "+Inf")
+        counts = zip(names, accumulate(self._within), strict=True)
+        return HistogramMetricFamily(self._name, self._text, buckets=list(counts), sum_value=self._sum)
+
+
+class Metrics(Collector):
     """Of one server, over an engine."""
 
     def __init__(self, engine: Served) -> None:
@@ -29,18 +53,20 @@ class Metrics:
         self._ended = Counter("vattn_requests", "Requests ended, by why", ["finish_reason"], registry=registry)
         self._prompt = Counter("vattn_prompt_tokens", "Tokens of prompts", registry=registry)
         self._cached = Counter("vattn_cached_tokens", "Tokens of prompts that were not computed", registry=registry)
-        self._generated = Counter("vattn_generated_tokens", "Tokens generated", registry=registry)
-        self._first = Histogram(
-            "vattn_time_to_first_token_seconds", "From request to first token", buckets=SECONDS, registry=registry
-        )
-        self._between = Histogram(
-            "vattn_inter_token_seconds", "Between tokens of a request", buckets=BETWEEN, registry=registry
-        )
-        self._whole = Histogram("vattn_request_seconds", "From request to its end", buckets=SECONDS, registry=registry)
+        self.generated = 0
+        self.first = Distribution("vattn_time_to_first_token_seconds", "From request to first token", SECONDS)
+        self.between = Distribution("vattn_inter_token_seconds", "Between tokens of a request", BETWEEN)
+        self.whole = Distribution("vattn_request_seconds", "From request to its end", SECONDS)
         self.tasks = Gauge("vattn_server_tasks", "Tasks of the server's event loop", registry=registry)
+        registry.register(self)
         registry.register(EngineCollector(engine))
         self._slots = CollectorRegistry()
         self._slots.register(EngineCollector(engine, slots=True))
+
+    def collect(self) -> Iterator[Metric]:
+        """What is counted for every token."""
+        yield CounterMetricFamily("vattn_generated_tokens", "Tokens generated", value=self.generated)
+        yield from (each.metric() for each in (self.first, self.between, self.whole))
 
     def timer(self, span: RequestSpan) -> Timer:
         """For a request that begins now, and its span."""
@@ -68,16 +94,16 @@ class Timer:
     def tokens(self, count: int) -> None:
         """So many came at once."""
         now = perf_counter()
-        self.span.token()
         if self._last:
-            self._metrics._between.observe((now - self._last) / count)
+            self._metrics.between.observe((now - self._last) / count)
         else:
-            self._metrics._first.observe(now - self._began)
+            self.span.token()
+            self._metrics.first.observe(now - self._began)
         self._last = now
-        self._metrics._generated.inc(count)
+        self._metrics.generated += count
 
     def end(self, reason: str, usage: Mapping[str, Any]) -> None:
         """The request has ended, for this reason."""
         self._metrics.ended(reason, usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"])
-        self._metrics._whole.observe(perf_counter() - self._began)
+        self._metrics.whole.observe(perf_counter() - self._began)
         self.span.end(reason, usage)

@@ -6,6 +6,7 @@ The server has a process of its own, so that what it does for each token takes n
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -29,6 +30,9 @@ from trtllm_vattn.serve.spans import instrument, is_instrumented
 START = "spawn"
 """How the server's process is started: a GPU's context is nothing to fork."""
 
+KEEP_ALIVE_S = 75
+"""Seconds that a connection may be idle: longer than proxies and clients keep one, so that none sends a request into
+one that is being closed."""
 STARTUP_FAILED = 3
 """Exit code of the server's process then, as uvicorn's own."""
 
@@ -61,6 +65,8 @@ def serve(
     address = f"[{address}]" if ":" in address else address
     with ServerProcess(listening, settings, drain_s) as server:
         engine = AsyncEngine.from_pretrained(model, max_requests=max_requests, **options)
+        gc.collect()
+        gc.freeze()
         try:
             server.begin(engine, options["max_seq_len"])
             with server.signalled() as signals:
@@ -204,6 +210,9 @@ def run_server(
     engine = RemoteEngine(connection, tokenizer)
     server = uvicorn.Server(configuration(engine, settings, max_model_len, drain_s))
     engine.on_end = lambda: setattr(server, "should_exit", True)
+    # As in the other process: what is there stays, and no collection looks at it again while tokens wait.
+    gc.collect()
+    gc.freeze()
     # uvicorn raises the signal again that ended it, with the handler that there was before.
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)
@@ -222,6 +231,8 @@ def configuration(engine: Served, settings: Settings, max_model_len: int, drain_
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(drain_s)),
     )
 

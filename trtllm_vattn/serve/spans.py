@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 AUTO = "opentelemetry.instrumentation.auto_instrumentation"
@@ -24,13 +25,19 @@ def instrument() -> None:
     importlib.import_module(AUTO).initialize()
 
 
+@cache
+def is_traced() -> bool:
+    """Whether there is an OpenTelemetry to tell; it is looked for once, which takes longer than a token."""
+    return importlib.util.find_spec("opentelemetry") is not None
+
+
 class RequestSpan:
     """Of one request: from its coming to its end, with the moment of its first token."""
 
     def __init__(self, name: str, model: str, headers: Mapping[str, str]) -> None:
         self._span: Any = None
         self._has_token = False
-        if importlib.util.find_spec("opentelemetry") is not None:
+        if is_traced():
             from opentelemetry import propagate, trace
 
             context = propagate.extract(headers)

@@ -116,8 +116,9 @@ class Took:
     @property
     def host_ms(self) -> float:
         """Milliseconds of a launch of the most lanes in which its thread did not wait for the device, the median."""
-        most = max(each.lanes for each in self.launches)
-        full = [each for each in self.launches if each.lanes == most and not each.prefilled]
+        decoding = [each for each in self.launches if not each.prefilled]
+        most = max(each.lanes for each in decoding)
+        full = [each for each in decoding if each.lanes == most]
         return 1e3 * median(each.wall_s - each.wait_s for each in full)
 
 
