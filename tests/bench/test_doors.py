@@ -19,6 +19,16 @@ from trtllm_vattn.runtime.request import Completion
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("openai")
+server = pytest.importorskip("trtllm_vattn.serve.server")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing torch again, in each process that is started, takes seconds."""
+    monkeypatch.setattr(server, "START", "fork")
+    monkeypatch.setattr(doors_updates, "START", "fork")
 
 
 def test_clients_are_killed_at_random_get_the_engines_tokens_and_leave_nothing(tmp_path: Path) -> None:
@@ -33,8 +43,24 @@ def test_clients_are_killed_at_random_get_the_engines_tokens_and_leave_nothing(t
     assert (summary["hung"], summary["gone_away"] > 0, summary["killed"] > 0) == (0, True, True)
     assert set(written["results"]["clients"]["before"]) >= {"sequences", "mappings", "tasks", "descriptors"}
     assert summary["http_over_engine"] > 0
+    assert (summary["http_wrong"], summary["server_us_per_token"] > 0) == (0, True)
     assert summary["grammar_over_plain"] > 0
     assert 0.2 < summary["step_over_before"] < 5
+
+
+def test_the_server_is_measured_beside_an_emulated_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "doors.json"
+    command = ["bench", "doors", "--device", "cpu", "--emulate-step-ms", "3", "--prompts", "6", "--max-seqs", "4"]
+    command += ["--context", "12", "--max-output", "9", "--rounds", "1", "--output-json", str(report)]
+    assert main([*command, "--measure", "http"]) == 0
+    written = json.loads(report.read_text())
+    summary, seconds = written["summary"], written["results"]["http"]
+    # Two rounds of four lanes at most, whose launches are over one after the other.
+    assert all(min(seconds[name]) >= 0.003 * 9 * 6 / 4 for name in ("engine_s", "http_s", "whole_s"))
+    assert summary["http_wrong"] == 0
+    assert {"http_over_engine", "server_us_per_token", "engine_host_over_alone"} < summary.keys()
+    assert main([*command, "--measure", "parameters"]) == 2
+    assert "a device is emulated on the host" in capsys.readouterr().err
 
 
 def one_set(connection: Connection, model: str, device: str, seed: int) -> None:
@@ -55,8 +81,6 @@ def test_updates_while_requests_stream_and_the_other_weights_tokens_are_told(
     trainer: Callable[..., None], exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = tmp_path / "doors.json"
-    # Importing torch again takes seconds.
-    monkeypatch.setattr(doors_updates, "START", "fork")
     monkeypatch.setattr(doors_updates, "train", trainer)
     command = ["bench", "doors", "--device", "cpu", "--measure", "updates", "--updates", "3", "--max-seqs", "3"]
     command += ["--context", "5", "--max-output", "12", "--max-seq-len", "32", "--output-json", str(report)]

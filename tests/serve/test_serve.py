@@ -68,6 +68,7 @@ class Served:
 def start(engine: Engine, **settings: object) -> Served:
     around = AsyncEngine(engine, max_requests=16)
     listening = listen("127.0.0.1", 0)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
     config = configuration(around, Settings(NAME, (KEY,), **settings), LENGTH, 30)  # type: ignore[arg-type]
     own = uvicorn.Server(config)
     thread = threading.Thread(target=own.run, args=([listening],), daemon=True)
@@ -252,7 +253,18 @@ def test_errors_are_openais(served: Served, status: int, said: str, options: dic
         ),
         ("tool_choice is 'required'", {"tool_choice": "required"}),
         ("top_logprobs is given without logprobs", {"top_logprobs": 2}),
-        ("logprobs is 21", {"logprobs": True, "top_logprobs": 21}),
+        ("top_logprobs is 21", {"logprobs": True, "top_logprobs": 21}),
+        ("stream_options is given without stream", {"stream_options": {"include_usage": True}}),
+        ("stream_options has x: not served", {"stream": True, "extra_body": {"stream_options": {"x": 1}}}),
+        ("stream is 1; it is true or false", {"extra_body": {"stream": 1}}),
+        ("tools is 3", {"extra_body": {"tools": 3}}),
+        ("a message's role is None", {"messages": [{"content": "x"}]}),
+        ("a message's content is 3", {"messages": [{"role": "user", "content": 3}]}),
+        (
+            "chat_template_kwargs has chat_template, tokenize, which is the server's to say",
+            {"extra_body": {"chat_template_kwargs": {"tokenize": True, "chat_template": "x", "more": 1}}},
+        ),
+        ("chat_template_kwargs is [1]", {"extra_body": {"chat_template_kwargs": [1]}}),
         ("stream_options is 3", {"extra_body": {"stream_options": 3}}),
         ("priority is 'x'", {"extra_body": {"priority": "x"}}),
     ],
@@ -272,7 +284,8 @@ def test_keys_paths_and_bodies_that_are_none(served: Served) -> None:
     with httpx.Client(base_url=served.url, headers=head) as client:
         for method, path, status, said in (
             ("GET", "/v1/nothing", 404, "nothing is served at /v1/nothing; served are /health, /metrics"),
-            ("GET", "/v1/completions", 405, "Method Not Allowed"),
+            ("GET", "/v1/completions", 405, "GET is not served at /v1/completions; use POST"),
+            ("OPTIONS", "/v1/chat/completions", 405, "use POST"),
         ):
             answer = client.request(method, path)
             assert answer.status_code == status
@@ -281,6 +294,59 @@ def test_keys_paths_and_bodies_that_are_none(served: Served) -> None:
             answer = client.post("/v1/completions", content=body)
             assert answer.status_code == 400
             assert "the body is" in answer.json()["error"]["message"]
+
+
+def test_wrong_fields_are_told_by_name_and_none_is_left_out(served: Served) -> None:
+    own = {"model": NAME, "prompt": "one", "max_tokens": 2}
+    with httpx.Client(base_url=served.url, headers={"Authorization": f"Bearer {KEY}"}) as client:
+        for more, param in (
+            ({"prompt": ""}, "prompt"),
+            ({"prompt": [9999]}, "prompt"),
+            ({"max_tokens": 1000}, "prompt"),
+            ({"max_tokens": 0}, "max_tokens"),
+            ({"logit_bias": {"9999": 1}}, "logit_bias"),
+            ({"seed": "x"}, "seed"),
+        ):
+            answer = client.post("/v1/completions", json={**own, **more})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+        for body, said in (
+            (rb'{"prompt": "\ud800"}', "half of a surrogate pair"),
+            (b'{"prompt": "\xff"}', "it is not UTF-8"),
+            (b'{"seed": ' + b"9" * 5000 + b"}", "more digits than are read"),
+        ):
+            answer = client.post("/v1/completions", content=body)
+            assert answer.status_code == 400
+            assert said in answer.json()["error"]["message"]
+        nothing = {"model": None, "stop": None, "stream": None, "n": None, "logprobs": None}
+        answer = client.post("/v1/completions", json={**own, **nothing, "prompt": "x\U0001f600"})
+        assert answer.json()["usage"]["completion_tokens"] > 0
+        assert client.head("/health").status_code == 200
+
+
+def test_a_client_that_does_not_read_holds_up_nobody_and_loses_nothing(served: Served, alone: Engine) -> None:
+    # More than the connection's buffers hold: each token with its alternatives.
+    more = {"prompt": "one", "max_tokens": 200, "logprobs": 20, "ignore_eos": True, "temperature": 0}
+    body = json.dumps({**more, "stream": True, "return_token_ids": True})
+    request = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n"
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((host, int(port)))
+        connection.sendall(f"{request}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        assert served.client().completions.create(model=NAME, prompt="one", max_tokens=3).choices
+        # The slow one's request ends, too, and its memory is others'.
+        served.wait_until_idle()
+        while not (slow := [each for each in served.server.server_state.connections if each.flow.write_paused]):
+            assert httpx.get(f"{served.url}/health").status_code == 200
+        assert slow[0].transport.get_write_buffer_size() < 300_000
+        got = b""
+        while part := connection.recv(1 << 16):
+            got += part
+    lines = [json.loads(line[6:]) for line in got.splitlines() if line.startswith(b"data: {")]
+    tokens = [token for line in lines for token in line["choices"][0]["token_ids"]]
+    (done,) = alone.generate(["one"], SamplingParams(max_tokens=200, ignore_eos=True))
+    assert tokens == done.tokens
+    assert b"data: [DONE]" in got
 
 
 def test_models_health_and_metrics(served: Served) -> None:
@@ -334,8 +400,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> SimpleQueue[tuple[str, int]]:
-    """The address of what `serve` serves, and the number of its server's process, once it does. The process is forked,
-    since one that imports torch again takes seconds."""
+    """The address of what `serve` serves, and the number of its server's process, once it does."""
     served: SimpleQueue[tuple[str, int]] = SimpleQueue()
     where: list[str] = []
     wait = ServerProcess.wait
@@ -349,7 +414,6 @@ def told(monkeypatch: pytest.MonkeyPatch) -> SimpleQueue[tuple[str, int]]:
         served.put((where[0], self.pid))
         return wait(self)
 
-    monkeypatch.setattr(server, "START", "fork")
     monkeypatch.setattr(server, "listen", listening)
     monkeypatch.setattr(ServerProcess, "wait", waiting)
     return served
@@ -362,6 +426,15 @@ SERVE = (
     10,
     {"device": "cpu", "max_seqs": 2, "max_seq_len": LENGTH, "compile": False, "capture": False},
 )
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's process that does not import torch again, which takes seconds."""
+    monkeypatch.setattr(server, "START", "fork")
+
+
+FORKS = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 
 def test_sigterm_drains_and_ends(
@@ -388,6 +461,8 @@ def test_sigterm_drains_and_ends(
     assert "tiny at http://127.0.0.1:" in capfd.readouterr().out
 
 
+@FORKS
+@pytest.mark.usefixtures("forked")
 def test_a_server_that_is_killed_ends_the_engine_and_is_told(
     checkpoint: Path, told: SimpleQueue[tuple[str, int]]
 ) -> None:
@@ -438,6 +513,8 @@ def test_prompts_come_from_a_file_or_standard_input_and_through_the_template(tmp
     assert templated(tiny_tokenizer(), "one") == tiny_tokenizer()("<user>one\n<assistant>")["input_ids"]
 
 
+@FORKS
+@pytest.mark.usefixtures("forked")
 def test_a_lost_device_ends_the_server(
     monkeypatch: pytest.MonkeyPatch, told: SimpleQueue[tuple[str, int]], checkpoint: Path
 ) -> None:

@@ -67,9 +67,9 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, SequenceTooLong):
-        return ApiError(400, str(error), "context_length_exceeded")
+        return ApiError(400, str(error), "context_length_exceeded", "prompt")
     if isinstance(error, ConfigError):
-        return ApiError(400, str(error))
+        return ApiError(400, str(error), param=protocol.field_of(str(error)))
     if isinstance(error, RecursionError):  # of reading it, or of anything that looks through its values
         return ApiError(400, "the body is nested too deep; give JSON of fewer levels")
     if isinstance(error, EngineOverloaded):
@@ -196,7 +196,8 @@ class Server:
             if len(body) > most:
                 raise ApiError(413, f"the body is longer than {most:,} bytes", "body_too_large")
         parsed = protocol.parse_json(bytes(body))
-        self._check_model(parsed.get("model", self.settings.name))
+        if parsed.get("model") is not None:
+            self._check_model(parsed["model"])
         return parsed
 
     # -- completions -----------------------------------------------------------------------------------------------
@@ -324,6 +325,8 @@ async def _told(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         paths = [route.path for route in request.app.routes if "{" not in route.path]
         message, code = f"nothing is served at {request.url.path}; served are {', '.join(paths)}", "not_found"
+    elif error.status_code == 405:
+        message = f"{request.method} is not served at {request.url.path}; use {(error.headers or {}).get('Allow')}"
     answer = as_response(ApiError(error.status_code, message, code))
     answer.headers.update(error.headers or {})  # the methods that there are
     return answer

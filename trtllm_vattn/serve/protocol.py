@@ -13,6 +13,7 @@ from typing import Any
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.sampling_fields import MOST_LOGPROBS
 from trtllm_vattn.values import as_whole, shown
 
 ALIKE = ("temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty")
@@ -101,10 +102,15 @@ def parse_json(body: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(body)
         if rb"\u" in body:
-            # Half of a surrogate pair is JSON, and no text.
             json.dumps(parsed, ensure_ascii=False).encode()
-    except ValueError as error:
+    except UnicodeDecodeError:
+        raise ApiError(400, "the body is no JSON: it is not UTF-8") from None
+    except UnicodeEncodeError:
+        raise ApiError(400, r"the body is no text: it has half of a surrogate pair (\ud800 to \udfff)") from None
+    except json.JSONDecodeError as error:
         raise ApiError(400, f"the body is no JSON: {error}") from None
+    except ValueError:
+        raise ApiError(400, "the body has a number of more digits than are read; give fewer") from None
     if not isinstance(parsed, dict):
         raise ApiError(400, f"the body is {shown(parsed)}; it is a JSON object")
     return parsed
@@ -161,13 +167,16 @@ def chat(body: Mapping[str, Any], tokenizer: Any) -> Asked:
         )
     except Exception as error:
         raise ApiError(400, f"the chat template does not take this: {error}", param="messages") from None
-    wanted = _flag(body, "logprobs")
-    if body.get("top_logprobs") is not None and not wanted:
+    wanted, top = _flag(body, "logprobs"), body.get("top_logprobs")
+    if top is not None and as_whole(top) not in range(MOST_LOGPROBS + 1):
+        message = f"top_logprobs is {shown(top)}; it is a whole number from 0 to {MOST_LOGPROBS}"
+        raise ApiError(400, message, param="top_logprobs")
+    if top is not None and not wanted:
         raise ApiError(400, "top_logprobs is given without logprobs; set logprobs to true", param="top_logprobs")
     most = body.get("max_completion_tokens")
     asked = {
         "max_tokens": body.get("max_tokens") if most is None else most,
-        "logprobs": (body.get("top_logprobs") or 0) if wanted else None,
+        "logprobs": (top or 0) if wanted else None,
     }
     stream, include_usage = _streaming(body)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -203,13 +212,13 @@ def _params(body: Mapping[str, Any], more: dict[str, Any]) -> SamplingParams:
     try:
         return SamplingParams(**given)
     except ConfigError as error:
-        raise ApiError(400, str(error), param=_named_in(str(error), body)) from None
+        raise ApiError(400, str(error), param=field_of(str(error))) from None
 
 
-def _named_in(message: str, body: Mapping[str, Any]) -> str | None:
-    """The field that a message begins with, where the body has it."""
-    name = message.partition(" ")[0]
-    return name if name in body else None
+def field_of(message: str) -> str | None:
+    """The field that a message of the engine begins with."""
+    name = message.removeprefix("the ").removeprefix("a ").partition(" ")[0]
+    return name if name in (*ALIKE, *MORE, *OWN, "prompt") else None
 
 
 def _biases(given: Any) -> dict[int, Any]:
