@@ -177,6 +177,25 @@ def test_an_engine_that_ends_ends_the_other_end_and_its_streams(linked: Linked) 
     assert ended == [True]
 
 
+def test_an_engines_process_that_is_gone_ends_the_other_end() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    remote = RemoteEngine(theirs, None)
+
+    async def job() -> None:
+        ended = asyncio.Event()
+        remote.on_end = ended.set
+        remote.attach()
+        adding = asyncio.create_task(remote.add_request([1], PARAMS))
+        await asyncio.sleep(0)
+        assert [ours.recv()[0] for _ in range(2)] == ["ready", "submit"]
+        ours.close()
+        await ended.wait()
+        with pytest.raises(EngineClosed, match="the engine's process has ended; no request is taken"):
+            await adding
+
+    asyncio.run(asyncio.wait_for(job(), 60))
+
+
 def test_errors_that_no_pickle_holds_say_the_same() -> None:
     told = sendable(DriverError("CUDA_ERROR_UNKNOWN", "map", (1,)))
     assert str(told) == "map(0x1) failed: CUDA_ERROR_UNKNOWN"

@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "It says where it listens when it serves. Then: curl ADDRESS/chat/completions -d "
         """'{"messages": [{"role": "user", "content": "Hi"}]}', or OpenAI's client with base_url=ADDRESS; """
-        "GET /health, /metrics and /v1/models. Clients need no key unless one is given here. SIGTERM ends it with code 0 "
-        "when requests that run are finished; where the device is lost it ends with code 2, to be started anew."
+        "GET /health, /metrics and /v1/models. Clients need no key unless one is given here. SIGTERM ends it with code "
+        "0 when requests that run are finished; where the device is lost it ends with code 2, to be started anew."
     )
     add("--drain-s", type=amount, default=30.0, metavar="SECONDS", help="for requests that run at SIGTERM")
 
