@@ -103,6 +103,9 @@ class Trace:
     prompts: list[list[int]]
     max_output: int
 
+    def __len__(self) -> int:
+        return len(self.prompts)
+
     @property
     def tokens(self) -> int:
         """Of all outputs."""
@@ -148,7 +151,7 @@ def through_one_engine(
         if not {"http", "clients"} & set(args.measure):
             return
         wanted = engine.generate(trace.prompts, replace(trace.plain, logprobs=2))
-        alone = [took_alone(engine, trace) for _ in range(args.rounds)]
+        alone = [took_alone(engine, trace, random) for _ in range(args.rounds)]
     finally:
         if not {"http", "clients"} & set(args.measure):
             engine.close()
@@ -245,11 +248,12 @@ def timed(engine: Engine, trace: Trace, params: SamplingParams) -> tuple[float, 
 # -- HTTP --------------------------------------------------------------------------------------------------------------
 
 
-def took_alone(engine: Engine, trace: Trace) -> Took:
-    """All prompts by the engine alone, in this thread."""
-    before = thread_time()
+def took_alone(engine: Engine, trace: Trace, random: np.random.Generator) -> Took:
+    """All prompts by the engine alone, in this thread; in any order, as they come from clients, for slots that are
+    taken over fit the better the more the order is that of the round before."""
+    before, shuffled = thread_time(), replace(trace, prompts=[trace.prompts[i] for i in random.permutation(len(trace))])
     with observed(engine) as launches:
-        seconds, _ = engine_seconds(engine, trace, trace.plain)
+        seconds, _ = engine_seconds(engine, shuffled, trace.plain)
     return Took(seconds, thread_time() - before, launches)
 
 

@@ -93,8 +93,8 @@ async def run_timed(job: dict[str, Any], told: Callable[[dict[str, Any]], None])
     answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), TIMEOUT_S)
     seconds = time.perf_counter() - started
     for place, answer in enumerate(answers):
-        failed = isinstance(answer, BaseException)
-        told({"place": place, **({"tokens": [], "error": repr(answer)} if failed else outcome_of(answer))})
+        failed = {"tokens": [], "error": repr(answer)}
+        told({"place": place, **(failed if isinstance(answer, BaseException) else outcome_of(answer))})
     told({"seconds": seconds})
 
 
