@@ -89,7 +89,8 @@ class SamplingParams:
         prompt whose log-probabilities are asked for is computed whole, whatever is kept of it.
     json_schema : str, mapping or None
         The output is JSON of this schema. Needs the extra ``grammar`` and the engine's tokenizer. While a request with
-        a grammar runs, launches wait for the tokens of the one before.
+        a grammar runs, launches are of one step, and tokens are chosen once those before them were read, behind a
+        forward pass that does not wait (lane_processors.py).
     regex : str or None
         The output matches this regular expression; as `json_schema`.
     detokenize : bool or None
