@@ -39,7 +39,7 @@ SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required"
 
 def engine_of(pages: int | None = None, **options: Any) -> Engine:
     model = copy.deepcopy(tiny_model())
-    memory: dict[str, Any] = {} if pages is None else {"lookahead": 0, "budget": (pages + 1) * 4096}
+    memory: dict[str, Any] = {"host_memory": 1 << 20} if pages is None else {"lookahead": 0, "budget": (pages + 1) * 4096}
     cache = make_cache("vattn", shape_of(model, LANES, 96), "cpu", **memory)
     if not options.get("deterministic"):
         options["prefix_cache"] = False
