@@ -347,11 +347,14 @@ def test_what_several_ranks_cannot_do_is_refused_by_name(engine: Engine, ranks: 
         Engine.from_pretrained("tiny-llama", tensor_parallel=2, **SETTINGS)
 
 
-def test_features_with_several_ranks_are_served_or_refused_as_the_matrix_says(engine: Engine, ranks: Ranks) -> None:
+def test_features_with_several_ranks_are_served_or_refused_as_the_matrix_says(
+    engine: Engine, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def built(**options: Any) -> None:
         Engine.from_pretrained("tiny-llama", tensor_parallel=ranks, **{**SETTINGS, **options})
 
-    windowed = Recipe("tiny-gemma3", torch.float32, 2, 1024, None, None, 0, MappingPolicy.CONCURRENT)
+    monkeypatch.setitem(SHAPES, "windowed", {**SHAPES["tiny-mistral"], "sliding_window": 32})
+    windowed = Recipe("windowed", torch.float32, 2, 128, None, None, 0, MappingPolicy.CONCURRENT)
     broker, limits = TenantConfig("/tmp/nobody.sock", "one"), SamplingParams(4, ignore_eos=True)
     refused: dict[str, Callable[[], object]] = {
         "prefix": lambda: built(prefix_cache=True),

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_passes import DescribedAttention
 from tiny_text import VOCAB, tiny_model, tiny_tokenizer
 
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import DriverError
 from trtllm_vattn.graphs.replay import GraphRunner
+from trtllm_vattn.runtime import engine as engine_module
 from trtllm_vattn.runtime import lane_processors
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.decode import Launch
@@ -28,7 +30,7 @@ pytest.importorskip("llguidance")
 
 LANES = 4
 WAYS: dict[str, dict[str, Any]] = {
-    "captured": {"buckets": [LANES]},
+    "captured passes": {"buckets": [LANES]},
     "several steps": {"steps": 4, "buckets": [2, LANES], "packed": True},
     "eager": {"capture": False, "steps": 4},
     "loop": {"steps": 4, "loop": True, "buckets": [LANES]},
@@ -39,7 +41,9 @@ SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required"
 
 def engine_of(pages: int | None = None, **options: Any) -> Engine:
     model = copy.deepcopy(tiny_model())
-    memory: dict[str, Any] = {"host_memory": 1 << 20} if pages is None else {"lookahead": 0, "budget": (pages + 1) * 4096}
+    memory: dict[str, Any] = (
+        {"host_memory": 1 << 20} if pages is None else {"lookahead": 0, "budget": (pages + 1) * 4096}
+    )
     cache = make_cache("vattn", shape_of(model, LANES, 96), "cpu", **memory)
     if not options.get("deterministic"):
         options["prefix_cache"] = False
@@ -81,20 +85,23 @@ def alone() -> list[tuple[list[int | None], str | None, str]]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_requests_that_come_go_and_are_preempted_have_the_tokens_that_they_have_alone(
-    way: str, alone: list[tuple[list[int | None], str | None, str]]
+    way: str, alone: list[tuple[list[int | None], str | None, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if way == "captured passes":
+        monkeypatch.setattr(engine_module, "make_attention", lambda _, *given, **__: DescribedAttention(*given))
     random = np.random.default_rng(5)
     with engine_of(pages=5, **WAYS[way]) as engine:
         which: dict[int, int] = {}
         got: dict[int, list[TokenEvent]] = {}
-        left, aborted = 16, 0
+        left, aborted, steps = 9, 0, 0
         while left or engine.busy:
-            if left and random.random() < 0.5:
-                place = int(random.integers(len(PROMPTS)))
+            if left and random.random() < 0.6:
+                place = left % len(PROMPTS)
                 number = engine.submit(PROMPTS[place], PARAMS[place])
                 which[number], got[number] = place, []
                 left -= 1
-            if random.random() < 0.05 and (running := list(engine.scheduler.requests)):
+            steps += 1
+            if steps in (8, 30) and (running := list(engine.scheduler.requests)):
                 number = running[int(random.integers(len(running)))]
                 engine.abort(number)
                 del which[number]
@@ -107,11 +114,14 @@ def test_requests_that_come_go_and_are_preempted_have_the_tokens_that_they_have_
         assert engine.scheduler.preempted
         assert aborted
         engine.cache.check_integrity()
-        if WAYS[way].get("capture", True):
+        if way == "captured passes":
+            graphs = engine.passes.graphs
+            assert graphs is not None
+            assert graphs._runners[FORWARD].captured
             assert "forward step" in names(engine)
-            # Of each size one forward pass, and one choice of each kind.
-            graphs = sum(len(runner.captured) for runner in engine.decode._choosers.values())
-            assert engine.captures_while_running >= graphs > 0
+            # Each was counted, for somebody waited.
+            runners = [*engine.decode._choosers.values(), graphs._runners[FORWARD]]
+            assert engine.captures_while_running >= sum(len(runner.captured) for runner in runners) > 1
 
 
 def names(engine: Engine) -> list[str]:
