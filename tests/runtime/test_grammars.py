@@ -6,10 +6,13 @@ import copy
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_passes import DescribedAttention
 from tiny_text import VOCAB, tiny_model, tiny_tokenizer
 
@@ -19,12 +22,14 @@ from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.runtime import engine as engine_module
 from trtllm_vattn.runtime import lane_processors
 from trtllm_vattn.runtime.binding import shape_of
-from trtllm_vattn.runtime.decode import Launch
+from trtllm_vattn.runtime.decode import Choice, Launch
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler
 from trtllm_vattn.runtime.lane_processors import FORWARD, LaneProcessors, StepKind
+from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.step_plan import StepPlan
 
 pytest.importorskip("llguidance")
 
@@ -180,6 +185,61 @@ def test_masks_are_made_while_the_forward_pass_of_their_step_is_under_way(calls:
         # Nobody asks for a grammar any more: one graph a step, and nothing is computed.
         engine.generate([PROMPTS[0]], asked())
         assert set(calls) == {"step", "read"}
+
+
+class Timeline:
+    """A device and a host in virtual milliseconds, as a pipeline's `decode`: a forward pass takes 6, a choice 1, masks
+    take the host 4; whatever is launched begins when the host has launched it and the device is done with the rest."""
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+        self.launches = 0
+        self.chosen_at: dict[int, float] = {}
+
+    def run(self, takes: float) -> float:
+        self.device = max(self.device, self.host) + takes
+        return self.device
+
+    def launch(self, steps: int, drafts: int) -> Launch:
+        self.host += 0.5
+        self.run(6)
+        self.launches += 1
+        nothing, choice = torch.empty(0), Choice(StepKind(processed=True), lambda: None)
+        return Launch({0: 0}, self.launches, steps, nothing, 0.0, nothing, None, choice=choice)
+
+    def choose(self, launch: Launch) -> Launch:
+        self.host += 4
+        self.chosen_at[launch.first] = self.run(1)
+        return replace(launch, choice=None)
+
+    def commit(self, launch: Launch, rows: object) -> None:
+        self.host += 1
+
+
+@pytest.mark.parametrize(("one_by_one", "takes"), [(False, 6 + 1), (True, 0.5 + 6 + 1 + 1)])
+def test_a_step_takes_its_forward_pass_and_its_choice_where_masks_are_made_sooner(
+    one_by_one: bool, takes: float
+) -> None:
+    timeline = Timeline()
+    scheduler: Any = SimpleNamespace(
+        decode=timeline,
+        plan=lambda ahead: StepPlan(1),
+        launched=lambda plan: None,
+        cache=SimpleNamespace(note_placements=lambda: None),
+        trace=None,
+    )
+    passes: Any = SimpleNamespace(measured=lambda launch: None)
+    pipeline = Pipeline(scheduler, passes, one_by_one)
+    begun = 0.0
+    for step in range(30):
+        launch = pipeline.start()
+        assert launch is not None
+        timeline.host = max(timeline.host, timeline.chosen_at[launch.first])
+        pipeline.commit(launch, [[0]])
+        if step == 9:
+            begun = timeline.host
+    # One by one a forward pass waits for what was chosen before it, and the masks are still made beside it.
+    assert (timeline.host - begun) / 20 == pytest.approx(takes)
 
 
 def test_a_mask_that_the_device_has_is_not_sent_again(calls: list[str]) -> None:

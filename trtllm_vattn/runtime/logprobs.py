@@ -46,7 +46,7 @@ def likeliest_ids(logits: torch.Tensor, most: int) -> torch.Tensor:
     vocab = logits.shape[1]
     behind = torch.arange(vocab - 1, -1, -1, device=logits.device)
     found = []
-    for part in logits.split(ROWS_AT_ONCE):
+    for part in torch.split(logits, ROWS_AT_ONCE):
         # Bits of floats are in the order of the floats, those of negative ones the other way round; -0.0 becomes 0.0.
         bits = (part + 0.0).view(torch.int32)
         bits ^= (bits >> 31) & 0x7FFFFFFF
