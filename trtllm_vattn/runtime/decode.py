@@ -304,6 +304,8 @@ class DecodeBatch:
         self._params: dict[int, tuple[SamplingParams, int]] = {}
         """By slot: how its lane's tokens are sampled, and how many it has behind all that was launched; for lanes that
         are not greedy."""
+        self._truncating: set[int] = set()
+        """Slots, of these, whose tokens are drawn from the likeliest ones alone."""
         self._prompt_len: dict[int, int] = {}
         """By slot, of those in `_params`, and of some that were."""
         self.guard = Guard(cache, attention.over_read)
@@ -389,7 +391,8 @@ class DecodeBatch:
             if self.reading is not None:
                 runner = self._runner(name, StepKind())
                 yield from ((runner, bucket) for bucket in few_buckets(runner.buckets))
-        sampling = self._runner(first, StepKind(sampled=True))
+        # These serve steps too that need no sort, until those have graphs of their own.
+        sampling = self._runner(first, StepKind(sampled=True, truncated=True))
         yield from ((sampling, bucket) for bucket in few_buckets(sampling.buckets, rows))
         for (drafts, sampled), runner in self._verifiers.items():
             if sampled:
@@ -459,7 +462,10 @@ class DecodeBatch:
             self.processors.logits[: len(logits)].copy_(logits)
             return
         if not (kind.processed or kind.logprobs):
-            (self.take_sampled if kind.sampled else self.take_greedily)(logits, only)
+            if kind.sampled:
+                self.take_sampled(logits, only, truncated=kind.truncated)
+            else:
+                self.take_greedily(logits, only)
             return
         processors, row = self.processors, self._device[-2:-1].remainder(2 * self.steps)
         running = self._those(only)[3] > 0
@@ -467,7 +473,7 @@ class DecodeBatch:
         if kind.processed:
             changed, min_p = processors.apply(logits), processors.min_p(len(logits))
         if kind.sampled:
-            self.take_sampled(changed, only, min_p)
+            self.take_sampled(changed, only, min_p, kind.truncated)
         else:
             self.take_greedily(changed, only)
         chosen = self._out.index_select(0, row)[0]
@@ -542,7 +548,11 @@ class DecodeBatch:
         self._keep(inputs, only)
 
     def take_sampled(
-        self, logits: torch.Tensor, only: torch.Tensor | None = None, min_p: torch.Tensor | None = None
+        self,
+        logits: torch.Tensor,
+        only: torch.Tensor | None = None,
+        min_p: torch.Tensor | None = None,
+        truncated: bool = True,
     ) -> None:
         """`take_greedily`, but each lane's token as its parameters say."""
         if self.speculator is not None:
@@ -553,7 +563,8 @@ class DecodeBatch:
         keys = self._sampling[3:, :bucket].index_select(0, row)[0]
         temperature, top_p, top_k = self._sampling[:3].view(torch.float64)[:, :bucket]
         chosen = self.inputs.new_empty(len(self.lengths))
-        chosen[:bucket].copy_(sample_on_device(logits, temperature, top_p, top_k, keys, self._add_noise, min_p))
+        made = sample_on_device(logits, temperature, top_p, top_k, keys, self._add_noise, min_p, truncated)
+        chosen[:bucket].copy_(made)
         self._take(chosen, inputs)
         self._keep(inputs, only)
 
@@ -618,6 +629,8 @@ class DecodeBatch:
         if params is not None and not params.greedy:
             self._params[slot] = (params, generated)
             self._prompt_len[slot] = length - generated
+            if params.truncates:
+                self._truncating.add(slot)
         self.processors.set(slot, asks)
 
     def feed(self, slot: int, forced: Sequence[int], prompt_len: int) -> None:
@@ -667,6 +680,7 @@ class DecodeBatch:
             launch.lane_of.pop(slot, None)
         lane = self.lane_of.pop(slot)
         self._params.pop(slot, None)
+        self._truncating.discard(slot)
         self.processors.clear(slot)
         if self.speculator is not None:
             self.speculator.leave(slot)
@@ -685,6 +699,7 @@ class DecodeBatch:
         self._under_way.clear()
         self.lane_of.clear()
         self._params.clear()
+        self._truncating.clear()
         self.processors.clear_all()
         if self.speculator is not None:
             self.speculator.clear()
@@ -791,7 +806,8 @@ class DecodeBatch:
             # By another kernel, rather than have everybody wait for a graph by this one.
             same = [each for (name, kind), each in self._runners.items() if kind == self.kind and name in self._plain]
             runner = next((each for each in same if serving(each, bucket) is not None), runner)
-        bucket = self.capture_missing(runner, bucket)
+        general = self._runners.get((variant, self.kind._replace(truncated=True)))
+        runner, bucket = self.graph_for(runner, general if self.kind.sampled else None, bucket)
         choice = self.choice(self.lanes)
         self.send(steps)
         if not self.captured:
@@ -810,8 +826,9 @@ class DecodeBatch:
         kind, bucket = self.choice_kind, self.bucket_of(lanes)
         if eager or not self.captured:
             return Choice(kind, partial(self.take, self.processors.logits[:bucket], kind, only))
-        chooser = self._chooser(kind)
-        return Choice(kind, partial(chooser.replay, self.capture_missing(chooser, bucket)))
+        general = self._choosers.get(kind._replace(truncated=True)) if kind.sampled else None
+        chooser, bucket = self.graph_for(self._chooser(kind), general, bucket)
+        return Choice(kind, partial(chooser.replay, bucket))
 
     def choose(self, launch: Launch) -> Launch:
         """The same launch, whose tokens are being chosen; what lanes had chosen before it is in the requests' records.
@@ -915,6 +932,16 @@ class DecodeBatch:
         self._under_way.append(launch)
         return launch
 
+    def graph_for(self, runner: GraphRunner, general: GraphRunner | None, bucket: int) -> tuple[GraphRunner, int]:
+        """The runner to replay for `bucket`, and the bucket: `runner`, captured unless it is (`capture_missing`); or
+        where that has no graph, and somebody would wait for it, `general`, which does what `runner` does and more."""
+        if general is not None and self.captured and self.captures_alone and serving(runner, bucket) is None:
+            spare = serving(general, bucket)
+            if spare is not None:
+                self.wanted[runner, bucket] = None
+                return general, spare
+        return runner, self.capture_missing(runner, bucket)
+
     def capture_missing(self, runner: GraphRunner, bucket: int, spare: bool = True) -> int:
         """The bucket to replay for `bucket`: itself, or with `spare` a larger one that is captured, and this one is
         wanted then (`capture_wanted`). Where there is none it is captured now; lanes and unread tokens stay as they
@@ -962,7 +989,7 @@ class DecodeBatch:
     @property
     def choice_kind(self) -> StepKind:
         """How the next step's tokens are chosen: as any of the lanes asks for."""
-        return self.processors.kind(self.sampling)
+        return self.processors.kind(self.sampling, bool(self._truncating))
 
     def _fetch_chosen(
         self, lanes: Mapping[int, int], kind: StepKind

@@ -69,13 +69,17 @@ class StepKind(NamedTuple):
     logprobs: bool = False
     forward: bool = False
     """It leaves the logits to a graph that chooses tokens."""
+    truncated: bool = False
+    """Some lanes sample from the likeliest tokens alone (top_k, top_p), for which all logits are sorted. It does what
+    the kind that is not truncated does, too."""
 
     @property
     def name(self) -> str:
         if self.forward:
             return "forward"
         more = [name for name, wanted in (("processed", self.processed), ("logprobs", self.logprobs)) if wanted]
-        return " ".join(("sampling" if self.sampled else "decode", *more))
+        first = "truncated sampling" if self.truncated else "sampling" if self.sampled else "decode"
+        return " ".join((first, *more))
 
 
 FORWARD = StepKind(forward=True)
@@ -272,12 +276,12 @@ class LaneProcessors:
         self._sent.clear()
         self._free = list(range(self._lanes))
 
-    def kind(self, sampled: bool) -> StepKind:
+    def kind(self, sampled: bool, truncated: bool = False) -> StepKind:
         """What the next step does."""
         if not self._asks:
-            return StepKind(sampled)
+            return StepKind(sampled, truncated=truncated)
         wanted = any(asks.params.logprobs is not None for asks in self._asks.values())
-        return StepKind(sampled, bool(self._row), wanted)
+        return StepKind(sampled, bool(self._row), wanted, truncated=truncated)
 
     @property
     def has_grammars(self) -> bool:
