@@ -1,4 +1,4 @@
-"""Numbers of bytes as people write them."""
+"""Numbers of bytes as people write them, and how long sequences may be where nobody says it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _WRITTEN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?\s*", re.IGNORECASE)
 MOST = (1 << 63) - 1
 """Bytes; a driver's sizes are 64-bit numbers."""
+USUAL_MAX_SEQ_LEN = 4096
+"""Tokens of the longest sequence, of models with so many positions (`runtime.models.longest_of`)."""
 
 
 def parse_bytes(given: Any, name: str = "") -> int:

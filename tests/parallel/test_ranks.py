@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -13,14 +14,22 @@ from typing import Any
 import looked_at
 import numpy as np
 import pytest
+import torch
 
+from trtllm_vattn.cache.compression import H2O
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory, MemoryQuarantined, NoFreeSlot, RankLost
+from trtllm_vattn.memory.mapping_policy import MappingPolicy
+from trtllm_vattn.runtime.decode import Launch
 from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.features import FEATURES, refusal
 from trtllm_vattn.runtime.models import SHAPES
 from trtllm_vattn.runtime.parallel import Ranks
+from trtllm_vattn.runtime.parallel.build import Parts, Recipe
 from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.speculation import Speculation
+from trtllm_vattn.tenancy.config import TenantConfig
 
 PROMPTS = [np.random.default_rng(n).integers(0, 512, n).tolist() for n in (3, 40, 1, 16, 75, 33)]
 PARAMS = [SamplingParams(max_tokens=8, temperature=0.8 * (i % 2), seed=i, ignore_eos=True) for i in range(6)]
@@ -120,6 +129,48 @@ def test_what_peer_mapping_needs_is_said(
     assert "ask for it alone" in capsys.readouterr().err
     assert main(["bench", "transfer", "--device", "cuda:0", "--link", "group"]) == 2
     assert "NCCL refuses two processes on one GPU" in capsys.readouterr().err
+
+
+def test_bits_are_the_same_in_random_batches_of_a_deterministic_engine(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of every step, bit by bit."""
+    options = {**SETTINGS, "buckets": None, "max_seqs": 4, "max_seq_len": 64, "deterministic": True}
+    random = np.random.default_rng(0)
+    with Engine.from_pretrained("tiny-llama", tensor_parallel=ranks, **options) as engine:
+        seen: dict[int, list[bytes]] = {}
+        launched = engine.decode.launched
+
+        def noted(lanes: dict[int, int], steps: int, logits: torch.Tensor, *others: Any, **more: Any) -> Launch:
+            number_of = {request.slot: request.id for request in engine.scheduler.holders}
+            for slot, lane in lanes.items():
+                seen.setdefault(number_of[slot], []).append(logits[lane].numpy().tobytes())
+            return launched(lanes, steps, logits, *others, **more)
+
+        monkeypatch.setattr(engine.decode, "launched", noted)
+
+        def run(chosen: list[int]) -> dict[int, list[bytes]]:
+            seen.clear()
+            place = {}
+            for which in chosen:
+                params = SamplingParams(4, temperature=0.8 * (which % 2), seed=which, ignore_eos=True)
+                place[engine.submit(PROMPTS[which], params)] = which
+                # Some come while others run.
+                if random.random() < 0.5:
+                    engine.step()
+            list(engine.run())
+            return {place[number]: bits[:4] for number, bits in seen.items()}
+
+        alone = {which: run([which])[which] for which in range(5) if which != 4}
+        assert len({str(bits) for bits in alone.values()}) == 4
+        for _ in range(3):
+            chosen = random.permutation([0, 1, 2, 3])[: int(random.integers(2, 5))].tolist()
+            assert run(chosen) == {which: alone[which] for which in chosen}
+
+
+def test_more_than_two_ranks_are_not_deterministic() -> None:
+    with pytest.raises(ConfigError, match="deterministic is True, and tensor_parallel is 3"):
+        Engine.from_pretrained("tiny-llama", tensor_parallel=3, deterministic=True, **SETTINGS)
 
 
 def test_each_rank_has_half_of_the_heads_at_its_own_addresses(ranks: Ranks, engine: Engine) -> None:
@@ -294,6 +345,43 @@ def test_what_several_ranks_cannot_do_is_refused_by_name(engine: Engine, ranks: 
             Engine.from_pretrained("tiny-llama", tensor_parallel=ranks, **{**SETTINGS, **option})
     with pytest.raises(ConfigError, match="default process group"):
         Engine.from_pretrained("tiny-llama", tensor_parallel=2, **SETTINGS)
+
+
+def test_features_with_several_ranks_are_served_or_refused_as_the_matrix_says(
+    engine: Engine, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built(**options: Any) -> None:
+        Engine.from_pretrained("tiny-llama", tensor_parallel=ranks, **{**SETTINGS, **options})
+
+    monkeypatch.setitem(SHAPES, "windowed", {**SHAPES["tiny-mistral"], "sliding_window": 32})
+    windowed = Recipe("windowed", torch.float32, 2, 128, None, None, 0, MappingPolicy.CONCURRENT)
+    broker, limits = TenantConfig("/tmp/nobody.sock", "one"), SamplingParams(4, ignore_eos=True)
+    refused: dict[str, Callable[[], object]] = {
+        "prefix": lambda: built(prefix_cache=True),
+        "drafts": lambda: built(speculation=Speculation()),
+        "fp8": lambda: built(kv_cache_dtype="fp8"),
+        "windows": lambda: Parts(windowed, leads=True),
+        "compression": lambda: built(compression=H2O()),
+        "tenancy": lambda: built(broker=broker),
+        "sleep": lambda: engine.sleep(),
+        "grammar": lambda: engine.submit([1], replace(limits, regex="a")),
+        "logprobs": lambda: engine.submit([1], replace(limits, logprobs=1)),
+    }
+    for name, call in refused.items():
+        said = refusal("ranks", name)
+        assert said is not None
+        with pytest.raises(ConfigError, match=said):
+            call()
+    # Served: `deterministic`, which has a test of its own, and forks.
+    served = {name for name in FEATURES if name != "ranks" and refusal("ranks", name) is None}
+    assert served == {"deterministic", "fork"}
+    number = engine.submit(PROMPTS[0], limits)
+    events = [*engine.step(), *engine.step()]
+    forked = engine.fork(number)
+    events += engine.run()
+    own, others = ([event.token for event in events if event.request == each] for each in (number, forked))
+    assert others
+    assert own[len(own) - len(others) :] == others
 
 
 def test_ranks_have_one_engine_at_a_time_and_like_models(engine: Engine, ranks: Ranks) -> None:

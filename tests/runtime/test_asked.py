@@ -229,7 +229,7 @@ def test_a_step_that_nobody_asks_anything_of_is_the_one_before(engine: Engine) -
         assert fresh.decode.kind == StepKind()
     engine.generate([PROMPTS[0]], asked(min_p=0.1, logprobs=1))
     assert engine.decode.kind == StepKind()
-    assert not engine.decode.processors.waits
+    assert not engine.decode.processors.has_grammars
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from trtllm_vattn.memory.mapping_policy import MappingPolicy
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.borrowing import make_borrowing_cache
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.features import FEATURES, OF_ENGINE, REFUSED, refusal
+from trtllm_vattn.runtime.features import FEATURES, REFUSED, refusal
+from trtllm_vattn.runtime.features import OF_ENGINE as OF_ENGINE_OR_RANKS
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.runtime.speculation import Speculation
@@ -34,7 +35,9 @@ from trtllm_vattn.vmm.host import HostDriver
 pytest.importorskip("llguidance")
 
 PROMPT, NEW = [126, 288] * 14, 7
-OF_REQUEST = tuple(name for name in FEATURES if name not in OF_ENGINE)
+OF_ENGINE = tuple(name for name in OF_ENGINE_OR_RANKS if name != "ranks")
+"""Cells of several ranks are tried where there are any (tests/parallel/test_ranks.py)."""
+OF_REQUEST = tuple(name for name in FEATURES if name not in OF_ENGINE_OR_RANKS)
 CHANGING = {"fp8", "windows", "compression", "grammar"}
 """Those by which tokens are others."""
 Features = frozenset[str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_passes_in_larger_graphs_are_measured_as_what_they_are(
         graphs, cost = engine.passes.graphs, engine.passes.cost
         assert graphs is not None
         assert cost is not None
-        sampled = graphs._runner(StepKind(sampled=True))
+        sampled = graphs._runner(StepKind(sampled=True, truncated=SAMPLED.truncates))
         small, large = sampled.buckets[:2]
         with torch.inference_mode():
             sampled.capture([large])
@@ -213,3 +214,20 @@ def test_what_steps_went_without_is_captured_while_a_server_has_nothing_to_do(
 
     assert asyncio.run(serve()) == 12
     assert engine.captures_while_running == 0
+
+
+def test_nothing_is_sorted_where_nobody_asks_for_the_likeliest_tokens_alone(model: PreTrainedModel) -> None:
+    """One request with top_k has all lanes' logits sorted; a graph that sorts serves who needs no sort, too."""
+    prompts, top = [[5, 6, 7], [9, 8, 7, 6]], replace(SAMPLED, top_k=5)
+    with engine_of(model) as engine:
+        want = [each.tokens for each in engine.generate(prompts, SAMPLED)]
+        sorted_ = [each.tokens for each in engine.generate(prompts, [SAMPLED, top])]
+        assert sorted_[0] == want[0]
+        sorts = {
+            kind.truncated: any(
+                "sort" in name for graph in map(runner.graph, runner.captured) for name in graph.operations()
+            )
+            for (_, kind), runner in engine.decode._runners.items()
+            if kind.sampled
+        }
+        assert sorts == {False: False, True: True}

@@ -111,6 +111,10 @@ def check(every: list[SamplingParams], steps: int, device: str = "cpu") -> None:
         keys = torch.tensor([params.key(step) for params in every], device=device)
         tokens = sample_on_device(changed, *rows.unbind(1), keys, min_p=lanes.min_p(len(every)))
         assert tokens.tolist() == [drawn(params, wanted[i], step) for i, params in enumerate(every)]
+        if not any(params.truncates for params in every):
+            min_p = lanes.min_p(len(every))
+            unsorted = sample_on_device(changed, *rows.unbind(1), keys, min_p=min_p, truncated=False)
+            assert unsorted.tolist() == tokens.tolist()
         lanes.note(tokens, torch.ones(len(every), dtype=torch.bool, device=device))
         for record, token in zip(chosen, tokens.tolist(), strict=True):
             record.append(token)

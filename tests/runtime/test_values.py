@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import array
 import decimal
 import fractions
@@ -18,12 +19,13 @@ from transformers import PreTrainedModel
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.cli.engine_flags import add_engine, engine_options
 from trtllm_vattn.errors import ConfigError, SequenceTooLong, VattnError
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.runtime.models import SHAPES, load_model
 from trtllm_vattn.runtime.sampling import SamplingParams
-from trtllm_vattn.sizes import parse_bytes
+from trtllm_vattn.sizes import USUAL_MAX_SEQ_LEN, parse_bytes
 from trtllm_vattn.vmm.host import HostDriver
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**5000
@@ -389,3 +391,18 @@ def test_a_prompt_and_its_output_but_the_last_token_fill_a_slot(engine: Engine) 
     assert len(full.tokens) == len(default.tokens) == 3
     assert full.tokens == default.tokens
     assert (len(last.tokens), last.finish_reason) == (1, "length")
+
+
+@pytest.mark.parametrize(("positions", "longest"), [(64, 64), (16384, USUAL_MAX_SEQ_LEN)])
+def test_sequences_are_as_long_as_the_usual_or_the_models_positions_unless_it_is_said(
+    positions: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one rule, whoever leaves it out: the API and the commands."""
+    shape = {**SHAPES["tiny-llama"], "max_position_embeddings": positions, "num_hidden_layers": 1}
+    monkeypatch.setitem(SHAPES, "tiny-llama", shape)
+    parser = argparse.ArgumentParser()
+    add_engine(parser, max_seqs=1)
+    given = engine_options(parser.parse_args(["--model", "tiny-llama", "--device", "cpu"]))
+    for options in ({"device": "cpu", "max_seqs": 1}, given):
+        with Engine.from_pretrained("tiny-llama", capture=False, compile=False, **options) as engine:
+            assert engine.cache.shape.max_seq_len == longest

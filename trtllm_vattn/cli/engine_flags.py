@@ -7,9 +7,7 @@ from typing import Any
 
 from trtllm_vattn.arguments import amount, output, positive, size
 from trtllm_vattn.bench.harness.flags import MAX_SEQS, add_device
-
-LONGEST = 4096
-"""Tokens of a sequence, unless it is said."""
+from trtllm_vattn.sizes import USUAL_MAX_SEQ_LEN
 
 
 def add_engine(parser: argparse.ArgumentParser, max_seqs: int) -> None:
@@ -19,8 +17,8 @@ def add_engine(parser: argparse.ArgumentParser, max_seqs: int) -> None:
     text = "checkpoint with a tokenizer: a folder as save_pretrained writes it, or a name on the Hugging Face Hub"
     add("--model", metavar="MODEL", required=True, help=text)
     add("--max-seqs", type=positive, default=max_seqs, metavar="SEQUENCES", help=MAX_SEQS)
-    text = f"longest sequence, prompt and output together; longer ones are refused (default: {LONGEST}, or what the "
-    add("--max-seq-len", type=positive, metavar="TOKENS", help=f"{text}model has, if that is less)")
+    text = "longest sequence, prompt and output together; longer ones are refused (default: "
+    add("--max-seq-len", type=positive, metavar="TOKENS", help=f"{text}{USUAL_MAX_SEQ_LEN}, or the model's positions)")
     text = "KV memory, as 40GiB (default: what is left of the GPU's; on the host, all sequences at full length)"
     add("--budget", type=size, metavar="BYTES", help=text)
     add("--host-memory", type=size, metavar="BYTES", help="for KV of preempted requests, as 32GiB (default: none)")
@@ -38,13 +36,10 @@ def add_engine(parser: argparse.ArgumentParser, max_seqs: int) -> None:
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Parameters of `Engine.from_pretrained` out of the flags."""
-    # With transformers, which takes seconds.
-    from trtllm_vattn.runtime.models import longest_of
-
     return {
         "device": args.device,
         "max_seqs": args.max_seqs,
-        "max_seq_len": args.max_seq_len or longest_of(args.model, LONGEST),
+        "max_seq_len": args.max_seq_len,
         "budget": args.budget,
         "host_memory": args.host_memory or 0,
         "max_step_tokens": args.max_step_tokens,

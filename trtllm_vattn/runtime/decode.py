@@ -12,8 +12,8 @@ although launches are unread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from time import perf_counter
@@ -30,7 +30,7 @@ from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import DecodeStep, VerifyStep, forward
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
-from trtllm_vattn.runtime.lane_processors import LaneAsks, LaneProcessors, StepKind
+from trtllm_vattn.runtime.lane_processors import FORWARD, LaneAsks, LaneProcessors, StepKind
 from trtllm_vattn.runtime.likely import few_buckets, sampled_rows, serving
 from trtllm_vattn.runtime.logprobs import Fetched, TokenLogprob
 from trtllm_vattn.runtime.pass_cost import Timing
@@ -77,6 +77,14 @@ class PromptLogprobs(NamedTuple):
             request.prompt_logprobs[at:] = [self.fetched.token(token, most, self.first + place)]
 
 
+class Choice(NamedTuple):
+    """The second half of a launch whose first one left logits (`lane_processors.FORWARD`): what kind of step chooses
+    tokens by them, and what starts it."""
+
+    kind: StepKind
+    start: Callable[[], object]
+
+
 @dataclass(frozen=True)
 class Launch:
     """What was started.
@@ -84,7 +92,8 @@ class Launch:
     `lane_of` are the lanes by slot that take part, without those whose sequence has left since; `logits`
     ``[bucket, vocab]`` are of its last step. `first` counts the steps before it. `prompt_tokens` went in with it; where
     no lane takes part in such a launch it has no steps. With `drafts`, its step gives a lane one token, and one more
-    for each draft that was right; None where nothing is ever drafted.
+    for each draft that was right; None where nothing is ever drafted. With a `choice`, nothing chooses tokens yet, and
+    there are none to read before `DecodeBatch.choose`.
     """
 
     lane_of: dict[int, int]
@@ -99,6 +108,7 @@ class Launch:
     of_prompts: tuple[PromptLogprobs, ...] = ()
     logprobs: Fetched | None = None
     drafts: int | None = None
+    choice: Choice | None = None
 
     @property
     def wanted(self) -> bool:
@@ -113,6 +123,7 @@ class Launch:
     def read(self) -> list[list[int]]:
         """Wait, and give each step's tokens by lane, `sampling.NO_TOKEN` where its logits gave none; with drafts, the
         first tokens of all lanes, then the second ones, and so on, `ABSENT` where a lane has no more."""
+        assert self.choice is None
         if self._arrived is not None:
             self._arrived.synchronize()
         if not self.steps:
@@ -277,6 +288,8 @@ class DecodeBatch:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._left: torch.cuda.Stream | None = None
         """The caller's stream, while another is the current one."""
+        self._tables_sent = None if self._copies is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
+        """Behind the tables of the last launch that leaves logits; masks are copied to them beside it."""
         self._go = torch.zeros(1, dtype=torch.int32, device=device)
         self.lane_of: dict[int, int] = {}
         self._changed = True
@@ -291,6 +304,8 @@ class DecodeBatch:
         self._params: dict[int, tuple[SamplingParams, int]] = {}
         """By slot: how its lane's tokens are sampled, and how many it has behind all that was launched; for lanes that
         are not greedy."""
+        self._truncating: set[int] = set()
+        """Slots, of these, whose tokens are drawn from the likeliest ones alone."""
         self._prompt_len: dict[int, int] = {}
         """By slot, of those in `_params`, and of some that were."""
         self.guard = Guard(cache, attention.over_read)
@@ -322,6 +337,8 @@ class DecodeBatch:
         self.runner = GraphRunner(partial(self._step, first, plain), buckets, static, device, self._loops_by)
         # Steps of other kinds are made when they are first used, or likely to be.
         self._runners = {(first, plain): self.runner}
+        self._choosers: dict[StepKind, GraphRunner] = {}
+        """Of tokens, behind steps and passes that leave logits."""
         self._verifiers: dict[tuple[int, bool], GraphRunner] = {}
         """Of steps with drafts, by their number and whether any lane samples."""
         for drafts in self.speculator.config.ladder if self.speculator is not None else ():
@@ -348,6 +365,15 @@ class DecodeBatch:
             self._runners[variant, kind] = made
         return made
 
+    def _chooser(self, kind: StepKind) -> GraphRunner:
+        made = self._choosers.get(kind)
+        if made is None:
+            step, pool = partial(self._choose_tokens, kind), self.runner.pool
+            static = [*self.static, *self.processors.static]
+            made = GraphRunner(step, self.runner.buckets, static, self._device.device, pool=pool)
+            self._choosers[kind] = made
+        return made
+
     def capture(self) -> CaptureReport:
         """Capture every bucket, by each of the attention's kernels but those that honour `PrefixTables`; launches are
         replays from then on. The report's `replay_s` is that of the first kernel."""
@@ -365,7 +391,8 @@ class DecodeBatch:
             if self.reading is not None:
                 runner = self._runner(name, StepKind())
                 yield from ((runner, bucket) for bucket in few_buckets(runner.buckets))
-        sampling = self._runner(first, StepKind(sampled=True))
+        # These serve steps too that need no sort, until those have graphs of their own.
+        sampling = self._runner(first, StepKind(sampled=True, truncated=True))
         yield from ((sampling, bucket) for bucket in few_buckets(sampling.buckets, rows))
         for (drafts, sampled), runner in self._verifiers.items():
             if sampled:
@@ -430,9 +457,15 @@ class DecodeBatch:
 
     def take(self, logits: torch.Tensor, kind: StepKind, only: torch.Tensor | None = None) -> None:
         """Choose tokens of the first lanes as a kind of step does, logits ``[bucket, vocab]``, and `advance`; with
-        `only`, bool ``[lanes]``, those lanes alone."""
+        `only`, bool ``[lanes]``, those lanes alone. A forward pass leaves the logits to who chooses."""
+        if kind.forward:
+            self.processors.logits[: len(logits)].copy_(logits)
+            return
         if not (kind.processed or kind.logprobs):
-            (self.take_sampled if kind.sampled else self.take_greedily)(logits, only)
+            if kind.sampled:
+                self.take_sampled(logits, only, truncated=kind.truncated)
+            else:
+                self.take_greedily(logits, only)
             return
         processors, row = self.processors, self._device[-2:-1].remainder(2 * self.steps)
         running = self._those(only)[3] > 0
@@ -440,7 +473,7 @@ class DecodeBatch:
         if kind.processed:
             changed, min_p = processors.apply(logits), processors.min_p(len(logits))
         if kind.sampled:
-            self.take_sampled(changed, only, min_p)
+            self.take_sampled(changed, only, min_p, kind.truncated)
         else:
             self.take_greedily(changed, only)
         chosen = self._out.index_select(0, row)[0]
@@ -448,6 +481,11 @@ class DecodeBatch:
             processors.note(chosen, running)
         if kind.logprobs:
             processors.keep_logprobs(logits, chosen, row)
+
+    def _choose_tokens(self, kind: StepKind, bucket: int) -> Outputs:
+        logits = self.processors.logits[:bucket]
+        self.take(logits, kind)
+        return (logits,)
 
     def _verify_step(self, drafts: int, sampled: bool, bucket: int) -> Outputs:
         """A step that verifies up to so many drafts of each lane."""
@@ -510,7 +548,11 @@ class DecodeBatch:
         self._keep(inputs, only)
 
     def take_sampled(
-        self, logits: torch.Tensor, only: torch.Tensor | None = None, min_p: torch.Tensor | None = None
+        self,
+        logits: torch.Tensor,
+        only: torch.Tensor | None = None,
+        min_p: torch.Tensor | None = None,
+        truncated: bool = True,
     ) -> None:
         """`take_greedily`, but each lane's token as its parameters say."""
         if self.speculator is not None:
@@ -521,7 +563,8 @@ class DecodeBatch:
         keys = self._sampling[3:, :bucket].index_select(0, row)[0]
         temperature, top_p, top_k = self._sampling[:3].view(torch.float64)[:, :bucket]
         chosen = self.inputs.new_empty(len(self.lengths))
-        chosen[:bucket].copy_(sample_on_device(logits, temperature, top_p, top_k, keys, self._add_noise, min_p))
+        made = sample_on_device(logits, temperature, top_p, top_k, keys, self._add_noise, min_p, truncated)
+        chosen[:bucket].copy_(made)
         self._take(chosen, inputs)
         self._keep(inputs, only)
 
@@ -586,6 +629,8 @@ class DecodeBatch:
         if params is not None and not params.greedy:
             self._params[slot] = (params, generated)
             self._prompt_len[slot] = length - generated
+            if params.truncates:
+                self._truncating.add(slot)
         self.processors.set(slot, asks)
 
     def feed(self, slot: int, forced: Sequence[int], prompt_len: int) -> None:
@@ -635,6 +680,7 @@ class DecodeBatch:
             launch.lane_of.pop(slot, None)
         lane = self.lane_of.pop(slot)
         self._params.pop(slot, None)
+        self._truncating.discard(slot)
         self.processors.clear(slot)
         if self.speculator is not None:
             self.speculator.leave(slot)
@@ -653,6 +699,7 @@ class DecodeBatch:
         self._under_way.clear()
         self.lane_of.clear()
         self._params.clear()
+        self._truncating.clear()
         self.processors.clear_all()
         if self.speculator is not None:
             self.speculator.clear()
@@ -759,15 +806,57 @@ class DecodeBatch:
             # By another kernel, rather than have everybody wait for a graph by this one.
             same = [each for (name, kind), each in self._runners.items() if kind == self.kind and name in self._plain]
             runner = next((each for each in same if serving(each, bucket) is not None), runner)
-        bucket = self.capture_missing(runner, bucket)
+        general = self._runners.get((variant, self.kind._replace(truncated=True)))
+        runner, bucket = self.graph_for(runner, general if self.kind.sampled else None, bucket)
+        choice = self.choice(self.lanes)
         self.send(steps)
         if not self.captured:
             (logits,) = self._run_eagerly(variant, bucket, steps)
-        elif self.loop:
+        elif self.loop and choice is None:
             (logits,) = runner.replay_while(bucket)
         else:
             (logits,) = runner.replay(bucket, steps)
-        return self.launched(self.lanes, steps, logits, guarded)
+        return self.launched(self.lanes, steps, logits, guarded, choice=choice)
+
+    def choice(self, lanes: dict[int, int], eager: bool = False, only: torch.Tensor | None = None) -> Choice | None:
+        """What chooses the tokens of these lanes, by slot, behind the launch that follows, captured unless it is there
+        or `eager`; `only` as `take` has it. None where the launch itself does. Before lanes are brought up to date."""
+        if not self.processors.has_grammars:
+            return None
+        kind, bucket = self.choice_kind, self.bucket_of(lanes)
+        if eager or not self.captured:
+            return Choice(kind, partial(self.take, self.processors.logits[:bucket], kind, only))
+        general = self._choosers.get(kind._replace(truncated=True)) if kind.sampled else None
+        chooser, bucket = self.graph_for(self._chooser(kind), general, bucket)
+        return Choice(kind, partial(chooser.replay, bucket))
+
+    def choose(self, launch: Launch) -> Launch:
+        """The same launch, whose tokens are being chosen; what lanes had chosen before it is in the requests' records.
+
+        The host computes masks while the device is at the launch's forward pass, for which nothing here waits.
+        """
+        assert launch.choice is not None
+        kind, start = launch.choice
+        masks = self.processors.new_masks(launch.lane_of)
+        if masks is not None:
+            self._put_masks(*masks)
+        start()
+        out, arrived, logprobs = self._fetch_chosen(launch.lane_of, kind)
+        return replace(launch, choice=None, _out=out, _arrived=arrived, logprobs=logprobs)
+
+    def _put_masks(self, rows: np.ndarray, masks: np.ndarray) -> None:
+        """`LaneProcessors.put_masks` beside what the device is at; what is launched next waits for it."""
+        if self._copies is None or self._tables_sent is None:
+            self.processors.put_masks(rows, masks)
+            return
+        stream = torch.cuda.current_stream(self._device.device)
+        # Behind the last choice, which reads them, and the tables of new lanes.
+        self._copies.wait_event(self._tables_sent)
+        self._left = stream
+        with torch.cuda.stream(self._copies):
+            self.processors.put_masks(rows, masks)
+        self._left = None
+        stream.wait_stream(self._copies)
 
     def _share_reading(self) -> bool:
         """Group lanes for the launch that follows; returns whether it needs a kernel that honours `PrefixTables`."""
@@ -802,6 +891,8 @@ class DecodeBatch:
         if self._params:
             self._upload_sampling(steps)
         self.processors.send(self.lane_of)
+        if self._tables_sent is not None and self.processors.has_grammars:
+            self._tables_sent.record()
 
     def launched(
         self,
@@ -813,23 +904,24 @@ class DecodeBatch:
         timing: Timing | None = None,
         of_prompts: tuple[PromptLogprobs, ...] = (),
         drafts: int = 0,
+        choice: Choice | None = None,
     ) -> Launch:
-        """Note what was started for these lanes, and start fetching their tokens."""
-        count = 1 + max(lanes.values(), default=0)
-        fetched = self._fetch(count)
-        logprobs = self.fetch(each[:, :count] for each in self.processors.unread) if self.kind.logprobs else None
+        """Note what was started for these lanes, and start fetching their tokens, unless a `choice` is to come."""
+        out, arrived, logprobs = self._fetch_chosen(lanes, self.kind) if choice is None else (self._out, None, None)
         launch = Launch(
             lanes,
             self._taken,
             steps,
             logits,
             guard_s,
-            *fetched,
+            out,
+            arrived,
             prompt_tokens,
             timing,
             of_prompts,
             logprobs,
             None if self.speculator is None else drafts,
+            choice,
         )
         if not self.loop:
             self._taken += steps
@@ -839,6 +931,16 @@ class DecodeBatch:
             self.speculator.launched([*lanes], drafts)
         self._under_way.append(launch)
         return launch
+
+    def graph_for(self, runner: GraphRunner, general: GraphRunner | None, bucket: int) -> tuple[GraphRunner, int]:
+        """The runner to replay for `bucket`, and the bucket: `runner`, captured unless it is (`capture_missing`); or
+        where that has no graph, and somebody would wait for it, `general`, which does what `runner` does and more."""
+        if general is not None and self.captured and self.captures_alone and serving(runner, bucket) is None:
+            spare = serving(general, bucket)
+            if spare is not None:
+                self.wanted[runner, bucket] = None
+                return general, spare
+        return runner, self.capture_missing(runner, bucket)
 
     def capture_missing(self, runner: GraphRunner, bucket: int, spare: bool = True) -> int:
         """The bucket to replay for `bucket`: itself, or with `spare` a larger one that is captured, and this one is
@@ -881,8 +983,21 @@ class DecodeBatch:
 
     @property
     def kind(self) -> StepKind:
-        """What the next step does: what any of the lanes asks for."""
-        return self.processors.kind(self.sampling)
+        """What the next step does behind the model: what any of the lanes asks for, or with grammars leave logits."""
+        return FORWARD if self.processors.has_grammars else self.choice_kind
+
+    @property
+    def choice_kind(self) -> StepKind:
+        """How the next step's tokens are chosen: as any of the lanes asks for."""
+        return self.processors.kind(self.sampling, bool(self._truncating))
+
+    def _fetch_chosen(
+        self, lanes: Mapping[int, int], kind: StepKind
+    ) -> tuple[torch.Tensor, torch.cuda.Event | None, Fetched | None]:
+        """Start copying what a step of this kind chose for these lanes, by slot."""
+        count = 1 + max(lanes.values(), default=0)
+        fetched = self._fetch(count)
+        return *fetched, self.fetch(each[:, :count] for each in self.processors.unread) if kind.logprobs else None
 
     def fetch(self, tensors: Iterable[torch.Tensor]) -> Fetched:
         """Start copying log-probabilities to the host, beside whatever is launched next."""
@@ -957,6 +1072,9 @@ class DecodeBatch:
             if runner is self.runner or bucket in runner.captured or (bucket is None and runner.captured):
                 by = "" if len(self.attention.variants) == 1 else f" by {variant}"
                 reports.append(runner.audit(regions, f"{kind.name} step{by}", bucket))
+        for kind, chooser in self._choosers.items():
+            if bucket in chooser.captured or (bucket is None and chooser.captured):
+                reports.append(chooser.audit(regions, f"choice of a {kind.name} step", bucket))
         if self.speculator is not None:
             regions += self.speculator.regions()
         for (drafts, sampled), runner in self._verifiers.items():
@@ -967,7 +1085,7 @@ class DecodeBatch:
 
     def close(self) -> None:
         """Drop all graphs. Idempotent."""
-        for runner in (*self._runners.values(), *self._verifiers.values()):
+        for runner in (*self._runners.values(), *self._choosers.values(), *self._verifiers.values()):
             runner.close()
         if self.speculator is not None:
             self.speculator.close()

@@ -18,6 +18,10 @@ So no kernel sees a shape that depends on others. That a row's place among the r
 kernels' own property; `bench doors --measure deterministic` looks at it on the machine at hand, with requests in 100
 random batches. It costs the rows that are padding, which is little where reading weights bounds a step, and that
 prompts do not share passes.
+
+Over two ranks (``tensor_parallel=2``) it holds, too: each sum is of two numbers, and of two either order gives the same
+bits. More ranks are refused: an all-reduce begins with another rank for each part of what it is given (NCCL's rings and
+trees), so that a request's bits would depend on its lane.
 """
 
 from __future__ import annotations
@@ -31,6 +35,18 @@ from trtllm_vattn.attention.options import FP8
 from trtllm_vattn.errors import ConfigError
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+MOST_RANKS = 2
+
+
+def check_ranks(size: int) -> None:
+    """Raise ConfigError where so many ranks add up in an order that depends on a request's lane."""
+    if size > MOST_RANKS:
+        raise ConfigError(
+            f"deterministic is True, and tensor_parallel is {size}: in which order the numbers of more than "
+            f"{MOST_RANKS} ranks are added depends on a request's place in the batch; use {MOST_RANKS}, or leave it out"
+        )
 
 
 def check_deterministic(model: Any, attention: Attention) -> None:

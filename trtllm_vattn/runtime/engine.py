@@ -50,7 +50,7 @@ from trtllm_vattn.runtime.kv_dtype import KVScales, check_kv_cache_dtype, check_
 from trtllm_vattn.runtime.lane_processors import check_sizes
 from trtllm_vattn.runtime.likely import capture_within
 from trtllm_vattn.runtime.map_ahead_hook import MapAheadHook
-from trtllm_vattn.runtime.models import SHAPES, load_model
+from trtllm_vattn.runtime.models import SHAPES, load_model, longest_of
 from trtllm_vattn.runtime.passes import Passes, most_rows
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.prefill import Prefill
@@ -547,7 +547,7 @@ class Engine:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         max_seqs: int = 8,
-        max_seq_len: int = 2048,
+        max_seq_len: int | None = None,
         kept_seqs: int | None = None,
         budget: int | str | None = None,
         cache: str = "vattn",
@@ -573,8 +573,9 @@ class Engine:
         ----------
         max_seqs : int
             Sequences that run at once.
-        max_seq_len : int
+        max_seq_len : int or None
             Tokens of the longest sequence, prompt and output together; refused where the model has fewer positions.
+            None is 4096, or the model's positions where they are fewer (`runtime.models.longest_of`).
         kept_seqs : int or None
             Ended ones that may be kept beside them for prompts that begin alike, as far as the budget goes: each takes
             a slot, which is addresses. None is four times `max_seqs`, at least 64; 0 without a prefix cache.
@@ -612,7 +613,7 @@ class Engine:
         model, device = check_model_name(model), check_device(device)
         dtype = check_dtype(dtype, device)
         max_seqs = whole("max_seqs", max_seqs, 1, MOST_SEQUENCES)
-        max_seq_len = whole("max_seq_len", max_seq_len, 1, LARGEST_COUNT)
+        max_seq_len = longest_of(model) if max_seq_len is None else whole("max_seq_len", max_seq_len, 1, LARGEST_COUNT)
         check_kv_cache_dtype(kv_cache_dtype)
         budget = None if budget is None else parse_bytes(budget, "the budget")
         idle_floor = parse_bytes(idle_floor, "idle_floor")
@@ -919,7 +920,7 @@ class Engine:
         if params.has_grammar:
             request.grammar = self.compile_grammar(params)
         if request.asks is not None:
-            self.decode.processors.require(self._vocab_size)
+            self.decode.processors.require(self._vocab_size, grammar=params.has_grammar)
 
     def compile_grammar(self, params: SamplingParams) -> Grammar:
         """The grammar that parameters ask for, compiled unless it was lately; any thread may call this before it

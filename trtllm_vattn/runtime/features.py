@@ -1,7 +1,7 @@
 """Which features of an engine are served together, and what is said where two are not.
 
 ``python -m trtllm_vattn.runtime.features`` prints the table of trtllm_vattn/README.md. tests/runtime/test_features.py
-tries every cell, and the documents' test compares the table.
+tries every cell, those of several ranks tests/parallel/test_ranks.py, and the documents' test compares the table.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ FEATURES = {
     "compression": "compression",
     "deterministic": "deterministic",
     "tenancy": "tenancy (broker)",
+    "ranks": "several ranks",
     "fork": "fork",
     "sleep": "sleep",
     "grammar": "grammar",
     "logprobs": "logprobs",
 }
 """By a word: those of an engine first, then those of a request or a call."""
-OF_ENGINE = ("prefix", "drafts", "fp8", "windows", "compression", "deterministic", "tenancy")
+OF_ENGINE = ("prefix", "drafts", "fp8", "windows", "compression", "deterministic", "tenancy", "ranks")
 
 REFUSED = {
     frozenset({"prefix", "compression"}): "compression is not served with prefix_cache=True",
@@ -35,6 +36,15 @@ REFUSED = {
     frozenset({"windows", "deterministic"}): "deterministic is True, and decode is by",
     frozenset({"compression", "deterministic"}): "compression is not served with deterministic=True",
     frozenset({"compression", "fork"}): "a request whose tokens are evicted cannot be forked",
+    frozenset({"ranks", "prefix"}): "prefix_cache is not served with tensor_parallel",
+    frozenset({"ranks", "drafts"}): "speculation is not served with tensor_parallel",
+    frozenset({"ranks", "fp8"}): "kv_cache_dtype is 'fp8'; with tensor_parallel",
+    frozenset({"ranks", "windows"}): "layers that keep windows, which tensor_parallel does not serve",
+    frozenset({"ranks", "compression"}): "compression is served on one rank",
+    frozenset({"ranks", "tenancy"}): "a broker lends memory of one device to one process",
+    frozenset({"ranks", "sleep"}): "a tensor parallel engine cannot sleep",
+    frozenset({"ranks", "grammar"}): "a tensor parallel engine cannot change logits or give log-probabilities",
+    frozenset({"ranks", "logprobs"}): "a tensor parallel engine cannot change logits or give log-probabilities",
 }
 """What an error says, for each pair that is not served."""
 
@@ -46,6 +56,7 @@ ADAPTER = {
     "compression": "sparse attention",
     "deterministic": "own",
     "tenancy": "no setting broker",
+    "ranks": "own",
     "fork": "beam search",
     "sleep": "host offload",
     "grammar": "own",

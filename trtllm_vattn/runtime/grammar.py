@@ -38,20 +38,31 @@ class Grammar:
         return Grammar(self._compiled)
 
     def follow(self, chosen: Sequence[int]) -> Any:
-        """The matcher behind these tokens of the output, whatever it stood behind before."""
-        if self._consumed != chosen[: len(self._consumed)]:
+        """The matcher behind these tokens of the output, wherever it stood before.
+
+        Outputs grow and shrink at their end alone, so the last token that was consumed says whether the others before
+        it are these: looking at all of them in every step would take as long as the output is.
+        """
+        known = len(self._consumed)
+        if known > len(chosen) or (known and self._consumed[-1] != chosen[known - 1]):
             self._matcher.reset()
-            self._consumed = []
+            self._consumed.clear()
         for token in chosen[len(self._consumed) :]:
-            # What interrupts this leaves a matcher that the next call resets, for no token is this one.
-            self._consumed.append(-1)
-            self._matcher.consume_token(token)
-            self._consumed[-1] = token
+            self._consume(token)
         return self._matcher
 
-    def ends_with(self, chosen: Sequence[int]) -> bool:
-        """Whether nothing can come behind these tokens."""
-        return bool(self.follow(chosen).is_stopped())
+    def _consume(self, token: int) -> None:
+        # What interrupts this leaves a matcher that the next call resets, for no token is this one.
+        self._consumed.append(-1)
+        self._matcher.consume_token(token)
+        self._consumed[-1] = token
+
+    def ends_with(self, chosen: Sequence[int], token: int) -> bool:
+        """Whether nothing can come behind these tokens of the output and the next one, `token`."""
+        if len(self._consumed) != len(chosen) + 1 or self._consumed[-1] != token:
+            self.follow(chosen)
+            self._consume(token)
+        return bool(self._matcher.is_stopped())
 
     @property
     def error(self) -> str | None:
@@ -73,7 +84,7 @@ class GrammarCompiler:
         self._tokenizer, self._vocab_size, self._end_of_text = tokenizer, vocab_size, [*end_of_text]
         self._converted: Any = None
         self._kept: OrderedDict[tuple[str | None, str | None], Any] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._converting = threading.Lock(), threading.Lock()
 
     def grammar(self, params: SamplingParams) -> Grammar:
         """The grammar that parameters ask for. Raises ConfigError where llguidance takes it, or the tokenizer, not, and
@@ -81,24 +92,28 @@ class GrammarCompiler:
         assert not isinstance(params.json_schema, Mapping)
         key = params.json_schema, params.regex
         with self._lock:
-            if key not in self._kept:
-                self._kept[key] = self._compile(*key)
-                if len(self._kept) > MOST_KEPT:
-                    self._kept.popitem(last=False)
+            known = self._kept.get(key)
+        # Whoever asks for one that is there, the engine's own thread before a step, waits for nobody who compiles.
+        compiled = self._compile(*key) if known is None else known
+        with self._lock:
+            compiled = self._kept.setdefault(key, compiled)
             self._kept.move_to_end(key)
-            return Grammar(self._kept[key])
+            if len(self._kept) > MOST_KEPT:
+                self._kept.popitem(last=False)
+            return Grammar(compiled)
 
     def _compile(self, schema: str | None, regex: str | None) -> Any:
         from llguidance import LLMatcher
         from llguidance.hf import from_tokenizer
 
-        if self._converted is None:
-            try:
-                self._converted = from_tokenizer(
-                    self._tokenizer, n_vocab=self._vocab_size, eos_token=self._end_of_text or None
-                )
-            except Exception as error:
-                raise ConfigError(f"grammars are not possible with this tokenizer: {error}") from error
+        with self._converting:
+            if self._converted is None:
+                try:
+                    self._converted = from_tokenizer(
+                        self._tokenizer, n_vocab=self._vocab_size, eos_token=self._end_of_text or None
+                    )
+                except Exception as error:
+                    raise ConfigError(f"grammars are not possible with this tokenizer: {error}") from error
         if regex is not None:
             text = LLMatcher.grammar_from_regex(regex)
         else:

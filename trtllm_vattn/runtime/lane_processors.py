@@ -7,11 +7,28 @@ also how a preempted or interrupted request goes on.
 
 The tables are made when the first request asks, and so are the graphs that read them; steps without such a request are
 those without tables. Sizes are fixed (`sampling_fields`), so nothing is captured twice.
+
+What a grammar allows follows from the token before, which the host has to know. So while a request with a grammar has a
+lane, a step is two graphs: the *forward* pass, up to the logits, which needs no mask; and the *choice* of the tokens,
+with all that is behind it. The forward pass of step n + 1 is launched behind the choice of step n, before anybody has
+read a token of it. While it runs, the host waits for the tokens of step n (an event behind their choice), has the
+matchers take them, computes the masks, sends them on the stream of the copies, and launches the choice of step n + 1,
+which waits for the forward pass and for that copy:
+
+    device   | forward n | choice n | forward n+1              | choice n+1 | forward n+2 ...
+    copies                      | tokens n        | masks n+1 |
+    host      launch forward n+1 |  take tokens n, masks n+1, launch choice n+1, launch forward n+2 | ...
+
+The device waits for the host only where what the host does in a step takes longer than a forward pass and a choice.
+Logits pass from one graph to the other in a buffer of fixed address, float32 as `process` takes them, so that one graph
+of the choice stands behind decode steps and passes with prompts alike, and one forward pass before every kind of
+choice. All lanes of the batch go this way, those without a grammar too, with the same operations on the same numbers.
+A mask that is the one that the device has is not sent again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,11 +67,23 @@ class StepKind(NamedTuple):
     sampled: bool = False
     processed: bool = False
     logprobs: bool = False
+    forward: bool = False
+    """It leaves the logits to a graph that chooses tokens."""
+    truncated: bool = False
+    """Some lanes sample from the likeliest tokens alone (top_k, top_p), for which all logits are sorted. It does what
+    the kind that is not truncated does, too."""
 
     @property
     def name(self) -> str:
+        if self.forward:
+            return "forward"
         more = [name for name, wanted in (("processed", self.processed), ("logprobs", self.logprobs)) if wanted]
-        return " ".join(("sampling" if self.sampled else "decode", *more))
+        first = "truncated sampling" if self.truncated else "sampling" if self.sampled else "decode"
+        return " ".join((first, *more))
+
+
+FORWARD = StepKind(forward=True)
+"""Of steps behind which tokens are chosen by a graph of its own."""
 
 
 @dataclass(frozen=True)
@@ -183,12 +212,24 @@ class LaneProcessors:
         """What steps read and write; empty until `require`."""
         self.unread: list[torch.Tensor] = []
         """Of these, what launches leave to be fetched: log-probabilities by step and lane (`of_logits`)."""
+        self.logits = torch.empty(0)
+        """Of these, what a forward pass leaves to the choice of tokens, float32 ``[lanes, vocab]``; empty until a
+        request with a grammar comes."""
+        self._grammars: dict[int, tuple[Grammar, Sequence[int]]] = {}
+        """By slot, those of lanes, and the tokens that their requests have chosen."""
+        self._sent: dict[int, np.ndarray] = {}
+        """By row, the mask that the device has; all tokens are allowed in others."""
 
-    def require(self, vocab_size: int) -> None:
-        """Make the tables, unless they are there. Raises torch.OutOfMemoryError where there is no memory for them, with
-        nothing changed."""
-        if self.static:
-            return
+    def require(self, vocab_size: int, grammar: bool = False) -> None:
+        """Make the tables, with `grammar` what forward passes leave logits in too, unless they are there. Raises
+        torch.OutOfMemoryError where there is no memory for them, with nothing changed."""
+        if not self.static:
+            self._make_tables(vocab_size)
+        if grammar and not self.logits.numel():
+            self.logits = torch.zeros(self._lanes, vocab_size, device=self._device)
+            self.static.append(self.logits)
+
+    def _make_tables(self, vocab_size: int) -> None:
         rows, words, most = self._lanes + 1, -(-vocab_size // 32), min(MOST_LOGPROBS, vocab_size)
         nothing = LaneAsks(SamplingParams(), (), ()).row()
         table = torch.from_numpy(nothing).to(self._device).repeat(rows, 1)
@@ -200,6 +241,7 @@ class LaneProcessors:
         ids = torch.zeros(*shape, most, dtype=torch.int64, device=self._device)
         values = torch.zeros(*shape, most, device=self._device)
         self._table, self._counts, self._masks, self._row_of_lane = table, counts, masks, row_of_lane
+        self._all_allowed = np.full(words, -1, np.int32)
         self.unread = [own, ids, values]
         self.static = [table, counts, masks, row_of_lane, *self.unread]
 
@@ -210,6 +252,8 @@ class LaneProcessors:
         if asks is None:
             return
         self._asks[slot] = asks
+        if asks.grammar is not None:
+            self._grammars[slot] = asks.grammar, asks.chosen
         if asks.params.changes_logits:
             if slot not in self._row:
                 self._row[slot] = self._free.pop()
@@ -218,6 +262,7 @@ class LaneProcessors:
     def clear(self, slot: int) -> None:
         """A slot's sequence has no lane any more."""
         if self._asks.pop(slot, None) is not None:
+            self._grammars.pop(slot, None)
             self._stale.discard(slot)
             if (row := self._row.pop(slot, None)) is not None:
                 self._free.append(row)
@@ -225,26 +270,28 @@ class LaneProcessors:
     def clear_all(self) -> None:
         """No sequence has a lane. Begins from any state."""
         self._asks.clear()
+        self._grammars.clear()
         self._row.clear()
         self._stale.clear()
+        self._sent.clear()
         self._free = list(range(self._lanes))
 
-    def kind(self, sampled: bool) -> StepKind:
+    def kind(self, sampled: bool, truncated: bool = False) -> StepKind:
         """What the next step does."""
         if not self._asks:
-            return StepKind(sampled)
+            return StepKind(sampled, truncated=truncated)
         wanted = any(asks.params.logprobs is not None for asks in self._asks.values())
-        return StepKind(sampled, bool(self._row), wanted)
+        return StepKind(sampled, bool(self._row), wanted, truncated=truncated)
 
     @property
-    def waits(self) -> bool:
-        """Whether a launch has to wait for the tokens of the one before."""
-        return any(asks.grammar is not None for asks in self._asks.values())
+    def has_grammars(self) -> bool:
+        """Whether the choice of tokens is a graph of its own, which waits for the tokens of the launch before."""
+        return bool(self._grammars)
 
     # -- a launch --------------------------------------------------------------------------------------------------
 
     def send(self, lane_of: dict[int, int]) -> None:
-        """Bring the tables up to date for these lanes by slot, on the stream of the launch that follows."""
+        """Bring the tables, but for masks, up to date for these lanes by slot, on the stream of the next launch."""
         if not self._row:
             return
         stale = sorted(self._stale)
@@ -253,6 +300,7 @@ class LaneProcessors:
             self._table.index_copy_(0, rows, upload(np.stack([self._asks[slot].row() for slot in stale]), self._device))
             self._masks.index_fill_(0, rows, -1)
             for slot in stale:
+                self._sent.pop(self._row[slot], None)
                 self._count_again(slot)
             self._stale.clear()
         where = np.full(self._lanes, self._lanes)
@@ -260,11 +308,28 @@ class LaneProcessors:
             if slot in lane_of:
                 where[lane_of[slot]] = row
         self._row_of_lane.copy_(upload(where, self._device))
-        grammars = {self._row[slot]: asks.grammar for slot, asks in self._asks.items() if asks.grammar is not None}
-        if grammars:
-            chosen = {self._row[slot]: asks.chosen for slot, asks in self._asks.items()}
-            masks = fill_masks([(grammar, chosen[row]) for row, grammar in grammars.items()], self._masks.shape[1])
-            self._masks.index_copy_(0, upload(np.array([*grammars]), self._device), upload(masks, self._device))
+
+    def new_masks(self, slots: Collection[int]) -> tuple[np.ndarray, np.ndarray] | None:
+        """What may come next in these slots, by the records of their requests: rows int64 ``[changed]`` and their masks
+        int32 ``[changed, words]``, of those with a grammar whose mask is another than the device has; None where none
+        is. On the host alone."""
+        asked = {self._row[slot]: each for slot, each in self._grammars.items() if slot in slots}
+        if not asked:
+            return None
+        masks = fill_masks([*asked.values()], self._masks.shape[1])
+        changed = {
+            row: mask
+            for row, mask in zip(asked, masks, strict=True)
+            if not np.array_equal(mask, self._sent.get(row, self._all_allowed))
+        }
+        if not changed:
+            return None
+        self._sent.update(changed)
+        return np.array([*changed]), np.stack([*changed.values()])
+
+    def put_masks(self, rows: np.ndarray, masks: np.ndarray) -> None:
+        """Have the device have these masks, on the current stream."""
+        self._masks.index_copy_(0, upload(rows, self._device), upload(masks, self._device))
 
     def _count_again(self, slot: int) -> None:
         asks, counts = self._asks[slot], self._counts[self._row[slot]]

@@ -7,6 +7,9 @@ kind that has no graph of its size runs in a larger one of that kind, and its ow
 (`DecodeBatch.capture_wanted`). Only where there is none at all it is captured at once, and counted
 (`DecodeBatch.captures_while_running`). Ranks that compute together capture in the launch that needs it, all of them
 (`DecodeBatch.captures_alone`): how far each got by the bounds of time would differ.
+
+Of steps that sample, those that sort all logits (`StepKind.truncated`) are captured at the start. They give every lane
+the tokens that a step without a sort gives, so they serve such steps too, which are then wanted as others are.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ import torch
 
 from trtllm_vattn.runtime.sampling_fields import MOST_LOGPROBS
 
+ROWS_AT_ONCE = 128
+"""Rows that are ordered at a time, which takes 16 bytes of each number."""
+
 
 @dataclass(frozen=True)
 class TokenLogprob:
@@ -24,12 +27,34 @@ class TokenLogprob:
 
 def of_logits(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of tokens int64 ``[rows]``, by logits ``[rows, vocab]``: their log-probabilities float32 ``[rows]``, the
-    likeliest tokens int64 ``[rows, most]`` and theirs; `most` is `MOST_LOGPROBS`, or the vocabulary."""
+    likeliest tokens int64 ``[rows, most]`` and theirs; `most` is `MOST_LOGPROBS`, or the vocabulary. Of equally likely
+    ones those with the smaller ids come first."""
     logits = logits.float()
     total = logits.logsumexp(dim=-1, keepdim=True)
-    values, ids = logits.topk(min(MOST_LOGPROBS, logits.shape[1]), dim=-1)
+    ids = likeliest_ids(logits, min(MOST_LOGPROBS, logits.shape[1]))
     own = logits.gather(1, tokens.clamp(min=0)[:, None])
-    return (own - total)[:, 0], ids, values - total
+    return (own - total)[:, 0], ids, logits.gather(1, ids) - total
+
+
+def likeliest_ids(logits: torch.Tensor, most: int) -> torch.Tensor:
+    """The places of the `most` largest of each row, in falling order, of equal ones the smaller places first: logits
+    float32 ``[rows, vocab]`` to int64 ``[rows, most]``.
+
+    topk promises no order of equal values, nor which of them it finds. So each number carries its place here: whole
+    numbers of 64 bits, of which no two are equal.
+    """
+    vocab = logits.shape[1]
+    behind = torch.arange(vocab - 1, -1, -1, device=logits.device)
+    found = []
+    for part in torch.split(logits, ROWS_AT_ONCE):
+        # Bits of floats are in the order of the floats, those of negative ones the other way round; -0.0 becomes 0.0.
+        bits = (part + 0.0).view(torch.int32)
+        bits ^= (bits >> 31) & 0x7FFFFFFF
+        keys = bits.long()
+        keys <<= 32
+        keys += behind
+        found.append(vocab - 1 - keys.topk(most, dim=-1).values.remainder(1 << 32))
+    return torch.cat(found)
 
 
 class Fetched:

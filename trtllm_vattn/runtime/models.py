@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.planner import ModelShape
 from trtllm_vattn.runtime.checkpoint import load_checkpoint, positions_in
+from trtllm_vattn.sizes import USUAL_MAX_SEQ_LEN
 
 _TINY: dict[str, Any] = {
     "vocab_size": 512,
@@ -133,11 +134,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Shapes as published in the models' configurations."""
 
 
-def longest_of(name: str, most: int) -> int:
-    """`most` tokens, or as many as the model of a name has positions, where they are fewer."""
+def longest_of(name: str) -> int:
+    """Tokens of the longest sequence unless it is said: `USUAL_MAX_SEQ_LEN`, or as many as the model of a name has
+    positions, where they are fewer."""
     shape = SHAPES.get(name) if not Path(name).is_dir() else None
     positions = positions_in(name, SHAPES) if shape is None else shape["max_position_embeddings"]
-    return min(most, positions or most)
+    return min(USUAL_MAX_SEQ_LEN, positions or USUAL_MAX_SEQ_LEN)
 
 
 def planned_shape(name: str, dtype: torch.dtype) -> ModelShape:

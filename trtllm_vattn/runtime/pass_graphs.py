@@ -72,14 +72,14 @@ class PassGraphs:
         self.runner = GraphRunner(partial(self._pass, StepKind()), rows, static, cache.device, pool=pool)
         # Others are made when they are likely, or the first sequence comes that asks for them.
         self._runners = {StepKind(): self.runner}
-        self.rows = 0
-        """Of the graph that `prepare` chose."""
+        self._chosen, self.rows = self.runner, 0
+        """What `prepare` chose, and the rows of its graph."""
 
     def likely(self) -> Iterator[tuple[GraphRunner, int]]:
         """Passes that may be wanted without having been (likely.py): those of lanes that sample."""
         decode = self.decode
         if len(decode.lengths) <= sampled_rows(int(decode.model.config.get_text_config().vocab_size)):
-            runner = self._runner(StepKind(sampled=True))
+            runner = self._runner(StepKind(sampled=True, truncated=True))
             yield from ((runner, rows) for rows in few_buckets(runner.buckets))
 
     def _runner(self, kind: StepKind) -> GraphRunner:
@@ -106,12 +106,14 @@ class PassGraphs:
     def prepare(self, plan: StepPlan, running: dict[int, int]) -> None:
         """Choose the graph that a plan is replayed by, and capture it where there is none; before lanes are brought up
         to date."""
-        runner = self._runner(self.decode.kind)
+        kind = self.decode.kind
+        runner = self._runner(kind)
         rows = runner.bucket_for(len(running) + plan.prompt_tokens)
         if rows not in runner.captured:
             # What is captured is also run.
             self.clear()
-        self.rows = self.decode.capture_missing(runner, rows)
+        general = self._runners.get(kind._replace(truncated=True)) if kind.sampled else None
+        self._chosen, self.rows = self.decode.graph_for(runner, general, rows)
 
     def clear(self) -> None:
         """Have the device see no prompts, for a pass that is captured."""
@@ -119,7 +121,6 @@ class PassGraphs:
 
     def replay(self, chunks: Sequence[PromptChunk], running: dict[int, int], lanes: dict[int, int]) -> torch.Tensor:
         """Logits ``[lanes, vocab]`` of a pass; tokens are chosen and lanes advanced with it."""
-        runner = self._runner(self.decode.kind)
         first = len(running)
         array = self._idle.copy()
         rows, lane_of_row, last, numbers = self._parts(array)
@@ -131,7 +132,7 @@ class PassGraphs:
             if chunk.slot in lanes:
                 last[lanes[chunk.slot]] = end
         self._static.copy_(upload(array, self._static.device))
-        (logits,) = runner.replay(self.rows)
+        (logits,) = self._chosen.replay(self.rows)
         return logits
 
     def _forward(self, rows: int) -> torch.Tensor:

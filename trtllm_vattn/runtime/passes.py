@@ -137,6 +137,10 @@ class Passes:
         graphs = self.graphs if self.graphs is not None and self.graphs.fits(plan, running) else None
         if graphs is not None:
             graphs.prepare(plan, running)
+        # A captured pass takes its step whether or not it is anybody's.
+        steps = 1 if lanes or graphs is not None else 0
+        only = None if plan.decodes or not lanes else self._mask(lanes)
+        choice = decode.choice(lanes, graphs is None, only) if steps else None
         decode.send(1)
         of_prompts: tuple[PromptLogprobs, ...] = ()
         timing = self._timing(chunks, running, graphs)
@@ -149,12 +153,10 @@ class Passes:
             else:
                 logits = self._mixed(chunks, running, lanes) if running else self._alone(chunks, lanes)
             if lanes:
-                decode.take(logits, decode.kind, None if plan.decodes else self._mask(lanes))
+                decode.take(logits, decode.kind, only)
         if timing is not None:
             timing.end()
-        # A captured pass takes its step whether or not it is anybody's.
-        steps = 1 if lanes or graphs is not None else 0
-        return decode.launched(lanes, steps, logits, guard_s, plan.prompt_tokens, timing, of_prompts)
+        return decode.launched(lanes, steps, logits, guard_s, plan.prompt_tokens, timing, of_prompts, choice=choice)
 
     def _with_prompt_logprobs(
         self,

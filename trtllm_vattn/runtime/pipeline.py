@@ -4,6 +4,9 @@ Tokens, positions and lengths are advanced on the device, so a launch does not n
 scheduling, as in vLLM and TensorRT-LLM), and prompts go in and requests join and leave meanwhile. A sequence that turns
 out to have ended took part once too often: its surplus is discarded, and its slot is not written by anybody else
 before, because all work is on one stream.
+
+Where a grammar's masks are made of those tokens, the forward pass of a launch is started ahead all the same, and its
+choice of tokens once the last one's are committed (`DecodeBatch.choose`, lane_processors.py).
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ class Pipeline:
     Parameters
     ----------
     one_by_one : bool
-        Never start a launch before the last one's tokens are read; while a request with a grammar runs, none is.
+        Never start a launch before the last one's tokens are read.
     compression : Compression or None
         Is told of each launch, to evict tokens behind it.
 
@@ -65,7 +68,9 @@ class Pipeline:
             self._first = self._launch(ahead=False)
         if self._first is None:
             return None
-        if self.unread is None and not self.one_by_one and not self.scheduler.decode.processors.waits:
+        # Mostly done by `commit`; but nothing may have been ahead.
+        self._first = self._chosen(self._first)
+        if self.unread is None and not self.one_by_one:
             try:
                 self.unread = self._launch(ahead=True)
             except (DriverError, MemoryQuarantined):
@@ -81,6 +86,8 @@ class Pipeline:
             self.forget()
         elif self._first is None:
             self._first, self.unread = self.unread, None
+        if self._first is not None:
+            self._first = self._chosen(self._first)
         return self._first
 
     def commit(self, launch: Launch, rows: Sequence[Sequence[int]]) -> None:
@@ -89,10 +96,17 @@ class Pipeline:
         self.scheduler.decode.commit(launch, rows)
         self.passes.measured(launch)
         self._first = None
+        if self.unread is not None:
+            self.unread = self._chosen(self.unread)
+
+    def _chosen(self, launch: Launch) -> Launch:
+        """A launch whose tokens are being chosen; all tokens before it are in the requests' records."""
+        return launch if launch.choice is None else self.scheduler.decode.choose(launch)
 
     def forget(self) -> None:
         """Nobody wants the tokens of what is under way; whoever still runs goes on from its record."""
-        if self.running:
+        half_done = any(launch is not None and launch.choice is not None for launch in (self._first, self.unread))
+        if self.running or half_done:
             self.scheduler.decode_again()
         self._first = self.unread = None
 

@@ -358,7 +358,7 @@ class RequestState:
     ) -> TokenEvent:
         """The next token as an event; it is not in the output yet, and may be asked for again."""
         reason, index, text = self.end_with(token), len(self.chosen), None
-        if self.grammar is not None and reason != "stop" and self.grammar.ends_with([*self.chosen, token]):
+        if self.grammar is not None and reason != "stop" and self.grammar.ends_with(self.chosen, token):
             reason = "stop"
         if self.text is not None:
             text, stopped = self.text.push(self.chosen, token, reason is not None)

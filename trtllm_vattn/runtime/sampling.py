@@ -89,7 +89,8 @@ class SamplingParams:
         prompt whose log-probabilities are asked for is computed whole, whatever is kept of it.
     json_schema : str, mapping or None
         The output is JSON of this schema. Needs the extra ``grammar`` and the engine's tokenizer. While a request with
-        a grammar runs, launches wait for the tokens of the one before.
+        a grammar runs, launches are of one step, and tokens are chosen once those before them were read, behind a
+        forward pass that does not wait (lane_processors.py).
     regex : str or None
         The output matches this regular expression; as `json_schema`.
     detokenize : bool or None
@@ -184,6 +185,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < COLDEST
 
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from the likeliest ones alone, by their number or their probabilities' sum."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1)
+
     def seeded(self) -> SamplingParams:
         """These, with a fresh seed where they sample and have none."""
         return replace(self, seed=secrets.randbits(64)) if self.seed is None and not self.greedy else self
@@ -264,22 +270,35 @@ def sample_on_device(
     keys: torch.Tensor,
     noise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] = add_noise,
     min_p: torch.Tensor | None = None,
+    truncated: bool = True,
 ) -> torch.Tensor:
     """One token a row, or `NO_TOKEN`: logits ``[rows, vocab]`` to int64 ``[rows]``.
 
     The other tensors are ``[rows]`` on the device: float64 but for `keys`, int64 (`SamplingParams.key`). Temperature 0
-    is greedy, top_k 0 is all, as are min_p None and 0. `noise` is `add_noise`, or the same compiled.
+    is greedy, top_k 0 is all, as are min_p None and 0. `noise` is `add_noise`, or the same compiled. Not `truncated`:
+    top_k and top_p of all rows are 0 and 1, for which nothing is sorted; the tokens are the same.
     """
-    column = (-1, 1)
     logits = logits.float()
     best = logits.amax(dim=-1, keepdim=True)
     sampled = temperature > 0
-    warmth = torch.where(sampled, temperature, 1.0).float().view(column)
-    scaled = (logits - best) / warmth
+    scaled = (logits - best) / torch.where(sampled, temperature, 1.0).float()[:, None]
+    if truncated:
+        cut = _cut(scaled, top_p, top_k, min_p)
+    else:
+        # The likeliest one's scaled logit is 0.
+        cut = scaled < (-torch.inf if min_p is None else min_p.log()[:, None])
+    noise(scaled, keys, sampled)
+    chosen = scaled.masked_fill_(cut, -torch.inf).argmax(dim=-1)
+    return torch.where(best.isfinite().squeeze(1), chosen, NO_TOKEN)
+
+
+def _cut(scaled: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor, min_p: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens are left out, bool ``[rows, vocab]``."""
+    column = (-1, 1)
     ordered, tokens = scaled.sort(dim=-1, descending=True, stable=True)
     # Equal ones are in the order of their ids. Both kinds of truncation keep the first so many.
-    vocab = logits.shape[1]
-    ids = torch.arange(vocab, device=logits.device)
+    vocab = scaled.shape[1]
+    ids = torch.arange(vocab, device=scaled.device)
     within = ids < torch.where(top_k > 0, top_k, float(vocab)).view(column)
     weights = ((ordered.exp() * FIXED_POINT).nan_to_num(0.0, 0.0, 0.0).long()).masked_fill(~within, 0)
     summed = weights.cumsum(dim=-1)
@@ -290,10 +309,7 @@ def sample_on_device(
         within &= ordered >= min_p.log().view(column)
     last = (within.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     edge, edge_id = ordered.gather(1, last), tokens.gather(1, last)
-    cut = (scaled < edge) | ((scaled == edge) & (ids > edge_id))
-    noise(scaled, keys, sampled)
-    chosen = scaled.masked_fill_(cut, -torch.inf).argmax(dim=-1)
-    return torch.where(best.isfinite().squeeze(1), chosen, NO_TOKEN)
+    return (scaled < edge) | ((scaled == edge) & (ids > edge_id))
 
 
 def settings(params: SamplingParams) -> tuple[float, float, float]:

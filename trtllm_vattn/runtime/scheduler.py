@@ -309,7 +309,8 @@ class Scheduler:
             return StepPlan(1, tuple(self.next_chunks()), decodes=self.mixed)
         if not decoding:
             return None
-        if self.decode.processors.waits:
+        if self.decode.processors.has_grammars:
+            # A grammar's next mask is made of the token before, by the host.
             return StepPlan(1)
         # What the longest of the requests still needs, but few different numbers.
         steps = min(self.steps, 1 << (self.decode.most_left - 1).bit_length())

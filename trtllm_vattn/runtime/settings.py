@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -177,4 +178,12 @@ def check_model_name(given: Any) -> str:
     """A checkpoint's directory or a model's name."""
     if not isinstance(given, str | os.PathLike):
         raise ConfigError(f"model is {described(given)}; give a checkpoint directory or a named shape")
-    return os.fspath(given)
+    name = os.fspath(given)
+    try:
+        Path(name).is_dir()
+    except OSError as error:
+        raise ConfigError(
+            f"model is {shown(name)}, which names nothing ({error.strerror}); give a checkpoint directory or a named "
+            "shape"
+        ) from error
+    return name

@@ -4,7 +4,8 @@ Parts, each by a word of `--measure`; results are written after each.
 
 * ``parameters``: decode steps of a full batch before any request asked for anything but a token, and after all was
   asked for and captured (`step_over_before`); and the throughput of all prompts when every request asks for penalties,
-  log-probabilities or a grammar, by that of plain ones (`grammar_over_plain`, …).
+  log-probabilities, sampling or a grammar, by that of plain ones (`grammar_over_plain`, …), and where one of them does
+  (`one_grammar_over_plain`, …); `grammar_step_over_plain` and its like are of a decode step's time.
 * ``http``: all prompts at once by streaming clients of a server over the same engine (`http_over_engine`), and by
   clients that do not stream (`whole_over_engine`); what the server's process takes of processors for a token
   (`server_us_per_token`), and how much longer the engine's thread works at a step beside it
@@ -145,7 +146,8 @@ def through_one_engine(
     engine = engine_for(args, model)
     recording.say("an engine is captured")
     try:
-        engine_seconds(engine, trace, trace.plain)
+        plain = [trace.plain] * len(trace.prompts)
+        engine_seconds(engine, trace, plain)
         if "parameters" in args.measure:
             measure_parameters(recording, args, engine, trace)
         if not {"http", "clients"} & set(args.measure):
@@ -171,11 +173,11 @@ def engine_for(args: argparse.Namespace, model: PreTrainedModel) -> Engine:
     return Engine(model, cache, **options)
 
 
-def engine_seconds(engine: Engine, trace: Trace, params: SamplingParams) -> tuple[float, int]:
+def engine_seconds(engine: Engine, trace: Trace, params: Sequence[SamplingParams]) -> tuple[float, int]:
     """What all prompts take by the engine itself, all queued at once, and their tokens."""
     started, tokens = perf_counter(), 0
-    for prompt in trace.prompts:
-        engine.submit(prompt, params)
+    for prompt, each in zip(trace.prompts, params, strict=True):
+        engine.submit(prompt, each)
     for event in engine.run():
         if event.error is not None:
             raise ConfigError(f"{event.error}; raise --budget")
@@ -187,21 +189,28 @@ def engine_seconds(engine: Engine, trace: Trace, params: SamplingParams) -> tupl
 
 
 def measure_parameters(recording: Recording, args: argparse.Namespace, engine: Engine, trace: Trace) -> None:
-    """What it costs to be asked for more than tokens, and what it costs those who ask for nothing."""
-    before = [timed(engine, trace, trace.plain)[1] for _ in range(args.rounds)]
+    """What it costs to be asked for more than tokens, by all requests or by one of them, and what it costs those who
+    ask for nothing."""
+    plain = [trace.plain] * len(trace.prompts)
+    before = [timed(engine, trace, plain)[1] for _ in range(args.rounds)]
     recording.say(f"plain steps: {median(before):.3f} ms")
-    asked = {"plain": trace.plain, **asked_for(trace)}
+    asked = {"plain": plain}
+    for name, params in asked_for(trace).items():
+        asked[name], asked[f"one_{name}"] = [params] * len(plain), [params, *plain[1:]]
     seconds: dict[str, list[float]] = {name: [] for name in asked}
     steps: dict[str, list[float]] = {name: [] for name in asked}
     for turn in range(args.rounds + 1):
-        for name, params in asked.items():
-            took, step_ms = timed(engine, trace, params)
+        # Graphs that the first turn went without, in those that do more.
+        while engine.capture_wanted():
+            pass
+        for name, each in asked.items():
+            took, step_ms = timed(engine, trace, each)
             # The first time captures what it needs.
             if turn:
                 seconds[name].append(took)
                 steps[name].append(step_ms)
             recording.say(f"round {turn} of {args.rounds}, {name}: {took:.2f} s, a step {step_ms:.3f} ms")
-    after = [timed(engine, trace, trace.plain)[1] for _ in range(args.rounds)]
+    after = [timed(engine, trace, plain)[1] for _ in range(args.rounds)]
     least = {name: min(took) for name, took in seconds.items()}
     others = [name for name in asked if name != "plain"]
     summary = {
@@ -216,7 +225,7 @@ def measure_parameters(recording: Recording, args: argparse.Namespace, engine: E
 
 
 def asked_for(trace: Trace) -> dict[str, SamplingParams]:
-    """What all requests ask for at once, by a word."""
+    """What requests ask for, by a word."""
     each = trace.plain
     item = {"name": {"type": "string", "maxLength": 24}, "count": {"type": "integer"}}
     fields = {"type": "object", "properties": item, "required": [*item]}
@@ -225,15 +234,17 @@ def asked_for(trace: Trace) -> dict[str, SamplingParams]:
     asked = {
         "penalties": replace(each, repetition_penalty=1.1, frequency_penalty=0.1, presence_penalty=0.1),
         "logprobs": replace(each, logprobs=5),
+        "sampled": replace(each, temperature=0.8, seed=0),
+        "truncated": replace(each, temperature=0.8, top_p=0.9, seed=0),
     }
     if importlib.util.find_spec("llguidance") is not None:
         asked["grammar"] = replace(each, json_schema=schema)
     return asked
 
 
-def timed(engine: Engine, trace: Trace, params: SamplingParams) -> tuple[float, float]:
-    """Seconds of all prompts, all asking for this, as if none had ended early; and the milliseconds of a decode step of
-    as many lanes as they fill, the median."""
+def timed(engine: Engine, trace: Trace, params: Sequence[SamplingParams]) -> tuple[float, float]:
+    """Seconds of all prompts, each asking for what is its own, as if none had ended early; and the milliseconds of a
+    decode step of as many lanes as they fill, the median."""
     records: list[StepRecord] = []
     engine.observer = records.append
     try:
@@ -253,7 +264,7 @@ def took_alone(engine: Engine, trace: Trace, random: np.random.Generator) -> Too
     taken over fit the better the more the order is that of the round before."""
     before, shuffled = thread_time(), replace(trace, prompts=[trace.prompts[i] for i in random.permutation(len(trace))])
     with observed(engine) as launches:
-        seconds, _ = engine_seconds(engine, shuffled, trace.plain)
+        seconds, _ = engine_seconds(engine, shuffled, [trace.plain] * len(shuffled.prompts))
     return Took(seconds, thread_time() - before, launches)
 
 

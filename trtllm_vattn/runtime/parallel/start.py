@@ -8,6 +8,7 @@ import torch
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
+from trtllm_vattn.runtime.deterministic import check_ranks
 from trtllm_vattn.runtime.parallel.build import Recipe
 from trtllm_vattn.runtime.parallel.engine import LeadingEngine, check_options
 from trtllm_vattn.runtime.parallel.ranks import Ranks, size_of_torchrun
@@ -41,6 +42,9 @@ def start_engine(
     if options.pop("kept_seqs") not in (None, 0):
         raise ConfigError("kept_seqs is for a prefix cache, which tensor_parallel does not serve yet; leave it out")
     check_options(options)
+    size = ranks.size if isinstance(ranks, Ranks) else whole("tensor_parallel", ranks, 1, MOST_RANKS)
+    if options.get("deterministic"):
+        check_ranks(size)
     with start_policy_probe(device, options.pop("mapping")) as probe:
         policy = probe.result().policy
     own = {name: options.pop(name) for name in OWN if name in options}
@@ -49,7 +53,6 @@ def start_engine(
         if ranks.device != device.partition(":")[0]:
             raise ConfigError(f"device is {device!r}, and the ranks are on {ranks.device!r}; make them alike")
         return ranks.build(recipe, closing=False, **own)
-    size = whole("tensor_parallel", ranks, 1, MOST_RANKS)
     kind = device.partition(":")[0]
     started = Ranks.of_torchrun(size, kind) if size_of_torchrun() > 1 else Ranks.start(size, kind)
     try:
