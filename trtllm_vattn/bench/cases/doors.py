@@ -20,20 +20,22 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from trtllm_vattn.arguments import chosen, numbers, positive, probability, size, tolerance
+from trtllm_vattn.arguments import numbers, positive, probability, size, tolerance
 from trtllm_vattn.bench.cases.doors_deterministic import measure_deterministic
 from trtllm_vattn.bench.cases.doors_http import Serving, judge, outcomes_of, seconds_of, serving
 from trtllm_vattn.bench.cases.doors_updates import measure_updates
-from trtllm_vattn.bench.harness.case import model_of, vocab_of
+from trtllm_vattn.bench.harness.case import vocab_of
 from trtllm_vattn.bench.harness.flags import (
     BUDGET,
     MAX_SEQ_LEN,
@@ -41,9 +43,10 @@ from trtllm_vattn.bench.harness.flags import (
     TIE_TOLERANCE,
     add_attention,
     add_common,
+    add_parts,
     add_rounds,
 )
-from trtllm_vattn.bench.harness.recording import Recording
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
@@ -51,22 +54,15 @@ from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.request import Completion, StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 
-MEASURES = ("parameters", "http", "clients", "updates", "deterministic")
-SHARED = {"parameters", "http", "clients"}
-"""Parts of one engine."""
-
-
-def measures(text: str) -> list[str]:
-    """Names of parts; unknown ones are refused."""
-    return chosen(text, "part", MEASURES)
+MEASURES = ("parameters", "deterministic", "http", "clients", "updates")
+"""In the order in which they are measured: an engine that a server has is nobody else's."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench doors`."""
     gpu, add = add_common(parser), parser.add_argument
     add_attention(parser)
-    text = f"of {', '.join(MEASURES)}"
-    add("--measure", type=measures, default="parameters,http,clients", metavar="NAME,...", help=text)
+    add_parts(parser, MEASURES, "parameters,http,clients", flag="--measure")
     add("--requests", type=positive, default=512 if gpu else 60, metavar="REQUESTS", help="of part clients")
     add("--clients", type=positive, default=256 if gpu else 16, metavar="SEQUENCES", help="that ask at once")
     add("--leaving", type=probability, default=0.3, metavar="SHARE", help="of clients that go away in the middle")
@@ -112,44 +108,65 @@ def run(args: argparse.Namespace) -> int:
     if args.context + args.max_output > args.max_seq_len:
         raise ConfigError(f"{args.context} tokens and {args.max_output} exceed --max-seq-len {args.max_seq_len}")
     recording = Recording("doors", args)
-    model, random = model_of(args), np.random.default_rng(args.seed)
+    model, random = recording.model, np.random.default_rng(args.seed)
     lengths = random.integers(max(1, args.context // 4), args.context + 1, args.prompts)
     prompts = [random.integers(0, vocab_of(model), length).tolist() for length in lengths]
     trace = Trace(prompts, args.max_output)
-    recording.say(f"{args.model} is loaded")
-    if SHARED & set(args.measure):
-        through_one_engine(recording, args, model, trace, random)
-    if "updates" in args.measure:
+    shared = Shared(recording, trace)
+
+    def updates(recording: Recording) -> None:
+        shared.close()
         measure_updates(recording, args, model)
-    if "deterministic" in args.measure:
-        measure_deterministic(recording, args, model, trace.prompts)
+
+    parts: dict[str, Part] = {
+        "parameters": lambda recording: measure_parameters(recording, args, shared.engine, trace),
+        "deterministic": lambda recording: measure_deterministic(recording, args, shared.engine, prompts),
+        "http": lambda recording: measure_http(recording, args, shared.server, trace, shared.alone),
+        "clients": lambda recording: measure_clients(recording, args, shared.server, trace, shared.wanted, random),
+        "updates": updates,
+    }
+    try:
+        recording.measure(parts, [name for name in MEASURES if name in args.measure])
+    finally:
+        shared.close()
     return recording.conclude()
 
 
-def through_one_engine(
-    recording: Recording, args: argparse.Namespace, model: PreTrainedModel, trace: Trace, random: np.random.Generator
-) -> None:
-    """The parts that share an engine."""
-    cache = make_cache("vattn", shape_of(model, args.max_seqs, args.max_seq_len), args.device, args.budget)
-    # Every round computes every prompt.
-    engine = Engine(model, cache, attention=args.attention, prefix_cache=False, tokenizer=tokenizer_of(vocab_of(model)))
-    recording.say("an engine is captured")
-    try:
-        engine_seconds(engine, trace, trace.plain)
-        if "parameters" in args.measure:
-            measure_parameters(recording, args, engine, trace)
-        if not {"http", "clients"} & set(args.measure):
-            return
-        wanted = engine.generate(trace.prompts, replace(trace.plain, logprobs=2))
-        alone = [engine_seconds(engine, trace, trace.plain)[0] for _ in range(args.rounds)]
-    finally:
-        if not {"http", "clients"} & set(args.measure):
-            engine.close()
-    with serving(engine, 4 * args.clients + args.prompts, args.max_seq_len) as server:
-        if "http" in args.measure:
-            measure_http(recording, args, server, trace, alone)
+class Shared:
+    """The engine that most parts share, and a server over it: each is made when it is first asked for."""
+
+    def __init__(self, recording: Recording, trace: Trace) -> None:
+        self._recording, self._trace = recording, trace
+        self._opened = ExitStack()
+        self.alone: list[float] = []
+        self.wanted: list[Completion] = []
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Before a server has it."""
+        args, model = self._recording.args, self._recording.model
+        cache = make_cache("vattn", shape_of(model, args.max_seqs, args.max_seq_len), args.device, args.budget)
+        tokenizer = tokenizer_of(vocab_of(model))
+        # Every round computes every prompt.
+        engine = Engine(model, cache, attention=args.attention, prefix_cache=False, tokenizer=tokenizer)
+        self._opened.callback(engine.close)
+        self._recording.say("an engine is captured")
+        engine_seconds(engine, self._trace, self._trace.plain)
+        return engine
+
+    @cached_property
+    def server(self) -> Serving:
+        """With what the engine alone gives, and takes, before."""
+        args, trace = self._recording.args, self._trace
         if "clients" in args.measure:
-            measure_clients(recording, args, server, trace, wanted, random)
+            self.wanted = self.engine.generate(trace.prompts, replace(trace.plain, logprobs=2))
+        if "http" in args.measure:
+            self.alone = [engine_seconds(self.engine, trace, trace.plain)[0] for _ in range(args.rounds)]
+        return self._opened.enter_context(serving(self.engine, 4 * args.clients + args.prompts, args.max_seq_len))
+
+    def close(self) -> None:
+        """Close both. Idempotent."""
+        self._opened.close()
 
 
 def engine_seconds(engine: Engine, trace: Trace, params: SamplingParams) -> tuple[float, int]:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import mean, median
@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from trtllm_vattn.arguments import amount, positive
-from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.case import vocab_of
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_steady
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.observe.metrics import start_metrics_server
@@ -55,7 +56,14 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     if args.steps <= UNTIMED:
         raise ConfigError(f"--steps is {args.steps}, of which the first {UNTIMED} of a turn are not timed; give more")
-    model, rounds = model_of(args), []
+    recording = Recording("observe", args)
+    recording.measure({"rounds": measure_rounds})
+    return recording.conclude(tabulate(recording.results.get("rounds", []), COLUMNS))
+
+
+def measure_rounds(recording: Recording) -> Iterator[dict[str, Any]]:
+    """Two engines over one model in turns, one of them watched."""
+    args, model = recording.args, recording.model
     longest = args.context + (args.rounds + 1) * args.steps + 64
     shape = shape_of(model, args.max_seqs, longest)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
@@ -63,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         drivers = {"without": open_driver(args.device), "with": TracingDriver(open_driver(args.device), trace)}
         engines = {}
         for name, driver in drivers.items():
+            recording.say(f"start the engine: {name}")
             cache = make_cache("vattn", shape, args.device, driver=driver)
             given = trace if name == "with" else None
             engines[name] = opened.enter_context(Engine(model, cache, attention=args.attention, trace=given))
@@ -78,22 +87,23 @@ def run(args: argparse.Namespace) -> int:
                 taken[name] = _turn(engines[name], args.steps)
             # The first turn warms up.
             if turn:
-                rounds.append(_row(turn - 1, taken))
+                recording.add("rounds", _row(turn - 1, taken))
+                yield compared(recording.results["rounds"])
         trace.close()
-        noted = len(read_trace(trace.path))
-        wrong = [each for each in (trace.error,) if each is not None]
-        dropped = trace.dropped
+        recording.wrong += [each for each in (trace.error,) if each is not None]
+        yield {"events": len(read_trace(trace.path)), "events_dropped": trace.dropped}
+
+
+def compared(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The figures that are quoted, of the rounds so far."""
     ratios = [row["ratio"] for row in rounds]
-    summary = {
+    return {
         "metrics_trace_top_over_without": median(ratios),
         "lowest_round": min(ratios),
         "highest_round": max(ratios),
         "p50_over_without": median(row["p50_ratio"] for row in rounds),
         "without_step_ms": median(row["without_ms"] for row in rounds),
-        "events": noted,
-        "events_dropped": dropped,
     }
-    return conclude("observe", args, {"rounds": rounds}, summary, tabulate(rounds, COLUMNS), wrong=wrong)
 
 
 def _begin(engine: Engine, args: argparse.Namespace, vocab: int, longest: int) -> None:

@@ -106,6 +106,9 @@ def serve_beside(result: Result) -> str:
         group.setdefault(row["engine"], []).append(row)
     lines, names = [], ["vattn", "peer"]
     for (trace, rate), engines in groups.items():
+        if len({len(rows) for rows in engines.values()}) != 1 or len(engines) != 2:
+            # A run that was cut off.
+            continue
         names, (ours, theirs) = list(engines), engines.values()
         for figure, label in BESIDE.items():
             pairs = [(one[figure], other[figure]) for one, other in zip(ours, theirs, strict=True)]
