@@ -255,6 +255,20 @@ def test_both_serve_the_same_requests_in_turns(
     assert beside[4] == f"{(rows[3]['output_throughput'] + rows[7]['output_throughput']) / 2:,.1f}"
     assert "what vLLM prints at import goes to stdout" in (tmp_path / "peer.log").read_text()
     assert (tmp_path / "serve.png").stat().st_size > 10_000
+    # What saturates the peer is known from then on.
+    again = tmp_path / "paced.json"
+    command[command.index(str(result))] = str(again)
+    assert main([*command, "--peer-saturated", str(result)]) == 0
+    kept = json.loads(again.read_text())
+    assert [(row["engine"], row["kind"]) for row in kept["results"]["runs"]] == [
+        ("vattn", "server"),
+        ("vllm", "server"),
+    ] * 2
+    assert kept["summary"]["request_rate_azure"] == summary["request_rate_azure"]
+    assert "total_over_vllm_azure" not in kept["summary"]
+    unknown = [each if each != str(azure) else str(lengths) for each in command]
+    assert main([*unknown, "--peer-saturated", str(result)]) == 2
+    assert "does not say what saturates vllm of sharegpt-2" in capsys.readouterr().err
 
 
 def test_a_peer_sees_the_device_that_we_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_peer(parser, "serve the same requests by it too, in turns")
     text = "then serve at this share of the rate that saturates the peer, once; 0 leaves it out"
     add("--peer-load", type=tolerance, default=0.8, metavar="SHARE", help=text)
+    text = (
+        "an earlier result that says what saturates the peer, so that nothing comes at once (default: it is measured)"
+    )
+    add("--peer-saturated", type=Path, metavar="FILE", help=text)
     add_plot(parser)
 
 

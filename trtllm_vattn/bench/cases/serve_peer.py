@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.bench.harness.case import engine_options, vocab_of
 from trtllm_vattn.bench.harness.peer import Peer, check_tokens, fit_together, opener, write_config
 from trtllm_vattn.bench.harness.recording import Part, Recording
+from trtllm_vattn.bench.harness.report import load
 from trtllm_vattn.bench.harness.serving import (
     Clock,
     Load,
@@ -39,6 +40,7 @@ from trtllm_vattn.bench.harness.workload import prompts_of
 from trtllm_vattn.bench.publish.plots import plot_serve
 from trtllm_vattn.bench.publish.tables import serve_beside
 from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.machine import versions
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
@@ -228,10 +230,11 @@ def run(args: argparse.Namespace, wanted: Sequence[tuple[Path | None, list[Reque
         write_config(model, Path(folder))
         ours, theirs = Ours(model, args), Theirs(make, args.peer, Path(folder), args)
         turns = Turns([ours, theirs], recording, vocab_of(model), together(model, args))
+        parts = schedule(args, traces, turns)
         results.update(runs=turns.rows, versions={OURS: versions(), args.peer: told})
         results.update(settings={OURS: ours.settings, args.peer: theirs.settings}, peer_start_s=theirs.start_s)
         try:
-            recording.measure(schedule(args, traces, turns))
+            recording.measure(parts)
         finally:
             ours.stop()
             theirs.stop()
@@ -258,16 +261,26 @@ def schedule(args: argparse.Namespace, traces: Sequence[Traced], turns: Turns) -
             turns.take([(traced, rate) for traced in traces], number, "offline" if saturating else "server")
 
     def below(recording: Recording) -> None:
-        rows = [row for row in turns.rows if row["engine"] == args.peer]
-        most = {
-            name: mean(row["request_throughput"] for row in rows if row["trace"] == name)
-            for name in {row["trace"] for row in rows}
-        }
+        most = saturation(turns.rows if args.peer_saturated is None else earlier, args.peer)
         paced = [(traced, args.peer_load * most[traced[0]]) for traced in traces if traced[0] in most]
         turns.take(paced, 0, "server")
 
+    if args.peer_saturated is not None:
+        earlier = load(args.peer_saturated)["results"]["runs"]
+        if missing := sorted({name for name, _ in traces} - saturation(earlier, args.peer).keys()):
+            raise ConfigError(f"{args.peer_saturated} does not say what saturates {args.peer} of {', '.join(missing)}")
+        return {"below_saturation": below}
     paced = {"below_saturation": below} if saturating and args.peer_load else {}
     return {"at_once" if saturating else "at_rate": at_rate, **paced}
+
+
+def saturation(rows: Sequence[dict[str, Any]], peer: str) -> dict[str, float]:
+    """Requests a second that the peer finished of each trace, all of which came at once."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if (row["engine"], row["request_rate"]) == (peer, "at once"):
+            found.setdefault(row["trace"], []).append(row["request_throughput"])
+    return {name: mean(rates) for name, rates in found.items()}
 
 
 def compared(rows: Sequence[dict[str, Any]], peer: str) -> dict[str, Any]:
