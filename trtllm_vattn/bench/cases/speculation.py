@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lanes", type=numbers, default="1,32,128" if gpu else "1,3", metavar="SEQUENCES,...", help=text)
     text = "tokens of each sequence before it decodes"
     add("--context", type=positive, default=512 if gpu else 256, metavar="TOKENS", help=text)
-    add("--output-tokens", type=positive, default=128 if gpu else 48, metavar="TOKENS", help="of each sequence")
+    add("--output-tokens", type=positive, default=192 if gpu else 48, metavar="TOKENS", help="of each sequence")
     add_rounds(parser, 1, "number of drafts")
 
 
