@@ -33,8 +33,8 @@ import torch
 from tqdm import tqdm
 
 from trtllm_vattn.arguments import non_negative, positive, size
+from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import add_common, dtype_of
-from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.runtime.engine import Engine
@@ -43,9 +43,6 @@ from trtllm_vattn.tenancy import journal
 from trtllm_vattn.tenancy.broker import Broker, open_exportable
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.vmm.host import HostDriver
-
-# Whether there is a GPU is asked of NVML: once torch has asked the driver, forked children cannot use it.
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 EVENT = struct.Struct("<iii")
 BEGAN, STEP, ENDED = -1, -2, -3
@@ -76,32 +73,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where a sequence was lost, a token was another, or came twice."""
     started = time.perf_counter()
-    recording = Recording("survival", args)
-
-    def kills(recording: Recording) -> list[dict[str, Any]]:
-        counts, lives = survive(args, path)
-        recording.results["lives"] = lives
-        named = {
-            "kills": "kills",
-            "sequences_lost": "lost",
-            "tokens_differing": "differing",
-            "tokens_twice": "twice",
-            "prefilled_again": "again",
-            "sequences": "sequences",
-            "tokens": "tokens",
-        }
-        next_token_s = summarise([each["next_token_s"] for each in lives if "next_token_s" in each])
-        return [{**{name: counts[kind] for name, kind in named.items()}, "next_token_s": next_token_s}]
-
-    parts: dict[str, Part] = {"kills": kills}
-    if args.journal_steps:
-        parts["journal"] = lambda recording: [journal_cost(args, path)]
     with tempfile.TemporaryDirectory() as folder, broker_process(args, Path(folder) / "broker") as path:
-        recording.measure(parts)
-    recording.sum_up(seconds=time.perf_counter() - started)
+        counts, lives = survive(args, path)
+        costs = journal_cost(args, path) if args.journal_steps else {}
+    summary = {
+        "kills": counts["kills"],
+        "sequences_lost": counts["lost"],
+        "tokens_differing": counts["differing"],
+        "tokens_twice": counts["twice"],
+        "prefilled_again": counts["again"],
+        "sequences": counts["sequences"],
+        "tokens": counts["tokens"],
+        "next_token_s": summarise([each["next_token_s"] for each in lives if "next_token_s" in each]),
+        **costs,
+        "seconds": time.perf_counter() - started,
+    }
     names = ("sequences_lost", "tokens_differing", "tokens_twice", "prefilled_again")
-    wrong = [f"{name}: {recording.summary[name]}" for name in names if recording.summary.get(name)]
-    return recording.conclude(wrong=wrong)
+    wrong = [f"{name}: {summary[name]}" for name in names if summary[name]]
+    return conclude("survival", args, {"lives": lives}, summary, wrong=wrong)
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

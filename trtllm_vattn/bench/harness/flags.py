@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ import torch
 from trtllm_vattn.arguments import amount, chosen, device, listed, numbers, output, positive, seed
 from trtllm_vattn.attention.select import BACKENDS
 from trtllm_vattn.cache.select import CACHES
+
+# Whether there is a GPU is asked of NVML: where torch has asked the driver, forked children cannot use it.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 PLOTS = (".png", ".svg", ".pdf")
 BUDGET = "KV memory of each cache, as 40GiB"
