@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_vattn.arguments import amount, positive
+from trtllm_vattn.arguments import positive
 from trtllm_vattn.bench.harness.case import vocab_of
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_steady
 from trtllm_vattn.bench.harness.recording import Recording
@@ -49,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attention(parser)
     add("--max-seqs", type=positive, default=64 if gpu else 4, metavar="SEQUENCES", help="that decode all the time")
     add_steady(parser, "engine", 1024 if gpu else 32, 8 if gpu else 3, 300 if gpu else 40)
-    add("--interval-s", type=amount, default=1.0, metavar="SECONDS", help="between frames of top")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,7 +76,7 @@ def measure_rounds(recording: Recording) -> Iterator[dict[str, Any]]:
             engines[name] = opened.enter_context(Engine(model, cache, attention=args.attention, trace=given))
             _begin(engines[name], args, vocab_of(model), longest)
         server = opened.enter_context(start_metrics_server(engines["with"]))
-        watcher = opened.enter_context(_watching(server.port, args.interval_s))
+        watcher = opened.enter_context(_watching(server.port))
         for turn in range(args.rounds + 1):
             # Who goes first alternates, so that a machine that becomes slower or faster favours nobody.
             order = ("without", "with") if turn % 2 else ("with", "without")
@@ -138,10 +137,10 @@ def _row(turn: int, taken: dict[str, list[float]]) -> dict[str, Any]:
 
 
 @contextmanager
-def _watching(port: int, interval_s: float) -> Iterator[subprocess.Popen[bytes]]:
+def _watching(port: int) -> Iterator[subprocess.Popen[bytes]]:
     """`top` in a process of its own."""
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-c", WATCH, "top", url, "--interval-s", str(interval_s)]
+    command = [sys.executable, "-c", WATCH, "top", url]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         yield process

@@ -56,6 +56,8 @@ VARIANTS: dict[str, tuple[Way, ...]] = {
 }
 CROSSOVER_TOKENS = tuple(16 << power for power in range(14))
 CROSSOVER_EXTENTS = (2 << 20, 32 << 20, 256 << 20)
+EXPECTED_TOKENS = 256
+"""Output tokens that a table is expected to be read for, in the crossover."""
 
 COLUMNS: dict[str, str | Callable[[Any], str]] = {
     "requests": "workload",
@@ -105,8 +107,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--segments", type=numbers, default="4,2", metavar="N,...", help=text)
     text = "largest extents, each tried"
     add("--largest-extent", type=sizes, default="16MiB,256MiB", metavar="BYTES,...", help=text, dest="extents")
-    text = "output tokens that a table is expected to be read for"
-    add("--expected-tokens", type=positive, default=256, metavar="TOKENS", help=text)
     add_results(parser, plots=True)
 
 
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
             {
                 "extent_bytes": extent,
                 "points": crossover(
-                    CROSSOVER_TOKENS, TOKEN_BYTES, extent, ReuseCosts(), args.expected_tokens, RANGES, GRANULARITY
+                    CROSSOVER_TOKENS, TOKEN_BYTES, extent, ReuseCosts(), EXPECTED_TOKENS, RANGES, GRANULARITY
                 ),
             }
             for extent in CROSSOVER_EXTENTS

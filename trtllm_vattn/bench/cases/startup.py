@@ -65,8 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budgets", type=sizes, default=usual, metavar="BYTES,...", help="of KV, set one after the other")
     text = f"{TIE_TOLERANCE}: cuDNN's decode of many lanes is not the same to the last bit from one call to the next"
     add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=text)
-    text = "tokens of each sequence of those that fill a budget"
-    add("--filler-tokens", type=positive, default=7900 if gpu else 500, metavar="TOKENS", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,7 +118,7 @@ def _sized(recording: Recording) -> Iterator[dict[str, Any]]:
     """Budgets set one after the other under the same graphs, and filled."""
     args, model = recording.args, recording.model
     # Fillers take whole slots, so that nothing is mapped ahead for them.
-    longest = args.filler_tokens
+    longest = 7900 if args.device != "cpu" else 500
     one = longest * shape_of(model, 1, longest).token_bytes
     slots = max(args.budgets) // one + 4
     cache = KVCacheManager(shape_of(model, slots, longest), open_driver(args.device))
@@ -132,7 +130,7 @@ def _sized(recording: Recording) -> Iterator[dict[str, Any]]:
             started = perf_counter()
             engine.set_budget(budget)
             set_s = perf_counter() - started
-            fillers, fill_s = _fill(cache, args.filler_tokens)
+            fillers, fill_s = _fill(cache, longest)
             held = cache.stats().held_bytes
             # Room for the prompts, in memory that was somebody's before.
             cache.release(fillers.pop())

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import amount, numbers, positive
+from trtllm_vattn.arguments import amount, positive
 from trtllm_vattn.bench.harness.contenders import Contender, fill, take_turns
 from trtllm_vattn.bench.harness.flags import add_common, add_parts, add_steady, dtype_of
 from trtllm_vattn.bench.harness.recording import Part, Recording
@@ -33,6 +33,8 @@ from trtllm_vattn.table import tabulate
 PARTS = ("steps", "replays", "large")
 SLOTS, REPLAY_LEN = 8, 192
 """Of the replays: sequences at once, and tokens of the longest."""
+LARGE, LARGE_BATCHES = {"cuda": "llama-3-70b", "cpu": "tiny-qwen3"}, [1, 32]
+"""Shape of the part large, and sequences of its steps."""
 TIE = 1e-3
 """Two largest logits that are closer than this, in float32, are a tie."""
 
@@ -57,9 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "replays of the small model over memory that is remapped"
     add("--replays", type=positive, default=20_000 if gpu else 120, metavar="REPLAYS", help=text)
     add("--seconds", type=amount, default=60.0, metavar="SECONDS", help="end the replays after so many")
-    text = "shape of the part large"
-    add("--large-model", default="llama-3-70b" if gpu else "tiny-qwen3", metavar="MODEL", help=text)
-    add("--large-batch-sizes", type=numbers, default="1,32", metavar="SEQUENCES,...", help="of the part large")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -181,14 +180,14 @@ def _row(model: str, batch: int, ranks: int, contender: Contender, ratio: float 
 
 def _large(args: argparse.Namespace, ranks: Ranks) -> list[dict[str, Any]]:
     rows = []
-    batches = args.large_batch_sizes
-    options = _options(args, args.large_model, batches)
+    batches, model = LARGE_BATCHES, LARGE["cpu" if args.device == "cpu" else "cuda"]
+    options = _options(args, model, batches)
     with Engine.from_pretrained(device=args.device, budget="2GiB", tensor_parallel=ranks, **options) as engine:
         engine.set_budget(_budget(args, engine, batches))
         for batch in batches:
             with _filled(engine, args, batch, batches) as contender:
-                take_turns([contender], args.rounds, args.steps, f"{args.large_model}, batch {batch}")
-                rows.append(_row(args.large_model, batch, ranks.size, contender, None))
+                take_turns([contender], args.rounds, args.steps, f"{model}, batch {batch}")
+                rows.append(_row(model, batch, ranks.size, contender, None))
     return rows
 
 
