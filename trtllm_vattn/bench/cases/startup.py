@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         def warm(recording: Recording) -> Iterator[dict[str, Any]]:
             if args.kept is not None:
                 # What is kept may be of other shapes, or nothing yet.
-                yield start("first", str(args.kept))
+                yield start("unquoted", str(args.kept))
             yield start("warm", made if args.kept is None else str(args.kept))
 
         parts: dict[str, Part] = {"cold": lambda recording: [start("cold", made)], "warm": warm, "budgets": _sized}
