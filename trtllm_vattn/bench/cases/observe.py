@@ -22,7 +22,7 @@ from trtllm_vattn.bench.harness.case import vocab_of
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_steady
 from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.errors import ConfigError, VattnError
 from trtllm_vattn.observe.metrics import start_metrics_server
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
@@ -84,6 +84,8 @@ def measure_rounds(recording: Recording) -> Iterator[dict[str, Any]]:
             for name in order:
                 os.kill(watcher.pid, signal.SIGCONT if name == "with" else signal.SIGSTOP)
                 taken[name] = _turn(engines[name], args.steps)
+            if (code := watcher.poll()) is not None:
+                raise VattnError(f"top ended with {code} by itself, so that nobody watched; its error is above")
             # The first turn warms up.
             if turn:
                 recording.add("rounds", _row(turn - 1, taken))
