@@ -322,7 +322,6 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
             "fastgen_returned_over_evicted_large_extents",
         ),
     ),
-    "compression-windows": (("compression_windows.json",), figures),
     "plugin": (("plugin.json",), figures),
     "xqa": (("xqa.json",), figures),
     "faults": (("faults.json",), figures),
