@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
                     Sending(plan, connection, recording).run()
 
             _, (received,) = ranks.call_beside(own, receive_all, plan, address, key)
-        return [received]
+        return [{**received, "complete": True}]
 
     try:
         recording.measure({" and ".join(plan.parts): between})
@@ -275,7 +275,7 @@ class Sending:
 
     def __init__(self, plan: Plan, connection: Connection, recording: Recording) -> None:
         self.plan, self._connection, self._recording = plan, connection, recording
-        recording.sum_up(link=plan.link, same_device=plan.gpus[0] == plan.gpus[1])
+        recording.sum_up(link=plan.link, same_device=plan.gpus[0] == plan.gpus[1], complete=False)
 
     def run(self) -> None:
         if "sequences" in self.plan.parts:
