@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +19,8 @@ import torch
 from random_reads import check_size, reader
 
 from trtllm_vattn.arguments import positive, probability, sizes
-from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import add_device, add_results
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.timing import summarise, timed_ms
 from trtllm_vattn.cache.calibrated import card_of
 from trtllm_vattn.cli.parser import run_script
@@ -72,21 +71,22 @@ def run(args: argparse.Namespace) -> int:
         check_size(size)
     if not 0 < args.hot_pages < 1:
         raise ConfigError(f"--hot-pages is {args.hot_pages}; give a part above 0 and below 1")
-    driver, began = open_driver(args.device), perf_counter()
-    rows: list[dict[str, Any]] = []
-    for working_set in args.working_sets:
-        with extents(driver, working_set) as (base, handles):
-            for name in ARRANGEMENTS:
-                print(f"[{perf_counter() - began:6.1f} s] {working_set / 1e9:.1f} GB, {name}", file=sys.stderr)
-                rows += measured(args, driver, base, handles, name)
-    return conclude(
-        "placement",
-        args,
-        {"runs": rows},
-        summary(rows),
-        tabulate(rows, COLUMNS),
-        program="python scripts/experiments/placement.py",
-    )
+    recording = Recording("placement", args, "python scripts/experiments/placement.py")
+    driver = open_driver(args.device)
+
+    def of(working_set: int) -> Part:
+        def measure(recording: Recording) -> list[dict[str, Any]]:
+            with extents(driver, working_set) as (base, handles):
+                for name in ARRANGEMENTS:
+                    recording.say(f"{working_set / 1e9:.1f} GB, {name}")
+                    for row in measured(args, driver, base, handles, name):
+                        recording.add("runs", row)
+            return [summary(recording.results["runs"])]
+
+        return measure
+
+    recording.measure({f"{size / 1e9:.1f} GB": of(size) for size in args.working_sets})
+    return recording.conclude(tabulate(recording.results.get("runs", []), COLUMNS))
 
 
 @contextmanager

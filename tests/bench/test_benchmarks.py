@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from trtllm_vattn.bench.cases import startup
 from trtllm_vattn.bench.cases.ledger import LedgerDriver
 from trtllm_vattn.bench.cases.serve import compared, densest
 from trtllm_vattn.bench.harness.timing import Clock, Timer
@@ -88,6 +89,25 @@ def test_start_sizes_after_capturing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     # The second start finds what the first one left.
     assert len(folders) == 2
     assert folders[0] == folders[1]
+
+
+def test_a_warm_start_finds_what_is_kept_and_one_before_it_is_not_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[str] = []
+
+    def started(args: Any, kept: str) -> dict[str, Any]:
+        folders.append(kept)
+        return {"first_token_s": 50.0 / len(folders), "capture_s": 2.0, "capture_bytes": 1}
+
+    monkeypatch.setattr(startup, "_started", started)
+    report = tmp_path / "start.json"
+    command = ["bench", "start", *HOST, "--parts", "warm", "--kept", str(tmp_path), "--output-json", str(report)]
+    assert main(command) == 0
+    found = json.loads(report.read_text())
+    assert folders == [str(tmp_path)] * 2
+    assert (found["summary"]["unquoted_first_token_s"], found["summary"]["warm_first_token_s"]) == (50.0, 25.0)
+    assert "cold_first_token_s" not in found["summary"]
 
 
 def test_policies_take_turns(tmp_path: Path) -> None:
@@ -218,7 +238,7 @@ def test_a_burst_is_mapped_by_few_calls_and_from_stock(tmp_path: Path) -> None:
 
 def test_steady_decode_alone(tmp_path: Path) -> None:
     report = run_small(tmp_path, "burst", *HOST, "--rounds", "0", "--steady-steps", "12")
-    assert report["results"]["bursts"] == []
+    assert "bursts" not in report["results"]
     assert report["summary"]["critical_path_maps_steady"] == 0
     assert report["summary"]["steady_steps"] >= 12
     assert "p99_ratio" not in report["summary"]
@@ -294,12 +314,16 @@ def test_attention_is_timed_over_flat_kv_and_block_tables(tmp_path: Path) -> Non
     assert not [row for row in points if "refused" in row]
     assert {row["layer_bytes"] for row in points if row["point"] == "2 x 40"} == {2 * 40 * 2 * 2 * 16 * 4}
     assert len(report["results"]["same_kernels"]) == 1
+    step = {row["attention"]: row for row in report["results"]["step"]}
+    assert {row["sequences"] for row in step.values()} == {10}
+    assert min(row["tokens"] for row in step.values()) > 9 * 5 + 200
+    assert report["summary"]["uneven_10_step_over_torch"] > 0
 
 
 def test_attentions_parts_are_chosen_and_kept_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["attention", "--device", "cpu", "--repeats", "1", "--heads", "4,2,16", "--parts", "prompts,decode"]
     report = run_small(tmp_path, *command)
-    assert list(report["results"]) == ["prompts", "decode"]
+    assert list(report["results"]["part_seconds"]) == ["prompts", "decode"]
     assert "prompts is measured" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", *command[:-1], "speed"])

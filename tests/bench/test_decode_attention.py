@@ -19,7 +19,9 @@ def test_even_and_uneven_batches_are_timed_with_one_query_and_with_four() -> Non
     assert not result["refused"]
     assert {row["layer_bytes"] for row in result["points"] if row["point"] == "4 x 40"} == {160 * 2 * 2 * 16 * 4}
     assert list(decode_attention.summary(result)) == ["queries_4_over_1"]
-    assert "| 8 uneven" in decode_attention.show(result)
+    shown = decode_attention.show(result)
+    assert "| 8 uneven" in shown
+    assert "vllm-fa3: FlashAttention-3 needs a GPU" in shown
 
 
 def measured() -> dict[str, Any]:
@@ -43,6 +45,16 @@ def test_the_summary_compares_with_the_read_limit_and_with_cudnn() -> None:
         "queries_4_over_1": pytest.approx(1.02),
         "picked_over_best": pytest.approx(1.125),
     }
+
+
+def test_vllms_kernel_is_compared_where_it_is_there() -> None:
+    found = measured()
+    for point, us in (("64 uneven", 125.0), ("8 x 8192", 80.0)):
+        row = {"point": point, "system": "vllm-fa3", "queries": 1, "layer_us": {"p50": us}, "layer_bytes": 1}
+        found["points"].append(row)
+    summary = decode_attention.summary(found)
+    assert summary["own_over_vllm_fa3_64_uneven"] == pytest.approx(0.8)
+    assert summary["own_over_vllm_fa3_worst"] == pytest.approx(1.25)
 
 
 def test_what_was_refused_is_not_summed_up() -> None:

@@ -37,7 +37,7 @@ def test_clients_are_killed_at_random_get_the_engines_tokens_and_leave_nothing(t
     command += ["--client-processes", "2", "--library", "openai", "--context", "12", "--max-output", "5"]
     assert main([*command, "--max-seqs", "4", "--output-json", str(report)]) == 0
     written = json.loads(report.read_text())
-    assert list(written["results"]) == ["parameters", "http", "clients"]
+    assert list(written["results"]["part_seconds"]) == ["parameters", "http", "clients"]
     summary = written["summary"]
     assert (summary["requests"], summary["leaked"], summary["wrong"], summary["failed"]) == (40, 0, 0, 0)
     assert (summary["hung"], summary["gone_away"] > 0, summary["killed"] > 0) == (0, True, True)

@@ -53,7 +53,6 @@ def test_it_is_measured_with_and_without_drafts(
 ) -> None:
     monkeypatch.setitem(SHAPES["tiny-llama"], "num_hidden_layers", 1)
     monkeypatch.setattr(speculation, "DRAFTS", (0, 3))
-    monkeypatch.setattr(speculation, "ENGINES", (0, 3))
     result = tmp_path / "speculation.json"
     command = ["bench", "speculation", "--device", "cpu", "--model", "tiny-llama", "--lanes", "2"]
     command += ["--context", "24", "--output-tokens", "18", "--attention", "torch"]

@@ -8,7 +8,9 @@ import inspect
 import json
 import math
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 from trtllm_vattn.bench.cases import serve_peer
+from trtllm_vattn.bench.harness import recording
 from trtllm_vattn.bench.harness.peer import PEERS, Peer, check_tokens, fit_together, visible, write_config
 from trtllm_vattn.bench.harness.serving import Load, Served
 from trtllm_vattn.bench.harness.traces import Request
@@ -137,7 +140,7 @@ def test_a_peer_that_is_not_there_is_refused_at_the_door(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["bench", "serve", "--device", "cpu", "--model", "tiny-llama", "--peer", "vllm"]
-    monkeypatch.setattr(serve_peer, "model_of", lambda args: pytest.fail("nothing is loaded before"))
+    monkeypatch.setattr(recording, "model_of", lambda args: pytest.fail("nothing is loaded before"))
     assert main([*command, "--peer-path", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert f"vllm is not installed for {sys.executable}; install it, or say where by --peer-python" in said
@@ -252,6 +255,20 @@ def test_both_serve_the_same_requests_in_turns(
     assert beside[4] == f"{(rows[3]['output_throughput'] + rows[7]['output_throughput']) / 2:,.1f}"
     assert "what vLLM prints at import goes to stdout" in (tmp_path / "peer.log").read_text()
     assert (tmp_path / "serve.png").stat().st_size > 10_000
+    # What saturates the peer is known from then on.
+    again = tmp_path / "paced.json"
+    command[command.index(str(result))] = str(again)
+    assert main([*command, "--peer-saturated", str(result)]) == 0
+    kept = json.loads(again.read_text())
+    assert [(row["engine"], row["kind"]) for row in kept["results"]["runs"]] == [
+        ("vattn", "server"),
+        ("vllm", "server"),
+    ] * 2
+    assert kept["summary"]["request_rate_azure"] == summary["request_rate_azure"]
+    assert "total_over_vllm_azure" not in kept["summary"]
+    unknown = [each if each != str(azure) else str(lengths) for each in command]
+    assert main([*unknown, "--peer-saturated", str(result)]) == 2
+    assert "does not say what saturates vllm of sharegpt-2" in capsys.readouterr().err
 
 
 def test_a_peer_sees_the_device_that_we_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,8 +300,9 @@ class Stub:
 @pytest.mark.parametrize("together", [True, False])
 def test_engines_that_do_not_fit_together_are_made_for_their_turns(together: bool) -> None:
     told: list[str] = []
-    args = argparse.Namespace(burstiness=1.0, seed=0, max_seq_len=64, goodput=None)
-    turns = serve_peer.Turns([Stub("a", told), Stub("b", told)], args, 512, together)
+    args = argparse.Namespace(burstiness=1.0, seed=0, max_seq_len=64, goodput=None, peer="b", output_json=None)
+    kept = recording.Recording("serve", args)
+    turns = serve_peer.Turns([Stub("a", told), Stub("b", told)], kept, 512, together)
     for number in range(2):
         turns.take([((name, [Request(0.0, 5, 2)] * 3), math.inf) for name in ("x", "y")], number, "offline")
     warm_up = len(serve_peer.WARM_UP) * 3
@@ -315,9 +333,28 @@ def test_what_was_measured_is_kept_when_the_peer_fails(tmp_path: Path, capsys: p
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve_peer.Turns, "take", once)
         patch.setattr(serve_peer, "WARM_UP", (17,))
-        assert main(command) == 2
+        assert main(command) == 1
     assert "it fell over" in capsys.readouterr().err
-    assert len(json.loads(result.read_text())["results"]["runs"]) == 2
+    kept = json.loads(result.read_text())
+    assert len(kept["results"]["runs"]) == 2
+    assert kept["summary"]["incomplete"] == ["below_saturation"]
+
+
+def test_a_peer_ends_where_whoever_asked_for_it_was_killed() -> None:
+    script = f"""
+import subprocess, sys, time
+worker = subprocess.Popen([sys.executable, {str(PEERS["vllm"])!r}], stdin=subprocess.PIPE, start_new_session=True)
+print(worker.pid, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout is not None
+        pid = int(asking.stdout.readline())
+        asking.kill()
+    until = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("program", ["cat", "true"])

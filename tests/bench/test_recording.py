@@ -22,19 +22,25 @@ def test_what_was_measured_is_kept_though_the_run_does_not_end(
     recording = Recording("forks", argparse.Namespace(seed=3, output_json=path, plot=None))
     recording.say("first part")
     assert not path.exists()
-    recording.add("runs", {"samples": 1})
-    recording.sum_up(ratio=1.5)
-    recording.add("runs", {"samples": 16})
-    cut_off = json.loads(path.read_text())
-    assert cut_off["results"] == {"runs": [{"samples": 1}, {"samples": 16}]}
-    assert cut_off["summary"] == {"ratio": 1.5, "unfinished": True}
+    cut_off: dict[str, Any] = {}
+
+    def samples(recording: Recording) -> None:
+        recording.add("runs", {"samples": 1})
+        recording.sum_up(ratio=1.5)
+        recording.add("runs", {"samples": 16})
+        cut_off.update(json.loads(path.read_text()))
+
+    recording.measure({"samples": samples, "more": lambda recording: [{"more": 2}]})
+    assert cut_off["results"]["runs"] == [{"samples": 1}, {"samples": 16}]
+    assert cut_off["summary"] == {"ratio": 1.5, "incomplete": ["samples", "more"]}
     assert (cut_off["benchmark"], cut_off["seed"]) == ("forks", 3)
     said = capsys.readouterr().err.splitlines()
-    assert [line.partition(": ")[2] for line in said] == ["first part", "ratio = 1.5"]
+    assert [line.partition(": ")[2] for line in said[:3]] == ["first part", "samples begins", "ratio = 1.5"]
     assert all(re.match(r"\d\d:\d\d:\d\d forks +\d+\.\d s: ", line) for line in said)
     assert recording.conclude() == 0
     whole = json.loads(path.read_text())
-    assert (whole["results"], whole["summary"]) == (cut_off["results"], {"ratio": 1.5})
+    assert whole["results"]["runs"] == cut_off["results"]["runs"]
+    assert whole["summary"] == {"ratio": 1.5, "more": 2}
 
 
 def test_without_a_file_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,10 +72,11 @@ def test_figures_are_written_as_they_come(tmp_path: Path, capsys: pytest.Capture
 
     with pytest.raises(KeyboardInterrupt):
         Recording("made", args).measure({"first": first, "second": second}, ["first", "second"])
-    assert seen[0] == {"a": 1, "b": 2.0, "unfinished": True}
+    assert seen[0] == {"a": 1, "b": 2.0, "incomplete": ["first", "second"]}
     assert seen[1]["failed"] == {"first": "KVCacheOutOfMemory: no memory"}
     assert seen[1]["rows"] == [1, 2]
-    assert written()["summary"] == {"a": 3, "b": 2.0, "unfinished": True}
+    # The one that failed, and the one that was cut off.
+    assert written()["summary"] == {"a": 3, "b": 2.0, "incomplete": ["first", "second"]}
     assert list(written()["results"]["part_seconds"]) == ["first"]
     told = capsys.readouterr().err
     assert "a = 1" in told
@@ -87,4 +94,17 @@ def test_wrong_flags_of_a_part_leave_the_others_to_run(tmp_path: Path) -> None:
     args = argparse.Namespace(seed=0, output_json=tmp_path / "result.json", device="cpu")
     with pytest.raises(ConfigError, match="too few"):
         Recording("made", args).measure({"wrong": wrong, "right": right}, ["wrong", "right"])
-    assert json.loads(args.output_json.read_text())["summary"]["a"] == 1
+    assert json.loads(args.output_json.read_text())["summary"] == {"a": 1, "incomplete": ["wrong"]}
+
+
+def test_a_bug_in_a_part_leaves_the_others_to_run_and_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(recording: Recording) -> None:
+        raise KeyError("a bug")
+
+    args = argparse.Namespace(seed=0, output_json=None, plot=None, device="cpu")
+    recording = Recording("made", args)
+    recording.measure({"broken": broken, "right": lambda recording: [{"a": 1}]})
+    assert (recording.summary, recording.conclude()) == ({"a": 1}, 1)
+    told = capsys.readouterr()
+    assert "Traceback" in told.err
+    assert "incomplete: ['broken']" in told.out

@@ -1,7 +1,8 @@
 """`bench attention`: one library's attention over flat KV and over block tables.
 
 Decode and chunked prefill, sequences of equal and of very unequal length, slots of 128K tokens whose strides pass 2³³
-bytes; and torch's own kernels on a cache's tensors against the same kernels on a tensor that torch allocated.
+bytes; torch's own kernels on a cache's tensors against the same kernels on a tensor that torch allocated; and the whole
+captured step of an uneven batch.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import HEADS, chosen, heads, numbers, positive
+from trtllm_vattn.arguments import HEADS, heads, numbers, positive
 from trtllm_vattn.attention.base import Attention, PrefillChunk
 from trtllm_vattn.attention.select import make_attention
-from trtllm_vattn.bench.cases import attention_features, decode_attention, prompt_attention
+from trtllm_vattn.bench.cases import attention_features, decode_attention, prompt_attention, uneven_step
 from trtllm_vattn.bench.harness.bandwidth import attention_bandwidth
 from trtllm_vattn.bench.harness.flags import (
     add_attention,
     add_device,
+    add_model,
+    add_parts,
     add_results,
     dtype_of,
     points,
 )
-from trtllm_vattn.bench.harness.recording import Recording
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.timing import summarise, timed_ms
 from trtllm_vattn.bench.publish.plots import plot_attention
 from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
@@ -62,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=positive, default=20, metavar="TIMES", help="times that each kernel is timed")
     text = "times that the choice between kernels is judged, by a random batch each, on a GPU"
     add("--picks", type=positive, default=200, metavar="TIMES", help=text)
-    text = f"what is measured, of {', '.join(PARTS)}"
-    add("--parts", type=lambda text: chosen(text, "part", PARTS), default=list(PARTS), metavar="NAME,...", help=text)
+    add_model(parser, default="llama-3.1-8b" if gpu else "tiny-llama")
+    add_parts(parser, PARTS)
     add_results(parser, plots=True)
 
 
@@ -72,13 +75,17 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     shown: list[str] = []
     recording = Recording("attention", args)
-    for name in args.parts:
-        part = PARTS[name]
-        recording.say(name)
-        found = part.measure(args)
-        recording.found(name, found, **part.summary(found))
-        shown.append(part.show(found))
-    plot = plot_attention if "points" in args.parts else None
+
+    def measured(name: str, part: AttentionPart) -> Part:
+        def measure(recording: Recording) -> None:
+            found = part.measure(recording)
+            recording.found(name, found, **part.summary(found))
+            shown.append(part.show(found))
+
+        return measure
+
+    recording.measure({name: measured(name, part) for name, part in PARTS.items()}, args.parts)
+    plot = plot_attention if "points" in recording.results else None
     return recording.conclude("\n".join(filter(None, shown)), plot)
 
 
@@ -89,7 +96,8 @@ def _points(args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
     return [*((f"{n} x {tokens}", np.full(n, tokens)) for n, tokens in args.points), (f"{args.uneven} uneven", uneven)]
 
 
-def _all_points(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _all_points(recording: Recording) -> list[dict[str, Any]]:
+    args = recording.args
     systems = ("flat", *(f"blocks of {size}" for size in args.blocks))
     points = tqdm(_points(args), desc="points", disable=None)
     return [
@@ -241,35 +249,45 @@ def _show(rows: list[dict[str, Any]]) -> str:
 
 
 @dataclass(frozen=True)
-class Part:
+class AttentionPart:
     """One of the benchmark's parts: how it is measured, which figures of it are quoted, and its table."""
 
-    measure: Callable[[argparse.Namespace], Any]
+    measure: Callable[[Recording], Any]
     summary: Callable[[Any], dict[str, Any]]
     show: Callable[[Any], str]
 
 
-def _decode(args: argparse.Namespace) -> dict[str, Any]:
+def _decode(recording: Recording) -> dict[str, Any]:
+    args = recording.args
     dtype = dtype_of(args.device)
     return decode_attention.decode_points(args.device, args.heads, dtype, args.repeats, args.picks, args.seed)
 
 
-def _prompts(args: argparse.Namespace) -> dict[str, Any]:
+def _prompts(recording: Recording) -> dict[str, Any]:
+    args = recording.args
     return prompt_attention.prompt_points(args.device, args.heads, dtype_of(args.device), args.repeats)
 
 
-def _features(args: argparse.Namespace) -> dict[str, Any]:
+def _step(recording: Recording) -> list[dict[str, Any]]:
+    _, uneven = _points(recording.args)[-1]
+    return uneven_step.step_points(recording, uneven.tolist(), recording.args.repeats)
+
+
+def _features(recording: Recording) -> dict[str, Any]:
+    args = recording.args
     return attention_features.feature_points(args.device, args.heads, dtype_of(args.device), args.repeats)
 
 
-def _same(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _same(recording: Recording) -> list[dict[str, Any]]:
+    args = recording.args
     return [row for name, lengths in _points(args)[:-1] for row in _same_kernels(args, name, lengths)]
 
 
 PARTS = {
-    "decode": Part(_decode, decode_attention.summary, decode_attention.show),
-    "prompts": Part(_prompts, prompt_attention.summary, prompt_attention.show),
-    "features": Part(_features, attention_features.summary, attention_features.show),
-    "same_kernels": Part(_same, _over_torch, lambda rows: ""),
-    "points": Part(_all_points, _over_blocks, _show),
+    "decode": AttentionPart(_decode, decode_attention.summary, decode_attention.show),
+    "prompts": AttentionPart(_prompts, prompt_attention.summary, prompt_attention.show),
+    "step": AttentionPart(_step, uneven_step.summary, uneven_step.show),
+    "features": AttentionPart(_features, attention_features.summary, attention_features.show),
+    "same_kernels": AttentionPart(_same, _over_torch, lambda rows: ""),
+    "points": AttentionPart(_all_points, _over_blocks, _show),
 }

@@ -26,9 +26,10 @@ from transformers import PreTrainedModel
 from trtllm_vattn.arguments import non_negative, positive
 from trtllm_vattn.bench.cases.ledger import LedgerDriver
 from trtllm_vattn.bench.cases.serve import densest
-from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.case import vocab_of
 from trtllm_vattn.bench.harness.contenders import fill
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_plot, add_trace
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.timing import Clock, Timer, summarise
 from trtllm_vattn.bench.harness.traces import load_trace
 from trtllm_vattn.bench.publish.plots import plot_burst
@@ -109,36 +110,46 @@ def run(args: argparse.Namespace) -> int:
     kinds = {"equal": [args.prompt_tokens] * args.prompts}
     if args.trace:
         kinds["trace"], span_s = _arrivals(args)
-    model = model_of(args)
-    bursts: dict[str, list[dict[str, Any]]] = {
-        kind: [
-            {"variant": name, "round": number, **_burst(model, args, prompts, *VARIANTS[name])}
-            for number in range(args.rounds)
-            for name in (VARIANTS if kind == "equal" else OF_TRACE)
-        ]
-        for kind, prompts in kinds.items()
-    }
-    books, steady = prepare_step_us(1_000 if args.device == "cpu" else 10_000), _steady(model, args)
-    results = {"bursts": bursts["equal"], "steady": steady, "books": books}
+    recording = Recording("burst", args)
+    results, shown = recording.results, list[str]()
     if args.trace:
-        results["trace_bursts"] = bursts["trace"]
         results["trace_prompts"] = {"span_s": span_s, "tokens": kinds["trace"]}
-    summary: dict[str, Any] = {}
-    shown = []
-    for kind, rows in bursts.items():
-        if rows:
-            summary |= _summary(rows, "" if kind == "equal" else "trace_")
+
+    def bursts(kind: str) -> Part:
+        rows_of, begins = ("bursts", "") if kind == "equal" else ("trace_bursts", "trace_")
+
+        def measure(recording: Recording) -> list[dict[str, Any]]:
+            for number in range(args.rounds):
+                for name in VARIANTS if kind == "equal" else OF_TRACE:
+                    recording.say(f"round {number + 1} of {args.rounds}, {kind}: {name}")
+                    found = _burst(recording.model, args, kinds[kind], *VARIANTS[name])
+                    recording.add(rows_of, {"variant": name, "round": number, **found})
             shown.append(f"burst of {kind} prompts" if kind == "equal" else f"burst of the trace, {span_s:.2f} s")
-            shown.append(tabulate(rows, COLUMNS))
-    summary |= {
-        "critical_path_maps_steady": steady["critical_path_maps"],
-        "steady_steps": steady["steps"],
-        "prepare_step_us_p99": books["prepare_us"]["p99"],
-        "guard_us_p99": books["guard_us"]["p99"],
-        "prepare_step_sequences": books["sequences"],
-        "prepare_step_critical_path_maps": books["critical_path_maps"],
-    }
-    return conclude("burst", args, results, summary, "\n".join(shown), plot_burst if args.rounds else None)
+            shown.append(tabulate(results[rows_of], COLUMNS))
+            return [_summary(results[rows_of], begins)]
+
+        return measure
+
+    parts: dict[str, Part] = {kind: bursts(kind) for kind in kinds} if args.rounds else {}
+    recording.measure({**parts, "steady": _steady_figures})
+    return recording.conclude("\n".join(shown), plot_burst if "bursts" in results else None)
+
+
+def _steady_figures(recording: Recording) -> list[dict[str, Any]]:
+    """Steady decode, and the host's part of a step over a driver without memory."""
+    args = recording.args
+    books, steady = prepare_step_us(1_000 if args.device == "cpu" else 10_000), _steady(recording.model, args)
+    recording.results.update(steady=steady, books=books)
+    return [
+        {
+            "critical_path_maps_steady": steady["critical_path_maps"],
+            "steady_steps": steady["steps"],
+            "prepare_step_us_p99": books["prepare_us"]["p99"],
+            "guard_us_p99": books["guard_us"]["p99"],
+            "prepare_step_sequences": books["sequences"],
+            "prepare_step_critical_path_maps": books["critical_path_maps"],
+        }
+    ]
 
 
 def _arrivals(args: argparse.Namespace) -> tuple[list[int], float]:

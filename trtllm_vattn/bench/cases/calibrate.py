@@ -106,7 +106,8 @@ class Measured:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `calibrate`."""
     gpu_there = add_device(parser)
-    add_model(parser, default="llama-3-8b" if gpu_there else "tiny-llama")
+    # Its sequences are longer than the positions of Llama 3.0.
+    add_model(parser, default="llama-3.1-8b" if gpu_there else "tiny-llama")
     add_attention(parser)
     text = "write the numbers there (default: where this machine's plans look for them)"
     parser.add_argument("--output", type=output, metavar="FILE", help=text)

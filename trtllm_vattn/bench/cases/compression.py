@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.arguments import chosen, positive
+from trtllm_vattn.arguments import positive
 from trtllm_vattn.attention.options import FP8
 from trtllm_vattn.bench.cases.eviction import eviction, returned, scores
 from trtllm_vattn.bench.cases.latents import latents
 from trtllm_vattn.bench.cases.needle import needle
 from trtllm_vattn.bench.harness.case import captured_graphs, vocab_of
 from trtllm_vattn.bench.harness.contenders import device_step_ms
-from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_plot, dtype_of
+from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_parts, add_plot, dtype_of
 from trtllm_vattn.bench.harness.identity import compare
 from trtllm_vattn.bench.harness.lanes import empty_lanes, fill_lanes
 from trtllm_vattn.bench.harness.recording import Part, Recording
@@ -53,18 +53,13 @@ ROUNDS = 5
 """Turns in which steps over 16 and over 8 bits are timed."""
 
 
-def parts(text: str) -> list[str]:
-    """Names in `PARTS`; unknown ones are refused."""
-    return chosen(text, "part", PARTS)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench compression`."""
     gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
     add_attention(parser)
     add_plot(parser)
-    names = ", ".join(PARTS)
-    add("--parts", type=parts, default=list(PARTS), metavar="NAME,...", help=f"what is measured, of {names}")
+    # What a trained model finds is a property of policies, not of the card.
+    add_parts(parser, PARTS, ",".join(name for name in PARTS if name != "needle") if gpu else None)
     text = "tokens that a window slides over"
     add("--slide", type=positive, default=100_000 if gpu else 1200, metavar="TOKENS", help=text)
     text = "tokens of each sequence whose windows' memory is counted"

@@ -22,7 +22,7 @@ from trtllm_vattn.bench.cases import step_peer
 from trtllm_vattn.bench.cases.prompts import time_prompts
 from trtllm_vattn.bench.cases.steady import run_steady
 from trtllm_vattn.bench.harness.bandwidth import attention_bandwidth, fill_random
-from trtllm_vattn.bench.harness.case import conclude, model_of
+from trtllm_vattn.bench.harness.case import model_of
 from trtllm_vattn.bench.harness.flags import (
     MAX_OUTPUT,
     MAX_SEQ_LEN,
@@ -38,6 +38,7 @@ from trtllm_vattn.bench.harness.flags import (
 )
 from trtllm_vattn.bench.harness.identity import RequestTokens, compare
 from trtllm_vattn.bench.harness.peer import add_peer
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.timing import read_limit, summarise
 from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.bench.harness.workload import TracedRun, prompts_of, run_traced
@@ -324,12 +325,24 @@ def run(args: argparse.Namespace) -> int:
     settle(args)
     if args.peer is not None:
         return step_peer.run(args)
-    benchmark = GraphBenchmark(args)
-    trace = benchmark.trace() if args.requests else None
-    steady = benchmark.steady() if args.batch_sizes else None
-    launches = benchmark.audit_launches() if args.audit else []
-    found = summary(trace, steady, launches)
-    shown = show(trace, steady, times=args.device != "cpu")
+    recording, benchmark = Recording("graph", args), GraphBenchmark(args)
+    results = recording.results
+    results.update(trace=None, steady=None, audited_launches=[])
+
+    def measured(name: str, measure: Callable[[], Any]) -> Part:
+        def part(recording: Recording) -> list[dict[str, Any]]:
+            results[name] = measure()
+            return [summary(results["trace"], results["steady"], results["audited_launches"])]
+
+        return part
+
+    parts = {"trace": measured("trace", benchmark.trace)} if args.requests else {}
+    if args.batch_sizes:
+        parts["steady"] = measured("steady", benchmark.steady)
+    if args.audit:
+        parts["launches"] = measured("audited_launches", benchmark.audit_launches)
+    recording.measure(parts)
+    shown, found = show(results["trace"], results["steady"], times=args.device != "cpu"), recording.summary
     if args.device == "cpu":
         shown += "\nOn the host Python replays a captured step, so that times are not shown: compare them on a GPU."
     wrong = []
@@ -337,5 +350,4 @@ def run(args: argparse.Namespace) -> int:
         wrong.append("tokens differ between combinations")
     if found.get("audit_findings"):
         wrong.append(f"captured graphs hold {found['audit_findings']} addresses of nobody we know")
-    results = {"trace": trace, "steady": steady, "audited_launches": launches}
-    return conclude("graph", args, results, found, shown, plot_graph, wrong)
+    return recording.conclude(shown, plot_graph, wrong)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.attention.base import Attention
+from trtllm_vattn.attention import trust, vllm_prompts
+from trtllm_vattn.attention.base import Attention, Span
 from trtllm_vattn.attention.picked import PickedAttention
 from trtllm_vattn.attention.select import available
 from trtllm_vattn.attention.shares import SharesAttention
@@ -26,6 +27,7 @@ from trtllm_vattn.graphs.capture import captured, replays_ms
 from trtllm_vattn.table import tabulate
 
 OWN = ("shares", "shares-plain")
+FA3 = vllm_prompts.VllmPrompts.name
 LAYERS = 8
 """One range of the default layout for Llama-3-8B's heads."""
 QUERIES = (1, 4)
@@ -50,16 +52,21 @@ def decode_points(
 ) -> dict[str, Any]:
     """Microseconds a layer of every point, system and count of queries; `picks` random batches of the choice.
 
-    Returns ``points``, those that are ``refused`` with the reason, on a GPU with cuDNN ``picks``, and ``read_limit``,
-    bytes a second.
+    Returns ``points``, those that are ``refused`` with the reason, on a GPU with cuDNN ``picks``, ``read_limit``, bytes
+    a second, and ``missing``, why vLLM's kernel is not beside them.
     """
     gpu = torch.device(device).type == "cuda"
     points = {**UNEVEN, **EVEN} if gpu else ON_HOST
     result: dict[str, Any] = {"read_limit": read_limit() if gpu else None, "points": [], "picks": [], "refused": {}}
+    missing: dict[str, str] = {}
+    why = trust.why_not(FA3, CacheShape(LAYERS, heads[1], heads[2], dtype, 1, 64), heads[0])
+    if why != "yes":
+        missing[FA3] = why
+    result["missing"] = missing
     systems = ["shares", "cudnn"] if gpu and available()["cudnn"] == "yes" else ["shares"]
     for name, lengths in tqdm(points.items(), desc="decode", disable=None):
         try:
-            result["points"] += _point(name, np.array(lengths), systems, device, heads, dtype, repeats)
+            result["points"] += _point(name, np.array(lengths), systems, device, heads, dtype, repeats, missing)
         except (RuntimeError, VattnError) as error:
             result["refused"][name] = str(error).strip().splitlines()[0][:200]
         gc.collect()
@@ -75,14 +82,20 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
         return {}
     us = {(row["point"], row["system"], row["queries"]): row["layer_us"]["p50"] for row in rows}
     out: dict[str, float] = {}
+
+    def own_us(name: str) -> float:
+        return float(min(us[name, system, 1] for system in OWN if (name, system, 1) in us))
+
     if limit:
         for name in ("64 uneven", "256 uneven"):
             of_point = [r for r in rows if (r["point"], r["queries"]) == (name, 1) and r["system"] in OWN]
             reached = max(row["layer_bytes"] / (row["layer_us"]["p50"] / 1e6) for row in of_point)
             out[f"{name.split()[1]}_{name.split()[0]}_of_read_limit"] = reached / limit
     if ("32 x 8192", "cudnn", 1) in us:
-        own = {name: min(us[name, system, 1] for system in OWN if (name, system, 1) in us) for name in OWN_EVEN}
-        out["own_even_over_cudnn"] = max(own[name] / us[name, "cudnn", 1] for name in OWN_EVEN)
+        out["own_even_over_cudnn"] = max(own_us(name) / us[name, "cudnn", 1] for name in OWN_EVEN)
+    if over := {name: own_us(name) / us[name, FA3, 1] for name in (*UNEVEN, *EVEN) if (name, FA3, 1) in us}:
+        out["own_over_vllm_fa3_64_uneven"] = over["64 uneven"]
+        out["own_over_vllm_fa3_worst"] = max(over.values())
     few, many = QUERIES
     large = [name for name in (*OWN_EVEN, *UNEVEN, *ON_HOST) if (name, "shares", many) in us]
     out[f"queries_{many}_over_{few}"] = max(us[name, "shares", many] / us[name, "shares", few] for name in large)
@@ -100,7 +113,8 @@ def show(result: dict[str, Any]) -> str:
         "decode us": "layer_us.p50:.1f",
         "GB/s": lambda row: f"{row['layer_bytes'] / row['layer_us']['p50'] / 1e3:,.0f}",
     }
-    return tabulate(result["points"], columns)
+    missing = (f"{name}: {why}" for name, why in result["missing"].items())
+    return "\n".join([tabulate(result["points"], columns), *missing])
 
 
 def _filled(lengths: np.ndarray, device: str, heads: list[int], dtype: torch.dtype) -> KVCache:
@@ -127,11 +141,24 @@ def _point(
     heads: list[int],
     dtype: torch.dtype,
     repeats: int,
+    missing: dict[str, str],
 ) -> list[dict[str, Any]]:
     rows = []
     with _filled(lengths, device, heads, dtype) as cache:
         kernels = _kernels(cache, systems, heads[0])
         on_device = torch.from_numpy(lengths).to(device, torch.int32)
+
+        def row(system: str, queries: int, work: Callable[[], None]) -> dict[str, Any]:
+            took = [1e3 * ms / LAYERS for ms in timed_ms(work, repeats, torch.device(device))]
+            nbytes = int(lengths.sum()) * cache.shape.layer_token_bytes
+            return {
+                "point": name,
+                "system": system,
+                "queries": queries,
+                "layer_us": summarise(took),
+                "layer_bytes": nbytes,
+            }
+
         for system, kernel in kernels.items():
             for queries in QUERIES if isinstance(kernel, SharesAttention) else (1,):
                 q = torch.randn(len(lengths), queries, heads[0], heads[2], dtype=dtype, device=device)
@@ -143,18 +170,28 @@ def _point(
                         else:
                             kernel.decode(layer, q[:, 0], on_device)
 
-                took = [1e3 * ms / LAYERS for ms in timed_ms(work, repeats, torch.device(device))]
-                rows.append(
-                    {
-                        "point": name,
-                        "system": system,
-                        "queries": queries,
-                        "layer_us": summarise(took),
-                        "layer_bytes": int(lengths.sum()) * cache.shape.layer_token_bytes,
-                    }
-                )
+                rows.append(row(system, queries, work))
+        if FA3 not in missing:
+            try:
+                rows.append(row(FA3, 1, _by_fa3(cache, lengths, heads)))
+            except (RuntimeError, VattnError) as error:
+                missing[f"{FA3}, {name}"] = str(error).strip().splitlines()[0][:200]
         del kernels
     return rows
+
+
+def _by_fa3(cache: KVCache, lengths: np.ndarray, heads: list[int]) -> Callable[[], None]:
+    """One query a lane by vLLM's FlashAttention-3, each the last token of its sequence."""
+    kernel = vllm_prompts.VllmPrompts(cache, heads[0], heads[2] ** -0.5)
+    planned = kernel.plan([Span(slot, length - 1, length) for slot, length in enumerate(lengths.tolist())])
+    q = torch.randn(len(lengths), heads[0], heads[2], dtype=cache.shape.dtype, device=cache.device)
+    out = torch.empty_like(q)
+
+    def work() -> None:
+        for layer in range(LAYERS):
+            kernel.attend(layer, q, out, planned)
+
+    return work
 
 
 def _kernels(cache: KVCache, systems: list[str], num_heads: int) -> dict[str, Attention]:

@@ -25,7 +25,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import median
 from time import perf_counter, thread_time
 from typing import Any
@@ -34,11 +36,11 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from trtllm_vattn.arguments import amount, chosen, numbers, positive, probability, size, tolerance
+from trtllm_vattn.arguments import amount, numbers, positive, probability, size, tolerance
 from trtllm_vattn.bench.cases.doors_deterministic import measure_deterministic
 from trtllm_vattn.bench.cases.doors_http import Serving, Took, judge, observed, outcomes_of, serving, through_server
 from trtllm_vattn.bench.cases.doors_updates import measure_updates
-from trtllm_vattn.bench.harness.case import model_of, vocab_of
+from trtllm_vattn.bench.harness.case import vocab_of
 from trtllm_vattn.bench.harness.emulated_device import EmulatedEngine
 from trtllm_vattn.bench.harness.flags import (
     BUDGET,
@@ -47,9 +49,10 @@ from trtllm_vattn.bench.harness.flags import (
     TIE_TOLERANCE,
     add_attention,
     add_common,
+    add_parts,
     add_rounds,
 )
-from trtllm_vattn.bench.harness.recording import Recording
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
@@ -57,22 +60,15 @@ from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.request import Completion, StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 
-MEASURES = ("parameters", "http", "clients", "updates", "deterministic")
-SHARED = {"parameters", "http", "clients"}
-"""Parts of one engine."""
-
-
-def measures(text: str) -> list[str]:
-    """Names of parts; unknown ones are refused."""
-    return chosen(text, "part", MEASURES)
+MEASURES = ("parameters", "deterministic", "http", "clients", "updates")
+"""In the order in which they are measured: an engine that a server has is nobody else's."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench doors`."""
     gpu, add = add_common(parser), parser.add_argument
     add_attention(parser)
-    text = f"of {', '.join(MEASURES)}"
-    add("--measure", type=measures, default="parameters,http,clients", metavar="NAME,...", help=text)
+    add_parts(parser, MEASURES, "parameters,http,clients", flag="--measure")
     text = "of a launch, on an emulated device that computes nothing; of parts http and clients, on the host"
     add("--emulate-step-ms", type=amount, metavar="MILLISECONDS", help=text)
     add("--requests", type=positive, default=512 if gpu else 60, metavar="REQUESTS", help="of part clients")
@@ -125,43 +121,60 @@ def run(args: argparse.Namespace) -> int:
     if args.emulate_step_ms and (args.device != "cpu" or not {"http", "clients"} >= set(args.measure)):
         raise ConfigError("a device is emulated on the host, for the server: give --device cpu --measure http,clients")
     recording = Recording("doors", args)
-    model, random = model_of(args), np.random.default_rng(args.seed)
+    model, random = recording.model, np.random.default_rng(args.seed)
     lengths = random.integers(max(1, args.context // 4), args.context + 1, args.prompts)
     prompts = [random.integers(0, vocab_of(model), length).tolist() for length in lengths]
     trace = Trace(prompts, args.max_output)
-    recording.say(f"{args.model} is loaded")
-    if SHARED & set(args.measure):
-        through_one_engine(recording, args, model, trace, random)
-    if "updates" in args.measure:
+    shared = Shared(recording, trace, random)
+
+    def updates(recording: Recording) -> None:
+        shared.close()
         measure_updates(recording, args, model)
-    if "deterministic" in args.measure:
-        measure_deterministic(recording, args, model, trace.prompts)
+
+    parts: dict[str, Part] = {
+        "parameters": lambda recording: measure_parameters(recording, args, shared.engine, trace),
+        "deterministic": lambda recording: measure_deterministic(recording, args, shared.engine, prompts),
+        "http": lambda recording: measure_http(recording, args, shared, trace),
+        "clients": lambda recording: measure_clients(recording, args, shared.server, trace, shared.wanted, random),
+        "updates": updates,
+    }
+    try:
+        recording.measure(parts, [name for name in MEASURES if name in args.measure])
+    finally:
+        shared.close()
     return recording.conclude()
 
 
-def through_one_engine(
-    recording: Recording, args: argparse.Namespace, model: PreTrainedModel, trace: Trace, random: np.random.Generator
-) -> None:
-    """The parts that share an engine."""
-    engine = engine_for(args, model)
-    recording.say("an engine is captured")
-    try:
-        plain = [trace.plain] * len(trace.prompts)
-        engine_seconds(engine, trace, plain)
-        if "parameters" in args.measure:
-            measure_parameters(recording, args, engine, trace)
-        if not {"http", "clients"} & set(args.measure):
-            return
-        wanted = engine.generate(trace.prompts, replace(trace.plain, logprobs=2))
-        alone = [took_alone(engine, trace, random) for _ in range(args.rounds)]
-    finally:
-        if not {"http", "clients"} & set(args.measure):
-            engine.close()
-    with serving(engine, 4 * args.clients + args.prompts, args.max_seq_len) as server:
+class Shared:
+    """The engine that most parts share, and a server over it: each is made when it is first asked for."""
+
+    def __init__(self, recording: Recording, trace: Trace, random: np.random.Generator) -> None:
+        self._recording, self._trace, self._random = recording, trace, random
+        self._opened = ExitStack()
+        self.alone: list[Took] = []
+        self.wanted: list[Completion] = []
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Before a server has it."""
+        engine = engine_for(self._recording.args, self._recording.model)
+        self._opened.callback(engine.close)
+        self._recording.say("an engine is captured")
+        engine_seconds(engine, self._trace, [self._trace.plain] * len(self._trace.prompts))
+        return engine
+
+    @cached_property
+    def server(self) -> Serving:
+        """With what the engine alone gives, and takes, before."""
+        args, trace = self._recording.args, self._trace
+        self.wanted = self.engine.generate(trace.prompts, replace(trace.plain, logprobs=2))
         if "http" in args.measure:
-            measure_http(recording, args, engine, server, trace, alone, wanted)
-        if "clients" in args.measure:
-            measure_clients(recording, args, server, trace, wanted, random)
+            self.alone = [took_alone(self.engine, trace, self._random) for _ in range(args.rounds)]
+        return self._opened.enter_context(serving(self.engine, 4 * args.clients + args.prompts, args.max_seq_len))
+
+    def close(self) -> None:
+        """Close both. Idempotent."""
+        self._opened.close()
 
 
 def engine_for(args: argparse.Namespace, model: PreTrainedModel) -> Engine:
@@ -268,16 +281,10 @@ def took_alone(engine: Engine, trace: Trace, random: np.random.Generator) -> Too
     return Took(seconds, thread_time() - before, launches)
 
 
-def measure_http(
-    recording: Recording,
-    args: argparse.Namespace,
-    engine: Engine,
-    server: Serving,
-    trace: Trace,
-    alone: Sequence[Took],
-    wanted: Sequence[Completion],
-) -> None:
+def measure_http(recording: Recording, args: argparse.Namespace, shared: Shared, trace: Trace) -> None:
     """All prompts at once by HTTP, streamed and whole, and by the engine alone."""
+    server = shared.server
+    engine, alone, wanted = shared.engine, shared.alone, shared.wanted
     asked = [body(trace, place) for place in range(len(trace.prompts))]
     took: dict[str, list[Took]] = {"alone": list(alone), "http": [], "whole": []}
     wrong, used = 0, []

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from statistics import median
 from time import perf_counter
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.select import make_cache
@@ -35,18 +35,22 @@ Bits = list[tuple[int | None, str]]
 
 
 def measure_deterministic(
-    recording: Recording, args: argparse.Namespace, model: PreTrainedModel, prompts: Sequence[list[int]]
+    recording: Recording, args: argparse.Namespace, plain: Engine, prompts: Sequence[list[int]]
 ) -> None:
-    """Both engines, one after the other."""
+    """An engine that is not deterministic, and one over the same model that is, one after the other."""
+    model = recording.model
     step_ms: dict[bool, dict[int, float]] = {}
     seconds: dict[bool, float] = {}
     different: dict[bool, int] = {}
     requests = 0
     for deterministic in (False, True):
-        cache = make_cache("vattn", shape_of(model, args.max_seqs, args.max_seq_len), args.device, args.budget)
-        options = {"attention": args.attention, "prefix_cache": False, "deterministic": deterministic}
-        with Engine(model, cache, **options) as engine:
-            recording.say(f"an engine is captured, {'' if deterministic else 'not '}deterministic")
+        with ExitStack() as made:
+            engine = plain
+            if deterministic:
+                cache = make_cache("vattn", shape_of(model, args.max_seqs, args.max_seq_len), args.device, args.budget)
+                options = {"attention": args.attention, "prefix_cache": False}
+                engine = made.enter_context(Engine(model, cache, deterministic=True, **options))
+                recording.say("a deterministic engine is captured")
             sizes = [size for size in args.batch_sizes if size <= args.max_seqs]
             step_ms[deterministic] = {size: _step_ms(engine, prompts, size) for size in sizes}
             seconds[deterministic] = min(_seconds(engine, prompts, args.max_output) for _ in range(args.rounds))

@@ -27,6 +27,10 @@ from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 
 CALLS = ("create", "map", "set_access", "unmap", "release")
+BATCH = 64
+"""Mappings that one call makes accessible."""
+THREADS = (1, 2, 4)
+"""That call at once."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ("--multiples", "--granules")  # the second is an alias for 0.1
     add(*names, type=numbers, default="1,2,8,32,128", metavar="COUNT,...", help=text, dest="granules")
     add("--repeats", type=positive, default=200, metavar="TIMES", help="times that each call is made")
-    text = "mappings that one call makes accessible"
-    add("--mappings-per-call", type=positive, default=64, metavar="MAPPINGS", help=text, dest="batch")
-    add("--threads", type=numbers, default="1,2,4", metavar="THREADS,...", help="threads that call at once")
     add_results(parser, plots=True)
 
 
@@ -53,12 +54,10 @@ def run(args: argparse.Namespace) -> int:
         with busy_device(args.device) if busy else nullcontext():
             for size in sizes:
                 rows += _rows("one by one", size, busy, one_by_one(driver, size, args.repeats))
-            rows += _rows(
-                "batched", granularity, busy, batched(driver, granularity, args.batch, args.repeats // 10 + 1)
-            )
+            rows += _rows("batched", granularity, busy, batched(driver, granularity, BATCH, args.repeats // 10 + 1))
     threads = [
         {**threaded(driver, size, count, args.repeats), **lives(driver, size, count, args.repeats)}
-        for count in args.threads
+        for count in THREADS
         for size in sizes
     ]
     summary = {}

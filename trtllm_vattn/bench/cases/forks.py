@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trtllm_vattn.arguments import positive
-from trtllm_vattn.bench.harness.case import model_of, vocab_of
+from trtllm_vattn.bench.harness.case import vocab_of
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_rounds
 from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.select import make_cache
@@ -48,8 +48,13 @@ def run(args: argparse.Namespace) -> int:
             f"--output-tokens is {args.output_tokens}; steps are timed while all samples decode: 16 at least"
         )
     recording = Recording("forks", args)
-    recording.say(f"load {args.model}")
-    model = model_of(args)
+    recording.measure({"samples": measure_samples})
+    return recording.conclude(tabulate(recording.results.get("runs", []), COLUMNS))
+
+
+def measure_samples(recording: Recording) -> None:
+    """One sample and several in turns, by one engine."""
+    args, model = recording.args, recording.model
     random, vocab = np.random.default_rng(args.seed), vocab_of(model)
     longest = args.prompt + args.output_tokens
     cache = make_cache("vattn", shape_of(model, args.samples + 2, longest), args.device)
@@ -65,7 +70,6 @@ def run(args: argparse.Namespace) -> int:
                     recording.add("runs", {"samples": samples, "round": turn - 1, **found})
             if turn:
                 recording.sum_up(**summarised(recording.results["runs"], cache.bytes_of(args.output_tokens)))
-    return recording.conclude(tabulate(recording.results["runs"], COLUMNS))
 
 
 def summarised(rows: Sequence[dict[str, Any]], own: int) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from trtllm_vattn.arguments import positive, size
 from trtllm_vattn.bench.cases.ledger import LedgerCache, LedgerDriver
-from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import BUDGET, MAX_OUTPUT, MAX_SEQ_LEN, MAX_SEQS, REQUESTS, add_results, add_trace
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.bench.publish.plots import plot_fragmentation
 from trtllm_vattn.cache.base import CacheShape, KVCache
@@ -100,13 +100,22 @@ def run(args: argparse.Namespace) -> int:
         mixes[path.stem] = load_trace(path, args.requests)
     if not args.trace:
         mixes["generated"] = generate_trace(args.requests, args.seed, median_prompt=1469, median_output=28)
-    rows = []
-    for mix, requests in mixes.items():
-        fitted = fit(requests[: args.requests], args.max_seq_len, args.max_output)
-        for name, config in tqdm(SYSTEMS.items(), desc=mix, disable=None):
-            timing = ModelledTiming(shape.token_bytes)
-            with make(config, shape, args.budget, timing) as cache:
-                rows.append({"mix": mix, "system": name, **simulate(cache, fitted, timing)})
+    recording = Recording("fragmentation", args)
+
+    def of(mix: str, requests: list[Request]) -> Part:
+        def measure(recording: Recording) -> list[dict[str, Any]]:
+            fitted = fit(requests[: args.requests], args.max_seq_len, args.max_output)
+            for name, config in tqdm(SYSTEMS.items(), desc=mix, disable=None):
+                timing = ModelledTiming(shape.token_bytes)
+                with make(config, shape, args.budget, timing) as cache:
+                    recording.add("runs", {"mix": mix, "system": name, **simulate(cache, fitted, timing)})
+            ours = [row for row in recording.results["runs"] if row["system"].startswith("vattn")]
+            return [{f"waste, {row['system']}, {row['mix']}": row["waste_with_surplus"] for row in ours}]
+
+        return measure
+
+    recording.measure({mix: of(mix, requests) for mix, requests in mixes.items()})
+    rows = recording.results.get("runs", [])
     free = [f"{row['system']} ({row['mix']})" for row in rows if row["kept_waiting_by_memory"] is False]
     if free:
         print(
@@ -114,9 +123,7 @@ def run(args: argparse.Namespace) -> int:
             "lower --budget, or raise --max-seqs and --requests",
             file=sys.stderr,
         )
-    ours = [row for row in rows if row["system"].startswith("vattn")]
-    summary = {f"waste, {row['system']}, {row['mix']}": row["waste_with_surplus"] for row in ours}
-    return conclude("fragmentation", args, {"runs": rows}, summary, tabulate(rows, COLUMNS), plot_fragmentation)
+    return recording.conclude(tabulate(rows, COLUMNS), plot_fragmentation if rows else None)
 
 
 class ModelledTiming(StepTimingModel):

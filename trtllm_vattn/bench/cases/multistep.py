@@ -7,7 +7,7 @@ device stops take turns. Tokens are compared with those of single steps.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import mean
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from tqdm import tqdm
 
 from trtllm_vattn.arguments import numbers, positive
-from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.case import vocab_of
 from trtllm_vattn.bench.harness.contenders import Contest, device_step_ms, take_turns
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_steady
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
@@ -53,14 +54,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where tokens were not identical."""
-    model = model_of(args)
+    recording = Recording("multistep", args)
     variants = [(count, False) for count in args.step_counts] + [(max(args.step_counts), True)]
-    batches = tqdm(args.batch_sizes, desc="batch sizes", disable=None)
-    rows = [row for batch in batches for row in _timed(args, model, variants, batch)]
-    identity = [_identity(args, model, variants, batch) for batch in args.batch_sizes if batch <= 8]
-    summary = _summary(rows, identity)
-    conclude("multistep", args, {"runs": rows, "identity": identity}, summary, tabulate(rows, COLUMNS))
-    return int(not summary["tokens_identical"])
+    recording.results.update(runs=[], identity=[])
+    rows, identity = recording.results["runs"], recording.results["identity"]
+
+    def tokens(recording: Recording) -> Iterator[dict[str, Any]]:
+        for batch in args.batch_sizes:
+            if batch <= 8:
+                recording.add("identity", _identity(args, recording.model, variants, batch))
+                yield _summary(rows, identity)
+
+    def steps(recording: Recording) -> Iterator[dict[str, Any]]:
+        for batch in tqdm(args.batch_sizes, desc="batch sizes", disable=None):
+            for row in _timed(args, recording.model, variants, batch):
+                recording.add("runs", row)
+            yield _summary(rows, identity)
+
+    recording.measure({"steps": steps, "tokens": tokens})
+    wrong = [] if recording.summary.get("tokens_identical", True) else ["tokens differ between launches"]
+    return recording.conclude(tabulate(rows, COLUMNS), wrong=wrong)
 
 
 def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]], batch: int) -> list[dict[str, Any]]:
@@ -149,10 +162,11 @@ def _summary(rows: list[dict[str, Any]], identity: list[dict[str, Any]]) -> dict
         "tokens_compared": sum(row["tokens"] for row in identity),
         "identity_attention": IDENTITY_ATTENTION,
         "identity_batches": ", ".join(str(row["batch"]) for row in identity),
-        "context": rows[0]["context"],
-        "mean_length_least": min(row["mean_length"] for row in rows),
-        "mean_length_most": max(row["mean_length"] for row in rows),
     }
+    if rows:
+        out["context"] = rows[0]["context"]
+        out["mean_length_least"] = min(row["mean_length"] for row in rows)
+        out["mean_length_most"] = max(row["mean_length"] for row in rows)
     single = {row["batch"]: row for row in rows if row["steps"] == 1}
     for row in rows:
         if row["steps"] > 1 and row["batch"] in single:

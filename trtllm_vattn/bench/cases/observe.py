@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import mean, median
@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_vattn.arguments import amount, positive
-from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.arguments import positive
+from trtllm_vattn.bench.harness.case import vocab_of
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_steady
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.errors import ConfigError, VattnError
 from trtllm_vattn.observe.metrics import start_metrics_server
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
@@ -48,14 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attention(parser)
     add("--max-seqs", type=positive, default=64 if gpu else 4, metavar="SEQUENCES", help="that decode all the time")
     add_steady(parser, "engine", 1024 if gpu else 32, 8 if gpu else 3, 300 if gpu else 40)
-    add("--interval-s", type=amount, default=1.0, metavar="SECONDS", help="between frames of top")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     if args.steps <= UNTIMED:
         raise ConfigError(f"--steps is {args.steps}, of which the first {UNTIMED} of a turn are not timed; give more")
-    model, rounds = model_of(args), []
+    recording = Recording("observe", args)
+    recording.measure({"rounds": measure_rounds})
+    return recording.conclude(tabulate(recording.results.get("rounds", []), COLUMNS))
+
+
+def measure_rounds(recording: Recording) -> Iterator[dict[str, Any]]:
+    """Two engines over one model in turns, one of them watched."""
+    args, model = recording.args, recording.model
     longest = args.context + (args.rounds + 1) * args.steps + 64
     shape = shape_of(model, args.max_seqs, longest)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
@@ -63,12 +70,13 @@ def run(args: argparse.Namespace) -> int:
         drivers = {"without": open_driver(args.device), "with": TracingDriver(open_driver(args.device), trace)}
         engines = {}
         for name, driver in drivers.items():
+            recording.say(f"start the engine: {name}")
             cache = make_cache("vattn", shape, args.device, driver=driver)
             given = trace if name == "with" else None
             engines[name] = opened.enter_context(Engine(model, cache, attention=args.attention, trace=given))
             _begin(engines[name], args, vocab_of(model), longest)
         server = opened.enter_context(start_metrics_server(engines["with"]))
-        watcher = opened.enter_context(_watching(server.port, args.interval_s))
+        watcher = opened.enter_context(_watching(server.port))
         for turn in range(args.rounds + 1):
             # Who goes first alternates, so that a machine that becomes slower or faster favours nobody.
             order = ("without", "with") if turn % 2 else ("with", "without")
@@ -76,24 +84,27 @@ def run(args: argparse.Namespace) -> int:
             for name in order:
                 os.kill(watcher.pid, signal.SIGCONT if name == "with" else signal.SIGSTOP)
                 taken[name] = _turn(engines[name], args.steps)
+            if (code := watcher.poll()) is not None:
+                raise VattnError(f"top ended with {code} by itself, so that nobody watched; its error is above")
             # The first turn warms up.
             if turn:
-                rounds.append(_row(turn - 1, taken))
+                recording.add("rounds", _row(turn - 1, taken))
+                yield compared(recording.results["rounds"])
         trace.close()
-        noted = len(read_trace(trace.path))
-        wrong = [each for each in (trace.error,) if each is not None]
-        dropped = trace.dropped
+        recording.wrong += [each for each in (trace.error,) if each is not None]
+        yield {"events": len(read_trace(trace.path)), "events_dropped": trace.dropped}
+
+
+def compared(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The figures that are quoted, of the rounds so far."""
     ratios = [row["ratio"] for row in rounds]
-    summary = {
+    return {
         "metrics_trace_top_over_without": median(ratios),
         "lowest_round": min(ratios),
         "highest_round": max(ratios),
         "p50_over_without": median(row["p50_ratio"] for row in rounds),
         "without_step_ms": median(row["without_ms"] for row in rounds),
-        "events": noted,
-        "events_dropped": dropped,
     }
-    return conclude("observe", args, {"rounds": rounds}, summary, tabulate(rounds, COLUMNS), wrong=wrong)
 
 
 def _begin(engine: Engine, args: argparse.Namespace, vocab: int, longest: int) -> None:
@@ -128,10 +139,10 @@ def _row(turn: int, taken: dict[str, list[float]]) -> dict[str, Any]:
 
 
 @contextmanager
-def _watching(port: int, interval_s: float) -> Iterator[subprocess.Popen[bytes]]:
+def _watching(port: int) -> Iterator[subprocess.Popen[bytes]]:
     """`top` in a process of its own."""
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-c", WATCH, "top", url, "--interval-s", str(interval_s)]
+    command = [sys.executable, "-c", WATCH, "top", url]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         yield process

@@ -12,20 +12,23 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
+from itertools import chain
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 
-from trtllm_vattn.arguments import chosen, numbers, positive, size
+from trtllm_vattn.arguments import numbers, positive, size
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.cases.attention import fill as fill_lengths
 from trtllm_vattn.bench.cases.calibrate import batches, cancel_all, layer_us, probe_engine
 from trtllm_vattn.bench.cases.fragmentation import MAPPING_S, ModelledTiming, make, simulate
 from trtllm_vattn.bench.cases.serve import densest
-from trtllm_vattn.bench.harness.case import model_of, vocab_of
+from trtllm_vattn.bench.harness.case import vocab_of
 from trtllm_vattn.bench.harness.contenders import decode_steps
 from trtllm_vattn.bench.harness.flags import (
     BUDGET,
@@ -33,10 +36,11 @@ from trtllm_vattn.bench.harness.flags import (
     REQUESTS,
     add_attention,
     add_common,
+    add_parts,
     add_trace,
     dtype_of,
 )
-from trtllm_vattn.bench.harness.recording import Recording
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.cache.base import CacheShape
@@ -52,7 +56,8 @@ from trtllm_vattn.runtime.models import planned_shape
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import tabulate
 
-PARTS = ("memory", "step", "burst", "choice")
+PARTS = ("step", "burst", "memory", "choice")
+"""In the order in which they are measured."""
 PLANNED = "llama-3-8b"
 """Whose memory is planned, on any machine."""
 MEMORY_LAYERS = (8, 16, 32)
@@ -96,7 +101,8 @@ CHOICES: dict[str, str | Callable[[Any], str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench plan`."""
-    on_gpu, add = add_common(parser), parser.add_argument
+    # Its sequences are longer than the positions of Llama 3.0.
+    on_gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
     add_attention(parser)
     add_trace(
         parser,
@@ -104,9 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="requests, as for serve; may be given again (default: a generated one)",
     )
-    text = f"of {', '.join(PARTS)}"
-    usual = "step,burst,choice" if on_gpu else "memory,choice"
-    add("--parts", type=lambda text: chosen(text, "part", PARTS), default=usual, metavar="NAME", help=text)
+    add_parts(parser, PARTS, "step,burst,choice" if on_gpu else "memory,choice")
     text = "a file of `trtllm-vattn calibrate`, or a card's name (default: this machine's, else the H200's)"
     add("--calibration", metavar="FILE", help=text)
     text = f"{REQUESTS}; one number for all traces, or one for each"
@@ -124,6 +128,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.recording, self.shown = args, Recording("plan", args), list[str]()
+        self._opened = ExitStack()
         own = card_of(args.device)
         found = named(args.calibration) if args.calibration else find(own)
         self.calibration = found or named("h200")
@@ -144,16 +149,42 @@ class Bench:
     def say(self, text: str) -> None:
         self.recording.say(text)
 
-    def measure(
-        self, part: str, rows: Iterable[dict[str, Any]], columns: Mapping[str, str | Callable[[Any], str]]
-    ) -> None:
-        """Each row of a part as it is there, and what comes of all so far; what is shown of it in the end."""
-        for row in rows:
-            self.recording.add(part, row)
-        self.recording.sum_up(**summary(self.recording.results))
-        self.shown.append(tabulate(self.recording.results[part], columns))
+    def part(
+        self, name: str, rows: Callable[[], Iterable[dict[str, Any]]], columns: Mapping[str, str | Callable[[Any], str]]
+    ) -> Part:
+        """A part whose rows are kept as they are there, and shown in the end."""
 
-    def model(self, shape: ModelShape) -> CostModel:
+        def measure(recording: Recording) -> list[dict[str, Any]]:
+            for row in rows():
+                recording.add(name, row)
+            self.shown.append(tabulate(recording.results[name], columns))
+            return [summary(recording.results)]
+
+        return measure
+
+    @cached_property
+    def engine(self) -> Engine:
+        """An engine for step and burst; not beside other parts, whose layouts' memory is as large as its."""
+        self.say("starting an engine")
+        return self._opened.enter_context(probe_engine(self.recording.model, self.args))
+
+    def close(self) -> None:
+        """Close the engine, and have no model any more. Idempotent."""
+        self._opened.close()
+        vars(self).pop("engine", None)
+        vars(self.recording).pop("model", None)
+        gc.collect()
+        if self.args.device != "cpu":
+            torch.cuda.empty_cache()
+
+    @property
+    def layout(self) -> Layout:
+        """Of the engine's cache."""
+        shape = planned_shape(self.args.model, dtype_of(self.args.device))
+        layers = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
+        return Layout(shape, self.calibration.granularity, layers)
+
+    def costs(self, shape: ModelShape) -> CostModel:
         return CostModel(shape, self.calibration)
 
     def fitted(self, name: str, longest: int = MAX_SEQ_LEN) -> list[Request]:
@@ -163,16 +194,16 @@ class Bench:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     bench = Bench(args)
-    if "memory" in args.parts:
-        bench.measure("memory", memory(bench), MEMORY)
-    attention: dict[tuple[str, int], float] = {}
-    if "choice" in args.parts and args.device != "cpu":
-        # Before the model is there: the layouts' memory is as large as it.
-        attention = measured_attention(bench)
-    if {"step", "burst"} & set(args.parts):
-        with_engine(bench)
-    if "choice" in args.parts:
-        bench.measure("choice", choices(bench, attention), CHOICES)
+    parts = {
+        "step": bench.part("step", lambda: chain.from_iterable(steps(bench, name) for name in bench.mixes), STEPS),
+        "burst": bench.part("burst", lambda: (burst(bench, name) for name in bench.mixes), BURSTS),
+        "memory": bench.part("memory", lambda: memory(bench), MEMORY),
+        "choice": bench.part("choice", lambda: choices(bench, measured_attention(bench)), CHOICES),
+    }
+    try:
+        bench.recording.measure(parts, [name for name in PARTS if name in args.parts])
+    finally:
+        bench.close()
     return bench.recording.conclude("\n\n".join(bench.shown))
 
 
@@ -192,7 +223,7 @@ def memory_shape() -> ModelShape:
 def memory(bench: Bench) -> Iterator[dict[str, Any]]:
     """Waste and capacity of the cache itself in virtual time, and as planned."""
     shape = memory_shape()
-    model = bench.model(shape)
+    model = bench.costs(shape)
     for name in bench.mixes:
         requests = bench.fitted(name)
         lengths = lengths_of(requests)
@@ -234,25 +265,6 @@ def in_virtual_time(layout: Layout, requests: list[Request], budget: int) -> dic
 # -- an engine ---------------------------------------------------------------------------------------------------------
 
 
-def with_engine(bench: Bench) -> None:
-    """The parts that run an engine, over one."""
-    args = bench.args
-    bench.say(f"loading {args.model} and starting an engine")
-    model = model_of(args)
-    with probe_engine(model, args) as engine:
-        shape = planned_shape(args.model, dtype_of(args.device))
-        layers = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
-        layout = Layout(shape, bench.calibration.granularity, layers)
-        if "step" in args.parts:
-            bench.measure("step", (row for name in bench.mixes for row in steps(bench, engine, layout, name)), STEPS)
-        if "burst" in args.parts:
-            bench.measure("burst", (burst(bench, engine, layout, name) for name in bench.mixes), BURSTS)
-    del engine, model
-    gc.collect()
-    if args.device != "cpu":
-        torch.cuda.empty_cache()
-
-
 def sampled(requests: list[Request], count: int, random: np.random.Generator) -> list[int]:
     """Lengths of decoding sequences at a moment: of requests by how long they decode, somewhere in their output."""
     outputs = np.array([each.output_tokens for each in requests])
@@ -270,9 +282,10 @@ def join(engine: Engine, prompts: list[int], tokens: int, random: np.random.Gene
     return joined
 
 
-def steps(bench: Bench, engine: Engine, layout: Layout, name: str) -> Iterator[dict[str, Any]]:
+def steps(bench: Bench, name: str) -> Iterator[dict[str, Any]]:
     """Decode steps of sequences with a trace's lengths, and as planned."""
-    args, model = bench.args, bench.model(layout.shape)
+    args, engine, layout = bench.args, bench.engine, bench.layout
+    model = bench.costs(layout.shape)
     random = np.random.default_rng(args.seed)
     longest = engine.cache.shape.max_seq_len
     # Tokens that the first sequences decode while the others join.
@@ -297,9 +310,10 @@ def steps(bench: Bench, engine: Engine, layout: Layout, name: str) -> Iterator[d
     cancel_all(engine)
 
 
-def burst(bench: Bench, engine: Engine, layout: Layout, name: str) -> dict[str, Any]:
+def burst(bench: Bench, name: str) -> dict[str, Any]:
     """The time between two tokens of running sequences while prompts come at once, and as planned."""
-    args, model = bench.args, bench.model(layout.shape)
+    args, engine, layout = bench.args, bench.engine, bench.layout
+    model = bench.costs(layout.shape)
     random = np.random.default_rng(args.seed + 1)
     longest = engine.cache.shape.max_seq_len
     room = longest // 8
@@ -353,9 +367,13 @@ def _gaps(
 
 
 def measured_attention(bench: Bench) -> dict[tuple[str, int], float]:
-    """Seconds of all layers' attention by trace and layers a row, over a budget full of the trace's sequences."""
+    """Seconds of all layers' attention by trace and layers a row, over a budget full of the trace's sequences; nothing
+    on the host."""
     shape, args = memory_shape(), bench.args
-    found = {}
+    found: dict[tuple[str, int], float] = {}
+    if args.device == "cpu":
+        return found
+    bench.close()
     for name in bench.mixes:
         requests = bench.fitted(name)
         count = int(Layout(shape, 2 << 20, 16).capacity(lengths_of(requests), 4.0, args.budget))
@@ -388,7 +406,7 @@ def _divisors(number: int) -> list[int]:
 def choices(bench: Bench, attention: dict[tuple[str, int], float]) -> Iterator[dict[str, Any]]:
     """Every layout and lookahead by its sequences in virtual time and the step's time, and which one was planned."""
     shape, args = memory_shape(), bench.args
-    model = bench.model(shape)
+    model = bench.costs(shape)
     for name in bench.mixes:
         requests = bench.fitted(name)
         lengths = lengths_of(requests)

@@ -25,8 +25,8 @@ import trtllm_vattn
 from trtllm_vattn import plugins
 from trtllm_vattn.arguments import positive
 from trtllm_vattn.bench.cases.plugin_layers import EmulatedLayers
-from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import MAX_SEQ_LEN, add_attention, add_common, add_rounds, dtype_of
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.timing import summarise, timed_ms
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -297,25 +297,31 @@ class PluginBenchmark:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where an output was wrong, or Python ran in a replay."""
-    benchmark = PluginBenchmark(args)
+    benchmark, recording = PluginBenchmark(args), Recording("plugin", args)
+    tolerance = 1e-4 if dtype_of(args.device) == torch.float32 else 2e-2
+    recording.sum_up(
+        module=benchmark.trt.__name__.rpartition(".")[2],
+        attention=benchmark.backend,
+        layers=benchmark.cache.shape.num_layers,
+    )
+
+    def replays(recording: Recording) -> list[dict[str, Any]]:
+        found = recording.results["replays"] = benchmark.replays()
+        names = ("python_calls_during_replay", "replays", "remaps", "graphs", "checks")
+        return [{name: found[name] for name in (*names, "worst_error", "eager_error", "enqueues_during_replay")}]
+
+    def times(recording: Recording) -> list[dict[str, Any]]:
+        found = recording.results["times"] = benchmark.times()
+        # On the host every step runs in Python, plugin or not: another figure.
+        return [{"step_ratio" if found["captured"] else "eager_step_ratio": found["step_ratio"]}]
+
     try:
-        replays = benchmark.replays()
-        times = benchmark.times()
+        recording.measure({"replays": replays, "times": times})
     finally:
         benchmark.close()
-    tolerance = 1e-4 if dtype_of(args.device) == torch.float32 else 2e-2
-    summary = {name: replays[name] for name in ("python_calls_during_replay", "replays", "remaps", "graphs", "checks")}
-    summary |= {name: replays[name] for name in ("worst_error", "eager_error", "enqueues_during_replay")}
-    summary |= {
-        "module": benchmark.trt.__name__.rpartition(".")[2],
-        "attention": benchmark.backend,
-        "layers": benchmark.cache.shape.num_layers,
-        # On the host every step runs in Python, plugin or not: another figure.
-        "step_ratio" if times["captured"] else "eager_step_ratio": times["step_ratio"],
-    }
-    wrong = []
-    if max(replays["worst_error"], replays["eager_error"]) > tolerance:
-        wrong.append(f"an output is {replays['worst_error']:.3g} from the reference, more than {tolerance}")
-    if replays["python_calls_during_replay"] or replays["enqueues_during_replay"]:
+    summary, wrong = recording.summary, []
+    if (error := max(summary.get("worst_error", 0.0), summary.get("eager_error", 0.0))) > tolerance:
+        wrong.append(f"an output is {error:.3g} from the reference, more than {tolerance}")
+    if summary.get("python_calls_during_replay") or summary.get("enqueues_during_replay"):
         wrong.append("Python ran in a replay")
-    return conclude("plugin", args, {"replays": replays, "times": times}, summary, wrong=wrong)
+    return recording.conclude(wrong=wrong)

@@ -11,9 +11,10 @@ from dataclasses import asdict
 from typing import Any
 
 from trtllm_vattn.arguments import amount, positive
-from trtllm_vattn.bench.harness.case import conclude, model_of
+from trtllm_vattn.bench.harness.case import model_of
 from trtllm_vattn.bench.harness.contenders import Contender, Contest, take_turns
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_steady
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.memory.lookahead import BackgroundThread
 from trtllm_vattn.memory.mapping_policy import MappingPolicy
@@ -51,18 +52,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where the soak read a wrong word."""
-    verdict = probe_remapping(open_driver(args.device), args.soak_seconds, args.seed)
-    rows = _timed(args)
-    step = {row["policy"]: row["step_ms"] for row in rows}
-    summary: dict[str, Any] = {
-        f"{name}_over_none_p{p}": step[name][f"p{p}"] / step[NONE][f"p{p}"]
-        for name in step
-        for p in (50, 99)
-        if name != NONE
-    }
-    summary |= {f"soak_{name}": getattr(verdict, name) for name in ("remaps", "reads", "wrong_words")}
-    conclude("policy", args, {"runs": rows, "soak": asdict(verdict)}, summary, tabulate(rows, COLUMNS))
-    return int(verdict.wrong_words > 0)
+    recording = Recording("policy", args)
+
+    def soak(recording: Recording) -> list[dict[str, Any]]:
+        verdict = probe_remapping(open_driver(args.device), args.soak_seconds, args.seed)
+        recording.results["soak"] = asdict(verdict)
+        return [{f"soak_{name}": getattr(verdict, name) for name in ("remaps", "reads", "wrong_words")}]
+
+    def steps(recording: Recording) -> list[dict[str, Any]]:
+        rows = recording.results["runs"] = _timed(args)
+        step = {row["policy"]: row["step_ms"] for row in rows}
+        return [
+            {
+                f"{name}_over_none_p{p}": step[name][f"p{p}"] / step[NONE][f"p{p}"]
+                for name in step
+                for p in (50, 99)
+                if name != NONE
+            }
+        ]
+
+    recording.measure({"soak": soak, "steps": steps})
+    wrong = [f"the soak read {words} wrong words"] if (words := recording.summary.get("soak_wrong_words")) else []
+    return recording.conclude(tabulate(recording.results.get("runs", []), COLUMNS), wrong=wrong)
 
 
 def _timed(args: argparse.Namespace) -> list[dict[str, Any]]:

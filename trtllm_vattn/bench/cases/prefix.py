@@ -3,8 +3,8 @@
 Requests with token ids go through `PrefixCache` over counted pages, and through the least recently used tree of blocks
 that stores each block once. So many run at once; each ends when its place is needed, first come, first served. Ways to
 a hit are tried with and without each other; what a hit costs is worked out from measured costs, and the crossover
-between the ways is drawn. That needs no device. An engine then takes an agent's turns, beside one without reuse and one
-over block tables that share blocks (`bench reuse` measures more of it).
+between the ways is drawn. That needs no device. An engine takes an agent's turns and a part of the trace, beside one
+without reuse and one over block tables that share blocks (`bench reuse` measures more of it).
 """
 
 from __future__ import annotations
@@ -14,19 +14,25 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import chosen, numbers, positive, size, sizes
+from trtllm_vattn.arguments import numbers, positive, size, sizes
 from trtllm_vattn.bench.cases import reuse
-from trtllm_vattn.bench.harness.case import model_of
-from trtllm_vattn.bench.harness.flags import BUDGET, REQUESTS, add_device, add_model, add_results, add_trace
+from trtllm_vattn.bench.harness.flags import (
+    BUDGET,
+    REQUESTS,
+    add_device,
+    add_model,
+    add_parts,
+    add_results,
+    add_trace,
+)
 from trtllm_vattn.bench.harness.ideal_tree import IdealTree
-from trtllm_vattn.bench.harness.recording import Recording
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.retained_pages import RetainedPages
 from trtllm_vattn.bench.harness.traces import load_trace
 from trtllm_vattn.bench.harness.turns import TokenRequest, agent_turns, from_trace
@@ -50,6 +56,8 @@ VARIANTS: dict[str, tuple[Way, ...]] = {
 }
 CROSSOVER_TOKENS = tuple(16 << power for power in range(14))
 CROSSOVER_EXTENTS = (2 << 20, 32 << 20, 256 << 20)
+EXPECTED_TOKENS = 256
+"""Output tokens that a table is expected to be read for, in the crossover."""
 
 COLUMNS: dict[str, str | Callable[[Any], str]] = {
     "requests": "workload",
@@ -72,8 +80,6 @@ COLUMNS: dict[str, str | Callable[[Any], str]] = {
 
 MOST_TURNS = 1500
 """Of agents: each looks at all that is kept."""
-PARTS = ("hits", "engine", "variants")
-"""The first is always measured: hits of one setting; what an engine makes of them; hits of all other settings."""
 SAME = {"rounds": 1, "attention": "auto"}
 ENGINE: dict[str, dict[str, Any]] = {
     "gpu": {"budget": 30 << 30, "max_seqs": 16, "kept_seqs": 128, "max_seq_len": 20480, "steps": 200, **SAME},
@@ -82,19 +88,13 @@ ENGINE: dict[str, dict[str, Any]] = {
 """Flags of `bench reuse` for the engines of this benchmark: they lie side by side on a card of 80 GB or more."""
 
 
-def parts(text: str) -> list[str]:
-    """Names in `PARTS`; unknown ones are refused."""
-    return chosen(text, "part", PARTS)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench prefix`."""
     gpu = add_device(parser)
     add = parser.add_argument
-    text = f"what is measured, of {', '.join(PARTS)}"
-    add("--parts", type=parts, default="hits,engine" if gpu else "hits,variants", metavar="NAME,...", help=text)
+    add_parts(parser, PARTS, "engine,hits" if gpu else "hits,variants")
     add_model(parser, default="llama-3.1-8b" if gpu else "tiny-llama")
-    text = f"{REQUESTS}, for the engine"
+    text = f"{REQUESTS}, and of an agent's turns, for the engines"
     add("--engine-requests", type=positive, default=96 if gpu else 24, metavar="REQUESTS", help=text)
     text = "requests with block hashes: Mooncake's JSON lines or list, also .gz (default: generated ones alone)"
     add_trace(parser, help=text)
@@ -107,8 +107,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--segments", type=numbers, default="4,2", metavar="N,...", help=text)
     text = "largest extents, each tried"
     add("--largest-extent", type=sizes, default="16MiB,256MiB", metavar="BYTES,...", help=text, dest="extents")
-    text = "output tokens that a table is expected to be read for"
-    add("--expected-tokens", type=positive, default=256, metavar="TOKENS", help=text)
     add_results(parser, plots=True)
 
 
@@ -127,41 +125,52 @@ class Setting:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     recording = Recording("prefix", args)
-    tried = settings(args)
+    # Flags are looked at before anything takes long.
+    settings(args)
     recording.results.update(
         runs=[],
         crossover=[
             {
                 "extent_bytes": extent,
                 "points": crossover(
-                    CROSSOVER_TOKENS, TOKEN_BYTES, extent, ReuseCosts(), args.expected_tokens, RANGES, GRANULARITY
+                    CROSSOVER_TOKENS, TOKEN_BYTES, extent, ReuseCosts(), EXPECTED_TOKENS, RANGES, GRANULARITY
                 ),
             }
             for extent in CROSSOVER_EXTENTS
         ],
     )
-    ideal: dict[str, int] = {}
+    recording.measure(PARTS, args.parts)
+    plot = plot_prefix if recording.results["runs"] else None
+    return recording.conclude(tabulate(recording.results["runs"], COLUMNS), plot)
 
-    def measure_hits(name: str) -> None:
-        requests = workloads[name]
-        recording.say(f"{name}: the ideal tree, {len(requests)} requests")
-        ideal[name] = ideal_hits(requests, args.budget // TOKEN_BYTES, args.max_seqs)
-        recording.say(f"{name}: {tried[0].variant}")
-        recording.add("runs", row(name, requests, tried[0], ideal[name]))
-        recording.sum_up(**hits_of(recording.results["runs"]))
 
-    workloads = {"agents": agent_turns(min(args.requests, MOST_TURNS), args.seed, at_once=args.max_seqs)}
+def workloads(args: argparse.Namespace) -> dict[str, list[TokenRequest]]:
+    """Requests by name: the trace's, if there is one, and agents'."""
+    found = {"agents": agent_turns(min(args.requests, MOST_TURNS), args.seed, at_once=args.max_seqs)}
     if args.trace is not None:
-        workloads = {"trace": from_trace(load_trace(args.trace, args.requests), args.divide_by), **workloads}
-        measure_hits("trace")
-    if "engine" in args.parts:
-        measure_engines(args, recording)
-    measure_hits("agents")
-    if "variants" in args.parts:
-        for (name, requests), setting in product(workloads.items(), tried[1:]):
-            recording.say(f"{name}: {setting.variant}, {setting.max_segments} slots, {setting.largest_extent:,} bytes")
-            recording.add("runs", row(name, requests, setting, ideal[name]))
-    return recording.conclude(tabulate(recording.results["runs"], COLUMNS), plot_prefix)
+        found = {"trace": from_trace(load_trace(args.trace, args.requests), args.divide_by), **found}
+    return found
+
+
+def measure_hits(recording: Recording) -> None:
+    """Hits of the setting that is quoted, beside the ideal tree's."""
+    _measure_settings(recording, settings(recording.args)[:1])
+
+
+def measure_variants(recording: Recording) -> None:
+    """Hits of all other settings."""
+    _measure_settings(recording, settings(recording.args)[1:])
+
+
+def _measure_settings(recording: Recording, tried: Sequence[Setting]) -> None:
+    args = recording.args
+    for name, requests in workloads(args).items():
+        recording.say(f"{name}: the ideal tree, {len(requests)} requests")
+        ideal = ideal_hits(requests, args.budget // TOKEN_BYTES, args.max_seqs)
+        for each in tried:
+            recording.say(f"{name}: {each.variant}, {each.max_segments} slots, {each.largest_extent:,} bytes")
+            recording.add("runs", row(name, requests, each, ideal))
+            recording.sum_up(**hits_of(recording.results["runs"]))
 
 
 def hits_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -173,18 +182,20 @@ def hits_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def measure_engines(args: argparse.Namespace, recording: Recording) -> None:
-    """What an engine makes of an agent's turns: throughput beside none of it and beside block tables, steady steps, and
-    the time to a hit's first token."""
-    recording.say(f"load {args.model}")
-    model = model_of(args)
+def measure_engines(recording: Recording) -> None:
+    """What an engine makes of an agent's turns, and of the trace: throughput beside none of it and beside block tables,
+    steady steps, the time to a hit's first token, and what each way to a hit takes by its length."""
+    args, model = recording.args, recording.model
     given = argparse.Namespace(**ENGINE["host" if args.device == "cpu" else "gpu"])
     given.device, given.seed = args.device, args.seed
+    loads = {"engine": reuse.agents_of(given, args.engine_requests)}
+    if args.trace is not None:
+        loads["engine_trace"] = from_trace(load_trace(args.trace, args.engine_requests), args.divide_by)
     with reuse.contenders(model, given, reuse.CONTENDERS, recording) as engines:
         recording.say("steady steps, and hits alone")
         recording.sum_up(**reuse.steady_state(engines["reuse"], given))
-        agents = reuse.agents_of(given, args.engine_requests)
-        reuse.compare(engines, {"engine": agents}, given, recording, "engines")
+        reuse.compare(engines, loads, given, recording, "engines")
+        reuse.ways_by_length(engines["reuse"], given, recording)
 
 
 def settings(args: argparse.Namespace) -> list[Setting]:
@@ -269,3 +280,7 @@ def replay(
         running.append(index)
     while running:
         finish(running.popleft())
+
+
+PARTS: dict[str, Part] = {"engine": measure_engines, "hits": measure_hits, "variants": measure_variants}
+"""What engines make of reuse; hits of one setting beside an ideal tree; hits of all other settings."""

@@ -31,7 +31,7 @@ from trtllm_vattn.bench.harness.flags import (
     add_rounds,
     add_trace,
 )
-from trtllm_vattn.bench.harness.recording import Recording
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.shared_blocks import BlockSlots, SharedBlocks
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.bench.harness.traces import load_trace
@@ -88,13 +88,15 @@ def run(args: argparse.Namespace) -> int:
     if args.trace is not None:
         workloads["trace"] = from_trace(load_trace(args.trace, args.requests), args.divide_by)
     with contenders(model, args, CONTENDERS, recording) as engines:
-        compare(engines, workloads, args, recording)
-        recording.say("steady steps, and hits alone")
-        recording.sum_up(**steady_state(engines["reuse"], args))
-        engines["reuse"].flush_prefix_cache()
-        ways_by_length(engines["reuse"], args, recording)
-    runs, ways = recording.results["runs"], recording.results["ways"]
-    return recording.conclude(f"{tabulate(runs, COLUMNS)}\n{reuse_ways.show(ways)}", reuse_ways.plot_ways)
+        parts: dict[str, Part] = {
+            "steady": lambda recording: [steady_state(engines["reuse"], args)],
+            "turns": lambda recording: compare(engines, workloads, args, recording),
+            "ways": lambda recording: ways_by_length(engines["reuse"], args, recording),
+        }
+        recording.measure(parts)
+    runs, ways = recording.results.get("runs", []), recording.results.get("ways", [])
+    shown = f"{tabulate(runs, COLUMNS)}\n{reuse_ways.show(ways)}"
+    return recording.conclude(shown, reuse_ways.plot_ways if ways else None)
 
 
 def agents_of(args: argparse.Namespace, requests: int) -> list[TokenRequest]:
@@ -170,6 +172,7 @@ def ways_by_length(engine: Engine, args: argparse.Namespace, recording: Recordin
     if args.device == "cpu":
         lengths, steps, repeats = lengths[-1:], 5, 1
     vocab = vocab_of(engine.model)
+    engine.flush_prefix_cache()
     recording.results["ways"] = []
     for tokens in lengths:
         recording.say(f"ways to a hit of {tokens:,} tokens")

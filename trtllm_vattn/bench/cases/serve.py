@@ -11,6 +11,7 @@ import argparse
 import gc
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import amount, numbers, positive, size, tolerance
 from trtllm_vattn.bench.cases import serve_peer
-from trtllm_vattn.bench.harness.case import conclude, engine_options, model_of, vocab_of
+from trtllm_vattn.bench.harness.case import engine_options, model_of, vocab_of
 from trtllm_vattn.bench.harness.flags import (
     BUDGET,
     MAX_OUTPUT,
@@ -38,6 +39,7 @@ from trtllm_vattn.bench.harness.flags import (
     rate,
 )
 from trtllm_vattn.bench.harness.peer import add_peer
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.serving import Clock, Load, arrival_times, check_goodput, over_time, report, serve
 from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.bench.harness.workload import prompts_of
@@ -94,6 +96,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_peer(parser, "serve the same requests by it too, in turns")
     text = "then serve at this share of the rate that saturates the peer, once; 0 leaves it out"
     add("--peer-load", type=tolerance, default=0.8, metavar="SHARE", help=text)
+    text = (
+        "an earlier result that says what saturates the peer, so that nothing comes at once (default: it is measured)"
+    )
+    add("--peer-saturated", type=Path, metavar="FILE", help=text)
     add_plot(parser)
 
 
@@ -128,13 +134,19 @@ def run(args: argparse.Namespace) -> int:
     load = Load(
         prompts_of(requests, vocab_of(model), args.seed), [request.output_tokens for request in requests], arrivals
     )
-    runs = [
-        {"cache": name, "round": number, **replay(model, args, name, load)}
-        for number in range(args.rounds)
-        for name in args.caches
-    ]
-    results = {"runs": runs, "requests": len(requests), "span_s": arrivals[-1] - arrivals[0]}
-    return conclude("serve", args, results, compared(runs), tabulate(runs, COLUMNS), plot_serve)
+    recording = Recording("serve", args)
+    recording.results.update(runs=[], requests=len(requests), span_s=arrivals[-1] - arrivals[0])
+    runs = recording.results["runs"]
+
+    def rounds(recording: Recording) -> Iterator[dict[str, Any]]:
+        for number in range(args.rounds):
+            for name in args.caches:
+                recording.say(f"round {number + 1} of {args.rounds}: {name}")
+                recording.add("runs", {"cache": name, "round": number, **replay(model, args, name, load)})
+            yield compared(runs)
+
+    recording.measure({"rounds": rounds})
+    return recording.conclude(tabulate(runs, COLUMNS), plot_serve if runs else None)
 
 
 def compared(runs: list[dict[str, Any]]) -> dict[str, Any]:

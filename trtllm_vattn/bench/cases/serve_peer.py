@@ -21,9 +21,10 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.harness.case import conclude, engine_options, model_of, vocab_of
+from trtllm_vattn.bench.harness.case import engine_options, vocab_of
 from trtllm_vattn.bench.harness.peer import Peer, check_tokens, fit_together, opener, write_config
-from trtllm_vattn.bench.harness.report import Result, write
+from trtllm_vattn.bench.harness.recording import Part, Recording
+from trtllm_vattn.bench.harness.report import load
 from trtllm_vattn.bench.harness.serving import (
     Clock,
     Load,
@@ -39,6 +40,7 @@ from trtllm_vattn.bench.harness.workload import prompts_of
 from trtllm_vattn.bench.publish.plots import plot_serve
 from trtllm_vattn.bench.publish.tables import serve_beside
 from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.machine import versions
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
@@ -84,7 +86,7 @@ class Ours:
             self._engine = Engine(
                 self._model, cache, prefix_cache=False, attention=args.attention, chunk=args.chunk, **options
             )
-            self.settings = {"kv_bytes": cache.stats().budget_bytes, "max_seqs": args.max_seqs, **options}
+            self.settings.update({"kv_bytes": cache.stats().budget_bytes, "max_seqs": args.max_seqs, **options})
 
     def serve(self, load: Load) -> Served:
         assert self._engine is not None
@@ -143,8 +145,9 @@ class Theirs:
 class Turns:
     """Serves loads by each engine in turn, with token ids that no other turn has; keeps rows of what came of it."""
 
-    def __init__(self, engines: Sequence[Serving], args: argparse.Namespace, vocab: int, together: bool) -> None:
-        self._engines, self._args, self._vocab, self._together = engines, args, vocab, together
+    def __init__(self, engines: Sequence[Serving], recording: Recording, vocab: int, together: bool) -> None:
+        self._engines, self._recording, self._vocab, self._together = engines, recording, vocab, together
+        self._args = recording.args
         self._turn = 0
         self._warm: set[tuple[str, str]] = set()
         self.rows: list[dict[str, Any]] = []
@@ -158,6 +161,7 @@ class Turns:
     @contextmanager
     def _ready(self, engine: Serving, kind: str) -> Iterator[None]:
         """With `kind` of engine started and warm; alone on the device, where two do not fit."""
+        self._recording.say(f"start {engine.name}, {kind}")
         engine.start(kind)
         try:
             if (engine.name, kind) not in self._warm:
@@ -184,11 +188,13 @@ class Turns:
                         self._serve(engine, load, {"trace": name, "kind": kind, "request_rate": _rate(rate)}, number)
 
     def _serve(self, engine: Serving, load: Load, row: dict[str, Any], number: int) -> None:
+        self._recording.say(f"{row['trace']}, {row['request_rate']}, by {engine.name}")
         served = engine.serve(load)
         check_tokens(engine.name, load, served.times)
         found = report(load, served, check_goodput(self._args.goodput))
         row = {**row, "engine": engine.name, "round": number, **found}
         self.rows.append({**row, "over_time": over_time(load, served)})
+        self._recording.sum_up(**compared(self.rows, self._args.peer))
 
 
 def _own(request: Request) -> Request:
@@ -216,24 +222,23 @@ def run(args: argparse.Namespace, wanted: Sequence[tuple[Path | None, list[Reque
     with make() as peer:  # whether it is there, before anything takes long
         told = peer.versions
     traces = named(wanted)
-    model = model_of(args)
+    recording = Recording("serve", args)
+    recording.sum_up(peer=f"{args.peer} {told[args.peer]}")
+    results = recording.results
+    model = recording.model
     with tempfile.TemporaryDirectory() as folder:
         write_config(model, Path(folder))
         ours, theirs = Ours(model, args), Theirs(make, args.peer, Path(folder), args)
-        turns = Turns([ours, theirs], args, vocab_of(model), together(model, args))
-        results = {"runs": turns.rows, "versions": {OURS: versions(), args.peer: told}}
+        turns = Turns([ours, theirs], recording, vocab_of(model), together(model, args))
+        parts = schedule(args, traces, turns)
+        results.update(runs=turns.rows, versions={OURS: versions(), args.peer: told})
+        results.update(settings={OURS: ours.settings, args.peer: theirs.settings}, peer_start_s=theirs.start_s)
         try:
-            for number, kind, group in _schedule(args, traces, turns.rows):
-                turns.take(group, number, kind)
-                results["settings"] = {OURS: ours.settings, args.peer: theirs.settings}
-                results["peer_start_s"] = theirs.start_s
-                if args.output_json:  # what was measured is kept, whatever comes of the rest
-                    write(Result.of("serve", args, results, compared(turns.rows, args.peer)), args.output_json)
+            recording.measure(parts)
         finally:
             ours.stop()
             theirs.stop()
-    summary = compared(turns.rows, args.peer) | {"peer": f"{args.peer} {told[args.peer]}"}
-    return conclude("serve", args, results, summary, serve_beside({"results": results}), plot_serve)
+    return recording.conclude(serve_beside({"results": results}), plot_serve if turns.rows else None)
 
 
 def together(model: PreTrainedModel, args: argparse.Namespace) -> bool:
@@ -245,22 +250,37 @@ def together(model: PreTrainedModel, args: argparse.Namespace) -> bool:
     return fit_together(total, weights, args.budget, BESIDE)
 
 
-def _schedule(
-    args: argparse.Namespace, traces: Sequence[Traced], rows: Sequence[dict[str, Any]]
-) -> Iterator[tuple[int, str, list[tuple[Traced, float]]]]:
-    """Round, kind of engine, and traces with their rates; the last ones depend on the rows of the earlier."""
+def schedule(args: argparse.Namespace, traces: Sequence[Traced], turns: Turns) -> dict[str, Part]:
+    """The rounds at the rate that is asked for, and where everything comes at once there, one at a share of the rate
+    that this found to saturate the peer."""
     rate = float("inf") if args.request_rate is None else args.request_rate
     saturating = rate == float("inf")
-    for number in range(args.rounds):
-        yield number, "offline" if saturating else "server", [(traced, rate) for traced in traces]
-    if saturating and args.peer_load:
-        paced = []
-        for traced in traces:
-            most = [
-                row["request_throughput"] for row in rows if (row["trace"], row["engine"]) == (traced[0], args.peer)
-            ]
-            paced.append((traced, args.peer_load * mean(most)))
-        yield 0, "server", paced
+
+    def at_rate(recording: Recording) -> None:
+        for number in range(args.rounds):
+            turns.take([(traced, rate) for traced in traces], number, "offline" if saturating else "server")
+
+    def below(recording: Recording) -> None:
+        most = saturation(turns.rows if args.peer_saturated is None else earlier, args.peer)
+        paced = [(traced, args.peer_load * most[traced[0]]) for traced in traces if traced[0] in most]
+        turns.take(paced, 0, "server")
+
+    if args.peer_saturated is not None:
+        earlier = load(args.peer_saturated)["results"]["runs"]
+        if missing := sorted({name for name, _ in traces} - saturation(earlier, args.peer).keys()):
+            raise ConfigError(f"{args.peer_saturated} does not say what saturates {args.peer} of {', '.join(missing)}")
+        return {"below_saturation": below}
+    paced = {"below_saturation": below} if saturating and args.peer_load else {}
+    return {"at_once" if saturating else "at_rate": at_rate, **paced}
+
+
+def saturation(rows: Sequence[dict[str, Any]], peer: str) -> dict[str, float]:
+    """Requests a second that the peer finished of each trace, all of which came at once."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if (row["engine"], row["request_rate"]) == (peer, "at once"):
+            found.setdefault(row["trace"], []).append(row["request_throughput"])
+    return {name: mean(rates) for name, rates in found.items()}
 
 
 def compared(rows: Sequence[dict[str, Any]], peer: str) -> dict[str, Any]:

@@ -10,9 +10,9 @@ That drafts change no token is shown apart, in float32 on the host, with nothing
 from __future__ import annotations
 
 import argparse
-import gc
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 from itertools import product
 from time import perf_counter
 from typing import Any
@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import numbers, positive
 from trtllm_vattn.bench.cases.forks import rollback_us
-from trtllm_vattn.bench.harness.case import model_of, vocab_of
+from trtllm_vattn.bench.harness.case import vocab_of
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_rounds
-from trtllm_vattn.bench.harness.recording import Recording
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.runtime.binding import shape_of
@@ -37,8 +37,6 @@ from trtllm_vattn.table import tabulate
 
 DRAFTS = (0, 3, 7)
 """Most draft tokens of a step."""
-ENGINES = (0, DRAFTS[-1])
-"""Drafts of engines: one that can take more takes fewer, too."""
 WARM_UP = 32
 """Tokens of each sequence of a turn that is not measured."""
 LARGE = 1e4
@@ -68,35 +66,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lanes", type=numbers, default="1,32,128" if gpu else "1,3", metavar="SEQUENCES,...", help=text)
     text = "tokens of each sequence before it decodes"
     add("--context", type=positive, default=512 if gpu else 256, metavar="TOKENS", help=text)
-    add("--output-tokens", type=positive, default=128 if gpu else 48, metavar="TOKENS", help="of each sequence")
+    add("--output-tokens", type=positive, default=192 if gpu else 48, metavar="TOKENS", help="of each sequence")
     add_rounds(parser, 1, "number of drafts")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     recording = Recording("speculation", args)
-    recording.say("tokens in float32 on the host")
-    same = tokens_identical(args.seed)
-    recording.sum_up(tokens_identical_float32=same, text="scripted")
-    recording.say(f"load {args.model}")
-    model = model_of(args)
+    parts: dict[str, Part] = {
+        "tokens": lambda recording: [{"tokens_identical_float32": tokens_identical(args.seed)}],
+        "without": partial(measure_engine, drafts=0),
+        "with": partial(measure_engine, drafts=DRAFTS[-1]),
+    }
+    recording.measure(parts)
+    same = recording.summary.get("tokens_identical_float32", True)
+    wrong = [] if same else ["tokens with drafts are others than without, in float32 on the host"]
+    return recording.conclude(tabulate(recording.results.get("runs", []), COLUMNS), wrong=wrong)
+
+
+def measure_engine(recording: Recording, drafts: int) -> None:
+    """Rows of an engine that takes up to so many drafts a step, and so fewer, too."""
+    args, model = recording.args, recording.model
+    recording.sum_up(text="scripted")
     longest = args.context + args.output_tokens
-    script = Script(model, longest + max(DRAFTS) + 2)
     random, vocab = np.random.default_rng(args.seed), vocab_of(model)
     texts = {
         "repeating": repeating_text(longest + 1, vocab, random),
         "random": random.integers(0, vocab, longest + 1).tolist(),
     }
+    script = Script(model, longest + max(DRAFTS) + 2)
     try:
-        for drafts in ENGINES:
-            recording.say(f"start the engine with up to {drafts} drafts")
-            gc.collect()
-            with engine_of(model, args, drafts, longest) as engine:
-                measure_all(engine, script, texts, args, recording)
+        recording.say(f"start the engine with up to {drafts} drafts")
+        with engine_of(model, args, drafts, longest) as engine:
+            measure_all(engine, script, texts, args, recording)
     finally:
         script.remove()
-    wrong = [] if same else ["tokens with drafts are others than without, in float32 on the host"]
-    return recording.conclude(tabulate(recording.results["runs"], COLUMNS), wrong=wrong)
 
 
 def repeating_text(tokens: int, vocab: int, random: np.random.Generator) -> list[int]:

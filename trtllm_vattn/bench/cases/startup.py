@@ -14,13 +14,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from time import perf_counter, time
 from typing import Any
 
 from trtllm_vattn.arguments import positive, sizes, tolerance
-from trtllm_vattn.bench.harness.case import captured_graphs, conclude, model_of
-from trtllm_vattn.bench.harness.flags import MAX_SEQS, TIE_TOLERANCE, add_common
+from trtllm_vattn.bench.harness.case import captured_graphs
+from trtllm_vattn.bench.harness.flags import MAX_SEQS, TIE_TOLERANCE, add_common, add_parts
 from trtllm_vattn.bench.harness.identity import RequestTokens, compare
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import KVCacheOutOfMemory, NoFreeSlot, VattnError
 from trtllm_vattn.runtime.binding import shape_of
@@ -29,6 +32,7 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import table
 from trtllm_vattn.vmm.open import open_driver
 
+PARTS = ("cold", "warm", "budgets")
 _START = """
 import json, sys
 from time import time
@@ -53,36 +57,42 @@ with Engine.from_pretrained(sys.argv[2], device=sys.argv[3], max_seqs=int(sys.ar
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench start`."""
     gpu, add = add_common(parser), parser.add_argument
+    add_parts(parser, PARTS)
+    text = "caches of torch, Triton and Python that a warm start finds (default: those that the cold one leaves)"
+    add("--kept", type=Path, metavar="FOLDER", help=text)
     add("--max-seqs", type=positive, default=32 if gpu else 4, metavar="SEQUENCES", help=MAX_SEQS)
     usual = "8GiB,60GiB,100GiB,60GiB,8GiB" if gpu else "4MiB,16MiB,4MiB"
     add("--budgets", type=sizes, default=usual, metavar="BYTES,...", help="of KV, set one after the other")
     text = f"{TIE_TOLERANCE}: cuDNN's decode of many lanes is not the same to the last bit from one call to the next"
     add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=text)
-    text = "tokens of each sequence of those that fill a budget"
-    add("--filler-tokens", type=positive, default=7900 if gpu else 500, metavar="TOKENS", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where tokens changed."""
-    with tempfile.TemporaryDirectory() as kept:
-        starts = [{"start": name, **_started(args, kept)} for name in ("cold", "warm")]
-    sizes = _sized(args)
-    summary = {
-        "cold_first_token_s": starts[0]["first_token_s"],
-        "warm_first_token_s": starts[1]["first_token_s"],
-        "capture_s": starts[1]["capture_s"],
-        "capture_bytes": starts[1]["capture_bytes"],
-        "budgets": len(sizes),
-        "largest_held_bytes": max(row["held_bytes"] for row in sizes),
-        "tokens_unchanged": all(row["tokens_unchanged"] for row in sizes),
-        "ties": sum(row["ties"] for row in sizes),
-        "recaptures": sum(row["captures"] for row in sizes),
-    }
+    recording = Recording("start", args)
+    with tempfile.TemporaryDirectory() as made:
+
+        def start(name: str, kept: str) -> dict[str, Any]:
+            found = _started(args, kept)
+            recording.add("starts", {"start": name, **found})
+            figures = {f"{name}_first_token_s": found["first_token_s"]}
+            return figures | {each: found[each] for each in ("capture_s", "capture_bytes")}
+
+        def warm(recording: Recording) -> Iterator[dict[str, Any]]:
+            if args.kept is not None:
+                # What is kept may be of other shapes, or nothing yet.
+                yield start("unquoted", str(args.kept))
+            yield start("warm", made if args.kept is None else str(args.kept))
+
+        parts: dict[str, Part] = {"cold": lambda recording: [start("cold", made)], "warm": warm, "budgets": _sized}
+        recording.measure(parts, [name for name in PARTS if name in args.parts])
     shown = "\n".join(
-        table(list(rows[0]), [[_short(value) for value in row.values()] for row in rows]) for rows in (starts, sizes)
+        table(list(rows[0]), [[_short(value) for value in row.values()] for row in rows])
+        for name in ("starts", "budgets")
+        if (rows := recording.results.get(name))
     )
-    conclude("start", args, {"starts": starts, "budgets": sizes}, summary, shown)
-    return int(not summary["tokens_unchanged"])
+    wrong = [] if recording.summary.get("tokens_unchanged", True) else ["tokens changed with the budget"]
+    return recording.conclude(shown, wrong=wrong)
 
 
 def _short(value: object) -> str:
@@ -90,7 +100,8 @@ def _short(value: object) -> str:
 
 
 def _started(args: argparse.Namespace, kept: str) -> dict[str, Any]:
-    """One start in a fresh process; torch's compiled code, Python's and the mapping verdict are kept in `kept`."""
+    """One start in a fresh process; torch's compiled code, Python's and the mapping verdict are kept in `kept`, whose
+    folders scripts/gpu names likewise."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{kept}/inductor", "TRITON_CACHE_DIR": f"{kept}/triton"}
     environment.update(XDG_CACHE_HOME=kept, PYTHONPYCACHEPREFIX=f"{kept}/bytecode")
     # Container images set this, and then every start compiles the source of all that it imports.
@@ -103,10 +114,11 @@ def _started(args: argparse.Namespace, kept: str) -> dict[str, Any]:
     return answer
 
 
-def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
-    model = model_of(args)
+def _sized(recording: Recording) -> Iterator[dict[str, Any]]:
+    """Budgets set one after the other under the same graphs, and filled."""
+    args, model = recording.args, recording.model
     # Fillers take whole slots, so that nothing is mapped ahead for them.
-    longest = args.filler_tokens
+    longest = 7900 if args.device != "cpu" else 500
     one = longest * shape_of(model, 1, longest).token_bytes
     slots = max(args.budgets) // one + 4
     cache = KVCacheManager(shape_of(model, slots, longest), open_driver(args.device))
@@ -114,12 +126,11 @@ def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
     with Engine(model, cache, prefix_cache=False, buckets=[slots], record_margins=True) as engine:
         captured = captured_graphs(engine)
         want = None
-        rows = []
         for budget in args.budgets:
             started = perf_counter()
             engine.set_budget(budget)
             set_s = perf_counter() - started
-            fillers, fill_s = _fill(cache, args.filler_tokens)
+            fillers, fill_s = _fill(cache, longest)
             held = cache.stats().held_bytes
             # Room for the prompts, in memory that was somebody's before.
             cache.release(fillers.pop())
@@ -127,7 +138,8 @@ def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
             want = want or tokens
             identity = compare(want, tokens, args.tie_tolerance, free=True)
             now = captured_graphs(engine)
-            rows.append(
+            recording.add(
+                "budgets",
                 {
                     "budget_mib": budget / (1 << 20),
                     "set_s": set_s,
@@ -137,11 +149,18 @@ def _sized(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "tokens_unchanged": identity.identical,
                     "ties": identity.ties,
                     "captures": sum(a is not b for a, b in zip(captured, now, strict=True)),
-                }
+                },
             )
             for filler in fillers:
                 cache.release(filler)
-        return rows
+            rows = recording.results["budgets"]
+            yield {
+                "budgets": len(rows),
+                "largest_held_bytes": max(row["held_bytes"] for row in rows),
+                "tokens_unchanged": all(row["tokens_unchanged"] for row in rows),
+                "ties": sum(row["ties"] for row in rows),
+                "recaptures": sum(row["captures"] for row in rows),
+            }
 
 
 def _generated(engine: Engine, *prompts: list[int]) -> RequestTokens:

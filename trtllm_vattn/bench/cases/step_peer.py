@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from trtllm_vattn.bench.cases.serve_peer import OURS, give_back, together
-from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.case import vocab_of
 from trtllm_vattn.bench.harness.contenders import Contest, take_turns
 from trtllm_vattn.bench.harness.peer import Peer, opener, write_config
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import VattnError
@@ -108,23 +109,31 @@ def run(args: argparse.Namespace) -> int:
     make = opener(args)
     with make() as peer:  # whether it is there, before anything takes long
         told = peer.versions
-    model = model_of(args)
-    rows: list[dict[str, Any]] = []
+    recording = Recording("graph", args)
+    recording.sum_up(peer=f"{args.peer} {told[args.peer]}")
+    model, results = recording.model, recording.results
+    results["versions"] = {OURS: versions(), args.peer: told}
     with tempfile.TemporaryDirectory() as folder:
         write_config(model, Path(folder))
         steps = Steps(model, args, make, Path(folder))
-        try:
-            for batch in args.batch_sizes:
+
+        def of(batch: int) -> Part:
+            def measure(recording: Recording) -> Iterator[dict[str, Any]]:
                 for number in range(args.rounds):
                     for name, timed in ((OURS, steps.ours), (args.peer, steps.theirs)):
                         taken, length = timed(batch)
                         row = {"batch": batch, "engine": name, "round": number, "mean_length": length}
-                        rows.append({**row, "step_ms": summarise(taken)})
+                        recording.add("runs", {**row, "step_ms": summarise(taken)})
+                    results["settings"] = {args.peer: steps.settings}
+                    yield compared([row for row in results["runs"] if row["batch"] == batch], args.peer)
+
+            return measure
+
+        try:
+            recording.measure({f"batch_{batch}": of(batch) for batch in args.batch_sizes})
         finally:
             steps.close()
-    results = {"runs": rows, "versions": {OURS: versions(), args.peer: told}, "settings": {args.peer: steps.settings}}
-    summary = compared(rows, args.peer) | {"peer": f"{args.peer} {told[args.peer]}"}
-    return conclude("graph", args, results, summary, tabulate(rows, COLUMNS))
+    return recording.conclude(tabulate(results.get("runs", []), COLUMNS))
 
 
 def compared(rows: list[dict[str, Any]], peer: str) -> dict[str, Any]:

@@ -28,8 +28,8 @@ import numpy as np
 from tqdm import tqdm
 
 from trtllm_vattn.arguments import amount, non_negative, positive, size
-from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import add_common, dtype_of
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.runtime.engine import Engine
@@ -83,28 +83,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where a byte was foreign or lost, a ceiling was passed, or a message moved anything."""
     started = time.perf_counter()
-    counts = isolate(args)
-    messages = garble(args.messages, args.seed)
-    rows, served = serve_all(args) if args.models else ([], {})
-    summary = {
-        "handovers": counts["handovers"],
-        "foreign_bytes_seen": counts["foreign_bytes"],
-        "ceilings_passed": counts["passed"],
-        "killed_tenants": counts["killed"],
-        "lost_by_others": counts["lost_bytes"] + counts["lost_leases"],
-        "messages": messages["messages"],
-        "messages_refused": messages["refused"],
-        "leases_moved_by_messages": messages["moved"],
-        **served,
-        "seconds": time.perf_counter() - started,
-    }
+    recording = Recording("tenancy", args)
+
+    def isolation(recording: Recording) -> list[dict[str, Any]]:
+        counts = isolate(args)
+        recording.results["isolation"] = dict(counts)
+        lost = counts["lost_bytes"] + counts["lost_leases"]
+        named = {
+            "handovers": "handovers",
+            "foreign_bytes_seen": "foreign_bytes",
+            "ceilings_passed": "passed",
+            "killed_tenants": "killed",
+        }
+        return [{**{name: counts[kind] for name, kind in named.items()}, "lost_by_others": lost}]
+
+    def messages(recording: Recording) -> list[dict[str, Any]]:
+        found = garble(args.messages, args.seed)
+        names = {"messages": "messages", "messages_refused": "refused", "leases_moved_by_messages": "moved"}
+        return [{name: found[kind] for name, kind in names.items()}]
+
+    def serving(recording: Recording) -> list[dict[str, Any]]:
+        recording.results["serving"], figures = serve_all(args)
+        return [figures]
+
+    parts: dict[str, Part] = {"isolation": isolation, "messages": messages}
+    recording.measure({**parts, "serving": serving} if args.models else parts)
+    recording.sum_up(seconds=time.perf_counter() - started)
     wrong = [
-        f"{name}: {summary[name]}"
+        f"{name}: {recording.summary[name]}"
         for name in ("foreign_bytes_seen", "ceilings_passed", "lost_by_others", "leases_moved_by_messages")
-        if summary[name]
+        if recording.summary.get(name)
     ]
-    shown = tabulate(rows, COLUMNS) if rows else ""
-    return conclude("tenancy", args, {"isolation": dict(counts), "serving": rows}, summary, shown, wrong=wrong)
+    rows = recording.results.get("serving")
+    return recording.conclude(tabulate(rows, COLUMNS) if rows else "", wrong=wrong)
 
 
 # -- isolation ---------------------------------------------------------------------------------------------------------

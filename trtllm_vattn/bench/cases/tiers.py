@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import positive, size
-from trtllm_vattn.bench.harness.case import captured_graphs, model_of, vocab_of
+from trtllm_vattn.bench.harness.case import captured_graphs, vocab_of
 from trtllm_vattn.bench.harness.flags import MAX_SEQS, add_common, add_rounds
 from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.base import FlatKV
@@ -62,33 +62,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where tokens changed or anything was captured again."""
     recording = Recording("tiers", args)
-    recording.say(f"load {args.model}")
-    model = model_of(args)
-    recording.say(f"the link, by {args.link_bytes:,} bytes")
-    link_out, link_in = measure_link(open_driver(args.device), args.link_bytes)
-    recording.results["link"] = {"out_bytes_s": link_out, "in_bytes_s": link_in}
-    recording.sum_up(link_out_gb_s=link_out / 1e9, link_in_gb_s=link_in / 1e9)
-    suspended(args, model, recording, link_out, link_in)
-    slept(args, model, recording, link_in)
-    crowded(args, model, recording)
-    parts = [recording.results[name] for name in ("sequences", "sleeps", "crowds")]
+    recording.measure({"copies": suspended, "sleep": slept, "crowd": crowded})
+    parts = [recording.results.get(name) for name in ("sequences", "sleeps", "crowds")]
     shown = "\n".join(
-        table(list(rows[0]), [[_short(value) for value in row.values()] for row in rows]) for rows in parts
+        table(list(rows[0]), [[_short(value) for value in row.values()] for row in rows]) for rows in parts if rows
     )
     summary = recording.summary
-    wrong = [] if summary["tokens_identical"] else ["tokens differ after waking"]
-    wrong += [f"{summary['recaptures']} graphs were captured again"] if summary["recaptures"] else []
+    wrong = [] if summary.get("tokens_identical", True) else ["tokens differ after waking"]
+    wrong += [f"{again} graphs were captured again"] if (again := summary.get("recaptures")) else []
     return recording.conclude(shown, wrong=wrong)
+
+
+def link_of(recording: Recording) -> tuple[float, float]:
+    """Bytes a second to the host and back, measured once."""
+    if "link" not in recording.results:
+        args = recording.args
+        recording.say(f"the link, by {args.link_bytes:,} bytes")
+        link_out, link_in = measure_link(open_driver(args.device), args.link_bytes)
+        recording.results["link"] = {"out_bytes_s": link_out, "in_bytes_s": link_in}
+        recording.sum_up(link_out_gb_s=link_out / 1e9, link_in_gb_s=link_in / 1e9)
+    return recording.results["link"]["out_bytes_s"], recording.results["link"]["in_bytes_s"]
 
 
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def suspended(
-    args: argparse.Namespace, model: PreTrainedModel, recording: Recording, link_out: float, link_in: float
-) -> None:
+def suspended(recording: Recording) -> None:
     """One sequence to host memory and back, several times; memory is pinned before."""
+    args, model = recording.args, recording.model
+    link_out, link_in = link_of(recording)
     shape = shape_of(model, 2, args.tokens)
     recording.say(f"suspend and resume {args.tokens:,} tokens: {args.tokens * shape.token_bytes:,} bytes")
     with KVCacheManager(shape, open_driver(args.device), config=_host(args.tokens * shape.token_bytes)) as cache:
@@ -116,18 +119,19 @@ def _host(content_bytes: int) -> CacheConfig:
     return CacheConfig(host_memory=content_bytes + content_bytes // 8 + HOST_SLACK)
 
 
-def slept(args: argparse.Namespace, model: PreTrainedModel, recording: Recording, link_in: float) -> None:
-    """An engine sleeps after churn, empty and with contents; the same prompt before and after."""
-    for kv, nbytes, rounds in (("drop", args.wake_bytes, args.rounds), ("keep", args.keep_bytes, args.rounds)):
-        recording.say(f"start the engine that sleeps with {nbytes:,} bytes, kv {kv}")
-        shape = shape_of(model, 1, args.tokens)
-        slots = nbytes // (args.tokens * shape.token_bytes) + 8
-        shape = shape_of(model, slots, args.tokens)
-        cache = KVCacheManager(shape, open_driver(args.device), config=_host(nbytes if kv == "keep" else 0))
-        with Engine(model, cache, buckets=[slots], prefix_cache=False, packed=False) as engine:
+def slept(recording: Recording) -> None:
+    """One engine sleeps after churn, with contents and then, with more memory, without; the same prompt before and
+    after."""
+    args, model = recording.args, recording.model
+    _, link_in = link_of(recording)
+    slots = max(args.wake_bytes, args.keep_bytes) // (args.tokens * shape_of(model, 1, args.tokens).token_bytes) + 8
+    recording.say(f"start the engine that sleeps, of {slots} slots")
+    cache = KVCacheManager(shape_of(model, slots, args.tokens), open_driver(args.device), config=_host(args.keep_bytes))
+    with Engine(model, cache, buckets=[slots], prefix_cache=False, packed=False) as engine:
+        for kv, nbytes in (("keep", args.keep_bytes), ("drop", args.wake_bytes)):
             engine.set_budget(nbytes + cache.bytes_of(1))
-            for turn in range(rounds):
-                recording.say(f"sleep and wake, kv {kv}, turn {turn + 1} of {rounds}")
+            for turn in range(args.rounds):
+                recording.say(f"sleep and wake with {nbytes:,} bytes, kv {kv}, turn {turn + 1} of {args.rounds}")
                 recording.add("sleeps", _sleep_once(engine, cache, kv, args.tokens))
                 recording.sum_up(**_wakes(recording.results["sleeps"], link_in))
 
@@ -136,14 +140,15 @@ def _wakes(rows: list[dict[str, Any]], link_in: float) -> dict[str, Any]:
     """Figures of sleeps, as far as they were measured."""
     empty = [row for row in rows if row["kv"] == "drop"]
     kept = [row for row in rows if row["kv"] == "keep"]
-    wake_empty_s = median(row["wake_s"] + row["fill_s"] for row in empty)
-    found = {
-        # Of an engine whose memory is of that size; smaller ones say nothing about it.
-        "wake_empty_s_60gb": wake_empty_s if min(row["bytes"] for row in empty) >= SIXTY_GB else None,
-        "wake_empty_s": wake_empty_s,
+    found: dict[str, Any] = {
         "recaptures": sum(row["recaptures"] for row in rows),
         "tokens_identical": all(row["tokens_identical"] for row in rows),
     }
+    if empty:
+        wake_empty_s = median(row["wake_s"] + row["fill_s"] for row in empty)
+        # Of an engine whose memory is of that size; smaller ones say nothing about it.
+        found["wake_empty_s_60gb"] = wake_empty_s if min(row["bytes"] for row in empty) >= SIXTY_GB else None
+        found["wake_empty_s"] = wake_empty_s
     if kept:
         found["wake_kept_over_link"] = median(row["copied_bytes"] / row["wake_s"] for row in kept) / link_in
     return found
@@ -229,9 +234,10 @@ def _empty(cache: KVCacheManager) -> None:
         cache.release(sequence)
 
 
-def crowded(args: argparse.Namespace, model: PreTrainedModel, recording: Recording) -> None:
+def crowded(recording: Recording) -> None:
     """Twice as many requests as memory holds, all at once: admitted as memory allows at full length, and all that
     find a slot."""
+    args, model = recording.args, recording.model
     for name, slots in (("admission", args.max_seqs), ("oversubscribed", 2 * args.max_seqs)):
         recording.say(f"start the engine of {slots} slots: {name}")
         with _engine(args, model, slots) as engine:

@@ -8,7 +8,7 @@ of an engine on one device over memory that never changes. Large: steps of a mod
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from statistics import median
 from time import perf_counter
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import amount, chosen, numbers, positive
-from trtllm_vattn.bench.harness.case import conclude
+from trtllm_vattn.arguments import amount, positive
 from trtllm_vattn.bench.harness.contenders import Contender, fill, take_turns
-from trtllm_vattn.bench.harness.flags import add_common, add_steady, dtype_of
+from trtllm_vattn.bench.harness.flags import add_common, add_parts, add_steady, dtype_of
+from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.errors import KVCacheOutOfMemory
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.parallel import Ranks, size_of_torchrun
@@ -33,6 +33,8 @@ from trtllm_vattn.table import tabulate
 PARTS = ("steps", "replays", "large")
 SLOTS, REPLAY_LEN = 8, 192
 """Of the replays: sequences at once, and tokens of the longest."""
+LARGE, LARGE_BATCHES = {"cuda": "llama-3-70b", "cpu": "tiny-qwen3"}, [1, 32]
+"""Shape of the part large, and sequences of its steps."""
 TIE = 1e-3
 """Two largest logits that are closer than this, in float32, are a tie."""
 
@@ -45,26 +47,18 @@ COLUMNS = {
 }
 
 
-def parts(text: str) -> list[str]:
-    """Names of parts; unknown ones are refused."""
-    return chosen(text, "part", PARTS)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench tp`."""
     gpu, add = add_common(parser), parser.add_argument
     add("--ranks", type=positive, default=2, metavar="COUNT", help="GPUs, or processes on the host")
     text = "who sums over ranks: NCCL, or torch's symmetric memory where it can"
     add("--all-reduce", default=ALL_REDUCE[0], choices=ALL_REDUCE, help=text)
-    add("--measure", type=parts, default="steps,replays", metavar="NAME,...", help=f"of {', '.join(PARTS)}")
+    add_parts(parser, PARTS, "steps,replays", flag="--measure")
     context, batches = (2048, "1,32,128") if gpu else (48, "1,4")
     add_steady(parser, "engine", context, rounds=3 if gpu else 2, steps=24 if gpu else 4, batches=batches)
     text = "replays of the small model over memory that is remapped"
     add("--replays", type=positive, default=20_000 if gpu else 120, metavar="REPLAYS", help=text)
     add("--seconds", type=amount, default=60.0, metavar="SECONDS", help="end the replays after so many")
-    text = "shape of the part large"
-    add("--large-model", default="llama-3-70b" if gpu else "tiny-qwen3", metavar="MODEL", help=text)
-    add("--large-batch-sizes", type=numbers, default="1,32", metavar="SEQUENCES,...", help="of the part large")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,20 +66,29 @@ def run(args: argparse.Namespace) -> int:
     kind = args.device.partition(":")[0]
     start = Ranks.of_torchrun if size_of_torchrun() > 1 else Ranks.start
     ranks = start(args.ranks, kind, args.all_reduce)
+    recording = Recording("tp", args)
     rows: list[dict[str, Any]] = []
     replays: dict[str, Any] = {}
+    recording.results.update(runs=rows, replays=replays)
+
+    def steps(measure: Callable[[argparse.Namespace, Ranks], list[dict[str, Any]]]) -> Part:
+        def part(recording: Recording) -> list[dict[str, Any]]:
+            rows.extend(measure(args, ranks))
+            return [_summary(args, rows, replays)]
+
+        return part
+
+    def remapped(recording: Recording) -> list[dict[str, Any]]:
+        replays.update(_replays(args, ranks))
+        return [_summary(args, rows, replays)]
+
+    parts = {"steps": steps(_steps), "replays": remapped, "large": steps(_large)}
     try:
-        if "steps" in args.measure:
-            rows += _steps(args, ranks)
-        if "replays" in args.measure:
-            replays = _replays(args, ranks)
-        if "large" in args.measure:
-            rows += _large(args, ranks)
+        recording.measure(parts, [name for name in parts if name in args.measure])
     finally:
         ranks.close()
-    summary = _summary(args, rows, replays)
     wrong = [f"{replays['wrong_replays']} replays gave wrong tokens"] if replays.get("wrong_replays") else []
-    return conclude("tp", args, {"runs": rows, "replays": replays}, summary, tabulate(rows, COLUMNS), wrong=wrong)
+    return recording.conclude(tabulate(rows, COLUMNS), wrong=wrong)
 
 
 def _summary(args: argparse.Namespace, rows: list[dict[str, Any]], replays: dict[str, Any]) -> dict[str, Any]:
@@ -177,14 +180,14 @@ def _row(model: str, batch: int, ranks: int, contender: Contender, ratio: float 
 
 def _large(args: argparse.Namespace, ranks: Ranks) -> list[dict[str, Any]]:
     rows = []
-    batches = args.large_batch_sizes
-    options = _options(args, args.large_model, batches)
+    batches, model = LARGE_BATCHES, LARGE["cpu" if args.device == "cpu" else "cuda"]
+    options = _options(args, model, batches)
     with Engine.from_pretrained(device=args.device, budget="2GiB", tensor_parallel=ranks, **options) as engine:
         engine.set_budget(_budget(args, engine, batches))
         for batch in batches:
             with _filled(engine, args, batch, batches) as contender:
-                take_turns([contender], args.rounds, args.steps, f"{args.large_model}, batch {batch}")
-                rows.append(_row(args.large_model, batch, ranks.size, contender, None))
+                take_turns([contender], args.rounds, args.steps, f"{model}, batch {batch}")
+                rows.append(_row(model, batch, ranks.size, contender, None))
     return rows
 
 

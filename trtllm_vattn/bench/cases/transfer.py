@@ -1,16 +1,14 @@
 """`bench transfer`: sequences sent from one process's cache to another's, beside what the link gives for one large
 buffer; then many of them while memory is remapped on both sides, their bytes checked.
 
-With one GPU both processes are on it. Results are written after each part, so that a run that is cut short leaves what
-it has. `--measure peer` is of one process and two GPUs (transfer_peer.py).
+With one GPU both processes are on it. `--measure peer` is of one process and two GPUs (transfer_peer.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import secrets
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
@@ -21,11 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtllm_vattn.arguments import amount, chosen, numbers, positive
+from trtllm_vattn.arguments import amount, numbers, positive
 from trtllm_vattn.bench.cases import transfer_peer
-from trtllm_vattn.bench.harness.case import conclude
-from trtllm_vattn.bench.harness.flags import add_device, add_results
-from trtllm_vattn.bench.harness.report import Result, write
+from trtllm_vattn.bench.harness.flags import add_device, add_parts, add_results
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.base import CacheShape, ExtentPlace
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -107,16 +104,11 @@ class Plan:
         return max(32, min(self.sizes) // SMALL)
 
 
-def parts(text: str) -> list[str]:
-    """Names of parts; unknown ones are refused."""
-    return chosen(text, "part", PARTS)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench transfer`."""
     gpu, add = add_device(parser), parser.add_argument
     add_results(parser)
-    add("--measure", type=parts, default="sequences,remapping", metavar="NAME,...", help=f"of {', '.join(PARTS)}")
+    add_parts(parser, PARTS, "sequences,remapping", flag="--measure")
     text = "how bytes move; auto is nixl where it is installed, else group (torch.distributed); with one GPU, ipc"
     add("--link", default="auto", choices=LINKS, help=text)
     text = "tokens of the sequences that are timed"
@@ -146,53 +138,47 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where bytes were wrong."""
     if args.measure == ["peer"]:
         return _run_peer(args)
-    plan = plan_of(args)
-    started = perf_counter()
-
-    def say(text: str) -> None:
-        print(f"[{perf_counter() - started:6.1f} s] {text}", file=sys.stderr, flush=True)
-
+    plan, recording = plan_of(args), Recording("transfer", args)
     # Two processes on one GPU have no NCCL between them.
     kind = "cpu" if plan.gpus[0] == plan.gpus[1] else plan.kind
     ranks = (Ranks.of_torchrun if size_of_torchrun() > 1 else Ranks.start)(2, kind)
-    try:
-        say("both processes are there")
+
+    def between(recording: Recording) -> list[dict[str, Any]]:
+        recording.say("both processes are there")
         key = secrets.token_bytes(32)
         with Listener(("127.0.0.1", 0), authkey=key) as listener:
             address = listener.address
 
-            def own() -> Sending:
+            def own() -> None:
                 with listener.accept() as connection:
-                    sending = Sending(plan, connection, say, lambda part: _write_part(args, part))
-                    sending.run()
-                    return sending
+                    Sending(plan, connection, recording).run()
 
-            sending, (received,) = ranks.call_beside(own, receive_all, plan, address, key)
+            _, (received,) = ranks.call_beside(own, receive_all, plan, address, key)
+        return [{**received, "complete": True}]
+
+    try:
+        recording.measure({" and ".join(plan.parts): between})
     finally:
         ranks.close()
-    rows = sending.rows
-    summary = {**sending.summary, **received, "complete": True}
-    wrong = [f"{received['wrong_bytes']} bytes were wrong"] if received["wrong_bytes"] else []
-    shown = tabulate(rows, COLUMNS) if rows else ""
-    return conclude("transfer", args, {"runs": rows}, summary, shown, wrong=wrong)
+    rows, differing = recording.results.get("runs"), recording.summary.get("wrong_bytes")
+    wrong = [f"{differing} bytes were wrong"] if differing else []
+    return recording.conclude(tabulate(rows, COLUMNS) if rows else "", wrong=wrong)
 
 
 def _run_peer(args: argparse.Namespace) -> int:
-    why = transfer_peer.why_not()
+    recording, why = Recording("transfer", args), transfer_peer.why_not()
     if why is not None:
-        return conclude("transfer", args, {"peer": []}, {"peer": f"skipped: {why}"})
-    rows = transfer_peer.measure_peer()
-    wrong = sum(row["wrong_bytes"] for row in rows)
-    summary = {"peer": "measured", **rows[-1], "wrong_bytes": wrong}
-    shown = tabulate(rows, transfer_peer.COLUMNS)
-    told = [f"{wrong} bytes were wrong"] if wrong else []
-    return conclude("transfer", args, {"peer": rows}, summary, shown, wrong=told)
+        recording.sum_up(peer=f"skipped: {why}")
+        return recording.conclude()
 
+    def peer(recording: Recording) -> list[dict[str, Any]]:
+        rows = recording.results["peer"] = transfer_peer.measure_peer()
+        return [{"peer": "measured", **rows[-1], "wrong_bytes": sum(row["wrong_bytes"] for row in rows)}]
 
-def _write_part(args: argparse.Namespace, part: Sending) -> None:
-    if args.output_json:
-        result = Result.of("transfer", args, {"runs": part.rows}, {**part.summary, "complete": False})
-        write(result, args.output_json)
+    recording.measure({"peer": peer})
+    rows, differing = recording.results.get("peer", []), recording.summary.get("wrong_bytes")
+    told = [f"{differing} bytes were wrong"] if differing else []
+    return recording.conclude(tabulate(rows, transfer_peer.COLUMNS), wrong=told)
 
 
 # -- both sides --------------------------------------------------------------------------------------------------------
@@ -285,38 +271,25 @@ def _buffer(driver: Driver, nbytes: int) -> Iterator[tuple[int, int]]:
 
 
 class Sending:
-    """The sender's part.
+    """The sender's part; each size that was timed is a row of the recording's ``runs``."""
 
-    Attributes
-    ----------
-    rows : list of dict
-        One for each size that was timed.
-    summary : dict
-    """
-
-    def __init__(
-        self, plan: Plan, connection: Connection, say: Callable[[str], None], write_part: Callable[[Sending], None]
-    ) -> None:
-        self.plan, self._connection, self._say, self._write_part = plan, connection, say, write_part
-        self.rows: list[dict[str, Any]] = []
-        self.summary: dict[str, Any] = {"link": plan.link, "same_device": plan.gpus[0] == plan.gpus[1]}
+    def __init__(self, plan: Plan, connection: Connection, recording: Recording) -> None:
+        self.plan, self._connection, self._recording = plan, connection, recording
+        recording.sum_up(link=plan.link, same_device=plan.gpus[0] == plan.gpus[1], complete=False)
 
     def run(self) -> None:
         if "sequences" in self.plan.parts:
             with _side(self.plan, 0, self._connection, max(self.plan.sizes)) as side:
                 for tokens in self.plan.sizes:
-                    self.rows.append(self._timed(side, tokens))
+                    self._recording.add("runs", self._timed(side, tokens))
                     self._sum_up()
-                    row = self.rows[-1]
-                    self._say(f"{tokens} tokens: {row['gb_s']:.1f} GB/s, the link {row['link_gb_s']:.1f}")
-                    self._write_part(self)
         if "remapping" in self.plan.parts:
             with _side(self.plan, 0, self._connection, self.plan.small, SMALL_EXTENTS) as side:
                 self._send_many(side)
 
     def _sum_up(self) -> None:
-        rows = self.rows
-        self.summary |= {
+        rows = self._recording.results["runs"]
+        figures = {
             "over_link": rows[-1]["over_link"],
             **{f"gb_s_{row['tokens']}": row["gb_s"] for row in rows},
             **{f"over_link_{row['tokens']}": row["over_link"] for row in rows},
@@ -325,6 +298,7 @@ class Sending:
             "block_descriptors_per_descriptor": sum(row["block_descriptors"] for row in rows)
             / sum(row["descriptors"] for row in rows),
         }
+        self._recording.sum_up(**figures)
 
     def _timed(self, side: Side, tokens: int) -> dict[str, Any]:
         side.cache.admit("timed", tokens)
@@ -364,19 +338,16 @@ class Sending:
             done, extents, descriptors = done + 1, extents + sent.extents, descriptors + sent.descriptors
             if perf_counter() > said + SAY_S:
                 said = perf_counter()
-                self._say(f"{done:,} of {plan.transfers:,} transfers under remapping")
-                self.summary["transfers"] = done
-                self._write_part(self)
+                self._recording.sum_up(transfers=done)
         connection.send(None)
-        self._say(f"{done:,} transfers under remapping")
-        self.summary |= {
-            "transfers": done,
-            "extents_per_transfer": extents / done,
-            "descriptors_per_transfer": descriptors / done,
-            "registrations": side.driver.made,
-            "deregistrations": side.driver.ended,
+        self._recording.sum_up(
+            transfers=done,
+            extents_per_transfer=extents / done,
+            descriptors_per_transfer=descriptors / done,
+            registrations=side.driver.made,
+            deregistrations=side.driver.ended,
             **{f"link_{name}": value for name, value in side.link.stats.items()},
-        }
+        )
 
 
 def _shift(side: Side, random: np.random.Generator) -> None:

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -81,39 +82,38 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cpu":
         raise ConfigError("nothing is tuned on the CPU: kernels of a single token are searched on a GPU; give --device")
     name = card_of(torch.device(args.device))
-    rows: list[dict[str, Any]] = []
-    found = []
     recording = Recording("tune", args)
-    with tempfile.TemporaryDirectory() as nothing:
-        for number in range(args.trials):
-            row, kernels = started(args, nothing)
-            rows.append({"start": f"trial {number + 1}", **row, "kernels": len(kernels)})
-            found.append(kernels)
-            recording.found("runs", rows)
-    best = min(range(args.trials), key=lambda number: rows[number]["step_ms"])
-    if not found[best]:
-        raise VattnError("the search left no configuration: this torch keeps none, or its caches are disabled")
-    entry = {"model": args.model, **toolchain(), "step_ms": rows[best]["step_ms"], "trials": args.trials}
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"{name}.json"
-    old = json.loads(path.read_text()) if path.is_file() else entries(name)
-    path.write_text(json.dumps(merged(old, {**entry, "kernels": found[best]}), indent=1) + "\n")
-    again, kernels = started(args, str(args.output))
-    rows.append({"start": "with what was found", **again, "kernels": len(kernels)})
-    steps = [row["step_ms"] for row in rows[:-1]]
-    summary = {
-        "best_step_ms": min(steps),
-        "worst_step_ms": max(steps),
-        "step_ms_with_found": again["step_ms"],
-        "tried_with_found": again["tried"],
-        "same_kernels": {key: kernels.get(key) for key in found[best]} == found[best],
-        "written": str(path),
-    }
-    wrong = []
-    if again["tried"] or not summary["same_kernels"]:
-        wrong.append(f"with what was found, a start tried {again['tried']} configurations all the same")
-    recording.found("kernels", found, **summary)
-    return recording.conclude(tabulate(rows, COLUMNS), wrong=wrong)
+    recording.results.update(runs=[], kernels=[])
+    rows, found = recording.results["runs"], recording.results["kernels"]
+
+    def trials(recording: Recording) -> Iterator[dict[str, Any]]:
+        with tempfile.TemporaryDirectory() as nothing:
+            for number in range(args.trials):
+                row, kernels = started(args, nothing)
+                found.append(kernels)
+                recording.add("runs", {"start": f"trial {number + 1}", **row, "kernels": len(kernels)})
+                steps = [row["step_ms"] for row in rows]
+                yield {"best_step_ms": min(steps), "worst_step_ms": max(steps)}
+
+    def kept(recording: Recording) -> list[dict[str, Any]]:
+        best = min(range(args.trials), key=lambda number: float(rows[number]["step_ms"]))
+        if not found[best]:
+            raise VattnError("the search left no configuration: this torch keeps none, or its caches are disabled")
+        entry = {"model": args.model, **toolchain(), "step_ms": rows[best]["step_ms"], "trials": args.trials}
+        args.output.mkdir(parents=True, exist_ok=True)
+        path = args.output / f"{name}.json"
+        old = json.loads(path.read_text()) if path.is_file() else entries(name)
+        path.write_text(json.dumps(merged(old, {**entry, "kernels": found[best]}), indent=1) + "\n")
+        again, kernels = started(args, str(args.output))
+        recording.add("runs", {"start": "with what was found", **again, "kernels": len(kernels)})
+        same = {key: kernels.get(key) for key in found[best]} == found[best]
+        if again["tried"] or not same:
+            recording.wrong.append(f"with what was found, a start tried {again['tried']} configurations all the same")
+        figures = {"step_ms_with_found": again["step_ms"], "tried_with_found": again["tried"]}
+        return [{**figures, "same_kernels": same, "written": str(path)}]
+
+    recording.measure({"trials": trials, "kept": kept})
+    return recording.conclude(tabulate(rows, COLUMNS))
 
 
 def started(args: argparse.Namespace, tuned: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

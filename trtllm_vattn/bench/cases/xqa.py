@@ -8,6 +8,7 @@ table in turns, and the host's work on a step's table; and it replays one captur
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -15,10 +16,11 @@ from tqdm import tqdm
 from trtllm_vattn.arguments import positive, tolerance
 from trtllm_vattn.bench.cases.random_blocks import RandomBlocks
 from trtllm_vattn.bench.cases.xqa_parts import prefill_us, replay_remapped, table_host
-from trtllm_vattn.bench.harness.case import conclude, model_of, vocab_of
+from trtllm_vattn.bench.harness.case import vocab_of
 from trtllm_vattn.bench.harness.contenders import Contest, device_step_ms, take_turns
 from trtllm_vattn.bench.harness.flags import MAX_OUTPUT, TIE_TOLERANCE, add_common, add_steady
 from trtllm_vattn.bench.harness.identity import Identity, RequestTokens, compare
+from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.traces import fit, generate_trace
 from trtllm_vattn.bench.harness.workload import prompts_of, run_traced
 from trtllm_vattn.cache.base import KVCache
@@ -59,32 +61,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where tokens differ or a replay was wrong."""
-    model = model_of(args)
-    identity, by_table = tokens(args, model)
-    batches = tqdm(args.batch_sizes, desc="batch sizes", disable=None)
-    steps = [row for batch in batches for row in steady(args, model, batch)]
-    heads = model.config.get_text_config().num_attention_heads
-    shape = shape_of(model, 9, args.context + 64)
-    with make_blocks(args, model, 9, args.context + 64) as cache:
-        replayed = replay_remapped(cache, heads, args.context, args.replays, args.seed)
+    recording = Recording("xqa", args)
+    recording.measure({"tokens": identities, "steps": steady_steps, "replays": replays, "prompts": prompts})
+    return recording.conclude(tabulate(recording.results.get("steady", []), COLUMNS))
+
+
+def identities(recording: Recording) -> list[dict[str, Any]]:
+    """Tokens over affine tables beside those over flat KV, and those over random tables."""
+    identity, by_table = tokens(recording.args, recording.model)
+    recording.results.update(identity=vars(identity), by_table=vars(by_table))
+    if not identity.identical:
+        recording.wrong.append("tokens differ between flat attention and XQA over affine tables")
+    if not by_table.identical:
+        recording.wrong.append("tokens differ between affine and random tables of the same kernel")
+    return [
+        {
+            "tokens_identical": identity.identical,
+            "tokens_compared": identity.tokens,
+            "ties": identity.ties,
+            "widest_tie": identity.widest_tie,
+            "mismatches": identity.mismatches,
+            "widest_mismatch": identity.widest_mismatch,
+            "tables_tokens_identical": by_table.identical,
+        }
+    ]
+
+
+def steady_steps(recording: Recording) -> Iterator[dict[str, Any]]:
+    """Steps over affine tables beside those over random ones, in turns."""
+    for batch in tqdm(recording.args.batch_sizes, desc="batch sizes", disable=None):
+        for row in steady(recording.args, recording.model, batch):
+            recording.add("steady", row)
+        rows = recording.results["steady"]
+        yield {
+            "affine_over_random_step_ratio": max(row["affine_over_random"] for row in rows),
+            "critical_path_maps": sum(row["critical_path_maps"] for row in rows),
+        }
+
+
+def replays(recording: Recording) -> Iterator[dict[str, Any]]:
+    """One captured graph over memory that every replay changes, and the host's time for tables."""
+    args, model = recording.args, recording.model
+    heads, longest = model.config.get_text_config().num_attention_heads, args.context + 64
+    with make_blocks(args, model, 9, longest) as cache:
+        replayed = recording.results["replayed"] = replay_remapped(cache, heads, args.context, args.replays, args.seed)
         granularity = cache.layout.granularity
-    with make_blocks(args, model, 1, args.context) as cache:
-        prompts = prefill_us(cache, heads, args.context, repeats=5)
-    host = table_host(shape_of(model, 128, shape.max_seq_len), granularity, args.tokens_per_block, args.device)
-    results = {
-        "identity": vars(identity),
-        "by_table": vars(by_table),
-        "steady": steps,
-        "replayed": replayed,
-        "tables": host,
-        "prefill": prompts,
+    if replayed["wrong"]:
+        recording.wrong.append(f"{replayed['wrong']} replays over replaced memory were wrong")
+    yield {
+        "replays": replayed["replays"],
+        "remaps": replayed["remaps"],
+        "graphs_captured": replayed["graphs_captured"],
+        "wrong_replays": replayed["wrong"],
+        "replays_of_other_bits": replayed["bits_differ"],
     }
-    figures = summary(identity, by_table, steps, replayed, host)
-    figures |= {f"prefill_us_a_layer_{name}": value["p50"] for name, value in prompts.items()}
-    wrong = [] if identity.identical else ["tokens differ between flat attention and XQA over affine tables"]
-    wrong += [] if by_table.identical else ["tokens differ between affine and random tables of the same kernel"]
-    wrong += [f"{replayed['wrong']} replays over replaced memory were wrong"] if replayed["wrong"] else []
-    return conclude("xqa", args, results, figures, tabulate(steps, COLUMNS), wrong=wrong)
+    host = table_host(shape_of(model, 128, longest), granularity, args.tokens_per_block, args.device)
+    recording.results["tables"] = host
+    yield {
+        "table_host_us": host["unchanged_us"]["p50"],
+        "table_host_us_p99": host["unchanged_us"]["p99"],
+        "table_host_changed_us": host["changed_us"]["p50"],
+    }
+
+
+def prompts(recording: Recording) -> list[dict[str, Any]]:
+    """Attention for a prompt, by kernel."""
+    args, model = recording.args, recording.model
+    with make_blocks(args, model, 1, args.context) as cache:
+        found = prefill_us(cache, model.config.get_text_config().num_attention_heads, args.context, repeats=5)
+    recording.results["prefill"] = found
+    return [{f"prefill_us_a_layer_{name}": value["p50"] for name, value in found.items()}]
 
 
 def make_blocks(args: argparse.Namespace, model: Any, num_slots: int, max_seq_len: int) -> BlockKVCache:
@@ -105,7 +151,7 @@ def tokens(args: argparse.Namespace, model: Any) -> tuple[Identity, Identity]:
     tables; all but the first are teacher-forced with the first's."""
     longest = 2 * args.context
     requests = fit(generate_trace(args.requests, args.seed), longest, args.max_output)
-    prompts = prompts_of(requests, vocab_of(model), args.seed)
+    given = prompts_of(requests, vocab_of(model), args.seed)
     outputs = [request.output_tokens for request in requests]
     forcing = args.tie_tolerance > 0
     slots = min(8, args.requests)
@@ -113,7 +159,7 @@ def tokens(args: argparse.Namespace, model: Any) -> tuple[Identity, Identity]:
 
     def served(cache: KVCache, attention: str, forced: RequestTokens | None = None) -> RequestTokens:
         with Engine(model, cache, prefix_cache=False, attention=attention, record_margins=forcing) as engine:
-            return run_traced(engine, prompts, outputs, forced, f"{attention}, {type(cache).__name__}").tokens
+            return run_traced(engine, given, outputs, forced, f"{attention}, {type(cache).__name__}").tokens
 
     flat = served(make_cache("vattn", shape, args.device), "auto")
     forced = flat if forcing else None
@@ -155,28 +201,3 @@ def steady(args: argparse.Namespace, model: Any, batch: int) -> list[dict[str, A
             }
             for each in contest.contenders
         ]
-
-
-def summary(
-    identity: Identity, by_table: Identity, steps: list[dict[str, Any]], replayed: dict[str, Any], host: dict[str, Any]
-) -> dict[str, Any]:
-    """The figures that are quoted."""
-    return {
-        "tokens_identical": identity.identical,
-        "tokens_compared": identity.tokens,
-        "ties": identity.ties,
-        "widest_tie": identity.widest_tie,
-        "mismatches": identity.mismatches,
-        "widest_mismatch": identity.widest_mismatch,
-        "tables_tokens_identical": by_table.identical,
-        "affine_over_random_step_ratio": max(row["affine_over_random"] for row in steps),
-        "table_host_us": host["unchanged_us"]["p50"],
-        "table_host_us_p99": host["unchanged_us"]["p99"],
-        "table_host_changed_us": host["changed_us"]["p50"],
-        "replays": replayed["replays"],
-        "remaps": replayed["remaps"],
-        "graphs_captured": replayed["graphs_captured"],
-        "wrong_replays": replayed["wrong"],
-        "replays_of_other_bits": replayed["bits_differ"],
-        "critical_path_maps": sum(row["critical_path_maps"] for row in steps),
-    }

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ import torch
 from trtllm_vattn.arguments import amount, chosen, device, listed, numbers, output, positive, seed
 from trtllm_vattn.attention.select import BACKENDS
 from trtllm_vattn.cache.select import CACHES
+
+# Whether there is a GPU is asked of NVML: where torch has asked the driver, forked children cannot use it.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 PLOTS = (".png", ".svg", ".pdf")
 BUDGET = "KV memory of each cache, as 40GiB"
@@ -140,6 +145,18 @@ def add_pass_limits(parser: argparse.ArgumentParser) -> None:
     add("--max-step-tokens", type=positive, metavar="TOKENS", help=text)
     text = "time between two tokens that passes are cut to (default: none)"
     add("--target-itl-ms", type=amount, metavar="MILLISECONDS", help=text)
+
+
+def add_parts(
+    parser: argparse.ArgumentParser, parts: Iterable[str], default: str | None = None, flag: str = "--parts"
+) -> None:
+    """Add ``--parts``, which of a benchmark's parts are measured, in this order (`Recording.measure`)."""
+    names = tuple(parts)
+    text = f"what is measured, of {', '.join(names)}"
+    usual = ",".join(names) if default is None else default
+    parser.add_argument(
+        flag, type=lambda text: chosen(text, "part", names), default=usual, metavar="NAME,...", help=text
+    )
 
 
 def add_rounds(parser: argparse.ArgumentParser, default: int, whose: str) -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +24,8 @@ from trtllm_vattn.errors import ConfigError, VattnError
 
 class Recording:
     """The results of one run, part by part. What begins is said on stderr, with the time of day and the seconds since
-    the run began; what is there is written to ``--output-json`` at once, with ``unfinished: true`` in its summary until
-    `conclude`.
+    the run began; what is there is written to ``--output-json`` at once. While parts of `measure` are left, or where
+    one failed, the summary names them as ``incomplete``.
 
     Attributes
     ----------
@@ -34,15 +35,19 @@ class Recording:
         As `harness.report.Result` has them.
     wrong : list of str
         What makes the run fail at its end.
+    program : str
+        What the recorded command begins with.
     """
 
-    def __init__(self, benchmark: str, args: argparse.Namespace) -> None:
+    def __init__(self, benchmark: str, args: argparse.Namespace, program: str = "trtllm-vattn") -> None:
         self.results: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
         self.wrong: list[str] = []
+        self.program = program
         self._benchmark, self.args = benchmark, args
         self._started = perf_counter()
         self._written: Result | None = None
+        self._left: list[str] = []
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -75,41 +80,51 @@ class Recording:
             self.say(f"{name} = {value:,.4g}" if isinstance(value, float) else f"{name} = {value}")
         self._write()
 
-    def measure(self, parts: Mapping[str, Part], names: Sequence[str]) -> None:
-        """Run parts one after the other. One that fails leaves the others to run: it is in ``failed`` of the results,
-        and the run is wrong. Raises the first ConfigError of a part, behind the last part."""
+    def measure(self, parts: Mapping[str, Part], names: Sequence[str] | None = None) -> None:
+        """Run these parts, by default all, one after the other. One that fails leaves the others to run: it is in
+        ``failed`` of the results and stays ``incomplete`` in the summary, and the run is wrong. Raises the first
+        ConfigError of a part, behind the last part."""
         seconds: dict[str, float] = {}
         failed: dict[str, str] = {}
         refused: ConfigError | None = None
         self.results |= {"part_seconds": seconds, "failed": failed}
-        for name in names:
+        self._left = list(dict.fromkeys(parts if names is None else names))
+        for name in tuple(self._left):
             started = perf_counter()
             self.say(f"{name} begins")
             try:
-                for found in parts[name](self):
+                for found in parts[name](self) or ():
                     self.sum_up(**found)
-            except (RuntimeError, VattnError) as error:
+                self._left.remove(name)
+            except Exception as error:
                 if isinstance(error, ConfigError):
                     refused = refused or error
+                elif not isinstance(error, VattnError):
+                    traceback.print_exc()
                 failed[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
                 self.wrong.append(f"{name} failed: {failed[name]}")
                 self.say(self.wrong[-1])
             seconds[name] = round(perf_counter() - started, 2)
             self.say(f"{name} ends, {seconds[name]:.1f} s")
-            self.sum_up()
+            self._write()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if refused is not None:
             raise refused
 
+    @property
+    def _told(self) -> dict[str, Any]:
+        """The summary, and what is not measured."""
+        return {**self.summary, "incomplete": list(self._left)} if self._left else self.summary
+
     def _write(self) -> None:
         if not self.args.output_json:
             return
         if self._written is None:
             # What machine it is need not be asked again.
-            self._written = Result.of(self._benchmark, self.args, self.results, {})
-        self._written.summary = {**self.summary, "unfinished": True}
+            self._written = Result.of(self._benchmark, self.args, self.results, {}, self.program)
+        self._written.summary = self._told
         write(self._written, self.args.output_json)
 
     def conclude(
@@ -120,9 +135,10 @@ class Recording:
     ) -> int:
         """The end of a case, as `harness.case.conclude`."""
         self.say("done")
-        return conclude(self._benchmark, self.args, self.results, self.summary, shown, plot, [*self.wrong, *wrong])
+        wrong = [*self.wrong, *wrong]
+        return conclude(self._benchmark, self.args, self.results, self._told, shown, plot, wrong, self.program)
 
 
-Part = Callable[[Recording], Iterator[dict[str, Any]]]
-"""Measures, and yields figures as they are known; a later figure takes the place of an earlier one of its name. What is
+Part = Callable[[Recording], "Iterable[dict[str, Any]] | None"]
+"""Measures, and gives figures as they are known; a later figure takes the place of an earlier one of its name. What is
 more than a figure it puts into `Recording.results`."""

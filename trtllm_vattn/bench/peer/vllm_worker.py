@@ -26,6 +26,8 @@ import json
 import os
 import platform
 import random
+import signal
+import threading
 import traceback
 from time import perf_counter, sleep
 from typing import Any
@@ -226,8 +228,18 @@ class Worker:
             self._engine.close()
 
 
+def end_with(parent: int) -> None:
+    """End this process, and all that it started, once the process that asked for it is gone, however it ended: nobody
+    else would give the card's memory back."""
+    while os.getppid() == parent:
+        sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
     """Until "stop" or the end of stdin."""
+    if os.getpgrp() == os.getpid():
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     commands, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
     # What vLLM and its processes print goes to stderr, and they read nothing.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

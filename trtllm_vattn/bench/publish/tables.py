@@ -106,6 +106,9 @@ def serve_beside(result: Result) -> str:
         group.setdefault(row["engine"], []).append(row)
     lines, names = [], ["vattn", "peer"]
     for (trace, rate), engines in groups.items():
+        if len({len(rows) for rows in engines.values()}) != 1 or len(engines) != 2:
+            # A run that was cut off.
+            continue
         names, (ours, theirs) = list(engines), engines.values()
         for figure, label in BESIDE.items():
             pairs = [(one[figure], other[figure]) for one, other in zip(ours, theirs, strict=True)]
@@ -212,6 +215,15 @@ def figures(result: Result) -> str:
     return table(["figure", "value"], rows)
 
 
+def picked(*names: str) -> Callable[[Result], str]:
+    """Some figures of the summary: those that say something on the machine they come from."""
+
+    def made(result: Result) -> str:
+        return figures({"summary": {name: result["summary"][name] for name in names}})
+
+    return made
+
+
 def headline(graph: Result, burst: Result, soak: Result, start: Result) -> str:
     """The four rows of the README: a captured step, a burst, the soak, a start."""
     rows = graph["results"]["steady"]["runs"]
@@ -285,6 +297,31 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "transfer": (("transfer.json",), figures),
     "tp": (("tp.json",), figures),
     "tiers": (("tiers.json",), figures),
+    "prefix-counts": (
+        ("prefix.json",),
+        picked(
+            "hits_over_simulated",
+            "hits_over_simulated_trace",
+            "hit_rate_trace",
+            "hits_over_simulated_agents",
+            "hit_rate_agents",
+            "driver_calls_per_steady_step",
+        ),
+    ),
+    "forks-counts": (("forks.json",), picked("memory_n16_over_one", "memory_n16_over_one_with_tokens", "samples")),
+    "speculation-counts": (("speculation.json",), picked("tokens_identical_float32", "accepted_per_step_k3")),
+    "tiers-counts": (("tiers.json",), picked("tokens_identical", "recaptures", "swaps")),
+    "compression-returned": (
+        ("compression.json",),
+        picked(
+            "kept_sets_match_paper",
+            "h2o_returned_over_evicted",
+            "fastgen_returned_over_evicted",
+            "row_of_all_heads_returned_over_evicted",
+            "h2o_returned_over_evicted_large_extents",
+            "fastgen_returned_over_evicted_large_extents",
+        ),
+    ),
     "plugin": (("plugin.json",), figures),
     "xqa": (("xqa.json",), figures),
     "faults": (("faults.json",), figures),
