@@ -341,3 +341,31 @@ def test_who_is_sent_back_suspended_or_forked_goes_on_as_alone() -> None:
     assert values([event.logprob for event in forked]) == pytest.approx(
         values(alone[0].logprobs)[forked[0].index :], abs=1e-4
     )
+
+
+def test_a_fork_asks_for_what_its_own_parameters_say() -> None:
+    """Not for what the request asks for that it is a fork of, and what cannot be is refused before it is queued."""
+    cache = make_cache("vattn", shape_of(model := copy.deepcopy(OWN), 5, 64), "cpu")
+    with Engine(model, cache, compile=False, capture=False, tokenizer=tiny_tokenizer()) as engine:
+        number = engine.submit(PROMPTS[0], asked(bad_words=[[n] for n in plain(0)], max_tokens=24))
+        events = [event for _ in range(4) for event in engine.step()]
+        so_far = [event.token for event in events]
+        with pytest.raises(ConfigError, match="are not how the grammar begins"):
+            engine.fork(number, asked(regex="[0-9]{3}"))
+        with pytest.raises(ConfigError, match="prompt_logprobs come with the first token"):
+            engine.fork(number, asked(prompt_logprobs=1))
+        assert len(engine.scheduler.requests) == 1
+        asking = [asked(), asked(bad_words=["e", [so_far[0]]], detokenize=True), asked(regex=".{9}", logprobs=0)]
+        forks = [engine.fork(number, each) for each in asking]
+        again = engine.fork(forks[1])
+        events += engine.run()
+        longer = PROMPTS[0] + so_far
+        got = {n: so_far + [event.token for event in events if event.request == n] for n in (number, *forks, again)}
+        more = SamplingParams(LENGTH - len(so_far), ignore_eos=True)
+        assert got[forks[0]] == so_far + engine.generate([longer], more)[0].tokens
+    assert not set(got[number]) & set(plain(0))
+    assert got[forks[1]] == got[again]
+    assert so_far[0] not in got[forks[1]][len(so_far) :]
+    assert [event.text is not None for event in events if event.request in (forks[0], forks[1])].count(True) == 10
+    assert len(tiny_tokenizer().decode(got[forks[2]])) == 9
+    assert all(event.logprob is not None for event in events if event.request == forks[2])

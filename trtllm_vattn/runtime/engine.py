@@ -843,18 +843,15 @@ class Engine:
         if known.forced is not None:
             raise ConfigError(f"request {known.id} has forced tokens, which a fork would only repeat; submit another")
         if params is None:
-            made = known.fork(next(self._ids), known.params.of_branch(known.forks + 1))
+            made = known.fork(known.anew(next(self._ids), known.params.of_branch(known.forks + 1)))
         else:
             if isinstance(params, SamplingParams) and params.n > 1:
                 raise ConfigError(f"n is {params.n}; fork once for each")
-            checked = self._request(known.prompt, params)
-            if params.max_tokens is not None and params.max_tokens <= len(known.chosen):
-                raise ConfigError(
-                    f"max_tokens is {params.max_tokens}, and request {known.id} has {len(known.chosen)} tokens of "
-                    "output already, which count; give more"
-                )
-            made = known.fork(checked.id, checked.params)
-            made.max_tokens = checked.max_tokens if params.max_tokens is not None else known.max_tokens
+            asked = self._request(known.prompt, params)
+            made = known.fork(asked)
+            if params.max_tokens is None:
+                made.max_tokens = known.max_tokens
+            _check_fork(known, made)
         made.arrived = self.clock()
         return made
 
@@ -1626,6 +1623,28 @@ class Engine:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _check_fork(known: RequestState, made: RequestState) -> None:
+    """Raise ConfigError where a fork with parameters of its own cannot go on from the output that it begins with."""
+    before = len(made.chosen)
+    if made.max_tokens <= before:
+        raise ConfigError(
+            f"max_tokens is {made.max_tokens}, and request {known.id} has {before} tokens of output already, which "
+            "count; give more"
+        )
+    if made.params.prompt_logprobs is not None and before:
+        raise ConfigError(
+            f"prompt_logprobs come with the first token of an output, and request {known.id} has {before}; leave them "
+            "out, or submit another"
+        )
+    if made.grammar is not None:
+        made.grammar.follow(made.chosen)
+        if made.grammar.error or (made.chosen and made.grammar.ends_with(made.chosen)):
+            raise ConfigError(
+                f"the {before} tokens of request {known.id}, with which its fork begins, are not how the grammar "
+                "begins; leave it out, or submit another"
+            )
 
 
 def _check_reuse(settings: dict[str, Any], cache: KVCache) -> bool:

@@ -62,7 +62,8 @@ def _biases(given: Any) -> tuple[tuple[int, float], ...]:
         return ()
     if isinstance(given, Mapping):
         given = tuple(given.items())
-    if not isinstance(given, Sequence) or isinstance(given, TEXT) or any(len(pair) != 2 for pair in given):
+    pairs = isinstance(given, Sequence) and all(isinstance(each, Sequence) and len(each) == 2 for each in given)
+    if not pairs or isinstance(given, TEXT):
         raise ConfigError(f"logit_bias is {described(given)}; give a mapping of token ids to numbers")
     if len(given) > MOST_BIASED:
         raise ConfigError(f"logit_bias has {len(given)} tokens; at most {MOST_BIASED} are possible")
