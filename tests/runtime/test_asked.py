@@ -374,3 +374,14 @@ def test_a_fork_asks_for_what_its_own_parameters_say() -> None:
     assert all((event.text is not None) == (event.request in (forks[1], again)) for event in events)
     assert re.fullmatch("[a-z ]{30}", tiny_tokenizer().decode(so_far + got[forks[2]]))
     assert all((event.logprob is not None) == (event.request == forks[2]) for event in events)
+
+
+def test_a_grammar_beside_who_asks_for_log_probabilities_alone() -> None:
+    """Who changes no logits has no row of the tables."""
+    cache = make_cache("vattn", shape_of(model := copy.deepcopy(OWN), 3, 64), "cpu")
+    params = [asked(logprobs=1), asked(regex="[a-z ]{9}"), asked()]
+    with Engine(model, cache, compile=False, capture=False, tokenizer=tiny_tokenizer()) as engine:
+        first, second, third = engine.generate(PROMPTS, params)
+    assert (first.tokens, third.tokens) == (plain(0), plain(2))
+    assert len(values(first.logprobs)) == LENGTH
+    assert re.fullmatch("[a-z ]{9}", tiny_tokenizer().decode(second.tokens))

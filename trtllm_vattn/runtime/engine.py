@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -66,6 +67,7 @@ from trtllm_vattn.runtime.request import (
 )
 from trtllm_vattn.runtime.reuse import RequestSlots
 from trtllm_vattn.runtime.sampling import LARGEST_COUNT, NO_TOKEN, SamplingParams, margins
+from trtllm_vattn.runtime.sampling_fields import check_salt
 from trtllm_vattn.runtime.scheduler import Scheduler
 from trtllm_vattn.runtime.settings import (
     MOST_SEQUENCES,
@@ -294,6 +296,8 @@ class Engine:
     ) -> None:
         if not isinstance(cache, KVCache):
             raise ConfigError(f"cache is {described(cache)}; give a KVCache (cache.select.make_cache)")
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"the model is {described(model)}; give a causal language model of transformers")
         settings = check_settings(
             cache.shape.num_slots,
             cache.shape.max_seq_len,
@@ -629,7 +633,7 @@ class Engine:
         tenancy = check_broker(broker, cache, tensor_parallel, options)
         if policy_of_tokens is not None and cache != "vattn":
             raise ConfigError(f"compression is for the vattn cache; the cache asked for is {cache!r}")
-        if not isinstance(tensor_parallel, int) or tensor_parallel != 1:
+        if type(tensor_parallel) is not int or tensor_parallel != 1:
             if policy_of_tokens is not None:
                 raise ConfigError("compression is served on one rank; leave it out, or make tensor_parallel 1")
             if trace is not None:
@@ -1317,12 +1321,14 @@ class Engine:
         that is. Calls are counted. Only the growth of running sequences takes them, where nothing else is left to take.
         Raises ConfigError without a prefix cache, or for what are no tokens."""
         prefixes, ids = self._prefixes(), token_ids("the tokens", tokens, self._vocab_size)
+        check_salt(cache_salt)
         with self._changing:
             return prefixes.pin(ids, self.slots.key(cache_salt))
 
     def unpin(self, tokens: TokenIds, cache_salt: str | None = None) -> int:
         """Undo one `pin` of the same tokens. Raises ConfigError where there is none."""
         prefixes, ids = self._prefixes(), token_ids("the tokens", tokens, self._vocab_size)
+        check_salt(cache_salt)
         with self._changing:
             return prefixes.unpin(ids, self.slots.key(cache_salt))
 
@@ -1520,6 +1526,8 @@ class Engine:
         """
         if running not in ("continue", "restart", "abort"):
             raise ConfigError(f"running is {running!r}; choose continue, restart or abort")
+        truth("partial", partial)
+        truth("restore", restore)
         self._check_open()
         self.sleeping.require_weights()
         update = self.weights.check(named_tensors, manifest, partial)
@@ -1639,8 +1647,8 @@ def _check_fork(known: RequestState, made: RequestState) -> None:
             "out, or submit another"
         )
     if made.grammar is not None:
-        made.grammar.follow(made.chosen)
-        if made.grammar.error or (made.chosen and made.grammar.ends_with(made.chosen)):
+        matcher = made.grammar.follow(made.chosen)
+        if made.grammar.error or (before and matcher.is_stopped()):
             raise ConfigError(
                 f"the {before} tokens of request {known.id}, with which its fork begins, are not how the grammar "
                 "begins; leave it out, or submit another"

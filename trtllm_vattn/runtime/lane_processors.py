@@ -260,11 +260,11 @@ class LaneProcessors:
             if slot in lane_of:
                 where[lane_of[slot]] = row
         self._row_of_lane.copy_(upload(where, self._device))
-        grammars = {self._row[slot]: asks.grammar for slot, asks in self._asks.items() if asks.grammar is not None}
+        grammars = [(slot, asks.grammar, asks.chosen) for slot, asks in self._asks.items() if asks.grammar is not None]
         if grammars:
-            chosen = {self._row[slot]: asks.chosen for slot, asks in self._asks.items()}
-            masks = fill_masks([(grammar, chosen[row]) for row, grammar in grammars.items()], self._masks.shape[1])
-            self._masks.index_copy_(0, upload(np.array([*grammars]), self._device), upload(masks, self._device))
+            masks = fill_masks([(grammar, chosen) for _, grammar, chosen in grammars], self._masks.shape[1])
+            rows = np.array([self._row[slot] for slot, _, _ in grammars])
+            self._masks.index_copy_(0, upload(rows, self._device), upload(masks, self._device))
 
     def _count_again(self, slot: int) -> None:
         asks, counts = self._asks[slot], self._counts[self._row[slot]]

@@ -57,6 +57,12 @@ def check_fields(params: Any, put: Put) -> None:
         raise ConfigError("json_schema and regex are both given; one grammar is applied, give one of them")
 
 
+def check_salt(given: Any) -> None:
+    """Raise ConfigError for what is no `cache_salt`."""
+    if given is not None and (not isinstance(given, str) or not given):
+        raise ConfigError(f"cache_salt is {shown(given)}; give some text, or None for what all may share")
+
+
 def _biases(given: Any) -> tuple[tuple[int, float], ...]:
     if given is None:
         return ()
