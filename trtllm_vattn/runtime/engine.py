@@ -294,10 +294,7 @@ class Engine:
         compression: CompressionPolicy | None = None,
         trace: Trace | str | os.PathLike[str] | None = None,
     ) -> None:
-        if not isinstance(cache, KVCache):
-            raise ConfigError(f"cache is {described(cache)}; give a KVCache (cache.select.make_cache)")
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"the model is {described(model)}; give a causal language model of transformers")
+        _check_parts(model, cache)
         settings = check_settings(
             cache.shape.num_slots,
             cache.shape.max_seq_len,
@@ -327,8 +324,6 @@ class Engine:
         self.swap_cost: SwapCost = settings["swap_cost"]
         steps, policy = settings["steps"], settings["mapping"]
         self.tokenizer = check_tokenizer(tokenizer)
-        if model.device != cache.device:
-            raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
         reusing = _check_reuse(settings, cache) and compression is None
         scales = check_kv_scales(kv_scales, cache.shape)
@@ -1631,6 +1626,16 @@ class Engine:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _check_parts(model: Any, cache: Any) -> None:
+    """Raise ConfigError for what are no model and cache, or are not on one device."""
+    if not isinstance(cache, KVCache):
+        raise ConfigError(f"cache is {described(cache)}; give a KVCache (cache.select.make_cache)")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model is {described(model)}; give a causal language model of transformers")
+    if model.device != cache.device:
+        raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
 
 
 def _check_fork(known: RequestState, made: RequestState) -> None:

@@ -263,8 +263,8 @@ class LaneProcessors:
         grammars = [(slot, asks.grammar, asks.chosen) for slot, asks in self._asks.items() if asks.grammar is not None]
         if grammars:
             masks = fill_masks([(grammar, chosen) for _, grammar, chosen in grammars], self._masks.shape[1])
-            rows = np.array([self._row[slot] for slot, _, _ in grammars])
-            self._masks.index_copy_(0, upload(rows, self._device), upload(masks, self._device))
+            masked = np.array([self._row[slot] for slot, _, _ in grammars])
+            self._masks.index_copy_(0, upload(masked, self._device), upload(masks, self._device))
 
     def _count_again(self, slot: int) -> None:
         asks, counts = self._asks[slot], self._counts[self._row[slot]]
