@@ -246,6 +246,34 @@ def test_a_driver_call_that_fails_changes_nothing_that_is_kept(host_driver: Host
     assert failures > 2
 
 
+@pytest.mark.parametrize("way", [Way.COPY, Way.NONE])
+def test_an_admission_whose_undoing_fails_is_undone_before_the_next(
+    host_driver: HostDriver, way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with manager(host_driver, pages=45) as cache:
+        made = Computing(cache, ways=[way], max_segments=2)
+        made.admit(0, A)
+        made.finish(0)
+        calls: list[str] = []
+
+        def failing(*arguments: Any) -> None:
+            calls.append("fails")
+            raise DriverError("CUDA_ERROR_UNKNOWN", "record", ())
+
+        with monkeypatch.context() as patched:
+            patched.setattr(made.prefix.cache, "copy_prefix" if way is Way.COPY else "extend", failing)
+            patched.setattr(made.prefix.cache, "release", failing)
+            for _ in range(2):
+                with pytest.raises(DriverError):
+                    made.admit(9, [*A[:37], 5], share=way is Way.NONE)
+        assert len(calls) == 3
+        assert cache.stats().sequences == 1
+        made.admit(9, [*A[:37], 5], share=way is Way.NONE)
+        made.finish(9)
+        assert cache.stats().sequences == 0
+        cache.check_integrity()
+
+
 class Life(RuleBasedStateMachine):
     """Prompts over two tokens, so that most begin alike; all ways, little memory, errors, pins, flushes."""
 

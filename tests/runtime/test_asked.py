@@ -341,3 +341,47 @@ def test_who_is_sent_back_suspended_or_forked_goes_on_as_alone() -> None:
     assert values([event.logprob for event in forked]) == pytest.approx(
         values(alone[0].logprobs)[forked[0].index :], abs=1e-4
     )
+
+
+def test_a_fork_asks_for_what_its_own_parameters_say() -> None:
+    """Not for what the request asks for that it is a fork of, and what cannot be is refused before it is queued."""
+    cache = make_cache("vattn", shape_of(model := copy.deepcopy(OWN), 5, 64), "cpu")
+    with Engine(model, cache, compile=False, capture=False, tokenizer=tiny_tokenizer()) as engine:
+        number = engine.submit(PROMPTS[0], asked(regex="[a-z ]{50}", max_tokens=50))
+        events = [event for _ in range(5) for event in engine.step()]
+        so_far = [event.token for event in events]
+        with pytest.raises(ConfigError, match="are not how the grammar begins"):
+            engine.fork(number, asked(regex="[0-9]{3}"))
+        with pytest.raises(ConfigError, match="prompt_logprobs come with the first token"):
+            engine.fork(number, asked(prompt_logprobs=1))
+        assert len(engine.scheduler.requests) == 1
+        forks = [
+            engine.fork(number, each)
+            for each in (
+                asked(),
+                asked(bad_words=[so_far[-1:], "e"], detokenize=True),
+                asked(regex="[a-z ]{30}", logprobs=0, max_tokens=40),
+            )
+        ]
+        again = engine.fork(forks[1])
+        events += engine.run()
+        plainly = engine.generate([PROMPTS[0] + so_far], asked(max_tokens=LENGTH - len(so_far)))[0].tokens
+    got = {n: [event.token for event in events if event.request == n] for n in (number, *forks, again)}
+    assert got[forks[0]] == plainly
+    assert re.fullmatch("[a-z ]{50}", tiny_tokenizer().decode(got[number]))
+    assert so_far[-1] not in got[forks[1]]
+    assert got[again] == got[forks[1]]
+    assert all((event.text is not None) == (event.request in (forks[1], again)) for event in events)
+    assert re.fullmatch("[a-z ]{30}", tiny_tokenizer().decode(so_far + got[forks[2]]))
+    assert all((event.logprob is not None) == (event.request == forks[2]) for event in events)
+
+
+def test_a_grammar_beside_who_asks_for_log_probabilities_alone() -> None:
+    """Who changes no logits has no row of the tables."""
+    cache = make_cache("vattn", shape_of(model := copy.deepcopy(OWN), 3, 64), "cpu")
+    params = [asked(logprobs=1), asked(regex="[a-z ]{9}"), asked()]
+    with Engine(model, cache, compile=False, capture=False, tokenizer=tiny_tokenizer()) as engine:
+        first, second, third = engine.generate(PROMPTS, params)
+    assert (first.tokens, third.tokens) == (plain(0), plain(2))
+    assert len(values(first.logprobs)) == LENGTH
+    assert re.fullmatch("[a-z ]{9}", tiny_tokenizer().decode(second.tokens))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import threading
+import warnings
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
@@ -19,6 +21,7 @@ from trtllm_vattn.errors import (
     EngineOverloaded,
     RequestFailed,
     WeightsMixed,
+    WrongProcess,
 )
 from trtllm_vattn.runtime.async_engine import MOST_FAILURES, AsyncEngine, RequestStream
 from trtllm_vattn.runtime.binding import shape_of
@@ -244,6 +247,58 @@ def test_shutdown_drains_or_not(made: AsyncEngine) -> None:
         with pytest.raises(EngineClosed, match="shut down"):
             await made.add_request([1], PARAMS)
         await made.shutdown()
+
+    run(job)
+
+
+@pytest.mark.parametrize("held", ["suspended", "asleep", "paused"])
+def test_shutdown_waits_for_nobody_who_cannot_go_on(made: AsyncEngine, held: str) -> None:
+    async def job() -> None:
+        stream = await made.add_request([1, 2, 3], SamplingParams(max_tokens=60, ignore_eos=True))
+        await anext(stream)
+        if held == "suspended":
+            await made.call(lambda engine: engine.suspend(stream.request))
+        elif held == "asleep":
+            await made.call(lambda engine: engine.sleep(kv="drop"))
+        else:
+            await made.pause()
+        await made.shutdown()
+        if held == "paused":
+            assert len(await tokens_of(stream)) == 59
+            return
+        with pytest.raises(EngineClosed):
+            await tokens_of(stream)
+
+    run(job)
+
+
+def test_a_forked_child_is_refused_by_name(made: AsyncEngine) -> None:
+    async def job() -> None:
+        stream = await made.add_request([1, 2, 3], PARAMS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of forking with threads
+            child = os.fork()
+        if not child:
+            wrong = 0
+            for call in (
+                made.add_request([1]),
+                made.abort(stream),
+                made.pause(),
+                made.shutdown(),
+                made.close,
+                made.stats,
+            ):
+                try:
+                    await call if not callable(call) else call()  # type: ignore[func-returns-value]
+                    wrong += 1
+                except WrongProcess:
+                    pass
+                except BaseException:
+                    wrong += 1
+            await stream.aclose()
+            os._exit(wrong)
+        assert os.waitpid(child, 0)[1] == 0
+        assert len(await tokens_of(stream)) == 8
 
     run(job)
 

@@ -164,6 +164,7 @@ def test_a_bad_word_as_long_as_what_came_before_is_found() -> None:
         ({"logit_bias": "text"}, "logit_bias is a str"),
         ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias has 1025 tokens; at most 1024"),
         ({"bad_words": "word"}, "bad_words is a str"),
+        ({"logit_bias": [5]}, "logit_bias is a list"),
         ({"bad_words": [[]]}, "bad_words holds an empty one"),
         ({"stop": [""]}, "stop holds ''"),
         ({"stop": 3}, "stop is a int"),

@@ -331,6 +331,29 @@ def test_weights_are_written_while_keys_and_values_of_ended_requests_sleep(build
     engine.cache.check_integrity()
 
 
+def test_who_is_suspended_begins_anew_with_weights_that_are_written_while_keys_and_values_sleep(build: Build) -> None:
+    """What is in host memory is given up once, however often, and by whom, before there is memory again."""
+    engine = build()
+    numbers = [engine.submit(prompt, PARAMS) for prompt in PROMPTS]
+    tokens: dict[int, list[int]] = {}
+    for _ in range(4):
+        note(tokens, engine.step())
+    engine.suspend(numbers[0])
+    engine.suspend(numbers[1])
+    engine.sleep(kv="keep")
+    same = {name: each.clone() for name, each in model_of().state_dict().items()}
+    for version in (1, 2):
+        assert engine.update_weights(same, running="restart") == version
+    engine.abort(numbers[0])
+    engine.resume(numbers[1])
+    engine.wake()
+    collect(engine, tokens)
+    wanted = {numbers[n]: found for n, found in undisturbed().items()}
+    assert {**tokens, numbers[0]: []} == {**wanted, numbers[0]: []}
+    stats = engine.cache.stats()
+    assert (stats.sequences, stats.suspended_sequences, stats.host_bytes) == (0, 0, 0)
+
+
 def test_a_small_host_refuses_to_keep_and_loses_nothing(build: Build) -> None:
     engine = build(host="16KiB")
     numbers = [engine.submit(prompt, PARAMS) for prompt in PROMPTS]

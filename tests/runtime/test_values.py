@@ -344,6 +344,7 @@ def test_prompts_are_sequences_arrays_and_tensors_of_ids(engine: Engine, prompt:
         (np.array([], np.int64), "the prompt is empty"),
         ([1, 512], "the prompt has token ids outside 0 to 511: 512"),
         ([HUGE], "has token ids outside 0 to 511: a number of 16610 bits"),
+        (np.ma.array([1, 2], mask=[False, True]), "is a masked array"),
     ],
 )
 def test_other_prompts_are_refused_with_advice(engine: Engine, prompt: Any, message: str) -> None:
@@ -351,6 +352,26 @@ def test_other_prompts_are_refused_with_advice(engine: Engine, prompt: Any, mess
         with pytest.raises(ConfigError, match=message):
             call()
         assert not engine.busy
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda engine: engine.pin([1], 5), "cache_salt is 5"),
+        (lambda engine: engine.unpin([1], ""), "cache_salt is ''"),
+        (lambda engine: engine.wake(5), "tags are a int"),
+        (lambda engine: engine.update_weights({}, manifest=5), "the manifest is a int"),
+        (lambda engine: engine.update_weights(iter(()), manifest=[1]), "the manifest is a list"),
+        (lambda engine: engine.update_weights({}, partial="yes"), "partial is 'yes'"),
+        (lambda engine: engine.update_weights({}, restore=None), "restore is None"),
+        (lambda engine: Engine(None, engine.cache), "the model is None"),
+        (lambda engine: Engine("tiny-llama", engine.cache), "the model is a str"),
+        (lambda engine: Engine.from_pretrained("tiny-llama", tensor_parallel=True), "tensor_parallel is True"),
+    ],
+)
+def test_calls_refuse_values_by_name(engine: Engine, call: Callable[[Engine], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call(engine)
 
 
 @pytest.mark.parametrize("prompts", [[1, 2, 3], (1,), np.array([1, 2]), torch.tensor([1]), "text", None, 5, {1: [2]}])

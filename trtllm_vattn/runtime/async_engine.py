@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -38,6 +40,7 @@ from trtllm_vattn.errors import (
     RequestFailed,
     VattnError,
     WeightsMixed,
+    WrongProcess,
     is_device_lost,
 )
 from trtllm_vattn.runtime.engine import Engine
@@ -226,6 +229,9 @@ class AsyncEngine:
         """Why steps are not taken until a call changed something."""
         self.failure: BaseException | None = None
         """Why the engine ended by itself."""
+        self._process = os.getpid()
+        self._idle = False
+        """Whether the engine's thread finds no step to take before somebody calls."""
         self.on_failure: Callable[[], object] | None = None
         """Called when it does, in the engine's thread."""
         self._thread = threading.Thread(target=self._run, name="vattn-engine", daemon=True)
@@ -285,7 +291,10 @@ class AsyncEngine:
             `max_requests` are unfinished.
         EngineClosed
             It is shut down, or shutting down.
+        WrongProcess
+            A forked child calls its parent's engine.
         """
+        self._check_process()
         stream = RequestStream(self, _samples(params), arrived)
         if isinstance(params, SamplingParams) and params.has_grammar:
             await asyncio.to_thread(self.compile_grammar, params)
@@ -310,8 +319,9 @@ class AsyncEngine:
         deadline_s: float | None = None,
     ) -> Future[int]:
         """As `add_request`, for who has no event loop: the request's events go to an outlet, with a key. Waits for
-        nothing; the future has the number that `Engine.submit` gave, or what that raised. Raises EngineOverloaded and
-        EngineClosed."""
+        nothing; the future has the number that `Engine.submit` gave, or what that raised. Raises EngineOverloaded,
+        EngineClosed and WrongProcess."""
+        self._check_process()
         with self._changed:
             if self._stopping:
                 raise EngineClosed("this engine is shut down, or shutting down; no request is taken")
@@ -345,8 +355,9 @@ class AsyncEngine:
         await asyncio.wrap_future(self._call(lambda engine: self._abort(engine, number)))
 
     def abort_soon(self, request: int) -> None:
-        """As `abort`, without waiting; from anywhere."""
-        if not self._stopped:
+        """As `abort`, without waiting; from anywhere. Nothing where it is shut down, or in a forked child, which drops
+        what it has of its parent's."""
+        with suppress(EngineClosed, WrongProcess):
             self._call(lambda engine: self._abort(engine, request))
 
     def _abort(self, engine: Engine, number: int) -> None:
@@ -393,11 +404,13 @@ class AsyncEngine:
 
     async def shutdown(self, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take no more requests, and close the engine: with `drain` when all have ended, `timeout_s` seconds have
-        passed or none can go on, else at once. Streams of requests that have not ended raise EngineClosed then.
-        Idempotent."""
+        passed or none can go on (it sleeps, or they are suspended), else at once. Streams of requests that have not
+        ended raise EngineClosed then. Idempotent."""
+        self._check_process()
         with self._changed:
             self._stopping = True
             self._paused = self._paused and not drain
+            self._idle = False
             self._changed.notify_all()
         if drain:
             await asyncio.to_thread(self._wait_until_drained, timeout_s)
@@ -405,6 +418,7 @@ class AsyncEngine:
 
     def close(self) -> None:
         """`shutdown` without draining, for who has no event loop."""
+        self._check_process()
         with self._changed:
             self._stopping = self._stopped = True
             self._changed.notify_all()
@@ -413,16 +427,27 @@ class AsyncEngine:
 
     def _wait_until_drained(self, timeout_s: float | None) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: not self._taken or self._stopped or self._waits, timeout_s)
+            self._changed.wait_for(self._is_drained, timeout_s)
+
+    def _is_drained(self) -> bool:
+        """Whether all requests have ended, or none of those that the engine has can go on."""
+        return not self._taken or self._stopped or (self._idle and self._taken == len(set(self._running.values())))
 
     # -- the thread ------------------------------------------------------------------------------------------------
 
+    def _check_process(self) -> None:
+        """Before the lock is taken, which another thread may have held when a child was forked."""
+        if self._process != os.getpid():
+            raise WrongProcess(f"this engine was made in process {self._process}; make one in this process")
+
     def _call(self, function: Callable[[Engine], T]) -> Future[T]:
+        self._check_process()
         future: Future[T] = Future()
         with self._changed:
             if self._stopped:
                 raise EngineClosed("this engine is shut down; build another")
             self._calls.append((function, future))
+            self._idle = False
             self._changed.notify_all()
         return future
 
@@ -501,10 +526,13 @@ class AsyncEngine:
             with self._changed:
                 idle = False
                 while not (idle or self._stopped or self._calls or self._steps):
+                    self._idle = True
+                    self._changed.notify_all()
                     wanted = bool(self._engine.decode.wanted) and not (self._engine.busy or self._waits)
                     # Nothing here says what a broker's operator wants: that is looked at.
                     looks = wanted or self._engine.cache.waits_for_memory
                     idle = not self._changed.wait(IDLE_S if looks else None) and wanted
+                self._idle = False
                 if not idle:
                     return not self._stopped
             self._capture_wanted()

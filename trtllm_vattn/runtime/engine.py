@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -66,6 +67,7 @@ from trtllm_vattn.runtime.request import (
 )
 from trtllm_vattn.runtime.reuse import RequestSlots
 from trtllm_vattn.runtime.sampling import LARGEST_COUNT, NO_TOKEN, SamplingParams, margins
+from trtllm_vattn.runtime.sampling_fields import check_salt
 from trtllm_vattn.runtime.scheduler import Scheduler
 from trtllm_vattn.runtime.settings import (
     MOST_SEQUENCES,
@@ -292,8 +294,7 @@ class Engine:
         compression: CompressionPolicy | None = None,
         trace: Trace | str | os.PathLike[str] | None = None,
     ) -> None:
-        if not isinstance(cache, KVCache):
-            raise ConfigError(f"cache is {described(cache)}; give a KVCache (cache.select.make_cache)")
+        _check_parts(model, cache)
         settings = check_settings(
             cache.shape.num_slots,
             cache.shape.max_seq_len,
@@ -323,8 +324,6 @@ class Engine:
         self.swap_cost: SwapCost = settings["swap_cost"]
         steps, policy = settings["steps"], settings["mapping"]
         self.tokenizer = check_tokenizer(tokenizer)
-        if model.device != cache.device:
-            raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
         check_fit(model, cache.shape)
         reusing = _check_reuse(settings, cache) and compression is None
         scales = check_kv_scales(kv_scales, cache.shape)
@@ -630,7 +629,7 @@ class Engine:
         tenancy = check_broker(broker, cache, tensor_parallel, options)
         if policy_of_tokens is not None and cache != "vattn":
             raise ConfigError(f"compression is for the vattn cache; the cache asked for is {cache!r}")
-        if not isinstance(tensor_parallel, int) or tensor_parallel != 1:
+        if type(tensor_parallel) is not int or tensor_parallel != 1:
             if policy_of_tokens is not None:
                 raise ConfigError("compression is served on one rank; leave it out, or make tensor_parallel 1")
             if trace is not None:
@@ -844,18 +843,15 @@ class Engine:
         if known.forced is not None:
             raise ConfigError(f"request {known.id} has forced tokens, which a fork would only repeat; submit another")
         if params is None:
-            made = known.fork(next(self._ids), known.params.of_branch(known.forks + 1))
+            made = known.fork(known.anew(next(self._ids), known.params.of_branch(known.forks + 1)))
         else:
             if isinstance(params, SamplingParams) and params.n > 1:
                 raise ConfigError(f"n is {params.n}; fork once for each")
-            checked = self._request(known.prompt, params)
-            if params.max_tokens is not None and params.max_tokens <= len(known.chosen):
-                raise ConfigError(
-                    f"max_tokens is {params.max_tokens}, and request {known.id} has {len(known.chosen)} tokens of "
-                    "output already, which count; give more"
-                )
-            made = known.fork(checked.id, checked.params)
-            made.max_tokens = checked.max_tokens if params.max_tokens is not None else known.max_tokens
+            asked = self._request(known.prompt, params)
+            made = known.fork(asked)
+            if params.max_tokens is None:
+                made.max_tokens = known.max_tokens
+            _check_fork(known, made)
         made.arrived = self.clock()
         return made
 
@@ -1321,12 +1317,14 @@ class Engine:
         that is. Calls are counted. Only the growth of running sequences takes them, where nothing else is left to take.
         Raises ConfigError without a prefix cache, or for what are no tokens."""
         prefixes, ids = self._prefixes(), token_ids("the tokens", tokens, self._vocab_size)
+        check_salt(cache_salt)
         with self._changing:
             return prefixes.pin(ids, self.slots.key(cache_salt))
 
     def unpin(self, tokens: TokenIds, cache_salt: str | None = None) -> int:
         """Undo one `pin` of the same tokens. Raises ConfigError where there is none."""
         prefixes, ids = self._prefixes(), token_ids("the tokens", tokens, self._vocab_size)
+        check_salt(cache_salt)
         with self._changing:
             return prefixes.unpin(ids, self.slots.key(cache_salt))
 
@@ -1524,6 +1522,8 @@ class Engine:
         """
         if running not in ("continue", "restart", "abort"):
             raise ConfigError(f"running is {running!r}; choose continue, restart or abort")
+        truth("partial", partial)
+        truth("restore", restore)
         self._check_open()
         self.sleeping.require_weights()
         update = self.weights.check(named_tensors, manifest, partial)
@@ -1627,6 +1627,38 @@ class Engine:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _check_parts(model: Any, cache: Any) -> None:
+    """Raise ConfigError for what are no model and cache, or are not on one device."""
+    if not isinstance(cache, KVCache):
+        raise ConfigError(f"cache is {described(cache)}; give a KVCache (cache.select.make_cache)")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model is {described(model)}; give a causal language model of transformers")
+    if model.device != cache.device:
+        raise ConfigError(f"the model is on {model.device}, the cache on {cache.device}; put them on one device")
+
+
+def _check_fork(known: RequestState, made: RequestState) -> None:
+    """Raise ConfigError where a fork with parameters of its own cannot go on from the output that it begins with."""
+    before = len(made.chosen)
+    if made.max_tokens <= before:
+        raise ConfigError(
+            f"max_tokens is {made.max_tokens}, and request {known.id} has {before} tokens of output already, which "
+            "count; give more"
+        )
+    if made.params.prompt_logprobs is not None and before:
+        raise ConfigError(
+            f"prompt_logprobs come with the first token of an output, and request {known.id} has {before}; leave them "
+            "out, or submit another"
+        )
+    if made.grammar is not None:
+        matcher = made.grammar.follow(made.chosen)
+        if made.grammar.error or (before and matcher.is_stopped()):
+            raise ConfigError(
+                f"the {before} tokens of request {known.id}, with which its fork begins, are not how the grammar "
+                "begins; leave it out, or submit another"
+            )
 
 
 def _check_reuse(settings: dict[str, Any], cache: KVCache) -> bool:

@@ -271,47 +271,48 @@ class RequestState:
         params, count = self.params, self.params.n
         self.params, self.group = params.of_branch(0), self.id if count > 1 else None
         return [
-            replace(
-                self,
-                id=next(numbers),
-                params=params.of_branch(branch),
-                branch=branch,
-                chosen=[],
-                weights_versions=[],
-                **self._own(),
-            )
+            replace(self.anew(next(numbers), params.of_branch(branch)), branch=branch, group=self.group)
             for branch in range(1, count)
         ]
 
-    def _own(self) -> dict[str, Any]:
-        """What another request with this one's parameters and none of its tokens has for itself."""
-        return {
-            "grammar": self.grammar and self.grammar.anew(),
-            "text": self.text and self.text.anew(),
-            "pieces": [],
-            "logprobs": [],
-            "prompt_logprobs": [None],
-        }
-
-    def fork(self, number: int, params: SamplingParams) -> RequestState:
-        """Another request with the tokens that this one has so far."""
-        output = self._told if self.is_chosen_again and self._told is not None else self
+    def anew(self, number: int, params: SamplingParams) -> RequestState:
+        """Another request for the same prompt, with none of this one's tokens. `params` differ from this one's in
+        nothing but their seed and whether log-probabilities of the prompt are asked for."""
         return replace(
             self,
             id=number,
             params=params,
-            chosen=list(output.chosen),
-            weights_versions=list(output.weights_versions),
-            given=len(output.chosen),
+            chosen=[],
+            weights_versions=[],
+            given=0,
             _told=None,
-            silent=False,
             slot=-1,
             prefilled=0,
             cached_tokens=None,
+            known=0,
             branch=0,
             forks=0,
+            grammar=self.grammar and self.grammar.anew(),
+            text=self.text and self.text.anew(),
+            pieces=[],
+            logprobs=[],
+            prompt_logprobs=[None],
+        )
+
+    def fork(self, made: RequestState) -> RequestState:
+        """`made`, a new request for the same prompt, going on from the tokens that this one has so far."""
+        output = self._told if self.is_chosen_again and self._told is not None else self
+        return replace(
+            made,
+            chosen=list(output.chosen),
+            weights_versions=list(output.weights_versions),
+            given=len(output.chosen),
+            pieces=list(output.pieces),
+            logprobs=list(output.logprobs),
+            silent=False,
             group=self.id if self.group is None else self.group,
-            **{**self._own(), "pieces": list(output.pieces), "logprobs": list(output.logprobs)},
+            priority=self.priority,
+            deadline=self.deadline,
         )
 
     @property

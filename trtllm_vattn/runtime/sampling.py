@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.runtime.sampling_fields import check_fields
+from trtllm_vattn.runtime.sampling_fields import check_fields, check_salt
 from trtllm_vattn.runtime.tokens import token_ids
-from trtllm_vattn.values import finite, shown, truth, whole
+from trtllm_vattn.values import finite, truth, whole
 
 COLDEST = 1e-5
 """Temperature below which the likeliest token is taken."""
@@ -144,8 +144,7 @@ class SamplingParams:
         put("stop_token_ids", tuple(token_ids("stop_token_ids", self.stop_token_ids)))
         truth("ignore_eos", self.ignore_eos)
         put("n", whole("n", self.n, 1, LARGEST_COUNT))
-        if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
-            raise ConfigError(f"cache_salt is {shown(self.cache_salt)}; give some text, or None for what all may share")
+        check_salt(self.cache_salt)
         put("retention_priority", whole("retention_priority", self.retention_priority, 0, 100))
         check_fields(self, put)
         if self.detokenize is not None:

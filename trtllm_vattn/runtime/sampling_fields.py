@@ -57,12 +57,19 @@ def check_fields(params: Any, put: Put) -> None:
         raise ConfigError("json_schema and regex are both given; one grammar is applied, give one of them")
 
 
+def check_salt(given: Any) -> None:
+    """Raise ConfigError for what is no `cache_salt`."""
+    if given is not None and (not isinstance(given, str) or not given):
+        raise ConfigError(f"cache_salt is {shown(given)}; give some text, or None for what all may share")
+
+
 def _biases(given: Any) -> tuple[tuple[int, float], ...]:
     if given is None:
         return ()
     if isinstance(given, Mapping):
         given = tuple(given.items())
-    if not isinstance(given, Sequence) or isinstance(given, TEXT) or any(len(pair) != 2 for pair in given):
+    pairs = isinstance(given, Sequence) and all(isinstance(each, Sequence) and len(each) == 2 for each in given)
+    if not pairs or isinstance(given, TEXT):
         raise ConfigError(f"logit_bias is {described(given)}; give a mapping of token ids to numbers")
     if len(given) > MOST_BIASED:
         raise ConfigError(f"logit_bias has {len(given)} tokens; at most {MOST_BIASED} are possible")

@@ -468,7 +468,7 @@ class Scheduler:
         suspended = [
             request
             for request in (*self.waiting, *self.parked.values())
-            if request is not but and self.cache.is_suspended(request.id)
+            if request is not but and self._has_suspended(request)
         ]
         if not suspended:
             return False
@@ -477,6 +477,12 @@ class Scheduler:
         self.ended.append(self.slots.leaving(request))
         self.release_ended()
         return True
+
+    def _has_suspended(self, request: RequestState) -> bool:
+        """Whether host memory has a request's tokens, and it has not left them already: while the cache sleeps, what is
+        left is released by nobody."""
+        left = any(left.request == request.id for left in self.ended)
+        return not left and self.cache.is_suspended(request.id)
 
     # -- host memory -------------------------------------------------------------------------------------------------
 
@@ -563,7 +569,7 @@ class Scheduler:
             left = self.slots.leaving(request)
             request.slot = -1
             self.ended.append(left)
-        elif self.cache.is_suspended(request.id):
+        elif self._has_suspended(request):
             self.ended.append(self.slots.leaving(request))
 
     def release_ended(self) -> None:

@@ -20,6 +20,7 @@ from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import ConfigError, DriverError, EngineAsleep, KVCacheOutOfMemory
 from trtllm_vattn.memory.host_pool import HostPool, Span
 from trtllm_vattn.runtime.compiled import LinearSlice
+from trtllm_vattn.values import described
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation
@@ -306,6 +307,8 @@ class Sleeping:
     @staticmethod
     def check_tags(tags: Sequence[str] | None) -> frozenset[str]:
         """What to wake. Raises ConfigError for another tag."""
+        if tags is not None and not isinstance(tags, str | Sequence):
+            raise ConfigError(f"tags are {described(tags)}; give a list of {', '.join(TAGS)}, or None for both")
         wanted = TAGS if tags is None else (tags,) if isinstance(tags, str) else tuple(tags)
         if unknown := [tag for tag in wanted if tag not in TAGS]:
             raise ConfigError(f"there is no tag {unknown[0]!r}; choose of {', '.join(TAGS)}")

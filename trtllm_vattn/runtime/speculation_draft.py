@@ -217,6 +217,8 @@ class DraftModel:
             self._again[row] = len(tokens) - 1
             return
         self._release_left()
+        if row in self._left:
+            return
         try:
             slot = self.cache.admit(row, max(1, len(tokens)))
         except (NoFreeSlot, KVCacheOutOfMemory, DriverError, MemoryQuarantined) as error:

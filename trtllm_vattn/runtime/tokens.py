@@ -51,6 +51,8 @@ def _of_array(name: str, given: torch.Tensor | np.ndarray) -> list[int]:
         raise ConfigError(f"{name} is of {given.dtype}; token ids are integers, and nothing is rounded to one")
     if isinstance(given, torch.Tensor) and (given.is_meta or given.layout is not torch.strided):
         raise ConfigError(f"{name} is a tensor without plain values ({given.device}, {given.layout}); make it dense")
+    if np.ma.is_masked(given):
+        raise ConfigError(f"{name} is a masked array, some of whose values are not there; give those that are")
     if given.ndim != 1:
         raise ConfigError(f"{name} has shape {tuple(given.shape)}; token ids of one sequence have one dimension")
     listed: list[int] = given.tolist()

@@ -201,7 +201,7 @@ class Weights:
         if not isinstance(pairs, Iterable) or isinstance(pairs, torch.Tensor | str):
             raise ConfigError(f"named tensors are a {type(tensors).__name__}; give a dict, or pairs of name and tensor")
         if streamed:
-            wanted = _manifest(manifest or {})
+            wanted = _manifest({} if manifest is None else manifest)
         else:
             given = self._gathered(pairs)
             wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in given.items()}
@@ -415,6 +415,8 @@ def _pairs(pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, tor
 
 
 def _manifest(manifest: Manifest) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    if not isinstance(manifest, Mapping):
+        raise ConfigError(f"the manifest is a {type(manifest).__name__}; give a dict of names to shape and dtype")
     checked = {}
     for name, entry in manifest.items():
         try:

@@ -14,6 +14,7 @@ P6. A call succeeds whole or raises and changes nothing but what was evicted.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,12 +28,15 @@ from trtllm_vattn.cache.prefix.tree import DEFAULT_PRIORITY, Match, PrefixKey, P
 from trtllm_vattn.errors import (
     CacheAsleep,
     ConfigError,
+    DriverError,
     DuplicateSequence,
     KVCacheOutOfMemory,
     NoFreeSlot,
     PrefixEvicted,
     UnknownSequence,
 )
+
+logger = logging.getLogger(__name__)
 
 Tokens = Sequence[int] | np.ndarray
 PINNED_PRIORITY = 101.0
@@ -230,6 +234,8 @@ class PrefixCache:
         self._unwanted: dict[int, Any] = {}
         """Retained slots of which nothing may be given away, but which others still read."""
         self._generation = 0
+        self._left: list[Hashable] = []
+        """Sequences whose admission failed, and then their release."""
         self._wanted: int | None = None
         """A slot that a sequence is about to begin with."""
 
@@ -298,6 +304,7 @@ class PrefixCache:
         _check_priority(priority)
         if sequence in self._running:
             raise DuplicateSequence(f"sequence {sequence!r} runs in slot {self._running[sequence].slot}; finish it")
+        self._release_left()
         ways = self.ways
         while True:
             self._note_evicted()
@@ -418,7 +425,7 @@ class PrefixCache:
             try:
                 cache.extend(sequence, prompt_len - whole)
             except BaseException:
-                cache.release(sequence)
+                self._undo(sequence)
                 raise
             return slot
         self.tree.touch(found)
@@ -464,9 +471,22 @@ class PrefixCache:
         try:
             cache.copy_prefix(source, sequence, tokens)
         except BaseException:
-            cache.release(sequence)
+            self._undo(sequence)
             raise
         return slot
+
+    def _undo(self, sequence: Hashable) -> None:
+        """Release what a failed admission has in the cache; where that fails as well, before the next admission."""
+        self._left.append(sequence)
+        try:
+            self._release_left()
+        except DriverError as error:
+            logger.warning("what a failed admission has is released before the next one: %s", error)
+
+    def _release_left(self) -> None:
+        while self._left:
+            self.cache.release(self._left[-1])
+            self._left.pop()
 
     def _decide(
         self, found: Match, prompt_len: int, expected_tokens: int, ways: frozenset[Way], share: bool
@@ -708,6 +728,7 @@ class PrefixCache:
     def begin_anew(self) -> None:
         """The cache was reset: nobody runs, nothing is kept. Begins from any state that an interrupted call left."""
         self._retained, self._running, self._unwanted, self._wanted = {}, {}, {}, None
+        self._left.clear()
         self._generation += 1
         self.tree.clear()
 
