@@ -91,19 +91,9 @@ def _write(  # type: ignore[no-untyped-def]
 ):
     token = tl.program_id(0).to(tl.int64)
     row = _place(
-        token,
-        slots,
-        positions,
-        table,
-        slots_step,
-        positions_step,
-        of_slot,
-        of_token,
-        table_row,
-        deficits,
-        BLOCK_SIZE,
-        HAS_DEFICITS,
-    )
+        token, slots, positions, table, slots_step, positions_step, of_slot, of_token, table_row, deficits,
+        BLOCK_SIZE, HAS_DEFICITS,
+    )  # fmt: skip
     stored: tl.constexpr = tl.float8e4nv if FP8 else k_new.dtype.element_ty
     element = tl.arange(0, ROW)
     head, dim = element // DIM, element % DIM
@@ -180,19 +170,9 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
         tl.store(q_to + HALF, second * cos_2 + first * sin_2, mask=there)
     else:
         row = _place(
-            token,
-            slots,
-            positions,
-            table,
-            slots_step,
-            positions_step,
-            of_slot,
-            of_token,
-            table_row,
-            deficits,
-            BLOCK_SIZE,
-            HAS_DEFICITS,
-        )
+            token, slots, positions, table, slots_step, positions_step, of_slot, of_token, table_row, deficits,
+            BLOCK_SIZE, HAS_DEFICITS,
+        )  # fmt: skip
         stored: tl.constexpr = tl.float8e4nv if FP8 else k_new.dtype.element_ty
         head = ((group - groups_of_queries) * GROUP + tl.arange(0, GROUP))[:, None]
         there = within & (head < HEADS)

@@ -12,12 +12,26 @@ import torch
 from trtllm_vattn.attention.options import FP8, PLAIN, LayerOptions, PrefixTables
 from trtllm_vattn.cache.base import FlatKV
 
+LEAST_CAPABILITY = (8, 0)
+"""The compute capability that this project's attention kernels need."""
 HOPPER = 9
 """The major compute capability on which the kernel uses TMA and PDL."""
 MOST_ROWS = 64
 MOST_OUTPUTS = 64 * 128
 """The most queries of a KV head in one tile, and the most elements of their output; for more queries, K and V are read
 again."""
+
+
+def availability() -> str:
+    """``yes`` if this project's attention kernels run on this machine, else the reason."""
+    if not torch.cuda.is_available():
+        return "no GPU; over a cache on the host a reference in torch takes its place"
+    if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        return f"the kernels need compute capability {least}, this GPU is older"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; it comes with torch for CUDA"
+    return "yes"
 
 
 @dataclass(frozen=True)

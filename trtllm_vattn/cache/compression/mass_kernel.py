@@ -75,9 +75,9 @@ def row_sums(  # type: ignore[no-untyped-def]
             of_query, of_group, of_token, scale, GROUP, DIM, DIMS,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(scores, 1))
-        # The row has seen no place yet.
-        higher = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(scores - higher[:, None]), 1)
+        # A row that has seen no place yet has no largest score: its weights, all 0, are taken beside any number.
+        beside = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(top - beside) + tl.sum(tl.exp2(scores - beside[:, None]), 1)
         top = higher
     to = (piece * tl.num_programs(2) + head).to(tl.int64) * rows + row
     tl.store(tops + to, top, mask=row < rows)
