@@ -1,4 +1,4 @@
-"""The attention kernels at the edges of what they are given (edges_probe.py), in Triton's interpreter and on the card."""
+"""The attention kernels at the edges of what they are given (edges_probe.py), in the interpreter and on the card."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def _write(  # type: ignore[no-untyped-def]
     element = tl.arange(0, ROW)
     head, dim = element // DIM, element % DIM
     there = element < HEADS * DIM
-    to = row + head * of_head + dim
+    to = row + head.to(tl.int64) * of_head + dim
     within = tl.minimum(head, HEADS - 1)
     k = tl.load(k_new + token * k_new_token + head * k_new_head + dim, mask=there)
     tl.store(k_cache.to(tl.pointer_type(stored)) + to, _stored(k, k_scale, within, FP8, K_SCALES), mask=there)
@@ -179,13 +179,13 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
         at = k_new + token * k_new_token + head * k_new_head + dim
         first = tl.load(at, mask=there).to(tl.float32)
         second = tl.load(at + HALF, mask=there).to(tl.float32)
-        k_to = k_cache.to(tl.pointer_type(stored)) + row + head * of_head + dim
+        k_to = k_cache.to(tl.pointer_type(stored)) + row + head.to(tl.int64) * of_head + dim
         scaled = tl.minimum(head, HEADS - 1)
         tl.store(k_to, _stored(first * cos_1 - second * sin_1, k_scale, scaled, FP8, K_SCALES), mask=there)
         tl.store(k_to + HALF, _stored(second * cos_2 + first * sin_2, k_scale, scaled, FP8, K_SCALES), mask=there)
         if BOTH:
             at = v_new + token * v_new_token + head * v_new_head + dim
-            v_to = v_cache.to(tl.pointer_type(stored)) + row + head * of_head + dim
+            v_to = v_cache.to(tl.pointer_type(stored)) + row + head.to(tl.int64) * of_head + dim
             tl.store(v_to, _stored(tl.load(at, mask=there), v_scale, scaled, FP8, V_SCALES), mask=there)
             tl.store(v_to + HALF, _stored(tl.load(at + HALF, mask=there), v_scale, scaled, FP8, V_SCALES), mask=there)
 
