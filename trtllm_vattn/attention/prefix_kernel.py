@@ -24,7 +24,7 @@ def _leave(tops, outs, top, total, acc, index, here, d):  # type: ignore[no-unty
     tl.store(outs + index[:, None] * d.shape[0] + d[None, :], result, mask=here[:, None])
 
 
-@triton.jit(do_not_specialize=["num_groups", "start", "fewest"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_groups", "lanes", "start", "fewest"])  # type: ignore[untyped-decorator]
 def read_prefixes(  # type: ignore[no-untyped-def]
     q,
     k,
@@ -44,6 +44,7 @@ def read_prefixes(  # type: ignore[no-untyped-def]
     of_token,
     of_head,
     num_groups,
+    lanes,
     start,
     fewest,
     scale,
@@ -102,6 +103,8 @@ def read_prefixes(  # type: ignore[no-untyped-def]
         member = rows // (QUERIES * GROUP)
         here = member < count
         lane = tl.load(members + first_member + member, mask=here, other=0)
+        # A group may have lanes that are idle, and of which the launch has none.
+        here &= lane < lanes
         row = rows % (QUERIES * GROUP)
         query_head = head * GROUP + row % GROUP
         index = (lane.to(tl.int64) * QUERIES + row // GROUP) * (KV_HEADS * GROUP) + query_head

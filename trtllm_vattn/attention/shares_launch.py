@@ -340,7 +340,7 @@ def launch_prefixes(
     contiguous. Returns the compiled kernel."""
     from trtllm_vattn.attention.prefix_kernel import read_prefixes
 
-    _, queries, heads, dim = q.shape
+    lanes, queries, heads, dim = q.shape
     kv_heads, dims = kv.k.shape[2], power_of_two(dim)
     more = {"launch_pdl": True} if features.pdl else {}
     return read_prefixes[(programs,)](
@@ -351,6 +351,7 @@ def launch_prefixes(
         members=tables.members,
         k_scale=q if options.k_scale is None else options.k_scale,
         num_groups=len(tables.groups),
+        lanes=lanes,
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         QUERIES=queries,
