@@ -76,8 +76,8 @@ CARDS = {
     "10.0": Card(148, 228 << 10, 227 << 10),
     "12.0": Card(170, 100 << 10, 99 << 10),
 }
-MOST_SPILLED = 0
-"""Bytes of registers that a kernel of `some` may spill."""
+MOST_SPILLED = 128
+"""Bytes of registers that a kernel of `some` may spill: some numbers that it needs before its loops and behind them."""
 
 
 class CannotCompile(Exception):
@@ -105,6 +105,7 @@ class Compiled:
     """What is compiled while it is entered: the kernels of launches, by what the launch was named."""
 
     card: Card
+    most_spilled: int = MOST_SPILLED
     label: str = ""
     seen: dict[str, Any] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
@@ -133,6 +134,8 @@ class Compiled:
         )
         if shared > self.card.most_shared:
             self.fault(f"{name} takes {shared} bytes of shared memory of {self.card.most_shared}")
+        if spilled > self.most_spilled:
+            self.fault(f"{name} spills {spilled} bytes of registers, of {self.most_spilled} that it may")
 
     def fault(self, what: str) -> None:
         self.faults.append(f"{self.label}: {what[:1500]}")
@@ -327,8 +330,9 @@ class Kernels:
         self.case(self.latents, 576, BF16, 16, 1, 4)
 
     def all(self) -> None:
-        """Every head size and dtype, with few and many rows of queries, and lanes."""
+        """Every head size and dtype, with few and many rows of queries, and lanes; whatever they spill."""
         self.some()
+        self.compiled.most_spilled = 1 << 20
         for dim, dtype in itertools.product(HEAD_SIZES, (BF16, FP16, FP32, FP8)):
             if dtype != FP8 or self.eight_bits:
                 self.of(dim, dtype)
