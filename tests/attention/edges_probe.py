@@ -111,7 +111,7 @@ def quiet_latents(device: str, dtype: torch.dtype) -> None:
 
 def quiet_mass(device: str, dtype: torch.dtype) -> None:
     """Pieces of keys of which the first queries see nothing."""
-    held, count = mass.TILE * (mass.PIECES + 1), 2 * mass.TILE
+    held, count = mass.MOST_TILE * (mass.PIECES + 1), 2 * mass.MOST_TILE
     queries = torch.randn(count, 1, 2, 32, device=device)
     keys = torch.randn(held, 1, 32, device=device)
     queries[..., 0], keys[..., 0] = 8.0, -300.0 / 8.0

@@ -102,12 +102,15 @@ def settings_for(shared_bytes: int, head_dim: int, itemsize: int, rows: int, lan
     H200 with the heads of Llama-3-8B: large tiles are slow for many lanes, whose sequences are mostly short.
     """
     large = rows * power_of_two(head_dim) > MOST_OUTPUTS // 2
-    shared_bytes = shared_bytes if large else shared_bytes // 2
+    room = (shared_bytes if large or itemsize == 4 else shared_bytes // 2) - RESERVE
+    if itemsize == 4:
+        # Queries of 32 bits stay in shared memory, those of 16 in registers; one program runs.
+        room -= rows * power_of_two(head_dim) * itemsize
     tile = 128 if lanes <= MANY_LANES and not large else 64
-    while tile > 16 and _tile_bytes(tile, head_dim, itemsize) > shared_bytes - RESERVE:
+    while tile > 16 and _tile_bytes(tile, head_dim, itemsize) > room:
         tile //= 2
     # One of the stages is in use and not in shared memory.
-    fitting = 1 + (shared_bytes - RESERVE) // _tile_bytes(tile, head_dim, itemsize)
+    fitting = 1 + room // _tile_bytes(tile, head_dim, itemsize)
     return Settings(tile, 8 if large else 4, min(3, fitting), start=(2 if few else 1) if tile > 64 else 3)
 
 
