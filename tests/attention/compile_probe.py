@@ -161,6 +161,7 @@ class Kernels:
     def __init__(self, capability: str) -> None:
         self.card = CARDS[capability]
         major, minor = map(int, capability.split("."))
+        self.major = major
         self.hopper, self.eight_bits = major == HOPPER, (major, minor) >= LEAST_CAPABILITY_FP8
         self.compiled = Compiled(self.card)
         self.caches: dict[tuple[object, ...], KVCache] = {}
@@ -259,7 +260,7 @@ class Kernels:
         attend(q, kv, torch.empty_like(q), planned, workspace, 0.1, maps, extras)
 
     def latents(self, row: int, dtype: torch.dtype, heads: int, queries: int, pieces: int) -> None:
-        if not latents.fits(row, self.card.shared):
+        if not latents.fits(row, self.card.shared, self.major):
             return
         cache = self.cache("vattn", CacheShape(4, 1, row, dtype, 64, 1 << 17, kv_factor=1))
         rows = cache.layer(1).k

@@ -34,14 +34,18 @@ def serves(cache: KVCache) -> bool:
     shape = cache.shape
     if cache.device.type != "cuda" or availability() != "yes" or shape.kv_factor != 1 or shape.dtype not in DTYPES:
         return False
-    return fits(shape.head_dim, torch.cuda.get_device_properties(cache.device).shared_memory_per_multiprocessor)
+    shared: int = torch.cuda.get_device_properties(cache.device).shared_memory_per_multiprocessor
+    return fits(shape.head_dim, shared, torch.cuda.get_device_capability(cache.device)[0])
 
 
-def fits(row: int, shared_bytes: int) -> bool:
-    """Whether the kernels take rows of so many numbers on a multiprocessor with `shared_bytes` of shared memory."""
+def fits(row: int, shared_bytes: int, major: int) -> bool:
+    """Whether the kernels take rows of so many numbers on a multiprocessor with `shared_bytes` of shared memory, of a
+    GPU of this major compute capability."""
     if not 16 <= row <= LONGEST_ROW:
         return False
-    return (MOST_ROWS + 2 * TILE) * sum(parts_of(row)) * 2 <= shared_bytes - RESERVE
+    # On compute capability 10.0 a product's factors are copied once more.
+    tiles = 4 if major == 10 else 2
+    return (MOST_ROWS + tiles * TILE) * sum(parts_of(row)) * 2 <= shared_bytes - RESERVE
 
 
 class LatentPrompts:
