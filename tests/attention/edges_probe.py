@@ -169,19 +169,19 @@ def infinite(device: str, hopper: bool) -> None:
 
 def prefix_edges(device: str, hopper: bool) -> None:
     """First tokens elsewhere: none, one, a tile, all but one; read for several lanes: one token, all but their last."""
-    lengths = [2 * TILE + 1] * 5
-    probe = made(device, hopper, lengths)
-    slots = list(range(5))
-    for border in (0, 1, TILE, TILE + 1, 2 * TILE):
-        probe.prefixes = PrefixTables.empty(5, 5, probe.device)
-        probe.prefixes.set_prefixes([(slot, 0, border) for slot in (1, 3, 4)])
-        probe.decode(slots, lengths, 1)
-        probe.prompts([(1, lengths[1], 1), (TILE, lengths[3], 3), (1, 7, 4), (lengths[2], lengths[2], 2)])
+    lengths = [2 * TILE + 1] * 4
+    probe = made(device, hopper, lengths, group=2)
+    for border in (0, 1, TILE, 2 * TILE):
+        probe.prefixes = PrefixTables.empty(4, 4, probe.device)
+        probe.prefixes.set_prefixes([(1, 0, border), (3, 0, border)])
+        probe.decode([3, 0, 1], lengths[:3], 1)
+        probe.prompts([(1, lengths[1], 1), (TILE, lengths[3], 3), (1, 7, 3)])
     for tokens in (1, TILE - 1, TILE, 2 * TILE - 1):
-        probe.prefixes = PrefixTables.empty(5, 5, probe.device)
-        probe.prefixes.set_groups([(2, tokens, [0, 4]), (1, tokens, [3])])
-        probe.decode(slots, lengths, 2, [2, 0, 1, 2, 2])
-        probe.decode(slots, [lengths[0], 0, 0, lengths[3], 0], 1)
+        probe.prefixes = PrefixTables.empty(4, 4, probe.device)
+        probe.prefixes.set_groups([(2, tokens, [0, 3]), (1, tokens, [1])])
+        probe.decode([0, 1, 2, 3], lengths, 2, [2, 0, 1, 2])
+    # A launch of fewer lanes than the groups have, one of which is idle.
+    probe.decode([0, 1], [lengths[0], 0], 1)
     probe.done("prefixes of no, one and all tokens")
 
 

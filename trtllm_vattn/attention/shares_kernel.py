@@ -272,6 +272,7 @@ def decode_shares(  # type: ignore[no-untyped-def]
     d = tl.arange(0, DIMS)
     kv_dtype: tl.constexpr = tl.float8e4nv if FP8 else q.dtype.element_ty
     # One instruction makes two numbers of 16 bits with 5 bits of exponent of two of 8; bfloat16 takes several.
+    # Queries beyond 65,504 are infinite in it.
     dot_dtype: tl.constexpr = tl.float16 if FP8 else q.dtype.element_ty
     bytes_each: tl.constexpr = kv_dtype.primitive_bitwidth // 8
 
