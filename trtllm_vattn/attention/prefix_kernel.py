@@ -15,7 +15,7 @@ from trtllm_vattn.attention.shares_kernel import combined, leave_part, share_of,
 from trtllm_vattn.attention.softmax_kernel import attend_tiles
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _leave(tops, outs, top, total, acc, index, here, d):  # type: ignore[no-untyped-def]
     """Store rows' results, index int64 ``[rows]`` by lane, query and query head."""
     given = here & (total != 0)

@@ -36,7 +36,7 @@ def _planned(n, skip, TILE: tl.constexpr, QUERIES: tl.constexpr, WINDOW: tl.cons
     return tl.maximum(tl.cdiv(n, TILE) - first + sinks, 0), sinks, first - sinks
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def share_of(weight, places, program, fewest):  # type: ignore[no-untyped-def]
     """Of a list of places with so much work each: where each begins (with its number, below 2**32, in one), how much a
     program takes, and where this program's share begins and ends."""
@@ -47,7 +47,7 @@ def share_of(weight, places, program, fewest):  # type: ignore[no-untyped-def]
     return begins, (begins.to(tl.int64) << 32) | places, share, at, tl.minimum(at + share, work)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def unit_at(at, end, offset, tiles, start):  # type: ignore[no-untyped-def]
     """Of units of `start` and `tiles` work, of which work `at`, that far in a place, is in one: which one; where in it
     that is, and where the share ends in it; and the first tile, and the end of the last, between the two."""

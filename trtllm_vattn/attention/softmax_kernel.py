@@ -25,7 +25,7 @@ def rows_from(base, tiles, slot, token, head, of_token, d, TILE: tl.constexpr, D
     return tl.load(at, mask=(d < DIM)[None, :], other=0.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _reference(top):  # type: ignore[no-untyped-def]
     """What weights are taken beside: the largest score, or any number for a row that has attended to nothing."""
     return tl.where(top == float("-inf"), 0.0, top)
@@ -56,7 +56,7 @@ def attend(q, k, v, visible, scale, top, total, acc, SOFTCAP: tl.constexpr, MASK
     return top, total, acc
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def merged(top, total, acc, other_top, other_total, other_acc):  # type: ignore[no-untyped-def]
     """What rows carry after two parts of their keys."""
     higher = tl.maximum(top, other_top)
