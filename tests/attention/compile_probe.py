@@ -263,18 +263,19 @@ class Kernels:
         if not latents.fits(row, self.card.shared, self.major):
             return
         cache = self.cache("vattn", CacheShape(4, 1, row, dtype, 64, 1 << 17, kv_factor=1))
-        rows = cache.layer(1).k
+        rows, most = cache.layer(1).k, latents.most_rows(self.major)
         counts = None if queries == 1 else torch.empty(4, dtype=torch.int32)
         lengths, slots = torch.empty(4, dtype=torch.int32), torch.empty(4, dtype=torch.int64)
         workspace = latents.LatentWorkspace(CPU, self.card.multiprocessors, row)
         q = torch.empty(4, queries, heads, row, dtype=dtype)
         self.compiled.label = f"{SHORT[dtype]} latents of {row} x {heads * queries}, {pieces} pieces"
         latents.launch_lanes(
-            q, rows, torch.empty_like(q), lengths, counts, slots, scale=0.1, pieces=pieces, workspace=workspace
-        )
+            q, rows, torch.empty_like(q), lengths, counts, slots, scale=0.1, pieces=pieces, workspace=workspace,
+            most=most,
+        )  # fmt: skip
         q = torch.empty(512, heads, row, dtype=dtype)
         self.compiled.label = f"{SHORT[dtype]} latents of {row} x {heads}, chunks"
-        latents.launch_chunks(q, rows, torch.empty_like(q), torch.empty(4, 4, dtype=torch.int32), scale=0.1)
+        latents.launch_chunks(q, rows, torch.empty_like(q), torch.empty(4, 4, dtype=torch.int32), scale=0.1, most=most)
 
     def writes(self, dim: int, dtype: torch.dtype) -> None:
         flat = self.flat(dim, dtype)[1]

@@ -91,7 +91,8 @@ class Probe:
         if self.device == "cpu":
             # As over a GPU, with the kernels in the interpreter.
             attention._on_gpu, attention._multiprocessors = True, 2
-            attention.prompts = latents.LatentPrompts(self.cache, self.scale)
+            attention._most_rows = latents.most_rows(8)
+            attention.prompts = latents.LatentPrompts(self.cache, self.scale, latents.most_rows(8))
             attention._workspace = latents.LatentWorkspace(torch.device("cpu"), 2, self.row)
         q = torch.randn(12, self.heads, self.row, device=self.device).to(self.dtype)
         lengths = torch.tensor([100, 33, 0], dtype=torch.int32, device=self.device)

@@ -10,7 +10,7 @@ import torch
 from trtllm_vattn.attention.base import MOST_QUERIES
 from trtllm_vattn.attention.options import PLAIN, LayerOptions, PrefixTables
 from trtllm_vattn.attention.prompts import FlatPromptsAttention
-from trtllm_vattn.attention.shares_launch import LOG2_E, availability
+from trtllm_vattn.attention.shares_launch import HOPPER, LOG2_E, availability
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.errors import ConfigError
 
@@ -22,7 +22,8 @@ TILE = 32
 MOST_PIECES = 16
 """Into which a sequence's tokens are divided, where lanes alone do not fill the GPU."""
 MOST_ROWS = 64
-"""Rows of queries, one of each head, in a block."""
+"""Rows of queries, one of each head, in a block, from compute capability 9.0 on; half as many before, where their
+numbers lie in registers, too."""
 PROGRAMS_EACH = 4
 """Programs of a divided launch for each multiprocessor, at most."""
 RESERVE = 8 << 10
@@ -45,7 +46,12 @@ def fits(row: int, shared_bytes: int, major: int) -> bool:
         return False
     # On compute capability 10.0 a product's factors are copied once more.
     tiles = 4 if major == 10 else 2
-    return (MOST_ROWS + tiles * TILE) * sum(parts_of(row)) * 2 <= shared_bytes - RESERVE
+    return (most_rows(major) + tiles * TILE) * sum(parts_of(row)) * 2 <= shared_bytes - RESERVE
+
+
+def most_rows(major: int) -> int:
+    """Rows of a block on a GPU of this major compute capability."""
+    return MOST_ROWS if major >= HOPPER else MOST_ROWS // 2
 
 
 class LatentPrompts:
@@ -53,8 +59,8 @@ class LatentPrompts:
 
     name: ClassVar[str] = "latents"
 
-    def __init__(self, cache: KVCache, scale: float) -> None:
-        self.cache, self.scale = cache, scale
+    def __init__(self, cache: KVCache, scale: float, most: int = MOST_ROWS) -> None:
+        self.cache, self.scale, self.most_rows = cache, scale, most
 
     def storages(self) -> list[torch.Tensor]:
         return []
@@ -76,7 +82,7 @@ class LatentPrompts:
         descriptors, keep = planned
         # The kernel leaves rows of no chunk as they are.
         out[keep:] = 0
-        launch_chunks(q, rows_of(self.cache, layer), out, descriptors, scale=self.scale)
+        launch_chunks(q, rows_of(self.cache, layer), out, descriptors, scale=self.scale, most=self.most_rows)
 
 
 class LatentAttention(FlatPromptsAttention):
@@ -104,8 +110,11 @@ class LatentAttention(FlatPromptsAttention):
                 f"{shape.head_dim} of {shape.dtype}, on a GPU where it works ({availability()}); use the torch backend"
             )
         scale = shape.head_dim**-0.5 if scale is None else scale
-        super().__init__(cache, num_heads, scale, LatentPrompts(cache, scale) if cache.device.type == "cuda" else None)
-        if self._on_gpu:
+        on_gpu = cache.device.type == "cuda"
+        most = most_rows(torch.cuda.get_device_capability(cache.device)[0]) if on_gpu else MOST_ROWS
+        super().__init__(cache, num_heads, scale, LatentPrompts(cache, scale, most) if on_gpu else None)
+        self._most_rows = most
+        if on_gpu:
             self._multiprocessors: int = torch.cuda.get_device_properties(cache.device).multi_processor_count
             self._workspace = LatentWorkspace(cache.device, self._multiprocessors, shape.head_dim)
 
@@ -139,8 +148,9 @@ class LatentAttention(FlatPromptsAttention):
             None if query_lens is None else query_lens.contiguous(),
             None if slots is None else slots.contiguous(),
             scale=self.scale,
-            pieces=pieces_for(lanes * blocks_of(queries * self.num_heads)[1], self._multiprocessors),
+            pieces=pieces_for(lanes * blocks_of(queries * self.num_heads, self._most_rows)[1], self._multiprocessors),
             workspace=self._workspace,
+            most=self._most_rows,
         )
         return out
 
@@ -171,9 +181,9 @@ def parts_of(row: int) -> tuple[int, int]:
     return first, max(16, 1 << (row - first - 1).bit_length()) if row > first else 16
 
 
-def blocks_of(rows: int) -> tuple[int, int]:
-    """Rows of a block, and blocks, for so many rows of a lane or chunk."""
-    size = 16 if rows <= 16 else 32 if rows <= 32 else MOST_ROWS
+def blocks_of(rows: int, most: int = MOST_ROWS) -> tuple[int, int]:
+    """Rows of a block, and blocks of at most `most` rows, for so many rows of a lane or chunk."""
+    size = 16 if rows <= 16 else 32 if rows <= 32 else most
     return size, -(-rows // size)
 
 
@@ -196,13 +206,14 @@ def launch_lanes(
     scale: float,
     pieces: int,
     workspace: LatentWorkspace,
+    most: int = MOST_ROWS,
 ) -> None:
     """Launch for lanes: q, out ``[lanes, queries, heads, row]``, contiguous; latents ``[slots, tokens, 1, row]``; the
     rest as in `Attention.decode_queries`. There is room for partial results of `pieces_for` many pieces."""
     from trtllm_vattn.attention.latents_kernel import combine_pieces
 
     lanes, queries, heads, dim = q.shape
-    size, blocks = blocks_of(queries * heads)
+    size, blocks = blocks_of(queries * heads, most)
     sizes = _sizes(heads, dim, size, blocks, queries, query_lens is not None, slots is not None)
     given = {
         "descriptors": lengths,
@@ -219,12 +230,18 @@ def launch_lanes(
 
 
 def launch_chunks(
-    q: torch.Tensor, latents: torch.Tensor, out: torch.Tensor, descriptors: torch.Tensor, *, scale: float
+    q: torch.Tensor,
+    latents: torch.Tensor,
+    out: torch.Tensor,
+    descriptors: torch.Tensor,
+    *,
+    scale: float,
+    most: int = MOST_ROWS,
 ) -> None:
     """Launch for chunks, descriptors int32 ``[chunks, 4]``: q, out ``[rows, heads, row]``, contiguous. Rows of no chunk
     stay as they are."""
     rows, heads, dim = q.shape
-    size, blocks = blocks_of(rows * heads)
+    size, blocks = blocks_of(rows * heads, most)
     sizes = _sizes(heads, dim, size, blocks, 0, False, False)
     names = ("descriptors", "lengths", "query_lens", "slots", "part_tops", "part_totals", "part_outs")
     _launch(q, latents, out, dict.fromkeys(names, descriptors), scale, len(descriptors) * blocks, 1, sizes)
