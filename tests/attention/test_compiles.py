@@ -14,6 +14,7 @@ PROBE = Path(__file__).with_name("compile_probe.py")
 CASES, TIMEOUT_S = ("all", 20_000) if os.environ.get("VATTN_THOROUGH") else ("some", 1200)
 
 
+@pytest.mark.timeout(TIMEOUT_S)
 @pytest.mark.parametrize("capability", ["8.0", "8.9", "9.0", "10.0"])
 def test_every_kernel_compiles_and_fits(capability: str) -> None:
     probe(PROBE, capability, CASES, interpreted=False, timeout_s=TIMEOUT_S)
