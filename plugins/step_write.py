@@ -46,9 +46,9 @@ def _write(  # type: ignore[no-untyped-def]
     position = length - count + row
     element = tl.arange(0, ROW)
     head, dim = element // DIM, element % DIM
-    # Padding lanes, and rows of a chunk that are no tokens, write nothing.
-    there = (element < HEADS * DIM) & (length > 0) & (row < count)
-    to = slot * of_slot + position * of_token + head * of_head + dim
+    # Padding lanes, and rows of a chunk that are no tokens or lie before the sequence, write nothing.
+    there = (element < HEADS * DIM) & (length > 0) & (row < count) & (position >= 0)
+    to = slot * of_slot + position * of_token + head.to(tl.int64) * of_head + dim
     k = tl.load(k_new + token * k_new_token + element, mask=there)
     tl.store(k_cache.to(tl.pointer_type(k_new.dtype.element_ty)) + to, k, mask=there)
     v = tl.load(v_new + token * v_new_token + element, mask=there)

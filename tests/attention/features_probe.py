@@ -36,38 +36,62 @@ from trtllm_vattn.vmm.open import open_driver
 
 KV_HEADS, GROUP, DIM = 2, 3, 64
 HEADS = KV_HEADS * GROUP
-SCALE = 0.3 * DIM**-0.5
 PROGRAMS = 7
+LOUD = 8.0
+"""The first number of queries whose scores are lowered by that of the keys."""
 
 
 class Probe:
     """The kernels over one layer of a cache, all of whose backed memory is NaN at first."""
 
-    def __init__(self, device: str, hopper: bool, slots: int, longest: int, dtype: torch.dtype, heads: int = 0) -> None:
+    def __init__(
+        self,
+        device: str,
+        hopper: bool,
+        slots: int,
+        longest: int,
+        dtype: torch.dtype,
+        heads: int = 0,
+        group: int = GROUP,
+        dim: int = DIM,
+    ) -> None:
         self.device, self.worst = torch.device(device), 0.0
+        self.group, self.heads, self.dim, self.scale = group, KV_HEADS * group, dim, 0.3 * dim**-0.5
         config = CacheConfig(lookahead=0, layers_per_range=1, own_lengths=bool(heads), heads_per_range=heads or None)
-        shape = CacheShape(1, KV_HEADS, DIM, dtype, slots, longest)
+        shape = CacheShape(1, KV_HEADS, dim, dtype, slots, longest)
         self.cache = KVCacheManager(shape, open_driver(device), "1GiB" if device == "cpu" else "4GiB", config=config)
         self.parts = [kv for kv in self.cache.head_groups(0) if isinstance(kv, FlatKV)]
         self.tables = None if not heads else head_tables(self.cache)[0]
-        self.features = Features(hopper and not heads and dtype != torch.float32, hopper)
+        self.features = Features(hopper and not heads and (dtype != torch.float32 or device == "cpu"), hopper)
         self.tile, self.query_dtype = 16, torch.float32 if device == "cpu" else torch.bfloat16
         self.options, self.prefixes = PLAIN, None
+        self.quiet = 0.0
+        """What every score is lowered by, in all rows that are filled and queries that are asked from then on."""
 
     def fill(self, slot: int, ranges: Sequence[tuple[int, int]], backed: tuple[int, int]) -> None:
         """Random rows in some ranges of tokens, NaN elsewhere between `backed`."""
         for kv in self.parts:
-            for x in (kv.k, kv.v):
+            for x, lower in ((kv.k, self.quiet), (kv.v, 0.0)):
                 raw = x if x.dtype != FP8 else x.view(torch.uint8)
                 raw[slot, backed[0] : backed[1]] = torch.nan if x.dtype != FP8 else 0x7F
                 for start, stop in ranges:
-                    rows = torch.randn(stop - start, *x.shape[2:], device=self.device).to(x.dtype)
+                    rows = torch.randn(stop - start, *x.shape[2:], device=self.device)
+                    if lower:
+                        rows[..., 0] = -lower / (LOUD * self.scale)
+                    rows = rows.to(x.dtype)
                     raw[slot, start:stop] = rows if x.dtype != FP8 else rows.view(torch.uint8)
+
+    def queries(self, *rows: int) -> torch.Tensor:
+        """Random queries, ``[*rows, heads, head_dim]``."""
+        q = torch.randn(*rows, self.heads, self.dim, device=self.device)
+        if self.quiet:
+            q[..., 0] = LOUD
+        return q.to(self.query_dtype)
 
     def truth(self, q: torch.Tensor, slot: int, sees: int, shared: tuple[int, int] = (0, 0)) -> torch.Tensor:
         """A query's output, q ``[heads, head_dim]``, that sees so many tokens; the first ``shared[1]`` in
         ``shared[0]``."""
-        options, out = self.options, torch.zeros(HEADS, DIM, dtype=torch.float64, device=self.device)
+        options, out = self.options, torch.zeros(self.heads, self.dim, dtype=torch.float64, device=self.device)
         for head in range(KV_HEADS):
             held = sees
             if self.tables is not None:
@@ -81,8 +105,8 @@ class Probe:
             lowest = 0 if options.window is None else max(0, held - options.window)
             seen = [token for token in range(held) if token >= lowest or token < options.first_tokens]
             k, v = self.rows([where[token] for token in seen], seen, head)
-            for each in range(head * GROUP, (head + 1) * GROUP):
-                scores = k @ q[each].double() * SCALE
+            for each in range(head * self.group, (head + 1) * self.group):
+                scores = k @ q[each].double() * self.scale
                 if options.softcap is not None:
                     scores = options.softcap * (scores / options.softcap).tanh()
                 if options.sink_logits is not None:
@@ -109,18 +133,24 @@ class Probe:
             raise SystemExit(f"{what}: error {error}")
 
     def decode(
-        self, slots: Sequence[int], lengths: Sequence[int], queries: int, counts: Sequence[int] | None = None
-    ) -> None:
-        """Launch for lanes, and compare; with groups in the tables, what these share is read first."""
+        self,
+        slots: Sequence[int],
+        lengths: Sequence[int],
+        queries: int,
+        counts: Sequence[int] | None = None,
+        compare: bool = True,
+    ) -> torch.Tensor:
+        """Launch for lanes, and compare unless told otherwise; with groups in the tables, what these share is read
+        first. Returns the output."""
         device, shape = self.device, self.cache.shape
-        q = torch.randn(len(slots), queries, HEADS, DIM, device=device).to(self.query_dtype)
+        q = self.queries(len(slots), queries)
         out = torch.full_like(q, torch.nan)
-        rows = Rows.of(GROUP, queries, DIM)
+        rows = Rows.of(self.group, queries, self.dim)
         settings = Settings(self.tile, 4, 2, start=1)
         tiles = tensor_maps(self.parts[0], self.tile) if self.features.tma else None
         reads, kv = None, self.parts[0]
         if self.prefixes is not None and bool(self.prefixes.shared.any()):
-            reads = SharedReads(device, PROGRAMS, len(self.prefixes.members), queries, HEADS, KV_HEADS, DIM)
+            reads = SharedReads(device, PROGRAMS, len(self.prefixes.members), queries, self.heads, KV_HEADS, self.dim)
             for buffer in (reads.tops, reads.outs, reads.workspace.tops, reads.workspace.totals, reads.workspace.outs):
                 buffer.fill_(torch.nan)
             launch_prefixes(
@@ -128,7 +158,7 @@ class Probe:
                 kv,
                 self.prefixes,
                 reads,
-                scale=SCALE,
+                scale=self.scale,
                 options=self.options,
                 programs=PROGRAMS,
                 settings=settings,
@@ -136,7 +166,7 @@ class Probe:
                 tiles=tiles,
             )
             assert not reads.workspace.arrived.any(), "counters are left"
-        workspace = Workspace(device, PROGRAMS, shape.num_slots, KV_HEADS, rows, DIM)
+        workspace = Workspace(device, PROGRAMS, shape.num_slots, KV_HEADS, rows, self.dim)
         for buffer in (workspace.tops, workspace.totals, workspace.outs):
             buffer.fill_(torch.nan)
         on_device = [torch.tensor(x, dtype=torch.int32, device=device) for x in (lengths, slots, counts or [0])]
@@ -147,7 +177,7 @@ class Probe:
             on_device[0],
             None if counts is None else on_device[2],
             on_device[1],
-            scale=SCALE,
+            scale=self.scale,
             workspace=workspace,
             programs=PROGRAMS,
             settings=settings,
@@ -156,7 +186,7 @@ class Probe:
             extras=Extras(self.options, self.prefixes, reads, self.tables),
         )
         assert not workspace.arrived.any(), "counters are left"
-        for lane, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+        for lane, (slot, length) in enumerate(zip(slots, lengths, strict=True) if compare else ()):
             count = (counts or [queries] * len(slots))[lane] if length else 0
             assert out[lane].isfinite().all(), f"lane {lane} is not finite"
             assert not out[lane, count:].any(), f"lane {lane}: queries past {count} are no zeros"
@@ -164,6 +194,7 @@ class Probe:
             for query in range(count):
                 want = self.truth(q[lane, query], slot, length - count + 1 + query, shared)
                 self.note(f"lane {lane} of {length}, query {query} of {count}", out[lane, query], want)
+        return out
 
     def group_of(self, lane: int) -> tuple[int, int]:
         """The slot in which a lane's group reads, and how many tokens."""
@@ -173,25 +204,28 @@ class Probe:
                 return slot, tokens
         return 0, 0
 
-    def prompts(self, chunks: Sequence[tuple[int, int, int]]) -> None:
-        """Launch for chunks of (rows, length, slot), and compare."""
+    def prompts(self, chunks: Sequence[tuple[int, int, int]], compare: bool = True) -> torch.Tensor:
+        """Launch for chunks of (rows, length, slot), and compare unless told otherwise; returns the output."""
         rows = sum(count for count, _, _ in chunks)
-        q = torch.randn(rows, HEADS, DIM, device=self.device).to(self.query_dtype)
+        q = self.queries(rows)
         out = torch.full_like(q, torch.nan)
         firsts = [sum(count for count, _, _ in chunks[:i]) for i in range(len(chunks))]
         numbers = [[first, *chunk] for first, chunk in zip(firsts, chunks, strict=True)]
         descriptors = torch.tensor(numbers, dtype=torch.int32, device=self.device)
         settings = PromptSettings(16, 16, 4, 2) if self.device.type == "cpu" else PromptSettings(64, 64, 4, 2)
-        workspace = PromptWorkspace(self.device, 132, DIM)
-        planned = plan(descriptors, rows, 0, HEADS, KV_HEADS, settings, PROGRAMS, workspace.most_parts, self.options)
+        workspace = PromptWorkspace(self.device, 132, self.dim)
+        planned = plan(
+            descriptors, rows, 0, self.heads, KV_HEADS, settings, PROGRAMS, workspace.most_parts, self.options
+        )
         tiles = tensor_maps(self.parts[0], settings.block_n) if self.features.tma else None
         extras = Extras(self.options, self.prefixes, heads=self.tables)
-        attend(q, self.parts[0], out, planned, workspace, SCALE, tiles, extras)
+        attend(q, self.parts[0], out, planned, workspace, self.scale, tiles, extras)
         assert not workspace.arrived.any(), "counters are left"
-        for first, count, length, slot in numbers:
+        for first, count, length, slot in numbers if compare else ():
             for row in range(count):
                 want = self.truth(q[first + row], slot, length - count + 1 + row)
                 self.note(f"row {row} of {count} up to {length} in slot {slot}", out[first + row], want)
+        return out
 
     def done(self, what: str) -> None:
         print(f"done {what}: {self.worst:.1e}", flush=True)

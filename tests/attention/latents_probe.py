@@ -9,6 +9,8 @@ import sys
 import torch
 
 from trtllm_vattn.attention import latents
+from trtllm_vattn.attention.base import PackedPrefill
+from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.select import make_cache
 
@@ -82,6 +84,29 @@ class Probe:
         assert bool((out[2:4] == 7).all()), "rows of no chunk changed"
         assert bool((out[25:] == 7).all()), "rows of no chunk changed"
 
+    def passes(self) -> None:
+        """The backend: a mixed pass whose chunks begin in the row of an idle lane, and decode of one query."""
+        torch_backend = TorchAttention(self.cache, self.heads, self.scale)
+        attention = latents.LatentAttention(self.cache, self.heads, self.scale)
+        if self.device == "cpu":
+            # As over a GPU, with the kernels in the interpreter.
+            attention._on_gpu, attention._multiprocessors = True, 2
+            attention._most_rows = latents.most_rows(8)
+            attention.prompts = latents.LatentPrompts(self.cache, self.scale, latents.most_rows(8))
+            attention._workspace = latents.LatentWorkspace(torch.device("cpu"), 2, self.row)
+        q = torch.randn(12, self.heads, self.row, device=self.device).to(self.dtype)
+        lengths = torch.tensor([100, 33, 0], dtype=torch.int32, device=self.device)
+        slots = torch.tensor([4, 3, 2], device=self.device)
+        descriptors = torch.tensor([[2, 5, 70, 0], [8, 1, 1, 1]], dtype=torch.int32, device=self.device)
+        attention.begin_step()
+        got = attention.attend_mixed(0, q, lengths, slots, PackedPrefill([], descriptors=descriptors))
+        want = torch_backend.attend_chunks(0, q, torch.zeros_like(q), descriptors)
+        want[:2] = torch_backend.decode(0, q[:2], lengths[:2], slots[:2])
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+        got = attention.decode(0, q[:3], lengths, slots)
+        torch.testing.assert_close(got[:2], want[:2], rtol=2e-2, atol=2e-2)
+        assert not got[2].any(), "a lane of no tokens is no zeros"
+
 
 def main(device: str) -> None:
     torch.manual_seed(0)
@@ -92,6 +117,7 @@ def main(device: str) -> None:
         probe.lanes(1, None, 4)
         probe.lanes(3, [1, 2, 0, 3, 1], 2)
         probe.chunks()
+        probe.passes()
         print(f"done rows of {row}, {heads} heads: {probe.worst:.1e}", flush=True)
         probe.cache.close()
     print("all cases passed", flush=True)

@@ -197,10 +197,18 @@ def test_options_that_make_no_sense_are_refused() -> None:
         ):
             with pytest.raises(ConfigError, match=message):
                 attention.set_options(options)
+        with pytest.raises(ConfigError, match=r"a softmax scale of -0.5; give a positive number"):
+            make_attention("torch", cache, HEADS, -0.5)
         tables = PrefixTables.empty(4, 4, cache.device)
         for groups in ([(0, 5, [0, 1]), (0, 5, [1, 2])], [(0, 5, [0]), (0, 5, [1]), (0, 5, [2])]):
             with pytest.raises(ConfigError, match="there may be 2 groups of 4 lanes in all, each lane in one of them"):
                 tables.set_groups(groups)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_scales_that_are_no_positive_numbers_are_refused(value: float) -> None:
+    with made(FP8) as cache, pytest.raises(ConfigError, match=r"v_scale of layer 0 is .*; scales are positive numbers"):
+        make_attention("torch", cache, HEADS).set_options([LayerOptions(v_scale=torch.tensor([1.0, value]))])
 
 
 def test_what_a_backend_cannot_do_is_refused_by_name() -> None:

@@ -39,6 +39,16 @@ def test_rows_are_read_in_two_parts() -> None:
         assert first <= row <= first + rest <= 2 * max(first, 16)
 
 
+def test_rows_that_a_card_cannot_hold_are_left_to_torch() -> None:
+    a100, l40s, h200, b200 = (164 << 10, 8), (100 << 10, 8), (228 << 10, 9), (228 << 10, 10)
+    assert all(latents.fits(576, *card) for card in (a100, h200, b200))
+    assert not latents.fits(576, *l40s)
+    assert latents.fits(320, *l40s)
+    assert latents.fits(768, *h200)
+    assert not latents.fits(768, *b200), "it compiles, and takes more than 227 KiB"
+    assert not any(latents.fits(row, *h200) for row in (15, 1024))
+
+
 def test_pieces_fit_the_memory_for_them() -> None:
     for lanes in (1, 3, 64, 500):
         for heads in (4, 16, 128):

@@ -122,8 +122,11 @@ def test_settings_fit_into_shared_memory(shared: int, lanes: int) -> None:
                 if rows * head_dim > 64 * 128:
                     continue
                 settings = settings_for(shared, head_dim, itemsize, rows, lanes, few=lanes == 8)
-                tiles = (settings.stages - 1) * 2 * settings.tile * (1 << (head_dim - 1).bit_length()) * itemsize
-                assert tiles < (shared if settings.warps == 8 else shared // 2)
+                dims = 1 << (head_dim - 1).bit_length()
+                tiles = (settings.stages - 1) * 2 * settings.tile * dims * itemsize
+                if itemsize == 4:
+                    tiles += rows * dims * itemsize
+                assert tiles < (shared if settings.warps == 8 or itemsize == 4 else shared // 2)
                 assert settings.tile >= 16
                 assert settings.stages >= 2
 

@@ -9,7 +9,14 @@ import torch
 
 from trtllm_vattn.cache.compression import mass
 
-CASES = [(40, 40, 2, 3, 16), (140, 9, 2, 1, 64), (130, 17, 1, 4, 96), (1, 1, 1, 2, 32)]
+CASES = [
+    (40, 40, 2, 3, 16),
+    (140, 9, 2, 1, 64),
+    (130, 17, 1, 4, 96),
+    (1, 1, 1, 2, 32),
+    (70, 5, 1, 2, 256),
+    (20, 3, 1, 2, 8),
+]
 """Tokens held, queries, KV heads, query heads of each, head size."""
 
 

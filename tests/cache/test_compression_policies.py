@@ -9,7 +9,7 @@ import pytest
 import torch
 from probing import probe
 
-from trtllm_vattn.cache.compression import H2O, CompressionPolicy, FastGen, HeadsView
+from trtllm_vattn.cache.compression import H2O, CompressionPolicy, FastGen, HeadsView, mass
 from trtllm_vattn.cache.compression.fastgen import KINDS
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.verify.compression import attention_of, fastgen_sets, h2o_sets, random_view
@@ -20,6 +20,11 @@ SPECIAL, PUNCTUATION = (0,), (1, 2)
 
 def test_the_kernels_add_up_attention_in_the_interpreter() -> None:
     probe(Path(__file__).with_name("mass_probe.py"), "cpu", interpreted=True)
+
+
+def test_tiles_of_the_kernels_fit_into_the_shared_memory_of_every_card() -> None:
+    tiles = {(dims, itemsize): mass.tile_of(dims, itemsize) for dims in (64, 128, 256) for itemsize in (2, 4)}
+    assert tiles == {(64, 2): 64, (64, 4): 64, (128, 2): 64, (128, 4): 32, (256, 2): 32, (256, 4): 16}
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ so every call may be captured in a CUDA graph.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -119,6 +120,8 @@ class Attention(ABC):
     def __init__(self, cache: KVCache, num_heads: int, scale: float | None = None) -> None:
         self.cache, self.num_heads = cache, num_heads
         self.scale = cache.shape.head_dim**-0.5 if scale is None else scale
+        if not 0 < self.scale < math.inf:
+            raise ConfigError(f"a softmax scale of {scale}; give a positive number, or None for head_dim ** -0.5")
         self._of_step: dict[tuple[int, ...], tuple[tuple[object, ...], Any]] = {}
         self.options: tuple[LayerOptions, ...] = (PLAIN,) * cache.shape.num_layers
         """How each layer attends."""

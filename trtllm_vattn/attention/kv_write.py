@@ -91,24 +91,14 @@ def _write(  # type: ignore[no-untyped-def]
 ):
     token = tl.program_id(0).to(tl.int64)
     row = _place(
-        token,
-        slots,
-        positions,
-        table,
-        slots_step,
-        positions_step,
-        of_slot,
-        of_token,
-        table_row,
-        deficits,
-        BLOCK_SIZE,
-        HAS_DEFICITS,
-    )
+        token, slots, positions, table, slots_step, positions_step, of_slot, of_token, table_row, deficits,
+        BLOCK_SIZE, HAS_DEFICITS,
+    )  # fmt: skip
     stored: tl.constexpr = tl.float8e4nv if FP8 else k_new.dtype.element_ty
     element = tl.arange(0, ROW)
     head, dim = element // DIM, element % DIM
     there = element < HEADS * DIM
-    to = row + head * of_head + dim
+    to = row + head.to(tl.int64) * of_head + dim
     within = tl.minimum(head, HEADS - 1)
     k = tl.load(k_new + token * k_new_token + head * k_new_head + dim, mask=there)
     tl.store(k_cache.to(tl.pointer_type(stored)) + to, _stored(k, k_scale, within, FP8, K_SCALES), mask=there)
@@ -180,32 +170,22 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
         tl.store(q_to + HALF, second * cos_2 + first * sin_2, mask=there)
     else:
         row = _place(
-            token,
-            slots,
-            positions,
-            table,
-            slots_step,
-            positions_step,
-            of_slot,
-            of_token,
-            table_row,
-            deficits,
-            BLOCK_SIZE,
-            HAS_DEFICITS,
-        )
+            token, slots, positions, table, slots_step, positions_step, of_slot, of_token, table_row, deficits,
+            BLOCK_SIZE, HAS_DEFICITS,
+        )  # fmt: skip
         stored: tl.constexpr = tl.float8e4nv if FP8 else k_new.dtype.element_ty
         head = ((group - groups_of_queries) * GROUP + tl.arange(0, GROUP))[:, None]
         there = within & (head < HEADS)
         at = k_new + token * k_new_token + head * k_new_head + dim
         first = tl.load(at, mask=there).to(tl.float32)
         second = tl.load(at + HALF, mask=there).to(tl.float32)
-        k_to = k_cache.to(tl.pointer_type(stored)) + row + head * of_head + dim
+        k_to = k_cache.to(tl.pointer_type(stored)) + row + head.to(tl.int64) * of_head + dim
         scaled = tl.minimum(head, HEADS - 1)
         tl.store(k_to, _stored(first * cos_1 - second * sin_1, k_scale, scaled, FP8, K_SCALES), mask=there)
         tl.store(k_to + HALF, _stored(second * cos_2 + first * sin_2, k_scale, scaled, FP8, K_SCALES), mask=there)
         if BOTH:
             at = v_new + token * v_new_token + head * v_new_head + dim
-            v_to = v_cache.to(tl.pointer_type(stored)) + row + head * of_head + dim
+            v_to = v_cache.to(tl.pointer_type(stored)) + row + head.to(tl.int64) * of_head + dim
             tl.store(v_to, _stored(tl.load(at, mask=there), v_scale, scaled, FP8, V_SCALES), mask=there)
             tl.store(v_to + HALF, _stored(tl.load(at + HALF, mask=there), v_scale, scaled, FP8, V_SCALES), mask=there)
 

@@ -3,16 +3,14 @@ host. Decode, mixed passes and prompts go through the same kernel, which reads a
 
 from __future__ import annotations
 
-import importlib.util
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
-from trtllm_vattn.attention.base import MOST_QUERIES, PackedPrefill, PrefillChunk
-from trtllm_vattn.attention.gather import GatheringAttention
-from trtllm_vattn.attention.prompts import descriptors_of
-from trtllm_vattn.attention.reference import TorchAttention
+from trtllm_vattn.attention.base import MOST_QUERIES
+from trtllm_vattn.attention.options import PLAIN, LayerOptions, PrefixTables
+from trtllm_vattn.attention.prompts import FlatPromptsAttention
+from trtllm_vattn.attention.shares_launch import HOPPER, LOG2_E, availability
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.errors import ConfigError
 
@@ -24,23 +22,12 @@ TILE = 32
 MOST_PIECES = 16
 """Into which a sequence's tokens are divided, where lanes alone do not fill the GPU."""
 MOST_ROWS = 64
-"""Rows of queries, one of each head, in a block."""
+"""Rows of queries, one of each head, in a block, from compute capability 9.0 on; half as many before, where their
+numbers lie in registers, too."""
 PROGRAMS_EACH = 4
 """Programs of a divided launch for each multiprocessor, at most."""
 RESERVE = 8 << 10
 """Bytes of shared memory that a program needs besides queries and two tiles."""
-LOG2_E = 1.4426950408889634
-
-
-def availability() -> str:
-    """``yes`` if the kernels run on this machine, else the reason."""
-    if not torch.cuda.is_available():
-        return "no GPU; over a cache on the host a reference in torch takes its place"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "the kernels need compute capability 8.0, this GPU is older"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; it comes with torch for CUDA"
-    return "yes"
 
 
 def serves(cache: KVCache) -> bool:
@@ -49,11 +36,56 @@ def serves(cache: KVCache) -> bool:
     if cache.device.type != "cuda" or availability() != "yes" or shape.kv_factor != 1 or shape.dtype not in DTYPES:
         return False
     shared: int = torch.cuda.get_device_properties(cache.device).shared_memory_per_multiprocessor
-    fits = (MOST_ROWS + 2 * TILE) * sum(parts_of(max(16, shape.head_dim))) * 2 <= shared - RESERVE
-    return fits and 16 <= shape.head_dim <= LONGEST_ROW
+    return fits(shape.head_dim, shared, torch.cuda.get_device_capability(cache.device)[0])
 
 
-class LatentAttention(GatheringAttention):
+def fits(row: int, shared_bytes: int, major: int) -> bool:
+    """Whether the kernels take rows of so many numbers on a multiprocessor with `shared_bytes` of shared memory, of a
+    GPU of this major compute capability."""
+    if not 16 <= row <= LONGEST_ROW:
+        return False
+    # On compute capability 10.0 a product's factors are copied once more.
+    tiles = 4 if major == 10 else 2
+    return (most_rows(major) + tiles * TILE) * sum(parts_of(row)) * 2 <= shared_bytes - RESERVE
+
+
+def most_rows(major: int) -> int:
+    """Rows of a block on a GPU of this major compute capability."""
+    return MOST_ROWS if major >= HOPPER else MOST_ROWS // 2
+
+
+class LatentPrompts:
+    """Causal attention of chunks over a cache of latents on a GPU, as `PromptKernel` does it over keys and values."""
+
+    name: ClassVar[str] = "latents"
+
+    def __init__(self, cache: KVCache, scale: float, most: int = MOST_ROWS) -> None:
+        self.cache, self.scale, self.most_rows = cache, scale, most
+
+    def storages(self) -> list[torch.Tensor]:
+        return []
+
+    def plan(
+        self, descriptors: torch.Tensor, rows: int, keep: int, options: LayerOptions = PLAIN
+    ) -> tuple[torch.Tensor, int]:
+        return descriptors.contiguous(), keep
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        planned: tuple[torch.Tensor, int],
+        options: LayerOptions = PLAIN,
+        prefixes: PrefixTables | None = None,
+    ) -> None:
+        descriptors, keep = planned
+        # The kernel leaves rows of no chunk as they are.
+        out[keep:] = 0
+        launch_chunks(q, rows_of(self.cache, layer), out, descriptors, scale=self.scale, most=self.most_rows)
+
+
+class LatentAttention(FlatPromptsAttention):
     """Attention over a cache of latents; all launches must be on one stream.
 
     Raises
@@ -64,7 +96,6 @@ class LatentAttention(GatheringAttention):
 
     name: ClassVar[str] = "latents"
     most_queries = MOST_QUERIES
-    captures_prompts: ClassVar[bool] = True
 
     def __init__(self, cache: KVCache, num_heads: int, scale: float | None = None) -> None:
         shape = cache.shape
@@ -78,32 +109,17 @@ class LatentAttention(GatheringAttention):
                 f"the latents backend takes rows of 16 to {LONGEST_ROW} numbers of bfloat16 or float16, not "
                 f"{shape.head_dim} of {shape.dtype}, on a GPU where it works ({availability()}); use the torch backend"
             )
-        super().__init__(cache, num_heads, scale)
-        self._on_gpu = cache.device.type == "cuda"
-        self._reference = TorchAttention(cache, num_heads, scale)
-        """On the host it takes the kernels' place."""
-        if self._on_gpu:
+        scale = shape.head_dim**-0.5 if scale is None else scale
+        on_gpu = cache.device.type == "cuda"
+        most = most_rows(torch.cuda.get_device_capability(cache.device)[0]) if on_gpu else MOST_ROWS
+        super().__init__(cache, num_heads, scale, LatentPrompts(cache, scale, most) if on_gpu else None)
+        self._most_rows = most
+        if on_gpu:
             self._multiprocessors: int = torch.cuda.get_device_properties(cache.device).multi_processor_count
             self._workspace = LatentWorkspace(cache.device, self._multiprocessors, shape.head_dim)
 
-    def begin_step(self) -> None:
-        super().begin_step()
-        self._reference.begin_step()
-
     def storages(self) -> list[torch.Tensor]:
-        parts = self._workspace.storages() if self._on_gpu else []
-        return [*super().storages(), *self._reference.storages(), *parts]
-
-    def decode(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        lengths: torch.Tensor,
-        slots: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        result = self.decode_queries(layer, q[:, None], None, lengths, slots, None if out is None else out[:, None])
-        return result[:, 0] if out is None else out
+        return [*super().storages(), *(self._workspace.storages() if self._on_gpu else [])]
 
     def decode_queries(
         self,
@@ -126,65 +142,24 @@ class LatentAttention(GatheringAttention):
         out = torch.empty_like(q) if out is None else out
         launch_lanes(
             q,
-            self._rows(layer),
+            rows_of(self.cache, layer),
             out,
             lengths.contiguous(),
             None if query_lens is None else query_lens.contiguous(),
             None if slots is None else slots.contiguous(),
             scale=self.scale,
-            pieces=pieces_for(lanes * blocks_of(queries * self.num_heads)[1], self._multiprocessors),
+            pieces=pieces_for(lanes * blocks_of(queries * self.num_heads, self._most_rows)[1], self._multiprocessors),
             workspace=self._workspace,
+            most=self._most_rows,
         )
         return out
 
-    def prefill(self, layer: int, q: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
-        if not self._on_gpu:
-            return self._reference.prefill(layer, q, chunk)
-        return self.prefill_packed(layer, q, self._once_a_step(partial(PackedPrefill, [chunk]), chunk))
 
-    def prefill_packed(self, layer: int, q: torch.Tensor, packed: PackedPrefill) -> torch.Tensor:
-        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        self._attend_prompts(layer, q.contiguous(), out, packed, 0)
-        return out
-
-    def attend_mixed(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        decode_lengths: torch.Tensor,
-        decode_slots: torch.Tensor,
-        packed: PackedPrefill,
-    ) -> torch.Tensor:
-        q = q.contiguous()
-        out, lanes = torch.zeros_like(q), len(decode_lengths)
-        if lanes:
-            self.decode_mixed(layer, q[:lanes], decode_lengths, decode_slots, out[:lanes])
-        self._attend_prompts(layer, q, out, packed, lanes)
-        return out
-
-    def decode_mixed(
-        self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        if self._on_gpu:
-            self.decode(layer, q, lengths, slots, out)
-        else:
-            self._reference.decode_mixed(layer, q, lengths, slots, out)
-
-    def _attend_prompts(
-        self, layer: int, q: torch.Tensor, out: torch.Tensor, packed: PackedPrefill, decode_rows: int
-    ) -> None:
-        make = partial(descriptors_of, packed, decode_rows, self.cache.device)
-        descriptors = self._once_a_step(make, packed)
-        if not self._on_gpu:
-            extent = max(chunk.max_length for chunk in packed.chunks) if packed.chunks else None
-            self._reference.attend_chunks(layer, q, out, descriptors, extent)
-            return
-        launch_chunks(q, self._rows(layer), out, descriptors.contiguous(), scale=self.scale)
-
-    def _rows(self, layer: int) -> torch.Tensor:
-        kv = self.cache.layer(layer)
-        assert isinstance(kv, FlatKV)
-        return kv.k
+def rows_of(cache: KVCache, layer: int) -> torch.Tensor:
+    """A layer's latents ``[slots, tokens, 1, row]``."""
+    kv = cache.layer(layer)
+    assert isinstance(kv, FlatKV)
+    return kv.k
 
 
 class LatentWorkspace:
@@ -206,9 +181,9 @@ def parts_of(row: int) -> tuple[int, int]:
     return first, max(16, 1 << (row - first - 1).bit_length()) if row > first else 16
 
 
-def blocks_of(rows: int) -> tuple[int, int]:
-    """Rows of a block, and blocks, for so many rows of a lane or chunk."""
-    size = 16 if rows <= 16 else 32 if rows <= 32 else MOST_ROWS
+def blocks_of(rows: int, most: int = MOST_ROWS) -> tuple[int, int]:
+    """Rows of a block, and blocks of at most `most` rows, for so many rows of a lane or chunk."""
+    size = 16 if rows <= 16 else 32 if rows <= 32 else most
     return size, -(-rows // size)
 
 
@@ -231,13 +206,14 @@ def launch_lanes(
     scale: float,
     pieces: int,
     workspace: LatentWorkspace,
+    most: int = MOST_ROWS,
 ) -> None:
     """Launch for lanes: q, out ``[lanes, queries, heads, row]``, contiguous; latents ``[slots, tokens, 1, row]``; the
     rest as in `Attention.decode_queries`. There is room for partial results of `pieces_for` many pieces."""
     from trtllm_vattn.attention.latents_kernel import combine_pieces
 
     lanes, queries, heads, dim = q.shape
-    size, blocks = blocks_of(queries * heads)
+    size, blocks = blocks_of(queries * heads, most)
     sizes = _sizes(heads, dim, size, blocks, queries, query_lens is not None, slots is not None)
     given = {
         "descriptors": lengths,
@@ -254,12 +230,18 @@ def launch_lanes(
 
 
 def launch_chunks(
-    q: torch.Tensor, latents: torch.Tensor, out: torch.Tensor, descriptors: torch.Tensor, *, scale: float
+    q: torch.Tensor,
+    latents: torch.Tensor,
+    out: torch.Tensor,
+    descriptors: torch.Tensor,
+    *,
+    scale: float,
+    most: int = MOST_ROWS,
 ) -> None:
     """Launch for chunks, descriptors int32 ``[chunks, 4]``: q, out ``[rows, heads, row]``, contiguous. Rows of no chunk
     stay as they are."""
     rows, heads, dim = q.shape
-    size, blocks = blocks_of(rows * heads)
+    size, blocks = blocks_of(rows * heads, most)
     sizes = _sizes(heads, dim, size, blocks, 0, False, False)
     names = ("descriptors", "lengths", "query_lens", "slots", "part_tops", "part_totals", "part_outs")
     _launch(q, latents, out, dict.fromkeys(names, descriptors), scale, len(descriptors) * blocks, 1, sizes)

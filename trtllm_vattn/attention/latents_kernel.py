@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from trtllm_vattn.attention.softmax_kernel import weighed
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _whose(  # type: ignore[no-untyped-def]
@@ -102,17 +104,13 @@ def attend_latents(  # type: ignore[no-untyped-def]
             rows_low = tl.load(at + low[None, :], mask=there, other=0.0)
             rows_high = tl.load(at + high[None, :], mask=there & in_rest, other=0.0)
             scores = tl.dot(q_low, tl.trans(rows_low), input_precision="ieee")
-            scores = tl.dot(q_high, tl.trans(rows_high), scores, input_precision="ieee") * scale
+            scores = tl.dot(q_high, tl.trans(rows_high), scores, input_precision="ieee")
             scores = tl.where(token[None, :] < (length - count + 1 + query)[:, None], scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            # The row has attended to no token yet.
-            higher = tl.where(higher == float("-inf"), 0.0, higher)
-            faded, weights = tl.exp2(top - higher), tl.exp2(scores - higher[:, None])
+            top, faded, weights = weighed(scores, scale, top, True)
             total = total * faded + tl.sum(weights, 1)
             weights = weights.to(rows_low.dtype)
             acc_low = tl.dot(weights, rows_low, acc_low * faded[:, None], input_precision="ieee")
             acc_high = tl.dot(weights, rows_high, acc_high * faded[:, None], input_precision="ieee")
-            top = higher
         if PIECES == 1:
             # Rows of padding attend to nothing.
             over = tl.where(total != 0, total, 1.0)[:, None]

@@ -103,6 +103,8 @@ class LayerOptions:
                 raise ConfigError(
                     f"{name} of {where} is {tensor.dtype} {list(tensor.shape)}; give float32 [{wanted}] on the device"
                 )
+            if name != "sink_logits" and not bool(((tensor > 0) & tensor.isfinite()).all()):
+                raise ConfigError(f"{name} of {where} is {tensor.tolist()}; scales are positive numbers")
 
 
 PLAIN = LayerOptions()

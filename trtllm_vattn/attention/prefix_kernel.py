@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trtllm_vattn.attention.shares_kernel import _attend, _combined, _tiles_of
+from trtllm_vattn.attention.shares_kernel import combined, leave_part, share_of, unit_at
+from trtllm_vattn.attention.softmax_kernel import attend_tiles
 
 
 @triton.jit
@@ -23,7 +24,7 @@ def _leave(tops, outs, top, total, acc, index, here, d):  # type: ignore[no-unty
     tl.store(outs + index[:, None] * d.shape[0] + d[None, :], result, mask=here[:, None])
 
 
-@triton.jit(do_not_specialize=["num_groups", "start", "fewest"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_groups", "lanes", "start", "fewest"])  # type: ignore[untyped-decorator]
 def read_prefixes(  # type: ignore[no-untyped-def]
     q,
     k,
@@ -43,6 +44,7 @@ def read_prefixes(  # type: ignore[no-untyped-def]
     of_token,
     of_head,
     num_groups,
+    lanes,
     start,
     fewest,
     scale,
@@ -69,7 +71,6 @@ def read_prefixes(  # type: ignore[no-untyped-def]
     are scaled and placed as in `decode_shares`, but for `v_scale`, which is applied there.
     """
     program = tl.program_id(0)
-    programs = tl.num_programs(0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     group_range = tl.arange(0, GROUPS)
@@ -78,13 +79,8 @@ def read_prefixes(  # type: ignore[no-untyped-def]
     counts = tl.load(groups + group_range * 4 + 3, mask=inside, other=0)
     blocks = tl.cdiv(counts * (QUERIES * GROUP), ROWS)
     weight = tl.where(n > 0, tl.cdiv(n, TILE) + start, 0) * KV_HEADS * blocks
-    begins = tl.cumsum(weight, 0) - weight
-    share = tl.maximum(tl.cdiv(tl.sum(weight, 0), programs), fewest)
-    at = program * share
-    end = tl.minimum(at + share, tl.sum(weight, 0))
-    places = (begins.to(tl.int64) << 32) | group_range
+    begins, places, share, at, end = share_of(weight, group_range, program, fewest)
     d = tl.arange(0, DIMS)
-    row_range = tl.arange(0, ROWS)
     kv_dtype: tl.constexpr = tl.float8e4nv if FP8 else q.dtype.element_ty
     dot_dtype: tl.constexpr = tl.float16 if FP8 else q.dtype.element_ty
 
@@ -97,21 +93,18 @@ def read_prefixes(  # type: ignore[no-untyped-def]
         count = tl.load(groups + group * 4 + 3)
         row_blocks = tl.cdiv(count * (QUERIES * GROUP), ROWS)
         tiles = tl.cdiv(length, TILE)
-        offset = at - (place >> 32).to(tl.int32)
-        unit = offset // (tiles + start)
+        unit, from_start, until, first, last = unit_at(at, end, at - (place >> 32).to(tl.int32), tiles, start)
         head = unit // row_blocks
-        from_start = offset - unit * (tiles + start)
-        until = tl.minimum(tiles + start, from_start + end - at)
-        first = tl.maximum(from_start - start, 0)
-        last = tl.maximum(until - start, 0)
 
-        offset_bytes = (slot * of_slot + head * of_head) * (kv_dtype.primitive_bitwidth // 8)
-        k_head = tl.multiple_of((k + offset_bytes).to(tl.pointer_type(kv_dtype)), 16)
-        v_head = tl.multiple_of((v + offset_bytes).to(tl.pointer_type(kv_dtype)), 16)
-        rows = (unit % row_blocks) * ROWS + row_range
+        from_first = head.to(tl.int64) * of_head * (kv_dtype.primitive_bitwidth // 8)
+        k_head = tl.multiple_of((k + from_first).to(tl.pointer_type(kv_dtype)), 16)
+        v_head = tl.multiple_of((v + from_first).to(tl.pointer_type(kv_dtype)), 16)
+        rows = (unit % row_blocks) * ROWS + tl.arange(0, ROWS)
         member = rows // (QUERIES * GROUP)
         here = member < count
         lane = tl.load(members + first_member + member, mask=here, other=0)
+        # A group may have lanes that are idle, and of which the launch has none.
+        here &= lane < lanes
         row = rows % (QUERIES * GROUP)
         query_head = head * GROUP + row % GROUP
         index = (lane.to(tl.int64) * QUERIES + row // GROUP) * (KV_HEADS * GROUP) + query_head
@@ -125,37 +118,26 @@ def read_prefixes(  # type: ignore[no-untyped-def]
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, DIMS], tl.float32)
-        whole = tl.minimum(last, length // TILE)
-        for tile in tl.range(first, whole, num_stages=STAGES):
-            keys = _tiles_of(k_head, k_tiles, slot, tile * TILE, head, of_token, d, TILE, DIM, TMA).to(dot_dtype)
-            values = _tiles_of(v_head, v_tiles, slot, tile * TILE, head, of_token, d, TILE, DIM, TMA).to(dot_dtype)
-            top, total, acc = _attend(queries, keys, values, True, head_scale, top, total, acc, SOFTCAP, False)
-        for tile in tl.range(tl.maximum(first, whole), last, num_stages=1):
-            token = tile * TILE + tl.arange(0, TILE)
-            mask = (token < length)[:, None] & (d < DIM)[None, :]
-            from_head = token.to(tl.int64)[:, None] * of_token + d[None, :]
-            keys = tl.load(k_head + from_head, mask=mask, other=0.0).to(dot_dtype)
-            values = tl.load(v_head + from_head, mask=mask, other=0.0).to(dot_dtype)
-            visible = (token < length)[None, :]
-            top, total, acc = _attend(queries, keys, values, visible, head_scale, top, total, acc, SOFTCAP, True)
+        # Every query of the lanes sees all of these tokens.
+        sees = length + rows * 0
+        top, total, acc = attend_tiles(
+            first, last, 0, 0, 0, length // TILE, queries, sees, 0, k_head, v_head, k_tiles, v_tiles, of_slot, of_token,
+            head, slot, slot, 0, length, d, head_scale, top, total, acc, dot_dtype, TILE, DIM, STAGES, 1, 0, 0, False,
+            False, TMA, SOFTCAP,
+        )  # fmt: skip
 
         if (first == 0) & (last == tiles):
             _leave(tops, outs, top, total, acc, index, here, d)
         elif last > first:
-            part = (program * 2 + (first == 0).to(tl.int32)) * ROWS
-            tl.store(part_tops + part + row_range, top, mask=here)
-            tl.store(part_totals + part + row_range, total, mask=here)
-            tl.store(part_outs + (part + row_range)[:, None] * DIMS + d[None, :], acc, mask=here[:, None])
-            tl.debug_barrier()
-            begin = at - from_start
-            first_program = (begin + start) // share
-            last_program = (begin + start + tiles - 1) // share
             # No two blocks of rows of two groups count in the same place.
             before_group = (first_member * (QUERIES * GROUP) // ROWS + group) * KV_HEADS
             counter = arrived + before_group + unit
-            before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-            if before == last_program - first_program:
-                whole_top, whole_total, whole_acc = _combined(
+            first_program, last_program, complete = leave_part(
+                part_tops, part_totals, part_outs, counter, top, total, acc, here, d, program, first, tiles,
+                at - from_start, start, share, ROWS,
+            )  # fmt: skip
+            if complete:
+                whole_top, whole_total, whole_acc = combined(
                     part_tops, part_totals, part_outs, first_program, last_program, here, d, ROWS, ROWS, PARTS
                 )
                 _leave(tops, outs, whole_top, whole_total, whole_acc, index, here, d)

@@ -11,8 +11,8 @@ With a window, a tile's blocks begin where the window of its first query does, b
 stay visible. Where a sequence's first tokens lie in another slot, blocks are read whole from the one and from the
 other, and the block between them row by row. What a layer does not use is not compiled.
 
-Nothing past a sequence's length is loaded. Offsets are 64-bit, because slots may be terabytes apart. K and V are passed
-as plain numbers, because Triton asks the driver about pointers, and the first slot may have no memory.
+Nothing past a sequence's length is loaded. K and V are passed as plain numbers, because Triton asks the driver about
+pointers, and the first slot may have no memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trtllm_vattn.attention.shares_kernel import capped
+from trtllm_vattn.attention.softmax_kernel import (
+    attend,
+    attend_masked,
+    attend_tiles,
+    attend_whole,
+    merged,
+    rows_from,
+    sunk_and_scaled,
+)
 
 FIELDS = tl.constexpr(16)
 """int32 numbers of a piece in the list: its chunk's first row, rows, length and slot; its tile of the chunk; its first
@@ -153,206 +161,6 @@ def plan_prompts(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _block_of(base, tiles, slot, token, head, of_token, d, BLOCK_N: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Rows of K or V from `token` on, ``[BLOCK_N, len(d)]``, all below the length; dimensions past `DIM` are zeros."""
-    if TMA:
-        return tiles.load([slot.to(tl.int32), token, head, 0]).reshape(BLOCK_N, d.shape[0])
-    at = base + (token + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None] * of_token + d[None, :]
-    if d.shape[0] == DIM:
-        return tl.load(at)
-    return tl.load(at, mask=(d < DIM)[None, :], other=0.0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend(q, k, v, visible, scale, top, total, acc, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add a block of keys to each row's online softmax: its largest score, the sum of its weights, and its output."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if SOFTCAP > 0:
-        scores = capped(scores * scale, SOFTCAP)
-        scale = 1.0
-    if MASKED:
-        scores = tl.where(visible, scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1) * scale)
-    if MASKED:
-        # The row has attended to no key yet.
-        higher = tl.where(higher == float("-inf"), 0.0, higher)
-    weights = tl.exp2(scores * scale - higher[:, None])
-    faded = tl.exp2(top - higher)
-    total = total * faded + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * faded[:, None], input_precision="ieee")
-    return higher, total, acc
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend_whole(  # type: ignore[no-untyped-def]
-    begin,
-    end,
-    shift,
-    q,
-    k_head,
-    v_head,
-    k_tiles,
-    v_tiles,
-    of_slot,
-    of_token,
-    head,
-    slot,
-    d,
-    scale,
-    top,
-    total,
-    acc,
-    dot_dtype: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DIM: tl.constexpr,
-    STAGES: tl.constexpr,
-    TMA: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    """Attend to blocks `begin` to `end` (by their numbers in the list), which lie in one slot and are seen whole."""
-    k_slot, v_slot = tl.multiple_of(k_head + slot * of_slot, 16), tl.multiple_of(v_head + slot * of_slot, 16)
-    for block in tl.range(begin, end, num_stages=STAGES):
-        token = (block + shift) * BLOCK_N
-        keys = _block_of(k_slot, k_tiles, slot, token, head, of_token, d, BLOCK_N, DIM, TMA).to(dot_dtype)
-        values = _block_of(v_slot, v_tiles, slot, token, head, of_token, d, BLOCK_N, DIM, TMA).to(dot_dtype)
-        top, total, acc = _attend(q, keys, values, True, scale, top, total, acc, SOFTCAP, False)
-    return top, total, acc
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend_masked(  # type: ignore[no-untyped-def]
-    begin,
-    end,
-    sinks,
-    shift,
-    q,
-    sees,
-    lowest,
-    k_head,
-    v_head,
-    of_slot,
-    of_token,
-    slot,
-    base,
-    border,
-    length,
-    d,
-    scale,
-    top,
-    total,
-    acc,
-    dot_dtype: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DIM: tl.constexpr,
-    WINDOW: tl.constexpr,
-    FIRST: tl.constexpr,
-    PREFIXES: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    """Attend to blocks `begin` to `end` (by their numbers in the list) row by row; heads' addresses are without slot.
-    With a window, no token from `FIRST` to `lowest` is read."""
-    for block in tl.range(begin, end, num_stages=1):
-        token = tl.where(block < sinks, block, block + shift) * BLOCK_N + tl.arange(0, BLOCK_N)
-        there = token < length
-        if WINDOW:
-            there &= (token >= lowest) | (token < FIRST)
-        here = slot
-        if PREFIXES:
-            here = tl.where(token < border, base, slot)
-        row = (here * of_slot + token.to(tl.int64) * of_token)[:, None] + d[None, :]
-        mask = there[:, None] & (d < DIM)[None, :]
-        keys = tl.load(k_head + row, mask=mask, other=0.0).to(dot_dtype)
-        values = tl.load(v_head + row, mask=mask, other=0.0).to(dot_dtype)
-        visible = (token[None, :] < sees[:, None]) & there[None, :]
-        if WINDOW:
-            visible &= (token[None, :] >= sees[:, None] - WINDOW) | (token < FIRST)[None, :]
-        top, total, acc = _attend(q, keys, values, visible, scale, top, total, acc, SOFTCAP, True)
-    return top, total, acc
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend_pieces(  # type: ignore[no-untyped-def]
-    first,
-    last,
-    q,
-    sees,
-    end,
-    tile,
-    rows,
-    clear,
-    k_head,
-    v_head,
-    k_tiles,
-    v_tiles,
-    of_slot,
-    of_token,
-    head,
-    slot,
-    base_slots,
-    borders,
-    length,
-    d,
-    scale,
-    top,
-    total,
-    acc,
-    dot_dtype: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DIM: tl.constexpr,
-    STAGES: tl.constexpr,
-    WINDOW: tl.constexpr,
-    FIRST: tl.constexpr,
-    PREFIXES: tl.constexpr,
-    TMA: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    """Attend to blocks `first` to `last` of a tile (by their numbers in the list) whose tokens are not all in one slot,
-    or not all in the window. `clear` is the first block that not every query sees, or in which the sequence ends."""
-    sinks = 0
-    shift = 0
-    lowest = 0
-    whole = first
-    base = slot
-    border = 0
-    if PREFIXES:
-        base = tl.load(base_slots + slot).to(tl.int64)
-        border = tl.load(borders + slot)
-    if WINDOW:
-        _, sinks, shift = _windowed(end, tile, rows, length, GROUP, BLOCK_M, BLOCK_N, WINDOW, FIRST)
-        lowest = tl.maximum(length - rows + tile * BLOCK_M // GROUP + 1 - WINDOW, 0)
-        last_query = tl.minimum(rows - 1, ((tile + 1) * BLOCK_M - 1) // GROUP)
-        low = tl.maximum(length - rows + last_query + 1 - WINDOW, 0)
-        whole = tl.minimum(tl.maximum(tl.cdiv(low, BLOCK_N) - shift, first), last)
-        top, total, acc = _attend_masked(
-            first, whole, sinks, shift, q, sees, lowest, k_head, v_head, of_slot, of_token, slot, base, border, length,
-            d, scale, top, total, acc, dot_dtype, BLOCK_N, DIM, WINDOW, FIRST, PREFIXES, SOFTCAP,
-        )  # fmt: skip
-    high = tl.minimum(tl.maximum(clear - shift, whole), last)
-    own = whole
-    if PREFIXES:
-        based = tl.minimum(tl.maximum(border // BLOCK_N - shift, whole), high)
-        own = tl.minimum(tl.maximum(tl.cdiv(border, BLOCK_N) - shift, based), high)
-        top, total, acc = _attend_whole(
-            whole, based, shift, q, k_head, v_head, k_tiles, v_tiles, of_slot, of_token, head, base, d, scale, top,
-            total, acc, dot_dtype, BLOCK_N, DIM, STAGES, TMA, SOFTCAP,
-        )  # fmt: skip
-        top, total, acc = _attend_masked(
-            based, own, sinks, shift, q, sees, lowest, k_head, v_head, of_slot, of_token, slot, base, border, length,
-            d, scale, top, total, acc, dot_dtype, BLOCK_N, DIM, WINDOW, FIRST, PREFIXES, SOFTCAP,
-        )  # fmt: skip
-    top, total, acc = _attend_whole(
-        own, high, shift, q, k_head, v_head, k_tiles, v_tiles, of_slot, of_token, head, slot, d, scale, top, total,
-        acc, dot_dtype, BLOCK_N, DIM, STAGES, TMA, SOFTCAP,
-    )  # fmt: skip
-    return _attend_masked(
-        high, last, sinks, shift, q, sees, lowest, k_head, v_head, of_slot, of_token, slot, base, border, length, d,
-        scale, top, total, acc, dot_dtype, BLOCK_N, DIM, WINDOW, FIRST, PREFIXES, SOFTCAP,
-    )  # fmt: skip
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _finish(  # type: ignore[no-untyped-def]
     out,
     from_row,
@@ -370,14 +178,7 @@ def _finish(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
 ):
     """Store rows' output, with the sink logits and the scale of values."""
-    if SINKS:
-        logit = tl.load(sink_logits + head * GROUP + row % GROUP) * 1.4426950408889634
-        higher = tl.maximum(top, logit)
-        faded = tl.exp2(top - higher)
-        total = total * faded + tl.exp2(logit - higher)
-        acc = acc * faded[:, None]
-    if V_SCALES:
-        acc = acc * tl.load(v_scale + head * (V_SCALES - 1))
+    total, acc = sunk_and_scaled(top, total, acc, head, row, sink_logits, v_scale, GROUP, SINKS, V_SCALES)
     result = acc / total[:, None]
     if HEADS:
         # A head may hold nothing that a query sees.
@@ -436,7 +237,6 @@ def attend_prompts(  # type: ignore[no-untyped-def]
     K and V of a token are at element ``slot * of_slot + token * of_token + head * of_head``. Rows behind the last
     chunk's get zeros. The other parameters are those of `decode_shares`.
     """
-    PIECED: tl.constexpr = PREFIXES or WINDOW > 0
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     d = tl.arange(0, DIMS)
@@ -459,17 +259,17 @@ def attend_prompts(  # type: ignore[no-untyped-def]
         last = tl.load(piece + 6)
         splits = tl.load(piece + 7)
 
-        # Where rows of a block may lie in different slots, addresses are without slot.
-        slot_offset = 0 if PIECED else slot * of_slot
         if HEADS:
             length -= tl.load(deficits + tl.load(head_groups + head).to(tl.int64) * of_group + slot)
             last = tl.minimum(last, tl.cdiv(tl.maximum(length, 0), BLOCK_N))
-            k_head = (tl.load(head_bases + 2 * head) + slot_offset * bytes_each).to(tl.pointer_type(kv_dtype))
-            v_head = (tl.load(head_bases + 2 * head + 1) + slot_offset * bytes_each).to(tl.pointer_type(kv_dtype))
+            k_head = tl.load(head_bases + 2 * head).to(tl.pointer_type(kv_dtype))
+            v_head = tl.load(head_bases + 2 * head + 1).to(tl.pointer_type(kv_dtype))
         else:
-            offset = slot_offset + head * of_head
-            k_head = (k + offset * bytes_each).to(tl.pointer_type(kv_dtype))
-            v_head = (v + offset * bytes_each).to(tl.pointer_type(kv_dtype))
+            from_first = head.to(tl.int64) * of_head * bytes_each
+            k_head, v_head = (
+                (k + from_first).to(tl.pointer_type(kv_dtype)),
+                (v + from_first).to(tl.pointer_type(kv_dtype)),
+            )
         k_head, v_head = tl.multiple_of(k_head, 16), tl.multiple_of(v_head, 16)
         row = tile * BLOCK_M + row_range
         query = row // GROUP
@@ -482,100 +282,60 @@ def attend_prompts(  # type: ignore[no-untyped-def]
         if K_SCALES:
             head_scale = scale * tl.load(k_scale + head * (K_SCALES - 1))
         sees = length - chunk_rows + query + 1
-        whole = tl.minimum(last, length // BLOCK_N)
+        whole = length // BLOCK_N
+        # What the tile's first query sees, every one does.
         clear = tl.minimum(whole, (length - chunk_rows + tile * BLOCK_M // GROUP + 1) // BLOCK_N)
 
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, DIMS], tl.float32)
-        if PIECED:
-            first_unclear = tl.minimum(
-                (length - chunk_rows + tile * BLOCK_M // GROUP + 1) // BLOCK_N, length // BLOCK_N
-            )
-            queries_seen = tl.minimum(chunk_rows, tl.cdiv((tile + 1) * BLOCK_M, GROUP))
-            top, total, acc = _attend_pieces(
-                first,
-                last,
-                queries,
-                sees,
-                tl.cdiv(length - chunk_rows + queries_seen, BLOCK_N),
-                tile,
-                chunk_rows,
-                first_unclear,
-                k_head,
-                v_head,
-                k_tiles,
-                v_tiles,
-                of_slot,
-                of_token,
-                head,
-                slot,
-                base_slots,
-                borders,
-                length,
-                d,
-                head_scale,
-                top,
-                total,
-                acc,
-                dot_dtype,
-                GROUP,
-                BLOCK_M,
-                BLOCK_N,
-                DIM,
-                STAGES,
-                WINDOW,
-                FIRST,
-                PREFIXES,
-                TMA,
-                SOFTCAP,
-            )
+        if PREFIXES or WINDOW > 0:
+            sinks = 0
+            shift = 0
+            lowest = 0
+            low = 0
+            base = slot
+            border = 0
+            if PREFIXES:
+                base = tl.load(base_slots + slot).to(tl.int64)
+                border = tl.load(borders + slot)
+            if WINDOW:
+                queries_seen = tl.minimum(chunk_rows, tl.cdiv((tile + 1) * BLOCK_M, GROUP))
+                blocks = tl.cdiv(length - chunk_rows + queries_seen, BLOCK_N)
+                _, sinks, shift = _windowed(blocks, tile, chunk_rows, length, GROUP, BLOCK_M, BLOCK_N, WINDOW, FIRST)
+                lowest = tl.maximum(length - chunk_rows + tile * BLOCK_M // GROUP + 1 - WINDOW, 0)
+                last_query = tl.minimum(chunk_rows - 1, ((tile + 1) * BLOCK_M - 1) // GROUP)
+                low = tl.maximum(length - chunk_rows + last_query + 1 - WINDOW, 0)
+            top, total, acc = attend_tiles(
+                first, last, sinks, shift, low, clear, queries, sees, lowest, k_head, v_head, k_tiles, v_tiles, of_slot,
+                of_token, head, slot, base, border, length, d, head_scale, top, total, acc, dot_dtype, BLOCK_N, DIM,
+                STAGES, 1, WINDOW, FIRST, WINDOW > 0, PREFIXES, TMA, SOFTCAP,
+            )  # fmt: skip
         else:
-            for block in tl.range(first, clear, num_stages=STAGES):
-                keys = _block_of(k_head, k_tiles, slot, block * BLOCK_N, head, of_token, d, BLOCK_N, DIM, TMA).to(
-                    dot_dtype
-                )
-                values = _block_of(v_head, v_tiles, slot, block * BLOCK_N, head, of_token, d, BLOCK_N, DIM, TMA).to(
-                    dot_dtype
-                )
-                top, total, acc = _attend(queries, keys, values, True, head_scale, top, total, acc, SOFTCAP, False)
+            whole, clear = tl.minimum(last, whole), tl.minimum(last, clear)
+            top, total, acc = attend_whole(
+                first, clear, 0, queries, k_head, v_head, k_tiles, v_tiles, of_slot, of_token, head, slot, d,
+                head_scale, top, total, acc, dot_dtype, BLOCK_N, DIM, STAGES, TMA, SOFTCAP,
+            )  # fmt: skip
+            k_slot, v_slot = tl.multiple_of(k_head + slot * of_slot, 16), tl.multiple_of(v_head + slot * of_slot, 16)
             for block in tl.range(tl.maximum(first, clear), whole, num_stages=1):
-                keys = _block_of(k_head, k_tiles, slot, block * BLOCK_N, head, of_token, d, BLOCK_N, DIM, TMA).to(
-                    dot_dtype
-                )
-                values = _block_of(v_head, v_tiles, slot, block * BLOCK_N, head, of_token, d, BLOCK_N, DIM, TMA).to(
-                    dot_dtype
-                )
-                visible = (block * BLOCK_N + tl.arange(0, BLOCK_N))[None, :] < sees[:, None]
-                top, total, acc = _attend(queries, keys, values, visible, head_scale, top, total, acc, SOFTCAP, True)
+                token = block * BLOCK_N
+                keys = rows_from(k_slot, k_tiles, slot, token, head, of_token, d, BLOCK_N, DIM, TMA).to(dot_dtype)
+                values = rows_from(v_slot, v_tiles, slot, token, head, of_token, d, BLOCK_N, DIM, TMA).to(dot_dtype)
+                visible = (token + tl.arange(0, BLOCK_N))[None, :] < sees[:, None]
+                top, total, acc = attend(queries, keys, values, visible, head_scale, top, total, acc, SOFTCAP, True)
             # The block in which the sequence ends, if it is among them.
-            for block in tl.range(tl.maximum(first, whole), last, num_stages=1):
-                token = block * BLOCK_N + tl.arange(0, BLOCK_N)
-                mask = (token < length)[:, None] & (d < DIM)[None, :]
-                from_head = token.to(tl.int64)[:, None] * of_token + d[None, :]
-                keys = tl.load(k_head + from_head, mask=mask, other=0.0).to(dot_dtype)
-                values = tl.load(v_head + from_head, mask=mask, other=0.0).to(dot_dtype)
-                visible = (token[None, :] < sees[:, None]) & (token < length)[None, :]
-                top, total, acc = _attend(queries, keys, values, visible, head_scale, top, total, acc, SOFTCAP, True)
+            top, total, acc = attend_masked(
+                tl.maximum(first, whole), last, 0, 0, queries, sees, 0, k_head, v_head, of_slot, of_token, slot, slot,
+                0, length, d, head_scale, top, total, acc, dot_dtype, BLOCK_N, DIM, 1, 0, 0, False, False, SOFTCAP,
+            )  # fmt: skip
 
         result_mask = here[:, None] & (d < DIM)[None, :]
         if splits == 1:
             _finish(
-                out,
-                from_row,
-                result_mask,
-                top,
-                total,
-                acc,
-                head,
-                row,
-                sink_logits,
-                v_scale,
-                GROUP,
-                SINKS,
-                V_SCALES,
+                out, from_row, result_mask, top, total, acc, head, row, sink_logits, v_scale, GROUP, SINKS, V_SCALES,
                 HEADS,
-            )
+            )  # fmt: skip
         else:
             parts = tl.load(piece + 8)
             part = ((parts + tl.load(piece + 9)) * KV_HEADS + head) * BLOCK_M + row_range
@@ -594,28 +354,11 @@ def attend_prompts(  # type: ignore[no-untyped-def]
                     part_top = tl.load(part_tops + other, cache_modifier=".cg")
                     part_total = tl.load(part_totals + other, cache_modifier=".cg")
                     part_out = tl.load(part_outs + other[:, None] * DIMS + d[None, :], cache_modifier=".cg")
-                    higher = tl.maximum(top, part_top)
-                    higher = tl.where(higher == float("-inf"), 0.0, higher)
-                    faded, weight = tl.exp2(top - higher), tl.exp2(part_top - higher)
-                    total = total * faded + part_total * weight
-                    acc = acc * faded[:, None] + part_out * weight[:, None]
-                    top = higher
+                    top, total, acc = merged(top, total, acc, part_top, part_total, part_out)
                 _finish(
-                    out,
-                    from_row,
-                    result_mask,
-                    top,
-                    total,
-                    acc,
-                    head,
-                    row,
-                    sink_logits,
-                    v_scale,
-                    GROUP,
-                    SINKS,
-                    V_SCALES,
-                    HEADS,
-                )
+                    out, from_row, result_mask, top, total, acc, head, row, sink_logits, v_scale, GROUP, SINKS,
+                    V_SCALES, HEADS,
+                )  # fmt: skip
                 tl.store(counter, 0)
         # There and back: who began with the longest pieces goes on with the shortest ones.
         turn += 1

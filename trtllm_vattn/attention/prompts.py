@@ -109,6 +109,29 @@ def head_tables(cache: KVCache) -> list[HeadTables] | None:
     return tables
 
 
+class DevicePlanned(Protocol):
+    """A kernel for chunks that it reads on the device, `PromptKernel` or one of another kind of rows."""
+
+    name: ClassVar[str]
+
+    def storages(self) -> list[torch.Tensor]:
+        """Tensors that a captured step may touch."""
+
+    def plan(self, descriptors: torch.Tensor, rows: int, keep: int, options: LayerOptions = PLAIN) -> Any:
+        """As `PromptKernel.plan`."""
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        planned: Any,
+        options: LayerOptions = PLAIN,
+        prefixes: PrefixTables | None = None,
+    ) -> None:
+        """As `PromptKernel.attend`."""
+
+
 class HostPlanned(Protocol):
     """Another library's kernel for chunks that the host knows, which plans every pass on the host."""
 
@@ -122,12 +145,13 @@ class HostPlanned(Protocol):
 
 
 class FlatPromptsAttention(GatheringAttention):
-    """Base of backends over flat KV whose prompts, and mixed passes, go through a `PromptKernel`.
+    """Base of backends over flat KV whose prompts, and mixed passes, go through a kernel that reads chunks on the
+    device; on the host the torch backend takes all kernels' place. Decode is `decode_queries` of one query.
 
     Parameters
     ----------
-    prompts : PromptKernel or None
-        One to share with another backend over the same cache; None makes one, on a GPU.
+    prompts : DevicePlanned or None
+        The kernel, which another backend over the same cache may share; None makes a `PromptKernel`, on a GPU.
 
     Raises
     ------
@@ -138,7 +162,7 @@ class FlatPromptsAttention(GatheringAttention):
     captures_prompts: ClassVar[bool] = True
 
     def __init__(
-        self, cache: KVCache, num_heads: int, scale: float | None = None, prompts: PromptKernel | None = None
+        self, cache: KVCache, num_heads: int, scale: float | None = None, prompts: DevicePlanned | None = None
     ) -> None:
         super().__init__(cache, num_heads, scale)
         if not isinstance(cache.head_groups(0)[0], FlatKV):
@@ -147,7 +171,9 @@ class FlatPromptsAttention(GatheringAttention):
                 "vattn cache, or the cudnn or xqa backend"
             )
         self._on_gpu = cache.device.type == "cuda"
-        self.prompts = PromptKernel(cache, num_heads, self.scale) if prompts is None and self._on_gpu else prompts
+        self.prompts = prompts
+        if prompts is None and self._on_gpu:
+            self.prompts = PromptKernel(cache, num_heads, self.scale)
         self.host_planned: HostPlanned | None = None
         """If set, it attends in passes whose chunks the host knows."""
         self._windows: dict[tuple[int | None, int], LayerOptions] = {}
@@ -170,6 +196,25 @@ class FlatPromptsAttention(GatheringAttention):
     def storages(self) -> list[torch.Tensor]:
         own = self.prompts.storages() if self.prompts is not None else []
         return [*super().storages(), *self._reference.storages(), *own]
+
+    def decode(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        lengths: torch.Tensor,
+        slots: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        result = self.decode_queries(layer, q[:, None], None, lengths, slots, None if out is None else out[:, None])
+        return result[:, 0] if out is None else out
+
+    def decode_mixed(
+        self, layer: int, q: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        if self._on_gpu:
+            self.decode(layer, q, lengths, slots, out)
+        else:
+            self._reference.decode_mixed(layer, q, lengths, slots, out)
 
     def prefill(self, layer: int, q: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
         packed = self._once_a_step(partial(PackedPrefill, [chunk]), chunk)

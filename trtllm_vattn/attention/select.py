@@ -13,6 +13,7 @@ from trtllm_vattn.attention.decode_only import default_attention
 from trtllm_vattn.attention.options import FP8, Feature, LayerOptions
 from trtllm_vattn.attention.picked import PickedAttention
 from trtllm_vattn.attention.reference import TorchAttention
+from trtllm_vattn.attention.shares_launch import availability
 from trtllm_vattn.attention.windows import WindowedAttention
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.errors import ConfigError
@@ -28,7 +29,7 @@ def automatic(cache: KVCache, num_heads: int, scale: float | None = None, *, det
         return kind(cache, num_heads, scale)
     flat = isinstance(cache.head_groups(0)[0], FlatKV) and shape.kv_factor == 2
     half = shape.dtype in (torch.float16, torch.bfloat16, FP8) and shape.head_dim in shares.HEAD_SIZES
-    if cache.device.type == "cuda" and flat and half and cudnn.availability() == shares.availability() == "yes":
+    if cache.device.type == "cuda" and flat and half and cudnn.availability() == availability() == "yes":
         return PickedAttention(cache, num_heads, scale, deterministic=deterministic)
     return default_attention(cache, num_heads, scale)
 
@@ -98,7 +99,7 @@ def _capable(cache: KVCache, needed: set[Feature]) -> str:
 
 def _shares_runs(cache: KVCache) -> bool:
     on_gpu = cache.device.type == "cuda"
-    return on_gpu and cache.shape.head_dim in shares.HEAD_SIZES and shares.availability() == "yes"
+    return on_gpu and cache.shape.head_dim in shares.HEAD_SIZES and availability() == "yes"
 
 
 def available() -> dict[str, str]:
@@ -106,8 +107,8 @@ def available() -> dict[str, str]:
     return {
         "torch": "yes",
         "cudnn": cudnn.availability(),
-        "shares": shares.availability(),
-        "latents": latents.availability(),
+        "shares": availability(),
+        "latents": availability(),
         "xqa": xqa.availability(),
         "xqa-fmha": fmha.availability(),
     }

@@ -19,7 +19,6 @@ first tokens lie elsewhere or are shared runs the kernel that knows nothing of i
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -27,7 +26,7 @@ import torch
 
 from trtllm_vattn.attention.base import MOST_QUERIES
 from trtllm_vattn.attention.options import FP8, PREFIXES, Feature, LayerOptions, PrefixTables
-from trtllm_vattn.attention.prompts import FlatPromptsAttention, PromptKernel, head_tables
+from trtllm_vattn.attention.prompts import DevicePlanned, FlatPromptsAttention, head_tables
 from trtllm_vattn.attention.shares_launch import (
     MANY_LANES,
     Extras,
@@ -36,6 +35,7 @@ from trtllm_vattn.attention.shares_launch import (
     Settings,
     SharedReads,
     Workspace,
+    availability,
     launch,
     launch_prefixes,
     most_programs,
@@ -48,20 +48,8 @@ from trtllm_vattn.errors import ConfigError
 
 HEAD_SIZES = (64, 96, 128, 192, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LEAST_CAPABILITY = (8, 0)
 LEAST_CAPABILITY_FP8 = (8, 9)
 """Older GPUs have no instruction that converts e4m3."""
-
-
-def availability() -> str:
-    """``yes`` if the kernel runs on this machine, else the reason."""
-    if not torch.cuda.is_available():
-        return "no GPU; over a cache on the host a reference in torch takes its place"
-    if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
-        return f"the kernel needs compute capability {LEAST_CAPABILITY}, this GPU is older"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; it comes with torch for CUDA"
-    return "yes"
 
 
 class SharesAttention(FlatPromptsAttention):
@@ -98,7 +86,7 @@ class SharesAttention(FlatPromptsAttention):
         cache: KVCache,
         num_heads: int,
         scale: float | None = None,
-        prompts: PromptKernel | None = None,
+        prompts: DevicePlanned | None = None,
         *,
         plain: bool = False,
     ) -> None:
@@ -192,17 +180,6 @@ class SharesAttention(FlatPromptsAttention):
         given = [*(self._heads or ()), *self._reads.values()]
         return [*super().storages(), *self._workspace.storages(), *(x for each in given for x in each.storages())]
 
-    def decode(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        lengths: torch.Tensor,
-        slots: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        result = self.decode_queries(layer, q[:, None], None, lengths, slots, None if out is None else out[:, None])
-        return result[:, 0] if out is None else out
-
     def decode_queries(
         self,
         layer: int,
@@ -229,7 +206,7 @@ class SharesAttention(FlatPromptsAttention):
         if self._on_gpu:
             self._decode(layer, q[:, None], None, lengths, slots, out[:, None], shared=False)
         else:
-            self._reference.decode_mixed(layer, q, lengths, slots, out)
+            super().decode_mixed(layer, q, lengths, slots, out)
 
     def _decode(
         self,

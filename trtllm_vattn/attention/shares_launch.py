@@ -12,12 +12,26 @@ import torch
 from trtllm_vattn.attention.options import FP8, PLAIN, LayerOptions, PrefixTables
 from trtllm_vattn.cache.base import FlatKV
 
+LEAST_CAPABILITY = (8, 0)
+"""The compute capability that this project's attention kernels need."""
 HOPPER = 9
 """The major compute capability on which the kernel uses TMA and PDL."""
 MOST_ROWS = 64
 MOST_OUTPUTS = 64 * 128
 """The most queries of a KV head in one tile, and the most elements of their output; for more queries, K and V are read
 again."""
+
+
+def availability() -> str:
+    """``yes`` if this project's attention kernels run on this machine, else the reason."""
+    if not torch.cuda.is_available():
+        return "no GPU; over a cache on the host a reference in torch takes its place"
+    if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        return f"the kernels need compute capability {least}, this GPU is older"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; it comes with torch for CUDA"
+    return "yes"
 
 
 @dataclass(frozen=True)
@@ -88,12 +102,15 @@ def settings_for(shared_bytes: int, head_dim: int, itemsize: int, rows: int, lan
     H200 with the heads of Llama-3-8B: large tiles are slow for many lanes, whose sequences are mostly short.
     """
     large = rows * power_of_two(head_dim) > MOST_OUTPUTS // 2
-    shared_bytes = shared_bytes if large else shared_bytes // 2
+    room = (shared_bytes if large or itemsize == 4 else shared_bytes // 2) - RESERVE
+    if itemsize == 4:
+        # Queries of 32 bits stay in shared memory, those of 16 in registers; one program runs.
+        room -= rows * power_of_two(head_dim) * itemsize
     tile = 128 if lanes <= MANY_LANES and not large else 64
-    while tile > 16 and _tile_bytes(tile, head_dim, itemsize) > shared_bytes - RESERVE:
+    while tile > 16 and _tile_bytes(tile, head_dim, itemsize) > room:
         tile //= 2
     # One of the stages is in use and not in shared memory.
-    fitting = 1 + (shared_bytes - RESERVE) // _tile_bytes(tile, head_dim, itemsize)
+    fitting = 1 + room // _tile_bytes(tile, head_dim, itemsize)
     return Settings(tile, 8 if large else 4, min(3, fitting), start=(2 if few else 1) if tile > 64 else 3)
 
 
@@ -326,7 +343,7 @@ def launch_prefixes(
     contiguous. Returns the compiled kernel."""
     from trtllm_vattn.attention.prefix_kernel import read_prefixes
 
-    _, queries, heads, dim = q.shape
+    lanes, queries, heads, dim = q.shape
     kv_heads, dims = kv.k.shape[2], power_of_two(dim)
     more = {"launch_pdl": True} if features.pdl else {}
     return read_prefixes[(programs,)](
@@ -337,6 +354,7 @@ def launch_prefixes(
         members=tables.members,
         k_scale=q if options.k_scale is None else options.k_scale,
         num_groups=len(tables.groups),
+        lanes=lanes,
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         QUERIES=queries,

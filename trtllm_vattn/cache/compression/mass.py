@@ -8,8 +8,10 @@ import torch
 
 BLOCK = 256
 """Queries whose attention is held at once, by torch."""
-ROWS, TILE = 64, 64
-"""Rows and keys of a program's tile."""
+MOST_TILE = 64
+"""Most keys, and rows, of a program's tile."""
+TILES_BYTES = 64 << 10
+"""Bytes of shared memory for a tile of rows and three of keys; every card since compute capability 8.0 has more."""
 PIECES = 16
 """Most pieces that keys are divided into for the sums of rows."""
 LOG2_E = 1.4426950408889634
@@ -68,6 +70,14 @@ def attended(
     return total
 
 
+def tile_of(dims: int, itemsize: int) -> int:
+    """Keys, and rows, of a tile, a power of two, for heads padded to `dims` numbers of `itemsize` bytes."""
+    tile = MOST_TILE
+    while tile > 16 and 4 * tile * dims * itemsize > TILES_BYTES:
+        tile //= 2
+    return tile
+
+
 def by_kernel(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -84,15 +94,18 @@ def by_kernel(
     # Numbers next to one another, whatever view they came as.
     queries = queries if queries.stride(3) == 1 else queries.contiguous()
     keys = keys if keys.stride(2) == 1 else keys.contiguous()
-    tiles = -(-held // TILE)
-    each = TILE * -(-tiles // PIECES)
+    # A product takes 16 numbers at least.
+    dims = max(16, 1 << (dim - 1).bit_length())
+    tile = tile_of(dims, keys.itemsize)
+    tiles = -(-held // tile)
+    each = tile * -(-tiles // PIECES)
     pieces = -(-held // each)
     tops, totals = torch.empty(2, pieces, heads, rows, dtype=torch.float32, device=keys.device)
     mass = torch.empty(heads, held, dtype=torch.float32, device=keys.device)
-    sizes = {"GROUP": group, "DIM": dim, "DIMS": 1 << (dim - 1).bit_length(), "ROWS": ROWS, "TILE": TILE}
+    sizes = {"GROUP": group, "DIM": dim, "DIMS": dims, "ROWS": tile, "TILE": tile}
     steps = (*queries.stride()[:3], *keys.stride()[:2])
     sees_first = held - count + 1
-    row_sums[(pieces, -(-rows // ROWS), heads)](
+    row_sums[(pieces, -(-rows // tile), heads)](
         queries, keys, tops, totals, rows, held, sees_first, each, *steps, scale * LOG2_E, **sizes
     )
     highest = tops.amax(dim=0)

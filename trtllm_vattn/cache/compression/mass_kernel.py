@@ -31,7 +31,7 @@ def _scores(  # type: ignore[no-untyped-def]
     """Scores of rows and places, ``[rows, places]``, minus infinity where a row does not see a place."""
     d = tl.arange(0, DIMS)
     query = row // GROUP
-    at = query.to(tl.int64) * of_query + (row % GROUP) * of_group
+    at = query.to(tl.int64) * of_query + (row % GROUP).to(tl.int64) * of_group
     asked = tl.load(q + at[:, None] + d[None, :], mask=(row < rows)[:, None] & (d < DIM)[None, :], other=0.0)
     from_head = place.to(tl.int64)[:, None] * of_token + d[None, :]
     stored = tl.load(keys + from_head, mask=(place < held)[:, None] & (d < DIM)[None, :], other=0.0)
@@ -65,7 +65,7 @@ def row_sums(  # type: ignore[no-untyped-def]
     """Of pieces of `each` keys: each row's largest score, and the sum of its weights beside that; tops, totals float32
     ``[pieces, heads, rows]``. The grid is pieces, blocks of rows, heads. The first query sees `sees_first` places, each
     later one a place more."""
-    piece, block, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    piece, block, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = block * ROWS + tl.arange(0, ROWS)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -75,11 +75,11 @@ def row_sums(  # type: ignore[no-untyped-def]
             of_query, of_group, of_token, scale, GROUP, DIM, DIMS,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(scores, 1))
-        # The row has seen no place yet.
-        higher = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(scores - higher[:, None]), 1)
+        # A row that has seen no place yet has no largest score: its weights, all 0, are taken beside any number.
+        beside = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(top - beside) + tl.sum(tl.exp2(scores - beside[:, None]), 1)
         top = higher
-    to = (piece * tl.num_programs(2) + head).to(tl.int64) * rows + row
+    to = (piece * tl.num_programs(2) + head) * rows + row
     tl.store(tops + to, top, mask=row < rows)
     tl.store(totals + to, total, mask=row < rows)
 
@@ -113,11 +113,11 @@ def token_mass(  # type: ignore[no-untyped-def]
     logarithms to base 2 of each row's sum of weights. With `LOCAL`, of each row only those of tokens less than `local`
     positions before its query, the first of which is at `first_position`; positions int64 ``[heads, held]``. The grid
     is tiles of keys, heads."""
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
     found = tl.zeros([TILE], tl.float32)
     if LOCAL:
-        at = tl.load(positions + head.to(tl.int64) * held + place, mask=place < held, other=0)
+        at = tl.load(positions + head * held + place, mask=place < held, other=0)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         scores = _scores(
@@ -127,6 +127,6 @@ def token_mass(  # type: ignore[no-untyped-def]
         if LOCAL:
             near = at[None, :] > (first_position - local + row // GROUP)[:, None]
             scores = tl.where(near, scores, float("-inf"))
-        summed = tl.load(sums + head.to(tl.int64) * rows + row, mask=row < rows, other=0.0)
+        summed = tl.load(sums + head * rows + row, mask=row < rows, other=0.0)
         found += tl.sum(tl.exp2(scores - summed[:, None]), 0)
-    tl.store(mass + head.to(tl.int64) * held + place, found, mask=place < held)
+    tl.store(mass + head * held + place, found, mask=place < held)
