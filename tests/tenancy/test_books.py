@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
+from trtllm_vattn.tenancy import books as of_books
 from trtllm_vattn.tenancy.books import Books, Limits
 from trtllm_vattn.tenancy.shares import Claim, divide
 
@@ -207,3 +208,52 @@ def test_what_a_lost_tenant_had_is_lent_until_its_process_has_ended() -> None:
     assert (books.lent, there.budget) == (40, 24)
     books.leave("gone", 0.0)
     assert (books.lent, there.budget) == (0, 64)
+
+
+def test_what_is_owed_again_and_again_is_one_debt() -> None:
+    books = Books(64, deadline_s=1.0)
+    rich = books.join("rich", Limits(), 0.0)
+    for _ in range(4):
+        books.lend("rich", 16, 0.0)
+    # It hangs, while what others want of it goes up and down.
+    for now in range(100):
+        books.set_limits("rich", Limits(ceiling=(32, 16, 48)[now % 3]), float(now))
+    assert len(rich.debts) <= 2
+    assert rich.is_overdue(1.5)
+
+
+def test_limits_are_kept_for_the_names_that_were_set_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_books, "MOST_LIMITS", 3)
+    books = Books(64, deadline_s=1.0)
+    books.join("there", Limits(), 0.0)
+    for name in ("there", "a", "b", "a", "c", "d"):
+        books.set_limits(name, Limits(floor=1, priority=3), 0.0)
+    kept = {name for name in ("there", "a", "b", "c", "d") if books.limits_of(name).priority == 3}
+    assert kept == {"there", "c", "d"}
+
+
+def test_who_goes_on_with_anothers_leases_has_limits_of_its_own() -> None:
+    books = Books(64, deadline_s=1.0)
+    books.join("one", Limits(floor=16), 0.0)
+    other = books.join("other", Limits(floor=16), 0.0)
+    for _ in range(2):
+        books.lend("one", 16, 0.0)
+    books.lose("one", 1.0)
+    before = books.accounts["one"]
+    for asked, message in (
+        (Limits(floor=49), "16 of 64 are promised to others"),
+        (Limits(floor=8, ceiling=4), "its ceiling is 4"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            books.find("one", asked, 2.0)
+        assert before.is_lost
+        assert before.limits == Limits(floor=16)
+    books.find("one", Limits(floor=8, ceiling=16, priority=2), 2.0)
+    assert (before.limits, before.is_lost, before.budget) == (Limits(8, 16, 2), False, 16)
+    # It owes what is beyond its new ceiling, and who else is there may hold what its floor leaves.
+    assert before.debts == [(3.0, 16)]
+    books.set_limits("one", Limits(ceiling=32), 3.0)
+    books.lose("one", 3.0)
+    books.find("one", Limits(ceiling=16), 4.0)
+    assert before.limits == Limits(ceiling=32)
+    assert other.share > 0
