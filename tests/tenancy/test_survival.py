@@ -24,7 +24,6 @@ from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError, EngineOverloaded
 from trtllm_vattn.memory.slot import RangeGroup
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.tenancy import broker as of_broker
 from trtllm_vattn.tenancy import journal
@@ -41,15 +40,11 @@ def request(*chosen: int, prompt: Sequence[int] = (1, 2, 3), max_tokens: int = 4
     return KeptRequest.of(prompt, max_tokens, {"priority": 0, "params": {}}, chosen)
 
 
-def event(number: int, place: int, token: int | None, reason: str | None = None) -> TokenEvent:
-    return TokenEvent(number, token, reason, index=place)
-
-
 def steps(written: Journal) -> Iterator[Callable[[], None]]:
     """Everything that is ever noted, and enough of it for more snapshots than one."""
 
     def tokens(place: int) -> None:
-        written.pending.extend([event(0, place, 10 + place), event(1, place, 20 + place)])
+        written.pending.extend([0, place, 10 + place, 1, place, 20 + place])
         written.flush()
 
     yield lambda: written.add(0, request())
@@ -64,11 +59,11 @@ def steps(written: Journal) -> Iterator[Callable[[], None]]:
     yield lambda: written.note_slots([(0, 0, [(4096, 1, 2, [])], False)])
     for place in range(8, 16):
         yield partial(tokens, place)
-    yield lambda: written.pending.append(event(1, 16, 7, "length"))
+    yield lambda: written.ends.append((1, 16, 7, "length"))
     yield written.flush
     yield lambda: written.note_slots([(1, None, [], False)])
     yield lambda: written.forget([1])
-    yield lambda: written.pending.append(event(0, 16, None, "abort"))
+    yield lambda: written.ends.append((0, 16, None, "abort"))
     yield written.flush
 
 
@@ -174,7 +169,7 @@ def test_a_call_that_an_interrupt_ends_is_done_whole_by_the_next_one(
             written.begin(State(requests={0: request(max_tokens=400)}))
             before = written.snapshots
             for place in range(80):
-                written.pending.append(event(0, place, place))
+                written.pending.extend((0, place, place))
                 left = first
                 with suppress(KeyboardInterrupt):
                     written.flush()
@@ -195,7 +190,7 @@ def test_a_journal_never_fills_however_long_it_is_written(memory: int) -> None:
                 written.forget([number])
                 number += 1
                 written.add(number, request(max_tokens=40))
-            written.pending.append(event(number, place % 40, place))
+            written.pending.extend((number, place % 40, place))
             written.flush()
         assert written.snapshots > 20
         with closing(Journal(memory)) as found:
@@ -216,7 +211,7 @@ def test_a_request_is_promised_its_room_or_refused_when_it_comes(memory: int) ->
         assert set(written.state.requests) == set(range(fit))
         # All of them may come to their ends.
         for place in range(40):
-            written.pending.extend(event(each, place, -1) for each in range(fit))
+            written.pending.extend(value for each in range(fit) for value in (each, place, -1))
             written.flush()
         with closing(Journal(memory)) as found:
             assert all(len(each.chosen) == 40 for each in found.state.requests.values())
@@ -315,7 +310,7 @@ def test_a_slot_is_kept_once_its_sequence_got_a_token_there(memory: int) -> None
         groups = [(0, 0, 0, [(4096, [1])])]
         written.add(3, request())
         written.note_slots([(0, 3, groups, True)])
-        written.pending.append(event(3, 0, 17))
+        written.pending.extend((3, 0, 17))
         written.flush()
         assert written.state.kept_slots().keys() == {0}
         # A lease that is the broker's no more is nobody's.
@@ -328,7 +323,7 @@ def test_a_slot_is_kept_once_its_sequence_got_a_token_there(memory: int) -> None
         assert written.state.kept_slots() == {}
         with closing(Journal(memory)) as found:
             assert found.state.kept_slots() == {}
-        written.pending.append(event(3, 1, 18))
+        written.pending.extend((3, 1, 18))
         written.flush()
         assert written.state.kept_slots().keys() == {1}
 
@@ -593,18 +588,18 @@ def test_a_preempted_sequence_is_kept_where_it_got_its_next_token(tmp_path: Path
                 engine.step()
             assert engine.cache._borrowing is not None
             assert engine.cache._borrowing.keeper is not None
-            state = engine.cache._borrowing.keeper.journal.state
-            assert state.kept_slots().keys() == {request.slot}
-            noted = state.requests[number].chosen.tolist()
+            kept = engine.cache._borrowing.keeper.journal
+            assert kept.state.kept_slots().keys() == {request.slot}
+            noted = kept.state.requests[number].chosen.tolist()
             engine.scheduler.recompute(request)
             while engine.busy:
                 engine.step()
-                if number not in state.requests or state.requests[number].finish_reason:
+                if number not in kept.state.requests or kept.state.requests[number].finish_reason:
                     break
                 # Nobody's token is forgotten, and nothing is taken over that is not all there.
-                assert state.requests[number].chosen.tolist()[: len(noted)] == noted
-                if len(state.requests[number].chosen) == len(noted):
-                    assert state.kept_slots() == {}
+                assert kept.state.requests[number].chosen.tolist()[: len(noted)] == noted
+                if len(kept.state.requests[number].chosen) == len(noted):
+                    assert kept.state.kept_slots() == {}
             assert len(request.chosen) == 9
 
 

@@ -55,7 +55,7 @@ class CacheMemory:
     on_closed : callable or None
         Called once all memory was given back, or nothing more is tried.
     after_work : callable or None
-        Called after each unit of background work, by who holds the lock.
+        Called when there is no more background work for now, under the lock.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class CacheMemory:
             for name, unit in self._units:
                 started = perf_counter()
                 if unit():
-                    if self.after_work is not None:
-                        self.after_work()
                     if self.trace is not None:
                         self.trace.span(name, started, perf_counter(), category="background")
                     return True
+            if self.after_work is not None:
+                self.after_work()
             return False
 
     def _release_idle(self) -> bool:

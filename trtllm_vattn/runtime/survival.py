@@ -40,6 +40,8 @@ class Survival:
         complete: Callable[[RequestState], None],
     ) -> None:
         self._cache, self._journal = cache, journal
+        self._pending: list[int | None] = journal.pending  # type: ignore[assignment]
+        """A token is None only with an end."""
         # As they were left: the journal's own go on.
         self._left = {number: replace(kept, chosen=kept.chosen[:]) for number, kept in left.requests.items()}
         self._next_number = left.next_number
@@ -86,8 +88,10 @@ class Survival:
 
     def noted(self, event: TokenEvent) -> None:
         """An event became part of a request's record; it is noted before anybody gets it."""
-        self._journal.pending.append(event)
-        if event.finish_reason:
+        if event.finish_reason is None:
+            self._pending.extend((event.request, event.index, event.token))
+        else:
+            self._journal.ends.append((event.request, event.index, event.token, event.finish_reason))
             self._ended.append(event.request)
 
     def dropped(self, numbers: Iterable[int]) -> None:

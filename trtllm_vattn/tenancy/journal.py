@@ -26,9 +26,10 @@ import zlib
 from array import array
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
+import numpy as np
 
 from trtllm_vattn.errors import ConfigError, EngineOverloaded, InvariantViolation
 
@@ -48,6 +49,8 @@ MOST = 8 << 30
 SETTINGS, SLOT, GROUP, LEASE, REQUEST, PARAMETERS = 4096, 40, 24, 24, 80, 1024
 """Bytes of a snapshot, at most: of the engine's settings, of a slot, of a range group of it, of a lease (with a stripe
 of its own), of a request without its tokens and parameters, and of those of most requests."""
+APPLIED_AT = 128
+"""Changes that are taken into the state together, which takes less than one after another."""
 TOKENS = 1
 """The first byte of a record of tokens, which no record of msgpack has: numbers, places and tokens in turn follow, of 8
 bytes each."""
@@ -101,22 +104,6 @@ class Sizes:
             )
         # A snapshot, and as many bytes of changes behind it, in each half.
         return HEAD + 2 * 2 * (-(-snapshot // HEAD) * HEAD)
-
-
-class Noted(Protocol):
-    """A token of a request, or its end, as `runtime.request.TokenEvent`."""
-
-    @property
-    def request(self) -> int: ...
-
-    @property
-    def index(self) -> int: ...
-
-    @property
-    def token(self) -> int | None: ...
-
-    @property
-    def finish_reason(self) -> str | None: ...
 
 
 @dataclass
@@ -223,11 +210,22 @@ class State:
         else:
             raise InvariantViolation(f"a journal's record is of the kind {kind!r}, which there is not")
 
-    def set_tokens(self, flat: Iterable[int]) -> None:
-        """Take a record of tokens in: numbers, places and tokens in turn."""
-        each = iter(flat)
-        for number, place, token in zip(each, each, each, strict=True):
-            if (request := self.requests.get(number)) is not None:
+    def set_tokens(self, flat: array[int]) -> None:
+        """Take records of tokens in: numbers, places and tokens in turn."""
+        table = np.frombuffer(flat, np.int64).reshape(-1, 3)
+        table = table[np.argsort(table[:, 0], kind="stable")]
+        numbers, starts, counts = np.unique(table[:, 0], return_index=True, return_counts=True)
+        known = [self.requests.get(number) for number in numbers.tolist()]
+        lengths = np.array([0 if request is None else len(request.chosen) for request in known])
+        is_next = table[:, 1] == np.arange(len(table)) + np.repeat(lengths - starts, counts)
+        tokens = memoryview(table[:, 2].astype(np.int32).tobytes())
+        for request, start, count in zip(known, starts.tolist(), counts.tolist(), strict=True):
+            if request is None:
+                continue
+            if is_next[start : start + count].all():
+                request.chosen.frombytes(tokens[4 * start : 4 * (start + count)])
+                continue
+            for _, place, token in table[start : start + count].tolist():
                 request.set_token(place, token)
 
     def _set_slots(self, slots: Iterable[Any]) -> None:
@@ -276,16 +274,16 @@ class Journal:
 
     Attributes
     ----------
-    state : State
-        What it says now.
     is_written : bool
         Whether anything readable was there.
     capacity : int
         Bytes of a snapshot, at most.
     placements : int
         Bytes of that for what is no request's (`Sizes`).
-    pending : list
-        Tokens and ends that are to be written with the next record, in order (`Noted`). Appending needs no lock.
+    pending, ends : list
+        Tokens that are to be written with the next record (each as its request's number, its place, and itself: three
+        members of the list), and ends of requests (number, place, token or None, reason). Who extends them needs no
+        lock.
     snapshots : int
         How many were written.
     """
@@ -302,9 +300,14 @@ class Journal:
         self._where = 1, 0, 0, 0
         """The half, where its next record goes, the number of the last one, and where no record goes any more: one
         attribute, so that no interrupt finds one of them new and another old."""
-        self.state = State()
+        self._state = State()
+        self._unapplied: list[array[int] | tuple[Any, ...]] = []
+        """Changes that are written, and are not in `_state`: tokens as they are written, and others."""
+        self._room: dict[int, int] = {}
+        """Bytes that each request was promised."""
         self.is_written = False
-        self.pending: list[Noted] = []
+        self.pending: list[int] = []
+        self.ends: list[tuple[int, int, int | None, str]] = []
         self.snapshots = self._promised = 0
         try:
             self._read()
@@ -340,7 +343,7 @@ class Journal:
             logger.error("the journal of the process before this one cannot be read; its sequences are lost")
             return
         self._where = half, at, number, at
-        self.state, self.is_written = state, True
+        self._state, self.is_written = state, True
 
     def _record_at(self, at: int, end: int, before: int | None) -> tuple[int, bytes, int] | None:
         if at + _HEAD.size > end:
@@ -354,19 +357,27 @@ class Journal:
             return None
         return number, payload, start + length
 
+    @property
+    def state(self) -> State:
+        """What it says now."""
+        with self._lock:
+            self._apply()
+            return self._state
+
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def begin(self, state: State) -> None:
         """What was read is taken over, or given up: from now on this is the state. Raises ConfigError where it does not
         fit."""
         with self._lock:
-            promised = sum(each.most_bytes for each in state.requests.values())
+            room = {number: each.most_bytes for number, each in state.requests.items()}
+            promised = sum(room.values())
             if promised + self.placements > self.capacity:
                 raise ConfigError(
                     f"the process before this one left requests of {promised:,} bytes, and this one's journal has room "
                     f"for {self.capacity - self.placements:,}; start it with the max_seqs and max_seq_len of before"
                 )
-            self.state, self._promised = state, promised
+            self._state, self._unapplied, self._room, self._promised = state, [], room, promised
             store_word(self._words, KIND, FORMAT)
             self._snapshot()
 
@@ -382,7 +393,7 @@ class Journal:
             )
         if self._promised + most > room:
             raise EngineOverloaded(
-                f"the journal has room for requests of {room:,} bytes; {len(self.state.requests):,} are known, which "
+                f"the journal has room for requests of {room:,} bytes; {len(self._room):,} are known, which "
                 f"may come to {self._promised:,}, and this one to {most:,}: submit it again when some have ended, or "
                 "ask for fewer tokens"
             )
@@ -393,16 +404,17 @@ class Journal:
             self.check_room(request)
             self._flush()
             self._change("add", number, request.packed())
+            self._room[number] = request.most_bytes
             self._promised += request.most_bytes
 
     def forget(self, numbers: Iterable[int]) -> None:
         """Nobody wants these requests any more, nor their tokens."""
         with self._lock:
             self._flush()
-            known = {number: self.state.requests[number] for number in numbers if number in self.state.requests}
+            known = [number for number in numbers if number in self._room]
             if known:
-                self._change("forget", list(known))
-                self._promised -= sum(each.most_bytes for each in known.values())
+                self._change("forget", known)
+                self._promised -= sum(self._room.pop(number) for number in known)
 
     def note_slots(self, slots: Sequence[Any]) -> None:
         """What lies in slots changed (`State._set_slots`), after what is pending: who has ended is noted so before its
@@ -413,38 +425,43 @@ class Journal:
 
     def flush(self) -> None:
         """Write what is pending."""
-        if self.pending:
+        if self.pending or self.ends:
             with self._lock:
                 self._flush()
 
     def _flush(self) -> None:
-        # A copy, and deleted once it is written: where this is interrupted, it is done again, and to the same effect.
-        events = self.pending[:]
-        if not events:
-            return
-        requests, flat, ends = self.state.requests, array("q"), []
-        for event in events:
-            number = event.request
-            if number not in requests:
-                continue
-            place, token = event.index, event.token
-            if event.finish_reason is not None or token is None:
-                ends.append((number, place, token, event.finish_reason))
-                continue
-            requests[number].set_token(place, token)
-            flat.extend((number, place, token))
-        if flat:
+        # Copies, and deleted once they are written: where this is interrupted, it is done again, to the same effect.
+        if flat := array("q", self.pending):
+            self._unapplied.append(flat)
             self._write(b"\x01" + flat.tobytes())
-        if ends:
+            del self.pending[: len(flat)]
+            if len(self._unapplied) >= APPLIED_AT:
+                self._apply()
+        if ends := self.ends[:]:
             self._change("ends", ends)
-        del self.pending[: len(events)]
+            del self.ends[: len(ends)]
 
     def _change(self, *change: Any) -> None:
-        self.state.apply(change)
+        self._unapplied.append(change)
         self._write(_encode(change))
 
+    def _apply(self) -> None:
+        """Have `_state` say what is written."""
+        tokens = array("q")
+        for change in self._unapplied:
+            if isinstance(change, array):
+                tokens += change
+                continue
+            if tokens:
+                self._state.set_tokens(tokens)
+                tokens = array("q")
+            self._state.apply(change)
+        if tokens:
+            self._state.set_tokens(tokens)
+        self._unapplied = []
+
     def _write(self, payload: bytes) -> None:
-        """The record of a change that `state` has already."""
+        """The record of a change that is applied, or to be."""
         half, at, number, limit = self._where
         end = at + _HEAD.size + len(payload)
         if end > limit:
@@ -458,7 +475,8 @@ class Journal:
 
     def _snapshot(self) -> None:
         """Write everything to the other half, and have that hold."""
-        payload = _encode(self.state.whole())
+        self._apply()
+        payload = _encode(self._state.whole())
         if len(payload) > self.capacity:
             raise InvariantViolation(
                 f"what a journal says takes {len(payload):,} bytes, and was promised no more than {self.capacity:,}"

@@ -80,9 +80,13 @@ class Client:
                 raise BrokerLost(f"the broker at {self.path} has ended; what it lent stays, and it lends nothing more")
             try:
                 # Who was hung up on finds what the broker had to say all the same.
-                with suppress(BrokenPipeError):
+                with suppress(BrokenPipeError, ConnectionResetError):
                     self._socket.send(say.encode(request), socket.MSG_NOSIGNAL)
-                packet, descriptors = say.receive(self._socket)
+                try:
+                    packet, descriptors = say.receive(self._socket)
+                except ConnectionResetError:
+                    # Said once, where the broker did not read what was asked; its answer lies behind that.
+                    packet, descriptors = say.receive(self._socket)
                 if packet:
                     return say.decode_answer(packet), descriptors
                 why = "it hung up"
