@@ -613,7 +613,7 @@ def test_engines_that_are_killed_lose_no_token_and_give_none_twice(
     assert main([*arguments, "--output-json", str(path)]) == 0
     summary = json.loads(path.read_text())["summary"]
     assert summary["kills"] == 8
-    for name in ("sequences_lost", "tokens_differing", "tokens_twice", "prefilled_again"):
+    for name in ("sequences_lost", "tokens_differing", "tokens_twice", "prefilled_again", "bytes_left"):
         assert summary[name] == 0
     assert sum(summary["kills_at"].values()) == 8
     assert summary["kills_at"]["a store"] + summary["kills_at"]["a switch"] > 0

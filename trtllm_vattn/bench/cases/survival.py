@@ -52,6 +52,7 @@ from trtllm_vattn.tenancy import journal
 from trtllm_vattn.tenancy.broker import Broker, open_exportable
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.tenancy.placements import Placements
+from trtllm_vattn.tenancy.tenant import Client
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
 
@@ -96,10 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; 1 where a sequence was lost, a token was another, or came twice."""
+    """Run the benchmark; 1 where a sequence was lost, a token was another, or came twice, or memory was left lent."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, broker_process(args, Path(folder) / "broker") as path:
         counts, lives = survive(args, path)
+        with Client(path) as client:
+            left = client.standing().lent
     costs = journal_costs(args) if args.journal_steps else {}
     places = Counter(each["place"] for each in lives if each["killed"])
     summary = {
@@ -109,13 +112,14 @@ def run(args: argparse.Namespace) -> int:
         "tokens_differing": counts["differing"],
         "tokens_twice": counts["twice"],
         "prefilled_again": counts["again"],
+        "bytes_left": left,
         "sequences": counts["sequences"],
         "tokens": counts["tokens"],
         "next_token_s": summarise([each["next_token_s"] for each in lives if "next_token_s" in each]),
         **costs,
         "seconds": time.perf_counter() - started,
     }
-    names = ("sequences_lost", "tokens_differing", "tokens_twice", "prefilled_again")
+    names = ("sequences_lost", "tokens_differing", "tokens_twice", "prefilled_again", "bytes_left")
     wrong = [f"{name}: {summary[name]}" for name in names if summary[name]]
     return conclude("survival", args, {"lives": lives}, summary, wrong=wrong)
 
