@@ -247,6 +247,16 @@ def test_noise_on_the_socket_is_answered_and_hung_up_on(broker: Broker) -> None:
     until(lambda: len(os.listdir("/proc/self/fd")) == before)
 
 
+def test_who_says_noise_and_is_gone_ends_nobody_else(broker: Broker) -> None:
+    rng = random.Random(8)
+    with Tenant(config(broker, "one")) as tenant:
+        for _ in range(40):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
+                raw.connect(str(broker.path))
+                raw.send(rng.randbytes(30))
+        assert tenant.standing().tenants[0].name == "one"
+
+
 def test_who_does_not_read_its_answers_is_hung_up_on(broker: Broker) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
         raw.connect(str(broker.path))

@@ -510,10 +510,12 @@ class Broker:
         self._publish()
 
     def _hang_up(self, connection: Connection) -> None:
-        """A connection has ended. What a tenant holds counts as lent until its process has ended, too."""
+        """A connection has ended. What a tenant holds counts as lent until its process has ended, too. Idempotent."""
+        if connection not in self._connections:
+            return
+        del self._connections[connection]
         self._selector.unregister(connection.socket)
         connection.socket.close()
-        self._connections.pop(connection, None)
         tenant, connection.tenant = connection.tenant, None
         if tenant is None:
             return
