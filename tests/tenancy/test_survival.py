@@ -517,6 +517,33 @@ def test_what_cannot_outlive_a_process_is_refused(tmp_path: Path) -> None:
                 )
 
 
+def test_an_engine_takes_no_request_that_its_journal_could_not_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "QUEUE", 0)
+    with lending(tmp_path / "broker", 1 << 20) as broker:
+        config = TenantConfig(str(broker.path), "one", keep_s=60)
+        with monkeypatch.context() as small:
+            small.setattr(journal, "MOST", 1 << 12)
+            with pytest.raises(
+                ConfigError, match="max_seqs is 2 and max_seq_len 64: a journal of all that may run takes"
+            ):
+                Engine.from_pretrained("tiny-llama", broker=config, prefix_cache=False, **SIZES)
+        params = SamplingParams(max_tokens=3, ignore_eos=True)
+        with Engine.from_pretrained("tiny-llama", broker=config, prefix_cache=False, **SIZES) as engine:
+            taken: list[int] = []
+            with suppress(EngineOverloaded):
+                for number in range(1000):
+                    taken.append(engine.submit([1, 2, 3], params))
+            assert 4 <= number < 1000
+            assert len(engine.scheduler.requests) == len(taken) == number
+            while engine.busy:
+                engine.step()
+            engine.step()
+            # Others have ended, and were delivered.
+            assert engine.submit([1, 2, 3], params) > taken[-1]
+
+
 def test_what_was_aborted_stays_so_and_no_number_comes_again(tmp_path: Path) -> None:
     with lending(tmp_path / "broker", 1 << 20) as broker:
         config = TenantConfig(str(broker.path), "one", keep_s=60)

@@ -773,6 +773,9 @@ class Engine:
             Something is of the wrong type or out of its range; nothing is queued.
         SequenceTooLong
             It can never fit the slot or the budget; nothing is queued.
+        EngineOverloaded
+            Requests outlive the process (`TenantConfig.keep_s`), and the journal has no room for one more now; nothing is
+            queued.
         """
         self._check_open()
         if not self.busy:  # it costs as much as there are weights

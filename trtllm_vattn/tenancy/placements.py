@@ -19,8 +19,18 @@ class Placement(NamedTuple):
     is_new: bool
 
 
+class _Noted:
+    """What is noted of a range group of a slot."""
+
+    __slots__ = ("lower", "stripes")
+
+    def __init__(self) -> None:
+        self.lower = 0
+        self.stripes: list[Stripe] = []
+
+
 class Placements:
-    """Notes what slots hold, and remembers what of it is noted.
+    """Notes what slots hold, and remembers what of it is noted. By one thread at a time, which nothing interrupts.
 
     Parameters
     ----------
@@ -30,47 +40,46 @@ class Placements:
 
     def __init__(self, journal: Journal, lease_of: Callable[[int], int]) -> None:
         self._journal, self._lease_of = journal, lease_of
-        self._noted: dict[int, tuple[int, list[tuple[int, list[Stripe]]]]] = {}
-        """By slot: the sequence, and of each range group the first byte and the stripes."""
+        self._noted: dict[int, tuple[int, list[_Noted]]] = {}
+        """The sequence of each slot, and its range groups."""
 
     def note(self, placements: Iterable[Placement]) -> None:
         """Note what of these slots is not noted so."""
         records: list[Any] = []
-        now = dict(self._noted)
         for slot, owner, groups, is_new in placements:
-            noted = now.get(slot)
-            if owner is None:
-                if noted is not None:
-                    records.append((slot, None, [], False))
-                    del now[slot]
-                continue
+            noted = self._noted.get(slot)
             if noted is not None and noted[0] != owner:
                 # Its stripes may be another sequence's by now: nothing of them is taken for this one's.
                 records.append((slot, None, [], False))
+                del self._noted[slot]
                 noted = None
-            before = noted[1] if noted is not None else [(-1, [])] * len(groups)
-            changes = [self._change(old, group) for (_, old), group in zip(before, groups, strict=True)]
-            if is_new or any(
-                lower != group.lower or front or added or keep < len(old)
-                for (lower, old), group, (_, front, keep, added) in zip(before, groups, changes, strict=True)
-            ):
-                records.append((slot, owner, changes, is_new))
-                now[slot] = owner, [(group.lower, list(group.stripes)) for group in groups]
+            if owner is None:
+                continue
+            if is_first := noted is None:
+                noted = self._noted[slot] = owner, [_Noted() for _ in groups]
+            changes = [self._update(old, group) for old, group in zip(noted[1], groups, strict=True)]
+            if is_first or is_new or any(is_changed for is_changed, _ in changes):
+                records.append((slot, owner, [change for _, change in changes], is_new))
         if records:
             self._journal.note_slots(records)
-            self._noted = now
 
-    def _change(self, old: list[Stripe], group: RangeGroup) -> tuple[int, int, int, list[tuple[int, list[int]]]]:
-        """The group's first byte, how many stripes went in front, how many behind those stayed, and what follows."""
-        new, front = group.stripes, 0
-        if old and new and old[0] is not new[0]:
-            front = next((place for place, stripe in enumerate(old) if stripe is new[0]), len(old))
-        rest = old[front:]
-        most = min(len(rest), len(new))
-        keep = most
-        # A list knows its own members without a look inside.
-        if rest[:most] != new[:most]:
-            keep = next(place for place, (one, other) in enumerate(zip(rest, new, strict=False)) if one != other)
-        lease_of = self._lease_of
-        added = [(stripe[0].size, [lease_of(part.extent.handle) for part in stripe]) for stripe in new[keep:]]
-        return group.lower, front, keep, added
+    def _update(self, old: _Noted, group: RangeGroup) -> tuple[bool, tuple[int, int, int, list[Any]]]:
+        """Whether a group changed; and its first byte, how many stripes went in front, how many behind those stayed,
+        and what follows."""
+        before, now, front = old.stripes, group.stripes, 0
+        keep = len(before)
+        # Lists are compared by their members' identity first: a stripe that changes is another list.
+        if now[:keep] != before:
+            if now and before[0] is not now[0]:
+                front = next((place for place, stripe in enumerate(before) if stripe is now[0]), keep)
+            pairs = zip(before[front:], now, strict=False)
+            keep = next(
+                (place for place, (one, other) in enumerate(pairs) if one is not other), min(keep - front, len(now))
+            )
+            old.stripes = before[front : front + keep]
+        added, lease_of = now[keep:], self._lease_of
+        is_changed = bool(added) or len(old.stripes) != len(before) or old.lower != group.lower
+        old.lower = group.lower
+        old.stripes += added
+        leases = [(stripe[0].size, [lease_of(part.extent.handle) for part in stripe]) for stripe in added]
+        return is_changed, (group.lower, front, keep, leases)
