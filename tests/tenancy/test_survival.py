@@ -526,17 +526,17 @@ def test_an_engine_takes_no_request_that_its_journal_could_not_hold(
         with monkeypatch.context() as small:
             small.setattr(journal, "MOST", 1 << 12)
             with pytest.raises(
-                ConfigError, match="max_seqs is 2 and max_seq_len 64: a journal of all that may run takes"
+                ConfigError, match="max_seqs is 2 and max_seq_len 64: a journal"
             ):
                 Engine.from_pretrained("tiny-llama", broker=config, prefix_cache=False, **SIZES)
         params = SamplingParams(max_tokens=3, ignore_eos=True)
         with Engine.from_pretrained("tiny-llama", broker=config, prefix_cache=False, **SIZES) as engine:
             taken: list[int] = []
             with suppress(EngineOverloaded):
-                for number in range(1000):
+                while len(taken) < 1000:
                     taken.append(engine.submit([1, 2, 3], params))
-            assert 4 <= number < 1000
-            assert len(engine.scheduler.requests) == len(taken) == number
+            assert 4 <= len(taken) < 1000
+            assert len(engine.scheduler.requests) == len(taken)
             while engine.busy:
                 engine.step()
             engine.step()

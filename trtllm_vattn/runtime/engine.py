@@ -774,8 +774,8 @@ class Engine:
         SequenceTooLong
             It can never fit the slot or the budget; nothing is queued.
         EngineOverloaded
-            Requests outlive the process (`TenantConfig.keep_s`), and the journal has no room for one more now; nothing is
-            queued.
+            Requests outlive the process (`TenantConfig.keep_s`), and the journal has no room for one more now; nothing
+            is queued.
         """
         self._check_open()
         if not self.busy:  # it costs as much as there are weights
