@@ -32,7 +32,7 @@ from trtllm_vattn.tenancy.broker import Broker
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.tenancy.journal import Journal, KeptRequest, KeptSlot, Sizes, State
 from trtllm_vattn.tenancy.page import sealed_memory
-from trtllm_vattn.tenancy.placements import Placement, Placements
+from trtllm_vattn.tenancy.placements import Placements
 from trtllm_vattn.tenancy.tenant import Client, Tenant
 
 
@@ -286,7 +286,7 @@ def test_what_is_noted_of_a_slot_is_what_lies_there_however_it_changed(memory: i
                     stripes[rng.randrange(len(stripes)) :] = [handles.stripe()]
             if turn % 50 == 49:
                 owner += 1
-            placements.note([Placement(3, owner, groups, turn % 50 == 49)])
+            placements.note([(3, owner, groups, turn % 50 == 49)])
             with closing(Journal(memory)) as found:
                 kept = found.state.slots[3]
                 assert kept.owner == owner
@@ -294,13 +294,13 @@ def test_what_is_noted_of_a_slot_is_what_lies_there_however_it_changed(memory: i
                 lying = [[(4096, [part.extent.handle for part in each]) for each in group.stripes] for group in groups]
                 assert [stripes for _, stripes in kept.groups] == lying
         before = len(sizes)
-        placements.note([Placement(3, owner, groups, False)])
+        placements.note([(3, owner, groups, False)])
         assert len(sizes) == before
         # Who grew is noted by what it grew by.
         groups[0].stripes += [handles.stripe()]
-        placements.note([Placement(3, owner, groups, False)])
+        placements.note([(3, owner, groups, False)])
         assert sizes[-1] < 100
-        placements.note([Placement(3, None, groups, False)])
+        placements.note([(3, None, groups, False)])
         assert written.state.slots == {}
 
 
@@ -525,9 +525,7 @@ def test_an_engine_takes_no_request_that_its_journal_could_not_hold(
         config = TenantConfig(str(broker.path), "one", keep_s=60)
         with monkeypatch.context() as small:
             small.setattr(journal, "MOST", 1 << 12)
-            with pytest.raises(
-                ConfigError, match="max_seqs is 2 and max_seq_len 64: a journal"
-            ):
+            with pytest.raises(ConfigError, match="max_seqs is 2 and max_seq_len 64: a journal"):
                 Engine.from_pretrained("tiny-llama", broker=config, prefix_cache=False, **SIZES)
         params = SamplingParams(max_tokens=3, ignore_eos=True)
         with Engine.from_pretrained("tiny-llama", broker=config, prefix_cache=False, **SIZES) as engine:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from trtllm_vattn.memory.slot import RangeGroup, Stripe
 from trtllm_vattn.tenancy.journal import Journal
 
-
-class Placement(NamedTuple):
-    """A slot, the sequence that runs in it, or None, its range groups, and whether the sequence came there since its
-    last note."""
-
-    slot: int
-    owner: int | None
-    groups: Sequence[RangeGroup]
-    is_new: bool
+Placement = tuple[int, int | None, Sequence[RangeGroup], bool]
+"""A slot, the sequence that runs in it, or None, its range groups, and whether the sequence came there since its last
+note."""
 
 
 class _Noted:
