@@ -158,6 +158,8 @@ class Broker:
         self._socket = _listen(path, bool(allow))
         self._selector.register(self._socket, selectors.EVENT_READ, self._accept)
         self._accepts_again: float | None = None
+        self._is_short = False
+        """Whether the last connection was not accepted for want of descriptors."""
         self._closed = False
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -204,11 +206,14 @@ class Broker:
             connection, _ = self._socket.accept()
         except OSError as error:
             # The other side has gone already, or there are no descriptors: it waits, and the loop does not spin on it.
-            logger.warning("a connection was not accepted: %s", error.strerror)
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                if not self._is_short:
+                    logger.warning("connections wait: %s", error.strerror)
+                self._is_short = True
                 self._selector.unregister(self._socket)
                 self._accepts_again = self.clock() + LOOK_AGAIN_S
             return
+        self._is_short = False
         connection.setblocking(False)
         pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         made = Connection(connection, pid, uid)
@@ -381,7 +386,7 @@ class Broker:
         is_same = tenant.kept_until is None and tenant.account.is_lost and tenant.pid == connection.pid
         if is_same and tenant.outlives and hello.keep_s and tenant.uid == connection.uid:
             return tenant
-        if tenant.kept_until is None and select.select([tenant.process], [], [], 0)[0]:
+        if tenant.kept_until is None and _has_ended(tenant.process):
             # It has ended a moment ago, and its turn has not come.
             self._end_process(tenant)
             tenant = self.tenants.get(hello.name)
@@ -437,11 +442,12 @@ class Broker:
 
     def _release(self, handle: int) -> None:
         again = [self._stuck.popleft() for _ in range(min(MOST_RETRIES, len(self._stuck)))]
-        for each in (*again, handle):
+        for each in (handle, *again):
             try:
                 self.driver.release(each)
             except DriverError as error:
-                logger.warning("a handle is not released, and tried again: %s", error)
+                if each == handle:
+                    logger.warning("a handle is not released, and tried again: %s", error)
                 self._stuck.append(each)
 
     def _hear(self, tenant: Tenancy) -> None:
@@ -626,6 +632,13 @@ class Broker:
         self._socket.close()
         self.path.unlink(missing_ok=True)
         self._selector.close()
+
+
+def _has_ended(process: int) -> bool:
+    """Whether the process of a pidfd has, whatever its number: `select.select` takes none beyond 1,023."""
+    ended = select.poll()
+    ended.register(process, select.POLLIN)
+    return bool(ended.poll(0))
 
 
 def _leases_after(tenant: Tenancy, number: int) -> list[tuple[int, int]]:
