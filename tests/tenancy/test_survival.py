@@ -588,6 +588,32 @@ def test_what_a_request_asks_for_beside_tokens_is_taken_over(tmp_path: Path) -> 
             assert [event.token for event in engine.run()] == wanted.tokens[2:]
 
 
+def test_an_engine_that_sleeps_when_it_is_killed_loses_no_request(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"prefix_cache": False, **SIZES}
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    with Engine.from_pretrained("tiny-llama", **options) as alone:
+        (wanted,) = alone.generate([[1, 2, 3]], params)
+    with lending(tmp_path / "broker", 1 << 20) as broker:
+        config = TenantConfig(str(broker.path), "one", keep_s=60)
+        pid = os.fork()
+        if not pid:
+            engine = Engine.from_pretrained("tiny-llama", broker=config, **options)
+            number = engine.submit([1, 2, 3], params)
+            for _ in range(4):
+                engine.step()
+            engine.sleep(kv="drop")
+            os._exit(len(engine.scheduler.requests[number].chosen) == 0)
+        assert os.waitpid(pid, 0)[1] == 0
+        with Client(broker.path) as client:
+            (kept,) = client.standing().tenants
+            assert (kept.state, kept.leases) == ("kept", 0)
+        with Engine.from_pretrained("tiny-llama", broker=config, **options) as engine:
+            before = engine.survivors()[0]
+            assert before == wanted.tokens[: len(before)] != []
+            assert engine.prefilled_again == 1
+            assert [event.token for event in engine.run()] == wanted.tokens[len(before) :]
+
+
 def test_a_sequence_whose_leases_are_gone_is_computed_anew(tmp_path: Path) -> None:
     with lending(tmp_path / "broker", 1 << 20) as broker:
         there = KeptSlot(0, [(0, [(4096, [999])])])

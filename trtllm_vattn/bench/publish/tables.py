@@ -289,6 +289,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "xqa": (("xqa.json",), figures),
     "faults": (("faults.json",), figures),
     "tenancy": (("tenancy.json",), figures),
+    "visits": (("visits.json",), figures),
     "survival": (("survival.json",), figures),
     "fragmentation": (("fragmentation.json",), fragmentation),
     "plan-memory": (("plan.json",), planned_memory),
