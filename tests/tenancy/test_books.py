@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
 from trtllm_vattn.tenancy import books as of_books
 from trtllm_vattn.tenancy.books import Books, Limits
-from trtllm_vattn.tenancy.shares import Claim, divide
+from trtllm_vattn.tenancy.shares import Claim, divide, level
 
 MEMORY = 64
 NAMES = st.sampled_from("abcd")
@@ -44,6 +44,22 @@ def test_shares_hold_what_they_promise(asked: dict[str, Claim]) -> None:
             if theirs.priority <= claim.priority and shares[name] < min(claim.ceiling, wanted):
                 kept = max(min(theirs.floor, max(theirs.wants, theirs.needs)), theirs.needs, theirs.wants)
                 assert shares[other] <= kept
+
+
+@given(
+    st.integers(-20, 120),
+    st.dictionaries(NAMES, st.tuples(SIZES, SIZES).map(lambda pair: (min(pair), max(pair))), min_size=1),
+)
+@settings(max_examples=100)
+def test_those_with_least_rise_first_to_one_level(room: int, asked: dict[str, tuple[int, int]]) -> None:
+    shares = level(room, asked)
+    given_ = sum(shares[name] - least for name, (least, _) in asked.items())
+    assert given_ == min(max(0, room), sum(most - least for least, most in asked.values()))
+    risen = max((shares[name] for name, (least, _) in asked.items() if shares[name] > least), default=0)
+    for name, (least, most) in asked.items():
+        assert least <= shares[name] <= most
+        # Who did not get all has as much as who rose, but for one that cannot be divided.
+        assert shares[name] == most or shares[name] >= risen - 1
 
 
 def test_equals_share_equally_and_priority_goes_first() -> None:

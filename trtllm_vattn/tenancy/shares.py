@@ -63,7 +63,9 @@ def divide(memory: int, claims: Mapping[str, Claim]) -> dict[str, int]:
 
 
 def level(room: int, asked: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Raise each from what it has towards what it asks for, by `room` in all, those with least first."""
+    """Raise each from what it has towards what it asks for, by `room` in all, those with least first. Less than no
+    room, as where a lost tenant has what others were promised, is none."""
+    room = max(0, room)
     if sum(most - least for least, most in asked.values()) <= room:
         return {name: most for name, (_, most) in asked.items()}
     # The level to which the room suffices: between two of these edges as many rise with it.
