@@ -218,7 +218,8 @@ def live(
                 raise VattnError(event.error)
         os.write(pipe, b"".join(EVENT.pack(event.request, event.index, event.token or 0) for event in events))
         running = [slot for slot in range(engine.cache.shape.num_slots) if engine.cache.sequence_at(slot) is not None]
-        if running and rng.random() < 0.5 and not engine.pipeline.running:
+        if running and rng.random() < 0.5:
+            # It waits for what is under way, which is nearly always something.
             with fate.replacing():
                 engine.cache.replace(engine.cache.sequence_at(rng.choice(running)))
     # What was handed over is forgotten.
