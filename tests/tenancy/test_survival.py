@@ -668,6 +668,7 @@ def test_engines_that_are_killed_lose_no_token_and_give_none_twice(
         assert summary[name] == 0
     assert sum(summary["kills_at"].values()) == 8
     assert summary["kills_at"]["a store"] + summary["kills_at"]["a switch"] > 0
+    assert summary["mappings_replaced"] > 0
     for sequences in (1, 3):
         assert 0 < summary[f"journal_us_per_step_{sequences}"] < summary[f"step_us_{sequences}"]
         assert summary[f"journal_cpu_us_per_step_{sequences}"] > 0

@@ -57,9 +57,9 @@ from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
 
 EVENT = struct.Struct("<iii")
-BEGAN, ENDED, HERE = -1, -2, -3
+BEGAN, ENDED, HERE, REPLACED = -1, -2, -3, -4
 """In place of a request's number: an engine has begun (its requests, and how many are prefilled again); all requests
-have ended; the engine ends itself here."""
+have ended; the engine ends itself here; so many mappings were replaced under a sequence."""
 COST = struct.Struct("<ddd")
 """Seconds of a step, of its journal's, and of all threads' processor time for that."""
 NOTED = 2000
@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         "tokens_twice": counts["twice"],
         "prefilled_again": counts["again"],
         "bytes_left": left,
+        "mappings_replaced": sum(each["replaced"] for each in lives),
         "sequences": counts["sequences"],
         "tokens": counts["tokens"],
         "next_token_s": summarise([each["next_token_s"] for each in lives if "next_token_s" in each]),
@@ -221,7 +222,8 @@ def live(
         if running and rng.random() < 0.5:
             # It waits for what is under way, which is nearly always something.
             with fate.replacing():
-                engine.cache.replace(engine.cache.sequence_at(rng.choice(running)))
+                replaced = engine.cache.replace(engine.cache.sequence_at(rng.choice(running)))
+            os.write(pipe, EVENT.pack(REPLACED, replaced, 0))
     # What was handed over is forgotten.
     engine.step()
     os.write(pipe, EVENT.pack(ENDED, 0, 0))
@@ -318,7 +320,14 @@ def watch(
 ) -> dict[str, Any]:
     """Take an engine's tokens until it has ended, by itself or at a `place`; end it so long after it gave so many. What
     became of it."""
-    found: dict[str, Any] = {"tokens": 0, "killed": False, "ended": False, "again": 0, "place": PLACES[0]}
+    found: dict[str, Any] = {
+        "tokens": 0,
+        "killed": False,
+        "ended": False,
+        "again": 0,
+        "place": PLACES[0],
+        "replaced": 0,
+    }
     left, began = b"", time.monotonic()
     due = None
     while True:
@@ -346,6 +355,8 @@ def watch(
                 found["ended"] = True
             elif number == HERE:
                 found["here"] = True
+            elif number == REPLACED:
+                found["replaced"] += index
             elif number >= 0:
                 found.setdefault("next_token_s", time.monotonic() - began)
                 found["tokens"] += 1
