@@ -97,13 +97,14 @@ class Recording:
                     self.sum_up(**found)
                 self._left.remove(name)
             except Exception as error:
-                if isinstance(error, ConfigError):
-                    refused = refused or error
-                elif not isinstance(error, VattnError):
-                    traceback.print_exc()
                 failed[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
                 self.wrong.append(f"{name} failed: {failed[name]}")
-                self.say(self.wrong[-1])
+                if isinstance(error, ConfigError) and refused is None:
+                    refused = error  # which says it behind the last part
+                else:
+                    self.say(self.wrong[-1])
+                if not isinstance(error, VattnError):
+                    traceback.print_exc()
             seconds[name] = round(perf_counter() - started, 2)
             self.say(f"{name} ends, {seconds[name]:.1f} s")
             self._write()
