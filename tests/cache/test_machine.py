@@ -478,7 +478,7 @@ class CacheMachine(RuleBasedStateMachine):
                 lambda: self.cache.admit(new, 40, prefix=(self.cache.slot_of(sequence), self.model[sequence])),
             ]
         self.count += 1
-        with contextlib.suppress(KVCacheOutOfMemory, NoFreeSlot, SequenceTooLong, ConfigError):
+        with contextlib.suppress(KVCacheOutOfMemory, NoFreeSlot, SequenceTooLong, ConfigError, HostMemoryFull):
             interrupt_at(at, data.draw(st.sampled_from(calls)))
         if then_reset:
             self.reset()
