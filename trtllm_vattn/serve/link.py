@@ -107,6 +107,9 @@ class EngineEnd:
             self._take(key, what)
 
     def _take(self, key: int, what: tuple[TokenIds, SamplingParams, int]) -> None:
+        if self.has_ended:
+            # Of many that wait for their grammars nobody waits for any.
+            return
         prompt, params, priority = what
         try:
             if params.has_grammar:

@@ -209,13 +209,17 @@ def run_server(
         return
     engine = RemoteEngine(connection, tokenizer)
     server = uvicorn.Server(configuration(engine, settings, max_model_len, drain_s))
-    engine.on_end = lambda: setattr(server, "should_exit", True)
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    engine.on_end = end
+    # For signals that come before uvicorn has handlers of its own; behind them it raises again the one that ended it.
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
     # As in the other process: what is there stays, and no collection looks at it again while tokens wait.
     gc.collect()
     gc.freeze()
-    # uvicorn raises the signal again that ended it, with the handler that there was before.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
     server.run([listening])
     if not server.started:
         raise SystemExit(STARTUP_FAILED)
