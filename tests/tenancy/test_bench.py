@@ -11,6 +11,7 @@ from trtllm_vattn.cli.main import main
 def test_the_benchmark_runs_small_and_finds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "tenancy.json"
     sizes = ["--handovers", "60", "--kills", "1", "--messages", "200", "--seconds", "0.1", "--prompts", "1"]
+    sizes += ["--visits", "16"]
     tokens = ["--prompt-tokens", "20", "--output-tokens", "2", "--memory", "256KiB"]
     assert main(["bench", "tenancy", "--device", "cpu", *sizes, *tokens, "--output-json", str(path)]) == 0
     summary = json.loads(path.read_text())["summary"]
@@ -19,6 +20,8 @@ def test_the_benchmark_runs_small_and_finds_nothing(tmp_path: Path, capsys: pyte
     assert summary["messages"] >= 200
     for name in ("foreign_bytes_seen", "ceilings_passed", "lost_by_others", "leases_moved_by_messages"):
         assert summary[name] == 0
+    assert (summary["visits"], summary["visits_descriptors"]) == (16, 0)
+    assert summary["visits_resident_bytes"] < 4 << 20
     assert summary["p99_over_alone"] > 0
     assert summary["ttft_static_over_ours"] > 0
     assert "shared" in capsys.readouterr().out

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
+from trtllm_vattn.tenancy import books as of_books
 from trtllm_vattn.tenancy.books import Books, Limits
-from trtllm_vattn.tenancy.shares import Claim, divide
+from trtllm_vattn.tenancy.shares import Claim, divide, level
 
 MEMORY = 64
 NAMES = st.sampled_from("abcd")
@@ -43,6 +44,22 @@ def test_shares_hold_what_they_promise(asked: dict[str, Claim]) -> None:
             if theirs.priority <= claim.priority and shares[name] < min(claim.ceiling, wanted):
                 kept = max(min(theirs.floor, max(theirs.wants, theirs.needs)), theirs.needs, theirs.wants)
                 assert shares[other] <= kept
+
+
+@given(
+    st.integers(-20, 120),
+    st.dictionaries(NAMES, st.tuples(SIZES, SIZES).map(lambda pair: (min(pair), max(pair))), min_size=1),
+)
+@settings(max_examples=100)
+def test_those_with_least_rise_first_to_one_level(room: int, asked: dict[str, tuple[int, int]]) -> None:
+    shares = level(room, asked)
+    given_ = sum(shares[name] - least for name, (least, _) in asked.items())
+    assert given_ == min(max(0, room), sum(most - least for least, most in asked.values()))
+    risen = max((shares[name] for name, (least, _) in asked.items() if shares[name] > least), default=0)
+    for name, (least, most) in asked.items():
+        assert least <= shares[name] <= most
+        # Who did not get all has as much as who rose, but for one that cannot be divided.
+        assert shares[name] == most or shares[name] >= risen - 1
 
 
 def test_equals_share_equally_and_priority_goes_first() -> None:
@@ -207,3 +224,52 @@ def test_what_a_lost_tenant_had_is_lent_until_its_process_has_ended() -> None:
     assert (books.lent, there.budget) == (40, 24)
     books.leave("gone", 0.0)
     assert (books.lent, there.budget) == (0, 64)
+
+
+def test_what_is_owed_again_and_again_is_one_debt() -> None:
+    books = Books(64, deadline_s=1.0)
+    rich = books.join("rich", Limits(), 0.0)
+    for _ in range(4):
+        books.lend("rich", 16, 0.0)
+    # It hangs, while what others want of it goes up and down.
+    for now in range(100):
+        books.set_limits("rich", Limits(ceiling=(32, 16, 48)[now % 3]), float(now))
+    assert len(rich.debts) <= 2
+    assert rich.is_overdue(1.5)
+
+
+def test_limits_are_kept_for_the_names_that_were_set_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_books, "MOST_LIMITS", 3)
+    books = Books(64, deadline_s=1.0)
+    books.join("there", Limits(), 0.0)
+    for name in ("there", "a", "b", "a", "c", "d"):
+        books.set_limits(name, Limits(floor=1, priority=3), 0.0)
+    kept = {name for name in ("there", "a", "b", "c", "d") if books.limits_of(name).priority == 3}
+    assert kept == {"there", "c", "d"}
+
+
+def test_who_goes_on_with_anothers_leases_has_limits_of_its_own() -> None:
+    books = Books(64, deadline_s=1.0)
+    books.join("one", Limits(floor=16), 0.0)
+    other = books.join("other", Limits(floor=16), 0.0)
+    for _ in range(2):
+        books.lend("one", 16, 0.0)
+    books.lose("one", 1.0)
+    before = books.accounts["one"]
+    for asked, message in (
+        (Limits(floor=49), "16 of 64 are promised to others"),
+        (Limits(floor=8, ceiling=4), "its ceiling is 4"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            books.find("one", asked, 2.0)
+        assert before.is_lost
+        assert before.limits == Limits(floor=16)
+    books.find("one", Limits(floor=8, ceiling=16, priority=2), 2.0)
+    assert (before.limits, before.is_lost, before.budget) == (Limits(8, 16, 2), False, 16)
+    # It owes what is beyond its new ceiling, and who else is there may hold what its floor leaves.
+    assert before.debts == [(3.0, 16)]
+    books.set_limits("one", Limits(ceiling=32), 3.0)
+    books.lose("one", 3.0)
+    books.find("one", Limits(ceiling=16), 4.0)
+    assert before.limits == Limits(ceiling=32)
+    assert other.share > 0

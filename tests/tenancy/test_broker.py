@@ -3,17 +3,23 @@ lie."""
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import resource
 import socket
+import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tenancy.lending import lending
 
 from trtllm_vattn.errors import BrokerLost, ConfigError, DriverError, WrongProcess
+from trtllm_vattn.tenancy import broker as of_broker
 from trtllm_vattn.tenancy import protocol as say
 from trtllm_vattn.tenancy.books import Limits
 from trtllm_vattn.tenancy.broker import Broker, Connection
@@ -147,18 +153,20 @@ def test_another_user_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
             connection.socket.close()
         assert [getattr(each, "code", "said") for each in answers] == ["denied", "denied", "said", "denied"]
         assert "user 12344 may not speak to this broker" in getattr(answers[0], "message", "")
+        # Who may not speak is hung up on at once, and takes nobody's place.
         broker._allowed.clear()
         with Client(broker.path) as client, pytest.raises(ConfigError, match=r"user \d+ may not speak to this broker"):
             client.standing()
+        until(lambda: not broker._connections)
 
 
 @pytest.mark.parametrize(
     ("hello", "message"),
     [
-        (say.Hello(2, "one", device="cpu"), "version 2 asked for; this broker speaks 1"),
-        (say.Hello(1, "one", device="abc"), "lends memory of device cpu, not of abc"),
-        (say.Hello(1, "one", floor=1 << 40, device="cpu"), "asks for a floor of 1,099,511,627,776 bytes"),
-        (say.Hello(1, "one", floor=2, ceiling=1, device="cpu"), "its ceiling is 1"),
+        (say.Hello(1, "one", device="cpu"), "version 1 asked for; this broker speaks 2"),
+        (say.Hello(2, "one", device="abc"), "lends memory of device cpu, not of abc"),
+        (say.Hello(2, "one", floor=1 << 40, device="cpu"), "asks for a floor of 1,099,511,627,776 bytes"),
+        (say.Hello(2, "one", floor=2, ceiling=1, device="cpu"), "its ceiling is 1"),
     ],
 )
 def test_a_hello_that_cannot_be_leaves_nothing(broker: Broker, hello: say.Hello, message: str) -> None:
@@ -240,6 +248,16 @@ def test_noise_on_the_socket_is_answered_and_hung_up_on(broker: Broker) -> None:
     until(lambda: len(os.listdir("/proc/self/fd")) == before)
 
 
+def test_who_says_noise_and_is_gone_ends_nobody_else(broker: Broker) -> None:
+    rng = random.Random(8)
+    with Tenant(config(broker, "one")) as tenant:
+        for _ in range(40):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
+                raw.connect(str(broker.path))
+                raw.send(rng.randbytes(30))
+        assert tenant.standing().tenants[0].name == "one"
+
+
 def test_who_does_not_read_its_answers_is_hung_up_on(broker: Broker) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
         raw.connect(str(broker.path))
@@ -256,6 +274,113 @@ def test_who_does_not_read_its_answers_is_hung_up_on(broker: Broker) -> None:
         else:
             pytest.fail("it was never hung up on")
     assert standing(broker) == {}
+
+
+def test_status_names_all_tenants_however_many_there_are(tmp_path: Path) -> None:
+    driver = HostDriver()
+    broker = Broker(driver, 1 << 20, tmp_path / "broker")
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with mine, theirs:
+        names = [f"{number:0200}" for number in range(say.MOST_TENANTS + 5)]
+        for name in names:
+            connection = Connection(theirs, os.getpid(), os.getuid())
+            hello = say.Hello(say.VERSION, name, 1, (1 << 62) - 1, -1000, "cpu")
+            assert isinstance(broker.handle(connection, say.encode(hello))[0], say.Welcome)
+        stop = os.eventfd(0, os.EFD_CLOEXEC)
+        thread = threading.Thread(target=broker.serve, args=(stop,))
+        thread.start()
+        page = broker.handle(Connection(theirs, os.getpid(), os.getuid()), say.encode(say.Status()))[0]
+        assert page is not None
+        assert say.LONGEST / 2 < len(say.encode(page)) < say.LONGEST
+        assert [each.name for each in standing(broker).values()] == names
+        os.eventfd_write(stop, 1)
+        thread.join()
+        os.close(stop)
+    broker.close()
+    driver.close()
+
+
+def test_connections_that_say_nothing_keep_no_tenant_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_broker, "MOST_CONNECTIONS", 4)
+    monkeypatch.setattr(of_broker, "MOST_TENANTS", 3)
+    with lending(tmp_path / "broker", 1 << 20) as broker, ExitStack() as stack:
+        idle = [stack.enter_context(Client(broker.path)) for _ in range(4)]
+        tenants = [stack.enter_context(Tenant(config(broker, f"t{number}"))) for number in range(3)]
+        # The oldest go first.
+        assert [each.standing().memory for each in idle[3:]] == [1 << 20]
+        with pytest.raises(BrokerLost):
+            idle[0].standing()
+        with pytest.raises(ConfigError, match="there are 3 tenants already"):
+            Tenant(config(broker, "more"))
+        monkeypatch.setattr(of_broker, "MOST_CONNECTIONS", 3)
+        idle[3].close()
+        until(lambda: len(broker._connections) == 3)
+        with Client(broker.path) as client, pytest.raises(ConfigError, match="3 processes are connected already"):
+            client.standing()
+        assert all(not tenant.is_lost for tenant in tenants)
+
+
+def test_a_broker_has_more_descriptors_than_select_takes(broker: Broker) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        for _ in range(1100):
+            stack.callback(os.close, os.dup(0))
+        with Tenant(config(broker, "one")), pytest.raises(ConfigError, match="there is a tenant 'one' already"):
+            Tenant(config(broker, "one"))
+        assert set(standing(broker)) <= {"one"}
+
+
+def test_a_broker_without_descriptors_waits_and_does_not_spin(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries = 0
+    accept = socket.socket.accept
+
+    def refused(listener: socket.socket) -> Any:
+        nonlocal tries
+        tries += 1
+        if tries < 4:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", refused)
+    started = time.monotonic()
+    with Client(broker.path) as client:
+        assert client.standing().memory == 1 << 20
+    assert tries == 4
+    assert time.monotonic() - started > 2 * of_broker.LOOK_AGAIN_S
+    # It is said once, however long it lasts.
+    assert caplog.text.count("connections wait: Too many open files") == 1
+
+
+def test_handles_that_are_not_released_are_tried_again_a_few_at_a_time(tmp_path: Path) -> None:
+    host = HostDriver()
+    calls: list[int] = []
+
+    class Stuck(FaultyDriver):
+        def release(self, handle: int) -> None:
+            calls.append(handle)
+            if len(calls) < 400:
+                raise DriverError("CUDA_ERROR_UNKNOWN", "release", (handle,))
+            super().release(handle)
+
+    driver = Stuck(host)
+    with lending(tmp_path / "broker", 1 << 20, driver) as broker, Tenant(config(broker, "one")) as tenant:
+        for _ in range(60):
+            lease, descriptor = tenant.create(PAGE)
+            os.close(descriptor)
+            tenant.release(lease, PAGE)
+        assert len(calls) < 60 * (of_broker.MOST_RETRIES + 1)
+        calls += [0] * 400
+        for _ in range(20):
+            lease, descriptor = tenant.create(PAGE)
+            os.close(descriptor)
+            tenant.release(lease, PAGE)
+        assert len(broker._stuck) == 0
+    assert host.live_handles == 0
+    host.close()
 
 
 # -- tenants that end, hang or lie -------------------------------------------------------------------------------------

@@ -452,8 +452,12 @@ class KVCache(ABC):
         self._cannot("take another's over")
 
     def begin_journal(self, state: State) -> None:
-        """Note in a broker's journal what changes from `state` on, which is what there is now."""
+        """Note in a broker's journal what changes from `state` on, which is what there is now. Raises ConfigError where
+        that does not fit the journal."""
         self._cannot("be taken over by another process")
+
+    def end_journal(self) -> None:  # noqa: B027
+        """Nothing outlives this process any more, and nothing is noted; where there is no journal, nothing changes."""
 
     @property
     def is_journaled(self) -> bool:
@@ -462,9 +466,6 @@ class KVCache(ABC):
 
     def note_placements(self) -> None:  # noqa: B027
         """Before a launch: note where sequences' memory lies, if that has changed and is journaled."""
-
-    def note(self, *change: Any) -> None:  # noqa: B027
-        """Note something else in the journal, if there is one."""
 
     @property
     def asked_to_sleep(self) -> bool:

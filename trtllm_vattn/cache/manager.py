@@ -70,7 +70,8 @@ from trtllm_vattn.vmm.tensors import (
 from trtllm_vattn.vmm.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
-    from trtllm_vattn.tenancy.journal import Journal, KeptSlot, State
+    from trtllm_vattn.tenancy.journal import KeptSlot, State
+    from trtllm_vattn.tenancy.placements import Placements
 
 T = TypeVar("T")
 
@@ -184,7 +185,8 @@ class KVCacheManager(SlottedCache):
         self._asleep: dict[SequenceId, tuple[int, int]] = {}
         """Slot and length of each sequence that runs again when the cache wakes."""
         self._borrowing: Borrowing | None = None
-        self._journal: Journal | None = None
+        self._placements: Placements | None = None
+        """What of that is in a broker's journal; None without one."""
         self._placed_anew: set[SequenceId] = set()
         """Sequences that came to a slot since that was noted in the journal."""
         self._lock = self._memory.lock
@@ -470,15 +472,31 @@ class KVCacheManager(SlottedCache):
         assert self._borrowing is not None
         assert self._borrowing.keeper is not None
         with self._lock:
-            self._journal = self._borrowing.keeper.journal
-            self._journal.begin(state)
+            keeper = self._borrowing.keeper
+            keeper.journal.begin(state)
+            # With msgspec, which is an extra.
+            from trtllm_vattn.tenancy.placements import Placements
+
+            self._placements = Placements(keeper.journal, keeper.lease_of)
             self.arena.changed = set(self._owner)
-            self.arena.pool.before_reuse = self._note_placements
+            self.arena.pool.before_reuse = self._memory.after_work = self._note_placements
             self._note_placements()
+
+    def end_journal(self) -> None:
+        if self._placements is not None:
+            self._uninterrupted(self._do_end_journal)
+
+    def _do_end_journal(self) -> None:
+        assert self._borrowing is not None
+        assert self._borrowing.keeper is not None
+        with self._lock:
+            self._placements = self.arena.changed = None
+            self.arena.pool.before_reuse = self._memory.after_work = None
+            self._borrowing.keeper.leave()
 
     @property
     def is_journaled(self) -> bool:
-        return self._journal is not None
+        return self._placements is not None
 
     def note_placements(self) -> None:
         if self.arena.changed:
@@ -491,36 +509,15 @@ class KVCacheManager(SlottedCache):
     def _note_placements(self) -> None:
         """Before an extent is used by another slot, or by nobody: what was taken from a slot is not noted as its own
         any more."""
-        if self._journal is None or self._borrowing is None or not self.arena.changed:
+        if self._placements is None or not self.arena.changed:
             return
         changed, self.arena.changed = sorted(self.arena.changed), set()
-        self._journal.write("slots", [(index, *self._kept(index)) for index in changed])
-
-    def _kept(self, index: int) -> tuple[Any, list[Any], bool]:
-        """The sequence in a slot, its memory, and whether it came there since its last note."""
-        owner, slot = self._owner.get(index), self.arena.slots[index]
-        assert self._borrowing is not None
-        assert self._borrowing.keeper is not None
-        if owner is None or slot.state is not RUNNING:
-            return None, [], False
-        is_new = owner in self._placed_anew
-        self._placed_anew.discard(owner)
-        lease_of = self._borrowing.keeper.lease_of
-        groups = [
-            (group.lower, [(each[0].size, [lease_of(part.extent.handle) for part in each]) for each in group.stripes])
-            for group in slot.groups
-        ]
-        return owner, groups, is_new
-
-    def note(self, *change: Any) -> None:
-        if self._journal is not None:
-            self._uninterrupted(self._do_note, change)
-
-    def _do_note(self, change: tuple[Any, ...]) -> None:
-        with self._lock:
-            self._note_placements()
-            assert self._journal is not None
-            self._journal.write(*change)
+        slots, owner_of, noted = self.arena.slots, self._owner, []
+        for index in changed:
+            owner: Any = owner_of.get(index) if slots[index].state is RUNNING else None
+            noted.append((index, owner, slots[index].groups, owner is not None and owner in self._placed_anew))
+            self._placed_anew.discard(owner)
+        self._placements.note(noted)
 
     @property
     def asked_to_sleep(self) -> bool:

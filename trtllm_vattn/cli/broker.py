@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -144,6 +145,9 @@ def _serve(args: argparse.Namespace) -> int:
     from trtllm_vattn.tenancy.broker import Broker, open_exportable
 
     logging.getLogger("trtllm_vattn.tenancy").setLevel(logging.INFO)
+    # Each tenant takes five descriptors, on the host each extent one.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     driver = open_exportable(args.device)
     with told_to_stop() as stop:
         broker = Broker(

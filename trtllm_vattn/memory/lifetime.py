@@ -54,6 +54,8 @@ class CacheMemory:
         Whether the arena has no memory, not even the dummy slot's, and may take none.
     on_closed : callable or None
         Called once all memory was given back, or nothing more is tried.
+    after_work : callable or None
+        Called when there is no more background work for now, under the lock.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class CacheMemory:
         self.host = HostPool(arena.pool.driver, host_memory)
         self.is_asleep = False
         self.on_closed: Callable[[], None] | None = None
+        self.after_work: Callable[[], None] | None = None
         self.lock = PriorityLock()
         self.thread: BackgroundThread | None = None
         self.is_owned = self.is_closed = False
@@ -95,6 +98,8 @@ class CacheMemory:
                     if self.trace is not None:
                         self.trace.span(name, started, perf_counter(), category="background")
                     return True
+            if self.after_work is not None:
+                self.after_work()
             return False
 
     def _release_idle(self) -> bool:

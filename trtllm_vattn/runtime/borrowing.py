@@ -14,7 +14,7 @@ from trtllm_vattn.values import described
 from trtllm_vattn.vmm.base import Driver
 
 if TYPE_CHECKING:
-    from trtllm_vattn.tenancy.journal import State
+    from trtllm_vattn.tenancy.journal import Journal, State
 
 BORROWING = ("vattn", "blocks")
 """Caches, by name, whose memory may be a broker's."""
@@ -22,11 +22,18 @@ NOT_KEPT = ("speculation", "compression", "loop")
 """Parameters of engines whose sequences cannot outlive their process."""
 
 
+class Left(NamedTuple):
+    """What another process left, and the journal that what changes is noted in."""
+
+    state: State
+    journal: Journal
+
+
 class Borrowed(NamedTuple):
     """A cache whose memory is a broker's, and what another process left in it: None where nothing outlives one."""
 
     cache: KVCache
-    left: State | None
+    left: Left | None
 
 
 def check_broker(broker: Any, cache: str, tensor_parallel: Any, options: dict[str, Any]) -> TenantConfig | None:
@@ -67,18 +74,31 @@ def make_borrowing_cache(
     """A cache whose memory is a broker's, by calls that are `traced`, and whose budget follows it; with the sequences
     that the process before this one left, where the broker keeps them.
 
-    Raises ConfigError where the broker refuses, or what is left is of another model or layout, and KVCacheOutOfMemory
-    where others do not give back in time what the dummy slot takes; nothing is left behind.
+    Raises ConfigError where the broker refuses, what is left is of another model or layout, or a journal of so many and
+    so long sequences cannot be, and KVCacheOutOfMemory where others do not give back in time what the dummy slot takes;
+    nothing is left behind, and what another process left is there still.
     """
     # With msgspec, which is an extra.
+    from trtllm_vattn.tenancy.journal import Sizes
     from trtllm_vattn.tenancy.tenant import open_tenant
 
     driver = open_tenant(config, device)
     tenant = driver.tenant
     try:
-        left = None if tenant.journal is None else tenant.journal.state
-        if left is not None:
-            wanted = set().union(*(slot.leases() for slot in left.kept_slots().values()))
+        left = None
+        if config.keep_s:
+            welcome = tenant.welcome
+            # Of a lease a granule at least; of a range group a layer, or a head of it.
+            sizes = Sizes(
+                shape.num_slots,
+                shape.max_seq_len,
+                shape.num_layers * shape.num_kv_heads,
+                welcome.memory // welcome.granularity,
+            )
+            left = tenant.open_journal(sizes).state
+            # What a lease's number is not among the broker's for is gone, and never another lease's.
+            left.slots = left.kept_slots({lease for lease, _ in tenant.leases})
+            wanted = set().union(*(slot.leases() for slot in left.slots.values()))
             for lease, nbytes in tenant.leases:
                 if lease not in wanted:
                     tenant.release(lease, nbytes)
@@ -94,12 +114,15 @@ def make_borrowing_cache(
             if left is not None:
                 _take_over(made, left, {**made.byte_order, "slots": shape.num_slots, "max_seq_len": shape.max_seq_len})
         except BaseException:
+            if left is not None:
+                # The broker keeps it for the next process.
+                driver.leases.clear()
             made.close()
             raise
     except BaseException:
         tenant.close()
         raise
-    return Borrowed(made, left)
+    return Borrowed(made, None if left is None else Left(left, driver.journal))
 
 
 def _take_over(cache: KVCache, left: State, settings: dict[str, Any]) -> None:
@@ -109,5 +132,5 @@ def _take_over(cache: KVCache, left: State, settings: dict[str, Any]) -> None:
         raise ConfigError(f"the process before this one had {before}; start with the same, or under another name")
     left.settings = settings
     # All tokens but the last, which is fed next.
-    tokens = {number: len(each.settings["prompt"]) + len(each.chosen) - 1 for number, each in left.requests.items()}
-    cache.take_over(left.kept_slots(), tokens)
+    tokens = {number: len(each.prompt) + len(each.chosen) - 1 for number, each in left.requests.items()}
+    cache.take_over(left.slots, tokens)

@@ -312,11 +312,17 @@ class DecodeBatch:
         self._advance, self._advance_greedily, self._add_noise = wrap(advance), wrap(advance_greedily), wrap(add_noise)
         self._patch, self._likeliest = wrap(patch), wrap(likeliest)
         self.processors = LaneProcessors(lanes, steps, device, wrap)
-        static = [
-            *model.parameters(),
-            *model.buffers(),
-            *cache.storages(),
-            *attention.storages(),
+        self._make_runners(buckets, lanes)
+        self.captured = False
+        self.wanted: dict[tuple[GraphRunner, int], None] = {}
+        self.captures_while_running = 0
+
+    def _make_runners(self, buckets: Sequence[int], lanes: int) -> None:
+        self.static = static = [
+            *self.model.parameters(),
+            *self.model.buffers(),
+            *self.attention.cache.storages(),
+            *self.attention.storages(),
             self._device,
             self._idle,
             self._frontiers_seen,
@@ -325,14 +331,7 @@ class DecodeBatch:
             self._go,
             *(self.speculator.storages() if self.speculator is not None else []),
         ]
-        self.static = static
-        self._make_runners(buckets, lanes)
-        self.captured = False
-        self.wanted: dict[tuple[GraphRunner, int], None] = {}
-        self.captures_while_running = 0
-
-    def _make_runners(self, buckets: Sequence[int], lanes: int) -> None:
-        static, device = self.static, self._device.device
+        device = self._device.device
         first, plain = self.attention.variants[0], StepKind()
         self.runner = GraphRunner(partial(self._step, first, plain), buckets, static, device, self._loops_by)
         # Steps of other kinds are made when they are first used, or likely to be.

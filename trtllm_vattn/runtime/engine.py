@@ -100,8 +100,8 @@ from trtllm_vattn.vmm.wrappers import TracingDriver
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from trtllm_vattn.runtime.borrowing import Left
     from trtllm_vattn.runtime.parallel.ranks import Ranks
-    from trtllm_vattn.tenancy.journal import State
 
 logger = logging.getLogger(__name__)
 
@@ -773,6 +773,9 @@ class Engine:
             Something is of the wrong type or out of its range; nothing is queued.
         SequenceTooLong
             It can never fit the slot or the budget; nothing is queued.
+        EngineOverloaded
+            Requests outlive the process (`TenantConfig.keep_s`), and the journal has no room for one more now; nothing
+            is queued.
         """
         self._check_open()
         if not self.busy:  # it costs as much as there are weights
@@ -795,6 +798,8 @@ class Engine:
         except BaseException:
             for each in samples:
                 self.scheduler.drop(each)
+            if self._survival is not None:
+                self._survival.dropped([request.id])
             raise
 
     def fork(self, request: int, params: SamplingParams | None = None) -> int:
@@ -947,9 +952,9 @@ class Engine:
             self._events = [
                 event for event in self._events if number not in (event.request, event.request - event.branch)
             ]
-            self.scheduler.release_ended()
             if self._survival is not None:
                 self._survival.dropped({number, *(each.id for each in samples)})
+            self.scheduler.release_ended()
 
     def _check_open(self) -> None:
         if self._attention:
@@ -1104,9 +1109,9 @@ class Engine:
                 self._end_without_token(request, "deadline", None)
             launch = self.pipeline.start()
             record = None if launch is None else self._commit(launch, started)
+            if self._survival is not None:
+                self._survival.write()
             self.scheduler.release_ended()
-        if self._survival is not None:
-            self._survival.write()
         self._report_demand(waits=launch is None)
         if record is not None and self.observer is not None:
             self.observer(record)
@@ -1438,10 +1443,10 @@ class Engine:
         self._check_process()
         return self.sleeping.report()
 
-    def _go_on_with(self, left: State | None) -> None:
+    def _go_on_with(self, left: Left | None) -> None:
         """Note requests in a broker's journal, and go on with those that another process left; nothing without one."""
         if left is not None:
-            self._survival = Survival(self.scheduler, self.cache, left, lambda one: self._complete(one, is_text=False))
+            self._survival = Survival(self.scheduler, self.cache, *left, lambda one: self._complete(one, is_text=False))
             self._ids = self._survival.numbers()
 
     def survivors(self, received: Mapping[int, int] | None = None) -> dict[int, list[int]]:
@@ -1609,6 +1614,8 @@ class Engine:
         self._attention = self._closed = True
         self._interrupted = False
         self._events = []
+        if self._survival is not None:
+            self._survival.end()
         self.scheduler.clear()
         with ExitStack() as all_of_it:
             # In this order backwards, each whatever the others raise.

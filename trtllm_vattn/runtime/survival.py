@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import ConfigError
@@ -15,7 +15,7 @@ from trtllm_vattn.runtime.scheduler import Scheduler
 from trtllm_vattn.values import whole
 
 if TYPE_CHECKING:
-    from trtllm_vattn.tenancy.journal import KeptRequest, State
+    from trtllm_vattn.tenancy.journal import Journal, KeptRequest, State
 
 
 class Survival:
@@ -23,7 +23,7 @@ class Survival:
 
     A request with a token goes on at its slot, without a prefill; one without is prefilled from its beginning, as is
     one that was preempted. A deadline is not taken over. `complete` gives a request what its parameters ask for beside
-    tokens, as a new one's do.
+    tokens, as a new one's do. What a step gives is written by one call, and nothing of it needs the cache's lock.
 
     Attributes
     ----------
@@ -32,19 +32,26 @@ class Survival:
     """
 
     def __init__(
-        self, scheduler: Scheduler, cache: KVCache, left: State, complete: Callable[[RequestState], None]
+        self,
+        scheduler: Scheduler,
+        cache: KVCache,
+        left: State,
+        journal: Journal,
+        complete: Callable[[RequestState], None],
     ) -> None:
-        self._cache = cache
-        self._left: dict[int, KeptRequest] = dict(left.requests)
+        self._cache, self._journal = cache, journal
+        self._pending: list[int | None] = journal.pending  # type: ignore[assignment]
+        """A token is None only with an end."""
+        # As they were left: the journal's own go on.
+        self._left = {number: replace(kept, chosen=kept.chosen[:]) for number, kept in left.requests.items()}
         self._next_number = left.next_number
-        self._noted: list[tuple[int, int, int | None, str | None]] = []
-        self._known = {number for number, each in left.requests.items() if each.finish_reason is None}
-        self._ended = [number for number in left.requests if number not in self._known]
+        self._ended = [number for number, each in left.requests.items() if each.finish_reason is not None]
         self._has_begun = False
-        slots = {slot.owner: index for index, slot in left.kept_slots().items()}
+        slots = {slot.owner: index for index, slot in left.slots.items()}
         self.prefilled_again = 0
-        for number in sorted(self._known):
-            kept = left.requests[number]
+        for number, kept in sorted(self._left.items()):
+            if kept.finish_reason is not None:
+                continue
             request = _request(number, kept)
             complete(request)
             scheduler.requests[number] = request
@@ -61,7 +68,8 @@ class Survival:
         return itertools.count(self._next_number)
 
     def check(self, request: RequestState) -> None:
-        """Raise ConfigError for a request that cannot be noted."""
+        """Raise ConfigError for a request that cannot be noted, and EngineOverloaded for one that there is no room for
+        in the journal now."""
         params = request.params
         asked = {
             "n": params.n > 1 or request.group is not None,
@@ -72,37 +80,35 @@ class Survival:
         }
         if some := [name for name, is_asked in asked.items() if is_asked]:
             raise ConfigError(f"{some[0]} cannot be taken over by another process; leave them out, or keep_s")
+        self._journal.check_room(_kept(request))
 
     def added(self, request: RequestState) -> None:
         """A request was queued."""
-        self._known.add(request.id)
-        fields = {"prompt": request.prompt, "max_tokens": request.max_tokens, "priority": request.priority}
-        self._cache.note("add", request.id, {**fields, "params": asdict(request.params)})
+        self._cache.at_once(self._journal.add, request.id, _kept(request))
 
     def noted(self, event: TokenEvent) -> None:
         """An event became part of a request's record; it is noted before anybody gets it."""
-        if event.request in self._known:
-            self._noted.append((event.request, event.index, event.token, event.finish_reason))
-            if event.finish_reason:
-                self._known.discard(event.request)
-                self._ended.append(event.request)
+        if event.finish_reason is None:
+            self._pending.extend((event.request, event.index, event.token))
+        else:
+            self._journal.ends.append((event.request, event.index, event.token, event.finish_reason))
+            self._ended.append(event.request)
 
     def dropped(self, numbers: Iterable[int]) -> None:
         """Nobody wants these requests any more, nor what they gave: the next process has nothing of them."""
-        self.write()
-        gone = [number for number in numbers if number in self._known or number in self._ended]
+        gone = set(numbers)
         for number in gone:
             self._left.pop(number, None)
-        self._known.difference_update(gone)
         self._ended = [number for number in self._ended if number not in gone]
-        if gone:
-            self._cache.note("forget", gone)
+        self._cache.at_once(self._journal.forget, gone)
 
     def write(self) -> None:
         """Write what was noted."""
-        if self._noted:
-            noted, self._noted = self._noted, []
-            self._cache.note("tokens", noted)
+        self._journal.flush()
+
+    def end(self) -> None:
+        """Nothing outlives this process any more."""
+        self._cache.end_journal()
 
     def begin_step(self, delivered: bool) -> None:
         """A step begins: what earlier ones gave has been taken, where `delivered`."""
@@ -110,7 +116,7 @@ class Survival:
         self.write()
         if delivered and self._ended:
             ended, self._ended = self._ended, []
-            self._cache.note("forget", ended)
+            self._cache.at_once(self._journal.forget, ended)
 
     def tokens(self) -> dict[int, list[int]]:
         """Tokens of requests that were left, ended ones too."""
@@ -135,9 +141,17 @@ class Survival:
         return found
 
 
+def _kept(request: RequestState) -> KeptRequest:
+    # With msgspec, which is an extra.
+    from trtllm_vattn.tenancy.journal import KeptRequest
+
+    settings = {"priority": request.priority, "params": asdict(request.params)}
+    return KeptRequest.of(request.prompt, request.max_tokens, settings)
+
+
 def _request(number: int, kept: KeptRequest) -> RequestState:
-    settings: dict[str, Any] = kept.settings
-    request = RequestState(number, settings["prompt"], SamplingParams(**settings["params"]), settings["max_tokens"])
+    settings = kept.decoded()
+    request = RequestState(number, kept.prompt.tolist(), SamplingParams(**settings["params"]), kept.max_tokens)
     request.priority, request.chosen = settings["priority"], list(kept.chosen)
     request.weights_versions = [0] * len(request.chosen)
     return request

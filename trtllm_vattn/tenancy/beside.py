@@ -8,7 +8,7 @@ open.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,20 @@ def host_bytes_beside(pid: int, lent: Collection[int]) -> int | None:
     return sum(size for inode, size in found.items() if inode not in lent)
 
 
+class Look:
+    """What the processes on a device had at one moment."""
+
+    def __init__(self, on_host: bool, used: Mapping[int, int | None] | None) -> None:
+        self._on_host, self._used = on_host, used
+
+    def bytes_beside(self, pid: int, lent: int, inodes: Collection[int]) -> int | None:
+        """Of process `pid`, which was lent `lent` bytes; None where nobody can tell."""
+        if self._on_host:
+            return host_bytes_beside(pid, inodes)
+        used = None if self._used is None else self._used.get(pid, 0)
+        return None if used is None else max(0, used - lent)
+
+
 class DeviceProcesses:
     """Bytes by process on the device of a driver.
 
@@ -43,14 +57,12 @@ class DeviceProcesses:
         self._uuid = None if driver.device == "cpu" else driver.identity()
         self._nvml: Any = None
 
-    def bytes_beside(self, pid: int, lent: int, inodes: Collection[int]) -> int | None:
-        """Of process `pid`, which was lent `lent` bytes; None where nobody can tell."""
-        if self._uuid is None:
-            return host_bytes_beside(pid, inodes)
-        used = self._used(pid)
-        return None if used is None else max(0, used - lent)
+    def look(self) -> Look:
+        """What they have now."""
+        return Look(self._uuid is None, None if self._uuid is None else self._used())
 
-    def _used(self, pid: int) -> int | None:
+    def _used(self) -> dict[int, int | None] | None:
+        """By process; None where nobody can tell, also of one process."""
         try:
             import pynvml
         except ImportError:
@@ -61,9 +73,9 @@ class DeviceProcesses:
                 text = self._uuid or ""
                 parts = (text[:8], text[8:12], text[12:16], text[16:20], text[20:])
                 self._nvml = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{'-'.join(parts)}".encode())
-            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self._nvml):
-                if process.pid == pid:
-                    return None if process.usedGpuMemory is None else int(process.usedGpuMemory)
+            return {
+                process.pid: None if process.usedGpuMemory is None else int(process.usedGpuMemory)
+                for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self._nvml)
+            }
         except pynvml.NVMLError:
             return None
-        return 0

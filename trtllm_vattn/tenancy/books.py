@@ -19,6 +19,9 @@ from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
 from trtllm_vattn.tenancy.shares import Claim, divide, level
 from trtllm_vattn.values import shown
 
+MOST_LIMITS = 10_000
+"""Names that limits are kept for, whether tenants of these names are there or not."""
+
 
 @dataclass
 class Limits:
@@ -112,10 +115,15 @@ class Books:
         return account
 
     def set_limits(self, name: str, limits: Limits, now: float) -> None:
-        """Set a tenant's limits, there or not yet. Raises ConfigError where floors are more than the memory, or the
-        ceiling is below the floor."""
+        """Set a tenant's limits, there or not yet; those of tenants that are not there are kept for the `MOST_LIMITS`
+        names that were set last. Raises ConfigError where floors are more than the memory, or the ceiling is below the
+        floor."""
         self._check(name, limits)
+        self._limits.pop(name, None)
         self._limits[name] = limits
+        if len(self._limits) > MOST_LIMITS:
+            oldest = next((each for each in self._limits if each not in self.accounts), name)
+            del self._limits[oldest]
         if name in self.accounts:
             self.accounts[name].limits = limits
             self.settle(now)
@@ -188,10 +196,16 @@ class Books:
         self.accounts[name].is_lost = True
         self.settle(now)
 
-    def find(self, name: str, now: float) -> None:
-        """A lost tenant's leases are another process's now, which uses all of them until it says otherwise."""
-        account = self.accounts[name]
+    def find(self, name: str, asked: Limits, now: float) -> None:
+        """A lost tenant's leases are another process's now, which uses all of them until it says otherwise, and whose
+        limits are those that it asks for, or that were set for its name. Raises ConfigError, with nothing changed, as
+        `set_limits` does."""
+        account, limits = self.accounts[name], self._limits.get(name, asked)
+        self._check(name, limits)
+        account.limits = limits
         account.is_lost, account.needs, account.wants = False, account.held, account.held
+        # What the process before it owed, it is given time for.
+        account.debts.clear()
         self.settle(now)
 
     def leave(self, name: str, now: float) -> list[int]:
@@ -219,8 +233,14 @@ class Books:
 
     def _note_debt(self, account: Account, now: float) -> None:
         # What it may keep after all is not owed; what it has given back is paid.
-        kept = [(due, max(most, account.share)) for due, most in account.debts]
-        account.debts = [(due, most) for due, most in kept if account.held > most]
+        kept, below = [], account.held
+        for due, most in account.debts:
+            most = max(most, account.share)
+            # One that owes no less was due before.
+            if most < below:
+                kept.append((due, most))
+                below = most
+        account.debts = kept
         if not account.debts or account.debts[-1][1] > account.share:
             account.debts.append((now + self.deadline_s, account.share))
 

@@ -84,6 +84,8 @@ class Keeper(Protocol):
 
     def lease_of(self, handle: int) -> int: ...
 
+    def leave(self) -> None: ...
+
 
 class Borrowing:
     """What one cache owes and may take.

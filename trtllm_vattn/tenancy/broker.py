@@ -14,6 +14,7 @@ import selectors
 import signal
 import socket
 import struct
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from trtllm_vattn.errors import ConfigError, DriverError, KVCacheOutOfMemory
 from trtllm_vattn.tenancy import protocol as say
 from trtllm_vattn.tenancy.beside import DeviceProcesses
 from trtllm_vattn.tenancy.books import Account, Books, Limits
-from trtllm_vattn.tenancy.journal import SIZE as JOURNAL_SIZE
+from trtllm_vattn.tenancy.journal import HEAD, MOST, is_begun
 from trtllm_vattn.tenancy.page import (
     ASLEEP,
     BROKER_ENDED,
@@ -50,8 +51,15 @@ logger = logging.getLogger(__name__)
 HOST_GRANULARITY = 2 << 20
 """Of the host's memory, as a card has it."""
 MOST_CONNECTIONS = 1024
+MOST_TENANTS = 1024
+"""With those that hung up and whose processes have not ended, and those whose processes have and who are kept."""
+MOST_KEPT = 128
+"""Tenants whose processes have ended."""
+MOST_RETRIES = 8
+"""Handles that the driver would not release, and that are tried again with each release."""
 LOOK_AGAIN_S = 0.05
-"""How often tenants that owe memory are looked at between their messages."""
+"""How often tenants that owe memory are looked at between their messages, and after which connections are accepted
+again where there were too few descriptors for one."""
 
 
 @dataclass(eq=False)
@@ -90,6 +98,12 @@ class Tenancy:
     kept_until: float | None = None
     """Until when its leases outlive its process, which has ended."""
     journal: int | None = None
+
+    @property
+    def outlives(self) -> bool:
+        """Whether there is something for the next process of its name: what its journal says. Without one, nobody knows
+        what lies in its leases."""
+        return bool(self.keep_s) and self.journal is not None and is_begun(self.journal)
 
 
 class Broker:
@@ -135,13 +149,17 @@ class Broker:
         self.refused = 0
         """Messages that were answered by `Refused`."""
         self._own, self._allowed = os.getuid(), {os.getuid(), *allow}
-        self._stuck: list[int] = []
-        """Handles that the driver would not release; tried again with each release."""
+        self._stuck: deque[int] = deque()
+        """Handles that the driver would not release."""
         self._processes = DeviceProcesses(driver)
         self._selector = selectors.DefaultSelector()
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, None] = {}
+        """The oldest first."""
         self._socket = _listen(path, bool(allow))
         self._selector.register(self._socket, selectors.EVENT_READ, self._accept)
+        self._accepts_again: float | None = None
+        self._is_short = False
+        """Whether the last connection was not accepted for want of descriptors."""
         self._closed = False
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -164,6 +182,8 @@ class Broker:
         if kept := [each.kept_until for each in self.tenants.values() if each.kept_until is not None]:
             left = max(0.0, min(kept) - self.clock())
             timeout_s = left if timeout_s is None else min(timeout_s, left)
+        if self._accepts_again is not None:
+            timeout_s = LOOK_AGAIN_S if timeout_s is None else min(timeout_s, LOOK_AGAIN_S)
         for key, _ in self._selector.select(timeout_s):
             if key.data is None:
                 return False
@@ -172,6 +192,9 @@ class Broker:
                 key.data()
         if owed:
             self._look_at_debtors()
+        if self._accepts_again is not None and self._accepts_again <= self.clock():
+            self._accepts_again = None
+            self._selector.register(self._socket, selectors.EVENT_READ, self._accept)
         for tenant in list(self.tenants.values()):
             if tenant.kept_until is not None and tenant.kept_until <= self.clock():
                 logger.info("tenant %s: nobody took over what it left", tenant.name)
@@ -182,17 +205,31 @@ class Broker:
         try:
             connection, _ = self._socket.accept()
         except OSError as error:
-            # Out of descriptors, or the other side has gone already: nobody else suffers.
-            logger.warning("a connection was not accepted: %s", error.strerror)
+            # The other side has gone already, or there are no descriptors: it waits, and the loop does not spin on it.
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                if not self._is_short:
+                    logger.warning("connections wait: %s", error.strerror)
+                self._is_short = True
+                self._selector.unregister(self._socket)
+                self._accepts_again = self.clock() + LOOK_AGAIN_S
             return
+        self._is_short = False
         connection.setblocking(False)
         pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         made = Connection(connection, pid, uid)
-        if len(self._connections) >= MOST_CONNECTIONS:
-            self._send(made, self._refuse("denied", f"{MOST_CONNECTIONS} processes are connected already"))
+        if uid not in self._allowed:
+            self._send(made, self._refuse("denied", f"user {uid} may not speak to this broker; see --allow"))
             connection.close()
             return
-        self._connections.add(made)
+        if len(self._connections) >= MOST_CONNECTIONS:
+            # Who looks at the broker and does not hang up keeps no tenant out.
+            idle = next((each for each in self._connections if each.tenant is None), None)
+            if idle is None:
+                self._send(made, self._refuse("denied", f"{MOST_CONNECTIONS} processes are connected already"))
+                connection.close()
+                return
+            self._hang_up(idle)
+        self._connections[made] = None
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._read(made))
 
     def _read(self, connection: Connection) -> None:
@@ -263,7 +300,7 @@ class Broker:
         if isinstance(request, say.Hello):
             return self._welcome(connection, request)
         if isinstance(request, say.Status):
-            return self.standing(), []
+            return self.standing(request.after), []
         if isinstance(request, say.SetLimits | say.SetAsleep):
             if tenant is not None or connection.uid not in (self._own, 0):
                 return self._refuse("denied", "limits are set by the broker's own user, and by no tenant"), []
@@ -282,6 +319,11 @@ class Broker:
             return say.Lent(request.lease), [self.driver.export_handle(tenant.handles[request.lease])]
         elif isinstance(request, say.Leases):
             return say.Leased(_leases_after(tenant, request.after)), []
+        elif isinstance(request, say.MakeJournal):
+            return say.Done(), [self._make_journal(tenant, request.size)]
+        elif isinstance(request, say.Leave):
+            tenant.keep_s = 0.0
+            self._drop_journal(tenant)
         elif isinstance(request, say.Need):
             self.books.need(tenant.name, request.least, self.clock())
         else:
@@ -300,6 +342,9 @@ class Broker:
             text = "the tenant's process is in a namespace of processes that the broker does not see; run both in one"
             return self._refuse("config", text), []
         before = self._predecessor(connection, hello)
+        if before is None and len(self.tenants) >= MOST_TENANTS:
+            return self._refuse("denied", f"there are {MOST_TENANTS} tenants already; end some of them"), []
+        asked = Limits(hello.floor, hello.ceiling, hello.priority)
         with ExitStack() as undo:
             process = os.pidfd_open(connection.pid)
             undo.callback(os.close, process)
@@ -310,20 +355,18 @@ class Broker:
             page = Page(page_file)
             undo.callback(page.close)
             journal = None if before is None else before.journal
-            if journal is None and hello.keep_s:
-                journal = sealed_memory("vattn-journal", JOURNAL_SIZE)
-                undo.callback(os.close, journal)
             if before is None:
-                asked = Limits(hello.floor, hello.ceiling, hello.priority)
                 account = self.books.join(hello.name, asked, self.clock())
             else:
                 account = before.account
-                self.books.find(hello.name, self.clock())
+                self.books.find(hello.name, asked, self.clock())
             undo.pop_all()
         tenant = Tenancy(hello.name, connection.pid, connection.uid, account, process, page_file, page, nudge)
         tenant.keep_s, tenant.journal = hello.keep_s, journal
         if before is not None:
             tenant.handles, tenant.inodes = before.handles, before.inodes
+            if before.kept_until is None:
+                self._selector.unregister(before.process)
             self._forget(before)
         self.tenants[hello.name] = connection.tenant = tenant
         self._selector.register(process, selectors.EVENT_READ, lambda: self._end_process(tenant))
@@ -335,12 +378,15 @@ class Broker:
         )
 
     def _predecessor(self, connection: Connection, hello: say.Hello) -> Tenancy | None:
-        """The tenant of this name whose process has ended, and whose leases this one goes on with. Raises ConfigError
-        where they are another user's."""
+        """The tenant of this name whose process has ended, or is this one and hung up, and whose leases and journal are
+        gone on with. Raises ConfigError where they are another user's."""
         tenant = self.tenants.get(hello.name)
         if tenant is None:
             return None
-        if tenant.kept_until is None and select.select([tenant.process], [], [], 0)[0]:
+        is_same = tenant.kept_until is None and tenant.account.is_lost and tenant.pid == connection.pid
+        if is_same and tenant.outlives and hello.keep_s and tenant.uid == connection.uid:
+            return tenant
+        if tenant.kept_until is None and _has_ended(tenant.process):
             # It has ended a moment ago, and its turn has not come.
             self._end_process(tenant)
             tenant = self.tenants.get(hello.name)
@@ -377,13 +423,31 @@ class Broker:
         tenant.inodes.pop(lease, None)
         self._release(tenant.handles.pop(lease))
 
+    def _make_journal(self, tenant: Tenancy, size: int) -> int:
+        if not tenant.keep_s or tenant.journal is not None:
+            raise ConfigError(
+                f"tenant {shown(tenant.name)} has a journal already"
+                if tenant.journal is not None
+                else f"what tenant {shown(tenant.name)} is lent does not outlive its process; say Hello with keep_s"
+            )
+        if not HEAD <= size <= 5 * MOST:
+            raise ConfigError(f"a journal of {size:,} bytes asked for; one has {HEAD:,} to {5 * MOST:,}")
+        tenant.journal = sealed_memory("vattn-journal", size)
+        return tenant.journal
+
+    def _drop_journal(self, tenant: Tenancy) -> None:
+        if tenant.journal is not None:
+            os.close(tenant.journal)
+            tenant.journal = None
+
     def _release(self, handle: int) -> None:
-        handles, self._stuck = [*self._stuck, handle], []
-        for each in handles:
+        again = [self._stuck.popleft() for _ in range(min(MOST_RETRIES, len(self._stuck)))]
+        for each in (handle, *again):
             try:
                 self.driver.release(each)
             except DriverError as error:
-                logger.warning("a handle is not released, and tried again: %s", error)
+                if each == handle:
+                    logger.warning("a handle is not released, and tried again: %s", error)
                 self._stuck.append(each)
 
     def _hear(self, tenant: Tenancy) -> None:
@@ -452,24 +516,32 @@ class Broker:
         self._publish()
 
     def _hang_up(self, connection: Connection) -> None:
-        """A connection has ended. What a tenant holds counts as lent until its process has ended, too."""
+        """A connection has ended. What a tenant holds counts as lent until its process has ended, too. Idempotent."""
+        if connection not in self._connections:
+            return
+        del self._connections[connection]
         self._selector.unregister(connection.socket)
         connection.socket.close()
-        self._connections.discard(connection)
         tenant, connection.tenant = connection.tenant, None
         if tenant is None:
             return
-        if tenant.handles:
+        if tenant.handles or tenant.outlives:
             self.books.lose(tenant.name, self.clock())
             self._publish()
         else:
             self.bury(tenant)
 
     def _end_process(self, tenant: Tenancy) -> None:
-        """A tenant's process has ended, and the system took what it had mapped."""
-        if not tenant.keep_s or not tenant.handles:
+        """A tenant's process has ended, and the system took what it had mapped. What its journal says is kept, whether
+        it held memory or not: requests that waited, or slept, begin anew by it."""
+        if not tenant.outlives:
             self.bury(tenant)
             return
+        kept = [each for each in self.tenants.values() if each.kept_until is not None]
+        if len(kept) >= MOST_KEPT:
+            first = min(kept, key=lambda each: each.kept_until or 0.0)
+            logger.warning("tenant %s is kept no longer: %d are", first.name, MOST_KEPT)
+            self.bury(first)
         self._disconnect(tenant)
         self._selector.unregister(tenant.process)
         tenant.kept_until = self.clock() + tenant.keep_s
@@ -489,8 +561,7 @@ class Broker:
             self._selector.unregister(tenant.process)
         for lease in self.books.leave(tenant.name, self.clock()):
             self._drop(tenant, lease)
-        if tenant.journal is not None:
-            os.close(tenant.journal)
+        self._drop_journal(tenant)
         self._forget(tenant)
         self._publish()
 
@@ -499,11 +570,13 @@ class Broker:
         tenant.page.close()
         say.close_all([tenant.process, tenant.page_file, tenant.nudge])
 
-    def standing(self) -> say.Standing:
-        """What is lent to whom."""
-        now, books = self.clock(), self.books
+    def standing(self, after: str = "") -> say.Standing:
+        """What is lent to whom: the first tenants of names behind `after`."""
+        now, books, processes = self.clock(), self.books, self._processes.look()
         tenants = []
-        for tenant in self.tenants.values():
+        names = sorted(name for name in self.tenants if name > after)
+        for name in names[: say.MOST_TENANTS]:
+            tenant = self.tenants[name]
             account = tenant.account
             limits, overdue = account.limits, account.is_overdue(now)
             late = max((now - due for due, most in account.debts if account.held > most), default=0.0)
@@ -536,10 +609,11 @@ class Broker:
                     budget=account.budget,
                     state=state,  # type: ignore[arg-type]
                     overdue_s=max(0.0, late),
-                    beside_bytes=self._processes.bytes_beside(tenant.pid, account.held, set(tenant.inodes.values())),
+                    beside_bytes=processes.bytes_beside(tenant.pid, account.held, set(tenant.inodes.values())),
                 )
             )
-        return say.Standing(self.driver.device, books.memory, books.lent, books.deadline_s, self.refused, tenants)
+        more = len(names) > len(tenants)
+        return say.Standing(self.driver.device, books.memory, books.lent, books.deadline_s, self.refused, tenants, more)
 
     def close(self) -> None:
         """Stop listening, and release every handle: tenants keep what they have mapped, and get no more. Idempotent."""
@@ -553,10 +627,18 @@ class Broker:
             self.bury(tenant)
         for connection in list(self._connections):
             self._hang_up(connection)
-        self._selector.unregister(self._socket)
+        if self._accepts_again is None:
+            self._selector.unregister(self._socket)
         self._socket.close()
         self.path.unlink(missing_ok=True)
         self._selector.close()
+
+
+def _has_ended(process: int) -> bool:
+    """Whether the process of a pidfd has, whatever its number: `select.select` takes none beyond 1,023."""
+    ended = select.poll()
+    ended.register(process, select.POLLIN)
+    return bool(ended.poll(0))
 
 
 def _leases_after(tenant: Tenancy, number: int) -> list[tuple[int, int]]:

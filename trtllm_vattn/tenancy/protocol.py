@@ -1,4 +1,4 @@
-"""What tenants and a broker say to one another, version 1: msgpack by msgspec, a message a packet of a Unix socket
+"""What tenants and a broker say to one another, version 2: msgpack by msgspec, a message a packet of a Unix socket
 (SOCK_SEQPACKET), so that none begins inside another one. File descriptors travel beside (SCM_RIGHTS), from the broker
 to the tenant alone.
 
@@ -17,12 +17,14 @@ import msgspec
 
 from trtllm_vattn.errors import VattnError
 
-VERSION = 1
+VERSION = 2
 LONGEST = 1 << 16
 """Bytes of a message, at most."""
 MOST_DESCRIPTORS = 4
 MOST_LEASES = 2000
 """Of a message: each takes up to 19 bytes."""
+MOST_TENANTS = 100
+"""Of a message: each takes up to 500 bytes."""
 
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
 Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
@@ -40,7 +42,8 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.l
 
 class Hello(Message, frozen=True, tag="hello"):
     """A process becomes a tenant. Whose it is says the socket (SO_PEERCRED), not the message. With `keep_s`, what it is
-    lent outlives its process for so many seconds, for the next one of the same name and user."""
+    lent and its journal (`MakeJournal`) outlive its process for so many seconds, for the next one of the same name and
+    user, whose limits are those of its own Hello."""
 
     version: int
     name: Name
@@ -75,6 +78,16 @@ class Leases(Message, frozen=True, tag="leases"):
     after: Number
 
 
+class MakeJournal(Message, frozen=True, tag="journal"):
+    """Make memory of so many bytes for the tenant's journal, which outlives its process (`Hello.keep_s`)."""
+
+    size: Bytes
+
+
+class Leave(Message, frozen=True, tag="leave"):
+    """Nothing outlives the tenant's process any more: its journal is dropped, and what it is lent ends with it."""
+
+
 class Need(Message, frozen=True, tag="need"):
     """The tenant cannot do with less than so many bytes."""
 
@@ -86,7 +99,9 @@ class Report(Message, frozen=True, tag="report"):
 
 
 class Status(Message, frozen=True, tag="status"):
-    """What is lent to whom."""
+    """What is lent to whom: tenants whose names sort behind `after`."""
+
+    after: str = ""
 
 
 class SetLimits(Message, frozen=True, tag="limits"):
@@ -105,15 +120,17 @@ class SetAsleep(Message, frozen=True, tag="asleep"):
     asleep: bool
 
 
-Request = Hello | Create | Release | Fetch | Leases | Need | Report | Status | SetLimits | SetAsleep
+Request = (
+    Hello | Create | Release | Fetch | Leases | MakeJournal | Leave | Need | Report | Status | SetLimits | SetAsleep
+)
 
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
     """Comes with two descriptors, the tenant's page and an eventfd that wakes it where it owes memory, and with a
-    journal's where leases outlive its process. `leases` and their bytes are those that the process before it had, the
-    first `MOST_LEASES` of them (`Leases`)."""
+    journal's where the process before it left one. `leases` and their bytes are those that it had, the first
+    `MOST_LEASES` of them (`Leases`)."""
 
     version: int
     granularity: int
@@ -135,7 +152,7 @@ class Leased(Message, frozen=True, tag="leased"):
 
 
 class Done(Message, frozen=True, tag="done"):
-    """It was done."""
+    """It was done. To `MakeJournal` it comes with the journal's descriptor."""
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -168,7 +185,8 @@ class TenantStatus(msgspec.Struct, frozen=True):
 
 
 class Standing(Message, frozen=True, tag="standing"):
-    """The answer to `Status`; sizes in bytes."""
+    """The answer to `Status`; sizes in bytes. The first tenants by name, `MOST_TENANTS` at most, and whether there are
+    `more`."""
 
     device: str
     memory: int
@@ -176,6 +194,7 @@ class Standing(Message, frozen=True, tag="standing"):
     deadline_s: float
     refused: int
     tenants: list[TenantStatus]
+    more: bool = False
 
 
 Answer = Welcome | Lent | Leased | Done | Refused | Standing

@@ -63,16 +63,20 @@ def divide(memory: int, claims: Mapping[str, Claim]) -> dict[str, int]:
 
 
 def level(room: int, asked: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Raise each from what it has towards what it asks for, by `room` in all, those with least first."""
+    """Raise each from what it has towards what it asks for, by `room` in all, those with least first. Less than no
+    room, as where a lost tenant has what others were promised, is none."""
+    room = max(0, room)
     if sum(most - least for least, most in asked.values()) <= room:
         return {name: most for name, (_, most) in asked.items()}
-    low, high = 0, max(most for _, most in asked.values())
-    while low < high:
-        middle = (low + high + 1) // 2
-        if sum(max(0, min(middle, most) - least) for least, most in asked.values()) <= room:
-            low = middle
-        else:
-            high = middle - 1
+    # The level to which the room suffices: between two of these edges as many rise with it.
+    edges = sorted([(least, 1) for least, _ in asked.values()] + [(most, -1) for _, most in asked.values()])
+    low = taken = rising = 0
+    for edge, change in edges:
+        if taken + rising * (edge - low) > room:
+            low += (room - taken) // rising
+            break
+        taken += rising * (edge - low)
+        low, rising = edge, rising + change
     shares = {name: max(least, min(low, most)) for name, (least, most) in asked.items()}
     rest = room - sum(shares[name] - least for name, (least, _) in asked.items())
     for name, (_, most) in asked.items():

@@ -18,10 +18,12 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
+
 from trtllm_vattn.errors import BrokerLost, ConfigError, DriverError, WrongProcess
 from trtllm_vattn.tenancy import protocol as say
 from trtllm_vattn.tenancy.config import TenantConfig
-from trtllm_vattn.tenancy.journal import Journal
+from trtllm_vattn.tenancy.journal import Journal, Sizes
 from trtllm_vattn.tenancy.page import (
     ASLEEP,
     BROKER_ENDED,
@@ -78,9 +80,13 @@ class Client:
                 raise BrokerLost(f"the broker at {self.path} has ended; what it lent stays, and it lends nothing more")
             try:
                 # Who was hung up on finds what the broker had to say all the same.
-                with suppress(BrokenPipeError):
+                with suppress(BrokenPipeError, ConnectionResetError):
                     self._socket.send(say.encode(request), socket.MSG_NOSIGNAL)
-                packet, descriptors = say.receive(self._socket)
+                try:
+                    packet, descriptors = say.receive(self._socket)
+                except ConnectionResetError:
+                    # Said once, where the broker did not read what was asked; its answer lies behind that.
+                    packet, descriptors = say.receive(self._socket)
                 if packet:
                     return say.decode_answer(packet), descriptors
                 why = "it hung up"
@@ -105,8 +111,14 @@ class Client:
         _check(answer, say.Done)
 
     def standing(self) -> say.Standing:
-        """What is lent to whom. Raises ConfigError where it is refused, or BrokerLost."""
-        return _check(self.ask(say.Status())[0], say.Standing)
+        """What is lent to whom, of all tenants, in as many messages as that takes. Raises ConfigError where it is
+        refused, or BrokerLost."""
+        found = _check(self.ask(say.Status())[0], say.Standing)
+        tenants = found.tenants
+        while found.more:
+            found = _check(self.ask(say.Status(tenants[-1].name))[0], say.Standing)
+            tenants += found.tenants
+        return msgspec.structs.replace(found, tenants=tenants)
 
     def _check_process(self) -> None:
         if self._process != os.getpid():
@@ -176,7 +188,7 @@ class Tenant(Client):
             while more := self._leases_after(self.leases):
                 self.leases += more
             self.page = Page(descriptors[0])
-            self.journal = None if not config.keep_s else Journal(descriptors[2])
+            self.journal = Journal(descriptors[2]) if len(descriptors) > 2 else None
         except BaseException:
             self.close()
             say.close_all(descriptors)
@@ -235,6 +247,24 @@ class Tenant(Client):
         if len(known) < say.MOST_LEASES:
             return []
         return _check(self.ask(say.Leases(known[-1][0]))[0], say.Leased).leases
+
+    def open_journal(self, sizes: Sizes) -> Journal:
+        """The journal of what outlives this process: that of the process before it, or a new one. Raises ConfigError
+        where the broker refuses, or it would be too large."""
+        if self.journal is None:
+            answer, descriptors = self.ask(say.MakeJournal(sizes.file_bytes))
+            try:
+                _check(answer, say.Done)
+                self.journal = Journal(descriptors[0])
+            finally:
+                say.close_all(descriptors)
+        self.journal.placements = sizes.placements
+        return self.journal
+
+    def leave(self) -> None:
+        """Nothing outlives this process any more: what is lent to it ends with it."""
+        with suppress(BrokerLost):
+            self.do(say.Leave())
 
     def need(self, least: int) -> None:
         """It cannot do with less than so many bytes. Raises ConfigError where the broker cannot promise them."""
@@ -311,6 +341,7 @@ class Tenant(Client):
             self._watch.close()
             if self.journal is not None:
                 self.journal.close()
+                self.journal = None
 
 
 class _Watch:
@@ -441,6 +472,10 @@ class BrokerDriver(WrappedDriver):
     def lease_of(self, handle: int) -> int:
         """The lease of a handle."""
         return self.leases[handle][0]
+
+    def leave(self) -> None:
+        """Have nothing outlive the tenant's process any more."""
+        self.tenant.leave()
 
     def release(self, handle: int) -> None:
         self.inner.release(handle)

@@ -167,11 +167,13 @@ class PatternedTenant:
 # -- messages ----------------------------------------------------------------------------------------------------------
 
 MESSAGES: list[say.Message] = [
-    say.Hello(say.VERSION, "one", device="cpu"),
+    say.Hello(say.VERSION, "one", device="cpu", keep_s=1.0),
     say.Create(4096),
     say.Release(1),
     say.Fetch(1),
     say.Leases(0),
+    say.MakeJournal(1 << 16),
+    say.Leave(),
     say.Need(0),
     say.Report(),
     say.Status(),

@@ -1,8 +1,9 @@
-"""`bench tenancy`: several processes under one broker (tenancy/README.md), in three parts.
+"""`bench tenancy`: several processes under one broker (tenancy/README.md), in four parts.
 
 *Isolation*: tenants' processes hand memory to one another and look at every word of it when it comes, and again before
 it goes; meanwhile processes are ended by SIGKILL wherever they are, and new ones come. *Messages*: garbled ones, to a
-broker that an honest tenant has leases of. *Serving*: models with opposite bursts, each in a process of its own (on the
+broker that an honest tenant has leases of. *Visits*: tenants that come and go, of which nothing may be left in the
+broker (visits.py). *Serving*: models with opposite bursts, each in a process of its own (on the
 host in a thread): each alone with a static part of the memory, all together with static parts, and all together with
 what the others leave idle. The parts are the broker's limits, changed while the engines serve.
 """
@@ -28,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from trtllm_vattn.arguments import amount, non_negative, positive, size
+from trtllm_vattn.bench.cases.visits import MOST_RESIDENT, visits
 from trtllm_vattn.bench.harness.flags import add_common, dtype_of
 from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.timing import summarise
@@ -69,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kills", type=non_negative, default=4 if gpu else 10, metavar="COUNT", help=text)
     text = "garbled messages to a broker"
     add("--messages", type=non_negative, default=10_000, metavar="COUNT", help=text)
+    text = "tenants that come and go, of a broker on the host, which must not grow by them"
+    add("--visits", type=non_negative, default=200, metavar="COUNT", help=text)
     text = "models that serve under one broker; 0 leaves the serving out"
     add("--models", type=non_negative, default=2, metavar="COUNT", help=text)
     add("--memory", type=size, default="6GiB" if gpu else "640KiB", metavar="BYTES", help="that the models share")
@@ -81,7 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; 1 where a byte was foreign or lost, a ceiling was passed, or a message moved anything."""
+    """Run the benchmark; 1 where a byte was foreign or lost, a ceiling was passed, a message moved anything, or the
+    broker grew by tenants that are gone."""
     started = time.perf_counter()
     recording = Recording("tenancy", args)
 
@@ -102,18 +107,25 @@ def run(args: argparse.Namespace) -> int:
         names = {"messages": "messages", "messages_refused": "refused", "leases_moved_by_messages": "moved"}
         return [{name: found[kind] for name, kind in names.items()}]
 
+    def visitors(recording: Recording) -> list[dict[str, Any]]:
+        return [visits(args.visits)]
+
     def serving(recording: Recording) -> list[dict[str, Any]]:
         recording.results["serving"], figures = serve_all(args)
         return [figures]
 
-    parts: dict[str, Part] = {"isolation": isolation, "messages": messages}
-    recording.measure({**parts, "serving": serving} if args.models else parts)
+    parts: dict[str, Part] = {"isolation": isolation, "messages": messages, "visits": visitors, "serving": serving}
+    left_out = {"visits": not args.visits, "serving": not args.models}
+    recording.measure(parts, [name for name in parts if not left_out.get(name)])
     recording.sum_up(seconds=time.perf_counter() - started)
     wrong = [
         f"{name}: {recording.summary[name]}"
         for name in ("foreign_bytes_seen", "ceilings_passed", "lost_by_others", "leases_moved_by_messages")
         if recording.summary.get(name)
     ]
+    grown = {name: recording.summary.get(name, 0) for name in ("visits_descriptors", "visits_resident_bytes")}
+    if grown["visits_descriptors"] > 0 or grown["visits_resident_bytes"] > MOST_RESIDENT:
+        wrong.append(f"the broker grew by tenants that are gone: {grown}")
     rows = recording.results.get("serving")
     return recording.conclude(tabulate(rows, COLUMNS) if rows else "", wrong=wrong)
 
