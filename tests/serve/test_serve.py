@@ -496,6 +496,21 @@ def test_a_signal_that_comes_before_uvicorn_listens_to_signals_ends_the_server(
         process.close()
 
 
+@FORKS
+@pytest.mark.usefixtures("forked")
+def test_a_servers_process_that_ends_before_it_serves_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "run_server", lambda *_: os._exit(7))
+    engine = AsyncEngine(engine_of())
+    try:
+        with (
+            ServerProcess(listen("127.0.0.1", 0), Settings(NAME), 5.0) as process,
+            pytest.raises(VattnError, match="the server's process ended with code 7 before it served"),
+        ):
+            process.begin(engine, LENGTH)
+    finally:
+        engine.close()
+
+
 def test_a_model_without_a_tokenizer_or_a_port_that_is_taken_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with listen("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
