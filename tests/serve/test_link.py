@@ -17,7 +17,7 @@ from trtllm_vattn.runtime.async_engine import AsyncEngine, RequestStream
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
-from trtllm_vattn.serve.link import COMPILERS, EngineEnd, RemoteEngine, sendable
+from trtllm_vattn.serve.link import EngineEnd, RemoteEngine, sendable
 
 OWN = copy.deepcopy(tiny_model())
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -201,24 +201,3 @@ def test_errors_that_no_pickle_holds_say_the_same() -> None:
     assert str(told) == "map(0x1) failed: CUDA_ERROR_UNKNOWN"
     assert isinstance(sendable(ConfigError("x")), ConfigError)
     assert isinstance(sendable(ModuleNotFoundError("x", name="llguidance")), ModuleNotFoundError)
-
-
-def test_grammars_that_nobody_waits_for_any_more_are_not_compiled() -> None:
-    ours, theirs = multiprocessing.Pipe()
-    begun: list[SamplingParams] = []
-
-    class Compiling:
-        def compile_grammar(self, params: SamplingParams) -> None:
-            begun.append(params)
-            while not end.has_ended:
-                end.is_ready.wait(0.01)
-            raise ConfigError("no such grammar")
-
-    end = EngineEnd(Compiling(), ours)  # type: ignore[arg-type]
-    for key in range(3 * COMPILERS):
-        theirs.send(("submit", key, ([1], SamplingParams(regex="a"), 0)))
-    while len(begun) < COMPILERS:
-        end.is_ready.wait(0.01)
-    theirs.close()
-    end.close()
-    assert len(begun) == COMPILERS
