@@ -98,7 +98,8 @@ class Recording:
                 self._left.remove(name)
             except Exception as error:
                 if isinstance(error, ConfigError):
-                    refused = refused or error
+                    # Not the error itself, whose frames keep the part's engine and memory while the others run.
+                    refused = refused or ConfigError(str(error))
                 elif not isinstance(error, VattnError):
                     traceback.print_exc()
                 failed[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
