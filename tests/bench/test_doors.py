@@ -78,7 +78,6 @@ def one_set(connection: Connection, model: str, device: str, seed: int) -> None:
     train(Asked(), model, device, seed)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("trainer", "exit_code"), [(train, 0), (one_set, 1)])
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
@@ -98,6 +97,7 @@ def test_clients_that_fail_or_end_early_are_told(
         doors_http.through_server(engine, served, {"requests": []})
 
 
+@pytest.mark.parametrize(("trainer", "exit_code"), [(train, 0), (one_set, 1)])
 def test_updates_while_requests_stream_and_the_other_weights_tokens_are_told(
     trainer: Callable[..., None], exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,11 +103,8 @@ class EngineEnd:
             return
         taken.add_done_callback(lambda done: self._answer(key, done.exception() or done.result()))
 
-    def _abort(self, key: int, number: int) -> None:
-        try:
-            self._engine.abort_soon(number)
-        except EngineClosed:
-            logger.debug("request %d ended with the engine", number)
+    def _abort(self, key: Any, number: int) -> None:
+        self._engine.abort_soon(number)
 
     def _stats(self, key: int, name: str) -> None:
         try:

@@ -102,8 +102,8 @@ class ServerProcess:
         spawning: Any = multiprocessing.get_context(START)
         self._connection, theirs = spawning.Pipe()
         self._end: EngineEnd | None = None
-        process = Process(logging.getLogger().getEffectiveLevel(), is_instrumented())
-        given = (theirs, listening, settings, drain_s, process)
+        inherited = Inherited(logging.getLogger().getEffectiveLevel(), is_instrumented())
+        given = (theirs, listening, settings, drain_s, inherited)
         self._process = spawning.Process(target=run_server, args=given, name="vattn-server", daemon=True)
         with theirs, listening, _without_interrupts():
             self._process.start()
@@ -154,7 +154,7 @@ class ServerProcess:
         return code
 
     def close(self) -> None:
-        """End it, at once. Idempotent."""
+        """End it, as SIGTERM does. Idempotent."""
         self._process.terminate()
         self._process.join()
         if self._end is not None:
@@ -183,7 +183,7 @@ def _without_interrupts() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Process:
+class Inherited:
     """What the server's process has of the one that starts it."""
 
     log_level: int
@@ -199,10 +199,10 @@ class Process:
 
 
 def run_server(
-    connection: Connection, listening: socket.socket, settings: Settings, drain_s: float, process: Process
+    connection: Connection, listening: socket.socket, settings: Settings, drain_s: float, inherited: Inherited
 ) -> None:
     """The server's process."""
-    process.begin()
+    inherited.begin()
     try:
         tokenizer, max_model_len = connection.recv()
     except EOFError:
