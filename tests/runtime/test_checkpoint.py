@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.checkpoint import end_of_text
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import SHAPES, load_model
@@ -240,6 +242,23 @@ def test_what_is_no_token_id_does_not_end_a_text(value: Any) -> None:
     model.generation_config.eos_token_id = value
     with pytest.raises(ConfigError, match=r"eos_token_id of generation_config\.json or config\.json holds"):
         end_of_text(model)
+
+
+def test_what_a_checkpoint_says_of_choosing_tokens_and_nobody_heeds_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    def said(**fields: Any) -> str:
+        caplog.clear()
+        model.generation_config.update(**fields)
+        Engine(model, make_cache("vattn", shape_of(model, 1, 16), "cpu"), compile=False, capture=False).close()
+        return caplog.text
+
+    model = model_of()
+    assert "generation_config.json" not in said()
+    text = said(do_sample=True, temperature=0.7, top_p=0.8, repetition_penalty=1.05)
+    assert "generation_config.json says temperature=0.7, top_p=0.8, repetition_penalty=1.05; " in text
+    # Without sampling `generate` heeds none but the last.
+    text = said(do_sample=False)
+    assert "generation_config.json says repetition_penalty=1.05; " in text
+    assert "generation_config.json" not in said(repetition_penalty=1.0)
 
 
 def test_named_shapes_have_no_end_of_text() -> None:

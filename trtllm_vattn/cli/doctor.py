@@ -100,6 +100,10 @@ def examine() -> tuple[list[Finding], int]:
         findings.append(Finding(name, not version.startswith("no: "), version.removeprefix("no: ")))
     for package, what in (
         ("transformers", "Engine over Hugging Face models (pip install 'trtllm-vattn[runtime]')"),
+        ("starlette", "the server (pip install 'trtllm-vattn[serve]')"),
+        ("llguidance", "JSON schemas and regular expressions (pip install 'trtllm-vattn[grammar]')"),
+        ("msgspec", "brokers (pip install 'trtllm-vattn[tenancy]')"),
+        ("rich", "top (pip install 'trtllm-vattn[observe]')"),
         ("matplotlib", "plots (pip install 'trtllm-vattn[bench]')"),
     ):
         findings.append(Finding(package, importlib.util.find_spec(package) is not None, what))
@@ -136,7 +140,7 @@ def _tensorrt_llm() -> Finding:
     try:
         version = importlib.metadata.version("tensorrt_llm")
     except importlib.metadata.PackageNotFoundError:
-        return Finding("tensorrt_llm", False, what)
+        return Finding("tensorrt_llm", False, f"{what}: not installed; pip install 'tensorrt-llm>=1.2,<1.5'")
     if series_of(version) is None:
         return Finding(
             "tensorrt_llm",

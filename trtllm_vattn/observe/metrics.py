@@ -171,7 +171,13 @@ FAMILIES = (
     ),
     Family("vattn_preemptions", COUNTER, "Requests that gave their memory up", lambda s: s.totals.preempted),
     Family("vattn_swaps", COUNTER, "Requests whose tokens went to host memory", lambda s: s.swaps),
-    Family("vattn_ended", COUNTER, "Requests ended, by why", lambda s: dict(s.totals.ended), "finish_reason"),
+    Family(
+        "vattn_ended",
+        COUNTER,
+        "Samples ended, by why; not those dropped by Engine.abort, as for clients that go away",
+        lambda s: dict(s.totals.ended),
+        "finish_reason",
+    ),
     Family(
         "vattn_prefix_tokens",
         COUNTER,

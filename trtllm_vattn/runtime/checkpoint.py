@@ -7,6 +7,7 @@ an error, as are tensors that the model has no place for, tensors of another sha
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,27 @@ from transformers.utils import cached_file
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import positions_of, refuse_family
+
+logger = logging.getLogger(__name__)
+
+DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+"""What transformers' `generate` heeds of a ``generation_config`` where ``do_sample`` is true."""
+CHOICES = (
+    *DRAWN,
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_length",
+    "min_new_tokens",
+    "bad_words_ids",
+    "sequence_bias",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
+"""All that it heeds when it chooses tokens."""
+NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0}
+"""What changes nothing, where that is neither None, 0 nor an empty list."""
 
 SHOWN = 4
 """Names in a message; the others are counted."""
@@ -221,6 +243,18 @@ def end_of_text(model: Any) -> tuple[int, ...]:
             "them"
         )
     return tuple(dict.fromkeys(token for token in listed if 0 <= token < config.vocab_size))
+
+
+def say_what_is_not_heeded(model: Any) -> None:
+    """Log a warning that names what a model's ``generation_config`` says of how tokens are chosen: a request's
+    `SamplingParams` alone say that here. Nothing where it says nothing, or what changes nothing."""
+    config = getattr(model, "generation_config", None)
+    names = CHOICES if getattr(config, "do_sample", None) else [name for name in CHOICES if name not in DRAWN]
+    said = {name: getattr(config, name, None) for name in names}
+    left = {name: value for name, value in said.items() if value not in (None, 0, [], NEUTRAL.get(name))}
+    if left:
+        shown = ", ".join(f"{name}={value}" for name, value in left.items())
+        logger.warning("generation_config.json says %s; requests choose by SamplingParams alone: give it there", shown)
 
 
 def load_tokenizer(name: str, shapes: Iterable[str] = ()) -> Any:

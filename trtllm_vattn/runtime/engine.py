@@ -38,7 +38,7 @@ from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
 from trtllm_vattn.runtime.borrowing import check_broker, make_borrowing_cache
-from trtllm_vattn.runtime.checkpoint import end_of_text, load_tokenizer
+from trtllm_vattn.runtime.checkpoint import end_of_text, load_tokenizer, say_what_is_not_heeded
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
 from trtllm_vattn.runtime.compression import Compression, check_compression, check_policy
@@ -335,6 +335,7 @@ class Engine:
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
         self._end_of_text = end_of_text(model)
+        say_what_is_not_heeded(model)
         self.attention = self._make_attention(attention, needs, scales, settings)
         self._check_drafts(settings["speculation"])
         # Before anything is captured: its memory is a captured step's.

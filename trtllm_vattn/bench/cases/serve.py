@@ -135,6 +135,8 @@ def run(args: argparse.Namespace) -> int:
         prompts_of(requests, vocab_of(model), args.seed), [request.output_tokens for request in requests], arrivals
     )
     recording = Recording("serve", args)
+    if args.device == "cpu":
+        recording.say("without a GPU Python replays graphs, call by call: compare tokens and memory, not times")
     recording.results.update(runs=[], requests=len(requests), span_s=arrivals[-1] - arrivals[0])
     runs = recording.results["runs"]
 

@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory", type=size, default="8GiB" if gpu else "2MiB", metavar="BYTES", help="of the broker")
     text = "steps of engines that nobody ends, of which the journal's part is told; 0 leaves it out"
     add("--journal-steps", type=non_negative, default=100, metavar="STEPS", help=text)
-    text = "kill no more once so many have passed, and say how many it were"
+    text = "kill no more once so many have passed, and say how many were killed (default: no limit)"
     add("--most-seconds", type=amount, default=None, metavar="SECONDS", help=text)
 
 

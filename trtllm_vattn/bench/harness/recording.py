@@ -97,14 +97,15 @@ class Recording:
                     self.sum_up(**found)
                 self._left.remove(name)
             except Exception as error:
-                if isinstance(error, ConfigError):
-                    # Not the error itself, whose frames keep the part's engine and memory while the others run.
-                    refused = refused or ConfigError(str(error))
-                elif not isinstance(error, VattnError):
-                    traceback.print_exc()
                 failed[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
                 self.wrong.append(f"{name} failed: {failed[name]}")
-                self.say(self.wrong[-1])
+                if isinstance(error, ConfigError) and refused is None:
+                    # Said behind the last part; the error's own frames would keep this part's engine and memory until then.
+                    refused = ConfigError(str(error))
+                else:
+                    self.say(self.wrong[-1])
+                if not isinstance(error, VattnError):
+                    traceback.print_exc()
             seconds[name] = round(perf_counter() - started, 2)
             self.say(f"{name} ends, {seconds[name]:.1f} s")
             self._write()
