@@ -100,7 +100,7 @@ class Recording:
                 failed[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
                 self.wrong.append(f"{name} failed: {failed[name]}")
                 if isinstance(error, ConfigError) and refused is None:
-                    # Said behind the last part; the error's own frames would keep this part's engine and memory until then.
+                    # Said behind the last part; the error's own frames would keep this part's memory until then.
                     refused = ConfigError(str(error))
                 else:
                     self.say(self.wrong[-1])
