@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu, add = add_common(parser), parser.add_argument
     add_attention(parser)
     add_parts(parser, MEASURES, "parameters,http,clients", flag="--measure")
-    text = "of a launch, on an emulated device that computes nothing; of parts http and clients, on the host (default: no)"
+    text = "of a launch, on an emulated device that computes nothing; for http and clients, on the host (default: no)"
     add("--emulate-step-ms", type=amount, metavar="MILLISECONDS", help=text)
     add("--requests", type=positive, default=512 if gpu else 60, metavar="REQUESTS", help="of part clients")
     add("--clients", type=positive, default=256 if gpu else 16, metavar="SEQUENCES", help="that ask at once")
