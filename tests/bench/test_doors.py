@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from trtllm_vattn.bench.cases import doors_updates
+from trtllm_vattn.bench.cases import doors_http, doors_updates
 from trtllm_vattn.bench.cases.doors_http import judge
 from trtllm_vattn.bench.peer.trainer import train
 from trtllm_vattn.cli.main import main
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.logprobs import TokenLogprob
 from trtllm_vattn.runtime.request import Completion
 
@@ -74,6 +76,25 @@ def one_set(connection: Connection, model: str, device: str, seed: int) -> None:
             return 1 if isinstance(got, int) else got
 
     train(Asked(), model, device, seed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], "the process of clients ended early"),
+        ([{"place": 0, "tokens": []}], "the process of clients ended early"),
+        ([{"place": 0, "error": "refused"}, {"seconds": 1.0}], r"clients failed: \['refused'\]"),
+    ],
+)
+def test_clients_that_fail_or_end_early_are_told(
+    lines: list[dict[str, Any]], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doors_http, "_start", lambda job: None)
+    monkeypatch.setattr(doors_http, "_lines", lambda process: iter(lines))
+    served: Any = SimpleNamespace(where={}, engine_cpu_s=lambda: 0.0)
+    engine: Any = SimpleNamespace(observer=None)
+    with pytest.raises(ConfigError, match=said):
+        doors_http.through_server(engine, served, {"requests": []})
 
 
 @pytest.mark.parametrize(("trainer", "exit_code"), [(train, 0), (one_set, 1)])

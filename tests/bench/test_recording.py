@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,30 @@ def test_wrong_flags_of_a_part_leave_the_others_to_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="too few"):
         Recording("made", args).measure({"wrong": wrong, "right": right}, ["wrong", "right"])
     assert json.loads(args.output_json.read_text())["summary"] == {"a": 1, "incomplete": ["wrong"]}
+
+
+def test_a_part_that_fails_keeps_nothing_while_the_others_run() -> None:
+    class Engine:
+        pass
+
+    made: list[weakref.ref[Engine]] = []
+
+    def refused(recording: Recording) -> None:
+        engine = Engine()
+        made.append(weakref.ref(engine))
+        try:
+            raise KVCacheOutOfMemory("full")
+        except KVCacheOutOfMemory as error:
+            raise ConfigError("raise --budget") from error
+
+    def after(recording: Recording) -> list[dict[str, Any]]:
+        return [{"kept": made[0]() is not None}]
+
+    args = argparse.Namespace(seed=0, output_json=None, device="cpu")
+    recording = Recording("made", args)
+    with pytest.raises(ConfigError, match="raise --budget"):
+        recording.measure({"refused": refused, "after": after})
+    assert recording.summary == {"kept": False}
 
 
 def test_a_bug_in_a_part_leaves_the_others_to_run_and_is_told(capsys: pytest.CaptureFixture[str]) -> None:

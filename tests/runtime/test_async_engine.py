@@ -23,7 +23,7 @@ from trtllm_vattn.errors import (
     WeightsMixed,
     WrongProcess,
 )
-from trtllm_vattn.runtime.async_engine import MOST_FAILURES, AsyncEngine, RequestStream
+from trtllm_vattn.runtime.async_engine import COMPILERS, MOST_FAILURES, AsyncEngine, RequestStream
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -312,3 +312,39 @@ def test_what_is_no_engine_or_a_busy_one_is_refused() -> None:
         engine.submit([1], PARAMS)
         with pytest.raises(ConfigError, match="running requests, whose tokens nobody would get"):
             AsyncEngine(engine)
+
+
+def test_requests_whose_grammars_are_compiled_count_and_none_is_compiled_behind_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = engine_of()
+    around = AsyncEngine(engine, max_requests=3 * COMPILERS)
+    begun, goes_on = threading.Semaphore(0), threading.Event()
+    compiled: list[object] = []
+
+    def compiling(params: SamplingParams) -> None:
+        compiled.append(params)
+        begun.release()
+        assert goes_on.wait(30)
+
+    monkeypatch.setattr(engine, "compile_grammar", compiling)
+    asked = SamplingParams(regex="a")
+
+    async def job() -> None:
+        adding = [asyncio.create_task(around.add_request([1], asked)) for _ in range(3 * COMPILERS)]
+        for _ in range(COMPILERS):
+            assert await asyncio.to_thread(begun.acquire, timeout=30)
+        with pytest.raises(EngineOverloaded, match=f"{3 * COMPILERS} requests are unfinished"):
+            await asyncio.wait_for(around.add_request([1], asked), 5)
+        closing = asyncio.create_task(around.shutdown(drain=False))
+        while not around._stopped:
+            await asyncio.sleep(0)
+        goes_on.set()
+        await closing
+        assert [type(each) for each in await asyncio.gather(*adding, return_exceptions=True)] == [EngineClosed] * len(
+            adding
+        )
+
+    run(job)
+    assert len(compiled) == COMPILERS
+    assert around.unfinished == 0

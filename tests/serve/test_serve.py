@@ -473,6 +473,44 @@ def test_a_server_that_is_killed_ends_the_engine_and_is_told(
     killing.join()
 
 
+@FORKS
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_before_uvicorn_listens_to_signals_ends_the_server(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = uvicorn.Server.run
+
+    def signalled(self: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        os.kill(os.getpid(), number)
+        run(self, sockets)
+
+    monkeypatch.setattr(uvicorn.Server, "run", signalled)
+    process = ServerProcess(listen("127.0.0.1", 0), Settings(NAME), 5.0)
+    try:
+        process._connection.send((tiny_tokenizer(), LENGTH))
+        process._process.join(20)
+        assert process._process.exitcode == 0
+    finally:
+        process._process.kill()
+        process.close()
+
+
+@FORKS
+@pytest.mark.usefixtures("forked")
+def test_a_servers_process_that_ends_before_it_serves_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "run_server", lambda *_: os._exit(7))
+    engine = AsyncEngine(engine_of())
+    try:
+        with (
+            ServerProcess(listen("127.0.0.1", 0), Settings(NAME), 5.0) as process,
+            pytest.raises(VattnError, match="the server's process ended with code 7 before it served"),
+        ):
+            process.begin(engine, LENGTH)
+    finally:
+        engine.close()
+
+
 def test_a_model_without_a_tokenizer_or_a_port_that_is_taken_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with listen("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]

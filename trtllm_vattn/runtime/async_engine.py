@@ -25,7 +25,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -59,6 +59,9 @@ T = TypeVar("T")
 
 MOST_FAILURES = 3
 """Steps in a row that raise before requests are given up."""
+
+COMPILERS = 4
+"""Grammars that are compiled at once."""
 
 IDLE_S = 0.25
 """Seconds without work after which a graph is captured that steps went without, and a broker's word is looked at."""
@@ -234,6 +237,7 @@ class AsyncEngine:
         """Whether the engine's thread finds no step to take before somebody calls."""
         self.on_failure: Callable[[], object] | None = None
         """Called when it does, in the engine's thread."""
+        self._compilers = ThreadPoolExecutor(COMPILERS, "vattn-grammar")
         self._thread = threading.Thread(target=self._run, name="vattn-engine", daemon=True)
         self._thread.start()
 
@@ -296,8 +300,6 @@ class AsyncEngine:
         """
         self._check_process()
         stream = RequestStream(self, _samples(params), arrived)
-        if isinstance(params, SamplingParams) and params.has_grammar:
-            await asyncio.to_thread(self.compile_grammar, params)
         into = _Loop(asyncio.get_running_loop()), weakref.ref(stream)
         taken = self.submit(prompt, params, *into, priority=priority, deadline_s=deadline_s)
         try:
@@ -322,13 +324,7 @@ class AsyncEngine:
         nothing; the future has the number that `Engine.submit` gave, or what that raised. Raises EngineOverloaded,
         EngineClosed and WrongProcess."""
         self._check_process()
-        with self._changed:
-            if self._stopping:
-                raise EngineClosed("this engine is shut down, or shutting down; no request is taken")
-            if self._taken >= self.max_requests:
-                raise EngineOverloaded(f"{self._taken} requests are unfinished, as many as are taken; try again later")
-            self._taken += 1
-        samples = _samples(params)
+        samples, taken = _samples(params), Future[int]()
 
         def submit(engine: Engine) -> int:
             number = engine.submit(prompt, params, priority=priority, deadline_s=deadline_s)
@@ -336,18 +332,27 @@ class AsyncEngine:
             self._running.update(dict.fromkeys(running.numbers, running))
             return number
 
-        try:
-            taken = self._call(submit)
-        except BaseException:
-            self._give_back()
-            raise
         taken.add_done_callback(lambda done: self._give_back() if done.exception() else None)
+        with self._changed:
+            if self._stopping:
+                raise EngineClosed("this engine is shut down, or shutting down; no request is taken")
+            if self._taken >= self.max_requests:
+                raise EngineOverloaded(f"{self._taken} requests are unfinished, as many as are taken; try again later")
+            if isinstance(params, SamplingParams) and params.has_grammar:
+                self._compilers.submit(self._call_compiled, params, submit, taken)
+            else:
+                self._call(submit, taken)
+            self._taken += 1
         return taken
 
-    def compile_grammar(self, params: SamplingParams) -> None:
-        """Compile the grammar that parameters ask for, so that no step waits for it; in any thread, for a while. Raises
-        as `Engine.compile_grammar`."""
-        self._engine.compile_grammar(params)
+    def _call_compiled(self, params: SamplingParams, function: Callable[[Engine], T], future: Future[T]) -> None:
+        """`_call`, with the grammar that parameters ask for compiled before, so that no step waits for it."""
+        try:
+            if not self._stopped:
+                self._engine.compile_grammar(params)
+            self._call(function, future)
+        except BaseException as error:
+            future.set_exception(error)
 
     async def abort(self, request: int | RequestStream) -> None:
         """Drop a request, or its stream's, and all its samples; the stream ends. Nothing where it has ended."""
@@ -424,6 +429,7 @@ class AsyncEngine:
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            self._compilers.shutdown()
 
     def _wait_until_drained(self, timeout_s: float | None) -> None:
         with self._changed:
@@ -440,9 +446,9 @@ class AsyncEngine:
         if self._process != os.getpid():
             raise WrongProcess(f"this engine was made in process {self._process}; make one in this process")
 
-    def _call(self, function: Callable[[Engine], T]) -> Future[T]:
+    def _call(self, function: Callable[[Engine], T], future: Future[T] | None = None) -> Future[T]:
         self._check_process()
-        future: Future[T] = Future()
+        future = Future() if future is None else future
         with self._changed:
             if self._stopped:
                 raise EngineClosed("this engine is shut down; build another")

@@ -271,8 +271,7 @@ class RequestState:
         params, count = self.params, self.params.n
         self.params, self.group = params.of_branch(0), self.id if count > 1 else None
         return [
-            replace(self.anew(next(numbers), params.of_branch(branch)), branch=branch, group=self.group)
-            for branch in range(1, count)
+            replace(self.anew(next(numbers), params.of_branch(branch)), branch=branch) for branch in range(1, count)
         ]
 
     def anew(self, number: int, params: SamplingParams) -> RequestState:

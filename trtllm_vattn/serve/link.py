@@ -13,7 +13,6 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -27,8 +26,6 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.runtime.tokens import TokenIds
 
 logger = logging.getLogger(__name__)
-COMPILERS = 4
-"""Grammars that are compiled at once."""
 EXPECTED = (VattnError, ModuleNotFoundError, StopAsyncIteration)
 """Errors that are no bug."""
 
@@ -47,7 +44,6 @@ class EngineEnd:
     def __init__(self, engine: AsyncEngine, connection: Connection) -> None:
         self._engine, self._connection = engine, connection
         self._outbox: SimpleQueue[tuple[str, Any, Any] | None] = SimpleQueue()
-        self._compilers = ThreadPoolExecutor(COMPILERS, "vattn-grammar")
         self.has_ended = False
         self.is_ready = threading.Event()
         self._threads = [
@@ -74,7 +70,6 @@ class EngineEnd:
         self._outbox.put(None)
         for thread in self._threads:
             thread.join()
-        self._compilers.shutdown()
         self._connection.close()
 
     def _write(self) -> None:
@@ -100,28 +95,16 @@ class EngineEnd:
         self.is_ready.set()
 
     def _submit(self, key: int, what: tuple[TokenIds, SamplingParams, int]) -> None:
-        if what[1].has_grammar:
-            # Which takes seconds.
-            self._compilers.submit(self._take, key, what)
-        else:
-            self._take(key, what)
-
-    def _take(self, key: int, what: tuple[TokenIds, SamplingParams, int]) -> None:
         prompt, params, priority = what
         try:
-            if params.has_grammar:
-                self._engine.compile_grammar(params)
             taken = self._engine.submit(prompt, params, self, key, priority=priority)
         except Exception as error:
             self._answer(key, error)
             return
         taken.add_done_callback(lambda done: self._answer(key, done.exception() or done.result()))
 
-    def _abort(self, key: int, number: int) -> None:
-        try:
-            self._engine.abort_soon(number)
-        except EngineClosed:
-            logger.debug("request %d ended with the engine", number)
+    def _abort(self, key: Any, number: int) -> None:
+        self._engine.abort_soon(number)
 
     def _stats(self, key: int, name: str) -> None:
         try:

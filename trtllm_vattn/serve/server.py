@@ -102,8 +102,8 @@ class ServerProcess:
         spawning: Any = multiprocessing.get_context(START)
         self._connection, theirs = spawning.Pipe()
         self._end: EngineEnd | None = None
-        process = Process(logging.getLogger().getEffectiveLevel(), is_instrumented())
-        given = (theirs, listening, settings, drain_s, process)
+        inherited = Inherited(logging.getLogger().getEffectiveLevel(), is_instrumented())
+        given = (theirs, listening, settings, drain_s, inherited)
         self._process = spawning.Process(target=run_server, args=given, name="vattn-server", daemon=True)
         with theirs, listening, _without_interrupts():
             self._process.start()
@@ -154,7 +154,7 @@ class ServerProcess:
         return code
 
     def close(self) -> None:
-        """End it, at once. Idempotent."""
+        """End it, as SIGTERM does. Idempotent."""
         self._process.terminate()
         self._process.join()
         if self._end is not None:
@@ -183,7 +183,7 @@ def _without_interrupts() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Process:
+class Inherited:
     """What the server's process has of the one that starts it."""
 
     log_level: int
@@ -199,23 +199,27 @@ class Process:
 
 
 def run_server(
-    connection: Connection, listening: socket.socket, settings: Settings, drain_s: float, process: Process
+    connection: Connection, listening: socket.socket, settings: Settings, drain_s: float, inherited: Inherited
 ) -> None:
     """The server's process."""
-    process.begin()
+    inherited.begin()
     try:
         tokenizer, max_model_len = connection.recv()
     except EOFError:
         return
     engine = RemoteEngine(connection, tokenizer)
     server = uvicorn.Server(configuration(engine, settings, max_model_len, drain_s))
-    engine.on_end = lambda: setattr(server, "should_exit", True)
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    engine.on_end = end
+    # For signals that come before uvicorn has handlers of its own; behind them it raises again the one that ended it.
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
     # As in the other process: what is there stays, and no collection looks at it again while tokens wait.
     gc.collect()
     gc.freeze()
-    # uvicorn raises the signal again that ended it, with the handler that there was before.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
     server.run([listening])
     if not server.started:
         raise SystemExit(STARTUP_FAILED)

@@ -137,9 +137,12 @@ def through_server(engine: Engine, server: Serving, job: dict[str, Any]) -> tupl
     """All requests of a job at once, by HTTP, and what each got. Raises ConfigError where any failed."""
     before = server.engine_cpu_s()
     with observed(engine) as launches:
-        *outcomes, last = _lines(_start({**server.where, **job, "timed": True}))
-    if "seconds" not in last or any("error" in each for each in outcomes):
-        raise ConfigError(f"clients failed: {[each['error'] for each in outcomes if 'error' in each][:3]}")
+        outcomes = list(_lines(_start({**server.where, **job, "timed": True})))
+    if not outcomes or "seconds" not in outcomes[-1]:
+        raise ConfigError("the process of clients ended early; its error is above")
+    last = outcomes.pop()
+    if failed := [each["error"] for each in outcomes if "error" in each]:
+        raise ConfigError(f"clients failed: {failed[:3]}")
     return Took(float(last["seconds"]), server.engine_cpu_s() - before, launches), outcomes
 
 

@@ -100,7 +100,8 @@ class Recording:
                 failed[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
                 self.wrong.append(f"{name} failed: {failed[name]}")
                 if isinstance(error, ConfigError) and refused is None:
-                    refused = error  # which says it behind the last part
+                    # Said behind the last part; the error's own frames would keep this part's memory until then.
+                    refused = ConfigError(str(error))
                 else:
                     self.say(self.wrong[-1])
                 if not isinstance(error, VattnError):
