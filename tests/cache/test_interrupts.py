@@ -176,7 +176,7 @@ def test_a_constructor_interrupted_anywhere() -> None:
         uninterrupted(gc.collect)
         count = instructions_of(lambda: built.append(build(driver)))
         built[0].close()
-    for number in numbers(count, 31):
+    for number in numbers(count, 97):
         with HostDriverThatIsEmpty() as driver, warnings.catch_warnings():
             # At its last instructions there is a cache, which is dropped.
             warnings.simplefilter("ignore", ResourceWarning)
