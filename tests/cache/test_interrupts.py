@@ -220,7 +220,7 @@ def test_a_thread_whose_start_or_end_is_interrupted_stops() -> None:
             within(10, thread.close)
 
 
-@pytest.mark.parametrize("lives", [200 if THOROUGH else 25])
+@pytest.mark.parametrize("lives", [200 if THOROUGH else 15])
 def test_random_interrupts_of_a_busy_cache(lives: int) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from interrupting import THOROUGH
 from ties import agree, by_request
 from torch import nn
 
@@ -24,7 +25,7 @@ from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.prefill import Prefill, packed_prefill
 from trtllm_vattn.runtime.sampling import SamplingParams
 
-FAMILIES = ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral"]
+FAMILIES = ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral"] if THOROUGH else ["tiny-qwen2", "tiny-qwen3"]
 PROMPTS = [[1, 2, 3], list(range(20)), [7]]
 
 # How often a layer is traced hangs on how often it is called, and with which sizes.
