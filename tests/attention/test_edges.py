@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from probing import probe
-
-from trtllm_vattn.attention.select import available
+from probing import probe, probe_on_card
 
 PROBE = Path(__file__).with_name("edges_probe.py")
 CASES = ["lengths", "windows", "quiet", "infinite", "prefixes", "scales"]
@@ -28,10 +25,4 @@ def test_loads_by_tma_are_right_in_the_interpreter(case: str) -> None:
 @pytest.mark.parametrize("path", ["hopper", "plain"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_are_right_on_the_card(case: str, path: str) -> None:
-    if available()["shares"] != "yes":
-        pytest.skip(available()["shares"])
-    if path == "hopper" and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("TMA and dependent launches are used on compute capability 9")
-    if case == "scales" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("e4m3 is converted on compute capability 8.9 and later")
-    probe(PROBE, "cuda:0", case, path, interpreted=False)
+    probe_on_card(PROBE, case, path, eight_bits=case == "scales")

@@ -9,13 +9,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from probing import probe
+from probing import probe, probe_on_card
 
 from trtllm_vattn.attention.base import Attention, PackedPrefill, PrefillChunk, Span
 from trtllm_vattn.attention.options import FP8, PREFIXES, Feature, LayerOptions, PrefixTables
 from trtllm_vattn.attention.picked import PickedAttention
 from trtllm_vattn.attention.reference import TorchAttention
-from trtllm_vattn.attention.select import available, make_attention
+from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -36,13 +36,7 @@ def test_the_kernels_are_right_in_the_interpreter(case: str) -> None:
 @pytest.mark.parametrize("path", ["hopper", "plain"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_are_right_on_the_card(case: str, path: str) -> None:
-    if available()["shares"] != "yes":
-        pytest.skip(available()["shares"])
-    if path == "hopper" and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("TMA and dependent launches are used on compute capability 9")
-    if case == "fp8" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("e4m3 is converted on compute capability 8.9 and later")
-    probe(PROBE, "cuda:0", case, path, interpreted=False)
+    probe_on_card(PROBE, case, path, eight_bits=case == "fp8")
 
 
 def made(dtype: torch.dtype = torch.float32, **config: object) -> KVCacheManager:

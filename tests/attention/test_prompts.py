@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probing import probe
+from probing import probe, probe_on_card
 
 from trtllm_vattn.attention.base import Attention, PackedPrefill, PrefillChunk, Span
 from trtllm_vattn.attention.picked import PickedAttention
 from trtllm_vattn.attention.prompt_launch import MOST_BLOCK_M, prompt_settings
-from trtllm_vattn.attention.select import available, make_attention
+from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.attention.shares import HEAD_SIZES
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.select import make_cache
@@ -31,11 +31,7 @@ def test_the_kernel_is_right_in_the_interpreter(case: str) -> None:
 @pytest.mark.parametrize("path", ["hopper", "plain"])
 @pytest.mark.parametrize("case", ["shapes", "splits", "life", "far", "plans"])
 def test_the_kernel_is_right_on_the_card(case: str, path: str) -> None:
-    if available()["shares"] != "yes":
-        pytest.skip(available()["shares"])
-    if path == "hopper" and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("TMA is used on compute capability 9")
-    probe(PROBE, "cuda:0", case, path, interpreted=False)
+    probe_on_card(PROBE, case, path)
 
 
 LENGTHS = (40, 7, 96, 1)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from probing import probe
+from probing import probe, probe_on_card
 from ties import agree, by_request
 
 from trtllm_vattn.attention.base import MOST_QUERIES
@@ -36,11 +36,7 @@ def test_the_kernel_is_right_in_the_interpreter(case: str) -> None:
 @pytest.mark.parametrize("path", ["hopper", "plain"])
 @pytest.mark.parametrize("case", ["shapes", "shares", "queries", "far", "nan", "graph"])
 def test_the_kernel_is_right_on_the_card(case: str, path: str) -> None:
-    if available()["shares"] != "yes":
-        pytest.skip(available()["shares"])
-    if path == "hopper" and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("TMA and dependent launches are used on compute capability 9")
-    probe(PROBE, "cuda:0", case, path, interpreted=False)
+    probe_on_card(PROBE, case, path)
 
 
 @pytest.fixture
