@@ -12,7 +12,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable
-from time import monotonic
+from time import monotonic, sleep
 
 import numpy as np
 import pytest
@@ -254,6 +254,21 @@ def _busy_until_interrupted(choice: random.Random, driver: HostDriver) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
     goes_on(cache, False)
     within(20, cache.close)
+
+
+def test_a_call_interrupted_anywhere_is_done_before_the_interrupt_is_raised_or_never() -> None:
+    done: list[bool] = []
+
+    def slow() -> None:
+        sleep(0.002)
+        done.append(True)
+
+    for number in range(instructions_of(lambda: uninterrupted(slow))):
+        done.clear()
+        assert interrupt_at(number, lambda: uninterrupted(slow))
+        before = len(done)
+        drain()
+        assert len(done) == before, f"instruction {number}: done after the interrupt was raised"
 
 
 def test_a_second_interrupt_ends_the_wait_and_the_call_is_done_all_the_same() -> None:

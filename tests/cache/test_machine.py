@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
+from math import inf
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ from trtllm_vattn.errors import (
     PrefixEvicted,
     SequenceTooLong,
 )
-from trtllm_vattn.memory.slot import SUSPENDED
+from trtllm_vattn.memory.slot import RETAINED, SUSPENDED
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.host import HostDriver
@@ -102,12 +103,16 @@ class CacheMachine(RuleBasedStateMachine):
         segments = self.cache.segments
         return 0 if segments is None else int(segments[segments[:, 0] == slot, 3].max(initial=0))
 
-    def has_no_slot(self) -> bool:
-        """Whether every slot has a sequence, or tokens that another one reads."""
-        slots = self.cache.arena.slots
+    def has_no_slot(self, source: int | None = None) -> bool:
+        """Whether every slot has a sequence, or is `source`, or has tokens that another one reads, or that must not be
+        evicted."""
         return all(
-            self.cache.sequence_at(slot) is not None or slots[slot].holders or slots[slot].state is SUSPENDED
-            for slot in range(SHAPE.num_slots)
+            self.cache.sequence_at(n) is not None
+            or n == source
+            or slot.holders
+            or slot.state is SUSPENDED
+            or (slot.state is RETAINED and slot.priority == inf)
+            for n, slot in enumerate(self.cache.arena.slots[: SHAPE.num_slots])
         )
 
     def surplus(self, needed: dict[int, int]) -> int:
@@ -309,12 +314,7 @@ class CacheMachine(RuleBasedStateMachine):
         except SequenceTooLong:
             assert tokens + more > SHAPE.max_seq_len
         except NoFreeSlot:
-            slot = source.slot if isinstance(source, RetainedSlot) else source
-            slots = self.cache.arena.slots
-            assert all(
-                self.cache.sequence_at(n) is not None or n == slot or each.holders or each.state is SUSPENDED
-                for n, each in enumerate(slots[: SHAPE.num_slots])
-            )
+            assert self.has_no_slot(source.slot if isinstance(source, RetainedSlot) else source)
         except KVCacheOutOfMemory:
             assert self.cache.layout.bytes_for(tokens + more) * self.cache.layout.num_ranges > room
         else:
@@ -361,7 +361,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.retained_tokens(kept) <= tokens
 
     @precondition(lambda self: self.kept)
-    @rule(data=st.data(), priority=st.sampled_from([0.0, 1.0, float("inf")]))
+    @rule(data=st.data(), priority=st.sampled_from([0.0, 1.0, inf]))
     def touch(self, data: st.DataObject, priority: float) -> None:
         self.cache.touch(data.draw(st.sampled_from(sorted(self.kept))), priority)
 
@@ -516,6 +516,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_kept_token_holds_what_was_written(self) -> None:
+        # The thread evicts what is kept, and would between the look at how much there is and the reading of it.
+        assert self.cache.wait_ahead()
         for kept, authors in self.kept.items():
             for author, run in groupby(range(self.cache.retained_tokens(kept)), key=authors.__getitem__):
                 tokens = list(run)

@@ -392,10 +392,12 @@ class KVCacheManager(SlottedCache):
                 if not self.arena.evict_slot():
                     break
         if first is None:
+            retained = self.arena.retained_slots
             raise NoFreeSlot(
-                f"no slot is usable: {len(self._tier.sequences)} are kept for suspended sequences, and "
-                f"{len(self.broken_slots())} are retired after a driver call failed in them; release or resume the "
-                "former, or close the cache and build another"
+                f"no slot is usable: {len(self._tier.sequences)} are kept for suspended sequences, {retained} for tokens "
+                "that are pinned, have an infinite priority or are read by others, and "
+                f"{len(self.broken_slots())} are retired after a driver call failed in them; release or resume, unpin, "
+                "or close the cache and build another"
             )
         return 1 << max([first, *self._owner]).bit_length()
 

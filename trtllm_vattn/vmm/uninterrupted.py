@@ -22,17 +22,21 @@ _PATIENCE_S = 5.0
 
 
 class _Job:
-    __slots__ = ("answer", "arguments", "call", "done", "error", "is_done")
+    __slots__ = ("answer", "arguments", "call", "done", "error", "is_done", "taken")
 
     def __init__(self, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.call, self.arguments = call, arguments
         self.answer: Any = None
         self.error: BaseException | None = None
         self.is_done = False
+        # Whoever acquires it first decides: the helper thread does the job, or an interrupted caller withdraws it.
+        self.taken = _thread.allocate_lock()
         self.done = _thread.allocate_lock()
         self.done.acquire()
 
     def run(self) -> None:
+        if not self.taken.acquire(blocking=False):
+            return
         try:
             self.answer = self.call(*self.arguments)
         except BaseException as error:
@@ -75,17 +79,18 @@ def uninterrupted(call: Callable[..., T], *arguments: Any) -> T:
     """``call(*arguments)``, done whole whatever signal comes; its answer, or what it raised.
 
     A KeyboardInterrupt, or whatever else a signal handler raises, is raised once the call is done, and its answer is
-    lost. A second one is raised at once, and the call goes on: `drain` waits for it.
+    lost; or the call was not begun, and is not any more. A second one is raised at once, and the call goes on: `drain`
+    waits for it.
     """
     if _thread.get_ident() != threading.main_thread().ident:
         return call(*arguments)
     job = _Job(call, arguments)
-    _helper.submit(job)
     try:
+        _helper.submit(job)
         job.done.acquire()
     except BaseException:
-        # It may have come after the acquisition.
-        if not job.is_done:
+        # It may have come before the helper thread had the job, and after the acquisition.
+        if not job.taken.acquire(blocking=False) and not job.is_done:
             job.done.acquire()
         raise
     answer: T = _outcome(job)
