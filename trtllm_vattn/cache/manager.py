@@ -394,8 +394,8 @@ class KVCacheManager(SlottedCache):
         if first is None:
             retained = self.arena.retained_slots
             raise NoFreeSlot(
-                f"no slot is usable: {len(self._tier.sequences)} are kept for suspended sequences, {retained} for tokens "
-                "that are pinned, have an infinite priority or are read by others, and "
+                f"no slot is usable: {len(self._tier.sequences)} are kept for suspended sequences, {retained} for "
+                "tokens that are pinned, have an infinite priority or are read by others, and "
                 f"{len(self.broken_slots())} are retired after a driver call failed in them; release or resume, unpin, "
                 "or close the cache and build another"
             )
