@@ -21,6 +21,7 @@ from trtllm_vattn.graphs.audit import AuditReport, audit, audit_host, cuda_probe
 from trtllm_vattn.graphs.capture import GraphCapture, Outputs
 from trtllm_vattn.graphs.composition import ComposedGraph, WhileConditionKernel, loop_while, repeat
 from trtllm_vattn.graphs.nodes import GraphReader
+from trtllm_vattn.values import counted
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
 from trtllm_vattn.vmm.tensors import current_stream
@@ -115,7 +116,9 @@ class GraphRunner:
             seconds[bucket] = perf_counter() - started
             replays[bucket] = self.replay_s(bucket, 3)
         report = CaptureReport(seconds, replays, self._reserved_bytes() - before)
-        logger.info("captured %d graphs in %.2f s, %d bytes", len(seconds), sum(seconds.values()), report.pool_bytes)
+        logger.info(
+            "captured %s in %.2f s, %d bytes", counted(len(seconds), "graph"), sum(seconds.values()), report.pool_bytes
+        )
         return report
 
     def _reserved_bytes(self) -> int:

@@ -52,6 +52,12 @@ def described(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__} ({shown(value)})"
 
 
+def counted(count: int, noun: str) -> str:
+    """So many of something, as messages say it: ``1 tenant``, ``1,200 tenants``. `noun` is singular, with a regular
+    plural."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def shown(value: Any) -> str:
     """A value for a message, no longer than a line. Digits beyond what Python converts are counted instead."""
     if type(value) is int and value.bit_length() > 256:

@@ -8,6 +8,7 @@ import os
 import threading
 import warnings
 from collections.abc import Awaitable, Callable, Iterator
+from time import perf_counter
 
 import pytest
 import torch
@@ -270,6 +271,33 @@ def test_shutdown_waits_for_nobody_who_cannot_go_on(made: AsyncEngine, held: str
             await tokens_of(stream)
 
     run(job)
+
+
+@pytest.mark.parametrize("held", ["suspended", "asleep", "paused"])
+def test_a_deadline_ends_who_waits_for_no_step(held: str) -> None:
+    began: list[float] = []
+    made = AsyncEngine(engine_of(clock=lambda: perf_counter() - began[0] if began else 0.0))
+
+    async def job() -> None:
+        params = SamplingParams(max_tokens=60, ignore_eos=True)
+        stream = await made.add_request([1, 2, 3], params, deadline_s=0.02)
+        other = await made.add_request([1, 2, 3], params)
+        await anext(stream)
+        if held == "suspended":
+            await made.call(lambda engine: [engine.suspend(each.request) for each in (stream, other)])
+        elif held == "asleep":
+            await made.call(lambda engine: engine.sleep(kv="drop"))
+        else:
+            await made.pause()
+        await made.call(lambda _: began.append(perf_counter()))
+        *_, last = [event async for event in stream]
+        assert (last.token, last.finish_reason) == (None, "deadline")
+        assert made.unfinished == 1
+
+    try:
+        run(job)
+    finally:
+        made.close()
 
 
 def test_a_forked_child_is_refused_by_name(made: AsyncEngine) -> None:

@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -33,9 +35,11 @@ from trtllm_vattn.runtime.async_engine import AsyncEngine  # noqa: E402
 from trtllm_vattn.runtime.binding import shape_of  # noqa: E402
 from trtllm_vattn.runtime.engine import Engine  # noqa: E402
 from trtllm_vattn.runtime.sampling import SamplingParams  # noqa: E402
+from trtllm_vattn.serve import metrics as of_metrics  # noqa: E402
 from trtllm_vattn.serve import server  # noqa: E402
 from trtllm_vattn.serve.app import Settings  # noqa: E402
 from trtllm_vattn.serve.server import ServerProcess, configuration, listen, serve  # noqa: E402
+from trtllm_vattn.serve.spans import RequestSpan  # noqa: E402
 from trtllm_vattn.vmm.host import HostDriver  # noqa: E402
 from trtllm_vattn.vmm.wrappers import FaultyDriver  # noqa: E402
 
@@ -363,6 +367,23 @@ def test_models_health_and_metrics(served: Served) -> None:
     assert float(values["vattn_time_to_first_token_seconds_count"]) >= 1
 
 
+def test_each_token_counts_of_several_that_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 1.06, 1.14])
+    monkeypatch.setattr(of_metrics, "perf_counter", lambda: next(times))
+    metrics = of_metrics.Metrics(Mock(spec=AsyncEngine))
+    timer = metrics.timer(RequestSpan("x", NAME, {}))
+    timer.tokens([(0, 2), (1, 1)])
+    timer.tokens([(0, 3)])
+    timer.tokens([(0, 1), (1, 2)])
+    found = {(each.name, each.labels.get("le")): each.value for each in metrics.between.metric().samples}
+    name = "vattn_inter_token_seconds"
+    # Three by 0.02 s, one by 0.08 s, two by 0.07 s.
+    assert found[f"{name}_sum", None] == pytest.approx(0.28)
+    assert [found[f"{name}_bucket", le] for le in ("0.01", "0.03", "0.05", "0.075", "0.1")] == [0, 3, 3, 5, 6]
+    assert found[f"{name}_count", None] == 6
+    assert metrics.generated == 9
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_cancels_its_request(served: Served, stream: bool) -> None:
     body = json.dumps({"model": NAME, "prompt": "one", "max_tokens": 240, "stream": stream, "ignore_eos": True})
@@ -524,7 +545,9 @@ def test_a_model_without_a_tokenizer_or_a_port_that_is_taken_is_told(capsys: pyt
         around.close()
 
 
-def test_generate_prints_texts(checkpoint: Path, capsys: pytest.CaptureFixture[str], alone: Engine) -> None:
+def test_generate_prints_texts(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, alone: Engine
+) -> None:
     # Sequences are as long as the model has positions, which are fewer than the usual length.
     flags = ["--device", "cpu", "--max-seqs", "2", "--max-tokens", "9"]
     assert main(["generate", "--model", str(checkpoint), *flags, "--raw", "one", "two three"]) == 0
@@ -532,6 +555,13 @@ def test_generate_prints_texts(checkpoint: Path, capsys: pytest.CaptureFixture[s
     for number, prompt in enumerate(("one", "two three")):
         assert f"[{number}] {greedy(alone, prompt, 9)}\n" in captured.out
     assert "tokens/s; KV memory" in captured.err
+    said = [record.getMessage() for record in caplog.records if record.name == "trtllm_vattn.runtime.startup"]
+    assert said[:3] == [
+        f"loading {checkpoint} on cpu",
+        "capturing decode steps of 2 sizes",
+        "capturing passes of prompts",
+    ]
+    assert re.fullmatch(r"loaded in .* captured graphs in .* s; .* MiB for keys and values", said[3])
     assert main(["generate", "--model", str(checkpoint), "--file", "x", "y"]) == 2
     assert "give one of them" in capsys.readouterr().err
 

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from tenancy.lending import lending
 
+from trtllm_vattn.cli.broker import EXPLAINED
+from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import BrokerLost, ConfigError, DriverError, WrongProcess
 from trtllm_vattn.tenancy import broker as of_broker
 from trtllm_vattn.tenancy import protocol as say
@@ -298,6 +300,28 @@ def test_status_names_all_tenants_however_many_there_are(tmp_path: Path) -> None
         os.close(stop)
     broker.close()
     driver.close()
+
+
+def test_what_an_operator_did_is_said(broker: Broker, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(action: str, *flags: str) -> str:
+        assert main(["broker", action, "--socket", str(broker.path), *flags]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "bytes lent to 0 tenants" in said("status")
+    early = said("limits", "--tenant", "one", "--ceiling", "512KiB", "--priority", "-2")
+    assert early == "one is no tenant now; kept for when it comes: ceiling 524,288 bytes, priority -2"
+    with Tenant(config(broker, "one")) as tenant:
+        os.close(tenant.create(PAGE)[1])
+        changed = said("limits", "--tenant", "one", "--floor", "64KiB")
+        assert changed.startswith("one now has floor 65,536 bytes, ceiling 524,288 bytes, priority -2; ")
+        assert changed.endswith("; 4,096 bytes are lent to it")
+        assert said("sleep", "--tenant", "one").startswith(
+            "one is told to sleep: 4,096 bytes are lent to it now, and it "
+        )
+        assert said("wake", "--tenant", "one").startswith("one is told to wake: ")
+        status = said("status")
+        assert "bytes lent to 1 tenant |" in status
+        assert status.endswith(EXPLAINED)
 
 
 def test_connections_that_say_nothing_keep_no_tenant_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

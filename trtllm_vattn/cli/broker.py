@@ -12,11 +12,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING
 
 from trtllm_vattn.arguments import amount, device, listed, size
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.table import tabulate
+from trtllm_vattn.values import counted
 
 COLUMNS = {
     "tenant": "name",
@@ -32,7 +35,17 @@ COLUMNS = {
     "priority": "priority",
     "beside": "beside_bytes:,.1f",
 }
+EXPLAINED = (
+    "In MiB. lent: what it has now. budget: what it may have now, until others have given back what they owe; share: "
+    "what it may have then, by floors, priorities, needs and wants. needs: what its running sequences use; wants: with "
+    "those that wait. beside: what its process has on the device and was not lent."
+)
+"""Below the table of `status`, and in its help."""
 BYTES = ("lent", "budget", "share", "needs", "wants", "floor", "ceiling", "beside_bytes")
+
+if TYPE_CHECKING:
+    from trtllm_vattn.tenancy.protocol import TenantStatus
+    from trtllm_vattn.tenancy.tenant import Client
 
 
 def bytes_or_none(text: str) -> int:
@@ -81,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
 
     text = "what is lent to whom"
-    status = actions.add_parser("status", help=text, description=text)
+    status = actions.add_parser("status", help=text, description=text, epilog=EXPLAINED)
     _add_socket(status)
     status.set_defaults(do=_status)
 
@@ -178,9 +191,10 @@ def _status(args: argparse.Namespace) -> int:
         row = {name: getattr(tenant, name) for name in ("name", "pid", "state", "priority", *BYTES)}
         mebibytes = {name: None if row[name] is None else row[name] / (1 << 20) for name in BYTES}
         rows.append({**row, **mebibytes})
-    print(f"{standing.device}: {standing.lent:,} of {standing.memory:,} bytes lent to {len(rows)} tenants")
+    print(f"{standing.device}: {standing.lent:,} of {standing.memory:,} bytes lent to {counted(len(rows), 'tenant')}")
     if rows:
         print(tabulate(rows, COLUMNS))
+        print(fill(EXPLAINED, 120))
     return 0
 
 
@@ -192,7 +206,24 @@ def _limits(args: argparse.Namespace) -> int:
         raise ConfigError("no limit to change; give --floor, --ceiling or --priority")
     with Client(args.socket) as client:
         client.do(SetLimits(args.tenant, args.floor, args.ceiling, args.priority))
+        tenant = _tenant(client, args.tenant)
+    if tenant is None:
+        given = {"floor": args.floor, "ceiling": args.ceiling, "priority": args.priority}
+        limits = ", ".join(_limit(name, value) for name, value in given.items() if value is not None)
+        print(f"{args.tenant} is no tenant now; kept for when it comes: {limits}")
+    else:
+        limits = ", ".join(_limit(name, getattr(tenant, name)) for name in ("floor", "ceiling", "priority"))
+        print(f"{tenant.name} now has {limits}; {tenant.lent:,} bytes are lent to it")
     return 0
+
+
+def _limit(name: str, value: int) -> str:
+    return f"{name} {value}" if name == "priority" else f"{name} {value:,} bytes"
+
+
+def _tenant(client: Client, name: str) -> TenantStatus | None:
+    """How a tenant stands; None where it is not there."""
+    return next((each for each in client.standing().tenants if each.name == name), None)
 
 
 def _set_asleep(args: argparse.Namespace) -> int:
@@ -201,4 +232,10 @@ def _set_asleep(args: argparse.Namespace) -> int:
 
     with Client(args.socket) as client:
         client.do(SetAsleep(args.tenant, args.asleep))
+        tenant = _tenant(client, args.tenant)
+    if tenant is None:
+        print(f"{args.tenant} was told to {args.action}, and is no tenant any more")
+        return 0
+    then = "gives them back between two steps" if args.asleep else "takes memory again, from others if need be"
+    print(f"{tenant.name} is told to {args.action}: {tenant.lent:,} bytes are lent to it now, and it {then}")
     return 0

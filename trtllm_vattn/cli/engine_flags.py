@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Any
 
 from trtllm_vattn.arguments import amount, output, positive, size
@@ -49,3 +50,11 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "tensor_parallel": args.tensor_parallel or 1,
         "trace": args.event_trace,
     }
+
+
+def show_start() -> None:
+    """Have an engine's start say on stderr what it is at."""
+    # With torch, which a parser does without.
+    from trtllm_vattn.runtime.startup import progress
+
+    progress.setLevel(logging.INFO)

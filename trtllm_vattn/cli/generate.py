@@ -9,8 +9,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO
 
 from trtllm_vattn.arguments import positive, probability, seed, tolerance
-from trtllm_vattn.cli.engine_flags import add_engine, engine_options
+from trtllm_vattn.cli.engine_flags import add_engine, engine_options, show_start
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.values import counted
 
 if TYPE_CHECKING:
     from trtllm_vattn.runtime.engine import Engine
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         stop=args.stop or (),
         detokenize=True,
     )
+    show_start()
     with Engine.from_pretrained(args.model, **engine_options(args)) as engine:
         tokenizer = engine.tokenizer
         if tokenizer is None:
@@ -104,7 +106,7 @@ def _generate(engine: Engine, prompts: list[list[int]], params: SamplingParams) 
     seconds, stats = perf_counter() - started, engine.cache.stats()
     decoding = max(seconds - first_s, 1e-9)
     print(
-        f"{tokens} tokens in {seconds:.2f} s: the first after {first_s * 1e3:.0f} ms, then "
+        f"{counted(tokens, 'token')} in {seconds:.2f} s: the first after {first_s * 1e3:.0f} ms, then "
         f"{max(tokens - len(prompts), 0) / decoding:.1f} tokens/s; KV memory {stats.held_bytes / 2**20:,.1f} MiB "
         f"held of {stats.budget_bytes / 2**20:,.1f} MiB",
         file=sys.stderr,

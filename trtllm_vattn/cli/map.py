@@ -9,6 +9,7 @@ from trtllm_vattn.arguments import amount, listed, tolerance
 from trtllm_vattn.bench.harness.flags import PLOTS, plot
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.trace import read_trace
+from trtllm_vattn.values import counted
 
 
 def moments(text: str) -> list[float]:
@@ -44,5 +45,6 @@ def run(args: argparse.Namespace) -> int:
     draw(space, maps, args.plot)
     for each in maps:
         count = sum(map(len, each.mapped.values()))
-        print(f"{each.at_s:.3f} s: {len(each.owners)} sequences, {count} mappings, {len(each.shared)} extents shared")
+        held = f"{counted(len(each.owners), 'sequence')}, {counted(count, 'mapping')}"
+        print(f"{each.at_s:.3f} s: {held}, {counted(len(each.shared), 'extent')} shared")
     return 0

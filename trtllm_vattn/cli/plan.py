@@ -19,6 +19,7 @@ from trtllm_vattn.planner import CostModel, Lengths, Objective, Plan, Prediction
 from trtllm_vattn.planner.calibration import packaged
 from trtllm_vattn.runtime.models import planned_shape
 from trtllm_vattn.table import table
+from trtllm_vattn.values import counted
 
 SLOS = ("itl_p99",)
 """Objectives that may be asked for."""
@@ -81,7 +82,7 @@ def report(found: Plan, model: CostModel, lengths: Lengths, objective: Objective
         "mapping within it": parts.mapping,
         "of attention, TLB misses": parts.tlb,
     }
-    tokens = f"{len(lengths.prompts):,} requests, prompts of {lengths.mean_prompt:,.0f} and outputs of "
+    tokens = f"{counted(len(lengths.prompts), 'request')}, prompts of {lengths.mean_prompt:,.0f} and outputs of "
     lookahead = best.layout.lookahead
     estimated = f", of which {len(card_of.estimated)} of its numbers are estimated" if card_of.estimated else ""
     return "\n".join(

@@ -10,7 +10,7 @@ import os
 import sys
 
 from trtllm_vattn.arguments import amount, positive, size
-from trtllm_vattn.cli.engine_flags import add_engine, engine_options
+from trtllm_vattn.cli.engine_flags import add_engine, engine_options, show_start
 
 KEY_VARIABLE = "TRTLLM_VATTN_API_KEY"
 
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     keys = args.api_key or [key for key in (os.environ.get(KEY_VARIABLE),) if key]
     if not keys and args.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"trtllm-vattn: {args.host} may be reached by others, and no --api-key is asked for", file=sys.stderr)
+    show_start()
     settings = Settings(args.name or args.model, tuple(keys), args.max_body)
     serve(args.model, settings, args.host, args.port, args.drain_s, args.max_requests, engine_options(args))
     return 0

@@ -15,6 +15,7 @@ from typing import Any
 
 from trtllm_vattn.cache.slotted import LEFT, PLACED
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.values import counted
 
 Event = dict[str, Any]
 RUNNING, IDLE, SHARED = "backs a running sequence", "parked or retained", "in more than one slot"
@@ -166,7 +167,7 @@ def draw(space: Space, maps: list[AddressMap], path: Path) -> None:
         axis.set_xlim(0, ranges * wide / unit)
         axis.set_ylabel("slot")
         held = sum(size for _, size, _ in {p[2]: p for places in each.mapped.values() for p in places}.values())
-        title = f"{each.at_s:.3f} s: {len(each.owners)} sequences, {held / 2**20:,.2f} MiB mapped"
+        title = f"{each.at_s:.3f} s: {counted(len(each.owners), 'sequence')}, {held / 2**20:,.2f} MiB mapped"
         axis.set_title(title, fontsize=10, loc="left")
     axes[-1, 0].set_xlabel(
         f"{name} from the start of the slot" + (f", {ranges} ranges side by side" if ranges > 1 else "")

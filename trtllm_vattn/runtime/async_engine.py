@@ -66,6 +66,9 @@ COMPILERS = 4
 IDLE_S = 0.25
 """Seconds without work after which a graph is captured that steps went without, and a broker's word is looked at."""
 
+LOOK_S = 3600.0
+"""Seconds after which a thread without work looks again at deadlines."""
+
 
 class Aborts(Protocol):
     """What has requests that a stream may abort: an `AsyncEngine`, or what stands for one of another process."""
@@ -471,7 +474,7 @@ class AsyncEngine:
                 torch.cuda.set_device(device)
             while self._wait():
                 self._answer()
-                failures = self._step(failures) if self._steps else failures
+                failures = self._step(failures) if self._steps or self._is_late else failures
         except BaseException as error:
             logger.exception("the engine's thread ends")
             self.failure = why = error
@@ -485,9 +488,10 @@ class AsyncEngine:
             self.on_failure()
 
     def _step(self, failures: int) -> int:
-        """A step, after so many in a row that raised; returns how many did then."""
+        """A step, or the end of what is overdue where none is taken, after so many in a row that raised; returns how
+        many did then."""
         try:
-            events = self._engine.step()
+            events = self._engine.step() if self._steps else self._engine.end_overdue()
         except WeightsMixed as error:
             self._held_up = error
             return failures
@@ -521,6 +525,11 @@ class AsyncEngine:
         return self._engine.is_told_otherwise or (self._engine.busy and not self._engine.sleeping.is_asleep)
 
     @property
+    def _is_late(self) -> bool:
+        """Whether a request's deadline has passed, which a step would end."""
+        return not self._engine.deadline_in_s
+
+    @property
     def _waits(self) -> bool:
         """Whether there is no step before somebody calls: `update_weights`, or `wake`, or a broker's operator does."""
         return self._held_up is not None or self._engine.sleeping.is_asleep
@@ -531,13 +540,14 @@ class AsyncEngine:
         while True:
             with self._changed:
                 idle = False
-                while not (idle or self._stopped or self._calls or self._steps):
+                while not (idle or self._stopped or self._calls or self._steps or self._is_late):
                     self._idle = True
                     self._changed.notify_all()
                     wanted = bool(self._engine.decode.wanted) and not (self._engine.busy or self._waits)
                     # Nothing here says what a broker's operator wants: that is looked at.
                     looks = wanted or self._engine.cache.waits_for_memory
-                    idle = not self._changed.wait(IDLE_S if looks else None) and wanted
+                    most_s = min(self._engine.deadline_in_s, IDLE_S if looks else LOOK_S)
+                    idle = not self._changed.wait(most_s) and wanted
                 self._idle = False
                 if not idle:
                     return not self._stopped

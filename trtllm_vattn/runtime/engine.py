@@ -79,7 +79,7 @@ from trtllm_vattn.runtime.settings import (
 from trtllm_vattn.runtime.sleeping import Sleeping, SleepingReport
 from trtllm_vattn.runtime.speculation import Speculation
 from trtllm_vattn.runtime.speculation_draft import DraftModel, check_draft_model
-from trtllm_vattn.runtime.startup import StartupReport, memory_left
+from trtllm_vattn.runtime.startup import StartupReport, memory_left, progress
 from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.runtime.survival import Survival
 from trtllm_vattn.runtime.swap_cost import SwapCost
@@ -90,7 +90,7 @@ from trtllm_vattn.runtime.weights_ipc import IpcWeights, ReceivedWeights, named_
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.trace import Trace
-from trtllm_vattn.values import described, finite, shown, truth, whole
+from trtllm_vattn.values import counted, described, finite, shown, truth, whole
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.tensors import finish, inference
@@ -500,6 +500,7 @@ class Engine:
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, mixed)
             self.passes = self.passes_class(self.decode, self.prefill, wrap)
             if compiling:
+                progress.info("compiling the model's layers")
                 with tracing():
                     self.prefill.warm_up(UNUSUAL)
                     if mixed:
@@ -513,11 +514,13 @@ class Engine:
             if compiling:
                 self.startup.compile_s = perf_counter() - started
             if settings["capture"]:
+                progress.info("capturing decode steps of %s", counted(len(self.decode.runner.buckets), "size"))
                 self.startup.decode = self.decode.capture()
                 if settings["speculation"] is not None:
                     self.startup.drafts = self.decode.capture_drafts(self.startup.decode.replay_s)
                 if draft_model is not None:
                     draft_model.prefill.capture()
+                progress.info("capturing passes of prompts")
                 if self.attention.captures_prompts and mixed:
                     self.startup.passes = self.passes.capture()
                 else:
@@ -649,9 +652,7 @@ class Engine:
             if tracing_to is not None and tracing_to.is_owned:
                 undo.callback(tracing_to.close)
             probe = undo.enter_context(start_policy_probe(device, mapping))
-            started = perf_counter()
-            loaded = load_model(model, device, dtype)
-            load_s = perf_counter() - started
+            loaded, load_s = _load(model, device, dtype)
             shape = shape_of(loaded, max_seqs, max_seq_len, kv_cache_dtype)
             if reusing and options.get("packed") is not False:
                 shape = replace(shape, num_slots=max_seqs + _kept(shape, kept))
@@ -684,6 +685,7 @@ class Engine:
                 engine.set_budget(engine._budget_left() if budget is None else budget)
             undo.pop_all()
         engine.startup.load_s, engine.startup.budget_bytes = load_s, made.stats().budget_bytes
+        progress.info("%s", engine.startup.summary())
         return engine
 
     def set_budget(self, budget: int | str) -> None:
@@ -766,7 +768,8 @@ class Engine:
             Requests of higher priority are given slots first, and are preempted last.
         deadline_s : float or None
             Seconds from now. Of one priority, those whose deadline comes first go first. A request that has not ended
-            by then, waiting or running, ends with `finish_reason` ``deadline``, and keeps the tokens that it has.
+            by then, waiting, running or suspended, ends with `finish_reason` ``deadline``, and keeps the tokens that it
+            has: by the next step, or `end_overdue`.
 
         Raises
         ------
@@ -1106,8 +1109,7 @@ class Engine:
         with inference(), self._changing:
             self._map_ahead.before_step()
             started = self._read_at if self.pipeline.running else perf_counter()
-            for request in self.scheduler.overdue():
-                self._end_without_token(request, "deadline", None)
+            self._end_overdue()
             launch = self.pipeline.start()
             record = None if launch is None else self._commit(launch, started)
             if self._survival is not None:
@@ -1116,6 +1118,29 @@ class Engine:
         self._report_demand(waits=launch is None)
         if record is not None and self.observer is not None:
             self.observer(record)
+
+    @property
+    def deadline_in_s(self) -> float:
+        """Seconds until a request's deadline passes, 0 where one has; infinite where none has a deadline."""
+        return max(0.0, self.scheduler.next_deadline - self.clock())
+
+    def end_overdue(self) -> list[TokenEvent]:
+        """End requests whose deadline has passed, as a step does, where none is taken: the engine sleeps, or all its
+        requests are suspended. Returns events as `step` does."""
+        self._check_open()
+        if self._survival is not None:
+            self._survival.begin_step(delivered=not self._events)
+        with self._changing:
+            self._end_overdue()
+            if self._survival is not None:
+                self._survival.write()
+            self.scheduler.release_ended()
+        events, self._events = self._events, []
+        return events
+
+    def _end_overdue(self) -> None:
+        for request in self.scheduler.overdue():
+            self._end_without_token(request, "deadline", None)
 
     @property
     def is_told_otherwise(self) -> bool:
@@ -1690,11 +1715,21 @@ def _compressing(policy: CompressionPolicy) -> dict[str, Any]:
     }
 
 
+def _load(model: str, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, float]:
+    """`load_model`'s, and the seconds that it took."""
+    started = perf_counter()
+    progress.info("loading %s on %s", model, device)
+    return load_model(model, device, dtype), perf_counter() - started
+
+
 def _on_ranks(ranks: int | Ranks, model: str, device: str, dtype: torch.dtype, given: dict[str, Any]) -> Engine:
     # It builds upon this module.
     from trtllm_vattn.runtime.parallel.start import start_engine
 
-    return start_engine(ranks, model, device, dtype, given)
+    progress.info("loading %s on several ranks of %s", model, device)
+    engine = start_engine(ranks, model, device, dtype, given)
+    progress.info("%s", engine.startup.summary())
+    return engine
 
 
 def _failing(engine: weakref.ref[Engine]) -> Callable[[RequestState, str], None]:

@@ -164,6 +164,11 @@ class Scheduler:
             heappop(self._deadlines)
 
     @property
+    def next_deadline(self) -> float:
+        """When the first deadline of a request passes, by the clock; infinite where none has one."""
+        return min((deadline for deadline, number in self._deadlines if number in self.requests), default=math.inf)
+
+    @property
     def has_active(self) -> bool:
         """Whether any request runs or waits; suspended ones do neither."""
         return len(self.requests) > len(self.parked)

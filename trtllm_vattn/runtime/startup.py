@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,9 @@ import torch
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.replay import CaptureReport
 from trtllm_vattn.machine import free_bytes
+
+progress = logging.getLogger(__name__)
+"""Says at INFO what an engine that starts is at, which takes up to minutes. `generate` and `serve` show it."""
 
 
 @dataclass
@@ -38,6 +42,13 @@ class StartupReport:
     @property
     def capture_bytes(self) -> int:
         return sum(each.pool_bytes for each in self._captured)
+
+    def summary(self) -> str:
+        """A line of it."""
+        return (
+            f"loaded in {self.load_s:.1f} s, compiled in {self.compile_s:.1f} s, captured graphs in "
+            f"{self.capture_s:.1f} s; {self.budget_bytes / 2**20:,.1f} MiB for keys and values"
+        )
 
     @property
     def _captured(self) -> tuple[CaptureReport, ...]:

@@ -281,7 +281,7 @@ async def _events(
                 if stream.has_ended:
                     del open_[first]
             if came:
-                timer.tokens(sum(len(events) for _, events in came))
+                timer.tokens((place, len(events)) for place, events in came)
                 yield came
             elif open_:
                 await arrived.wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from time import perf_counter
 from typing import Any
@@ -33,10 +33,10 @@ class Distribution:
         self._within = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        self._within[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count a value, so many times."""
+        self._within[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
 
     def metric(self) -> Metric:
         """As it is now."""
@@ -55,7 +55,7 @@ class Metrics(Collector):
         self._cached = Counter("vattn_cached_tokens", "Tokens of prompts that were not computed", registry=registry)
         self.generated = 0
         self.first = Distribution("vattn_time_to_first_token_seconds", "From request to first token", SECONDS)
-        self.between = Distribution("vattn_inter_token_seconds", "Between tokens of a request", BETWEEN)
+        self.between = Distribution("vattn_inter_token_seconds", "Between tokens of a choice, for each", BETWEEN)
         self.whole = Distribution("vattn_request_seconds", "From request to its end", SECONDS)
         self.tasks = Gauge("vattn_server_tasks", "Tasks of the server's event loop", registry=registry)
         registry.register(self)
@@ -88,19 +88,23 @@ class Timer:
     """Times one request's tokens, and tells its span of them."""
 
     def __init__(self, metrics: Metrics, span: RequestSpan) -> None:
-        self._metrics, self._began, self._last = metrics, perf_counter(), 0.0
+        self._metrics, self._began = metrics, perf_counter()
+        self._last: dict[int, float] = {}
+        """When the newest tokens of each choice came."""
         self.span = span
 
-    def tokens(self, count: int) -> None:
-        """So many came at once."""
+    def tokens(self, counts: Iterable[tuple[int, int]]) -> None:
+        """These choices got so many tokens each, now. Of several that one step gave, each is counted with its part of
+        the time since the choice's tokens before; its first ones have none before them."""
         now = perf_counter()
-        if self._last:
-            self._metrics.between.observe((now - self._last) / count)
-        else:
+        if not self._last:
             self.span.token()
             self._metrics.first.observe(now - self._began)
-        self._last = now
-        self._metrics.generated += count
+        for choice, count in counts:
+            if choice in self._last:
+                self._metrics.between.observe((now - self._last[choice]) / count, count)
+            self._last[choice] = now
+            self._metrics.generated += count
 
     def end(self, reason: str, usage: Mapping[str, Any]) -> None:
         """The request has ended, for this reason."""

@@ -42,6 +42,7 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.tenancy.beside import host_bytes_beside
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.trace import read_trace
+from trtllm_vattn.values import counted
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.wrappers import CountingDriver, FaultyDriver
@@ -182,7 +183,10 @@ class Drills:
                 engine.cache.check_integrity()
                 engine.close()
                 if whole:
-                    return f"{refused} starts refused, {survived} runs went on, {ended} requests ended with an error"
+                    return (
+                        f"{counted(refused, 'start')} refused, {counted(survived, 'run')} went on, "
+                        f"{counted(ended, 'request')} ended with an error"
+                    )
             for made, gone in (("create", "release"), ("reserve", "free")):
                 calls = counting.calls
                 expect(calls[made] == calls[gone], f"{calls[made]} calls of {made}, {calls[gone]} of {gone}")
@@ -209,7 +213,7 @@ class Drills:
                 tokens[event.request].append(event.token)
             expect(list(tokens.values()) == wanted, "other tokens than by a steady clock")
             expect(perf_counter() - started < PATIENCE_S, "waits went by the time of day")
-        return f"the time of day was asked for {looks} times; all tokens came, and no deadline"
+        return f"the time of day was asked for {counted(looks, 'time')}; all tokens came, and no deadline"
 
     # -- in a process of its own ---------------------------------------------------------------------------------------
 
