@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +22,13 @@ from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import DriverError
 from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.runtime import engine as engine_module
-from trtllm_vattn.runtime import lane_processors
+from trtllm_vattn.runtime import lane_processors, pass_cost
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.decode import Choice, Launch
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler
 from trtllm_vattn.runtime.lane_processors import FORWARD, LaneProcessors, StepKind
+from trtllm_vattn.runtime.pass_cost import PassCost
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -385,3 +388,15 @@ def test_a_grammar_that_compiles_for_long_holds_up_nobody_whose_grammar_is_there
     finally:
         goes_on.set()
         thread.join()
+
+
+def test_the_choice_of_tokens_is_part_of_what_a_pass_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    took: list[float] = []
+    with engine_of(capture=False, target_itl_ms=50.0) as engine:
+        monkeypatch.setattr(PassCost, "measure", lambda _, load, milliseconds: took.append(milliseconds))
+        # By this clock each part of a pass takes a second, and what lies between two parts, too.
+        monkeypatch.setattr(pass_cost, "perf_counter", partial(next, itertools.count(0.0)))
+        for params in (PARAMS[1], PARAMS[0]):
+            engine.submit(PROMPTS[0], params)
+            assert list(engine.run())[-1].finish_reason
+    assert took == [1000.0, 2000.0]

@@ -20,6 +20,8 @@ from unittest.mock import Mock
 import httpx
 import pytest
 from tiny_text import save_checkpoint, tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
@@ -34,10 +36,15 @@ from trtllm_vattn.errors import ConfigError, EngineClosed, VattnError  # noqa: E
 from trtllm_vattn.runtime.async_engine import AsyncEngine  # noqa: E402
 from trtllm_vattn.runtime.binding import shape_of  # noqa: E402
 from trtllm_vattn.runtime.engine import Engine  # noqa: E402
+from trtllm_vattn.runtime.logprobs import TokenLogprob  # noqa: E402
+from trtllm_vattn.runtime.request import TokenEvent  # noqa: E402
 from trtllm_vattn.runtime.sampling import SamplingParams  # noqa: E402
+from trtllm_vattn.runtime.text import TokenBytes  # noqa: E402
 from trtllm_vattn.serve import metrics as of_metrics  # noqa: E402
 from trtllm_vattn.serve import server  # noqa: E402
+from trtllm_vattn.serve.answers import Answer  # noqa: E402
 from trtllm_vattn.serve.app import Settings  # noqa: E402
+from trtllm_vattn.serve.protocol import chat  # noqa: E402
 from trtllm_vattn.serve.server import ServerProcess, configuration, listen, serve  # noqa: E402
 from trtllm_vattn.serve.spans import RequestSpan  # noqa: E402
 from trtllm_vattn.vmm.host import HostDriver  # noqa: E402
@@ -193,7 +200,37 @@ def test_log_probabilities_have_openais_form(served: Served, alone: Engine) -> N
     )
     content = chat.choices[0].logprobs.content
     assert len(content) == chat.usage.completion_tokens
-    assert all(len(each.top_logprobs) == 2 and bytes(each.bytes).decode() == each.token for each in content)
+    assert all(
+        len(each.top_logprobs) == 2 and bytes(each.bytes).decode(errors="replace") == each.token for each in content
+    )
+
+
+def test_bytes_of_parts_of_a_character_make_it_when_joined() -> None:
+    tokenizer, text = tiny_tokenizer(), "the fox… 日本 🦊<end>"
+    tokens = tokenizer(text)["input_ids"]
+    body = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 1}
+    answer = Answer(chat(body, tokenizer), NAME, tokenizer, [[1]])
+    events = [
+        TokenEvent(0, token, index=place, logprob=TokenLogprob(token, -1.0, ((token, -1.0),)), text="")
+        for place, token in enumerate(tokens)
+    ]
+    answer.choices[0].add(events)
+    content = answer.whole()["choices"][0]["logprobs"]["content"]
+    assert b"".join(bytes(each["bytes"]) for each in content).decode() == text
+    assert any(each["token"] == "\ufffd" and len(each["bytes"]) == 1 for each in content)
+    assert all(each["top_logprobs"][0]["bytes"] == each["bytes"] for each in content)
+
+
+def test_bytes_of_byte_fallback_and_of_plain_tokens() -> None:
+    vocab = {"<unk>": 0, "<0xE2>": 1, "<0x82>": 2, "<0xAC>": 3, "\u2581a": 4, "é": 5}
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    found = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert b"".join(map(found.of, (1, 2, 3, 4, 5))).decode() == "€ aé"
+    assert [found.of(1), found.of(99)] == [b"\xe2", b""]
+    # Of a tokenizer without bytes, such a token is what it says.
+    backend.decoder = decoders.Fuse()
+    assert TokenBytes(PreTrainedTokenizerFast(tokenizer_object=backend)).of(1) == b"<0xE2>"
 
 
 def test_grammars_by_response_format(served: Served) -> None:

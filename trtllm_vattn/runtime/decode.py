@@ -839,7 +839,11 @@ class DecodeBatch:
         masks = self.processors.new_masks(launch.lane_of)
         if masks is not None:
             self._put_masks(*masks)
+        if launch.timing is not None:
+            launch.timing.go_on()
         start()
+        if launch.timing is not None:
+            launch.timing.end()
         out, arrived, logprobs = self._fetch_chosen(launch.lane_of, kind)
         return replace(launch, choice=None, _out=out, _arrived=arrived, logprobs=logprobs)
 

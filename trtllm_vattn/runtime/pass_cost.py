@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,8 +48,8 @@ class Timing:
 
     def __init__(self, load: PassLoad, device: torch.device) -> None:
         self.load, self._on_gpu = load, device.type == "cuda"
-        self._began = self._now()
-        self._ended: float | torch.cuda.Event | None = None
+        self._parts: list[tuple[Any, Any]] = []
+        self.go_on()
 
     def _now(self) -> float | torch.cuda.Event:
         if not self._on_gpu:
@@ -57,17 +58,19 @@ class Timing:
         event.record()
         return event
 
+    def go_on(self) -> None:
+        """Another part begins; what lies between two parts is not the pass's."""
+        self._began = self._now()
+
     def end(self) -> None:
-        """It ends with what was launched up to now."""
-        self._ended = self._now()
+        """A part ends with what was launched up to now."""
+        self._parts.append((self._began, self._now()))
 
     def milliseconds(self) -> float:
-        """What it took; of a pass whose tokens are read."""
-        if isinstance(self._began, float):
-            assert isinstance(self._ended, float)
-            return (self._ended - self._began) * 1e3
-        assert isinstance(self._ended, torch.cuda.Event)
-        return float(self._began.elapsed_time(self._ended))
+        """What all parts took; of a pass whose tokens are read."""
+        if self._on_gpu:
+            return sum(float(began.elapsed_time(ended)) for began, ended in self._parts)
+        return sum((ended - began) * 1e3 for began, ended in self._parts)
 
 
 @dataclass

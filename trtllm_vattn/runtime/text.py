@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -96,6 +98,44 @@ class Text:
         most = min(len(self._held), max(map(len, self._stops)) - 1)
         ends = (self._held[-size:] for size in range(most, 0, -1))
         return next((len(end) for end in ends if any(stop.startswith(end) for stop in self._stops)), 0)
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """By character, the byte that it stands for in tokens of byte-level BPE: bytes that are printable in Latin-1 stand
+    for themselves, the others are characters from 256 on (GPT-2's ``bytes_to_unicode``)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF = _bytes_of_characters()
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenBytes:
+    """The bytes that each token of a tokenizer stands for, which may be a part of a character: joined, those of several
+    tokens are the UTF-8 of their text.
+
+    Tokens of byte-level BPE and of byte fallback (``<0xE2>``) are undone as the tokenizer's own decoder does it, with
+    nothing replaced; of others it is the UTF-8 of the token's text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        decoder = tokenizer.backend_tokenizer.decoder
+        state = {} if decoder is None else json.loads(decoder.__getstate__())
+        kinds = {each.get("type") for each in state.get("decoders", [state])}
+        self._is_byte_level, self._falls_back = "ByteLevel" in kinds, "ByteFallback" in kinds
+
+    def of(self, token: int) -> bytes:
+        """Those of one token; none of a number that the tokenizer has no token for."""
+        written = self._tokenizer.convert_ids_to_tokens(token) or ""
+        if self._is_byte_level and all(character in _BYTE_OF for character in written):
+            return bytes(_BYTE_OF[character] for character in written)
+        if self._falls_back and (byte := _BYTE_FALLBACK.fullmatch(written)):
+            return bytes.fromhex(byte[1])
+        text: str = self._tokenizer.decode([token])
+        return text.encode()
 
 
 def text_for(tokenizer: Any, params: SamplingParams, wanted: bool) -> Text | None:

@@ -7,11 +7,12 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from trtllm_vattn.runtime.logprobs import TokenLogprob
 from trtllm_vattn.runtime.request import TokenEvent
-from trtllm_vattn.runtime.text import Text
+from trtllm_vattn.runtime.text import Text, TokenBytes
 from trtllm_vattn.serve.protocol import Asked
 
 DONE = "data: [DONE]\n\n"
@@ -171,6 +172,10 @@ class Answer:
 
     # -- log-probabilities -----------------------------------------------------------------------------------------
 
+    @cached_property
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self._tokenizer)
+
     def _token(self, token: int) -> str:
         text: str = self._tokenizer.decode([token])
         return text
@@ -180,8 +185,7 @@ class Answer:
             return None
 
         def one(token: int, value: float) -> dict[str, Any]:
-            text = self._token(token)
-            return {"token": text, "logprob": value, "bytes": [*text.encode()]}
+            return {"token": self._token(token), "logprob": value, "bytes": [*self._token_bytes.of(token)]}
 
         return {
             "content": [
