@@ -227,7 +227,9 @@ def test_a_sequence_without_a_slot_takes_one_that_is_retained(cache: KVCacheMana
     assert [cache.retained_tokens(each) for each in kept] == [5, 5, 0, 0]
     admit(cache, "f", 5)
     assert [cache.retained_tokens(each) for each in kept] == [0, 5, 0, 0]
-    with pytest.raises(NoFreeSlot):
+    with pytest.raises(
+        NoFreeSlot, match="1 for tokens that are pinned, have an infinite priority or are read by others"
+    ):
         admit(cache, "g", 5)  # the last one is being read
     assert [slot for slot, _ in (each for each in cache.take_evicted())] == [kept[2], kept[3], kept[0]]
     cache.check_integrity()

@@ -459,11 +459,6 @@ class KVCache(ABC):
     def end_journal(self) -> None:  # noqa: B027
         """Nothing outlives this process any more, and nothing is noted; where there is no journal, nothing changes."""
 
-    @property
-    def is_journaled(self) -> bool:
-        """Whether what changes is noted, for another process to go on with."""
-        return False
-
     def note_placements(self) -> None:  # noqa: B027
         """Before a launch: note where sequences' memory lies, if that has changed and is journaled."""
 

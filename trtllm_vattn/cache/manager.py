@@ -496,10 +496,6 @@ class KVCacheManager(SlottedCache):
             self.arena.pool.before_reuse = self._memory.after_work = None
             self._borrowing.keeper.leave()
 
-    @property
-    def is_journaled(self) -> bool:
-        return self._placements is not None
-
     def note_placements(self) -> None:
         if self.arena.changed:
             self._uninterrupted(self._do_note_placements)
@@ -639,9 +635,6 @@ class KVCacheManager(SlottedCache):
             if fitting != self._preallocation.expected:
                 self._run(self._preallocation.expect, fitting)
                 self._wake()
-
-    stock_up = preallocate  # alias for 0.1
-    stock_for = preallocate_for  # alias for 0.1
 
     def move(self, sequence: SequenceId, slot: int) -> int:
         """Give a running sequence another, free slot by remapping; returns the mappings made.

@@ -95,11 +95,6 @@ class Prediction:
     parts: StepParts
     binds: str
 
-    @property
-    def driver_s(self) -> float:
-        """Seconds of driver calls a step, wherever they are made."""
-        return self.parts.mapping + self.parts.beside
-
 
 @dataclass(frozen=True)
 class Plan:
