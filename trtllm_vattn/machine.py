@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import torch
 
@@ -87,16 +88,23 @@ def free_bytes(uuid: str) -> int | None:
     return None
 
 
+def bytes_by_process(library: Any, uuid: str) -> dict[int, int | None] | None:
+    """What each process with a context on a GPU has there, None where NVML cannot tell; by NVML's open module, and the
+    UUID that CUDA gives the GPU, with hyphens or without. None where NVML does not know it."""
+    try:
+        handle = library.nvmlDeviceGetHandleByUUID(f"GPU-{UUID(uuid)}".encode())
+        return {
+            process.pid: None if process.usedGpuMemory is None else int(process.usedGpuMemory)
+            for process in library.nvmlDeviceGetComputeRunningProcesses(handle)
+        }
+    except library.NVMLError:
+        return None
+
+
 def processes(uuid: str) -> int:
     """How many processes have a context on a GPU, by the UUID that CUDA gives it; 0 where NVML does not know it."""
     with nvml() as library:
-        if library is None:
-            return 0
-        try:
-            handle = library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
-            return len(library.nvmlDeviceGetComputeRunningProcesses(handle))
-        except library.NVMLError:
-            return 0
+        return 0 if library is None else len(bytes_by_process(library, uuid) or ())
 
 
 def card(machine: dict[str, Any]) -> str:

@@ -8,12 +8,15 @@ import os
 import random
 import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from uuid import UUID
 
 import pytest
 from tenancy.lending import lending
@@ -21,13 +24,16 @@ from tenancy.lending import lending
 from trtllm_vattn.cli.broker import EXPLAINED
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import BrokerLost, ConfigError, DriverError, WrongProcess
+from trtllm_vattn.machine import processes
 from trtllm_vattn.tenancy import broker as of_broker
 from trtllm_vattn.tenancy import protocol as say
+from trtllm_vattn.tenancy.beside import DeviceProcesses
 from trtllm_vattn.tenancy.books import Limits
 from trtllm_vattn.tenancy.broker import Broker, Connection
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.tenancy.tenant import BrokerDriver, Client, Tenant, open_tenant
 from trtllm_vattn.verify.tenants import PatternedTenant, Strangers, TenantProcess
+from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
 
@@ -300,6 +306,28 @@ def test_status_names_all_tenants_however_many_there_are(tmp_path: Path) -> None
         os.close(stop)
     broker.close()
     driver.close()
+
+
+def test_what_processes_have_on_a_card_is_asked_of_nvml_which_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    found = [SimpleNamespace(pid=7, usedGpuMemory=5000), SimpleNamespace(pid=8, usedGpuMemory=None)]
+    nvml = SimpleNamespace(
+        NVMLError=OSError,
+        nvmlInit=lambda: calls.append("init"),
+        nvmlShutdown=lambda: calls.append("shutdown"),
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid.decode(),
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: found if handle == f"GPU-{UUID(int=3)}" else [],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    driver = SimpleNamespace(device="cuda:0", identity=lambda: UUID(int=3).hex)
+    asked = DeviceProcesses(cast(Driver, driver))
+    looks = [asked.look() for _ in range(2)]
+    assert [looks[1].bytes_beside(pid, 1000, ()) for pid in (7, 8, 9)] == [4000, None, 0]
+    assert calls == ["init"]
+    asked.close()
+    asked.close()
+    assert calls == ["init", "shutdown"]
+    assert processes(str(UUID(int=3))) == 2
 
 
 def test_what_an_operator_did_is_said(broker: Broker, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.machine import nvml
 from trtllm_vattn.memory.remap_probe import RemapReport
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.wrappers import QuiescingDriver
@@ -144,13 +145,8 @@ def start_policy_probe(
 
 def _machine_key(device: str) -> str:
     """The GPU's UUID and the driver's version, as part of a file name."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        version = pynvml.nvmlSystemGetDriverVersion()
-    finally:
-        pynvml.nvmlShutdown()
+    with nvml() as library:
+        version = "unknown" if library is None else library.nvmlSystemGetDriverVersion()
     return f"{torch.cuda.get_device_properties(torch.device(device)).uuid}-{version}"
 
 

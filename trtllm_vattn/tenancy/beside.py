@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trtllm_vattn.machine import bytes_by_process, nvml
 from trtllm_vattn.vmm.base import Driver
 
 
@@ -55,27 +58,19 @@ class DeviceProcesses:
 
     def __init__(self, driver: Driver) -> None:
         self._uuid = None if driver.device == "cpu" else driver.identity()
-        self._nvml: Any = None
+        self._open = ExitStack()
 
     def look(self) -> Look:
         """What they have now."""
-        return Look(self._uuid is None, None if self._uuid is None else self._used())
+        if self._uuid is None:
+            return Look(True, None)
+        return Look(False, None if self._nvml is None else bytes_by_process(self._nvml, self._uuid))
 
-    def _used(self) -> dict[int, int | None] | None:
-        """By process; None where nobody can tell, also of one process."""
-        try:
-            import pynvml
-        except ImportError:
-            return None
-        try:
-            if self._nvml is None:
-                pynvml.nvmlInit()
-                text = self._uuid or ""
-                parts = (text[:8], text[8:12], text[12:16], text[16:20], text[20:])
-                self._nvml = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{'-'.join(parts)}".encode())
-            return {
-                process.pid: None if process.usedGpuMemory is None else int(process.usedGpuMemory)
-                for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self._nvml)
-            }
-        except pynvml.NVMLError:
-            return None
+    @cached_property
+    def _nvml(self) -> Any:
+        # Opened once: that takes milliseconds, in which a broker answers nobody.
+        return self._open.enter_context(nvml())
+
+    def close(self) -> None:
+        """Close NVML. Idempotent."""
+        self._open.close()

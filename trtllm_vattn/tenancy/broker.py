@@ -632,6 +632,7 @@ class Broker:
         self._socket.close()
         self.path.unlink(missing_ok=True)
         self._selector.close()
+        self._processes.close()
 
 
 def _has_ended(process: int) -> bool:
