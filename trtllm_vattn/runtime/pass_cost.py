@@ -69,8 +69,8 @@ class Timing:
     def milliseconds(self) -> float:
         """What all parts took; of a pass whose tokens are read."""
         if self._on_gpu:
-            return sum(float(began.elapsed_time(ended)) for began, ended in self._parts)
-        return sum((ended - began) * 1e3 for began, ended in self._parts)
+            return float(sum(began.elapsed_time(ended) for began, ended in self._parts))
+        return float(sum((ended - began) * 1e3 for began, ended in self._parts))
 
 
 @dataclass
