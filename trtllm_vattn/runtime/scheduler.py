@@ -166,7 +166,9 @@ class Scheduler:
     @property
     def next_deadline(self) -> float:
         """When the first deadline of a request passes, by the clock; infinite where none has one."""
-        return min((deadline for deadline, number in self._deadlines if number in self.requests), default=math.inf)
+        while self._deadlines and self._deadlines[0][1] not in self.requests:
+            heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else math.inf
 
     @property
     def has_active(self) -> bool:
