@@ -60,6 +60,7 @@ def test_graph_times_steps_on_a_gpu_alone(capsys: pytest.CaptureFixture[str]) ->
     assert "--batch-sizes times steps on a GPU and the device is the CPU" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_start_sizes_after_capturing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.CompletedProcess[str]] = []
     folders = []

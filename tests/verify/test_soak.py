@@ -18,7 +18,7 @@ HOST = ["--device", "cpu", "--model", "tiny-llama"]
 SOAK = ["bench", "soak", *HOST, "--replays", "60", "--repeatable", "10"]
 
 
-@pytest.mark.usefixtures("whole_models")
+@pytest.mark.usefixtures("forked_python")
 def test_the_soak_remaps_beneath_one_graph_and_catches_its_controls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
