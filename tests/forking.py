@@ -51,10 +51,10 @@ def ask(address: str) -> None:
     """Have the server run this process's arguments, and end as they end."""
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
-        for number in HANDED_ON:
-            signal.signal(number, lambda number, frame: server.send(bytes([number])))
         socket.send_fds(server, [b"."], [0, 1, 2])
         server.sendall(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode() + b"\n")
+        for number in HANDED_ON:
+            signal.signal(number, lambda number, frame: server.send(bytes([number])))
         code = int(server.makefile().readline())
     if code < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
