@@ -163,7 +163,7 @@ def test_a_strangers_address_in_any_captured_graph_is_found(
 
 def test_fragmentation_is_counted_by_the_caches_own_books(tmp_path: Path) -> None:
     report = tmp_path / "fragmentation.json"
-    command = ["bench", "fragmentation", "--requests", "60", "--max-seqs", "32", "--budget", "2GiB"]
+    command = ["bench", "fragmentation", "--requests", "40", "--max-seqs", "32", "--budget", "2GiB"]
     plot = tmp_path / "fragmentation.png"
     assert main([*command, "--max-output", "64", "--output-json", str(report), "--plot", str(plot)]) == 0
     assert plot.stat().st_size > 10_000
