@@ -121,7 +121,7 @@ def test_every_call_of_a_life_may_fail(layers_per_range: int) -> None:
     assert script.failures == []
     close(script, host)
     seen, quarantined = set(), 0
-    for index in numbers(calls, 2):
+    for index in numbers(calls, 3):
         script, driver, host = life(layers_per_range, index)
         seen.update(script.failures)
         stats = script.cache.stats()
