@@ -6,11 +6,14 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 # Tests need no network: names of models are looked up in the cache alone. It is read when the library is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import forking
 import hypothesis
 import pytest
 import torch
@@ -47,6 +50,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--require-gpu") and not torch.cuda.is_available():
         raise pytest.UsageError("--require-gpu: torch sees no GPU")
+    if torch.cuda.is_available():
+        # Libraries look at devices when they are imported, and CUDA does not outlive a fork.
+        os.environ[forking.VARIABLE] = sys.executable
+    elif not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="vattn-")
+        server = forking.start(Path(folder.name))
+
+        def end() -> None:
+            server.communicate()
+            folder.cleanup()
+
+        config.add_cleanup(end)
 
 
 def pytest_collection_finish() -> None:
@@ -90,11 +105,20 @@ def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
 
 
 @pytest.fixture
-def run_apart() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs Python source in a process of its own, which may die."""
+def forked_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that the package starts by ``sys.executable`` have their libraries imported (`forking`)."""
+    monkeypatch.setattr(sys, "executable", forking.python())
 
-    def run(source: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", source, *arguments]
+
+@pytest.fixture
+def run_apart() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python source in a process of its own, which may die; libraries are imported there (`forking`), but where
+    it is to be a `fresh` one."""
+
+    def run(
+        source: str, *arguments: str, timeout: float = 240, fresh: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable if fresh else forking.python(), "-c", source, *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
     return run

@@ -60,6 +60,7 @@ def test_graph_times_steps_on_a_gpu_alone(capsys: pytest.CaptureFixture[str]) ->
     assert "--batch-sizes times steps on a GPU and the device is the CPU" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_start_sizes_after_capturing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.CompletedProcess[str]] = []
     folders = []
@@ -162,7 +163,7 @@ def test_a_strangers_address_in_any_captured_graph_is_found(
 
 def test_fragmentation_is_counted_by_the_caches_own_books(tmp_path: Path) -> None:
     report = tmp_path / "fragmentation.json"
-    command = ["bench", "fragmentation", "--requests", "60", "--max-seqs", "32", "--budget", "2GiB"]
+    command = ["bench", "fragmentation", "--requests", "40", "--max-seqs", "32", "--budget", "2GiB"]
     plot = tmp_path / "fragmentation.png"
     assert main([*command, "--max-output", "64", "--output-json", str(report), "--plot", str(plot)]) == 0
     assert plot.stat().st_size > 10_000

@@ -33,6 +33,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doors_updates, "START", "fork")
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_clients_are_killed_at_random_get_the_engines_tokens_and_leave_nothing(tmp_path: Path) -> None:
     report = tmp_path / "doors.json"
     command = ["bench", "doors", "--device", "cpu", "--requests", "40", "--clients", "12", "--prompts", "4"]

@@ -16,7 +16,6 @@ from trtllm_vattn.bench.harness.traces import Request
 from trtllm_vattn.bench.harness.turns import agent_turns, from_trace
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
-from trtllm_vattn.runtime.models import SHAPES
 
 
 def shared(one: np.ndarray, other: np.ndarray) -> int:
@@ -149,8 +148,7 @@ def test_ascending_extents_are_no_larger_than_what_lies_before_them() -> None:
     pages.check()
 
 
-def test_an_engine_with_and_without_reuse_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SHAPES["tiny-llama"], "num_hidden_layers", 1)
+def test_an_engine_with_and_without_reuse_is_measured(tmp_path: Path) -> None:
     report = tmp_path / "reuse.json"
     command = ["bench", "reuse", "--device", "cpu", "--model", "tiny-llama", "--requests", "8", "--steps", "6"]
     assert main([*command, "--max-seqs", "2", "--output-json", str(report)]) == 0
@@ -177,8 +175,7 @@ def test_an_engine_with_and_without_reuse_is_measured(tmp_path: Path, monkeypatc
     assert (tmp_path / "reuse.png").stat().st_size > 1000
 
 
-def test_samples_of_one_prompt_are_measured_beside_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SHAPES["tiny-llama"], "num_hidden_layers", 1)
+def test_samples_of_one_prompt_are_measured_beside_one(tmp_path: Path) -> None:
     report = tmp_path / "forks.json"
     command = ["bench", "forks", "--device", "cpu", "--model", "tiny-llama", "--samples", "4", "--prompt", "600"]
     assert main([*command, "--rounds", "1", "--output-json", str(report)]) == 0
@@ -191,7 +188,6 @@ def test_samples_of_one_prompt_are_measured_beside_one(tmp_path: Path, monkeypat
 
 
 def test_one_result_has_hits_and_what_an_engine_makes_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SHAPES["tiny-llama"], "num_hidden_layers", 1)
     monkeypatch.setitem(prefix.ENGINE, "host", {**prefix.ENGINE["host"], "max_seqs": 2, "max_seq_len": 256, "steps": 4})
     report = tmp_path / "prefix.json"
     command = ["bench", "prefix", "--device", "cpu", "--parts", "engine,hits", "--requests", "40"]

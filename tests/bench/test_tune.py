@@ -59,6 +59,7 @@ def test_nothing_is_tuned_on_the_host(capsys: pytest.CaptureFixture[str]) -> Non
     assert "nothing is tuned on the CPU" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_a_trial_times_a_step_in_its_own_process(tmp_path: Path) -> None:
     args = type("args", (), {"model": "tiny-llama", "device": "cpu", "context": 20, "steps": 4, "seed": 0})
     row, kernels = tune.started(args, str(tmp_path))  # type: ignore[arg-type]

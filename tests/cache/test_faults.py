@@ -121,7 +121,7 @@ def test_every_call_of_a_life_may_fail(layers_per_range: int) -> None:
     assert script.failures == []
     close(script, host)
     seen, quarantined = set(), 0
-    for index in numbers(calls, 2):
+    for index in numbers(calls, 3):
         script, driver, host = life(layers_per_range, index)
         seen.update(script.failures)
         stats = script.cache.stats()
@@ -154,9 +154,12 @@ def test_every_call_of_a_construction_may_fail(layers_per_range: int) -> None:
 
 @pytest.mark.parametrize("call", ["unmap", "release", "free"])
 def test_every_call_of_a_close_may_fail_and_is_tried_again(call: str) -> None:
-    for index in range(200):
+    script, _, host = life(1, None)
+    calls = {"unmap": host.live_mappings, "release": host.live_handles, "free": host.live_reservations}[call]
+    close(script, host)
+    assert calls > 3
+    for index in [*numbers(calls, 3), calls]:
         script, driver, host = life(1, None)
-        calls = {"unmap": host.live_mappings, "release": host.live_handles, "free": host.live_reservations}[call]
         driver.fail(call, skip=index)
         try:
             script.cache.close()
@@ -167,10 +170,8 @@ def test_every_call_of_a_close_may_fail_and_is_tried_again(call: str) -> None:
             assert call == "free"
             script.cache.close()
         assert (host.live_mappings, host.live_handles, host.live_reservations) == (0, 0, 0)
-        if driver._orders:
-            # There were not so many calls, so none failed: all have had their turn.
-            break
-    assert index == calls > 3
+        # There are so many calls and no more.
+        assert bool(driver._orders) is (index == calls)
 
 
 def test_a_slot_whose_unmap_failed_is_not_used_again() -> None:

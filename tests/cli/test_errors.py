@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forking
 import pytest
 
 from trtllm_vattn.bench.cases import faults
@@ -133,9 +134,9 @@ def test_a_missing_plotting_library_is_said_before_the_work(
     assert "plots need matplotlib: pip install 'trtllm-vattn[bench]'" in capsys.readouterr().err
 
 
-def apart(source: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def apart(source: str, *arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
     command = [
-        sys.executable,
+        python,
         "-c",
         f"import sys, signal, os, threading\nfrom trtllm_vattn.cli.main import main\n{source}",
     ]
@@ -162,7 +163,7 @@ def test_an_interrupt_ends_in_one_line() -> None:
         "FaultStress.run = begun\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    done = apart(source, "bench", "faults", "--operations", "100000000", "--life", "100000000")
+    done = apart(source, "bench", "faults", "--operations", "100000000", "--life", "100000000", python=forking.python())
     assert done.returncode == 130
     assert done.stderr == "trtllm-vattn: interrupted\n"
 
@@ -170,7 +171,7 @@ def test_an_interrupt_ends_in_one_line() -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["bench"], ["plugin", "list"]], ids=" ".join)
 def test_a_closed_pipe_ends_quietly(arguments: list[str]) -> None:
     """As in ``trtllm-vattn … | head``, where head has read enough."""
-    command = [sys.executable, "-m", "trtllm_vattn", *arguments]
+    command = [forking.python(), "-m", "trtllm_vattn", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -11,6 +11,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import forking
 import looked_at
 import numpy as np
 import pytest
@@ -50,6 +51,7 @@ def ranks() -> Iterator[Ranks]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
         patch.setattr("trtllm_vattn.runtime.parallel.build.open_driver", looked_at.faulty)
+        patch.setattr("sys.executable", forking.python())
         started = Ranks.start(2, "cpu")
         started.call(looked_at.use_faulty)
         started.call(looked_at.use_shapes, dict(SHAPES))

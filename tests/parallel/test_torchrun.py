@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
 
+import forking
 import pytest
 from tiny_text import save_checkpoint
 
@@ -36,7 +36,7 @@ def other_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., subpro
             port = str(free.getsockname()[1])
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         process = subprocess.Popen(
-            [sys.executable, "-m", "trtllm_vattn", *command],
+            [forking.python(), "-m", "trtllm_vattn", *command],
             env={**os.environ, **shared, "RANK": "1", "LOCAL_RANK": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -204,7 +204,7 @@ def test_names_on_the_hub_are_looked_up_in_transformers_cache(
     (stored / "snapshots" / ("0" * 40) / "model.safetensors").write_bytes(b"1234")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    done = run_apart(HUB)
+    done = run_apart(HUB, fresh=True)
     assert done.returncode == 0, done.stderr
     with Engine.from_pretrained(str(folder), max_seqs=1, max_seq_len=64, device="cpu") as engine:
         tokens = engine.generate([PROMPT], SamplingParams(max_tokens=6))[0].tokens

@@ -35,10 +35,10 @@ PARAMS = [
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
 WAYS: dict[str, dict[str, Any]] = {
     "single": {"capture": False},
-    "captured": {},
+    "captured": {"buckets": None},
     "4 steps": {"steps": 4},
     "loop": {"steps": 8, "loop": True},
-    "packed": {"packed": True, "steps": 2},
+    "packed": {"packed": True, "steps": 2, "buckets": None},
     "chunks": {"chunk": 16},
 }
 
@@ -59,7 +59,7 @@ def build(
 ) -> Engine:
     model = model_of(device)
     cache = make_cache(kind, shape_of(model, slots, 128), device, budget)
-    options = {"attention": "torch", "compile": False, "mapping": "between-steps", **options}
+    options = {"attention": "torch", "compile": False, "mapping": "between-steps", "buckets": [slots], **options}
     return Engine(model, cache, **options)
 
 

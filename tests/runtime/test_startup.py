@@ -178,7 +178,7 @@ def test_a_second_start_compiles_and_tunes_nothing(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     starts = []
     for _ in range(2):
-        done = run_apart(START)
+        done = run_apart(START, fresh=True)
         assert done.returncode == 0, done.stderr
         starts.append(json.loads(done.stdout.splitlines()[-1]))
     (tuned, bypassed, missed), again = starts

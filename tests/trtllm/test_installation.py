@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forking
 import pytest
 from trtllm_shape import FAKE, SHAPE, VERSIONS
 
@@ -161,8 +162,10 @@ print(util.get_kv_cache_manager_cls(None).__name__)
 """
 
 
-def run_command(*flags: str, script: str = SCRIPT, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trtllm_vattn", "run", *flags, "--", sys.executable, "-c", script]
+def run_command(
+    *flags: str, script: str = SCRIPT, python: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [python or forking.python(), "-m", "trtllm_vattn", "run", *flags, "--", sys.executable, "-c", script]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **environment}
     )
@@ -180,7 +183,7 @@ def test_the_launcher_reaches_the_processes_of_its_command() -> None:
 def test_the_hook_is_inert_elsewhere_and_runs_who_was_there_before(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("print('the other one')")
     script = "import sys; print(any(type(f).__name__ == '_Watch' for f in sys.meta_path), 'torch' in sys.modules)"
-    done = run_command(script=script, PYTHONPATH=str(tmp_path))
+    done = run_command(script=script, python=sys.executable, PYTHONPATH=str(tmp_path))
     assert done.stdout.splitlines() == ["the other one"] * 2 + ["True False"], done.stderr
     assert done.stderr == ""
     bare = subprocess.run(
@@ -195,7 +198,7 @@ def test_the_hook_is_inert_elsewhere_and_runs_who_was_there_before(tmp_path: Pat
 
 def test_the_launcher_says_what_is_wrong() -> None:
     def failing(*arguments: str) -> str:
-        command = [sys.executable, "-m", "trtllm_vattn", "run", *arguments]
+        command = [forking.python(), "-m", "trtllm_vattn", "run", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 2
         return done.stderr

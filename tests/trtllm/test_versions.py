@@ -8,6 +8,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import forking
 import pytest
 from trtllm_shape import FAKE
 
@@ -78,7 +79,7 @@ for attempt in range(2):
 @pytest.mark.parametrize("flags", [[], ["--any-version"]])
 def test_the_launchers_processes_refuse_too(flags: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "trtllm_vattn", "run", *flags, "--", sys.executable, "-c", SCRIPT],
+        [forking.python(), "-m", "trtllm_vattn", "run", *flags, "--", sys.executable, "-c", SCRIPT],
         capture_output=True,
         text=True,
         timeout=120,

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import forking
 import pytest
 
 from trtllm_vattn.cli.main import main
@@ -21,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def on_host() -> Iterator[Drills]:
-    with Drills("cpu") as made:
+    with Drills("cpu") as made, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.executable", forking.python())
         yield made
 
 

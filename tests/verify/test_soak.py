@@ -15,18 +15,18 @@ from trtllm_vattn.verify import negative_controls as controls
 from trtllm_vattn.verify.differential import STEPS, Differential
 
 HOST = ["--device", "cpu", "--model", "tiny-llama"]
-SOAK = ["bench", "soak", *HOST, "--replays", "60", "--repeatable", "10"]
+SOAK = ["bench", "soak", *HOST, "--replays", "40", "--repeatable", "10"]
 
 
-@pytest.mark.usefixtures("whole_models")
+@pytest.mark.usefixtures("forked_python")
 def test_the_soak_remaps_beneath_one_graph_and_catches_its_controls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report, state = tmp_path / "soak.json", tmp_path / "state.json"
     assert main([*SOAK, "--state", str(state), "--output-json", str(report)]) == 0
     summary = json.loads(report.read_text())["summary"]
-    assert summary["replays"] >= 60
-    assert summary["remaps"] > 60
+    assert summary["replays"] >= 40
+    assert summary["remaps"] > 40
     assert summary["graphs_captured"] == 1
     assert (summary["mismatches"], summary["left_alone_mismatches"], summary["eager_mismatches"]) == (0, 0, 0)
     assert summary["eager_checks"] >= 1
@@ -35,10 +35,10 @@ def test_the_soak_remaps_beneath_one_graph_and_catches_its_controls(
     # It goes on where it stopped, and not with another's.
     monkeypatch.setattr("trtllm_vattn.verify.soak.run_controls", lambda *arguments: {"none": "caught"})
     monkeypatch.setattr("trtllm_vattn.bench.cases.soak.fenced_unmap", lambda *arguments: "survived")
-    assert main([*SOAK, "--replays", "90", "--state", str(state), "--output-json", str(report)]) == 0
+    assert main([*SOAK, "--replays", "60", "--state", str(state), "--output-json", str(report)]) == 0
     results = json.loads(report.read_text())
     assert len(results["results"]["chunks"]) == 2
-    assert 90 <= results["summary"]["replays"] < 130
+    assert 60 <= results["summary"]["replays"] < 100
     assert main([*SOAK, "--seed", "9", "--state", str(state)]) == 2
 
 
