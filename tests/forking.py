@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -33,8 +34,8 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     listener.bind(str(address))
     listener.listen(64)
     here = str(Path(__file__).parent)
-    lines = ["import sys", f"sys.path.append({here!r})", "import forking", f"forking.ask({str(address)!r})"]
-    command.write_text("\n".join([f"#!{sys.executable} -IS", *lines, ""]))
+    asking = f"import sys; sys.path.append({here!r}); import forking; forking.ask({str(address)!r})"
+    command.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", "-c", asking])} "$@"\n')
     command.chmod(0o700)
     os.environ[VARIABLE] = str(command)
     with listener:
