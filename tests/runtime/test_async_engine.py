@@ -230,6 +230,26 @@ async def drained(made: AsyncEngine) -> None:
     assert made.unfinished == 0
 
 
+def test_a_request_whose_future_is_cancelled_is_neither_counted_nor_waited_for(made: AsyncEngine) -> None:
+    class Nobody:
+        def put(self, puts: object) -> None:
+            raise AssertionError(puts)
+
+    async def job() -> None:
+        await made.pause()
+        holding, goes_on = threading.Event(), threading.Event()
+        held = asyncio.create_task(made.call(lambda engine: (holding.set(), goes_on.wait(30))))
+        assert await asyncio.to_thread(holding.wait, 30)
+        taken = made.submit([1], PARAMS, Nobody(), 1)
+        assert taken.cancel()
+        assert made.unfinished == 0
+        goes_on.set()
+        await held
+        await drained(made)
+
+    run(job)
+
+
 def test_shutdown_drains_or_not(made: AsyncEngine) -> None:
     async def job() -> None:
         stream = await made.add_request([1], PARAMS)

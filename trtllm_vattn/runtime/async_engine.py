@@ -306,7 +306,7 @@ class AsyncEngine:
             stream.request = await asyncio.shield(asyncio.wrap_future(taken))
         except asyncio.CancelledError:
             # Whenever it is queued, nobody reads it.
-            taken.add_done_callback(lambda done: None if done.exception() else self.abort_soon(done.result()))
+            taken.add_done_callback(lambda done: None if _has_failed(done) else self.abort_soon(done.result()))
             raise
         return stream
 
@@ -321,8 +321,8 @@ class AsyncEngine:
         deadline_s: float | None = None,
     ) -> Future[int]:
         """As `add_request`, for who has no event loop: the request's events go to an outlet, with a key. Waits for
-        nothing; the future has the number that `Engine.submit` gave, or what that raised. Raises EngineOverloaded,
-        EngineClosed and WrongProcess."""
+        nothing; the future has the number that `Engine.submit` gave, or what that raised, and may be cancelled before.
+        Raises EngineOverloaded, EngineClosed and WrongProcess."""
         self._check_process()
         samples, taken = _samples(params), Future[int]()
 
@@ -332,7 +332,7 @@ class AsyncEngine:
             self._running.update(dict.fromkeys(running.numbers, running))
             return number
 
-        taken.add_done_callback(lambda done: self._give_back() if done.exception() else None)
+        taken.add_done_callback(lambda done: self._give_back() if _has_failed(done) else None)
         with self._changed:
             if self._stopping:
                 raise EngineClosed("this engine is shut down, or shutting down; no request is taken")
@@ -600,6 +600,11 @@ class AsyncEngine:
         for running in set(self._running.values()):
             self._forget(running, closed)
         self._engine.close()
+
+
+def _has_failed(done: Future[Any]) -> bool:
+    """Whether what was asked for was not done."""
+    return done.cancelled() or done.exception() is not None
 
 
 def _samples(params: object) -> int:
