@@ -302,10 +302,12 @@ class AsyncEngine:
         stream = RequestStream(self, _samples(params), arrived)
         into = _Loop(asyncio.get_running_loop()), weakref.ref(stream)
         taken = self.submit(prompt, params, *into, priority=priority, deadline_s=deadline_s)
+        waited = asyncio.wrap_future(taken)
         try:
-            stream.request = await asyncio.shield(asyncio.wrap_future(taken))
+            stream.request = await asyncio.shield(waited)
         except asyncio.CancelledError:
-            # Whenever it is queued, nobody reads it.
+            # Whenever it is queued, nobody reads it, nor why it is refused.
+            waited.add_done_callback(_has_failed)
             taken.add_done_callback(lambda done: None if _has_failed(done) else self.abort_soon(done.result()))
             raise
         return stream
@@ -602,7 +604,7 @@ class AsyncEngine:
         self._engine.close()
 
 
-def _has_failed(done: Future[Any]) -> bool:
+def _has_failed(done: Future[Any] | asyncio.Future[Any]) -> bool:
     """Whether what was asked for was not done."""
     return done.cancelled() or done.exception() is not None
 
