@@ -228,8 +228,15 @@ def read_folder(folder: Path) -> dict[str, Any]:
     return found
 
 
-_PARTS = {"module": str, "version": object, "targets": list, "limits": dict, "decoder": dict, "source": str}
-_PLANS_PARTS = {"plan_sha256": str, "layers": dict, "tensors": dict}
+_PARTS: dict[str, type[Any]] = {
+    "module": str,
+    "version": object,
+    "targets": list,
+    "limits": dict,
+    "decoder": dict,
+    "source": str,
+}
+_PLANS_PARTS: dict[str, type[Any]] = {"plan_sha256": str, "layers": dict, "tensors": dict}
 _SIZES = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
 
 
@@ -252,7 +259,7 @@ def _check_description(found: Any) -> None:
         whole(f"layers' {kind}", count, 0)
 
 
-def _check_parts(of: str, given: Any, parts: Mapping[str, type]) -> None:
+def _check_parts(of: str, given: Any, parts: Mapping[str, type[Any]]) -> None:
     """Raise ConfigError where a description lacks one of its parts, or one is of another type."""
     if not isinstance(given, dict):
         raise ConfigError(f"{of} is {described(given)}, and no mapping of names")
