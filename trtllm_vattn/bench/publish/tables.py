@@ -328,7 +328,6 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "tenancy": (("tenancy.json",), figures),
     "visits": (("visits.json",), figures),
     "survival": (("survival.json",), figures),
-    "survival-replaced": (("survival_replaced.json",), figures),
     "fragmentation": (("fragmentation.json",), fragmentation),
     "plan-memory": (("plan.json",), planned_memory),
 }
