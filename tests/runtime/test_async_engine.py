@@ -239,7 +239,12 @@ def test_a_request_whose_future_is_cancelled_is_neither_counted_nor_waited_nor_s
     async def job() -> None:
         await made.pause()
         holding, goes_on = threading.Event(), threading.Event()
-        held = asyncio.create_task(made.call(lambda engine: (holding.set(), goes_on.wait(30))))
+
+        def hold(engine: Engine) -> bool:
+            holding.set()
+            return goes_on.wait(30)
+
+        held = asyncio.create_task(made.call(hold))
         assert await asyncio.to_thread(holding.wait, 30)
         taken = made.submit([1], PARAMS, Nobody(), 1)
         assert taken.cancel()
