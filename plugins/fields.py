@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from typing import Any
@@ -157,6 +157,19 @@ class AttentionFields:
                 f"input {name} of attention layer {self.layer} has shape {list(got)}; it must be [{shape}] for "
                 f"{self.num_heads} query heads and {self.num_kv_heads} kv heads of {self.head_dim}"
             )
+
+    def check_inputs(self, given: Mapping[str, Sequence[int]]) -> None:
+        """Raise ConfigError where a call's inputs, dimensions by name, are not those of `inputs`, or differ in tokens
+        or lanes."""
+        for name, dims in given.items():
+            self.check_input(name, dims)
+        for first, others, what in (("q", ("k", "v"), "tokens"), ("lengths", ("slots", "query_lengths"), "lanes")):
+            for name in others:
+                if first in given and name in given and given[name][0] != given[first][0]:
+                    raise ConfigError(
+                        f"input {name} of attention layer {self.layer} has {given[name][0]} {what}, and {first} has "
+                        f"{given[first][0]}; give both the same"
+                    )
 
     def check_cache(self, shape: CacheShape) -> None:
         """Raise ConfigError, naming what differs, where a cache is not one that the layer was built for."""

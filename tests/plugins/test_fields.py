@@ -96,6 +96,16 @@ def test_shapes_are_checked() -> None:
         FIELDS.check_input("q", (5, 64))
     with pytest.raises(ConfigError, match=r"input extent .* must be \[most\]"):
         FIELDS.check_input("extent", (4, 1))
+    same = {"q": (6, 128), "k": (6, 32), "v": (6, 32), "lengths": (3,), "slots": (3,), "query_lengths": (3,)}
+    FIELDS.check_inputs(same)
+    for name, dims, message in (
+        ("k", (3, 32), "input k of attention layer 3 has 3 tokens, and q has 6; give both the same"),
+        ("v", (6, 33), "input v .* has shape"),
+        ("slots", (4,), "input slots .* has 4 lanes, and lengths has 3"),
+        ("query_lengths", (1,), "input query_lengths .* has 1 lanes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            FIELDS.check_inputs({**same, name: dims})
 
 
 def test_a_cache_that_is_not_the_plans_is_refused() -> None:
