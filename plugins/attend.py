@@ -49,6 +49,7 @@ def attend(
     ConfigError
         The shapes do not fit the layer, or the cache does not fit the plan.
     """
+    fields.check_inputs({name: tensor.shape for name, tensor in given.items()})
     fields.check_cache(attached.cache.shape)
     q, k, v = _heads(fields, attached, given)
     lengths, slots = given["lengths"], given.get("slots")

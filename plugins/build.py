@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins.callback_errors import clear_errors, error_of
+from trtllm_vattn.plugins.fields import LARGEST_FIELD, AttentionFields
 from trtllm_vattn.plugins.networks.decoder import inputs_of
 from trtllm_vattn.plugins.networks.onnx_emitter import write_onnx
 from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
 from trtllm_vattn.plugins.networks.trt_emitter import TensorRTEmitter, build_network
 from trtllm_vattn.plugins.plugin import NAME, register
 from trtllm_vattn.runtime.checkpoint import end_of_text
+from trtllm_vattn.values import described, whole
 
 logger = logging.getLogger(__name__)
 
@@ -202,11 +204,18 @@ def config_of(model: PreTrainedModel) -> Any:
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
-    """An engine's ``engine.json``. Raises ConfigError where there is none, or its plan is another one than it says."""
+    """An engine's ``engine.json``. Raises ConfigError where there is none, a field of it is missing or cannot be, or
+    its plan is another one than it says."""
     try:
-        found: dict[str, Any] = json.loads((folder / "engine.json").read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads((folder / "engine.json").read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{folder} holds no engine: {error}; make one with `trtllm-vattn plugin build`") from error
+    try:
+        _check_description(found)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(
+            f"{folder / 'engine.json'} describes no engine: {error}; make it anew with `trtllm-vattn plugin build`"
+        ) from error
     found["module"] = module_name(found["module"])
     if found["module"] != EMULATED:
         path = folder / "engine.plan"
@@ -217,3 +226,45 @@ def read_folder(folder: Path) -> dict[str, Any]:
                 "build it again"
             )
     return found
+
+
+_PARTS: dict[str, type[Any]] = {
+    "module": str,
+    "version": object,
+    "targets": list,
+    "limits": dict,
+    "decoder": dict,
+    "source": str,
+}
+_PLANS_PARTS: dict[str, type[Any]] = {"plan_sha256": str, "layers": dict, "tensors": dict}
+_SIZES = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+
+
+def _check_description(found: Any) -> None:
+    """Raise ConfigError, or TypeError for limits of other names, where ``engine.json`` is not as `build_folder` writes
+    it. Limits that it does not name are `PlanLimits`'s."""
+    _check_parts("it", found, _PARTS)
+    found["limits"] = asdict(PlanLimits(**found["limits"]))
+    decoder = found["decoder"]
+    _check_parts("decoder", decoder, dict.fromkeys((*_SIZES, "scale", "dtype"), object))
+    sizes = {name: whole(f"decoder's {name}", decoder[name], 1, LARGEST_FIELD) for name in _SIZES}
+    layer, heads = sizes["num_layers"] - 1, (sizes["num_heads"], sizes["num_kv_heads"], sizes["head_dim"])
+    AttentionFields("kv", layer, *heads, decoder["scale"], decoder.get("window", 0), decoder["dtype"], 0, 0, 0)
+    if module_name(found["module"]) == EMULATED:
+        return
+    _check_parts("it", found, _PLANS_PARTS)
+    for name in ("plan_bytes", "plugins_in_plan"):
+        whole(name, found.get(name), 0)
+    for kind, count in found["layers"].items():
+        whole(f"layers' {kind}", count, 0)
+
+
+def _check_parts(of: str, given: Any, parts: Mapping[str, type[Any]]) -> None:
+    """Raise ConfigError where a description lacks one of its parts, or one is of another type."""
+    if not isinstance(given, dict):
+        raise ConfigError(f"{of} is {described(given)}, and no mapping of names")
+    for name, kind in parts.items():
+        if name not in given:
+            raise ConfigError(f"{of} has no {name}; there are {', '.join(map(str, given)) or 'none'}")
+        if not isinstance(given[name], kind):
+            raise ConfigError(f"{name} is {described(given[name])}; it is a {kind.__name__}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from typing import Any
@@ -12,8 +12,22 @@ import torch
 
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.values import as_whole, finite, shown, whole
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+LARGEST_FIELD = (1 << 31) - 1
+"""A plan's whole numbers are of 32 bits."""
+
+
+def check_cache_name(name: Any) -> None:
+    """Raise ConfigError where a plan cannot name its cache so."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        what = "is empty" if name == "" else f"is {shown(name)}"
+        raise ConfigError(
+            f"the field cache {what}; name the cache that the plan's process will attach, in a text without NUL"
+        )
 
 
 class Slots(IntEnum):
@@ -70,26 +84,28 @@ class AttentionFields:
     context: int
 
     def __post_init__(self) -> None:
-        if not self.cache:
-            raise ConfigError("the field cache is empty; name the cache that the plan's process will attach")
-        for name in ("num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"the field {name} is {getattr(self, name)}; it must be a positive number")
-        if self.layer < 0 or self.window < 0:
-            raise ConfigError(f"layer is {self.layer} and window {self.window}; neither may be below 0")
+        check_cache_name(self.cache)
+        for name in ("num_heads", "num_kv_heads", "head_dim", "layer", "window"):
+            least = 0 if name in ("layer", "window") else 1
+            object.__setattr__(self, name, whole(f"the field {name}", getattr(self, name), least, LARGEST_FIELD))
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.num_heads} query heads over {self.num_kv_heads} kv heads; give a multiple of the latter"
             )
-        object.__setattr__(self, "scale", float(np.float32(self.scale)))
-        if not self.scale > 0:
-            raise ConfigError(f"the field scale is {self.scale}; it must be above 0, head_dim ** -0.5 say")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"the field dtype is {self.dtype!r}; there are {', '.join(DTYPES)}")
-        if self.packed_qkv not in (0, 1) or self.context not in (0, 1) or self.slots not in tuple(Slots):
+        scale = finite("the field scale", self.scale)
+        with np.errstate(over="ignore"):
+            object.__setattr__(self, "scale", float(np.float32(scale)))
+        if not 0 < self.scale < np.inf:
             raise ConfigError(
-                f"packed_qkv is {self.packed_qkv}, context {self.context}, slots {self.slots}; the first two are 0 or "
-                "1, slots is 0 (none), 1 (context phase) or 2 (always)"
+                f"the field scale is {scale}, as float32 {self.scale}; it must be above 0, head_dim ** -0.5 say"
+            )
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
+            raise ConfigError(f"the field dtype is {shown(self.dtype)}; there are {', '.join(DTYPES)}")
+        flags = {name: as_whole(getattr(self, name)) for name in ("packed_qkv", "context", "slots")}
+        if flags["packed_qkv"] not in (0, 1) or flags["context"] not in (0, 1) or flags["slots"] not in tuple(Slots):
+            raise ConfigError(
+                f"packed_qkv is {shown(self.packed_qkv)}, context {shown(self.context)}, slots {shown(self.slots)}; "
+                "the first two are 0 or 1, slots is 0 (none), 1 (context phase) or 2 (always)"
             )
 
     @property
@@ -141,6 +157,19 @@ class AttentionFields:
                 f"input {name} of attention layer {self.layer} has shape {list(got)}; it must be [{shape}] for "
                 f"{self.num_heads} query heads and {self.num_kv_heads} kv heads of {self.head_dim}"
             )
+
+    def check_inputs(self, given: Mapping[str, Sequence[int]]) -> None:
+        """Raise ConfigError where a call's inputs, dimensions by name, are not those of `inputs`, or differ in tokens
+        or lanes."""
+        for name, dims in given.items():
+            self.check_input(name, dims)
+        for first, others, what in (("q", ("k", "v"), "tokens"), ("lengths", ("slots", "query_lengths"), "lanes")):
+            for name in others:
+                if first in given and name in given and given[name][0] != given[first][0]:
+                    raise ConfigError(
+                        f"input {name} of attention layer {self.layer} has {given[name][0]} {what}, and {first} has "
+                        f"{given[first][0]}; give both the same"
+                    )
 
     def check_cache(self, shape: CacheShape) -> None:
         """Raise ConfigError, naming what differs, where a cache is not one that the layer was built for."""
@@ -208,7 +237,10 @@ def _value(field: Any, kind: str) -> Any:
     data = field.data
     if kind == "CHAR":
         raw = data if isinstance(data, bytes) else np.asarray(data).tobytes()
-        return raw.rstrip(b"\0").decode()
+        try:
+            return raw.rstrip(b"\0").decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the field {field.name} is {shown(raw)}, which is no text: {error}") from error
     array = np.asarray(data)
     if array.size != 1 or array.dtype.kind not in ("iu" if kind == "INT32" else "iuf"):
         raise ConfigError(f"the field {field.name} is {array.tolist()!r} of {array.dtype}; give one number ({kind})")

@@ -115,8 +115,7 @@ class AttentionLayer:
     def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Raise ConfigError for shapes and caches that do not fit, before anything runs."""
         given = dict(zip(self.fields.inputs, (tuple(desc.dims) for desc in inputs), strict=True))
-        for name, dims in given.items():
-            self.fields.check_input(name, dims)
+        self.fields.check_inputs(given)
         rows_per_lane(self.fields, given[self.fields.inputs[0]][0], given["lengths"][0])
         if registry.is_attached(self.fields.cache):
             self.fields.check_cache(registry.attached(self.fields.cache).cache.shape)

@@ -71,7 +71,13 @@ class LoadedEngine:
             config, decoder, limits = read_trtllm_folder(folder)
             return cls._from_plan("tensorrt", folder / PLAN, config, decoder, limits)
         found = read_folder(folder)
-        limits, config = PlanLimits(**found["limits"]), AutoConfig.from_pretrained(folder, local_files_only=True)
+        limits = PlanLimits(**found["limits"])
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # transformers raises whatever the file makes it do
+            raise ConfigError(
+                f"{folder / 'config.json'} cannot be read: {error}; make it anew with `trtllm-vattn plugin build`"
+            ) from error
         if found["module"] == EMULATED:
             model = load_model(found["source"], device, DTYPES[found["decoder"]["dtype"]])
             return cls.emulated(model, limits)

@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.plugins.fields import DTYPES, AttentionFields, Slots
+from trtllm_vattn.plugins.fields import DTYPES, LARGEST_FIELD, AttentionFields, Slots, check_cache_name
 from trtllm_vattn.plugins.networks.config_fields import check_config, check_weights
 from trtllm_vattn.runtime.binding import scale_of, shape_of
+from trtllm_vattn.values import truth, whole
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 """Model types that `build_decoder` knows."""
@@ -42,11 +43,10 @@ class PlanLimits:
     cache: str = "kv"
 
     def __post_init__(self) -> None:
-        if self.max_lanes < 1 or self.max_chunk < 0 or self.max_seq_len < 1:
-            raise ConfigError(
-                f"max_lanes is {self.max_lanes}, max_chunk {self.max_chunk}, max_seq_len {self.max_seq_len}; they are "
-                "positive, max_chunk may be 0"
-            )
+        for name, least in (("max_lanes", 1), ("max_chunk", 0), ("max_seq_len", 1)):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least, LARGEST_FIELD))
+        truth("any_slot", self.any_slot)
+        check_cache_name(self.cache)
 
     @property
     def slots(self) -> Slots:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from subprocess import CompletedProcess
-from time import perf_counter
+from time import process_time
 
 import pytest
 from shapes import SHAPE
@@ -155,13 +155,13 @@ cache.close()
 def test_a_hundred_thousand_slots_are_made_and_used() -> None:
     driver = HostDriver()
     with KVCacheManager(replace(SHAPE, num_slots=100_000), driver, 1 << 20) as cache:
-        started = perf_counter()
+        started = process_time()
         for number in range(20):
             cache.admit(number, 20)
         cache.prepare_step(cache.lengths + (cache.lengths > 0))
         cache.release(3)
         # Slots that were never used are not looked at.
-        assert perf_counter() - started < 0.5
+        assert process_time() - started < 0.5
         assert cache.admit("again", 20) == 3
         cache.move("again", 99_999)
         cache.release("again")

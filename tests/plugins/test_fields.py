@@ -48,6 +48,17 @@ def test_a_name_with_a_trailing_null_is_read() -> None:
         ({"num_kv_heads": 3}, "8 query heads over 3 kv heads"),
         ({"head_dim": 0}, "the field head_dim is 0"),
         ({"layer": -1}, "layer is -1"),
+        ({"layer": 1.5}, "layer is 1.5; it is a whole number"),
+        ({"num_heads": "8"}, "num_heads is '8'; it is a whole number from 1 to 2147483647"),
+        ({"head_dim": 1 << 31}, "head_dim is 2147483648"),
+        ({"window": None}, "window is None"),
+        ({"scale": float("inf")}, "scale is inf; it is a finite number"),
+        ({"scale": 1e39}, "scale is 1e\\+39, as float32 inf"),
+        ({"scale": "x"}, "scale is 'x'"),
+        ({"cache": "k\0v"}, r"cache is 'k\\x00v'; name the cache .* without NUL"),
+        ({"cache": 7}, "the field cache is 7"),
+        ({"dtype": []}, r"dtype is \[\]"),
+        ({"packed_qkv": torch.tensor([1, 2])}, r"packed_qkv is tensor\(\[1, 2\]\)"),
         ({"scale": 0.0}, "the field scale is 0.0"),
         ({"dtype": "int8"}, "the field dtype is 'int8'; there are float32, float16, bfloat16"),
         ({"slots": 3}, "slots 3"),
@@ -85,6 +96,16 @@ def test_shapes_are_checked() -> None:
         FIELDS.check_input("q", (5, 64))
     with pytest.raises(ConfigError, match=r"input extent .* must be \[most\]"):
         FIELDS.check_input("extent", (4, 1))
+    same = {"q": (6, 128), "k": (6, 32), "v": (6, 32), "lengths": (3,), "slots": (3,), "query_lengths": (3,)}
+    FIELDS.check_inputs(same)
+    for name, dims, message in (
+        ("k", (3, 32), "input k of attention layer 3 has 3 tokens, and q has 6; give both the same"),
+        ("v", (6, 33), "input v .* has shape"),
+        ("slots", (4,), "input slots .* has 4 lanes, and lengths has 3"),
+        ("query_lengths", (1,), "input query_lengths .* has 1 lanes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            FIELDS.check_inputs({**same, name: dims})
 
 
 def test_a_cache_that_is_not_the_plans_is_refused() -> None:

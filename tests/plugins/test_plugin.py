@@ -14,6 +14,7 @@ from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.host_graph import HostGraph
 from trtllm_vattn.plugins import callback_errors, plain, registry
+from trtllm_vattn.plugins.attend import attend
 from trtllm_vattn.plugins.emulated import Constants, Desc, built_layer, describe
 from trtllm_vattn.plugins.fields import Slots
 from trtllm_vattn.plugins.plugin import NAME, VERSION, register
@@ -201,6 +202,11 @@ def test_what_does_not_fit_the_cache_is_refused(cache: KVCacheManager) -> None:
         Layer(fields_of(), str(cache.device)).call(tokens, [0, 0])
     with pytest.raises(ConfigError, match="there is no context phase"):
         Layer(fields_of(context=0), str(cache.device)).call(tokens, [0])
+    # Half as many keys of two heads could be taken for keys of one.
+    fewer = {"q": tokens["q"][:2], "k": tokens["k"][:1], "v": tokens["v"][:2]}
+    lanes = {name: torch.zeros(2, dtype=torch.int32) for name in ("lengths", "slots", "query_lengths")}
+    with pytest.raises(ConfigError, match="input k of attention layer 1 has 1 tokens, and q has 2"):
+        attend(fields_of(), registry.attached("kv"), {**fewer, **lanes}, torch.zeros(2, Q))
 
 
 def test_another_slot_count_is_another_cache_and_not_another_plan(host_driver: Driver) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins import registry
+from trtllm_vattn.plugins.build import build_folder, read_folder
 from trtllm_vattn.plugins.emulated import EmulatedContext
 from trtllm_vattn.plugins.engine_model import EngineModel
 from trtllm_vattn.plugins.networks.spec import PlanLimits
@@ -57,6 +59,12 @@ LIMITS = PlanLimits(max_lanes=4, max_chunk=32, max_seq_len=128)
 @pytest.fixture(scope="module")
 def llama() -> PreTrainedModel:
     return load_model("tiny-llama", "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def described(llama: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What ``engine.json`` says of an emulated engine."""
+    return build_folder(llama, tmp_path_factory.mktemp("engine"), LIMITS, source="tiny-llama")
 
 
 def session(model: PreTrainedModel, limits: PlanLimits = LIMITS, slots: int = 4, **options: Any) -> EngineSession:
@@ -295,6 +303,48 @@ def test_the_benchmark_runs_over_an_engine(tmp_path: Path, capsys: pytest.Captur
     assert found["summary"]["audited_graphs"] > 10
     assert found["summary"]["audit_findings"] == 0
     assert [row["mode"] for row in found["results"]["trace"]["runs"]] == ["eager", "captured"]
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        (None, {"module": None}, "module is None; it is a str"),
+        (None, {"source": ...}, "it has no source; there are module, version"),
+        (None, {"limits": []}, r"limits is a list \(\[\]\); it is a dict"),
+        ("limits", {"max_lanes": "4"}, "max_lanes is '4'; it is a whole number"),
+        ("limits", {"cache": "k\0v"}, "in a text without NUL"),
+        ("limits", {"lanes": 4}, "unexpected keyword argument 'lanes'"),
+        ("decoder", {"num_layers": ...}, "decoder has no num_layers"),
+        ("decoder", {"num_kv_heads": 3}, "4 query heads over 3 kv heads"),
+        ("decoder", {"scale": float("nan")}, "scale is nan"),
+        ("decoder", {"dtype": "float99"}, "dtype is 'float99'; there are float32"),
+        (None, {"module": "tensorrt_rtx"}, "it has no plan_sha256"),
+    ],
+)
+def test_a_description_that_cannot_be_is_refused_with_its_field(
+    described: dict[str, Any], tmp_path: Path, part: str | None, changes: dict[str, Any], message: str
+) -> None:
+    made = json.loads(json.dumps(described))
+    into = made if part is None else made[part]
+    into.update(changes)
+    for name in [name for name, value in into.items() if value is ...]:
+        del into[name]
+    (tmp_path / "engine.json").write_text(json.dumps(made))
+    with pytest.raises(ConfigError, match=f"engine.json describes no engine: .*{message}.* make it anew"):
+        read_folder(tmp_path)
+
+
+def test_a_folder_whose_files_are_no_mappings_is_refused(described: dict[str, Any], tmp_path: Path) -> None:
+    for text, message in (("[]", r"it is a list \(\[\]\)"), ("null", "it is None"), ("[" * 100_000, "holds no engine")):
+        (tmp_path / "engine.json").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_folder(tmp_path)
+    older = {**described, "limits": {"max_lanes": 4}}
+    (tmp_path / "engine.json").write_text(json.dumps(older))
+    assert read_folder(tmp_path)["limits"] == asdict(PlanLimits(max_lanes=4))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read: .*; make it anew"):
+        LoadedEngine.load(tmp_path, "cpu")
 
 
 def test_trtllm_builds_folders_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import os
 import threading
 import warnings
@@ -229,6 +230,42 @@ async def leave(made: AsyncEngine, params: SamplingParams) -> None:
 async def drained(made: AsyncEngine) -> None:
     await made.shutdown()
     assert made.unfinished == 0
+
+
+def test_a_request_whose_future_is_cancelled_is_neither_counted_nor_waited_nor_spoken_for(made: AsyncEngine) -> None:
+    class Nobody:
+        def put(self, puts: object) -> None:
+            raise AssertionError(puts)
+
+    async def job() -> None:
+        await made.pause()
+        holding, goes_on = threading.Event(), threading.Event()
+
+        def hold(engine: Engine) -> bool:
+            holding.set()
+            return goes_on.wait(30)
+
+        held = asyncio.create_task(made.call(hold))
+        assert await asyncio.to_thread(holding.wait, 30)
+        taken = made.submit([1], PARAMS, Nobody(), 1)
+        assert taken.cancel()
+        assert made.unfinished == 0
+        # Nor does anybody miss why a request was refused whose task is gone.
+        missed: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: missed.append(context))
+        adding = asyncio.create_task(made.add_request([1, -1], PARAMS))
+        await asyncio.sleep(0)
+        adding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await adding
+        goes_on.set()
+        await held
+        await made.call(lambda engine: None)
+        gc.collect()
+        assert missed == []
+        await drained(made)
+
+    run(job)
 
 
 def test_shutdown_drains_or_not(made: AsyncEngine) -> None:

@@ -232,12 +232,12 @@ def test_a_long_queue_costs_a_step_nothing() -> None:
             gc.disable()
             best = float("inf")
             for attempt in range(5):
-                started = time.perf_counter()
+                started = time.process_time()
                 for number in numbers[10 + attempt * 5 : 15 + attempt * 5]:
                     engine.abort(number)
                     engine.submit([1], SamplingParams(1))
                     engine.step()
-                best = min(best, time.perf_counter() - started)
+                best = min(best, time.process_time() - started)
             gc.enable()
             taken[waiting] = best
             for request in [*engine.scheduler.requests]:

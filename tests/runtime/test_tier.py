@@ -178,6 +178,23 @@ def test_a_request_is_suspended_wherever_it_is(build: Build) -> None:
     assert tokens == {numbers[n]: found for n, found in undisturbed().items()}
 
 
+def test_suspended_requests_that_can_never_fit_any_more_leave_their_slots_to_the_next(build: Build) -> None:
+    engine = build(slots=2)
+    long = [engine.submit(prompt, SamplingParams(40, ignore_eos=True)) for prompt in PROMPTS[:2]]
+    while not all(engine.scheduler.requests[number].chosen for number in long):
+        engine.step()
+    for number in long:
+        assert engine.suspend(number) > 0
+        engine.resume(number)
+    engine.set_budget(9 * 4096)
+    assert engine.cache.longest_alone < 33
+    # They are in front of it, and their slots are theirs until they are told.
+    short = engine.submit([1, 2, 3], SamplingParams(2, ignore_eos=True))
+    ended = {event.request: event.finish_reason for event in engine.run() if event.finish_reason is not None}
+    assert ended == {long[0]: "error", long[1]: "error", short: "length"}
+    engine.cache.check_integrity()
+
+
 def test_a_suspended_request_is_aborted_and_its_host_memory_is_free(build: Build) -> None:
     engine = build()
     numbers = [engine.submit(prompt, PARAMS) for prompt in PROMPTS[:2]]
@@ -314,6 +331,21 @@ def test_who_is_aborted_or_overdue_while_it_sleeps_is_gone(build: Build) -> None
     engine.wake()
     assert {event.request for event in engine.run()} == {numbers[1]}
     assert engine.cache.stats().sequences == 0
+
+
+def test_a_request_is_forked_while_it_sleeps(build: Build) -> None:
+    engine = build(prefix_cache=True)
+    number = engine.submit(PROMPTS[0], PARAMS)
+    tokens: dict[int, list[int]] = {}
+    while len(tokens.get(number, ())) < 4:
+        note(tokens, engine.step())
+    engine.sleep()
+    fork = engine.fork(number)
+    tokens[fork] = list(engine.scheduler.requests[fork].chosen)
+    assert len(tokens[fork]) >= 4
+    engine.wake()
+    assert collect(engine, tokens) == {number: undisturbed()[0], fork: undisturbed()[0]}
+    engine.cache.check_integrity()
 
 
 def test_weights_are_written_while_keys_and_values_of_ended_requests_sleep(build: Build) -> None:

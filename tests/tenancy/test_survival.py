@@ -626,6 +626,19 @@ def test_a_sequence_whose_leases_are_gone_is_computed_anew(tmp_path: Path) -> No
             assert [event.index for event in engine.run()] == [1, 2, 3]
 
 
+def test_a_request_that_failed_before_says_so_to_who_did_not_hear_it(tmp_path: Path) -> None:
+    with lending(tmp_path / "broker", 1 << 20) as broker:
+        kept = KeptRequest.of([1, 2], 4, {"priority": 0, "params": asdict(SamplingParams(ignore_eos=True))}, [7])
+        kept.finish_reason = "error"
+        ended_tenant(broker, "one", State(requests={0: kept}))
+        config = TenantConfig(str(broker.path), "one", keep_s=60)
+        with Engine.from_pretrained("tiny-llama", broker=config, prefix_cache=False, **SIZES) as engine:
+            engine.survivors({0: 1})
+            (event,) = engine.run()
+            assert (event.request, event.token, event.finish_reason, event.index) == (0, None, "error", 1)
+            assert event.error == "it failed in the process before this one, whose log says why"
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_preempted_sequence_is_kept_where_it_got_its_next_token(tmp_path: Path, deterministic: bool) -> None:
     with lending(tmp_path / "broker", 1 << 20) as broker:

@@ -305,11 +305,13 @@ class AsyncEngine:
         stream = RequestStream(self, _samples(params), arrived)
         into = _Loop(asyncio.get_running_loop()), weakref.ref(stream)
         taken = self.submit(prompt, params, *into, priority=priority, deadline_s=deadline_s)
+        waited = asyncio.wrap_future(taken)
         try:
-            stream.request = await asyncio.shield(asyncio.wrap_future(taken))
+            stream.request = await asyncio.shield(waited)
         except asyncio.CancelledError:
-            # Whenever it is queued, nobody reads it.
-            taken.add_done_callback(lambda done: None if done.exception() else self.abort_soon(done.result()))
+            # Whenever it is queued, nobody reads it, nor why it is refused.
+            waited.add_done_callback(_has_failed)
+            taken.add_done_callback(lambda done: None if _has_failed(done) else self.abort_soon(done.result()))
             raise
         return stream
 
@@ -324,8 +326,8 @@ class AsyncEngine:
         deadline_s: float | None = None,
     ) -> Future[int]:
         """As `add_request`, for who has no event loop: the request's events go to an outlet, with a key. Waits for
-        nothing; the future has the number that `Engine.submit` gave, or what that raised. Raises EngineOverloaded,
-        EngineClosed and WrongProcess."""
+        nothing; the future has the number that `Engine.submit` gave, or what that raised, and may be cancelled before.
+        Raises EngineOverloaded, EngineClosed and WrongProcess."""
         self._check_process()
         samples, taken = _samples(params), Future[int]()
 
@@ -335,7 +337,7 @@ class AsyncEngine:
             self._running.update(dict.fromkeys(running.numbers, running))
             return number
 
-        taken.add_done_callback(lambda done: self._give_back() if done.exception() else None)
+        taken.add_done_callback(lambda done: self._give_back() if _has_failed(done) else None)
         with self._changed:
             if self._stopping:
                 raise EngineClosed("this engine is shut down, or shutting down; no request is taken")
@@ -610,6 +612,11 @@ class AsyncEngine:
         for running in set(self._running.values()):
             self._forget(running, closed)
         self._engine.close()
+
+
+def _has_failed(done: Future[Any] | asyncio.Future[Any]) -> bool:
+    """Whether what was asked for was not done."""
+    return done.cancelled() or done.exception() is not None
 
 
 def _samples(params: object) -> int:

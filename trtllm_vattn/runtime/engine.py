@@ -838,7 +838,8 @@ class Engine:
             raise ConfigError(f"no request {number} is waiting or running; fork one before its last token")
         made = self._fork_of(known, params)
         with self._changing:
-            if known.is_verified:
+            # While keys and values sleep nobody begins with them.
+            if known.is_verified and not self.cache.is_asleep:
                 self.slots.computed(known)
             known.forks += 1
         try:

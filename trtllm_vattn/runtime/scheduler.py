@@ -222,6 +222,8 @@ class Scheduler:
                     self.fail(request, f"no memory for its {request.length} tokens, though nobody else runs: {error}")
                 else:
                     return
+                # What it had, in host memory too, is for the next one.
+                self.release_ended()
                 continue
             self.waiting.remove(request)
             if resumed:

@@ -17,6 +17,9 @@ from trtllm_vattn.values import whole
 if TYPE_CHECKING:
     from trtllm_vattn.tenancy.journal import Journal, KeptRequest, State
 
+UNSAID = "it failed in the process before this one, whose log says why"
+"""Of a request whose error nobody got: the journal has that it failed, and not what went wrong."""
+
 
 class Survival:
     """Notes what becomes of requests, and begins with those that another process left.
@@ -137,7 +140,8 @@ class Survival:
                 ends = reason if by_token and index == last else None
                 found.append(TokenEvent(number, kept.chosen[index], ends, index=index))
             if reason is not None and not by_token:
-                found.append(TokenEvent(number, None, reason, index=last + 1))
+                why = UNSAID if reason == "error" else None
+                found.append(TokenEvent(number, None, reason, error=why, index=last + 1))
         return found
 
 
