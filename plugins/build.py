@@ -225,7 +225,8 @@ def read_folder(folder: Path) -> dict[str, Any]:
                 f"{path} is not the plan that engine.json describes ({digest[:12]}, not {found['plan_sha256'][:12]}); "
                 "build it again"
             )
-    return found
+    description: dict[str, Any] = found
+    return description
 
 
 _PARTS: dict[str, type[Any]] = {
