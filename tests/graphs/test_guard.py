@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import signal
-from time import perf_counter
+from time import thread_time
 
 import numpy as np
 import pytest
@@ -210,11 +210,11 @@ def test_it_costs_microseconds(host_driver: HostDriver) -> None:
         lengths, slots, positions = cache.lengths.copy(), np.arange(256), cache.lengths - 1
         took = []
         for _ in range(500):
-            started = perf_counter()
+            started = thread_time()
             guard.check(lengths, slots, positions)
-            took.append(perf_counter() - started)
+            took.append(thread_time() - started)
         took.sort()
-        # 20 us are the aim for nearly all; where others want the processor, it must do for some.
+        # Processor time: others may want the processor. 20 us are the aim for nearly all; caches are not always warm.
         assert took[50] < 20e-6
         assert took[250] < 60e-6
 
