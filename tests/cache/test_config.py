@@ -101,7 +101,9 @@ def test_free_memory_comes_back_by_size_or_whole(host_driver: HostDriver) -> Non
         assert cache.release_free_memory() == held - cache.layout.least_bytes
 
 
-def test_the_old_error_is_the_new_one(host_driver: HostDriver) -> None:
+def test_old_names_are_the_new_ones(host_driver: HostDriver) -> None:
     assert OutOfPages is KVCacheOutOfMemory
     with KVCacheManager(SHAPE, host_driver, 8 * PAGE, lookahead=0) as cache, pytest.raises(OutOfPages):
         cache.admit("a", 50)
+    assert KVCacheManager.stock_up is KVCacheManager.preallocate
+    assert KVCacheManager.stock_for is KVCacheManager.preallocate_for

@@ -636,6 +636,9 @@ class KVCacheManager(SlottedCache):
                 self._run(self._preallocation.expect, fitting)
                 self._wake()
 
+    stock_up = preallocate  # alias for 0.1
+    stock_for = preallocate_for  # alias for 0.1
+
     def move(self, sequence: SequenceId, slot: int) -> int:
         """Give a running sequence another, free slot by remapping; returns the mappings made.
 
