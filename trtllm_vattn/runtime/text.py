@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from tokenizers.decoders import DecodeStream
@@ -100,15 +101,15 @@ class Text:
         return next((len(end) for end in ends if any(stop.startswith(end) for stop in self._stops)), 0)
 
 
+@cache
 def _bytes_of_characters() -> dict[str, int]:
-    """By character, the byte that it stands for in tokens of byte-level BPE: bytes that are printable in Latin-1 stand
-    for themselves, the others are characters from 256 on (GPT-2's ``bytes_to_unicode``)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    """By character, the byte that it stands for in tokens of byte-level BPE."""
+    # Whoever has a tokenizer has imported it.
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
-_BYTE_OF = _bytes_of_characters()
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -125,13 +126,14 @@ class TokenBytes:
         decoder = tokenizer.backend_tokenizer.decoder
         state = {} if decoder is None else json.loads(decoder.__getstate__())
         kinds = {each.get("type") for each in state.get("decoders", [state])}
-        self._is_byte_level, self._falls_back = "ByteLevel" in kinds, "ByteFallback" in kinds
+        self._falls_back = "ByteFallback" in kinds
+        self._byte_of = _bytes_of_characters() if "ByteLevel" in kinds else {}
 
     def of(self, token: int) -> bytes:
         """Those of one token; none of a number that the tokenizer has no token for."""
         written = self._tokenizer.convert_ids_to_tokens(token) or ""
-        if self._is_byte_level and all(character in _BYTE_OF for character in written):
-            return bytes(_BYTE_OF[character] for character in written)
+        if all(character in self._byte_of for character in written):
+            return bytes(self._byte_of[character] for character in written)
         if self._falls_back and (byte := _BYTE_FALLBACK.fullmatch(written)):
             return bytes.fromhex(byte[1])
         text: str = self._tokenizer.decode([token])
