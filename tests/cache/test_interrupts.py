@@ -263,12 +263,17 @@ def test_a_call_interrupted_anywhere_is_done_before_the_interrupt_is_raised_or_n
         sleep(0.002)
         done.append(True)
 
+    uninterrupted(slow)  # which starts the thread, for the first time
+    was_done = []
     for number in range(instructions_of(lambda: uninterrupted(slow))):
         done.clear()
         assert interrupt_at(number, lambda: uninterrupted(slow))
-        before = len(done)
+        was_done.append(bool(done))
         drain()
-        assert len(done) == before, f"instruction {number}: done after the interrupt was raised"
+        assert bool(done) is was_done[-1], f"instruction {number}: done after the interrupt was raised"
+    # From the hand-over on it is done, whoever comes first.
+    assert was_done == sorted(was_done)
+    assert {*was_done} == {False, True}
 
 
 def test_a_second_interrupt_ends_the_wait_and_the_call_is_done_all_the_same() -> None:

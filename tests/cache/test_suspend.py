@@ -186,6 +186,21 @@ def test_a_full_host_says_so_and_changes_nothing(driver: Driver) -> None:
         expect(cache, "b", range(tokens))
 
 
+def test_what_a_suspended_sequence_reads_is_not_cut_off(build: Callable[..., KVCacheManager]) -> None:
+    cache = build()
+    owner = admit(cache, "owner", 30)
+    cache.admit("reader", 40, prefix=(owner, 20))
+    fill(cache, "reader", range(20, 40))
+    cache.suspend("reader")
+    with pytest.raises(ConfigError, match="read the first 20 tokens of slot 0"):
+        cache.truncate("owner", 19)
+    cache.truncate("owner", 20)
+    cache.check_integrity()
+    cache.resume("reader", 40)
+    expect(cache, "reader", range(20), "owner")
+    expect(cache, "reader", range(20, 40))
+
+
 def test_without_host_memory_nothing_is_suspended(host_driver: HostDriver) -> None:
     with KVCacheManager(SHAPE, host_driver, 200 * 4096) as cache:
         cache.admit("a", 5)

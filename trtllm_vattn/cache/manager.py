@@ -1050,7 +1050,7 @@ class KVCacheManager(SlottedCache):
         slot = self.slot_of(sequence)
         if 0 < length < self.lengths[slot]:
             self._check_window(slot, length)
-            if self.arena.has_sharing:
+            if self.arena.has_sharing(slot):
                 self._run(self._do_make_writable, slot, length)
             self._check_deficits(slot, length)
         super().truncate(sequence, length)

@@ -695,10 +695,11 @@ class Arena:
         finally:
             slot.priority = priority
 
-    @property
-    def has_sharing(self) -> bool:
-        """Whether any slot reads tokens of another one, or shares extents with it."""
-        return bool(self.extent_refs) or self.segments is not None
+    def has_sharing(self, index: int) -> bool:
+        """Whether a slot reads tokens of another one, or others, suspended ones too, read its; or any slots share
+        extents."""
+        slot = self.slots[index]
+        return bool(self.extent_refs or slot.segments or slot.holders)
 
     @property
     def retained_slots(self) -> int:

@@ -13,7 +13,9 @@ import atexit
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from operator import length_hint
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -22,21 +24,17 @@ _PATIENCE_S = 5.0
 
 
 class _Job:
-    __slots__ = ("answer", "arguments", "call", "done", "error", "is_done", "taken")
+    __slots__ = ("answer", "arguments", "call", "done", "error", "is_done")
 
     def __init__(self, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.call, self.arguments = call, arguments
         self.answer: Any = None
         self.error: BaseException | None = None
         self.is_done = False
-        # Whoever acquires it first decides: the helper thread does the job, or an interrupted caller withdraws it.
-        self.taken = _thread.allocate_lock()
         self.done = _thread.allocate_lock()
         self.done.acquire()
 
     def run(self) -> None:
-        if not self.taken.acquire(blocking=False):
-            return
         try:
             self.answer = self.call(*self.arguments)
         except BaseException as error:
@@ -61,7 +59,8 @@ class _Helper:
             job.run()
             del job
 
-    def submit(self, job: _Job) -> None:
+    def submit(self, jobs: Iterator[_Job]) -> None:
+        """Hand jobs over; where this is interrupted, the iterator says by what is left in it which were."""
         if not self.idents:
             try:
                 # One operation for signals: the iterator is used up, the thread started and noted, or nothing is.
@@ -69,7 +68,7 @@ class _Helper:
             except RuntimeError:
                 self._first = iter([self._serve])
                 raise
-        self.jobs.put(job)
+        deque(map(self.jobs.put, jobs), maxlen=0)
 
 
 _helper = _Helper()
@@ -85,12 +84,13 @@ def uninterrupted(call: Callable[..., T], *arguments: Any) -> T:
     if _thread.get_ident() != threading.main_thread().ident:
         return call(*arguments)
     job = _Job(call, arguments)
+    left = iter((job,))
     try:
-        _helper.submit(job)
+        _helper.submit(left)
         job.done.acquire()
     except BaseException:
-        # It may have come before the helper thread had the job, and after the acquisition.
-        if not job.taken.acquire(blocking=False) and not job.is_done:
+        # It may have come before the job was handed over, and after the acquisition.
+        if not length_hint(left) and not job.is_done:
             job.done.acquire()
         raise
     answer: T = _outcome(job)
@@ -112,7 +112,7 @@ def drain() -> None:
     """Wait for calls that were interrupted twice and are still under way. From any thread."""
     if _helper.idents and _thread.get_ident() not in _helper.idents:
         job = _Job(lambda: None, ())
-        _helper.submit(job)
+        _helper.submit(iter((job,)))
         job.done.acquire()
 
 
@@ -121,7 +121,7 @@ def finalize(call: Callable[..., object], *arguments: Any) -> None:
     helper thread. The main thread waits for it, though not for ever; others may hold what it needs."""
     job = _Job(call, arguments)
     try:
-        _helper.submit(job)
+        _helper.submit(iter((job,)))
     except RuntimeError:
         # No thread can be started any more: the process ends, and the system takes everything back.
         return
@@ -134,7 +134,7 @@ def _leave_in_peace() -> None:
     """No call is under way when the interpreter goes: a thread that comes back to it then ends the process."""
     if _helper.idents:
         job = _Job(lambda: None, ())
-        _helper.submit(job)
+        _helper.submit(iter((job,)))
         job.done.acquire(timeout=_PATIENCE_S)
 
 
