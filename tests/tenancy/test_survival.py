@@ -688,3 +688,23 @@ def test_engines_that_are_killed_lose_no_token_and_give_none_twice(
         assert summary[f"journal_cpu_us_per_step_{sequences}"] > 0
     assert 0 < summary["journal_over_step"] < 1
     assert summary["journal_over_card_step"] > 0
+
+
+def test_a_token_that_no_engine_would_choose_is_found_teacher_forced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The last one: nothing follows from it.
+    take = of_bench.Consumer.take
+    monkeypatch.setattr(
+        of_bench.Consumer,
+        "take",
+        lambda self, number, index, token: take(self, number, index, (token + (number == 1 and index == 9)) % 512),
+    )
+    path = tmp_path / "survival.json"
+    sizes = ["--kills", "1", "--prompts", "2", "--prompt-tokens", "20", "--output-tokens", "10", "--life-tokens", "4"]
+    sizes += ["--journal-steps", "0", "--memory", "1MiB", "--tie-tolerance", "1e-3"]
+    assert main(["bench", "survival", "--device", "cpu", *sizes, "--output-json", str(path)]) == 1
+    summary = json.loads(path.read_text())["summary"]
+    assert (summary["tokens"], summary["tokens_differing"], summary["tokens_tied"]) == (20, 1, 0)
+    assert summary["widest_mismatch"] > 1e-3
+    assert summary["sequences_lost"] == 0

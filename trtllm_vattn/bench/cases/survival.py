@@ -137,13 +137,24 @@ def run(args: argparse.Namespace) -> int:
         "mappings_replaced": sum(each["replaced"] for each in lives),
         "sequences": counts["sequences"],
         "tokens": counts["tokens"],
-        "next_token_s": summarise([each["next_token_s"] for each in lives if "next_token_s" in each]),
+        **started_again(lives),
         **costs,
         "seconds": time.perf_counter() - started,
     }
     names = ("sequences_lost", "tokens_differing", "tokens_twice", "prefilled_again", "bytes_left")
     wrong = [f"{name}: {summary[name]}" for name in names if summary[name]]
     return conclude("survival", args, {"lives": lives}, summary, wrong=wrong)
+
+
+def started_again(lives: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds from an engine's process to the first token that it gave, of those that went on with sequences; and how
+    many more that is than until an engine was ready that found none, both in the middle."""
+    after = [each["next_token_s"] for each in lives if each.get("there") and "next_token_s" in each]
+    anew = [each["ready_s"] for each in lives if each.get("there") == 0]
+    found: dict[str, Any] = {"next_token_s": summarise(after)} if after else {}
+    if after and anew:
+        found["next_token_over_start_s"] = float(np.median(after) - np.median(anew))
+    return found
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
