@@ -668,6 +668,37 @@ def test_a_preempted_sequence_is_kept_where_it_got_its_next_token(tmp_path: Path
             assert len(request.chosen) == 9
 
 
+def test_a_step_waits_for_the_note_of_memory_mapped_ahead_only_where_it_writes_there(tmp_path: Path) -> None:
+    with lending(tmp_path / "broker", 1 << 20) as broker:
+        config = TenantConfig(str(broker.path), "one", keep_s=60)
+        with Engine.from_pretrained("tiny-llama", broker=config, prefix_cache=False, **SIZES) as engine:
+            assert isinstance(engine.cache, KVCacheManager)
+            cache, number = engine.cache, engine.submit([*range(1, 9)], SamplingParams(max_tokens=40, ignore_eos=True))
+            while len(engine.scheduler.requests[number].chosen) < 2:
+                engine.step()
+            assert cache.wait_ahead()
+            assert cache._borrowing is not None
+            assert cache._borrowing.keeper is not None
+            slot, kept = engine.scheduler.requests[number].slot, cache._borrowing.keeper.journal
+
+            def noted() -> int:
+                return sum(len(stripes) for _, stripes in kept.state.slots[slot].groups)
+
+            # As the thread does, of whose work it is the beginning.
+            before, frontier = noted(), int(cache.arena.frontiers[slot])
+            with cache._lock:
+                assert cache.arena.grow({slot: frontier + 1}, ahead=True)
+            cache.note_placements()
+            assert noted() == before
+            cache.lengths[slot], length = frontier, int(cache.lengths[slot])
+            cache.note_placements()
+            assert noted() == before
+            cache.lengths[slot] = frontier + 1
+            cache.note_placements()
+            assert noted() > before
+            cache.lengths[slot] = length
+
+
 def test_engines_that_are_killed_lose_no_token_and_give_none_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -686,7 +717,6 @@ def test_engines_that_are_killed_lose_no_token_and_give_none_twice(
     for sequences in (1, 3):
         assert 0 < summary[f"journal_us_per_step_{sequences}"] < summary[f"step_us_{sequences}"]
         assert summary[f"journal_cpu_us_per_step_{sequences}"] > 0
-    assert 0 < summary["journal_over_step"] < 1
     assert summary["journal_over_card_step"] > 0
 
 

@@ -501,9 +501,8 @@ class KVCacheManager(SlottedCache):
     def note_placements(self) -> None:
         # What the thread maps ahead it notes itself, once it has nothing more to map: a step waits for it only where it
         # writes there.
-        if self._placements is None:
-            return
-        if self.arena.changed or (self.lengths > self._noted_frontiers).any():
+        arena = self.arena
+        if arena.changed or (arena.grown_ahead and (self.lengths > self._noted_frontiers).any()):
             self._uninterrupted(self._do_note_placements)
 
     def _do_note_placements(self) -> None:
