@@ -54,8 +54,8 @@ of its own), of a request without its tokens and parameters, and of those of mos
 APPLIED_AT = 128
 """Changes that are taken into the state together, which takes less than one after another."""
 TOKENS = 1
-"""The first byte of a record of tokens, which no record of msgpack has: all requests' numbers, then all places, then all
-tokens follow, of 8 bytes each."""
+"""The first byte of a record of tokens, which no record of msgpack has: all requests' numbers follow, then all places,
+then all tokens, of 8 bytes each."""
 POPULATE_WRITE = 23
 """Linux' MADV_POPULATE_WRITE, which `mmap` has no name for."""
 _HEAD = struct.Struct("<IIQ")
