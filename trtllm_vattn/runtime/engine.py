@@ -1275,7 +1275,10 @@ class Engine:
         request.note(event)
         if self._survival is not None and not request.is_chosen_again:
             # What is chosen again is noted already, with what came behind it.
-            self._survival.noted(event)
+            if event.finish_reason is None:
+                self._survival.noted(event)
+            else:
+                self._survival.ended(event, event.finish_reason)
         if event.finish_reason:
             request.error, request.finish_reason = event.error, event.finish_reason
             self.totals.ended[event.finish_reason] += request.id in self.scheduler.requests
