@@ -345,9 +345,7 @@ def test_two_engines_live_side_by_side(device: str) -> None:
 
 @pytest.mark.parametrize("loop", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_captured_graphs_hold_no_foreign_address(
-    device: str, loop: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captured_graphs_hold_no_foreign_address(device: str, loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # However slow the machine is, what is likely is captured at the start, and no more of it later.
     monkeypatch.setattr("trtllm_vattn.runtime.likely.MOST_SECONDS", 600.0)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
