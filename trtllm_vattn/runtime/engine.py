@@ -35,6 +35,7 @@ from trtllm_vattn.errors import (
     WrongProcess,
 )
 from trtllm_vattn.graphs.audit import AuditReport
+from trtllm_vattn.lost import is_lost_behind, never_free
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
 from trtllm_vattn.runtime.borrowing import check_broker, make_borrowing_cache
@@ -159,6 +160,9 @@ class _Changing:
         engine.cache.mark_changing(False)
         if kind is None or (issubclass(kind, VattnError) and kind is not CacheInterrupted):
             engine._interrupted = engine._attention = False
+        if engine.cache.device.type == "cuda" and is_lost_behind(error):
+            # Also the error: tensors stand in the frames that it holds.
+            never_free(engine, error)
 
 
 class Engine:
