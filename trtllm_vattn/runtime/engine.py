@@ -35,12 +35,13 @@ from trtllm_vattn.errors import (
     WrongProcess,
 )
 from trtllm_vattn.graphs.audit import AuditReport
+from trtllm_vattn.lost import is_lost_behind, never_free
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
 from trtllm_vattn.runtime.borrowing import check_broker, make_borrowing_cache
 from trtllm_vattn.runtime.checkpoint import end_of_text, load_tokenizer, say_what_is_not_heeded
 from trtllm_vattn.runtime.compaction import Compaction
-from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
+from trtllm_vattn.runtime.compiled import as_it_is, compile_model, compiled_modules, tracing, uncompile
 from trtllm_vattn.runtime.compression import Compression, check_compression, check_policy
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
 from trtllm_vattn.runtime.deterministic import check_deterministic
@@ -159,6 +160,9 @@ class _Changing:
         engine.cache.mark_changing(False)
         if kind is None or (issubclass(kind, VattnError) and kind is not CacheInterrupted):
             engine._interrupted = engine._attention = False
+        if engine.cache.device.type == "cuda" and is_lost_behind(error):
+            # Also the error: tensors stand in the frames that it holds.
+            never_free(engine, error)
 
 
 class Engine:
@@ -175,7 +179,8 @@ class Engine:
         A Hugging Face causal language model (of `runtime.families.FAMILIES`, or another that a dry pass finds
         servable), on the cache's device; its code is not changed, its attention is pointed at ours.
     cache : KVCache
-        The engine closes it.
+        The engine closes it; also where the engine cannot start (compile, capture). Where a setting is refused before
+        anything runs on the device, it stays as it was.
     attention : str
         ``auto``, ``torch``, ``cudnn``, ``shares``, ``latents``, ``xqa`` or ``xqa-fmha``
         (`attention.select.make_attention`).
@@ -352,18 +357,20 @@ class Engine:
         self._closed = False
         self.startup = StartupReport()
         with ExitStack() as undo:
+            undo.callback(uncompile, model, compiled_modules(model))
+            undo.callback(self._close_parts)
             draft_model = self._make_draft_model(settings)
             if draft_model is not None:
                 undo.callback(draft_model.close)
             mixed = self._start_device(settings, draft_model)
+            self.weights = Weights(model, capture)
+            self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
+            self.slots = RequestSlots.over(cache, reusing, settings["kv_events"], self._reading)
+            self.scheduler = self._make_scheduler(settings, mixed)
+            self._watch(trace)
+            one_by_one = loop or record_margins or (self.compression is not None and self.compression.one_by_one)
+            self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one, self.compression)
             undo.pop_all()
-        self.weights = Weights(model, capture)
-        self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
-        self.slots = RequestSlots.over(cache, reusing, settings["kv_events"], self._reading)
-        self.scheduler = self._make_scheduler(settings, mixed)
-        self._watch(trace)
-        one_by_one = loop or record_margins or (self.compression is not None and self.compression.one_by_one)
-        self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one, self.compression)
         _engines.add(self)
         # Nothing at the end of the interpreter, when graphs may still run.
         weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
@@ -1648,15 +1655,19 @@ class Engine:
             self._survival.end()
         self.scheduler.clear()
         with ExitStack() as all_of_it:
-            # In this order backwards, each whatever the others raise.
             if self._trace is not None and self._trace.is_owned:
                 all_of_it.callback(self._trace.close)
-            all_of_it.callback(self.sleeping.close)
-            all_of_it.callback(self.cache.close)
-            all_of_it.callback(self.prefill.close)
-            all_of_it.callback(self.passes.close)
-            all_of_it.callback(self.decode.close)
+            all_of_it.callback(self._close_parts)
         self._map_ahead.raise_failed()
+
+    def _close_parts(self) -> None:
+        """Close the graphs, the cache and what sleeps: all that a start had made, if it failed."""
+        made = vars(self)
+        with ExitStack() as all_of_it:
+            # In this order backwards, each whatever the others raise.
+            for name in ("sleeping", "cache", "prefill", "passes", "decode"):
+                if name in made:
+                    all_of_it.callback(made[name].close)
 
     def __enter__(self) -> Self:
         self._check_open()
