@@ -531,7 +531,8 @@ class Engine:
                     likely = itertools.chain(self.decode.likely(), self.passes.likely())
                     self.startup.likely = capture_within(likely)
                     self.decode.measure_prefixes()
-            if settings["target_itl_ms"] is not None:
+            # Of captured passes it is known already; by it the next one is launched late (`Pipeline`).
+            if settings["target_itl_ms"] is not None or (on_gpu and self.passes.graphs is not None):
                 self.passes.learn()
         self.startup.attention = self.attention.describe()
         return mixed
