@@ -367,6 +367,26 @@ def test_a_pass_with_a_target_fills_one_of_the_captured_sizes(build: Build) -> N
     assert [len(chunk.tokens) for _, chunk in engine.scheduler.next_chunks()] == [16]
 
 
+@pytest.mark.parametrize(
+    ("of_row", "expected"),
+    [
+        # 41 rows: 32 and another 16 take less than 64 do, unless a pass costs much by itself.
+        (0.02, [32, 9]),
+        (0.0002, [41]),
+    ],
+)
+def test_two_passes_are_filled_where_one_would_be_padded_for_longer(
+    build: Build, of_row: float, expected: list[int]
+) -> None:
+    engine = build(chunk=64)
+    engine.scheduler.pass_sizes = [16, 32, 64]
+    costing(engine, [0.1, of_row, 0.0, 0.0])
+    seen = launches(engine)
+    engine.submit(PROMPTS[1] + [1], SamplingParams(2))
+    list(engine.run())
+    assert [plan.prompt_tokens for plan, _ in seen if plan.chunks] == expected
+
+
 @pytest.mark.parametrize("described", [False, True])
 def test_costs_are_learnt_from_the_passes_that_ran(build: Build, described: bool) -> None:
     engine = build(described, capture=described, target_itl_ms=1e6)
