@@ -429,7 +429,7 @@ def check_pages(engine: Engine) -> None:
     for request in engine.scheduler.decoding.values():
         if not request.is_verified:
             continue
-        ids = torch.tensor([request.stored])
+        ids = torch.from_numpy(request.stored)[None]
         where = torch.full((ids.shape[1],), request.slot)
         for _, owner, start, stop in (each for each in segments if each[0] == request.slot):
             where[start:stop] = owner
