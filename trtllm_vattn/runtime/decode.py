@@ -640,7 +640,8 @@ class DecodeBatch:
     def feed(self, slot: int, forced: Sequence[int], prompt_len: int) -> None:
         """Have a slot's sequence take its next token from `forced`, the tokens behind its prompt."""
         length = int(self.lengths[self.lane_of[slot]])
-        if length:
+        # Of one that decodes the last token of its prompt none is forced yet.
+        if length > prompt_len:
             self.feed_token(slot, forced[length - prompt_len - 1])
 
     def feed_token(self, slot: int, token: int) -> None:

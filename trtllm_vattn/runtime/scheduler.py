@@ -244,6 +244,10 @@ class Scheduler:
                 self.arriving[request.id] = request
                 self._take_arrived()
                 continue
+            if request.decodes_next and not self.alone:
+                # All but its last token is kept: a decode step takes that one, as it takes any sequence's last token.
+                self.decode_next(request)
+                continue
             self.prefilling.append(request)
             left += request.length - request.prefilled
 
