@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache as remember
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,6 +31,7 @@ from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad
 from trtllm_vattn.runtime.pass_graphs import ladder
 from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.settings import usual_step_tokens
 from trtllm_vattn.runtime.step_plan import StepPlan
 
 SLOTS, LENGTH = 4, 96
@@ -423,6 +425,19 @@ def test_rungs_end_at_the_largest_pass() -> None:
     assert ladder(128) == [32, 128]
     assert ladder(1 << 31)[-1] == ladder(8192)[-1] == 8192
     assert ladder(2000)[-2:] == [1536, 2000]
+
+
+@pytest.mark.parametrize(("gib", "tokens"), [(24, 2048), (79, 4096), (140, 4096)])
+def test_passes_of_a_large_gpu_hold_more(monkeypatch: pytest.MonkeyPatch, gib: int, tokens: int) -> None:
+    properties = SimpleNamespace(total_memory=gib << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert usual_step_tokens(torch.device("cuda", 0)) == tokens
+    assert usual_step_tokens(torch.device("cpu")) == 2048
+
+
+def test_what_is_asked_for_is_what_passes_hold(build: Build) -> None:
+    assert build(chunk=None).scheduler.chunk == 2048
+    assert build(chunk=None, max_step_tokens=33).scheduler.chunk == 33
 
 
 # -- when passes are launched ------------------------------------------------------------------------------------------

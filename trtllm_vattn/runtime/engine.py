@@ -75,6 +75,7 @@ from trtllm_vattn.runtime.settings import (
     check_dtype,
     check_model_name,
     check_settings,
+    usual_step_tokens,
 )
 from trtllm_vattn.runtime.sleeping import Sleeping, SleepingReport
 from trtllm_vattn.runtime.speculation import Speculation
@@ -209,8 +210,9 @@ class Engine:
         When memory is mapped ahead: ``concurrent`` is while the device computes, ``between-steps`` and ``quiesce``
         before a launch (memory/mapping_policy.py).
     max_step_tokens : int or None
-        Most tokens of a pass: of prompts, which go in by chunks, and one of every running sequence. 2048 where None.
-    chunk : int
+        Most tokens of a pass: of prompts, which go in by chunks, and one of every running sequence. None is 4096 on a
+        GPU of 70 GiB or more, else 2048.
+    chunk : int or None
         The former name of `max_step_tokens`.
     target_itl_ms : float or None
         Milliseconds that a pass may take, and so the longest time between two tokens of a running sequence: chunks are
@@ -280,7 +282,7 @@ class Engine:
         kv_events: bool = False,
         compile: bool | None = None,
         mapping: str = "concurrent",
-        chunk: int = 2048,
+        chunk: int | None = None,
         max_step_tokens: int | None = None,
         target_itl_ms: float | None = None,
         max_wait_s: float = 30.0,
@@ -311,7 +313,7 @@ class Engine:
             kv_events=kv_events,
             compile=compile,
             mapping=mapping,
-            chunk=chunk,
+            chunk=usual_step_tokens(cache.device) if chunk is None else chunk,
             max_step_tokens=max_step_tokens,
             target_itl_ms=target_itl_ms,
             max_wait_s=max_wait_s,
