@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
-from itertools import chain, islice
+from itertools import islice
 from time import perf_counter
 from typing import Literal
 
@@ -175,19 +175,6 @@ class Scheduler:
     def has_active(self) -> bool:
         """Whether any request runs or waits; suspended ones do neither."""
         return len(self.requests) > len(self.parked)
-
-    @property
-    def lets_in_more(self) -> bool:
-        """Whether a prompt that came now would go in, or begin to, with the next launch: a lane is free, and those
-        before it do not fill a pass."""
-        if len(self.holders) >= len(self.decode.lengths):
-            return False
-        left = self.chunk - (len(self.decoding) if self.mixed else 0)
-        for request in chain(self.prefilling, self.waiting):
-            if left <= 0:
-                break
-            left -= request.length - request.prefilled
-        return left > 0
 
     @property
     def holders(self) -> list[RequestState]:
