@@ -20,8 +20,9 @@ from trtllm_vattn.values import described, finite, shown, truth, whole
 LONGEST_CHUNK = (1 << 31) - 1
 STEP_TOKENS = 2048
 STEP_TOKENS_OF_LARGE = 4096
-"""Most tokens of a pass, where nobody says, and on a GPU of `LARGE_BYTES` or more, whose products are then more
-efficient and whose passes still take no longer than a tenth of a second with a model of 8 billion weights."""
+"""Most tokens of a pass, where nobody says, and on a GPU of `LARGE_BYTES` or more. There such a pass takes a tenth of a
+second with a model of 8 billion weights, and more prompt tokens go in for each time that running sequences' KV is read
+(measured: scripts/results/README.md)."""
 LARGE_BYTES = 70 << 30
 MOST_SEQUENCES = 1 << 20
 """At once. Each is a lane of the largest captured batch."""
