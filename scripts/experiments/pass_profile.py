@@ -379,7 +379,7 @@ def sustained_ms(work: Callable[[], torch.Tensor], device: torch.device) -> floa
 def together(rows: Sequence[dict[str, Any]], size: int) -> float:
     """TFLOP/s of all products of a layer one after the other."""
     of = [row for row in rows if row["rows"] == size]
-    return sum(row["operations"] for row in of) / sum(row["ms"] for row in of) / 1e9
+    return float(sum(row["operations"] for row in of) / sum(row["ms"] for row in of) / 1e9)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -138,7 +138,7 @@ def requests_of(args: argparse.Namespace, trace: Path | None, count: int) -> lis
 
 def warm_up(args: argparse.Namespace, tokens: int) -> int:
     """Tokens of a prompt that fits a slot."""
-    return min(tokens, args.max_seq_len - 8)
+    return min(tokens, int(args.max_seq_len) - 8)
 
 
 def load_like(requests: Sequence[Request], wanted: float, vocab: int, seed: int, turn: int = 1) -> Load:
