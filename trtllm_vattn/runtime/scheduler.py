@@ -24,6 +24,7 @@ from trtllm_vattn.errors import (
 )
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.decode import DecodeBatch
+from trtllm_vattn.runtime.lane_processors import StepKind
 from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad
 from trtllm_vattn.runtime.prefill import PromptChunk
 from trtllm_vattn.runtime.request import RequestState
@@ -378,7 +379,8 @@ class Scheduler:
         next one takes less time than the padding of a single pass would."""
         total = lanes + sum(rows)
         below = max((size for size in self.pass_sizes if size < total), default=0)
-        if self.cost is None or not self.mixed or below - lanes < MIN_CHUNK_ROWS:
+        # Other kinds of passes than greedy ones are captured for few sizes at first (likely.py).
+        if self.cost is None or not self.mixed or below - lanes < MIN_CHUNK_ROWS or self.decode.kind != StepKind():
             return rows
         padded = [
             next((size for size in self.pass_sizes if size >= needed), None)
