@@ -41,6 +41,8 @@ from trtllm_vattn.table import tabulate
 PRODUCTS = {4: ("qkv", "o", "gate and up", "down"), 7: ("q", "k", "v", "o", "gate", "up", "down")}
 """Of a layer, in their order, by how many there are."""
 WHOSE = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate and up", "up": "gate and up"}
+LAST = "products of the last layer"
+"""Most of which are of the rows alone whose logits are asked for."""
 NAMES = (
     ("attention of prompts", ("attend_prompts", "plan_prompts", "flash_fwd", "flashattn")),
     ("attention of decode", ("decode_shares", "fmha", "sdpa", "attend_latents", "combine_pieces", "read_prefixes")),
@@ -272,7 +274,7 @@ def grouped(
 def named(kernels: Sequence[Kernel], layers: int) -> list[str]:
     """The group of each kernel of a pass."""
     products = [at for at, kernel in enumerate(kernels) if is_product(kernel) and "reduce" not in kernel.name]
-    of_layer = PRODUCTS.get((len(products) - 1) // layers if (len(products) - 1) % layers == 0 else 0)
+    of_layer = PRODUCTS.get((len(products) - 1) // layers)
     found: list[str] = []
     number, last = -1, "inputs"
     for at, kernel in enumerate(kernels):
@@ -282,6 +284,8 @@ def named(kernels: Sequence[Kernel], layers: int) -> list[str]:
                 last = "logits"
             elif of_layer is None:
                 last = "products"
+            elif number >= (layers - 1) * len(of_layer):
+                last = LAST
             else:
                 name = of_layer[max(0, number) % len(of_layer)]
                 last = WHOSE.get(name, name)
@@ -300,7 +304,7 @@ def floors_ms(engine: Engine, shape: PassShape, limit: float, flops: float) -> d
     """The least that a pass's groups can take: operations by `flops`, bytes by `limit`, both a second."""
     kv, config = engine.cache.shape, engine.model.config.get_text_config()
     layers, rows, item = kv.num_layers, shape.rows, kv.dtype.itemsize
-    hidden, inter = config.hidden_size, config.intermediate_size
+    hidden, inter, kept = config.hidden_size, config.intermediate_size, kv.num_slots
 
     def of(operations: float, nbytes: float) -> float:
         return 1e3 * max(operations / flops, nbytes / limit)
@@ -312,11 +316,17 @@ def floors_ms(engine: Engine, shape: PassShape, limit: float, flops: float) -> d
     all_heads = heads + 2 * kv.num_kv_heads * kv.head_dim
     q_and_out = 2.0 * item * rows * heads
     return {
-        "qkv": layers * product(hidden, all_heads),
-        "o": layers * product(heads, hidden),
-        "gate and up": layers * product(hidden, 2 * inter),
-        "down": layers * product(inter, hidden),
-        "logits": product(hidden, config.vocab_size, engine.cache.shape.num_slots),
+        "qkv": (layers - 1) * product(hidden, all_heads),
+        "o": (layers - 1) * product(heads, hidden),
+        "gate and up": (layers - 1) * product(hidden, 2 * inter),
+        "down": (layers - 1) * product(inter, hidden),
+        # Keys and values of all rows, and the rest of the rows that have logits.
+        LAST: product(hidden, all_heads - heads)
+        + sum(
+            product(inputs, outputs, kept)
+            for inputs, outputs in ((hidden, heads), (heads, hidden), (hidden, 2 * inter), (inter, hidden))
+        ),
+        "logits": product(hidden, config.vocab_size, kept),
         "attention of prompts": layers * of(4.0 * heads * shape.pairs, q_and_out),
         "attention of decode": layers * of(0.0, shape.decode_kv * kv.layer_token_bytes),
         "rope and write": layers * of(0.0, 2.0 * item * rows * all_heads),
@@ -369,7 +379,7 @@ def sustained_ms(work: Callable[[], torch.Tensor], device: torch.device) -> floa
 def together(rows: Sequence[dict[str, Any]], size: int) -> float:
     """TFLOP/s of all products of a layer one after the other."""
     of = [row for row in rows if row["rows"] == size]
-    return sum(row["operations"] for row in of) / sum(row["ms"] for row in of) / 1e9
+    return float(sum(row["operations"] for row in of) / sum(row["ms"] for row in of) / 1e9)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -39,7 +39,6 @@ from trtllm_vattn.cli.parser import run_script
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.pipeline import MARGIN_S
 from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.table import tabulate
 
@@ -76,14 +75,6 @@ def load_of(text: str) -> tuple[Path | None, int, float]:
     return None if trace == "generated" else Path(trace), positive(count), rate(wanted)
 
 
-def held_of(text: str) -> list[bool]:
-    """`on`, `off`, or both, in order."""
-    known = {"on": True, "off": False}
-    if not text or set(text.split(",")) - known.keys():
-        raise argparse.ArgumentTypeError(f"{text!r} is not on, off, or both with a comma")
-    return [known[part] for part in text.split(",")]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the experiment."""
     gpu, add = add_common(parser), parser.add_argument
@@ -93,8 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "a trace (or `generated`), how many of its requests, and how many of them come a second, or inf"
     usual = ["generated:8:inf", "generated:4:50"]
     add("--loads", type=load_of, nargs="+", default=[*map(load_of, usual)], metavar="TRACE:REQUESTS:RATE", help=text)
-    text = "whether a pass is launched late, so that who comes meanwhile goes in with it: on, off or both, load by load"
-    add("--hold", type=held_of, default="on", metavar="on,off", help=text)
     add("--max-output", type=positive, default=4096 if gpu else 12, metavar="TOKENS", help=MAX_OUTPUT)
     add("--max-seq-len", type=positive, default=8192 if gpu else 256, metavar="TOKENS", help=MAX_SEQ_LEN)
     add("--max-seqs", type=positive, default=256 if gpu else 6, metavar="SEQUENCES", help=MAX_SEQS)
@@ -119,13 +108,10 @@ def run(args: argparse.Namespace) -> int:
                 serve(
                     engine, load_like([Request(0.0, warm_up(args, n), 8) for n in WARM_UP * 2], float("inf"), vocab, 1)
                 )
-                turns = [(each, held) for each in loads for held in args.hold if held or each[2] < float("inf")]
-                for number, ((name, requests, wanted), held) in enumerate(turns):
-                    engine.pipeline.margin_s = MARGIN_S if held else float("inf")
-                    label = name if held else f"{name}, launched at once"
-                    recording.say(f"{tokens} tokens a pass: {label}")
+                for number, (name, requests, wanted) in enumerate(loads):
+                    recording.say(f"{tokens} tokens a pass: {name}")
                     load = load_like(requests, wanted, vocab, args.seed, number + 2)
-                    recording.add("runs", {"max_step_tokens": tokens, "load": label, **served(engine, load, tokens)})
+                    recording.add("runs", {"max_step_tokens": tokens, "load": name, **served(engine, load, tokens)})
             gc.collect()
 
         return measure
@@ -152,7 +138,7 @@ def requests_of(args: argparse.Namespace, trace: Path | None, count: int) -> lis
 
 def warm_up(args: argparse.Namespace, tokens: int) -> int:
     """Tokens of a prompt that fits a slot."""
-    return min(tokens, args.max_seq_len - 8)
+    return min(tokens, int(args.max_seq_len) - 8)
 
 
 def load_like(requests: Sequence[Request], wanted: float, vocab: int, seed: int, turn: int = 1) -> Load:

@@ -115,11 +115,6 @@ class Launch:
         """Whether it has to be waited for: somebody wants its tokens, or prompts went in with it."""
         return bool(self.lane_of or self.prompt_tokens)
 
-    @property
-    def is_done(self) -> bool:
-        """Whether its tokens can be read without waiting."""
-        return self._arrived is None or self._arrived.query()
-
     def logprob(self, step: int, lane: int, token: int, most: int) -> TokenLogprob:
         """Of the token of a lane, with `most` of the likeliest, after a step of it."""
         assert self.logprobs is not None

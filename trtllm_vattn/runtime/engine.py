@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
@@ -76,6 +76,7 @@ from trtllm_vattn.runtime.settings import (
     check_dtype,
     check_model_name,
     check_settings,
+    usual_step_tokens,
 )
 from trtllm_vattn.runtime.sleeping import Sleeping, SleepingReport
 from trtllm_vattn.runtime.speculation import Speculation
@@ -113,8 +114,6 @@ CHANGED = (
 NOT_FINITE = "its logits are NaN or infinite, so that there is no token to choose"
 MEMORY_WAIT_S = 0.01
 """Seconds that a step waits for other tenants' memory where it has nothing else to do."""
-HOLD_S = 0.002
-"""Seconds that a step waits at most before its caller may submit what goes in with the next launch."""
 UNUSUAL = 509
 """Tokens of the first compiled pass. No dimension of a model has this size, so torch takes none for their number; and
 kernels are tuned by it, which with few tokens would all seem alike."""
@@ -214,8 +213,9 @@ class Engine:
         When memory is mapped ahead: ``concurrent`` is while the device computes, ``between-steps`` and ``quiesce``
         before a launch (memory/mapping_policy.py).
     max_step_tokens : int or None
-        Most tokens of a pass: of prompts, which go in by chunks, and one of every running sequence. 2048 where None.
-    chunk : int
+        Most tokens of a pass: of prompts, which go in by chunks, and one of every running sequence. None is 4096 on a
+        GPU of 70 GiB or more, else 2048.
+    chunk : int or None
         The former name of `max_step_tokens`.
     target_itl_ms : float or None
         Milliseconds that a pass may take, and so the longest time between two tokens of a running sequence: chunks are
@@ -285,7 +285,7 @@ class Engine:
         kv_events: bool = False,
         compile: bool | None = None,
         mapping: str = "concurrent",
-        chunk: int = 2048,
+        chunk: int | None = None,
         max_step_tokens: int | None = None,
         target_itl_ms: float | None = None,
         max_wait_s: float = 30.0,
@@ -316,7 +316,7 @@ class Engine:
             kv_events=kv_events,
             compile=compile,
             mapping=mapping,
-            chunk=chunk,
+            chunk=usual_step_tokens(cache.device) if chunk is None else chunk,
             max_step_tokens=max_step_tokens,
             target_itl_ms=target_itl_ms,
             max_wait_s=max_wait_s,
@@ -538,7 +538,7 @@ class Engine:
                     likely = itertools.chain(self.decode.likely(), self.passes.likely())
                     self.startup.likely = capture_within(likely)
                     self.decode.measure_prefixes()
-            # Of captured passes it is known already; by it the next one is launched late (`Pipeline`).
+            # Of captured passes it is known already; by it a pass is cut where its padding would cost more.
             if settings["target_itl_ms"] is not None or (on_gpu and self.passes.graphs is not None):
                 self.passes.learn()
         self.startup.attention = self.attention.describe()
@@ -1094,9 +1094,6 @@ class Engine:
         """Start the next launches and take the tokens of one: a pass of `chunk` tokens at most, of prompts that go in
         and one of every running sequence; or, where no prompt does, `steps` decode steps of them.
 
-        Where a pass takes long and the next one is not launched yet, so that requests that come meanwhile go in with it
-        (`Pipeline.hold_s`), a step may return after a few milliseconds without having taken any tokens.
-
         Raises DriverError where mapping ahead failed beside the last step. Whatever it raises, an interrupt among it,
         the next call goes on, and returns the tokens that this one had. Raises WeightsMixed after an update of the
         weights broke.
@@ -1122,22 +1119,14 @@ class Engine:
                 self.scheduler.preempt_youngest()
         with inference(), self._changing:
             self._map_ahead.before_step()
-            self.pipeline.returned()
-            if not self.pipeline.running:
-                self._read_at = perf_counter()
+            started = self._read_at if self.pipeline.running else perf_counter()
             self._end_overdue()
             launch = self.pipeline.start()
-            held_s = self.pipeline.hold_s
-            if held_s:
-                self.scheduler.admit_during_step()
-            record = None if launch is None or held_s else self._commit(launch, self._read_at)
+            record = None if launch is None else self._commit(launch, started)
             if self._survival is not None:
                 self._survival.write()
             self.scheduler.release_ended()
         self._report_demand(waits=launch is None)
-        if held_s:
-            sleep(min(held_s, HOLD_S))
-        self.pipeline.left()
         if record is not None and self.observer is not None:
             self.observer(record)
 
@@ -1232,7 +1221,7 @@ class Engine:
             where = [launch.lane_of[request.slot] for request in requests]
             apart = margins(launch.logits[where]) if self.record_margins else None
             self._commit_tokens(requests, [row[lane] for lane in where], apart, launch, step)
-        self.pipeline.commit(launch, rows, self._read_at)
+        self.pipeline.commit(launch, rows)
         self.swap_cost.observe_prompt(launch.prompt_tokens, wall_s)
         drafted = self._roll_back(launch)
         steps = min(len(rows), launch.steps)

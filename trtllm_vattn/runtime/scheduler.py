@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
-from itertools import chain, islice
+from itertools import islice
 from time import perf_counter
 from typing import Literal
 
@@ -24,6 +24,7 @@ from trtllm_vattn.errors import (
 )
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.decode import DecodeBatch
+from trtllm_vattn.runtime.lane_processors import StepKind
 from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad
 from trtllm_vattn.runtime.prefill import PromptChunk
 from trtllm_vattn.runtime.request import RequestState
@@ -175,19 +176,6 @@ class Scheduler:
     def has_active(self) -> bool:
         """Whether any request runs or waits; suspended ones do neither."""
         return len(self.requests) > len(self.parked)
-
-    @property
-    def lets_in_more(self) -> bool:
-        """Whether a prompt that came now would go in, or begin to, with the next launch: a lane is free, and those
-        before it do not fill a pass."""
-        if len(self.holders) >= len(self.decode.lengths):
-            return False
-        left = self.chunk - (len(self.decoding) if self.mixed else 0)
-        for request in chain(self.prefilling, self.waiting):
-            if left <= 0:
-                break
-            left -= request.length - request.prefilled
-        return left > 0
 
     @property
     def holders(self) -> list[RequestState]:
@@ -395,7 +383,8 @@ class Scheduler:
         next one takes less time than the padding of a single pass would."""
         total = lanes + sum(rows)
         below = max((size for size in self.pass_sizes if size < total), default=0)
-        if self.cost is None or not self.mixed or below - lanes < MIN_CHUNK_ROWS:
+        # Other kinds of passes than greedy ones are captured for few sizes at first (likely.py).
+        if self.cost is None or not self.mixed or below - lanes < MIN_CHUNK_ROWS or self.decode.kind != StepKind():
             return rows
         padded = [
             next((size for size in self.pass_sizes if size >= needed), None)
