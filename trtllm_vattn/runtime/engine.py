@@ -35,12 +35,13 @@ from trtllm_vattn.errors import (
     WrongProcess,
 )
 from trtllm_vattn.graphs.audit import AuditReport
+from trtllm_vattn.lost import is_lost_behind, never_free
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
 from trtllm_vattn.runtime.borrowing import check_broker, make_borrowing_cache
 from trtllm_vattn.runtime.checkpoint import end_of_text, load_tokenizer, say_what_is_not_heeded
 from trtllm_vattn.runtime.compaction import Compaction
-from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
+from trtllm_vattn.runtime.compiled import as_it_is, compile_model, compiled_modules, tracing, uncompile
 from trtllm_vattn.runtime.compression import Compression, check_compression, check_policy
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
 from trtllm_vattn.runtime.deterministic import check_deterministic
@@ -75,6 +76,7 @@ from trtllm_vattn.runtime.settings import (
     check_dtype,
     check_model_name,
     check_settings,
+    usual_step_tokens,
 )
 from trtllm_vattn.runtime.sleeping import Sleeping, SleepingReport
 from trtllm_vattn.runtime.speculation import Speculation
@@ -159,6 +161,9 @@ class _Changing:
         engine.cache.mark_changing(False)
         if kind is None or (issubclass(kind, VattnError) and kind is not CacheInterrupted):
             engine._interrupted = engine._attention = False
+        if engine.cache.device.type == "cuda" and is_lost_behind(error):
+            # Also the error: tensors stand in the frames that it holds.
+            never_free(engine, error)
 
 
 class Engine:
@@ -175,7 +180,8 @@ class Engine:
         A Hugging Face causal language model (of `runtime.families.FAMILIES`, or another that a dry pass finds
         servable), on the cache's device; its code is not changed, its attention is pointed at ours.
     cache : KVCache
-        The engine closes it.
+        The engine closes it; also where the engine cannot start (compile, capture). Where a setting is refused before
+        anything runs on the device, it stays as it was.
     attention : str
         ``auto``, ``torch``, ``cudnn``, ``shares``, ``latents``, ``xqa`` or ``xqa-fmha``
         (`attention.select.make_attention`).
@@ -207,8 +213,9 @@ class Engine:
         When memory is mapped ahead: ``concurrent`` is while the device computes, ``between-steps`` and ``quiesce``
         before a launch (memory/mapping_policy.py).
     max_step_tokens : int or None
-        Most tokens of a pass: of prompts, which go in by chunks, and one of every running sequence. 2048 where None.
-    chunk : int
+        Most tokens of a pass: of prompts, which go in by chunks, and one of every running sequence. None is 4096 on a
+        GPU of 70 GiB or more, else 2048.
+    chunk : int or None
         The former name of `max_step_tokens`.
     target_itl_ms : float or None
         Milliseconds that a pass may take, and so the longest time between two tokens of a running sequence: chunks are
@@ -278,7 +285,7 @@ class Engine:
         kv_events: bool = False,
         compile: bool | None = None,
         mapping: str = "concurrent",
-        chunk: int = 2048,
+        chunk: int | None = None,
         max_step_tokens: int | None = None,
         target_itl_ms: float | None = None,
         max_wait_s: float = 30.0,
@@ -309,7 +316,7 @@ class Engine:
             kv_events=kv_events,
             compile=compile,
             mapping=mapping,
-            chunk=chunk,
+            chunk=usual_step_tokens(cache.device) if chunk is None else chunk,
             max_step_tokens=max_step_tokens,
             target_itl_ms=target_itl_ms,
             max_wait_s=max_wait_s,
@@ -352,18 +359,20 @@ class Engine:
         self._closed = False
         self.startup = StartupReport()
         with ExitStack() as undo:
+            undo.callback(uncompile, model, compiled_modules(model))
+            undo.callback(self._close_parts)
             draft_model = self._make_draft_model(settings)
             if draft_model is not None:
                 undo.callback(draft_model.close)
             mixed = self._start_device(settings, draft_model)
+            self.weights = Weights(model, capture)
+            self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
+            self.slots = RequestSlots.over(cache, reusing, settings["kv_events"], self._reading)
+            self.scheduler = self._make_scheduler(settings, mixed)
+            self._watch(trace)
+            one_by_one = loop or record_margins or (self.compression is not None and self.compression.one_by_one)
+            self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one, self.compression)
             undo.pop_all()
-        self.weights = Weights(model, capture)
-        self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
-        self.slots = RequestSlots.over(cache, reusing, settings["kv_events"], self._reading)
-        self.scheduler = self._make_scheduler(settings, mixed)
-        self._watch(trace)
-        one_by_one = loop or record_margins or (self.compression is not None and self.compression.one_by_one)
-        self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one, self.compression)
         _engines.add(self)
         # Nothing at the end of the interpreter, when graphs may still run.
         weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
@@ -529,7 +538,8 @@ class Engine:
                     likely = itertools.chain(self.decode.likely(), self.passes.likely())
                     self.startup.likely = capture_within(likely)
                     self.decode.measure_prefixes()
-            if settings["target_itl_ms"] is not None:
+            # Of captured passes it is known already; by it a pass is cut where its padding would cost more.
+            if settings["target_itl_ms"] is not None or (on_gpu and self.passes.graphs is not None):
                 self.passes.learn()
         self.startup.attention = self.attention.describe()
         return mixed
@@ -1275,7 +1285,10 @@ class Engine:
         request.note(event)
         if self._survival is not None and not request.is_chosen_again:
             # What is chosen again is noted already, with what came behind it.
-            self._survival.noted(event)
+            if event.finish_reason is None:
+                self._survival.noted(event)
+            else:
+                self._survival.ended(event, event.finish_reason)
         if event.finish_reason:
             request.error, request.finish_reason = event.error, event.finish_reason
             self.totals.ended[event.finish_reason] += request.id in self.scheduler.requests
@@ -1645,15 +1658,19 @@ class Engine:
             self._survival.end()
         self.scheduler.clear()
         with ExitStack() as all_of_it:
-            # In this order backwards, each whatever the others raise.
             if self._trace is not None and self._trace.is_owned:
                 all_of_it.callback(self._trace.close)
-            all_of_it.callback(self.sleeping.close)
-            all_of_it.callback(self.cache.close)
-            all_of_it.callback(self.prefill.close)
-            all_of_it.callback(self.passes.close)
-            all_of_it.callback(self.decode.close)
+            all_of_it.callback(self._close_parts)
         self._map_ahead.raise_failed()
+
+    def _close_parts(self) -> None:
+        """Close the graphs, the cache and what sleeps: all that a start had made, if it failed."""
+        made = vars(self)
+        with ExitStack() as all_of_it:
+            # In this order backwards, each whatever the others raise.
+            for name in ("sleeping", "cache", "prefill", "passes", "decode"):
+                if name in made:
+                    all_of_it.callback(made[name].close)
 
     def __enter__(self) -> Self:
         self._check_open()
