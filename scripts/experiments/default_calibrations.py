@@ -201,6 +201,7 @@ def h200() -> Calibration:
             factors,
             "graph_rows_8.json, attention alone, batch of 128, over that of 1 layer a row",
         ),
+        "attention_batch_factor": ([[128, 1.0]], "attention_bytes_per_s is that of a batch of 128"),
         "prompt_attention_us": (prompt_us, "graph_batches.json, graph_small.json: prompts of 256 beside steps of 256"),
         "prompt_attention_flops_per_s": (prompt_flops(), "attention.json, flat, chunks at 2,048 and at 32,768"),
         "weights_bytes_per_s": (rates, solved),

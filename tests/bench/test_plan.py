@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from trtllm_vattn.bench.cases import plan
-from trtllm_vattn.bench.cases.calibrate import Measured, burst_us
+from trtllm_vattn.bench.cases.calibrate import Measured, batch_factor, burst_us
 from trtllm_vattn.bench.cases.plan import summary
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import DriverError
+from trtllm_vattn.planner import ModelShape
 from trtllm_vattn.planner.calibration import QUANTITIES, load
+from trtllm_vattn.runtime.models import SHAPES
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
 
@@ -112,3 +114,19 @@ def test_differences_that_are_noise_stay_above_nothing() -> None:
     measured.put("host_us", -3.0, "here")
     measured.put("layer_us", [(1, -5.0), (2, 7.0)], "here")
     assert measured.values == {"host_us": 1e-3, "layer_us": [(1.0, 1e-3), (2.0, 7.0)]}
+
+
+def test_longer_sequences_say_how_fast_a_batch_is_read() -> None:
+    measured = Measured()
+    measured.values |= {"attention_bytes_per_s": 4e12, "attention_row_factor": [(4096.0, 1.0)]}
+    shape = ModelShape.from_config("llama-3-8b", SHAPES["llama-3-8b"])
+    short = {8: (4000.0, 4e3), 128: (8000.0, 65536.0)}
+    # 262,144 tokens of 128 KiB more at 90 % of the rate; of 8 sequences too few to tell.
+    more_us = 1e6 * 262_144 * shape.token_bytes / 3.6e12
+    long = {8: (4100.0, 2e4), 128: (8000.0 + more_us, 65536.0 + 262_144)}
+    batch_factor(shape, measured, short, long, (512, 2560))
+    assert measured.values["attention_batch_factor"] == [(128.0, pytest.approx(0.9))]
+    assert not measured.estimated
+    batch_factor(shape, measured, short, short, (512, 2560))
+    assert measured.values["attention_batch_factor"] == [(1.0, 1.0)]
+    assert measured.estimated == {"attention_batch_factor"}

@@ -180,3 +180,13 @@ def test_lengths_are_checked(prompts: list[float], outputs: list[int], said: str
 def test_layouts_are_checked(layout: dict[str, int], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Layout(LLAMA, PAGE, **layout)
+
+
+def test_reading_by_many_sequences_takes_longer_by_its_factor(model: CostModel) -> None:
+    layout, card = Layout(LLAMA, PAGE, 16), model.card
+    curves = {**card.curves, "attention_batch_factor": Curve(((32.0, 1.0), (128.0, 0.8)))}
+    slower = CostModel(LLAMA, replace(card, curves=curves))
+    for sequences, factor in ((8, 1.0), (32, 1.0), (64, 0.9), (128, 0.8), (256, 0.8)):
+        before, then = (each.attention_s(layout, 200_000, sequences)[0] for each in (model, slower))
+        launches = 1e-6 * 32 * card["attention_us"]
+        assert then - launches == pytest.approx((before - launches) / factor)

@@ -80,6 +80,7 @@ QUANTITIES: dict[str, tuple[bool, str]] = {
     "attention_us": (False, "microseconds a layer of decode attention, however little it reads"),
     "attention_bytes_per_s": (False, "bytes a second that decode attention reads beyond that"),
     "attention_row_factor": (True, "what attention's rate is multiplied by, by bytes of a token's row"),
+    "attention_batch_factor": (True, "what attention's rate is multiplied by in an engine's steps, by sequences"),
     "prompt_attention_us": (False, "microseconds a layer of a prompt's attention, however short"),
     "prompt_attention_flops_per_s": (False, "operations a second of a prompt's attention beyond that"),
     "weights_bytes_per_s": (True, "bytes of weights a second in matrix products, by rows"),

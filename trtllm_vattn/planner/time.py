@@ -117,10 +117,12 @@ class CostModel:
             nbytes / self.card["read_bytes_per_s"], self.walks_s(nbytes / each, working_set, scattered=scattered)
         )
 
-    def attention_s(self, layout: Layout, kv_tokens: float) -> tuple[float, float]:
-        """Seconds of all layers' decode attention over so many tokens, and what of them TLB misses add to reading."""
+    def attention_s(self, layout: Layout, kv_tokens: float, sequences: float) -> tuple[float, float]:
+        """Seconds of all layers' decode attention over so many tokens of so many sequences, and what of them TLB misses
+        add to reading."""
         card, layers = self.card, self.shape.num_layers
         rate = card["attention_bytes_per_s"] * self.row_factor(layout)
+        rate *= card.at("attention_batch_factor", max(1.0, sequences))
         read = kv_tokens * self.shape.layer_token_bytes / rate
         # A kernel's tile is K or V of one head; it visits each page that its rows lie in once.
         tiles = self.shape.kv_factor * self.shape.num_kv_heads / layout.head_groups
@@ -134,7 +136,9 @@ class CostModel:
         """Seconds of a pass, by part."""
         card, layers = self.card, self.shape.num_layers
         rows = max(1.0, load.sequences + load.prompt_tokens)
-        attention, walks = self.attention_s(layout, load.kv_tokens) if load.sequences else (0.0, 0.0)
+        attention, walks = (0.0, 0.0)
+        if load.sequences:
+            attention, walks = self.attention_s(layout, load.kv_tokens, load.sequences)
         prompts = 0.0
         if load.prompt_tokens:
             flops = self.shape.pair_flops * load.prompt_pairs

@@ -232,7 +232,7 @@ class Scheduler:
                 self.arriving[request.id] = request
                 self._take_arrived()
                 continue
-            if request.decodes_next and not self.alone:
+            if request.prefilled and request.decodes_next and not (self.alone or request.wants_prompt_logprobs):
                 # All but its last token is kept: a decode step takes that one, as it takes any sequence's last token.
                 self.decode_next(request)
                 continue

@@ -59,6 +59,8 @@ UNKNOWN_FLOPS = 1e15
 """Operations a second of a prompt's attention where passes do not tell: so many that it does not count."""
 ROW_BYTES = (32 << 10, 64 << 10, 128 << 10)
 """Of a token, by which attention's rate is measured, besides the shortest and the longest row."""
+TELLING = 0.15
+"""Of a step: what longer sequences add to it at least, where that says how fast they are read."""
 SPARE = 4 << 30
 """Bytes of the device that the search for the TLB's reach leaves."""
 
@@ -398,30 +400,68 @@ def probe_engine(model: PreTrainedModel, args: argparse.Namespace, max_seq_len: 
 def measure_engine(engine: Engine, shape: ModelShape, measured: Measured, seed: int) -> None:
     """What steps and passes take beside products and attention, and what the host does in a step."""
     on_gpu = engine.cache.device.type == "cuda"
-    context, steps = (512, 24) if on_gpu else (24, 6)
+    context = 512 if on_gpu else 24
     sizes = batches(str(engine.cache.device))
-    layers = shape.num_layers
-    points: list[tuple[float, float]] = []
     host: dict[int, float] = {}
-    running = 0
-    for batch in sizes:
-        measured.say(f"steps of {batch}")
+    short = _steps_at(engine, measured, context, seed, host)
+    of_lane = max(0.0, host[sizes[-1]] - host[sizes[0]]) / (sizes[-1] - sizes[0])
+    source = f"steps of {sizes[0]} and {sizes[-1]} sequences: all but waiting for tokens"
+    measured.put("host_lane_us", of_lane, source)
+    measured.put("host_us", host[sizes[0]] - of_lane * sizes[0], source)
+    # Some of the budget is left for what they decode.
+    most = int(0.8 * engine.cache.budget_bytes / (shape.token_bytes * sizes[-1]))
+    longer = max(2 * context, min(5 * context, most))
+    batch_factor(shape, measured, short, _steps_at(engine, measured, longer, seed, {}), (context, longer))
+    layers = shape.num_layers
+    points = [(float(n), _rest_us(measured, shape, n, us, kv) / layers) for n, (us, kv) in short.items()]
+    measured.say("prompts")
+    _prompts(engine, shape, measured, points, seed)
+
+
+def _steps_at(
+    engine: Engine, measured: Measured, context: int, seed: int, host: dict[int, float]
+) -> dict[int, tuple[float, float]]:
+    """Microseconds of a step, and the tokens of KV that it reads, by sequences, which begin with prompts of `context`
+    tokens; what of it the host does not wait is put to `host`."""
+    on_gpu = engine.cache.device.type == "cuda"
+    steps, running = 24 if on_gpu else 6, 0
+    found = {}
+    for batch in batches(str(engine.cache.device)):
+        measured.say(f"steps of {batch} sequences of {context} tokens and more")
         fill(engine, batch - running, context, 4000 if on_gpu else 300, seed + batch)
         running = batch
         decode_steps(engine, 4)
         before = float(engine.decode.lengths.sum())
         records = decode_steps(engine, steps)
         kv = (before + float(engine.decode.lengths.sum())) / 2
-        step_us = 1e6 * median(record.wall_s for record in records)
         host[batch] = 1e6 * median(record.wall_s - record.wait_s for record in records)
-        points.append((batch, _rest_us(measured, shape, batch, step_us, kv) / layers))
-    of_lane = max(0.0, host[sizes[-1]] - host[sizes[0]]) / (sizes[-1] - sizes[0])
-    source = f"steps of {sizes[0]} and {sizes[-1]} sequences: all but waiting for tokens"
-    measured.put("host_lane_us", of_lane, source)
-    measured.put("host_us", host[sizes[0]] - of_lane * sizes[0], source)
+        found[batch] = 1e6 * median(record.wall_s for record in records), kv
     cancel_all(engine)
-    measured.say("prompts")
-    _prompts(engine, shape, measured, points, seed)
+    return found
+
+
+def batch_factor(
+    shape: ModelShape,
+    measured: Measured,
+    short: dict[int, tuple[float, float]],
+    long: dict[int, tuple[float, float]],
+    contexts: tuple[int, int],
+) -> None:
+    """How fast steps of so many sequences read keys and values, by what longer ones of as many take more: products and
+    all else are the same. Batches whose reading takes too little of a step to tell are left out."""
+    rate, points = measured.values["attention_bytes_per_s"] * _row_factor(measured, shape), []
+    for batch, (took, kv) in short.items():
+        more_us = long[batch][0] - took
+        if more_us > TELLING * took:
+            points.append((float(batch), shape.token_bytes * (long[batch][1] - kv) / (1e-6 * more_us) / rate))
+    source = "steps of sequences of {} tokens and more beside those of {}".format(*contexts)
+    measured.put("attention_batch_factor", points or [(1.0, 1.0)], source, estimated=not points)
+
+
+def _row_factor(measured: Measured, shape: ModelShape) -> float:
+    """Of the rows that an engine's cache has."""
+    layers = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
+    return Curve(tuple(measured.values["attention_row_factor"]))(layers * shape.layer_token_bytes)
 
 
 def cancel_all(engine: Engine) -> None:
@@ -436,9 +476,8 @@ def _rest_us(measured: Measured, shape: ModelShape, rows: int, took_us: float, k
     """What of a step is neither weights nor attention, by the numbers measured so far."""
     values = measured.values
     weights = 1e6 * shape.weight_bytes * Curve(tuple(_inverse(values["weights_bytes_per_s"]))).in_proportion(rows)
-    layers = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
-    factor = Curve(tuple(values["attention_row_factor"]))(layers * shape.layer_token_bytes)
-    rate = values["attention_bytes_per_s"] * factor
+    rate = values["attention_bytes_per_s"] * _row_factor(measured, shape)
+    rate *= Curve(tuple(values["attention_batch_factor"]))(max(1, rows))
     attention = values["attention_us"] + 1e6 * kv_tokens * shape.layer_token_bytes / rate if kv_tokens else 0.0
     return took_us - weights - shape.num_layers * attention
 

@@ -6,6 +6,7 @@ there are as many slots as are asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -196,7 +197,7 @@ class RetainedPages:
 
     # -- what reuse is decided by -------------------------------------------------------------------------------------
 
-    def available_bytes(self) -> int:
+    def available_bytes(self, enough: float = math.inf) -> int:
         return (self.pages - self.used_pages) * self.page_bytes
 
     def evictable_bytes(self, but: int | None) -> int:

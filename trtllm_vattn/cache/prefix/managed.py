@@ -6,6 +6,7 @@ while. What a call may do is checked again by the call, under the lock.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator
 
@@ -64,9 +65,12 @@ class ManagedReuse:
 
     # -- bytes --------------------------------------------------------------------------------------------------------
 
-    def available_bytes(self) -> int:
-        """Free under the budget, parked, or behind the tokens of retained slots."""
+    def available_bytes(self, enough: float = math.inf) -> int:
+        """Free under the budget, parked, or behind the tokens of retained slots, of which there may be hundreds."""
         arena, bytes_for = self.cache.arena, self.cache.layout.bytes_for
+        free = arena.pool.available_bytes + arena.parked_bytes
+        if free >= enough:
+            return free
         behind: set[Extent] = set()
         for index in np.flatnonzero(arena.retained_frontiers).tolist():
             slot = arena.slots[index]
@@ -74,7 +78,7 @@ class ManagedReuse:
             # Mostly nothing is: whoever ended gave that back.
             if any(group.ends_behind(bytes_for(max(0, tokens - group.deficit))) for group in slot.groups):
                 behind.update(self._behind(index, tokens))
-        return arena.pool.available_bytes + arena.parked_bytes + sum(extent.size for extent in behind)
+        return free + sum(extent.size for extent in behind)
 
     def evictable_bytes(self, but: int | None) -> int:
         arena = self.cache.arena

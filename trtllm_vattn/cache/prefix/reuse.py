@@ -15,6 +15,7 @@ P6. A call succeeds whole or raises and changes nothing but what was evicted.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -92,8 +93,9 @@ class ReusableCache(Protocol):
         """Whether a source has all that layers keep of its first `tokens` tokens: where layers have windows, later
         tokens take the places of those before."""
 
-    def available_bytes(self) -> int:
-        """Bytes that can be mapped while every retained token stays."""
+    def available_bytes(self, enough: float = math.inf) -> int:
+        """Bytes that can be mapped while every retained token stays; or so many as are `enough`, if there are, without
+        looking at each retained slot."""
 
     def evictable_bytes(self, but: int | None) -> int:
         """Bytes that evicting all retained tokens that nobody reads would give, but for those of one slot; what
@@ -503,6 +505,7 @@ class PrefixCache:
         if cache.segments_of(owner, min(tokens, cache.own_start(owner))) + 1 > self.max_segments:
             # What lies in other slots lies there for an alias too.
             alias_tokens = alias_handles = 0
+        needed = cache.needed_bytes(prompt_len, 0)
         hit = Hit(
             tokens,
             cache.token_bytes,
@@ -513,7 +516,7 @@ class PrefixCache:
             own_handles=cache.handles_for(tokens),
             segments=segments if through >= self.tree.block_size and segments <= self.max_segments else None,
             expected_tokens=expected_tokens,
-            displaces=cache.needed_bytes(prompt_len, 0) > cache.available_bytes(),
+            displaces=needed > cache.available_bytes(needed),
             mappings_left=cache.mappings_left(),
         )
         if share and alias_tokens:
@@ -549,7 +552,7 @@ class PrefixCache:
                 self._touch(owner)
         evicted, went_on = 0, False
         aside: list[Run] = []
-        short = size - self.cache.available_bytes()
+        short = size - self.cache.available_bytes(size)
         if short > 0 and size > self.cache.evictable_bytes(self._wanted):
             return 0
         while short > 0:
@@ -574,7 +577,7 @@ class PrefixCache:
             covered, freed = self.stats.covered_slots, self._freed(run, keep)
             evicted += self._cut(run, keep)
             # Counting anew takes a look at every retained slot.
-            short = short - freed if covered == self.stats.covered_slots else size - self.cache.available_bytes()
+            short = short - freed if covered == self.stats.covered_slots else size - self.cache.available_bytes(size)
             went_on = True
         for each in aside:
             self.tree.requeue(each)
