@@ -80,7 +80,7 @@ from trtllm_vattn.runtime.settings import (
 from trtllm_vattn.runtime.sleeping import Sleeping, SleepingReport
 from trtllm_vattn.runtime.speculation import Speculation
 from trtllm_vattn.runtime.speculation_draft import DraftModel, check_draft_model
-from trtllm_vattn.runtime.startup import StartupReport, memory_left, progress
+from trtllm_vattn.runtime.startup import LOAD, StartupReport, memory_left, progress
 from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.runtime.survival import Survival
 from trtllm_vattn.runtime.swap_cost import SwapCost
@@ -332,6 +332,7 @@ class Engine:
         check_fit(model, cache.shape)
         reusing = _check_reuse(settings, cache) and compression is None
         scales = check_kv_scales(kv_scales, cache.shape)
+        self.startup = StartupReport()
         needs = bind(model, cache.shape)
         check_compression(compression, settings, cache, needs, model)
         self.model, self.cache = model, cache
@@ -355,7 +356,6 @@ class Engine:
         self._ids: Iterator[int] = itertools.count()
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size, self._end_of_text) if tokenizer else None
         self._closed = False
-        self.startup = StartupReport()
         with ExitStack() as undo:
             undo.callback(uncompile, model, compiled_modules(model))
             undo.callback(self._close_parts)
@@ -486,6 +486,7 @@ class Engine:
         mixed = self.supports_packed_prefill and not settings["deterministic"]
         if compiling is None:
             compiling = on_gpu
+        self.startup.mark("look into the model, attention backend")
         with inference(), naming(model):
             started = perf_counter()
             wrap = compile_model(cast(PreTrainedModel, model)) if compiling else as_it_is
@@ -506,6 +507,7 @@ class Engine:
             )
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, mixed)
             self.passes = self.passes_class(self.decode, self.prefill, wrap)
+            self.startup.mark("buffers")
             if compiling:
                 progress.info("compiling the model's layers")
                 with tracing():
@@ -515,27 +517,33 @@ class Engine:
                     if draft_model is not None:
                         draft_model.prefill.warm_up(UNUSUAL)
                         draft_model.prefill.warm_up(UNUSUAL, prompts=2)
+            self.startup.mark("compile layers")
             if on_gpu and mixed:
                 with tracing():
                     mixed = self._warm_up_passes()
+            self.startup.mark("kernels of passes")
             if compiling:
                 self.startup.compile_s = perf_counter() - started
             if settings["capture"]:
                 progress.info("capturing decode steps of %s", counted(len(self.decode.runner.buckets), "size"))
                 self.startup.decode = self.decode.capture()
+                self.startup.mark("measure attention, capture decode steps")
                 if settings["speculation"] is not None:
                     self.startup.drafts = self.decode.capture_drafts(self.startup.decode.replay_s)
                 if draft_model is not None:
                     draft_model.prefill.capture()
                 progress.info("capturing passes of prompts")
+                self.startup.mark("capture drafts")
                 if self.attention.captures_prompts and mixed:
                     self.startup.passes = self.passes.capture()
                 else:
                     self.startup.prefill = self.prefill.capture()
+                self.startup.mark("capture passes of prompts")
                 if on_gpu and self.decode.captures_alone:
                     likely = itertools.chain(self.decode.likely(), self.passes.likely())
                     self.startup.likely = capture_within(likely)
                     self.decode.measure_prefixes()
+                self.startup.mark("capture likely steps")
             if settings["target_itl_ms"] is not None:
                 self.passes.learn()
         self.startup.attention = self.attention.describe()
@@ -658,8 +666,9 @@ class Engine:
             tracing_to = Trace.of(trace)
             if tracing_to is not None and tracing_to.is_owned:
                 undo.callback(tracing_to.close)
+            before = StartupReport()
             probe = undo.enter_context(start_policy_probe(device, mapping))
-            loaded, load_s = _load(model, device, dtype)
+            loaded = _load(model, device, dtype, before)
             shape = shape_of(loaded, max_seqs, max_seq_len, kv_cache_dtype)
             if reusing and options.get("packed") is not False:
                 shape = replace(shape, num_slots=max_seqs + _kept(shape, kept))
@@ -685,14 +694,14 @@ class Engine:
                 made.set_budget(made.budget_bytes // (shape.num_slots + 1) * (max_seqs + 1))
             options = {"max_running": max_seqs, **options}
             options["tokenizer"] = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
+            before.mark("mapping probe, cache, tokenizer")
             engine = cls(loaded, made, mapping=policy, trace=tracing_to, **options)
             undo.callback(engine.close)
             engine._go_on_with(left)
             if later and tenancy is None:
                 engine.set_budget(engine._budget_left() if budget is None else budget)
             undo.pop_all()
-        engine.startup.load_s, engine.startup.budget_bytes = load_s, made.stats().budget_bytes
-        progress.info("%s", engine.startup.summary())
+        engine.startup.join(before, made.stats().budget_bytes)
         return engine
 
     def set_budget(self, budget: int | str) -> None:
@@ -1727,11 +1736,12 @@ def _compressing(policy: CompressionPolicy) -> dict[str, Any]:
     }
 
 
-def _load(model: str, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, float]:
-    """`load_model`'s, and the seconds that it took."""
-    started = perf_counter()
+def _load(model: str, device: str, dtype: torch.dtype, report: StartupReport) -> PreTrainedModel:
+    """`load_model`'s, marked in a report."""
     progress.info("loading %s on %s", model, device)
-    return load_model(model, device, dtype), perf_counter() - started
+    loaded = load_model(model, device, dtype)
+    report.mark(LOAD)
+    return loaded
 
 
 def _on_ranks(ranks: int | Ranks, model: str, device: str, dtype: torch.dtype, given: dict[str, Any]) -> Engine:
