@@ -35,13 +35,14 @@ from trtllm_vattn.errors import (
     WrongProcess,
 )
 from trtllm_vattn.graphs.audit import AuditReport
+from trtllm_vattn.graphs.capture import collector_off
 from trtllm_vattn.lost import is_lost_behind, never_free
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
 from trtllm_vattn.runtime.borrowing import check_broker, make_borrowing_cache
 from trtllm_vattn.runtime.checkpoint import end_of_text, load_tokenizer, say_what_is_not_heeded
 from trtllm_vattn.runtime.compaction import Compaction
-from trtllm_vattn.runtime.compiled import as_it_is, compile_model, compiled_modules, tracing, uncompile
+from trtllm_vattn.runtime.compiled import as_it_is, compile_model, compiled_modules, uncompile
 from trtllm_vattn.runtime.compression import Compression, check_compression, check_policy
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
 from trtllm_vattn.runtime.deterministic import check_deterministic
@@ -487,7 +488,8 @@ class Engine:
         if compiling is None:
             compiling = on_gpu
         self.startup.mark("look into the model, attention backend")
-        with inference(), naming(model):
+        # Tracing makes many objects, in the first steps before a capture too: a collection looks at all of them.
+        with inference(), naming(model), collector_off():
             started = perf_counter()
             wrap = compile_model(cast(PreTrainedModel, model)) if compiling else as_it_is
             # Behind the merging of projections, and before anything holds an address.
@@ -510,17 +512,15 @@ class Engine:
             self.startup.mark("buffers")
             if compiling:
                 progress.info("compiling the model's layers")
-                with tracing():
-                    self.prefill.warm_up(UNUSUAL)
-                    if mixed:
-                        self.prefill.warm_up(UNUSUAL, prompts=2)
-                    if draft_model is not None:
-                        draft_model.prefill.warm_up(UNUSUAL)
-                        draft_model.prefill.warm_up(UNUSUAL, prompts=2)
+                self.prefill.warm_up(UNUSUAL)
+                if mixed:
+                    self.prefill.warm_up(UNUSUAL, prompts=2)
+                if draft_model is not None:
+                    draft_model.prefill.warm_up(UNUSUAL)
+                    draft_model.prefill.warm_up(UNUSUAL, prompts=2)
             self.startup.mark("compile layers")
             if on_gpu and mixed:
-                with tracing():
-                    mixed = self._warm_up_passes()
+                mixed = self._warm_up_passes()
             self.startup.mark("kernels of passes")
             if compiling:
                 self.startup.compile_s = perf_counter() - started
