@@ -11,9 +11,11 @@ import torch
 from ties import by_request
 
 from trtllm_vattn.attention import picked as picked_module
+from trtllm_vattn.attention import trust
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.cost import Cost, CostFile, Load, calibration_lengths, cheapest
 from trtllm_vattn.attention.picked import PickedAttention, measured_lanes
+from trtllm_vattn.attention.prompts import PromptKernel
 from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.attention.select import available, make_attention
 from trtllm_vattn.cache.base import CacheShape, KVCache
@@ -260,12 +262,12 @@ def test_a_start_that_knows_all_costs_asks_for_no_library_but_the_one_that_serve
         def __init__(self, *_: object) -> None: ...
 
     monkeypatch.setattr(picked_module, "card_and_versions", lambda: "a card")
-    monkeypatch.setattr(picked_module.trust, "why_not", why_not)
-    monkeypatch.setitem(picked_module.trust.PROVIDERS, "vllm-fa3", (Serving, lambda _: "yes", ()))
+    monkeypatch.setattr(trust, "why_not", why_not)
+    monkeypatch.setitem(trust.PROVIDERS, "vllm-fa3", (Serving, lambda _: "yes", ()))
     with make_cache("vattn", CacheShape(1, 2, 64, torch.float32, 2, 64), "cpu") as cache:
         attention = PickedAttention(cache, 4)
         known = Known()
-        known.provider = picked_module.PromptKernel.name
+        known.provider = PromptKernel.name
         attention._measure_here([1, 2], False, known)  # type: ignore[arg-type]
         assert asked == []
         assert attention.host_planned is None
