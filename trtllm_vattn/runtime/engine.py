@@ -181,7 +181,7 @@ class Engine:
         servable), on the cache's device; its code is not changed, its attention is pointed at ours.
     cache : KVCache
         The engine closes it; also where the engine cannot start (compile, capture). Where a setting is refused before
-        anything runs on the device, it stays as it was.
+        anything runs on the device, or a start is interrupted, it stays open.
     attention : str
         ``auto``, ``torch``, ``cudnn``, ``shares``, ``latents``, ``xqa`` or ``xqa-fmha``
         (`attention.select.make_attention`).
@@ -359,7 +359,7 @@ class Engine:
         self._closed = False
         with ExitStack() as undo:
             undo.callback(uncompile, model, compiled_modules(model))
-            undo.callback(self._close_parts)
+            undo.push(self._abandon)
             draft_model = self._make_draft_model(settings)
             if draft_model is not None:
                 undo.callback(draft_model.close)
@@ -1665,6 +1665,11 @@ class Engine:
                 all_of_it.callback(self._trace.close)
             all_of_it.callback(self._close_parts)
         self._map_ahead.raise_failed()
+
+    def _abandon(self, kind: type[BaseException] | None, *_: object) -> None:
+        """A start failed: close what it had made. Behind an interrupt, the caller may try again with the same cache."""
+        if kind is not None and issubclass(kind, Exception):
+            self._close_parts()
 
     def _close_parts(self) -> None:
         """Close the graphs, the cache and what sleeps: all that a start had made, if it failed."""
