@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from trtllm_vattn.bench.cases import doors_http, doors_updates
+from trtllm_vattn.bench.cases import doors_deterministic, doors_http, doors_updates
 from trtllm_vattn.bench.cases.doors_http import judge
 from trtllm_vattn.bench.peer.trainer import train
 from trtllm_vattn.cli.main import main
@@ -64,6 +64,35 @@ def test_the_server_is_measured_beside_an_emulated_device(tmp_path: Path, capsys
     assert {"http_over_engine", "server_us_per_token", "engine_host_over_alone"} < summary.keys()
     assert main([*command, "--measure", "parameters"]) == 2
     assert "a device is emulated on the host" in capsys.readouterr().err
+
+
+def test_steps_of_every_batch_size_are_timed_although_prompts_go_in_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "doors.json"
+    # A sequence of so many tokens ends before the last prompt is in, where each has a pass of its own.
+    monkeypatch.setattr(doors_deterministic, "STEPS", 2)
+    command = ["bench", "doors", "--device", "cpu", "--measure", "deterministic", "--batches", "2", "--max-seqs", "6"]
+    command += ["--prompts", "6", "--context", "8", "--max-output", "3", "--output-json", str(report)]
+    assert main([*command, "--batch-sizes", "1,6"]) == 0
+    summary = json.loads(report.read_text())["summary"]
+    assert (summary["different"], summary["deterministic_batches"], summary["deterministic_requests"] > 1) == (
+        0,
+        2,
+        True,
+    )
+    assert min(summary[f"deterministic_step_over_plain_{size}"] for size in (1, 6)) > 0
+
+
+def test_a_batch_size_that_no_step_had_is_told() -> None:
+    engine: Any = SimpleNamespace(
+        cache=SimpleNamespace(shape=SimpleNamespace(max_seq_len=64)),
+        scheduler=SimpleNamespace(chunk=8),
+        submit=lambda prompt, params: 0,
+        run=lambda: engine.observer(SimpleNamespace(lanes=5, prefilled=0, wall_s=1.0)) or [],
+    )
+    with pytest.raises(ConfigError, match="no step had 6 sequences, but 5 at most, of 9 tokens and 36 more; raise"):
+        doors_deterministic._step_ms(engine, [[0] * 9], 6)
 
 
 def one_set(connection: Connection, model: str, device: str, seed: int) -> None:

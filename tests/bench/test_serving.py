@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from trtllm_vattn.bench.harness.serving import (
+    SUBMITTED_AT_ONCE,
     Clock,
     Load,
     Served,
@@ -97,6 +98,24 @@ def test_goodput_names_each_latency_once() -> None:
 def engine() -> Engine:
     model = load_model("tiny-llama", "cpu", torch.float32)
     return Engine(model, make_cache("vattn", shape_of(model, 2, 64), "cpu", 4 << 20))
+
+
+def test_the_first_requests_run_while_the_others_are_submitted() -> None:
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    count = 2 * SUBMITTED_AT_ONCE + 1
+    cache = make_cache("vattn", shape_of(model, 4, 32), "cpu")
+    with Engine(model, cache, compile=False, capture=False) as engine:
+        seen = []
+        submit = engine.submit
+
+        def noted(*arguments: Any) -> int:
+            seen.append(engine.totals.launches)
+            return submit(*arguments)
+
+        engine.submit = noted  # type: ignore[method-assign]
+        served = serve(engine, Load([[1, 2]] * count, [1] * count, [0.0] * count))
+    assert [len(times) for times in served.times] == [1] * count
+    assert seen[SUBMITTED_AT_ONCE - 1] == 0 < seen[SUBMITTED_AT_ONCE] < seen[-1]
 
 
 def test_virtual_time_skips_what_real_time_sleeps() -> None:

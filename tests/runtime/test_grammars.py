@@ -27,7 +27,7 @@ from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.decode import Choice, Launch
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler
-from trtllm_vattn.runtime.lane_processors import FORWARD, LaneProcessors, StepKind
+from trtllm_vattn.runtime.lane_processors import FORWARD, LaneAsks, LaneProcessors, StepKind
 from trtllm_vattn.runtime.pass_cost import PassCost
 from trtllm_vattn.runtime.pipeline import Pipeline
 from trtllm_vattn.runtime.request import TokenEvent
@@ -245,15 +245,54 @@ def test_a_step_takes_its_forward_pass_and_its_choice_where_masks_are_made_soone
     assert (timeline.host - begun) / 20 == pytest.approx(takes)
 
 
-def test_a_mask_that_the_device_has_is_not_sent_again(calls: list[str]) -> None:
-    with engine_of(buckets=[LANES]) as engine:
-        engine.generate(PROMPTS[:2], [asked(regex=r"(.|\n){200}"), asked()])
-        assert calls.count("masks") >= 13
-        sent = calls.count("copy")
-        assert sent < 4
-        calls.clear()
-        engine.generate(PROMPTS[:2], [asked(regex="(ab|c){20}"), asked()])
-        assert calls.count("copy") > sent
+def test_masks_of_all_lanes_are_sent_by_one_copy_and_those_between_them_allow_all() -> None:
+    compiler = GrammarCompiler(tiny_tokenizer(), VOCAB, [0])
+    processors = LaneProcessors(4, 1, torch.device("cpu"))
+    processors.require(VOCAB, grammar=True)
+    regexes = {3: "a+", 1: "[b-d]", 0: "x?y"}
+    for slot in (3, 2, 1, 0):
+        params = asked(regex=regexes[slot]) if slot in regexes else asked(presence_penalty=1.0)
+        grammar = compiler.grammar(params) if slot in regexes else None
+        processors.set(slot, LaneAsks(params, [5], [], grammar=grammar))
+    processors.send({slot: slot for slot in range(4)})
+    # Masks of launches before were other ones.
+    processors._staged.fill_(0)
+    copies = []
+    for slots in ({3, 2, 1}, {0, 1, 2, 3}, {0}, {2}):
+        rows = processors.new_masks(slots)
+        copies.append(rows)
+        if rows is not None:
+            processors.put_masks(rows)
+    row = processors._row
+    assert copies[-1] is None
+    assert [len(rows) for rows in copies[:-1] if rows is not None] == [3, 4, 1]
+    for slot in range(4):
+        mask = processors._masks[row[slot]].numpy().tobytes()
+        grammar = processors._asks[slot].grammar
+        wanted = b"\xff" * len(mask) if grammar is None else grammar.follow([]).compute_bitmask()
+        assert mask == wanted[: len(mask)], (slot, len(mask), len(wanted))
+    # A grammar with an error allows all: its request ends with the next token.
+    broken = processors._grammars[3][0]
+    broken.follow([]).consume_token(VOCAB - 1)
+    assert broken.error
+    rows = processors.new_masks({3})
+    assert rows is not None
+    assert (processors._staged.numpy()[rows.start] == -1).all()
+
+
+def test_masks_in_a_string_are_the_same_by_slices_of_all_lengths_and_by_none() -> None:
+    from llguidance import LLMatcher
+    from llguidance.hf import from_tokenizer
+
+    params = asked(json_schema={"type": "string", "maxLength": 12})
+    sliced = GrammarCompiler(tiny_tokenizer(), VOCAB, [0]).grammar(params)
+    whole = from_tokenizer(tiny_tokenizer(), n_vocab=VOCAB, eos_token=0, slices=[])
+    other = LLMatcher(whole, LLMatcher.grammar_from_json_schema(params.json_schema), log_level=0)
+    tokens = tiny_tokenizer()('"abcdefghijkl"', add_special_tokens=False)["input_ids"]
+    assert len(tokens) > 4
+    for place, token in enumerate(tokens):
+        assert sliced.follow(tokens[:place]).compute_bitmask() == other.compute_bitmask()
+        other.consume_token(token)
 
 
 @pytest.mark.parametrize("where", ["new_masks", "put_masks"])

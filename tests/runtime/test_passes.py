@@ -7,6 +7,8 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache as remember
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,6 +31,7 @@ from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad
 from trtllm_vattn.runtime.pass_graphs import ladder
 from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.settings import usual_step_tokens
 from trtllm_vattn.runtime.step_plan import StepPlan
 
 SLOTS, LENGTH = 4, 96
@@ -366,6 +369,31 @@ def test_a_pass_with_a_target_fills_one_of_the_captured_sizes(build: Build) -> N
     assert [len(chunk.tokens) for _, chunk in engine.scheduler.next_chunks()] == [16]
 
 
+@pytest.mark.parametrize(
+    ("of_row", "params", "expected"),
+    [
+        # 42 rows: 32 and another 16 take less than 64 do, unless a pass costs much by itself.
+        (0.02, SamplingParams(60), [31, 10]),
+        (0.0002, SamplingParams(60), [41]),
+        # Beside a lane that samples, passes are captured for few sizes.
+        (0.02, SamplingParams(60, temperature=0.9, seed=1), [41]),
+    ],
+)
+def test_two_passes_are_filled_where_one_would_be_padded_for_longer(
+    build: Build, of_row: float, params: SamplingParams, expected: list[int]
+) -> None:
+    engine = build(chunk=64)
+    engine.scheduler.pass_sizes = [16, 32, 64]
+    costing(engine, [0.1, of_row, 0.0, 0.0])
+    seen = launches(engine)
+    engine.submit(PROMPTS[0], params)
+    engine.step()
+    engine.submit([*PROMPTS[1], 1], SamplingParams(2))
+    while engine.prefilling:
+        engine.step()
+    assert [plan.prompt_tokens for plan, _ in seen if plan.chunks] == [len(PROMPTS[0]), *expected]
+
+
 @pytest.mark.parametrize("described", [False, True])
 def test_costs_are_learnt_from_the_passes_that_ran(build: Build, described: bool) -> None:
     engine = build(described, capture=described, target_itl_ms=1e6)
@@ -401,4 +429,19 @@ def test_rungs_end_at_the_largest_pass() -> None:
     assert ladder(24) == [24]
     assert ladder(128) == [32, 128]
     assert ladder(1 << 31)[-1] == ladder(8192)[-1] == 8192
-    assert ladder(2000)[-2:] == [1536, 2000]
+    assert ladder(2000)[-2:] == [1792, 2000]
+    large = [rung for rung in ladder(8192) if rung >= 1024]
+    assert all(above <= 1.25 * below for below, above in pairwise(large))
+
+
+@pytest.mark.parametrize(("gib", "tokens"), [(24, 2048), (79, 4096), (140, 4096)])
+def test_passes_of_a_large_gpu_hold_more(monkeypatch: pytest.MonkeyPatch, gib: int, tokens: int) -> None:
+    properties = SimpleNamespace(total_memory=gib << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert usual_step_tokens(torch.device("cuda", 0)) == tokens
+    assert usual_step_tokens(torch.device("cpu")) == 2048
+
+
+def test_what_is_asked_for_is_what_passes_hold(build: Build) -> None:
+    assert build(chunk=None).scheduler.chunk == 2048
+    assert build(chunk=None, max_step_tokens=33).scheduler.chunk == 33

@@ -8,7 +8,9 @@ import pytest
 from trtllm_vattn.cli.main import main
 
 
-def test_the_benchmark_runs_small_and_finds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benchmark_runs_small_and_finds_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "tenancy.json"
     sizes = ["--handovers", "60", "--kills", "1", "--messages", "200", "--seconds", "0.1", "--prompts", "1"]
     sizes += ["--visits", "16"]
@@ -22,6 +24,10 @@ def test_the_benchmark_runs_small_and_finds_nothing(tmp_path: Path, capsys: pyte
         assert summary[name] == 0
     assert (summary["visits"], summary["visits_descriptors"]) == (16, 0)
     assert summary["visits_resident_bytes"] < 4 << 20
-    assert summary["p99_over_alone"] > 0
+    for name in ("p99_over_alone", "p99_over_static", "p99_static_over_alone"):
+        assert summary[name] > 0
+    # A KiB a token, and half of 256 KiB.
+    assert summary["burst_over_part"] == pytest.approx(22 / 128)
+    assert "nobody has to borrow" in caplog.text
     assert summary["ttft_static_over_ours"] > 0
     assert "shared" in capsys.readouterr().out

@@ -23,7 +23,8 @@ def add_engine(parser: argparse.ArgumentParser, max_seqs: int) -> None:
     text = "KV memory, as 40GiB (default: what is left of the GPU's; on the host, all sequences at full length)"
     add("--budget", type=size, metavar="BYTES", help=text)
     add("--host-memory", type=size, metavar="BYTES", help="for KV of preempted requests, as 32GiB (default: none)")
-    add("--max-step-tokens", type=positive, default=2048, metavar="TOKENS", help="most tokens of a pass")
+    text = "most tokens of a pass (default: 4096 on a GPU of 70 GiB or more, else 2048)"
+    add("--max-step-tokens", type=positive, metavar="TOKENS", help=text)
     text = "longest time between two tokens that prompts may cause (default: no limit)"
     add("--target-itl-ms", type=amount, metavar="MILLISECONDS", help=text)
     add("--no-prefix-cache", action="store_true", help="keep nothing of ended requests for prompts that begin alike")

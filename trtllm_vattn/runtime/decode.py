@@ -635,7 +635,8 @@ class DecodeBatch:
     def feed(self, slot: int, forced: Sequence[int], prompt_len: int) -> None:
         """Have a slot's sequence take its next token from `forced`, the tokens behind its prompt."""
         length = int(self.lengths[self.lane_of[slot]])
-        if length:
+        # Of one that decodes the last token of its prompt none is forced yet.
+        if length > prompt_len:
             self.feed_token(slot, forced[length - prompt_len - 1])
 
     def feed_token(self, slot: int, token: int) -> None:
@@ -836,9 +837,9 @@ class DecodeBatch:
         """
         assert launch.choice is not None
         kind, start = launch.choice
-        masks = self.processors.new_masks(launch.lane_of)
-        if masks is not None:
-            self._put_masks(*masks)
+        rows = self.processors.new_masks(launch.lane_of)
+        if rows is not None:
+            self._put_masks(rows)
         if launch.timing is not None:
             launch.timing.go_on()
         start()
@@ -847,17 +848,17 @@ class DecodeBatch:
         out, arrived, logprobs = self._fetch_chosen(launch.lane_of, kind)
         return replace(launch, choice=None, _out=out, _arrived=arrived, logprobs=logprobs)
 
-    def _put_masks(self, rows: np.ndarray, masks: np.ndarray) -> None:
+    def _put_masks(self, rows: range) -> None:
         """`LaneProcessors.put_masks` beside what the device is at; what is launched next waits for it."""
         if self._copies is None or self._tables_sent is None:
-            self.processors.put_masks(rows, masks)
+            self.processors.put_masks(rows)
             return
         stream = torch.cuda.current_stream(self._device.device)
         # Behind the last choice, which reads them, and the tables of new lanes.
         self._copies.wait_event(self._tables_sent)
         self._left = stream
         with torch.cuda.stream(self._copies):
-            self.processors.put_masks(rows, masks)
+            self.processors.put_masks(rows)
         self._left = None
         stream.wait_stream(self._copies)
 

@@ -77,6 +77,7 @@ from trtllm_vattn.runtime.settings import (
     check_dtype,
     check_model_name,
     check_settings,
+    usual_step_tokens,
 )
 from trtllm_vattn.runtime.sleeping import Sleeping, SleepingReport
 from trtllm_vattn.runtime.speculation import Speculation
@@ -213,8 +214,9 @@ class Engine:
         When memory is mapped ahead: ``concurrent`` is while the device computes, ``between-steps`` and ``quiesce``
         before a launch (memory/mapping_policy.py).
     max_step_tokens : int or None
-        Most tokens of a pass: of prompts, which go in by chunks, and one of every running sequence. 2048 where None.
-    chunk : int
+        Most tokens of a pass: of prompts, which go in by chunks, and one of every running sequence. None is 4096 on a
+        GPU of 70 GiB or more, else 2048.
+    chunk : int or None
         The former name of `max_step_tokens`.
     target_itl_ms : float or None
         Milliseconds that a pass may take, and so the longest time between two tokens of a running sequence: chunks are
@@ -284,7 +286,7 @@ class Engine:
         kv_events: bool = False,
         compile: bool | None = None,
         mapping: str = "concurrent",
-        chunk: int = 2048,
+        chunk: int | None = None,
         max_step_tokens: int | None = None,
         target_itl_ms: float | None = None,
         max_wait_s: float = 30.0,
@@ -315,7 +317,7 @@ class Engine:
             kv_events=kv_events,
             compile=compile,
             mapping=mapping,
-            chunk=chunk,
+            chunk=usual_step_tokens(cache.device) if chunk is None else chunk,
             max_step_tokens=max_step_tokens,
             target_itl_ms=target_itl_ms,
             max_wait_s=max_wait_s,
@@ -544,7 +546,8 @@ class Engine:
                     self.startup.likely = capture_within(likely)
                     self.decode.measure_prefixes()
                 self.startup.mark("capture likely steps")
-            if settings["target_itl_ms"] is not None:
+            # Of captured passes it is known already; by it a pass is cut where its padding would cost more.
+            if settings["target_itl_ms"] is not None or (on_gpu and self.passes.graphs is not None):
                 self.passes.learn()
         self.startup.attention = self.attention.describe()
         return mixed
@@ -1291,7 +1294,10 @@ class Engine:
         request.note(event)
         if self._survival is not None and not request.is_chosen_again:
             # What is chosen again is noted already, with what came behind it.
-            self._survival.noted(event)
+            if event.finish_reason is None:
+                self._survival.noted(event)
+            else:
+                self._survival.ended(event, event.finish_reason)
         if event.finish_reason:
             request.error, request.finish_reason = event.error, event.finish_reason
             self.totals.ended[event.finish_reason] += request.id in self.scheduler.requests

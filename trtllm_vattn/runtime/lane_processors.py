@@ -23,7 +23,8 @@ The device waits for the host only where what the host does in a step takes long
 Logits pass from one graph to the other in a buffer of fixed address, float32 as `process` takes them, so that one graph
 of the choice stands behind decode steps and passes with prompts alike, and one forward pass before every kind of
 choice. All lanes of the batch go this way, those without a grammar too, with the same operations on the same numbers.
-A mask that is the one that the device has is not sent again.
+Masks are written where the copy reads them, in pinned memory; its rows are those of the table, so one copy of a range
+of rows sends them all.
 """
 
 from __future__ import annotations
@@ -217,8 +218,10 @@ class LaneProcessors:
         request with a grammar comes."""
         self._grammars: dict[int, tuple[Grammar, Sequence[int]]] = {}
         """By slot, those of lanes, and the tokens that their requests have chosen."""
-        self._sent: dict[int, np.ndarray] = {}
-        """By row, the mask that the device has; all tokens are allowed in others."""
+        self._staged = torch.empty(0)
+        """Masks on the host, int32 ``[rows, words]``; pinned where they go to a GPU."""
+        self._read: torch.cuda.Event | None = None
+        """Behind the last copy of them."""
 
     def require(self, vocab_size: int, grammar: bool = False) -> None:
         """Make the tables, with `grammar` what forward passes leave logits in too, unless they are there. Raises
@@ -226,6 +229,8 @@ class LaneProcessors:
         if not self.static:
             self._make_tables(vocab_size)
         if grammar and not self.logits.numel():
+            gpu = self._device.type == "cuda"
+            self._staged = torch.full(self._masks.shape, -1, dtype=torch.int32, pin_memory=gpu)
             self.logits = torch.zeros(self._lanes, vocab_size, device=self._device)
             self.static.append(self.logits)
 
@@ -241,7 +246,6 @@ class LaneProcessors:
         ids = torch.zeros(*shape, most, dtype=torch.int64, device=self._device)
         values = torch.zeros(*shape, most, device=self._device)
         self._table, self._counts, self._masks, self._row_of_lane = table, counts, masks, row_of_lane
-        self._all_allowed = np.full(words, -1, np.int32)
         self.unread = [own, ids, values]
         self.static = [table, counts, masks, row_of_lane, *self.unread]
 
@@ -273,7 +277,6 @@ class LaneProcessors:
         self._grammars.clear()
         self._row.clear()
         self._stale.clear()
-        self._sent.clear()
         self._free = list(range(self._lanes))
 
     def kind(self, sampled: bool, truncated: bool = False) -> StepKind:
@@ -300,7 +303,6 @@ class LaneProcessors:
             self._table.index_copy_(0, rows, upload(np.stack([self._asks[slot].row() for slot in stale]), self._device))
             self._masks.index_fill_(0, rows, -1)
             for slot in stale:
-                self._sent.pop(self._row[slot], None)
                 self._count_again(slot)
             self._stale.clear()
         where = np.full(self._lanes, self._lanes)
@@ -309,27 +311,28 @@ class LaneProcessors:
                 where[lane_of[slot]] = row
         self._row_of_lane.copy_(upload(where, self._device))
 
-    def new_masks(self, slots: Collection[int]) -> tuple[np.ndarray, np.ndarray] | None:
-        """What may come next in these slots, by the records of their requests: rows int64 ``[changed]`` and their masks
-        int32 ``[changed, words]``, of those with a grammar whose mask is another than the device has; None where none
-        is. On the host alone."""
+    def new_masks(self, slots: Collection[int]) -> range | None:
+        """Write what may come next in these slots, by the records of their requests, for `put_masks`; returns the rows,
+        from the first with a grammar to the last, in which those without one allow all tokens. None where none of the
+        slots has a grammar. On the host alone."""
         asked = {self._row[slot]: each for slot, each in self._grammars.items() if slot in slots}
         if not asked:
             return None
-        masks = fill_masks([*asked.values()], self._masks.shape[1])
-        changed = {
-            row: mask
-            for row, mask in zip(asked, masks, strict=True)
-            if not np.array_equal(mask, self._sent.get(row, self._all_allowed))
-        }
-        if not changed:
-            return None
-        self._sent.update(changed)
-        return np.array([*changed]), np.stack([*changed.values()])
+        if self._read is not None:
+            # Long over: tokens that were chosen by those masks were read since.
+            self._read.synchronize()
+        rows, masks = range(min(asked), max(asked) + 1), self._staged.numpy()
+        if len(asked) < len(rows):
+            masks[[row for row in rows if row not in asked]] = -1
+        fill_masks(asked, masks)
+        return rows
 
-    def put_masks(self, rows: np.ndarray, masks: np.ndarray) -> None:
-        """Have the device have these masks, on the current stream."""
-        self._masks.index_copy_(0, upload(rows, self._device), upload(masks, self._device))
+    def put_masks(self, rows: range) -> None:
+        """Have the device have the masks of these rows, on the current stream."""
+        self._masks[rows.start : rows.stop].copy_(self._staged[rows.start : rows.stop], non_blocking=True)
+        if self._device.type == "cuda":
+            self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._read.record()
 
     def _count_again(self, slot: int) -> None:
         asks, counts = self._asks[slot], self._counts[self._row[slot]]

@@ -26,7 +26,12 @@ from trtllm_vattn.runtime.prefill import Prefill, PromptChunk
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.vmm.tensors import upload
 
-RUNGS = (32, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+RUNGS = (
+    *(32, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048),
+    *(2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192),
+)
+"""A quarter of a second of the start each. A pass takes the time of the rung above its rows, so from 1,024 on a rung is
+at most a quarter above the one below."""
 MOST_CHUNKS = 128
 """Of a captured pass; one of more prompts runs eagerly."""
 

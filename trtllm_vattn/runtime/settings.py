@@ -18,8 +18,22 @@ from trtllm_vattn.runtime.swap_cost import SwapCost
 from trtllm_vattn.values import described, finite, shown, truth, whole
 
 LONGEST_CHUNK = (1 << 31) - 1
+STEP_TOKENS = 2048
+STEP_TOKENS_OF_LARGE = 4096
+"""Most tokens of a pass, where nobody says, and on a GPU of `LARGE_BYTES` or more. There such a pass takes a tenth of a
+second with a model of 8 billion weights, and more prompt tokens go in for each time that running sequences' KV is read
+(measured: scripts/results/README.md)."""
+LARGE_BYTES = 70 << 30
 MOST_SEQUENCES = 1 << 20
 """At once. Each is a lane of the largest captured batch."""
+
+
+def usual_step_tokens(device: torch.device) -> int:
+    """Most tokens of a pass on a device, where nobody says: by the memory of a GPU, as vLLM chooses."""
+    if device.type != "cuda":
+        return STEP_TOKENS
+    total: int = torch.cuda.get_device_properties(device).total_memory
+    return STEP_TOKENS_OF_LARGE if total >= LARGE_BYTES else STEP_TOKENS
 
 
 def check_settings(
@@ -37,7 +51,7 @@ def check_settings(
     kv_events: Any = False,
     compile: Any = None,
     mapping: Any = "concurrent",
-    chunk: Any = 2048,
+    chunk: Any = STEP_TOKENS,
     max_step_tokens: Any = None,
     target_itl_ms: Any = None,
     max_wait_s: Any = 30.0,

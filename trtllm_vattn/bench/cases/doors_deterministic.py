@@ -27,9 +27,10 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 
 MOST_AT_ONCE = 20
 POOL = 32
-OUTPUT = 16
+OUTPUT = 12
 """Tokens of each request whose bits are compared."""
-STEPS = 48
+STEPS = 24
+"""Of so many sequences at once, at least, whose median is taken."""
 
 Bits = list[tuple[int | None, str]]
 
@@ -74,19 +75,31 @@ def measure_deterministic(
 
 
 def _step_ms(engine: Engine, prompts: Sequence[list[int]], size: int) -> float:
-    """The median of a step of so many sequences."""
+    """The median of a step of so many sequences.
+
+    A deterministic engine takes a step of those that decode behind each pass of a prompt, so the first sequences have
+    to be long enough that the last prompt goes in before they end.
+    """
     records: list[StepRecord] = []
-    shortest = min(map(len, prompts))
+    room = engine.cache.shape.max_seq_len
+    shortest = min(min(map(len, prompts)), max(1, room - size - 2 * STEPS))
+    passes = size * -(-shortest // engine.scheduler.chunk)
+    params = SamplingParams(min(passes + STEPS, room - shortest), ignore_eos=True)
     for number in range(size):
-        engine.submit(prompts[number % len(prompts)][:shortest], SamplingParams(_steps(engine), ignore_eos=True))
+        engine.submit(prompts[number % len(prompts)][:shortest], params)
     engine.observer = records.append
-    _finished(engine)
-    engine.observer = None
-    return 1e3 * median(each.wall_s for each in records if each.lanes == size and not each.prefilled)
-
-
-def _steps(engine: Engine) -> int:
-    return min(STEPS, engine.cache.shape.max_seq_len // 2)
+    try:
+        _finished(engine)
+    finally:
+        engine.observer = None
+    took = [each.wall_s for each in records if each.lanes == size and not each.prefilled]
+    if not took:
+        most = max(each.lanes for each in records)
+        raise ConfigError(
+            f"no step had {size} sequences, but {most} at most, of {shortest} tokens and {params.max_tokens} more; "
+            "raise --budget, --max-seqs or --max-seq-len, or leave out that of --batch-sizes"
+        )
+    return 1e3 * median(took)
 
 
 def _seconds(engine: Engine, prompts: Sequence[list[int]], output: int) -> float:

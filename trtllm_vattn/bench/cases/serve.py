@@ -90,7 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-seq-len", type=positive, default=8192 if gpu else 256, metavar="TOKENS", help=MAX_SEQ_LEN)
     add("--max-seqs", type=positive, default=128 if gpu else 6, metavar="SEQUENCES", help=MAX_SEQS)
     add("--budget", type=size, default="16GiB" if gpu else "4MiB", metavar="BYTES", help=BUDGET)
-    add("--chunk", type=positive, default=2048, metavar="TOKENS", help="prompt tokens that go in at once")
+    text = "the former name of --max-step-tokens"
+    add("--chunk", type=positive, metavar="TOKENS", help=text)
     add_pass_limits(parser)
     add_rounds(parser, 2, "cache")
     add_peer(parser, "serve the same requests by it too, in turns")

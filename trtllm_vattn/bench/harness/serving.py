@@ -22,6 +22,8 @@ from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
 
+SUBMITTED_AT_ONCE = 16
+"""Requests between two steps at most, so that the device has something to do while the others are submitted."""
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 PERCENTILES = (90, 99)
 
@@ -83,8 +85,9 @@ class Served:
 
 
 @contextmanager
-def _frozen() -> Iterator[None]:
-    """What was there before, prompts of a million tokens among it, is no longer looked at for garbage."""
+def quiet_heap() -> Iterator[None]:
+    """What was there before is not looked at for garbage meanwhile: of a process that has loaded a model that takes
+    hundreds of milliseconds, which would be some step's."""
     gc.collect()
     gc.freeze()
     try:
@@ -98,10 +101,11 @@ def serve(engine: Engine, load: Load, clock: Clock | None = None, label: str = "
     count = len(load.prompts)
     numbers: dict[int, int] = {}
     served = Served([[] for _ in range(count)], [False] * count, 0.0)
-    with _frozen(), tqdm(total=count, desc=label, unit="request", disable=None) as bar:
+    with quiet_heap(), tqdm(total=count, desc=label, unit="request", disable=None) as bar:
         clock = Clock() if clock is None else clock
         while len(numbers) < count or engine.busy:
-            while len(numbers) < count and load.arrivals[len(numbers)] <= clock.now():
+            most = min(count, len(numbers) + SUBMITTED_AT_ONCE)
+            while len(numbers) < most and load.arrivals[len(numbers)] <= clock.now():
                 index = len(numbers)
                 wanted = SamplingParams(max_tokens=load.outputs[index], ignore_eos=True)
                 numbers[engine.submit(load.prompts[index], wanted)] = index
