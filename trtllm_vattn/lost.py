@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import os
 import sys
 from typing import NoReturn
@@ -38,6 +39,7 @@ def never_free(*holders: object) -> None:
 def end_process(code: int) -> NoReturn:
     """End the process with an exit code: what was registered for its end is called and output is flushed, but nothing
     is freed. For whoever has closed what can be closed, and found the device lost."""
+    gc.disable()
     try:
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):

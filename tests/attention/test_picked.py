@@ -10,9 +10,12 @@ import pytest
 import torch
 from ties import by_request
 
+from trtllm_vattn.attention import picked as picked_module
+from trtllm_vattn.attention import trust
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.cost import Cost, CostFile, Load, calibration_lengths, cheapest
 from trtllm_vattn.attention.picked import PickedAttention, measured_lanes
+from trtllm_vattn.attention.prompts import PromptKernel
 from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.attention.select import available, make_attention
 from trtllm_vattn.cache.base import CacheShape, KVCache
@@ -233,3 +236,42 @@ def test_kernels_are_measured_once_on_a_card(tmp_path: Path, monkeypatch: pytest
         again.measure([1, 48, 64])
         assert not measured
         assert again.describe() == attention.describe()
+
+
+def test_a_start_that_knows_all_costs_asks_for_no_library_but_the_one_that_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def why_not(name: str, *_: object) -> str:
+        asked.append(name)
+        return "yes"
+
+    class Known:
+        """A file of costs that has all."""
+
+        provider: object = None
+
+        def get(self, key: str) -> dict[str, Cost]:
+            return {name: SHARES for name in attention.kernels}
+
+        def read(self, key: str) -> object:
+            return self.provider
+
+    class Serving:
+        def __init__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(picked_module, "card_and_versions", lambda: "a card")
+    monkeypatch.setattr(trust, "why_not", why_not)
+    monkeypatch.setitem(trust.PROVIDERS, "vllm-fa3", (Serving, lambda _: "yes", ()))
+    with make_cache("vattn", CacheShape(1, 2, 64, torch.float32, 2, 64), "cpu") as cache:
+        attention = PickedAttention(cache, 4)
+        known = Known()
+        known.provider = PromptKernel.name
+        attention._measure_here([1, 2], False, known)  # type: ignore[arg-type]
+        assert asked == []
+        assert attention.host_planned is None
+        known.provider = "vllm-fa3"
+        attention._measure_here([1, 2], False, known)  # type: ignore[arg-type]
+        assert asked == ["vllm-fa3"]
+        assert isinstance(attention.host_planned, Serving)

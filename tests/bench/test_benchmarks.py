@@ -84,6 +84,13 @@ def test_start_sizes_after_capturing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     summary = results["summary"]
     assert (summary["tokens_unchanged"], summary["recaptures"]) == (True, 0)
     assert summary["cold_first_token_s"] > summary["capture_s"] > 0
+    # All of a start is in some phase, but for what closes it.
+    took = {row["start"]: row["first_token_s"] for row in results["results"]["starts"]}
+    phases = [row for row in results["results"]["phases"] if row["start"] == "cold"]
+    assert 0.9 * took["cold"] < sum(row["seconds"] for row in phases) <= took["cold"] + 0.01
+    assert {row["phase"] for row in phases} > {"import", "load the model", "compile layers", "first token"}
+    captures = [row for row in results["results"]["captures"] if row["start"] == "cold"]
+    assert sum(row["seconds"] for row in captures) == pytest.approx(summary["capture_s"])
     held = [row["held_bytes"] for row in results["results"]["budgets"]]
     assert held[1] > 2 * held[0] > 0
     assert held[2] <= 4 << 20
@@ -99,7 +106,8 @@ def test_a_warm_start_finds_what_is_kept_and_one_before_it_is_not_quoted(
 
     def started(args: Any, kept: str) -> dict[str, Any]:
         folders.append(kept)
-        return {"first_token_s": 50.0 / len(folders), "capture_s": 2.0, "capture_bytes": 1}
+        figures = {"first_token_s": 50.0 / len(folders), "capture_s": 2.0, "capture_bytes": 1}
+        return {**figures, "phases": {}, "captured": {}}
 
     monkeypatch.setattr(startup, "_started", started)
     report = tmp_path / "start.json"

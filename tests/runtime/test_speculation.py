@@ -154,6 +154,7 @@ def test_sampled_tokens_are_those_without_drafts_for_every_seed(build: Build) ->
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("attention", ["torch", "shares"])
 @pytest.mark.parametrize("compile", [False, True])
 def test_captured_steps_on_a_gpu_give_the_tokens_without_drafts(attention: str, compile: bool) -> None:

@@ -194,8 +194,8 @@ class PickedAttention(FlatPromptsAttention):
         self._costs.update({(each, anywhere): costs for each, costs in known.items()})
         prompts_key = f"prompts {self._key(0, False, card)}"
         provider = file.read(prompts_key)
-        usable = [name for name in trust.PROVIDERS if trust.why_not(name, self.cache.shape, self.num_heads) == "yes"]
-        if len(known) < len(keys) or provider not in (PromptKernel.name, *usable):
+        if len(known) < len(keys) or not self._may_serve(provider):
+            usable = [name for name in trust.PROVIDERS if self._may_serve(name)]
             with scratch_cache(self.cache, wanted[-1]) as cache:
                 apart = PickedAttention(cache, self.num_heads, self.scale)
                 for each in wanted:
@@ -210,6 +210,14 @@ class PickedAttention(FlatPromptsAttention):
             file.write(prompts_key, provider)
         if provider != PromptKernel.name:
             self.host_planned = trust.PROVIDERS[provider][0](self.cache, self.num_heads, self.scale)
+
+    def _may_serve(self, provider: object) -> bool:
+        """Whether prompts may go by a kernel. Of other libraries' only the one asked for is looked at: to import one
+        takes seconds."""
+        if provider == PromptKernel.name:
+            return True
+        known = isinstance(provider, str) and provider in trust.PROVIDERS
+        return known and trust.why_not(str(provider), self.cache.shape, self.num_heads) == "yes"
 
     def prompt_us(self, providers: Sequence[str]) -> dict[str, list[float]]:
         """Microseconds a layer of a few chunks of the first slot, by the kernel of prompts.py and by `providers`."""

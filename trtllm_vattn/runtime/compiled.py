@@ -8,8 +8,7 @@ are merged into one matrix product, as serving engines do.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -18,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.graphs.capture import collector_off
 from trtllm_vattn.runtime.rewrites import (
     add_onto_products,
     keep_rows,
@@ -218,13 +216,6 @@ def compile_around_layers(model: PreTrainedModel, backend: Backend = _unadvised)
         if module._compiled_call_impl is None:
             module.compile(backend=backend, dynamic=True, fullgraph=True)
     return len(around)
-
-
-@contextmanager
-def tracing() -> Iterator[None]:
-    """For a first pass: no garbage is collected, since tracing makes many objects."""
-    with collector_off():
-        yield
 
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]

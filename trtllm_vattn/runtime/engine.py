@@ -35,13 +35,14 @@ from trtllm_vattn.errors import (
     WrongProcess,
 )
 from trtllm_vattn.graphs.audit import AuditReport
+from trtllm_vattn.graphs.capture import collector_off
 from trtllm_vattn.lost import is_lost_behind, never_free
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
 from trtllm_vattn.runtime.borrowing import check_broker, make_borrowing_cache
 from trtllm_vattn.runtime.checkpoint import end_of_text, load_tokenizer, say_what_is_not_heeded
 from trtllm_vattn.runtime.compaction import Compaction
-from trtllm_vattn.runtime.compiled import as_it_is, compile_model, compiled_modules, tracing, uncompile
+from trtllm_vattn.runtime.compiled import as_it_is, compile_model, compiled_modules, uncompile
 from trtllm_vattn.runtime.compression import Compression, check_compression, check_policy
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
 from trtllm_vattn.runtime.deterministic import check_deterministic
@@ -81,7 +82,7 @@ from trtllm_vattn.runtime.settings import (
 from trtllm_vattn.runtime.sleeping import Sleeping, SleepingReport
 from trtllm_vattn.runtime.speculation import Speculation
 from trtllm_vattn.runtime.speculation_draft import DraftModel, check_draft_model
-from trtllm_vattn.runtime.startup import StartupReport, memory_left, progress
+from trtllm_vattn.runtime.startup import LOAD, StartupReport, memory_left, progress
 from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.runtime.survival import Survival
 from trtllm_vattn.runtime.swap_cost import SwapCost
@@ -181,7 +182,7 @@ class Engine:
         servable), on the cache's device; its code is not changed, its attention is pointed at ours.
     cache : KVCache
         The engine closes it; also where the engine cannot start (compile, capture). Where a setting is refused before
-        anything runs on the device, it stays as it was.
+        anything runs on the device, or a start is interrupted, it stays open.
     attention : str
         ``auto``, ``torch``, ``cudnn``, ``shares``, ``latents``, ``xqa`` or ``xqa-fmha``
         (`attention.select.make_attention`).
@@ -334,6 +335,7 @@ class Engine:
         check_fit(model, cache.shape)
         reusing = _check_reuse(settings, cache) and compression is None
         scales = check_kv_scales(kv_scales, cache.shape)
+        self.startup = StartupReport()
         needs = bind(model, cache.shape)
         check_compression(compression, settings, cache, needs, model)
         self.model, self.cache = model, cache
@@ -357,10 +359,9 @@ class Engine:
         self._ids: Iterator[int] = itertools.count()
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size, self._end_of_text) if tokenizer else None
         self._closed = False
-        self.startup = StartupReport()
         with ExitStack() as undo:
             undo.callback(uncompile, model, compiled_modules(model))
-            undo.callback(self._close_parts)
+            undo.push(self._abandon)
             draft_model = self._make_draft_model(settings)
             if draft_model is not None:
                 undo.callback(draft_model.close)
@@ -488,7 +489,9 @@ class Engine:
         mixed = self.supports_packed_prefill and not settings["deterministic"]
         if compiling is None:
             compiling = on_gpu
-        with inference(), naming(model):
+        self.startup.mark("look into the model, attention backend")
+        # Tracing makes many objects, in the first steps before a capture too: a collection looks at all of them.
+        with inference(), naming(model), collector_off():
             started = perf_counter()
             wrap = compile_model(cast(PreTrainedModel, model)) if compiling else as_it_is
             # Behind the merging of projections, and before anything holds an address.
@@ -508,36 +511,41 @@ class Engine:
             )
             self.prefill = Prefill(model, self.attention, chunk, self.decode.runner.pool, mixed)
             self.passes = self.passes_class(self.decode, self.prefill, wrap)
+            self.startup.mark("buffers")
             if compiling:
                 progress.info("compiling the model's layers")
-                with tracing():
-                    self.prefill.warm_up(UNUSUAL)
-                    if mixed:
-                        self.prefill.warm_up(UNUSUAL, prompts=2)
-                    if draft_model is not None:
-                        draft_model.prefill.warm_up(UNUSUAL)
-                        draft_model.prefill.warm_up(UNUSUAL, prompts=2)
+                self.prefill.warm_up(UNUSUAL)
+                if mixed:
+                    self.prefill.warm_up(UNUSUAL, prompts=2)
+                if draft_model is not None:
+                    draft_model.prefill.warm_up(UNUSUAL)
+                    draft_model.prefill.warm_up(UNUSUAL, prompts=2)
+            self.startup.mark("compile layers")
             if on_gpu and mixed:
-                with tracing():
-                    mixed = self._warm_up_passes()
+                mixed = self._warm_up_passes()
+            self.startup.mark("kernels of passes")
             if compiling:
                 self.startup.compile_s = perf_counter() - started
             if settings["capture"]:
                 progress.info("capturing decode steps of %s", counted(len(self.decode.runner.buckets), "size"))
                 self.startup.decode = self.decode.capture()
+                self.startup.mark("measure attention, capture decode steps")
                 if settings["speculation"] is not None:
                     self.startup.drafts = self.decode.capture_drafts(self.startup.decode.replay_s)
                 if draft_model is not None:
                     draft_model.prefill.capture()
                 progress.info("capturing passes of prompts")
+                self.startup.mark("capture drafts")
                 if self.attention.captures_prompts and mixed:
                     self.startup.passes = self.passes.capture()
                 else:
                     self.startup.prefill = self.prefill.capture()
+                self.startup.mark("capture passes of prompts")
                 if on_gpu and self.decode.captures_alone:
                     likely = itertools.chain(self.decode.likely(), self.passes.likely())
                     self.startup.likely = capture_within(likely)
                     self.decode.measure_prefixes()
+                self.startup.mark("capture likely steps")
             # Of captured passes it is known already; by it a pass is cut where its padding would cost more.
             if settings["target_itl_ms"] is not None or (on_gpu and self.passes.graphs is not None):
                 self.passes.learn()
@@ -661,8 +669,9 @@ class Engine:
             tracing_to = Trace.of(trace)
             if tracing_to is not None and tracing_to.is_owned:
                 undo.callback(tracing_to.close)
+            before = StartupReport()
             probe = undo.enter_context(start_policy_probe(device, mapping))
-            loaded, load_s = _load(model, device, dtype)
+            loaded = _load(model, device, dtype, before)
             shape = shape_of(loaded, max_seqs, max_seq_len, kv_cache_dtype)
             if reusing and options.get("packed") is not False:
                 shape = replace(shape, num_slots=max_seqs + _kept(shape, kept))
@@ -688,14 +697,14 @@ class Engine:
                 made.set_budget(made.budget_bytes // (shape.num_slots + 1) * (max_seqs + 1))
             options = {"max_running": max_seqs, **options}
             options["tokenizer"] = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
+            before.mark("mapping probe, cache, tokenizer")
             engine = cls(loaded, made, mapping=policy, trace=tracing_to, **options)
             undo.callback(engine.close)
             engine._go_on_with(left)
             if later and tenancy is None:
                 engine.set_budget(engine._budget_left() if budget is None else budget)
             undo.pop_all()
-        engine.startup.load_s, engine.startup.budget_bytes = load_s, made.stats().budget_bytes
-        progress.info("%s", engine.startup.summary())
+        engine.startup.join(before, made.stats().budget_bytes)
         return engine
 
     def set_budget(self, budget: int | str) -> None:
@@ -1663,6 +1672,11 @@ class Engine:
             all_of_it.callback(self._close_parts)
         self._map_ahead.raise_failed()
 
+    def _abandon(self, kind: type[BaseException] | None, *_: object) -> None:
+        """A start failed: close what it had made. Behind an interrupt, the caller may try again with the same cache."""
+        if kind is not None and issubclass(kind, Exception):
+            self._close_parts()
+
     def _close_parts(self) -> None:
         """Close the graphs, the cache and what sleeps: all that a start had made, if it failed."""
         made = vars(self)
@@ -1733,11 +1747,12 @@ def _compressing(policy: CompressionPolicy) -> dict[str, Any]:
     }
 
 
-def _load(model: str, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, float]:
-    """`load_model`'s, and the seconds that it took."""
-    started = perf_counter()
+def _load(model: str, device: str, dtype: torch.dtype, report: StartupReport) -> PreTrainedModel:
+    """`load_model`'s, marked in a report."""
     progress.info("loading %s on %s", model, device)
-    return load_model(model, device, dtype), perf_counter() - started
+    loaded = load_model(model, device, dtype)
+    report.mark(LOAD)
+    return loaded
 
 
 def _on_ranks(ranks: int | Ranks, model: str, device: str, dtype: torch.dtype, given: dict[str, Any]) -> Engine:

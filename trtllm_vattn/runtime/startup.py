@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from time import perf_counter
 
 import torch
 
@@ -14,6 +15,9 @@ from trtllm_vattn.machine import free_bytes
 progress = logging.getLogger(__name__)
 """Says at INFO what an engine that starts is at, which takes up to minutes. `generate` and `serve` show it."""
 
+LOAD = "load the model"
+"""The phase of `StartupReport.load_s`."""
+
 
 @dataclass
 class StartupReport:
@@ -22,7 +26,7 @@ class StartupReport:
     `compile_s` is the first passes over compiled layers, 0 where none are; `budget_bytes` is what the cache may hold
     once it has started; `drafts` are steps with drafts, by their rows; `likely` are graphs that nobody has asked for
     yet (likely.py); `attention` names the kernels of decode and of
-    prompts.
+    prompts; `phases` are the seconds of all that it was at, in order, one after the other (`mark`).
     """
 
     load_s: float = 0.0
@@ -34,6 +38,21 @@ class StartupReport:
     likely: CaptureReport = field(default_factory=lambda: CaptureReport({}, {}, 0))
     budget_bytes: int = 0
     attention: str = ""
+    phases: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=perf_counter)
+
+    def mark(self, phase: str) -> None:
+        """What was done since the last mark is called so."""
+        now = perf_counter()
+        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._since
+        self._since = now
+
+    def join(self, before: StartupReport, budget_bytes: int) -> None:
+        """The engine has started: `before` says what was done before it was made, `LOAD` among that."""
+        self.mark("the rest, budget")
+        self.phases = {**before.phases, **self.phases}
+        self.load_s, self.budget_bytes = self.phases[LOAD], budget_bytes
+        progress.info("%s", self.summary())
 
     @property
     def capture_s(self) -> float:

@@ -50,6 +50,11 @@ with Engine.from_pretrained(sys.argv[2], device=sys.argv[3], max_seqs=int(sys.ar
         "compile_s": report.compile_s, "capture_s": report.capture_s, "capture_bytes": report.capture_bytes,
         "graphs": sum(len(each.seconds) for each in (report.decode, report.prefill, report.passes)),
         "budget_bytes": report.budget_bytes,
+        "phases": {"import": imported - started, **report.phases, "first token": first - built},
+        "captured": {
+            name: {str(size): took for size, took in getattr(report, name).seconds.items()}
+            for name in ("decode", "prefill", "passes", "likely")
+        },
     }))
 """
 
@@ -74,7 +79,13 @@ def run(args: argparse.Namespace) -> int:
 
         def start(name: str, kept: str) -> dict[str, Any]:
             found = _started(args, kept)
+            phases, captured = found.pop("phases"), found.pop("captured")
             recording.add("starts", {"start": name, **found})
+            for phase, took in phases.items():
+                recording.add("phases", {"start": name, "phase": phase, "seconds": took})
+            for what, sizes_s in captured.items():
+                for number, took in sizes_s.items():
+                    recording.add("captures", {"start": name, "graph": what, "size": int(number), "seconds": took})
             figures = {f"{name}_first_token_s": found["first_token_s"]}
             return figures | {each: found[each] for each in ("capture_s", "capture_bytes")}
 
@@ -88,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         recording.measure(parts, [name for name in PARTS if name in args.parts])
     shown = "\n".join(
         table(list(rows[0]), [[_short(value) for value in row.values()] for row in rows])
-        for name in ("starts", "budgets")
+        for name in ("starts", "phases", "captures", "budgets")
         if (rows := recording.results.get(name))
     )
     wrong = [] if recording.summary.get("tokens_unchanged", True) else ["tokens changed with the budget"]
