@@ -132,9 +132,10 @@ def engine_steps() -> None:
         (Pipeline, ("start", "commit", "_launch")),
         (Scheduler, ("plan",)),
         (DecodeBatch, ("choose", "_put_masks", "launch", "send", "_fetch_chosen", "choice", "launched")),
-        (LaneProcessors, ("new_masks", "put_masks", "send")),
+        (LaneProcessors, ("new_masks", "begin_masks", "put_masks", "send")),
         (lane_processors, ("fill_masks", "upload")),
-        (grammar.Grammar, ("follow", "ends_with")),
+        (grammar, ("_compute",)),
+        (grammar.MaskJob, ("start", "settle")),
     ):
         for attribute in attributes:
             watch(owner, attribute)

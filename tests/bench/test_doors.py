@@ -48,6 +48,8 @@ def test_clients_are_killed_at_random_get_the_engines_tokens_and_leave_nothing(t
     assert summary["http_over_engine"] > 0
     assert (summary["http_wrong"], summary["server_us_per_token"] > 0) == (0, True)
     assert summary["grammar_over_plain"] > 0
+    assert 0 < summary["grammar_host_ms"] < 1e4
+    assert 0 < summary["plain_host_ms"] < 1e4
     assert 0.2 < summary["step_over_before"] < 5
 
 
