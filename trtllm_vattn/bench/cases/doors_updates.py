@@ -164,7 +164,7 @@ def _looks(engine: Engine, connection: Connection, streamed: Sequence[Streamed],
     looks = []
     for which in (0, 1):
         connection.send(which)
-        engine.update_weights_from_ipc(receive_weights(connection))
+        engine.update_weights_from_ipc(receive_weights(connection), restore=False)
         first = _distances(engine, streamed, len(streamed))
         again = [
             place
