@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAPPED = {"graphs": "trtllm_vattn.graphs", "plugins": "trtllm_vattn.plugins"}
 LAYERS = [
     "errors",
+    "lost",
     "values",
     "planner",
     "sizes",
@@ -165,6 +166,7 @@ THEIRS = {
     "transformers": {"_attn_implementation", "_model_mapping", "_supports_attention_backend"},
     "argparse": {"_SubParsersAction"},
     "os": {"_exit"},
+    "atexit": {"_run_exitfuncs"},
     "vllm": {"_vllm_fa3_C"},
     # Public, and named so that no field is hidden by it.
     "collections.namedtuple": {"_replace"},

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from trtllm_vattn.bench.harness.identity import RequestTokens, compare
+import pytest
+
+from trtllm_vattn.bench.harness.identity import RequestTokens, compare, compare_forced
+from trtllm_vattn.runtime.logprobs import TokenLogprob
 from trtllm_vattn.runtime.request import TokenEvent
 
 
@@ -47,3 +50,18 @@ def test_free_runs_are_compared_up_to_what_differs_first() -> None:
     assert ends(run(1, 2, 3, margin=0.1), run(1, 5), 0.25) == (2, 1, 0)
     assert ends(run(1, 2), run(1), 0.25) == (1, 0, 1)
     assert ends(run(1, 2), {}, 0.25) == ends({}, run(1, 2), 0.25) == (0, 0, 2)
+
+
+def test_a_delivered_token_is_a_tie_by_its_own_distance_from_the_likeliest() -> None:
+    top = ((7, -1.0), (8, -1.1), (9, -3.0))
+    reference = {0: [TokenEvent(0, 7, logprob=TokenLogprob(7, -1.0, top)) for _ in range(4)]}
+    found = compare_forced(reference, {0: [7, 8, 9, 5]}, 0.25)
+    assert (found.tokens, found.ties, found.mismatches) == (4, 1, 2)
+    assert found.widest_tie == pytest.approx(0.1)
+    assert found.widest_mismatch == pytest.approx(2.0)
+    # Among the likeliest tokens all are close: one that is not there is none of them.
+    assert compare_forced(reference, {0: [7, 7, 7, 5]}, 10.0).mismatches == 1
+    assert compare_forced(reference, {0: [7, 8]}, 0.0).mismatches == 3
+    assert compare_forced(reference, {}, 1.0).mismatches == 4
+    with pytest.raises(ValueError, match="no log-probabilities"):
+        compare_forced(run(1, 2), {0: [1, 3]}, 0.1)

@@ -194,4 +194,8 @@ def test_one_result_has_hits_and_what_an_engine_makes_of_them(tmp_path: Path, mo
     assert main([*command, "--engine-requests", "4", "--output-json", str(report)]) == 0
     summary = json.loads(report.read_text())["summary"]
     wanted = {"hits_over_simulated", "driver_calls_per_steady_step", "ttft_hit_over_step"}
+    parts = {"hit_mapping_ms", "hit_pass_ms", "hit_host_ms"}
+    assert sum(summary[part] for part in parts) == pytest.approx(summary["ttft_hit_ms"], rel=0.5)
+    assert summary["ttft_hit_less_mapping_over_step"] < summary["ttft_hit_over_step"]
+    assert {"ttft_hit_8_tokens_ms", "ttft_hit_16_tokens_ms"} <= summary.keys()
     assert wanted | {"throughput_over_no_reuse", "throughput_over_block_tables"} <= summary.keys()

@@ -22,6 +22,7 @@ HOST = ["bench", "stall", "--device", "cpu", "--model", "tiny-llama"]
 
 def arguments(**changed: Any) -> argparse.Namespace:
     usual = {"seed": 0, "device": "cpu", "attention": "auto", "budget": 8 << 20, "chunk": 64, "running": 2}
+    usual["target_itl_ms"] = None
     return argparse.Namespace(**{**usual, "context": 5, "prompt_tokens": 300, "room": 200, **changed})
 
 
@@ -41,7 +42,9 @@ def test_gaps_are_counted_from_the_prompts_submission_on(monkeypatch: pytest.Mon
         step(self)
 
     monkeypatch.setattr(Engine, "_step", slow)
-    found = stall.gap(model, arguments(), None)
+    with stall.engine_for_gap(model, arguments()) as engine:
+        found = stall.gap(engine, model, arguments())
+        assert not engine.busy
     assert found["worst_gap_ms"] > 400
     assert found["gap_ms"]["max"] == found["worst_gap_ms"]
     # Of 300 tokens by 64; what came before is not counted.
@@ -52,8 +55,9 @@ def test_gaps_are_counted_from_the_prompts_submission_on(monkeypatch: pytest.Mon
 
 def test_running_sequences_that_end_too_early_are_an_error() -> None:
     model = load_model("tiny-llama", "cpu", torch.float32)
-    with pytest.raises(VattnError, match="2 sequences decoded all of their 20 tokens before; raise --room"):
-        stall.gap(model, arguments(room=20), None)
+    said = "2 sequences decoded all of their 20 tokens before; raise --room"
+    with stall.engine_for_gap(model, arguments()) as engine, pytest.raises(VattnError, match=said):
+        stall.gap(engine, model, arguments(room=20))
 
 
 def test_both_parts_are_measured_with_and_without_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,13 +69,20 @@ def test_both_parts_are_measured_with_and_without_a_target(tmp_path: Path, capsy
     assert (found["config"]["target_itl_ms"], found["config"]["prompt_tokens"]) == (50, 200)
     assert not {"run", "shown"} & found["config"].keys()
     assert "Parser" not in result.read_text()
-    parts = [("gap", "none"), ("gap", 50.0), ("load", "none"), ("load", 50.0)]
+    parts = [("gap", 50.0), ("gap", "none"), ("load", 50.0), ("load", "none")]
     assert [(row["part"], row["target_itl_ms"]) for row in rows] == parts
-    assert summary["worst_gap_over_target"] == rows[1]["worst_gap_ms"] / 50
-    assert summary["itl_p99_ms_at_target_50"] == rows[3]["p99_itl_ms"]
-    assert summary["throughput_over_no_target"] == rows[3]["output_throughput"] / rows[2]["output_throughput"]
-    assert summary["worst_gap_ms_without_target"] == rows[0]["worst_gap_ms"]
+    assert summary["worst_gap_over_target"] == rows[0]["worst_gap_ms"] / 50
+    assert summary["itl_p99_ms_at_target_50"] == rows[2]["p99_itl_ms"]
+    assert summary["throughput_over_no_target"] == rows[2]["output_throughput"] / rows[3]["output_throughput"]
+    assert summary["worst_gap_ms_without_target"] == rows[1]["worst_gap_ms"]
     assert rows[3]["completed"] == 5
+    assert "incomplete" not in summary
+    # What a limit of time leaves is summed up by itself.
+    kept = stall.summary(rows[:1], 50.0)
+    assert kept == {
+        name: summary[name] for name in ("target_itl_ms", "worst_gap_ms", "worst_gap_over_target", "prompt_s")
+    }
+    assert stall.summary(rows[:3], 50.0)["itl_p99_ms_at_target_50"] == summary["itl_p99_ms_at_target_50"]
     shown = capsys.readouterr().out
     assert "worst gap ms" in shown
     assert "output tok/s" in shown

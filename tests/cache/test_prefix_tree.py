@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -268,3 +270,31 @@ def test_a_priority_for_a_time_falls_to_the_default() -> None:
     tree.remove(3)
     now[0] = 110.0
     assert tree.expire() == []
+
+
+def test_what_an_owner_is_known_to_hold_is_not_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, begun, known = PrefixTree(4), [], PrefixTree._known
+
+    def noted(*given: Any) -> Any:
+        node = known(*given)
+        begun.append(node.depth)
+        return node
+
+    tree.insert(0, A[:18])
+    monkeypatch.setattr(PrefixTree, "_known", noted)
+    tree.insert(0, A)
+    tree.insert(1, A[:22], like=0)
+    tree.insert(2, A, priority=60, like=1)
+    assert begun == [4, 5, 5]
+    assert [tree.tokens_of(owner) for owner in range(3)] == [40, 22, 40]
+    assert tree.num_blocks == 10
+    # Of the blocks that were not looked up, too.
+    assert [tree.priority_of(owner) for owner in range(3)] == [60] * 3
+    # Whoever says what is not so is not believed.
+    tree.insert(3, [*A[:4], *range(8)], like=2)
+    assert begun.pop() == 0
+    assert tree.match([*A[:4], *range(9)]) == (3, 12, 12)
+    assert tree.match(A) == (2, 39, 40)
+    for _ in range(2):
+        tree.insert(4, A, priority=[Retention(0, 80, 5.0)], like=2)
+    assert begun[-2:] == [0, 0], "priorities for a time are those of each block"

@@ -43,6 +43,11 @@ def raising(error: BaseException) -> Callable[..., int]:
         (OSError("nothing is like it ought to be"), 2, "trtllm-vattn: nothing is like it ought to be\n"),
         (MemoryError(), 2, "trtllm-vattn: out of memory: give smaller sizes\n"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 2, "out of memory: DefaultCPUAllocator"),
+        (
+            RuntimeError("CUDA error: device-side assert triggered\nFor debugging consider"),
+            2,
+            "trtllm-vattn: the device is lost: CUDA error: device-side assert triggered; start the command anew\n",
+        ),
         (KeyboardInterrupt(), 130, "trtllm-vattn: interrupted\n"),
         (ModuleNotFoundError("no", name="cudnn.api"), 2, "cudnn is not installed: pip install 'trtllm-vattn[cuda]'\n"),
     ],
@@ -179,3 +184,41 @@ def test_a_closed_pipe_ends_quietly(arguments: list[str]) -> None:
         assert process.stderr.read() == ""
         # argparse itself is silent about help that nobody reads.
         assert process.wait(60) in ((0, 141) if arguments != ["plugin", "list"] else (141,))
+
+
+LOST = """
+import atexit, os, sys
+from trtllm_vattn.cli import main as cli
+from trtllm_vattn.errors import ConfigError, DriverError, EngineClosed
+from trtllm_vattn.lost import never_free
+
+class Holder:
+    # As a pinned tensor of a lost device, in a cycle.
+    def __init__(self):
+        self.own = self
+    def __del__(self):
+        os.abort()
+
+def run(arguments):
+    holder = Holder()
+    atexit.register(print, "at exit")
+    if case == "kept":
+        never_free(holder)
+        return 3
+    try:
+        raise (ConfigError if case == "not lost" else DriverError)("CUDA_ERROR_ASSERT", "cuEventCreate", ())
+    except Exception as error:
+        raise EngineClosed("the engine ended") from error
+
+case = sys.argv[1]
+cli._run = run
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(("case", "code"), [("lost", 2), ("not lost", -signal.SIGABRT), ("kept", 3)])
+def test_a_process_whose_device_is_lost_ends_with_its_own_code(case: str, code: int) -> None:
+    done = subprocess.run([sys.executable, "-c", LOST, case], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code, done.stderr
+    assert ("trtllm-vattn: the engine ended\n" in done.stderr) == (case != "kept")
+    assert done.stdout.count("at exit") == 1

@@ -3,6 +3,7 @@ the card."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,9 +16,15 @@ from torch import nn
 
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.errors import CaptureError, ConfigError, ManagerClosed
 from trtllm_vattn.runtime.binding import PrefillStep, bind, forward, shape_of
-from trtllm_vattn.runtime.compiled import LinearSlice, compile_around_layers, compile_layers, merge_projections
+from trtllm_vattn.runtime.compiled import (
+    LinearSlice,
+    as_it_is,
+    compile_around_layers,
+    compile_layers,
+    merge_projections,
+)
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.engine import UNUSUAL, Engine
 from trtllm_vattn.runtime.lane_processors import StepKind
@@ -190,6 +197,58 @@ def test_a_layer_that_cannot_be_traced_whole_is_an_error() -> None:
     compile_layers(model, Tracing())
     cache = make_cache("contiguous", shape_of(model, 2, 64), "cpu")
     with Engine(model, cache, capture=False) as engine, pytest.raises(torch._dynamo.exc.Unsupported):
+        engine.generate([[1, 2, 3]], SamplingParams(4))
+
+
+def failing(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    raise RuntimeError("no compiler here")
+
+
+def test_an_engine_that_cannot_compile_leaves_nothing_open_and_the_model_as_it_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def compiling(model: Any) -> Any:
+        compile_layers(model, failing)
+        return as_it_is
+
+    monkeypatch.setattr("trtllm_vattn.runtime.engine.compile_model", compiling)
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    cache = make_cache("vattn", shape_of(model, 2, 64), "cpu")
+    with pytest.raises(ConfigError, match=r"cannot be compiled \(use compile=False\): .*no compiler here"):
+        Engine(model, cache, compile=True)
+    with pytest.raises(ManagerClosed):
+        cache.stats()
+    # What the error says to do helps.
+    with Engine(model, make_cache("vattn", shape_of(model, 2, 64), "cpu"), compile=False, capture=False) as engine:
+        assert len(engine.generate([[1, 2, 3]], SamplingParams(4))[0].tokens) == 4
+
+
+def test_an_engine_that_cannot_capture_closes_its_cache_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(self: Any, step: Any, lanes: int) -> Any:
+        raise CaptureError(f"no graphs of {lanes} lanes")
+
+    monkeypatch.setattr("trtllm_vattn.graphs.capture.GraphCapture.capture", refusing)
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    cache = make_cache("vattn", shape_of(model, 2, 64), "cpu")
+    with pytest.raises(ConfigError, match="cannot be captured"):
+        Engine(model, cache, compile=False)
+    with pytest.raises(ManagerClosed):
+        cache.stats()
+
+
+def test_advice_to_be_less_exact_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def advising(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor], **_: Any) -> Callable[..., Any]:
+        advice = "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled. Consider ..."
+        warnings.warn(advice, stacklevel=1)
+        return traced.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", advising)
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    bind(model)
+    compile_layers(model)
+    compile_around_layers(model)
+    # Both at a first pass, and at a later one of another kind: of one token.
+    with Engine(model, make_cache("vattn", shape_of(model, 2, 64), "cpu"), compile=False, capture=False) as engine:
         engine.generate([[1, 2, 3]], SamplingParams(4))
 
 

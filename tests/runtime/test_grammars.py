@@ -232,14 +232,14 @@ def test_a_step_takes_its_forward_pass_and_its_choice_where_masks_are_made_soone
         cache=SimpleNamespace(note_placements=lambda: None),
         trace=None,
     )
-    passes: Any = SimpleNamespace(measured=lambda launch: None)
+    passes: Any = SimpleNamespace(measured=lambda launch: None, cost=None)
     pipeline = Pipeline(scheduler, passes, one_by_one)
     begun = 0.0
     for step in range(30):
         launch = pipeline.start()
         assert launch is not None
         timeline.host = max(timeline.host, timeline.chosen_at[launch.first])
-        pipeline.commit(launch, [[0]])
+        pipeline.commit(launch, [[0]], 0.0)
         if step == 9:
             begun = timeline.host
     # One by one a forward pass waits for what was chosen before it, and the masks are still made beside it.

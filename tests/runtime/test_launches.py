@@ -345,7 +345,9 @@ def test_two_engines_live_side_by_side(device: str) -> None:
 
 @pytest.mark.parametrize("loop", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_captured_graphs_hold_no_foreign_address(device: str, loop: bool) -> None:
+def test_captured_graphs_hold_no_foreign_address(device: str, loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # However slow the machine is, what is likely is captured at the start, and no more of it later.
+    monkeypatch.setattr("trtllm_vattn.runtime.likely.MOST_SECONDS", 600.0)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     loaded = load_model("small-llama", device, dtype)
     cache = make_cache("vattn", shape_of(loaded, 4, 64), device)
@@ -362,21 +364,19 @@ def test_captured_graphs_hold_no_foreign_address(device: str, loop: bool) -> Non
         whole.raise_if_foreign()
         # Where attention has several kernels, the names say which one a step is of.
         names = {re.sub(" by .*? of ", " of ", name) for name in whole.graphs}
-        # On the host a launch of many steps is as many replays.
-        how = "in a loop" if loop else "4 times over"
-
-        def expected(lanes: int, rows: int, kind: str = "sampling") -> set[str]:
-            captured = {"decode step of 1", "decode step of 4", f"{kind} step of {lanes}"}
-            if engine.attention.captures_prompts:
-                captured |= {f"pass of {rows}" for rows in (32, 128, 256, 260)} | {f"{kind} pass of {rows}"}
-            else:
-                captured |= {f"prompt of {size}" for size in (16, 32, 64)}
-            composed = {f"decode step of 1, {how}", f"{kind} step of {lanes}, {how}"}
-            return captured | (composed if device != "cpu" else set())
-
-        # On a GPU the largest step and pass that draw are captured at the start if time allows, and serve smaller ones.
-        at_the_start = expected(4, 260, "truncated sampling")
-        assert names in ([expected(1, 32)] if device == "cpu" else [expected(1, 32), at_the_start])
+        # On a GPU the largest step and few passes that draw are captured at the start, and serve the others.
+        kind, lanes, rows = ("sampling", 1, [32]) if device == "cpu" else ("truncated sampling", 4, [32, 260])
+        expected = {"decode step of 1", "decode step of 4", f"{kind} step of {lanes}"}
+        if engine.attention.captures_prompts:
+            expected |= {f"pass of {size}" for size in (32, 128, 256, 260)}
+            expected |= {f"{kind} pass of {size}" for size in rows}
+        else:
+            expected |= {f"prompt of {size}" for size in (16, 32, 64)}
+        if device != "cpu":
+            # On the host a launch of many steps is as many replays.
+            how = "in a loop" if loop else "4 times over"
+            expected |= {f"decode step of 1, {how}", f"{kind} step of {lanes}, {how}"}
+        assert names == expected, names ^ expected
         assert not [part for _, _, part in whole.opaque if "conditional" in part.why]
 
 

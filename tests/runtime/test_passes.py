@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache as remember
+from time import perf_counter
 from typing import Any, ClassVar
 
 import numpy as np
@@ -366,6 +367,26 @@ def test_a_pass_with_a_target_fills_one_of_the_captured_sizes(build: Build) -> N
     assert [len(chunk.tokens) for _, chunk in engine.scheduler.next_chunks()] == [16]
 
 
+@pytest.mark.parametrize(
+    ("of_row", "expected"),
+    [
+        # 41 rows: 32 and another 16 take less than 64 do, unless a pass costs much by itself.
+        (0.02, [32, 9]),
+        (0.0002, [41]),
+    ],
+)
+def test_two_passes_are_filled_where_one_would_be_padded_for_longer(
+    build: Build, of_row: float, expected: list[int]
+) -> None:
+    engine = build(chunk=64)
+    engine.scheduler.pass_sizes = [16, 32, 64]
+    costing(engine, [0.1, of_row, 0.0, 0.0])
+    seen = launches(engine)
+    engine.submit(PROMPTS[1] + [1], SamplingParams(2))
+    list(engine.run())
+    assert [plan.prompt_tokens for plan, _ in seen if plan.chunks] == expected
+
+
 @pytest.mark.parametrize("described", [False, True])
 def test_costs_are_learnt_from_the_passes_that_ran(build: Build, described: bool) -> None:
     engine = build(described, capture=described, target_itl_ms=1e6)
@@ -402,3 +423,72 @@ def test_rungs_end_at_the_largest_pass() -> None:
     assert ladder(128) == [32, 128]
     assert ladder(1 << 31)[-1] == ladder(8192)[-1] == 8192
     assert ladder(2000)[-2:] == [1536, 2000]
+
+
+# -- when passes are launched ------------------------------------------------------------------------------------------
+
+
+def held(engine: Engine, monkeypatch: pytest.MonkeyPatch, milliseconds: float) -> list[StepRecord]:
+    """Passes are said to take so long, and to run until they are read."""
+    cost = costing(engine, [milliseconds, 0.0, 0.0, 0.0])
+    engine.passes.cost = cost
+    monkeypatch.setattr(Launch, "is_done", False)
+    records: list[StepRecord] = []
+    engine.observer = records.append
+    return records
+
+
+def test_who_comes_while_a_long_pass_runs_goes_in_with_the_next_launch(
+    build: Build, monkeypatch: pytest.MonkeyPatch, alone: list[list[int]]
+) -> None:
+    engine = build(chunk=64)
+    records = held(engine, monkeypatch, 1e5)
+    first = engine.submit(PROMPTS[1], PARAMS[1])
+    assert [engine.step() for _ in range(3)] == [[], [], []]
+    assert not records
+    assert engine.pipeline.unread is None
+    assert 0 < engine.pipeline.hold_s < 100
+    second = engine.submit(PROMPTS[0], PARAMS[0])
+    assert engine.step() == []
+    # It was given its slot meanwhile.
+    assert engine.prefilling
+    engine.passes.cost = None
+    events = list(engine.run())
+    # By then the first pass is read, and the second prompt went in behind it.
+    assert [record.prefilled for record in records[:2]] == [len(PROMPTS[1]), len(PROMPTS[0])]
+    assert records[0].wall_s > 0
+    for number, which in ((first, 1), (second, 0)):
+        assert [event.token for event in events if event.request == number] == alone[which]
+
+
+def test_a_launch_is_not_held_where_nobody_would_come_in_by_it(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(chunk=24)
+    held(engine, monkeypatch, 1e5)
+    # What waits fills the next pass.
+    for prompt in (PROMPTS[4], PROMPTS[7]):
+        engine.submit(prompt, SamplingParams(4))
+    engine.step()
+    assert engine.pipeline.unread is not None
+    engine = build(chunk=64)
+    held(engine, monkeypatch, 1e5)
+    for _ in range(SLOTS):
+        engine.submit(PROMPTS[0], SamplingParams(60))
+    engine.step()
+    # No lane is free.
+    assert not engine.scheduler.lets_in_more
+    assert not engine.pipeline.hold_s
+
+
+def test_a_caller_who_stays_away_long_is_waited_for_in_time(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(chunk=64)
+    held(engine, monkeypatch, 1e3)
+    engine.submit(PROMPTS[1], PARAMS[1])
+    engine.step()
+    before = engine.pipeline.hold_s
+    now = perf_counter()
+    # The device's time goes on with the caller's: the first pass is younger by as much.
+    engine.pipeline._began += 10.0
+    monkeypatch.setattr("trtllm_vattn.runtime.pipeline.perf_counter", lambda: now + 10.0)
+    engine.step()
+    assert before > 0.03
+    assert engine.pipeline.unread is not None

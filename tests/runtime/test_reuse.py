@@ -125,6 +125,29 @@ def test_a_prompt_begins_behind_what_an_earlier_one_left(bench: Bench, capture: 
     engine.cache.check_integrity()
 
 
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_prompt_of_which_one_token_is_left_goes_in_by_a_decode_step(bench: Bench, capture: bool) -> None:
+    plain, engine = bench.engine(prefix_cache=False), bench.engine(slots=16, max_running=4, capture=capture)
+    prompts = [[*BASE, token] for token in (5, 77)]
+    params = [SamplingParams(5), SamplingParams(5, temperature=0.9, seed=11)]
+    want = [done.tokens for done in plain.generate(prompts, params)]
+    tokens(engine, BASE)
+    # Beside one that decodes, and one whose prompt goes in.
+    engine.submit(tail(20), SamplingParams(30))
+    engine.submit(tail(90), SamplingParams(3))
+    engine.step()
+    prefilled: list[int] = []
+    engine.observer = lambda record: prefilled.append(record.prefilled)
+    first = engine.submit(prompts[0], params[0], forced=[9, 8, 7, 6, 5])
+    numbers = [engine.submit(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+    events = finish(engine)
+    assert [[event.token for event in events[number]] for number in numbers] == want
+    forced = plain.submit(prompts[0], params[0], forced=[9, 8, 7, 6, 5])
+    assert [event.token for event in events[first]] == [event.token for event in finish(plain)[forced]]
+    assert {event.cached_tokens for number in (first, *numbers) for event in events[number]} == {64}
+    assert sum(prefilled) in (0, 20, 90, 110), "no token of theirs"
+
+
 def test_events_say_how_many_tokens_were_cached_and_many_run_at_once(bench: Bench) -> None:
     prompts = [BASE + tail(7) for _ in range(6)]
     plain, engine = bench.engine(prefix_cache=False), bench.engine(slots=12, max_running=4)
@@ -429,7 +452,7 @@ def check_pages(engine: Engine) -> None:
     for request in engine.scheduler.decoding.values():
         if not request.is_verified:
             continue
-        ids = torch.tensor([request.stored])
+        ids = torch.from_numpy(request.stored)[None]
         where = torch.full((ids.shape[1],), request.slot)
         for _, owner, start, stop in (each for each in segments if each[0] == request.slot):
             where[start:stop] = owner

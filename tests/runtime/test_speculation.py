@@ -157,7 +157,9 @@ def test_sampled_tokens_are_those_without_drafts_for_every_seed(build: Build) ->
 @pytest.mark.parametrize("attention", ["torch", "shares"])
 @pytest.mark.parametrize("compile", [False, True])
 def test_captured_steps_on_a_gpu_give_the_tokens_without_drafts(attention: str, compile: bool) -> None:
-    small = {**SHAPES["small-llama"], "num_hidden_layers": 1}
+    # Float32, for tokens that do not hang on rounding. A kernel of such products takes Triton 20 s for heads of 128 and
+    # 7 s for those of 64; and each further batch size is many graphs.
+    small = {**SHAPES["tiny-llama"], "num_hidden_layers": 1, "head_dim": 64}
     found, accepted = [], []
     for way in (None, "ngram", "draft_model"):
         torch.manual_seed(0)
@@ -169,8 +171,9 @@ def test_captured_steps_on_a_gpu_give_the_tokens_without_drafts(attention: str, 
         copy.load_state_dict(model.state_dict())
         drafts = copy if way == "draft_model" else None
         speculation = Speculation(way, prompt_lookup_min=1, model=drafts) if way else None
-        cache = make_cache("vattn", shape_of(model, 4, LENGTH), "cuda:0")
-        with Engine(model, cache, attention=attention, compile=compile, speculation=speculation) as engine:
+        cache = make_cache("vattn", shape_of(model, 2, LENGTH), "cuda:0")
+        options: dict[str, Any] = {"attention": attention, "compile": compile, "buckets": [2], "prefix_cache": False}
+        with Engine(model, cache, speculation=speculation, **options) as engine:
             if engine.decode.speculator is not None:
                 engine.decode.speculator.length.seconds.clear()
             found.append([done.tokens for done in engine.generate(PROMPTS, PARAMS)])

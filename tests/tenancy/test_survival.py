@@ -24,6 +24,7 @@ from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError, EngineOverloaded
 from trtllm_vattn.memory.slot import RangeGroup
 from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.tenancy import broker as of_broker
 from trtllm_vattn.tenancy import journal
@@ -44,7 +45,7 @@ def steps(written: Journal) -> Iterator[Callable[[], None]]:
     """Everything that is ever noted, and enough of it for more snapshots than one."""
 
     def tokens(place: int) -> None:
-        written.pending.extend([0, place, 10 + place, 1, place, 20 + place])
+        written.pending.extend([TokenEvent(0, 10 + place, index=place), TokenEvent(1, 20 + place, index=place)])
         written.flush()
 
     yield lambda: written.add(0, request())
@@ -169,7 +170,7 @@ def test_a_call_that_an_interrupt_ends_is_done_whole_by_the_next_one(
             written.begin(State(requests={0: request(max_tokens=400)}))
             before = written.snapshots
             for place in range(80):
-                written.pending.extend((0, place, place))
+                written.pending.append(TokenEvent(0, place, index=place))
                 left = first
                 with suppress(KeyboardInterrupt):
                     written.flush()
@@ -190,7 +191,7 @@ def test_a_journal_never_fills_however_long_it_is_written(memory: int) -> None:
                 written.forget([number])
                 number += 1
                 written.add(number, request(max_tokens=40))
-            written.pending.extend((number, place % 40, place))
+            written.pending.append(TokenEvent(number, place, index=place % 40))
             written.flush()
         assert written.snapshots > 20
         with closing(Journal(memory)) as found:
@@ -211,7 +212,7 @@ def test_a_request_is_promised_its_room_or_refused_when_it_comes(memory: int) ->
         assert set(written.state.requests) == set(range(fit))
         # All of them may come to their ends.
         for place in range(40):
-            written.pending.extend(value for each in range(fit) for value in (each, place, -1))
+            written.pending.extend(TokenEvent(each, -1, index=place) for each in range(fit))
             written.flush()
         with closing(Journal(memory)) as found:
             assert all(len(each.chosen) == 40 for each in found.state.requests.values())
@@ -310,7 +311,7 @@ def test_a_slot_is_kept_once_its_sequence_got_a_token_there(memory: int) -> None
         groups = [(0, 0, 0, [(4096, [1])])]
         written.add(3, request())
         written.note_slots([(0, 3, groups, True)])
-        written.pending.extend((3, 0, 17))
+        written.pending.append(TokenEvent(3, 17, index=0))
         written.flush()
         assert written.state.kept_slots().keys() == {0}
         # A lease that is the broker's no more is nobody's.
@@ -323,7 +324,7 @@ def test_a_slot_is_kept_once_its_sequence_got_a_token_there(memory: int) -> None
         assert written.state.kept_slots() == {}
         with closing(Journal(memory)) as found:
             assert found.state.kept_slots() == {}
-        written.pending.extend((3, 1, 18))
+        written.pending.append(TokenEvent(3, 18, index=1))
         written.flush()
         assert written.state.kept_slots().keys() == {1}
 
@@ -687,3 +688,23 @@ def test_engines_that_are_killed_lose_no_token_and_give_none_twice(
         assert summary[f"journal_cpu_us_per_step_{sequences}"] > 0
     assert 0 < summary["journal_over_step"] < 1
     assert summary["journal_over_card_step"] > 0
+
+
+def test_a_token_that_no_engine_would_choose_is_found_teacher_forced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The last one: nothing follows from it.
+    take = of_bench.Consumer.take
+    monkeypatch.setattr(
+        of_bench.Consumer,
+        "take",
+        lambda self, number, index, token: take(self, number, index, (token + (number == 1 and index == 9)) % 512),
+    )
+    path = tmp_path / "survival.json"
+    sizes = ["--kills", "1", "--prompts", "2", "--prompt-tokens", "20", "--output-tokens", "10", "--life-tokens", "4"]
+    sizes += ["--journal-steps", "0", "--memory", "1MiB", "--tie-tolerance", "1e-3"]
+    assert main(["bench", "survival", "--device", "cpu", *sizes, "--output-json", str(path)]) == 1
+    summary = json.loads(path.read_text())["summary"]
+    assert (summary["tokens"], summary["tokens_differing"], summary["tokens_tied"]) == (20, 1, 0)
+    assert summary["widest_mismatch"] > 1e-3
+    assert summary["sequences_lost"] == 0

@@ -189,6 +189,8 @@ class KVCacheManager(SlottedCache):
         """What of that is in a broker's journal; None without one."""
         self._placed_anew: set[SequenceId] = set()
         """Sequences that came to a slot since that was noted in the journal."""
+        self._noted_frontiers = np.zeros(self.shape.num_slots, np.int64)
+        """Tokens of each slot's sequence that have memory by the journal."""
         self._lock = self._memory.lock
         self._preallocation = Preallocation(pool, self.layout)
         self._admission_maps = self._critical_path_maps = self._reported_maps = 0
@@ -497,7 +499,11 @@ class KVCacheManager(SlottedCache):
             self._borrowing.keeper.leave()
 
     def note_placements(self) -> None:
-        if self.arena.changed:
+        # What the thread maps ahead it notes itself, once it has nothing more to map: a step waits for it only where it
+        # writes there.
+        if self._placements is None:
+            return
+        if self.arena.changed or (self.lengths > self._noted_frontiers).any():
             self._uninterrupted(self._do_note_placements)
 
     def _do_note_placements(self) -> None:
@@ -507,15 +513,19 @@ class KVCacheManager(SlottedCache):
     def _note_placements(self) -> None:
         """Before an extent is used by another slot, or by nobody: what was taken from a slot is not noted as its own
         any more."""
-        if self._placements is None or not self.arena.changed:
+        arena = self.arena
+        if self._placements is None or arena.changed is None or not (arena.changed or arena.grown_ahead):
             return
-        changed, self.arena.changed = sorted(self.arena.changed), set()
-        slots, owner_of, noted = self.arena.slots, self._owner, []
+        changed = sorted(arena.changed | arena.grown_ahead)
+        slots, owner_of, noted = arena.slots, self._owner, []
         for index in changed:
             owner: Any = owner_of.get(index) if slots[index].state is RUNNING else None
             noted.append((index, owner, slots[index].groups, owner is not None and owner in self._placed_anew))
             self._placed_anew.discard(owner)
         self._placements.note(noted)
+        self._noted_frontiers[changed] = arena.frontiers[changed]
+        # Behind the note, for a step that begins meanwhile is not to go without it.
+        arena.changed, arena.grown_ahead = set(), set()
 
     @property
     def asked_to_sleep(self) -> bool:

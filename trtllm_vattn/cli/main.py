@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from trtllm_vattn.cli.parser import build_parser, one_line
 from trtllm_vattn.cli.torchrun import launched, own_rank, run_on_ranks, spoken_once
 from trtllm_vattn.errors import VattnError
+from trtllm_vattn.lost import end_process, is_lost_behind
 
 EXTRAS = {
     "transformers": "runtime",
@@ -33,8 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns 0 where it went well, 1 where a check or a benchmark found something wrong, 2 for what the user can mend,
-    which is said in one line on stderr, 130 where it was interrupted, and 141 where nobody reads its output.
+    which is said in one line on stderr, 130 where it was interrupted, and 141 where nobody reads its output. Where the
+    device is lost, the process of a command line (`arguments` is None) ends here, with 2.
     """
+    is_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         try:
@@ -50,7 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if (told := _foreseeable(error)) is None:
             raise
-        return _say(told, 2)
+        code = _say(told, 2)
+        if is_process and is_lost_behind(error):
+            # Before the frames that the error holds are left: what is in them would be freed.
+            end_process(code)
+        return code
 
 
 def _run(arguments: list[str]) -> int:
@@ -74,6 +81,9 @@ def _foreseeable(error: Exception) -> str | None:
     """What the user can do about an error; None for a bug of this library."""
     if isinstance(error, VattnError):
         return str(error)
+    if is_lost_behind(error):
+        first, _, _ = str(error).partition("\n")
+        return f"the device is lost: {first}; start the command anew"
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
         return f"{package} is not installed: pip install 'trtllm-vattn[{EXTRAS[package]}]'"
     if isinstance(error, OSError):

@@ -130,6 +130,8 @@ class Arena:
         self.trim_pending: set[int] = set()
         self.changed: set[int] | None = None
         """Slots whose state or memory changed since somebody looked; None where nobody does."""
+        self.grown_ahead: set[int] = set()
+        """Slots that grew ahead of their sequences since then, which nothing was written to yet."""
         self._pending_unmap: set[int] = set()
         self._scratches: list[Reservation] = []
         self._used_slots = 0
@@ -227,7 +229,7 @@ class Arena:
             undo.pop_all()
         for (slot, group, _), stripes in zip(growth, made, strict=True):
             self.slots[slot].push(group, stripes)
-            self.publish(slot)
+            self.publish(slot, ahead)
         return sum(len(stripes) * len(group.ranges) for (_, group, _), stripes in zip(growth, made, strict=True))
 
     def _map_more(self, slot: int, group: RangeGroup, size: int, ahead: bool, undo: ExitStack) -> list[Stripe]:
@@ -264,12 +266,13 @@ class Arena:
         self.unmap(slot, made[::-1])
         self.release_unmapped(extents)
 
-    def publish(self, index: int) -> None:
-        """A slot's state, what is mapped in it, or visible of it, changed: bring what is known of it up to date."""
+    def publish(self, index: int, ahead: bool = False) -> None:
+        """A slot's state, what is mapped in it, or visible of it, changed: bring what is known of it up to date. With
+        `ahead` it grew behind all that its sequence's next steps write, and nothing else changed."""
         if index < self.layout.num_slots:
             slot = self.slots[index]
             if self.changed is not None:
-                self.changed.add(index)
+                (self.grown_ahead if ahead else self.changed).add(index)
             if index >= self._used_slots:
                 self._free.update(range(self._used_slots, index))
                 self._used_slots = index + 1

@@ -26,6 +26,7 @@ from trtllm_vattn.runtime.rewrites import (
     share_products,
     split_even_products,
 )
+from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.runtime.tuned import install
 
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -140,9 +141,18 @@ def _inductor(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor]) ->
     A product with a single token's row is a sum over weights, which Inductor writes itself once it is asked to tune;
     that also takes in what comes after it. (gpt-fast found this.)
     """
+    return rewriting(traced, examples, partial(_unadvised, config_patches=_settings(examples)))
+
+
+def _unadvised(traced: torch.fx.GraphModule, examples: Sequence[torch.Tensor], **options: Any) -> Callable[..., Any]:
+    """Inductor, without its advice that float32 products would be faster if they were less exact (TF32): whoever asks
+    for float32 has chosen. torch gives it when it first compiles such a product, at any step, and where warnings are
+    errors it would be taken for a model that cannot be compiled."""
     from torch._inductor.compile_fx import compile_fx
 
-    return rewriting(traced, examples, cast(Backend, partial(compile_fx, config_patches=_settings(examples))))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TensorFloat32", UserWarning)
+        return cast(Callable[..., Any], compile_fx(traced, list(examples), **options))
 
 
 SINGLE_TOKEN = {
@@ -197,7 +207,7 @@ def compile_layers(model: PreTrainedModel, backend: Backend | None = None) -> in
     return len(layers)
 
 
-def compile_around_layers(model: PreTrainedModel, backend: Backend | str = "inductor") -> int:
+def compile_around_layers(model: PreTrainedModel, backend: Backend = _unadvised) -> int:
     """Compile what a pass computes before and after the layers, angles and the last norm; returns how many modules
     there are.
 
@@ -212,10 +222,8 @@ def compile_around_layers(model: PreTrainedModel, backend: Backend | str = "indu
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """For a first pass: no garbage is collected, since tracing makes many objects; and nobody is told that float32
-    products would be faster if they were less exact: those are angles."""
-    with collector_off(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "TensorFloat32", UserWarning)
+    """For a first pass: no garbage is collected, since tracing makes many objects."""
+    with collector_off():
         yield
 
 
@@ -229,6 +237,19 @@ def compile_model(model: PreTrainedModel) -> Wrap:
     compile_layers(model)
     compile_around_layers(model)
     return partial(torch.compile, dynamic=True)
+
+
+def compiled_modules(model: StepModel) -> list[nn.Module]:
+    """What of a model is compiled."""
+    return [module for module in model.modules() if module._compiled_call_impl is not None]
+
+
+def uncompile(model: StepModel, besides: Sequence[nn.Module] = ()) -> None:
+    """Have a model run as it is written again, but for some of its modules. Merged projections stay."""
+    kept = {*map(id, besides)}
+    for module in compiled_modules(model):
+        if id(module) not in kept:
+            module._compiled_call_impl = None
 
 
 def as_it_is(function: Callable[..., None]) -> Callable[..., None]:

@@ -115,6 +115,11 @@ class Launch:
         """Whether it has to be waited for: somebody wants its tokens, or prompts went in with it."""
         return bool(self.lane_of or self.prompt_tokens)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether its tokens can be read without waiting."""
+        return self._arrived is None or self._arrived.query()
+
     def logprob(self, step: int, lane: int, token: int, most: int) -> TokenLogprob:
         """Of the token of a lane, with `most` of the likeliest, after a step of it."""
         assert self.logprobs is not None
@@ -635,7 +640,8 @@ class DecodeBatch:
     def feed(self, slot: int, forced: Sequence[int], prompt_len: int) -> None:
         """Have a slot's sequence take its next token from `forced`, the tokens behind its prompt."""
         length = int(self.lengths[self.lane_of[slot]])
-        if length:
+        # Of one that decodes the last token of its prompt none is forced yet.
+        if length > prompt_len:
             self.feed_token(slot, forced[length - prompt_len - 1])
 
     def feed_token(self, slot: int, token: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
@@ -35,12 +35,13 @@ from trtllm_vattn.errors import (
     WrongProcess,
 )
 from trtllm_vattn.graphs.audit import AuditReport
+from trtllm_vattn.lost import is_lost_behind, never_free
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
 from trtllm_vattn.runtime.borrowing import check_broker, make_borrowing_cache
 from trtllm_vattn.runtime.checkpoint import end_of_text, load_tokenizer, say_what_is_not_heeded
 from trtllm_vattn.runtime.compaction import Compaction
-from trtllm_vattn.runtime.compiled import as_it_is, compile_model, tracing
+from trtllm_vattn.runtime.compiled import as_it_is, compile_model, compiled_modules, tracing, uncompile
 from trtllm_vattn.runtime.compression import Compression, check_compression, check_policy
 from trtllm_vattn.runtime.decode import ABSENT, DecodeBatch, Launch
 from trtllm_vattn.runtime.deterministic import check_deterministic
@@ -112,6 +113,8 @@ CHANGED = (
 NOT_FINITE = "its logits are NaN or infinite, so that there is no token to choose"
 MEMORY_WAIT_S = 0.01
 """Seconds that a step waits for other tenants' memory where it has nothing else to do."""
+HOLD_S = 0.002
+"""Seconds that a step waits at most before its caller may submit what goes in with the next launch."""
 UNUSUAL = 509
 """Tokens of the first compiled pass. No dimension of a model has this size, so torch takes none for their number; and
 kernels are tuned by it, which with few tokens would all seem alike."""
@@ -159,6 +162,9 @@ class _Changing:
         engine.cache.mark_changing(False)
         if kind is None or (issubclass(kind, VattnError) and kind is not CacheInterrupted):
             engine._interrupted = engine._attention = False
+        if engine.cache.device.type == "cuda" and is_lost_behind(error):
+            # Also the error: tensors stand in the frames that it holds.
+            never_free(engine, error)
 
 
 class Engine:
@@ -175,7 +181,8 @@ class Engine:
         A Hugging Face causal language model (of `runtime.families.FAMILIES`, or another that a dry pass finds
         servable), on the cache's device; its code is not changed, its attention is pointed at ours.
     cache : KVCache
-        The engine closes it.
+        The engine closes it; also where the engine cannot start (compile, capture). Where a setting is refused before
+        anything runs on the device, it stays as it was.
     attention : str
         ``auto``, ``torch``, ``cudnn``, ``shares``, ``latents``, ``xqa`` or ``xqa-fmha``
         (`attention.select.make_attention`).
@@ -352,18 +359,20 @@ class Engine:
         self._closed = False
         self.startup = StartupReport()
         with ExitStack() as undo:
+            undo.callback(uncompile, model, compiled_modules(model))
+            undo.callback(self._close_parts)
             draft_model = self._make_draft_model(settings)
             if draft_model is not None:
                 undo.callback(draft_model.close)
             mixed = self._start_device(settings, draft_model)
+            self.weights = Weights(model, capture)
+            self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
+            self.slots = RequestSlots.over(cache, reusing, settings["kv_events"], self._reading)
+            self.scheduler = self._make_scheduler(settings, mixed)
+            self._watch(trace)
+            one_by_one = loop or record_margins or (self.compression is not None and self.compression.one_by_one)
+            self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one, self.compression)
             undo.pop_all()
-        self.weights = Weights(model, capture)
-        self._map_ahead = MapAheadHook(cache, policy, self.decode.publish_frontiers if loop else None)
-        self.slots = RequestSlots.over(cache, reusing, settings["kv_events"], self._reading)
-        self.scheduler = self._make_scheduler(settings, mixed)
-        self._watch(trace)
-        one_by_one = loop or record_margins or (self.compression is not None and self.compression.one_by_one)
-        self.pipeline = Pipeline(self.scheduler, self.passes, one_by_one, self.compression)
         _engines.add(self)
         # Nothing at the end of the interpreter, when graphs may still run.
         weakref.finalize(self, _drop, self._process, self.passes, self.prefill, self.decode).atexit = False
@@ -529,7 +538,8 @@ class Engine:
                     likely = itertools.chain(self.decode.likely(), self.passes.likely())
                     self.startup.likely = capture_within(likely)
                     self.decode.measure_prefixes()
-            if settings["target_itl_ms"] is not None:
+            # Of captured passes it is known already; by it the next one is launched late (`Pipeline`).
+            if settings["target_itl_ms"] is not None or (on_gpu and self.passes.graphs is not None):
                 self.passes.learn()
         self.startup.attention = self.attention.describe()
         return mixed
@@ -1084,6 +1094,9 @@ class Engine:
         """Start the next launches and take the tokens of one: a pass of `chunk` tokens at most, of prompts that go in
         and one of every running sequence; or, where no prompt does, `steps` decode steps of them.
 
+        Where a pass takes long and the next one is not launched yet, so that requests that come meanwhile go in with it
+        (`Pipeline.hold_s`), a step may return after a few milliseconds without having taken any tokens.
+
         Raises DriverError where mapping ahead failed beside the last step. Whatever it raises, an interrupt among it,
         the next call goes on, and returns the tokens that this one had. Raises WeightsMixed after an update of the
         weights broke.
@@ -1109,14 +1122,22 @@ class Engine:
                 self.scheduler.preempt_youngest()
         with inference(), self._changing:
             self._map_ahead.before_step()
-            started = self._read_at if self.pipeline.running else perf_counter()
+            self.pipeline.returned()
+            if not self.pipeline.running:
+                self._read_at = perf_counter()
             self._end_overdue()
             launch = self.pipeline.start()
-            record = None if launch is None else self._commit(launch, started)
+            held_s = self.pipeline.hold_s
+            if held_s:
+                self.scheduler.admit_during_step()
+            record = None if launch is None or held_s else self._commit(launch, self._read_at)
             if self._survival is not None:
                 self._survival.write()
             self.scheduler.release_ended()
         self._report_demand(waits=launch is None)
+        if held_s:
+            sleep(min(held_s, HOLD_S))
+        self.pipeline.left()
         if record is not None and self.observer is not None:
             self.observer(record)
 
@@ -1212,7 +1233,7 @@ class Engine:
             where = [launch.lane_of[request.slot] for request in requests]
             apart = margins(launch.logits[where]) if self.record_margins else None
             self._commit_tokens(requests, [row[lane] for lane in where], apart, launch, step)
-        self.pipeline.commit(launch, rows)
+        self.pipeline.commit(launch, rows, self._read_at)
         self.swap_cost.observe_prompt(launch.prompt_tokens, wall_s)
         drafted = self._roll_back(launch)
         steps = min(len(rows), launch.steps)
@@ -1276,7 +1297,10 @@ class Engine:
         request.note(event)
         if self._survival is not None and not request.is_chosen_again:
             # What is chosen again is noted already, with what came behind it.
-            self._survival.noted(event)
+            if event.finish_reason is None:
+                self._survival.noted(event)
+            else:
+                self._survival.ended(event, event.finish_reason)
         if event.finish_reason:
             request.error, request.finish_reason = event.error, event.finish_reason
             self.totals.ended[event.finish_reason] += request.id in self.scheduler.requests
@@ -1646,15 +1670,19 @@ class Engine:
             self._survival.end()
         self.scheduler.clear()
         with ExitStack() as all_of_it:
-            # In this order backwards, each whatever the others raise.
             if self._trace is not None and self._trace.is_owned:
                 all_of_it.callback(self._trace.close)
-            all_of_it.callback(self.sleeping.close)
-            all_of_it.callback(self.cache.close)
-            all_of_it.callback(self.prefill.close)
-            all_of_it.callback(self.passes.close)
-            all_of_it.callback(self.decode.close)
+            all_of_it.callback(self._close_parts)
         self._map_ahead.raise_failed()
+
+    def _close_parts(self) -> None:
+        """Close the graphs, the cache and what sleeps: all that a start had made, if it failed."""
+        made = vars(self)
+        with ExitStack() as all_of_it:
+            # In this order backwards, each whatever the others raise.
+            for name in ("sleeping", "cache", "prefill", "passes", "decode"):
+                if name in made:
+                    all_of_it.callback(made[name].close)
 
     def __enter__(self) -> Self:
         self._check_open()

@@ -5,6 +5,11 @@ scheduling, as in vLLM and TensorRT-LLM), and prompts go in and requests join an
 out to have ended took part once too often: its surplus is discarded, and its slot is not written by anybody else
 before, because all work is on one stream.
 
+A pass with prompts may take tens of milliseconds, and what is launched behind it is settled then: a request that comes
+meanwhile would wait for both. So where a pass takes long and the next one has room for more, it is launched shortly
+before the first one ends, as its measured cost predicts (`Pipeline.hold_s`); decode steps are far shorter, and never
+waited with.
+
 Where a grammar's masks are made of those tokens, the forward pass of a launch is started ahead all the same, and its
 choice of tokens once the last one's are committed (`DecodeBatch.choose`, lane_processors.py).
 """
@@ -19,6 +24,12 @@ from trtllm_vattn.runtime.compression import Compression
 from trtllm_vattn.runtime.decode import Launch
 from trtllm_vattn.runtime.passes import Passes
 from trtllm_vattn.runtime.scheduler import Scheduler
+
+MARGIN_S = 0.004
+"""Before a pass ends, as predicted, in which the next one is planned and launched: a millisecond or two of the host."""
+MARGIN = 0.05
+"""Of a pass, more: what predictions are wrong by."""
+AWAY_DECAY = 0.9
 
 
 class Pipeline:
@@ -35,6 +46,12 @@ class Pipeline:
     ----------
     unread : Launch or None
         What runs already behind the launch that `start` gave.
+    margin_s : float
+        Seconds before a pass ends, as predicted, at which the next one is launched at the latest.
+    hold_s : float
+        Seconds from the last `start` on for which nothing is launched behind what runs, so that a request that comes
+        meanwhile goes in with the next launch; 0 where it was launched, or nothing has to be. With it, the caller lets
+        requests come, and calls `start` again.
     kv_s : float
         Seconds that the last `start` spent on plans and the guard.
     """
@@ -46,7 +63,11 @@ class Pipeline:
         self.unread: Launch | None = None
         self._first: Launch | None = None
         """What runs and is read next, until it is committed."""
-        self.kv_s = 0.0
+        self.margin_s = MARGIN_S
+        self.kv_s = self.hold_s = self._away_s = 0.0
+        self._began = 0.0
+        """When the device began with `_first`, or a little later."""
+        self._left_at: float | None = None
 
     @property
     def running(self) -> bool:
@@ -59,18 +80,22 @@ class Pipeline:
 
         The same one until `commit`, so that no token is skipped where reading it was interrupted.
         """
-        self.kv_s = 0.0
+        self.kv_s = self.hold_s = 0.0
         if not self.running:
             self.forget()
         if self._first is None:
             self._first, self.unread = self.unread, None
         if self._first is None:
             self._first = self._launch(ahead=False)
+            self._began = perf_counter()
         if self._first is None:
             return None
         # Mostly done by `commit`; but nothing may have been ahead.
         self._first = self._chosen(self._first)
         if self.unread is None and not self.one_by_one:
+            self.hold_s = self._left_s(self._first)
+            if self.hold_s:
+                return self._first
             try:
                 self.unread = self._launch(ahead=True)
             except (DriverError, MemoryQuarantined):
@@ -79,6 +104,24 @@ class Pipeline:
                 self.scheduler.preempt_broken()
                 raise
         return self._first
+
+    def _left_s(self, launch: Launch) -> float:
+        """Seconds until what comes behind a launch that runs has to be launched; 0 where that is now, or where waiting
+        would let nobody in."""
+        cost = self.passes.cost
+        if cost is None or launch.timing is None or launch.is_done or not self.scheduler.lets_in_more:
+            return 0.0
+        takes_s = (1 - MARGIN) * cost.milliseconds(launch.timing.load) / 1e3
+        return max(0.0, self._began + takes_s - self.margin_s - self._away_s - perf_counter())
+
+    def left(self) -> None:
+        """The caller has its tokens, and is away until `returned`."""
+        self._left_at = perf_counter() if self.running else None
+
+    def returned(self) -> None:
+        """The caller is back; for how long it is away is time in which nothing is launched."""
+        if self._left_at is not None:
+            self._away_s = max(AWAY_DECAY * self._away_s, perf_counter() - self._left_at)
 
     def drain(self) -> Launch | None:
         """The launch to read next among those under way, or None, until `commit`; starts none."""
@@ -95,12 +138,12 @@ class Pipeline:
         if self.unread is not None:
             self.scheduler.decode.begin_masks(launch, rows, self.unread)
 
-    def commit(self, launch: Launch, rows: Sequence[Sequence[int]]) -> None:
-        """The tokens of the launch that `start` gave, a row a step, are in the requests' records; `start` gives the
-        launch behind it."""
+    def commit(self, launch: Launch, rows: Sequence[Sequence[int]], read_at: float) -> None:
+        """The tokens of the launch that `start` gave, a row a step, read at this time (`perf_counter`), are in the
+        requests' records; `start` gives the launch behind it."""
         self.scheduler.decode.commit(launch, rows)
         self.passes.measured(launch)
-        self._first = None
+        self._first, self._began = None, read_at
         if self.unread is not None:
             self.unread = self._chosen(self.unread)
 

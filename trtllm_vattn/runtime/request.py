@@ -22,7 +22,7 @@ from trtllm_vattn.runtime.lane_processors import LaneAsks
 from trtllm_vattn.runtime.logprobs import TokenLogprob
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.runtime.text import Text
-from trtllm_vattn.runtime.tokens import TEXT, token_ids
+from trtllm_vattn.runtime.tokens import TEXT, checked_ids, token_ids
 from trtllm_vattn.values import described, shown
 
 
@@ -201,6 +201,7 @@ class RequestState:
     """Of each chosen token, where they are asked for."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     """Of the prompt's first tokens, where they are asked for."""
+    _prompt_ids: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def asks(self) -> LaneAsks | None:
@@ -230,10 +231,10 @@ class RequestState:
         return self.prefilled == self.length - 1
 
     @property
-    def stored(self) -> list[int]:
-        """The tokens whose keys and values are in a verified request's slot: all but the last one chosen, which may
-        have been fed."""
-        return self.tokens[:-1]
+    def stored(self) -> np.ndarray:
+        """The tokens, int64, whose keys and values are in a verified request's slot: all but the last one chosen, which
+        may have been fed."""
+        return self.token_ids[:-1]
 
     # -- computed anew ---------------------------------------------------------------------------------------------
 
@@ -330,6 +331,14 @@ class RequestState:
     def tokens(self) -> list[int]:
         """All tokens known so far; after a preemption they are prefilled again."""
         return self.prompt + self.fed
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """`tokens` as int64; a long prompt is made an array once."""
+        if self._prompt_ids is None:
+            self._prompt_ids = np.array(self.prompt, np.int64)
+        fed = self.fed
+        return np.concatenate((self._prompt_ids, np.array(fed, np.int64))) if fed else self._prompt_ids
 
     @property
     def limit(self) -> int:
@@ -460,7 +469,7 @@ def make_request(
     params = SamplingParams() if params is None else params
     if not isinstance(params, SamplingParams):
         raise ConfigError(f"the parameters are {described(params)}; give SamplingParams, or None for the usual ones")
-    prompt = token_ids("the prompt", prompt, vocab_size)
+    prompt, prompt_ids = checked_ids("the prompt", prompt, vocab_size)
     if not prompt:
         raise ConfigError("the prompt is empty; at least one token is needed")
     token_ids("stop_token_ids", params.stop_token_ids, vocab_size)
@@ -474,7 +483,8 @@ def make_request(
     most = _most_tokens(len(prompt), params.max_tokens, cache)
     if params.max_tokens is None and forced is not None:
         most = min(most, len(forced))
-    return RequestState(number, prompt, params.seeded().stopping_at(end_of_text), most, forced, silent)
+    params = params.seeded().stopping_at(end_of_text)
+    return RequestState(number, prompt, params, most, forced, silent, _prompt_ids=prompt_ids)
 
 
 def _most_tokens(prompt_len: int, wanted: int | None, cache: KVCache) -> int:

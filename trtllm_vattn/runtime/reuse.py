@@ -102,7 +102,7 @@ class RequestSlots:
             found = self.cache.at_once(
                 partial(prefixes.lookup_and_admit, share=request.group is not None),
                 request.id,
-                np.array(request.tokens, np.int64),
+                request.token_ids,
                 self.key_of(request),
                 params.retention_priority,
                 request.left,
@@ -118,7 +118,7 @@ class RequestSlots:
         """Whether all of a request's tokens are kept that it may begin with."""
         if self.prefixes is None:
             return False
-        tokens = np.array(request.tokens, np.int64)
+        tokens = request.token_ids
         return self.prefixes.match(tokens, self.key_of(request)) >= len(tokens) - 1
 
     def suspend(self, request: RequestState, tokens: int, wait: bool = True) -> int:
@@ -152,7 +152,7 @@ class RequestSlots:
         """A verified request's tokens are in its slot: others may begin with them from now on."""
         if self.prefixes is not None:
             self.changes += 1
-            self.prefixes.computed(request.id, np.array(request.stored, np.int64))
+            self.prefixes.computed(request.id, request.stored)
 
     def moved(self, request: RequestState) -> None:
         """The cache has given a request another slot."""
@@ -174,7 +174,7 @@ class RequestSlots:
             and request.finish_reason != "error"
             and request.slot not in self.cache.broken_slots()
         )
-        return Left(request.id, np.array(request.stored, np.int64) if keep else None)
+        return Left(request.id, request.stored if keep else None)
 
     def release(self, left: Left) -> None:
         """Take a request's slot. Raises DriverError, with nothing changed."""

@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
-from itertools import islice
+from itertools import chain, islice
 from time import perf_counter
 from typing import Literal
 
@@ -77,8 +77,9 @@ class Scheduler:
     cost, target_ms : PassCost, float, or None
         With both, a pass holds no more prompt tokens than it can take in so many milliseconds.
     pass_sizes : sequence of int
-        Numbers of rows that passes are captured for, in order: with a target, a pass fills one of them, since a pass
-        takes the time of all its rows, those without a token too. Empty where passes run as they are.
+        Numbers of rows that passes are captured for, in order. A pass takes the time of all its rows, those without a
+        token too: with a target, a pass fills one of them; without one, where a cost says that two passes take less
+        time than one that is padded. Empty where passes run as they are.
     fail : callable
         Called with a request that can never be served and the reason; it ends it (`end`).
 
@@ -176,6 +177,19 @@ class Scheduler:
         return len(self.requests) > len(self.parked)
 
     @property
+    def lets_in_more(self) -> bool:
+        """Whether a prompt that came now would go in, or begin to, with the next launch: a lane is free, and those
+        before it do not fill a pass."""
+        if len(self.holders) >= len(self.decode.lengths):
+            return False
+        left = self.chunk - (len(self.decoding) if self.mixed else 0)
+        for request in chain(self.prefilling, self.waiting):
+            if left <= 0:
+                break
+            left -= request.length - request.prefilled
+        return left > 0
+
+    @property
     def holders(self) -> list[RequestState]:
         """Requests with a slot."""
         return [*self.decoding.values(), *self.prefilling, *self.arriving.values()]
@@ -229,6 +243,10 @@ class Scheduler:
             if resumed:
                 self.arriving[request.id] = request
                 self._take_arrived()
+                continue
+            if request.decodes_next and not self.alone:
+                # All but its last token is kept: a decode step takes that one, as it takes any sequence's last token.
+                self.decode_next(request)
                 continue
             self.prefilling.append(request)
             left += request.length - request.prefilled
@@ -356,9 +374,11 @@ class Scheduler:
         lanes = self.decode.lanes if self.mixed else {}
         least = min(self.chunk, MIN_CHUNK_ROWS)
         room = max(self.chunk - len(lanes), least)
-        if self.cost is None or self.target_ms is None:
+        if self.cost is None:
             return self._rows_within(order, room)
         kv = int(self.decode.lengths[list(lanes.values())].sum())
+        if self.target_ms is None:
+            return self._unpadded(order, self._rows_within(order, room), len(lanes), kv)
         target_ms = MARGIN * self.target_ms
         best = self._rows_within(order[:1], least)
         if not self.pass_sizes or not self.mixed:
@@ -369,6 +389,24 @@ class Scheduler:
             if size > len(lanes) and left_ms > 0:
                 best = max(best, self._rows_within(order, min(room, size - len(lanes)), left_ms, paid=True), key=sum)
         return best
+
+    def _unpadded(self, order: Sequence[RequestState], rows: list[int], lanes: int, kv: int) -> list[int]:
+        """So many rows of each request, or fewer, where filling a smaller captured pass and leaving the others to the
+        next one takes less time than the padding of a single pass would."""
+        total = lanes + sum(rows)
+        below = max((size for size in self.pass_sizes if size < total), default=0)
+        if self.cost is None or not self.mixed or below - lanes < MIN_CHUNK_ROWS:
+            return rows
+        padded = [
+            next((size for size in self.pass_sizes if size >= needed), None)
+            for needed in (total, lanes + total - below)
+        ]
+        if padded[0] in (None, total):
+            return rows
+        one, first, second = (
+            self.cost.milliseconds(PassLoad(size or 0, 0, kv)) for size in (padded[0], below, padded[1])
+        )
+        return rows if first + second >= one else self._rows_within(order, below - lanes)
 
     def _rows_within(
         self, order: Sequence[RequestState], room: int, left_ms: float = math.inf, paid: bool = False

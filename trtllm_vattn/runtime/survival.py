@@ -30,6 +30,10 @@ class Survival:
 
     Attributes
     ----------
+    noted : callable
+        Takes the `TokenEvent` of a token behind which its request goes on (`ended` takes the others): it became part of
+        the request's record, and is written before anybody gets it. A list's own method, which a step calls for each of
+        its tokens.
     prefilled_again : int
         Requests that had tokens and no slot when they were taken over.
     """
@@ -43,8 +47,7 @@ class Survival:
         complete: Callable[[RequestState], None],
     ) -> None:
         self._cache, self._journal = cache, journal
-        self._pending: list[int | None] = journal.pending  # type: ignore[assignment]
-        """A token is None only with an end."""
+        self.noted = journal.pending.append
         # As they were left: the journal's own go on.
         self._left = {number: replace(kept, chosen=kept.chosen[:]) for number, kept in left.requests.items()}
         self._next_number = left.next_number
@@ -89,13 +92,10 @@ class Survival:
         """A request was queued."""
         self._cache.at_once(self._journal.add, request.id, _kept(request))
 
-    def noted(self, event: TokenEvent) -> None:
-        """An event became part of a request's record; it is noted before anybody gets it."""
-        if event.finish_reason is None:
-            self._pending.extend((event.request, event.index, event.token))
-        else:
-            self._journal.ends.append((event.request, event.index, event.token, event.finish_reason))
-            self._ended.append(event.request)
+    def ended(self, event: TokenEvent, reason: str) -> None:
+        """As `noted`, of a request's last event."""
+        self._journal.ends.append((event.request, event.index, event.token, reason))
+        self._ended.append(event.request)
 
     def dropped(self, numbers: Iterable[int]) -> None:
         """Nobody wants these requests any more, nor what they gave: the next process has nothing of them."""

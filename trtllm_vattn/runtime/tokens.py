@@ -14,17 +14,28 @@ from trtllm_vattn.values import as_whole, described, shown
 TEXT = (str, bytes, bytearray, memoryview)
 TokenIds = Sequence[int] | np.ndarray | torch.Tensor
 """Of one dimension."""
+LARGEST_ID = (1 << 63) - 1
+"""Where no vocabulary says so."""
 
 
 def token_ids(name: str, given: Any, vocab_size: int | None = None) -> list[int]:
     """Token ids from a sequence, a numpy array or a torch tensor of one dimension; in the vocabulary, where its size is
     given."""
-    ids = _integers(name, given)
-    if ids and (min(ids) < 0 or (vocab_size is not None and max(ids) >= vocab_size)):
-        wrong = next(i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size))
-        bounds = "below 0" if vocab_size is None else f"outside 0 to {vocab_size - 1}"
+    return checked_ids(name, given, vocab_size)[0]
+
+
+def checked_ids(name: str, given: Any, vocab_size: int | None = None) -> tuple[list[int], np.ndarray]:
+    """`token_ids`, and the same as an int64 array: prompts are long, and looking at each token in Python is slow."""
+    ids, most = _integers(name, given), LARGEST_ID if vocab_size is None else vocab_size - 1
+    try:
+        array = np.array(ids, np.int64)
+    except OverflowError:
+        array = np.array([-1])
+    if len(array) and (array.min() < 0 or array.max() > most):
+        wrong = next(i for i in ids if not 0 <= i <= most)
+        bounds = "below 0" if wrong < 0 and vocab_size is None else f"outside 0 to {most}"
         raise ConfigError(f"{name} has token ids {bounds}: {shown(wrong)}")
-    return ids
+    return ids, array
 
 
 def _integers(name: str, given: Any) -> list[int]:
@@ -36,7 +47,7 @@ def _integers(name: str, given: Any) -> list[int]:
         return _of_array(name, given)
     if not isinstance(given, Sequence):
         raise ConfigError(f"{name} is {described(given)}; give a list, an array or a tensor of token ids")
-    if set(map(type, given)) <= {int}:
+    if list(map(type, given)).count(int) == len(given):
         return list(given)
     return [_token(name, position, token) for position, token in enumerate(given)]
 

@@ -138,7 +138,6 @@ class Weights:
         self.state = WeightsState.CURRENT
         self._broken_by = ""
         self._writes = 0
-        self.were_written()
         merged = any(isinstance(module, LinearSlice) for module in model.modules())
         self._fixed = [
             (f"{prefix}.{name}".lstrip("."), module._parameters, name, parameter.data_ptr())
@@ -147,6 +146,7 @@ class Weights:
             if parameter is not None
         ]
         """Parameters whose addresses something holds: the name, where the module keeps it, and the address."""
+        self.were_written()
 
     def require_current(self) -> None:
         """Raise WeightsMixed where a step would compute with weights of two versions."""
@@ -179,7 +179,9 @@ class Weights:
     def were_written(self) -> bool:
         """Whether anything was written to parameters since the last call, by whomever: by torch's counter of each."""
         before = self._writes
-        self._writes = sum(0 if each.is_inference() else each._version for each in self.model.parameters())
+        # To ask the model for them walks over all of its modules, which takes a millisecond before a first token.
+        parameters = [kept[name] for _, kept, name, _ in self._fixed] or self.model.parameters()
+        self._writes = sum(0 if each is None or each.is_inference() else each._version for each in parameters)
         return self._writes != before
 
     # -- before the first byte -------------------------------------------------------------------------------------

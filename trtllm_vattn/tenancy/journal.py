@@ -17,6 +17,7 @@ A process that is killed does not take its stores to shared memory back; a machi
 
 from __future__ import annotations
 
+import itertools
 import logging
 import mmap
 import os
@@ -26,7 +27,7 @@ import zlib
 from array import array
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, cast
 
 import msgspec
 import numpy as np
@@ -41,7 +42,7 @@ KIND, LIVE = range(2)
 """Words of the head: `FORMAT`, and the half that holds, 1 or 2; 0 is none. Each changes in one byte."""
 HEAD = mmap.PAGESIZE
 TAIL = 1 << 20
-"""Bytes of changes behind a snapshot, at least, before the next one is written."""
+"""Bytes of changes behind a snapshot, at least, before the next one is written (`tail_of`)."""
 QUEUE = 256 << 20
 """Bytes for requests that wait, beside twice as many as there are slots, of the greatest length."""
 MOST = 8 << 30
@@ -70,6 +71,31 @@ def store(memory: mmap.mmap, at: int, data: bytes) -> None:
 def store_word(words: memoryview[int], word: int, value: int) -> None:
     """Every store to a journal's head: one aligned word."""
     words[word] = value
+
+
+def tail_of(snapshot: int) -> int:
+    """Bytes of changes behind a snapshot of so many, before the next one is written."""
+    return max(TAIL, snapshot)
+
+
+class Token(Protocol):
+    """A token that a request got, and its place there (`TokenEvent`)."""
+
+    @property
+    def request(self) -> int: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def token(self) -> int | None: ...
+
+
+def _packed(tokens: Sequence[Token]) -> bytes:
+    """The record of tokens, column by column: a step has hundreds of them, and Python takes each of them by itself."""
+    flat: list[Any] = [0] * (3 * len(tokens))
+    flat[0::3] = [each.request for each in tokens]
+    flat[1::3] = [each.index for each in tokens]
+    flat[2::3] = [each.token for each in tokens]
+    return struct.pack(f"<B{len(flat)}q", TOKENS, *flat)
 
 
 def is_begun(descriptor: int) -> bool:
@@ -210,7 +236,7 @@ class State:
         else:
             raise InvariantViolation(f"a journal's record is of the kind {kind!r}, which there is not")
 
-    def set_tokens(self, flat: array[int]) -> None:
+    def set_tokens(self, flat: bytes) -> None:
         """Take records of tokens in: numbers, places and tokens in turn."""
         table = np.frombuffer(flat, np.int64).reshape(-1, 3)
         table = table[np.argsort(table[:, 0], kind="stable")]
@@ -281,9 +307,8 @@ class Journal:
     placements : int
         Bytes of that for what is no request's (`Sizes`).
     pending, ends : list
-        Tokens that are to be written with the next record (each as its request's number, its place, and itself: three
-        members of the list), and ends of requests (number, place, token or None, reason). Who extends them needs no
-        lock.
+        Tokens that are to be written with the next record, and ends of requests (number, place, token or None, reason).
+        Who appends to them needs no lock.
     snapshots : int
         How many were written.
     """
@@ -301,12 +326,12 @@ class Journal:
         """The half, where its next record goes, the number of the last one, and where no record goes any more: one
         attribute, so that no interrupt finds one of them new and another old."""
         self._state = State()
-        self._unapplied: list[array[int] | tuple[Any, ...]] = []
+        self._unapplied: list[bytes | tuple[Any, ...]] = []
         """Changes that are written, and are not in `_state`: tokens as they are written, and others."""
         self._room: dict[int, int] = {}
         """Bytes that each request was promised."""
         self.is_written = False
-        self.pending: list[int] = []
+        self.pending: list[Token] = []
         self.ends: list[tuple[int, int, int | None, str]] = []
         self.snapshots = self._promised = 0
         try:
@@ -335,7 +360,7 @@ class Journal:
             if number is None and (change is None or change[0] != "all"):
                 break
             if change is None:
-                state.set_tokens(array("q", payload[1:]))
+                state.set_tokens(payload[1:])
             else:
                 state.apply(change)
             number, _, at = record
@@ -431,10 +456,11 @@ class Journal:
 
     def _flush(self) -> None:
         # Copies, and deleted once they are written: where this is interrupted, it is done again, to the same effect.
-        if flat := array("q", self.pending):
-            self._unapplied.append(flat)
-            self._write(b"\x01" + flat.tobytes())
-            del self.pending[: len(flat)]
+        if tokens := self.pending[:]:
+            record = _packed(tokens)
+            self._unapplied.append(record[1:])
+            self._write(record)
+            del self.pending[: len(tokens)]
             if len(self._unapplied) >= APPLIED_AT:
                 self._apply()
         if ends := self.ends[:]:
@@ -447,17 +473,12 @@ class Journal:
 
     def _apply(self) -> None:
         """Have `_state` say what is written."""
-        tokens = array("q")
-        for change in self._unapplied:
-            if isinstance(change, array):
-                tokens += change
+        for is_tokens, changes in itertools.groupby(self._unapplied, lambda change: isinstance(change, bytes)):
+            if is_tokens:
+                self._state.set_tokens(b"".join(cast("Iterable[bytes]", changes)))
                 continue
-            if tokens:
-                self._state.set_tokens(tokens)
-                tokens = array("q")
-            self._state.apply(change)
-        if tokens:
-            self._state.set_tokens(tokens)
+            for change in changes:
+                self._state.apply(change)
         self._unapplied = []
 
     def _write(self, payload: bytes) -> None:
@@ -486,7 +507,7 @@ class Journal:
         at = HEAD + half * self._half_bytes
         end = at + _HEAD.size + len(payload)
         self._put(at, payload, number + 1)
-        limit = min(end + max(TAIL, len(payload)), at + self._half_bytes)
+        limit = min(end + tail_of(len(payload)), at + self._half_bytes)
         self._where = half, end, number + 1, limit
         self.snapshots += 1
         store_word(self._words, LIVE, half + 1)

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError, DriverError, EngineClosed, RequestFailed, VattnError, WrongProcess
+from trtllm_vattn.lost import end_process
 from trtllm_vattn.machine import processes
 from trtllm_vattn.runtime.async_engine import AsyncEngine
 from trtllm_vattn.runtime.binding import shape_of
@@ -504,7 +505,8 @@ def _in_sticky_error(device: str) -> None:
         print(f"the stream: {error}", file=sys.stderr)
     engine.close()
     if engine.failure is not None:
-        sys.exit(f"the engine ended: {' '.join(str(engine.failure).split())[:300]}")
+        print(f"the engine ended: {' '.join(str(engine.failure).split())[:300]}", file=sys.stderr)
+        end_process(1)
 
 
 def _in_full_disk(device: str, path: str) -> None:

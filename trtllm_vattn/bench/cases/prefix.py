@@ -186,8 +186,7 @@ def measure_engines(recording: Recording) -> None:
     """What an engine makes of an agent's turns, and of the trace: throughput beside none of it and beside block tables,
     steady steps, the time to a hit's first token, and what each way to a hit takes by its length."""
     args, model = recording.args, recording.model
-    given = argparse.Namespace(**ENGINE["host" if args.device == "cpu" else "gpu"])
-    given.device, given.seed = args.device, args.seed
+    given = _engine_flags(args)
     loads = {"engine": reuse.agents_of(given, args.engine_requests)}
     if args.trace is not None:
         loads["engine_trace"] = from_trace(load_trace(args.trace, args.engine_requests), args.divide_by)
@@ -196,6 +195,20 @@ def measure_engines(recording: Recording) -> None:
         recording.sum_up(**reuse.steady_state(engines["reuse"], given))
         reuse.compare(engines, loads, given, recording, "engines")
         reuse.ways_by_length(engines["reuse"], given, recording)
+
+
+def measure_hits_alone(recording: Recording) -> None:
+    """Of `measure_engines`, what needs one engine and no workload: half a minute of a card."""
+    given = _engine_flags(recording.args)
+    with reuse.contenders(recording.model, given, reuse.CONTENDERS[:1], recording) as engines:
+        recording.sum_up(**reuse.steady_state(engines["reuse"], given))
+        reuse.ways_by_length(engines["reuse"], given, recording)
+
+
+def _engine_flags(args: argparse.Namespace) -> argparse.Namespace:
+    given = argparse.Namespace(**ENGINE["host" if args.device == "cpu" else "gpu"])
+    given.device, given.seed = args.device, args.seed
+    return given
 
 
 def settings(args: argparse.Namespace) -> list[Setting]:
@@ -282,5 +295,11 @@ def replay(
         finish(running.popleft())
 
 
-PARTS: dict[str, Part] = {"engine": measure_engines, "hits": measure_hits, "variants": measure_variants}
-"""What engines make of reuse; hits of one setting beside an ideal tree; hits of all other settings."""
+PARTS: dict[str, Part] = {
+    "engine": measure_engines,
+    "hits": measure_hits,
+    "variants": measure_variants,
+    "alone": measure_hits_alone,
+}
+"""What engines make of reuse; hits of one setting beside an ideal tree; hits of all other settings; and of the first
+what one engine alone tells."""

@@ -8,7 +8,7 @@ one has ended. Their outputs are the trace's own (forced), so that the next turn
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from typing import Any
@@ -32,6 +32,7 @@ from trtllm_vattn.bench.harness.flags import (
     add_trace,
 )
 from trtllm_vattn.bench.harness.recording import Part, Recording
+from trtllm_vattn.bench.harness.serving import quiet_heap
 from trtllm_vattn.bench.harness.shared_blocks import BlockSlots, SharedBlocks
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.bench.harness.traces import load_trace
@@ -40,6 +41,7 @@ from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import tabulate
 
@@ -57,6 +59,10 @@ COLUMNS = {
 }
 SPREAD = 0x9E3779B1
 """Odd: numbers of tokens, which no vocabulary has so many of, are spread over it by this."""
+REMAINDERS = (1, 8, 16)
+"""Tokens behind what is kept, of the hits whose time to the first token is measured; the first is the one quoted."""
+MAPPING_CALLS = ("admit", "adopt", "copy_prefix", "extend")
+"""Of the cache beneath a prefix cache."""
 HIT = 0.5
 """Of a prompt, what is reused where TTFT counts as that of a hit."""
 
@@ -275,25 +281,80 @@ def steady_state(engine: Engine, args: argparse.Namespace) -> dict[str, float]:
     for number in numbers:
         if number in engine.scheduler.requests:
             engine.abort(number)
-    first, steps = [], []
-    for _ in range(12 if args.steps >= 100 else 3):
-        turn = [*prompt, *random.integers(0, vocab, 1).tolist()]
-        started = perf_counter()
-        engine.submit(turn, SamplingParams(min(40, args.steps), ignore_eos=True))
-        times = []
-        while engine.busy:
-            if engine.step():
-                times.append(perf_counter())
-        first.append(1e3 * (times[0] - started))
-        steps.append(1e3 * float(np.median(np.diff(times))))
+    turns = 12 if args.steps >= 100 else 3
+    rows = [hits_alone(engine, prompt, behind, turns, min(40, args.steps), random) for behind in REMAINDERS]
     hits, asked = (now - was for now, was in zip(cached_of(engine), before_turns, strict=True))
     if hits < HIT * asked:
         raise ConfigError(
             f"only {hits / asked:.0%} of these prompts' tokens were reused; raise --budget or --kept-seqs"
         )
-    return {
+    one, *others = rows
+    found = {
         "driver_calls_per_steady_step": calls,
-        "ttft_hit_ms": float(np.median(first)),
-        "step_ms": float(np.median(steps)),
-        "ttft_hit_over_step": float(np.median(first) / np.median(steps)),
+        "ttft_hit_ms": one["ttft_ms"],
+        "step_ms": one["step_ms"],
+        "ttft_hit_over_step": one["ttft_ms"] / one["step_ms"],
+        "ttft_hit_less_mapping_over_step": (one["ttft_ms"] - one["mapping_ms"]) / one["step_ms"],
+        **{f"hit_{part}_ms": one[f"{part}_ms"] for part in ("mapping", "pass", "host")},
     }
+    for row in others:
+        found[f"ttft_hit_{row['behind']}_tokens_ms"] = row["ttft_ms"]
+        found[f"hit_{row['behind']}_tokens_pass_ms"] = row["pass_ms"]
+    return found
+
+
+def hits_alone(
+    engine: Engine, prompt: list[int], behind: int, turns: int, output: int, random: np.random.Generator
+) -> dict[str, float]:
+    """Hits on a prompt with so many tokens behind it, on an idle engine, medians: `ttft_ms` from the submission on;
+    `mapping_ms` of it in calls that give the sequence its slot and memory, driver calls among them; `pass_ms` waiting
+    for the device; `host_ms` all else. And `step_ms` of the steps behind."""
+    vocab, prefixes = vocab_of(engine.model), engine.slots.prefixes
+    assert prefixes is not None
+    records: list[StepRecord] = []
+    rows = []
+    engine.observer = records.append
+    try:
+        with quiet_heap():
+            for _ in range(turns):
+                turn = [*prompt, *random.integers(0, vocab, behind).tolist()]
+                records.clear()
+                with timed_calls(prefixes.cache, MAPPING_CALLS) as mapping:
+                    started = perf_counter()
+                    engine.submit(turn, SamplingParams(output, ignore_eos=True))
+                    times = []
+                    while engine.busy:
+                        if engine.step():
+                            times.append(perf_counter())
+                ttft, waited = times[0] - started, records[0].wait_s
+                parts = ttft, sum(mapping), waited, ttft - sum(mapping) - waited, float(np.median(np.diff(times)))
+                rows.append(parts)
+    finally:
+        engine.observer = None
+    names = ("ttft_ms", "mapping_ms", "pass_ms", "host_ms", "step_ms")
+    return {"behind": behind, **dict(zip(names, (1e3 * np.median(rows, axis=0)).tolist(), strict=True))}
+
+
+@contextmanager
+def timed_calls(cache: Any, names: Sequence[str]) -> Iterator[list[float]]:
+    """Seconds of each call of these methods of an object."""
+    took: list[float] = []
+
+    def timed(work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = perf_counter()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                took.append(perf_counter() - started)
+
+        return call
+
+    before = {name: getattr(cache, name) for name in names}
+    try:
+        for name, work in before.items():
+            setattr(cache, name, timed(work))
+        yield took
+    finally:
+        for name, work in before.items():
+            setattr(cache, name, work)

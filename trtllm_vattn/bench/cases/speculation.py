@@ -26,6 +26,7 @@ from trtllm_vattn.bench.cases.forks import rollback_us
 from trtllm_vattn.bench.harness.case import vocab_of
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_rounds
 from trtllm_vattn.bench.harness.recording import Part, Recording
+from trtllm_vattn.bench.harness.serving import quiet_heap
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.runtime.binding import shape_of
@@ -53,6 +54,7 @@ COLUMNS = {
     "round": "round",
     "tokens/s": "tokens_per_s:,.0f",
     "step ms": "step_ms:.3f",
+    "longest": "longest_step_ms:.3f",
     "accepted a step": "accepted_per_step:.2f",
     "steps by drafts": "steps",
 }
@@ -97,7 +99,7 @@ def measure_engine(recording: Recording, drafts: int) -> None:
     script = Script(model, longest + max(DRAFTS) + 2)
     try:
         recording.say(f"start the engine with up to {drafts} drafts")
-        with engine_of(model, args, drafts, longest) as engine:
+        with engine_of(model, args, drafts, longest) as engine, quiet_heap():
             measure_all(engine, script, texts, args, recording)
     finally:
         script.remove()
@@ -199,24 +201,29 @@ def measure(engine: Engine, prompt: list[int], lanes: int, output: int) -> dict[
         if any(event.finish_reason for event in engine.step()):
             raise VattnError(f"a sequence ended before all {lanes} decoded; raise --output-tokens")
     engine.step()
-    tokens, steps, rollback = 0, 0, 0.0
-    started = perf_counter()
+    tokens, rollback = 0, 0.0
+    took: list[float] = []
+    started = last = perf_counter()
     while True:
         events = engine.step()
         if errors := [event.error for event in events if event.error]:
             raise VattnError(str(errors[0]))
         if any(event.finish_reason for event in events):
             break
-        tokens, steps, ended = tokens + len(events), steps + 1, perf_counter()
-        if steps == 1 and engine.decode.speculator is not None:
+        tokens, ended = tokens + len(events), perf_counter()
+        took.append(ended - last)
+        last = ended
+        if len(took) == 1 and engine.decode.speculator is not None:
             rollback = rollback_us(engine)
             # Not counted: what was just measured.
-            started += perf_counter() - ended
-    if steps < 2:
-        raise VattnError(f"{steps} steps were too few to be timed; raise --output-tokens")
+            last = perf_counter()
+            started += last - ended
+    if len(took) < 2:
+        raise VattnError(f"{len(took)} steps were too few to be timed; raise --output-tokens")
     for _ in engine.run():
         pass
-    row = {"tokens_per_s": tokens / (ended - started), "step_ms": 1e3 * (ended - started) / steps}
+    row = {"tokens_per_s": tokens / (ended - started), "step_ms": 1e3 * (ended - started) / len(took)}
+    row["longest_step_ms"] = 1e3 * max(took)
     return {**row, "rollback_us": rollback, **_change(engine, before)}
 
 

@@ -6,7 +6,10 @@ to it by a pipe, as a consumer that outlives them. An engine is ended some token
 it ends itself (by the same signal) at one of `PLACES` that a random moment would seldom meet: in the middle of a store
 of the journal, at its switch from one half to the other (which comes often here), in a driver call while memory is
 mapped ahead, or replaced under a sequence (which happens all the time). What the consumer has got, the next engine is
-told. At the end the tokens are compared with those of an engine that nobody disturbed.
+told. At the end the tokens are compared with those of an engine that nobody disturbed: on the host with what it
+generates, token by token; on a GPU, where the same sums may have other last bits, it is fed prompts and tokens
+(teacher-forced), and each token has to be the one that it chooses there, or a tie (``--tie-tolerance``). Ties are
+counted apart (`tokens_tied`, `widest_tie`).
 
 Then what the journal costs, of engines of 1, 32 and 128 sequences that nobody ends: microseconds of a step in which it
 is waited for, in the middle, and of all threads' processor time a step, beside the step here and a card's.
@@ -15,6 +18,8 @@ is waited for, in the middle, and of all threads' processor time a step, beside 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import math
 import mmap
@@ -30,7 +35,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,12 +44,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import amount, non_negative, positive, size
+from trtllm_vattn.arguments import amount, non_negative, positive, size, tolerance
 from trtllm_vattn.bench.harness.case import conclude
-from trtllm_vattn.bench.harness.flags import add_common, dtype_of
+from trtllm_vattn.bench.harness.flags import TIE_TOLERANCE, add_common, dtype_of
+from trtllm_vattn.bench.harness.identity import Identity, compare_forced
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.runtime.engine import Engine
+from trtllm_vattn.runtime.logprobs import TokenLogprob
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.runtime.survival import Survival
@@ -65,8 +72,9 @@ COST = struct.Struct("<ddd")
 NOTED = 2000
 PLACES = ("anywhere", "a store", "a switch", "a replacement", "map-ahead")
 """Where an engine is ended, in turn; `anywhere` is by its parent."""
-MOST_TIMES = {"a store": 40, "a switch": 5, "a replacement": 30, "map-ahead": 5}
-"""How often it comes to a place at most, before it ends there."""
+MOST_TIMES = {"a store": 40, "a switch": 9, "a replacement": 30, "map-ahead": 5}
+"""How often it comes to a place at most, before it ends there. A switch is three stores, and every engine's first
+record is one."""
 SMALL_TAIL = 1 << 10
 """Bytes behind a snapshot of a journal that is to write the next one soon."""
 SEQUENCES = (1, 32, 128)
@@ -74,6 +82,10 @@ CARD_STEP_MS = {1: 4.6, 32: 6.6, 128: 12.9}
 """A decode step of Llama-3-8B, by its sequences, on an H200 (scripts/results/README.md)."""
 COST_PROMPT = 256
 """Tokens of a prompt, at most, where the journal's cost is measured."""
+LIKELIEST = 20
+"""Tokens at each place, of which those that an engine gave are looked for."""
+WARM = ("transformers.models.llama.modeling_llama", "triton")
+"""What every engine imports, of those that are installed: done once, before any child. None of it opens a GPU."""
 KEEP_S = 600.0
 LIFE_S = 300.0
 """After which an engine's life counts as hanging."""
@@ -92,6 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory", type=size, default="8GiB" if gpu else "2MiB", metavar="BYTES", help="of the broker")
     text = "steps of engines that nobody ends, of which the journal's part is told; 0 leaves it out"
     add("--journal-steps", type=non_negative, default=100, metavar="STEPS", help=text)
+    text = f"{TIE_TOLERANCE}, and tokens are compared teacher-forced; 0 asks for the same tokens"
+    add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=text)
     text = "kill no more once so many have passed, and say how many were killed (default: no limit)"
     add("--most-seconds", type=amount, default=None, metavar="SECONDS", help=text)
 
@@ -99,8 +113,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 where a sequence was lost, a token was another, or came twice, or memory was left lent."""
     started = time.perf_counter()
+    for name in WARM:
+        if importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder, broker_process(args, Path(folder) / "broker") as path:
-        counts, lives = survive(args, path)
+        counts, lives, compared = survive(args, path)
         with Client(path) as client:
             left = client.standing().lent
     costs = journal_costs(args) if args.journal_steps else {}
@@ -108,21 +125,36 @@ def run(args: argparse.Namespace) -> int:
     summary = {
         "kills": counts["kills"],
         "kills_at": {place: places[place] for place in PLACES},
+        "kills_at_start": sum(each["killed"] and "there" not in each for each in lives),
         "sequences_lost": counts["lost"],
         "tokens_differing": counts["differing"],
+        "tokens_tied": sum(each.ties for each in compared),
+        "widest_tie": max(each.widest_tie for each in compared),
+        "widest_mismatch": max(each.widest_mismatch for each in compared),
         "tokens_twice": counts["twice"],
         "prefilled_again": counts["again"],
         "bytes_left": left,
         "mappings_replaced": sum(each["replaced"] for each in lives),
         "sequences": counts["sequences"],
         "tokens": counts["tokens"],
-        "next_token_s": summarise([each["next_token_s"] for each in lives if "next_token_s" in each]),
+        **started_again(lives),
         **costs,
         "seconds": time.perf_counter() - started,
     }
     names = ("sequences_lost", "tokens_differing", "tokens_twice", "prefilled_again", "bytes_left")
     wrong = [f"{name}: {summary[name]}" for name in names if summary[name]]
     return conclude("survival", args, {"lives": lives}, summary, wrong=wrong)
+
+
+def started_again(lives: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds from an engine's process to the first token that it gave, of those that went on with sequences; and how
+    many more that is than until an engine was ready that found none, both in the middle."""
+    after = [each["next_token_s"] for each in lives if each.get("there") and "next_token_s" in each]
+    anew = [each["ready_s"] for each in lives if each.get("there") == 0]
+    found: dict[str, Any] = {"next_token_s": summarise(after)} if after else {}
+    if after and anew:
+        found["next_token_over_start_s"] = float(np.median(after) - np.median(anew))
+    return found
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
@@ -179,7 +211,8 @@ def make_engine(args: argparse.Namespace, path: Path | None) -> Engine:
     if on_host:
         # Of a tiny model: more threads only wait for one another.
         torch.set_num_threads(1)
-    options: dict[str, Any] = {"compile": False, "capture": False} if on_host else {"deterministic": True}
+    # Not compiled, which would take most of an engine's start.
+    options: dict[str, Any] = {"compile": False, **({"capture": False} if on_host else {"deterministic": True})}
     return Engine.from_pretrained(
         args.model,
         device=args.device,
@@ -204,6 +237,9 @@ def live(
 ) -> None:
     """One engine's life: go on with what there is, or begin with these prompts, and replace memory all the time."""
     journal.TAIL, rng = SMALL_TAIL, random.Random(seed)
+    if place == "a switch":
+        # Soon, however long the snapshot is.
+        journal.tail_of = lambda snapshot: SMALL_TAIL
     fate = Fate(place, rng, pipe)
     fate.watch(args.device)
     engine = make_engine(args, path)
@@ -371,16 +407,17 @@ def watch(
     return found
 
 
-def survive(args: argparse.Namespace, path: Path) -> tuple[Counter[str], list[dict[str, Any]]]:
-    """End engines until there were as many as asked for; sequences that end are followed by new ones."""
+def survive(args: argparse.Namespace, path: Path) -> tuple[Counter[str], list[dict[str, Any]], list[Identity]]:
+    """End engines until there were as many as asked for; sequences that end are followed by new ones. Counts, what
+    became of each engine, and how each round's tokens compare."""
     rng, counts, began = random.Random(args.seed), Counter[str](), time.monotonic()
     most_s = math.inf if args.most_seconds is None else args.most_seconds
     lives: list[dict[str, Any]] = []
+    compared: list[Identity] = []
     vocab = np.random.default_rng(args.seed)
     with tqdm(total=args.kills, unit="kill", disable=None) as bar:
         while counts["kills"] < args.kills and time.monotonic() - began < most_s:
             prompts = vocab.integers(1, 500, (args.prompts, args.prompt_tokens)).tolist()
-            expected = undisturbed(args, prompts)
             consumer, ended = Consumer(), False
             while not ended:
                 kills = counts["kills"] < args.kills and time.monotonic() - began < most_s
@@ -402,21 +439,35 @@ def survive(args: argparse.Namespace, path: Path) -> tuple[Counter[str], list[di
             counts.update(consumer.counts)
             # No number comes again, also of another round's requests.
             first = min(consumer.tokens, default=0)
-            for number, tokens in enumerate(expected, first):
-                got = consumer.tokens.get(number, [])
-                counts["tokens"] += len(got)
-                counts["lost"] += len(got) < len(tokens)
-                counts["differing"] += sum(one != other for one, other in zip(got, tokens, strict=False))
-    return counts, lives
+            delivered = {place: consumer.tokens.get(first + place, []) for place in range(len(prompts))}
+            counts["tokens"] += sum(map(len, delivered.values()))
+            short = [place for place, tokens in delivered.items() if len(tokens) < args.output_tokens]
+            counts["lost"] += len(short)
+            whole = {place: tokens for place, tokens in delivered.items() if place not in short}
+            compared.append(compare_forced(undisturbed(args, prompts, whole), whole, args.tie_tolerance))
+            counts["differing"] += compared[-1].mismatches
+    return counts, lives, compared
 
 
-def undisturbed(args: argparse.Namespace, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The tokens of an engine without a broker, in a process of its own."""
+def undisturbed(
+    args: argparse.Namespace, prompts: Sequence[Sequence[int]], delivered: Mapping[int, Sequence[int]]
+) -> dict[int, list[TokenEvent]]:
+    """What an engine without a broker, in a process of its own, chooses for the prompts of these places: fed the tokens
+    that were delivered where ties are told, else its own."""
 
     def generate(pipe: int) -> None:
-        params = SamplingParams(max_tokens=args.output_tokens, ignore_eos=True)
+        params = SamplingParams(max_tokens=args.output_tokens, ignore_eos=True, logprobs=LIKELIEST)
+        found: dict[int, list[Any]] = {place: [] for place in delivered}
         with make_engine(args, None) as engine, os.fdopen(pipe, "w") as file:
-            json.dump([completion.tokens for completion in engine.generate(prompts, params)], file)
+            place_of = {
+                engine.submit(list(prompts[place]), params, tokens if args.tie_tolerance else None): place
+                for place, tokens in delivered.items()
+            }
+            for event in engine.run():
+                if event.logprob is None:
+                    raise VattnError(event.error or "an engine gave no log-probabilities")
+                found[place_of[event.request]].append((event.token, event.logprob.top))
+            json.dump(found, file)
 
     pid, pipe = forked(generate)
     with os.fdopen(pipe) as file:
@@ -424,8 +475,13 @@ def undisturbed(args: argparse.Namespace, prompts: Sequence[Sequence[int]]) -> l
     os.waitpid(pid, 0)
     if not text:
         raise VattnError("the engine without a broker did not generate; its error is above")
-    tokens: list[list[int]] = json.loads(text)
-    return tokens
+    return {
+        int(place): [
+            TokenEvent(int(place), token, logprob=TokenLogprob(token, top[0][1], tuple((id_, at) for id_, at in top)))
+            for token, top in events
+        ]
+        for place, events in json.loads(text).items()
+    }
 
 
 def journal_costs(args: argparse.Namespace) -> dict[str, Any]:

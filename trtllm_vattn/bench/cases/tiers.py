@@ -3,8 +3,11 @@ an engine wake, and what do twice as many sequences as memory holds get done, be
 
 The link is a plain copy of one mapping to pinned memory and back, in the same run. Sequences are suspended and resumed
 whole, mapping included. An engine is put to sleep after churn (sequences forked, retained, released), without contents
-and with them; its tokens are compared, and its graphs must be the same objects. Oversubscribed, all requests come at
-once to an engine with twice the slots that memory holds at full length; under admission control it has as many slots.
+and with them; its tokens are compared, and its graphs must be the same objects. Without contents it is woken at once,
+and after `--asleep` seconds: the driver clears what was given back behind the release (R9), and whoever creates memory
+before it is done waits for it. A row says where the time of filling went, by driver call. Oversubscribed, all requests
+come at once to an engine with twice the slots that memory holds at full length; under admission control it has as many
+slots.
 """
 
 from __future__ import annotations
@@ -13,14 +16,14 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.arguments import positive, size
+from trtllm_vattn.arguments import amount, positive, size
 from trtllm_vattn.bench.harness.case import captured_graphs, vocab_of
 from trtllm_vattn.bench.harness.flags import MAX_SEQS, add_common, add_rounds
 from trtllm_vattn.bench.harness.recording import Recording
@@ -35,6 +38,7 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import table
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.tensors import finish
+from trtllm_vattn.vmm.wrappers import CountingDriver
 
 SIXTY_GB = 60 * 10**9
 HOST_SLACK = 1 << 30
@@ -51,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--wake-bytes", type=size, default="60GiB" if gpu else "16MiB", metavar="BYTES", help=text)
     text = "of KV that an engine keeps while it sleeps"
     add("--keep-bytes", type=size, default="8GiB" if gpu else "8MiB", metavar="BYTES", help=text)
+    text = "that an engine sleeps before it wakes, empty, beside waking at once"
+    add("--asleep", type=amount, default=1.0 if gpu else 0.01, metavar="SECONDS", help=text)
     text = f"{MAX_SEQS} under admission control; memory holds these at full length"
     add("--max-seqs", type=positive, default=32 if gpu else 3, metavar="SEQUENCES", help=text)
     text = "of each request of those that come at once"
@@ -126,24 +132,31 @@ def slept(recording: Recording) -> None:
     _, link_in = link_of(recording)
     slots = max(args.wake_bytes, args.keep_bytes) // (args.tokens * shape_of(model, 1, args.tokens).token_bytes) + 8
     recording.say(f"start the engine that sleeps, of {slots} slots")
-    cache = KVCacheManager(shape_of(model, slots, args.tokens), open_driver(args.device), config=_host(args.keep_bytes))
+    driver = CountingDriver(open_driver(args.device))
+    cache = KVCacheManager(shape_of(model, slots, args.tokens), driver, config=_host(args.keep_bytes))
+    ways = [("keep", args.keep_bytes, "kept", 0.0), ("drop", args.wake_bytes, "at once", 0.0)]
+    ways.append(("drop", args.wake_bytes, "later", args.asleep))
     with Engine(model, cache, buckets=[slots], prefix_cache=False, packed=False) as engine:
-        for kv, nbytes in (("keep", args.keep_bytes), ("drop", args.wake_bytes)):
+        for kv, nbytes, when, asleep_s in ways:
             engine.set_budget(nbytes + cache.bytes_of(1))
             for turn in range(args.rounds):
-                recording.say(f"sleep and wake with {nbytes:,} bytes, kv {kv}, turn {turn + 1} of {args.rounds}")
-                recording.add("sleeps", _sleep_once(engine, cache, kv, args.tokens))
+                recording.say(f"sleep and wake with {nbytes:,} bytes, {when}, turn {turn + 1} of {args.rounds}")
+                row = _sleep_once(engine, cache, driver, kv, args.tokens, asleep_s)
+                recording.add("sleeps", {"wakes": when, "asleep_s": asleep_s, **row})
                 recording.sum_up(**_wakes(recording.results["sleeps"], link_in))
 
 
 def _wakes(rows: list[dict[str, Any]], link_in: float) -> dict[str, Any]:
     """Figures of sleeps, as far as they were measured."""
-    empty = [row for row in rows if row["kv"] == "drop"]
+    empty = [row for row in rows if row["wakes"] == "later"]
+    at_once = [row for row in rows if row["wakes"] == "at once"]
     kept = [row for row in rows if row["kv"] == "keep"]
     found: dict[str, Any] = {
         "recaptures": sum(row["recaptures"] for row in rows),
         "tokens_identical": all(row["tokens_identical"] for row in rows),
     }
+    if at_once:
+        found["wake_at_once_s"] = median(row["wake_s"] + row["fill_s"] for row in at_once)
     if empty:
         wake_empty_s = median(row["wake_s"] + row["fill_s"] for row in empty)
         # Of an engine whose memory is of that size; smaller ones say nothing about it.
@@ -154,7 +167,9 @@ def _wakes(rows: list[dict[str, Any]], link_in: float) -> dict[str, Any]:
     return found
 
 
-def _sleep_once(engine: Engine, cache: KVCacheManager, kv: Any, tokens: int) -> dict[str, Any]:
+def _sleep_once(
+    engine: Engine, cache: KVCacheManager, driver: CountingDriver, kv: Any, tokens: int, asleep_s: float
+) -> dict[str, Any]:
     prompt, params = [1, 2, 3, 4, 5], SamplingParams(max_tokens=16, ignore_eos=True)
     want = engine.generate([prompt], params)[0].tokens
     captured = captured_graphs(engine)
@@ -167,14 +182,18 @@ def _sleep_once(engine: Engine, cache: KVCacheManager, kv: Any, tokens: int) -> 
     began = perf_counter()
     engine.sleep(kv=kv)
     sleep_s = perf_counter() - began
+    sleep(asleep_s)
     before = cache.transfers.in_bytes
     wake_s = engine.wake()
     intact = all(torch.equal(view, copy) for view, copy in marked)
+    calls, seconds = driver.calls.copy(), driver.seconds.copy()
     began = perf_counter()
     _fill(cache, tokens)
     finish(str(cache.device))
     fill_s = perf_counter() - began
     filled = cache.held_bytes
+    spent = {f"{name}_s": driver.seconds[name] - seconds[name] for name in ("create", "map", "set_access")}
+    created = driver.calls["create"] - calls["create"]
     _empty(cache)
     same = engine.generate([prompt], params)[0].tokens == want
     now = captured_graphs(engine)
@@ -185,6 +204,8 @@ def _sleep_once(engine: Engine, cache: KVCacheManager, kv: Any, tokens: int) -> 
         "sleep_s": sleep_s,
         "wake_s": wake_s,
         "fill_s": fill_s if kv == "drop" else 0.0,
+        "created": created,
+        **spent,
         "recaptures": sum(one is not other for one, other in zip(captured, now, strict=True)),
         "tokens_identical": same and intact,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trtllm_vattn.runtime.request import TokenEvent
@@ -52,4 +53,35 @@ def compare(reference: RequestTokens, run: RequestTokens, tolerance: float, free
                     break
         else:
             mismatches += abs(len(expected) - len(got))
+    return Identity(tokens, ties, mismatches, widest, wider)
+
+
+def compare_forced(reference: RequestTokens, delivered: Mapping[int, Sequence[int]], tolerance: float) -> Identity:
+    """Compare tokens that were delivered with what a reference chose at each place where it was fed the ones before
+    them.
+
+    The reference's events need log-probabilities of several likeliest tokens (`SamplingParams.logprobs`). A token that
+    is not the likeliest is a tie where it is less likely by less than `tolerance`, in logits, and a mismatch else, also
+    where it is not among those: the distance is then that of the least likely of them. Tokens that only one side has
+    are mismatches.
+    """
+    tokens = ties = mismatches = 0
+    widest = wider = 0.0
+    for request in reference.keys() | delivered.keys():
+        chosen, got = reference.get(request, []), delivered.get(request, ())
+        mismatches += abs(len(chosen) - len(got))
+        for event, token in zip(chosen, got, strict=False):
+            tokens += 1
+            if token == event.token:
+                continue
+            if event.logprob is None or not event.logprob.top:
+                raise ValueError("the reference was asked for no log-probabilities; make logprobs 2 or more")
+            top = dict(event.logprob.top)
+            apart = max(top.values()) - top.get(token, min(top.values()))
+            if token in top and apart < tolerance:
+                ties += 1
+                widest = max(widest, apart)
+            else:
+                mismatches += 1
+                wider = max(wider, apart)
     return Identity(tokens, ties, mismatches, widest, wider)

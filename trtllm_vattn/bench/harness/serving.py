@@ -83,8 +83,9 @@ class Served:
 
 
 @contextmanager
-def _frozen() -> Iterator[None]:
-    """What was there before, prompts of a million tokens among it, is no longer looked at for garbage."""
+def quiet_heap() -> Iterator[None]:
+    """What was there before is not looked at for garbage meanwhile: of a process that has loaded a model that takes
+    hundreds of milliseconds, which would be some step's."""
     gc.collect()
     gc.freeze()
     try:
@@ -98,7 +99,7 @@ def serve(engine: Engine, load: Load, clock: Clock | None = None, label: str = "
     count = len(load.prompts)
     numbers: dict[int, int] = {}
     served = Served([[] for _ in range(count)], [False] * count, 0.0)
-    with _frozen(), tqdm(total=count, desc=label, unit="request", disable=None) as bar:
+    with quiet_heap(), tqdm(total=count, desc=label, unit="request", disable=None) as bar:
         clock = Clock() if clock is None else clock
         while len(numbers) < count or engine.busy:
             while len(numbers) < count and load.arrivals[len(numbers)] <= clock.now():

@@ -157,11 +157,11 @@ class BlockSlots(RequestSlots):
             self.prompt_tokens += len(request.prompt)
 
     def computed(self, request: RequestState) -> None:
-        self._blocks.keep(request.id, np.array(request.stored, np.int64))
+        self._blocks.keep(request.id, request.stored)
 
     def leaving(self, request: RequestState) -> Left:
         keep = request.is_verified and request.finish_reason != "error"
-        return Left(request.id, np.array(request.stored, np.int64) if keep else None)
+        return Left(request.id, request.stored if keep else None)
 
     def release(self, left: Left) -> None:
         if left.tokens is not None:

@@ -329,8 +329,8 @@ class PrefixCache:
         self._note_evicted()
         cached = found.tokens if found is not None and decision.way is not Way.NONE else 0
         self._running[sequence] = _Running(slot, key, priority, self._generation)
-        if cached:
-            self.tree.insert(slot, tokens[:cached], key, priority, evictable=False)
+        if found is not None and cached:
+            self.tree.insert(slot, tokens[:cached], key, priority, evictable=False, like=found.owner)
         self._count(len(tokens), cached, decision)
         owner = found.owner if found is not None and cached else None
         return Admission(slot, cached, decision.way, decision.reason, owner)

@@ -115,10 +115,10 @@ class _Node:
 
 
 class _Entry:
-    __slots__ = ("end", "evictable", "key", "tokens")
+    __slots__ = ("end", "evictable", "key", "priority", "tokens")
 
-    def __init__(self, end: _Node, key: PrefixKey, tokens: int, evictable: bool) -> None:
-        self.end, self.key, self.tokens, self.evictable = end, key, tokens, evictable
+    def __init__(self, end: _Node, key: PrefixKey, tokens: int, evictable: bool, priority: Priorities) -> None:
+        self.end, self.key, self.tokens, self.evictable, self.priority = end, key, tokens, evictable, priority
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,8 @@ class PrefixTree:
         self._numbers = itertools.count()
         self._clock = clock
         self._expiring: list[tuple[float, int, _Node]] = []
+        self._limited = False
+        """Whether any block ever had a priority for a limited time."""
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -298,10 +300,12 @@ class PrefixTree:
         key: PrefixKey = PrefixKey(),  # noqa: B008
         priority: Priorities = DEFAULT_PRIORITY,
         evictable: bool = True,
+        like: int | None = None,
     ) -> None:
         """An owner holds these tokens, which begin with those that it held before. `evictable` is False for one that
-        runs. A block has the priority of its first token, or a higher one that somebody else gave it. Raises
-        ConfigError for no tokens."""
+        runs. A block has the priority of its first token, or a higher one that somebody else gave it. `like` is an
+        owner that holds all of these tokens, if one is known: they are not looked up then. Raises ConfigError for no
+        tokens."""
         data = as_bytes(tokens)
         if not data:
             raise ConfigError(f"owner {owner} holds no tokens; insert it when it does")
@@ -309,13 +313,14 @@ class PrefixTree:
         root = self._roots.get(key)
         if root is None:
             root = self._roots[key] = _Node(None, b"", 0)
-        node, size = root, self._block_bytes
+        size = self._block_bytes
         whole = len(data) // size * size
         old = self._entries.get(owner)
+        node = self._known(root, data, key, priority, owner if old is not None else like)
         new: list[_Node] = []
         steps = [Retention(0, priority)] if isinstance(priority, int) else list(priority)
         now = self._clock()
-        for at in range(0, whole, size):
+        for at in range(node.depth * size, whole, size):
             block = data[at : at + size]
             while len(steps) > 1 and steps[1].start * TOKEN.itemsize <= at:
                 del steps[0]
@@ -325,6 +330,7 @@ class PrefixTree:
                 new.append(below)
             for_s = steps[0].seconds
             if below.retain(steps[0].priority, math.inf if for_s is None else now + for_s):
+                self._limited = True
                 heapq.heappush(self._expiring, (below.expires, next(self._numbers), below))
             node = below
         self.num_blocks += len(new)
@@ -332,10 +338,30 @@ class PrefixTree:
         if old is not None:
             del old.end.ends[owner]
         node.ends[owner] = data[whole:]
-        self._entries[owner] = _Entry(node, key, len(data) // TOKEN.itemsize, evictable)
+        self._entries[owner] = _Entry(node, key, len(data) // TOKEN.itemsize, evictable, priority)
         if old is not None and old.end is not node:
             self._prune(old.end, old.key)
         self._use(node)
+
+    def _known(self, root: _Node, data: bytes, key: PrefixKey, priority: Priorities, owner: int | None) -> _Node:
+        """The last block of `data` that an owner, who holds the same first tokens, is known to hold, with all blocks
+        down to it at this priority at least; the root where they have to be looked up one by one: without an owner, and
+        where priorities are for a limited time or not the same for all tokens."""
+        entry = None if owner is None else self._entries.get(owner)
+        if entry is None or entry.key != key or self._limited or not isinstance(priority, int):
+            return root
+        node, blocks = entry.end, len(data) // self._block_bytes
+        while node.depth > blocks:
+            node = node.parent  # type: ignore[assignment]
+        # It holds them, by its word; one that is wrong would give others' keys and values to who looks them up.
+        if node.parent is None or not data.startswith(node.block, (node.depth - 1) * self._block_bytes):
+            return root
+        if not isinstance(entry.priority, int) or entry.priority < priority:
+            above = node
+            while above.parent is not None:
+                above.retain(priority, math.inf)
+                above = above.parent
+        return node
 
     def truncate(self, owner: int, tokens: int) -> None:
         """An owner holds its first `tokens` tokens and no more; 0 removes it."""
