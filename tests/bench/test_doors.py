@@ -48,6 +48,8 @@ def test_clients_are_killed_at_random_get_the_engines_tokens_and_leave_nothing(t
     assert summary["http_over_engine"] > 0
     assert (summary["http_wrong"], summary["server_us_per_token"] > 0) == (0, True)
     assert summary["grammar_over_plain"] > 0
+    assert 0 < summary["grammar_host_ms"] < 1e4
+    assert 0 < summary["plain_host_ms"] < 1e4
     assert 0.2 < summary["step_over_before"] < 5
 
 
@@ -139,6 +141,35 @@ def test_updates_while_requests_stream_and_the_other_weights_tokens_are_told(
     summary = json.loads(report.read_text())["summary"]
     assert (summary["updates"], summary["recaptured"], summary["versions_stamped"]) == (3, 0, 4)
     assert (summary["mixed_tokens"] > 0) == bool(exit_code)
+    mixed = json.loads(report.read_text())["results"]["updates"]["mixed"]
+    assert len(mixed) == summary["mixed_tokens"]
+    if exit_code:
+        # The second set is there in both looks: nothing else explains the tokens of the first.
+        assert {each["version"] % 2 for each in mixed} == {0}
+        assert all(each["distance"] == each["by_other_weights"] > 1e-3 for each in mixed)
+        return
+    # Tokens whose stamps are swapped are told.
+    assert 0.1 < summary["mixed_swapped"] < 1
+    assert summary["mixed_largest_distance"] <= max(1e-3, summary["mixed_rounding"]) < 0.01
+
+
+def test_mixed_tokens_are_those_that_no_rounding_explains() -> None:
+    streamed = [doors_updates.Streamed([1, 2], [3, 4, 5], [0, 0, 1]), doors_updates.Streamed([1], [6, 7], [2, 3])]
+    own, other = [[0.0, 0.1, 4.0], [0.4, 5.0]], [[3.0, 0.2, 0.0], [6.0, 0.5]]
+    looks = [doors_updates.Look(own, {0: [0.2, 0.0, 9.0]}), doors_updates.Look(other, {1: [1.0, 0.2]})]
+    figures, mixed = doors_updates.judged(streamed, looks, 0.25)
+    assert figures == {
+        "mixed_tokens": 1,
+        "mixed_ties": 1,
+        "mixed_largest_distance": 0.4,
+        "mixed_rounding": pytest.approx(0.3),
+        "mixed_swapped": 4 / 5,
+    }
+    where = {"request": 1, "prompt": 1, "position": 0, "version": 2, "version_before": None}
+    assert mixed == [{**where, "distance": 0.4, "again": None, "by_other_weights": 6.0}]
+    # What rounding was seen to do is no mixture.
+    looks[1].again[1][1] = 0.05
+    assert doors_updates.judged(streamed, looks, 0.25)[0]["mixed_tokens"] == 0
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,12 @@ from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import DriverError
 from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.runtime import engine as engine_module
+from trtllm_vattn.runtime import grammar as grammar_module
 from trtllm_vattn.runtime import lane_processors, pass_cost
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.decode import Choice, Launch
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler
+from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler, MaskJob
 from trtllm_vattn.runtime.lane_processors import FORWARD, LaneAsks, LaneProcessors, StepKind
 from trtllm_vattn.runtime.pass_cost import PassCost
 from trtllm_vattn.runtime.pipeline import Pipeline
@@ -295,7 +296,76 @@ def test_masks_in_a_string_are_the_same_by_slices_of_all_lengths_and_by_none() -
         other.consume_token(token)
 
 
-@pytest.mark.parametrize("where", ["new_masks", "put_masks"])
+def test_masks_are_computed_by_another_thread_while_tokens_are_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[bool] = []
+    compute, commit = grammar_module._compute, Engine._commit_tokens
+    begun, committing = threading.Event(), threading.Event()
+
+    def computed(*given: Any) -> None:
+        other = threading.current_thread() is not threading.main_thread()
+        threads.append(other)
+        begun.set()
+        # Tokens are committed, whose requests look at their grammars, while the matchers are with this thread.
+        assert not other or committing.wait(30)
+        compute(*given)
+
+    def committed(*given: Any) -> None:
+        assert not threads or begun.wait(30)
+        commit(*given)
+        committing.set()
+
+    with engine_of(buckets=[LANES]) as engine:
+        for place in (0, 1):
+            engine.submit(PROMPTS[place], asked(regex="[a-z ]{40}", max_tokens=20))
+        for _ in range(5):
+            engine.step()
+        monkeypatch.setattr(grammar_module, "_compute", computed)
+        monkeypatch.setattr(Engine, "_commit_tokens", committed)
+        for _ in range(8):
+            begun.clear()
+            committing.clear()
+            engine.step()
+        assert threads == [True] * 8
+        committing.set()
+        engine.cache.check_integrity()
+
+
+def test_masks_that_were_not_begun_when_they_are_settled_are_never_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(grammar_module, "_compute", lambda *given: calls.append(given))
+    masks, job = np.zeros((1, 1), np.int32), MaskJob()
+    assert not job.settle()
+    job._run([], masks)
+    assert not calls
+    job = MaskJob()
+    job.start([], masks)
+    assert job.settle()
+    assert job.over
+    assert len(calls) == 1
+
+
+def test_a_grammar_that_is_lent_is_left_alone_and_its_error_is_seen_afterwards() -> None:
+    grammar = GrammarCompiler(tiny_tokenizer(), VOCAB, [0]).grammar(asked(regex="[ab]{1,3}"))
+    a, b, other = (tiny_tokenizer()(text, add_special_tokens=False)["input_ids"][0] for text in "abz")
+    job = MaskJob()
+    matcher = grammar.lend([], a, job)
+    assert matcher is not None
+    assert grammar.is_lent(job, [a])
+    assert not grammar.is_lent(job, [b])
+    assert not grammar.ends_with([], a)
+    # While it is lent only what was known before is said; following another output waits for it.
+    matcher.consume_token(other)
+    assert grammar.error is None
+    assert job.settle() is False
+    assert grammar.error
+    assert grammar.lend([a], b, MaskJob()) is None
+    # Nothing comes behind the third.
+    grammar = grammar.anew()
+    assert grammar.lend([b, b], b, MaskJob()) is None
+    assert grammar.ends_with([b, b], b)
+
+
+@pytest.mark.parametrize("where", ["new_masks", "put_masks", "begin_masks"])
 def test_an_interrupt_between_a_forward_pass_and_its_choice_loses_no_token(
     where: str, monkeypatch: pytest.MonkeyPatch, alone: list[tuple[list[int | None], str | None, str]]
 ) -> None:

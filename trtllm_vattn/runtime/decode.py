@@ -848,6 +848,12 @@ class DecodeBatch:
         out, arrived, logprobs = self._fetch_chosen(launch.lane_of, kind)
         return replace(launch, choice=None, _out=out, _arrived=arrived, logprobs=logprobs)
 
+    def begin_masks(self, read: Launch, rows: Sequence[Sequence[int]], launch: Launch) -> None:
+        """Begin the masks of a launch whose tokens are to be chosen once those of the launch before it, which gave
+        these rows, are committed."""
+        if launch.choice is not None and len(rows) == 1:
+            self.processors.begin_masks(launch.lane_of, {slot: rows[0][lane] for slot, lane in read.lane_of.items()})
+
     def _put_masks(self, rows: range) -> None:
         """`LaneProcessors.put_masks` beside what the device is at; what is launched next waits for it."""
         if self._copies is None or self._tables_sent is None:

@@ -1215,6 +1215,7 @@ class Engine:
         ahead_s = self._map_ahead.during_step()
         self.scheduler.admit_during_step()
         rows, wait_s = self._read(launch)
+        self.pipeline.was_read(launch, rows)
         lanes, wall_s = len(launch.lane_of), self._read_at - started
         for of_prompt in launch.of_prompts:
             of_prompt.read()

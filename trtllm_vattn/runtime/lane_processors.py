@@ -23,24 +23,25 @@ The device waits for the host only where what the host does in a step takes long
 Logits pass from one graph to the other in a buffer of fixed address, float32 as `process` takes them, so that one graph
 of the choice stands behind decode steps and passes with prompts alike, and one forward pass before every kind of
 choice. All lanes of the batch go this way, those without a grammar too, with the same operations on the same numbers.
-Masks are written where the copy reads them, in pinned memory; its rows are those of the table, so one copy of a range
-of rows sends them all.
+The masks are computed by other threads, begun as soon as tokens are read, while this one commits those tokens
+(`begin_masks`). They are written where the copy reads them, in pinned memory, whose rows are those of the table, so one
+copy of a range of rows sends them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.compiled import Wrap, as_it_is
-from trtllm_vattn.runtime.grammar import Grammar, fill_masks
+from trtllm_vattn.runtime.grammar import Grammar, MaskJob, fill_masks
 from trtllm_vattn.runtime.logprobs import of_logits
-from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.sampling import NO_TOKEN, SamplingParams
 from trtllm_vattn.runtime.sampling_fields import (
     LONGEST_BAD_WORD,
     MOST_BAD_WORDS,
@@ -222,6 +223,8 @@ class LaneProcessors:
         """Masks on the host, int32 ``[rows, words]``; pinned where they go to a GPU."""
         self._read: torch.cuda.Event | None = None
         """Behind the last copy of them."""
+        self._ahead: tuple[MaskJob, dict[int, Grammar]] | None = None
+        """Masks that `begin_masks` has begun, and by row whose they are."""
 
     def require(self, vocab_size: int, grammar: bool = False) -> None:
         """Make the tables, with `grammar` what forward passes leave logits in too, unless they are there. Raises
@@ -315,17 +318,48 @@ class LaneProcessors:
         """Write what may come next in these slots, by the records of their requests, for `put_masks`; returns the rows,
         from the first with a grammar to the last, in which those without one allow all tokens. None where none of the
         slots has a grammar. On the host alone."""
+        ahead, self._ahead = self._ahead, None
+        there = ahead is not None and ahead[0].settle()
         asked = {self._row[slot]: each for slot, each in self._grammars.items() if slot in slots}
         if not asked:
             return None
-        if self._read is not None:
-            # Long over: tokens that were chosen by those masks were read since.
-            self._read.synchronize()
-        rows, masks = range(min(asked), max(asked) + 1), self._staged.numpy()
+        rows, masks = range(min(asked), max(asked) + 1), self._writable()
         if len(asked) < len(rows):
             masks[[row for row in rows if row not in asked]] = -1
+        if ahead is not None and there:
+            job, lent = ahead
+            asked = {
+                row: (grammar, chosen)
+                for row, (grammar, chosen) in asked.items()
+                if lent.get(row) is not grammar or not grammar.is_lent(job, chosen)
+            }
         fill_masks(asked, masks)
         return rows
+
+    def begin_masks(self, slots: Collection[int], tokens: Mapping[int, int]) -> None:
+        """Begin, by other threads, what `new_masks` of these slots will want once these tokens, by slot, are in their
+        requests' records. Nothing depends on it."""
+        if self._ahead is not None:
+            self._ahead[0].settle()
+        job, lent, matchers = MaskJob(), dict[int, Grammar](), list[tuple[Any, int]]()
+        self._ahead = job, lent
+        for slot, (grammar, chosen) in self._grammars.items():
+            if slot not in slots or tokens.get(slot, NO_TOKEN) < 0:
+                continue
+            matcher, row = grammar.lend(chosen, tokens[slot], job), self._row[slot]
+            if matcher is not None:
+                lent[row] = grammar
+                matchers.append((matcher, row))
+        if matchers:
+            job.start(matchers, self._writable())
+
+    def _writable(self) -> np.ndarray:
+        """The masks on the host, which nothing copies any more: mostly long since, for tokens that were chosen by them
+        have been read."""
+        if self._read is not None:
+            self._read.synchronize()
+        masks: np.ndarray = self._staged.numpy()
+        return masks
 
     def put_masks(self, rows: range) -> None:
         """Have the device have the masks of these rows, on the current stream."""

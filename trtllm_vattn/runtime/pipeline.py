@@ -90,6 +90,11 @@ class Pipeline:
             self._first = self._chosen(self._first)
         return self._first
 
+    def was_read(self, launch: Launch, rows: Sequence[Sequence[int]]) -> None:
+        """The launch that `start` gave has these tokens, which are not in the requests' records yet."""
+        if self.unread is not None:
+            self.scheduler.decode.begin_masks(launch, rows, self.unread)
+
     def commit(self, launch: Launch, rows: Sequence[Sequence[int]]) -> None:
         """The tokens of the launch that `start` gave, a row a step, are in the requests' records; `start` gives the
         launch behind it."""

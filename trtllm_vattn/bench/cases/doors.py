@@ -5,7 +5,8 @@ Parts, each by a word of `--measure`; results are written after each.
 * ``parameters``: decode steps of a full batch before any request asked for anything but a token, and after all was
   asked for and captured (`step_over_before`); and the throughput of all prompts when every request asks for penalties,
   log-probabilities, sampling or a grammar, by that of plain ones (`grammar_over_plain`, …), and where one of them does
-  (`one_grammar_over_plain`, …); `grammar_step_over_plain` and its like are of a decode step's time.
+  (`one_grammar_over_plain`, …); `grammar_step_over_plain` and its like are of a decode step's time, and
+  `grammar_host_ms` and `plain_host_ms` are what the host works of it, not waiting for the device.
 * ``http``: all prompts at once by streaming clients of a server over the same engine (`http_over_engine`), and by
   clients that do not stream (`whole_over_engine`); what the server's process takes of processors for a token
   (`server_us_per_token`), and how much longer the engine's thread works at a step beside it
@@ -30,7 +31,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
 from time import perf_counter, thread_time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -205,25 +206,27 @@ def measure_parameters(recording: Recording, args: argparse.Namespace, engine: E
     """What it costs to be asked for more than tokens, by all requests or by one of them, and what it costs those who
     ask for nothing."""
     plain = [trace.plain] * len(trace.prompts)
-    before = [timed(engine, trace, plain)[1] for _ in range(args.rounds)]
+    before = [timed(engine, trace, plain).step_ms for _ in range(args.rounds)]
     recording.say(f"plain steps: {median(before):.3f} ms")
     asked = {"plain": plain}
     for name, params in asked_for(trace).items():
         asked[name], asked[f"one_{name}"] = [params] * len(plain), [params, *plain[1:]]
     seconds: dict[str, list[float]] = {name: [] for name in asked}
     steps: dict[str, list[float]] = {name: [] for name in asked}
+    host: dict[str, list[float]] = {name: [] for name in asked}
     for turn in range(args.rounds + 1):
         # Graphs that the first turn went without, in those that do more.
         while engine.capture_wanted():
             pass
         for name, each in asked.items():
-            took, step_ms = timed(engine, trace, each)
+            took = timed(engine, trace, each)
             # The first time captures what it needs.
             if turn:
-                seconds[name].append(took)
-                steps[name].append(step_ms)
-            recording.say(f"round {turn} of {args.rounds}, {name}: {took:.2f} s, a step {step_ms:.3f} ms")
-    after = [timed(engine, trace, plain)[1] for _ in range(args.rounds)]
+                seconds[name].append(took.seconds)
+                steps[name].append(took.step_ms)
+                host[name].append(took.host_ms)
+            recording.say(f"round {turn} of {args.rounds}, {name}: {took}")
+    after = [timed(engine, trace, plain).step_ms for _ in range(args.rounds)]
     least = {name: min(took) for name, took in seconds.items()}
     others = [name for name in asked if name != "plain"]
     summary = {
@@ -231,10 +234,10 @@ def measure_parameters(recording: Recording, args: argparse.Namespace, engine: E
         "step_over_before": median(after) / median(before),
         **{f"{name}_over_plain": least["plain"] / least[name] for name in others},
         **{f"{name}_step_over_plain": min(steps[name]) / min(steps["plain"]) for name in others},
+        **{f"{name}_host_ms": min(host[name]) for name in ("plain", "grammar") if name in host},
     }
-    recording.found(
-        "parameters", {"step_ms": {"before": before, "after": after, **steps}, "seconds": seconds}, **summary
-    )
+    results = {"step_ms": {"before": before, "after": after, **steps}, "host_ms": host, "seconds": seconds}
+    recording.found("parameters", results, **summary)
 
 
 def asked_for(trace: Trace) -> dict[str, SamplingParams]:
@@ -255,9 +258,20 @@ def asked_for(trace: Trace) -> dict[str, SamplingParams]:
     return asked
 
 
-def timed(engine: Engine, trace: Trace, params: Sequence[SamplingParams]) -> tuple[float, float]:
-    """Seconds of all prompts, each asking for what is its own, as if none had ended early; and the milliseconds of a
-    decode step of as many lanes as they fill, the median."""
+class Timed(NamedTuple):
+    """Seconds of all prompts, as if none had ended early; and of a decode step of as many lanes as they fill, medians:
+    the milliseconds that it takes, and those in which the host does not wait for the device."""
+
+    seconds: float
+    step_ms: float
+    host_ms: float
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.2f} s, a step {self.step_ms:.3f} ms, of which the host works {self.host_ms:.3f}"
+
+
+def timed(engine: Engine, trace: Trace, params: Sequence[SamplingParams]) -> Timed:
+    """What all prompts take, each asking for what is its own."""
     records: list[StepRecord] = []
     engine.observer = records.append
     try:
@@ -265,8 +279,10 @@ def timed(engine: Engine, trace: Trace, params: Sequence[SamplingParams]) -> tup
     finally:
         engine.observer = None
     most = max(record.lanes for record in records if not record.prefilled)
-    steps = [record.wall_s for record in records if record.lanes == most and not record.prefilled]
-    return seconds * trace.tokens / tokens, 1e3 * median(steps)
+    full = [record for record in records if record.lanes == most and not record.prefilled]
+    step_ms = 1e3 * median(record.wall_s for record in full)
+    host_ms = 1e3 * median(record.wall_s - record.wait_s for record in full)
+    return Timed(seconds * trace.tokens / tokens, step_ms, host_ms)
 
 
 # -- HTTP --------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,15 @@
 """`bench doors --measure updates`: a process beside the engine's sends new weights while requests stream.
 
 What runs is prefilled again with the new weights (``running="restart"``), so each token has to be the one that the
-weights of its stamp choose behind the tokens before it. That is looked at afterwards, set by set of weights, with the
-same tokens forced: `mixed_tokens` are those that the weights of their stamp do not choose, but for ties.
+weights of its stamp choose behind the tokens before it, up to rounding. That is looked at afterwards with the same
+tokens forced, by either set of weights: a token's *distance* is by how much the largest logit exceeds its own.
+
+* `mixed_tokens` are those whose distance by the weights of their stamp exceeds the tolerance, `mixed_ties` those with a
+  smaller one that is not 0. Of each mixed token the results have its place, its versions and its distances.
+* The tolerance is `--tie-tolerance`, or what rounding was seen to do, if that is more (`mixed_rounding`): the largest
+  difference of a distance between two looks by the same weights in batches of other sizes, which no stamp has a part
+  in.
+* `mixed_swapped` is the control: of all tokens, the share that is told with the stamps of the two sets swapped.
 """
 
 from __future__ import annotations
@@ -24,10 +31,12 @@ from trtllm_vattn.bench.harness.case import captured_graphs, vocab_of
 from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.peer.trainer import train
 from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.async_engine import AsyncEngine
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.sampling_fields import MOST_LOGPROBS
 from trtllm_vattn.runtime.weights_ipc import receive_weights
 
 START = "spawn"
@@ -38,6 +47,13 @@ BETWEEN = 4
 """Tokens of each, between two updates."""
 LEAST_TIE = 1e-3
 """Logits: prefilling again rounds otherwise than decoding did."""
+LOOKED_AT_AGAIN = 32
+"""Requests that are looked at twice by the same weights, beside those that a first look tells."""
+MOST_RECORDED = 50
+"""Mixed tokens of the results."""
+
+Distances = list[list[float]]
+"""Of each token of each request."""
 
 
 @dataclass
@@ -67,26 +83,28 @@ def measure_updates(recording: Recording, args: argparse.Namespace, model: PreTr
         same = captured_graphs(engine) == graphs
         recording.say(f"{args.updates} updates; looking at {sum(len(each.tokens) for each in streamed)} tokens")
         tolerance = max(args.tie_tolerance, LEAST_TIE)
-        mixed, ties = asyncio.run(around.call(lambda engine: _mixed_tokens(engine, connection, streamed, tolerance)))
+        looks = asyncio.run(around.call(lambda engine: _looks(engine, connection, streamed, tolerance)))
     finally:
         around.close()
     connection.send(None)
     process.join()
     stamps = {version for each in streamed for version in each.versions}
+    found, mixed = judged(streamed, looks, tolerance)
     nbytes = sum(each.numel() * each.itemsize for each in model.parameters())
     summary = {
         "updates": args.updates,
         "recaptured": int(not same),
         "versions_stamped": len(stamps),
         "stamped_tokens": sum(len(each.tokens) for each in streamed),
-        "mixed_tokens": mixed,
-        "mixed_ties": ties,
+        **found,
         "update_ms": 1e3 * median(took[False]),
         "update_restorable_ms": 1e3 * median(took[True]),
         "update_gb_per_s": 1e-9 * nbytes / median(took[False]),
     }
     recording.wrong += [f"{name}: {summary[name]}" for name in ("recaptured", "mixed_tokens") if summary[name]]
-    recording.found("updates", {"seconds": took[False], "restorable_s": took[True], "bytes": nbytes}, **summary)
+    recording.wrong += [] if summary["mixed_swapped"] else ["mixed_swapped: 0, so that mixed_tokens tells nothing"]
+    results = {"seconds": took[False], "restorable_s": took[True], "bytes": nbytes, "mixed": mixed}
+    recording.found("updates", results, **summary)
 
 
 async def _serve(
@@ -132,26 +150,87 @@ async def _serve(
     return streamed, took
 
 
-def _mixed_tokens(
-    engine: Engine, connection: Connection, streamed: Sequence[Streamed], tolerance: float
-) -> tuple[int, int]:
-    """How many tokens are not what the weights of their stamp choose, and how many of others are ties."""
-    mixed = ties = 0
+@dataclass
+class Look:
+    """What one set of weights makes of all tokens: distances, and those of a second look at some requests, by place."""
+
+    first: Distances
+    again: dict[int, list[float]]
+
+
+def _looks(engine: Engine, connection: Connection, streamed: Sequence[Streamed], tolerance: float) -> list[Look]:
+    """By each set of weights, all requests at once; and again as many at once as streamed, some of them and all that
+    have a token of these weights whose distance exceeds the tolerance."""
+    looks = []
     for which in (0, 1):
         connection.send(which)
-        engine.update_weights_from_ipc(receive_weights(connection))
-        place: dict[int, Streamed] = {}
-        for each in streamed:
-            params = SamplingParams(len(each.tokens), ignore_eos=True, logprobs=2)
-            place[engine.submit(each.prompt, params, forced=each.tokens)] = each
+        engine.update_weights_from_ipc(receive_weights(connection), restore=False)
+        first = _distances(engine, streamed, len(streamed))
+        again = [
+            place
+            for place, each in enumerate(streamed)
+            if place < LOOKED_AT_AGAIN
+            or any(far > tolerance and at % 2 == which for far, at in zip(first[place], each.versions, strict=True))
+        ]
+        second = _distances(engine, [streamed[place] for place in again], STREAMS)
+        looks.append(Look(first, dict(zip(again, second, strict=True))))
+    return looks
+
+
+def _distances(engine: Engine, streamed: Sequence[Streamed], at_once: int) -> Distances:
+    """By how much the largest logit exceeds each token's, so many requests at once; of a token that is not among the
+    likeliest, by how much it exceeds the last one of these."""
+    found: Distances = [[] for _ in streamed]
+    for start in range(0, len(streamed), at_once):
+        place: dict[int, int] = {}
+        for number, each in enumerate(streamed[start : start + at_once], start):
+            params = SamplingParams(len(each.tokens), ignore_eos=True, logprobs=MOST_LOGPROBS)
+            place[engine.submit(each.prompt, params, forced=each.tokens)] = number
         for event in engine.run():
-            each = place[event.request]
-            if each.versions[event.index] % 2 != which or event.token == each.tokens[event.index]:
-                continue
-            assert event.logprob is not None
-            (_, first), (_, second) = event.logprob.top
-            if first - second < tolerance:
-                ties += 1
-            else:
-                mixed += 1
-    return mixed, ties
+            if event.error is not None or event.logprob is None:
+                raise ConfigError(f"{event.error}; raise --budget")
+            number = place[event.request]
+            likeliest = dict(event.logprob.top)
+            least, most = min(likeliest.values()), max(likeliest.values())
+            found[number].append(most - likeliest.get(streamed[number].tokens[event.index], least))
+    return found
+
+
+def judged(
+    streamed: Sequence[Streamed], looks: Sequence[Look], tolerance: float
+) -> tuple[dict[str, float], list[dict[str, object]]]:
+    """The summary's figures of tokens and their stamps, and the mixed tokens."""
+    differences = [
+        abs(one - other)
+        for which, look in enumerate(looks)
+        for place, second in look.again.items()
+        for one, other, version in zip(look.first[place], second, streamed[place].versions, strict=True)
+        if version % 2 == which
+    ]
+    rounding = max(differences, default=0.0)
+    limit = max(tolerance, rounding)
+    mixed: list[dict[str, object]] = []
+    ties = swapped = 0
+    furthest = 0.0
+    for place, each in enumerate(streamed):
+        for at, version in enumerate(each.versions):
+            own, other = looks[version % 2], looks[1 - version % 2]
+            far, again = own.first[place][at], own.again[place][at] if place in own.again else None
+            # Rounding in either look may have made it.
+            nearest = far if again is None else min(far, again)
+            furthest = max(furthest, nearest)
+            swapped += other.first[place][at] > limit
+            ties += 0 < nearest <= limit
+            if nearest > limit:
+                where = {"request": place, "prompt": len(each.prompt), "position": at, "version": version}
+                before = each.versions[at - 1] if at else None
+                distances = {"distance": far, "again": again, "by_other_weights": other.first[place][at]}
+                mixed.append({**where, "version_before": before, **distances})
+    figures = {
+        "mixed_tokens": len(mixed),
+        "mixed_ties": ties,
+        "mixed_largest_distance": furthest,
+        "mixed_rounding": rounding,
+        "mixed_swapped": swapped / max(1, sum(len(each.tokens) for each in streamed)),
+    }
+    return figures, mixed[:MOST_RECORDED]
