@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import signal
 import threading
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -27,7 +31,7 @@ from trtllm_vattn.runtime import lane_processors, pass_cost
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.decode import Choice, Launch
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler, MaskJob
+from trtllm_vattn.runtime.grammar import Grammar, GrammarCompiler, MaskJob, fill_masks
 from trtllm_vattn.runtime.lane_processors import FORWARD, LaneAsks, LaneProcessors, StepKind
 from trtllm_vattn.runtime.pass_cost import PassCost
 from trtllm_vattn.runtime.pipeline import Pipeline
@@ -431,6 +435,74 @@ def test_weights_sleep_and_suspension_find_no_half_of_a_launch(
         events += engine.run()
         for number, place in zip(numbers, (4, 5), strict=True):
             assert outcome([event for event in events if event.request == number]) == alone[place]
+
+
+def test_masks_that_were_begun_for_others_are_waited_for_behind_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, processors = GrammarCompiler(tiny_tokenizer(), VOCAB, [0]), LaneProcessors(1, 1, torch.device("cpu"))
+    processors.require(VOCAB, grammar=True)
+    asks = [LaneAsks(each, [5], [], grammar=compiler.grammar(each)) for each in (asked(regex="a+"), asked(regex="b+"))]
+    thread, goes_on = grammar_module._masking_thread(os.getpid()), threading.Event()
+    thread.submit(goes_on.wait, 30)
+    monkeypatch.setattr(grammar_module, "START_S", 0.0)
+    processors.set(0, asks[0])
+    processors.begin_masks({0}, {0: tiny_tokenizer()("a")["input_ids"][0]})
+
+    def interrupted(job: MaskJob) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MaskJob, "settle", interrupted)
+        processors.new_masks({0})
+    processors.clear_all()
+    processors.set(0, asks[1])
+    assert processors.new_masks({0}) is not None
+    goes_on.set()
+    thread.submit(int).result(30)
+    grammar = asks[1].grammar
+    assert grammar is not None
+    mask = processors._staged[processors._row[0]].numpy().tobytes()
+    assert mask == grammar.follow([]).compute_bitmask()[: len(mask)]
+
+
+def test_a_forked_child_computes_masks_by_threads_of_its_own() -> None:
+    words, params = VOCAB // 32, asked(regex="[a-z ]{40}")
+    compiler = GrammarCompiler(tiny_tokenizer(), VOCAB, [0])
+
+    def computed() -> bool:
+        """Some at once, as for a batch, and some ahead."""
+        masks = np.zeros((4, words), np.int32)
+        fill_masks({row: (compiler.grammar(params), []) for row in range(4)}, masks)
+        grammar, job = compiler.grammar(params), MaskJob()
+        job.start([(grammar.follow([]), 3)], masks)
+        return job.settle() and bool((masks == masks[0]).all() and masks.any())
+
+    # Four, whatever this machine has.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+        grammar_module._executor.cache_clear()
+        try:
+            assert computed()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of forking with threads
+                child = os.fork()
+            if not child:
+                signal.alarm(20)
+                os._exit(0 if computed() else 1)
+            assert os.waitpid(child, 0)[1] == 0
+        finally:
+            grammar_module._executor.cache_clear()
+
+
+def test_requests_with_grammars_go_on_where_the_main_thread_has_ended(
+    monkeypatch: pytest.MonkeyPatch, alone: list[tuple[list[int | None], str | None, str]]
+) -> None:
+    # Which shuts down all executors, before it waits for other threads.
+    ended = ThreadPoolExecutor(1)
+    ended.shutdown()
+    monkeypatch.setattr(grammar_module, "_masking_thread", lambda process: ended)
+    with engine_of(buckets=[LANES]) as engine:
+        engine.submit(PROMPTS[4], PARAMS[4])
+        assert outcome(list(engine.run())) == alone[4]
 
 
 class Noted:

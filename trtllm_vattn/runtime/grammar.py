@@ -127,7 +127,11 @@ class MaskJob:
 
     def start(self, matchers: list[tuple[Any, int]], masks: np.ndarray) -> None:
         """Begin to write the masks of these matchers to their rows of int32 ``[rows, words]``."""
-        _masking_thread().submit(self._run, matchers, masks)
+        try:
+            _masking_thread(os.getpid()).submit(self._run, matchers, masks)
+        except RuntimeError:
+            # The main thread has ended, and others go on: executors take nothing from then on.
+            return
         # Else that thread gets the GIL once this one has nothing to do, which is when it wants the masks.
         self._begun.wait(START_S)
 
@@ -210,21 +214,23 @@ def _slices() -> list[str]:
     return [*(f"{character}{{1,{most}}}" for most in SLICED_LENGTHS), f"{character}+"]
 
 
-@lru_cache(maxsize=1)
-def _executor() -> Any:
+@lru_cache(maxsize=None)
+def _executor(process: int) -> Any:
+    """Of a process: a forked child has none of its parent's threads, and would wait for them for ever."""
     from llguidance import LLExecutor
 
     return LLExecutor(max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2)))
 
 
-@lru_cache(maxsize=1)
-def _masking_thread() -> ThreadPoolExecutor:
+@lru_cache(maxsize=None)
+def _masking_thread(process: int) -> ThreadPoolExecutor:
+    """Of a process, as `_executor`."""
     return ThreadPoolExecutor(1, "grammar masks")
 
 
 def _compute(matchers: list[tuple[Any, int]], masks: np.ndarray) -> None:
     """By several threads, without the GIL."""
-    _executor().unsafe_compute_mask_ptr(matchers, masks.ctypes.data, masks.strides[0], len(masks))
+    _executor(os.getpid()).unsafe_compute_mask_ptr(matchers, masks.ctypes.data, masks.strides[0], len(masks))
 
 
 def fill_masks(grammars: Mapping[int, tuple[Grammar, Sequence[int]]], masks: np.ndarray) -> None:

@@ -318,8 +318,10 @@ class LaneProcessors:
         """Write what may come next in these slots, by the records of their requests, for `put_masks`; returns the rows,
         from the first with a grammar to the last, in which those without one allow all tokens. None where none of the
         slots has a grammar. On the host alone."""
-        ahead, self._ahead = self._ahead, None
+        ahead = self._ahead
         there = ahead is not None and ahead[0].settle()
+        # Behind it: where that is interrupted, the next call has to wait for whoever writes to these rows.
+        self._ahead = None
         asked = {self._row[slot]: each for slot, each in self._grammars.items() if slot in slots}
         if not asked:
             return None
