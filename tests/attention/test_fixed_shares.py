@@ -10,7 +10,7 @@ import pytest
 import torch
 from probing import probe, probe_on_card
 
-from trtllm_vattn.attention import picked, prompts, select
+from trtllm_vattn.attention import cudnn, picked, prompts, select
 from trtllm_vattn.attention.cudnn import CudnnAttention
 from trtllm_vattn.attention.options import FP8, Feature, LayerOptions, PrefixTables
 from trtllm_vattn.attention.picked import PickedAttention
@@ -99,8 +99,8 @@ class Chosen:
         self.given, self.options = given, options
 
 
-@pytest.mark.parametrize("cudnn", ["yes", "nvidia-cudnn-frontend is not installed"])
-def test_deterministic_engines_have_fixed_shares_on_a_gpu(monkeypatch: pytest.MonkeyPatch, cudnn: str) -> None:
+@pytest.mark.parametrize("of_cudnn", ["yes", "nvidia-cudnn-frontend is not installed"])
+def test_deterministic_engines_have_fixed_shares_on_a_gpu(monkeypatch: pytest.MonkeyPatch, of_cudnn: str) -> None:
     for name in ("SharesAttention", "FixedSharesAttention", "CudnnAttention"):
         monkeypatch.setattr(picked, name, type(name, (Chosen,), {"name": name, "features": frozenset()}))
     x = torch.empty(2, 8, 2, 64, dtype=torch.bfloat16)
@@ -116,7 +116,7 @@ def test_deterministic_engines_have_fixed_shares_on_a_gpu(monkeypatch: pytest.Mo
     assert kernels["FixedSharesAttention"].given == (cache, 4, 1.0, "prompts")  # type: ignore[attr-defined]
     assert [*PickedAttention._usual(backend, False)] == ["CudnnAttention", "shares"]
     monkeypatch.setattr(select, "availability", lambda: "yes")
-    monkeypatch.setattr(select.cudnn, "availability", lambda: cudnn)
+    monkeypatch.setattr(cudnn, "availability", lambda: of_cudnn)
     monkeypatch.setattr(select, "PickedAttention", Chosen)
     made: Any = make_attention("auto", cache, 4, deterministic=True)
     assert (made.given, made.options) == ((cache, 4, None), {"deterministic": True})
