@@ -26,7 +26,7 @@ with requests in 100 random batches. It costs the rows that are padding, which i
 step, and that prompts do not share passes.
 
 On an H200 this was looked at on 2026-11-30 at commit c6fcbf80434b, when decode was by cuDNN, and did not hold: 1,048 of
-1,073 requests had other bits than alone. cuDNN's decode attention does not even repeat itself
+1,073 requests had other bits than alone (scripts/results/h200/doors_bits.json). cuDNN's decode attention does not even repeat itself
 (scripts/results/h200/decode_repeats.txt). Decode by fixed shares has run in Triton's interpreter and was compiled for
 the card; it has not run on one, so whether the claim holds there is not known yet.
 
