@@ -26,13 +26,13 @@ with requests in 100 random batches. It costs the rows that are padding, which i
 step, and that prompts do not share passes.
 
 On an H200 this was looked at on 2026-11-30 at commit c6fcbf80434b, when decode was by cuDNN, and did not hold: 1,048 of
-1,073 requests had other bits than alone (scripts/results/h200/doors_bits.json). cuDNN's decode attention does not even repeat itself
-(scripts/results/h200/decode_repeats.txt). Decode by fixed shares has run in Triton's interpreter and was compiled for
-the card; it has not run on one, so whether the claim holds there is not known yet.
+1,073 requests had other bits than alone (scripts/results/h200/doors_bits.json). cuDNN's decode attention does not even
+repeat itself (scripts/results/h200/decode_repeats.txt). Decode by fixed shares has run in Triton's interpreter and was
+compiled for the card; it has not run on one, so whether the claim holds there is not known yet.
 
-Over two ranks (``tensor_parallel=2``) it holds, too: each sum is of two numbers, and of two either order gives the same
-bits. More ranks are refused: an all-reduce begins with another rank for each part of what it is given (NCCL's rings and
-trees), so that a request's bits would depend on its lane.
+Over two ranks (``tensor_parallel=2``) it holds where it does on one: each sum is of two numbers, and of two either
+order gives the same bits. More ranks are refused: an all-reduce begins with another rank for each part of what it is
+given (NCCL's rings and trees), so that a request's bits would depend on its lane.
 """
 
 from __future__ import annotations

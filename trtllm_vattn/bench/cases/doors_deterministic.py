@@ -5,8 +5,8 @@ prompts, which first ran alone, in random batches, some of them joining while ot
 tokens or log-probabilities have other bits than alone; `plain_different` are those of the engine without, in a tenth of
 the batches. Which part differs is told by `different_first_token`, those whose first token does, which comes from the
 prompt's passes, and `first_different`, requests by the index of the first token that does. `product_rows_different` are
-rows of the model's products, one of each shape, for as many equal rows as there are lanes, that are not the first row
-of the first call.
+rows of the model's products, by one weight of each shape, of as many equal rows as there are lanes and of one, that are
+not the first row of the first call.
 """
 
 from __future__ import annotations
@@ -94,15 +94,16 @@ def measure_deterministic(
 
 @torch.inference_mode()
 def _product_rows_different(model: nn.Module, rows: int) -> int:
-    """Rows of products of `rows` equal rows, by one weight of each shape, that have other bits than the first row of
-    the first of `CALLS` calls."""
+    """Rows of products of `rows` equal rows, and of one, by one weight of each shape, that have other bits than the
+    first row of the first of `CALLS` calls."""
     weights = {each.weight.shape: each.weight for each in model.modules() if isinstance(each, nn.Linear)}
     different = 0
     for weight in weights.values():
         row = torch.randn(1, weight.shape[1], device=weight.device).to(weight.dtype)
-        given = row.expand(rows, -1).contiguous()
-        outs = [nn.functional.linear(given, weight) for _ in range(CALLS)]
-        different += sum(int((out != outs[0][:1]).any(1).sum()) for out in outs)
+        for count in (1, rows):
+            given = row.expand(count, -1).contiguous()
+            outs = [nn.functional.linear(given, weight) for _ in range(CALLS)]
+            different += sum(int((out != outs[0][:1]).any(1).sum()) for out in outs)
     return different
 
 
