@@ -62,7 +62,7 @@ def unit_at(at, end, offset, tiles, start):  # type: ignore[no-untyped-def]
     return unit, from_start, until, tl.maximum(from_start - start, 0), tl.maximum(until - start, 0)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def begin_of_piece(begins, places, at, end, lengths, start, TILE: tl.constexpr, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The first work from `at` on with which a piece begins, `at` if that is not before `end`. Each piece costs `start`
     besides its tiles."""
@@ -75,7 +75,7 @@ def begin_of_piece(begins, places, at, end, lengths, start, TILE: tl.constexpr, 
     return at
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def piece_at(offset, tiles, start, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of units of `tiles`, of which a piece begins at work `offset`: which unit, which of its pieces, and the first
     tile, and the end of the last, of the piece."""
@@ -85,7 +85,7 @@ def piece_at(offset, tiles, start, PIECE: tl.constexpr):  # type: ignore[no-unty
     return unit, piece, piece * PIECE, tl.minimum((piece + 1) * PIECE, tiles)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _store_part(part_tops, part_totals, part_outs, part, top, total, acc, here, d):  # type: ignore[no-untyped-def]
     """Store what rows carry as part `part` of their places."""
     tl.store(part_tops + part, top, mask=here)
