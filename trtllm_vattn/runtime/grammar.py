@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -214,7 +214,7 @@ def _slices() -> list[str]:
     return [*(f"{character}{{1,{most}}}" for most in SLICED_LENGTHS), f"{character}+"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _executor(process: int) -> Any:
     """Of a process: a forked child has none of its parent's threads, and would wait for them for ever."""
     from llguidance import LLExecutor
@@ -222,7 +222,7 @@ def _executor(process: int) -> Any:
     return LLExecutor(max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _masking_thread(process: int) -> ThreadPoolExecutor:
     """Of a process, as `_executor`."""
     return ThreadPoolExecutor(1, "grammar masks")
