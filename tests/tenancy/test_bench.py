@@ -73,7 +73,7 @@ def arguments(path: Path, *flags: str) -> argparse.Namespace:
 def test_runs_of_one_model_alone_are_left_out_where_the_time_is_over(tmp_path: Path) -> None:
     recording = Recording("tenancy", arguments(tmp_path / "tenancy.json", "--most-seconds", "0.001"))
     recording.measure({"serving": serving})
-    assert [row["run"] for row in recording.results["serving"]] == ["static"] * 2 + ["shared"] * 2
+    assert [row["run"] for row in recording.results["serving"]] == ["static", "shared"]
     assert recording.summary["p99_over_static"] > 0
     assert "p99_over_alone" not in recording.summary
 
@@ -92,7 +92,7 @@ def test_a_run_that_does_not_end_is_said_and_the_rows_before_it_are_kept(
     recording = Recording("tenancy", arguments(path))
     recording.measure({"serving": serving})
     written = json.loads(path.read_text())
-    assert [row["run"] for row in written["results"]["serving"]] == ["static"] * 2
+    assert [row["run"] for row in written["results"]["serving"]] == ["static"]
     assert "the run shared did not end" in written["results"]["failed"]["serving"]
     assert "model-0" in written["results"]["failed"]["serving"]
     assert written["summary"]["incomplete"] == ["serving"]
