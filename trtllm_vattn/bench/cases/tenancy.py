@@ -393,7 +393,7 @@ class _Models:
 
     def serve(self, run: str, models: Sequence[int], phases: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Have these models serve, all from one moment on; a row of each. Without `phases`, those of a model's first
-        burst. Raises VattnError where they do not in four times the run's seconds and 20 s."""
+        burst. Raises VattnError where they do not in twice the run's seconds and 20 s."""
         began, args = time.perf_counter(), self.args
         self.recording.say(f"serving: run {run} begins, {' and '.join(self.names[model] for model in models)}")
         begin = time.monotonic() + START_S
@@ -401,7 +401,7 @@ class _Models:
             own = range(model, model + ALONE) if phases is None else phases
             due = [begin + each for each in schedule(args, model, own)]
             self.pipes[model].send((due, args.seed + model))
-        watched = Watched(self.recording, run, begin, begin + 4 * args.seconds + 20)
+        watched = Watched(self.recording, run, begin, begin + 2 * args.seconds + 20)
         with Client(self.path) as client:
             while not all(self.pipes[model].poll() for model in models):
                 watched.look(client.standing().tenants)
