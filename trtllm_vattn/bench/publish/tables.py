@@ -209,6 +209,24 @@ def bandwidths(result: Result) -> str:
     return table(["system, GB/s", *points], [[s, *(cells[point, s] for point in points)] for s in systems])
 
 
+def wakes(result: Result) -> str:
+    """Sleeps without keys and values, and how long they take to be there again, with the driver calls of that."""
+    rows = []
+    for row in result["results"]["sleeps"]:
+        if row["kv"] != "drop":
+            continue
+        took = row["wake_s"] + row["fill_s"]
+        calls = [f"{1e3 * row[name]:.0f}" for name in ("create_s", "map_s", "set_access_s")]
+        rows.append([row["wakes"], f"{row['bytes'] / 1e9:.1f}", f"{1e3 * took:.0f}", str(row["created"]), *calls])
+    return table(["wakes", "GB", "there again, ms", "extents", "creating, ms", "mapping", "setting access"], rows)
+
+
+def phases(result: Result) -> str:
+    """Seconds of a warm start, phase by phase."""
+    rows = [row for row in result["results"]["phases"] if row["start"] == "warm"]
+    return table(["phase", "s"], [[row["phase"], f"{row['seconds']:.2f}"] for row in rows])
+
+
 def figures(result: Result) -> str:
     """The summary, as it stands in the JSON."""
     rows = [[name, f"{v:,.4g}" if isinstance(v, float) else str(v)] for name, v in result["summary"].items()]
@@ -277,6 +295,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "graph-layers": (("graph_rows_8.json",), layers),
     "soak": (("soak.json",), figures),
     "start": (("start.json",), figures),
+    "start-phases": (("start_warm.json",), phases),
     "policy": (("policy.json",), policies),
     "multistep": (("multistep.json",), figures),
     "burst": (("burst.json",), figures),
@@ -290,6 +309,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "attention-decode": (("attention_decode.json",), figures),
     "attention-features": (("attention_features.json",), figures),
     "stall": (("stall.json",), figures),
+    "stall-beside-tests": (("stall_beside_tests.json",), figures),
     "tune": (("tune.json",), figures),
     "compression": (("compression.json",), figures),
     "compression-fp8": (("compression_fp8.json",), figures),
@@ -301,12 +321,14 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "plan": (("plan.json",), figures),
     "placement": (("placement.json",), figures),
     "doors": (("doors.json",), figures),
+    "doors-bits": (("doors_bits.json",), figures),
     "transfer": (("transfer.json",), figures),
     "transfer-two": (("transfer_two.json",), figures),
     "transfer-peer": (("transfer_peer.json",), figures),
     "tp": (("tp.json",), figures),
     "tp-steps": (("tp_steps.json",), figures),
     "tiers": (("tiers.json",), figures),
+    "tiers-wake": (("tiers_wake.json",), wakes),
     "prefix-counts": (
         ("prefix.json",),
         picked(
