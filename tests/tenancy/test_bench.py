@@ -53,18 +53,8 @@ def serving(recording: Recording) -> list[dict[str, Any]]:
 
 
 def arguments(path: Path, *flags: str) -> argparse.Namespace:
-    sizes = [
-        "--prompts",
-        "2",
-        "--prompt-tokens",
-        "20",
-        "--output-tokens",
-        "2",
-        "--memory",
-        "256KiB",
-        "--seconds",
-        "0.1",
-    ]
+    sizes = ["--prompts=2", "--prompt-tokens=20", "--output-tokens=2", "--memory=256KiB", "--seconds=0.1"]
+    sizes += ["--models=1"]
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return parser.parse_args(["--device", "cpu", *sizes, *flags, "--output-json", str(path)])
