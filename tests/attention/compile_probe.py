@@ -38,6 +38,7 @@ from trtllm_vattn.attention.shares_launch import (
     HOPPER,
     Extras,
     Features,
+    Pieces,
     Rows,
     SharedReads,
     Workspace,
@@ -200,6 +201,7 @@ class Kernels:
         settings = settings_for(self.card.shared, dim, dtype.itemsize, rows.rows, lanes, few)
         q = torch.empty(lanes, queries, 8 * group, dim, dtype=BF16 if dtype == FP8 else dtype)
         programs = self.card.multiprocessors * most_programs(dim)
+        pieces = Pieces.of(1 << 17, lanes, 8, rows, dim) if what == "fixed" else None
         features = Features(tma, pdl)
         options, tables, reads = self.options(what, 8 * group), None, None
         if what in ("prefixes", "shared"):
@@ -223,12 +225,13 @@ class Kernels:
             None if queries == 1 else torch.empty(lanes, dtype=torch.int32),
             torch.empty(lanes, dtype=torch.int64),
             scale=0.1,
-            workspace=Workspace(CPU, programs, lanes, 8, rows, dim),
+            workspace=Workspace(CPU, programs, lanes, 8, rows, dim, pieces),
             programs=programs,
             settings=settings,
             features=features,
             tiles=tensor_maps(kv, settings.tile) if tma else None,
             extras=Extras(options, tables, reads, head_tables(cache)[1] if heads else None),
+            pieces=pieces,
         )
 
     def options(self, what: str, heads: int) -> LayerOptions:
@@ -316,6 +319,8 @@ class Kernels:
         for tma, pdl in self.paths:
             self.case(self.decode, 128, BF16, tma=tma, pdl=pdl)
             self.case(self.decode, 128, BF16, lanes=128, queries=5, tma=tma, pdl=pdl)
+            self.case(self.decode, 128, BF16, "fixed", tma=tma, pdl=pdl)
+            self.case(self.decode, 128, BF16, "fixed", lanes=128, tma=tma, pdl=pdl)
         tma, pdl = self.paths[0]
         for what in ("window", "softcap", "prefixes", "shared"):
             self.case(self.decode, 128, BF16, what, tma=tma, pdl=pdl)
@@ -351,6 +356,8 @@ class Kernels:
             for queries, lanes in ((1, 8), (1, 128), (5, 8), (8, 128)):
                 self.case(self.decode, dim, dtype, queries=queries, lanes=lanes, tma=tma, pdl=pdl)
         tma, pdl = max(paths)
+        if dtype != FP8:
+            self.case(self.decode, dim, dtype, "fixed", tma=tma, pdl=pdl)
         whats = ["window", "softcap", "prefixes"] + ["scales"] * (dtype == FP8)
         for what in whats:
             for queries in (1, 8):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from trtllm_vattn.bench.cases import doors_deterministic, doors_http, doors_updates
 from trtllm_vattn.bench.cases.doors_http import judge
@@ -17,7 +19,8 @@ from trtllm_vattn.bench.peer.trainer import train
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.logprobs import TokenLogprob
-from trtllm_vattn.runtime.request import Completion
+from trtllm_vattn.runtime.request import Completion, TokenEvent
+from trtllm_vattn.runtime.sampling import SamplingParams
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("openai")
@@ -84,6 +87,51 @@ def test_steps_of_every_batch_size_are_timed_although_prompts_go_in_one_by_one(
         True,
     )
     assert min(summary[f"deterministic_step_over_plain_{size}"] for size in (1, 6)) > 0
+    assert (summary["different_first_token"], summary["product_rows_different"] >= 0) == (0, True)
+
+
+def test_which_part_of_a_deterministic_engine_differs_is_told() -> None:
+    submitted: list[int] = []
+    told: list[int] = []
+    wrong = {4: 0, 5: 2}
+    """The token that is another than alone, by request; the first two are those alone."""
+
+    def submit(prompt: list[int], params: SamplingParams) -> int:
+        submitted.append(len(submitted))
+        return submitted[-1]
+
+    def run() -> list[TokenEvent]:
+        new = submitted[len(told) :]
+        told.extend(new)
+        logprobs = {True: TokenLogprob(7, -0.5), False: TokenLogprob(7, -1.0)}
+        return [
+            TokenEvent(each, 7, index=index, logprob=logprobs[wrong.get(each) == index])
+            for each in new
+            for index in range(3)
+        ]
+
+    engine: Any = SimpleNamespace(submit=submit, run=run, step=lambda: [])
+    recording: Any = SimpleNamespace(say=lambda text: None)
+    args = argparse.Namespace(seed=0, max_output=3)
+    requests, different = doors_deterministic._compare(engine, [[1], [2]], args, 3, recording)
+    assert requests == len(submitted) - 2 > 4
+    assert different == {0: 1, 2: 1}
+
+
+def test_rows_of_products_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(4, 3, bias=False))
+    calls: list[int] = []
+
+    def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        out = torch.ones(len(x), 3)
+        if len(calls) == doors_deterministic.CALLS + 5:
+            out[3, 1] = 2
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    assert doors_deterministic._product_rows_different(model, 6) == 1
+    assert calls == [1] * doors_deterministic.CALLS + [6] * doors_deterministic.CALLS, "one weight of each shape"
 
 
 def test_a_batch_size_that_no_step_had_is_told() -> None:

@@ -4,7 +4,7 @@ On a GPU the kernels are cuDNN's and the shares kernel (shares.py), for many lan
 is a little faster for equal lengths, the shares kernel up to several times faster for unequal ones. Before a launch,
 the caller gives `pick` the lengths, which the host knows, and passes the result to `use`; a step is captured once for
 each kernel. So the other sequences' lengths choose the kernel, and with it the last bits of a sequence's logits. With
-`deterministic` one kernel is always used, cuDNN's on a GPU, and the choice depends on no other sequence.
+`deterministic` one kernel is always used, on a GPU that of fixed shares, whose bits depend on no other sequence.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trtllm_vattn.attention.cudnn import CudnnAttention
 from trtllm_vattn.attention.options import PREFIXES, Feature, LayerOptions, PrefixTables
 from trtllm_vattn.attention.prompts import FlatPromptsAttention, PromptKernel
 from trtllm_vattn.attention.reference import TorchAttention
-from trtllm_vattn.attention.shares import SharesAttention
+from trtllm_vattn.attention.shares import FixedSharesAttention, SharesAttention
 from trtllm_vattn.attention.shares_launch import MANY_LANES
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.select import make_cache
@@ -54,7 +54,7 @@ class PickedAttention(FlatPromptsAttention):
     Parameters
     ----------
     deterministic : bool
-        Always use the first kernel, which is cuDNN's on a GPU.
+        Always use the first kernel, which is that of `FixedSharesAttention` on a GPU.
     kernels : mapping or None
         Backends by name; None: cudnn and shares on a GPU, and for many lanes ``shares-plain``; torch and shares on the
         host.
@@ -77,7 +77,7 @@ class PickedAttention(FlatPromptsAttention):
         deterministic: bool = False,
         kernels: Mapping[str, Attention] | None = None,
     ) -> None:
-        super().__init__(cache, num_heads, scale)
+        super().__init__(cache, num_heads, scale, fixed=deterministic)
         self._deterministic = deterministic
         self.kernels: dict[str, Attention] = dict(kernels or self._usual(deterministic))
         if deterministic:
@@ -95,6 +95,8 @@ class PickedAttention(FlatPromptsAttention):
         cache, heads, scale = self.cache, self.num_heads, self.scale
         if cache.device.type == "cuda" and self._needed_by_cache() - CudnnAttention.features:
             return {"shares": SharesAttention(cache, heads, scale, self.prompts)}
+        if deterministic and cache.device.type == "cuda":
+            return {FixedSharesAttention.name: FixedSharesAttention(cache, heads, scale, self.prompts)}
         backend = CudnnAttention if cache.device.type == "cuda" else TorchAttention
         first: Attention = backend(cache, heads, scale)
         if deterministic:

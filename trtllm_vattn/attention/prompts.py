@@ -33,14 +33,20 @@ from trtllm_vattn.vmm.tensors import upload
 
 
 class PromptKernel:
-    """Causal attention of chunks over the flat KV of one cache on a GPU; all launches must be on one stream."""
+    """Causal attention of chunks over the flat KV of one cache on a GPU; all launches must be on one stream.
+
+    Into how many pieces keys are divided depends on the programs that run at once, which the first launch by some
+    settings finds out. With `fixed` they are as many as the settings say, so that the bits of a pass depend on its
+    chunks alone, and those of a pass of one chunk on its rows and its length.
+    """
 
     name: ClassVar[str] = "triton"
 
-    def __init__(self, cache: KVCache, num_heads: int, scale: float) -> None:
+    def __init__(self, cache: KVCache, num_heads: int, scale: float, fixed: bool = False) -> None:
         first = cache.head_groups(0)[0]
         assert isinstance(first, FlatKV)
         self.cache, self.num_heads, self.scale = cache, num_heads, scale
+        self.fixed = fixed
         self.heads = head_tables(cache)
         self._card = torch.cuda.get_device_properties(cache.device)
         self._hopper = torch.cuda.get_device_capability(cache.device)[0] == HOPPER
@@ -85,7 +91,7 @@ class PromptKernel:
         maps = self._maps_of(layer, kv, planned.settings.block_n) if self._tma else None
         extras = Extras(options, prefixes, heads=None if self.heads is None else self.heads[layer])
         kernel = attend(q, kv, out, planned, self._workspace, self.scale, maps, extras)
-        if planned.settings not in self._resident:
+        if planned.settings not in self._resident and not self.fixed:
             fitting = programs_at_once(kernel, self._card.shared_memory_per_multiprocessor)
             self._resident[planned.settings] = min(fitting, planned.settings.resident)
 
@@ -152,6 +158,8 @@ class FlatPromptsAttention(GatheringAttention):
     ----------
     prompts : DevicePlanned or None
         The kernel, which another backend over the same cache may share; None makes a `PromptKernel`, on a GPU.
+    fixed : bool
+        How that one is made.
 
     Raises
     ------
@@ -162,7 +170,13 @@ class FlatPromptsAttention(GatheringAttention):
     captures_prompts: ClassVar[bool] = True
 
     def __init__(
-        self, cache: KVCache, num_heads: int, scale: float | None = None, prompts: DevicePlanned | None = None
+        self,
+        cache: KVCache,
+        num_heads: int,
+        scale: float | None = None,
+        prompts: DevicePlanned | None = None,
+        *,
+        fixed: bool = False,
     ) -> None:
         super().__init__(cache, num_heads, scale)
         if not isinstance(cache.head_groups(0)[0], FlatKV):
@@ -173,7 +187,7 @@ class FlatPromptsAttention(GatheringAttention):
         self._on_gpu = cache.device.type == "cuda"
         self.prompts = prompts
         if prompts is None and self._on_gpu:
-            self.prompts = PromptKernel(cache, num_heads, self.scale)
+            self.prompts = PromptKernel(cache, num_heads, self.scale, fixed)
         self.host_planned: HostPlanned | None = None
         """If set, it attends in passes whose chunks the host knows."""
         self._windows: dict[tuple[int | None, int], LayerOptions] = {}

@@ -21,7 +21,8 @@ from trtllm_vattn.errors import ConfigError
 
 def automatic(cache: KVCache, num_heads: int, scale: float | None = None, *, deterministic: bool = False) -> Attention:
     """The picked backend (picked.py) if its kernels work over this cache, else `default_attention`; over latents their
-    own backend if its kernels do and it need not be deterministic, else the torch backend."""
+    own backend if its kernels do and it need not be deterministic, else the torch backend. Where it must be
+    deterministic, nothing is by cuDNN: where the project's own kernel does not work, the torch backend."""
     shape = cache.shape
     if shape.kv_factor == 1:
         # Whether bits of the own kernels depend on other lanes was not looked at.
@@ -29,9 +30,10 @@ def automatic(cache: KVCache, num_heads: int, scale: float | None = None, *, det
         return kind(cache, num_heads, scale)
     flat = isinstance(cache.head_groups(0)[0], FlatKV) and shape.kv_factor == 2
     half = shape.dtype in (torch.float16, torch.bfloat16, FP8) and shape.head_dim in shares.HEAD_SIZES
-    if cache.device.type == "cuda" and flat and half and cudnn.availability() == availability() == "yes":
+    own = cache.device.type == "cuda" and flat and half and availability() == "yes"
+    if own and (deterministic or cudnn.availability() == "yes"):
         return PickedAttention(cache, num_heads, scale, deterministic=deterministic)
-    return default_attention(cache, num_heads, scale)
+    return TorchAttention(cache, num_heads, scale) if deterministic else default_attention(cache, num_heads, scale)
 
 
 _BACKENDS: dict[str, Callable[..., Attention]] = {
@@ -57,10 +59,10 @@ def make_attention(
 ) -> Attention:
     """Make a backend over a cache, and tell it how each layer attends (`Attention.set_options`; empty is nothing).
 
-    ``auto`` is, over flat KV on a GPU, cudnn or shares by the lengths at hand, and cudnn alone if `deterministic`;
-    elsewhere cudnn if it works over the cache, else torch. Where those cannot do what `options` ask for, it is shares,
-    else torch. The other backends have one kernel. Over a cache that keeps windows of some layers it is two of the
-    named backend (windows.py), for passes of at most `most_rows` rows.
+    ``auto`` is, over flat KV on a GPU, cudnn or shares by the lengths at hand, and elsewhere cudnn if it works over the
+    cache, else torch; if `deterministic`, it is fixed shares (shares.py) over flat KV on a GPU, else torch. Where those
+    cannot do what `options` ask for, it is shares, else torch. The other backends have one kernel. Over a cache that
+    keeps windows of some layers it is two of the named backend (windows.py), for passes of at most `most_rows` rows.
 
     Raises ConfigError for an unknown name, for query heads that are no multiple of the cache's KV heads, and if the
     backend does not support the cache, the options or this machine.

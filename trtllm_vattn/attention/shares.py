@@ -15,6 +15,9 @@ first tokens in another slot, lengths a range group. Lanes that share their firs
 them once, by the kernel of prefix_kernel.py before this one, in layers without a window; there the lanes' own rests and
 what they share are added up in another order, which may change the last bits of the output. A step in which no lane's
 first tokens lie elsewhere or are shared runs the kernel that knows nothing of it.
+
+`FixedSharesAttention` cuts every sequence at the same numbers of tokens instead, whatever the other lanes are: a lane's
+bits depend on nothing else. Deterministic engines decode by it.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from trtllm_vattn.attention.shares_launch import (
     MANY_LANES,
     Extras,
     Features,
+    Pieces,
     Rows,
     Settings,
     SharedReads,
@@ -67,6 +71,8 @@ class SharesAttention(FlatPromptsAttention):
     """
 
     name: ClassVar[str] = "shares"
+    fixed_shares: ClassVar[bool] = False
+    """Whether sequences are cut by `Pieces`."""
     most_queries = MOST_QUERIES
     # Each by its name: what a kernel does not compute must not be among them.
     features: ClassVar[frozenset[Feature]] = frozenset(
@@ -91,7 +97,7 @@ class SharesAttention(FlatPromptsAttention):
         plain: bool = False,
     ) -> None:
         self._check(cache)
-        super().__init__(cache, num_heads, scale, prompts)
+        super().__init__(cache, num_heads, scale, prompts, fixed=self.fixed_shares)
         self._plain = plain
         self._group = num_heads // cache.shape.num_kv_heads
         self._launched_with: tuple[torch.Tensor | None, ...] = ()
@@ -101,11 +107,12 @@ class SharesAttention(FlatPromptsAttention):
         assert isinstance(first, FlatKV)
         shape = cache.shape
         self._card = torch.cuda.get_device_properties(cache.device)
-        most = Rows.of(self._group, MOST_QUERIES, shape.head_dim)
+        most = Rows.of(self._group, self.most_queries, shape.head_dim)
         self._most_programs = self._card.multi_processor_count * most_programs(shape.head_dim)
-        self._workspace = Workspace(
-            cache.device, self._most_programs, shape.num_slots, shape.num_kv_heads, most, shape.head_dim
-        )
+        heads, dim = shape.num_kv_heads, shape.head_dim
+        longest = first.k.shape[1]
+        self._pieces = Pieces.of(longest, shape.num_slots, heads, most, dim) if self.fixed_shares else None
+        self._workspace = Workspace(cache.device, self._most_programs, shape.num_slots, heads, most, dim, self._pieces)
         self._fitting: dict[tuple[object, ...], int] = {}
         """Programs per multiprocessor, by what the kernel is compiled for; known after its first launch."""
         self._heads = head_tables(cache)
@@ -253,6 +260,7 @@ class SharesAttention(FlatPromptsAttention):
             features=features,
             tiles=self._tiles(layer, kv, settings.tile) if self._features.tma else None,
             extras=Extras(options, tables, reads, None if self._heads is None else self._heads[layer]),
+            pieces=self._pieces,
         )
         self._learn_programs(kind, kernel)
         return out
@@ -263,10 +271,10 @@ class SharesAttention(FlatPromptsAttention):
         dtype = self.cache.shape.dtype
         if q.dtype != dtype and not (dtype == FP8 and q.dtype in DTYPES):
             raise ConfigError(f"queries are {q.dtype}, the cache is {dtype}; convert the queries")
-        if not 1 <= queries <= MOST_QUERIES or lanes > self.cache.shape.num_slots:
+        if not 1 <= queries <= self.most_queries or lanes > self.cache.shape.num_slots:
             raise ConfigError(
                 f"{lanes} lanes of {queries} queries; there may be {self.cache.shape.num_slots} lanes, the cache's "
-                f"slots, of 1 to {MOST_QUERIES} queries: give longer rows of queries to prefill"
+                f"slots, of 1 to {self.most_queries} queries: give longer rows of queries to prefill"
             )
 
     def _read_shared(
@@ -306,6 +314,9 @@ class SharesAttention(FlatPromptsAttention):
 
     def _settings(self, lanes: int, queries: int) -> Settings:
         shape = self.cache.shape
+        if self.fixed_shares:
+            # The size of a tile changes bits, too.
+            lanes = shape.num_slots
         return settings_for(
             self._card.shared_memory_per_multiprocessor,
             shape.head_dim,
@@ -328,3 +339,20 @@ class SharesAttention(FlatPromptsAttention):
         if maps is None:
             maps = self._maps[layer, tile] = tensor_maps(kv, tile)
         return maps
+
+
+class FixedSharesAttention(SharesAttention):
+    """Decode whose bits of a lane depend on its own length, query, keys and values alone, in any lane of any batch.
+
+    Every sequence is cut into pieces of the same number of tokens (`Pieces`, by the cache's shape), each of which one
+    program attends to, and a lane's pieces are combined from the first to the last. Partial results take 256 MiB or
+    less: that of each lane, query head and piece one row of float32. One query a lane; prompts as in
+    `FlatPromptsAttention` with `fixed`. It takes no windows, sinks, soft caps, rows of eight bits and prefixes in other
+    slots.
+    """
+
+    name: ClassVar[str] = "fixed-shares"
+    fixed_shares: ClassVar[bool] = True
+    batch_invariant = True
+    most_queries = 1
+    features: ClassVar[frozenset[Feature]] = frozenset()

@@ -6,6 +6,11 @@ head's output. If several programs share a head, each stores a partial result, a
 partial results in a fixed order, so that equal lengths give equal bits. Each program computes its part of the list from
 the lengths, which it reads on the device.
 
+With `PIECE`, a head's tiles are cut at every `PIECE`-th one, whatever the other lanes are and however many programs
+there are, and a program takes the pieces that begin in its part of the list. A head's pieces are combined from the
+first to the last, so that a lane's bits depend on its own length, queries, keys and values alone (the fixed split-size
+of He et al., Defeating Nondeterminism in LLM Inference, 2025).
+
 What a layer or a step does not use is not compiled. A window, a prefix in another slot and a prefix that a group of
 lanes reads together (prefix_kernel.py) change which tiles a lane has: those that hold only tokens which every query of
 the lane sees, in one slot, are read whole, and the others row by row, each row under its own conditions. Where heads
@@ -58,6 +63,61 @@ def unit_at(at, end, offset, tiles, start):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def begin_of_piece(begins, places, at, end, lengths, start, TILE: tl.constexpr, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first work from `at` on with which a piece begins, `at` if that is not before `end`. Each piece costs `start`
+    besides its tiles."""
+    if at < end:
+        place = tl.max(tl.where(begins <= at, places, 0), 0)
+        tiles = tl.cdiv(tl.load(lengths + (place & 0xFFFFFFFF).to(tl.int32)), TILE)
+        unit_work = tiles + start * tl.cdiv(tiles, PIECE)
+        offset = (at - (place >> 32).to(tl.int32)) % unit_work
+        at += tl.minimum(tl.cdiv(offset, PIECE + start) * (PIECE + start), unit_work) - offset
+    return at
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def piece_at(offset, tiles, start, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of units of `tiles`, of which a piece begins at work `offset`: which unit, which of its pieces, and the first
+    tile, and the end of the last, of the piece."""
+    unit_work = tiles + start * tl.cdiv(tiles, PIECE)
+    unit = offset // unit_work
+    piece = (offset - unit * unit_work) // (PIECE + start)
+    return unit, piece, piece * PIECE, tl.minimum((piece + 1) * PIECE, tiles)
+
+
+@triton.jit
+def _store_part(part_tops, part_totals, part_outs, part, top, total, acc, here, d):  # type: ignore[no-untyped-def]
+    """Store what rows carry as part `part` of their places."""
+    tl.store(part_tops + part, top, mask=here)
+    tl.store(part_totals + part, total, mask=here)
+    tl.store(part_outs + part[:, None] * d.shape[0] + d[None, :], acc, mask=here[:, None])
+    tl.debug_barrier()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def leave_piece(  # type: ignore[no-untyped-def]
+    part_tops,
+    part_totals,
+    part_outs,
+    counter,
+    top,
+    total,
+    acc,
+    here,
+    d,
+    first_part,
+    piece,
+    pieces,
+    ROWS: tl.constexpr,
+    PART_ROWS: tl.constexpr,
+):
+    """Leave a piece of a unit whose pieces' parts begin at `first_part`; returns whether all the others are left."""
+    part = (first_part + piece) * PART_ROWS + tl.arange(0, ROWS)
+    _store_part(part_tops, part_totals, part_outs, part, top, total, acc, here, d)
+    return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == pieces - 1
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def leave_part(  # type: ignore[no-untyped-def]
     part_tops,
     part_totals,
@@ -80,10 +140,7 @@ def leave_part(  # type: ignore[no-untyped-def]
     parts of it, and whether all the others have left theirs."""
     # A program has at most two parts: the end of one unit and the beginning of another.
     part = (program * 2 + (first == 0).to(tl.int32)) * ROWS + tl.arange(0, ROWS)
-    tl.store(part_tops + part, top, mask=here)
-    tl.store(part_totals + part, total, mask=here)
-    tl.store(part_outs + part[:, None] * d.shape[0] + d[None, :], acc, mask=here[:, None])
-    tl.debug_barrier()
+    _store_part(part_tops, part_totals, part_outs, part, top, total, acc, here, d)
     first_program = (begin + start) // share
     last_program = (begin + start + tiles - 1) // share
     before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
@@ -102,9 +159,10 @@ def combined(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     PART_ROWS: tl.constexpr,
     PARTS: tl.constexpr,
+    PIECES: tl.constexpr = False,
 ):
     """Combine the parts of a unit, `PARTS` at a time: each row's largest score, the sum of its weights, and its
-    output."""
+    output. They are those of programs, or with `PIECES` parts by their own numbers."""
     row_range = tl.arange(0, PART_ROWS)
     top = tl.full([PART_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([PART_ROWS], tl.float32)
@@ -113,7 +171,10 @@ def combined(  # type: ignore[no-untyped-def]
         for one in tl.static_range(PARTS):
             who = some + one
             there = here & (who <= last_program)
-            part = (who * 2 + (who == first_program).to(tl.int32)) * ROWS + row_range
+            if PIECES:
+                part = who * PART_ROWS + row_range
+            else:
+                part = (who * 2 + (who == first_program).to(tl.int32)) * ROWS + row_range
             # Bypass the L1 cache, which is not coherent with other multiprocessors' stores.
             part_top = tl.load(part_tops + part, mask=there, other=float("-inf"), cache_modifier=".cg")
             part_total = tl.load(part_totals + part, mask=there, other=0.0, cache_modifier=".cg")
@@ -228,6 +289,8 @@ def decode_shares(  # type: ignore[no-untyped-def]
     V_SCALES: tl.constexpr,
     HEADS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    PIECE: tl.constexpr = 0,
+    MOST_PIECES: tl.constexpr = 1,
 ):
     """Decode attention: q, out ``[lanes, QUERIES, KV_HEADS * GROUP, DIM]``.
 
@@ -240,10 +303,11 @@ def decode_shares(  # type: ignore[no-untyped-def]
     and `V_SCALES` are 0 without scales, 1 for one of all heads, 2 for one a head. `SOFTCAP` is that of scores, in
     powers of two as they are, or 0. With `HEADS` (a power of two, the KV heads or more; 0: none), K and V of head h are
     at the addresses ``head_bases[h]`` instead, and a head has ``deficits[head_groups[h]][slot]`` tokens fewer than its
-    lane's length.
+    lane's length. With `PIECE` a head is cut into pieces of so many tiles, `MOST_PIECES` at most.
     """
     tl.static_assert(not (SHARED and WINDOW > 0), "groups of lanes read nothing together in layers with a window")
     BOUNDED: tl.constexpr = SHARED or WINDOW > 0
+    tl.static_assert(not (PIECE and (BOUNDED or HEADS)), "pieces are those of whole sequences")
     program = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -267,8 +331,11 @@ def decode_shares(  # type: ignore[no-untyped-def]
     if BOUNDED:
         skips = tl.load(shared + lane_range, mask=inside, other=0) if SHARED else n * 0
         tiles_each, _, _ = _planned(n, skips, TILE, QUERIES, WINDOW, FIRST)
-    weight = tl.where(n > 0, tiles_each + start, 0) * ((1 if HEADS else KV_HEADS) * ROW_BLOCKS)
+    starts_each = start * tl.cdiv(tiles_each, PIECE) if PIECE else start
+    weight = tl.where(n > 0, tiles_each + starts_each, 0) * ((1 if HEADS else KV_HEADS) * ROW_BLOCKS)
     begins, places, share, at, end = share_of(weight, place_range, program, fewest)
+    if PIECE:
+        at = begin_of_piece(begins, places, at, end, lengths, start, TILE, PIECE)
     d = tl.arange(0, DIMS)
     kv_dtype: tl.constexpr = tl.float8e4nv if FP8 else q.dtype.element_ty
     # One instruction makes two numbers of 16 bits with 5 bits of exponent of two of 8; bfloat16 takes several.
@@ -296,7 +363,10 @@ def decode_shares(  # type: ignore[no-untyped-def]
             skip = tl.load(shared + lane)
         if BOUNDED:
             tiles, sinks, shift = _planned(length, skip, TILE, QUERIES, WINDOW, FIRST)
-        unit, from_start, until, first, last = unit_at(at, end, at - (place >> 32).to(tl.int32), tiles, start)
+        if PIECE:
+            unit, piece, first, last = piece_at(at - (place >> 32).to(tl.int32), tiles, start, PIECE)
+        else:
+            unit, from_start, until, first, last = unit_at(at, end, at - (place >> 32).to(tl.int32), tiles, start)
         if HEADS:
             unit += head * ROW_BLOCKS
             k_head = tl.load(head_bases + 2 * head).to(tl.pointer_type(kv_dtype))
@@ -347,22 +417,34 @@ def decode_shares(  # type: ignore[no-untyped-def]
             )  # fmt: skip
         elif last > first:
             counter = arrived + lane * (KV_HEADS * ROW_BLOCKS) + unit
-            first_program, last_program, complete = leave_part(
-                part_tops, part_totals, part_outs, counter, top, total, acc, here, d, program, first, tiles,
-                at - from_start, start, share, ROWS,
-            )  # fmt: skip
+            if PIECE:
+                first_part = (lane.to(tl.int64) * (KV_HEADS * ROW_BLOCKS) + unit) * MOST_PIECES
+                pieces = tl.cdiv(tiles, PIECE)
+                last_part = first_part + pieces - 1
+                complete = leave_piece(
+                    part_tops, part_totals, part_outs, counter, top, total, acc, here, d, first_part, piece, pieces,
+                    ROWS, PART_ROWS,
+                )  # fmt: skip
+            else:
+                first_part, last_part, complete = leave_part(
+                    part_tops, part_totals, part_outs, counter, top, total, acc, here, d, program, first, tiles,
+                    at - from_start, start, share, ROWS,
+                )  # fmt: skip
             if complete:
                 block_rows = (unit % ROW_BLOCKS) * ROWS + tl.arange(0, PART_ROWS)
                 whole_top, whole_total, whole_acc = combined(
-                    part_tops, part_totals, part_outs, first_program, last_program, block_rows < GROUP * QUERIES, d,
-                    ROWS, PART_ROWS, PARTS,
+                    part_tops, part_totals, part_outs, first_part, last_part, block_rows < GROUP * QUERIES, d, ROWS,
+                    PART_ROWS, PARTS, PIECE > 0,
                 )  # fmt: skip
                 _finish(
                     out, whole_top, whole_total, whole_acc, block_rows, lane, head, count, d, skip, shared_tops,
                     shared_outs, sink_logits, v_scale, KV_HEADS, GROUP, QUERIES, DIM, SHARED, SINKS, V_SCALES,
                 )  # fmt: skip
                 tl.store(counter, 0)
-        at += until - from_start
+        if PIECE:
+            at += last - first + start
+        else:
+            at += until - from_start
 
     if PDL:
         tl.extra.cuda.gdc_wait()

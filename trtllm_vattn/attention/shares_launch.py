@@ -149,13 +149,60 @@ def most_programs(head_dim: int) -> int:
     return 8 if head_dim <= 64 else 4
 
 
-class Workspace:
-    """Memory in which programs leave partial results of heads; for launches of up to `lanes` lanes on one stream."""
+LEAST_PIECE = 512
+"""Tokens. Shorter ones keep more of the GPU busy for few lanes, and cost more starts; not measured."""
+MOST_PIECES = 32
+MOST_PIECES_BYTES = 256 << 20
 
-    def __init__(self, device: torch.device, programs: int, lanes: int, kv_heads: int, rows: Rows, head_dim: int):
-        parts, dims = 2 * programs, power_of_two(head_dim)
-        self.tops, self.totals = torch.empty(2, parts, rows.rows, dtype=torch.float32, device=device)
-        self.outs = torch.empty(parts, rows.rows, dims, dtype=torch.float32, device=device)
+
+@dataclass(frozen=True)
+class Pieces:
+    """How sequences are cut whatever the other lanes are: `tokens` a piece, `most` pieces of a sequence at most."""
+
+    tokens: int
+    most: int
+
+    @classmethod
+    def of(cls, longest: int, lanes: int, kv_heads: int, rows: Rows, head_dim: int) -> Pieces:
+        """For sequences of up to `longest` tokens: pieces of 512 tokens, or of as many times two as it takes to have
+        no more than `MOST_PIECES` of a sequence and `MOST_PIECES_BYTES` of partial results."""
+        tokens = LEAST_PIECE
+        while True:
+            made = cls(tokens, max(1, -(-longest // tokens)))
+            parts, part_rows = made.parts(lanes, kv_heads, rows)
+            if made.most == 1 or (
+                made.most <= MOST_PIECES and parts * part_rows * (power_of_two(head_dim) + 2) * 4 <= MOST_PIECES_BYTES
+            ):
+                return made
+            tokens *= 2
+
+    def parts(self, lanes: int, kv_heads: int, rows: Rows) -> tuple[int, int]:
+        """Partial results of so many lanes, and rows of each. Sequences of one piece leave none."""
+        return lanes * kv_heads * rows.blocks * self.most if self.most > 1 else 1, part_rows(rows)
+
+
+def part_rows(rows: Rows) -> int:
+    """Rows of a block's partial results that are looked at."""
+    return min(rows.rows, power_of_two(rows.real))
+
+
+class Workspace:
+    """Memory in which programs leave partial results of heads; for launches of up to `lanes` lanes on one stream, by
+    `programs` programs or, with `pieces`, by any number of them."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        programs: int,
+        lanes: int,
+        kv_heads: int,
+        rows: Rows,
+        head_dim: int,
+        pieces: Pieces | None = None,
+    ) -> None:
+        parts, each = (2 * programs, rows.rows) if pieces is None else pieces.parts(lanes, kv_heads, rows)
+        self.tops, self.totals = torch.empty(2, parts, each, dtype=torch.float32, device=device)
+        self.outs = torch.empty(parts, each, power_of_two(head_dim), dtype=torch.float32, device=device)
         self.arrived = torch.zeros(lanes * kv_heads * rows.blocks, dtype=torch.int32, device=device)
         """For each head, how many partial results are there; the program that combines them resets it to 0."""
 
@@ -289,10 +336,12 @@ def launch(
     features: Features,
     tiles: Sequence[Any] | None = None,
     extras: Extras = NOTHING,
+    pieces: Pieces | None = None,
 ) -> Any:
     """Launch the kernel: q and out ``[lanes, queries, num_heads, head_dim]``, contiguous; the rest as in
     `SharesAttention.decode_queries`. `tiles` are tensor maps of K and V (`tensor_maps`), needed for TMA. `kv` is the
-    first part of a layer's heads where `extras.heads` has them. Returns the compiled kernel."""
+    first part of a layer's heads where `extras.heads` has them. With `pieces`, for which the workspace has to be made,
+    too, sequences are cut by them; a piece is a multiple of a tile. Returns the compiled kernel."""
     from trtllm_vattn.attention.shares_kernel import decode_shares
 
     lengths = lengths.contiguous()
@@ -300,7 +349,7 @@ def launch(
     lanes, queries, heads, dim = q.shape
     kv_heads = kv.k.shape[2] if extras.heads is None else len(extras.heads.groups)
     rows = Rows.of(heads // kv_heads, queries, dim)
-    dims, part_rows = power_of_two(dim), min(rows.rows, power_of_two(rows.real))
+    dims, each = power_of_two(dim), part_rows(rows)
     more = {"launch_pdl": True} if features.pdl else {}
     return decode_shares[(programs,)](
         q,
@@ -315,8 +364,10 @@ def launch(
         ROWS=rows.rows,
         ROW_BLOCKS=rows.blocks,
         LANES=max(64, power_of_two(lanes)) if extras.heads is None else max(16, power_of_two(lanes)),
-        PARTS=max(1, min(16, MOST_OUTPUTS // (part_rows * dims))),
-        PART_ROWS=part_rows,
+        PARTS=max(1, min(16, MOST_OUTPUTS // (each * dims))),
+        PART_ROWS=each,
+        PIECE=0 if pieces is None else pieces.tokens // settings.tile,
+        MOST_PIECES=1 if pieces is None else pieces.most,
         HAS_QUERY_LENS=query_lens is not None,
         HAS_SLOTS=slots is not None,
         **extras.arguments(lengths, kv_heads),

@@ -3,25 +3,36 @@
 Floating-point sums depend on their order, and kernels choose that by the shape of what they are given: a matrix
 product of 8 rows adds up otherwise than one of 64, and attention that splits long sequences splits them by the batch
 (He et al., Defeating Nondeterminism in LLM Inference, 2025). vLLM's batch-invariant mode has kernels that do not. Here
-nothing is given another shape, and the kernels stay the fastest ones:
+nothing is given another shape, and products stay by the fastest kernels:
 
 * every decode step has as many rows as there are lanes, idle ones among them (one bucket);
 * a prompt goes in by passes of its own, in chunks that its own length alone cuts (`padded_length`), its logits by a
   product of one row; no pass holds two prompts, or prompts and decoding sequences;
 * one kernel of attention decodes all batches, one whose output of a lane depends on no other lane
-  (`Attention.batch_invariant`);
+  (`Attention.batch_invariant`): on a GPU the project's own with fixed shares (`FixedSharesAttention`), which cuts each
+  sequence at the same numbers of tokens and combines the pieces in their order;
+* prompts are attended to by the project's own kernel (prompt_kernel.py), which divides keys by the pass's rows and
+  length, a count of programs that the settings fix (`PromptKernel.fixed`), and combines the pieces in their order. A
+  pass has one prompt, so rows and length are its own. Others' kernels for prompts, which are picked by measuring, are
+  not used;
 * who was preempted and is computed anew takes the same steps again: its prompt goes in, and its tokens are chosen
   again, one by one (`RequestState.begin_again`). What is different then from what somebody has been told ends it with
   an error.
 
-So no kernel sees a shape that depends on others. That a row's place among the rows of one shape changes nothing is the
-kernels' own property; `bench doors --measure deterministic` looks at it on the machine at hand, with requests in 100
-random batches. It costs the rows that are padding, which is little where reading weights bounds a step, and that
-prompts do not share passes.
+So no kernel sees a shape that depends on others. That a row's place among the rows of one shape changes nothing, and
+that the same product gives the same bits again, is cuBLAS's own property, over the workspace that PyTorch gives it;
+`bench doors --measure deterministic` looks at it on the machine at hand (`product_rows_different`), and at all of it
+with requests in 100 random batches. It costs the rows that are padding, which is little where reading weights bounds a
+step, and that prompts do not share passes.
 
-Over two ranks (``tensor_parallel=2``) it holds, too: each sum is of two numbers, and of two either order gives the same
-bits. More ranks are refused: an all-reduce begins with another rank for each part of what it is given (NCCL's rings and
-trees), so that a request's bits would depend on its lane.
+On an H200 this was looked at on 2026-11-30 at commit c6fcbf80434b, when decode was by cuDNN, and did not hold: 1,048 of
+1,073 requests had other bits than alone (scripts/results/h200/doors_bits.json). cuDNN's decode attention does not even
+repeat itself (scripts/results/h200/decode_repeats.txt). Decode by fixed shares has run in Triton's interpreter and was
+compiled for the card; it has not run on one, so whether the claim holds there is not known yet.
+
+Over two ranks (``tensor_parallel=2``) it holds where it does on one: each sum is of two numbers, and of two either
+order gives the same bits. More ranks are refused: an all-reduce begins with another rank for each part of what it is
+given (NCCL's rings and trees), so that a request's bits would depend on its lane.
 """
 
 from __future__ import annotations
@@ -59,8 +70,8 @@ def check_deterministic(model: Any, attention: Attention) -> None:
         )
     if shape.dtype == FP8:
         raise ConfigError(
-            f"deterministic is True, and keys and values are {FP8}, which on a GPU the shares kernel alone reads, that "
-            "splits a sequence by the lengths of the others; leave one of them out"
+            f"deterministic is True, and keys and values are {FP8}, which the kernel of fixed shares does not read; "
+            "leave one of them out"
         )
     config = model.config.get_text_config()
     experts = next((name for name in EXPERTS if (getattr(config, name, None) or 0) > 1), None)
@@ -72,6 +83,6 @@ def check_deterministic(model: Any, attention: Attention) -> None:
     if not attention.batch_invariant:
         raise ConfigError(
             f"deterministic is True, and decode is by {attention.describe()}, which splits a sequence by the lengths "
-            "of the others or is not known not to; use attention='auto', over a cache and a model that cudnn serves on "
-            "a GPU (no windows, sinks or eight-bit keys), or 'torch'"
+            "of the others, does not repeat its own bits, or is not known to; use attention='auto', over a cache and a "
+            "model that fixed shares serve on a GPU (no windows, sinks, soft caps or eight-bit keys), or 'torch'"
         )

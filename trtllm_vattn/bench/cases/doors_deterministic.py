@@ -3,19 +3,26 @@
 Steps of so many sequences, and all prompts at once, by an engine with and one without. Then requests of a pool of
 prompts, which first ran alone, in random batches, some of them joining while others run: `different` are those whose
 tokens or log-probabilities have other bits than alone; `plain_different` are those of the engine without, in a tenth of
-the batches.
+the batches. Which part differs is told by `different_first_token`, those whose first token does, which comes from the
+prompt's passes, and `first_different`, requests by the index of the first token that does. `product_rows_different` are
+rows of the model's products, by one weight of each shape, of as many equal rows as there are lanes and of one, that are
+not the first row of the first call.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import zip_longest
 from statistics import median
 from time import perf_counter
 
 import numpy as np
+import torch
+from torch import nn
 
 from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.select import make_cache
@@ -31,6 +38,8 @@ OUTPUT = 12
 """Tokens of each request whose bits are compared."""
 STEPS = 24
 """Of so many sequences at once, at least, whose median is taken."""
+CALLS = 20
+"""Of each product."""
 
 Bits = list[tuple[int | None, str]]
 
@@ -42,7 +51,7 @@ def measure_deterministic(
     model = recording.model
     step_ms: dict[bool, dict[int, float]] = {}
     seconds: dict[bool, float] = {}
-    different: dict[bool, int] = {}
+    different: dict[bool, Counter[int]] = {}
     requests = 0
     for deterministic in (False, True):
         with ExitStack() as made:
@@ -63,15 +72,39 @@ def measure_deterministic(
     summary = {
         "deterministic_requests": requests,
         "deterministic_batches": args.batches,
-        "different": different[True],
-        "plain_different": different[False],
+        "different": different[True].total(),
+        "different_first_token": different[True][0],
+        "plain_different": different[False].total(),
+        "product_rows_different": _product_rows_different(model, args.max_seqs),
         **costs,
         "deterministic_over_plain": seconds[False] / seconds[True],
     }
     names = {False: "plain", True: "deterministic"}
-    results = {names[each]: {"step_ms": step_ms[each], "seconds": seconds[each]} for each in names}
-    recording.wrong += [f"different: {different[True]}"] if different[True] else []
+    results = {
+        names[each]: {
+            "step_ms": step_ms[each],
+            "seconds": seconds[each],
+            "first_different": dict(sorted(different[each].items())),
+        }
+        for each in names
+    }
+    recording.wrong += [f"different: {different[True].total()}"] if different[True] else []
     recording.found("deterministic", results, **summary)
+
+
+@torch.inference_mode()
+def _product_rows_different(model: nn.Module, rows: int) -> int:
+    """Rows of products of `rows` equal rows, and of one, by one weight of each shape, that have other bits than the
+    first row of the first of `CALLS` calls."""
+    weights = {each.weight.shape: each.weight for each in model.modules() if isinstance(each, nn.Linear)}
+    different = 0
+    for weight in weights.values():
+        row = torch.randn(1, weight.shape[1], device=weight.device).to(weight.dtype)
+        for count in (1, rows):
+            given = row.expand(count, -1).contiguous()
+            outs = [nn.functional.linear(given, weight) for _ in range(CALLS)]
+            different += sum(int((out != outs[0][:1]).any(1).sum()) for out in outs)
+    return different
 
 
 def _step_ms(engine: Engine, prompts: Sequence[list[int]], size: int) -> float:
@@ -120,8 +153,9 @@ def _finished(engine: Engine) -> list[TokenEvent]:
 
 def _compare(
     engine: Engine, prompts: Sequence[list[int]], args: argparse.Namespace, batches: int, recording: Recording
-) -> tuple[int, int]:
-    """How many requests there were in so many random batches, and how many of them had other bits than alone."""
+) -> tuple[int, Counter[int]]:
+    """How many requests there were in so many random batches, and how many of them had other bits than alone, by the
+    index of the first token that had."""
     random = np.random.default_rng(args.seed)
     output = min(OUTPUT, args.max_output)
     pool = [*prompts][:POOL]
@@ -131,7 +165,7 @@ def _compare(
     for prompt, each in zip(pool, params, strict=True):
         engine.submit(prompt, each)
         wanted.append(_bits(_finished(engine)))
-    requests = different = 0
+    requests, different = 0, Counter[int]()
     for batch in range(batches):
         place: dict[int, int] = {}
         events: list[TokenEvent] = []
@@ -143,10 +177,20 @@ def _compare(
         for event in events:
             by_request[event.request].append(event)
         requests += len(place)
-        different += sum(_bits(by_request[number]) != wanted[which] for number, which in place.items())
+        firsts = (_first_different(_bits(by_request[number]), wanted[which]) for number, which in place.items())
+        different.update(first for first in firsts if first is not None)
         if batch % 25 == 0:
-            recording.say(f"batch {batch + 1} of {batches}: {different} of {requests} requests have other bits")
+            recording.say(
+                f"batch {batch + 1} of {batches}: {different.total()} of {requests} requests have other bits, "
+                f"{different[0]} from their first token on"
+            )
     return requests, different
+
+
+def _first_different(got: Bits, wanted: Bits) -> int | None:
+    """The index of the first token with other bits, None where there is none."""
+    pairs = enumerate(zip_longest(got, wanted))
+    return next((index for index, (one, other) in pairs if one != other), None)
 
 
 def _bits(events: Sequence[TokenEvent]) -> Bits:
