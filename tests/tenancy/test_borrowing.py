@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -269,3 +271,55 @@ def test_who_waits_for_others_memory_ends_with_an_error_where_the_broker_is_kill
         (event,) = poor.run()
         assert (event.request, event.finish_reason) == (number, "error")
         assert "start a broker and this engine anew" in str(event.error)
+
+
+def test_kept_memory_is_given_back_between_the_steps_of_who_runs(tmp_path: Path) -> None:
+    kept = [list(range(first, first + 150)) for first in (1, 160, 320)]
+    # Without the tenant's thread beside the steps, which gives it back by parts as well.
+    alone, least = {**SIZES, "mapping": "between-steps"}, 120 << 10
+    with (
+        lending(tmp_path / "broker", MEMORY, deadline_s=30.0) as broker,
+        Engine.from_pretrained("tiny-llama", broker=TenantConfig(str(broker.path), "one"), **alone) as one,
+        Client(broker.path) as client,
+    ):
+        tokens(one, kept)
+        held = [one.cache.held_bytes]
+        assert held[0] > 3 * 150 << 10
+        number = one.submit(list(range(470, 500)), SamplingParams(max_tokens=40, ignore_eos=True))
+        while not one.step():
+            pass
+        client.do(say.SetLimits("one", 0, least))
+        waits: list[int] = []
+        found: dict[int, int] = {}
+        while one.busy:
+            for event in one.step():
+                assert event.error is None, event.error
+                found[event.request] = found.get(event.request, 0) + 1
+            held.append(one.cache.held_bytes)
+            if not waits:
+                # Of what is owed a new sequence takes nothing: it waits for the one that runs.
+                waits = [one.submit(list(range(410, 500)), PARAMS)]
+            elif held[-1] > least:
+                assert waits[0] not in found
+        assert found == {number: 39, waits[0]: 10}
+        given = [before - after for before, after in itertools.pairwise(held) if before > after]
+        assert held[-1] <= least
+        assert len(given) > 2, given
+        assert given[0] < (held[0] - least) // 4, "a step waits for a part of it"
+        one.cache.check_integrity()
+
+
+def test_who_owes_and_takes_no_step_any_more_gives_it_back(tmp_path: Path) -> None:
+    with (
+        lending(tmp_path / "broker", MEMORY, deadline_s=30.0) as broker,
+        engine(broker, "one") as one,
+        Client(broker.path) as client,
+    ):
+        tokens(one, [list(range(first, first + 150)) for first in (1, 160, 320)])
+        # As in the middle of a step, which is the last one.
+        one.cache.mark_changing(True)
+        client.do(say.SetLimits("one", 0, 120 << 10))
+        one.cache.mark_changing(False)
+        until = monotonic() + 20.0
+        while standing(broker)["one"].lent > 120 << 10:
+            assert monotonic() < until, standing(broker)["one"]

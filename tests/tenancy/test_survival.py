@@ -146,6 +146,35 @@ def test_a_writer_that_is_ended_at_any_store_leaves_the_state_before_or_after(
     assert torn > most // 4
 
 
+def test_tokens_are_taken_in_together_as_one_after_another() -> None:
+    memory, rng = sealed_memory("vattn-journal", 1 << 20), random.Random(7)
+    kinds = ("step", "step", "step", "some", "again", "twice", "grown", "new", "ends")
+    with closing(Journal(memory)) as written:
+        requests = {number: request(max_tokens=400) for number in range(5)}
+        written.begin(State(requests=requests))
+        length = dict.fromkeys(range(7), 0)
+        before = deepcopy(written.state)
+        for count in range(60):
+            kind = rng.choice(kinds)
+            # Of 5 and 6 nobody knows.
+            of = [2, 3] if kind == "some" else list(length)
+            if kind == "again":
+                length[0] = max(0, length[0] - 2)
+            for number in of * (2 if kind == "twice" else 1):
+                written.pending.append(TokenEvent(number, 100 * number + count, index=length[number]))
+                length[number] += 1
+            if kind in ("grown", "new"):
+                written.note_slots([(0, 1, [(0, 0, 0, [(4096, [count])])], kind == "new")])
+            elif kind == "ends":
+                written.ends.append((4, length[4], 9, "length"))
+            written.flush()
+        with closing(Journal(memory)) as found:
+            assert found.state == written.state != before
+            assert found.state.requests[1].known > 0
+            assert len(found.state.requests[3].chosen) == length[3]
+    os.close(memory)
+
+
 def test_a_call_that_an_interrupt_ends_is_done_whole_by_the_next_one(
     memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -355,6 +355,8 @@ class KVCacheManager(SlottedCache):
         with self._lock:
             exact = self.config.exact_admission
             need = self.layout.total_bytes(tokens)
+            if self._borrowing is not None:
+                self._borrowing.check_room(need)
             limit = self._limit(need)
             # Those that run keep what their next steps need, unless this sequence was promised its memory.
             self._make_room(need, 0 if exact else self.ahead.tokens)
@@ -546,10 +548,19 @@ class KVCacheManager(SlottedCache):
             return 0
         wanted = max(borrowing.wanted, self.layout.least_bytes)
         if wanted == self.arena.pool.budget:
-            borrowing.stuck = 0
+            borrowing.stuck, borrowing.owes_since = 0, None
             return 0
+        # Who runs goes on while kept memory is given back; where nobody does, nobody waits for it.
+        if self._owner and wanted < self.held_bytes and self._run(self._do_give_part, wanted):
+            return 0
+        borrowing.owes_since = None
         reached = self.shrink_towards(wanted)
         return borrowing.owed(wanted, reached)
+
+    def _do_give_part(self, wanted: int) -> bool:
+        assert self._borrowing is not None
+        with self._lock:
+            return self._borrowing.give_before_step(wanted)
 
     def mark_changing(self, changing: bool) -> None:
         if self._borrowing is not None:

@@ -14,7 +14,7 @@ from trtllm_vattn.errors import DriverError
 from trtllm_vattn.memory.arena import Arena, discard, retry_discarded
 from trtllm_vattn.memory.host_pool import HostPool
 from trtllm_vattn.memory.lookahead import BackgroundThread, Lookahead, PriorityLock
-from trtllm_vattn.memory.reclaim import release_idle, set_budget, trim
+from trtllm_vattn.memory.reclaim import give_part, release_idle, trim
 from trtllm_vattn.trace import Trace
 from trtllm_vattn.vmm.base import Fence
 from trtllm_vattn.vmm.tensors import finish
@@ -106,14 +106,16 @@ class CacheMemory:
         after_s = self._idle_after_s
         return after_s is not None and release_idle(self.arena, after_s, self._idle_floor)
 
-    def shrink_beside(self, budget: int, retained: bool) -> int:
-        """Lower the budget towards `budget` bytes as far as parked memory allows, and `retained` memory too; returns
-        the budget then. From any thread that holds the lock, beside running steps; waits for the fences of what it
-        unmaps."""
+    def shrink_beside(self, budget: int, retained: bool, part: int) -> int:
+        """Lower the budget towards `budget` bytes as far as parked memory allows, and `retained` memory too, by giving
+        back some `part` bytes at most; returns the budget then. From any thread that holds the lock, beside running
+        steps; waits for the fences of what it unmaps."""
         arena = self.arena
         if not (self.is_closed or self.is_asleep) and budget < arena.pool.budget:
-            used = arena.used_bytes - (arena.evictable_bytes if retained else 0)
-            set_budget(arena, max(budget, used, arena.layout.least_bytes))
+            budget = max(budget, arena.layout.least_bytes)
+            if (owed := arena.pool.held_bytes - budget) > 0:
+                give_part(arena, min(part, owed), retained)
+            arena.pool.budget = max(budget, arena.pool.held_bytes)
         return arena.pool.budget
 
     def close(self, fence: Fence) -> None:

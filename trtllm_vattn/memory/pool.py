@@ -236,6 +236,18 @@ class ExtentPool:
                 return True
         return False
 
+    def give_back(self, size: int, spare: int) -> int:
+        """Give free extents of at least `size` bytes together back to the driver, or all but `spare` of the smallest
+        class, the largest first; the budget is as it was, or what is held then where that is less. Returns the bytes
+        given back."""
+        before = self.held_bytes
+        for each in self.classes:
+            least = spare if each == self.granularity else 0
+            while before - self.held_bytes < size and len(self._free[each]) > least:
+                self._drop(each)
+        self.budget = min(self.budget, self.held_bytes)
+        return before - self.held_bytes
+
     def shuffle_free(self, seed: int) -> None:
         """Hand out the free extents of each size in a random order."""
         for free in self._free.values():

@@ -109,6 +109,29 @@ def set_budget(arena: Arena, budget: int) -> None:
     pool.set_budget(budget)
 
 
+def give_part(arena: Arena, size: int, retained: bool) -> int:
+    """Give parked memory, and `retained` memory too, of some `size` bytes back to the driver, and have the budget be
+    what is held then; returns the bytes given back, 0 where there are none.
+
+    Small extents are kept for running sequences to grow into, two for each of their ranges, as long as there is
+    anything else: no other can be had of a broker that wants memory back. Waits for the fences of what it unmaps.
+    """
+    pool, given = arena.pool, 0
+    running = sum(slot.state is RUNNING for slot in arena.used_slots)
+    spare = 2 * running * arena.layout.num_ranges
+    arena.complete_pending_unmaps(wait=True)
+    while given < size:
+        given += (now := pool.give_back(size - given, spare))
+        if given >= size or now:
+            continue
+        # Of one slot after another: what is released is looked at before more is.
+        reclaim = arena.reclaim if retained else arena.reclaim_parked
+        if not reclaim(size - given):
+            # Where retained memory may be given back later, who runs needs its small extents until then.
+            return given or (pool.give_back(size, 0) if retained or not arena.retained_slots else 0)
+    return given
+
+
 def release_idle(arena: Arena, older_than_s: float, floor: int) -> bool:
     """Give one free extent back to the driver, or release the last stripe of a slot to the pool, where that was idle
     for long; returns whether it did.

@@ -1231,6 +1231,9 @@ class Engine:
             where = [launch.lane_of[request.slot] for request in requests]
             apart = margins(launch.logits[where]) if self.record_margins else None
             self._commit_tokens(requests, [row[lane] for lane in where], apart, launch, step)
+            if self._survival is not None:
+                # While they are in the processor's caches: a launch replaces what is there.
+                self._survival.write()
         self.pipeline.commit(launch, rows)
         self.swap_cost.observe_prompt(launch.prompt_tokens, wall_s)
         drafted = self._roll_back(launch)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from trtllm_vattn.errors import KVCacheOutOfMemory
 from trtllm_vattn.memory.lifetime import CacheMemory
 from trtllm_vattn.memory.slot import RUNNING
 from trtllm_vattn.sizes import MOST
@@ -18,6 +19,10 @@ REPORT_S = 0.01
 """Seconds between two looks at what is needed: a look costs some microseconds a running slot."""
 HEADROOM = 8
 """This part of what is needed is wanted besides, for running sequences to grow into."""
+PART_S = 0.002
+"""Seconds that a step waits at once while memory that no sequence uses is given back."""
+FIRST_PART = 8
+"""Granules that are taken to be given back in that time, before it was seen."""
 WAKE_S = 10.0
 """Seconds that waking waits for memory that others have to give back first."""
 
@@ -40,6 +45,9 @@ class Lender(Protocol):
     path: str
     name: str
     held: int
+
+    @property
+    def deadline_s(self) -> float: ...
 
     @property
     def wanted(self) -> int: ...
@@ -91,7 +99,8 @@ class Borrowing:
     """What one cache owes and may take.
 
     Memory that no sequence uses is given back in the tenant's own thread as soon as the broker asks, whether steps are
-    taken or not; the rest between steps.
+    taken or not; the rest between steps. Either gives it back by parts of some `PART_S` seconds, between which the
+    engine steps on: hundreds of extents would hold up a step for as long as dozens of steps take.
 
     Attributes
     ----------
@@ -101,6 +110,8 @@ class Borrowing:
         Whether retained slots are left alone by the tenant's thread.
     is_giving_back : bool
         Whether that thread gives memory back now, in which it looked at `is_changing`.
+    owes_since : float or None
+        When a step left a part of what is owed to those after it, by the monotonic clock; None where nothing is.
     stuck : int
         Bytes that were left when less was asked for, and could not be given back; 0 where nothing is owed.
     """
@@ -111,6 +122,8 @@ class Borrowing:
         self.is_changing = self.is_giving_back = False
         self._reported = -REPORT_S
         self._waiting = 0
+        self.owes_since: float | None = None
+        self._part = FIRST_PART * memory.arena.pool.granularity
         if beside:
             tenant.on_change(self.give_back)
 
@@ -133,16 +146,51 @@ class Borrowing:
 
     def give_back(self) -> None:
         """Give back what no sequence uses, if it is owed; in the tenant's thread."""
-        if self.tenant.broker_has_ended:
+        has_more = True
+        while has_more and not self.tenant.broker_has_ended:
+            wanted = self.wanted
+            with self._memory.lock.in_background():
+                self.is_giving_back = True
+                try:
+                    has_more = self._give_part(wanted, retained=not self.is_changing)
+                    if not has_more and self._memory.arena.pool.budget > wanted:
+                        self.report(self._waiting)
+                finally:
+                    self.is_giving_back = False
+
+    def _give_part(self, wanted: int, retained: bool) -> bool:
+        """Give back a part of what no sequence uses, as much as takes `PART_S` seconds; returns whether that was
+        something, and not all that is owed."""
+        pool, started = self._memory.arena.pool, monotonic()
+        held = pool.held_bytes
+        reached = self._memory.shrink_beside(wanted, retained, self._part)
+        if given := held - pool.held_bytes:
+            # The next part is twice as large at most, as a clock is coarse.
+            fitting = int(given * PART_S / max(monotonic() - started, 1e-6))
+            self._part = max(pool.granularity, min(fitting, 2 * max(given, self._part)))
+        return given > 0 and reached > wanted
+
+    def give_before_step(self, wanted: int) -> bool:
+        """Give back a part of what no sequence uses, where a step begins; returns whether the rest is left to the steps
+        after it. Half of the broker's deadline has to be left."""
+        now = monotonic()
+        since = now if self.owes_since is None else self.owes_since
+        is_left = now - since < self.tenant.deadline_s / 2 and self._give_part(wanted, retained=True)
+        self.owes_since = since if is_left else None
+        return is_left
+
+    def check_room(self, need: int) -> None:
+        """Raise KVCacheOutOfMemory for a new sequence of `need` bytes that would take what is owed and not given back
+        yet."""
+        arena = self._memory.arena
+        if self.owes_since is None or self.wanted >= arena.pool.budget:
             return
-        wanted = self.wanted
-        with self._memory.lock.in_background():
-            self.is_giving_back = True
-            try:
-                if self._memory.shrink_beside(wanted, retained=not self.is_changing) > wanted:
-                    self.report(self._waiting)
-            finally:
-                self.is_giving_back = False
+        room = self.wanted - (arena.used_bytes - arena.evictable_bytes)
+        if need > room:
+            raise KVCacheOutOfMemory(
+                f"{need:,} bytes asked for; the broker wants all but {self.wanted:,} back, of which running sequences "
+                f"leave {max(0, room):,}: wait for others to give theirs back, or release a sequence"
+            )
 
     def wait(self) -> None:
         """Return when the tenant's thread has given back what it began to."""

@@ -496,6 +496,8 @@ class Broker:
         for tenant in list(self.tenants.values()):
             if tenant.account.debts and not tenant.account.is_lost:
                 self._hear(tenant)
+                # It may have looked in the middle of a step, and take no other.
+                self._nudge(tenant)
         for tenant in list(self.tenants.values()):
             if tenant.kept_until is not None or not tenant.account.is_overdue(now):
                 tenant.is_told = False

@@ -28,7 +28,7 @@ from array import array
 from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -238,7 +238,31 @@ class State:
 
     def set_tokens(self, records: Iterable[bytes]) -> None:
         """Take records of tokens in, without their first bytes."""
-        table = np.concatenate([np.frombuffer(each, np.int64).reshape(3, -1) for each in records], axis=1).T
+        # Mostly the same sequences step after step, of which each gets its next token.
+        for _, alike in itertools.groupby(records, lambda record: record[: len(record) // 3]):
+            run = list(alike)
+            table = np.frombuffer(b"".join(run), np.int64).reshape(len(run), 3, -1)
+            if not self._set_rows(table):
+                self._set_each(table.transpose(0, 2, 1).reshape(-1, 3))
+
+    def _set_rows(self, table: np.ndarray) -> bool:
+        """Take tokens in (``[record][number, place, token][sequence]``) of which each record has the same numbers, none
+        twice, and the next token of each; False, with nothing changed, where they are no such ones."""
+        places, numbers = table[:, 1], table[0, 0].tolist()
+        if len(set(numbers)) < len(numbers) or (places != places[0] + np.arange(len(table))[:, None]).any():
+            return False
+        known = [self.requests.get(number) for number in numbers]
+        for request, first in zip(known, places[0].tolist(), strict=True):
+            if request is not None and len(request.chosen) != first:
+                return False
+        tokens, each = table[:, 2].T.astype(np.int32).tobytes(), 4 * len(table)
+        for at, request in enumerate(known):
+            if request is not None:
+                request.chosen.frombytes(tokens[at * each : (at + 1) * each])
+        return True
+
+    def _set_each(self, table: np.ndarray) -> None:
+        """Take tokens in, a row each: number, place, token."""
         table = table[np.argsort(table[:, 0], kind="stable")]
         numbers, starts, counts = np.unique(table[:, 0], return_index=True, return_counts=True)
         known = [self.requests.get(number) for number in numbers.tolist()]
@@ -263,12 +287,13 @@ class State:
             if owner is None:
                 self.slots.pop(index, None)
                 continue
-            before = self.slots[index].groups if index in self.slots else [(0, [])] * len(groups)
-            kept = [
-                (lower, [*old[front : front + keep], *((size, list(leases)) for size, leases in added)])
-                for (_, old), (lower, front, keep, added) in zip(before, groups, strict=True)
-            ]
-            self.slots[index] = KeptSlot(owner, kept)
+            slot = self.slots.setdefault(index, KeptSlot(owner, [(0, []) for _ in groups]))
+            slot.owner = owner
+            for place, ((_, stripes), (lower, front, keep, added)) in enumerate(zip(slot.groups, groups, strict=True)):
+                # Mostly it grew: a long sequence's stripes are hundreds.
+                del stripes[front + keep :], stripes[:front]
+                stripes += [(size, list(leases)) for size, leases in added]
+                slot.groups[place] = lower, stripes
 
     def whole(self) -> list[Any]:
         """The record of everything."""
@@ -473,12 +498,17 @@ class Journal:
 
     def _apply(self) -> None:
         """Have `_state` say what is written."""
-        for is_tokens, changes in itertools.groupby(self._unapplied, lambda change: isinstance(change, bytes)):
-            if is_tokens:
-                self._state.set_tokens(cast("Iterable[bytes]", changes))
+        tokens: list[bytes] = []
+        for change in self._unapplied:
+            if isinstance(change, bytes):
+                tokens.append(change)
                 continue
-            for change in changes:
-                self._state.apply(change)
+            # What a slot grew by is the same before tokens and after them: these are taken in together.
+            if change[0] != "slots" or any(is_new for *_, is_new in change[1]):
+                self._state.set_tokens(tokens)
+                tokens = []
+            self._state.apply(change)
+        self._state.set_tokens(tokens)
         self._unapplied = []
 
     def _write(self, payload: bytes) -> None:

@@ -202,6 +202,11 @@ class Tenant(Client):
         self.is_lost = True
 
     @property
+    def deadline_s(self) -> float:
+        """Seconds within which what is asked back has to be given back."""
+        return self.welcome.deadline_s
+
+    @property
     def budget(self) -> int:
         return self.page[BUDGET]
 

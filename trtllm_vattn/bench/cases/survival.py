@@ -69,8 +69,9 @@ EVENT = struct.Struct("<iii")
 BEGAN, ENDED, HERE, REPLACED = -1, -2, -3, -4
 """In place of a request's number: an engine has begun (its requests, and how many are prefilled again); all requests
 have ended; the engine ends itself here; so many mappings were replaced under a sequence."""
-COST = struct.Struct("<ddd")
-"""Seconds of a step, of its journal's, and of all threads' processor time for that."""
+COST = struct.Struct("5d")
+"""Seconds of a step, of its journal's, of all threads' processor time for that; of the journal's, tokens and
+places."""
 NOTED = 2000
 PLACES = ("anywhere", "a store", "a switch", "a replacement", "map-ahead")
 """Where an engine is ended, in turn; `anywhere` is by its parent."""
@@ -525,7 +526,8 @@ class Stopwatch:
 
 def journal_cost(args: argparse.Namespace, path: Path) -> dict[str, float]:
     """Microseconds of a decode step and of its notes in the journal: those that it waits for, in the middle and of the
-    quickest tenth, as on a machine that does nothing else; and the mean of all threads' processor time."""
+    quickest tenth, as on a machine that does nothing else; the mean of all threads' processor time; and of what it
+    waits for in the middle, that for tokens and that for what lies where."""
 
     def measure(pipe: int) -> None:
         with make_engine(args, path) as engine:
@@ -536,24 +538,28 @@ def journal_cost(args: argparse.Namespace, path: Path) -> dict[str, float]:
             while len(first) < args.prompts:
                 first.update(event.request for event in engine.step())
             watch, cache, notes = Stopwatch(), engine.cache, list[Survival]()
+            placements = Stopwatch()
             # Who notes what lies where is mostly another thread than the one that steps.
             Placements.note = watch.timed(Placements.note, wall=False)  # type: ignore[method-assign]
-            cache.note_placements = watch.timed(cache.note_placements, wall=True)  # type: ignore[method-assign]
+            cache.note_placements = placements.timed(cache.note_placements, wall=True)  # type: ignore[method-assign]
             begin_step = watch.timed(Survival.begin_step, wall=True)
             Survival.write = watch.timed(Survival.write, wall=True)  # type: ignore[method-assign]
             Survival.begin_step = lambda self, delivered: (notes.append(self), begin_step(self, delivered))[1]  # type: ignore
-            found: list[tuple[float, float, float, int]] = []
+            found: list[tuple[float, float, float, float, int]] = []
             while engine.busy and len(found) < args.journal_steps:
-                watch.wall_s, watch.cpu_s, started = 0.0, 0.0, time.perf_counter()
+                watch.wall_s = watch.cpu_s = placements.wall_s = placements.cpu_s = 0.0
+                started = time.perf_counter()
                 tokens = len(engine.step())
-                found.append((time.perf_counter() - started, watch.wall_s, watch.cpu_s, tokens))
+                whole, cpu = time.perf_counter() - started, watch.cpu_s + placements.cpu_s
+                found.append((whole, watch.wall_s, placements.wall_s, cpu, tokens))
             # An event's part is less than a clock's: of many, and of one that nobody will read.
             event, started = TokenEvent(0, 1), time.perf_counter()
             for _ in range(NOTED):
                 notes[-1].noted(event)
             each_s = (time.perf_counter() - started) / NOTED
-            for whole, wall, cpu, tokens in found:
-                os.write(pipe, COST.pack(whole, wall + tokens * each_s, cpu + tokens * each_s))
+            for whole, written, placed, cpu, tokens in found:
+                noted = tokens * each_s
+                os.write(pipe, COST.pack(whole, written + placed + noted, cpu + noted, written + noted, placed))
 
     pid, pipe = forked(measure)
     found = b""
@@ -564,10 +570,12 @@ def journal_cost(args: argparse.Namespace, path: Path) -> dict[str, float]:
     steps = np.array([*COST.iter_unpack(found)])
     if not len(steps):
         raise VattnError("the engine whose journal is measured took no step; its error is above")
-    whole, waited = (1e6 * float(each) for each in np.median(steps[:, :2], axis=0))
+    whole, waited, _, written, placed = (1e6 * float(each) for each in np.median(steps, axis=0))
     return {
         "step_us": whole,
         "journal_us_per_step": waited,
         "journal_p10_us_per_step": 1e6 * float(np.percentile(steps[:, 1], 10)),
         "journal_cpu_us_per_step": 1e6 * float(steps[:, 2].mean()),
+        "journal_tokens_us_per_step": written,
+        "journal_places_us_per_step": placed,
     }

@@ -9,10 +9,18 @@ what the others leave idle. The parts are the broker's limits, changed while the
 `burst_over_part` times a static part, tokens by bytes each, so that with static parts requests wait for memory while
 the others' lies idle; where it is below 1 there is nothing to gain, and it says so.
 
+Engines start once, and serve one burst each before anything is measured. Then come the run with static parts, the
+shared one, and each model alone, for the two phases in which its first burst is; a run is said when it begins and ends,
+with what the broker lends meanwhile, and its rows are kept at once. Runs alone that would begin later than
+``--most-seconds`` after the engines' start began are left out, and figures over them with them; a run that does not end
+in its time fails the part, and says what the broker has of each model.
+
 Of the time between tokens, the 99th percentile of each model, of the model where it is worst: `p99_over_static` is
 sharing over static parts, all of them serving in both; `p99_over_alone` is sharing over a static part with the GPU to
 itself, in which the others' computing is, too (`p99_static_over_alone` is that without any sharing).
-`ttft_static_over_ours` is the mean time to the first token with static parts over that with sharing.
+`ttft_static_over_ours` is the mean time to the first token with static parts over that with sharing. A row's `slowest`
+says of its longest step how long it took, and how much of that went to the engine's launch (`StepRecord`): what is left
+is what sharing memory took between launches.
 """
 
 from __future__ import annotations
@@ -44,6 +52,7 @@ from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import planned_shape
+from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import tabulate
 from trtllm_vattn.tenancy import protocol as say
@@ -61,7 +70,12 @@ SURVIVORS, VICTIMS = 2, 3
 EXTENT = 4
 """Granules of the largest extent that tenants of the isolation borrow."""
 PHASES = 4
+ALONE = 2
+"""Phases of a run of one model alone: that of its burst, and one without."""
+BUCKETS = (1, 2, 4, 8, 16, 32)
 START_S = 0.2
+SAID_S = 1.0
+"""Seconds between two words about what is lent."""
 COLUMNS = {
     "run": "run",
     "model": "model",
@@ -88,11 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--models", type=non_negative, default=2, metavar="COUNT", help=text)
     add("--memory", type=size, default="4GiB" if gpu else "640KiB", metavar="BYTES", help="that the models share")
     text = "of each run, in which every model has two bursts"
-    add("--seconds", type=amount, default=12.0 if gpu else 1.5, metavar="SECONDS", help=text)
+    add("--seconds", type=amount, default=8.0 if gpu else 1.5, metavar="SECONDS", help=text)
     text = "prompts of a burst"
     add("--prompts", type=positive, default=48 if gpu else 4, metavar="PROMPTS", help=text)
     add("--prompt-tokens", type=positive, default=2048 if gpu else 100, metavar="TOKENS", help="of each prompt")
-    add("--output-tokens", type=positive, default=512 if gpu else 8, metavar="TOKENS", help="of each request")
+    add("--output-tokens", type=positive, default=192 if gpu else 8, metavar="TOKENS", help="of each request")
+    text = "after the serving began, in which runs of one model alone may begin"
+    add("--most-seconds", type=amount, default=60.0, metavar="SECONDS", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,9 +137,8 @@ def run(args: argparse.Namespace) -> int:
     def visitors(recording: Recording) -> list[dict[str, Any]]:
         return [visits(args.visits)]
 
-    def serving(recording: Recording) -> list[dict[str, Any]]:
-        recording.results["serving"], figures = serve_all(args)
-        return [figures]
+    def serving(recording: Recording) -> Iterator[dict[str, Any]]:
+        return serve_all(recording)
 
     parts: dict[str, Part] = {"isolation": isolation, "messages": messages, "visits": visitors, "serving": serving}
     left_out = {"visits": not args.visits, "serving": not args.models}
@@ -244,6 +259,7 @@ def serve_model(options: dict[str, Any], pipe: Connection) -> None:
 
 def _serve_orders(options: dict[str, Any], pipe: Connection) -> None:
     tokens, device, output = options["prompt_tokens"], options["device"], options["output_tokens"]
+    records: list[StepRecord] = []
     engine = Engine.from_pretrained(
         options["model"],
         device=device,
@@ -252,31 +268,37 @@ def _serve_orders(options: dict[str, Any], pipe: Connection) -> None:
         max_seq_len=tokens + output,
         broker=options["broker"],
         tokenizer=None,
-        # All runs alike, and ready sooner.
+        # Captured all the same, of fewer sizes: all runs alike, and ready sooner.
         compile=False,
+        buckets=[size for size in BUCKETS if size < options["max_seqs"]],
+        observer=records.append,
     )
     with engine:
         vocab = engine.model.config.get_text_config().vocab_size
-        # What compiles or is tuned at the first use is no run's.
-        engine.generate([[1] * tokens] * 2, SamplingParams(max_tokens=output, ignore_eos=True))
-        engine.flush_prefix_cache()
         pipe.send("ready")
         while (order := pipe.recv()) is not None:
             due, seed = order
             rng = np.random.default_rng(seed)
             prompts = [rng.integers(0, vocab, tokens).tolist() for _ in due]
-            pipe.send(_serve(engine, due, prompts, output))
+            pipe.send(_serve(engine, records, due, prompts, output))
             engine.flush_prefix_cache()
 
 
-def _serve(engine: Engine, due: Sequence[float], prompts: Sequence[list[int]], output: int) -> dict[str, list[float]]:
+def _serve(
+    engine: Engine,
+    records: list[StepRecord],
+    due: Sequence[float],
+    prompts: Sequence[list[int]],
+    output: int,
+) -> dict[str, Any]:
     """Submit each prompt when it is due (by the monotonic clock); milliseconds from then to its first token, and
-    between its tokens."""
+    between its tokens, and the longest step's parts. `records` gets the engine's launches."""
     params = SamplingParams(max_tokens=output, ignore_eos=True)
     last: dict[int, float] = {}
     ttft: list[float] = []
     itl: list[float] = []
-    submitted = 0
+    slowest: dict[str, float] = {"step_ms": 0.0}
+    submitted, preempted = 0, engine.scheduler.preempted
     while submitted < len(due) or engine.busy:
         now = time.monotonic()
         while submitted < len(due) and due[submitted] <= now:
@@ -285,24 +307,38 @@ def _serve(engine: Engine, due: Sequence[float], prompts: Sequence[list[int]], o
         if not engine.busy:
             time.sleep(max(0.0, min(0.002, due[submitted] - now)))
             continue
+        records.clear()
+        began = time.monotonic()
         events = engine.step()
         now = time.monotonic()
+        if 1e3 * (now - began) > slowest["step_ms"] and events:
+            slowest = _parts(now - began, began - due[0], records)
         for event in events:
             if event.error:
                 raise VattnError(event.error)
             before = last[event.request]
             (ttft if before < 0 else itl).append(1e3 * (now - abs(before)))
             last[event.request] = now
-    return {"ttft_ms": ttft, "itl_ms": itl}
+    return {"ttft_ms": ttft, "itl_ms": itl, "slowest": slowest, "preempted": engine.scheduler.preempted - preempted}
 
 
-def schedule(args: argparse.Namespace, model: int) -> list[float]:
-    """Seconds at which a model's requests come: a burst in every other phase, and now and then one in the others."""
+def _parts(step_s: float, at_s: float, records: Sequence[StepRecord]) -> dict[str, float]:
+    """What a step's time went to, in ms; `at_s` is when it began, of the run."""
+    parts = {"at_s": at_s, "step_ms": 1e3 * step_s}
+    for record in records:
+        parts |= {"launch_ms": 1e3 * record.wall_s, "prefilled": record.prefilled, "lanes": record.lanes}
+        parts |= {"kv_ms": 1e3 * record.kv_s, "ahead_ms": 1e3 * record.ahead_s, "wait_ms": 1e3 * record.wait_s}
+    return parts
+
+
+def schedule(args: argparse.Namespace, model: int, phases: Sequence[int] = range(PHASES)) -> list[float]:
+    """Seconds at which a model's requests come in these phases, the first of which begins at 0: a burst in each that is
+    its turn, and now and then one in all of them."""
     phase = args.seconds / PHASES
     found = []
-    for number in range(PHASES):
-        start = number * phase
-        if number % args.models == model % args.models or args.models == 1:
+    for place, number in enumerate(phases):
+        start = place * phase
+        if number % args.models == model % args.models:
             found += [start] * args.prompts
         found += [start + phase * part / 4 for part in range(4)]
     return sorted(found)
@@ -311,8 +347,9 @@ def schedule(args: argparse.Namespace, model: int) -> list[float]:
 class _Models:
     """The workers of all models, and the broker that they share."""
 
-    def __init__(self, args: argparse.Namespace, path: Path, stack: ExitStack) -> None:
-        self.args, self.path = args, path
+    def __init__(self, recording: Recording, path: Path, stack: ExitStack) -> None:
+        self.recording, self.args, self.path = recording, recording.args, path
+        args = self.args
         self.names = [f"model-{number}" for number in range(args.models)]
         self.pipes: list[Connection] = []
         for name in self.names:
@@ -332,10 +369,11 @@ class _Models:
                 worker = multiprocessing.get_context("spawn").Process(target=serve_model, args=(options, theirs))
             worker.start()
             self.pipes.append(mine)
-            stack.callback(worker.join)
+            stack.callback(_end, worker)
             stack.callback(mine.send, None)
-        for pipe in self.pipes:
-            self._answer(pipe, 600.0)
+        for name, pipe in zip(self.names, self.pipes, strict=True):
+            self._answer(pipe, 120.0)
+            recording.say(f"serving: {name} is ready")
 
     def _answer(self, pipe: Connection, timeout_s: float) -> Any:
         if not pipe.poll(timeout_s):
@@ -353,69 +391,127 @@ class _Models:
             for name in self.names:
                 client.do(say.SetLimits(name, floor, ceiling))
 
-    def serve(self, run: str, models: Sequence[int], seed: int) -> list[dict[str, Any]]:
-        """Have these models serve, all from one moment on; a row of each."""
+    def serve(self, run: str, models: Sequence[int], phases: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """Have these models serve, all from one moment on; a row of each. Without `phases`, those of a model's first
+        burst. Raises VattnError where they do not in twice the run's seconds and 20 s."""
+        began, args = time.perf_counter(), self.args
+        self.recording.say(f"serving: run {run} begins, {' and '.join(self.names[model] for model in models)}")
         begin = time.monotonic() + START_S
         for model in models:
-            due = [begin + each for each in schedule(self.args, model)]
-            self.pipes[model].send((due, seed + model))
-        most = Counter[str]()
-        states: Counter[str] = Counter()
+            own = range(model, model + ALONE) if phases is None else phases
+            due = [begin + each for each in schedule(args, model, own)]
+            self.pipes[model].send((due, args.seed + model))
+        watched = Watched(self.recording, run, begin, begin + 2 * args.seconds + 20)
         with Client(self.path) as client:
             while not all(self.pipes[model].poll() for model in models):
-                for tenant in client.standing().tenants:
-                    most[tenant.name] = max(most[tenant.name], tenant.lent)
-                    states[tenant.state] += 1
+                watched.look(client.standing().tenants)
                 time.sleep(0.02)
-                if time.monotonic() > begin + 20 * self.args.seconds + 120:
-                    raise VattnError("models did not serve their requests in twenty times the run's seconds")
         rows = []
         for model in models:
             answer = self._answer(self.pipes[model], 1.0)
-            row = {name: summarise(values) for name, values in answer.items()}
             rows.append(
                 {
                     "run": run,
                     "model": self.names[model],
                     "requests": len(answer["ttft_ms"]),
-                    "most_lent_bytes": most[self.names[model]],
-                    "times_overdue": states["overdue"],
-                    **row,
+                    "most_lent_bytes": watched.most[self.names[model]],
+                    "times_overdue": watched.states["overdue"],
+                    **{name: summarise(answer[name]) for name in ("ttft_ms", "itl_ms")},
+                    **{name: answer[name] for name in ("slowest", "preempted")},
                 }
             )
+        self.recording.say(f"serving: run {run} ends, {time.perf_counter() - began:.1f} s")
         return rows
 
 
-def serve_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """All runs: the rows of each, and the figures that are quoted."""
+class Watched:
+    """What a broker has of its tenants during a run, said now and then. `look` raises VattnError after `end`, by the
+    monotonic clock."""
+
+    def __init__(self, recording: Recording, run: str, begin: float, end: float) -> None:
+        self._recording, self.run, self._begin, self.end = recording, run, begin, end
+        self._said = begin
+        self.most: Counter[str] = Counter()
+        self.states: Counter[str] = Counter()
+
+    def look(self, tenants: Sequence[say.TenantStatus]) -> None:
+        now = time.monotonic()
+        for tenant in tenants:
+            self.most[tenant.name] = max(self.most[tenant.name], tenant.lent)
+            self.states[tenant.state] += 1
+        text = ", ".join(
+            f"{each.name} {each.state} {each.lent:,} of {each.budget:,} bytes, needs {each.needs:,} "
+            f"and wants {each.wants:,}"
+            for each in tenants
+        )
+        if now > self.end:
+            raise VattnError(f"the run {self.run} did not end in {now - self._begin:.0f} s: {text}")
+        if now - self._said >= SAID_S:
+            self._said = now
+            self._recording.say(f"serving: {self.run} {now - self._begin:.1f} s: {text}")
+
+
+def _end(worker: Any) -> None:
+    """Wait for a worker to end; a process that does not is ended."""
+    worker.join(20.0)
+    if worker.is_alive() and hasattr(worker, "kill"):
+        worker.kill()
+        worker.join()
+
+
+def serve_all(recording: Recording) -> Iterator[dict[str, Any]]:
+    """All runs: the rows of each are kept at once, and the figures that are quoted come as they are known."""
+    args, began = recording.args, time.perf_counter()
     part = args.memory // args.models
     burst = args.prompts * (args.prompt_tokens + args.output_tokens)
     over_part = burst * planned_shape(args.model, dtype_of(args.device)).token_bytes / part
     if over_part <= 1:
         logger.warning("a burst takes %.2f of a static part: nobody has to borrow; lower --memory", over_part)
+    yield {"burst_over_part": over_part}
     everyone = range(args.models)
+    rows: dict[str, list[dict[str, Any]]] = {}
+
+    def measured(run: str, found: list[dict[str, Any]]) -> None:
+        for row in found:
+            recording.add("serving", row)
+        rows.setdefault(run, []).extend(found)
+
     with ExitStack() as stack:
-        models = _Models(args, stack.enter_context(lending(args.device, args.memory, 1.0)), stack)
+        models = _Models(recording, stack.enter_context(lending(args.device, args.memory, 1.0)), stack)
+        yield {"start_s": time.perf_counter() - began}
         models.limit(part, part)
-        alone = [row for model in everyone for row in models.serve("alone", [model], args.seed)]
-        static = models.serve("static", everyone, args.seed)
+        # What is tuned or compiled at its first use is no run's.
+        models.serve("warm-up", everyone)
+        measured("static", models.serve("static", everyone, range(PHASES)))
         models.limit(part // 2, args.memory)
-        shared = models.serve("shared", everyone, args.seed)
+        measured("shared", models.serve("shared", everyone, range(PHASES)))
+        shared = rows["shared"]
+        yield {
+            "p99_over_static": _worst(shared, rows["static"]),
+            "ttft_static_over_ours": _ttft(rows["static"]) / _ttft(shared),
+            "most_borrowed_bytes": max(row["most_lent_bytes"] for row in shared) - part // 2,
+            "times_overdue": sum(row["times_overdue"] for row in shared),
+            "slowest_shared_step_ms": max(row["slowest"]["step_ms"] for row in shared),
+        }
+        models.limit(part, part)
+        for model in everyone:
+            if time.perf_counter() - began > args.most_seconds:
+                recording.say(f"serving: {args.most_seconds:g} s are over, {models.names[model]} is not served alone")
+                break
+            measured("alone", models.serve("alone", [model]))
+    if alone := rows.get("alone", []):
+        count = len(alone)
+        yield {
+            "models_alone": count,
+            "p99_over_alone": _worst(shared[:count], alone),
+            "p99_static_over_alone": _worst(rows["static"][:count], alone),
+        }
 
-    def worst(rows: Sequence[dict[str, Any]], to: Sequence[dict[str, Any]]) -> float:
-        pairs = zip(rows, to, strict=True)
-        return max(float(row["itl_ms"]["p99"]) / float(other["itl_ms"]["p99"]) for row, other in pairs)
 
-    def ttft(rows: Sequence[dict[str, Any]]) -> float:
-        return sum(float(row["ttft_ms"]["mean"]) for row in rows)
+def _worst(rows: Sequence[dict[str, Any]], to: Sequence[dict[str, Any]]) -> float:
+    pairs = zip(rows, to, strict=True)
+    return max(float(row["itl_ms"]["p99"]) / float(other["itl_ms"]["p99"]) for row, other in pairs)
 
-    figures = {
-        "burst_over_part": over_part,
-        "p99_over_static": worst(shared, static),
-        "p99_over_alone": worst(shared, alone),
-        "p99_static_over_alone": worst(static, alone),
-        "ttft_static_over_ours": ttft(static) / ttft(shared),
-        "most_borrowed_bytes": max(row["most_lent_bytes"] for row in shared) - part // 2,
-        "times_overdue": sum(row["times_overdue"] for row in shared),
-    }
-    return [*alone, *static, *shared], figures
+
+def _ttft(rows: Sequence[dict[str, Any]]) -> float:
+    return sum(float(row["ttft_ms"]["mean"]) for row in rows)

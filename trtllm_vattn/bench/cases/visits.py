@@ -116,6 +116,7 @@ def _alone(path: Path, running: deque[int]) -> tuple[int, int]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
             raw.connect(str(path))
             (broker,) = struct.unpack("i8x", raw.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        # One more answer, and it has hung up on that.
+        # It has hung up on all that were gone once it is done with what came together with the first of these.
+        client.standing()
         client.standing()
         return standing_of(broker)
