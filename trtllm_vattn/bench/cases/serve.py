@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-seq-len", type=positive, default=8192 if gpu else 256, metavar="TOKENS", help=MAX_SEQ_LEN)
     add("--max-seqs", type=positive, default=128 if gpu else 6, metavar="SEQUENCES", help=MAX_SEQS)
     add("--budget", type=size, default="16GiB" if gpu else "4MiB", metavar="BYTES", help=BUDGET)
-    text = "the former name of --max-step-tokens"
+    text = "the former name of --max-step-tokens (default: that one)"
     add("--chunk", type=positive, metavar="TOKENS", help=text)
     add_pass_limits(parser)
     add_rounds(parser, 2, "cache")
