@@ -34,6 +34,8 @@ KEEP_S = 0.05
 MOST_RESIDENT = 8 << 20
 """Bytes by which the broker may have grown: what Python's allocator keeps, and limits of names."""
 GONE_S = 60.0
+STAYS = 6
+"""Looks at the broker, `KEEP_S` apart, in which it has closed no descriptor more."""
 
 
 def visit(path: Path, number: int, kind: str) -> None:
@@ -116,7 +118,12 @@ def _alone(path: Path, running: deque[int]) -> tuple[int, int]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
             raw.connect(str(path))
             (broker,) = struct.unpack("i8x", raw.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        # It has hung up on all that were gone once it is done with what came together with the first of these.
-        client.standing()
-        client.standing()
-        return standing_of(broker)
+        # It hangs up on those that are gone one after another: what stays is the least that is seen for a while.
+        least, again = standing_of(broker), 0
+        while again < STAYS:
+            client.standing()
+            time.sleep(KEEP_S)
+            found_now = standing_of(broker)
+            again = again + 1 if found_now[0] >= least[0] else 0
+            least = min(least, found_now)
+        return least
