@@ -143,9 +143,8 @@ def warm_up(args: argparse.Namespace, tokens: int) -> int:
 
 def load_like(requests: Sequence[Request], wanted: float, vocab: int, seed: int, turn: int = 1) -> Load:
     """Requests that arrive at a rate, with tokens that no other turn has."""
-    own = [Request(request.arrival_s, request.prompt_tokens, request.output_tokens) for request in requests]
-    arrivals = arrival_times(len(own), wanted, 1.0, seed)
-    return Load(prompts_of(own, vocab, seed + turn), [request.output_tokens for request in own], arrivals)
+    arrivals = arrival_times(len(requests), wanted, 1.0, seed)
+    return Load(prompts_of(requests, vocab, seed + turn), [request.output_tokens for request in requests], arrivals)
 
 
 def engine_of(model: PreTrainedModel, args: argparse.Namespace, tokens: int) -> Engine:

@@ -28,6 +28,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from trtllm_vattn.bench.harness.case import captured_graphs, vocab_of
+from trtllm_vattn.bench.harness.identity import behind_likeliest
 from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.peer.trainer import train
 from trtllm_vattn.cache.select import make_cache
@@ -190,9 +191,8 @@ def _distances(engine: Engine, streamed: Sequence[Streamed], at_once: int) -> Di
             if event.error is not None or event.logprob is None:
                 raise ConfigError(f"{event.error}; raise --budget")
             number = place[event.request]
-            likeliest = dict(event.logprob.top)
-            least, most = min(likeliest.values()), max(likeliest.values())
-            found[number].append(most - likeliest.get(streamed[number].tokens[event.index], least))
+            token = streamed[number].tokens[event.index]
+            found[number].append(behind_likeliest(dict(event.logprob.top), token))
     return found
 
 

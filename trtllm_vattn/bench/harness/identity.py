@@ -56,6 +56,12 @@ def compare(reference: RequestTokens, run: RequestTokens, tolerance: float, free
     return Identity(tokens, ties, mismatches, widest, wider)
 
 
+def behind_likeliest(likeliest: Mapping[int, float], token: int) -> float:
+    """By how much the largest of the likeliest tokens' logits, or log-probabilities, exceeds that of a token; of one
+    that is not among them, that of the last of these."""
+    return max(likeliest.values()) - likeliest.get(token, min(likeliest.values()))
+
+
 def compare_forced(reference: RequestTokens, delivered: Mapping[int, Sequence[int]], tolerance: float) -> Identity:
     """Compare tokens that were delivered with what a reference chose at each place where it was fed the ones before
     them.
@@ -77,7 +83,7 @@ def compare_forced(reference: RequestTokens, delivered: Mapping[int, Sequence[in
             if event.logprob is None or not event.logprob.top:
                 raise ValueError("the reference was asked for no log-probabilities; make logprobs 2 or more")
             top = dict(event.logprob.top)
-            apart = max(top.values()) - top.get(token, min(top.values()))
+            apart = behind_likeliest(top, token)
             if token in top and apart < tolerance:
                 ties += 1
                 widest = max(widest, apart)
