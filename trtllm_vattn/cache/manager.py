@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -337,12 +337,12 @@ class KVCacheManager(SlottedCache):
 
     @property
     def bytes_for_sequences(self) -> int:
-        """Of the budget, or of what a broker may lend, without what the dummy slot takes and what could not be given
-        back to the driver."""
-        pool, budget = self.arena.pool, self.arena.pool.budget
+        """Of the budget, or of what a broker may lend, without what the dummy slot takes and what could not be unmapped
+        or given back to the driver."""
+        budget = self.arena.pool.budget
         if self._borrowing is not None:
             budget = max(budget, self._borrowing.most)
-        return max(0, budget - self.layout.least_bytes - pool.quarantined_bytes)
+        return max(0, budget - self.layout.least_bytes - self.arena.quarantined_bytes)
 
     @property
     def longest_alone(self) -> int:
@@ -461,15 +461,22 @@ class KVCacheManager(SlottedCache):
         take = self._borrowing.keeper.take_over
         with self._lock:
             for index, kept in slots.items():
-                groups = [
-                    (
-                        lower,
-                        [[Extent(self.driver, size, take(lease, size)) for lease in leases] for size, leases in all_],
-                    )
-                    for lower, all_ in kept.groups
-                ]
+                with ExitStack() as undo:
+                    groups = [
+                        (
+                            lower,
+                            [[self._extent_of(take, lease, size, undo) for lease in leases] for size, leases in all_],
+                        )
+                        for lower, all_ in kept.groups
+                    ]
+                    undo.pop_all()
                 self.arena.take_over(index, groups)
                 self._place_sequence(kept.owner, index, tokens[kept.owner])
+
+    def _extent_of(self, take: Callable[[int, int], int], lease: int, size: int, undo: ExitStack) -> Extent:
+        extent = Extent(self.driver, size, take(lease, size))
+        undo.callback(extent.close)
+        return extent
 
     def begin_journal(self, state: State) -> None:
         self._run(self._do_begin_journal, state)
@@ -480,6 +487,7 @@ class KVCacheManager(SlottedCache):
         with self._lock:
             keeper = self._borrowing.keeper
             keeper.journal.begin(state)
+            keeper.go_on()
             # With msgspec, which is an extra.
             from trtllm_vattn.tenancy.placements import Placements
 

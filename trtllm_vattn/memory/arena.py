@@ -398,22 +398,35 @@ class Arena:
 
     def take_over(self, index: int, groups: Sequence[tuple[int, Sequence[Sequence[Extent]]]]) -> None:
         """Have a free, empty slot run with extents that hold a sequence's tokens already: of each range group, the
-        first byte, and the extents of each stripe, one a range. Raises KVCacheOutOfMemory or DriverError; what was
-        mapped before it is the slot's, to be parked."""
+        first byte, and the extents of each stripe, one a range, which are the pool's from now on. Raises
+        KVCacheOutOfMemory or DriverError; what was mapped before it is the slot's, to be parked, and the rest free."""
+        extents = [extent for _, stripes in groups for stripe in stripes for extent in stripe]
+        self.pool.take_over(extents)
         slot = self.slots[index]
         slot.start()
         self.publish(index)
-        for group, (lower, stripes) in zip(slot.groups, groups, strict=True):
-            group.lower = group.frontier = lower
-            for stripe in stripes:
-                self.check_ceiling(len(stripe))
-                offset = index * self.layout.slot_stride + group.frontier
-                made = []
-                for where, extent in zip(group.ranges, stripe, strict=True):
-                    made += self.map_extents(index, self.reservations[where], offset, [extent])
-                    self.pool.take_over(extent)
-                slot.push(group, [made])
+        try:
+            for group, (lower, stripes) in zip(slot.groups, groups, strict=True):
+                group.lower = group.frontier = lower
+                for stripe in stripes:
+                    slot.push(group, [self._map_stripe(index, group, stripe)])
+        except BaseException:
+            self.release_unmapped(extents)
+            raise
         self.publish(index)
+
+    def _map_stripe(self, index: int, group: RangeGroup, stripe: Sequence[Extent]) -> Stripe:
+        """Map these extents at a group's frontier, one in each of its ranges; all or none."""
+        self.check_ceiling(len(stripe))
+        made: list[Mapping] = []
+        try:
+            for where, extent in zip(group.ranges, stripe, strict=True):
+                offset = index * self.layout.slot_stride + group.frontier
+                made += self.map_extents(index, self.reservations[where], offset, [extent])
+        except BaseException:
+            self.unmap(index, made[::-1])
+            raise
+        return made
 
     def stop(self, index: int) -> None:
         """A slot's sequence is gone, and nothing on the device uses it."""
@@ -929,6 +942,12 @@ class Arena:
         return made
 
     # -- statistics ------------------------------------------------------------------------------------------------
+
+    @property
+    def quarantined_bytes(self) -> int:
+        """Bytes that could not be unmapped, or not be given back to the driver."""
+        stuck = {mapping.extent.serial: mapping.size for mapping in self.quarantine}
+        return self.pool.quarantined_bytes + sum(stuck.values())
 
     @property
     def has_pending_work(self) -> bool:

@@ -129,6 +129,8 @@ class ExtentPool:
                 why = "the device has no memory left; lower the budget or free device memory"
                 if isinstance(error.__cause__, BrokerLost):
                     why = f"{error.__cause__}; start a broker and this engine anew"
+                elif isinstance(error.__cause__, KVCacheOutOfMemory):
+                    why = f"the broker lends no more now: {error.__cause__}"
                 raise KVCacheOutOfMemory(
                     f"{size:,} bytes asked for and within the budget of {self.budget:,}, but {why}"
                 ) from error
@@ -187,9 +189,10 @@ class ExtentPool:
         """Extents that nobody uses, in creation order within a class."""
         return [extent for free in self._free.values() for extent in free]
 
-    def take_over(self, extent: Extent) -> None:
-        """An extent that was not created here is in use."""
-        self.held_bytes += extent.size
+    def take_over(self, extents: Iterable[Extent]) -> None:
+        """Extents that were not created here are in use; the budget is what is held then, where that is more."""
+        self.held_bytes += sum(extent.size for extent in extents)
+        self.budget = max(self.budget, self.held_bytes)
 
     def set_targets(self, targets: Mapping[int, int]) -> None:
         """How many free extents of each class `create_one` shall keep, for prompts to come: `acquire` gives them to

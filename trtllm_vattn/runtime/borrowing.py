@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory, VattnError
 from trtllm_vattn.memory.mapping_policy import MappingPolicy
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.values import described
@@ -15,6 +16,7 @@ from trtllm_vattn.vmm.base import Driver
 
 if TYPE_CHECKING:
     from trtllm_vattn.tenancy.journal import Journal, State
+    from trtllm_vattn.tenancy.tenant import Tenant
 
 BORROWING = ("vattn", "blocks")
 """Caches, by name, whose memory may be a broker's."""
@@ -79,57 +81,105 @@ def make_borrowing_cache(
     nothing is left behind, and what another process left is there still.
     """
     # With msgspec, which is an extra.
-    from trtllm_vattn.tenancy.journal import Sizes
     from trtllm_vattn.tenancy.tenant import open_tenant
 
     driver = open_tenant(config, device)
     tenant = driver.tenant
-    try:
-        left = None
-        if config.keep_s:
-            welcome = tenant.welcome
-            # Of a lease a granule at least; of a range group a layer, or a head of it.
-            sizes = Sizes(
-                shape.num_slots,
-                shape.max_seq_len,
-                shape.num_layers * shape.num_kv_heads,
-                welcome.memory // welcome.granularity,
-            )
-            left = tenant.open_journal(sizes).state
-            # What a lease's number is not among the broker's for is gone, and never another lease's.
-            left.slots = left.kept_slots({lease for lease, _ in tenant.leases})
-            wanted = set().union(*(slot.leases() for slot in left.slots.values()))
-            for lease, nbytes in tenant.leases:
-                if lease not in wanted:
-                    tenant.release(lease, nbytes)
-        with tenant.waiting(tenant.welcome.deadline_s + 1.0):
-            made = make_cache(
-                name, shape, device, None, driver=policy.wrap(traced(driver)), **{**settings, "sized_later": True}
-            )
+    with ExitStack() as undo:
+        undo.callback(tenant.close)
         try:
+            left = _left_for(tenant, shape) if config.keep_s else None
+
+            def make() -> KVCache:
+                with tenant.waiting(tenant.deadline_s + 1.0):
+                    return make_cache(
+                        name,
+                        shape,
+                        device,
+                        None,
+                        driver=policy.wrap(traced(driver)),
+                        **{**settings, "sized_later": True},
+                    )
+
+            made = _make_beside(tenant, left, make)
+            undo.callback(made.close)
             # Nothing is unmapped beside running kernels where mapping waits for them.
             keeper = None if left is None else driver
             made.borrow(tenant, beside=policy is MappingPolicy.CONCURRENT, keeper=keeper)
             made.follow_budget()
             if left is not None:
                 _take_over(made, left, {**made.byte_order, "slots": shape.num_slots, "max_seq_len": shape.max_seq_len})
-        except BaseException:
-            if left is not None:
-                # The broker keeps it for the next process.
-                driver.leases.clear()
-            made.close()
-            raise
-    except BaseException:
-        tenant.close()
-        raise
+        except VattnError as error:
+            if not tenant.broker_has_ended:
+                raise
+            raise ConfigError(
+                f"the broker at {config.path} ended while this engine started; start a broker and this engine anew "
+                f"({error})"
+            ) from error
+        undo.pop_all()
     return Borrowed(made, None if left is None else Left(left, driver.journal))
 
 
-def _take_over(cache: KVCache, left: State, settings: dict[str, Any]) -> None:
-    if left.settings and left.settings != settings:
-        differing = [name for name in settings if left.settings.get(name) != settings[name]]
+def _left_for(tenant: Tenant, shape: CacheShape) -> State:
+    """What another process left, where this one fits it, with the slots that it may go on with; leases of nothing among
+    that are given back. Raises ConfigError."""
+    from trtllm_vattn.tenancy.journal import Sizes
+
+    welcome = tenant.welcome
+    # Of a lease a granule at least; of a range group a layer, or a head of it.
+    sizes = Sizes(
+        shape.num_slots,
+        shape.max_seq_len,
+        shape.num_layers * shape.num_kv_heads,
+        welcome.memory // welcome.granularity,
+    )
+    left = tenant.open_journal(sizes).state
+    same = {"layers": shape.num_layers, "kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
+    # Before anything is given back that another process could go on with.
+    _check_same(left, {**same, "slots": shape.num_slots, "max_seq_len": shape.max_seq_len})
+    # What a lease's number is not among the broker's for is gone, and never another lease's.
+    left.slots = left.kept_slots({lease for lease, _ in tenant.leases})
+    _give_back_the_rest(tenant, left)
+    while left.slots and tenant.held > tenant.budget:
+        _drop_youngest(tenant, left)
+    return left
+
+
+def _make_beside(tenant: Tenant, left: State | None, make: Callable[[], KVCache]) -> KVCache:
+    """Make a cache beside what is left, of which the youngest gives way where there is no memory for the dummy slot."""
+    while True:
+        try:
+            return make()
+        except KVCacheOutOfMemory:
+            if left is None or not left.slots or tenant.broker_has_ended:
+                raise
+            _drop_youngest(tenant, left)
+
+
+def _drop_youngest(tenant: Tenant, left: State) -> None:
+    """Give back the memory of the youngest of the sequences that are left, which is computed anew."""
+    del left.slots[max(left.slots, key=lambda index: left.slots[index].owner)]
+    _give_back_the_rest(tenant, left)
+
+
+def _give_back_the_rest(tenant: Tenant, left: State) -> None:
+    """Give back leases of nothing that is left."""
+    wanted = set().union(*(slot.leases() for slot in left.slots.values()))
+    for lease, nbytes in [each for each in tenant.leases if each[0] not in wanted]:
+        tenant.release(lease, nbytes)
+        tenant.leases.remove((lease, nbytes))
+
+
+def _check_same(left: State, settings: dict[str, Any]) -> None:
+    """Raise ConfigError where what is left is of other settings."""
+    differing = [name for name in settings if left.settings.get(name) != settings[name]]
+    if left.settings and differing:
         before = ", ".join(f"{name} {left.settings.get(name)}" for name in differing)
         raise ConfigError(f"the process before this one had {before}; start with the same, or under another name")
+
+
+def _take_over(cache: KVCache, left: State, settings: dict[str, Any]) -> None:
+    _check_same(left, settings)
     left.settings = settings
     # All tokens but the last, which is fed next.
     tokens = {number: len(each.prompt) + len(each.chosen) - 1 for number, each in left.requests.items()}

@@ -57,6 +57,7 @@ MOST_KEPT = 128
 """Tenants whose processes have ended."""
 MOST_RETRIES = 8
 """Handles that the driver would not release, and that are tried again with each release."""
+NUDGE = bytes(7) + b"\1"
 LOOK_AGAIN_S = 0.05
 """How often tenants that owe memory are looked at between their messages, and after which connections are accepted
 again where there were too few descriptors for one."""
@@ -85,7 +86,10 @@ class Tenancy:
     page_file: int
     page: Page
     nudge: int
-    """An eventfd: written where the tenant should look at its page."""
+    """A pipe's end: written where the tenant should look at its page. No eventfd, whose `O_NONBLOCK` the tenant could
+    take away, and fill it."""
+    nudged: int
+    """The end that the tenant reads, kept so that writing never fails."""
     handles: dict[int, int] = field(default_factory=dict)
     """Driver handles by lease."""
     inodes: dict[int, int] = field(default_factory=dict)
@@ -156,6 +160,7 @@ class Broker:
         self._connections: dict[Connection, None] = {}
         """The oldest first."""
         self._socket = _listen(path, bool(allow))
+        self._file = _identity(path)
         self._selector.register(self._socket, selectors.EVENT_READ, self._accept)
         self._accepts_again: float | None = None
         self._is_short = False
@@ -350,8 +355,8 @@ class Broker:
             undo.callback(os.close, process)
             page_file = sealed_memory("vattn-page", SIZE)
             undo.callback(os.close, page_file)
-            nudge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            undo.callback(os.close, nudge)
+            nudged, nudge = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            undo.callback(say.close_all, [nudged, nudge])
             page = Page(page_file)
             undo.callback(page.close)
             journal = None if before is None else before.journal
@@ -361,7 +366,7 @@ class Broker:
                 account = before.account
                 self.books.find(hello.name, asked, self.clock())
             undo.pop_all()
-        tenant = Tenancy(hello.name, connection.pid, connection.uid, account, process, page_file, page, nudge)
+        tenant = Tenancy(hello.name, connection.pid, connection.uid, account, process, page_file, page, nudge, nudged)
         tenant.keep_s, tenant.journal = hello.keep_s, journal
         if before is not None:
             tenant.handles, tenant.inodes = before.handles, before.inodes
@@ -374,7 +379,7 @@ class Broker:
         sizes = self.driver.granularity(), self.books.memory
         return (
             say.Welcome(say.VERSION, *sizes, self.books.deadline_s, _leases_after(tenant, 0)),
-            [page_file, nudge, *([] if journal is None else [journal])],
+            [page_file, nudged, *([] if journal is None else [journal])],
         )
 
     def _predecessor(self, connection: Connection, hello: say.Hello) -> Tenancy | None:
@@ -486,9 +491,9 @@ class Broker:
                     self._nudge(tenant)
 
     def _nudge(self, tenant: Tenancy) -> None:
-        # A counter that is full wakes the tenant as well.
+        # A pipe that is full wakes the tenant as well.
         with suppress(BlockingIOError):
-            os.eventfd_write(tenant.nudge, 1)
+            os.write(tenant.nudge, NUDGE)
 
     def _look_at_debtors(self) -> None:
         """Hear those that owe memory, and do what is to be done about those that owe it beyond their deadline."""
@@ -513,9 +518,17 @@ class Broker:
                     ", and its process is ended" if self.kill else "",
                 )
                 if self.kill:
-                    with suppress(ProcessLookupError):
-                        signal.pidfd_send_signal(tenant.process, signal.SIGKILL)
+                    self._kill(tenant)
         self._publish()
+
+    def _kill(self, tenant: Tenancy) -> None:
+        try:
+            signal.pidfd_send_signal(tenant.process, signal.SIGKILL)
+        except ProcessLookupError:
+            logger.info("tenant %s, process %d, has ended meanwhile", tenant.name, tenant.pid)
+        except PermissionError as error:
+            text = "tenant %s, process %d of user %d, cannot be ended: %s; have root run the broker, or end it"
+            logger.warning(text, tenant.name, tenant.pid, tenant.uid, error.strerror)
 
     def _hang_up(self, connection: Connection) -> None:
         """A connection has ended. What a tenant holds counts as lent until its process has ended, too. Idempotent."""
@@ -570,7 +583,7 @@ class Broker:
     def _forget(self, tenant: Tenancy) -> None:
         del self.tenants[tenant.name]
         tenant.page.close()
-        say.close_all([tenant.process, tenant.page_file, tenant.nudge])
+        say.close_all([tenant.process, tenant.page_file, tenant.nudge, tenant.nudged])
 
     def standing(self, after: str = "") -> say.Standing:
         """What is lent to whom: the first tenants of names behind `after`."""
@@ -632,7 +645,8 @@ class Broker:
         if self._accepts_again is None:
             self._selector.unregister(self._socket)
         self._socket.close()
-        self.path.unlink(missing_ok=True)
+        if _identity(self.path) == self._file:
+            self.path.unlink(missing_ok=True)
         self._selector.close()
         self._processes.close()
 
@@ -658,32 +672,52 @@ def open_exportable(device: str) -> Driver:
     return CudaDriver(int(device.partition(":")[2] or 0), exportable=True)
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Of the file at a path; None where there is none."""
+    try:
+        there = path.stat()
+    except OSError:
+        return None
+    return there.st_dev, there.st_ino
+
+
+def _is_listened_at(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        # One that has not accepted others yet would have this one wait.
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        except BlockingIOError:
+            return True
+    return True
+
+
 def _listen(path: Path, for_others: bool) -> socket.socket:
     """A socket that listens at a path, in the place of one whose broker has ended. Raises ConfigError."""
     made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        if path.is_socket():
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-                try:
-                    probe.connect(str(path))
-                except ConnectionRefusedError:
-                    path.unlink()
-                else:
-                    raise ConfigError(f"a broker listens at {path} already; give another path, or end that one")
-        elif path.exists():
-            raise ConfigError(f"{path} is there, and is no socket; give another path")
-        before = os.umask(0o111 if for_others else 0o177)
-        try:
-            made.bind(str(path))
-        finally:
-            os.umask(before)
-        made.listen(128)
+        _bind(made, path, for_others)
     except OSError as error:
         made.close()
-        if error.errno == errno.EADDRINUSE or isinstance(error, FileNotFoundError | PermissionError):
-            raise ConfigError(f"no broker can listen at {path}: {error.strerror}") from error
-        raise ConfigError(f"no broker can listen at {path}: {error}") from error
+        raise ConfigError(f"no broker can listen at {path}: {error.strerror or error}") from error
     except BaseException:
         made.close()
         raise
     return made
+
+
+def _bind(made: socket.socket, path: Path, for_others: bool) -> None:
+    if path.is_socket():
+        if _is_listened_at(path):
+            raise ConfigError(f"a broker listens at {path} already; give another path, or end that one")
+        path.unlink()
+    elif path.exists():
+        raise ConfigError(f"{path} is there, and is no socket; give another path")
+    before = os.umask(0o111 if for_others else 0o177)
+    try:
+        made.bind(str(path))
+    finally:
+        os.umask(before)
+    made.listen(128)

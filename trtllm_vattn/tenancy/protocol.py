@@ -128,7 +128,7 @@ Request = (
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """Comes with two descriptors, the tenant's page and an eventfd that wakes it where it owes memory, and with a
+    """Comes with two descriptors, the tenant's page and an end of a pipe that wakes it where it owes memory, and with a
     journal's where the process before it left one. `leases` and their bytes are those that it had, the first
     `MOST_LEASES` of them (`Leases`)."""
 

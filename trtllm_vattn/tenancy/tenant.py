@@ -15,12 +15,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from trtllm_vattn.errors import BrokerLost, ConfigError, DriverError, WrongProcess
+from trtllm_vattn.errors import BrokerLost, ConfigError, DriverError, KVCacheOutOfMemory, WrongProcess
 from trtllm_vattn.tenancy import protocol as say
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.tenancy.journal import Journal, Sizes
@@ -51,6 +51,8 @@ T = TypeVar("T")
 ANSWER_S = 10.0
 """Seconds after which a broker that does not answer counts as lost: it answers in microseconds, or is stopped."""
 RETRY_S = 0.02
+NUDGES = 1 << 16
+"""Bytes that are read at once of those that a broker wakes a tenant by: all that there are."""
 
 
 class Client:
@@ -64,45 +66,85 @@ class Client:
         self._socket.settimeout(answer_s)
         self.is_lost = False
         try:
-            self._socket.connect(self.path)
-        except OSError as error:
+            self._connect(monotonic() + answer_s)
+        except BaseException as error:
             self._socket.close()
-            raise ConfigError(
-                f"no broker answers at {self.path}: {error.strerror}; start one with trtllm-vattn broker --memory "
-                f"BYTES --socket {self.path}"
-            ) from error
+            if isinstance(error, OSError):
+                raise self._not_there(error.strerror or str(error)) from error
+            raise
+
+    def _connect(self, until: float) -> None:
+        while True:
+            try:
+                self._socket.connect(self.path)
+                return
+            except BlockingIOError:
+                # More processes come at once than it has accepted.
+                if monotonic() >= until:
+                    raise
+            sleep(RETRY_S)
+
+    def _not_there(self, why: str) -> ConfigError:
+        return ConfigError(
+            f"no broker answers at {self.path}: {why}; start one with trtllm-vattn broker --memory BYTES --socket "
+            f"{self.path}"
+        )
 
     def ask(self, request: say.Message) -> tuple[say.Answer, list[int]]:
-        """One request; its answer, and the descriptors beside it, which are the caller's. Raises BrokerLost."""
+        """One request; its answer, and the descriptors beside it, which are the caller's. Raises BrokerLost. Whom an
+        interrupt keeps from the answer has lost the broker, too."""
         self._check_process()
         with self._lock:
             if self.is_lost:
                 raise BrokerLost(f"the broker at {self.path} has ended; what it lent stays, and it lends nothing more")
+            is_answered = False
             try:
-                # Who was hung up on finds what the broker had to say all the same.
-                with suppress(BrokenPipeError, ConnectionResetError):
-                    self._socket.send(say.encode(request), socket.MSG_NOSIGNAL)
-                try:
-                    packet, descriptors = say.receive(self._socket)
-                except ConnectionResetError:
-                    # Said once, where the broker did not read what was asked; its answer lies behind that.
-                    packet, descriptors = say.receive(self._socket)
-                if packet:
-                    return say.decode_answer(packet), descriptors
-                why = "it hung up"
+                answer = self._exchange(request)
+                is_answered = True
+                return answer
             except (OSError, say.Malformed) as error:
-                why = str(error)
-            # What it answers later would be taken for the answer to another request.
-            self.is_lost = True
-            self._socket.close()
-        raise BrokerLost(f"the broker at {self.path} does not answer ({why}); what it lent stays, it lends no more")
+                raise BrokerLost(
+                    f"the broker at {self.path} does not answer ({error}); what it lent stays, it lends no more"
+                ) from error
+            finally:
+                if not is_answered:
+                    # What it answers later would be taken for the answer to another request.
+                    self.is_lost = True
+                    # Whoever waits for it in another thread hears of it.
+                    with suppress(OSError):
+                        self._socket.shutdown(socket.SHUT_RDWR)
+                    self._socket.close()
 
-    def tell(self, request: say.Message) -> None:
-        """A request without an answer; nothing where the broker has ended."""
+    def _exchange(self, request: say.Message) -> tuple[say.Answer, list[int]]:
+        # Who was hung up on finds what the broker had to say all the same.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self._socket.send(say.encode(request), socket.MSG_NOSIGNAL)
+        try:
+            packet, descriptors = say.receive(self._socket)
+        except ConnectionResetError:
+            # Said once, where the broker did not read what was asked; its answer lies behind that.
+            packet, descriptors = say.receive(self._socket)
+        if not packet:
+            raise ConnectionError("it hung up")
+        try:
+            return say.decode_answer(packet), descriptors
+        except BaseException:
+            say.close_all(descriptors)
+            raise
+
+    def tell(self, request: say.Report) -> None:
+        """A request without an answer; nothing where the broker has ended. It never waits: a broker that has not read
+        earlier ones looks at the page behind this one, too, when it does."""
         self._check_process()
         with self._lock, suppress(OSError):
-            if not self.is_lost:
+            if not self.is_lost and self._has_room():
                 self._socket.send(say.encode(request), socket.MSG_NOSIGNAL)
+
+    def _has_room(self) -> bool:
+        """Whether a packet can be sent at once."""
+        room = select.poll()
+        room.register(self._socket, select.POLLOUT)
+        return bool(room.poll(0))
 
     def do(self, request: say.Message) -> None:
         """A request whose answer is `Done`. Raises ConfigError where it is refused, or BrokerLost."""
@@ -189,9 +231,11 @@ class Tenant(Client):
                 self.leases += more
             self.page = Page(descriptors[0])
             self.journal = Journal(descriptors[2]) if len(descriptors) > 2 else None
-        except BaseException:
+        except BaseException as error:
             self.close()
             say.close_all(descriptors)
+            if isinstance(error, BrokerLost):
+                raise self._not_there("it ended, or hung, while this process became its tenant") from error
             raise
         say.close_all([descriptors[0], *descriptors[2:]])
         self.held = sum(size for _, size in self.leases)
@@ -290,7 +334,8 @@ class Tenant(Client):
             is_short = isinstance(answer, say.Refused) and answer.code == "short"
             if not is_short or monotonic() >= until:
                 code = "CUDA_ERROR_OUT_OF_MEMORY" if is_short else "CUDA_ERROR_UNKNOWN"
-                raise DriverError(code, "create", (size,), getattr(answer, "message", "the broker sent no memory"))
+                said = getattr(answer, "message", "the broker sent no memory")
+                raise DriverError(code, "create", (size,), said) from (KVCacheOutOfMemory(said) if is_short else None)
             self.report(self.page[NEEDS], max(self.page[WANTS], self.held + size))
             if self.budget >= self.held + size:
                 # The device itself is short: others may have let go of handles whose memory is not back yet.
@@ -350,7 +395,7 @@ class Tenant(Client):
 
 
 class _Watch:
-    """A thread that reads what the broker writes to a tenant's eventfd, sees when the broker's end of the connection is
+    """A thread that reads what the broker writes to wake a tenant, sees when the broker's end of the connection is
     gone, and tells those that wait."""
 
     def __init__(self, nudge: int, page: Page, connection: int, lose: Callable[[], None]) -> None:
@@ -377,8 +422,8 @@ class _Watch:
                 waiting.unregister(self._connection)
                 if (lose := self._lose()) is not None:
                     lose()
-            with suppress(BlockingIOError):
-                os.eventfd_read(self._nudge)
+            if self._nudge in ready and not self._read():
+                waiting.unregister(self._nudge)
             with self._changed:
                 self._changed.notify_all()
             call = self.call() if self.call is not None else None
@@ -388,6 +433,13 @@ class _Watch:
                 except Exception as error:
                     # The engine's next step does the same, and raises what it meets.
                     logger.warning("what the broker asked back was not given back beside the steps: %s", error)
+
+    def _read(self) -> bool:
+        """Whether the broker's end is there still, which is readable for ever once it is not."""
+        try:
+            return bool(os.read(self._nudge, NUDGES))
+        except BlockingIOError:
+            return True
 
     def wait(self, fits: Callable[[], bool], timeout_s: float) -> bool:
         with self._changed:
@@ -444,6 +496,8 @@ class BrokerDriver(WrappedDriver):
             )
         self.tenant = tenant
         self.leases: dict[int, tuple[int, int]] = {}
+        self._left: set[int] = set()
+        """Handles of leases that the process before this one had, until this one goes on with them."""
 
     def create(self, size: int) -> int:
         lease, descriptor = self.tenant.create(size)
@@ -458,14 +512,20 @@ class BrokerDriver(WrappedDriver):
         return handle
 
     def take_over(self, lease: int, size: int) -> int:
-        """A handle of a lease that the process before this one had. Raises DriverError."""
+        """A handle of a lease that the process before this one had. Until `go_on` its release leaves the lease to the
+        next process. Raises DriverError."""
         descriptor = self.tenant.fetch(lease)
         try:
             handle = self.inner.import_fd(descriptor, size)
         finally:
             os.close(descriptor)
         self.leases[handle] = lease, size
+        self._left.add(handle)
         return handle
+
+    def go_on(self) -> None:
+        """What was taken over is this process's own from now on: its journal says so."""
+        self._left.clear()
 
     @property
     def journal(self) -> Journal:
@@ -484,8 +544,9 @@ class BrokerDriver(WrappedDriver):
 
     def release(self, handle: int) -> None:
         self.inner.release(handle)
-        if handle in self.leases:
-            self.tenant.release(*self.leases.pop(handle))
+        lease = self.leases.pop(handle, None)
+        if lease is not None and handle not in self._left:
+            self.tenant.release(*lease)
 
 
 def open_tenant(config: TenantConfig, device: str) -> BrokerDriver:
