@@ -219,7 +219,7 @@ class Borrowing:
         if self._memory.is_asleep or self._memory.is_closed:
             return
         running = sum(slot.mapped_bytes for slot in arena.used_slots if slot.state is RUNNING)
-        needs = min(arena.used_bytes, max(running + arena.layout.least_bytes, self.stuck))
+        needs = min(arena.used_bytes, max(running + arena.layout.least_bytes + arena.quarantined_bytes, self.stuck))
         self.tenant.report(needs, needs + waiting + needs // HEADROOM)
 
     def sleeps(self) -> None:
@@ -229,8 +229,11 @@ class Borrowing:
     @contextmanager
     def waking(self, size: int) -> Iterator[None]:
         """Inside this context `size` bytes are to be had again, from others if need be."""
-        least = size + self._memory.arena.layout.least_bytes
+        arena = self._memory.arena
+        least = size + arena.layout.least_bytes + arena.quarantined_bytes
         self.tenant.report(0, least)
         self.tenant.wait_for(min(least, self.most), WAKE_S)
+        # What could not be given back in sleep counts as well, and limits may have been raised meanwhile.
+        arena.pool.budget = max(arena.pool.budget, self.wanted)
         with self.tenant.waiting(WAKE_S):
             yield

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from array import array
 
 from trtllm_vattn.errors import ConfigError
 
@@ -39,8 +40,7 @@ class Page:
     def __init__(self, descriptor: int) -> None:
         if os.fstat(descriptor).st_size < SIZE:
             raise ConfigError("a broker's page is shorter than a page; the broker is of another version")
-        self._memory = mmap.mmap(descriptor, SIZE)
-        self._fields = memoryview(self._memory).cast("q")
+        self._fields: memoryview[int] | array[int] = memoryview(mmap.mmap(descriptor, SIZE)).cast("q")
 
     def __getitem__(self, field: int) -> int:
         return self._fields[field]
@@ -49,6 +49,7 @@ class Page:
         self._fields[field] = value
 
     def close(self) -> None:
-        """Unmap it. Idempotent."""
-        self._fields.release()
-        self._memory.close()
+        """Share it no more: whoever looks at it still, as at the end of the interpreter, finds what it said last.
+        Idempotent."""
+        # Unmapped once nobody in another thread is reading it.
+        self._fields = array("q", self._fields)

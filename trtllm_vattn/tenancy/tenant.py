@@ -289,6 +289,7 @@ class Tenant(Client):
         when that has changed. No system call where it has not."""
         page = self.page
         if (needs, wants, is_asleep) != (page[NEEDS], page[WANTS], bool(page[IS_ASLEEP])):
+            self._check_process()
             page[NEEDS], page[WANTS], page[IS_ASLEEP] = needs, wants, is_asleep
             self.tell(say.Report())
 
