@@ -201,7 +201,7 @@ def test_memory_that_cannot_be_given_back_is_told_of_and_not_waited_for(tmp_path
             assert client.standing().tenants[0].needs == 4096 + stuck
             # One handle as well, in sleep; both count while it wakes, whatever the budget was before.
             client.do(say.SetLimits("one", 0, 4096 * 9 + stuck))
-            made.submit(PROMPTS[0], PARAMS)
+            made.submit(PROMPTS[0], SamplingParams(max_tokens=4, ignore_eos=True))
             made.step()
             made.step()
             faulty.fail("release")
