@@ -77,6 +77,18 @@ def test_a_broker_that_may_not_end_a_process_says_so_and_lends_on(
         tenant.release(lease, 8192)
 
 
+def test_a_tenants_process_is_the_one_that_connected_whosever_its_number_is_now(broker: Broker) -> None:
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with mine, theirs:
+        connection = Connection(theirs, 1, os.getuid())
+        answer, _ = broker.handle(connection, say.encode(say.Hello(say.VERSION, "one", device="cpu")))
+        assert isinstance(answer, say.Welcome)
+        assert connection.tenant is not None
+        info = Path(f"/proc/self/fdinfo/{connection.tenant.process}").read_text()
+        assert f"Pid:\t{os.getpid()}\n" in info
+        broker.bury(connection.tenant)
+
+
 def test_reports_never_wait_for_a_broker_that_hangs(deaf: socket.socket) -> None:
     with Client(deaf.getsockname(), answer_s=1.0) as client:
         for _ in range(500):

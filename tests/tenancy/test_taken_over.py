@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.tenancy import protocol as say
 from trtllm_vattn.tenancy.broker import Broker
 from trtllm_vattn.tenancy.config import TenantConfig
-from trtllm_vattn.tenancy.tenant import BrokerDriver, Client
+from trtllm_vattn.tenancy.journal import KeptRequest, Sizes, State
+from trtllm_vattn.tenancy.tenant import BrokerDriver, Client, Tenant
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.owners import Extent
 from trtllm_vattn.vmm.wrappers import FaultyDriver
@@ -210,3 +212,60 @@ def test_memory_that_cannot_be_given_back_is_told_of_and_not_waited_for(tmp_path
             made.wake()
             assert len(list(made.run())) >= 1
             made.cache.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        (
+            [1, 2],
+            {"of_another_version": 1},
+            "request 0 of the process before this one has parameters that this version",
+        ),
+        ([1, 5000], {}, "request 0 of the process before this one, whose model was another, has token ids outside"),
+    ],
+)
+def test_requests_of_another_version_or_model_are_refused_and_kept(
+    tmp_path: Path, prompt: list[int], params: dict[str, Any], message: str
+) -> None:
+    with lending(tmp_path / "broker", 1 << 20) as broker:
+        pid = os.fork()
+        if not pid:
+            tenant = Tenant(TenantConfig(str(broker.path), "one", keep_s=60))
+            kept = KeptRequest.of(prompt, 4, {"priority": 0, "params": params}, [7])
+            tenant.open_journal(Sizes(2, 64, 4, 256)).begin(State(requests={0: kept}))
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=message):
+                engine(broker)
+
+
+def test_a_request_whose_text_is_none_is_refused_where_it_is_noted(tmp_path: Path) -> None:
+    with lending(tmp_path / "broker", 1 << 20) as broker, engine(broker) as made:
+        with pytest.raises(ConfigError, match="holds what is no text"):
+            made.submit([1, 2], SamplingParams(max_tokens=2, cache_salt="\ud800"))
+        assert not made.busy
+
+
+def test_nobody_who_looks_waits_for_the_memory_that_waking_waits_for(tmp_path: Path) -> None:
+    with lending(tmp_path / "broker", 1 << 20) as broker:
+        config = TenantConfig(str(broker.path), "one")
+        with Engine.from_pretrained("tiny-llama", broker=config, **OPTIONS) as made:
+            made.sleep(kv="drop")
+            driver: Any = made.cache.driver  # type: ignore[attr-defined]
+            while not isinstance(driver, BrokerDriver):
+                driver = driver.inner
+            tenant, wait_for, seen = driver.tenant, driver.tenant.wait_for, []
+
+            def waiting(budget: int, timeout_s: float) -> bool:
+                looking = threading.Thread(target=lambda: seen.append(made.stats().is_asleep), daemon=True)
+                looking.start()
+                looking.join(5.0)
+                assert seen == [True]
+                return wait_for(budget, timeout_s)
+
+            tenant.wait_for = waiting  # type: ignore[method-assign]
+            made.wake()
+            assert seen == [True]
+            del tenant.wait_for

@@ -1055,7 +1055,8 @@ class KVCacheManager(SlottedCache):
         return self._run(self._do_wake)
 
     def _do_wake(self) -> int:
-        with self._lock, nullcontext() if self._borrowing is None else self._borrowing.waking(self._tier.used_bytes):
+        # Who looks at the cache meanwhile does not wait for others' memory.
+        with nullcontext() if self._borrowing is None else self._borrowing.waking(self._tier.used_bytes), self._lock:
             copied = self._tier.wake(self._copy_stream())
             self._memory.is_asleep = False
             for sequence, (slot, tokens) in self._asleep.items():

@@ -1498,8 +1498,14 @@ class Engine:
 
     def _go_on_with(self, left: Left | None) -> None:
         """Note requests in a broker's journal, and go on with those that another process left; nothing without one."""
+
+        def complete(request: RequestState) -> None:
+            name = f"request {request.id} of the process before this one, whose model was another,"
+            token_ids(name, [*request.prompt, *request.chosen], self._vocab_size)
+            self._complete(request, is_text=False)
+
         if left is not None:
-            self._survival = Survival(self.scheduler, self.cache, *left, lambda one: self._complete(one, is_text=False))
+            self._survival = Survival(self.scheduler, self.cache, *left, complete)
             self._ids = self._survival.numbers()
 
     def survivors(self, received: Mapping[int, int] | None = None) -> dict[int, list[int]]:

@@ -150,12 +150,22 @@ def _kept(request: RequestState) -> KeptRequest:
     from trtllm_vattn.tenancy.journal import KeptRequest
 
     settings = {"priority": request.priority, "params": asdict(request.params)}
-    return KeptRequest.of(request.prompt, request.max_tokens, settings)
+    try:
+        return KeptRequest.of(request.prompt, request.max_tokens, settings)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"a parameter holds what is no text ({error}), and cannot be noted; change it") from error
 
 
 def _request(number: int, kept: KeptRequest) -> RequestState:
     settings = kept.decoded()
-    request = RequestState(number, kept.prompt.tolist(), SamplingParams(**settings["params"]), kept.max_tokens)
+    try:
+        params = SamplingParams(**settings["params"])
+    except (TypeError, ConfigError) as error:
+        raise ConfigError(
+            f"request {number} of the process before this one has parameters that this version does not take ({error});"
+            " start that version, or begin anew without keep_s"
+        ) from error
+    request = RequestState(number, kept.prompt.tolist(), params, kept.max_tokens)
     request.priority, request.chosen = settings["priority"], list(kept.chosen)
     request.weights_versions = [0] * len(request.chosen)
     return request

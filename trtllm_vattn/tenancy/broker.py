@@ -48,6 +48,8 @@ from trtllm_vattn.vmm.host import HostDriver
 
 logger = logging.getLogger(__name__)
 
+SO_PEERPIDFD = 77
+"""Linux', which `socket` has no name for."""
 HOST_GRANULARITY = 2 << 20
 """Of the host's memory, as a card has it."""
 MOST_CONNECTIONS = 1024
@@ -351,7 +353,7 @@ class Broker:
             return self._refuse("denied", f"there are {MOST_TENANTS} tenants already; end some of them"), []
         asked = Limits(hello.floor, hello.ceiling, hello.priority)
         with ExitStack() as undo:
-            process = os.pidfd_open(connection.pid)
+            process = _process_of(connection)
             undo.callback(os.close, process)
             page_file = sealed_memory("vattn-page", SIZE)
             undo.callback(os.close, page_file)
@@ -649,6 +651,17 @@ class Broker:
             self.path.unlink(missing_ok=True)
         self._selector.close()
         self._processes.close()
+
+
+def _process_of(connection: Connection) -> int:
+    """A pidfd of the process that made a connection, were its number another's by now. Raises OSError."""
+    try:
+        return connection.socket.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise
+    # Before Linux 6.5.
+    return os.pidfd_open(connection.pid)
 
 
 def _has_ended(process: int) -> bool:
