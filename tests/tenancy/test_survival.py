@@ -541,7 +541,7 @@ def test_what_cannot_outlive_a_process_is_refused(tmp_path: Path) -> None:
         ended_tenant(broker, "two")
         for _ in range(2):
             # Who is refused leaves it as it was.
-            with pytest.raises(ConfigError, match="the process before this one had layout None"):
+            with pytest.raises(ConfigError, match="the process before this one had layers None"):
                 Engine.from_pretrained(
                     "tiny-llama", broker=TenantConfig(str(broker.path), "two", keep_s=60), prefix_cache=False, **SIZES
                 )
