@@ -439,6 +439,7 @@ def test_passes_of_a_large_gpu_hold_more(monkeypatch: pytest.MonkeyPatch, gib: i
     properties = SimpleNamespace(total_memory=gib << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert usual_step_tokens(torch.device("cuda", 0)) == tokens
+    assert usual_step_tokens(torch.device("cuda", 0), shared=True) == 2048
     assert usual_step_tokens(torch.device("cpu")) == 2048
 
 
