@@ -178,7 +178,7 @@ def test_tokens_are_those_of_a_request_alone(build: Build, alone: list[list[int]
     if WAYS[way].get("described"):
         graphs = engine.passes.graphs
         assert graphs is not None
-        assert any(kind.sampled and runner.captured for kind, runner in graphs._runners.items())
+        assert any(kind.sampled and chooser.captured for kind, chooser in engine.decode._choosers.items())
         assert engine.startup.passes.seconds.keys() == graphs.runner.captured
         assert not engine.startup.prefill.seconds
         report = engine.audit()
