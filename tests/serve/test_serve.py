@@ -482,7 +482,8 @@ SERVE = (
     0,
     30.0,
     10,
-    {"device": "cpu", "max_seqs": 2, "max_seq_len": LENGTH, "compile": False, "capture": False},
+    # As long as the model has positions, as the command asks for where no flag does.
+    {"device": "cpu", "max_seqs": 2, "max_seq_len": None, "compile": False, "capture": False},
 )
 
 
@@ -499,9 +500,11 @@ def test_sigterm_drains_and_ends(
     checkpoint: Path, told: SimpleQueue[tuple[str, int]], capfd: pytest.CaptureFixture[str], alone: Engine
 ) -> None:
     got: list[str] = []
+    longest: list[int] = []
 
     def use() -> None:
         client = openai.OpenAI(base_url=told.get()[0], api_key="none", max_retries=0, timeout=60)
+        longest.append(client.models.retrieve(NAME).max_model_len)  # type: ignore[attr-defined]
         options = {"max_tokens": 60, "temperature": 0, "extra_body": {"ignore_eos": True}}
         for place, chunk in enumerate(client.completions.create(model=NAME, prompt="one", stream=True, **options)):
             got.append(chunk.choices[0].text)
@@ -516,6 +519,7 @@ def test_sigterm_drains_and_ends(
     using.join(30)
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     assert "".join(got) == alone.generate(["one"], params)[0].text
+    assert longest == [json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"]]
     assert "tiny at http://127.0.0.1:" in capfd.readouterr().out
 
 
