@@ -26,6 +26,7 @@ EXTRAS = {
     "prometheus_client": "serve",
     "llguidance": "grammar",
     "msgspec": "tenancy",
+    "rich": "observe",
 }
 """Which of the package's extras installs an optional package."""
 
