@@ -58,7 +58,7 @@ class Runner:
         self.captured: set[int] = set()
         self.nbytes, self.seconds, self.fails_at = nbytes, seconds, fails_at
 
-    def capture(self, buckets: list[int]) -> CaptureReport:
+    def capture(self, buckets: list[int], timed: tuple[()]) -> CaptureReport:
         if self.fails_at in buckets:
             raise CaptureError("it holds what a graph cannot")
         self.captured |= set(buckets)
