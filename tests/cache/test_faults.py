@@ -215,3 +215,26 @@ def test_a_rollback_that_fails_too_costs_the_slot_and_nothing_else() -> None:
         assert cache.arena.free_slots() == [2, 3]
         cache.check_integrity()
     assert (host.live_mappings, host.live_handles, host.live_reservations) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("call", ["release", "unmap"])
+def test_a_budget_is_lowered_as_far_as_the_driver_takes_memory_back(call: str) -> None:
+    host = HostDriver()
+    driver = FaultyDriver(host)
+    cache = KVCacheManager(SHAPE, driver, budget=64 * PAGE)
+    cache.admit("one", 40)
+    cache.release("one")
+    least, whole = cache.layout.least_bytes, cache.bytes_for_sequences
+    assert cache.held_bytes > least
+    driver.fail(call)
+    reached = cache.shrink_towards(least)
+    assert reached == cache.budget_bytes == cache.held_bytes > least
+    stuck = cache.arena.quarantined_bytes
+    assert reached == least + stuck
+    cache.check_integrity()
+    # What is stuck is for no sequence.
+    cache.set_budget(64 * PAGE)
+    assert cache.bytes_for_sequences == whole - stuck
+    cache.close()
+    assert host.live_handles == 0
+    host.close()

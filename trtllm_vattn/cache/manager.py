@@ -615,7 +615,8 @@ class KVCacheManager(SlottedCache):
             set_budget(self.arena, budget)
 
     def shrink_towards(self, budget: int) -> int:
-        """Set the budget to `budget` bytes, or as near above it as running sequences allow; returns the budget set.
+        """Set the budget to `budget` bytes, or as near above it as running sequences, and what the driver does not take
+        back, allow; returns the budget set.
 
         Memory beyond it that is parked or mapped ahead goes back to the driver.
         """
@@ -628,7 +629,11 @@ class KVCacheManager(SlottedCache):
                 drop_surplus(self.arena, self.lengths.tolist(), self._fence())
                 self.arena.complete_pending_unmaps(wait=True)
                 budget = max(budget, self.arena.used_bytes - self.arena.evictable_bytes)
-            set_budget(self.arena, budget)
+            try:
+                set_budget(self.arena, budget)
+            except KVCacheOutOfMemory:
+                # A driver call failed meanwhile, and what it named is held.
+                self.arena.pool.budget = max(budget, self.held_bytes)
             return self.budget_bytes
 
     def release_free_memory(self, size: int | None = None) -> int:
