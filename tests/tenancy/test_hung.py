@@ -20,6 +20,7 @@ from tenancy.lending import lending
 from trtllm_vattn.errors import BrokerLost, ConfigError, DriverError, WrongProcess
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.tenancy import protocol as say
+from trtllm_vattn.tenancy import tenant as of_tenant
 from trtllm_vattn.tenancy.broker import Broker, Connection
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.tenancy.tenant import Client, Tenant
@@ -203,6 +204,43 @@ def test_a_forked_child_says_nothing_for_its_parent(broker: Broker) -> None:
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
         assert tenant.wanted == 8192
+
+
+def test_a_forked_child_closes_its_copy_whoever_was_asking(broker: Broker) -> None:
+    with Tenant(TenantConfig(str(broker.path), "one")) as tenant:
+        tenant._lock.acquire()
+        pid = os.fork()
+        if not pid:
+            signal.alarm(5)
+            tenant.close()
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+        tenant._lock.release()
+        # It is the parent's still.
+        assert isinstance(tenant.ask(say.Status())[0], say.Standing)
+
+
+def test_the_end_of_the_interpreter_waits_a_while_for_who_gives_memory_back(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stuck:
+        began, ends = threading.Event(), threading.Event()
+
+        def wait(self) -> None:
+            self.began.set()
+            self.ends.wait(20.0)
+
+    stuck = Stuck()
+    monkeypatch.setattr(of_tenant, "STOP_S", 0.01)
+    with Tenant(TenantConfig(str(broker.path), "one")) as tenant, Client(broker.path) as client:
+        tenant.on_change(stuck.wait)
+        client.do(say.SetLimits("one", 0, 8192))
+        client.do(say.SetLimits("one", 0, 16384))
+        assert stuck.began.wait(5.0)
+        started = monotonic()
+        of_tenant._stop_all()
+        assert monotonic() - started < 10.0
+        stuck.ends.set()
 
 
 def test_why_a_broker_lends_no_more_is_said(broker: Broker) -> None:

@@ -51,6 +51,8 @@ T = TypeVar("T")
 ANSWER_S = 10.0
 """Seconds after which a broker that does not answer counts as lost: it answers in microseconds, or is stopped."""
 RETRY_S = 0.02
+STOP_S = 5.0
+"""Seconds that the end of the interpreter waits for a thread that gives memory back."""
 NUDGES = 1 << 16
 """Bytes that are read at once of those that a broker wakes a tenant by: all that there are."""
 
@@ -167,7 +169,10 @@ class Client:
             raise WrongProcess(f"this connection to a broker was made in process {self._process}; make one here")
 
     def close(self) -> None:
-        """Hang up. Idempotent."""
+        """Hang up; in a forked child, close its copy of the connection. Idempotent."""
+        if self._process != os.getpid():
+            # Whoever held it when the child was made is not in the child.
+            self._lock = threading.Lock()
         with self._lock:
             self.is_lost = True
             self._socket.close()
@@ -446,10 +451,12 @@ class _Watch:
         with self._changed:
             return self._changed.wait_for(fits, max(0.0, timeout_s))
 
-    def close(self) -> None:
+    def close(self, timeout_s: float | None = None) -> None:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             os.eventfd_write(self._stop, 1)
-            self._thread.join()
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                return
             os.close(self._nudge)
             os.close(self._stop)
             self._page.close()
@@ -462,7 +469,7 @@ _watches: weakref.WeakSet[_Watch] = weakref.WeakSet()
 def _stop_all() -> None:
     """A thread that comes back from a driver call to an interpreter that is gone would end the process."""
     for watch in list(_watches):
-        watch.close()
+        watch.close(STOP_S)
 
 
 # A forked child has none of its parent's threads.
