@@ -159,7 +159,7 @@ def _serve(args: argparse.Namespace) -> int:
     from trtllm_vattn.tenancy.broker import Broker, open_exportable
 
     logging.getLogger("trtllm_vattn.tenancy").setLevel(logging.INFO)
-    # Each tenant takes five descriptors, on the host each extent one.
+    # Each tenant takes six descriptors, on the host each extent one.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     driver = open_exportable(args.device)
