@@ -13,14 +13,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import positive, tolerance
-from trtllm_vattn.bench.cases.random_blocks import RandomBlocks
-from trtllm_vattn.bench.cases.xqa_parts import prefill_us, replay_remapped, table_host
-from trtllm_vattn.bench.harness.case import vocab_of
+from trtllm_vattn.arguments import adder, positive
+from trtllm_vattn.bench.cases.xqa_parts import RandomBlocks, prefill_us, replay_remapped, table_host
+from trtllm_vattn.bench.harness.case import Recording, vocab_of
 from trtllm_vattn.bench.harness.contenders import Contest, device_step_ms, take_turns
 from trtllm_vattn.bench.harness.flags import MAX_OUTPUT, TIE_TOLERANCE, add_common, add_steady
 from trtllm_vattn.bench.harness.identity import Identity, RequestTokens, compare
-from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.traces import fit, generate_trace
 from trtllm_vattn.bench.harness.workload import prompts_of, run_traced
 from trtllm_vattn.cache.base import KVCache
@@ -31,32 +29,24 @@ from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.table import tabulate
 
-COLUMNS = {
-    "batch": "batch",
-    "table": "table",
-    "step p50 ms": "step_ms.p50:.3f",
-    "p99": "step_ms.p99:.3f",
-    "device ms": "device_step_ms:.3f",
-    "affine / random": "affine_over_random:.4f",
-}
+COLUMNS = "batch table step_ms.p50 step_ms.p99 device_step_ms affine_over_random"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench xqa`."""
-    gpu, add = add_common(parser), parser.add_argument
-    add("--attention", default="xqa", choices=["xqa", "xqa-fmha"], help="kernels that are compared with flat attention")
-    add("--tokens-per-block", type=positive, default=32, choices=BLOCK_SIZES, help="tokens of a block")
-    text = "layers of a block's record (default: as many as make rows of 64 KiB)"
-    add("--layers-per-range", type=positive, metavar="LAYERS", help=text)
+    add = adder(parser, gpu := add_common(parser))
+    parser.add_argument(
+        "--attention", default="xqa", choices=["xqa", "xqa-fmha"], help="kernels that are compared with flat attention"
+    )
+    parser.add_argument("--tokens-per-block", type=positive, default=32, choices=BLOCK_SIZES, help="tokens of a block")
+    add("--layers-per-range", "LAYERS", "layers of a block's record (default: as many as make rows of 64 KiB)")
     context, rounds, steps, batches = (2048, 5, 20, "1,8,32,128") if gpu else (64, 1, 4, "2")
     add_steady(parser, "kind of table", context, rounds, steps, batches)
-    text = "generated requests whose tokens are compared"
-    add("--requests", type=positive, default=16 if gpu else 6, metavar="REQUESTS", help=text)
-    add("--max-output", type=positive, default=48 if gpu else 8, metavar="TOKENS", help=MAX_OUTPUT)
+    add("--requests", "REQUESTS", "generated requests whose tokens are compared", 16, 6)
+    add("--max-output", "TOKENS", MAX_OUTPUT, 48, 8)
     # Kernels that round differently choose between logits up to 0.41 apart (tests/runtime/rounding_probe.py).
-    add("--tie-tolerance", type=tolerance, default=0.5 if gpu else 0.0, metavar="LOGITS", help=TIE_TOLERANCE)
-    text = "replays of one graph over replaced memory"
-    add("--replays", type=positive, default=10_000 if gpu else 40, metavar="REPLAYS", help=text)
+    add("--tie-tolerance", "LOGITS", TIE_TOLERANCE, 0.5, 0.0)
+    add("--replays", "REPLAYS", "replays of one graph over replaced memory", 10_000, 40)
 
 
 def run(args: argparse.Namespace) -> int:
