@@ -26,12 +26,12 @@ from trtllm_vattn.runtime.prefill import Prefill, PromptChunk
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.vmm.tensors import upload
 
-RUNGS = (
-    *(32, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048),
-    *(2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192),
-)
-"""A quarter of a second of the start each. A pass takes the time of the rung above its rows, so from 1,024 on a rung is
-at most a quarter above the one below."""
+RUNGS = (32, *range(128, 4096, 128), *range(4096, 8193, 256))
+"""A tenth of a second of the start each. A pass takes the time of the rung above its rows, and rows that are nobody's
+delay all prompts behind it (scripts/results/README.md). Another pass would cost more than this padding: what it takes
+without a prompt, the weights' reading, is as long as some 200 rows take."""
+TIMED_ROWS = (64, 512, 2048)
+"""Of the passes whose replays say first what passes cost."""
 MOST_CHUNKS = 128
 """Of a captured pass; one of more prompts runs eagerly."""
 
@@ -99,8 +99,8 @@ class PassGraphs:
         return np.split(array, np.cumsum(self._sizes)[:-1])
 
     def capture(self) -> CaptureReport:
-        """Capture all rungs; before any sequence has a lane."""
-        return self.runner.capture()
+        """Capture all rungs; before any sequence has a lane. The report's `replay_s` is of a few of them."""
+        return self.runner.capture(timed={self.runner.bucket_for(min(rows, self._most)) for rows in TIMED_ROWS})
 
     def fits(self, plan: StepPlan, running: dict[int, int]) -> bool:
         """Whether a plan is a replay."""

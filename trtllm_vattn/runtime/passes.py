@@ -21,15 +21,13 @@ from trtllm_vattn.runtime.compiled import Wrap, as_it_is
 from trtllm_vattn.runtime.decode import DecodeBatch, Launch, PromptLogprobs
 from trtllm_vattn.runtime.logprobs import of_logits
 from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad, Timing
-from trtllm_vattn.runtime.pass_graphs import PassGraphs, fill_rows
+from trtllm_vattn.runtime.pass_graphs import TIMED_ROWS, PassGraphs, fill_rows
 from trtllm_vattn.runtime.prefill import LONGEST_CAPTURED, TILE, Prefill, PromptChunk, packed_prefill, padded_length
 from trtllm_vattn.runtime.request import RequestState
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.vmm.tensors import finish, upload
 
 FEWEST_DECODE_ROWS = 8
-LEARNT_ROWS = (64, 512, 2048)
-"""Of the passes by which costs are guessed first."""
 
 
 def decode_rows(lanes: int, most: int) -> int:
@@ -40,7 +38,7 @@ def decode_rows(lanes: int, most: int) -> int:
 def most_rows(chunk: int, lanes: int, max_seq_len: int) -> int:
     """Rows of the largest pass of at most `chunk` prompt tokens and one of each of so many lanes."""
     prompts = padded_length(min(chunk, lanes * (max_seq_len + 1)), chunk)
-    prompts = max(LONGEST_CAPTURED, prompts, min(chunk, LEARNT_ROWS[-1]))
+    prompts = max(LONGEST_CAPTURED, prompts, min(chunk, TIMED_ROWS[-1]))
     return -(-(lanes + prompts + TILE) // TILE) * TILE
 
 
@@ -68,7 +66,7 @@ class Passes:
         self.cost: PassCost | None = None
         self.graphs: PassGraphs | None = None
         self.replay_s: dict[int, float] = {}
-        """Of each captured pass over idle rows, by its rows."""
+        """Of a few captured passes over idle rows, by their rows."""
 
     # -- starting --------------------------------------------------------------------------------------------------
 
@@ -104,7 +102,7 @@ class Passes:
         if self.graphs is not None:
             sizes, took = [*self.replay_s], [seconds * 1e3 for seconds in self.replay_s.values()]
         else:
-            sizes = sorted({min(size, self.prefill.chunk) for size in LEARNT_ROWS})
+            sizes = sorted({min(size, self.prefill.chunk) for size in TIMED_ROWS})
             took = [min(self._timed(rows) for _ in range(3)) for rows in sizes]
         weights = sum(parameter.numel() for parameter in decode.model.parameters())
         nbytes = sum(parameter.numel() * parameter.itemsize for parameter in decode.model.parameters())
