@@ -23,7 +23,7 @@ from trtllm_vattn.bench.harness.contenders import device_step_ms, empty_lanes, f
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_parts, add_plot, dtype_of
 from trtllm_vattn.bench.harness.identity import compare
 from trtllm_vattn.bench.harness.workload import TracedRun, run_traced
-from trtllm_vattn.bench.publish.compression import plot_compression
+from trtllm_vattn.bench.publish.plots import plot_compression
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache

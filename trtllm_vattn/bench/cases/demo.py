@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.harness.case import captured_graphs, conclude, vocab_of
+from trtllm_vattn.bench.harness.case import captured_anew, captured_graphs, conclude, vocab_of
 from trtllm_vattn.bench.harness.flags import add_device, add_model, add_results
 from trtllm_vattn.bench.harness.traces import generate_trace
 from trtllm_vattn.bench.harness.workload import prompt_ids
@@ -162,7 +162,7 @@ def show_addresses(engine: Engine, plain: PreTrainedModel, seed: int) -> dict[st
         "slot": slot,
         "events": events,
         "graphs_captured": len(graphs),
-        "graphs_captured_again": sum(a is not b for a, b in zip(graphs, captured_graphs(engine), strict=True)),
+        "graphs_captured_again": captured_anew(engine, graphs),
         "tokens_identical": identical,
     }
 

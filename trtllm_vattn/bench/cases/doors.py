@@ -67,7 +67,7 @@ MEASURES = ("parameters", "deterministic", "http", "clients", "updates")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench doors`."""
-    add = adder(parser, gpu := flags.add_common(parser))
+    add = adder(parser, flags.add_common(parser))
     flags.add_attention(parser)
     flags.add_parts(parser, MEASURES, "parameters,http,clients", flag="--measure")
     text = "of a launch on an emulated device, which computes nothing, in parts http and clients (default: no)"
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--updates", "TIMES", "of all weights, of part updates", 100, 20)
     add("--batches", "BATCHES", "random ones, of part deterministic", 100, 10)
     add("--batch-sizes", "SEQUENCES,...", "sequences of the steps of part deterministic", "1,32,128", "1,4,8")
-    flags.add_rounds(parser, 2 if gpu else 1, "of what is compared")
+    add("--rounds", "TURNS", "turns that each of what is compared takes", 2, 1)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from trtllm_vattn.arguments import adder
 from trtllm_vattn.bench.harness.case import Recording, engine_for, vocab_of
-from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_rounds
+from trtllm_vattn.bench.harness.flags import add_attention, add_common
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", "COUNT", "of the prompt, beside one", 16)
     add("--prompt", "TOKENS", "of the prompt", 16_000, 2000)
     add("--output-tokens", "TOKENS", "of each sample", 200, 24)
-    add_rounds(parser, 3, "number of samples")
+    add("--rounds", "TURNS", "turns that each number of samples takes", 3)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from trtllm_vattn import plugins
 from trtllm_vattn.arguments import adder
 from trtllm_vattn.bench.cases.plugin_layers import EmulatedLayers
 from trtllm_vattn.bench.harness.case import Recording
-from trtllm_vattn.bench.harness.flags import MAX_SEQ_LEN, add_attention, add_common, add_rounds, dtype_of
+from trtllm_vattn.bench.harness.flags import MAX_SEQ_LEN, add_attention, add_common, dtype_of
 from trtllm_vattn.bench.harness.timing import fill_flat, summarise, timed_ms
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--execution-contexts", "CONTEXTS", "TensorRT's execution contexts; each is captured once", 2, dest="contexts")
     add("--replays", "REPLAYS", "replays over remapped memory, in all", 10_000, 200)
     parser.set_defaults(check_every=50 if gpu else 10)
-    add_rounds(parser, 20 if gpu else 3, "kind of step, with the plugin and without")
+    add("--rounds", "TURNS", "turns that each kind of step, with the plugin and without, takes", 20, 3)
 
 
 class PluginWorkload(CacheWorkload):

@@ -66,8 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-seqs", "SEQUENCES", flags.MAX_SEQS, 128, 6)
     add("--budget", "BYTES", flags.BUDGET, "16GiB", "4MiB")
     add("--chunk", "TOKENS", "the former name of --max-step-tokens (default: that one)")
-    flags.add_pass_limits(parser)
-    flags.add_rounds(parser, 2, "cache")
+    text = "tokens of one pass, prompts' and decoding sequences' together (default: the engine's own)"
+    add("--max-step-tokens", "TOKENS", text)
+    add("--target-itl-ms", "MILLISECONDS", "time between two tokens that passes are cut to (default: none)")
+    add("--rounds", "TURNS", "turns that each cache takes", 2)
     add_peer(parser, "serve the same requests by it too, in turns")
     text = "then serve at this share of the rate that saturates the peer, once; 0 leaves it out"
     add("--peer-load", "SHARE", text, 0.8, type=tolerance)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.arguments import adder
 from trtllm_vattn.bench.cases.forks import rollback_us
 from trtllm_vattn.bench.harness.case import Part, Recording, engine_for, vocab_of
-from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_rounds
+from trtllm_vattn.bench.harness.flags import add_attention, add_common
 from trtllm_vattn.bench.harness.serving import quiet_heap
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.runtime.engine import Engine
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lanes", "SEQUENCES,...", "sequences that decode at once", "1,32,128", "1,3")
     add("--context", "TOKENS", "tokens of each sequence before it decodes", 512, 256)
     add("--output-tokens", "TOKENS", "of each sequence", 192, 48)
-    add_rounds(parser, 1, "number of drafts")
+    add("--rounds", "TURNS", "turns that each number of drafts takes", 1)
 
 
 def run(args: argparse.Namespace) -> int:

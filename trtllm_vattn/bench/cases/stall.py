@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-seqs", "SEQUENCES", f"{flags.MAX_SEQS}, of the load", 256, 4)
     add("--budget", "BYTES", flags.BUDGET, "64GiB", "8MiB")
     add("--chunk", "TOKENS", "prompt tokens that go in at once", 8192, 64)
-    flags.add_rounds(parser, 1, "target")
+    add("--rounds", "TURNS", "turns that each target takes", 1)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from time import perf_counter, time
 from typing import Any
 
 from trtllm_vattn.arguments import adder
-from trtllm_vattn.bench.harness.case import Part, Recording, captured_graphs, in_fresh_process
+from trtllm_vattn.bench.harness.case import Part, Recording, captured_anew, captured_graphs, in_fresh_process
 from trtllm_vattn.bench.harness.flags import MAX_SEQS, TIE_TOLERANCE, add_common, add_parts
 from trtllm_vattn.bench.harness.identity import RequestTokens, compare
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -133,7 +133,6 @@ def _sized(recording: Recording) -> Iterator[dict[str, Any]]:
             tokens = _generated(engine, [1, 2, 3], [5] * 60)
             want = want or tokens
             identity = compare(want, tokens, args.tie_tolerance, free=True)
-            now = captured_graphs(engine)
             recording.add(
                 "budgets",
                 {
@@ -144,7 +143,7 @@ def _sized(recording: Recording) -> Iterator[dict[str, Any]]:
                     "held_bytes": held,
                     "tokens_unchanged": identity.identical,
                     "ties": identity.ties,
-                    "captures": sum(a is not b for a, b in zip(captured, now, strict=True)),
+                    "captures": captured_anew(engine, captured),
                 },
             )
             for filler in fillers:

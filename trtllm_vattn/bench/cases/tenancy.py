@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from trtllm_vattn.arguments import adder, non_negative
 from trtllm_vattn.bench.cases.visits import MOST_RESIDENT, visits
-from trtllm_vattn.bench.harness.case import Part, Recording
+from trtllm_vattn.bench.harness.case import Part, Recording, vocab_of
 from trtllm_vattn.bench.harness.flags import add_common, dtype_of
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.errors import VattnError
@@ -106,26 +106,21 @@ def run(args: argparse.Namespace) -> int:
         counts = isolate(args)
         recording.results["isolation"] = dict(counts)
         lost = counts["lost_bytes"] + counts["lost_leases"]
-        named = {
-            "handovers": "handovers",
-            "foreign_bytes_seen": "foreign_bytes",
-            "ceilings_passed": "passed",
-            "killed_tenants": "killed",
-        }
-        return [{**{name: counts[kind] for name, kind in named.items()}, "lost_by_others": lost}]
+        named = {"foreign_bytes_seen": "foreign_bytes", "ceilings_passed": "passed", "killed_tenants": "killed"}
+        found = {name: counts[kind] for name, kind in {"handovers": "handovers", **named}.items()}
+        return [{**found, "lost_by_others": lost}]
 
     def messages(recording: Recording) -> list[dict[str, Any]]:
         found = garble(args.messages, args.seed)
         names = {"messages": "messages", "messages_refused": "refused", "leases_moved_by_messages": "moved"}
         return [{name: found[kind] for name, kind in names.items()}]
 
-    def visitors(recording: Recording) -> list[dict[str, Any]]:
-        return [visits(args.visits)]
-
-    def serving(recording: Recording) -> Iterator[dict[str, Any]]:
-        return serve_all(recording)
-
-    parts: dict[str, Part] = {"isolation": isolation, "messages": messages, "visits": visitors, "serving": serving}
+    parts: dict[str, Part] = {
+        "isolation": isolation,
+        "messages": messages,
+        "visits": lambda recording: [visits(args.visits)],
+        "serving": serve_all,
+    }
     left_out = {"visits": not args.visits, "serving": not args.models}
     recording.measure(parts, [name for name in parts if not left_out.get(name)])
     recording.sum_up(seconds=time.perf_counter() - started)
@@ -237,36 +232,32 @@ def serve_model(options: dict[str, Any], pipe: Connection) -> None:
     """One model's process: builds an engine, then serves what it is sent, until it is sent None; sends what it met
     where it cannot."""
     try:
-        _serve_orders(options, pipe)
+        tokens, device, output = options["prompt_tokens"], options["device"], options["output_tokens"]
+        records: list[StepRecord] = []
+        engine = Engine.from_pretrained(
+            options["model"],
+            device=device,
+            dtype=dtype_of(device),
+            max_seqs=options["max_seqs"],
+            max_seq_len=tokens + output,
+            broker=options["broker"],
+            tokenizer=None,
+            # Captured all the same, of fewer sizes: all runs alike, and ready sooner.
+            compile=False,
+            buckets=[size for size in BUCKETS if size < options["max_seqs"]],
+            observer=records.append,
+        )
+        with engine:
+            vocab = vocab_of(engine.model)
+            pipe.send("ready")
+            while (order := pipe.recv()) is not None:
+                due, seed = order
+                rng = np.random.default_rng(seed)
+                prompts = [rng.integers(0, vocab, tokens).tolist() for _ in due]
+                pipe.send(_serve(engine, records, due, prompts, output))
+                engine.flush_prefix_cache()
     except Exception as error:
         pipe.send(error)
-
-
-def _serve_orders(options: dict[str, Any], pipe: Connection) -> None:
-    tokens, device, output = options["prompt_tokens"], options["device"], options["output_tokens"]
-    records: list[StepRecord] = []
-    engine = Engine.from_pretrained(
-        options["model"],
-        device=device,
-        dtype=dtype_of(device),
-        max_seqs=options["max_seqs"],
-        max_seq_len=tokens + output,
-        broker=options["broker"],
-        tokenizer=None,
-        # Captured all the same, of fewer sizes: all runs alike, and ready sooner.
-        compile=False,
-        buckets=[size for size in BUCKETS if size < options["max_seqs"]],
-        observer=records.append,
-    )
-    with engine:
-        vocab = engine.model.config.get_text_config().vocab_size
-        pipe.send("ready")
-        while (order := pipe.recv()) is not None:
-            due, seed = order
-            rng = np.random.default_rng(seed)
-            prompts = [rng.integers(0, vocab, tokens).tolist() for _ in due]
-            pipe.send(_serve(engine, records, due, prompts, output))
-            engine.flush_prefix_cache()
 
 
 def _serve(

@@ -24,8 +24,8 @@ import torch
 from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import adder
-from trtllm_vattn.bench.harness.case import Recording, captured_graphs, vocab_of
-from trtllm_vattn.bench.harness.flags import MAX_SEQS, add_common, add_rounds
+from trtllm_vattn.bench.harness.case import Recording, captured_anew, captured_graphs, vocab_of
+from trtllm_vattn.bench.harness.flags import MAX_SEQS, add_common
 from trtllm_vattn.cache.base import FlatKV
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.host_tier import measure_link
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "of each request of those that come at once"
     add("--prompt", "TOKENS", f"prompt {text}", 1000, 60)
     add("--output-tokens", "TOKENS", f"output {text}", 600, 60)
-    add_rounds(parser, 3, "each copy and sleep")
+    add("--rounds", "TURNS", "turns that each copy and sleep takes", 3)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -184,7 +184,6 @@ def _sleep_once(
     created = driver.calls["create"] - calls["create"]
     _empty(cache)
     same = engine.generate([prompt], params)[0].tokens == want
-    now = captured_graphs(engine)
     return {
         "kv": kv,
         "bytes": min(held, filled),
@@ -194,7 +193,7 @@ def _sleep_once(
         "fill_s": fill_s if kv == "drop" else 0.0,
         "created": created,
         **spent,
-        "recaptures": sum(one is not other for one, other in zip(captured, now, strict=True)),
+        "recaptures": captured_anew(engine, captured),
         "tokens_identical": same and intact,
     }
 
@@ -224,8 +223,7 @@ def _churn(cache: KVCacheManager, tokens: int) -> None:
                 cache.release(("churn", number))
         except (KVCacheOutOfMemory, NoFreeSlot):
             break
-    for sequence in list(cache.sequences):
-        cache.release(sequence)
+    _empty(cache)
 
 
 def _fill(cache: KVCacheManager, tokens: int) -> None:

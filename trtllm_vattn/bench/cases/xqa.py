@@ -68,10 +68,7 @@ def identities(recording: Recording) -> list[dict[str, Any]]:
         {
             "tokens_identical": identity.identical,
             "tokens_compared": identity.tokens,
-            "ties": identity.ties,
-            "widest_tie": identity.widest_tie,
-            "mismatches": identity.mismatches,
-            "widest_mismatch": identity.widest_mismatch,
+            **{name: getattr(identity, name) for name in ("ties", "widest_tie", "mismatches", "widest_mismatch")},
             "tables_tokens_identical": by_table.identical,
         }
     ]
@@ -80,13 +77,35 @@ def identities(recording: Recording) -> list[dict[str, Any]]:
 def steady_steps(recording: Recording) -> Iterator[dict[str, Any]]:
     """Steps over affine tables beside those over random ones, in turns."""
     for batch in tqdm(recording.args.batch_sizes, desc="batch sizes", disable=None):
-        for row in steady(recording.args, recording.model, batch):
-            recording.add("steady", row)
+        steady(recording, batch)
         rows = recording.results["steady"]
         yield {
             "affine_over_random_step_ratio": max(row["affine_over_random"] for row in rows),
             "critical_path_maps": sum(row["critical_path_maps"] for row in rows),
         }
+
+
+def steady(recording: Recording, batch: int) -> None:
+    """Captured decode steps with affine and with random tables, in turns."""
+    args, model = recording.args, recording.model
+    most = batch + 2 * args.rounds * (args.steps + 4) + 40
+    start = max(1, args.context - most // 2)
+    shape = shape_of(model, batch, start + most)
+    options = {"attention": "xqa", "buckets": [batch], "chunk": max(2048, start)}
+    with Contest(batch, start, most, args.seed) as contest:
+        for name in ("affine", "random"):
+            if name == "affine":
+                cache: KVCache = make_blocks(args, model, batch, start + most)
+            else:
+                cache = RandomBlocks(shape, args.device, args.tokens_per_block, args.seed)
+            contest.add(name, Engine(model, cache, prefix_cache=False, **options))
+        take_turns(contest.contenders, args.rounds, args.steps, f"batch {batch}")
+        affine, random = contest.contenders
+        ratio, by_round = affine.over(random)
+        beside = {"context": args.context, "affine_over_random": ratio, "by_round": by_round}
+        for each in contest.contenders:
+            row = {"table": each.name, "batch": batch, "device_step_ms": device_step_ms(each.engine)}
+            recording.add("steady", {**row, **beside, **each.times()})
 
 
 def replays(recording: Recording) -> Iterator[dict[str, Any]]:
@@ -159,35 +178,3 @@ def tokens(args: argparse.Namespace, model: Any) -> tuple[Identity, Identity]:
     if args.attention != "xqa":
         asked = served(make_blocks(args, model, slots, longest), args.attention, forced)
     return compare(flat, asked, args.tie_tolerance), compare(affine, random, 0.0)
-
-
-def steady(args: argparse.Namespace, model: Any, batch: int) -> list[dict[str, Any]]:
-    """Captured decode steps with affine and with random tables, in turns."""
-    most = batch + 2 * args.rounds * (args.steps + 4) + 40
-    start = max(1, args.context - most // 2)
-    shape = shape_of(model, batch, start + most)
-    with Contest(batch, start, most, args.seed) as contest:
-        for name in ("affine", "random"):
-            cache: KVCache
-            if name == "affine":
-                cache = make_blocks(args, model, batch, start + most)
-            else:
-                cache = RandomBlocks(shape, args.device, args.tokens_per_block, args.seed)
-            contest.add(
-                name, Engine(model, cache, prefix_cache=False, attention="xqa", buckets=[batch], chunk=max(2048, start))
-            )
-        take_turns(contest.contenders, args.rounds, args.steps, f"batch {batch}")
-        affine, random = contest.contenders
-        ratio, by_round = affine.over(random)
-        return [
-            {
-                "table": each.name,
-                "batch": batch,
-                "context": args.context,
-                "device_step_ms": device_step_ms(each.engine),
-                "affine_over_random": ratio,
-                "by_round": by_round,
-                **each.times(),
-            }
-            for each in contest.contenders
-        ]

@@ -40,7 +40,7 @@ def vocab_of(model: PreTrainedModel) -> int:
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Parameters of `Engine` out of the flags of `add_pass_limits`."""
+    """Parameters of `Engine` out of the flags of `bench serve`."""
     return {"max_step_tokens": args.max_step_tokens, "target_itl_ms": args.target_itl_ms}
 
 
@@ -57,6 +57,11 @@ def captured_graphs(engine: Engine) -> list[Any]:
     passes = engine.passes.graphs
     runners = [engine.decode.runner, engine.prefill.runner if passes is None else passes.runner]
     return [runner.graph(bucket) for runner in runners for bucket in sorted(runner.captured)]
+
+
+def captured_anew(engine: Engine, before: Sequence[Any]) -> int:
+    """How many of its graphs are others than before."""
+    return sum(one is not other for one, other in zip(before, captured_graphs(engine), strict=True))
 
 
 def give_back() -> None:
