@@ -178,7 +178,7 @@ def test_tokens_are_those_of_a_request_alone(build: Build, alone: list[list[int]
     if WAYS[way].get("described"):
         graphs = engine.passes.graphs
         assert graphs is not None
-        assert any(kind.sampled and runner.captured for kind, runner in graphs._runners.items())
+        assert any(kind.sampled and chooser.captured for kind, chooser in engine.decode._choosers.items())
         assert engine.startup.passes.seconds.keys() == graphs.runner.captured
         assert not engine.startup.prefill.seconds
         report = engine.audit()
@@ -424,6 +424,31 @@ def test_a_fitted_cost_is_what_passes_take() -> None:
         rows = cost.rows_within(50.0, start)
         assert cost.chunk(rows, start) <= 50.0 < cost.chunk(rows + 1, start)
     assert cost.rows_within(0.0, 5) == 0
+
+
+def test_passes_of_few_rows_do_not_make_one_of_many_look_short() -> None:
+    """Small passes wait for the weights: a line through them says 50 ms of one that takes 98."""
+
+    def took(rows: int) -> float:
+        return max(6.0 + 0.005 * rows, 0.024 * rows)
+
+    sizes = [128, 512, 2048]
+    cost = PassCost.first_guess(sizes, [0.9 * took(rows) for rows in sizes], 8 << 30, 1 << 17, 16 << 30, 1 << 19)
+    for rows in (64, 96, 128, 192, 256, 384, 512) * 8:
+        cost.measure(PassLoad(rows, rows * rows, 32 * 200), took(rows))
+    assert cost.milliseconds(PassLoad(4096, 4096 * 4096)) == pytest.approx(took(4096), rel=0.2)
+    assert took(int(cost.rows_within(47.5, 0))) < 55
+    cost.measure(PassLoad(2048, 2048 * 2048, 32 * 200), took(2048))
+    alone = PassCost.first_guess([24], [3.0], 1000, 1 << 10, 1 << 20, 1 << 10)
+    assert alone.milliseconds(PassLoad(24)) == pytest.approx(3.0)
+    assert alone.rows_within(3.0, 0) <= 24
+
+
+def test_the_first_passes_are_learnt_from_at_once() -> None:
+    cost = PassCost([0.0, 1.0, 0.0, 0.0], ([128, 512, 2048], [6.0, 12.0, 48.0]))
+    guessed = cost.milliseconds(PassLoad(2048))
+    cost.measure(PassLoad(2048), 1.2 * guessed)
+    assert cost.milliseconds(PassLoad(2048)) > 1.1 * guessed
 
 
 def test_rungs_end_at_the_largest_pass() -> None:

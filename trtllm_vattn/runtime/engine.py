@@ -1346,7 +1346,7 @@ class Engine:
         if self.busy or self.sleeping.is_asleep:
             return len(self.decode.wanted)
         with inference(), naming(self.model), self._changing:
-            return self.passes.capture_wanted(most)
+            return self.decode.capture_wanted(most)
 
     # -- prefix cache ----------------------------------------------------------------------------------------------
 

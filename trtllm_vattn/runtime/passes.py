@@ -78,14 +78,8 @@ class Passes:
         return report
 
     def likely(self) -> Iterator[tuple[GraphRunner, int]]:
-        """Captured passes that may be wanted without having been."""
+        """What captured passes may want without having wanted it."""
         return iter(()) if self.graphs is None else self.graphs.likely()
-
-    def capture_wanted(self, most: int = 1) -> int:
-        """As `DecodeBatch.capture_wanted`, passes among them."""
-        if self.graphs is not None:
-            self.graphs.clear()
-        return self.decode.capture_wanted(most)
 
     def warm_up(self) -> None:
         """One pass over the dummy slot for each number of decode rows: kernels are compiled and planned for them."""
@@ -133,17 +127,18 @@ class Passes:
             decode.join(request)
         lanes = {**running, **{request.slot: decode.lane_of[request.slot] for request in plan.joins}}
         graphs = self.graphs if self.graphs is not None and self.graphs.fits(plan, running) else None
-        if graphs is not None:
-            graphs.prepare(plan, running)
-        # A captured pass takes its step whether or not it is anybody's.
-        steps = 1 if lanes or graphs is not None else 0
+        steps = 1 if lanes else 0
         only = None if plan.decodes or not lanes else self._mask(lanes)
         choice = decode.choice(lanes, graphs is None, only) if steps else None
+        # Without a grammar nothing has to come before the tokens of a captured pass are chosen.
+        choose = decode.captured_choice(lanes) if graphs is not None and steps and choice is None else None
         decode.send(1)
         of_prompts: tuple[PromptLogprobs, ...] = ()
         timing = self._timing(chunks, running, graphs)
         if graphs is not None:
             logits = graphs.replay(chunks, running, lanes)
+            if choose is not None:
+                choose()
         else:
             asked = [(request, chunk) for request, chunk in plan.chunks if request.wants_prompt_logprobs]
             if asked:
@@ -193,8 +188,7 @@ class Passes:
             return None
         tokens = sum(len(chunk.tokens) for chunk in chunks)
         if graphs is not None:
-            # A larger graph than the smallest, where that is not captured.
-            rows = graphs.rows
+            rows = graphs.rows(running, tokens)
         else:
             rows = self._rows(decode_rows(len(running), len(self.decode.lengths)), tokens)
         pairs = sum(len(chunk.tokens) * chunk.end for chunk in chunks)

@@ -68,7 +68,7 @@ def serve(
         gc.collect()
         gc.freeze()
         try:
-            server.begin(engine, options["max_seq_len"])
+            server.begin(engine, engine.max_seq_len)
             with server.signalled() as signals:
                 print(f"{settings.name} at http://{address}:{bound}/v1", flush=True)
                 code = server.wait()
