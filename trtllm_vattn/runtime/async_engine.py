@@ -46,7 +46,8 @@ from trtllm_vattn.errors import (
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.engine_stats import EngineStats
 from trtllm_vattn.runtime.request import TokenEvent
-from trtllm_vattn.runtime.sampling import LARGEST_COUNT, SamplingParams
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.sampling_fields import LARGEST_COUNT
 from trtllm_vattn.runtime.tokens import TokenIds
 from trtllm_vattn.runtime.weights_ipc import IpcWeights
 from trtllm_vattn.values import described, whole

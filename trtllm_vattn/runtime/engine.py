@@ -68,8 +68,8 @@ from trtllm_vattn.runtime.request import (
     make_request,
 )
 from trtllm_vattn.runtime.reuse import RequestSlots
-from trtllm_vattn.runtime.sampling import LARGEST_COUNT, NO_TOKEN, SamplingParams, margins
-from trtllm_vattn.runtime.sampling_fields import check_salt
+from trtllm_vattn.runtime.sampling import NO_TOKEN, SamplingParams, margins
+from trtllm_vattn.runtime.sampling_fields import LARGEST_COUNT, check_salt
 from trtllm_vattn.runtime.scheduler import Scheduler
 from trtllm_vattn.runtime.settings import (
     MOST_SEQUENCES,
@@ -93,7 +93,7 @@ from trtllm_vattn.runtime.weights_ipc import IpcWeights, ReceivedWeights, named_
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.trace import Trace
-from trtllm_vattn.values import counted, described, finite, shown, truth, whole
+from trtllm_vattn.values import choice, counted, described, finite, shown, truth, unicode_text, whole
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.tensors import finish, inference
@@ -912,6 +912,7 @@ class Engine:
     def _tokenize(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise ConfigError("the prompt is text, and this engine has no tokenizer; give token ids, or tokenizer=")
+        unicode_text("the prompt", text)
         ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
 
@@ -1578,8 +1579,7 @@ class Engine:
         Where a stream breaks after its first tensor was written, whatever it raised is raised, and without `restore`
         the weights are mixed: `step` raises WeightsMixed until a full update succeeds; events wait for that.
         """
-        if running not in ("continue", "restart", "abort"):
-            raise ConfigError(f"running is {running!r}; choose continue, restart or abort")
+        choice("running", running, "continue", "restart", "abort")
         truth("partial", partial)
         truth("restore", restore)
         self._check_open()

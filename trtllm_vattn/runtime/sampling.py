@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.runtime.sampling_fields import check_fields, check_salt
+from trtllm_vattn.runtime.sampling_fields import LARGEST_COUNT, MOST_SAMPLES, check_fields, check_salt
 from trtllm_vattn.runtime.tokens import token_ids
 from trtllm_vattn.values import finite, truth, whole
 
@@ -31,7 +31,6 @@ HOTTEST = 1e30
 NO_TOKEN = -1
 """Stands for a token where the logits give none."""
 LARGEST_SEED = (1 << 64) - 1
-LARGEST_COUNT = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class SamplingParams:
             put("seed", whole("seed", self.seed, 0, LARGEST_SEED))
         put("stop_token_ids", tuple(token_ids("stop_token_ids", self.stop_token_ids)))
         truth("ignore_eos", self.ignore_eos)
-        put("n", whole("n", self.n, 1, LARGEST_COUNT))
+        put("n", whole("n", self.n, 1, MOST_SAMPLES))
         check_salt(self.cache_salt)
         put("retention_priority", whole("retention_priority", self.retention_priority, 0, 100))
         check_fields(self, put)

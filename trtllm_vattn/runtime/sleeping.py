@@ -20,7 +20,7 @@ from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import ConfigError, DriverError, EngineAsleep, KVCacheOutOfMemory
 from trtllm_vattn.memory.host_pool import HostPool, Span
 from trtllm_vattn.runtime.compiled import LinearSlice
-from trtllm_vattn.values import described
+from trtllm_vattn.values import choice, described, shown
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation
@@ -295,10 +295,8 @@ class Sleeping:
 
     def check(self, kv: str, weights: str) -> None:
         """Raise ConfigError for words that `sleep` does not know, or what cannot sleep here."""
-        if kv not in ("keep", "drop"):
-            raise ConfigError(f"kv is {kv!r}; choose keep or drop")
-        if weights not in ("keep", "host", "drop"):
-            raise ConfigError(f"weights is {weights!r}; choose keep, host or drop")
+        choice("kv", kv, "keep", "drop")
+        choice("weights", weights, "keep", "host", "drop")
         if not self.cache.remaps:
             raise ConfigError(f"a {type(self.cache).__name__} has its memory for life; sleep needs the vattn cache")
         if weights != "keep" and self.weights is None:
@@ -311,7 +309,7 @@ class Sleeping:
             raise ConfigError(f"tags are {described(tags)}; give a list of {', '.join(TAGS)}, or None for both")
         wanted = TAGS if tags is None else (tags,) if isinstance(tags, str) else tuple(tags)
         if unknown := [tag for tag in wanted if tag not in TAGS]:
-            raise ConfigError(f"there is no tag {unknown[0]!r}; choose of {', '.join(TAGS)}")
+            raise ConfigError(f"there is no tag {shown(unknown[0])}; choose of {', '.join(TAGS)}")
         return frozenset(wanted)
 
     def sleep(self, kv: str, weights: str) -> None:
