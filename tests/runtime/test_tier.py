@@ -309,8 +309,14 @@ def test_an_engine_sleeps_and_goes_on(build: Build, kv: Any, prefixes: bool) -> 
     assert report.host_pinned_bytes >= report.host_bytes > 0
     with pytest.raises(EngineAsleep, match="kv_cache"):
         engine.step()
-    with pytest.raises(EngineAsleep):
-        engine.sleep()
+    asleep: list[Callable[[], object]] = [
+        engine.sleep,
+        lambda: engine.suspend(numbers[0]),
+        lambda: engine.set_budget(1 << 30),
+    ]
+    for call in asleep:
+        with pytest.raises(EngineAsleep, match=r"call wake\(\)"):
+            call()
     late = engine.submit(PROMPTS[0], PARAMS)
     assert engine.wake() > 0
     assert engine.sleeping_report().kv_bytes > 0

@@ -53,8 +53,11 @@ def prompts_of(args: argparse.Namespace, stdin: TextIO) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Print outputs: one as it comes, several each when it has ended; rate and memory on stderr. 1 where one failed."""
+    from trtllm_vattn.runtime.checkpoint import require_tokenizer
     from trtllm_vattn.runtime.engine import Engine
+    from trtllm_vattn.runtime.models import SHAPES
     from trtllm_vattn.runtime.sampling import SamplingParams
+    from trtllm_vattn.runtime.settings import check_model_name
 
     prompts = prompts_of(args, sys.stdin)
     params = SamplingParams(
@@ -66,14 +69,13 @@ def run(args: argparse.Namespace) -> int:
         detokenize=True,
     )
     show_start()
-    with Engine.from_pretrained(args.model, **engine_options(args)) as engine:
-        tokenizer = engine.tokenizer
-        if tokenizer is None:
-            raise ConfigError(f"{args.model} has no tokenizer; give a checkpoint with one")
-        if not args.raw and tokenizer.chat_template:
-            tokens = [templated(tokenizer, prompt) for prompt in prompts]
-        else:
-            tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    # Before the model is loaded: it may take minutes.
+    tokenizer = require_tokenizer(check_model_name(args.model), SHAPES)
+    if not args.raw and tokenizer.chat_template:
+        tokens = [templated(tokenizer, prompt) for prompt in prompts]
+    else:
+        tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    with Engine.from_pretrained(args.model, tokenizer=tokenizer, **engine_options(args)) as engine:
         return _generate(engine, tokens, params)
 
 

@@ -261,6 +261,11 @@ class AsyncEngine:
         return self._engine.tokenizer
 
     @property
+    def max_seq_len(self) -> int:
+        """Tokens of the longest sequence, prompt and output together."""
+        return self._engine.cache.shape.max_seq_len
+
+    @property
     def is_open(self) -> bool:
         """Whether requests are taken."""
         return not self._stopping

@@ -713,10 +713,11 @@ class Engine:
 
         Where running sequences hold more, the youngest go back to the queue and are prefilled again when there is room.
         Whoever does not fit any more even alone ends with an error in a later step. Raises ConfigError for another
-        cache, or less than the dummy slot needs.
+        cache, or less than the dummy slot needs, and EngineAsleep while keys and values sleep.
         """
         self._check_open()
         budget = parse_bytes(budget, "the budget")
+        self.sleeping.require_cache()
         while True:
             try:
                 self.cache.set_budget(budget)
@@ -1374,16 +1375,19 @@ class Engine:
     def pin(self, tokens: TokenIds, cache_salt: str | None = None) -> int:
         """Keep what there is of these tokens, whole blocks of it, until `unpin` or a flush; returns how many tokens
         that is. Calls are counted. Only the growth of running sequences takes them, where nothing else is left to take.
-        Raises ConfigError without a prefix cache, or for what are no tokens."""
+        Raises ConfigError without a prefix cache, or for what are no tokens, and EngineAsleep while keys and values
+        sleep."""
         prefixes, ids = self._prefixes(), token_ids("the tokens", tokens, self._vocab_size)
         check_salt(cache_salt)
+        self.sleeping.require_cache()
         with self._changing:
             return prefixes.pin(ids, self.slots.key(cache_salt))
 
     def unpin(self, tokens: TokenIds, cache_salt: str | None = None) -> int:
-        """Undo one `pin` of the same tokens. Raises ConfigError where there is none."""
+        """Undo one `pin` of the same tokens. Raises ConfigError where there is none, EngineAsleep as `pin`."""
         prefixes, ids = self._prefixes(), token_ids("the tokens", tokens, self._vocab_size)
         check_salt(cache_salt)
+        self.sleeping.require_cache()
         with self._changing:
             return prefixes.unpin(ids, self.slots.key(cache_salt))
 

@@ -193,6 +193,8 @@ def check_model_name(given: Any) -> str:
     if not isinstance(given, str | os.PathLike):
         raise ConfigError(f"model is {described(given)}; give a checkpoint directory or a named shape")
     name = os.fspath(given)
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"model is {shown(name)}; give a checkpoint directory or a named shape")
     try:
         Path(name).is_dir()
     except OSError as error:

@@ -288,6 +288,11 @@ class Sleeping:
             missing = [tag for tag, there in ((WEIGHTS, self.has_weights), (KV, not self.cache.is_asleep)) if not there]
             raise EngineAsleep(f"the engine sleeps, without {' and '.join(missing)}; call wake() first")
 
+    def require_cache(self) -> None:
+        """Raise EngineAsleep where keys and values have no memory."""
+        if self.cache.is_asleep:
+            raise EngineAsleep("keys and values sleep; call wake() first, or wake(['kv_cache'])")
+
     def require_weights(self) -> None:
         """Raise EngineAsleep where the weights have no memory."""
         if not self.has_weights:

@@ -195,7 +195,9 @@ class Weights:
         that is not taken.
         """
         if self.state is not WeightsState.CURRENT and partial:
-            raise ConfigError("an update of the weights broke; only a full one (partial=False) mends that")
+            dropped = self.state is WeightsState.DROPPED
+            what = "sleep dropped the weights" if dropped else "an update of the weights broke"
+            raise ConfigError(f"{what}; only a full one (partial=False) mends that")
         if next(self.model.parameters(), None) is None:
             raise ConfigError(f"{type(self.model).__name__} has no weights to write, as a plan's; build the plan again")
         self.require_in_place()
