@@ -646,7 +646,7 @@ def test_a_lost_device_ends_the_server(
     asking = threading.Thread(target=client)
     asking.start()
     with pytest.raises(EngineClosed, match=r"with it the server: .*CUDA_ERROR_ILLEGAL_ADDRESS"):
-        serve("x", Settings(NAME, (KEY,)), *SERVE)
+        serve(str(checkpoint), Settings(NAME, (KEY,)), *SERVE)
     asking.join()
     assert [error.status_code for error in said if isinstance(error, openai.APIStatusError)] == [503]
     assert not around[0].is_open

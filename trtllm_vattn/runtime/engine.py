@@ -902,7 +902,7 @@ class Engine:
             raise ConfigError(f"tokens are forced in single steps; this engine takes {self.steps} a launch, make it 1")
         is_text = isinstance(prompt, str)
         if isinstance(prompt, str):
-            prompt = self._tokenize(prompt)
+            prompt = self.tokenize(prompt)
         made = make_request(
             next(self._ids), prompt, params, forced, self.cache, self._vocab_size, self._end_of_text, silent
         )
@@ -910,7 +910,9 @@ class Engine:
         made.arrived = self.clock()
         return made
 
-    def _tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
+        """The token ids that `submit` makes of a text. From any thread. Raises ConfigError without a tokenizer, and for
+        what is no Unicode."""
         if self.tokenizer is None:
             raise ConfigError("the prompt is text, and this engine has no tokenizer; give token ids, or tokenizer=")
         unicode_text("the prompt", text)
