@@ -583,3 +583,24 @@ def test_the_choice_of_tokens_is_part_of_what_a_pass_took(monkeypatch: pytest.Mo
             engine.submit(PROMPTS[0], params)
             assert list(engine.run())[-1].finish_reason
     assert took == [1000.0, 2000.0]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"bad_words": ["a"]}, "its bad_words and regex together forbid every token that could come next"),
+        ({"bad_words": [[5, 6]]}, None),
+        ({"min_tokens": 3, "bad_words": ["ab", "b"]}, "its bad_words and min_tokens and regex together forbid"),
+    ],
+)
+def test_who_forbids_what_its_grammar_wants_is_told_so(more: dict[str, Any], said: str | None) -> None:
+    with engine_of() as engine:
+        alone = engine.generate([[4, 5]], SamplingParams(3))[0].tokens
+        params = SamplingParams(9, regex="ab*", **more)
+        wrong, other = engine.generate([[1, 2, 3], [4, 5]], [params, SamplingParams(3)])
+        assert (other.finish_reason, other.tokens) == ("length", alone)
+        if said is None:
+            assert (wrong.error, wrong.finish_reason) == (None, "stop")
+        else:
+            assert wrong.finish_reason == "error"
+            assert said in str(wrong.error)

@@ -15,6 +15,7 @@ from tiny_text import tiny_model, tiny_tokenizer
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError, EngineAsleep
+from trtllm_vattn.runtime import engine as engine_module
 from trtllm_vattn.runtime import hub
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.checkpoint import load_checkpoint, load_tokenizer, require_tokenizer
@@ -161,3 +162,17 @@ def test_a_model_without_a_tokenizer_is_refused_before_it_is_loaded(
     for command in (["generate", "--model", "tiny-llama", "x"], ["serve", "--model", "tiny-llama", "--port", "0"]):
         assert main(command) == 2
         assert "tiny-llama has no tokenizer" in capsys.readouterr().err
+
+
+def test_settings_of_other_types_are_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_load", lambda *_: pytest.fail("it was loaded"))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"clock": None}, "clock is None"),
+        ({"kv_cache_dtype": np.array([1, 2])}, "kv_cache_dtype is array"),
+        ({"tokenizer": np.array([1, 2])}, "tokenizer is a ndarray"),
+        ({"tokenizer": "mine"}, "tokenizer is a str"),
+        ({"trace": 10**5000}, "trace is a int"),
+    ]
+    for given, said in wrong:
+        with pytest.raises(ConfigError, match=said):
+            Engine.from_pretrained("tiny-llama", device="cpu", mapping="between-steps", **given)

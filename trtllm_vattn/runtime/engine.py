@@ -646,6 +646,8 @@ class Engine:
         if not isinstance(cache, str) or cache not in CACHES:
             raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
         check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key not in OBJECTS})
+        if not (isinstance(tokenizer, str) and tokenizer == "auto"):
+            check_tokenizer(tokenizer)
         policy_of_tokens = options.get("compression")
         check_policy(policy_of_tokens)
         tenancy = check_broker(broker, cache, tensor_parallel, options)
@@ -659,7 +661,7 @@ class Engine:
             sizes = {"max_seqs": max_seqs, "max_seq_len": max_seq_len, "budget": budget, "kept_seqs": kept_seqs}
             kept_back = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "host_memory": host_memory}
             kinds = {"cache": cache, "mapping": mapping, "kv_cache_dtype": kv_cache_dtype}
-            tokenizer = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
+            tokenizer = load_tokenizer(model, SHAPES) if isinstance(tokenizer, str) else tokenizer
             given = {**sizes, **kept_back, **kinds, **options, "tokenizer": tokenizer}
             return cast("Self", _on_ranks(tensor_parallel, model, device, dtype, given))
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING and policy_of_tokens is None
@@ -696,7 +698,7 @@ class Engine:
             elif tenancy is None and not later and budget is None and shape.num_slots > max_seqs:
                 made.set_budget(made.budget_bytes // (shape.num_slots + 1) * (max_seqs + 1))
             options = {"max_running": max_seqs, **options}
-            options["tokenizer"] = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
+            options["tokenizer"] = load_tokenizer(model, SHAPES) if isinstance(tokenizer, str) else tokenizer
             before.mark("mapping probe, cache, tokenizer")
             engine = cls(loaded, made, mapping=policy, trace=tracing_to, **options)
             undo.callback(engine.close)
@@ -1283,7 +1285,7 @@ class Engine:
         for i, (request, token) in enumerate(zip(requests, chosen, strict=True)):
             grammar, most = request.grammar, request.params.logprobs
             if token == NO_TOKEN or (grammar is not None and grammar.error):
-                self._fail(request, f"its grammar: {grammar.error}" if grammar and grammar.error else NOT_FINITE)
+                self._fail(request, self._why_no_token(request))
                 continue
             if request.is_chosen_again and token != request.expected:
                 self._fail(request, CHANGED)
@@ -1295,6 +1297,16 @@ class Engine:
             self._note(request, event)
             if request.is_verified and len(request.chosen) == request.known + 1:
                 self.slots.computed(request)
+
+    def _why_no_token(self, request: RequestState) -> str:
+        if request.grammar is not None and request.grammar.error:
+            return f"its grammar: {request.grammar.error}"
+        asks = request.asks
+        if asks is not None and asks.forbid and asks.leaves_nothing(self._vocab_size):
+            what = asks.forbid
+            each = "forbids" if len(what) == 1 else "together forbid"
+            return f"its {' and '.join(what)} {each} every token that could come next; change what it asks for"
+        return NOT_FINITE
 
     def _note(self, request: RequestState, event: TokenEvent) -> None:
         """What an event says becomes part of the request's record; it ends, where the event is its last. Of its newest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def check_settings(
     max_step_tokens: Any = None,
     target_itl_ms: Any = None,
     max_wait_s: Any = 30.0,
-    clock: Any = None,
+    clock: Any = perf_counter,
     deterministic: Any = False,
     record_margins: Any = False,
     observer: Any = None,
@@ -105,7 +106,7 @@ def check_settings(
     }
     if max_step_tokens is not None:
         checked["chunk"] = whole("max_step_tokens", max_step_tokens, 1, LONGEST_CHUNK)
-    if clock is not None and not callable(clock):
+    if not callable(clock):
         raise ConfigError(f"clock is {described(clock)}; give a function that returns seconds, or leave it out")
     if checked["record_margins"] and checked["steps"] > 1:
         raise ConfigError(f"margins are recorded of single steps; steps is {checked['steps']}, make it 1")
