@@ -125,7 +125,6 @@ class LaneAsks:
             words[place, LONGEST_BAD_WORD - len(word) :] = word
         return row
 
-
     @property
     def forbid(self) -> list[str]:
         """What of the request may forbid tokens, by name."""

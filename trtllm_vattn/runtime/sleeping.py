@@ -8,6 +8,7 @@ device are graphs, their buffers and the context; `SleepingReport` has it in byt
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class WeightsMemory:
         self._mappings: list[Mapping] = []
         self._stuck: list[Extent] = []
         self._spans: list[Span] | None = None
+        self._closing = threading.Lock()
         self.is_mapped = False
 
     @property
@@ -194,16 +196,18 @@ class WeightsMemory:
                 self._stuck.append(extent)
 
     def close(self) -> None:
-        """Give everything back. Idempotent; where it raised, calling it again goes on."""
-        while self._mappings:
-            self._mappings[-1].close()
-            self._stuck.append(self._mappings.pop().extent)
-        self.is_mapped = False
-        while self._stuck:
-            self._stuck[-1].close()
-            self._stuck.pop()
-        self.host.close()
-        self.reservation.close()
+        """Give everything back. Idempotent; where it raised, calling it again goes on. From any thread: when the last
+        tensor over it goes, the helper thread of finalizers calls this, whoever else is closing it."""
+        with self._closing:
+            while self._mappings:
+                self._mappings[-1].close()
+                self._stuck.append(self._mappings.pop().extent)
+            self.is_mapped = False
+            while self._stuck:
+                self._stuck[-1].close()
+                self._stuck.pop()
+            self.host.close()
+            self.reservation.close()
 
 
 class _Owner:
@@ -357,4 +361,4 @@ class Sleeping:
                 for view in views:
                     view.data = torch.empty(0, dtype=view.dtype, device=view.device)
         finish(str(self.cache.device))
-        self.weights.close()
+        uninterrupted(self.weights.close)
