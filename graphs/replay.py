@@ -8,7 +8,7 @@ and TensorRT-LLM. Graphs of one pool must not run at the same time: launch them 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -43,7 +43,7 @@ def default_buckets(most: int) -> list[int]:
 class CaptureReport:
     """Seconds that each bucket's capture took, and bytes of device memory that the graphs' pool grew by.
 
-    `replay_s` is the shortest of a few replays of each bucket with all lanes idle.
+    `replay_s` is the shortest of a few replays with all lanes idle, of the buckets that were to be timed.
     """
 
     seconds: dict[int, float]
@@ -101,8 +101,9 @@ class GraphRunner:
         """The handle of the memory pool that the next capture uses; None on the host."""
         return self._capture.pools[-1] if self._capture.pools else None
 
-    def capture(self, buckets: Sequence[int] | None = None) -> CaptureReport:
-        """Capture buckets (None: all), largest first. Raises CaptureError if a graph cannot hold what the step does."""
+    def capture(self, buckets: Sequence[int] | None = None, timed: Container[int] | None = None) -> CaptureReport:
+        """Capture buckets (None: all), largest first, and time replays of those in `timed` (None: all). Raises
+        CaptureError if a graph cannot hold what the step does."""
         if self._closed:
             raise CaptureError("this runner is closed; build another")
         if self._driver is not None:
@@ -114,7 +115,8 @@ class GraphRunner:
             started = perf_counter()
             self._graphs[bucket] = self._capture.capture(partial(self._step, bucket), bucket)
             seconds[bucket] = perf_counter() - started
-            replays[bucket] = self.replay_s(bucket, 3)
+            if timed is None or bucket in timed:
+                replays[bucket] = self.replay_s(bucket, 3)
         report = CaptureReport(seconds, replays, self._reserved_bytes() - before)
         logger.info(
             "captured %s in %.2f s, %d bytes", counted(len(seconds), "graph"), sum(seconds.values()), report.pool_bytes

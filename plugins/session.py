@@ -93,7 +93,8 @@ class LoadedEngine:
         runtime = trt.Runtime(make_logger(trt))
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
-            raise error_of(f"{trt.__name__} {trt.__version__} does not take {path} on this machine")
+            where = "on this machine" if torch.cuda.is_available() else "here, where torch sees no GPU"
+            raise error_of(f"{trt.__name__} {trt.__version__} does not take {path} {where}")
         allocation = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         return cls(engine, config, decoder, limits, allocation, keep=runtime)
 

@@ -18,7 +18,7 @@ import trtllm_vattn
 ROOT = Path(trtllm_vattn.__file__).resolve().parents[1]
 PLACES = tuple(str(ROOT / part) + os.sep for part in ("trtllm_vattn", "graphs", "plugins"))
 THOROUGH = bool(os.environ.get("VATTN_THOROUGH"))
-"""Whether tests interrupt at every instruction, not at every so manieth (VATTN_THOROUGH=1 in the environment)."""
+"""Whether tests interrupt at every instruction, not at every n-th one (VATTN_THOROUGH=1 in the environment)."""
 
 
 def nowhere(frame: FrameType) -> bool:

@@ -158,20 +158,20 @@ def test_the_readme_is_the_description_and_documents_are_not_installed(tmp_path:
 
 
 def walk(title: str) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """The rooms of a walk in trtllm_vattn/README.md, each with its files and their functions."""
+    """The packages of a walk in trtllm_vattn/README.md, each with its files and their functions."""
     document = ROOT / "trtllm_vattn" / "README.md"
     section = document.read_text().split(f"### {title}\n")[1].split("\n##")[0]
-    rooms = []
-    for room, functions, _ in re.findall(r"^\| (\w+) \| (.*?) \| (.*) \|$", section, re.MULTILINE)[1:]:
+    packages = []
+    for package, functions, _ in re.findall(r"^\| (\w+) \| (.*?) \| (.*) \|$", section, re.MULTILINE)[1:]:
         files = re.findall(r"\[[\w.]+\]\(([\w./]+)\): ((?:`\w+`(?:, )?)+)", functions)
         found = [(file.removeprefix("../"), re.findall(r"`(\w+)`", names)) for file, names in files]
-        rooms.append((room, found))
-    return rooms
+        packages.append((package, found))
+    return packages
 
 
 CALLED_THROUGH = {"uninterrupted", "on_stream", "_run", "_uninterrupted", "at_once"}
 """Functions that make a call for their caller: so that no signal cuts it short (vmm/uninterrupted.py), on a stream
-(vmm/tensors.py), or with the cache noting that it is under way. They are no room that a walk goes through."""
+(vmm/tensors.py), or with the cache noting that it is under way. They are no package that a walk goes through."""
 
 
 def stack() -> list[tuple[str, str]]:
@@ -223,13 +223,13 @@ def test_a_walk_is_what_a_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
     stacks = run_an_engine(monkeypatch)
     down = walk("From `Engine.generate` to `cuMemMap`")
     step = walk("From a step's lengths to the replay")
-    for rooms in (down, step):
-        names = [room for room, _ in rooms]
+    for packages in (down, step):
+        names = [package for package, _ in packages]
         assert len(names) <= 7
-        assert len(set(names)) == len(names), "a room is entered twice"
-        for room, files in rooms:
-            assert files, f"the room {room} names no file"
-            assert all(file.split("/")[0] == room for file, _ in files)
+        assert len(set(names)) == len(names), "a package is entered twice"
+        for package, files in packages:
+            assert files, f"the package {package} names no file"
+            assert all(file.split("/")[0] == package for file, _ in files)
     # On the host the last file is another driver's; and the watcher stands where its caller called it.
     told = [(Path(file).name, name) for _, files in down for file, names in files for name in names]
     assert told[-1] == ("cuda.py", "map")

@@ -1,7 +1,7 @@
 """Ctrl-C at every instruction of every public call: the cache goes on or says that it cannot, closing frees everything
 and nothing waits for ever.
 
-By default every so manieth instruction is tried; VATTN_THOROUGH=1 tries all of them.
+By default every n-th instruction is tried; VATTN_THOROUGH=1 tries all of them.
 """
 
 from __future__ import annotations

@@ -132,3 +132,18 @@ def test_the_next_prompts_are_stocked_by_the_thread_as_far_as_the_budget_goes(ho
         cache.preallocate(1, 40)
         cache.preallocate_for([])
         assert cache.arena.pool._targets == dict.fromkeys(cache.arena.pool.split(each), 1)
+
+
+def test_what_is_mapped_is_noted_before_a_stock_is_filled(host_driver: HostDriver) -> None:
+    """A step would wait for the note else, until all of the stock is there."""
+    with KVCacheManager(LONG, host_driver, 64 << 20, 4, lookahead=0) as cache:
+        cache.preallocate(3, 1000)
+        cache.admit("a", 1000)
+        cache.admit("b", 1000)
+        noted: list[int] = []
+        pool = cache.arena.pool
+        cache._memory.after_mapping = lambda: noted.append(pool.free_bytes)
+        before = pool.free_bytes
+        assert cache._memory.work()
+        assert pool.free_bytes > before
+        assert noted == [before]

@@ -49,6 +49,11 @@ def raising(error: BaseException) -> Callable[..., int]:
             "trtllm-vattn: the device is lost: CUDA error: device-side assert triggered; start the command anew\n",
         ),
         (KeyboardInterrupt(), 130, "trtllm-vattn: interrupted\n"),
+        (
+            ModuleNotFoundError("no", name="rich.console"),
+            2,
+            "rich is not installed: pip install 'trtllm-vattn[observe]'",
+        ),
         (ModuleNotFoundError("no", name="cudnn.api"), 2, "cudnn is not installed: pip install 'trtllm-vattn[cuda]'\n"),
     ],
     ids=repr,
@@ -111,7 +116,7 @@ def test_a_full_disk_loses_no_summary_and_leaves_nothing(
         (["bench", "plugin", "--device", "cpu", "--max-seq-len", "3"], "--max-seq-len is 3"),
         (["plugin", "inspect", "/nowhere"], "/nowhere"),
         (["run"], "no command to run; write: trtllm-vattn run -- trtllm-serve MODEL"),
-        (["run", "--", "a-command-that-is-not-there"], "cannot run a-command-that-is-not-there"),
+        (["run", "--", "a-command-that-is-not-there"], "that-is-not-there: No such file or directory; is it"),
         (["demo", "--model", "gpt-5"], "no model 'gpt-5'"),
     ],
 )

@@ -143,11 +143,13 @@ def test_a_loop_ends_where_the_device_says(device: str) -> None:
 def test_buckets_may_be_captured_when_they_are_first_needed(device: str) -> None:
     it = Doubling(device)
     runner = it.runner([4, 1])
-    assert list(runner.capture([1]).seconds) == [1]
+    report = runner.capture([1])
+    assert list(report.seconds) == list(report.replay_s) == [1]
     assert runner.captured == {1}
     with pytest.raises(CaptureError, match=r"no graph for 4 lanes: the runner is captured for \[1\]"):
         runner.replay(4)
-    runner.capture([4])
+    # Its replays take time in which somebody may wait.
+    assert runner.capture([4], timed=()).replay_s == {}
     it.x.fill_(2)
     assert runner.replay(4)[0].tolist() == [[4.0] * 3] * 4
     assert runner.replay(1)[0].tolist() == [[4.0] * 3]

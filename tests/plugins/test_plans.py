@@ -21,6 +21,7 @@ from trtllm_vattn.plugins.networks.decoder import inputs_of
 from trtllm_vattn.plugins.networks.spec import DecoderSpec, PlanLimits
 from trtllm_vattn.plugins.networks.trt_emitter import add_attention, build_network
 from trtllm_vattn.plugins.plugin import NAME
+from trtllm_vattn.plugins.session import EngineSession
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.models import load_model
 
@@ -202,6 +203,9 @@ def test_the_command_line_builds_and_inspects(rtx: Any, tmp_path: Path, capsys: 
     found = json.loads(capsys.readouterr().out)
     assert found["engine"]["limits"]["cache"] == "mine"
     assert found["wrong"] == []
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"does not take .*engine\.plan here, where torch sees no GPU"):
+            EngineSession.from_folder(folder)
     assert main(["plugin", "list"]) == 0
     listed = capsys.readouterr().out
     assert "VattnAttention version 1, IPluginV3" in listed

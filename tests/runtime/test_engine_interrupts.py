@@ -1,7 +1,7 @@
 """Ctrl-C at every instruction of every public call of the engine: it goes on with the same tokens, each of them comes
 once, closing frees everything and nothing waits for ever.
 
-By default every so manieth instruction is tried, and a few signals by a timer; VATTN_THOROUGH=1 tries all of them, and
+By default every n-th instruction is tried, and a few signals by a timer; VATTN_THOROUGH=1 tries all of them, and
 sends 10,000 signals over 100 seeds.
 """
 

@@ -21,7 +21,6 @@ from trtllm_vattn.runtime.async_engine import AsyncEngine
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.lane_processors import StepKind
 from trtllm_vattn.runtime.models import SHAPES, load_model
 from trtllm_vattn.runtime.parallel.engine import RankedDecode
 from trtllm_vattn.runtime.pass_cost import PassLoad
@@ -58,7 +57,7 @@ class Runner:
         self.captured: set[int] = set()
         self.nbytes, self.seconds, self.fails_at = nbytes, seconds, fails_at
 
-    def capture(self, buckets: list[int]) -> CaptureReport:
+    def capture(self, buckets: list[int], timed: tuple[()]) -> CaptureReport:
         if self.fails_at in buckets:
             raise CaptureError("it holds what a graph cannot")
         self.captured |= set(buckets)
@@ -117,22 +116,21 @@ def test_who_samples_first_waits_for_a_capture_and_is_counted(model: PreTrainedM
         assert (warm.captures_while_running, warm.decode.wanted) == (0, {})
 
 
-def test_passes_in_larger_graphs_are_measured_as_what_they_are(
+def test_passes_of_lanes_that_sample_take_no_more_rows_than_others(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One ladder serves whatever lanes ask for: what is captured for them is the choice of their tokens alone."""
     with engine_of(model, attention="shares", target_itl_ms=1000.0, max_step_tokens=64) as engine:
         graphs, cost = engine.passes.graphs, engine.passes.cost
         assert graphs is not None
         assert cost is not None
-        sampled = graphs._runner(StepKind(sampled=True, truncated=SAMPLED.truncates))
-        small, large = sampled.buckets[:2]
-        with torch.inference_mode():
-            sampled.capture([large])
+        passes = set(graphs.runner.captured)
+        assert passes == set(graphs.runner.buckets)
         loads: list[PassLoad] = []
         monkeypatch.setattr(cost, "measure", lambda load, milliseconds: loads.append(load))
         engine.generate([[5, 6]], SAMPLED)
-        assert small not in sampled.captured
-        assert loads[0].tokens == large
+        assert loads[0].tokens == graphs.runner.buckets[0]
+        assert graphs.runner.captured == passes
 
 
 def test_lanes_of_several_ranks_capture_in_the_launch_that_needs_it(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import io
 import json
@@ -29,6 +30,7 @@ openai = pytest.importorskip("openai")
 import uvicorn  # noqa: E402
 
 from trtllm_vattn.cache.select import make_cache  # noqa: E402
+from trtllm_vattn.cli.engine_flags import engine_options  # noqa: E402
 from trtllm_vattn.cli.generate import prompts_of, templated  # noqa: E402
 from trtllm_vattn.cli.main import main  # noqa: E402
 from trtllm_vattn.cli.parser import build_parser  # noqa: E402
@@ -47,6 +49,8 @@ from trtllm_vattn.serve.app import Settings  # noqa: E402
 from trtllm_vattn.serve.protocol import chat  # noqa: E402
 from trtllm_vattn.serve.server import ServerProcess, configuration, listen, serve  # noqa: E402
 from trtllm_vattn.serve.spans import RequestSpan  # noqa: E402
+from trtllm_vattn.tenancy.config import TenantConfig  # noqa: E402
+from trtllm_vattn.verify.tenants import lending  # noqa: E402
 from trtllm_vattn.vmm.host import HostDriver  # noqa: E402
 from trtllm_vattn.vmm.wrappers import FaultyDriver  # noqa: E402
 
@@ -482,7 +486,8 @@ SERVE = (
     0,
     30.0,
     10,
-    {"device": "cpu", "max_seqs": 2, "max_seq_len": LENGTH, "compile": False, "capture": False},
+    # As long as the model has positions, as the command asks for where no flag does.
+    {"device": "cpu", "max_seqs": 2, "max_seq_len": None, "compile": False, "capture": False},
 )
 
 
@@ -499,9 +504,11 @@ def test_sigterm_drains_and_ends(
     checkpoint: Path, told: SimpleQueue[tuple[str, int]], capfd: pytest.CaptureFixture[str], alone: Engine
 ) -> None:
     got: list[str] = []
+    longest: list[int] = []
 
     def use() -> None:
         client = openai.OpenAI(base_url=told.get()[0], api_key="none", max_retries=0, timeout=60)
+        longest.append(client.models.retrieve(NAME).max_model_len)  # type: ignore[attr-defined]
         options = {"max_tokens": 60, "temperature": 0, "extra_body": {"ignore_eos": True}}
         for place, chunk in enumerate(client.completions.create(model=NAME, prompt="one", stream=True, **options)):
             got.append(chunk.choices[0].text)
@@ -516,6 +523,7 @@ def test_sigterm_drains_and_ends(
     using.join(30)
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     assert "".join(got) == alone.generate(["one"], params)[0].text
+    assert longest == [json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"]]
     assert "tiny at http://127.0.0.1:" in capfd.readouterr().out
 
 
@@ -601,6 +609,15 @@ def test_generate_prints_texts(
     assert re.fullmatch(r"loaded in .* captured graphs in .* s; .* MiB for keys and values", said[3])
     assert main(["generate", "--model", str(checkpoint), "--file", "x", "y"]) == 2
     assert "give one of them" in capsys.readouterr().err
+    # In memory that a broker lends, and by the name that its operator knows.
+    with contextlib.closing(HostDriver()) as driver, lending(driver, 64 << 20, checkpoint.parent / "socket") as broker:
+        flags += ["--broker", str(broker.path), "--tenant", "chat"]
+        assert main(["generate", "--model", str(checkpoint), *flags, "--raw", "one"]) == 0
+    assert greedy(alone, "one", 9) in capsys.readouterr().out
+    parsed = build_parser(["generate"], "0").parse_args(["generate", "--model", "x", *flags])
+    assert engine_options(parsed)["broker"] == TenantConfig(str(broker.path), "chat")
+    assert main(["generate", "--model", str(checkpoint), "--tenant", "chat", "one"]) == 2
+    assert "give --broker its socket" in capsys.readouterr().err
 
 
 def test_prompts_come_from_a_file_or_standard_input_and_through_the_template(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError, EngineOverloaded
 from trtllm_vattn.memory.slot import RangeGroup
+from trtllm_vattn.runtime import engine as of_engine
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -695,6 +696,16 @@ def test_a_preempted_sequence_is_kept_where_it_got_its_next_token(tmp_path: Path
                 if len(kept.state.requests[number].chosen) == len(noted):
                     assert kept.state.kept_slots() == {}
             assert len(request.chosen) == 9
+
+
+def test_engines_that_share_a_gpu_have_shorter_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = of_engine.usual_step_tokens
+    monkeypatch.setattr(of_engine, "usual_step_tokens", lambda device, shared: 31 if shared else usual(device))
+    path = tmp_path / "broker"
+    with lending(path, 1 << 20), Engine.from_pretrained("tiny-llama", broker=str(path), **SIZES) as engine:
+        assert engine.scheduler.chunk == 31
+    with Engine.from_pretrained("tiny-llama", **SIZES) as engine:
+        assert engine.scheduler.chunk == 2048
 
 
 def test_a_step_waits_for_the_note_of_memory_mapped_ahead_only_where_it_writes_there(tmp_path: Path) -> None:

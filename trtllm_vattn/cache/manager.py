@@ -485,7 +485,7 @@ class KVCacheManager(SlottedCache):
 
             self._placements = Placements(keeper.journal, keeper.lease_of)
             self.arena.changed = set(self._owner)
-            self.arena.pool.before_reuse = self._memory.after_work = self._note_placements
+            self.arena.pool.before_reuse = self._memory.after_mapping = self._note_placements
             self._note_placements()
 
     def end_journal(self) -> None:
@@ -497,12 +497,12 @@ class KVCacheManager(SlottedCache):
         assert self._borrowing.keeper is not None
         with self._lock:
             self._placements = self.arena.changed = None
-            self.arena.pool.before_reuse = self._memory.after_work = None
+            self.arena.pool.before_reuse = self._memory.after_mapping = None
             self._borrowing.keeper.leave()
 
     def note_placements(self) -> None:
-        # What the thread maps ahead it notes itself, once it has nothing more to map: a step waits for it only where it
-        # writes there.
+        # What the thread maps ahead it notes itself, once nothing more is due: a step waits for it only where it writes
+        # there.
         arena = self.arena
         if arena.changed or (arena.grown_ahead and (self.lengths > self._noted_frontiers).any()):
             self._uninterrupted(self._do_note_placements)

@@ -1,1 +1,1 @@
-"""The command line: `trtllm-vattn doctor`, `demo`, `warm-up`, `run`, `plugin` and `bench`."""
+"""The command line `trtllm-vattn`: a module for each command; parser.py lists them, main.py runs one."""

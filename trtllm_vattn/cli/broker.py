@@ -78,9 +78,10 @@ def users(text: str) -> list[int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `broker`, which lends without an action; and its actions."""
     add = parser.add_argument
-    text = "that may be lent, as 100GiB; a broker begins with it (default: none, for an action)"
+    text = "how much may be lent, as 100GiB; needed to start a broker (default: none, for an ACTION)"
     add("--memory", type=size, metavar="BYTES", help=text)
-    add("--socket", type=Path, metavar="FILE", help="its Unix socket (default: none, for an action)")
+    text = "path of its Unix socket; needed to start a broker (default: none, for an ACTION)"
+    add("--socket", type=Path, metavar="FILE", help=text)
     add("--device", type=device, default="cpu", metavar="DEVICE", help="cpu or cuda:N")
     text = "within which a tenant gives back what others are owed"
     add("--deadline-s", type=amount, default=1.0, metavar="SECONDS", help=text)

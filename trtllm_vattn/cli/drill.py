@@ -1,4 +1,4 @@
-"""`drill`: bring about misfortunes, and see whether what should comes of them."""
+"""`drill`: cause failures on purpose, and check what comes of them."""
 
 from __future__ import annotations
 

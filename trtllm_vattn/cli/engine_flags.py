@@ -8,7 +8,9 @@ from typing import Any
 
 from trtllm_vattn.arguments import amount, output, positive, size
 from trtllm_vattn.bench.harness.flags import MAX_SEQS, add_device
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.sizes import USUAL_MAX_SEQ_LEN
+from trtllm_vattn.tenancy.config import TenantConfig
 
 
 def add_engine(parser: argparse.ArgumentParser, max_seqs: int) -> None:
@@ -32,12 +34,18 @@ def add_engine(parser: argparse.ArgumentParser, max_seqs: int) -> None:
     add("--deterministic", action="store_true", help=text)
     text = "processes, each with a GPU, that the model is divided over (default: those of torchrun, or 1)"
     add("--tensor-parallel", type=positive, metavar="COUNT", help=text)
+    text = "keys and values lie in memory that the broker at this socket lends (default: in the process's own)"
+    add("--broker", metavar="FILE", help=text)
+    text = "what the broker's operator calls this process, as in `broker limits` (default: pid- and its number)"
+    add("--tenant", metavar="NAME", help=text)
     text = "note events for Perfetto there: driver calls, steps, requests, mappings (default: none)"
     add("--event-trace", type=output, metavar="FILE", help=text)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Parameters of `Engine.from_pretrained` out of the flags."""
+    """Parameters of `Engine.from_pretrained` out of the flags. Raises ConfigError for a tenant of no broker."""
+    if args.tenant and not args.broker:
+        raise ConfigError("--tenant names a process to a broker, and there is none; give --broker its socket")
     return {
         "device": args.device,
         "max_seqs": args.max_seqs,
@@ -49,6 +57,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "prefix_cache": False if args.no_prefix_cache else None,
         "deterministic": args.deterministic,
         "tensor_parallel": args.tensor_parallel or 1,
+        "broker": TenantConfig(args.broker, args.tenant) if args.broker else None,
         "trace": args.event_trace,
     }
 

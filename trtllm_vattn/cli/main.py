@@ -1,4 +1,4 @@
-"""`trtllm-vattn`: doctor, demo, run, TensorRT engines and benchmarks."""
+"""`trtllm-vattn`: runs one of the commands that parser.py lists, and says in one line what the user can mend."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ EXTRAS = {
     "prometheus_client": "serve",
     "llguidance": "grammar",
     "msgspec": "tenancy",
+    "rich": "observe",
 }
 """Which of the package's extras installs an optional package."""
 

@@ -63,4 +63,4 @@ def run(args: argparse.Namespace) -> int:
     try:
         os.execvpe(command[0], command, environment)
     except OSError as error:
-        raise ConfigError(f"cannot run {command[0]}: {error}; is it installed, and on PATH?") from error
+        raise ConfigError(f"cannot run {command[0]}: {error.strerror}; is it installed, and on PATH?") from error

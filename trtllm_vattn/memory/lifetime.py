@@ -54,8 +54,8 @@ class CacheMemory:
         Whether the arena has no memory, not even the dummy slot's, and may take none.
     on_closed : callable or None
         Called once all memory was given back, or nothing more is tried.
-    after_work : callable or None
-        Called when there is no more background work for now, under the lock.
+    after_mapping : callable or None
+        Called when nothing has to be mapped ahead for now, before other background work, under the lock.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class CacheMemory:
         self.host = HostPool(arena.pool.driver, host_memory)
         self.is_asleep = False
         self.on_closed: Callable[[], None] | None = None
-        self.after_work: Callable[[], None] | None = None
+        self.after_mapping: Callable[[], None] | None = None
         self.lock = PriorityLock()
         self.thread: BackgroundThread | None = None
         self.is_owned = self.is_closed = False
@@ -74,6 +74,7 @@ class CacheMemory:
         self.trace: Trace | None = None
         self._units: tuple[tuple[str, Callable[[], object]], ...] = (
             ("map ahead", ahead.map_due),
+            ("note what is mapped", self._after_mapping),
             ("unmap surplus", partial(trim, arena)),
             ("preallocate", arena.pool.create_one),
             ("return idle memory", self._release_idle),
@@ -98,9 +99,13 @@ class CacheMemory:
                     if self.trace is not None:
                         self.trace.span(name, started, perf_counter(), category="background")
                     return True
-            if self.after_work is not None:
-                self.after_work()
             return False
+
+    def _after_mapping(self) -> bool:
+        if self.after_mapping is not None:
+            self.after_mapping()
+        # Nothing that there is more of.
+        return False
 
     def _release_idle(self) -> bool:
         after_s = self._idle_after_s

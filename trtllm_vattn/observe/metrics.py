@@ -110,7 +110,7 @@ FAMILIES = (
     Family("vattn_segment_tokens", GAUGE, "Tokens read in other requests' slots", lambda s: s.cache.segment_tokens),
     Family("vattn_mappings", GAUGE, "Mappings of this cache", lambda s: s.cache.live_mappings),
     Family("vattn_device_mappings", GAUGE, "Mappings of the process on the device", lambda s: s.cache.device_mappings),
-    Family("vattn_device_mappings_limit", GAUGE, "Mappings that the driver bears", lambda s: s.cache.max_mappings),
+    Family("vattn_device_mappings_limit", GAUGE, "Most mappings the driver can hold", lambda s: s.cache.max_mappings),
     Family("vattn_quarantined", GAUGE, "Mappings and extents the driver kept", lambda s: s.cache.quarantined),
     Family(
         "vattn_suspended_sequences",

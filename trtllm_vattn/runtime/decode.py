@@ -359,16 +359,17 @@ class DecodeBatch:
         made = self._runners.get((variant, kind))
         if made is None:
             step, pool = partial(self._step, variant, kind), self.runner.pool
-            static = [*self.static, *self.processors.static]
+            static = [*self.static, *self.processors.static, self.processors.logits]
             made = GraphRunner(step, self.runner.buckets, static, self._device.device, self._loops_by, pool)
             self._runners[variant, kind] = made
         return made
 
-    def _chooser(self, kind: StepKind) -> GraphRunner:
+    def chooser(self, kind: StepKind) -> GraphRunner:
+        """What chooses tokens as a kind of step does, by logits that a forward pass left."""
         made = self._choosers.get(kind)
         if made is None:
             step, pool = partial(self._choose_tokens, kind), self.runner.pool
-            static = [*self.static, *self.processors.static]
+            static = [*self.static, *self.processors.static, self.processors.logits]
             made = GraphRunner(step, self.runner.buckets, static, self._device.device, pool=pool)
             self._choosers[kind] = made
         return made
@@ -826,9 +827,15 @@ class DecodeBatch:
         kind, bucket = self.choice_kind, self.bucket_of(lanes)
         if eager or not self.captured:
             return Choice(kind, partial(self.take, self.processors.logits[:bucket], kind, only))
+        return Choice(kind, self.captured_choice(lanes))
+
+    def captured_choice(self, lanes: dict[int, int]) -> Callable[[], object]:
+        """What chooses the tokens of these lanes, by slot, behind a forward pass; captured unless it is there, before
+        lanes are brought up to date."""
+        kind, bucket = self.choice_kind, self.bucket_of(lanes)
         general = self._choosers.get(kind._replace(truncated=True)) if kind.sampled else None
-        chooser, bucket = self.graph_for(self._chooser(kind), general, bucket)
-        return Choice(kind, partial(chooser.replay, bucket))
+        chooser, bucket = self.graph_for(self.chooser(kind), general, bucket)
+        return partial(chooser.replay, bucket)
 
     def choose(self, launch: Launch) -> Launch:
         """The same launch, whose tokens are being chosen; what lanes had chosen before it is in the requests' records.
@@ -981,7 +988,7 @@ class DecodeBatch:
         kept = [tensor.clone() for tensor in state]
         self.inputs.copy_(self._idle.expand_as(self.inputs))
         try:
-            runner.capture([bucket])
+            runner.capture([bucket], timed=())
         finally:
             for tensor, value in zip(state, kept, strict=True):
                 tensor.copy_(value)

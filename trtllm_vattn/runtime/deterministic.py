@@ -25,10 +25,9 @@ that the same product gives the same bits again, is cuBLAS's own property, over 
 with requests in 100 random batches. It costs the rows that are padding, which is little where reading weights bounds a
 step, and that prompts do not share passes.
 
-On an H200 this was looked at on 2026-11-30 at commit c6fcbf80434b, when decode was by cuDNN, and did not hold: 1,048 of
-1,073 requests had other bits than alone (scripts/results/h200/doors_bits.json). cuDNN's decode attention does not even
-repeat itself (scripts/results/h200/decode_repeats.txt). Decode by fixed shares has run in Triton's interpreter and was
-compiled for the card; it has not run on one, so whether the claim holds there is not known yet.
+On an H200 each of 1,073 requests in 100 random batches had the bits that it had alone (2026-11-30, commit a2fcc6b,
+scripts/results/h200/doors.json, which says what it costs). With decode by cuDNN 1,048 of them had other ones: its
+attention does not even repeat itself (scripts/results/h200/decode_repeats.txt).
 
 Over two ranks (``tensor_parallel=2``) it holds where it does on one: each sum is of two numbers, and of two either
 order gives the same bits. More ranks are refused: an all-reduce begins with another rank for each part of what it is

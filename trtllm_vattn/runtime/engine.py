@@ -215,7 +215,7 @@ class Engine:
         before a launch (memory/mapping_policy.py).
     max_step_tokens : int or None
         Most tokens of a pass: of prompts, which go in by chunks, and one of every running sequence. None is 4096 on a
-        GPU of 70 GiB or more, else 2048.
+        GPU of 70 GiB or more that no broker shares out, else 2048.
     chunk : int or None
         The former name of `max_step_tokens`.
     target_itl_ms : float or None
@@ -317,7 +317,7 @@ class Engine:
             kv_events=kv_events,
             compile=compile,
             mapping=mapping,
-            chunk=usual_step_tokens(cache.device) if chunk is None else chunk,
+            chunk=usual_step_tokens(cache.device, cache.waits_for_memory) if chunk is None else chunk,
             max_step_tokens=max_step_tokens,
             target_itl_ms=target_itl_ms,
             max_wait_s=max_wait_s,
@@ -1362,7 +1362,7 @@ class Engine:
         if self.busy or self.sleeping.is_asleep:
             return len(self.decode.wanted)
         with inference(), naming(self.model), self._changing:
-            return self.passes.capture_wanted(most)
+            return self.decode.capture_wanted(most)
 
     # -- prefix cache ----------------------------------------------------------------------------------------------
 

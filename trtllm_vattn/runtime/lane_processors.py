@@ -23,6 +23,7 @@ The device waits for the host only where what the host does in a step takes long
 Logits pass from one graph to the other in a buffer of fixed address, float32 as `process` takes them, so that one graph
 of the choice stands behind decode steps and passes with prompts alike, and one forward pass before every kind of
 choice. All lanes of the batch go this way, those without a grammar too, with the same operations on the same numbers.
+A captured pass with prompts is a forward pass always, and without a grammar its choice is launched right behind it.
 The masks are computed by other threads, begun as soon as tokens are read, while this one commits those tokens
 (`begin_masks`). They are written where the copy reads them, in pinned memory, whose rows are those of the table, so one
 copy of a range of rows sends them all.
@@ -230,12 +231,11 @@ class LaneProcessors:
         """Slots whose row is other than their request's record."""
         self._free = list(range(lanes))
         self.static: list[torch.Tensor] = []
-        """What steps read and write; empty until `require`."""
+        """What steps read and write beside `logits`; empty until `require`."""
         self.unread: list[torch.Tensor] = []
         """Of these, what launches leave to be fetched: log-probabilities by step and lane (`of_logits`)."""
         self.logits = torch.empty(0)
-        """Of these, what a forward pass leaves to the choice of tokens, float32 ``[lanes, vocab]``; empty until a
-        request with a grammar comes."""
+        """What forward passes leave to who chooses tokens, float32 ``[lanes, vocab]``; empty until `require_logits`."""
         self._grammars: dict[int, tuple[Grammar, Sequence[int]]] = {}
         """By slot, those of lanes, and the tokens that their requests have chosen."""
         self._staged = torch.empty(0)
@@ -246,15 +246,19 @@ class LaneProcessors:
         """Masks that `begin_masks` has begun, and by row whose they are."""
 
     def require(self, vocab_size: int, grammar: bool = False) -> None:
-        """Make the tables, with `grammar` what forward passes leave logits in too, unless they are there. Raises
+        """Make the tables, with `grammar` what masks and forward passes need too, unless they are there. Raises
         torch.OutOfMemoryError where there is no memory for them, with nothing changed."""
         if not self.static:
             self._make_tables(vocab_size)
-        if grammar and not self.logits.numel():
+        if grammar and not self._staged.numel():
+            self.require_logits(vocab_size)
             gpu = self._device.type == "cuda"
             self._staged = torch.full(self._masks.shape, -1, dtype=torch.int32, pin_memory=gpu)
+
+    def require_logits(self, vocab_size: int) -> None:
+        """Make what forward passes leave logits in, unless it is there. Raises as `require`."""
+        if not self.logits.numel():
             self.logits = torch.zeros(self._lanes, vocab_size, device=self._device)
-            self.static.append(self.logits)
 
     def _make_tables(self, vocab_size: int) -> None:
         rows, words, most = self._lanes + 1, -(-vocab_size // 32), min(MOST_LOGPROBS, vocab_size)

@@ -1,5 +1,5 @@
 """Graphs of steps that nobody has asked for yet but somebody is likely to: those that read first tokens in other slots,
-and those that sample.
+and those that sample, also behind a pass with prompts.
 
 A capture holds all requests up for 0.1 to 0.2 s. So at the start, on a GPU, likely kinds are captured for few batch
 sizes, of which each serves all down to a quarter of it, until `MOST_SECONDS` or `MOST_BYTES` are spent. A step of a
@@ -63,7 +63,7 @@ def capture_within(wanted: Iterable[tuple[GraphRunner, int]]) -> CaptureReport:
         if sum(seconds.values()) >= MOST_SECONDS or nbytes >= MOST_BYTES:
             break
         try:
-            report = runner.capture([bucket])
+            report = runner.capture([bucket], timed=())
         except (RuntimeError, VattnError) as error:
             logger.warning("steps that may be wanted are not captured before they are: %s", error)
             break

@@ -1,9 +1,10 @@
 """What a pass over the model costs, learnt from those that ran, so that a pass can be made to fit a time.
 
-milliseconds = a + b tokens + c (sum over chunks of rows times length) + d (tokens of KV that decoding rows read)
+milliseconds = a + b rows + c (sum over chunks of rows times length) + d (tokens of KV that decoding rows read)
 
 The coefficients are fitted by least squares, none below 0, over the passes measured of late (Sarathi-Serve, OSDI'24,
-profiles the same terms offline).
+profiles the same terms offline). Of rows, what a pass of so many took at the start counts: a pass of few rows waits for
+the weights and one of many computes, so a line through small passes says far too little of a large one.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from trtllm_vattn.errors import ConfigError
 REMEMBERED = 256
 """Passes."""
 REFIT_AFTER = 16
-"""Passes measured since the last fit."""
-PRIOR_WEIGHT = 0.1
-"""Of what was believed before, for each coefficient, beside the measured passes."""
+"""Passes measured since the last fit, at most: of the first ones each doubles what is known."""
+GUESS_WEIGHT = 0.05
+"""Of the guess at the start, for each coefficient."""
+MOST_WEIGHT = 8
+"""Of all measured passes together: many of one kind do not say what others cost."""
 
 
 @dataclass(frozen=True)
@@ -80,26 +83,45 @@ class PassCost:
     Attributes
     ----------
     coefficients : sequence of float
-        Milliseconds: of any pass, a token, a row times a token of its length, and a token of KV read.
+        Milliseconds of any pass, of what rows take by `of_rows`, of a row times a token of its length, and of a token
+        of KV read.
+    of_rows : pair of sequences
+        Numbers of rows, and what each takes; straight lines between them, and on beyond the last.
     """
 
     coefficients: Sequence[float]
+    of_rows: tuple[Sequence[float], Sequence[float]] = ((0, 1), (0.0, 1.0))
     _measured: deque[tuple[PassLoad, float]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     _new: int = 0
 
+    def __post_init__(self) -> None:
+        self._guess = list(self.coefficients)
+
     def milliseconds(self, load: PassLoad) -> float:
         """What a pass takes."""
-        return float(np.dot(self.coefficients, _terms(load)))
+        return float(np.dot(self.coefficients, self._terms(load)))
+
+    def _rows(self, rows: int) -> float:
+        sizes, took = self.of_rows
+        beyond = max(0, rows - sizes[-1])
+        return float(np.interp(rows, sizes, took)) + beyond * (took[-1] - took[-2]) / (sizes[-1] - sizes[-2])
+
+    @property
+    def _of_row(self) -> float:
+        """Of one row more, at most."""
+        return self.coefficients[1] * float((np.diff(self.of_rows[1]) / np.diff(self.of_rows[0])).max())
+
+    def _terms(self, load: PassLoad) -> tuple[float, float, float, float]:
+        return 1.0, self._rows(load.tokens), float(load.prompt_attention), float(load.decode_kv)
 
     def rows_within(self, milliseconds: float, start: int, paid: bool = False) -> int:
         """The most rows of a chunk of a prompt, of which `start` tokens are in already, that a pass can take in so much
         more time; where rows are `paid`, what they attend to is all that they add."""
-        _, of_token, of_attention, _ = self.coefficients
-        of_token = 0.0 if paid else of_token
+        of_attention = self.coefficients[2]
         if milliseconds <= 0:
             return 0
-        # of_attention n (start + n) + of_token n = milliseconds
-        linear = of_token + of_attention * start
+        # of_attention n (start + n) + of_row n = milliseconds
+        linear = (0.0 if paid else self._of_row) + of_attention * start
         if linear <= 0 and of_attention <= 0:
             return 1 << 31
         root = linear + math.sqrt(linear**2 + 4 * of_attention * milliseconds)
@@ -107,8 +129,7 @@ class PassCost:
 
     def chunk(self, rows: int, start: int, paid: bool = False) -> float:
         """Milliseconds that so many rows of a prompt add to a pass, as `rows_within` counts them."""
-        _, of_token, of_attention, _ = self.coefficients
-        return (0.0 if paid else of_token * rows) + of_attention * rows * (start + rows)
+        return (0.0 if paid else self._of_row * rows) + self.coefficients[2] * rows * (start + rows)
 
     def measure(self, load: PassLoad, milliseconds: float) -> None:
         """Learn from a pass."""
@@ -116,50 +137,45 @@ class PassCost:
             return
         self._measured.append((load, milliseconds))
         self._new += 1
-        if self._new >= REFIT_AFTER:
+        if self._new >= min(REFIT_AFTER, (len(self._measured) + 1) // 2):
             self.fit()
 
     @classmethod
     def first_guess(
         cls, rows: Sequence[int], took_ms: Sequence[float], weights: int, kv_bytes: int, weight_bytes: int, of_pair: int
     ) -> PassCost:
-        """By passes of so many rows that read no KV: what a row attends to takes as long, operation by operation, as
-        products with weights, of which there are `weights` (twice as many operations a row; `of_pair` for each pair of
-        a query and a key); and KV is read as fast as all weights are."""
-        matrix = np.stack((np.ones(len(rows)), rows), axis=1)
-        base, of_row = np.linalg.lstsq(matrix, np.asarray(took_ms), rcond=None)[0].tolist()
-        if min(base, of_row) < 0:
-            base, of_row = min(took_ms), max(0.0, (took_ms[-1] - took_ms[0]) / max(1, rows[-1] - rows[0]))
-        return cls([base, of_row, of_row * of_pair / (2 * weights), min(took_ms) * kv_bytes / weight_bytes])
+        """By passes of so many rows, in rising order, that read no KV: what a row attends to takes as long, operation
+        by operation, as products with weights, of which there are `weights` (twice as many operations a row; `of_pair`
+        for each pair of a query and a key); and KV is read as fast as all weights are."""
+        first = () if len(rows) > 1 else (0,)
+        of_rows = (*first, *rows), (*(0.0 for _ in first), *np.maximum.accumulate(took_ms).tolist())
+        guess = cls([0.0, 1.0, 0.0, min(took_ms) * kv_bytes / weight_bytes], of_rows)
+        return cls([0.0, 1.0, guess._of_row * of_pair / (2 * weights), guess.coefficients[3]], of_rows)
 
     def fit(self) -> None:
         """Take what was measured into account."""
         self._new = 0
         if self._measured:
-            terms = np.array([_terms(load) for load, _ in self._measured])
+            terms = np.array([self._terms(load) for load, _ in self._measured])
             took = np.array([milliseconds for _, milliseconds in self._measured])
-            self.coefficients = _fitted(terms, took, np.asarray(self.coefficients, float))
+            self.coefficients = _fitted(terms, took, np.asarray(self._guess, float))
 
 
-def _terms(load: PassLoad) -> tuple[float, float, float, float]:
-    return 1.0, float(load.tokens), float(load.prompt_attention), float(load.decode_kv)
-
-
-def _fitted(terms: np.ndarray, took: np.ndarray, before: np.ndarray) -> list[float]:
-    """Coefficients none of which is below 0, by relative error; what the passes do not tell stays as `before`."""
-    weights = 1 / took
-    scale = np.maximum(np.abs(terms * weights[:, None]).max(axis=0), 1e-300)
-    own = terms * weights[:, None] / scale
-    # Each term's prior counts as much as so many passes.
-    prior = math.sqrt(PRIOR_WEIGHT)
-    matrix = np.concatenate((own, prior * np.eye(4)))
-    wanted = np.concatenate((np.ones(len(took)), prior * before * scale))
-    best, least = before, math.inf
+def _fitted(terms: np.ndarray, took: np.ndarray, guess: np.ndarray) -> list[float]:
+    """Coefficients none of which is below 0, by relative error, and by how many times the guess each is: what the
+    passes do not tell stays near that."""
+    parts = terms / took[:, None]
+    # Where nothing was guessed, by the greatest part of a pass.
+    unit = np.where(guess > 0, guess, 1 / np.maximum(parts.max(axis=0), 1e-300))
+    of_pass, of_guess = min(1.0, math.sqrt(MOST_WEIGHT / len(took))), math.sqrt(GUESS_WEIGHT)
+    matrix = np.concatenate((of_pass * parts * unit, of_guess * np.eye(4)))
+    wanted = np.concatenate((np.full(len(took), of_pass), of_guess * (guess > 0)))
+    best, least = guess, math.inf
     for count in range(1, 5):
         for kept in map(list, combinations(range(4), count)):
             found = np.zeros(4)
             found[kept] = np.linalg.lstsq(matrix[:, kept], wanted, rcond=None)[0]
             error = float(((matrix @ found - wanted) ** 2).sum())
             if (found >= 0).all() and error < least:
-                best, least = found / scale, error
+                best, least = found * unit, error
     return [float(value) for value in best]

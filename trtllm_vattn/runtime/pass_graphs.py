@@ -1,14 +1,17 @@
-"""Whole passes captured, for a ladder of row counts: prompts and decoding sequences in one graph.
+"""Whole passes captured, for a ladder of row counts: prompts and decoding sequences in one graph, up to the logits.
 
 All that differs between two passes of a rung is read on the device, from buffers that the host writes before a replay:
 the prompts' tokens, positions and slots, which lane each of the first rows is, where each lane's logits come from, and
 the chunks' descriptors (`PackedPrefill.descriptors`), which the attention backend has to read there itself.
+
+Tokens are chosen by a graph of the lanes alone behind it (`DecodeBatch.chooser`), so that one ladder serves lanes that
+ask for whatever.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,18 +23,18 @@ from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import MixedStep, forward
 from trtllm_vattn.runtime.decode import DecodeBatch
-from trtllm_vattn.runtime.lane_processors import StepKind
+from trtllm_vattn.runtime.lane_processors import FORWARD, StepKind
 from trtllm_vattn.runtime.likely import few_buckets, sampled_rows
 from trtllm_vattn.runtime.prefill import Prefill, PromptChunk
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.vmm.tensors import upload
 
-RUNGS = (
-    *(32, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048),
-    *(2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192),
-)
-"""A quarter of a second of the start each. A pass takes the time of the rung above its rows, so from 1,024 on a rung is
-at most a quarter above the one below."""
+RUNGS = (32, *range(128, 4096, 128), *range(4096, 8193, 256))
+"""A tenth of a second of the start each. A pass takes the time of the rung above its rows, and rows that are nobody's
+delay all prompts behind it (scripts/results/README.md). Another pass would cost more than this padding: what it takes
+without a prompt, the weights' reading, is as long as some 200 rows take."""
+TIMED_ROWS = (128, 512, 2048)
+"""Of the passes whose replays say first what passes cost."""
 MOST_CHUNKS = 128
 """Of a captured pass; one of more prompts runs eagerly."""
 
@@ -72,35 +75,34 @@ class PassGraphs:
         lane_of_row[:] = -1
         numbers.reshape(5, -1)[3] = cache.dummy_slot
         self._static = upload(self._idle, cache.device)
-        static = [*decode.static, self._static]
-        pool = decode.runner.pool
-        self.runner = GraphRunner(partial(self._pass, StepKind()), rows, static, cache.device, pool=pool)
-        # Others are made when they are likely, or the first sequence comes that asks for them.
-        self._runners = {StepKind(): self.runner}
-        self._chosen, self.rows = self.runner, 0
-        """What `prepare` chose, and the rows of its graph."""
+        decode.processors.require_logits(int(decode.model.config.get_text_config().vocab_size))
+        static = [*decode.static, self._static, decode.processors.logits]
+        self.runner = GraphRunner(self._pass, rows, static, cache.device, pool=decode.runner.pool)
 
     def likely(self) -> Iterator[tuple[GraphRunner, int]]:
-        """Passes that may be wanted without having been (likely.py): those of lanes that sample."""
-        decode = self.decode
-        if len(decode.lengths) <= sampled_rows(int(decode.model.config.get_text_config().vocab_size)):
-            runner = self._runner(StepKind(sampled=True, truncated=True))
-            yield from ((runner, rows) for rows in few_buckets(runner.buckets))
-
-    def _runner(self, kind: StepKind) -> GraphRunner:
-        made = self._runners.get(kind)
-        if made is None:
-            static, first = [*self.decode.static, self._static, *self.decode.processors.static], self.runner
-            step, pool = partial(self._pass, kind), self.decode.runner.pool
-            made = self._runners[kind] = GraphRunner(step, first.buckets, static, self._static.device, pool=pool)
-        return made
+        """Choices of tokens that may be wanted without having been (likely.py): those of lanes that sample."""
+        rows = sampled_rows(int(self.decode.model.config.get_text_config().vocab_size))
+        chooser = self.decode.chooser(StepKind(sampled=True, truncated=True))
+        yield from ((chooser, bucket) for bucket in few_buckets(chooser.buckets, rows))
 
     def _parts(self, array: np.ndarray) -> list[np.ndarray]:
         return np.split(array, np.cumsum(self._sizes)[:-1])
 
     def capture(self) -> CaptureReport:
-        """Capture all rungs; before any sequence has a lane."""
-        return self.runner.capture()
+        """Capture all rungs, and the choice of the likeliest tokens; before any sequence has a lane. The report is of
+        the rungs, its `replay_s` of a few of them."""
+        array = self._idle.copy()
+        # Rows that are all alike take a GPU less power, and so less time, than those of a prompt.
+        vocab = int(self.decode.model.config.get_text_config().vocab_size)
+        tokens = self._parts(array)[0].reshape(3, -1)[1]
+        tokens[:] = np.random.default_rng(0).integers(0, vocab, len(tokens))
+        self._static.copy_(upload(array, self._static.device))
+        try:
+            report = self.runner.capture(timed={self.runner.bucket_for(min(rows, self._most)) for rows in TIMED_ROWS})
+        finally:
+            self._static.copy_(upload(self._idle, self._static.device))
+        chooser = self.decode.chooser(StepKind()).capture(timed=())
+        return replace(report, pool_bytes=report.pool_bytes + chooser.pool_bytes)
 
     def fits(self, plan: StepPlan, running: dict[int, int]) -> bool:
         """Whether a plan is a replay."""
@@ -108,24 +110,12 @@ class PassGraphs:
             return False
         return plan.decodes and len(plan.chunks) <= self._chunks and len(running) + plan.prompt_tokens <= self._most
 
-    def prepare(self, plan: StepPlan, running: dict[int, int]) -> None:
-        """Choose the graph that a plan is replayed by, and capture it where there is none; before lanes are brought up
-        to date."""
-        kind = self.decode.kind
-        runner = self._runner(kind)
-        rows = runner.bucket_for(len(running) + plan.prompt_tokens)
-        if rows not in runner.captured:
-            # What is captured is also run.
-            self.clear()
-        general = self._runners.get(kind._replace(truncated=True)) if kind.sampled else None
-        self._chosen, self.rows = self.decode.graph_for(runner, general, rows)
-
-    def clear(self) -> None:
-        """Have the device see no prompts, for a pass that is captured."""
-        self._static.copy_(upload(self._idle, self._static.device))
+    def rows(self, running: dict[int, int], tokens: int) -> int:
+        """Of the graph by which so many prompt tokens go in beside what runs."""
+        return self.runner.bucket_for(len(running) + tokens)
 
     def replay(self, chunks: Sequence[PromptChunk], running: dict[int, int], lanes: dict[int, int]) -> torch.Tensor:
-        """Logits ``[lanes, vocab]`` of a pass; tokens are chosen and lanes advanced with it."""
+        """Logits ``[lanes, vocab]`` of a pass, which are left to who chooses tokens and advances lanes, too."""
         first = len(running)
         array = self._idle.copy()
         rows, lane_of_row, last, numbers = self._parts(array)
@@ -137,7 +127,7 @@ class PassGraphs:
             if chunk.slot in lanes:
                 last[lanes[chunk.slot]] = end
         self._static.copy_(upload(array, self._static.device))
-        (logits,) = self._chosen.replay(self.rows)
+        (logits,) = self.runner.replay(self.rows(running, sum(len(chunk.tokens) for chunk in chunks)))
         return logits
 
     def _forward(self, rows: int) -> torch.Tensor:
@@ -154,18 +144,15 @@ class PassGraphs:
         step = MixedStep(decode.attention, slots, positions, lengths, slots[: len(lengths)], packed)
         return forward(decode.model, ids, positions, step, last)
 
-    def _pass(self, kind: StepKind, rows: int) -> Outputs:
+    def _pass(self, rows: int) -> Outputs:
         logits = self._forward(rows)
-        self.decode.take(logits, kind)
+        self.decode.take(logits, FORWARD)
         return (logits,)
 
     def audit(self) -> list[AuditReport]:
         """Whose the addresses are that the graphs hold. Raises CaptureError where there is none."""
-        regions = self.decode.attention.regions()
-        used = [(kind, runner) for kind, runner in self._runners.items() if runner is self.runner or runner.captured]
-        return [runner.audit(regions, "pass" if kind == StepKind() else f"{kind.name} pass") for kind, runner in used]
+        return [self.runner.audit(self.decode.attention.regions(), "pass")]
 
     def close(self) -> None:
         """Drop all graphs. Idempotent."""
-        for runner in self._runners.values():
-            runner.close()
+        self.runner.close()

@@ -21,15 +21,13 @@ from trtllm_vattn.runtime.compiled import Wrap, as_it_is
 from trtllm_vattn.runtime.decode import DecodeBatch, Launch, PromptLogprobs
 from trtllm_vattn.runtime.logprobs import of_logits
 from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad, Timing
-from trtllm_vattn.runtime.pass_graphs import PassGraphs, fill_rows
+from trtllm_vattn.runtime.pass_graphs import TIMED_ROWS, PassGraphs, fill_rows
 from trtllm_vattn.runtime.prefill import LONGEST_CAPTURED, TILE, Prefill, PromptChunk, packed_prefill, padded_length
 from trtllm_vattn.runtime.request import RequestState
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.vmm.tensors import finish, upload
 
 FEWEST_DECODE_ROWS = 8
-LEARNT_ROWS = (64, 512, 2048)
-"""Of the passes by which costs are guessed first."""
 
 
 def decode_rows(lanes: int, most: int) -> int:
@@ -40,7 +38,7 @@ def decode_rows(lanes: int, most: int) -> int:
 def most_rows(chunk: int, lanes: int, max_seq_len: int) -> int:
     """Rows of the largest pass of at most `chunk` prompt tokens and one of each of so many lanes."""
     prompts = padded_length(min(chunk, lanes * (max_seq_len + 1)), chunk)
-    prompts = max(LONGEST_CAPTURED, prompts, min(chunk, LEARNT_ROWS[-1]))
+    prompts = max(LONGEST_CAPTURED, prompts, min(chunk, TIMED_ROWS[-1]))
     return -(-(lanes + prompts + TILE) // TILE) * TILE
 
 
@@ -68,7 +66,7 @@ class Passes:
         self.cost: PassCost | None = None
         self.graphs: PassGraphs | None = None
         self.replay_s: dict[int, float] = {}
-        """Of each captured pass over idle rows, by its rows."""
+        """Of a few captured passes over idle rows, by their rows."""
 
     # -- starting --------------------------------------------------------------------------------------------------
 
@@ -80,14 +78,8 @@ class Passes:
         return report
 
     def likely(self) -> Iterator[tuple[GraphRunner, int]]:
-        """Captured passes that may be wanted without having been."""
+        """What captured passes may want without having wanted it."""
         return iter(()) if self.graphs is None else self.graphs.likely()
-
-    def capture_wanted(self, most: int = 1) -> int:
-        """As `DecodeBatch.capture_wanted`, passes among them."""
-        if self.graphs is not None:
-            self.graphs.clear()
-        return self.decode.capture_wanted(most)
 
     def warm_up(self) -> None:
         """One pass over the dummy slot for each number of decode rows: kernels are compiled and planned for them."""
@@ -104,7 +96,7 @@ class Passes:
         if self.graphs is not None:
             sizes, took = [*self.replay_s], [seconds * 1e3 for seconds in self.replay_s.values()]
         else:
-            sizes = sorted({min(size, self.prefill.chunk) for size in LEARNT_ROWS})
+            sizes = sorted({min(size, self.prefill.chunk) for size in TIMED_ROWS})
             took = [min(self._timed(rows) for _ in range(3)) for rows in sizes]
         weights = sum(parameter.numel() for parameter in decode.model.parameters())
         nbytes = sum(parameter.numel() * parameter.itemsize for parameter in decode.model.parameters())
@@ -135,17 +127,18 @@ class Passes:
             decode.join(request)
         lanes = {**running, **{request.slot: decode.lane_of[request.slot] for request in plan.joins}}
         graphs = self.graphs if self.graphs is not None and self.graphs.fits(plan, running) else None
-        if graphs is not None:
-            graphs.prepare(plan, running)
-        # A captured pass takes its step whether or not it is anybody's.
-        steps = 1 if lanes or graphs is not None else 0
+        steps = 1 if lanes else 0
         only = None if plan.decodes or not lanes else self._mask(lanes)
         choice = decode.choice(lanes, graphs is None, only) if steps else None
+        # Without a grammar nothing has to come before the tokens of a captured pass are chosen.
+        choose = decode.captured_choice(lanes) if graphs is not None and steps and choice is None else None
         decode.send(1)
         of_prompts: tuple[PromptLogprobs, ...] = ()
         timing = self._timing(chunks, running, graphs)
         if graphs is not None:
             logits = graphs.replay(chunks, running, lanes)
+            if choose is not None:
+                choose()
         else:
             asked = [(request, chunk) for request, chunk in plan.chunks if request.wants_prompt_logprobs]
             if asked:
@@ -195,8 +188,7 @@ class Passes:
             return None
         tokens = sum(len(chunk.tokens) for chunk in chunks)
         if graphs is not None:
-            # A larger graph than the smallest, where that is not captured.
-            rows = graphs.rows
+            rows = graphs.rows(running, tokens)
         else:
             rows = self._rows(decode_rows(len(running), len(self.decode.lengths)), tokens)
         pairs = sum(len(chunk.tokens) * chunk.end for chunk in chunks)

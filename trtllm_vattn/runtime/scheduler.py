@@ -24,7 +24,6 @@ from trtllm_vattn.errors import (
 )
 from trtllm_vattn.runtime.compaction import Compaction
 from trtllm_vattn.runtime.decode import DecodeBatch
-from trtllm_vattn.runtime.lane_processors import StepKind
 from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad
 from trtllm_vattn.runtime.prefill import PromptChunk
 from trtllm_vattn.runtime.request import RequestState
@@ -79,8 +78,8 @@ class Scheduler:
         With both, a pass holds no more prompt tokens than it can take in so many milliseconds.
     pass_sizes : sequence of int
         Numbers of rows that passes are captured for, in order. A pass takes the time of all its rows, those without a
-        token too: with a target, a pass fills one of them; without one, where a cost says that two passes take less
-        time than one that is padded. Empty where passes run as they are.
+        token too: with a target, and where prompts go in by equal passes, it fills one of them. Empty where passes
+        run as they are.
     fail : callable
         Called with a request that can never be served and the reason; it ends it (`end`).
 
@@ -362,11 +361,11 @@ class Scheduler:
         lanes = self.decode.lanes if self.mixed else {}
         least = min(self.chunk, MIN_CHUNK_ROWS)
         room = max(self.chunk - len(lanes), least)
-        if self.cost is None:
-            return self._rows_within(order, room)
+        if not order:
+            return []
+        if self.cost is None or self.target_ms is None:
+            return self._rows_within(order, self._equal_part(order, room, len(lanes)) if self.mixed else room)
         kv = int(self.decode.lengths[list(lanes.values())].sum())
-        if self.target_ms is None:
-            return self._unpadded(order, self._rows_within(order, room), len(lanes), kv)
         target_ms = MARGIN * self.target_ms
         best = self._rows_within(order[:1], least)
         if not self.pass_sizes or not self.mixed:
@@ -378,24 +377,15 @@ class Scheduler:
                 best = max(best, self._rows_within(order, min(room, size - len(lanes)), left_ms, paid=True), key=sum)
         return best
 
-    def _unpadded(self, order: Sequence[RequestState], rows: list[int], lanes: int, kv: int) -> list[int]:
-        """So many rows of each request, or fewer, where filling a smaller captured pass and leaving the others to the
-        next one takes less time than the padding of a single pass would."""
-        total = lanes + sum(rows)
-        below = max((size for size in self.pass_sizes if size < total), default=0)
-        # Other kinds of passes than greedy ones are captured for few sizes at first (likely.py).
-        if self.cost is None or not self.mixed or below - lanes < MIN_CHUNK_ROWS or self.decode.kind != StepKind():
-            return rows
-        padded = [
-            next((size for size in self.pass_sizes if size >= needed), None)
-            for needed in (total, lanes + total - below)
-        ]
-        if padded[0] in (None, total):
-            return rows
-        one, first, second = (
-            self.cost.milliseconds(PassLoad(size or 0, 0, kv)) for size in (padded[0], below, padded[1])
-        )
-        return rows if first + second >= one else self._rows_within(order, below - lanes)
+    def _equal_part(self, order: Sequence[RequestState], room: int, lanes: int) -> int:
+        """The room of a pass, or less of it where prompts take several passes anyway: by equal ones, none of which
+        holds running sequences up for longer than it has to."""
+        left = sum(request.length - request.prefilled for request in order)
+        passes = -(-left // room)
+        if not lanes or passes == 1:
+            return room
+        needed = lanes + -(-left // passes)
+        return min(room, next((size for size in self.pass_sizes if size >= needed), needed) - lanes)
 
     def _rows_within(
         self, order: Sequence[RequestState], room: int, left_ms: float = math.inf, paid: bool = False

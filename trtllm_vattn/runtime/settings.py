@@ -29,9 +29,10 @@ MOST_SEQUENCES = 1 << 20
 """At once. Each is a lane of the largest captured batch."""
 
 
-def usual_step_tokens(device: torch.device) -> int:
-    """Most tokens of a pass on a device, where nobody says: by the memory of a GPU, as vLLM chooses."""
-    if device.type != "cuda":
+def usual_step_tokens(device: torch.device, shared: bool = False) -> int:
+    """Most tokens of a pass on a device, where nobody says: by the memory of a GPU, as vLLM chooses. Where the GPU is
+    `shared` with other engines, a pass takes longer by what theirs take meanwhile: no more then than on a small one."""
+    if device.type != "cuda" or shared:
         return STEP_TOKENS
     total: int = torch.cuda.get_device_properties(device).total_memory
     return STEP_TOKENS_OF_LARGE if total >= LARGE_BYTES else STEP_TOKENS

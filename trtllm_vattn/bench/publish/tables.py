@@ -321,7 +321,6 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "plan": (("plan.json",), figures),
     "placement": (("placement.json",), figures),
     "doors": (("doors.json",), figures),
-    "doors-bits": (("doors_bits.json",), figures),
     "transfer": (("transfer.json",), figures),
     "transfer-two": (("transfer_two.json",), figures),
     "transfer-peer": (("transfer_peer.json",), figures),
