@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 from tiny_text import tiny_model, tiny_tokenizer
 
 from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.cli.generate import prompts_of, templated
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError, EngineAsleep
 from trtllm_vattn.runtime import engine as engine_module
@@ -176,3 +180,23 @@ def test_settings_of_other_types_are_refused_before_anything_is_loaded(monkeypat
     for given, said in wrong:
         with pytest.raises(ConfigError, match=said):
             Engine.from_pretrained("tiny-llama", device="cpu", mapping="between-steps", **given)
+
+
+def test_prompts_of_a_command_line_that_are_no_text_or_that_no_template_takes_are_told(tmp_path: Path) -> None:
+    def given(*prompt: str, file: Path | None = None, stdin: bytes = b"") -> SimpleNamespace:
+        return prompts_of(SimpleNamespace(prompt=list(prompt), file=file), TextIOWrapper(BytesIO(stdin), "utf-8"))  # type: ignore[arg-type,return-value]
+
+    odd = tmp_path / "odd"
+    odd.write_bytes(b"one\n\xff\n")
+    with pytest.raises(ConfigError, match=r"odd is no text in UTF-8 \(invalid start byte at byte 4\)"):
+        given(file=odd)
+    with pytest.raises(ConfigError, match="standard input is no text in UTF-8"):
+        given(stdin=b"\xff")
+    with pytest.raises(ConfigError, match=r"a prompt is .* half of a surrogate pair"):
+        given("one", os.fsdecode(b"\xff"))
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    for template in ("{{ raise_exception('no') }}", "{% for %}", "{{ messages[5].content }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(ConfigError, match=r"chat template does not take this: .*; use --raw"):
+            templated(tokenizer, "one")
+    assert main(["serve", "--model", "x", "--name", os.fsdecode(b"\xff")]) == 2

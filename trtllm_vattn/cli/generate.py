@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from trtllm_vattn.arguments import positive, probability, seed, tolerance
 from trtllm_vattn.cli.engine_flags import add_engine, engine_options, show_start
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.values import counted
+from trtllm_vattn.values import counted, unicode_text
 
 if TYPE_CHECKING:
     from trtllm_vattn.runtime.engine import Engine
@@ -42,10 +42,16 @@ def prompts_of(args: argparse.Namespace, stdin: TextIO) -> list[str]:
     """Prompts out of arguments, a file or standard input. Raises ConfigError where there is none, or two are given."""
     if args.prompt and args.file:
         raise ConfigError("prompts are given as arguments and by --file; give one of them")
-    if args.file:
-        prompts = [line for line in args.file.read_text().splitlines() if line.strip()]
-    else:
-        prompts = args.prompt or [stdin.read().removesuffix("\n")]
+    try:
+        if args.file:
+            prompts = [line for line in args.file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            prompts = args.prompt or [stdin.read().removesuffix("\n")]
+    except UnicodeDecodeError as error:
+        where = args.file or "standard input"
+        raise ConfigError(f"{where} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+    # What is no UTF-8 in an argument comes as halves of surrogate pairs.
+    prompts = [unicode_text("a prompt", prompt) for prompt in prompts]
     if not prompts or not all(prompts):
         raise ConfigError("there is no prompt, or an empty one; give some text")
     return prompts
@@ -80,9 +86,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def templated(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of one user's message."""
+    """Token ids of one user's message. Raises ConfigError where the chat template does not take it."""
     messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template raises whatever its author, or Jinja, has it raise
+        raise ConfigError(f"the checkpoint's chat template does not take this: {error}; use --raw") from error
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
