@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.sizes import parse_bytes
@@ -165,3 +165,23 @@ def _writable(text: str, folder: bool) -> Path:
     if not writable:
         raise argparse.ArgumentTypeError(f"it is {text!r:.60}, and {there} cannot be written to")
     return path
+
+
+_TYPES: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("SECONDS", "MILLISECONDS", "SHAPE"), amount),
+    **dict.fromkeys(("LOGITS", "DEVIATIONS"), tolerance),
+    **{"BYTES": size, "BYTES,...": sizes, "SHARE": probability},
+}
+"""By unit; whatever is not here is counted."""
+
+
+def adder(parser: argparse.ArgumentParser, gpu: bool = False) -> Callable[..., None]:
+    """What adds flags, each by its name, unit, which says the type too, help, and default; `on_host` is the default
+    where there is no GPU, if it is another."""
+
+    def add(name: str, unit: str, text: str, default: Any = None, on_host: Any = None, **options: Any) -> None:
+        kind = _TYPES.get(unit, numbers if unit.endswith(",...") else positive)
+        usual = default if gpu or on_host is None else on_host
+        parser.add_argument(name, metavar=unit, help=text, default=usual, **{"type": kind, **options})
+
+    return add

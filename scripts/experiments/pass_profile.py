@@ -24,15 +24,12 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from trtllm_vattn.arguments import amount, numbers, positive, size
-from trtllm_vattn.bench.harness.case import vocab_of
+from trtllm_vattn.arguments import adder, amount
+from trtllm_vattn.bench.harness.case import Part, Recording, engine_for, vocab_of
 from trtllm_vattn.bench.harness.flags import BUDGET, add_attention, add_common
-from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.timing import read_limit, summarise
-from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.cli.parser import run_script
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -57,15 +54,7 @@ NAMED = 40
 """Kernels whose names are recorded, of those that took the longest in all."""
 ALONE_S = 0.25
 """That each product alone runs for, so that the clock is what it is under load."""
-COLUMNS = {
-    "rows": "rows",
-    "group": "group",
-    "kernels": "kernels:.0f",
-    "ms": "ms:.3f",
-    "floor ms": "floor_ms:.3f",
-    "over floor": "over_floor:.2f",
-    "share": "share:.3f",
-}
+COLUMNS = "rows group kernels ms floor_ms over_floor share"
 
 
 class Kernel(NamedTuple):
@@ -92,16 +81,15 @@ class PassShape:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the experiment."""
-    gpu, add = add_common(parser), parser.add_argument
+    add = adder(parser, add_common(parser))
     add_attention(parser)
-    text = "rows of the passes, of the sizes that an engine captures"
-    add("--rows", type=numbers, default="2048,4096,8192" if gpu else "32", metavar="ROWS,...", help=text)
-    add("--lanes", type=positive, default=24 if gpu else 2, metavar="SEQUENCES", help="that decode meanwhile")
-    add("--context", type=positive, default=1024 if gpu else 16, metavar="TOKENS", help="of each of them")
-    add("--prompt", type=positive, default=2165 if gpu else 40, metavar="TOKENS", help="of each prompt that goes in")
-    add("--passes", type=positive, default=6 if gpu else 3, metavar="PASSES", help="that are timed, and profiled")
-    add("--budget", type=size, default="64GiB" if gpu else "8MiB", metavar="BYTES", help=BUDGET)
-    add("--flops", type=amount, default=790e12, metavar="RATE", help="operations a second that the card can do at best")
+    add("--rows", "ROWS,...", "rows of the passes, of the sizes that an engine captures", "2048,4096,8192", "32")
+    add("--lanes", "SEQUENCES", "that decode meanwhile", 24, 2)
+    add("--context", "TOKENS", "of each of them", 1024, 16)
+    add("--prompt", "TOKENS", "of each prompt that goes in", 2165, 40)
+    add("--passes", "PASSES", "that are timed, and profiled", 6, 3)
+    add("--budget", "BYTES", BUDGET, "64GiB", "8MiB")
+    add("--flops", "RATE", "operations a second that the card can do at best", 790e12, type=amount)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,8 +123,8 @@ def engine_of(recording: Recording, args: argparse.Namespace) -> Engine:
     model = recording.model
     gc.collect()
     slots = args.lanes + 3 * (max(args.rows) // args.prompt + 2)
-    cache = make_cache("vattn", shape_of(model, slots, 2 * args.prompt + 64 * args.passes), args.device, args.budget)
-    return Engine(model, cache, prefix_cache=False, attention=args.attention, max_step_tokens=max(args.rows))
+    options = {"attention": args.attention, "max_step_tokens": max(args.rows)}
+    return engine_for(model, args.device, slots, 2 * args.prompt + 64 * args.passes, args.budget, **options)
 
 
 def of_size(

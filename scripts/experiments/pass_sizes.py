@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from trtllm_vattn.arguments import numbers, positive, size
-from trtllm_vattn.bench.harness.case import vocab_of
+from trtllm_vattn.arguments import adder, positive
+from trtllm_vattn.bench.harness.case import Part, Recording, vocab_of
 from trtllm_vattn.bench.harness.flags import (
     BUDGET,
     MAX_OUTPUT,
@@ -29,7 +29,6 @@ from trtllm_vattn.bench.harness.flags import (
     add_common,
     rate,
 )
-from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.serving import Load, arrival_times, report, serve
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
@@ -48,20 +47,10 @@ FULL = 0.9
 """Of the most tokens a pass: passes of more than that count as full."""
 LONGEST = 8
 """Steps that are named with what they held."""
-COLUMNS = {
-    "tokens a pass": "max_step_tokens",
-    "load": "load",
-    "total tok/s": "total_token_throughput:,.0f",
-    "TTFT p50 ms": "median_ttft_ms:,.1f",
-    "TTFT p99": "p99_ttft_ms:,.1f",
-    "ITL p50 ms": "median_itl_ms:,.1f",
-    "ITL p99": "p99_itl_ms:,.1f",
-    "E2EL p99": "p99_e2el_ms:,.0f",
-    "full passes": "full.passes",
-    "ms": "full.wall_ms.p50:.2f",
-    "their tok/s": "full.tokens_per_s:,.0f",
-    "host s": "host_s:.2f",
-}
+COLUMNS = (
+    "max_step_tokens load total_token_throughput median_ttft_ms p99_ttft_ms median_itl_ms p99_itl_ms p99_e2el_ms "
+    "full.passes full.wall_ms.p50 full.tokens_per_s host_s"
+)
 
 
 def load_of(text: str) -> tuple[Path | None, int, float]:
@@ -77,17 +66,16 @@ def load_of(text: str) -> tuple[Path | None, int, float]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the experiment."""
-    gpu, add = add_common(parser), parser.add_argument
+    add = adder(parser, add_common(parser))
     add_attention(parser)
-    text = "most tokens of a pass, one engine each"
-    add("--sizes", type=numbers, default="2048,4096,8192" if gpu else "32,64", metavar="TOKENS,...", help=text)
+    add("--sizes", "TOKENS,...", "most tokens of a pass, one engine each", "2048,4096,8192", "32,64")
     text = "a trace (or `generated`), how many of its requests, and how many of them come a second, or inf"
-    usual = ["generated:8:inf", "generated:4:50"]
-    add("--loads", type=load_of, nargs="+", default=[*map(load_of, usual)], metavar="TRACE:REQUESTS:RATE", help=text)
-    add("--max-output", type=positive, default=4096 if gpu else 12, metavar="TOKENS", help=MAX_OUTPUT)
-    add("--max-seq-len", type=positive, default=8192 if gpu else 256, metavar="TOKENS", help=MAX_SEQ_LEN)
-    add("--max-seqs", type=positive, default=256 if gpu else 6, metavar="SEQUENCES", help=MAX_SEQS)
-    add("--budget", type=size, default="96GiB" if gpu else "4MiB", metavar="BYTES", help=BUDGET)
+    loads = [*map(load_of, ["generated:8:inf", "generated:4:50"])]
+    parser.add_argument("--loads", type=load_of, nargs="+", default=loads, metavar="TRACE:REQUESTS:RATE", help=text)
+    add("--max-output", "TOKENS", MAX_OUTPUT, 4096, 12)
+    add("--max-seq-len", "TOKENS", MAX_SEQ_LEN, 8192, 256)
+    add("--max-seqs", "SEQUENCES", MAX_SEQS, 256, 6)
+    add("--budget", "BYTES", BUDGET, "96GiB", "4MiB")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from random_reads import check_size, reader
 
-from trtllm_vattn.arguments import positive, probability, sizes
+from trtllm_vattn.arguments import adder
+from trtllm_vattn.bench.harness.case import Part, Recording
 from trtllm_vattn.bench.harness.flags import add_device, add_results
-from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.timing import summarise, timed_ms
 from trtllm_vattn.cache.calibrated import card_of
 from trtllm_vattn.cli.parser import run_script
@@ -36,14 +36,7 @@ READ_AT_ONCE = 1 << 30
 ON_HOST = 1 << 16
 SPARE = 4 << 30
 """Bytes of the device that stay free: for the context, kernels and the rows' addresses."""
-COLUMNS = {
-    "GB": "working_set_gb:.1f",
-    "hot GB": "hot_gb:.1f",
-    "bytes a read": "read_bytes",
-    "arrangement": "arrangement",
-    "GB/s": "gb_per_s:,.1f",
-    "by the formula": "planned_gb_per_s:,.1f",
-}
+COLUMNS = "working_set_gb hot_gb read_bytes arrangement gb_per_s planned_gb_per_s"
 
 
 class Arrangement(NamedTuple):
@@ -55,13 +48,13 @@ class Arrangement(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the experiment."""
-    gpu, add = add_device(parser), parser.add_argument
+    add = adder(parser, gpu := add_device(parser))
     usual = "64GiB,112GiB" if gpu else "1MiB"
-    add("--working-sets", type=sizes, default=usual, metavar="BYTES,...", help="that is read at random, all of it")
-    add("--hot-pages", type=probability, default=0.2, metavar="SHARE", help="part of the pages that are hot")
-    add("--hot-reads", type=probability, default=0.9, metavar="SHARE", help="part of the reads that are theirs")
-    add("--read-bytes", type=sizes, default="128,512,2048", metavar="BYTES,...", help="sizes of reads")
-    add("--repeats", type=positive, default=5, metavar="TIMES", help="times that each reading is timed")
+    add("--working-sets", "BYTES,...", "that is read at random, all of it", usual)
+    add("--hot-pages", "SHARE", "part of the pages that are hot", 0.2)
+    add("--hot-reads", "SHARE", "part of the reads that are theirs", 0.9)
+    add("--read-bytes", "BYTES,...", "sizes of reads", "128,512,2048")
+    add("--repeats", "TIMES", "times that each reading is timed", 5)
     add_results(parser)
 
 

@@ -11,7 +11,6 @@ same memory say what the hardware does. What does not fit, or would take too lon
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,14 +23,12 @@ import torch
 from random_reads import check_size, random_rows, reader
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import HEADS, amount, heads, non_negative, numbers, positive, sizes
+from trtllm_vattn.arguments import HEADS, adder, heads, non_negative
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.select import make_attention
-from trtllm_vattn.bench.cases.attention import fill
-from trtllm_vattn.bench.harness.bandwidth import attention_bandwidth
-from trtllm_vattn.bench.harness.case import conclude
+from trtllm_vattn.bench.harness.case import conclude, give_back
 from trtllm_vattn.bench.harness.flags import add_attention, add_device, add_results, dtype_of
-from trtllm_vattn.bench.harness.timing import summarise, timed_ms
+from trtllm_vattn.bench.harness.timing import attention_bandwidth, fill_random, refusal, summarise, timed_ms
 from trtllm_vattn.bench.publish.plots import pyplot, save
 from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.config import CacheConfig
@@ -39,7 +36,7 @@ from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.paged import PagedCache
 from trtllm_vattn.cli.parser import run_script
 from trtllm_vattn.errors import KVCacheOutOfMemory, VattnError
-from trtllm_vattn.table import table
+from trtllm_vattn.table import tabulate
 from trtllm_vattn.verify.workload import CacheWorkload
 from trtllm_vattn.vmm.open import open_driver
 
@@ -53,27 +50,25 @@ SPARE = 2 << 30
 
 SINGLE_PAGES = CacheConfig(extent_classes=1, lookahead=0)
 """Backed by single pages, so that their order can be chosen."""
+COLUMNS = "context sequences working_set_gb system gb_per_s"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the experiment."""
-    gpu, add = add_device(parser), parser.add_argument
+    add = adder(parser, gpu := add_device(parser))
     add_attention(parser)
-    add("--heads", type=heads, default="32,8,128" if gpu else "2,1,16", metavar="Q,KV,SIZE", help=HEADS)
-    add("--layers", type=positive, default=32 if gpu else 4, metavar="LAYERS", help="the working set is all of them")
+    add("--heads", "Q,KV,SIZE", HEADS, "32,8,128", "2,1,16", type=heads)
+    add("--layers", "LAYERS", "the working set is all of them", 32, 4)
     text = "layouts by layers that share a token's row; the last one in all orders of pages"
-    add("--layers-per-range", type=numbers, default="1,8,16,32" if gpu else "1,4", metavar="LAYERS,...", help=text)
-    text = "tokens of each sequence"
-    add("--contexts", type=numbers, default="2048,16384,131072" if gpu else "100", metavar="TOKENS,...", help=text)
+    add("--layers-per-range", "LAYERS,...", text, "1,8,16,32", "1,4")
+    add("--contexts", "TOKENS,...", "tokens of each sequence", "2048,16384,131072", "100")
     usual = "1GiB,16GiB,32GiB,64GiB,102GiB,121GiB" if gpu else "500000"
-    add("--working-sets", type=sizes, default=usual, metavar="BYTES,...", help="of K and V, all layers together")
-    text = "tokens of a block of block tables"
-    add("--blocks", type=numbers, default="16,64" if gpu else "16", metavar="TOKENS,...", help=text)
-    add("--read-bytes", type=sizes, default="512,4096,32768", metavar="BYTES,...", help="sizes of plain random reads")
-    text = "sequences of each slot that come and go before 'after churn'"
-    add("--churn", type=non_negative, default=10, metavar="SEQUENCES", help=text)
-    add("--repeats", type=positive, default=5, metavar="TIMES", help="times that each point is timed")
-    add("--most-seconds", type=amount, default=600.0, metavar="SECONDS", help="what would begin later is left out")
+    add("--working-sets", "BYTES,...", "of K and V, all layers together", usual)
+    add("--blocks", "TOKENS,...", "tokens of a block of block tables", "16,64", "16")
+    add("--read-bytes", "BYTES,...", "sizes of plain random reads", "512,4096,32768")
+    add("--churn", "SEQUENCES", "sequences of each slot that come and go before 'after churn'", 10, type=non_negative)
+    add("--repeats", "TIMES", "times that each point is timed", 5)
+    add("--most-seconds", "SECONDS", "what would begin later is left out", 600.0)
     add_results(parser, plots=True)
 
 
@@ -106,10 +101,8 @@ class Sweep:
             yield left
         except (RuntimeError, VattnError, TimeoutError) as error:
             for name in left:
-                self.skip(str(error).strip().splitlines()[0][:200], system=name, **at)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+                self.skip(refusal(error), system=name, **at)
+        give_back()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         "skipped": len(sweep.skipped),
     }
     program = "python scripts/experiments/tlb.py"
-    return conclude("tlb", args, results, summary, _show(sweep.attention), plot_tlb, program=program)
+    return conclude("tlb", args, results, summary, tabulate(sweep.attention, COLUMNS), plot_tlb, program=program)
 
 
 def _shape(args: argparse.Namespace, gb: float, context: int) -> tuple[CacheShape | None, str]:
@@ -235,7 +228,7 @@ def _blocks(sweep: Sweep, shape: CacheShape, at: dict[str, Any]) -> None:
 
 def _attend(args: argparse.Namespace, attention: Attention) -> dict[str, Any]:
     cache = attention.cache
-    fill(attention, np.full(cache.shape.num_slots, cache.shape.max_seq_len))
+    fill_random(attention, np.full(cache.shape.num_slots, cache.shape.max_seq_len))
     measured = attention_bandwidth(attention, cache.lengths, args.repeats)
     rates: Any = measured["bytes_per_s"]
     return {"gb_per_s": rates["p50"] / 1e9, "bytes_per_s": rates, **_placement(cache)}
@@ -305,21 +298,6 @@ def _summary(rows: list[dict[str, Any]], reads: list[dict[str, Any]], g: int) ->
     return out
 
 
-def _show(rows: list[dict[str, Any]]) -> str:
-    systems = list(dict.fromkeys(row["system"] for row in rows))
-    points = list(dict.fromkeys((row["context"], row["working_set_gb"], row["sequences"]) for row in rows))
-    cells = {(r["context"], r["working_set_gb"], r["system"]): r.get("gb_per_s") for r in rows}
-
-    def cell(context: int, gb: float, system: str) -> str:
-        rate = cells.get((context, gb, system))
-        return "-" if rate is None else f"{rate:,.1f}"
-
-    return table(
-        ["sequences x tokens", "GB", *systems],
-        [[f"{n} x {c}", f"{gb:.3g}", *(cell(c, gb, system) for system in systems)] for c, gb, n in points],
-    )
-
-
 def plot_tlb(result: dict[str, Any], path: Path) -> None:
     """Draw bandwidth against the working set, of attention by context and of plain reads by size. Raises ConfigError
     without matplotlib."""
@@ -348,9 +326,7 @@ def _by_working_set(axis: Any, rows: list[dict[str, Any]]) -> None:
         found = sorted((row["working_set_gb"], row["gb_per_s"]) for row in rows if row["system"] == system)
         dashed = "--" if system.startswith("blocks") else "-"
         axis.plot(*zip(*found, strict=True), dashed, marker=".", linewidth=0.9, label=system, color=colours(number))
-    axis.set_xlabel("working set, GB")
-    axis.set_ylabel("GB/s")
-    axis.set_ylim(bottom=0)
+    axis.set(xlabel="working set, GB", ylabel="GB/s", ylim=(0, None))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ import numpy as np
 
 from trtllm_vattn.arguments import amount, numbers, output, positive, seed
 from trtllm_vattn.bench.harness.flags import add_trace, plot
-from trtllm_vattn.bench.harness.report import Result, write
+from trtllm_vattn.bench.harness.report import result_of, write
 from trtllm_vattn.bench.harness.traces import Request, fit, load_trace
 from trtllm_vattn.memory.pool import CLASSES
 from trtllm_vattn.transfer.ucx import nixl_installed
@@ -278,8 +278,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             p99 = [row["transfer_p99_s"] for row in served]
             axes[1].plot([row["prefill"] for row in served], p99, style, color=color, label=label)
     axes[0].set_ylabel("requests/s within the objectives")
-    axes[1].set_ylabel("p99 from prefill's end to arrival, s")
-    axes[1].set_yscale("log")
+    axes[1].set(ylabel="p99 from prefill's end to arrival, s", yscale="log")
     for axis in axes:
         axis.set_xlabel(f"nodes that prefill, of {NODES}")
     axes[0].legend(fontsize=7)
@@ -334,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.output_json:
         results = {"inputs": inputs, "runs": rows, "executed": False}
         program = "python scripts/experiments/transfer_at_64_nodes.py"
-        write(Result.of("transfer_at_64_nodes", args, results, told, program), args.output_json)
+        write(result_of("transfer_at_64_nodes", args, results, told, program), args.output_json)
     if args.plot:
         draw(rows, args.plot)
     return 0

@@ -76,7 +76,7 @@ def test_start_sizes_after_capturing(tmp_path: Path, monkeypatch: pytest.MonkeyP
             started.append(run(command, **options))
         return started[0]
 
-    monkeypatch.setattr("trtllm_vattn.bench.cases.startup.subprocess.run", once)
+    monkeypatch.setattr("trtllm_vattn.bench.harness.case.subprocess.run", once)
     report = tmp_path / "start.json"
     command = ["bench", "start", *HOST, "--budgets", "4MiB,12MiB,4MiB", "--output-json", str(report)]
     assert main(command) == 0

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from trtllm_vattn.bench.cases import decode_attention, prompt_attention
+from trtllm_vattn.bench.cases import attention, decode_attention, prompt_attention
+from trtllm_vattn.bench.harness.timing import Kernels
 
 
 def test_even_and_uneven_batches_are_timed_with_one_query_and_with_four() -> None:
-    result = decode_attention.decode_points("cpu", [4, 2, 16], torch.float32, repeats=1, picks=3, seed=0)
+    result = decode_attention.decode_points(Kernels("cpu", [4, 2, 16], torch.float32, 1), picks=3, seed=0)
     assert {(row["point"], row["system"], row["queries"]) for row in result["points"]} == {
         (point, "shares", queries) for point in decode_attention.ON_HOST for queries in (1, 4)
     }
     assert not result["refused"]
     assert {row["layer_bytes"] for row in result["points"] if row["point"] == "4 x 40"} == {160 * 2 * 2 * 16 * 4}
     assert list(decode_attention.summary(result)) == ["queries_4_over_1"]
-    shown = decode_attention.show(result)
+    shown = attention.PARTS["decode"].show(result)
     assert "| 8 uneven" in shown
     assert "vllm-fa3: FlashAttention-3 needs a GPU" in shown
 
@@ -58,7 +59,7 @@ def test_vllms_kernel_is_compared_where_it_is_there() -> None:
 
 
 def test_what_was_refused_is_not_summed_up() -> None:
-    result = decode_attention.decode_points("cpu", [4, 3, 16], torch.float32, repeats=1, picks=1, seed=0)
+    result = decode_attention.decode_points(Kernels("cpu", [4, 3, 16], torch.float32, 1), picks=1, seed=0)
     assert set(result["refused"]) == set(decode_attention.ON_HOST)
     assert decode_attention.summary(result) == {}
 
@@ -76,13 +77,13 @@ def test_random_batches_are_of_many_kinds_and_fit() -> None:
 
 
 def test_prompts_are_measured_by_whoever_is_there() -> None:
-    result = prompt_attention.prompt_points("cpu", [4, 2, 16], torch.float32, repeats=1)
+    result = prompt_attention.prompt_points(Kernels("cpu", [4, 2, 16], torch.float32, 1))
     assert [(row["rows"], row["length"], row["kernel"]) for row in result["points"]] == [
         (*point, "torch") for point in prompt_attention.ON_HOST
     ]
     assert set(result["missing"]) == {"vllm-fa3", "flashinfer-fa3"}
     assert prompt_attention.summary(result) == {}, "no chunk of 2,048 tokens on the host"
-    assert "flashinfer-fa3: FlashAttention-3 needs a GPU" in prompt_attention.show(result)
+    assert "flashinfer-fa3: FlashAttention-3 needs a GPU" in attention.PARTS["prompts"].show(result)
 
 
 def test_the_fastest_kernel_that_reads_fixed_addresses_is_named() -> None:

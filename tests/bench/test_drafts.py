@@ -67,4 +67,4 @@ def test_it_is_measured_with_and_without_drafts(
     assert wanted <= summary.keys()
     assert 0 < summary["rollback_us"] < 1000
     assert summary["text"] == "scripted"
-    assert "accepted a step" in capsys.readouterr().out
+    assert "accepted_per_step" in capsys.readouterr().out

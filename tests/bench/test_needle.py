@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from trtllm_vattn.bench.cases.needle import ASK, KEYS, VALUES, measured, needles, trained_model
-from trtllm_vattn.bench.publish.compression import plot_compression
+from trtllm_vattn.bench.publish.plots import plot_compression
 
 PAIRS = 16
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from trtllm_vattn.bench.cases import serve_peer
-from trtllm_vattn.bench.harness import recording
+from trtllm_vattn.bench.harness import case
 from trtllm_vattn.bench.harness.peer import PEERS, Peer, check_tokens, fit_together, visible, write_config
 from trtllm_vattn.bench.harness.serving import Load, Served
 from trtllm_vattn.bench.harness.traces import Request
@@ -140,7 +140,7 @@ def test_a_peer_that_is_not_there_is_refused_at_the_door(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["bench", "serve", "--device", "cpu", "--model", "tiny-llama", "--peer", "vllm"]
-    monkeypatch.setattr(recording, "model_of", lambda args: pytest.fail("nothing is loaded before"))
+    monkeypatch.setattr(case, "model_of", lambda args: pytest.fail("nothing is loaded before"))
     assert main([*command, "--peer-path", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert f"vllm is not installed for {sys.executable}; install it, or say where by --peer-python" in said
@@ -301,7 +301,7 @@ class Stub:
 def test_engines_that_do_not_fit_together_are_made_for_their_turns(together: bool) -> None:
     told: list[str] = []
     args = argparse.Namespace(burstiness=1.0, seed=0, max_seq_len=64, goodput=None, peer="b", output_json=None)
-    kept = recording.Recording("serve", args)
+    kept = case.Recording("serve", args)
     turns = serve_peer.Turns([Stub("a", told), Stub("b", told)], kept, 512, together)
     for number in range(2):
         turns.take([((name, [Request(0.0, 5, 2)] * 3), math.inf) for name in ("x", "y")], number, "offline")

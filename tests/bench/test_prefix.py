@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from trtllm_vattn.bench.cases import prefix
-from trtllm_vattn.bench.cases.reuse_ways import plot_ways
 from trtllm_vattn.bench.harness.ideal_tree import IdealTree
 from trtllm_vattn.bench.harness.retained_pages import RetainedPages
-from trtllm_vattn.bench.harness.traces import Request
-from trtllm_vattn.bench.harness.turns import agent_turns, from_trace
+from trtllm_vattn.bench.harness.traces import Request, agent_turns, from_trace
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
 
@@ -148,31 +146,24 @@ def test_ascending_extents_are_no_larger_than_what_lies_before_them() -> None:
     pages.check()
 
 
-def test_an_engine_with_and_without_reuse_is_measured(tmp_path: Path) -> None:
-    report = tmp_path / "reuse.json"
-    command = ["bench", "reuse", "--device", "cpu", "--model", "tiny-llama", "--requests", "8", "--steps", "6"]
-    assert main([*command, "--max-seqs", "2", "--output-json", str(report)]) == 0
+def test_requests_that_share_nothing_are_measured_with_and_without_reuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(prefix.ENGINE, "host", {**prefix.ENGINE["host"], "max_seqs": 2, "steps": 6})
+    report, plot = tmp_path / "prefix.json", tmp_path / "ways.png"
+    command = ["bench", "prefix", "--device", "cpu", "--parts", "alone,unlike", "--engine-requests", "8"]
+    assert main([*command, "--output-json", str(report), "--plot", str(plot)]) == 0
     found = json.loads(report.read_text())
-    runs = {(row["workload"], row["engine"]): row for row in found["results"]["runs"]}
-    assert runs["agents", "reuse"]["cached_tokens"] > 0
-    assert runs["agents", "block tables"]["cached_tokens"] > 0
-    assert runs["unlike", "reuse"]["cached_tokens"] == runs["unlike", "block tables"]["cached_tokens"] == 0
-    assert runs["agents", "no reuse"]["hit_rate"] == 0
-    assert "incomplete" not in found["summary"]
+    engines = {row["engine"]: row for row in found["results"]["engines"]}
+    assert engines["reuse"]["cached_tokens"] == engines["block tables"]["cached_tokens"] == 0
+    assert engines["no reuse"]["hit_rate"] == 0
     ways = found["results"]["ways"]
     assert {row["way"] for row in ways} == {"alias", "copy", "reach", "recompute"}
     assert sum(row["chosen"] for row in ways) == len({row["tokens"] for row in ways})
     assert found["summary"]["driver_calls_per_steady_step"] == 0
-    wanted = {
-        "throughput_over_no_reuse",
-        "throughput_over_block_tables",
-        "throughput_over_no_reuse_unlike",
-        "ttft_hit_over_step",
-        "hit_rate_agents",
-    }
-    assert wanted | {"chosen_way_over_cheapest"} <= set(found["summary"])
-    plot_ways(found, tmp_path / "reuse.png")
-    assert (tmp_path / "reuse.png").stat().st_size > 1000
+    wanted = {"throughput_over_no_reuse_unlike", "ttft_hit_over_step", "chosen_way_over_cheapest"}
+    assert wanted <= set(found["summary"])
+    assert plot.stat().st_size > 1000
 
 
 def test_samples_of_one_prompt_are_measured_beside_one(tmp_path: Path) -> None:
@@ -192,7 +183,10 @@ def test_one_result_has_hits_and_what_an_engine_makes_of_them(tmp_path: Path, mo
     report = tmp_path / "prefix.json"
     command = ["bench", "prefix", "--device", "cpu", "--parts", "engine,hits", "--requests", "40"]
     assert main([*command, "--engine-requests", "4", "--output-json", str(report)]) == 0
-    summary = json.loads(report.read_text())["summary"]
+    found = json.loads(report.read_text())
+    summary, engines = found["summary"], {row["engine"]: row for row in found["results"]["engines"]}
+    assert engines["reuse"]["cached_tokens"] > 0
+    assert engines["block tables"]["cached_tokens"] > 0
     wanted = {"hits_over_simulated", "driver_calls_per_steady_step", "ttft_hit_over_step"}
     parts = {"hit_mapping_ms", "hit_pass_ms", "hit_host_ms"}
     assert sum(summary[part] for part in parts) == pytest.approx(summary["ttft_hit_ms"], rel=0.5)

@@ -32,7 +32,7 @@ def test_a_documents_tables_are_those_of_the_results(document: Path) -> None:
 
 def test_every_table_is_in_a_document() -> None:
     shown = [name for document in DOCUMENTS for _, name in marked(document)]
-    assert set(shown) == set(TABLES)
+    assert set(TABLES) <= set(shown)
     assert marked(DOCUMENTS[0]) == [("h200", "headline")]
 
 
@@ -109,7 +109,7 @@ def test_a_card_names_its_folder(name: str | None, folder: str) -> None:
 
 
 def test_unknown_tables_and_missing_results_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no table 'nothing'; there are headline"):
+    with pytest.raises(ConfigError, match=r"no table 'nothing', nor .*nothing.json; there are headline"):
         render("<!-- table:h200/nothing -->\n<!-- /table -->", RESULTS, ROOT)
     with pytest.raises(ConfigError, match="cannot read the result"):
         render("<!-- table:h200/graph-steady -->\n<!-- /table -->", tmp_path, ROOT)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from trtllm_vattn.bench.harness.recording import Recording
+from trtllm_vattn.bench.harness.case import Recording
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from trtllm_vattn.bench.harness.report import Result, load, write
+from trtllm_vattn.bench.cases.prefix import ENGINE
+from trtllm_vattn.bench.harness.report import load, result_of, write
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.machine import commit, gpu, machine, versions
@@ -18,10 +19,10 @@ from trtllm_vattn.table import table, tabulate
 
 
 def test_a_result_carries_what_is_needed_to_repeat_it(tmp_path: Path) -> None:
-    result = Result.of("graph", argparse.Namespace(model="x", seed=7), {}, {"ratio": 1.5})
+    result = result_of("graph", argparse.Namespace(model="x", seed=7), {}, {"ratio": 1.5})
     write(result, tmp_path / "deep" / "result.json")
     loaded = load(tmp_path / "deep" / "result.json")
-    assert loaded == json.loads(json.dumps(result.as_dict()))
+    assert loaded == json.loads(json.dumps(result))
     assert loaded["seed"] == 7
     assert loaded["versions"]["torch"] == versions()["torch"] != "not installed"
     assert loaded["machine"]["cpus"] >= 1
@@ -60,6 +61,14 @@ def test_a_table_of_records_takes_paths_formats_and_functions() -> None:
         "| a    | 1.26 | -      | aa   |",
         "| b    | 3.00 | 2      | bb   |",
     ]
+    assert tabulate(rows, "name us.p50 device us.p99").splitlines() == [
+        "| name | us.p50 | device | us.p99 |",
+        "| ---- | -----: | ------ | ------ |",
+        "| a    |  1.256 | -      | -      |",
+        "| b    |      3 | 2      | -      |",
+    ]
+    row = {"us": {"p99.9": 12_345.6}, "same": True, "count": 9000}
+    assert tabulate([row], "us.p99.9 same count").splitlines()[2] == "|   12,346 | yes  | 9,000 |"
 
 
 def test_the_commit_is_unknown_outside_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,8 +90,8 @@ def test_a_machine_without_a_gpu_says_none() -> None:
     [
         ("compression", lambda args: args.context + 128),
         ("doors", lambda args: args.max_seq_len),
+        ("prefix", lambda args: ENGINE["gpu"]["max_seq_len"]),
         ("forks", lambda args: args.prompt + args.output_tokens),
-        ("reuse", lambda args: args.max_seq_len),
         ("serve", lambda args: args.max_seq_len),
         ("speculation", lambda args: args.context + args.output_tokens),
         ("stall", lambda args: args.prompt_tokens),

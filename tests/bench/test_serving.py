@@ -152,7 +152,7 @@ def test_requests_come_at_a_rate_with_goodput_and_a_plot(tmp_path: Path, capsys:
     assert row["seconds"] == row["duration"]
     assert sum(row["over_time"]["output_tokens_per_s"]) > 0
     assert plot.stat().st_size > 10_000
-    assert "goodput req/s" in capsys.readouterr().out
+    assert "request_goodput" in capsys.readouterr().out
 
 
 def test_all_at_once_is_an_infinite_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

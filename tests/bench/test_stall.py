@@ -84,5 +84,5 @@ def test_both_parts_are_measured_with_and_without_a_target(tmp_path: Path, capsy
     }
     assert stall.summary(rows[:3], 50.0)["itl_p99_ms_at_target_50"] == summary["itl_p99_ms_at_target_50"]
     shown = capsys.readouterr().out
-    assert "worst gap ms" in shown
-    assert "output tok/s" in shown
+    assert "worst_gap_ms" in shown
+    assert "output_throughput" in shown

@@ -6,18 +6,28 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from trtllm_vattn.bench.cases import decode as graph
 from trtllm_vattn.bench.cases import steady
-from trtllm_vattn.bench.cases.prompts import time_prompts
-from trtllm_vattn.bench.cases.steady import run_steady
+from trtllm_vattn.bench.cases.steady import run_steady, time_prompts
 from trtllm_vattn.bench.harness import contenders
 from trtllm_vattn.bench.harness.case import captured_graphs
-from trtllm_vattn.bench.harness.contenders import PROFILED, Contender, fill, replayed_steps, take_turns
-from trtllm_vattn.bench.harness.device_utilization import DeviceUtilization, covered, device_utilization, work_of
-from trtllm_vattn.bench.harness.lanes import empty_lanes, fill_lanes
+from trtllm_vattn.bench.harness.contenders import (
+    PROFILED,
+    Contender,
+    DeviceUtilization,
+    covered,
+    device_utilization,
+    empty_lanes,
+    fill,
+    fill_lanes,
+    replayed_steps,
+    take_turns,
+    work_of,
+)
 from trtllm_vattn.bench.publish import tables
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.runtime.binding import shape_of
@@ -62,7 +72,7 @@ def test_mappings_that_a_step_waited_for_are_counted_by_the_end_of_the_turns() -
     model = load_model("tiny-llama", "cpu", torch.float32)
     cache = make_cache("vattn", shape_of(model, 2, 512), "cpu", lookahead=0)
     with Engine(model, cache, attention="torch", compile=False, buckets=[2]) as engine:
-        fill(engine, 2, 120, 300, seed=0)
+        fill(engine, [120] * 2, 300, np.random.default_rng(0))
         contender = Contender("vattn", "captured", engine)
         take_turns([contender], 1, 40, "turns")
         assert 0 < contender.critical_path_maps == cache.stats().critical_path_maps

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trtllm_vattn.bench.cases.random_blocks import RandomBlocks
+from trtllm_vattn.bench.cases.xqa_parts import RandomBlocks
 from trtllm_vattn.cli.main import main
 
 HOST = ["--device", "cpu", "--model", "tiny-llama"]

@@ -39,6 +39,13 @@ def fill(cache: KVCache, sequence: SequenceId, tokens: range) -> None:
             views.v[place] = v
 
 
+def admit(cache: KVCache, sequence: SequenceId, tokens: int) -> int:
+    """Admit a sequence and write the pattern into its tokens; its slot."""
+    slot = cache.admit(sequence, tokens)
+    fill(cache, sequence, range(tokens))
+    return slot
+
+
 def expect(cache: KVCache, sequence: SequenceId, tokens: range, written_by: SequenceId | None = None) -> None:
     """All layers of some tokens hold the pattern, of the sequence itself or of the one that it was forked from; read
     in the slots that they lie in."""

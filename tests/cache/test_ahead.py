@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from contents import expect, fill
+from contents import admit, expect, fill
 from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -52,8 +52,7 @@ def test_steps_find_their_memory_there(driver: Driver) -> None:
         cache.start_thread()
         cache.start_thread()
         for sequence in range(3):
-            cache.admit(sequence, 30)
-            fill(cache, sequence, range(30))
+            admit(cache, sequence, 30)
         assert cache.wait_ahead()
         for length in range(30, 300):
             step(cache)
@@ -89,8 +88,7 @@ def test_it_rests_when_nothing_is_due(host_driver: HostDriver) -> None:
 @pytest.mark.parametrize("call", ["create", "map", "set_access"])
 def test_what_fails_in_the_thread_is_raised_by_the_next_call_and_tried_again(call: str, faulty: FaultyDriver) -> None:
     with KVCacheManager(LONG, faulty, 64 << 20, 4, lookahead=40) as cache:
-        cache.admit("a", 10)
-        fill(cache, "a", range(10))
+        admit(cache, "a", 10)
         cache.start_thread()
         assert cache.wait_ahead()
         frontier = int(cache.frontiers[0])
@@ -278,8 +276,7 @@ def test_the_thread_gives_a_surplus_found_at_adoption_to_the_stock(host_driver: 
         cache.release("gone")
         assert cache.wait_ahead()
         parked = cache.stats().parked_bytes
-        cache.admit("a", 600)
-        fill(cache, "a", range(600))
+        admit(cache, "a", 600)
         assert cache.wait_ahead()
         # What may still be read stays; it is nobody's all the same.
         assert (cache.arena.slots[0].mapped, cache.arena.pool.free_bytes) == (parked, 0)
@@ -302,8 +299,7 @@ def test_the_thread_gives_a_surplus_found_at_adoption_to_the_stock(host_driver: 
 
 def test_a_mapping_too_many_is_refused_before_the_driver_is_asked(host_driver: HostDriver) -> None:
     with KVCacheManager(LONG, host_driver, 64 << 20, 1, lookahead=0) as cache:
-        cache.admit("a", 50)
-        fill(cache, "a", range(50))
+        admit(cache, "a", 50)
         stats = cache.stats()
         assert stats.live_mappings == host_driver.live_mappings
         assert stats.max_mappings == host_driver.max_mappings

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from contents import expect, fill
+from contents import admit, expect, fill
 from shapes import SHAPE
 
 from trtllm_vattn.cache.blocks import BlockKVCache
@@ -30,11 +30,6 @@ def build(request: pytest.FixtureRequest, driver: Driver) -> Iterator[Callable[.
     yield make
     for cache in made:
         cache.close()
-
-
-def admit(cache: BlockKVCache, sequence: str, tokens: int) -> None:
-    cache.admit(sequence, tokens)
-    fill(cache, sequence, range(tokens))
 
 
 def test_the_table_is_affine_and_made_once(build: Callable[..., BlockKVCache]) -> None:

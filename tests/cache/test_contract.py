@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from contents import expect, fill
+from contents import admit, expect, fill
 
 from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
 from trtllm_vattn.cache.paged import PagedCache
@@ -34,15 +34,12 @@ def after(cache: KVCache, **lengths: int) -> np.ndarray:
 
 
 def test_sequences_hold_what_was_written_while_others_come_and_go(cache: KVCache) -> None:
-    cache.admit("a", 11)
-    fill(cache, "a", range(11))
-    cache.admit("b", 30)
-    fill(cache, "b", range(30))
+    admit(cache, "a", 11)
+    admit(cache, "b", 30)
     cache.prepare_step(after(cache, a=12, b=31))
     fill(cache, "a", range(11, 12))
     cache.release("b")
-    cache.admit("c", 50)
-    fill(cache, "c", range(50))
+    admit(cache, "c", 50)
     cache.extend("a", 20)
     fill(cache, "a", range(12, 32))
     cache.map_ahead()
@@ -84,8 +81,7 @@ def test_the_dummy_slot_takes_a_token_at_any_time(cache: KVCache) -> None:
 
 
 def test_truncating_keeps_the_memory_and_what_is_left(cache: KVCache) -> None:
-    cache.admit("a", 40)
-    fill(cache, "a", range(40))
+    admit(cache, "a", 40)
     frontier = cache.frontiers.copy()
     cache.truncate("a", 13)
     assert cache.lengths[cache.slot_of("a")] == 13
@@ -130,8 +126,7 @@ def test_stats_count_live_bytes(cache: KVCache) -> None:
 def test_what_cannot_be_done_is_refused_and_changes_nothing(
     cache: KVCache, call: Callable[[KVCache], object], error: type[VattnError], message: str
 ) -> None:
-    cache.admit("a", 10)
-    fill(cache, "a", range(10))
+    admit(cache, "a", 10)
     before = (cache.stats(), cache.lengths.tolist(), cache.frontiers.tolist())
     with pytest.raises(error, match=message):
         call(cache)
@@ -170,8 +165,7 @@ def test_a_closed_cache_refuses_everything_and_closes_again(cache: KVCache) -> N
 
 def test_memory_that_runs_out_takes_nothing_and_serves_what_fits(small: Callable[[int], KVCache]) -> None:
     cache = small(384)
-    cache.admit("a", 160)
-    fill(cache, "a", range(160))
+    admit(cache, "a", 160)
     before = cache.stats()
     with pytest.raises(KVCacheOutOfMemory):
         cache.admit("b", 320)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from contents import expect, fill
+from contents import admit, expect
 from interrupting import THOROUGH
 from shapes import SHAPE
 
@@ -52,11 +52,9 @@ def left(host: HostDriver) -> tuple[int, int, int]:
 def busy(driver: FaultyDriver, layers_per_range: int) -> KVCacheManager:
     config = CacheConfig(host_memory="1MiB")
     cache = KVCacheManager(SHAPE, driver, 90 * PAGE, layers_per_range, lookahead=4, config=config)
-    cache.admit("suspended", 9)
-    fill(cache, "suspended", range(9))
+    admit(cache, "suspended", 9)
     cache.suspend("suspended")
-    cache.admit("a", 20)
-    fill(cache, "a", range(20))
+    admit(cache, "a", 20)
     cache.fork("a", "shared", 20)
     cache.admit("parked", 20)
     cache.release("parked")
@@ -93,8 +91,7 @@ def test_any_call_and_any_that_undoes_it_may_fail(name: str, layers_per_range: i
                 cache.wake()
                 cache.check_integrity()
                 assert cache.stats().quarantined == 0
-                cache.admit("later", 50)
-                fill(cache, "later", range(50))
+                admit(cache, "later", 50)
                 expect(cache, "later", range(50))
                 cache.close()
                 assert left(host) == (0, 0, 0), (first, second, skip)

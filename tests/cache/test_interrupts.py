@@ -16,7 +16,7 @@ from time import monotonic, sleep
 
 import numpy as np
 import pytest
-from contents import expect, fill
+from contents import admit, expect, fill
 from interrupting import THOROUGH, instructions_of, interrupt_at, numbers, within
 from shapes import SHAPE
 
@@ -76,8 +76,7 @@ def started(kind: str, driver: HostDriver, threaded: bool = False) -> KVCache:
     if threaded:
         cache.start_thread()
     for sequence, tokens in (("a", 20), ("b", 9)):
-        cache.admit(sequence, tokens)
-        fill(cache, sequence, range(tokens))
+        admit(cache, sequence, tokens)
     if isinstance(cache, KVCacheManager):
         cache.fork("a", "shared", 20)
         cache.admit("parked", 20)
@@ -326,8 +325,7 @@ def test_an_interrupted_cache_that_is_reset_keeps_its_addresses(host_driver: Hos
         stats = cache.stats()
         assert (stats.sequences, stats.mapped_bytes, stats.parked_bytes) == (0, 0, 0)
         assert stats.budget_bytes == 90 * PAGE
-        cache.admit("a", 50)
-        fill(cache, "a", range(50))
+        admit(cache, "a", 50)
         expect(cache, "a", range(50))
         # What pads a batch is there.
         cache.layer(0).k[cache.dummy_slot, 0] = 1

@@ -14,7 +14,7 @@ from math import inf
 import numpy as np
 import pytest
 import torch
-from contents import expect, expect_in, fill
+from contents import admit, expect, expect_in, fill
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -569,8 +569,7 @@ def test_the_same_life_on_the_card() -> None:
 def test_the_model_itself_sees_a_wrong_byte() -> None:
     """A check that cannot fail proves nothing: one changed element is found."""
     with KVCacheManager(replace(SHAPE), HostDriver(), 1 << 20) as cache:
-        cache.admit(0, 5)
-        fill(cache, 0, range(5))
+        admit(cache, 0, 5)
         expect(cache, 0, range(5))
         cache.layer(2).v[0, 4, 1, 23] += 1
         with pytest.raises(AssertionError):

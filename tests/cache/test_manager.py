@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from contents import expect, fill
+from contents import admit, expect, fill
 from shapes import SHAPE
 
 from trtllm_vattn.cache.base import CacheShape
@@ -316,8 +316,7 @@ def test_a_surplus_that_others_took_first_is_not_looked_for_again(host_driver: H
 
 def test_memory_kept_back_follows_its_sequence_to_another_slot(host_driver: HostDriver) -> None:
     with parked(host_driver, 1 << 20, 30) as cache:
-        cache.admit("a", 20)
-        fill(cache, "a", range(20))
+        admit(cache, "a", 20)
         cache.move("a", 2)
         assert cache.frontiers.tolist() == [0, 0, 21, 0]
         cache.check_integrity()

@@ -8,7 +8,7 @@ from threading import get_ident
 from time import monotonic, sleep
 
 import pytest
-from contents import expect, fill
+from contents import admit, expect
 from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -73,8 +73,7 @@ def test_a_device_without_memory_ends_the_stocking_quietly() -> None:
 def test_idle_memory_goes_back_to_the_driver_but_for_the_floor(host_driver: HostDriver) -> None:
     floor = 10 * PAGE
     with KVCacheManager(LONG, host_driver, 64 << 20, 4, 0, idle_after_s=0.5, idle_floor=floor) as cache:
-        cache.admit("kept", 500)
-        fill(cache, "kept", range(500))
+        admit(cache, "kept", 500)
         cache.admit("gone", 1000)
         cache.release("gone")
         parked = cache.stats().parked_bytes

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from contents import expect, fill
+from contents import admit, expect, fill
 from shapes import SHAPE
 
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -45,12 +45,6 @@ def build(request: pytest.FixtureRequest, driver: Driver) -> Iterator[Callable[.
 def serials(cache: KVCacheManager, sequence: str) -> list[int]:
     stripes = cache.arena.slots[cache.slot_of(sequence)].stripes
     return [mapping.extent.serial for stripe in stripes for mapping in stripe]
-
-
-def admit(cache: KVCacheManager, sequence: str, tokens: int) -> int:
-    slot = cache.admit(sequence, tokens)
-    fill(cache, sequence, range(tokens))
-    return slot
 
 
 def lane(guard: Guard, slot: int, length: int) -> None:

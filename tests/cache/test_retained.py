@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from contents import expect, expect_in, fill
+from contents import admit, expect, expect_in, fill
 from failing import fail_each_call
 from shapes import SHAPE
 
@@ -38,12 +38,6 @@ PAGES = CacheConfig(extent_classes=1, lookahead=0, layers_per_range=4)
 def cache(host_driver: HostDriver) -> Iterator[KVCacheManager]:
     with KVCacheManager(SHAPE, host_driver, 60 * PAGE, config=PAGES) as made:
         yield made
-
-
-def admit(cache: KVCache, sequence: str, tokens: int) -> int:
-    slot = cache.admit(sequence, tokens)
-    fill(cache, sequence, range(tokens))
-    return slot
 
 
 def retain(cache: KVCache, sequence: str, tokens: int) -> RetainedSlot:

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from contents import expect, fill
+from contents import admit, expect, fill
 from failing import fail_each_call
 from shapes import SHAPE
 
-from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.blocks import BlockKVCache
 from trtllm_vattn.cache.config import CacheConfig, Layout
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -35,12 +34,6 @@ def cache(request: pytest.FixtureRequest, host_driver: HostDriver) -> Iterator[K
     config = replace(PAGES, layers_per_range=request.param)
     with KVCacheManager(SHAPE, host_driver, 400 * PAGE, config=config) as made:
         yield made
-
-
-def admit(cache: KVCache, sequence: str, tokens: int) -> int:
-    slot = cache.admit(sequence, tokens)
-    fill(cache, sequence, range(tokens))
-    return slot
 
 
 def check(guard: Guard, slot: int, length: int, position: int) -> None:

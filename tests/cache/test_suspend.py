@@ -9,7 +9,7 @@ from time import perf_counter
 import numpy as np
 import pytest
 import torch
-from contents import expect, expect_in, fill
+from contents import admit, expect, expect_in, fill
 from failing import fail_each_call
 from shapes import SHAPE
 
@@ -52,12 +52,6 @@ def build(request: pytest.FixtureRequest, driver: Driver) -> Iterator[Callable[.
     yield make
     for cache in made:
         cache.close()
-
-
-def admit(cache: KVCacheManager, sequence: str, tokens: int) -> int:
-    slot = cache.admit(sequence, tokens)
-    fill(cache, sequence, range(tokens))
-    return slot
 
 
 def addresses(cache: KVCacheManager) -> list[int]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contents import expect, fill
+from contents import admit, expect, fill
 from shapes import SHAPE
 
 from trtllm_vattn.cache.base import CacheShape
@@ -18,8 +18,7 @@ def test_a_sequence_holds_a_page_in_each_tensor_and_every_page_is_mapped_alone(d
     with vattention_paper(SHAPE, counting, 1 << 30) as cache:
         assert cache.layout.num_ranges == 2 * SHAPE.num_layers
         before = dict(counting.calls)
-        cache.admit("a", 1)
-        fill(cache, "a", range(1))
+        admit(cache, "a", 1)
         assert cache.stats().mapped_bytes == 2 * SHAPE.num_layers * granularity
         new = {name: counting.calls[name] - before.get(name, 0) for name in ("create", "map", "set_access")}
         assert new == dict.fromkeys(("create", "map", "set_access"), 2 * SHAPE.num_layers)

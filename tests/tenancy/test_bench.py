@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trtllm_vattn.bench.cases.tenancy import Watched, add_arguments, serve_all
-from trtllm_vattn.bench.harness.recording import Recording
+from trtllm_vattn.bench.harness.case import Recording
 from trtllm_vattn.cli.main import main
 
 

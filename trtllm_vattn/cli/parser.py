@@ -52,7 +52,6 @@ BENCHMARKS = {
     "tune": "search kernels of a single token's step several times; keep what made the fastest as data",
     "prefix": "what prompts share, found again in slots: beside an ideal tree of the same memory; on any machine",
     "tiers": "keys and values in host memory: copies beside the link, sleep and wake, twice the sequences memory holds",
-    "reuse": "prompts that share what they begin with, by an engine with and without prefix cache",
     "doors": "HTTP, killed clients, sampling parameters, new weights, deterministic engines: costs, right tokens",
     "forks": "several samples of one long prompt: memory and steps beside one sample",
     "compression": "caches that keep less: windows of some layers, keys and values of eight bits, fewer tokens",

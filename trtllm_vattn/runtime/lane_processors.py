@@ -20,7 +20,7 @@ which waits for the forward pass and for that copy:
     host      launch forward n+1 |  take tokens n, masks n+1, launch choice n+1, launch forward n+2 | ...
 
 The device waits for the host only where what the host does in a step takes longer than a forward pass and a choice.
-Logits pass from one graph to the other in a buffer of fixed address, float32 as `process` takes them, so that one graph
+Logits pass from one graph to the other in a buffer of fixed address, so that one graph
 of the choice stands behind decode steps and passes with prompts alike, and one forward pass before every kind of
 choice. All lanes of the batch go this way, those without a grammar too, with the same operations on the same numbers.
 A captured pass with prompts is a forward pass always, and without a grammar its choice is launched right behind it.
@@ -235,7 +235,7 @@ class LaneProcessors:
         self.unread: list[torch.Tensor] = []
         """Of these, what launches leave to be fetched: log-probabilities by step and lane (`of_logits`)."""
         self.logits = torch.empty(0)
-        """What forward passes leave to who chooses tokens, float32 ``[lanes, vocab]``; empty until `require_logits`."""
+        """What forward passes leave to who chooses tokens, ``[lanes, vocab]``; empty until `require_logits`."""
         self._grammars: dict[int, tuple[Grammar, Sequence[int]]] = {}
         """By slot, those of lanes, and the tokens that their requests have chosen."""
         self._staged = torch.empty(0)
@@ -255,10 +255,10 @@ class LaneProcessors:
             gpu = self._device.type == "cuda"
             self._staged = torch.full(self._masks.shape, -1, dtype=torch.int32, pin_memory=gpu)
 
-    def require_logits(self, vocab_size: int) -> None:
+    def require_logits(self, vocab_size: int, dtype: torch.dtype = torch.float32) -> None:
         """Make what forward passes leave logits in, unless it is there. Raises as `require`."""
         if not self.logits.numel():
-            self.logits = torch.zeros(self._lanes, vocab_size, device=self._device)
+            self.logits = torch.zeros(self._lanes, vocab_size, dtype=dtype, device=self._device)
 
     def _make_tables(self, vocab_size: int) -> None:
         rows, words, most = self._lanes + 1, -(-vocab_size // 32), min(MOST_LOGPROBS, vocab_size)

@@ -56,8 +56,8 @@ def fill_rows(rows: torch.Tensor, lengths: torch.Tensor, inputs: torch.Tensor, l
 
 
 class PassGraphs:
-    """Captures and replays passes over the lanes of a `DecodeBatch`. Raises ConfigError where the attention backend
-    does not read descriptors."""
+    """Captures and replays passes over the lanes of a `DecodeBatch`. To be made once
+    decode steps are captured. Raises ConfigError where the attention backend does not read descriptors."""
 
     def __init__(self, decode: DecodeBatch, prefill: Prefill, fill: Callable[..., None] = fill_rows) -> None:
         attention = decode.attention
@@ -75,13 +75,15 @@ class PassGraphs:
         lane_of_row[:] = -1
         numbers.reshape(5, -1)[3] = cache.dummy_slot
         self._static = upload(self._idle, cache.device)
-        decode.processors.require_logits(int(decode.model.config.get_text_config().vocab_size))
+        # Decode steps are captured already: what chooses tokens is compiled for logits as they give them.
+        (logits,) = decode.runner.replay(decode.runner.buckets[0])
+        decode.processors.require_logits(logits.shape[1], logits.dtype)
         static = [*decode.static, self._static, decode.processors.logits]
         self.runner = GraphRunner(self._pass, rows, static, cache.device, pool=decode.runner.pool)
 
     def likely(self) -> Iterator[tuple[GraphRunner, int]]:
         """Choices of tokens that may be wanted without having been (likely.py): those of lanes that sample."""
-        rows = sampled_rows(int(self.decode.model.config.get_text_config().vocab_size))
+        rows = sampled_rows(self.decode.processors.logits.shape[1])
         chooser = self.decode.chooser(StepKind(sampled=True, truncated=True))
         yield from ((chooser, bucket) for bucket in few_buckets(chooser.buckets, rows))
 
@@ -93,9 +95,8 @@ class PassGraphs:
         the rungs, its `replay_s` of a few of them."""
         array = self._idle.copy()
         # Rows that are all alike take a GPU less power, and so less time, than those of a prompt.
-        vocab = int(self.decode.model.config.get_text_config().vocab_size)
         tokens = self._parts(array)[0].reshape(3, -1)[1]
-        tokens[:] = np.random.default_rng(0).integers(0, vocab, len(tokens))
+        tokens[:] = np.random.default_rng(0).integers(0, self.decode.processors.logits.shape[1], len(tokens))
         self._static.copy_(upload(array, self._static.device))
         try:
             report = self.runner.capture(timed={self.runner.bucket_for(min(rows, self._most)) for rows in TIMED_ROWS})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -19,55 +19,44 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import HEADS, heads, numbers, positive
+from trtllm_vattn.arguments import HEADS, adder, heads
 from trtllm_vattn.attention.base import Attention, PrefillChunk
 from trtllm_vattn.attention.select import make_attention
-from trtllm_vattn.bench.cases import attention_features, decode_attention, prompt_attention, uneven_step
-from trtllm_vattn.bench.harness.bandwidth import attention_bandwidth
-from trtllm_vattn.bench.harness.flags import (
-    add_attention,
-    add_device,
-    add_model,
-    add_parts,
-    add_results,
-    dtype_of,
-    points,
-)
-from trtllm_vattn.bench.harness.recording import Part, Recording
-from trtllm_vattn.bench.harness.timing import summarise, timed_ms
+from trtllm_vattn.bench.cases import attention_features, decode_attention, prompt_attention
+from trtllm_vattn.bench.harness import flags
+from trtllm_vattn.bench.harness.case import Part, Recording, engine_for
+from trtllm_vattn.bench.harness.contenders import Contender, Contest, fill, take_turns
+from trtllm_vattn.bench.harness.timing import Kernels, attention_bandwidth, fill_random, refusal, summarise, timed_ms
 from trtllm_vattn.bench.publish.plots import plot_attention
 from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
 from trtllm_vattn.cache.paged import PagedCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import VattnError
-from trtllm_vattn.table import table
+from trtllm_vattn.table import tabulate
 
 LAYERS = 8
 """One range of the default layout for Llama-3-8B's heads."""
+STEP_ROUNDS, PICKED = 4, "auto"
+COLUMNS = "point system layer_us.p50 bytes_per_s.p50 prefill_us.p50 refused"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench attention`."""
-    gpu, add = add_device(parser), parser.add_argument
-    add_attention(parser)
-    add("--blocks", type=numbers, default="1,16,64,128", metavar="TOKENS,...", help="tokens of a block of block tables")
-    add("--heads", type=heads, default="32,8,128" if gpu else "4,2,16", metavar="Q,KV,SIZE", help=HEADS)
+    add = adder(parser, gpu := flags.add_device(parser))
+    flags.add_attention(parser)
+    add("--blocks", "TOKENS,...", "tokens of a block of block tables", "1,16,64,128")
+    add("--heads", "Q,KV,SIZE", HEADS, "32,8,128", "4,2,16", type=heads)
     text = "sequences x tokens of each, several with commas"
     usual = "1x32768,8x8192,32x8192,128x2048,3x131072" if gpu else "1x256,4x64"
-    add("--points", type=points, default=usual, metavar="SEQUENCESxTOKENS,...", help=text)
-    text = "sequences of an uneven batch: nine of ten short, one of ten long"
-    add("--uneven", type=positive, default=64 if gpu else 8, metavar="SEQUENCES", help=text)
-    text = "tokens of its long ones; the short ones have 200, or 5 beside long ones of no more than 1,000"
-    add("--long", type=positive, default=8000 if gpu else 200, metavar="TOKENS", help=text)
-    add(
-        "--chunk", type=positive, default=2048 if gpu else 32, metavar="TOKENS", help="prompt tokens that go in at once"
-    )
-    add("--repeats", type=positive, default=20, metavar="TIMES", help="times that each kernel is timed")
-    text = "times that the choice between kernels is judged, by a random batch each, on a GPU"
-    add("--picks", type=positive, default=200, metavar="TIMES", help=text)
-    add_model(parser, default="llama-3.1-8b" if gpu else "tiny-llama")
-    add_parts(parser, PARTS)
-    add_results(parser, plots=True)
+    parser.add_argument("--points", type=flags.points, default=usual, metavar="SEQUENCESxTOKENS,...", help=text)
+    add("--uneven", "SEQUENCES", "sequences of an uneven batch: nine of ten short, one of ten long", 64, 8)
+    parser.set_defaults(long=8000 if gpu else 200)
+    add("--chunk", "TOKENS", "prompt tokens that go in at once", 2048, 32)
+    add("--repeats", "TIMES", "times that each kernel is timed", 20)
+    add("--picks", "TIMES", "times that the choice between kernels is judged, by a random batch each, on a GPU", 200)
+    flags.add_model(parser, default="llama-3.1-8b" if gpu else "tiny-llama")
+    flags.add_parts(parser, PARTS)
+    flags.add_results(parser, plots=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
     recording.measure({name: measured(name, part) for name, part in PARTS.items()}, args.parts)
     plot = plot_attention if "points" in recording.results else None
-    return recording.conclude("\n".join(filter(None, shown)), plot)
+    return recording.conclude("\n".join(shown), plot)
 
 
 def _points(args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
@@ -110,7 +99,7 @@ def _all_points(recording: Recording) -> list[dict[str, Any]]:
 def _shape(args: argparse.Namespace, lengths: np.ndarray) -> CacheShape:
     _, kv_heads, head_dim = args.heads
     longest = int(lengths.max())
-    return CacheShape(LAYERS, kv_heads, head_dim, dtype_of(args.device), len(lengths), longest)
+    return CacheShape(LAYERS, kv_heads, head_dim, flags.dtype_of(args.device), len(lengths), longest)
 
 
 def _point(args: argparse.Namespace, system: str, lengths: np.ndarray) -> dict[str, Any]:
@@ -119,7 +108,7 @@ def _point(args: argparse.Namespace, system: str, lengths: np.ndarray) -> dict[s
     try:
         with _make(system, shape, args.device, lengths) as cache:
             attention = make_attention(args.attention, cache, args.heads[0])
-            fill(attention, lengths)
+            fill_random(attention, lengths)
             measured = attention_bandwidth(attention, cache.lengths, args.repeats)
             stride = cache.layer(0).k.stride(0) * shape.dtype.itemsize
             return {
@@ -128,7 +117,7 @@ def _point(args: argparse.Namespace, system: str, lengths: np.ndarray) -> dict[s
                 "largest_offset_bytes": stride * cache.layer(0).k.shape[0],
             }
     except (RuntimeError, VattnError) as error:
-        return {"refused": str(error).strip().splitlines()[0][:200]}
+        return {"refused": refusal(error)}
     finally:
         gc.collect()
 
@@ -142,20 +131,6 @@ def _make(system: str, shape: CacheShape, device: str, lengths: np.ndarray) -> K
     # As a pool looks after hours of service: no two blocks of a sequence are neighbours.
     cache.shuffle_free_memory(0)
     return cache
-
-
-@torch.inference_mode()
-def fill(attention: Attention, lengths: np.ndarray) -> None:
-    """Give every slot of an empty cache a sequence of random tokens."""
-    cache = attention.cache
-    shape, device = cache.shape, cache.device
-    for sequence, length in enumerate(lengths.tolist()):
-        slot = cache.admit(sequence, length)
-        for start in range(0, length, 8192):
-            positions = torch.arange(start, min(start + 8192, length), device=device)
-            kv = torch.randn(2, len(positions), shape.num_kv_heads, shape.head_dim, dtype=shape.dtype, device=device)
-            for layer in range(shape.num_layers):
-                attention.write(layer, kv[0], kv[1], torch.full_like(positions, slot), positions)
 
 
 @torch.inference_mode()
@@ -216,7 +191,7 @@ def _same_kernels(args: argparse.Namespace, point: str, lengths: np.ndarray) -> 
                 ratio = median(times[0]) / median(times[1])
                 rows.append({"point": point, "kernel": name, "ours_ms": summarise(times[0]), "ratio": ratio})
     except (RuntimeError, VattnError) as error:
-        rows.append({"point": point, "kernel": "torch", "refused": str(error).strip().splitlines()[0][:200]})
+        rows.append({"point": point, "kernel": "torch", "refused": refusal(error)})
     return rows
 
 
@@ -235,47 +210,69 @@ def _over_torch(same: list[dict[str, Any]]) -> dict[str, Any]:
     return {"same_kernel_ours_over_torch": [min(ratios), max(ratios)]} if ratios else {}
 
 
-def _show(rows: list[dict[str, Any]]) -> str:
-    lines = []
-    for row in rows:
-        if "refused" in row:
-            lines.append([row["point"], row["system"], "-", "-", "-", row["refused"][:60]])
-            continue
-        layer = row["layer_us"]
-        rate = row["bytes_per_s"]["p50"] / 1e9
-        prefill = f"{row['prefill_us']['p50']:.1f}"
-        lines.append([row["point"], row["system"], f"{layer['p50']:.1f}", f"{rate:,.0f}", prefill, ""])
-    return table(["sequences x tokens", "system", "decode us", "GB/s", "prefill chunk us", "refused"], lines)
-
-
 @dataclass(frozen=True)
 class AttentionPart:
-    """One of the benchmark's parts: how it is measured, which figures of it are quoted, and its table."""
+    """One of the benchmark's parts: how it is measured, which figures of it are quoted, and its table's columns."""
 
     measure: Callable[[Recording], Any]
     summary: Callable[[Any], dict[str, Any]]
-    show: Callable[[Any], str]
+    columns: str
+
+    def show(self, found: Any) -> str:
+        """Its rows as a table, and what is missing or was refused."""
+        result: dict[str, Any] = {"points": found} if isinstance(found, list) else found
+        left_out = {**result.get("missing", {}), **result.get("refused", {})}
+        return "\n".join([tabulate(result["points"], self.columns), *(f"{k}: {why}" for k, why in left_out.items())])
+
+
+def _kernels(recording: Recording) -> Kernels:
+    args = recording.args
+    return Kernels(args.device, args.heads, flags.dtype_of(args.device), args.repeats)
 
 
 def _decode(recording: Recording) -> dict[str, Any]:
-    args = recording.args
-    dtype = dtype_of(args.device)
-    return decode_attention.decode_points(args.device, args.heads, dtype, args.repeats, args.picks, args.seed)
+    return decode_attention.decode_points(_kernels(recording), recording.args.picks, recording.args.seed)
 
 
-def _prompts(recording: Recording) -> dict[str, Any]:
-    args = recording.args
-    return prompt_attention.prompt_points(args.device, args.heads, dtype_of(args.device), args.repeats)
+def _of_kernels(points: Callable[[Kernels], dict[str, Any]]) -> Callable[[Recording], dict[str, Any]]:
+    return lambda recording: points(_kernels(recording))
 
 
 def _step(recording: Recording) -> list[dict[str, Any]]:
-    _, uneven = _points(recording.args)[-1]
-    return uneven_step.step_points(recording, uneven.tolist(), recording.args.repeats)
+    """A row of each attention: captured steps of the uneven batch, by the kernels that an engine picks, and by one
+    library's alone."""
+    args, model = recording.args, recording.model
+    lengths, steps = _points(args)[-1][1].tolist(), args.repeats
+    others = "cudnn" if args.device != "cpu" else "torch"
+    random = np.random.default_rng(args.seed)
+    # The first ones decode while the last prompts go in, one pass after another.
+    tokens = -(-sum(lengths) // 1024) + STEP_ROUNDS * (steps + 8) + len(lengths)
+    with Contest(len(lengths), max(lengths), tokens, args.seed) as contest:
+        for name in (others, PICKED):
+            sizes = (len(lengths), max(lengths) + tokens)
+            engine = engine_for(model, args.device, *sizes, attention=name, buckets=[len(lengths)])
+            contest.callback(engine.close)
+            fill(engine, lengths, tokens, random)
+            contest.contenders.append(Contender(name, "captured", engine))
+        take_turns(contest.contenders, STEP_ROUNDS, steps, "uneven steps")
+        return [
+            {
+                "attention": each.name,
+                "sequences": len(lengths),
+                "tokens": each.tokens[-1] * len(lengths),
+                "runs_by": each.engine.attention.describe(),
+                **each.times(),
+            }
+            for each in contest.contenders
+        ]
 
 
-def _features(recording: Recording) -> dict[str, Any]:
-    args = recording.args
-    return attention_features.feature_points(args.device, args.heads, dtype_of(args.device), args.repeats)
+def _step_summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The step by what is picked, by the other alone, and the one over the other."""
+    ms = {row["attention"]: row["step_ms"]["p50"] for row in rows}
+    (other,) = (name for name in ms if name != PICKED)
+    name = f"uneven_{rows[0]['sequences']}_step"
+    return {f"{name}_ms": ms[PICKED], f"{name}_ms_{other}": ms[other], f"{name}_over_{other}": ms[PICKED] / ms[other]}
 
 
 def _same(recording: Recording) -> list[dict[str, Any]]:
@@ -284,10 +281,14 @@ def _same(recording: Recording) -> list[dict[str, Any]]:
 
 
 PARTS = {
-    "decode": AttentionPart(_decode, decode_attention.summary, decode_attention.show),
-    "prompts": AttentionPart(_prompts, prompt_attention.summary, prompt_attention.show),
-    "step": AttentionPart(_step, uneven_step.summary, uneven_step.show),
-    "features": AttentionPart(_features, attention_features.summary, attention_features.show),
-    "same_kernels": AttentionPart(_same, _over_torch, lambda rows: ""),
-    "points": AttentionPart(_all_points, _over_blocks, _show),
+    "decode": AttentionPart(_decode, decode_attention.summary, decode_attention.COLUMNS),
+    "prompts": AttentionPart(
+        _of_kernels(prompt_attention.prompt_points), prompt_attention.summary, prompt_attention.COLUMNS
+    ),
+    "step": AttentionPart(_step, _step_summary, "attention sequences tokens step_ms.p50 step_ms.p99"),
+    "features": AttentionPart(
+        _of_kernels(attention_features.feature_points), attention_features.summary, attention_features.COLUMNS
+    ),
+    "same_kernels": AttentionPart(_same, _over_torch, "point kernel ratio refused"),
+    "points": AttentionPart(_all_points, _over_blocks, COLUMNS),
 }

@@ -23,13 +23,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from trtllm_vattn.arguments import non_negative, positive
+from trtllm_vattn.arguments import adder, non_negative
 from trtllm_vattn.bench.cases.ledger import LedgerDriver
 from trtllm_vattn.bench.cases.serve import densest
-from trtllm_vattn.bench.harness.case import vocab_of
+from trtllm_vattn.bench.harness.case import Part, Recording, vocab_of
 from trtllm_vattn.bench.harness.contenders import fill
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_plot, add_trace
-from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.timing import Clock, Timer, summarise
 from trtllm_vattn.bench.harness.traces import load_trace
 from trtllm_vattn.bench.publish.plots import plot_burst
@@ -65,37 +64,30 @@ VARIANTS: dict[str, tuple[Callable[[CacheShape, CountingDriver, int], KVCache], 
     "published": (vattention_paper, False),
     "contiguous": (lambda shape, driver, budget: ContiguousCache(shape, driver.device), False),
 }
+ENDINGS = {"vattn, warm stock": "", "vattn, cold": "_cold", "page by page": "_page_by_page", "published": "_published"}
+"""Of figures of the summary."""
 # For a trace's prompts the cache that reserves the longest for everyone would take more than a card has.
 OF_TRACE = tuple(name for name in VARIANTS if name != "contiguous")
 
 
-def _steps(phase: str, percentile: str) -> Callable[[Any], str]:
-    return lambda row: f"{row['step_ms'][phase][percentile]:.3f}"
-
-
-COLUMNS: dict[str, str | Callable[[Any], str]] = {"cache": "variant", "round": "round", "window ms": "window_ms:.2f"}
-COLUMNS |= {call: f"driver_ms.{call}:.2f" for call in ("create", "map", "set_access")}
-COLUMNS |= {"wait": "wait_ms:.2f", "mappings": "mappings", "step p50 before": "step_ms.before.p50:.3f"}
-COLUMNS |= {f"{p} {phase}": _steps(phase, p) for phase in PHASES for p in ("p99", "p99.9")}
+COLUMNS = (
+    "variant round window_ms driver_ms.create driver_ms.map driver_ms.set_access wait_ms mappings step_ms.before.p50"
+)
+COLUMNS += "".join(f" step_ms.{phase}.{p}" for phase in PHASES for p in ("p99", "p99.9"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench burst`."""
-    gpu, add = add_common(parser), parser.add_argument
+    add = adder(parser, gpu := add_common(parser))
     add_attention(parser)
-    add("--running", type=positive, default=32 if gpu else 2, metavar="SEQUENCES", help="sequences that decode")
-    add("--context", type=positive, default=2048 if gpu else 64, metavar="TOKENS", help="tokens of each of them")
-    add("--prompts", type=positive, default=128 if gpu else 6, metavar="PROMPTS", help="prompts of the burst")
-    add("--prompt-tokens", type=positive, default=2048 if gpu else 64, metavar="TOKENS", help="tokens of each prompt")
-    text = "decode steps before the burst, and after it"
-    add("--steps", type=positive, default=128 if gpu else 6, metavar="STEPS", help=text)
+    add("--context", "TOKENS", "tokens of each of them", 2048, 64)
+    add("--prompts", "PROMPTS", "prompts of the burst", 128, 6)
+    add("--prompt-tokens", "TOKENS", "tokens of each prompt", 2048, 64)
+    add("--steps", "STEPS", "decode steps before the burst, and after it", 128, 6)
     add_trace(parser, help="its densest arrivals, --prompts of them, are another burst (default: no other burst)")
-    text = "turns that each way of mapping takes; 0 is steady decode alone"
-    add("--rounds", type=non_negative, default=2, metavar="TURNS", help=text)
-    text = "decode steps with sequences ending and joining"
-    add("--steady-steps", type=positive, default=2000 if gpu else 60, metavar="STEPS", help=text)
-    text = "sequences that decode in those"
-    add("--steady-seqs", type=positive, default=128 if gpu else 4, metavar="SEQUENCES", help=text)
+    add("--rounds", "TURNS", "turns that each way of mapping takes; 0 is steady decode alone", 2, type=non_negative)
+    add("--steady-steps", "STEPS", "decode steps with sequences ending and joining", 2000, 60)
+    parser.set_defaults(running=32 if gpu else 2, steady_seqs=128 if gpu else 4)
     add_plot(parser)
 
 
@@ -177,11 +169,10 @@ def _burst(
         # More than all slots take, so that memory is never short.
         cache = make(shape, driver, (shape.num_slots + 2) * shape.max_seq_len * shape.token_bytes * 5 // 4)
         closing.callback(cache.close)
-        engine = Engine(
-            model, cache, prefix_cache=False, attention=args.attention, buckets=[args.running], chunk=max(2048, start)
-        )
+        options = {"attention": args.attention, "buckets": [args.running], "chunk": max(2048, start)}
+        engine = Engine(model, cache, prefix_cache=False, **options)
         closing.callback(engine.close)
-        fill(engine, args.running, start, most, args.seed)
+        fill(engine, [start] * args.running, most, np.random.default_rng(args.seed))
         launches, passes, clock = Timer(cache.device), Timer(cache.device), Clock(cache.device)
         engine.decode.launch = clock.before(launches.timed(engine.decode.launch))  # type: ignore[method-assign]
         phases, clocks = {}, {}
@@ -327,25 +318,17 @@ def _summary(bursts: list[dict[str, Any]], prefix: str) -> dict[str, float]:
     mapping, window = (
         {name: median(row[key] for row in rows) for name, rows in by.items()} for key in ("map_ms", "window_ms")
     )
-    found = {
-        "p99_ratio": ratios["vattn, warm stock"],
-        "p99_ratio_cold": ratios["vattn, cold"],
-        "p99_ratio_published": ratios["published"],
-        "burst_map_ms": mapping["vattn, warm stock"],
-        "burst_map_ms_cold": mapping["vattn, cold"],
-        "burst_map_ms_page_by_page": mapping["page by page"],
-        "burst_map_ms_published_style": mapping["published"],
-        "window_ms": window["vattn, warm stock"],
-        "window_ms_cold": window["vattn, cold"],
-        "window_ms_published": window["published"],
-    }
+    warm = "vattn, warm stock"
+    found = {f"p99_ratio{end}": ratios[name] for name, end in ENDINGS.items() if name != "page by page"}
+    found |= {f"burst_map_ms{end}": mapping[name] for name, end in {**ENDINGS, "published": "_published_style"}.items()}
+    found |= {f"window_ms{end}": window[name] for name, end in ENDINGS.items() if name != "page by page"}
     if still := by.get("contiguous"):
         found["p99_ratio_contiguous"] = ratios["contiguous"]
         found["during_p99_over_contiguous"] = median(
             ours["step_ms"]["during"]["p99"] / theirs["step_ms"]["during"]["p99"]
-            for ours, theirs in zip(by["vattn, warm stock"], still, strict=True)
+            for ours, theirs in zip(by[warm], still, strict=True)
         )
     for phase in PHASES:
-        if seen := [row["sm_mhz"][phase]["p50"] for row in by["vattn, warm stock"] if row["sm_mhz"]]:
+        if seen := [row["sm_mhz"][phase]["p50"] for row in by[warm] if row["sm_mhz"]]:
             found[f"sm_mhz_{phase}"] = median(seen)
     return {f"{prefix}{name}": value for name, value in found.items()}

@@ -22,14 +22,12 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import output
 from trtllm_vattn.attention.select import make_attention
-from trtllm_vattn.bench.cases.attention import fill as fill_lengths
 from trtllm_vattn.bench.cases.driver_calls import busy_device, one_by_one
 from trtllm_vattn.bench.cases.ledger import LedgerDriver
-from trtllm_vattn.bench.harness.bandwidth import attention_bandwidth
-from trtllm_vattn.bench.harness.case import model_of, vocab_of
-from trtllm_vattn.bench.harness.contenders import decode_steps, fill
+from trtllm_vattn.bench.harness.case import engine_for, give_back, model_of, vocab_of
+from trtllm_vattn.bench.harness.contenders import cancel_all, fill, observed, steps_and_tokens
 from trtllm_vattn.bench.harness.flags import add_attention, add_device, add_model, dtype_of
-from trtllm_vattn.bench.harness.timing import read_limit, timed_ms
+from trtllm_vattn.bench.harness.timing import attention_bandwidth, fill_random, read_limit, timed_ms
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.calibrated import card_of
 from trtllm_vattn.cache.config import CacheConfig
@@ -39,10 +37,8 @@ from trtllm_vattn.machine import gpu, versions
 from trtllm_vattn.memory.layout import default_layers_per_range
 from trtllm_vattn.planner import Calibration, ModelShape
 from trtllm_vattn.planner.calibration import QUANTITIES, Curve, folder, named, save
-from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import planned_shape
-from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import table
 from trtllm_vattn.vmm.base import Driver
@@ -63,6 +59,11 @@ TELLING = 0.15
 """Of a step: what longer sequences add to it at least, where that says how fast they are read."""
 SPARE = 4 << 30
 """Bytes of the device that the search for the TLB's reach leaves."""
+
+
+def cache_shape_of(shape: ModelShape, dtype: torch.dtype, num_slots: int, max_seq_len: int) -> CacheShape:
+    """The shape of a cache for a model that is planned."""
+    return CacheShape(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype, num_slots, max_seq_len)
 
 
 class Measured:
@@ -159,9 +160,7 @@ def measure_machine(device: str, shape: ModelShape, attention: str, measured: Me
     for part, work in parts:
         measured.say(part)
         work()
-        gc.collect()
-        if device != "cpu":
-            torch.cuda.empty_cache()
+        give_back()
     return driver.granularity()
 
 
@@ -223,9 +222,7 @@ def _admissions(shape: ModelShape, measured: Measured) -> None:
     prompts, tokens = 32, 2048
 
     def seconds(classes: int) -> tuple[float, int]:
-        cache_shape = CacheShape(
-            shape.num_layers, shape.num_kv_heads, shape.head_dim, torch.bfloat16, prompts, 2 * tokens
-        )
+        cache_shape = cache_shape_of(shape, torch.bfloat16, prompts, 2 * tokens)
         config = CacheConfig(extent_classes=classes)
         with KVCacheManager(cache_shape, LedgerDriver(), 1 << 40, config=config) as cache:
             started = perf_counter()
@@ -326,12 +323,12 @@ def _attention(device: str, shape: ModelShape, name: str, measured: Measured) ->
     sequences, tokens = (64, 2048) if on_gpu else (4, 64)
     layers = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]
     layers = [n for n in layers if n in (1, shape.num_layers) or n * shape.layer_token_bytes in ROW_BYTES]
-    cache_shape = CacheShape(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype_of(device), sequences, tokens)
+    cache_shape = cache_shape_of(shape, dtype_of(device), sequences, tokens)
     us: dict[int, float] = {}
     for each in layers:
         with make_cache("vattn", cache_shape, device, layers_per_range=each, lookahead=0) as cache:
             attention = make_attention(name, cache, shape.num_heads)
-            fill_lengths(attention, np.full(sequences, tokens))
+            fill_random(attention, np.full(sequences, tokens))
             lengths = np.array(cache.lengths)
             us[each], nbytes = layer_us(attention, lengths)
             if each == layers[0]:
@@ -393,8 +390,7 @@ def probe_engine(model: PreTrainedModel, args: argparse.Namespace, max_seq_len: 
     # Not all are long.
     total = torch.cuda.get_device_properties(args.device).total_memory if on_gpu else 32 << 20
     budget = int(0.45 * total)
-    cache = make_cache("vattn", shape_of(model, sizes[-1], longest), args.device, budget)
-    return Engine(model, cache, prefix_cache=False, attention=args.attention, buckets=sizes)
+    return engine_for(model, args.device, sizes[-1], longest, budget, attention=args.attention, buckets=sizes)
 
 
 def measure_engine(engine: Engine, shape: ModelShape, measured: Measured, seed: int) -> None:
@@ -428,12 +424,9 @@ def _steps_at(
     found = {}
     for batch in batches(str(engine.cache.device)):
         measured.say(f"steps of {batch} sequences of {context} tokens and more")
-        fill(engine, batch - running, context, 4000 if on_gpu else 300, seed + batch)
+        fill(engine, [context] * (batch - running), 4000 if on_gpu else 300, np.random.default_rng(seed + batch))
         running = batch
-        decode_steps(engine, 4)
-        before = float(engine.decode.lengths.sum())
-        records = decode_steps(engine, steps)
-        kv = (before + float(engine.decode.lengths.sum())) / 2
+        records, kv = steps_and_tokens(engine, steps)
         host[batch] = 1e6 * median(record.wall_s - record.wait_s for record in records)
         found[batch] = 1e6 * median(record.wall_s for record in records), kv
     cancel_all(engine)
@@ -464,26 +457,15 @@ def _row_factor(measured: Measured, shape: ModelShape) -> float:
     return Curve(tuple(measured.values["attention_row_factor"]))(layers * shape.layer_token_bytes)
 
 
-def cancel_all(engine: Engine) -> None:
-    """End all requests; their slots are free afterwards."""
-    for number in list(engine.scheduler.requests):
-        engine.abort(number)
-    while engine.busy:
-        engine.step()
-
-
 def _rest_us(measured: Measured, shape: ModelShape, rows: int, took_us: float, kv_tokens: float) -> float:
     """What of a step is neither weights nor attention, by the numbers measured so far."""
     values = measured.values
-    weights = 1e6 * shape.weight_bytes * Curve(tuple(_inverse(values["weights_bytes_per_s"]))).in_proportion(rows)
+    inverse = Curve(tuple((x, 1 / y) for x, y in values["weights_bytes_per_s"]))
+    weights = 1e6 * shape.weight_bytes * inverse.in_proportion(rows)
     rate = values["attention_bytes_per_s"] * _row_factor(measured, shape)
     rate *= Curve(tuple(values["attention_batch_factor"]))(max(1, rows))
     attention = values["attention_us"] + 1e6 * kv_tokens * shape.layer_token_bytes / rate if kv_tokens else 0.0
     return took_us - weights - shape.num_layers * attention
-
-
-def _inverse(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    return [(x, 1 / y) for x, y in points]
 
 
 def _prompts(
@@ -498,13 +480,11 @@ def _prompts(
 
     def passes_us(tokens: int, repeats: int) -> list[float]:
         """Of each pass of prompts that go in one after another."""
-        records: list[StepRecord] = []
-        engine.observer = records.append
-        for _ in range(repeats):
-            engine.submit(random.integers(0, vocab, tokens).tolist(), SamplingParams(max_tokens=1, ignore_eos=True))
-            while engine.busy:
-                engine.step()
-        engine.observer = None
+        with observed(engine) as records:
+            for _ in range(repeats):
+                engine.submit(random.integers(0, vocab, tokens).tolist(), SamplingParams(max_tokens=1, ignore_eos=True))
+                while engine.busy:
+                    engine.step()
         return [1e6 * record.wall_s for record in records if record.prefilled]
 
     # The first may have to plan and allocate; clocks fall before the last.

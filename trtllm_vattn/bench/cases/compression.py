@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from statistics import median
@@ -14,19 +14,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.arguments import positive
+from trtllm_vattn.arguments import adder, positive
 from trtllm_vattn.attention.options import FP8
-from trtllm_vattn.bench.cases.eviction import eviction, returned, scores
-from trtllm_vattn.bench.cases.latents import latents
+from trtllm_vattn.bench.cases.eviction import eviction, latents, returned, scores
 from trtllm_vattn.bench.cases.needle import needle
-from trtllm_vattn.bench.harness.case import captured_graphs, vocab_of
-from trtllm_vattn.bench.harness.contenders import device_step_ms
+from trtllm_vattn.bench.harness.case import Part, Recording, captured_graphs, engine_for, vocab_of
+from trtllm_vattn.bench.harness.contenders import device_step_ms, empty_lanes, fill_lanes
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_parts, add_plot, dtype_of
 from trtllm_vattn.bench.harness.identity import compare
-from trtllm_vattn.bench.harness.lanes import empty_lanes, fill_lanes
-from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.workload import TracedRun, run_traced
-from trtllm_vattn.bench.publish.compression import plot_compression
+from trtllm_vattn.bench.publish.plots import plot_compression
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
@@ -55,22 +52,18 @@ ROUNDS = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench compression`."""
-    gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
+    add = adder(parser, gpu := add_common(parser, on_gpu="llama-3.1-8b"))
     add_attention(parser)
     add_plot(parser)
     # What a trained model finds is a property of policies, not of the card.
     add_parts(parser, PARTS, ",".join(name for name in PARTS if name != "needle") if gpu else None)
-    text = "tokens that a window slides over"
-    add("--slide", type=positive, default=100_000 if gpu else 1200, metavar="TOKENS", help=text)
-    text = "tokens of each sequence whose windows' memory is counted"
-    add("--window-context", type=positive, default=32_768 if gpu else 512, metavar="TOKENS", help=text)
-    text = "sequences that decode over keys and values of 16 and of 8 bits"
-    add("--batch", type=positive, default=64 if gpu else 3, metavar="SEQUENCES", help=text)
-    add("--context", type=positive, default=8192 if gpu else 64, metavar="TOKENS", help="of each of them")
-    text = "tokens of a prompt that most are evicted of"
-    add("--evicted-context", type=positive, default=131_072 if gpu else 6000, metavar="TOKENS", help=text)
+    add("--slide", "TOKENS", "tokens that a window slides over", 100_000, 1200)
+    add("--window-context", "TOKENS", "tokens of each sequence whose windows' memory is counted", 32_768, 512)
+    add("--batch", "SEQUENCES", "sequences that decode over keys and values of 16 and of 8 bits", 64, 3)
+    add("--context", "TOKENS", "of each of them", 8192, 64)
+    add("--evicted-context", "TOKENS", "tokens of a prompt that most are evicted of", 131_072, 6000)
     text = "KV memory, in which as many sequences as fit are admitted"
-    add(
+    parser.add_argument(
         "--pages", type=positive, default=16_384 if gpu else 300, metavar="COUNT", help=text + ", in the driver's pages"
     )
 
@@ -89,9 +82,8 @@ def run(args: argparse.Namespace) -> int:
         wrong.append("the windows' memory changed while they slid")
     if summary.get("kept_sets_match_paper", 1.0) < 1.0:
         wrong.append("a policy keeps other tokens than the paper's rule computed in full")
-    columns: dict[str, str | Callable[[Any], str]] = {"part": "part", "seconds": "seconds"}
     rows = [{"part": name, "seconds": seconds} for name, seconds in recording.results["part_seconds"].items()]
-    return recording.conclude(tabulate(rows, columns), plot_compression, wrong)
+    return recording.conclude(tabulate(rows, "part seconds"), plot_compression, wrong)
 
 
 # -- windows ---------------------------------------------------------------------------------------------------------
@@ -141,10 +133,8 @@ def sliding(recording: Recording) -> Iterator[dict[str, Any]]:
     args = recording.args
     model = load_model(WINDOWED, args.device, dtype_of(args.device), args.seed)
     prompt = np.random.default_rng(args.seed).integers(0, vocab_of(model), 700).tolist()
-    shape = shape_of(model, 1, args.slide + len(prompt) + 1)
-    cache = make_cache("vattn", shape, args.device)
-    options: dict[str, Any] = {"attention": args.attention, "max_step_tokens": 256, "prefix_cache": False}
-    with Engine(model, cache, steps=64, compile=False, **options) as engine:
+    options: dict[str, Any] = {"attention": args.attention, "max_step_tokens": 256, "steps": 64, "compile": False}
+    with engine_for(model, args.device, 1, args.slide + len(prompt) + 1, **options) as engine:
         # What is captured when it is first used is, by this.
         engine.generate([prompt], SamplingParams(200, ignore_eos=True))
         graphs = {id(graph) for graph in captured_graphs(engine)}
@@ -153,7 +143,7 @@ def sliding(recording: Recording) -> Iterator[dict[str, Any]]:
         while engine.busy:
             tokens += len(engine.step())
             if engine.busy and tokens:
-                mapped.add(cache.stats().window_bytes)
+                mapped.add(engine.cache.stats().window_bytes)
             if not engine.busy or perf_counter() - told > TOLD_EVERY_S:
                 told = perf_counter()
                 again = {id(graph) for graph in captured_graphs(engine)} - graphs

@@ -12,34 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from trtllm_vattn.arguments import non_negative, numbers_or_none, positive, tolerance
+from trtllm_vattn.arguments import adder, non_negative, numbers_or_none
 from trtllm_vattn.attention.select import make_attention
 from trtllm_vattn.bench.cases import step_peer
-from trtllm_vattn.bench.cases.prompts import time_prompts
-from trtllm_vattn.bench.cases.steady import run_steady
-from trtllm_vattn.bench.harness.bandwidth import attention_bandwidth, fill_random
-from trtllm_vattn.bench.harness.case import model_of
-from trtllm_vattn.bench.harness.flags import (
-    MAX_OUTPUT,
-    MAX_SEQ_LEN,
-    MAX_SEQS,
-    TIE_TOLERANCE,
-    add_attention,
-    add_device,
-    add_model,
-    add_results,
-    add_steady,
-    add_trace,
-    caches,
-)
+from trtllm_vattn.bench.cases.steady import run_steady, time_prompts
+from trtllm_vattn.bench.harness import flags
+from trtllm_vattn.bench.harness.case import Part, Recording, model_of
 from trtllm_vattn.bench.harness.identity import RequestTokens, compare
 from trtllm_vattn.bench.harness.peer import add_peer
-from trtllm_vattn.bench.harness.recording import Part, Recording
-from trtllm_vattn.bench.harness.timing import read_limit, summarise
+from trtllm_vattn.bench.harness.timing import attention_bandwidth, fill_random, read_limit, summarise
 from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.bench.harness.workload import TracedRun, prompts_of, run_traced
 from trtllm_vattn.bench.publish.plots import plot_graph
@@ -58,30 +44,31 @@ MODES = ("eager", "captured")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench graph`."""
-    gpu, add = add_device(parser), parser.add_argument
-    add_model(parser, default="llama-3-8b" if gpu else "tiny-llama")
-    add("--engine", type=Path, metavar="FOLDER", help="built by `trtllm-vattn plugin build` (default: run --model)")
-    add_attention(parser)
+    add = adder(parser, gpu := flags.add_device(parser))
+    flags.add_model(parser, default="llama-3-8b" if gpu else "tiny-llama")
+    add("--engine", "FOLDER", "built by `trtllm-vattn plugin build` (default: run --model)", type=Path)
+    flags.add_attention(parser)
     text = f"of {', '.join(CACHES)}; the first is the reference (default: {','.join(COMPARED)}; with --engine vattn)"
-    add("--caches", type=caches, metavar="CACHES", help=text)
-    add_trace(parser)
-    text = "requests taken from the trace; 0 is steady decode alone"
-    add("--requests", type=non_negative, default=32 if gpu else 24, metavar="REQUESTS", help=text)
-    add("--max-output", type=positive, default=64 if gpu else 24, metavar="TOKENS", help=MAX_OUTPUT)
-    add("--max-seqs", type=positive, default=16 if gpu else 8, metavar="SEQUENCES", help=MAX_SEQS)
-    add("--max-seq-len", type=positive, default=8192 if gpu else 512, metavar="TOKENS", help=MAX_SEQ_LEN)
+    add("--caches", "CACHES", text, type=flags.caches)
+    flags.add_trace(parser)
+    add("--requests", "REQUESTS", "requests taken from the trace; 0 is steady decode alone", 32, 24, type=non_negative)
+    add("--max-output", "TOKENS", flags.MAX_OUTPUT, 64, 24)
+    add("--max-seqs", "SEQUENCES", flags.MAX_SEQS, 16, 8)
+    add("--max-seq-len", "TOKENS", flags.MAX_SEQ_LEN, 8192, 512)
     text = "layers that share a token's row in the vattn cache (default: as many as make rows of 64 KiB)"
-    add("--layers-per-range", type=positive, metavar="LAYERS", help=text)
+    add("--layers-per-range", "LAYERS", text)
     text = "measure attention alone at these layers a range too, as 1,8,32 (default: none)"
-    add("--sweep-layers", type=numbers_or_none, default="none", metavar="LAYERS,...", help=text)
+    add("--sweep-layers", "LAYERS,...", text, "none", type=numbers_or_none)
     text = "sequences in steady decode steps, which are timed on a GPU; none is the trace alone"
     usual = "1,8,32,128" if gpu else "none"
-    add("--batch-sizes", type=numbers_or_none, default=usual, metavar="SEQUENCES,...", help=text)
-    add_steady(parser, "combination of cache and mode in steady decode", context=2048, rounds=5, steps=10)
-    add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=TIE_TOLERANCE)
+    parser.add_argument("--batch-sizes", type=numbers_or_none, default=usual, metavar="SEQUENCES,...", help=text)
+    flags.add_steady(parser, "combination of cache and mode in steady decode", context=2048, rounds=5, steps=10)
+    add("--tie-tolerance", "LOGITS", flags.TIE_TOLERANCE, 0.25, 0.0)
     add_peer(parser, "time steady decode beside it, in turns, and nothing else")
-    add("--audit", action="store_true", help="list whose addresses captured graphs hold; exit 1 if a stranger's")
-    add_results(parser, plots=True)
+    parser.add_argument(
+        "--audit", action="store_true", help="list whose addresses captured graphs hold; exit 1 if a stranger's"
+    )
+    flags.add_results(parser, plots=True)
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -182,10 +169,7 @@ class GraphBenchmark:
             "cache": name,
             "mode": mode,
             "tokens_identical": identity.identical,
-            "tokens": identity.tokens,
-            "ties": identity.ties,
-            "mismatches": identity.mismatches,
-            "widest_tie": identity.widest_tie,
+            **vars(identity),
             "seconds": run.seconds,
             "capture_s": capture_s,
             "output_throughput": identity.tokens / run.seconds,
@@ -247,7 +231,8 @@ class GraphBenchmark:
         shape = self.shape(batch, self.args.context + 16)
         with make_cache("vattn", shape, self.args.device, layers_per_range=layers_per_range) as cache:
             attention = make_attention(self.args.attention, cache, self.heads)
-            lengths = fill_random(attention, self.args.context)
+            lengths = np.full(batch, self.args.context)
+            fill_random(attention, lengths)
             measured = attention_bandwidth(attention, lengths)
         return {"layers_per_range": layers_per_range, "batch": batch, "context": self.args.context, **measured}
 
@@ -299,24 +284,12 @@ def summary(
 
 def show(trace: dict[str, Any] | None, steady: dict[str, Any] | None, times: bool = True) -> str:
     """The results as text; of a trace, steps' times only where they are asked for."""
-    parts = []
-    percentiles = {"step p50 ms": "step_ms.p50:.2f", "p90": "step_ms.p90:.2f", "p99": "step_ms.p99:.2f"}
-    host = {"KV host us p99": "kv_host_us.p99:.0f"}
+    parts, step = [], "step_ms.p50 step_ms.p90 step_ms.p99 kv_host_us.p99"
     if trace:
-        columns: dict[str, str | Callable[[Any], str]] = {
-            "cache": "cache",
-            "mode": "mode",
-            "tokens identical": lambda row: "yes" if row["tokens_identical"] else "NO",
-            "ties": "ties",
-            **(percentiles if times else {}),
-            **host,
-            "peak mapped MB": lambda row: f"{max(row['memory']['mapped_bytes']) / 1e6:,.1f}",
-        }
+        columns = f"cache mode tokens_identical ties {step if times else 'kv_host_us.p99'}"
         parts.append(tabulate(trace["runs"], columns))
     if steady:
-        first = {"batch": "batch", "cache": "cache", "mode": "mode"}
-        device = {"device busy ms": "device_busy_ms:.3f", "idle": "idle_share:.1%"}
-        parts.append(tabulate(steady["runs"], {**first, **percentiles, **host, **device}))
+        parts.append(tabulate(steady["runs"], f"batch cache mode {step} device_busy_ms idle_share"))
     return "\n\n".join(parts)
 
 

@@ -19,12 +19,11 @@ from trtllm_vattn.attention.picked import PickedAttention
 from trtllm_vattn.attention.select import available
 from trtllm_vattn.attention.shares import SharesAttention
 from trtllm_vattn.attention.shares_launch import MANY_LANES
-from trtllm_vattn.bench.harness.timing import read_limit, summarise, timed_ms
-from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
+from trtllm_vattn.bench.harness.timing import Kernels, fill_flat, layers_us, read_limit, refusal, summarise, timed_ms
+from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.graphs.capture import captured, replays_ms
-from trtllm_vattn.table import tabulate
 
 OWN = ("shares", "shares-plain")
 FA3 = vllm_prompts.VllmPrompts.name
@@ -45,33 +44,32 @@ OWN_EVEN = ("8 x 8192", "32 x 8192", "128 x 2048")
 ON_HOST = {"8 uneven": [5] * 7 + [60], "4 x 40": [40] * 4}
 PICK_LANES = (1, 4, 8, 16, 32, 64, 128, 256)
 PICK_LONGEST = 8192
+COLUMNS = "point system queries layer_us.p50 layer_bytes"
 
 
-def decode_points(
-    device: str, heads: list[int], dtype: torch.dtype, repeats: int, picks: int, seed: int
-) -> dict[str, Any]:
+def decode_points(how: Kernels, picks: int, seed: int) -> dict[str, Any]:
     """Microseconds a layer of every point, system and count of queries; `picks` random batches of the choice.
 
     Returns ``points``, those that are ``refused`` with the reason, on a GPU with cuDNN ``picks``, ``read_limit``, bytes
     a second, and ``missing``, why vLLM's kernel is not beside them.
     """
-    gpu = torch.device(device).type == "cuda"
+    gpu = how.on_gpu
     points = {**UNEVEN, **EVEN} if gpu else ON_HOST
     result: dict[str, Any] = {"read_limit": read_limit() if gpu else None, "points": [], "picks": [], "refused": {}}
     missing: dict[str, str] = {}
-    why = trust.why_not(FA3, CacheShape(LAYERS, heads[1], heads[2], dtype, 1, 64), heads[0])
+    why = trust.why_not(FA3, how.shape(LAYERS, 1, 64), how.heads[0])
     if why != "yes":
         missing[FA3] = why
     result["missing"] = missing
     systems = ["shares", "cudnn"] if gpu and available()["cudnn"] == "yes" else ["shares"]
     for name, lengths in tqdm(points.items(), desc="decode", disable=None):
         try:
-            result["points"] += _point(name, np.array(lengths), systems, device, heads, dtype, repeats, missing)
+            result["points"] += _point(name, np.array(lengths), systems, how, missing)
         except (RuntimeError, VattnError) as error:
-            result["refused"][name] = str(error).strip().splitlines()[0][:200]
+            result["refused"][name] = refusal(error)
         gc.collect()
     if len(systems) > 1 and not result["refused"]:
-        result["picks"] = _picks(device, heads, dtype, picks, seed)
+        result["picks"] = _picks(how, picks, seed)
     return result
 
 
@@ -104,94 +102,55 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
     return out
 
 
-def show(result: dict[str, Any]) -> str:
-    """The points as a table."""
-    columns: dict[str, str | Callable[[Any], str]] = {
-        "sequences x tokens": "point",
-        "kernel": "system",
-        "queries": "queries",
-        "decode us": "layer_us.p50:.1f",
-        "GB/s": lambda row: f"{row['layer_bytes'] / row['layer_us']['p50'] / 1e3:,.0f}",
-    }
-    missing = (f"{name}: {why}" for name, why in result["missing"].items())
-    return "\n".join([tabulate(result["points"], columns), *missing])
-
-
-def _filled(lengths: np.ndarray, device: str, heads: list[int], dtype: torch.dtype) -> KVCache:
+def _filled(lengths: np.ndarray, how: Kernels) -> KVCache:
     """A flat cache whose slots hold that many random tokens."""
-    _, kv_heads, head_dim = heads
-    shape = CacheShape(LAYERS, kv_heads, head_dim, dtype, len(lengths), int(lengths.max()))
-    cache = make_cache("vattn", shape, device, layers_per_range=LAYERS, lookahead=0)
-    for sequence, length in enumerate(lengths.tolist()):
-        slot = cache.admit(sequence, length)
-        for layer in range(LAYERS):
-            kv = cache.layer(layer)
-            assert isinstance(kv, FlatKV)
-            kv.k[slot, :length].normal_()
-            kv.v[slot, :length].normal_()
+    shape = how.shape(LAYERS, len(lengths), int(lengths.max()))
+    cache = make_cache("vattn", shape, how.device, layers_per_range=LAYERS, lookahead=0)
+    fill_flat(cache, lengths)
     return cache
 
 
 @torch.inference_mode()
 def _point(
-    name: str,
-    lengths: np.ndarray,
-    systems: list[str],
-    device: str,
-    heads: list[int],
-    dtype: torch.dtype,
-    repeats: int,
-    missing: dict[str, str],
+    name: str, lengths: np.ndarray, systems: list[str], how: Kernels, missing: dict[str, str]
 ) -> list[dict[str, Any]]:
     rows = []
-    with _filled(lengths, device, heads, dtype) as cache:
-        kernels = _kernels(cache, systems, heads[0])
-        on_device = torch.from_numpy(lengths).to(device, torch.int32)
+    with _filled(lengths, how) as cache:
+        kernels = _kernels(cache, systems, how.heads[0])
+        on_device = torch.from_numpy(lengths).to(cache.device, torch.int32)
 
-        def row(system: str, queries: int, work: Callable[[], None]) -> dict[str, Any]:
-            took = [1e3 * ms / LAYERS for ms in timed_ms(work, repeats, torch.device(device))]
+        def row(system: str, queries: int, work: Callable[[int], object]) -> dict[str, Any]:
+            took = summarise(layers_us(work, LAYERS, how.repeats, cache.device))
             nbytes = int(lengths.sum()) * cache.shape.layer_token_bytes
-            return {
-                "point": name,
-                "system": system,
-                "queries": queries,
-                "layer_us": summarise(took),
-                "layer_bytes": nbytes,
-            }
+            return {"point": name, "system": system, "queries": queries, "layer_us": took, "layer_bytes": nbytes}
 
         for system, kernel in kernels.items():
             for queries in QUERIES if isinstance(kernel, SharesAttention) else (1,):
-                q = torch.randn(len(lengths), queries, heads[0], heads[2], dtype=dtype, device=device)
+                q = torch.randn(len(lengths), queries, *how.heads[::2], dtype=how.dtype, device=cache.device)
 
-                def work(kernel: Attention = kernel, q: torch.Tensor = q) -> None:
-                    for layer in range(LAYERS):
-                        if isinstance(kernel, SharesAttention):
-                            kernel.decode_queries(layer, q, None, on_device)
-                        else:
-                            kernel.decode(layer, q[:, 0], on_device)
+                def work(layer: int, kernel: Attention = kernel, q: torch.Tensor = q) -> None:
+                    if isinstance(kernel, SharesAttention):
+                        kernel.decode_queries(layer, q, None, on_device)
+                    else:
+                        kernel.decode(layer, q[:, 0], on_device)
 
                 rows.append(row(system, queries, work))
         if FA3 not in missing:
             try:
-                rows.append(row(FA3, 1, _by_fa3(cache, lengths, heads)))
+                rows.append(row(FA3, 1, _by_fa3(cache, lengths, how.heads)))
             except (RuntimeError, VattnError) as error:
-                missing[f"{FA3}, {name}"] = str(error).strip().splitlines()[0][:200]
+                missing[f"{FA3}, {name}"] = refusal(error)
         del kernels
     return rows
 
 
-def _by_fa3(cache: KVCache, lengths: np.ndarray, heads: list[int]) -> Callable[[], None]:
+def _by_fa3(cache: KVCache, lengths: np.ndarray, heads: list[int]) -> Callable[[int], None]:
     """One query a lane by vLLM's FlashAttention-3, each the last token of its sequence."""
     kernel = vllm_prompts.VllmPrompts(cache, heads[0], heads[2] ** -0.5)
     planned = kernel.plan([Span(slot, length - 1, length) for slot, length in enumerate(lengths.tolist())])
     q = torch.randn(len(lengths), heads[0], heads[2], dtype=cache.shape.dtype, device=cache.device)
     out = torch.empty_like(q)
-
-    def work() -> None:
-        for layer in range(LAYERS):
-            kernel.attend(layer, q, out, planned)
-
-    return work
+    return lambda layer: kernel.attend(layer, q, out, planned)
 
 
 def _kernels(cache: KVCache, systems: list[str], num_heads: int) -> dict[str, Attention]:
@@ -206,20 +165,19 @@ def _kernels(cache: KVCache, systems: list[str], num_heads: int) -> dict[str, At
 
 
 @torch.inference_mode()
-def _picks(device: str, heads: list[int], dtype: torch.dtype, count: int, seed: int) -> list[dict[str, Any]]:
+def _picks(how: Kernels, count: int, seed: int) -> list[dict[str, Any]]:
     """Random batches under both kernels and under the one that is picked for them, which was learned from others."""
     rng = np.random.default_rng(seed)
     free, _ = torch.cuda.mem_get_info()
-    longest = min(
-        PICK_LONGEST, int(free * 0.6) // (max(PICK_LANES) * LAYERS * 2 * heads[1] * heads[2] * dtype.itemsize)
-    )
+    token_bytes = how.shape(LAYERS, 1, 1).token_bytes
+    longest = min(PICK_LONGEST, int(free * 0.6) // (max(PICK_LANES) * token_bytes))
     rows = []
-    with _filled(np.full(max(PICK_LANES), longest), device, heads, dtype) as cache:
-        attention = PickedAttention(cache, heads[0], kernels=_kernels(cache, ["cudnn"], heads[0]))
+    with _filled(np.full(max(PICK_LANES), longest), how) as cache:
+        attention = PickedAttention(cache, how.heads[0], kernels=_kernels(cache, ["cudnn"], how.heads[0]))
         for lanes in PICK_LANES:
             attention.learn(np.full(lanes, longest), lambda work: 1e3 * median(timed_ms(work, 5, cache.device)))
-            q = torch.randn(lanes, heads[0], heads[2], dtype=dtype, device=device)
-            on_device = torch.ones(lanes, dtype=torch.int32, device=device)
+            q = torch.randn(lanes, *how.heads[::2], dtype=how.dtype, device=how.device)
+            on_device = torch.ones(lanes, dtype=torch.int32, device=how.device)
             graphs = {}
             for name, kernel in attention.kernels.items():
 

@@ -16,18 +16,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.harness.case import captured_graphs, conclude, vocab_of
+from trtllm_vattn.bench.harness.case import captured_anew, captured_graphs, conclude, vocab_of
 from trtllm_vattn.bench.harness.flags import add_device, add_model, add_results
 from trtllm_vattn.bench.harness.traces import generate_trace
 from trtllm_vattn.bench.harness.workload import prompt_ids
 from trtllm_vattn.bench.publish.plots import plot_demo
-from trtllm_vattn.cache.base import FlatKV
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.sampling import SamplingParams
-from trtllm_vattn.table import table
+from trtllm_vattn.table import table, tabulate
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.tensors import tensor_at
 from trtllm_vattn.vmm.wrappers import CountingDriver
@@ -83,16 +82,8 @@ def _engine(model: PreTrainedModel, device: str, capture: bool = True) -> Engine
     # Room for every slot at its longest; what is not needed is not taken.
     budget = 2 * (SLOTS + 1) * (MAX_SEQ_LEN * shape.token_bytes + 2 * driver.granularity())
     cache = KVCacheManager(shape, driver, budget, lookahead=LOOKAHEAD)
-    return Engine(
-        model,
-        cache,
-        prefix_cache=False,
-        attention="torch",
-        capture=capture,
-        buckets=[SLOTS],
-        chunk=CHUNK,
-        compile=False,
-    )
+    options: dict[str, Any] = {"attention": "torch", "buckets": [SLOTS], "chunk": CHUNK, "compile": False}
+    return Engine(model, cache, prefix_cache=False, capture=capture, **options)
 
 
 # -- addresses ---------------------------------------------------------------------------------------------------------
@@ -158,11 +149,9 @@ def show_addresses(engine: Engine, plain: PreTrainedModel, seed: int) -> dict[st
     # Moved by the cache alone, for nothing runs.
     source = cache.admit("moved", 100)
     target = next(each for each in range(SLOTS) if each != source)
-    for layer in range(cache.shape.num_layers):
-        view = cache.layer(layer)
-        assert isinstance(view, FlatKV)
-        view.k[source, :100].normal_()
-        view.v[source, :100].normal_()
+    for k, v in _tensors(cache):
+        k[source, :100].normal_()
+        v[source, :100].normal_()
     rows = _rows(cache, source)
     before = _calls(cache)
     cache.move("moved", target)
@@ -173,28 +162,24 @@ def show_addresses(engine: Engine, plain: PreTrainedModel, seed: int) -> dict[st
         "slot": slot,
         "events": events,
         "graphs_captured": len(graphs),
-        "graphs_captured_again": sum(a is not b for a, b in zip(graphs, captured_graphs(engine), strict=True)),
+        "graphs_captured_again": captured_anew(engine, graphs),
         "tokens_identical": identical,
     }
 
 
+def _tensors(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """K and V of each layer."""
+    return [(kv.k, kv.v) for kv in map(cache.layer, range(cache.shape.num_layers))]
+
+
 def _addresses(cache: KVCacheManager) -> list[list[tuple[int, int]]]:
     """Of K and V, by layer and slot."""
-    found = []
-    for layer in range(cache.shape.num_layers):
-        view = cache.layer(layer)
-        assert isinstance(view, FlatKV)
-        found.append([(view.k[slot].data_ptr(), view.v[slot].data_ptr()) for slot in range(SLOTS)])
-    return found
+    return [[(k[slot].data_ptr(), v[slot].data_ptr()) for slot in range(SLOTS)] for k, v in _tensors(cache)]
 
 
 def _rows(cache: KVCacheManager, slot: int) -> torch.Tensor:
     """A copy of the first token's K and V in every layer, as the cache's own tensors have them."""
-    rows = []
-    for layer in range(cache.shape.num_layers):
-        view = cache.layer(layer)
-        assert isinstance(view, FlatKV)
-        rows += [view.k[slot, 0], view.v[slot, 0]]
+    rows = [each[slot, 0] for pair in _tensors(cache) for each in pair]
     return torch.stack(rows).flatten(1).clone().view(torch.uint8)
 
 
@@ -300,30 +285,26 @@ def _shown(addresses: dict[str, Any], memory: dict[str, Any], tokens: list[dict[
         + ["same" if event["layers"][number] and event["stayed"] else "CHANGED" for event in events]
         for number, layer in enumerate(addresses["layers"])
     ]
-    happened = [[e["event"], str(e["maps"]), str(e["unmaps"]), f"{e['mapped_bytes'] / 1024:,.0f}"] for e in events]
     captured = (
         f"{addresses['graphs_captured']} graphs were captured at the start, {addresses['graphs_captured_again']} again"
     )
     held = ", ".join(f"{name} {nbytes / 1024:,.0f} KiB" for name, nbytes in memory["held_bytes"].items())
-    return (
-        "\n\n".join(
-            [
-                f"1. Addresses of K and V, of slot {addresses['slot']}, and what the memory at them holds",
-                table(["layer", "K at", "V at", *(event["event"] for event in events)], lines),
-                table(["meanwhile", "mappings made", "taken away", "KiB mapped then"], happened),
-                captured,
-                "2. Physical memory beside the tokens of the sequences",
-                _memory(memory),
-                f"All physical memory held: {held}",
-                "3. Tokens",
-                table(
-                    ["by", "tokens", "the same"],
-                    [[row["by"], str(row["tokens"]), "yes" if row["identical"] else "NO"] for row in tokens],
-                ),
-            ]
-        )
-        + "\n"
-    )
+    parts = [
+        f"1. Addresses of K and V, of slot {addresses['slot']}, and what the memory at them holds",
+        table(["layer", "K at", "V at", *(event["event"] for event in events)], lines),
+        tabulate(events, {"meanwhile": "event", "mapped": "maps", "taken away": "unmaps", "KiB mapped then": _kib}),
+        captured,
+        "2. Physical memory beside the tokens of the sequences",
+        _memory(memory),
+        f"All physical memory held: {held}",
+        "3. Tokens",
+        tabulate(tokens, {"by": "by", "tokens": "tokens", "the same": lambda row: "yes" if row["identical"] else "NO"}),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _kib(event: dict[str, Any]) -> str:
+    return f"{event['mapped_bytes'] / 1024:,.0f}"
 
 
 def _memory(memory: dict[str, Any]) -> str:
@@ -335,12 +316,7 @@ def _memory(memory: dict[str, Any]) -> str:
         step = steps[number]
         live, mapped = (round(BAR * step[name] / most) for name in ("live_bytes", "mapped_bytes"))
         sizes = (step["live_bytes"], step["mapped_bytes"], memory["reserved_bytes"])
-        cells = [
-            str(number + 1),
-            str(step["sequences"]),
-            str(step["tokens"]),
-            *(f"{size / 1024:,.0f}" for size in sizes),
-        ]
+        cells = [*map(str, (number + 1, step["sequences"], step["tokens"])), *(f"{size / 1024:,.0f}" for size in sizes)]
         rows.append([*cells, ("#" * live + "+" * (mapped - live)).ljust(BAR, ".")])
     header = ["step", "sequences", "tokens", "KiB of tokens", "KiB mapped", "KiB of whole slots", "# tokens, + mapped"]
     return table(header, rows)

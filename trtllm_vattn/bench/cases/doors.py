@@ -27,38 +27,38 @@ import argparse
 import importlib.util
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from statistics import median
 from time import perf_counter, thread_time
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from trtllm_vattn.arguments import amount, numbers, positive, probability, size, tolerance
+from trtllm_vattn.arguments import adder
 from trtllm_vattn.bench.cases.doors_deterministic import measure_deterministic
-from trtllm_vattn.bench.cases.doors_http import Serving, Took, judge, observed, outcomes_of, serving, through_server
-from trtllm_vattn.bench.cases.doors_updates import measure_updates
-from trtllm_vattn.bench.harness.case import vocab_of
-from trtllm_vattn.bench.harness.emulated_device import EmulatedEngine
-from trtllm_vattn.bench.harness.flags import (
-    BUDGET,
-    MAX_SEQ_LEN,
-    MAX_SEQS,
-    TIE_TOLERANCE,
-    add_attention,
-    add_common,
-    add_parts,
-    add_rounds,
+from trtllm_vattn.bench.cases.doors_http import (
+    Serving,
+    Took,
+    Trace,
+    engine_seconds,
+    judge,
+    outcomes_of,
+    serving,
+    through_server,
 )
-from trtllm_vattn.bench.harness.recording import Part, Recording
+from trtllm_vattn.bench.cases.doors_updates import measure_updates
+from trtllm_vattn.bench.harness import flags
+from trtllm_vattn.bench.harness.case import Part, Recording, vocab_of
+from trtllm_vattn.bench.harness.contenders import observed
+from trtllm_vattn.bench.harness.emulated_device import EmulatedEngine
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.request import Completion, StepRecord
+from trtllm_vattn.runtime.request import Completion
 from trtllm_vattn.runtime.sampling import SamplingParams
 
 MEASURES = ("parameters", "deterministic", "http", "clients", "updates")
@@ -67,52 +67,29 @@ MEASURES = ("parameters", "deterministic", "http", "clients", "updates")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench doors`."""
-    gpu, add = add_common(parser), parser.add_argument
-    add_attention(parser)
-    add_parts(parser, MEASURES, "parameters,http,clients", flag="--measure")
+    add = adder(parser, flags.add_common(parser))
+    flags.add_attention(parser)
+    flags.add_parts(parser, MEASURES, "parameters,http,clients", flag="--measure")
     text = "of a launch on an emulated device, which computes nothing, in parts http and clients (default: no)"
-    add("--emulate-step-ms", type=amount, metavar="MILLISECONDS", help=text)
-    add("--requests", type=positive, default=512 if gpu else 60, metavar="REQUESTS", help="of part clients")
-    add("--clients", type=positive, default=256 if gpu else 16, metavar="SEQUENCES", help="that ask at once")
-    add("--leaving", type=probability, default=0.3, metavar="SHARE", help="of clients that go away in the middle")
+    add("--emulate-step-ms", "MILLISECONDS", text)
+    add("--requests", "REQUESTS", "of part clients", 512, 60)
+    add("--clients", "SEQUENCES", "that ask at once", 256, 16)
+    add("--leaving", "SHARE", "of clients that go away in the middle", 0.3)
     text = "of whom each shares the clients; all but one are killed once, in the middle"
-    add("--client-processes", type=positive, default=2 if gpu else 1, metavar="COUNT", help=text)
+    add("--client-processes", "COUNT", text, 2, 1)
     text = "of the clients of part clients; openai is its own package's"
-    add("--library", choices=("plain", "openai"), default="plain", help=text)
-    add("--prompts", type=positive, default=128 if gpu else 12, metavar="PROMPTS", help="different ones")
-    add("--context", type=positive, default=512 if gpu else 24, metavar="TOKENS", help="of the longest prompt")
-    add("--max-output", type=positive, default=96 if gpu else 10, metavar="TOKENS", help="of each output")
-    add("--budget", type=size, default="40GiB" if gpu else "4MiB", metavar="BYTES", help=BUDGET)
-    add("--max-seqs", type=positive, default=128 if gpu else 8, metavar="SEQUENCES", help=MAX_SEQS)
-    add("--max-seq-len", type=positive, default=1024 if gpu else 64, metavar="TOKENS", help=MAX_SEQ_LEN)
-    add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=TIE_TOLERANCE)
-    add("--updates", type=positive, default=100 if gpu else 20, metavar="TIMES", help="of all weights, of part updates")
-    text = "random ones, of part deterministic"
-    add("--batches", type=positive, default=100 if gpu else 10, metavar="BATCHES", help=text)
-    text = "sequences of the steps of part deterministic"
-    add("--batch-sizes", type=numbers, default="1,32,128" if gpu else "1,4,8", metavar="SEQUENCES,...", help=text)
-    add_rounds(parser, 2 if gpu else 1, "of what is compared")
-
-
-@dataclass
-class Trace:
-    """Prompts, and how many tokens each is asked for."""
-
-    prompts: list[list[int]]
-    max_output: int
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    @property
-    def tokens(self) -> int:
-        """Of all outputs."""
-        return len(self.prompts) * self.max_output
-
-    @property
-    def plain(self) -> SamplingParams:
-        """Asks for so many tokens and nothing else."""
-        return SamplingParams(self.max_output, ignore_eos=True)
+    parser.add_argument("--library", choices=("plain", "openai"), default="plain", help=text)
+    add("--prompts", "PROMPTS", "different ones", 128, 12)
+    add("--context", "TOKENS", "of the longest prompt", 512, 24)
+    add("--max-output", "TOKENS", "of each output", 96, 10)
+    add("--budget", "BYTES", flags.BUDGET, "40GiB", "4MiB")
+    add("--max-seqs", "SEQUENCES", flags.MAX_SEQS, 128, 8)
+    add("--max-seq-len", "TOKENS", flags.MAX_SEQ_LEN, 1024, 64)
+    add("--tie-tolerance", "LOGITS", flags.TIE_TOLERANCE, 0.25, 0.0)
+    add("--updates", "TIMES", "of all weights, of part updates", 100, 20)
+    add("--batches", "BATCHES", "random ones, of part deterministic", 100, 10)
+    add("--batch-sizes", "SEQUENCES,...", "sequences of the steps of part deterministic", "1,32,128", "1,4,8")
+    add("--rounds", "TURNS", "turns that each of what is compared takes", 2, 1)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -187,18 +164,6 @@ def engine_for(args: argparse.Namespace, model: PreTrainedModel) -> Engine:
     return Engine(model, cache, **options)
 
 
-def engine_seconds(engine: Engine, trace: Trace, params: Sequence[SamplingParams]) -> tuple[float, int]:
-    """What all prompts take by the engine itself, all queued at once, and their tokens."""
-    started, tokens = perf_counter(), 0
-    for prompt, each in zip(trace.prompts, params, strict=True):
-        engine.submit(prompt, each)
-    for event in engine.run():
-        if event.error is not None:
-            raise ConfigError(f"{event.error}; raise --budget")
-        tokens += event.token is not None
-    return perf_counter() - started, tokens
-
-
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 
@@ -258,31 +223,12 @@ def asked_for(trace: Trace) -> dict[str, SamplingParams]:
     return asked
 
 
-class Timed(NamedTuple):
-    """Seconds of all prompts, as if none had ended early; and of a decode step of as many lanes as they fill, medians:
-    the milliseconds that it takes, and those in which the host does not wait for the device."""
-
-    seconds: float
-    step_ms: float
-    host_ms: float
-
-    def __str__(self) -> str:
-        return f"{self.seconds:.2f} s, a step {self.step_ms:.3f} ms, of which the host works {self.host_ms:.3f}"
-
-
-def timed(engine: Engine, trace: Trace, params: Sequence[SamplingParams]) -> Timed:
-    """What all prompts take, each asking for what is its own."""
-    records: list[StepRecord] = []
-    engine.observer = records.append
-    try:
+def timed(engine: Engine, trace: Trace, params: Sequence[SamplingParams]) -> Took:
+    """What all prompts take, each asking for what is its own; seconds as if none had ended early."""
+    before = thread_time()
+    with observed(engine) as launches:
         seconds, tokens = engine_seconds(engine, trace, params)
-    finally:
-        engine.observer = None
-    most = max(record.lanes for record in records if not record.prefilled)
-    full = [record for record in records if record.lanes == most and not record.prefilled]
-    step_ms = 1e3 * median(record.wall_s for record in full)
-    host_ms = 1e3 * median(record.wall_s - record.wait_s for record in full)
-    return Timed(seconds * trace.tokens / tokens, step_ms, host_ms)
+    return Took(seconds * trace.tokens / tokens, thread_time() - before, launches)
 
 
 # -- HTTP --------------------------------------------------------------------------------------------------------------
@@ -291,10 +237,8 @@ def timed(engine: Engine, trace: Trace, params: Sequence[SamplingParams]) -> Tim
 def took_alone(engine: Engine, trace: Trace, random: np.random.Generator) -> Took:
     """All prompts by the engine alone, in this thread; in any order, as they come from clients, for slots that are
     taken over fit the better the more the order is that of the round before."""
-    before, shuffled = thread_time(), replace(trace, prompts=[trace.prompts[i] for i in random.permutation(len(trace))])
-    with observed(engine) as launches:
-        seconds, _ = engine_seconds(engine, shuffled, [trace.plain] * len(shuffled.prompts))
-    return Took(seconds, thread_time() - before, launches)
+    shuffled = replace(trace, prompts=[trace.prompts[i] for i in random.permutation(len(trace.prompts))])
+    return timed(engine, shuffled, [trace.plain] * len(shuffled.prompts))
 
 
 def measure_http(recording: Recording, args: argparse.Namespace, shared: Shared, trace: Trace) -> None:

@@ -18,18 +18,17 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import zip_longest
 from statistics import median
-from time import perf_counter
 
 import numpy as np
 import torch
 from torch import nn
 
-from trtllm_vattn.bench.harness.recording import Recording
-from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.bench.cases.doors_http import Trace, engine_seconds, finished
+from trtllm_vattn.bench.harness.case import Recording, engine_for
+from trtllm_vattn.bench.harness.contenders import observed
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.request import StepRecord, TokenEvent
+from trtllm_vattn.runtime.request import TokenEvent
 from trtllm_vattn.runtime.sampling import SamplingParams
 
 MOST_AT_ONCE = 20
@@ -57,13 +56,14 @@ def measure_deterministic(
         with ExitStack() as made:
             engine = plain
             if deterministic:
-                cache = make_cache("vattn", shape_of(model, args.max_seqs, args.max_seq_len), args.device, args.budget)
-                options = {"attention": args.attention, "prefix_cache": False}
-                engine = made.enter_context(Engine(model, cache, deterministic=True, **options))
+                sizes_of = (args.device, args.max_seqs, args.max_seq_len, args.budget)
+                engine = made.enter_context(engine_for(model, *sizes_of, attention=args.attention, deterministic=True))
                 recording.say("a deterministic engine is captured")
             sizes = [size for size in args.batch_sizes if size <= args.max_seqs]
             step_ms[deterministic] = {size: _step_ms(engine, prompts, size) for size in sizes}
-            seconds[deterministic] = min(_seconds(engine, prompts, args.max_output) for _ in range(args.rounds))
+            whole = Trace(prompts, args.max_output)
+            took = [engine_seconds(engine, whole, [whole.plain] * len(prompts))[0] for _ in range(args.rounds)]
+            seconds[deterministic] = min(took)
             batches = args.batches if deterministic else -(-args.batches // 10)
             recording.say(f"steps {step_ms[deterministic]}; {batches} batches follow")
             asked, different[deterministic] = _compare(engine, prompts, args, batches, recording)
@@ -113,18 +113,14 @@ def _step_ms(engine: Engine, prompts: Sequence[list[int]], size: int) -> float:
     A deterministic engine takes a step of those that decode behind each pass of a prompt, so the first sequences have
     to be long enough that the last prompt goes in before they end.
     """
-    records: list[StepRecord] = []
     room = engine.cache.shape.max_seq_len
     shortest = min(min(map(len, prompts)), max(1, room - size - 2 * STEPS))
     passes = size * -(-shortest // engine.scheduler.chunk)
     params = SamplingParams(min(passes + STEPS, room - shortest), ignore_eos=True)
     for number in range(size):
         engine.submit(prompts[number % len(prompts)][:shortest], params)
-    engine.observer = records.append
-    try:
-        _finished(engine)
-    finally:
-        engine.observer = None
+    with observed(engine) as records:
+        finished(engine)
     took = [each.wall_s for each in records if each.lanes == size and not each.prefilled]
     if not took:
         most = max(each.lanes for each in records)
@@ -133,22 +129,6 @@ def _step_ms(engine: Engine, prompts: Sequence[list[int]], size: int) -> float:
             "raise --budget, --max-seqs or --max-seq-len, or leave out that of --batch-sizes"
         )
     return 1e3 * median(took)
-
-
-def _seconds(engine: Engine, prompts: Sequence[list[int]], output: int) -> float:
-    started = perf_counter()
-    for prompt in prompts:
-        engine.submit(prompt, SamplingParams(output, ignore_eos=True))
-    _finished(engine)
-    return perf_counter() - started
-
-
-def _finished(engine: Engine) -> list[TokenEvent]:
-    events = list(engine.run())
-    for event in events:
-        if event.error is not None:
-            raise ConfigError(f"{event.error}; raise --budget")
-    return events
 
 
 def _compare(
@@ -164,7 +144,7 @@ def _compare(
     wanted: list[Bits] = []
     for prompt, each in zip(pool, params, strict=True):
         engine.submit(prompt, each)
-        wanted.append(_bits(_finished(engine)))
+        wanted.append(_bits(finished(engine)))
     requests, different = 0, Counter[int]()
     for batch in range(batches):
         place: dict[int, int] = {}
@@ -172,7 +152,7 @@ def _compare(
         for which in random.integers(0, len(pool), int(random.integers(1, MOST_AT_ONCE))).tolist():
             place[engine.submit(pool[which], params[which])] = which
             events += engine.step() if random.random() < 0.3 else []
-        events += _finished(engine)
+        events += finished(engine)
         by_request: dict[int, list[TokenEvent]] = {number: [] for number in place}
         for event in events:
             by_request[event.request].append(event)

@@ -18,16 +18,54 @@ from time import perf_counter, sleep, thread_time
 from typing import Any
 from urllib.request import urlopen
 
+from trtllm_vattn.bench.harness.contenders import observed
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.async_engine import AsyncEngine
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.request import Completion, StepRecord
+from trtllm_vattn.runtime.request import Completion, StepRecord, TokenEvent
+from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.serve.app import Settings
 from trtllm_vattn.serve.server import ServerProcess, listen
 
 CLIENTS = "trtllm_vattn.bench.peer.http_clients"
 NAME = "bench"
 PATIENCE_S = 30.0
+
+
+@dataclass
+class Trace:
+    """Prompts, and how many tokens each is asked for."""
+
+    prompts: Sequence[list[int]]
+    max_output: int
+
+    @property
+    def tokens(self) -> int:
+        """Of all outputs."""
+        return len(self.prompts) * self.max_output
+
+    @property
+    def plain(self) -> SamplingParams:
+        """Asks for so many tokens and nothing else."""
+        return SamplingParams(self.max_output, ignore_eos=True)
+
+
+def finished(engine: Engine) -> list[TokenEvent]:
+    """Events until nothing runs. Raises ConfigError where a request failed."""
+    events = list(engine.run())
+    for event in events:
+        if event.error is not None:
+            raise ConfigError(f"{event.error}; raise --budget")
+    return events
+
+
+def engine_seconds(engine: Engine, trace: Trace, params: Sequence[SamplingParams]) -> tuple[float, int]:
+    """What all prompts take by the engine itself, all queued at once, and their tokens."""
+    started = perf_counter()
+    for prompt, each in zip(trace.prompts, params, strict=True):
+        engine.submit(prompt, each)
+    tokens = sum(event.token is not None for event in finished(engine))
+    return perf_counter() - started, tokens
 
 
 @dataclass
@@ -113,24 +151,24 @@ class Took:
     engine_cpu_s: float
     launches: list[StepRecord]
 
+    def __str__(self) -> str:
+        return f"{self.seconds:.2f} s, a step {self.step_ms:.3f} ms, of which the host works {self.host_ms:.3f}"
+
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds of a launch of the most lanes, the median."""
+        return 1e3 * median(each.wall_s for each in self._full)
+
     @property
     def host_ms(self) -> float:
-        """Milliseconds of a launch of the most lanes in which its thread did not wait for the device, the median."""
+        """Milliseconds of that in which its thread did not wait for the device, the median."""
+        return 1e3 * median(each.wall_s - each.wait_s for each in self._full)
+
+    @property
+    def _full(self) -> list[StepRecord]:
         decoding = [each for each in self.launches if not each.prefilled]
         most = max(each.lanes for each in decoding)
-        full = [each for each in decoding if each.lanes == most]
-        return 1e3 * median(each.wall_s - each.wait_s for each in full)
-
-
-@contextmanager
-def observed(engine: Engine) -> Iterator[list[StepRecord]]:
-    """Launches meanwhile."""
-    launches: list[StepRecord] = []
-    engine.observer = launches.append
-    try:
-        yield launches
-    finally:
-        engine.observer = None
+        return [each for each in decoding if each.lanes == most]
 
 
 def through_server(engine: Engine, server: Serving, job: dict[str, Any]) -> tuple[Took, list[dict[str, Any]]]:

@@ -27,14 +27,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.harness.case import captured_graphs, vocab_of
+from trtllm_vattn.bench.harness.case import Recording, captured_graphs, engine_for, vocab_of
 from trtllm_vattn.bench.harness.identity import behind_likeliest
-from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.peer.trainer import train
-from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.async_engine import AsyncEngine
-from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.runtime.sampling_fields import MOST_LOGPROBS
@@ -73,9 +70,8 @@ def measure_updates(recording: Recording, args: argparse.Namespace, model: PreTr
     process = spawning.Process(target=train, args=(theirs, args.model, args.device, args.seed), daemon=True)
     process.start()
     theirs.close()
-    cache = make_cache("vattn", shape_of(model, args.max_seqs, args.max_seq_len), args.device, args.budget)
-    engine = Engine(model, cache, attention=args.attention, prefix_cache=False)
-    around = AsyncEngine(engine)
+    sizes = (args.device, args.max_seqs, args.max_seq_len, args.budget)
+    around = AsyncEngine(engine := engine_for(model, *sizes, attention=args.attention))
     try:
         connection.recv()
         recording.say("an engine is captured, and the trainer has its weights")

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from trtllm_vattn.arguments import numbers, positive
+from trtllm_vattn.arguments import adder, numbers
 from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import add_device, add_results
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.bench.publish.plots import plot_alloc
-from trtllm_vattn.table import table
+from trtllm_vattn.table import tabulate
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 
@@ -31,16 +31,17 @@ BATCH = 64
 """Mappings that one call makes accessible."""
 THREADS = (1, 2, 4)
 """That call at once."""
+THREAD_COLUMNS = "threads size lives_per_s" + "".join(f" us.{call}.p50 us.{call}.p99" for call in CALLS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench alloc`."""
     add_device(parser)
-    add = parser.add_argument
+    add = adder(parser)
     text = "sizes of extents, in multiples of the driver's granularity: 2 MiB on a GPU, 4 KiB on the host"
     names = ("--multiples", "--granules")  # the second is an alias for 0.1
-    add(*names, type=numbers, default="1,2,8,32,128", metavar="COUNT,...", help=text, dest="granules")
-    add("--repeats", type=positive, default=200, metavar="TIMES", help="times that each call is made")
+    parser.add_argument(*names, type=numbers, default="1,2,8,32,128", metavar="COUNT,...", help=text, dest="granules")
+    add("--repeats", "TIMES", "times that each call is made", 200)
     add_results(parser, plots=True)
 
 
@@ -73,14 +74,8 @@ def run(args: argparse.Namespace) -> int:
             for call in CALLS:
                 summary[f"{call}_us_{row['threads']}_threads"] = row["us"][call]["p50"]
     results = {"calls": rows, "threads": threads, "granule": granularity}
-    return conclude(
-        "alloc",
-        args,
-        results,
-        summary,
-        f"{_show(rows, granularity)}\n{_show_threads(threads, granularity)}",
-        plot_alloc,
-    )
+    shown = [tabulate(rows, "how size busy call us.p50 us.p99"), tabulate(threads, THREAD_COLUMNS)]
+    return conclude("alloc", args, results, summary, "\n".join(shown), plot_alloc)
 
 
 def one_by_one(driver: Driver, size: int, repeats: int) -> dict[str, list[float]]:
@@ -199,21 +194,3 @@ def busy_device(device: str) -> Iterator[None]:
 
 def _rows(how: str, size: int, busy: bool, took: dict[str, list[float]]) -> list[dict[str, Any]]:
     return [{"how": how, "size": size, "busy": busy, "call": name, "us": summarise(us)} for name, us in took.items()]
-
-
-def _show_threads(rows: list[dict[str, Any]], granularity: int) -> str:
-    lines = []
-    for row in rows:
-        values = [f"{row['us'][call]['p50']:.1f} / {row['us'][call]['p99']:.1f}" for call in CALLS]
-        lines.append([str(row["threads"]), str(row["size"] // granularity), f"{row['lives_per_s']:,.0f}", *values])
-    return table(["threads", "multiples", "lives/s", *(f"{call}, us p50 / p99" for call in CALLS)], lines)
-
-
-def _show(rows: list[dict[str, Any]], granularity: int) -> str:
-    cells = {(row["how"], row["size"], row["busy"], row["call"]): row["us"] for row in rows}
-    lines = []
-    for how, size, busy in dict.fromkeys((row["how"], row["size"], row["busy"]) for row in rows):
-        found = [cells.get((how, size, busy, call)) for call in CALLS]
-        values = [f"{us['p50']:.1f} / {us['p99']:.1f}" if us else "-" for us in found]
-        lines.append([how, str(size // granularity), "busy" if busy else "idle", *values])
-    return table(["how", "multiples", "device", *(f"{call}, us p50 / p99" for call in CALLS)], lines)

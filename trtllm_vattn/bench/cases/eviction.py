@@ -1,5 +1,5 @@
 """Parts of `bench compression`: what evicting tokens by H2O and FastGen gives back, by the size of extents, heads a
-range and policy; and a step before and behind it."""
+range and policy; a step before and behind it; and attention over latents."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtllm_vattn.bench.harness.contenders import device_step_ms
-from trtllm_vattn.bench.harness.lanes import empty_lanes, fill_lanes
-from trtllm_vattn.bench.harness.recording import Recording
-from trtllm_vattn.bench.harness.timing import timed_ms
+from trtllm_vattn.attention.select import make_attention
+from trtllm_vattn.bench.harness.case import Recording
+from trtllm_vattn.bench.harness.contenders import device_step_ms, empty_lanes, fill_lanes
+from trtllm_vattn.bench.harness.timing import fill_flat, timed_ms
 from trtllm_vattn.cache.base import CacheShape, FlatKV
 from trtllm_vattn.cache.compression import H2O, CompressionPolicy, FastGen, HeadsView, compact
 from trtllm_vattn.cache.compression.mass import attended, maps
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
+from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.memory.pool import CLASSES
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
@@ -29,10 +30,13 @@ from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.open import open_driver
 
 QUERIES = 64
+LATENT, LATENT_LAYERS = 576, 4
+"""Numbers of a latent row, as of DeepSeek-V2-Lite and V3, and layers."""
 SHARE = 0.1
 """Of the prompt: H2O's heavy hitters, and its recent tokens."""
 SPECIAL = 7
 """The id of a special token; one token in 50 is one."""
+FASTGEN = FastGen([SPECIAL], threshold=0.9, frequent=0.05, local=0.1)
 KINDS = ("full", "special", "local", "frequency")
 """What heads attend to, in turn."""
 HOST_PAGES = (4 << 10, 16 << 10, 64 << 10, 256 << 10)
@@ -45,14 +49,15 @@ def returned(recording: Recording) -> Iterator[dict[str, Any]]:
     args = recording.args
     yield {"kept_sets_match_paper": kept_sets_match(args.seed)}
     gpu = args.device != "cpu"
-    shape = _prompt_shape(gpu, args.evicted_context)
+    layers, kv_heads, dim = (4, 8, 128) if gpu else (2, 4, 16)
+    shape = CacheShape(layers, kv_heads, dim, torch.bfloat16, 1, args.evicted_context + 64)
     rows: list[dict[str, Any]] = []
     recording.results["returned"] = rows
     found: dict[tuple[str, int, int], float] = {}
     pages = (open_driver(args.device).granularity(),) if gpu else HOST_PAGES
     heads_per_range = [1 << power for power in range(shape.num_kv_heads.bit_length())]
     for page, classes in [(page, 1) for page in pages] + [(pages[0], CLASSES)]:
-        for name, policy in (("h2o", H2O(SHARE, SHARE)), ("fastgen", _fastgen())):
+        for name, policy in (("h2o", H2O(SHARE, SHARE)), ("fastgen", FASTGEN)):
             for heads in heads_per_range if classes == 1 else (1, shape.num_kv_heads):
                 driver = open_driver(args.device) if gpu else HostDriver(page)
                 ratio = returned_over_evicted(shape, driver, policy, heads, classes, args.device, args.seed)
@@ -86,15 +91,6 @@ def _returned_figures(found: dict[tuple[str, int, int], float], all_heads: int, 
         "fastgen_returned_over_evicted": found["fastgen", 1, 1],
         "row_of_all_heads_returned_over_evicted": found["fastgen", all_heads, 1],
     }
-
-
-def _fastgen() -> FastGen:
-    return FastGen([SPECIAL], threshold=0.9, frequent=0.05, local=0.1)
-
-
-def _prompt_shape(gpu: bool, tokens: int) -> CacheShape:
-    layers, kv_heads, dim = (4, 8, 128) if gpu else (2, 4, 16)
-    return CacheShape(layers, kv_heads, dim, torch.bfloat16, 1, tokens + 64)
 
 
 def returned_over_evicted(
@@ -215,3 +211,32 @@ def _step_ms(engine: Engine) -> float | None:
     times = [device_step_ms(engine, 6) for _ in range(3)]
     known = [each for each in times if each is not None]
     return median(known) if known else None
+
+
+def latents(recording: Recording) -> Iterator[dict[str, Any]]:
+    """Microseconds a layer of decoding `--batch` sequences of `--context` tokens, of 16 and of 128 query heads, and the
+    bytes of latents that were read in that time; on the host by torch, of small rows."""
+    args = recording.args
+    gpu, device = args.device != "cpu", torch.device(args.device)
+    dtype = torch.bfloat16 if gpu else torch.float32
+    shape = CacheShape(LATENT_LAYERS, 1, LATENT if gpu else 24, dtype, args.batch, args.context, kv_factor=1)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    with make_cache("vattn", shape, args.device, lookahead=0) as cache, torch.inference_mode():
+        fill_flat(cache, np.full(args.batch, args.context))
+        lengths = torch.full((args.batch,), args.context, dtype=torch.int32, device=device)
+        for heads in (16, 128) if gpu else (4,):
+            attention = make_attention("auto", cache, heads)
+            q = torch.randn(args.batch, heads, shape.head_dim, generator=generator, device=device).to(dtype)
+
+            def all_layers(attention: Any = attention, q: torch.Tensor = q) -> None:
+                attention.begin_step()
+                for layer in range(LATENT_LAYERS):
+                    attention.decode(layer, q, lengths)
+
+            took = median(timed_ms(all_layers, 10, device)) / LATENT_LAYERS
+            read = args.batch * args.context * shape.layer_token_bytes
+            yield {
+                "latents_backend": attention.name,
+                f"latents_us_a_layer_{heads}_heads": 1e3 * took,
+                f"latents_gb_per_s_{heads}_heads": read / took / 1e6,
+            }

@@ -9,7 +9,7 @@ from time import perf_counter
 
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import amount, positive, probability
+from trtllm_vattn.arguments import adder
 from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import add_results
 from trtllm_vattn.errors import InvariantViolation
@@ -18,14 +18,11 @@ from trtllm_vattn.verify.fault_injection import FaultStress
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench faults`."""
-    add = parser.add_argument
-    add("--operations", type=positive, default=20_000, metavar="OPERATIONS", help="operations in all")
-    text = "operations on one cache, from its construction to its close"
-    add("--life", type=positive, default=2_000, metavar="OPERATIONS", help=text)
-    text = "after which the operations on one cache count as hanging"
-    add("--life-seconds", type=amount, default=300.0, metavar="SECONDS", help=text)
-    text = "of a driver call to fail, from 0 to 1"
-    add("--probability", type=probability, default=0.02, metavar="SHARE", help=text)
+    add = adder(parser)
+    add("--operations", "OPERATIONS", "operations in all", 20_000)
+    add("--life", "OPERATIONS", "operations on one cache, from its construction to its close", 2_000)
+    add("--life-seconds", "SECONDS", "after which the operations on one cache count as hanging", 300.0)
+    add("--probability", "SHARE", "of a driver call to fail, from 0 to 1", 0.02)
     add_results(parser)
 
 

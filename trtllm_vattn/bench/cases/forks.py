@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from trtllm_vattn.arguments import positive
-from trtllm_vattn.bench.harness.case import vocab_of
-from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_rounds
-from trtllm_vattn.bench.harness.recording import Recording
-from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.arguments import adder
+from trtllm_vattn.bench.harness.case import Recording, engine_for, vocab_of
+from trtllm_vattn.bench.harness.flags import add_attention, add_common
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import tabulate
 
-COLUMNS: dict[str, str | Callable[[Any], str]] = {
-    "samples": "samples",
-    "round": "round",
-    "memory MiB": lambda row: f"{row['memory'] / 2**20:,.1f}",
-    "step ms": "step_ms:,.3f",
-    "cached tokens": "cached_tokens:,",
-}
+COLUMNS = "samples round memory step_ms cached_tokens"
 REJECTED = 3
 """Tokens of each sequence that a rollback takes back."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench forks`."""
-    gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
+    add = adder(parser, add_common(parser, on_gpu="llama-3.1-8b"))
     add_attention(parser)
-    add("--samples", type=positive, default=16, metavar="COUNT", help="of the prompt, beside one")
-    add("--prompt", type=positive, default=16_000 if gpu else 2000, metavar="TOKENS", help="of the prompt")
-    add("--output-tokens", type=positive, default=200 if gpu else 24, metavar="TOKENS", help="of each sample")
-    add_rounds(parser, 3, "number of samples")
+    add("--samples", "COUNT", "of the prompt, beside one", 16)
+    add("--prompt", "TOKENS", "of the prompt", 16_000, 2000)
+    add("--output-tokens", "TOKENS", "of each sample", 200, 24)
+    add("--rounds", "TURNS", "turns that each number of samples takes", 3)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,9 +48,9 @@ def measure_samples(recording: Recording) -> None:
     args, model = recording.args, recording.model
     random, vocab = np.random.default_rng(args.seed), vocab_of(model)
     longest = args.prompt + args.output_tokens
-    cache = make_cache("vattn", shape_of(model, args.samples + 2, longest), args.device)
     recording.say("start the engine")
-    with Engine(model, cache, attention=args.attention, max_running=args.samples) as engine:
+    options = {"attention": args.attention, "max_running": args.samples, "prefix_cache": None}
+    with engine_for(model, args.device, args.samples + 2, longest, **options) as engine:
         for turn in range(args.rounds + 1):
             for samples in (1, args.samples):
                 recording.say(f"{f'turn {turn} of {args.rounds}' if turn else 'warm-up'}: {samples} samples")
@@ -69,7 +60,7 @@ def measure_samples(recording: Recording) -> None:
                 if turn:
                     recording.add("runs", {"samples": samples, "round": turn - 1, **found})
             if turn:
-                recording.sum_up(**summarised(recording.results["runs"], cache.bytes_of(args.output_tokens)))
+                recording.sum_up(**summarised(recording.results["runs"], engine.cache.bytes_of(args.output_tokens)))
 
 
 def summarised(rows: Sequence[dict[str, Any]], own: int) -> dict[str, Any]:

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import positive, size
+from trtllm_vattn.arguments import adder
 from trtllm_vattn.bench.cases.ledger import LedgerCache, LedgerDriver
-from trtllm_vattn.bench.harness.flags import BUDGET, MAX_OUTPUT, MAX_SEQ_LEN, MAX_SEQS, REQUESTS, add_results, add_trace
-from trtllm_vattn.bench.harness.recording import Part, Recording
+from trtllm_vattn.bench.harness import flags
+from trtllm_vattn.bench.harness.case import Part, Recording
 from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
 from trtllm_vattn.bench.publish.plots import plot_fragmentation
 from trtllm_vattn.cache.base import CacheShape, KVCache
@@ -54,30 +54,20 @@ SYSTEMS: dict[str, CacheConfig | int] = {
 }
 """Tokens of a block, or how a cache at fixed addresses is configured."""
 
-COLUMNS = {
-    "mix": "mix",
-    "system": "system",
-    "waste": "waste_with_surplus:.1%",
-    "without surplus": "waste:.1%",
-    "parked or surplus": "parked_share:.1%",
-    "sequences at once, mean": "mean_sequences:.1f",
-    "most": "most_sequences",
-    "steps": "steps",
-    "preempted": "preemptions",
-}
+COLUMNS = "mix system waste_with_surplus waste parked_share mean_sequences most_sequences steps preemptions"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench fragmentation`. By default memory, not --max-seqs, is what keeps requests waiting."""
-    add = parser.add_argument
+    add = adder(parser)
     text = "a mix of requests, as for serve; may be given again (default: a generated one)"
-    add_trace(parser, action="append", default=[], help=text)
-    add("--requests", type=positive, default=400, metavar="REQUESTS", help=REQUESTS)
-    add("--max-output", type=positive, default=512, metavar="TOKENS", help=MAX_OUTPUT)
-    add("--max-seq-len", type=positive, default=16384, metavar="TOKENS", help=MAX_SEQ_LEN)
-    add("--max-seqs", type=positive, default=256, metavar="SEQUENCES", help=MAX_SEQS)
-    add("--budget", type=size, default="16GiB", metavar="BYTES", help=BUDGET)
-    add_results(parser, plots=True)
+    flags.add_trace(parser, action="append", default=[], help=text)
+    add("--requests", "REQUESTS", flags.REQUESTS, 400)
+    add("--max-output", "TOKENS", flags.MAX_OUTPUT, 512)
+    add("--max-seq-len", "TOKENS", flags.MAX_SEQ_LEN, 16384)
+    add("--max-seqs", "SEQUENCES", flags.MAX_SEQS, 256)
+    add("--budget", "BYTES", flags.BUDGET, "16GiB")
+    flags.add_results(parser, plots=True)
 
 
 def bimodal(count: int, seed: int) -> list[Request]:

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import torch
 
-from trtllm_vattn.cache.base import CacheShape, CacheStats, FlatKV
-from trtllm_vattn.cache.slotted import SlottedCache
-from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
+from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.cache.manager import AllFences
+from trtllm_vattn.cache.paged import PagedCache
 from trtllm_vattn.vmm.base import Driver, Fence, MappingCount
-
-
-class _Done(Fence):
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        """Nothing runs."""
 
 
 class LedgerDriver(Driver):
@@ -61,56 +52,18 @@ class LedgerDriver(Driver):
         """No memory."""
 
     def record(self, stream: int) -> Fence:
-        return _Done()
+        return AllFences(())
 
 
-class LedgerCache(SlottedCache):
-    """Counts blocks of `block_size` tokens under a budget; a `block_size` of max_seq_len reserves the maximum, as Orca
-    did."""
+class LedgerCache(PagedCache):
+    """Block tables without pools: blocks of `block_size` tokens are counted under a budget; one of max_seq_len tokens
+    reserves the maximum, as Orca did."""
 
     def __init__(self, shape: CacheShape, budget: int, block_size: int) -> None:
-        super().__init__(shape, torch.device("cpu"))
-        self.block_size = block_size
-        self._block_bytes = block_size * shape.token_bytes
-        self._blocks = budget // self._block_bytes
-        self._held = np.zeros(shape.num_slots, np.int64)
+        super().__init__(shape, "cpu", block_size, budget // (block_size * shape.token_bytes))
 
-    def _allocate(self, tokens: int) -> int:
-        slot = self._lowest_free()
-        lengths = np.zeros_like(self.lengths)
-        lengths[slot] = tokens
-        self._grow(lengths)
-        return slot
-
-    def _grow(self, lengths: np.ndarray) -> None:
-        wanted = np.maximum(self._held, -(-lengths // self.block_size))
-        if wanted.sum() > self._blocks:
-            raise KVCacheOutOfMemory(f"{wanted.sum()} blocks wanted of {self._blocks}; release or preempt a sequence")
-        self._held[:] = wanted
-        np.minimum(wanted * self.block_size, self.shape.max_seq_len, out=self.frontiers)
-
-    def _release(self, slot: int) -> None:
-        self._held[slot] = self.frontiers[slot] = 0
-
-    def _clear(self) -> None:
-        self._held[:] = self.frontiers[:] = 0
-
-    def _free(self) -> None:
-        """No memory."""
-
-    def layer(self, layer: int) -> FlatKV:
-        raise ConfigError("a ledger has no memory; use a cache of cache.select")
-
-    def storages(self) -> list[torch.Tensor]:
+    def _make_pools(self, size: tuple[int, int, int, int]) -> list[list[torch.Tensor]]:
         return []
 
-    def stats(self) -> CacheStats:
-        held = int(self._held.sum()) * self._block_bytes
-        return CacheStats(
-            sequences=len(self._slot_of),
-            live_bytes=self.live_bytes,
-            mapped_bytes=held,
-            parked_bytes=0,
-            held_bytes=held,
-            budget_bytes=self._blocks * self._block_bytes,
-        )
+    def _publish(self) -> None:
+        """Nobody reads the table."""

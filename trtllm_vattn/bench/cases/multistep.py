@@ -7,49 +7,36 @@ device stops take turns. Tokens are compared with those of single steps.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from statistics import mean
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import numbers, positive
-from trtllm_vattn.bench.harness.case import vocab_of
+from trtllm_vattn.arguments import adder
+from trtllm_vattn.bench.harness.case import Recording, engine_for, vocab_of
 from trtllm_vattn.bench.harness.contenders import Contest, device_step_ms, take_turns
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_steady
-from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.timing import summarise
-from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.runtime.binding import shape_of
-from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import tabulate
 
 IDENTITY_ATTENTION = "torch"
 """Whose arithmetic is the same from run to run; cuDNN's decode attention over several sequences is not (README)."""
 
-COLUMNS: dict[str, str | Callable[[Any], str]] = {
-    "batch": "batch",
-    "steps a launch": lambda row: f"loop, up to {row['steps']}" if row["loop"] else str(row["steps"]),
-    "mean length": "mean_length:.0f",
-    "step p50 ms": "step_ms.p50:.3f",
-    "p99": "step_ms.p99:.3f",
-    "host us a step": "host_us_a_step.p50:.0f",
-    "device step ms": "device_step_ms:.3f",
-}
+COLUMNS = "batch steps loop mean_length step_ms.p50 step_ms.p99 host_us_a_step.p50 device_step_ms"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench multistep`."""
-    gpu, add = add_common(parser), parser.add_argument
+    add = adder(parser, gpu := add_common(parser))
     add_attention(parser)
-    add("--step-counts", type=numbers, default="1,4,16", metavar="STEPS,...", help="decode steps of a launch")
+    add("--step-counts", "STEPS,...", "decode steps of a launch", "1,4,16")
     context, batches = (2048, "1,8,32") if gpu else (256, "1,4")
     add_steady(parser, "number of steps in a launch", context, rounds=5, steps=32, batches=batches)
-    text = "tokens of each sequence that are compared"
-    add("--identity-tokens", type=positive, default=48, metavar="TOKENS", help=text)
+    add("--identity-tokens", "TOKENS", "tokens of each sequence that are compared", 48)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,17 +80,8 @@ def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]
     most = batch + args.rounds * (a_turn + untimed) + 64
     with Contest(batch, start, most, args.seed) as contest:
         for count, loop in variants:
-            cache = make_cache("vattn", shape_of(model, batch, start + most), args.device)
-            engine = Engine(
-                model,
-                cache,
-                prefix_cache=False,
-                attention=args.attention,
-                buckets=[batch],
-                steps=count,
-                loop=loop,
-                chunk=max(2048, start),
-            )
+            options: dict[str, Any] = {"attention": args.attention, "buckets": [batch], "chunk": max(2048, start)}
+            engine = engine_for(model, args.device, batch, start + most, steps=count, loop=loop, **options)
             # One step a launch while prompts go in, and as many untimed steps for all: sequences are of equal length.
             engine.scheduler.steps = 1
             contest.add("vattn", engine)
@@ -143,10 +121,8 @@ def _identity(args: argparse.Namespace, model: Any, variants: list[tuple[int, bo
     ]
     answers = []
     for count, loop in variants:
-        cache = make_cache("vattn", shape_of(model, batch, 256), args.device)
-        with Engine(
-            model, cache, prefix_cache=False, attention=IDENTITY_ATTENTION, buckets=[batch], steps=count, loop=loop
-        ) as engine:
+        options: dict[str, Any] = {"attention": IDENTITY_ATTENTION, "buckets": [batch]}
+        with engine_for(model, args.device, batch, 256, steps=count, loop=loop, **options) as engine:
             answers.append([done.tokens for done in engine.generate(prompts, params)])
     return {
         "batch": batch,

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trtllm_vattn.bench.harness.recording import Recording
+from trtllm_vattn.bench.harness.case import Recording
 from trtllm_vattn.cache.compression import H2O, CompressionPolicy, FastGen
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager

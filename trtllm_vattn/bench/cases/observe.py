@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import mean, median
@@ -17,16 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_vattn.arguments import positive
-from trtllm_vattn.bench.harness.case import vocab_of
+from trtllm_vattn.arguments import adder
+from trtllm_vattn.bench.harness.case import Recording
+from trtllm_vattn.bench.harness.contenders import fill
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_steady
-from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, VattnError
 from trtllm_vattn.observe.metrics import start_metrics_server
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import tabulate
 from trtllm_vattn.trace import Trace, read_trace
 from trtllm_vattn.vmm.open import open_driver
@@ -34,20 +33,14 @@ from trtllm_vattn.vmm.wrappers import TracingDriver
 
 UNTIMED = 2
 """Steps at the start of a turn: caches of the processor are another engine's."""
-WATCH = "from trtllm_vattn.cli.main import main; raise SystemExit(main())"
-COLUMNS: dict[str, str | Callable[[Any], str]] = {
-    "round": "round",
-    "without ms": "without_ms:,.3f",
-    "with ms": "with_ms:,.3f",
-    "with / without": "ratio:,.4f",
-}
+COLUMNS = "round without_ms with_ms ratio"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench observe`."""
-    gpu, add = add_common(parser), parser.add_argument
+    add = adder(parser, gpu := add_common(parser))
     add_attention(parser)
-    add("--max-seqs", type=positive, default=64 if gpu else 4, metavar="SEQUENCES", help="that decode all the time")
+    add("--max-seqs", "SEQUENCES", "that decode all the time", 64, 4)
     add_steady(parser, "engine", 1024 if gpu else 32, 8 if gpu else 3, 300 if gpu else 40)
 
 
@@ -74,7 +67,8 @@ def measure_rounds(recording: Recording) -> Iterator[dict[str, Any]]:
             cache = make_cache("vattn", shape, args.device, driver=driver)
             given = trace if name == "with" else None
             engines[name] = opened.enter_context(Engine(model, cache, attention=args.attention, trace=given))
-            _begin(engines[name], args, vocab_of(model), longest)
+            lengths = [args.context] * args.max_seqs
+            fill(engines[name], lengths, longest - args.context, np.random.default_rng(args.seed))
         server = opened.enter_context(start_metrics_server(engines["with"]))
         watcher = opened.enter_context(_watching(server.port))
         for turn in range(args.rounds + 1):
@@ -107,16 +101,6 @@ def compared(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _begin(engine: Engine, args: argparse.Namespace, vocab: int, longest: int) -> None:
-    """Requests that decode until the end of the benchmark."""
-    random = np.random.default_rng(args.seed)
-    for _ in range(args.max_seqs):
-        prompt = random.integers(0, vocab, args.context).tolist()
-        engine.submit(prompt, SamplingParams(longest - args.context, ignore_eos=True))
-    while engine.prefilling:
-        engine.step()
-
-
 def _turn(engine: Engine, steps: int) -> list[float]:
     times = []
     for _ in range(steps):
@@ -141,8 +125,7 @@ def _row(turn: int, taken: dict[str, list[float]]) -> dict[str, Any]:
 @contextmanager
 def _watching(port: int) -> Iterator[subprocess.Popen[bytes]]:
     """`top` in a process of its own."""
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-c", WATCH, "top", url]
+    command = [sys.executable, "-m", "trtllm_vattn", "top", f"http://127.0.0.1:{port}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         yield process

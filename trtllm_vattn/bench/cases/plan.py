@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -22,34 +22,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtllm_vattn.arguments import numbers, positive, size
+from trtllm_vattn.arguments import adder
 from trtllm_vattn.attention.select import make_attention
-from trtllm_vattn.bench.cases.attention import fill as fill_lengths
-from trtllm_vattn.bench.cases.calibrate import batches, cancel_all, layer_us, probe_engine
+from trtllm_vattn.bench.cases.calibrate import batches, cache_shape_of, layer_us, probe_engine
 from trtllm_vattn.bench.cases.fragmentation import MAPPING_S, ModelledTiming, make, simulate
 from trtllm_vattn.bench.cases.serve import densest
-from trtllm_vattn.bench.harness.case import vocab_of
-from trtllm_vattn.bench.harness.contenders import decode_steps
-from trtllm_vattn.bench.harness.flags import (
-    BUDGET,
-    MAX_OUTPUT,
-    REQUESTS,
-    add_attention,
-    add_common,
-    add_parts,
-    add_trace,
-    dtype_of,
-)
-from trtllm_vattn.bench.harness.recording import Part, Recording
-from trtllm_vattn.bench.harness.timing import summarise
-from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
-from trtllm_vattn.cache.base import CacheShape
+from trtllm_vattn.bench.harness import flags
+from trtllm_vattn.bench.harness.case import Part, Recording, give_back, vocab_of
+from trtllm_vattn.bench.harness.contenders import cancel_all, decode_steps, fill, steps_and_tokens
+from trtllm_vattn.bench.harness.timing import fill_random, summarise
+from trtllm_vattn.bench.harness.traces import Request, counted, fit, generate_trace, load_trace
 from trtllm_vattn.cache.calibrated import card_of
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.memory.layout import default_layers_per_range
-from trtllm_vattn.planner import CostModel, Layout, Lengths, Load, ModelShape, Objective, plan
+from trtllm_vattn.planner import CostModel, Layout, Lengths, Load, Objective, plan
 from trtllm_vattn.planner.calibration import find, named
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import planned_shape
@@ -66,61 +54,32 @@ MAX_SEQ_LEN, MAX_SEQS = 16384, 256
 
 Mixes = dict[str, list[Request]]
 
-MEMORY: dict[str, str | Callable[[Any], str]] = {
-    "trace": "trace",
-    "layers a row": "layers_per_range",
-    "waste": "waste:.2%",
-    "planned": "planned_waste:.2%",
-    "sequences at once": "capacity:.2f",
-    "planned ": "planned_capacity:.2f",
-}
-STEPS: dict[str, str | Callable[[Any], str]] = {
-    "trace": "trace",
-    "sequences": "sequences",
-    "tokens": "kv_tokens:,.0f",
-    "step p50 ms": "step_ms.p50:.3f",
-    "planned": "planned_ms:.3f",
-}
-BURSTS: dict[str, str | Callable[[Any], str]] = {
-    "trace": "trace",
-    "running": "running",
-    "prompts": "prompts",
-    "ITL p99 ms": "itl_ms.p99:.2f",
-    "planned": "planned_ms:.2f",
-}
-CHOICES: dict[str, str | Callable[[Any], str]] = {
-    "trace": "trace",
-    "layers a row": "layers_per_range",
-    "lookahead": lambda row: "auto" if row["lookahead"] is None else str(row["lookahead"]),
-    "sequences": "sequences:.1f",
-    "step ms": "step_ms:.3f",
-    "tokens/s": "tokens_per_s:,.0f",
-    "planned": "planned",
-}
+MEMORY = "trace layers_per_range waste planned_waste capacity planned_capacity"
+STEPS = "trace sequences kv_tokens step_ms.p50 planned_ms"
+BURSTS = "trace running prompts itl_ms.p99 planned_ms"
+CHOICES = "trace layers_per_range lookahead sequences step_ms tokens_per_s planned"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench plan`."""
     # Its sequences are longer than the positions of Llama 3.0.
-    on_gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
-    add_attention(parser)
-    add_trace(
+    add = adder(parser, on_gpu := flags.add_common(parser, on_gpu="llama-3.1-8b"))
+    flags.add_attention(parser)
+    flags.add_trace(
         parser,
         action="append",
         default=[],
         help="requests, as for serve; may be given again (default: a generated one)",
     )
-    add_parts(parser, PARTS, "step,burst,choice" if on_gpu else "memory,choice")
+    flags.add_parts(parser, PARTS, "step,burst,choice" if on_gpu else "memory,choice")
     text = "a file of `trtllm-vattn calibrate`, or a card's name (default: this machine's, else the H200's)"
-    add("--calibration", metavar="FILE", help=text)
-    text = f"{REQUESTS}; one number for all traces, or one for each"
-    add("--requests", type=numbers, default="300" if on_gpu else "4000", metavar="REQUESTS,...", help=text)
-    add("--max-output", type=positive, default=512, metavar="TOKENS", help=MAX_OUTPUT)
-    add("--budget", type=size, default="16GiB", metavar="BYTES", help=f"{BUDGET}, of memory and choice")
-    text = "sequences that decode when the burst comes"
-    add("--running", type=positive, default=32 if on_gpu else 2, metavar="SEQUENCES", help=text)
-    add("--prompts", type=positive, default=48 if on_gpu else 3, metavar="PROMPTS", help="prompts of the burst")
-    add("--steps", type=positive, default=32 if on_gpu else 6, metavar="STEPS", help="decode steps that are timed")
+    parser.add_argument("--calibration", metavar="FILE", help=text)
+    add("--requests", "REQUESTS,...", f"{flags.REQUESTS}; one number for all traces, or one for each", "300", "4000")
+    add("--max-output", "TOKENS", flags.MAX_OUTPUT, 512)
+    add("--budget", "BYTES", f"{flags.BUDGET}, of memory and choice", "16GiB")
+    parser.set_defaults(running=32 if on_gpu else 2)
+    add("--prompts", "PROMPTS", "prompts of the burst", 48, 3)
+    add("--steps", "STEPS", "decode steps that are timed", 32, 6)
 
 
 class Bench:
@@ -134,24 +93,13 @@ class Bench:
         self.calibration = found or named("h200")
         self.recording.results["calibration"] = {"card": self.calibration.card, **self.calibration.about}
         if found is None:
-            self.say(f"no calibration of {own}; the H200's is taken")
-        counts = args.requests * (max(1, len(args.trace)) if len(args.requests) == 1 else 1)
-        if args.trace and len(counts) != len(args.trace):
-            raise ConfigError(
-                f"--requests has {len(counts)} numbers for {len(args.trace)} traces; give one, or one for each"
-            )
-        self.mixes: Mixes = {
-            path.stem: load_trace(path, count) for path, count in zip(args.trace, counts, strict=False)
-        }
+            self.recording.say(f"no calibration of {own}; the H200's is taken")
+        traces = counted(args.trace, args.requests) if args.trace else []
+        self.mixes: Mixes = {path.stem: load_trace(path, count) for path, count in traces}
         if not args.trace:
-            self.mixes["generated"] = generate_trace(counts[0], args.seed, median_prompt=1469, median_output=28)
+            self.mixes["generated"] = generate_trace(args.requests[0], args.seed, median_prompt=1469, median_output=28)
 
-    def say(self, text: str) -> None:
-        self.recording.say(text)
-
-    def part(
-        self, name: str, rows: Callable[[], Iterable[dict[str, Any]]], columns: Mapping[str, str | Callable[[Any], str]]
-    ) -> Part:
+    def part(self, name: str, rows: Callable[[], Iterable[dict[str, Any]]], columns: str) -> Part:
         """A part whose rows are kept as they are there, and shown in the end."""
 
         def measure(recording: Recording) -> list[dict[str, Any]]:
@@ -165,7 +113,7 @@ class Bench:
     @cached_property
     def engine(self) -> Engine:
         """An engine for step and burst; not beside other parts, whose layouts' memory is as large as its."""
-        self.say("starting an engine")
+        self.recording.say("starting an engine")
         return self._opened.enter_context(probe_engine(self.recording.model, self.args))
 
     def close(self) -> None:
@@ -173,19 +121,20 @@ class Bench:
         self._opened.close()
         vars(self).pop("engine", None)
         vars(self.recording).pop("model", None)
-        gc.collect()
-        if self.args.device != "cpu":
-            torch.cuda.empty_cache()
+        give_back()
 
     @property
     def layout(self) -> Layout:
         """Of the engine's cache."""
-        shape = planned_shape(self.args.model, dtype_of(self.args.device))
+        shape = planned_shape(self.args.model, flags.dtype_of(self.args.device))
         layers = default_layers_per_range(shape.num_layers, shape.layer_token_bytes)
         return Layout(shape, self.calibration.granularity, layers)
 
-    def costs(self, shape: ModelShape) -> CostModel:
-        return CostModel(shape, self.calibration)
+    def of_engine(self, name: str) -> tuple[list[Request], int]:
+        """A trace's requests as they fit the engine, and tokens that the first decode while others join."""
+        longest = self.engine.cache.shape.max_seq_len
+        room = longest // 8
+        return fit(self.mixes[name], longest - room, min(self.args.max_output, longest // 2)), room
 
     def fitted(self, name: str, longest: int = MAX_SEQ_LEN) -> list[Request]:
         return fit(self.mixes[name], longest, self.args.max_output)
@@ -215,20 +164,15 @@ def lengths_of(requests: list[Request]) -> Lengths:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def memory_shape() -> ModelShape:
-    """Llama-3-8B's."""
-    return planned_shape(PLANNED, torch.bfloat16)
-
-
 def memory(bench: Bench) -> Iterator[dict[str, Any]]:
     """Waste and capacity of the cache itself in virtual time, and as planned."""
-    shape = memory_shape()
-    model = bench.costs(shape)
+    shape = planned_shape(PLANNED, torch.bfloat16)
+    model = CostModel(shape, bench.calibration)
     for name in bench.mixes:
         requests = bench.fitted(name)
         lengths = lengths_of(requests)
         for layers in MEMORY_LAYERS:
-            bench.say(f"memory: {name}, {layers} layers a row")
+            bench.recording.say(f"memory: {name}, {layers} layers a row")
             layout = Layout(shape, 2 << 20, layers)
             simulated = in_virtual_time(layout, requests, bench.args.budget)
             step_s = model.step_s(layout, simulated["mean_sequences"] or 1.0, lengths.mean_tokens)
@@ -248,15 +192,9 @@ def memory(bench: Bench) -> Iterator[dict[str, Any]]:
 
 def in_virtual_time(layout: Layout, requests: list[Request], budget: int) -> dict[str, Any]:
     """The cache itself over requests that all come at once (`fragmentation.simulate`)."""
-    shape = layout.shape
-    cache_shape = CacheShape(
-        shape.num_layers, shape.num_kv_heads, shape.head_dim, torch.bfloat16, MAX_SEQS, MAX_SEQ_LEN
-    )
-    config = CacheConfig(
-        layers_per_range=layout.layers_per_range,
-        extent_classes=layout.extent_classes,
-        lookahead=layout.lookahead,
-    )
+    cache_shape = cache_shape_of(layout.shape, torch.bfloat16, MAX_SEQS, MAX_SEQ_LEN)
+    names = ("layers_per_range", "extent_classes", "lookahead")
+    config = CacheConfig(**{name: getattr(layout, name) for name in names})
     timing = ModelledTiming(cache_shape.token_bytes)
     with make(config, cache_shape, budget, timing) as cache:
         return simulate(cache, requests, timing)
@@ -272,33 +210,17 @@ def sampled(requests: list[Request], count: int, random: np.random.Generator) ->
     return [requests[i].prompt_tokens + int(random.integers(0, outputs[i] + 1)) for i in picked]
 
 
-def join(engine: Engine, prompts: list[int], tokens: int, random: np.random.Generator) -> list[int]:
-    """Have sequences of these lengths decode; returns their numbers."""
-    vocab = vocab_of(engine.model)
-    wanted = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    joined = [engine.submit(random.integers(0, vocab, length).tolist(), wanted) for length in prompts]
-    while engine.prefilling:
-        engine.step()
-    return joined
-
-
 def steps(bench: Bench, name: str) -> Iterator[dict[str, Any]]:
     """Decode steps of sequences with a trace's lengths, and as planned."""
     args, engine, layout = bench.args, bench.engine, bench.layout
-    model = bench.costs(layout.shape)
+    model = CostModel(layout.shape, bench.calibration)
     random = np.random.default_rng(args.seed)
-    longest = engine.cache.shape.max_seq_len
-    # Tokens that the first sequences decode while the others join.
-    room = longest // 8
-    requests = fit(bench.mixes[name], longest - room, min(args.max_output, longest // 2))
+    requests, room = bench.of_engine(name)
     running = 0
     for count in batches(args.device)[1:]:
-        join(engine, sampled(requests, count - running, random), room, random)
+        fill(engine, sampled(requests, count - running, random), room, random)
         running = count
-        decode_steps(engine, 4)
-        before = float(engine.decode.lengths.sum())
-        records = decode_steps(engine, args.steps)
-        kv = (before + float(engine.decode.lengths.sum())) / 2
+        records, kv = steps_and_tokens(engine, args.steps)
         step_ms = summarise([1e3 * record.wall_s / max(1, record.steps) for record in records])
         yield {
             "trace": name,
@@ -313,18 +235,16 @@ def steps(bench: Bench, name: str) -> Iterator[dict[str, Any]]:
 def burst(bench: Bench, name: str) -> dict[str, Any]:
     """The time between two tokens of running sequences while prompts come at once, and as planned."""
     args, engine, layout = bench.args, bench.engine, bench.layout
-    model = bench.costs(layout.shape)
+    model = CostModel(layout.shape, bench.calibration)
     random = np.random.default_rng(args.seed + 1)
-    longest = engine.cache.shape.max_seq_len
-    room = longest // 8
-    requests = fit(bench.mixes[name], longest - room, min(args.max_output, longest // 2))
+    requests, room = bench.of_engine(name)
     count = min(args.prompts, engine.cache.shape.num_slots - args.running, len(requests))
     first = densest(requests, count)
     prompts = [each.prompt_tokens for each in requests[first : first + count]]
     gaps: list[float] = []
     lengths = sampled(requests, args.running, random)
     for _ in range(2):
-        running = set(join(engine, lengths, room, random))
+        running = set(fill(engine, lengths, room, random))
         decode_steps(engine, 8)
         gaps += _gaps(engine, running, prompts, min(128, room), random)
         cancel_all(engine)
@@ -369,7 +289,7 @@ def _gaps(
 def measured_attention(bench: Bench) -> dict[tuple[str, int], float]:
     """Seconds of all layers' attention by trace and layers a row, over a budget full of the trace's sequences; nothing
     on the host."""
-    shape, args = memory_shape(), bench.args
+    shape, args = planned_shape(PLANNED, torch.bfloat16), bench.args
     found: dict[tuple[str, int], float] = {}
     if args.device == "cpu":
         return found
@@ -378,20 +298,13 @@ def measured_attention(bench: Bench) -> dict[tuple[str, int], float]:
         requests = bench.fitted(name)
         count = int(Layout(shape, 2 << 20, 16).capacity(lengths_of(requests), 4.0, args.budget))
         lengths = sampled(requests, max(1, count), np.random.default_rng(args.seed))
-        cache_shape = CacheShape(
-            shape.num_layers,
-            shape.num_kv_heads,
-            shape.head_dim,
-            dtype_of(args.device),
-            len(lengths),
-            MAX_SEQ_LEN,
-        )
+        cache_shape = cache_shape_of(shape, flags.dtype_of(args.device), len(lengths), MAX_SEQ_LEN)
         for layers in _divisors(shape.num_layers):
-            bench.say(f"attention: {name}, {layers} layers a row")
+            bench.recording.say(f"attention: {name}, {layers} layers a row")
             budget = 2 * args.budget
             with make_cache("vattn", cache_shape, args.device, budget, layers_per_range=layers, lookahead=0) as cache:
                 attention = make_attention(args.attention, cache, shape.num_heads)
-                fill_lengths(attention, np.array(lengths))
+                fill_random(attention, np.array(lengths))
                 us, _ = layer_us(attention, np.array(cache.lengths))
                 # A layer's microseconds for a token, all layers: sequences at once differ a little between layouts.
                 found[name, layers] = 1e-6 * us * shape.num_layers / sum(lengths)
@@ -405,14 +318,14 @@ def _divisors(number: int) -> list[int]:
 
 def choices(bench: Bench, attention: dict[tuple[str, int], float]) -> Iterator[dict[str, Any]]:
     """Every layout and lookahead by its sequences in virtual time and the step's time, and which one was planned."""
-    shape, args = memory_shape(), bench.args
-    model = bench.costs(shape)
+    shape, args = planned_shape(PLANNED, torch.bfloat16), bench.args
+    model = CostModel(shape, bench.calibration)
     for name in bench.mixes:
         requests = bench.fitted(name)
         lengths = lengths_of(requests)
         objective = Objective(args.budget, None, MAX_SEQS, (2048,))
         best = plan(model, lengths, objective).best.layout
-        bench.say(f"choice: {name}, planned are {best.layers_per_range} layers a row")
+        bench.recording.say(f"choice: {name}, planned are {best.layers_per_range} layers a row")
         for layers in _divisors(shape.num_layers):
             for lookahead in dict.fromkeys((*CHOICE_LOOKAHEADS, best.lookahead)):
                 layout = Layout(shape, 2 << 20, layers, None, best.extent_classes, lookahead)

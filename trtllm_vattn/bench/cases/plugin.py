@@ -23,11 +23,11 @@ from transformers import AutoConfig
 
 import trtllm_vattn
 from trtllm_vattn import plugins
-from trtllm_vattn.arguments import positive
+from trtllm_vattn.arguments import adder
 from trtllm_vattn.bench.cases.plugin_layers import EmulatedLayers
-from trtllm_vattn.bench.harness.flags import MAX_SEQ_LEN, add_attention, add_common, add_rounds, dtype_of
-from trtllm_vattn.bench.harness.recording import Recording
-from trtllm_vattn.bench.harness.timing import summarise, timed_ms
+from trtllm_vattn.bench.harness.case import Recording
+from trtllm_vattn.bench.harness.flags import MAX_SEQ_LEN, add_attention, add_common, dtype_of
+from trtllm_vattn.bench.harness.timing import fill_flat, summarise, timed_ms
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.errors import ConfigError
@@ -49,21 +49,17 @@ PROMPT = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench plugin`."""
-    gpu, add = add_common(parser), parser.add_argument
+    add = adder(parser, gpu := add_common(parser))
     text = "whose plugin classes; auto is TensorRT's where it is installed, plain needs none"
-    add("--module", default="auto", choices=["auto", *MODULES, "plain"], help=text)
+    parser.add_argument("--module", default="auto", choices=["auto", *MODULES, "plain"], help=text)
     add_attention(parser)
-    add("--lanes", type=positive, default=32 if gpu else 4, metavar="SEQUENCES", help="sequences of a decode step")
-    add("--max-seq-len", type=positive, default=4096 if gpu else 128, metavar="TOKENS", help=MAX_SEQ_LEN)
-    text = "tokens of each sequence where steps are timed"
-    add("--context", type=positive, default=2048 if gpu else 64, metavar="TOKENS", help=text)
-    text = "TensorRT's execution contexts; each is captured once"
-    add("--execution-contexts", type=positive, default=2, metavar="CONTEXTS", help=text, dest="contexts")
-    text = "replays over remapped memory, in all"
-    add("--replays", type=positive, default=10_000 if gpu else 200, metavar="REPLAYS", help=text)
-    text = "replays between checks of the outputs"
-    add("--check-every", type=positive, default=50 if gpu else 10, metavar="REPLAYS", help=text)
-    add_rounds(parser, 20 if gpu else 3, "kind of step, with the plugin and without")
+    add("--lanes", "SEQUENCES", "sequences of a decode step", 32, 4)
+    add("--max-seq-len", "TOKENS", MAX_SEQ_LEN, 4096, 128)
+    add("--context", "TOKENS", "tokens of each sequence where steps are timed", 2048, 64)
+    add("--execution-contexts", "CONTEXTS", "TensorRT's execution contexts; each is captured once", 2, dest="contexts")
+    add("--replays", "REPLAYS", "replays over remapped memory, in all", 10_000, 200)
+    parser.set_defaults(check_every=50 if gpu else 10)
+    add("--rounds", "TURNS", "turns that each kind of step, with the plugin and without, takes", 20, 3)
 
 
 class PluginWorkload(CacheWorkload):
@@ -258,13 +254,7 @@ class PluginBenchmark:
         args, cache, layers = self.args, self.cache, self.layers
         for slot in np.flatnonzero(cache.lengths).tolist():
             cache.release(cache.sequence_at(slot))
-        for _ in range(args.lanes):
-            cache.admit(self.workload.new(), args.context)
-        for layer in range(cache.shape.num_layers):
-            kv = cache.layer(layer)
-            for slot in range(args.lanes):
-                kv.k[slot, : args.context].normal_()
-                kv.v[slot, : args.context].normal_()
+        fill_flat(cache, np.full(args.lanes, args.context))
         lengths = torch.full((args.lanes,), args.context, dtype=torch.int32)
         layers.integers["lengths"].copy_(lengths)
         slots = torch.arange(args.lanes, device=cache.device)

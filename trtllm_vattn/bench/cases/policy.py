@@ -10,11 +10,10 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from trtllm_vattn.arguments import amount, positive
-from trtllm_vattn.bench.harness.case import model_of
+from trtllm_vattn.arguments import adder
+from trtllm_vattn.bench.harness.case import Recording, model_of
 from trtllm_vattn.bench.harness.contenders import Contender, Contest, take_turns
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_steady
-from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.memory.lookahead import BackgroundThread
 from trtllm_vattn.memory.mapping_policy import MappingPolicy
@@ -29,25 +28,16 @@ CHURN = "concurrent, 10x churn"
 TIMES = 10
 """How many times as many pages as decoding takes are mapped, and taken away again, beside each step."""
 
-COLUMNS = {
-    "mapping": "policy",
-    "step p50 ms": "step_ms.p50:.3f",
-    "p90": "step_ms.p90:.3f",
-    "p99": "step_ms.p99:.3f",
-    "max": "step_ms.max:.3f",
-    "mappings": "mappings",
-}
+COLUMNS = "policy step_ms.p50 step_ms.p90 step_ms.p99 step_ms.max mappings"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench policy`."""
-    gpu, add = add_common(parser), parser.add_argument
+    add = adder(parser, gpu := add_common(parser))
     add_attention(parser)
-    text = "sequences in steady decode steps"
-    add("--batch-size", type=positive, default=32 if gpu else 4, metavar="SEQUENCES", help=text, dest="batch")
+    add("--batch-size", "SEQUENCES", "sequences in steady decode steps", 32, 4, dest="batch")
     add_steady(parser, "policy", context=2048 if gpu else 64, rounds=5, steps=64 if gpu else 16)
-    text = "how long the soak that chooses a policy lasts"
-    add("--soak-seconds", type=amount, default=3.0, metavar="SECONDS", help=text)
+    add("--soak-seconds", "SECONDS", "how long the soak that chooses a policy lasts", 3.0)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,15 +79,8 @@ def _timed(args: argparse.Namespace) -> list[dict[str, Any]]:
             policy = MappingPolicy.CONCURRENT if name in (NONE, CHURN) else MappingPolicy(name)
             ahead = shape.max_seq_len if name == NONE else None
             cache = KVCacheManager(shape, policy.wrap(open_driver(args.device)), budget, lookahead=ahead)
-            engine = Engine(
-                model,
-                cache,
-                prefix_cache=False,
-                attention=args.attention,
-                buckets=[args.batch],
-                mapping=policy,
-                chunk=max(2048, start),
-            )
+            options = {"attention": args.attention, "buckets": [args.batch], "chunk": max(2048, start)}
+            engine = Engine(model, cache, prefix_cache=False, mapping=policy, **options)
             contest.add(name, engine)
             if name == NONE:
                 cache.map_ahead()

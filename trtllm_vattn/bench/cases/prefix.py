@@ -4,7 +4,7 @@ Requests with token ids go through `PrefixCache` over counted pages, and through
 that stores each block once. So many run at once; each ends when its place is needed, first come, first served. Ways to
 a hit are tried with and without each other; what a hit costs is worked out from measured costs, and the crossover
 between the ways is drawn. That needs no device. An engine takes an agent's turns and a part of the trace, beside one
-without reuse and one over block tables that share blocks (`bench reuse` measures more of it).
+without reuse and one over block tables that share blocks (reuse.py).
 """
 
 from __future__ import annotations
@@ -20,22 +20,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import numbers, positive, size, sizes
+from trtllm_vattn.arguments import adder
 from trtllm_vattn.bench.cases import reuse
-from trtllm_vattn.bench.harness.flags import (
-    BUDGET,
-    REQUESTS,
-    add_device,
-    add_model,
-    add_parts,
-    add_results,
-    add_trace,
-)
+from trtllm_vattn.bench.harness import flags
+from trtllm_vattn.bench.harness.case import Part, Recording
 from trtllm_vattn.bench.harness.ideal_tree import IdealTree
-from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.retained_pages import RetainedPages
-from trtllm_vattn.bench.harness.traces import load_trace
-from trtllm_vattn.bench.harness.turns import TokenRequest, agent_turns, from_trace
+from trtllm_vattn.bench.harness.traces import TokenRequest, agent_turns, from_trace, load_trace
 from trtllm_vattn.bench.publish.plots import plot_prefix
 from trtllm_vattn.cache.prefix import PrefixCache, ReuseCosts, Way
 from trtllm_vattn.cache.prefix.hybrid import crossover
@@ -59,25 +50,14 @@ CROSSOVER_EXTENTS = (2 << 20, 32 << 20, 256 << 20)
 EXPECTED_TOKENS = 256
 """Output tokens that a table is expected to be read for, in the crossover."""
 
-COLUMNS: dict[str, str | Callable[[Any], str]] = {
-    "requests": "workload",
-    "ways": "variant",
-    "slots read": "max_segments",
-    "largest extent": lambda row: f"{row['largest_extent'] >> 20} MiB",
-    "ascending": lambda row: "yes" if row["ascending"] else "no",
-    "KV": lambda row: f"{row['budget'] / 2**30:.0f} GiB",
-    "hit rate": "hit_rate:.4f",
-    "of the ideal": "hits_over_simulated:.4f",
-    "adopt": lambda row: str(row["ways"].get("adopt", 0)),
-    "alias": lambda row: str(row["ways"].get("alias", 0)),
-    "copy": lambda row: str(row["ways"].get("copy", 0)),
-    "table": lambda row: str(row["ways"].get("table", 0)),
-    "handles made": "handles_made",
-    "aliased": "handles_aliased",
-    "us a request": "host_us:.0f",
-}
+COLUMNS = (
+    "workload variant max_segments largest_extent ascending budget hit_rate "
+    "hits_over_simulated ways handles_made handles_aliased host_us"
+)
 
 
+ENGINE_COLUMNS = "workload engine round seconds throughput median_ttft_ms hit_rate"
+WAYS_COLUMNS = "tokens way first_ms step_ms total_ms chosen"
 MOST_TURNS = 1500
 """Of agents: each looks at all that is kept."""
 SAME = {"rounds": 1, "attention": "auto"}
@@ -85,29 +65,25 @@ ENGINE: dict[str, dict[str, Any]] = {
     "gpu": {"budget": 30 << 30, "max_seqs": 16, "kept_seqs": 128, "max_seq_len": 20480, "steps": 200, **SAME},
     "host": {"budget": 2 << 20, "max_seqs": 4, "kept_seqs": 24, "max_seq_len": 512, "steps": 20, **SAME},
 }
-"""Flags of `bench reuse` for the engines of this benchmark: they lie side by side on a card of 80 GB or more."""
+"""Of the engines (reuse.py), which lie side by side on a card of 80 GB or more."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench prefix`."""
-    gpu = add_device(parser)
-    add = parser.add_argument
-    add_parts(parser, PARTS, "engine,hits" if gpu else "hits,variants")
-    add_model(parser, default="llama-3.1-8b" if gpu else "tiny-llama")
-    text = f"{REQUESTS}, and of an agent's turns, for the engines"
-    add("--engine-requests", type=positive, default=96 if gpu else 24, metavar="REQUESTS", help=text)
+    gpu = flags.add_device(parser)
+    add = adder(parser, gpu)
+    flags.add_parts(parser, PARTS, "engine,hits" if gpu else "hits,variants")
+    flags.add_model(parser, default="llama-3.1-8b" if gpu else "tiny-llama")
+    add("--engine-requests", "REQUESTS", f"{flags.REQUESTS}, and of an agent's turns, for the engines", 96, 24)
     text = "requests with block hashes: Mooncake's JSON lines or list, also .gz (default: generated ones alone)"
-    add_trace(parser, help=text)
-    add("--requests", type=positive, default=3000, metavar="REQUESTS", help=REQUESTS)
-    text = "lengths and blocks of the trace are so many times shorter"
-    add("--divide-by", type=positive, default=8, metavar="TIMES", help=text)
-    add("--budget", type=size, default="100GiB", metavar="BYTES", help=BUDGET)
-    add("--max-seqs", type=positive, default=32, metavar="SEQUENCES", help="sequences that run at once")
-    text = "slots that attention can read one sequence in, each tried"
-    add("--segments", type=numbers, default="4,2", metavar="N,...", help=text)
-    text = "largest extents, each tried"
-    add("--largest-extent", type=sizes, default="16MiB,256MiB", metavar="BYTES,...", help=text, dest="extents")
-    add_results(parser, plots=True)
+    flags.add_trace(parser, help=text)
+    add("--requests", "REQUESTS", flags.REQUESTS, 3000)
+    add("--divide-by", "TIMES", "lengths and blocks of the trace are so many times shorter", 8)
+    add("--budget", "BYTES", flags.BUDGET, "100GiB")
+    add("--max-seqs", "SEQUENCES", "sequences that run at once", 32)
+    add("--segments", "N,...", "slots that attention can read one sequence in, each tried", "4,2")
+    add("--largest-extent", "BYTES,...", "largest extents, each tried", "16MiB,256MiB", dest="extents")
+    flags.add_results(parser, plots=True)
 
 
 @dataclass(frozen=True)
@@ -140,8 +116,10 @@ def run(args: argparse.Namespace) -> int:
         ],
     )
     recording.measure(PARTS, args.parts)
-    plot = plot_prefix if recording.results["runs"] else None
-    return recording.conclude(tabulate(recording.results["runs"], COLUMNS), plot)
+    runs, ways = recording.results["runs"], recording.results.get("ways")
+    tables = {COLUMNS: runs, ENGINE_COLUMNS: recording.results.get("engines"), WAYS_COLUMNS: ways}
+    shown = "\n".join(tabulate(rows, columns) for columns, rows in tables.items() if rows)
+    return recording.conclude(shown, plot_prefix if runs else reuse.plot_ways if ways else None)
 
 
 def workloads(args: argparse.Namespace) -> dict[str, list[TokenRequest]]:
@@ -152,18 +130,10 @@ def workloads(args: argparse.Namespace) -> dict[str, list[TokenRequest]]:
     return found
 
 
-def measure_hits(recording: Recording) -> None:
-    """Hits of the setting that is quoted, beside the ideal tree's."""
-    _measure_settings(recording, settings(recording.args)[:1])
-
-
-def measure_variants(recording: Recording) -> None:
-    """Hits of all other settings."""
-    _measure_settings(recording, settings(recording.args)[1:])
-
-
-def _measure_settings(recording: Recording, tried: Sequence[Setting]) -> None:
+def measure_settings(recording: Recording, which: slice) -> None:
+    """Hits of some settings, beside the ideal tree's; the first is the one that is quoted."""
     args = recording.args
+    tried = settings(args)[which]
     for name, requests in workloads(args).items():
         recording.say(f"{name}: the ideal tree, {len(requests)} requests")
         ideal = ideal_hits(requests, args.budget // TOKEN_BYTES, args.max_seqs)
@@ -193,8 +163,16 @@ def measure_engines(recording: Recording) -> None:
     with reuse.contenders(model, given, reuse.CONTENDERS, recording) as engines:
         recording.say("steady steps, and hits alone")
         recording.sum_up(**reuse.steady_state(engines["reuse"], given))
-        reuse.compare(engines, loads, given, recording, "engines")
+        reuse.compare(engines, loads, given, recording)
         reuse.ways_by_length(engines["reuse"], given, recording)
+
+
+def measure_unlike(recording: Recording) -> None:
+    """Requests that share nothing, by all engines: reuse costs something there and gives nothing."""
+    given = _engine_flags(recording.args)
+    loads = {"unlike": reuse.unlike(reuse.agents_of(given, recording.args.engine_requests), given.seed)}
+    with reuse.contenders(recording.model, given, reuse.CONTENDERS, recording) as engines:
+        reuse.compare(engines, loads, given, recording)
 
 
 def measure_hits_alone(recording: Recording) -> None:
@@ -297,9 +275,10 @@ def replay(
 
 PARTS: dict[str, Part] = {
     "engine": measure_engines,
-    "hits": measure_hits,
-    "variants": measure_variants,
+    "hits": partial(measure_settings, which=slice(1)),
+    "variants": partial(measure_settings, which=slice(1, None)),
     "alone": measure_hits_alone,
+    "unlike": measure_unlike,
 }
-"""What engines make of reuse; hits of one setting beside an ideal tree; hits of all other settings; and of the first
-what one engine alone tells."""
+"""What engines make of reuse; hits of one setting beside an ideal tree; hits of all other settings; of the first what
+one engine alone tells; and what reuse costs where there is none."""

@@ -1,5 +1,6 @@
-"""`bench reuse`: an engine with and without prefix cache, and over block tables that share blocks, over requests whose
-prompts share what they begin with, and over others that share nothing; what each way to a hit takes, by its length.
+"""The part of `bench prefix` that measures engines: with and without prefix cache, and over block tables that share
+blocks, over requests whose prompts share what they begin with, and over others that share nothing; and what each way to
+a hit takes, by its length.
 
 Requests are an agent's turns, or a trace with block hashes (Mooncake's). So many run at once, the next one comes when
 one has ended. Their outputs are the trace's own (forced), so that the next turn's prompt is what the engine stored.
@@ -10,6 +11,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -17,46 +20,23 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from trtllm_vattn.arguments import positive, size
-from trtllm_vattn.bench.cases import reuse_ways
-from trtllm_vattn.bench.harness.case import model_of, vocab_of
-from trtllm_vattn.bench.harness.flags import (
-    BUDGET,
-    MAX_SEQ_LEN,
-    MAX_SEQS,
-    REQUESTS,
-    add_attention,
-    add_common,
-    add_plot,
-    add_rounds,
-    add_trace,
-)
-from trtllm_vattn.bench.harness.recording import Part, Recording
+from trtllm_vattn.bench.harness.case import Recording, vocab_of
+from trtllm_vattn.bench.harness.contenders import observed
 from trtllm_vattn.bench.harness.serving import quiet_heap
 from trtllm_vattn.bench.harness.shared_blocks import BlockSlots, SharedBlocks
 from trtllm_vattn.bench.harness.timing import summarise
-from trtllm_vattn.bench.harness.traces import load_trace
-from trtllm_vattn.bench.harness.turns import TokenRequest, agent_turns, from_trace
+from trtllm_vattn.bench.harness.traces import TokenRequest, agent_turns
+from trtllm_vattn.bench.publish.plots import pyplot, save
+from trtllm_vattn.cache.prefix import Way
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
-from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
-from trtllm_vattn.table import tabulate
 
 CONTENDERS = ("reuse", "no reuse", "block tables")
 """A prefix cache at fixed addresses, none, and block tables that share blocks."""
 BLOCK_SIZE, WARM_UP = 16, 4
-COLUMNS = {
-    "requests": "workload",
-    "engine": "engine",
-    "round": "round",
-    "seconds": "seconds:,.1f",
-    "tokens/s": "throughput:,.0f",
-    "TTFT p50 ms": "median_ttft_ms:,.1f",
-    "hit rate": "hit_rate:.3f",
-}
 SPREAD = 0x9E3779B1
 """Odd: numbers of tokens, which no vocabulary has so many of, are spread over it by this."""
 REMAINDERS = (1, 8, 16)
@@ -65,44 +45,6 @@ MAPPING_CALLS = ("admit", "adopt", "copy_prefix", "extend")
 """Of the cache beneath a prefix cache."""
 HIT = 0.5
 """Of a prompt, what is reused where TTFT counts as that of a hit."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `bench reuse`."""
-    gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
-    add_attention(parser)
-    add_trace(parser, help="requests with block hashes: Mooncake's (default: an agent's turns alone)")
-    add("--requests", type=positive, default=64 if gpu else 24, metavar="REQUESTS", help=REQUESTS)
-    text = "lengths and blocks of the trace are so many times shorter"
-    add("--divide-by", type=positive, default=8, metavar="TIMES", help=text)
-    add("--budget", type=size, default="30GiB" if gpu else "2MiB", metavar="BYTES", help=BUDGET)
-    add("--max-seqs", type=positive, default=32 if gpu else 4, metavar="SEQUENCES", help=MAX_SEQS)
-    add("--kept-seqs", type=positive, default=256 if gpu else 24, metavar="SEQUENCES", help="slots beside those")
-    add("--max-seq-len", type=positive, default=20480 if gpu else 512, metavar="TOKENS", help=MAX_SEQ_LEN)
-    add("--steps", type=positive, default=200 if gpu else 20, metavar="STEPS", help="steady decode steps, measured")
-    add_rounds(parser, 1, "engine")
-    add_plot(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the benchmark."""
-    recording = Recording("reuse", args)
-    recording.say(f"load {args.model}")
-    model = model_of(args)
-    agents = agents_of(args, args.requests)
-    workloads = {"agents": agents, "unlike": unlike(agents, args.seed)}
-    if args.trace is not None:
-        workloads["trace"] = from_trace(load_trace(args.trace, args.requests), args.divide_by)
-    with contenders(model, args, CONTENDERS, recording) as engines:
-        parts: dict[str, Part] = {
-            "steady": lambda recording: [steady_state(engines["reuse"], args)],
-            "turns": lambda recording: compare(engines, workloads, args, recording),
-            "ways": lambda recording: ways_by_length(engines["reuse"], args, recording),
-        }
-        recording.measure(parts)
-    runs, ways = recording.results.get("runs", []), recording.results.get("ways", [])
-    shown = f"{tabulate(runs, COLUMNS)}\n{reuse_ways.show(ways)}"
-    return recording.conclude(shown, reuse_ways.plot_ways if ways else None)
 
 
 def agents_of(args: argparse.Namespace, requests: int) -> list[TokenRequest]:
@@ -132,17 +74,16 @@ def compare(
     workloads: dict[str, list[TokenRequest]],
     args: argparse.Namespace,
     recording: Recording,
-    rows: str = "runs",
 ) -> None:
-    """Have engines take turns at each workload, and record what they gave as rows of this name."""
+    """Have engines take turns at each workload, and record what they gave."""
     for name, requests in workloads.items():
         fitting = [fitted(request, args.max_seq_len) for request in requests]
         for turn in range(args.rounds):
             for contender in engines if turn % 2 == 0 else reversed(engines):
                 recording.say(f"turn {turn + 1} of {args.rounds}: {name}, {len(fitting)} requests: {contender}")
                 row = replay(engines[contender], fitting, args.max_seqs)
-                recording.add(rows, {"workload": name, "engine": contender, "round": turn, **row})
-                recording.sum_up(**compared(recording.results[rows]))
+                recording.add("engines", {"workload": name, "engine": contender, "round": turn, **row})
+                recording.sum_up(**compared(recording.results["engines"]))
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -173,8 +114,8 @@ def unlike(requests: Sequence[TokenRequest], seed: int) -> list[TokenRequest]:
 
 
 def ways_by_length(engine: Engine, args: argparse.Namespace, recording: Recording) -> None:
-    """Record what each way to a hit takes, by the prefix's length (reuse_ways.py)."""
-    lengths, steps, repeats = reuse_ways.lengths_up_to(args.max_seq_len)[2::2], 24, 2
+    """Record what each way to a hit takes, by the prefix's length (py)."""
+    lengths, steps, repeats = lengths_up_to(args.max_seq_len)[2::2], 24, 2
     if args.device == "cpu":
         lengths, steps, repeats = lengths[-1:], 5, 1
     vocab = vocab_of(engine.model)
@@ -182,9 +123,9 @@ def ways_by_length(engine: Engine, args: argparse.Namespace, recording: Recordin
     recording.results["ways"] = []
     for tokens in lengths:
         recording.say(f"ways to a hit of {tokens:,} tokens")
-        for row in reuse_ways.measure_ways(engine, vocab, [tokens], steps, repeats, args.seed + tokens):
+        for row in measure_ways(engine, vocab, [tokens], steps, repeats, args.seed + tokens):
             recording.add("ways", row)
-        recording.sum_up(**reuse_ways.summary(recording.results["ways"]))
+        recording.sum_up(**ways_summary(recording.results["ways"]))
 
 
 def fitted(request: TokenRequest, longest: int) -> TokenRequest:
@@ -285,9 +226,7 @@ def steady_state(engine: Engine, args: argparse.Namespace) -> dict[str, float]:
     rows = [hits_alone(engine, prompt, behind, turns, min(40, args.steps), random) for behind in REMAINDERS]
     hits, asked = (now - was for now, was in zip(cached_of(engine), before_turns, strict=True))
     if hits < HIT * asked:
-        raise ConfigError(
-            f"only {hits / asked:.0%} of these prompts' tokens were reused; raise --budget or --kept-seqs"
-        )
+        raise ConfigError(f"only {hits / asked:.0%} of these prompts' tokens were reused; raise --budget")
     one, *others = rows
     found = {
         "driver_calls_per_steady_step": calls,
@@ -311,26 +250,21 @@ def hits_alone(
     for the device; `host_ms` all else. And `step_ms` of the steps behind."""
     vocab, prefixes = vocab_of(engine.model), engine.slots.prefixes
     assert prefixes is not None
-    records: list[StepRecord] = []
     rows = []
-    engine.observer = records.append
-    try:
-        with quiet_heap():
-            for _ in range(turns):
-                turn = [*prompt, *random.integers(0, vocab, behind).tolist()]
-                records.clear()
-                with timed_calls(prefixes.cache, MAPPING_CALLS) as mapping:
-                    started = perf_counter()
-                    engine.submit(turn, SamplingParams(output, ignore_eos=True))
-                    times = []
-                    while engine.busy:
-                        if engine.step():
-                            times.append(perf_counter())
-                ttft, waited = times[0] - started, records[0].wait_s
-                parts = ttft, sum(mapping), waited, ttft - sum(mapping) - waited, float(np.median(np.diff(times)))
-                rows.append(parts)
-    finally:
-        engine.observer = None
+    with quiet_heap(), observed(engine) as records:
+        for _ in range(turns):
+            turn = [*prompt, *random.integers(0, vocab, behind).tolist()]
+            records.clear()
+            with timed_calls(prefixes.cache, MAPPING_CALLS) as mapping:
+                started = perf_counter()
+                engine.submit(turn, SamplingParams(output, ignore_eos=True))
+                times = []
+                while engine.busy:
+                    if engine.step():
+                        times.append(perf_counter())
+            ttft, waited = times[0] - started, records[0].wait_s
+            parts = ttft, sum(mapping), waited, ttft - sum(mapping) - waited, float(np.median(np.diff(times)))
+            rows.append(parts)
     names = ("ttft_ms", "mapping_ms", "pass_ms", "host_ms", "step_ms")
     return {"behind": behind, **dict(zip(names, (1e3 * np.median(rows, axis=0)).tolist(), strict=True))}
 
@@ -358,3 +292,111 @@ def timed_calls(cache: Any, names: Sequence[str]) -> Iterator[list[float]]:
     finally:
         for name, work in before.items():
             setattr(cache, name, work)
+
+
+# -- ways to a hit: aliasing, copying, reading in the owner's slot, computing anew -------------------------------------
+
+MEASURED = (Way.ALIAS, Way.COPY, Way.TABLE, Way.NONE)
+NAMES = {Way.ALIAS: "alias", Way.COPY: "copy", Way.TABLE: "reach", Way.NONE: "recompute"}
+
+
+def lengths_up_to(longest: int) -> list[int]:
+    """Lengths of prefixes, powers of two."""
+    return [1 << power for power in range(6, longest.bit_length()) if 1 << power < longest * 3 // 4]
+
+
+def measure_ways(
+    engine: Engine, vocab: int, lengths: Sequence[int], steps: int, repeats: int, seed: int
+) -> list[dict[str, Any]]:
+    """A row a length and way: milliseconds of a hit on a running sequence's prompt, alone beside that sequence, until
+    its first token and in a step; in all, of the first token and of what `steps` steps take longer than a copy's."""
+    random = np.random.default_rng(seed)
+    prefixes = engine.slots.prefixes
+    if prefixes is None:
+        raise ConfigError("the engine keeps no prefixes, so that there are no ways to measure")
+    all_ways, costs, rows = prefixes.ways, prefixes.costs, []
+    for tokens in lengths:
+        prompt = random.integers(0, vocab, tokens).tolist()
+        # While it runs, nobody adopts its slot.
+        owner = engine.submit(prompt, SamplingParams(engine.cache.shape.max_seq_len - tokens, ignore_eos=True))
+        while not engine.scheduler.requests[owner].chosen:
+            engine.step()
+        found: dict[Way, tuple[float, float]] = {}
+        # Whatever it costs, it is measured.
+        prefixes.costs = replace(costs, table_step_us=0, prefill_tokens_per_s=1)
+        for way in MEASURED:
+            if way is Way.NONE or way in all_ways:
+                prefixes.ways = frozenset({way}) - {Way.NONE}
+                turns = [_hit(engine, vocab, prompt, steps, random, way) for _ in range(repeats + 1)][1:]
+                if taken := [turn for turn in turns if turn is not None]:
+                    first, step = np.median(np.array(taken), axis=0).tolist()
+                    found[way] = first, step
+        prefixes.ways, prefixes.costs = all_ways, costs
+        before = dict(prefixes.stats.ways)
+        _hit(engine, vocab, prompt, steps, random, None)
+        chosen = next(Way(way) for way, n in prefixes.stats.ways.items() if n > before.get(way, 0))
+        engine.abort(owner)
+        base = found.get(Way.COPY, next(iter(found.values())))[1]
+        for way, (first, step) in found.items():
+            total = first + steps * max(0.0, step - base)
+            rows.append(
+                {"tokens": tokens, "way": NAMES[way], "first_ms": first, "step_ms": step, "total_ms": total}
+                | {"chosen": way is chosen}
+            )
+    return rows
+
+
+def _hit(
+    engine: Engine, vocab: int, prompt: list[int], steps: int, random: np.random.Generator, way: Way | None
+) -> tuple[float, float] | None:
+    """One hit by a way: milliseconds until its first token, and of a step; None where another way was taken."""
+    prefixes = engine.slots.prefixes
+    assert prefixes is not None
+    before = 0 if way is None else prefixes.stats.ways[way.value]
+    turn = [*prompt, *random.integers(0, vocab, 2).tolist()]
+    started = perf_counter()
+    number = engine.submit(turn, SamplingParams(steps, ignore_eos=True))
+    times = []
+    while number in engine.scheduler.requests:
+        if any(event.request == number for event in engine.step()):
+            times.append(perf_counter())
+    if way is not None and prefixes.stats.ways[way.value] == before:
+        return None
+    return 1e3 * (times[0] - started), 1e3 * float(np.median(np.diff(times)))
+
+
+def ways_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The least of lengths from which on each way is the cheapest, and how near the engine's choice comes to that."""
+    out: dict[str, Any] = {}
+    ratios = []
+    for tokens in dict.fromkeys(row["tokens"] for row in rows):
+        those = [row for row in rows if row["tokens"] == tokens]
+        best = min(those, key=lambda row: row["total_ms"])
+        out.setdefault(f"{best['way']}_is_cheapest_from_tokens", tokens)
+        ratios += [row["total_ms"] / best["total_ms"] for row in those if row["chosen"]]
+    if ratios:
+        out["chosen_way_over_cheapest"] = float(np.median(ratios))
+    step = {(row["tokens"], row["way"]): row["step_ms"] for row in rows}
+    longer = [
+        step[tokens, "reach"] - ms for (tokens, way), ms in step.items() if way == "copy" and (tokens, "reach") in step
+    ]
+    if longer:
+        out["reach_step_longer_us"] = 1e3 * float(np.median(longer))
+    return out
+
+
+def plot_ways(result: dict[str, Any], path: Path) -> None:
+    """Draw what each way to a hit takes by the prefix's length, and what was chosen. Raises
+    ConfigError without matplotlib."""
+    figure, axis = pyplot().subplots(figsize=(8, 5), layout="constrained")
+    rows = result["results"]["ways"]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        those = [row for row in rows if row["way"] == way]
+        axis.plot([row["tokens"] for row in those], [row["total_ms"] for row in those], marker=".", label=way)
+    chosen = [row for row in rows if row["chosen"]]
+    tokens, totals = ([row[name] for row in chosen] for name in ("tokens", "total_ms"))
+    axis.scatter(tokens, totals, s=90, facecolors="none", edgecolors="black", label="chosen")
+    axis.set_xscale("log", base=2)
+    axis.set(yscale="log", xlabel="tokens of the prefix", ylabel="ms until the first token, and more in later steps")
+    axis.legend()
+    save(figure, result, path)

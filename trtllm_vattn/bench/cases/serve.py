@@ -18,30 +18,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from trtllm_vattn.arguments import amount, numbers, positive, size, tolerance
+from trtllm_vattn.arguments import adder, tolerance
 from trtllm_vattn.bench.cases import serve_peer
-from trtllm_vattn.bench.harness.case import engine_options, model_of, vocab_of
-from trtllm_vattn.bench.harness.flags import (
-    BUDGET,
-    MAX_OUTPUT,
-    MAX_SEQ_LEN,
-    MAX_SEQS,
-    OBJECTIVES,
-    REQUESTS,
-    add_attention,
-    add_common,
-    add_pass_limits,
-    add_plot,
-    add_rounds,
-    add_trace,
-    caches,
-    objective,
-    rate,
-)
+from trtllm_vattn.bench.harness import flags
+from trtllm_vattn.bench.harness.case import Recording, engine_options, model_of, vocab_of
 from trtllm_vattn.bench.harness.peer import add_peer
-from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.serving import Clock, Load, arrival_times, check_goodput, over_time, report, serve
-from trtllm_vattn.bench.harness.traces import Request, fit, generate_trace, load_trace
+from trtllm_vattn.bench.harness.traces import Request, counted, fit, generate_trace, load_trace
 from trtllm_vattn.bench.harness.workload import prompts_of
 from trtllm_vattn.bench.publish.plots import plot_serve
 from trtllm_vattn.cache.select import CACHES, make_cache
@@ -50,58 +33,51 @@ from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.table import tabulate
 
-COLUMNS = {
-    "cache": "cache",
-    "round": "round",
-    "output tok/s": "output_throughput:,.1f",
-    "total tok/s": "total_token_throughput:,.0f",
-    "TTFT p50 ms": "median_ttft_ms:,.1f",
-    "TTFT p99": "p99_ttft_ms:,.1f",
-    "TPOT p50": "median_tpot_ms:,.1f",
-    "ITL p50 ms": "median_itl_ms:,.1f",
-    "ITL p99": "p99_itl_ms:,.1f",
-    "E2EL p99": "p99_e2el_ms:,.0f",
-    "goodput req/s": "request_goodput:,.2f",
-    "sequences": "mean_sequences:.1f",
-}
+COLUMNS = (
+    "cache round output_throughput total_token_throughput median_ttft_ms p99_ttft_ms median_tpot_ms "
+    "median_itl_ms p99_itl_ms p99_e2el_ms request_goodput mean_sequences"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench serve`."""
-    gpu, add = add_common(parser), parser.add_argument
-    add_attention(parser)
+    add = adder(parser, flags.add_common(parser))
+    flags.add_attention(parser)
     text = f"of {', '.join(CACHES)}; beside a peer it is vattn alone"
-    add("--caches", type=caches, default="contiguous,paged,paged-64,published,vattn", metavar="CACHES", help=text)
+    add("--caches", "CACHES", text, "contiguous,paged,paged-64,published,vattn", type=flags.caches)
     text = "Azure CSV, Mooncake JSON lines or list, or ShareGPT lengths CSV, also .gz; beside a peer there may be more"
-    add_trace(parser, action="append", help=f"{text} (default: generated requests)")
-    text = f"{REQUESTS}; beside a peer one number for all traces, or one for each"
-    add("--requests", type=numbers, default="128" if gpu else "10", metavar="REQUESTS,...", help=text)
+    flags.add_trace(parser, action="append", help=f"{text} (default: generated requests)")
+    text = f"{flags.REQUESTS}; beside a peer one number for all traces, or one for each"
+    add("--requests", "REQUESTS,...", text, "128", "10")
     text = "take the part of the trace where so many arrive in the shortest time, for which all of it is read"
-    add("--densest", action="store_true", help=text)
+    parser.add_argument("--densest", action="store_true", help=text)
     text = "requests a second, or inf for all at once (default: as the trace says; beside a peer, inf)"
-    add("--request-rate", type=rate, metavar="RATE", help=text)
+    add("--request-rate", "RATE", text, type=flags.rate)
     text = "shape of the gaps at a rate: 1 is a Poisson process, less comes in bursts, more is even"
-    add("--burstiness", type=amount, default=1.0, metavar="SHAPE", help=text)
-    add("--at-once", action="store_true", help="the same as --request-rate inf")
-    add("--virtual-time", action="store_true", help="skip the time in which nothing runs, instead of sleeping")
-    text = f"objectives of {', '.join(OBJECTIVES)} in ms, as ttft:500 tpot:50 (default: no goodput is reported)"
-    add("--goodput", type=objective, nargs="+", metavar="NAME:MILLISECONDS", help=text)
-    add("--max-output", type=positive, default=256 if gpu else 12, metavar="TOKENS", help=MAX_OUTPUT)
-    add("--max-seq-len", type=positive, default=8192 if gpu else 256, metavar="TOKENS", help=MAX_SEQ_LEN)
-    add("--max-seqs", type=positive, default=128 if gpu else 6, metavar="SEQUENCES", help=MAX_SEQS)
-    add("--budget", type=size, default="16GiB" if gpu else "4MiB", metavar="BYTES", help=BUDGET)
-    text = "the former name of --max-step-tokens (default: that one)"
-    add("--chunk", type=positive, metavar="TOKENS", help=text)
-    add_pass_limits(parser)
-    add_rounds(parser, 2, "cache")
+    add("--burstiness", "SHAPE", text, 1.0)
+    parser.add_argument("--at-once", action="store_true", help="the same as --request-rate inf")
+    parser.add_argument(
+        "--virtual-time", action="store_true", help="skip the time in which nothing runs, instead of sleeping"
+    )
+    text = f"objectives of {', '.join(flags.OBJECTIVES)} in ms, as ttft:500 tpot:50 (default: no goodput is reported)"
+    parser.add_argument("--goodput", type=flags.objective, nargs="+", metavar="NAME:MILLISECONDS", help=text)
+    add("--max-output", "TOKENS", flags.MAX_OUTPUT, 256, 12)
+    add("--max-seq-len", "TOKENS", flags.MAX_SEQ_LEN, 8192, 256)
+    add("--max-seqs", "SEQUENCES", flags.MAX_SEQS, 128, 6)
+    add("--budget", "BYTES", flags.BUDGET, "16GiB", "4MiB")
+    add("--chunk", "TOKENS", "the former name of --max-step-tokens (default: that one)")
+    text = "tokens of one pass, prompts' and decoding sequences' together (default: the engine's own)"
+    add("--max-step-tokens", "TOKENS", text)
+    add("--target-itl-ms", "MILLISECONDS", "time between two tokens that passes are cut to (default: none)")
+    add("--rounds", "TURNS", "turns that each cache takes", 2)
     add_peer(parser, "serve the same requests by it too, in turns")
     text = "then serve at this share of the rate that saturates the peer, once; 0 leaves it out"
-    add("--peer-load", type=tolerance, default=0.8, metavar="SHARE", help=text)
+    add("--peer-load", "SHARE", text, 0.8, type=tolerance)
     text = (
         "an earlier result that says what saturates the peer, so that nothing comes at once (default: it is measured)"
     )
-    add("--peer-saturated", type=Path, metavar="FILE", help=text)
-    add_plot(parser)
+    add("--peer-saturated", "FILE", text, type=Path)
+    flags.add_plot(parser)
 
 
 def settle(args: argparse.Namespace) -> list[tuple[Path | None, int]]:
@@ -119,9 +95,7 @@ def settle(args: argparse.Namespace) -> list[tuple[Path | None, int]]:
         raise ConfigError(
             f"{len(traces)} traces and {len(counts)} numbers of requests; without --peer give one of each"
         )
-    if len(counts) not in (1, len(traces)):
-        raise ConfigError(f"--requests has {len(counts)} numbers for {len(traces)} traces; give one, or one for each")
-    return list(zip(traces, counts if len(counts) > 1 else counts * len(traces), strict=True))
+    return counted(traces, counts)
 
 
 def run(args: argparse.Namespace) -> int:

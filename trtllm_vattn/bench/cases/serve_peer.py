@@ -10,20 +10,19 @@ made anew for its turn.
 from __future__ import annotations
 
 import argparse
-import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.harness.case import engine_options, vocab_of
-from trtllm_vattn.bench.harness.peer import Peer, check_tokens, fit_together, opener, write_config
-from trtllm_vattn.bench.harness.recording import Part, Recording
+from trtllm_vattn.bench.harness.case import Part, Recording, engine_for, engine_options, give_back, vocab_of
+from trtllm_vattn.bench.harness.peer import Peer, check_tokens, fit_together, opener, versions_of, write_config
 from trtllm_vattn.bench.harness.report import load
 from trtllm_vattn.bench.harness.serving import (
     Clock,
@@ -39,10 +38,8 @@ from trtllm_vattn.bench.harness.traces import Request, trace_kind
 from trtllm_vattn.bench.harness.workload import prompts_of
 from trtllm_vattn.bench.publish.plots import plot_serve
 from trtllm_vattn.bench.publish.tables import serve_beside
-from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.machine import versions
-from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 
 OURS = "vattn"
@@ -51,21 +48,6 @@ BESIDE = 8 << 30
 WARM_UP = (17, 300, 2048, 7000)
 """Tokens of prompts that are served before anything is timed, in which kernels are compiled."""
 Traced = tuple[str, list[Request]]
-
-
-class Serving(Protocol):
-    """An engine that requests go through."""
-
-    name: str
-
-    def start(self, kind: str) -> None:
-        """Make it ready; ``offline`` is for requests that come at once, ``server`` for those that come over time."""
-
-    def serve(self, load: Load) -> Served:
-        """All requests, to their ends."""
-
-    def stop(self) -> None:
-        """Give its memory back. Idempotent."""
 
 
 class Ours:
@@ -80,13 +62,11 @@ class Ours:
 
     def start(self, kind: str) -> None:
         if self._engine is None:
-            args = self._args
-            cache = make_cache(OURS, shape_of(self._model, args.max_seqs, args.max_seq_len), args.device, args.budget)
-            options = engine_options(args)
-            self._engine = Engine(
-                self._model, cache, prefix_cache=False, attention=args.attention, chunk=args.chunk, **options
-            )
-            self.settings.update({"kv_bytes": cache.stats().budget_bytes, "max_seqs": args.max_seqs, **options})
+            args, options = self._args, engine_options(self._args)
+            sizes = (args.device, args.max_seqs, args.max_seq_len, args.budget)
+            self._engine = engine_for(self._model, *sizes, attention=args.attention, chunk=args.chunk, **options)
+            kv_bytes = self._engine.cache.stats().budget_bytes
+            self.settings.update({"kv_bytes": kv_bytes, "max_seqs": args.max_seqs, **options})
 
     def serve(self, load: Load) -> Served:
         assert self._engine is not None
@@ -99,18 +79,14 @@ class Ours:
             give_back()
 
 
-def give_back() -> None:
-    """What torch holds of the device and does not use is there for others."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 class Theirs:
-    """A peer's engine, in its process."""
+    """A peer's engine, in its process, with so many bytes of KV and sequences up to so long."""
 
-    def __init__(self, make: Callable[[], Peer], name: str, folder: Path, args: argparse.Namespace) -> None:
-        self.name, self._make, self._folder, self._args = name, make, folder, args
+    def __init__(
+        self, args: argparse.Namespace, make: Callable[[], Peer], folder: Path, kv_bytes: int, max_seq_len: int
+    ) -> None:
+        self.name, self._make = args.peer, make
+        self._sizes = {"folder": str(folder), "kv_bytes": kv_bytes, "max_model_len": max_seq_len, "seed": args.seed}
         self._peer: Peer | None = None
         self._kind = ""
         self.settings: dict[str, Any] = {}
@@ -121,20 +97,22 @@ class Theirs:
             return
         self.stop()
         self._peer, self._kind = self._make(), kind
-        args = self._args
-        made = self._peer.ask(
-            "start",
-            kind=kind,
-            folder=str(self._folder),
-            kv_bytes=args.budget,
-            max_model_len=args.max_seq_len,
-            seed=args.seed,
-        )
+        made = self._peer.ask("start", kind=kind, **self._sizes)
         self.settings[kind], self.start_s[kind] = made["settings"], made["seconds"]
 
     def serve(self, load: Load) -> Served:
+        return self.peer.serve(load)
+
+    @property
+    def peer(self) -> Peer:
+        """Its process, which was started."""
         assert self._peer is not None
-        return self._peer.serve(load)
+        return self._peer
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it was started and not stopped."""
+        return self._peer is not None
 
     def stop(self) -> None:
         if self._peer is not None:
@@ -145,7 +123,7 @@ class Theirs:
 class Turns:
     """Serves loads by each engine in turn, with token ids that no other turn has; keeps rows of what came of it."""
 
-    def __init__(self, engines: Sequence[Serving], recording: Recording, vocab: int, together: bool) -> None:
+    def __init__(self, engines: Sequence[Ours | Theirs], recording: Recording, vocab: int, together: bool) -> None:
         self._engines, self._recording, self._vocab, self._together = engines, recording, vocab, together
         self._args = recording.args
         self._turn = 0
@@ -155,11 +133,13 @@ class Turns:
     def _load(self, requests: Sequence[Request], rate: float) -> Load:
         self._turn += 1
         arrivals = arrival_times(len(requests), rate, self._args.burstiness, self._args.seed)
-        prompts = prompts_of([_own(request) for request in requests], self._vocab, self._args.seed + self._turn)
+        # Without what they share with others.
+        own = [replace(each, prefix_blocks=()) for each in requests]
+        prompts = prompts_of(own, self._vocab, self._args.seed + self._turn)
         return Load(prompts, [request.output_tokens for request in requests], arrivals)
 
     @contextmanager
-    def _ready(self, engine: Serving, kind: str) -> Iterator[None]:
+    def _ready(self, engine: Ours | Theirs, kind: str) -> Iterator[None]:
         """With `kind` of engine started and warm; alone on the device, where two do not fit."""
         self._recording.say(f"start {engine.name}, {kind}")
         engine.start(kind)
@@ -180,14 +160,17 @@ class Turns:
     def take(self, wanted: Sequence[tuple[Traced, float]], number: int, kind: str) -> None:
         """One turn of each engine with every trace, at its rate. Engines that lie on the device together take turns
         trace by trace; else each is started once."""
-        loads = [(name, rate, self._load(requests, rate)) for (name, requests), rate in wanted]
+        loads = [
+            (name, "at once" if rate == float("inf") else f"{rate:.2f}", self._load(requests, rate))
+            for (name, requests), rate in wanted
+        ]
         for part in [[each] for each in loads] if self._together else [loads]:
             for engine in self._engines:
                 with self._ready(engine, kind):
                     for name, rate, load in part:
-                        self._serve(engine, load, {"trace": name, "kind": kind, "request_rate": _rate(rate)}, number)
+                        self._serve(engine, load, {"trace": name, "kind": kind, "request_rate": rate}, number)
 
-    def _serve(self, engine: Serving, load: Load, row: dict[str, Any], number: int) -> None:
+    def _serve(self, engine: Ours | Theirs, load: Load, row: dict[str, Any], number: int) -> None:
         self._recording.say(f"{row['trace']}, {row['request_rate']}, by {engine.name}")
         served = engine.serve(load)
         check_tokens(engine.name, load, served.times)
@@ -195,15 +178,6 @@ class Turns:
         row = {**row, "engine": engine.name, "round": number, **found}
         self.rows.append({**row, "over_time": over_time(load, served)})
         self._recording.sum_up(**compared(self.rows, self._args.peer))
-
-
-def _own(request: Request) -> Request:
-    """Without what it shares with others."""
-    return Request(request.arrival_s, request.prompt_tokens, request.output_tokens)
-
-
-def _rate(rate: float) -> str:
-    return "at once" if rate == float("inf") else f"{rate:.2f}"
 
 
 def named(wanted: Sequence[tuple[Path | None, list[Request]]]) -> list[Traced]:
@@ -218,9 +192,7 @@ def named(wanted: Sequence[tuple[Path | None, list[Request]]]) -> list[Traced]:
 
 def run(args: argparse.Namespace, wanted: Sequence[tuple[Path | None, list[Request]]]) -> int:
     """Run the comparison."""
-    make = opener(args)
-    with make() as peer:  # whether it is there, before anything takes long
-        told = peer.versions
+    told, make = versions_of(args), opener(args)
     traces = named(wanted)
     recording = Recording("serve", args)
     recording.sum_up(peer=f"{args.peer} {told[args.peer]}")
@@ -228,7 +200,7 @@ def run(args: argparse.Namespace, wanted: Sequence[tuple[Path | None, list[Reque
     model = recording.model
     with tempfile.TemporaryDirectory() as folder:
         write_config(model, Path(folder))
-        ours, theirs = Ours(model, args), Theirs(make, args.peer, Path(folder), args)
+        ours, theirs = Ours(model, args), Theirs(args, make, Path(folder), args.budget, args.max_seq_len)
         turns = Turns([ours, theirs], recording, vocab_of(model), together(model, args))
         parts = schedule(args, traces, turns)
         results.update(runs=turns.rows, versions={OURS: versions(), args.peer: told})

@@ -7,7 +7,7 @@ import argparse
 import json
 from typing import Any
 
-from trtllm_vattn.arguments import amount, output, positive, tolerance
+from trtllm_vattn.arguments import adder, output
 from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import add_common
 from trtllm_vattn.bench.harness.report import load
@@ -19,16 +19,13 @@ from trtllm_vattn.verify.soak import Soak
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench soak`."""
-    gpu, add = add_common(parser, on_gpu="small-llama"), parser.add_argument
-    add("--replays", type=positive, default=100_000 if gpu else 400, metavar="REPLAYS", help="replays in all")
-    text = "end this part after so many; go on with --state"
-    add("--seconds", type=amount, default=420.0, metavar="SECONDS", help=text)
-    text = "replays of two replicas whose memory never changes"
-    add("--repeatable", type=positive, default=2000 if gpu else 60, metavar="REPLAYS", help=text)
-    text = "of eager logits, in standard deviations"
-    add("--tolerance", type=tolerance, default=0.05, metavar="DEVIATIONS", help=text)
+    add = adder(parser, add_common(parser, on_gpu="small-llama"))
+    add("--replays", "REPLAYS", "replays in all", 100_000, 400)
+    add("--seconds", "SECONDS", "end this part after so many; go on with --state", 420.0)
+    add("--repeatable", "REPLAYS", "replays of two replicas whose memory never changes", 2000, 60)
+    add("--tolerance", "DEVIATIONS", "of eager logits, in standard deviations", 0.05)
     text = "a file to go on from, and to write what was done to (default: begin anew, and keep nothing)"
-    add("--state", type=output, metavar="FILE", help=text)
+    add("--state", "FILE", text, type=output)
 
 
 def run(args: argparse.Namespace) -> int:

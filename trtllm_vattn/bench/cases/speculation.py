@@ -21,15 +21,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.arguments import numbers, positive
+from trtllm_vattn.arguments import adder
 from trtllm_vattn.bench.cases.forks import rollback_us
-from trtllm_vattn.bench.harness.case import vocab_of
-from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_rounds
-from trtllm_vattn.bench.harness.recording import Part, Recording
+from trtllm_vattn.bench.harness.case import Part, Recording, engine_for, vocab_of
+from trtllm_vattn.bench.harness.flags import add_attention, add_common
 from trtllm_vattn.bench.harness.serving import quiet_heap
-from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import VattnError
-from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -47,29 +44,17 @@ CHANGED = 0.04
 """Tokens of a repeated phrase that are another one than before."""
 NOISE = 0.02
 """Of a draft model's weights, by their standard deviation."""
-COLUMNS = {
-    "text": "text",
-    "lanes": "lanes",
-    "drafts": "drafts",
-    "round": "round",
-    "tokens/s": "tokens_per_s:,.0f",
-    "step ms": "step_ms:.3f",
-    "longest": "longest_step_ms:.3f",
-    "accepted a step": "accepted_per_step:.2f",
-    "steps by drafts": "steps",
-}
+COLUMNS = "text lanes drafts round tokens_per_s step_ms longest_step_ms accepted_per_step steps"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench speculation`."""
-    gpu, add = add_common(parser), parser.add_argument
+    add = adder(parser, add_common(parser))
     add_attention(parser)
-    text = "sequences that decode at once"
-    add("--lanes", type=numbers, default="1,32,128" if gpu else "1,3", metavar="SEQUENCES,...", help=text)
-    text = "tokens of each sequence before it decodes"
-    add("--context", type=positive, default=512 if gpu else 256, metavar="TOKENS", help=text)
-    add("--output-tokens", type=positive, default=192 if gpu else 48, metavar="TOKENS", help="of each sequence")
-    add_rounds(parser, 1, "number of drafts")
+    add("--lanes", "SEQUENCES,...", "sequences that decode at once", "1,32,128", "1,3")
+    add("--context", "TOKENS", "tokens of each sequence before it decodes", 512, 256)
+    add("--output-tokens", "TOKENS", "of each sequence", 192, 48)
+    add("--rounds", "TURNS", "turns that each number of drafts takes", 1)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -148,17 +133,9 @@ class Script:
 
 def engine_of(model: PreTrainedModel, args: argparse.Namespace, drafts: int, longest: int) -> Engine:
     """An engine over the fixed-address cache, with or without drafts."""
-    lanes = max(args.lanes)
-    cache = make_cache("vattn", shape_of(model, lanes, longest), args.device)
     speculation = Speculation(num_speculative_tokens=drafts) if drafts else None
-    return Engine(
-        model,
-        cache,
-        attention=args.attention,
-        buckets=sorted(set(args.lanes)),
-        prefix_cache=False,
-        speculation=speculation,
-    )
+    options: dict[str, Any] = {"attention": args.attention, "buckets": sorted(set(args.lanes))}
+    return engine_for(model, args.device, max(args.lanes), longest, speculation=speculation, **options)
 
 
 def measure_all(
@@ -292,8 +269,8 @@ def tokens_identical(seed: int) -> bool:
     ]
     found, accepted = [], 0
     for speculation in ways:
-        cache = make_cache("vattn", shape_of(model, len(prompts), 64), "cpu")
-        with Engine(model, cache, attention="torch", compile=False, capture=False, speculation=speculation) as engine:
+        options: dict[str, Any] = {"attention": "torch", "compile": False, "capture": False, "prefix_cache": None}
+        with engine_for(model, "cpu", len(prompts), 64, speculation=speculation, **options) as engine:
             found.append([done.tokens for done in engine.generate(prompts, params)])
             if speculation is not None:
                 accepted += engine.speculation_stats()["accepted"]

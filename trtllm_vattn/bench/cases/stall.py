@@ -19,26 +19,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from trtllm_vattn.arguments import amount, non_negative, positive, size
-from trtllm_vattn.bench.harness.case import vocab_of
-from trtllm_vattn.bench.harness.flags import (
-    BUDGET,
-    MAX_OUTPUT,
-    MAX_SEQS,
-    REQUESTS,
-    add_attention,
-    add_common,
-    add_rounds,
-    add_trace,
-)
-from trtllm_vattn.bench.harness.recording import Part, Recording
+from trtllm_vattn.arguments import adder, non_negative
+from trtllm_vattn.bench.harness import flags
+from trtllm_vattn.bench.harness.case import Part, Recording, engine_for, vocab_of
+from trtllm_vattn.bench.harness.contenders import cancel_all
 from trtllm_vattn.bench.harness.serving import Load, report, serve
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.bench.harness.traces import fit, generate_trace, load_trace
 from trtllm_vattn.bench.harness.workload import prompts_of
-from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import VattnError
-from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import tabulate
@@ -51,47 +40,26 @@ AFTER = 8
 """Steps behind the prompt's first token that its shadow may still fall on."""
 MAX_SEQ_LEN = 8192
 """Of the load's requests, on a GPU."""
-GAP = {"part": "part", "target ms": "target_itl_ms", "round": "round"}
-COLUMNS = {
-    **GAP,
-    "worst gap ms": "worst_gap_ms:.1f",
-    "gap p99 ms": "gap_ms.p99:.1f",
-    "before p50 ms": "before_ms.p50:.2f",
-    "prompt s": "prompt_s:.2f",
-}
-LOAD_COLUMNS = {
-    **GAP,
-    "output tok/s": "output_throughput:,.0f",
-    "ITL p50 ms": "median_itl_ms:.1f",
-    "ITL p99": "p99_itl_ms:.1f",
-    "TTFT p99 ms": "p99_ttft_ms:,.0f",
-}
+COLUMNS = "part target_itl_ms round worst_gap_ms gap_ms.p99 before_ms.p50 prompt_s"
+LOAD_COLUMNS = "part target_itl_ms round output_throughput median_itl_ms p99_itl_ms p99_ttft_ms"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench stall`."""
-    gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
-    add_attention(parser)
-    text = "time between two tokens that passes are cut to"
-    add("--target-itl-ms", type=amount, default=50.0, metavar="MILLISECONDS", help=text)
-    text = "sequences that decode while the prompt goes in"
-    add("--running", type=positive, default=32 if gpu else 3, metavar="SEQUENCES", help=text)
-    text = "tokens of each of them when it begins"
-    add("--context", type=positive, default=2048 if gpu else 20, metavar="TOKENS", help=text)
-    text = "tokens of the long prompt"
-    add("--prompt-tokens", type=positive, default=100_000 if gpu else 400, metavar="TOKENS", help=text)
-    text = "tokens that the running sequences may decode meanwhile"
-    add("--room", type=positive, default=4096 if gpu else 400, metavar="TOKENS", help=text)
-    add_trace(parser)
-    text = f"{REQUESTS}; 0 leaves the load out"
-    add("--requests", type=non_negative, default=256 if gpu else 8, metavar="REQUESTS", help=text)
-    add("--max-output", type=positive, default=4096 if gpu else 12, metavar="TOKENS", help=MAX_OUTPUT)
-    add("--max-seqs", type=positive, default=256 if gpu else 4, metavar="SEQUENCES", help=f"{MAX_SEQS}, of the load")
-    add("--budget", type=size, default="64GiB" if gpu else "8MiB", metavar="BYTES", help=BUDGET)
-    add(
-        "--chunk", type=positive, default=8192 if gpu else 64, metavar="TOKENS", help="prompt tokens that go in at once"
-    )
-    add_rounds(parser, 1, "target")
+    add = adder(parser, gpu := flags.add_common(parser, on_gpu="llama-3.1-8b"))
+    flags.add_attention(parser)
+    add("--target-itl-ms", "MILLISECONDS", "time between two tokens that passes are cut to", 50.0)
+    parser.set_defaults(running=32 if gpu else 3)
+    add("--context", "TOKENS", "tokens of each of them when it begins", 2048, 20)
+    add("--prompt-tokens", "TOKENS", "tokens of the long prompt", 100_000, 400)
+    add("--room", "TOKENS", "tokens that the running sequences may decode meanwhile", 4096, 400)
+    flags.add_trace(parser)
+    add("--requests", "REQUESTS", f"{flags.REQUESTS}; 0 leaves the load out", 256, 8, type=non_negative)
+    add("--max-output", "TOKENS", flags.MAX_OUTPUT, 4096, 12)
+    add("--max-seqs", "SEQUENCES", f"{flags.MAX_SEQS}, of the load", 256, 4)
+    add("--budget", "BYTES", flags.BUDGET, "64GiB", "8MiB")
+    add("--chunk", "TOKENS", "prompt tokens that go in at once", 8192, 64)
+    add("--rounds", "TURNS", "turns that each target takes", 1)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -153,9 +121,8 @@ def summary(rows: Sequence[dict[str, Any]], target_ms: float) -> dict[str, Any]:
 def engine_of(model: PreTrainedModel, args: argparse.Namespace, max_seqs: int, max_seq_len: int) -> Engine:
     """An engine over the fixed-address cache, whose passes are cut to the target."""
     gc.collect()
-    cache = make_cache("vattn", shape_of(model, max_seqs, max_seq_len), args.device, args.budget)
-    options = {"chunk": args.chunk, "target_itl_ms": args.target_itl_ms}
-    return Engine(model, cache, prefix_cache=False, attention=args.attention, **options)
+    options = {"attention": args.attention, "chunk": args.chunk, "target_itl_ms": args.target_itl_ms}
+    return engine_for(model, args.device, max_seqs, max_seq_len, args.budget, **options)
 
 
 def engine_for_gap(model: PreTrainedModel, args: argparse.Namespace) -> Engine:
@@ -197,10 +164,7 @@ def gap(engine: Engine, model: PreTrainedModel, args: argparse.Namespace) -> dic
         _step(engine, times)
     if ended := [number for number in running if len(times[number]) >= args.room]:
         raise VattnError(f"{len(ended)} sequences decoded all of their {args.room} tokens before; raise --room")
-    for number in running:
-        engine.abort(number)
-    while engine.busy:
-        engine.step()
+    cancel_all(engine)
     gaps = [1e3 * np.diff(times[number]) for number in running]
     from_then_on = [each[np.asarray(times[number][1:]) >= began] for each, number in zip(gaps, running, strict=True)]
     found = np.concatenate(from_then_on)

@@ -9,27 +9,22 @@ tokens.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any
 
-from trtllm_vattn.arguments import positive, sizes, tolerance
-from trtllm_vattn.bench.harness.case import captured_graphs
+from trtllm_vattn.arguments import adder
+from trtllm_vattn.bench.harness.case import Part, Recording, captured_anew, captured_graphs, in_fresh_process
 from trtllm_vattn.bench.harness.flags import MAX_SEQS, TIE_TOLERANCE, add_common, add_parts
 from trtllm_vattn.bench.harness.identity import RequestTokens, compare
-from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.cache.manager import KVCacheManager
-from trtllm_vattn.errors import KVCacheOutOfMemory, NoFreeSlot, VattnError
+from trtllm_vattn.errors import KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
-from trtllm_vattn.table import table
+from trtllm_vattn.table import tabulate
 from trtllm_vattn.vmm.open import open_driver
 
 PARTS = ("cold", "warm", "budgets")
@@ -61,15 +56,15 @@ with Engine.from_pretrained(sys.argv[2], device=sys.argv[3], max_seqs=int(sys.ar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench start`."""
-    gpu, add = add_common(parser), parser.add_argument
+    add = adder(parser, gpu := add_common(parser))
     add_parts(parser, PARTS)
     text = "caches of torch, Triton and Python that a warm start finds (default: those that the cold one leaves)"
-    add("--kept", type=Path, metavar="FOLDER", help=text)
-    add("--max-seqs", type=positive, default=32 if gpu else 4, metavar="SEQUENCES", help=MAX_SEQS)
+    add("--kept", "FOLDER", text, type=Path)
+    add("--max-seqs", "SEQUENCES", MAX_SEQS, 32, 4)
     usual = "8GiB,60GiB,100GiB,60GiB,8GiB" if gpu else "4MiB,16MiB,4MiB"
-    add("--budgets", type=sizes, default=usual, metavar="BYTES,...", help="of KV, set one after the other")
+    add("--budgets", "BYTES,...", "of KV, set one after the other", usual)
     text = f"{TIE_TOLERANCE}: cuDNN's decode of many lanes is not the same to the last bit from one call to the next"
-    add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=text)
+    add("--tie-tolerance", "LOGITS", text, 0.25, 0.0)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         parts: dict[str, Part] = {"cold": lambda recording: [start("cold", made)], "warm": warm, "budgets": _sized}
         recording.measure(parts, [name for name in PARTS if name in args.parts])
     shown = "\n".join(
-        table(list(rows[0]), [[_short(value) for value in row.values()] for row in rows])
+        tabulate(rows, " ".join(rows[0]))
         for name in ("starts", "phases", "captures", "budgets")
         if (rows := recording.results.get(name))
     )
@@ -106,23 +101,13 @@ def run(args: argparse.Namespace) -> int:
     return recording.conclude(shown, wrong=wrong)
 
 
-def _short(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def _started(args: argparse.Namespace, kept: str) -> dict[str, Any]:
     """One start in a fresh process; torch's compiled code, Python's and the mapping verdict are kept in `kept`, whose
     folders scripts/gpu names likewise."""
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{kept}/inductor", "TRITON_CACHE_DIR": f"{kept}/triton"}
-    environment.update(XDG_CACHE_HOME=kept, PYTHONPYCACHEPREFIX=f"{kept}/bytecode")
-    # Container images set this, and then every start compiles the source of all that it imports.
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    command = [sys.executable, "-c", _START, str(time()), args.model, args.device, str(args.max_seqs)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise VattnError(f"the engine did not start: {done.stderr.strip()[-500:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    caches = {"TORCHINDUCTOR_CACHE_DIR": f"{kept}/inductor", "TRITON_CACHE_DIR": f"{kept}/triton"}
+    # Container images set the last one, and then every start compiles the source of all that it imports.
+    caches |= {"XDG_CACHE_HOME": kept, "PYTHONPYCACHEPREFIX": f"{kept}/bytecode", "PYTHONDONTWRITEBYTECODE": ""}
+    return in_fresh_process(_START, time(), args.model, args.device, args.max_seqs, **caches)
 
 
 def _sized(recording: Recording) -> Iterator[dict[str, Any]]:
@@ -148,7 +133,6 @@ def _sized(recording: Recording) -> Iterator[dict[str, Any]]:
             tokens = _generated(engine, [1, 2, 3], [5] * 60)
             want = want or tokens
             identity = compare(want, tokens, args.tie_tolerance, free=True)
-            now = captured_graphs(engine)
             recording.add(
                 "budgets",
                 {
@@ -159,7 +143,7 @@ def _sized(recording: Recording) -> Iterator[dict[str, Any]]:
                     "held_bytes": held,
                     "tokens_unchanged": identity.identical,
                     "ties": identity.ties,
-                    "captures": sum(a is not b for a, b in zip(captured, now, strict=True)),
+                    "captures": captured_anew(engine, captured),
                 },
             )
             for filler in fillers:

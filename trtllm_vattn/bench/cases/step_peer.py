@@ -16,30 +16,19 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from trtllm_vattn.bench.cases.serve_peer import OURS, give_back, together
-from trtllm_vattn.bench.harness.case import vocab_of
+from trtllm_vattn.bench.cases.serve_peer import OURS, Theirs, together
+from trtllm_vattn.bench.harness.case import Part, Recording, engine_for, give_back, vocab_of
 from trtllm_vattn.bench.harness.contenders import Contest, take_turns
-from trtllm_vattn.bench.harness.peer import Peer, opener, write_config
-from trtllm_vattn.bench.harness.recording import Part, Recording
+from trtllm_vattn.bench.harness.peer import Peer, opener, versions_of, write_config
 from trtllm_vattn.bench.harness.timing import summarise
-from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.machine import versions
 from trtllm_vattn.runtime.binding import shape_of
-from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.table import tabulate
 
 UNTIMED = 4
 """Decode steps of ours before the timed ones; a peer leaves out as many as its last prompt has a shadow."""
-COLUMNS = {
-    "batch": "batch",
-    "engine": "engine",
-    "round": "round",
-    "tokens": "mean_length:,.0f",
-    "step p50 ms": "step_ms.p50:.3f",
-    "p90": "step_ms.p90:.3f",
-    "p99": "step_ms.p99:.3f",
-}
+COLUMNS = "batch engine round mean_length step_ms.p50 step_ms.p90 step_ms.p99"
 
 
 class Steps:
@@ -48,25 +37,21 @@ class Steps:
     def __init__(
         self, model: PreTrainedModel, args: argparse.Namespace, make: Callable[[], Peer], folder: Path
     ) -> None:
-        self._model, self._args, self._make, self._folder = model, args, make, folder
+        self._model, self._args = model, args
         # As much as the largest batch takes at its longest: the first decode while the last go in.
         most = max(args.batch_sizes)
         longest = args.context + args.steps + most * args.context // 8192 + 64
-        self.budget = most * longest * shape_of(model, 1, longest).token_bytes
-        self._longest = longest
-        self._together = together(model, argparse.Namespace(device=args.device, budget=self.budget))
-        self._peer: Peer | None = None
-        self.settings: dict[str, Any] = {}
+        budget = most * longest * shape_of(model, 1, longest).token_bytes
+        self._together = together(model, argparse.Namespace(device=args.device, budget=budget))
+        self._theirs = Theirs(args, make, folder, budget, longest)
 
     def ours(self, batch: int) -> tuple[list[float], float]:
         """Milliseconds of each step, and how long sequences were in the middle of them."""
         args = self._args
         context = max(1, args.context - args.steps // 2 - UNTIMED - batch // 2)
         tokens = args.steps + 2 * UNTIMED + batch + 8
-        cache = make_cache(OURS, shape_of(self._model, batch, context + tokens), args.device)
-        engine = Engine(
-            self._model, cache, prefix_cache=False, attention=args.attention, buckets=[batch], chunk=max(2048, context)
-        )
+        options = {"attention": args.attention, "buckets": [batch], "chunk": max(2048, context)}
+        engine = engine_for(self._model, args.device, batch, context + tokens, **options)
         with Contest(batch, context, tokens, args.seed) as contest:
             contest.add(OURS, engine)
             take_turns(contest.contenders, 1, args.steps, f"batch {batch}", UNTIMED)
@@ -77,38 +62,35 @@ class Steps:
 
     def theirs(self, batch: int) -> tuple[list[float], float]:
         """The same of the peer. Raises VattnError where the batch never decoded as a whole."""
-        args = self._args
-        if self._peer is None:
-            self._peer = self._make()
-            asked = {"folder": str(self._folder), "kv_bytes": self.budget, "max_model_len": self._longest}
-            made = self._peer.ask("start", kind="offline", seed=args.seed, **asked)
-            self.settings = {**made["settings"], "start_s": made["seconds"]}
+        args, theirs = self._args, self._theirs
+        if not theirs.is_there:
+            theirs.start("offline")
             self._decode(1)
         found = self._decode(batch)
         if not found:
             raise VattnError(f"{args.peer} never decoded {batch} sequences in one step; give more --steps")
         if not self._together:
-            self.close()
+            theirs.stop()
         return found, args.context
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the peer made of its defaults, and the seconds of its start."""
+        return {**self._theirs.settings["offline"], "start_s": self._theirs.start_s["offline"]}
+
     def _decode(self, batch: int) -> list[float]:
-        assert self._peer is not None
         args = self._args
         asked = {"batch": batch, "context": args.context, "steps": args.steps, "vocab": vocab_of(self._model)}
-        found: list[float] = self._peer.ask("decode", **asked)["step_ms"]
+        found: list[float] = self._theirs.peer.ask("decode", **asked)["step_ms"]
         return found
 
     def close(self) -> None:
-        if self._peer is not None:
-            self._peer.close()
-            self._peer = None
+        self._theirs.stop()
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the comparison."""
-    make = opener(args)
-    with make() as peer:  # whether it is there, before anything takes long
-        told = peer.versions
+    told, make = versions_of(args), opener(args)
     recording = Recording("graph", args)
     recording.sum_up(peer=f"{args.peer} {told[args.peer]}")
     model, results = recording.model, recording.results

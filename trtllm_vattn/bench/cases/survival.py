@@ -46,7 +46,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import amount, non_negative, positive, size, tolerance
+from trtllm_vattn.arguments import adder, non_negative
 from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import TIE_TOLERANCE, add_common, dtype_of
 from trtllm_vattn.bench.harness.identity import Identity, compare_forced
@@ -96,21 +96,19 @@ LIFE_S = 300.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench survival`."""
-    gpu, add = add_common(parser, on_gpu="llama-3.2-1b"), parser.add_argument
-    add("--kills", type=positive, default=30 if gpu else 20, metavar="COUNT", help="engines that are ended by SIGKILL")
-    text = "sequences that run at once, and go on from engine to engine"
-    add("--prompts", type=positive, default=32 if gpu else 4, metavar="PROMPTS", help=text)
-    add("--prompt-tokens", type=positive, default=2048 if gpu else 60, metavar="TOKENS", help="of each prompt")
-    add("--output-tokens", type=positive, default=512 if gpu else 120, metavar="TOKENS", help="of each sequence")
-    text = "tokens of all sequences that an engine gives at most before it is ended"
-    add("--life-tokens", type=positive, default=400 if gpu else 60, metavar="TOKENS", help=text)
-    add("--memory", type=size, default="8GiB" if gpu else "2MiB", metavar="BYTES", help="of the broker")
+    add = adder(parser, add_common(parser, on_gpu="llama-3.2-1b"))
+    add("--kills", "COUNT", "engines that are ended by SIGKILL", 30, 20)
+    add("--prompts", "PROMPTS", "sequences that run at once, and go on from engine to engine", 32, 4)
+    add("--prompt-tokens", "TOKENS", "of each prompt", 2048, 60)
+    add("--output-tokens", "TOKENS", "of each sequence", 512, 120)
+    add("--life-tokens", "TOKENS", "tokens of all sequences that an engine gives at most before it is ended", 400, 60)
+    add("--memory", "BYTES", "of the broker", "8GiB", "2MiB")
     text = "steps of engines that nobody ends, of which the journal's part is told; 0 leaves it out"
-    add("--journal-steps", type=non_negative, default=100, metavar="STEPS", help=text)
+    add("--journal-steps", "STEPS", text, 100, type=non_negative)
     text = f"{TIE_TOLERANCE}, and tokens are compared teacher-forced; 0 asks for the same tokens"
-    add("--tie-tolerance", type=tolerance, default=0.25 if gpu else 0.0, metavar="LOGITS", help=text)
+    add("--tie-tolerance", "LOGITS", text, 0.25, 0.0)
     text = "kill no more once so many have passed, and say how many were killed (default: no limit)"
-    add("--most-seconds", type=amount, default=None, metavar="SECONDS", help=text)
+    add("--most-seconds", "SECONDS", text)
 
 
 def run(args: argparse.Namespace) -> int:

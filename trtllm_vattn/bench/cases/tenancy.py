@@ -44,10 +44,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import amount, non_negative, positive, size
+from trtllm_vattn.arguments import adder, non_negative
 from trtllm_vattn.bench.cases.visits import MOST_RESIDENT, visits
+from trtllm_vattn.bench.harness.case import Part, Recording, vocab_of
 from trtllm_vattn.bench.harness.flags import add_common, dtype_of
-from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.runtime.engine import Engine
@@ -76,39 +76,24 @@ BUCKETS = (1, 2, 4, 8, 16, 32)
 START_S = 0.2
 SAID_S = 1.0
 """Seconds between two words about what is lent."""
-COLUMNS = {
-    "run": "run",
-    "model": "model",
-    "requests": "requests",
-    "ITL p50 ms": "itl_ms.p50:.2f",
-    "ITL p99": "itl_ms.p99:.2f",
-    "TTFT p50 ms": "ttft_ms.p50:,.0f",
-    "TTFT p99": "ttft_ms.p99:,.0f",
-}
+COLUMNS = "run model requests itl_ms.p50 itl_ms.p99 ttft_ms.p50 ttft_ms.p99"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench tenancy`."""
-    gpu, add = add_common(parser, on_gpu="llama-3.2-1b"), parser.add_argument
-    text = "extents that go from one tenant to another"
-    add("--handovers", type=non_negative, default=400 if gpu else 2000, metavar="COUNT", help=text)
-    text = "tenants' processes that are ended by SIGKILL meanwhile"
-    add("--kills", type=non_negative, default=4 if gpu else 10, metavar="COUNT", help=text)
-    text = "garbled messages to a broker"
-    add("--messages", type=non_negative, default=10_000, metavar="COUNT", help=text)
+    add = adder(parser, add_common(parser, on_gpu="llama-3.2-1b"))
+    add("--handovers", "COUNT", "extents that go from one tenant to another", 400, 2000, type=non_negative)
+    add("--kills", "COUNT", "tenants' processes that are ended by SIGKILL meanwhile", 4, 10, type=non_negative)
+    add("--messages", "COUNT", "garbled messages to a broker", 10_000, type=non_negative)
     text = "tenants that come and go, of a broker on the host, which must not grow by them"
-    add("--visits", type=non_negative, default=200, metavar="COUNT", help=text)
-    text = "models that serve under one broker; 0 leaves the serving out"
-    add("--models", type=non_negative, default=2, metavar="COUNT", help=text)
-    add("--memory", type=size, default="4GiB" if gpu else "640KiB", metavar="BYTES", help="that the models share")
-    text = "of each run, in which every model has two bursts"
-    add("--seconds", type=amount, default=8.0 if gpu else 1.5, metavar="SECONDS", help=text)
-    text = "prompts of a burst"
-    add("--prompts", type=positive, default=48 if gpu else 4, metavar="PROMPTS", help=text)
-    add("--prompt-tokens", type=positive, default=2048 if gpu else 100, metavar="TOKENS", help="of each prompt")
-    add("--output-tokens", type=positive, default=192 if gpu else 8, metavar="TOKENS", help="of each request")
-    text = "after the serving began, in which runs of one model alone may begin"
-    add("--most-seconds", type=amount, default=60.0, metavar="SECONDS", help=text)
+    add("--visits", "COUNT", text, 200, type=non_negative)
+    add("--models", "COUNT", "models that serve under one broker; 0 leaves the serving out", 2, type=non_negative)
+    add("--memory", "BYTES", "that the models share", "4GiB", "640KiB")
+    add("--seconds", "SECONDS", "of each run, in which every model has two bursts", 8.0, 1.5)
+    add("--prompts", "PROMPTS", "prompts of a burst", 48, 4)
+    add("--prompt-tokens", "TOKENS", "of each prompt", 2048, 100)
+    add("--output-tokens", "TOKENS", "of each request", 192, 8)
+    add("--most-seconds", "SECONDS", "after the serving began, in which runs of one model alone may begin", 60.0)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,26 +106,21 @@ def run(args: argparse.Namespace) -> int:
         counts = isolate(args)
         recording.results["isolation"] = dict(counts)
         lost = counts["lost_bytes"] + counts["lost_leases"]
-        named = {
-            "handovers": "handovers",
-            "foreign_bytes_seen": "foreign_bytes",
-            "ceilings_passed": "passed",
-            "killed_tenants": "killed",
-        }
-        return [{**{name: counts[kind] for name, kind in named.items()}, "lost_by_others": lost}]
+        named = {"foreign_bytes_seen": "foreign_bytes", "ceilings_passed": "passed", "killed_tenants": "killed"}
+        found = {name: counts[kind] for name, kind in {"handovers": "handovers", **named}.items()}
+        return [{**found, "lost_by_others": lost}]
 
     def messages(recording: Recording) -> list[dict[str, Any]]:
         found = garble(args.messages, args.seed)
         names = {"messages": "messages", "messages_refused": "refused", "leases_moved_by_messages": "moved"}
         return [{name: found[kind] for name, kind in names.items()}]
 
-    def visitors(recording: Recording) -> list[dict[str, Any]]:
-        return [visits(args.visits)]
-
-    def serving(recording: Recording) -> Iterator[dict[str, Any]]:
-        return serve_all(recording)
-
-    parts: dict[str, Part] = {"isolation": isolation, "messages": messages, "visits": visitors, "serving": serving}
+    parts: dict[str, Part] = {
+        "isolation": isolation,
+        "messages": messages,
+        "visits": lambda recording: [visits(args.visits)],
+        "serving": serve_all,
+    }
     left_out = {"visits": not args.visits, "serving": not args.models}
     recording.measure(parts, [name for name in parts if not left_out.get(name)])
     recording.sum_up(seconds=time.perf_counter() - started)
@@ -252,44 +232,36 @@ def serve_model(options: dict[str, Any], pipe: Connection) -> None:
     """One model's process: builds an engine, then serves what it is sent, until it is sent None; sends what it met
     where it cannot."""
     try:
-        _serve_orders(options, pipe)
+        tokens, device, output = options["prompt_tokens"], options["device"], options["output_tokens"]
+        records: list[StepRecord] = []
+        engine = Engine.from_pretrained(
+            options["model"],
+            device=device,
+            dtype=dtype_of(device),
+            max_seqs=options["max_seqs"],
+            max_seq_len=tokens + output,
+            broker=options["broker"],
+            tokenizer=None,
+            # Captured all the same, of fewer sizes: all runs alike, and ready sooner.
+            compile=False,
+            buckets=[size for size in BUCKETS if size < options["max_seqs"]],
+            observer=records.append,
+        )
+        with engine:
+            vocab = vocab_of(engine.model)
+            pipe.send("ready")
+            while (order := pipe.recv()) is not None:
+                due, seed = order
+                rng = np.random.default_rng(seed)
+                prompts = [rng.integers(0, vocab, tokens).tolist() for _ in due]
+                pipe.send(_serve(engine, records, due, prompts, output))
+                engine.flush_prefix_cache()
     except Exception as error:
         pipe.send(error)
 
 
-def _serve_orders(options: dict[str, Any], pipe: Connection) -> None:
-    tokens, device, output = options["prompt_tokens"], options["device"], options["output_tokens"]
-    records: list[StepRecord] = []
-    engine = Engine.from_pretrained(
-        options["model"],
-        device=device,
-        dtype=dtype_of(device),
-        max_seqs=options["max_seqs"],
-        max_seq_len=tokens + output,
-        broker=options["broker"],
-        tokenizer=None,
-        # Captured all the same, of fewer sizes: all runs alike, and ready sooner.
-        compile=False,
-        buckets=[size for size in BUCKETS if size < options["max_seqs"]],
-        observer=records.append,
-    )
-    with engine:
-        vocab = engine.model.config.get_text_config().vocab_size
-        pipe.send("ready")
-        while (order := pipe.recv()) is not None:
-            due, seed = order
-            rng = np.random.default_rng(seed)
-            prompts = [rng.integers(0, vocab, tokens).tolist() for _ in due]
-            pipe.send(_serve(engine, records, due, prompts, output))
-            engine.flush_prefix_cache()
-
-
 def _serve(
-    engine: Engine,
-    records: list[StepRecord],
-    due: Sequence[float],
-    prompts: Sequence[list[int]],
-    output: int,
+    engine: Engine, records: list[StepRecord], due: Sequence[float], prompts: Sequence[list[int]], output: int
 ) -> dict[str, Any]:
     """Submit each prompt when it is due (by the monotonic clock); milliseconds from then to its first token, and
     between its tokens, and the longest step's parts. `records` gets the engine's launches."""

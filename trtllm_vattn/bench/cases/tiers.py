@@ -4,7 +4,7 @@ an engine wake, and what do twice as many sequences as memory holds get done, be
 The link is a plain copy of one mapping to pinned memory and back, in the same run. Sequences are suspended and resumed
 whole, mapping included. An engine is put to sleep after churn (sequences forked, retained, released), without contents
 and with them; its tokens are compared, and its graphs must be the same objects. Without contents it is woken at once,
-and after `--asleep` seconds: the driver clears what was given back behind the release (R9), and whoever creates memory
+and after a second: the driver clears what was given back behind the release (R9), and whoever creates memory
 before it is done waits for it. A row says where the time of filling went, by driver call. Oversubscribed, all requests
 come at once to an engine with twice the slots that memory holds at full length; under admission control it has as many
 slots.
@@ -23,10 +23,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trtllm_vattn.arguments import amount, positive, size
-from trtllm_vattn.bench.harness.case import captured_graphs, vocab_of
-from trtllm_vattn.bench.harness.flags import MAX_SEQS, add_common, add_rounds
-from trtllm_vattn.bench.harness.recording import Recording
+from trtllm_vattn.arguments import adder
+from trtllm_vattn.bench.harness.case import Recording, captured_anew, captured_graphs, vocab_of
+from trtllm_vattn.bench.harness.flags import MAX_SEQS, add_common
 from trtllm_vattn.cache.base import FlatKV
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.host_tier import measure_link
@@ -35,7 +34,7 @@ from trtllm_vattn.errors import KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
-from trtllm_vattn.table import table
+from trtllm_vattn.table import tabulate
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.tensors import finish
 from trtllm_vattn.vmm.wrappers import CountingDriver
@@ -46,23 +45,18 @@ HOST_SLACK = 1 << 30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench tiers`."""
-    gpu, add = add_common(parser, on_gpu="llama-3.1-8b"), parser.add_argument
-    text = "of the plain copy that the link is measured by"
-    add("--link-bytes", type=size, default="2GiB" if gpu else "16MiB", metavar="BYTES", help=text)
+    add = adder(parser, gpu := add_common(parser, on_gpu="llama-3.1-8b"))
+    add("--link-bytes", "BYTES", "of the plain copy that the link is measured by", "2GiB", "16MiB")
     text = "of the sequence that is suspended and resumed, and of those that fill memory"
-    add("--tokens", type=positive, default=16_000 if gpu else 400, metavar="TOKENS", help=text)
-    text = "of KV that an engine wakes with, empty"
-    add("--wake-bytes", type=size, default="60GiB" if gpu else "16MiB", metavar="BYTES", help=text)
-    text = "of KV that an engine keeps while it sleeps"
-    add("--keep-bytes", type=size, default="8GiB" if gpu else "8MiB", metavar="BYTES", help=text)
-    text = "that an engine sleeps before it wakes, empty, beside waking at once"
-    add("--asleep", type=amount, default=1.0 if gpu else 0.01, metavar="SECONDS", help=text)
-    text = f"{MAX_SEQS} under admission control; memory holds these at full length"
-    add("--max-seqs", type=positive, default=32 if gpu else 3, metavar="SEQUENCES", help=text)
+    add("--tokens", "TOKENS", text, 16_000, 400)
+    add("--wake-bytes", "BYTES", "of KV that an engine wakes with, empty", "60GiB", "16MiB")
+    add("--keep-bytes", "BYTES", "of KV that an engine keeps while it sleeps", "8GiB", "8MiB")
+    parser.set_defaults(asleep=1.0 if gpu else 0.01)
+    add("--max-seqs", "SEQUENCES", f"{MAX_SEQS} under admission control; memory holds these at full length", 32, 3)
     text = "of each request of those that come at once"
-    add("--prompt", type=positive, default=1000 if gpu else 60, metavar="TOKENS", help=f"prompt {text}")
-    add("--output-tokens", type=positive, default=600 if gpu else 60, metavar="TOKENS", help=f"output {text}")
-    add_rounds(parser, 3, "each copy and sleep")
+    add("--prompt", "TOKENS", f"prompt {text}", 1000, 60)
+    add("--output-tokens", "TOKENS", f"output {text}", 600, 60)
+    add("--rounds", "TURNS", "turns that each copy and sleep takes", 3)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,9 +64,7 @@ def run(args: argparse.Namespace) -> int:
     recording = Recording("tiers", args)
     recording.measure({"copies": suspended, "sleep": slept, "crowd": crowded})
     parts = [recording.results.get(name) for name in ("sequences", "sleeps", "crowds")]
-    shown = "\n".join(
-        table(list(rows[0]), [[_short(value) for value in row.values()] for row in rows]) for rows in parts if rows
-    )
+    shown = "\n".join(tabulate(rows, " ".join(rows[0])) for rows in parts if rows)
     summary = recording.summary
     wrong = [] if summary.get("tokens_identical", True) else ["tokens differ after waking"]
     wrong += [f"{again} graphs were captured again"] if (again := summary.get("recaptures")) else []
@@ -88,10 +80,6 @@ def link_of(recording: Recording) -> tuple[float, float]:
         recording.results["link"] = {"out_bytes_s": link_out, "in_bytes_s": link_in}
         recording.sum_up(link_out_gb_s=link_out / 1e9, link_in_gb_s=link_in / 1e9)
     return recording.results["link"]["out_bytes_s"], recording.results["link"]["in_bytes_s"]
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def suspended(recording: Recording) -> None:
@@ -196,7 +184,6 @@ def _sleep_once(
     created = driver.calls["create"] - calls["create"]
     _empty(cache)
     same = engine.generate([prompt], params)[0].tokens == want
-    now = captured_graphs(engine)
     return {
         "kv": kv,
         "bytes": min(held, filled),
@@ -206,7 +193,7 @@ def _sleep_once(
         "fill_s": fill_s if kv == "drop" else 0.0,
         "created": created,
         **spent,
-        "recaptures": sum(one is not other for one, other in zip(captured, now, strict=True)),
+        "recaptures": captured_anew(engine, captured),
         "tokens_identical": same and intact,
     }
 
@@ -236,8 +223,7 @@ def _churn(cache: KVCacheManager, tokens: int) -> None:
                 cache.release(("churn", number))
         except (KVCacheOutOfMemory, NoFreeSlot):
             break
-    for sequence in list(cache.sequences):
-        cache.release(sequence)
+    _empty(cache)
 
 
 def _fill(cache: KVCacheManager, tokens: int) -> None:

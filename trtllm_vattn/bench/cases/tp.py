@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import amount, positive
+from trtllm_vattn.arguments import adder
+from trtllm_vattn.bench.harness.case import Part, Recording
 from trtllm_vattn.bench.harness.contenders import Contender, fill, take_turns
 from trtllm_vattn.bench.harness.flags import add_common, add_parts, add_steady, dtype_of
-from trtllm_vattn.bench.harness.recording import Part, Recording
 from trtllm_vattn.errors import KVCacheOutOfMemory
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.parallel import Ranks, size_of_torchrun
@@ -38,27 +38,20 @@ LARGE, LARGE_BATCHES = {"cuda": "llama-3-70b", "cpu": "tiny-qwen3"}, [1, 32]
 TIE = 1e-3
 """Two largest logits that are closer than this, in float32, are a tie."""
 
-COLUMNS = {
-    "model": "model",
-    "sequences": "batch",
-    "ranks": "gpus",
-    "step p50 ms": "step_ms:.3f",
-    "over one GPU": "over_one_gpu",
-}
+COLUMNS = "model batch gpus step_ms ratio"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench tp`."""
-    gpu, add = add_common(parser), parser.add_argument
-    add("--ranks", type=positive, default=2, metavar="COUNT", help="GPUs, or processes on the host")
+    add = adder(parser, gpu := add_common(parser))
+    add("--ranks", "COUNT", "GPUs, or processes on the host", 2)
     text = "who sums over ranks: NCCL, or torch's symmetric memory where it can"
-    add("--all-reduce", default=ALL_REDUCE[0], choices=ALL_REDUCE, help=text)
+    parser.add_argument("--all-reduce", default=ALL_REDUCE[0], choices=ALL_REDUCE, help=text)
     add_parts(parser, PARTS, "steps,replays", flag="--measure")
     context, batches = (2048, "1,32,128") if gpu else (48, "1,4")
     add_steady(parser, "engine", context, rounds=3 if gpu else 2, steps=24 if gpu else 4, batches=batches)
-    text = "replays of the small model over memory that is remapped"
-    add("--replays", type=positive, default=20_000 if gpu else 120, metavar="REPLAYS", help=text)
-    add("--seconds", type=amount, default=60.0, metavar="SECONDS", help="end the replays after so many")
+    add("--replays", "REPLAYS", "replays of the small model over memory that is remapped", 20_000, 120)
+    add("--seconds", "SECONDS", "end the replays after so many", 60.0)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -128,7 +121,8 @@ def _options(args: argparse.Namespace, model: str, batches: list[int]) -> dict[s
 
 @contextmanager
 def _filled(engine: Engine, args: argparse.Namespace, batch: int, batches: list[int]) -> Iterator[Contender]:
-    fill(engine, batch, *_longest(args, batches), args.seed)
+    context, most = _longest(args, batches)
+    fill(engine, [context] * batch, most, np.random.default_rng(args.seed))
     try:
         yield Contender("vattn", "captured", engine)
     finally:
@@ -171,7 +165,6 @@ def _row(model: str, batch: int, ranks: int, contender: Contender, ratio: float 
         "gpus": ranks,
         "step_ms": 1e3 * median(contender.samples("wall_s")),
         "ratio": ratio,
-        "over_one_gpu": "" if ratio is None else f"{ratio:.3f}",
         "tokens": contender.tokens,
         "times": contender.times(),
         "start": {"load_s": contender.engine.startup.load_s, "compile_s": contender.engine.startup.compile_s},

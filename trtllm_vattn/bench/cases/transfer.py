@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtllm_vattn.arguments import amount, numbers, positive
+from trtllm_vattn.arguments import adder
 from trtllm_vattn.bench.cases import transfer_peer
+from trtllm_vattn.bench.harness.case import Recording
 from trtllm_vattn.bench.harness.flags import add_device, add_parts, add_results
-from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.cache.base import CacheShape, ExtentPlace
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.manager import KVCacheManager
@@ -51,16 +51,7 @@ BLOCK = 16
 """Tokens of a block, of the block tables that descriptors are compared with: K and V of each layer lie apart there."""
 SLOTS = 3
 
-COLUMNS = {
-    "tokens": "tokens",
-    "MB": "megabytes:.1f",
-    "GB/s": "gb_s:.2f",
-    "link GB/s": "link_gb_s:.2f",
-    "over link": "over_link:.3f",
-    "extents": "extents",
-    "descriptors": "descriptors",
-    "by blocks": "block_descriptors",
-}
+COLUMNS = "tokens megabytes gb_s link_gb_s over_link extents descriptors block_descriptors"
 
 
 @dataclass(frozen=True)
@@ -106,16 +97,14 @@ class Plan:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench transfer`."""
-    gpu, add = add_device(parser), parser.add_argument
+    add = adder(parser, add_device(parser))
     add_results(parser)
     add_parts(parser, PARTS, "sequences,remapping", flag="--measure")
     text = "how bytes move; auto is nixl where it is installed, else group (torch.distributed); with one GPU, ipc"
-    add("--link", default="auto", choices=LINKS, help=text)
-    text = "tokens of the sequences that are timed"
-    add("--sizes", type=numbers, default="2048,32768" if gpu else "64,512", metavar="TOKENS,...", help=text)
-    text = "sequences sent while memory is remapped"
-    add("--transfers", type=positive, default=10_000 if gpu else 24, metavar="SEQUENCES", help=text)
-    add("--seconds", type=amount, default=40.0, metavar="SECONDS", help="end these after so many")
+    parser.add_argument("--link", default="auto", choices=LINKS, help=text)
+    add("--sizes", "TOKENS,...", "tokens of the sequences that are timed", "2048,32768", "64,512")
+    add("--transfers", "SEQUENCES", "sequences sent while memory is remapped", 10_000, 24)
+    add("--seconds", "SECONDS", "end these after so many", 40.0)
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
@@ -259,13 +248,7 @@ def _limit(plan: Plan, side: Side, connection: Connection, nbytes: int, rank: in
 def _buffer(driver: Driver, nbytes: int) -> Iterator[tuple[int, int]]:
     """Address and size of one extent of at least so many bytes."""
     size = round_up(nbytes, driver.granularity())
-    with ExitStack() as undo:
-        address = driver.reserve(size)
-        undo.callback(driver.free, address, size)
-        handle = driver.create(size)
-        undo.callback(driver.release, handle)
-        driver.map(address, size, handle)
-        undo.callback(driver.unmap, address, size)
+    with transfer_peer.mapped(driver, size) as address:
         driver.set_access(address, size)
         yield address, size
 

@@ -7,13 +7,15 @@ first. Needs two GPUs that reach each other (NVLink).
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
 
+from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.cuda import CudaDriver
 from trtllm_vattn.vmm.tensors import finish, tensor_at
 
@@ -21,16 +23,7 @@ SIZES = (2 << 20, 64 << 20, 1 << 30)
 """Bytes of the handles that are mapped."""
 ROUNDS = 5
 
-COLUMNS = {
-    "handle MB": "megabytes:.0f",
-    "for two us": "map_us:.0f",
-    "for one us": "own_map_us:.0f",
-    "read there GB/s": "peer_read_gb_s:.0f",
-    "read here GB/s": "own_read_gb_s:.0f",
-    "copy GB/s": "copy_gb_s:.0f",
-    "copy wins after reads": "reads_until_copying_wins:.2f",
-    "wrong": "wrong_bytes",
-}
+COLUMNS = "megabytes map_us own_map_us peer_read_gb_s own_read_gb_s copy_gb_s reads_until_copying_wins wrong_bytes"
 
 
 def why_not() -> str | None:
@@ -58,15 +51,22 @@ def _measure(owner: CudaDriver, size: int) -> dict[str, Any]:
     return {"megabytes": size / 1e6, "map_us": map_us, "own_map_us": own_us, **row}
 
 
+@contextmanager
+def mapped(driver: Driver, size: int) -> Iterator[int]:
+    """The address of one extent, which is not accessible yet."""
+    with ExitStack() as undo:
+        address = driver.reserve(size)
+        undo.callback(driver.free, address, size)
+        handle = driver.create(size)
+        undo.callback(driver.release, handle)
+        driver.map(address, size, handle)
+        undo.callback(driver.unmap, address, size)
+        yield address
+
+
 def _mapped(owner: CudaDriver, size: int, gpus: tuple[int, ...], use: Any) -> tuple[float, dict[str, Any] | None]:
     """Microseconds of making a handle accessible, and what is done with it meanwhile."""
-    with ExitStack() as undo:
-        address = owner.reserve(size)
-        undo.callback(owner.free, address, size)
-        handle = owner.create(size)
-        undo.callback(owner.release, handle)
-        owner.map(address, size, handle)
-        undo.callback(owner.unmap, address, size)
+    with mapped(owner, size) as address, ExitStack() as undo:
         for gpu in gpus:
             undo.callback(finish, f"cuda:{gpu}")
         access = [_access(owner, gpu) for gpu in gpus]

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,26 +17,17 @@ from typing import Any
 
 import torch
 
-from trtllm_vattn.arguments import output_folder, positive
+from trtllm_vattn.arguments import adder, output_folder
+from trtllm_vattn.bench.harness.case import Recording, engine_for, in_fresh_process
 from trtllm_vattn.bench.harness.contenders import Contest, take_turns
 from trtllm_vattn.bench.harness.flags import add_common, dtype_of
-from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.timing import summarise
-from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError, VattnError
-from trtllm_vattn.runtime.binding import shape_of
-from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.tuned import FOLDER, card_of, collect, entries, merged, toolchain
 from trtllm_vattn.table import tabulate
 
-COLUMNS = {
-    "start": "start",
-    "step p50 ms": "step_ms:.3f",
-    "configurations tried": "tried",
-    "kernels": "kernels",
-    "s": "seconds:.0f",
-}
+COLUMNS = "start step_ms tried kernels seconds"
 _TRIAL = """
 import json, sys
 from pathlib import Path
@@ -53,12 +41,12 @@ print(json.dumps(trial(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench tune`."""
     add_common(parser)
-    add = parser.add_argument
-    add("--trials", type=positive, default=5, metavar="TIMES", help="searches, each in a process of its own")
-    add("--context", type=positive, default=2048, metavar="TOKENS", help="of the sequence whose step is timed")
-    add("--steps", type=positive, default=200, metavar="STEPS", help="decode steps that are timed")
+    add = adder(parser)
+    add("--trials", "TIMES", "searches, each in a process of its own", 5)
+    add("--context", "TOKENS", "of the sequence whose step is timed", 2048)
+    add("--steps", "STEPS", "decode steps that are timed", 200)
     text = "where CARD.json is written, with what it holds of other models and versions"
-    add("--output", type=output_folder, default=str(FOLDER), metavar="FOLDER", help=text)
+    add("--output", "FOLDER", text, str(FOLDER), type=output_folder)
 
 
 def trial(model: str, device: str, context: int, steps: int, seed: int) -> dict[str, Any]:
@@ -67,8 +55,7 @@ def trial(model: str, device: str, context: int, steps: int, seed: int) -> dict[
 
     loaded = load_model(model, device, dtype_of(device), seed)
     started = perf_counter()
-    cache = make_cache("vattn", shape_of(loaded, 1, context + 2 * steps + 64), device)
-    engine = Engine(loaded, cache, prefix_cache=False, buckets=[1], chunk=max(2048, context))
+    engine = engine_for(loaded, device, 1, context + 2 * steps + 64, buckets=[1], chunk=max(2048, context))
     seconds = perf_counter() - started
     with Contest(1, max(1, context - steps // 2), 2 * steps, seed) as contest:
         contest.add("vattn", engine)
@@ -122,12 +109,6 @@ def started(args: argparse.Namespace, tuned: str) -> tuple[dict[str, Any], dict[
     Raises VattnError where it fails.
     """
     with tempfile.TemporaryDirectory() as caches:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
-        environment["TRITON_CACHE_DIR"] = f"{caches}/triton"
-        numbers = [str(number) for number in (args.context, args.steps, args.seed)]
-        command = [sys.executable, "-c", _TRIAL, tuned, args.model, args.device, *numbers]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise VattnError(f"the trial failed: {done.stderr.strip()[-1000:]}")
-        row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        kept = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
+        row = in_fresh_process(_TRIAL, tuned, args.model, args.device, args.context, args.steps, args.seed, **kept)
         return row, collect(Path(caches) / "inductor")

@@ -92,11 +92,7 @@ def visits(count: int) -> dict[str, int]:
             if len(running) == AT_ONCE:
                 _wait(running)
         after = _alone(path, running)
-    return {
-        "visits": count,
-        "visits_descriptors": after[0] - before[0],
-        "visits_resident_bytes": after[1] - before[1],
-    }
+    return {"visits": count, "visits_descriptors": after[0] - before[0], "visits_resident_bytes": after[1] - before[1]}
 
 
 def _wait(running: deque[int]) -> None:

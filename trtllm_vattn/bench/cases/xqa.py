@@ -13,14 +13,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trtllm_vattn.arguments import positive, tolerance
-from trtllm_vattn.bench.cases.random_blocks import RandomBlocks
-from trtllm_vattn.bench.cases.xqa_parts import prefill_us, replay_remapped, table_host
-from trtllm_vattn.bench.harness.case import vocab_of
+from trtllm_vattn.arguments import adder, positive
+from trtllm_vattn.bench.cases.xqa_parts import RandomBlocks, prefill_us, replay_remapped, table_host
+from trtllm_vattn.bench.harness.case import Recording, vocab_of
 from trtllm_vattn.bench.harness.contenders import Contest, device_step_ms, take_turns
 from trtllm_vattn.bench.harness.flags import MAX_OUTPUT, TIE_TOLERANCE, add_common, add_steady
 from trtllm_vattn.bench.harness.identity import Identity, RequestTokens, compare
-from trtllm_vattn.bench.harness.recording import Recording
 from trtllm_vattn.bench.harness.traces import fit, generate_trace
 from trtllm_vattn.bench.harness.workload import prompts_of, run_traced
 from trtllm_vattn.cache.base import KVCache
@@ -31,32 +29,24 @@ from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.table import tabulate
 
-COLUMNS = {
-    "batch": "batch",
-    "table": "table",
-    "step p50 ms": "step_ms.p50:.3f",
-    "p99": "step_ms.p99:.3f",
-    "device ms": "device_step_ms:.3f",
-    "affine / random": "affine_over_random:.4f",
-}
+COLUMNS = "batch table step_ms.p50 step_ms.p99 device_step_ms affine_over_random"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench xqa`."""
-    gpu, add = add_common(parser), parser.add_argument
-    add("--attention", default="xqa", choices=["xqa", "xqa-fmha"], help="kernels that are compared with flat attention")
-    add("--tokens-per-block", type=positive, default=32, choices=BLOCK_SIZES, help="tokens of a block")
-    text = "layers of a block's record (default: as many as make rows of 64 KiB)"
-    add("--layers-per-range", type=positive, metavar="LAYERS", help=text)
+    add = adder(parser, gpu := add_common(parser))
+    parser.add_argument(
+        "--attention", default="xqa", choices=["xqa", "xqa-fmha"], help="kernels that are compared with flat attention"
+    )
+    parser.add_argument("--tokens-per-block", type=positive, default=32, choices=BLOCK_SIZES, help="tokens of a block")
+    add("--layers-per-range", "LAYERS", "layers of a block's record (default: as many as make rows of 64 KiB)")
     context, rounds, steps, batches = (2048, 5, 20, "1,8,32,128") if gpu else (64, 1, 4, "2")
     add_steady(parser, "kind of table", context, rounds, steps, batches)
-    text = "generated requests whose tokens are compared"
-    add("--requests", type=positive, default=16 if gpu else 6, metavar="REQUESTS", help=text)
-    add("--max-output", type=positive, default=48 if gpu else 8, metavar="TOKENS", help=MAX_OUTPUT)
+    add("--requests", "REQUESTS", "generated requests whose tokens are compared", 16, 6)
+    add("--max-output", "TOKENS", MAX_OUTPUT, 48, 8)
     # Kernels that round differently choose between logits up to 0.41 apart (tests/runtime/rounding_probe.py).
-    add("--tie-tolerance", type=tolerance, default=0.5 if gpu else 0.0, metavar="LOGITS", help=TIE_TOLERANCE)
-    text = "replays of one graph over replaced memory"
-    add("--replays", type=positive, default=10_000 if gpu else 40, metavar="REPLAYS", help=text)
+    add("--tie-tolerance", "LOGITS", TIE_TOLERANCE, 0.5, 0.0)
+    add("--replays", "REPLAYS", "replays of one graph over replaced memory", 10_000, 40)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,10 +68,7 @@ def identities(recording: Recording) -> list[dict[str, Any]]:
         {
             "tokens_identical": identity.identical,
             "tokens_compared": identity.tokens,
-            "ties": identity.ties,
-            "widest_tie": identity.widest_tie,
-            "mismatches": identity.mismatches,
-            "widest_mismatch": identity.widest_mismatch,
+            **{name: getattr(identity, name) for name in ("ties", "widest_tie", "mismatches", "widest_mismatch")},
             "tables_tokens_identical": by_table.identical,
         }
     ]
@@ -90,13 +77,35 @@ def identities(recording: Recording) -> list[dict[str, Any]]:
 def steady_steps(recording: Recording) -> Iterator[dict[str, Any]]:
     """Steps over affine tables beside those over random ones, in turns."""
     for batch in tqdm(recording.args.batch_sizes, desc="batch sizes", disable=None):
-        for row in steady(recording.args, recording.model, batch):
-            recording.add("steady", row)
+        steady(recording, batch)
         rows = recording.results["steady"]
         yield {
             "affine_over_random_step_ratio": max(row["affine_over_random"] for row in rows),
             "critical_path_maps": sum(row["critical_path_maps"] for row in rows),
         }
+
+
+def steady(recording: Recording, batch: int) -> None:
+    """Captured decode steps with affine and with random tables, in turns."""
+    args, model = recording.args, recording.model
+    most = batch + 2 * args.rounds * (args.steps + 4) + 40
+    start = max(1, args.context - most // 2)
+    shape = shape_of(model, batch, start + most)
+    options = {"attention": "xqa", "buckets": [batch], "chunk": max(2048, start)}
+    with Contest(batch, start, most, args.seed) as contest:
+        for name in ("affine", "random"):
+            if name == "affine":
+                cache: KVCache = make_blocks(args, model, batch, start + most)
+            else:
+                cache = RandomBlocks(shape, args.device, args.tokens_per_block, args.seed)
+            contest.add(name, Engine(model, cache, prefix_cache=False, **options))
+        take_turns(contest.contenders, args.rounds, args.steps, f"batch {batch}")
+        affine, random = contest.contenders
+        ratio, by_round = affine.over(random)
+        beside = {"context": args.context, "affine_over_random": ratio, "by_round": by_round}
+        for each in contest.contenders:
+            row = {"table": each.name, "batch": batch, "device_step_ms": device_step_ms(each.engine)}
+            recording.add("steady", {**row, **beside, **each.times()})
 
 
 def replays(recording: Recording) -> Iterator[dict[str, Any]]:
@@ -169,35 +178,3 @@ def tokens(args: argparse.Namespace, model: Any) -> tuple[Identity, Identity]:
     if args.attention != "xqa":
         asked = served(make_blocks(args, model, slots, longest), args.attention, forced)
     return compare(flat, asked, args.tie_tolerance), compare(affine, random, 0.0)
-
-
-def steady(args: argparse.Namespace, model: Any, batch: int) -> list[dict[str, Any]]:
-    """Captured decode steps with affine and with random tables, in turns."""
-    most = batch + 2 * args.rounds * (args.steps + 4) + 40
-    start = max(1, args.context - most // 2)
-    shape = shape_of(model, batch, start + most)
-    with Contest(batch, start, most, args.seed) as contest:
-        for name in ("affine", "random"):
-            cache: KVCache
-            if name == "affine":
-                cache = make_blocks(args, model, batch, start + most)
-            else:
-                cache = RandomBlocks(shape, args.device, args.tokens_per_block, args.seed)
-            contest.add(
-                name, Engine(model, cache, prefix_cache=False, attention="xqa", buckets=[batch], chunk=max(2048, start))
-            )
-        take_turns(contest.contenders, args.rounds, args.steps, f"batch {batch}")
-        affine, random = contest.contenders
-        ratio, by_round = affine.over(random)
-        return [
-            {
-                "table": each.name,
-                "batch": batch,
-                "context": args.context,
-                "device_step_ms": device_step_ms(each.engine),
-                "affine_over_random": ratio,
-                "by_round": by_round,
-                **each.times(),
-            }
-            for each in contest.contenders
-        ]

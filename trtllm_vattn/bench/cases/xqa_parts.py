@@ -1,4 +1,5 @@
-"""Parts of `bench xqa` below the model: attention replayed over memory that is replaced, the host's time for tables."""
+"""Parts of `bench xqa` below the model: attention replayed over memory that is replaced, the host's time for tables;
+and what affine tables are compared with: TensorRT-LLM's own layout of a paged pool, with blocks in random order."""
 
 from __future__ import annotations
 
@@ -6,20 +7,40 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from trtllm_vattn.attention.base import PrefillChunk
 from trtllm_vattn.attention.select import available, make_attention
-from trtllm_vattn.bench.harness.bandwidth import fill_random
-from trtllm_vattn.bench.harness.timing import summarise, timed_ms
+from trtllm_vattn.bench.harness.timing import fill_random, summarise, timed_ms
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.blocks import BlockKVCache
+from trtllm_vattn.cache.paged import PagedCache
 from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.memory.layout import BlockLayout
 from trtllm_vattn.trtllm.tables import AffineTables, RowGatherer
 from trtllm_vattn.verify.workload import CacheWorkload
+
+
+class RandomBlocks(PagedCache):
+    """One allocation ``[block][layer][K,V][head][token][dim]``, as the block layout has it; tables are random.
+
+    Parameters
+    ----------
+    seed : int
+        Of the order in which blocks are handed out.
+    """
+
+    def __init__(self, shape: CacheShape, device: torch.device | str, block_size: int, seed: int = 0) -> None:
+        super().__init__(shape, device, block_size)
+        self.shuffle_free_memory(seed)
+
+    def _make_pools(self, size: tuple[int, int, int, int]) -> list[list[torch.Tensor]]:
+        layers, factor = self.shape.num_layers, self.shape.kv_factor
+        whole = torch.zeros((size[0], layers, factor, *size[1:]), dtype=self.shape.dtype, device=self.device)
+        return [[whole[:, layer, field] for field in range(factor)] for layer in range(layers)]
 
 
 class Remapping(CacheWorkload):
@@ -52,9 +73,9 @@ def replay_remapped(cache: BlockKVCache, num_heads: int, context: int, replays: 
     shape = cache.shape
     attention = make_attention("xqa", cache, num_heads)
     lanes = shape.num_slots - 1
-    filled = fill_random(attention, context, lanes)
+    fill_random(attention, np.full(lanes, context))
     # Off block and page edges.
-    lengths = torch.tensor([max(1, int(n) - 7 * i) for i, n in enumerate(filled)], dtype=torch.int32)
+    lengths = torch.tensor([max(1, context - 7 * i) for i in range(lanes)], dtype=torch.int32)
     lengths = lengths.to(cache.device)
     q = torch.randn(shape.num_layers, lanes, num_heads, shape.head_dim, dtype=shape.dtype, device=cache.device)
 
@@ -99,7 +120,7 @@ def prefill_us(cache: BlockKVCache, num_heads: int, tokens: int, repeats: int) -
     usable = available()
     kinds = [name for name in ("xqa", "xqa-fmha") if not on_gpu or usable[name] == "yes"]
     backends = {name: make_attention(name, cache, num_heads) for name in kinds}
-    fill_random(backends["xqa"], tokens, 1)
+    fill_random(backends["xqa"], np.array([tokens]))
     q = torch.randn(tokens, num_heads, shape.head_dim, dtype=shape.dtype, device=cache.device)
     query_len, length = (torch.tensor([tokens], dtype=torch.int32, device=cache.device) for _ in range(2))
     slot = torch.tensor([cache.slot_of(0)], device=cache.device)

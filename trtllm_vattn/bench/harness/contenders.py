@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from trtllm_vattn.bench.harness.device_utilization import DeviceUtilization, device_utilization
-from trtllm_vattn.bench.harness.timing import summarise
+from trtllm_vattn.bench.harness.timing import fill_flat, summarise
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -87,20 +91,18 @@ class Contest(ExitStack):
     def add(self, name: str, engine: Engine, modes: Sequence[str] = ("captured",)) -> None:
         """Fill an engine, which is closed at the end, and let it take part."""
         self.callback(engine.close)
-        fill(engine, self.batch, self.context, self.tokens, self.seed)
+        fill(engine, [self.context] * self.batch, self.tokens, np.random.default_rng(self.seed))
         self.contenders += [Contender(name, mode, engine) for mode in modes]
 
 
-def fill(engine: Engine, batch: int, context: int, tokens: int, seed: int) -> None:
-    """Prefill `batch` random prompts of `context` tokens and leave them decoding."""
-    random = np.random.default_rng(seed)
+def fill(engine: Engine, lengths: Sequence[int], tokens: int, random: np.random.Generator) -> list[int]:
+    """Prefill random prompts of so many tokens each and leave them decoding; the numbers of their requests."""
     vocab_size = engine.model.config.get_text_config().vocab_size
-    for _ in range(batch):
-        engine.submit(
-            random.integers(0, vocab_size, context).tolist(), SamplingParams(max_tokens=tokens, ignore_eos=True)
-        )
+    wanted = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    numbers = [engine.submit(random.integers(0, vocab_size, length).tolist(), wanted) for length in lengths]
     while engine.prefilling:
         engine.step()
+    return numbers
 
 
 def take_turns(contenders: Sequence[Contender], rounds: int, steps: int, label: str, untimed: int = 2) -> None:
@@ -137,14 +139,39 @@ def utilization(contender: Contender) -> DeviceUtilization | None:
         )
 
 
-def decode_steps(engine: Engine, steps: int) -> list[StepRecord]:
-    """At least so many decode steps."""
+@contextmanager
+def observed(engine: Engine) -> Iterator[list[StepRecord]]:
+    """Launches meanwhile."""
     records: list[StepRecord] = []
     engine.observer = records.append
-    while sum(record.steps for record in records) < steps:
-        engine.step()
-    engine.observer = None
+    try:
+        yield records
+    finally:
+        engine.observer = None
+
+
+def decode_steps(engine: Engine, steps: int) -> list[StepRecord]:
+    """At least so many decode steps."""
+    with observed(engine) as records:
+        while sum(record.steps for record in records) < steps:
+            engine.step()
     return records
+
+
+def steps_and_tokens(engine: Engine, steps: int) -> tuple[list[StepRecord], float]:
+    """Decode steps behind a few that are not timed, and how many tokens of KV they read in the middle."""
+    decode_steps(engine, 4)
+    before = float(engine.decode.lengths.sum())
+    records = decode_steps(engine, steps)
+    return records, (before + float(engine.decode.lengths.sum())) / 2
+
+
+def cancel_all(engine: Engine) -> None:
+    """End all requests; their slots are free afterwards."""
+    for number in list(engine.scheduler.requests):
+        engine.abort(number)
+    while engine.busy:
+        engine.step()
 
 
 @torch.inference_mode()
@@ -175,3 +202,76 @@ def replayed_steps(engine: Engine, replays: int) -> Iterator[None]:
         decode.runner.replay(decode.bucket)
     engine.pipeline.forget()
     yield
+
+
+@torch.inference_mode()
+def fill_lanes(engine: Engine, context: int, seed: int) -> None:
+    """Admit a sequence of `context` tokens for each slot, with random keys and values, and have it decode. Sequences
+    are numbered from 0."""
+    cache = engine.cache
+    torch.manual_seed(seed)
+    fill_flat(cache, np.full(cache.shape.num_slots, context))
+    for sequence in range(cache.shape.num_slots):
+        engine.decode.set_lane(cache.slot_of(sequence), sequence, context + 1, cache.shape.max_seq_len)
+
+
+def empty_lanes(engine: Engine) -> None:
+    """Undo `fill_lanes`."""
+    for sequence in range(engine.cache.shape.num_slots):
+        engine.decode.clear_lane(engine.cache.slot_of(sequence))
+        engine.cache.release(sequence)
+
+
+# -- the device, by the profiler's record of its kernels and copies ----------------------------------------------------
+
+WORK = {"kernel", "gpu_memcpy", "gpu_memset"}
+"""Categories of events, in the profiler's trace, in which the device works."""
+
+
+@dataclass(frozen=True)
+class DeviceUtilization:
+    """Milliseconds a step in which the device worked, and pieces of work a step.
+
+    `profiled_step_ms` is how long a step took meanwhile, longer than without a profiler.
+    """
+
+    device_busy_ms: float
+    work_a_step: float
+    profiled_step_ms: float
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """How long at least one of the spans, from beginning to end, was under way; some run beside others."""
+    whole, until = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        whole += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return whole
+
+
+def work_of(events: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Beginnings and ends, in microseconds, of the device's work among the events of a Chrome trace."""
+    return [(event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") in WORK]
+
+
+def device_utilization(decode: Callable[[], int], device: torch.device) -> DeviceUtilization | None:
+    """Profile `decode`, which returns how many steps it took; None on the host, or where the profiler saw no work.
+
+    As many steps must be submitted meanwhile as it returns.
+    """
+    if device.type != "cuda":
+        return None
+    # What is under way already is not of these steps.
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        started = perf_counter()
+        steps = decode()
+        torch.cuda.synchronize(device)
+        wall_s = perf_counter() - started
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        spans = work_of(json.loads(trace.read_text())["traceEvents"])
+    if not spans:
+        return None
+    return DeviceUtilization(covered(spans) / 1e3 / steps, len(spans) / steps, 1e3 * wall_s / steps)

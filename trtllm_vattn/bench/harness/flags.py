@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from trtllm_vattn.arguments import amount, chosen, device, listed, numbers, output, positive, seed
+from trtllm_vattn.arguments import adder, amount, chosen, device, listed, output, positive, seed
 from trtllm_vattn.attention.select import BACKENDS
 from trtllm_vattn.cache.select import CACHES
 
@@ -103,31 +103,23 @@ def add_model(parser: argparse.ArgumentParser, **options: Any) -> None:
 
 def add_results(parser: argparse.ArgumentParser, plots: bool = False) -> None:
     """Add ``--seed``, ``--output-json`` and, where there is something to draw, ``--plot``."""
-    add = parser.add_argument
-    add("--seed", type=seed, default=0, metavar="N", help="of everything that is random: weights, tokens, order")
-    add("--output-json", type=output, metavar="FILE", help="write all results there (default: print a summary alone)")
+    add = adder(parser)
+    add("--seed", "N", "of everything that is random: weights, tokens, order", 0, type=seed)
+    add("--output-json", "FILE", "write all results there (default: print a summary alone)", type=output)
     if plots:
         add_plot(parser)
 
 
 def add_plot(parser: argparse.ArgumentParser) -> None:
     """Add ``--plot``."""
-    parser.add_argument(
-        "--plot",
-        type=plot,
-        metavar="FILE",
-        help=f"draw the results, in a file that ends in {', '.join(PLOTS)} (default: no plot)",
-    )
+    text = f"draw the results, in a file that ends in {', '.join(PLOTS)} (default: no plot)"
+    adder(parser)("--plot", "FILE", text, type=plot)
 
 
 def add_attention(parser: argparse.ArgumentParser) -> None:
     """Add ``--attention``."""
-    parser.add_argument(
-        "--attention",
-        default="auto",
-        choices=BACKENDS,
-        help="attention kernels; auto is cudnn where it works, else torch",
-    )
+    text = "attention kernels; auto is cudnn where it works, else torch"
+    parser.add_argument("--attention", default="auto", choices=BACKENDS, help=text)
 
 
 def add_trace(parser: argparse.ArgumentParser, **options: Any) -> None:
@@ -136,15 +128,6 @@ def add_trace(parser: argparse.ArgumentParser, **options: Any) -> None:
         "requests: Azure CSV, Mooncake JSON lines or list, or ShareGPT lengths CSV, also .gz (default: generated ones)"
     )
     parser.add_argument("--trace", metavar="FILE", **{"type": Path, "help": text, **options})
-
-
-def add_pass_limits(parser: argparse.ArgumentParser) -> None:
-    """Add ``--max-step-tokens`` and ``--target-itl-ms``, of an engine whose passes mix prompts and decoding."""
-    add = parser.add_argument
-    text = "tokens of one pass, prompts' and decoding sequences' together (default: the engine's own)"
-    add("--max-step-tokens", type=positive, metavar="TOKENS", help=text)
-    text = "time between two tokens that passes are cut to (default: none)"
-    add("--target-itl-ms", type=amount, metavar="MILLISECONDS", help=text)
 
 
 def add_parts(
@@ -159,26 +142,17 @@ def add_parts(
     )
 
 
-def add_rounds(parser: argparse.ArgumentParser, default: int, whose: str) -> None:
-    """Add ``--rounds``, turns of each of the things that are compared."""
-    parser.add_argument(
-        "--rounds", type=positive, default=default, metavar="TURNS", help=f"turns that each {whose} takes"
-    )
-
-
 def add_steady(
     parser: argparse.ArgumentParser, whose: str, context: int, rounds: int, steps: int, batches: str | None = None
 ) -> None:
     """Add ``--context``, ``--rounds``, ``--steps`` and, with `batches` as its default, ``--batch-sizes``: of decode
     steps that contenders take in turns."""
-    add = parser.add_argument
+    add = adder(parser)
     if batches is not None:
-        text = "sequences in steady decode steps"
-        add("--batch-sizes", type=numbers, default=batches, metavar="SEQUENCES,...", help=text)
-    text = "tokens of each sequence in steady decode"
-    add("--context", type=positive, default=context, metavar="TOKENS", help=text)
-    add_rounds(parser, rounds, whose)
-    add("--steps", type=positive, default=steps, metavar="STEPS", help="decode steps of a turn")
+        add("--batch-sizes", "SEQUENCES,...", "sequences in steady decode steps", batches)
+    add("--context", "TOKENS", "tokens of each sequence in steady decode", context)
+    add("--rounds", "TURNS", f"turns that each {whose} takes", rounds)
+    add("--steps", "STEPS", "decode steps of a turn", steps)
 
 
 def as_config(args: argparse.Namespace) -> dict[str, Any]:

@@ -50,9 +50,16 @@ class IdealTree:
 
     def _blocks(self, tokens: np.ndarray) -> list[int]:
         """A number for each block, which covers those before it; the last one may be short."""
-        data, size = as_bytes(tokens), len(as_bytes(tokens[:1])) * self._block_size
-        found, parent = [], 0
-        for at in range(0, len(data), size):
-            parent = self._numbers.setdefault((parent, data[at : at + size]), len(self._numbers) + 1)
-            found.append(parent)
-        return found
+        return block_numbers(self._numbers, tokens, self._block_size, short=True)
+
+
+def block_numbers(
+    numbers: dict[tuple[int, bytes], int], tokens: np.ndarray, block_size: int, short: bool = False
+) -> list[int]:
+    """A number for each block of tokens, by its tokens and those before it; with `short` for a last one that is not
+    whole, too. New ones are put into `numbers`."""
+    found, parent = [], 0
+    for at in range(0, len(tokens) if short else len(tokens) - block_size + 1, block_size):
+        parent = numbers.setdefault((parent, as_bytes(tokens[at : at + block_size])), len(numbers) + 1)
+        found.append(parent)
+    return found

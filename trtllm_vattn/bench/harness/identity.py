@@ -36,24 +36,27 @@ def compare(reference: RequestTokens, run: RequestTokens, tolerance: float, free
     The reference's events need margins where `tolerance` is above 0. In `free` runs each token follows from those
     before, so what comes after a request's first that differs is not compared.
     """
-    tokens = ties = mismatches = 0
-    widest = wider = 0.0
+    tokens = missing = 0
+    differing: list[tuple[float, bool]] = []
     for request in reference.keys() | run.keys():
         expected, got = reference.get(request, []), run.get(request, [])
         for theirs, ours in zip(expected, got, strict=False):
             tokens += 1
             if theirs.token != ours.token:
-                if theirs.margin is not None and theirs.margin < tolerance:
-                    ties += 1
-                    widest = max(widest, theirs.margin)
-                else:
-                    mismatches += 1
-                    wider = max(wider, theirs.margin or 0.0)
+                differing.append((theirs.margin or 0.0, theirs.margin is not None))
                 if free:
                     break
         else:
-            mismatches += abs(len(expected) - len(got))
-    return Identity(tokens, ties, mismatches, widest, wider)
+            missing += abs(len(expected) - len(got))
+    return _judged(tokens, missing, differing, tolerance)
+
+
+def _judged(tokens: int, missing: int, differing: Sequence[tuple[float, bool]], tolerance: float) -> Identity:
+    """Of tokens that differ: their distances in logits, and whether they may be ties."""
+    ties = [apart for apart, may_be in differing if may_be and apart < tolerance]
+    others = [apart for apart, may_be in differing if not (may_be and apart < tolerance)]
+    widest, wider = max(ties, default=0.0), max(others, default=0.0)
+    return Identity(tokens, len(ties), missing + len(others), widest, wider)
 
 
 def behind_likeliest(likeliest: Mapping[int, float], token: int) -> float:
@@ -71,23 +74,16 @@ def compare_forced(reference: RequestTokens, delivered: Mapping[int, Sequence[in
     where it is not among those: the distance is then that of the least likely of them. Tokens that only one side has
     are mismatches.
     """
-    tokens = ties = mismatches = 0
-    widest = wider = 0.0
+    tokens = missing = 0
+    differing: list[tuple[float, bool]] = []
     for request in reference.keys() | delivered.keys():
         chosen, got = reference.get(request, []), delivered.get(request, ())
-        mismatches += abs(len(chosen) - len(got))
+        missing += abs(len(chosen) - len(got))
         for event, token in zip(chosen, got, strict=False):
             tokens += 1
-            if token == event.token:
-                continue
-            if event.logprob is None or not event.logprob.top:
-                raise ValueError("the reference was asked for no log-probabilities; make logprobs 2 or more")
-            top = dict(event.logprob.top)
-            apart = behind_likeliest(top, token)
-            if token in top and apart < tolerance:
-                ties += 1
-                widest = max(widest, apart)
-            else:
-                mismatches += 1
-                wider = max(wider, apart)
-    return Identity(tokens, ties, mismatches, widest, wider)
+            if token != event.token:
+                if event.logprob is None or not event.logprob.top:
+                    raise ValueError("the reference was asked for no log-probabilities; make logprobs 2 or more")
+                top = dict(event.logprob.top)
+                differing.append((behind_likeliest(top, token), token in top))
+    return _judged(tokens, missing, differing, tolerance)

@@ -177,6 +177,12 @@ def opener(args: argparse.Namespace) -> Callable[[], Peer]:
     return lambda: Peer(args.peer, args.peer_python, args.peer_path, args.peer_log, args.device)
 
 
+def versions_of(args: argparse.Namespace) -> dict[str, str]:
+    """What the peer is and runs on, asked before anything takes long."""
+    with opener(args)() as peer:
+        return peer.versions
+
+
 def visible(device: str) -> dict[str, str]:
     """The environment in which a process sees one device alone, by the numbers that this process has for them."""
     if device == "cpu":

@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,54 +17,35 @@ from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.machine import commit, machine, versions
 
 
-@dataclass
-class Result:
-    """What a benchmark measured, with what is needed to measure it again; `summary` holds the figures quoted."""
-
-    benchmark: str
-    config: dict[str, Any]
-    seed: int
-    machine: dict[str, Any]
-    versions: dict[str, str]
-    commit: str
-    command: str
-    started: str
-    results: dict[str, Any]
-    summary: dict[str, Any]
-
-    @classmethod
-    def of(
-        cls,
-        benchmark: str,
-        args: argparse.Namespace,
-        results: dict[str, Any],
-        summary: dict[str, Any],
-        program: str = "trtllm-vattn",
-    ) -> Result:
-        """What this command measured on this machine, now."""
-        return cls(
-            benchmark,
-            as_config(args),
-            args.seed,
-            machine(),
-            versions(),
-            commit(),
-            f"{program} {shlex.join(sys.argv[1:])}",
-            datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            results,
-            summary,
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+def result_of(
+    benchmark: str,
+    args: argparse.Namespace,
+    results: dict[str, Any],
+    summary: dict[str, Any],
+    program: str = "trtllm-vattn",
+) -> dict[str, Any]:
+    """What a benchmark measured on this machine, now, with what is needed to measure it again; ``summary`` holds the
+    figures quoted."""
+    return {
+        "benchmark": benchmark,
+        "config": as_config(args),
+        "seed": args.seed,
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "command": f"{program} {shlex.join(sys.argv[1:])}",
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "results": results,
+        "summary": summary,
+    }
 
 
-def write(result: Result, path: Path) -> None:
+def write(result: dict[str, Any], path: Path) -> None:
     """Write a result; the file is there whole or not at all. Raises ConfigError where it cannot be written."""
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result.as_dict(), indent=1) + "\n")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(partial, path)
     except OSError as error:
         with suppress(OSError):

@@ -9,24 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
+from trtllm_vattn.cache.base import RetainedSlot
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
-
-
-class Retained(NamedTuple):
-    """What `retain` kept."""
-
-    slot: int
-    serial: int
-
-
-class Segment(NamedTuple):
-    """Tokens `start` to `stop` (excluded) lie in the slot `owner`."""
-
-    owner: int
-    start: int
-    stop: int
+from trtllm_vattn.memory.slot import Segment
 
 
 @dataclass(eq=False)
@@ -105,8 +92,8 @@ class RetainedPages:
         sequence: Hashable,
         prompt_len: int,
         *,
-        prefix: tuple[int | Retained, int] | None = None,
-        alias: tuple[int | Retained, int] | None = None,
+        prefix: tuple[int | RetainedSlot, int] | None = None,
+        alias: tuple[int | RetainedSlot, int] | None = None,
     ) -> int:
         made = _Slot(prompt_len)
         if prefix is not None:
@@ -140,7 +127,7 @@ class RetainedPages:
         self.handles_made += max(0, missing) * self.num_ranges
         slot.tokens += tokens
 
-    def adopt(self, retained: Retained, sequence: Hashable, keep_tokens: int, prompt_len: int) -> int:
+    def adopt(self, retained: RetainedSlot, sequence: Hashable, keep_tokens: int, prompt_len: int) -> int:
         slot = self._slots[retained.slot]
         self._source(retained, keep_tokens)
         missing = self.adoption_bytes(retained.slot, keep_tokens, prompt_len)
@@ -153,21 +140,21 @@ class RetainedPages:
         self._trim(slot)
         return retained.slot
 
-    def copy_prefix(self, owner: int | Retained, sequence: Hashable, tokens: int) -> None:
+    def copy_prefix(self, owner: int | RetainedSlot, sequence: Hashable, tokens: int) -> None:
         self._source(owner, tokens)
 
-    def retain(self, sequence: Hashable) -> Retained:
+    def retain(self, sequence: Hashable) -> RetainedSlot:
         slot = self._slot_of.pop(sequence)
         self._serial += 1
         self._slots[slot].serial = self._serial
-        return Retained(slot, self._serial)
+        return RetainedSlot(slot, self._serial)
 
     def release(self, sequence: Hashable) -> None:
         if self.held_tokens(self._slot_of[sequence]):
             raise ConfigError(f"other slots read the slot of sequence {sequence!r}; retain it")
         self._remove(self._slot_of.pop(sequence))
 
-    def release_retained(self, retained: Retained, keep_tokens: int = 0) -> None:
+    def release_retained(self, retained: RetainedSlot, keep_tokens: int = 0) -> None:
         if self.retained_tokens(retained) <= keep_tokens:
             return
         slot = self._slots[retained.slot]
@@ -179,14 +166,14 @@ class RetainedPages:
         slot.tokens = keep_tokens
         self._trim(slot)
 
-    def retained_tokens(self, retained: Retained) -> int:
+    def retained_tokens(self, retained: RetainedSlot) -> int:
         slot = self._slots.get(retained.slot)
         return slot.tokens if slot is not None and slot.serial == retained.serial else 0
 
-    def touch(self, retained: Retained, priority: float = 0.0) -> None:
+    def touch(self, retained: RetainedSlot, priority: float = 0.0) -> None:
         """Nothing is evicted here but what is asked for."""
 
-    def take_evicted(self) -> list[tuple[Retained, int]]:
+    def take_evicted(self) -> list[tuple[RetainedSlot, int]]:
         return []
 
     def slot_of(self, sequence: Hashable) -> int:
@@ -209,7 +196,7 @@ class RetainedPages:
     def needed_bytes(self, prompt_len: int, present: int) -> int:
         return max(0, self._pages_of(prompt_len) - present // self.page_tokens) * self.page_bytes
 
-    def bytes_behind(self, retained: Retained, tokens: int) -> int:
+    def bytes_behind(self, retained: RetainedSlot, tokens: int) -> int:
         slot = self._slots[retained.slot]
         if tokens <= self.own_start(retained.slot):
             tokens = 0
@@ -270,9 +257,9 @@ class RetainedPages:
     def _pages_of(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
 
-    def _source(self, owner: int | Retained, tokens: int) -> tuple[int, int]:
-        slot = owner.slot if isinstance(owner, Retained) else owner
-        held = self.retained_tokens(owner) if isinstance(owner, Retained) else self._slots[slot].tokens
+    def _source(self, owner: int | RetainedSlot, tokens: int) -> tuple[int, int]:
+        slot = owner.slot if isinstance(owner, RetainedSlot) else owner
+        held = self.retained_tokens(owner) if isinstance(owner, RetainedSlot) else self._slots[slot].tokens
         if held < tokens:
             raise ConfigError(f"{tokens} tokens of {owner} asked for, which has {held}")
         return slot, tokens

@@ -13,9 +13,9 @@ from collections.abc import Hashable
 import numpy as np
 import torch
 
+from trtllm_vattn.bench.harness.ideal_tree import block_numbers
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.cache.paged import PagedCache
-from trtllm_vattn.cache.prefix.tree import as_bytes
 from trtllm_vattn.errors import InvariantViolation
 from trtllm_vattn.runtime.request import RequestState
 from trtllm_vattn.runtime.reuse import Left, RequestSlots
@@ -59,13 +59,7 @@ class SharedBlocks(PagedCache):
 
     def _numbers_of(self, tokens: np.ndarray) -> list[int]:
         """A number for each whole block, by its tokens and those before it."""
-        data = as_bytes(tokens)
-        size = self.block_size * (len(data) // max(1, len(tokens)))
-        found, parent = [], 0
-        for at in range(0, len(data) - size + 1 if size else 0, size or 1):
-            parent = self._numbers.setdefault((parent, data[at : at + size]), len(self._numbers) + 1)
-            found.append(parent)
-        return found
+        return block_numbers(self._numbers, tokens, self.block_size)
 
     def _allocate(self, tokens: int) -> int:
         slot, shared = self._lowest_free(), self._begins_with

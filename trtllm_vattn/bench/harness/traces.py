@@ -1,4 +1,5 @@
-"""Request traces: three public formats told apart by their content, and a generator for when there is none.
+"""Request traces: three public formats told apart by their content, generators for when there is none, and token ids
+for whatever depends on what prompts share.
 
 * Azure (Azure/AzurePublicDataset; Splitwise, ISCA'24): CSV with TIMESTAMP, ContextTokens, GeneratedTokens. A timestamp
   has any number of digits of a second or none, and an offset from UTC or none, which is taken as UTC.
@@ -19,19 +20,23 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import Any, ClassVar, TextIO, TypeVar
 
 import numpy as np
 
 from trtllm_vattn.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
+PREFIX_BLOCK = 512
+"""Prompt tokens that one of a request's `prefix_blocks` stands for."""
 LONGEST = 1 << 24
 """Tokens of a prompt or an output from which on a row is taken for a mistake."""
 _LATEST_MS = 1e15
@@ -51,14 +56,8 @@ class Request:
     prefix_blocks: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Timed:
-    """A request whose arrival is in whole nanoseconds, which a float of seconds since 1970 would round."""
-
-    arrival_ns: int
-    request: Request
-
-
+_Timed = tuple[int, Request]
+"""An arrival in whole nanoseconds, which a float of seconds since 1970 would round, and the request."""
 Row = dict[str, str]
 
 _TIMESTAMP = re.compile(
@@ -110,7 +109,7 @@ class _Azure:
         if self._with_offset not in (None, with_offset):
             raise ValueError(f"TIMESTAMP is {at!r}; give an offset from UTC in every row, or in none")
         self._with_offset = with_offset
-        return _Timed(arrival, _request((self.columns[1], prompt), (self.columns[2], output)))
+        return arrival, _request((self.columns[1], prompt), (self.columns[2], output))
 
 
 class _ShareGPT:
@@ -119,7 +118,7 @@ class _ShareGPT:
 
     def __call__(self, row: Row) -> _Timed:
         prompt, output = ((name, row[name]) for name in self.columns)
-        return _Timed(0, _request(prompt, output))
+        return 0, _request(prompt, output)
 
 
 def _request(prompt: tuple[str, object], output: tuple[str, object], blocks: tuple[int, ...] = ()) -> Request:
@@ -143,7 +142,7 @@ def _mooncake(row: Any) -> _Timed:
         raise ValueError("hash_ids must be a list of whole numbers from 0 on")
     prompt, output = ((name, row[name]) for name in ("input_length", "output_length"))
     arrival = 10**6 * at if isinstance(at, int) else round(1e6 * at)
-    return _Timed(arrival, _request(prompt, output, tuple(blocks)))
+    return arrival, _request(prompt, output, tuple(blocks))
 
 
 def load_trace(path: Path, count: int | None = None) -> list[Request]:
@@ -170,12 +169,19 @@ def load_trace(path: Path, count: int | None = None) -> list[Request]:
         found = list(itertools.islice(_rows(path, file), count))
     if not found:
         raise ConfigError(f"the trace {path} has no requests")
-    late = sum(one.arrival_ns > other.arrival_ns for one, other in itertools.pairwise(found))
+    late = sum(one > other for (one, _), (other, _) in itertools.pairwise(found))
     if late:
         logger.warning("%s: %d requests arrive before the one above them; all were sorted by time", path, late)
-        found.sort(key=lambda timed: timed.arrival_ns)
-    start = found[0].arrival_ns
-    return [replace(timed.request, arrival_s=(timed.arrival_ns - start) / 1e9) for timed in found]
+        found.sort(key=lambda timed: timed[0])
+    start = found[0][0]
+    return [replace(request, arrival_s=(arrival - start) / 1e9) for arrival, request in found]
+
+
+def counted(traces: Sequence[T], counts: list[int]) -> list[tuple[T, int]]:
+    """Each trace with how many requests of it are asked for. Raises ConfigError where it is unclear."""
+    if len(counts) not in (1, len(traces)):
+        raise ConfigError(f"--requests has {len(counts)} numbers for {len(traces)} traces; give one, or one for each")
+    return list(zip(traces, counts if len(counts) > 1 else counts * len(traces), strict=True))
 
 
 def trace_kind(path: Path) -> str:
@@ -348,3 +354,116 @@ def fit(requests: list[Request], max_seq_len: int, max_output: int) -> list[Requ
             max_output,
         )
     return fitted
+
+
+_OUTPUTS = 1 << 40
+"""Token ids from here on stand for outputs, which no prompt of a trace repeats."""
+
+
+@dataclass(frozen=True)
+class TokenRequest:
+    """A prompt and what is generated after it, int64 each. Token ids are numbers alone: no model has so many."""
+
+    prompt: np.ndarray
+    output: np.ndarray
+
+
+def from_trace(requests: Sequence[Request], divide_by: int = 1) -> list[TokenRequest]:
+    """Token ids for a trace's requests: equal block hashes give equal tokens, and nothing else is equal.
+
+    Parameters
+    ----------
+    divide_by : int
+        Lengths and blocks are so many times shorter; a power of two up to 512.
+
+    Raises
+    ------
+    ConfigError
+        Requests without block hashes, or `divide_by` does not divide a block.
+    """
+    if divide_by < 1 or PREFIX_BLOCK % divide_by:
+        raise ConfigError(f"divide_by is {divide_by}; it must divide the {PREFIX_BLOCK} tokens of a block")
+    if not any(request.prefix_blocks for request in requests):
+        raise ConfigError("the trace has no block hashes, so nobody knows what its prompts share; use Mooncake's")
+    block, made, at = PREFIX_BLOCK // divide_by, [], _OUTPUTS
+    for request in requests:
+        size, outputs = max(1, request.prompt_tokens // divide_by), max(1, request.output_tokens // divide_by)
+        hashes = np.array(request.prefix_blocks, np.int64)
+        prompt = (hashes[:, None] * block + np.arange(block)).ravel()[:size]
+        # What no hash covers is the request's own.
+        own = size - len(prompt)
+        made.append(
+            TokenRequest(np.concatenate([prompt, np.arange(at, at + own)]), np.arange(at + own, at + own + outputs))
+        )
+        at += own + outputs
+    return made
+
+
+def agent_turns(
+    count: int,
+    seed: int,
+    *,
+    at_once: int = 32,
+    sessions: int | None = None,
+    system_prompts: int = 4,
+    system_tokens: int = 2048,
+    mean_turns: float = 12.0,
+    median_input: int = 300,
+    median_output: int = 120,
+    branch: float = 0.1,
+    longest: int = 16384,
+) -> list[TokenRequest]:
+    """Requests like those of agents: each turn's prompt is the last one's, its output, and a tool's answer.
+
+    Sessions take turns in random order; each begins with one of a few system prompts, ends after a geometric number of
+    turns, and is followed by a new one. With the chance `branch` a turn goes back to an earlier one and tries again, as
+    search over agents' steps does.
+
+    Parameters
+    ----------
+    count : int
+        Requests.
+    at_once : int
+        Requests that run at once: a session's next turn comes no sooner than after so many others.
+    sessions : int or None
+        Open at once; None is twice `at_once`.
+    median_input, median_output : int
+        Of a tool's answer and of an output, lognormal with sigma 0.8.
+    longest : int
+        Tokens of prompt and output with which a session ends.
+    """
+    random, at = np.random.default_rng(seed), 0
+    sessions = 2 * at_once if sessions is None else sessions
+    if sessions <= at_once:
+        raise ConfigError(f"{sessions} sessions cannot keep {at_once} requests running; open more")
+
+    def new(tokens: int) -> np.ndarray:
+        nonlocal at
+        at += tokens
+        return np.arange(at - tokens, at)
+
+    def drawn(median: int) -> np.ndarray:
+        return new(max(1, int(random.lognormal(np.log(median), 0.8))))
+
+    systems = [new(system_tokens) for _ in range(system_prompts)]
+    waiting: list[list[np.ndarray]] = []
+    running: deque[list[np.ndarray]] = deque()
+    made: list[TokenRequest] = []
+    while len(made) < count:
+        # Of a session that ended nothing is left.
+        if len(running) == at_once and (ended := running.popleft()):
+            waiting.append(ended)
+        if len(waiting) + len(running) < sessions:
+            # Some system prompts are used more than others.
+            history = [systems[min(int(random.geometric(0.5)) - 1, system_prompts - 1)]]
+        else:
+            history = waiting.pop(int(random.integers(len(waiting))))
+        before = history[-1]
+        if len(history) > 1 and random.random() < branch:
+            before = history[int(random.integers(len(history) - 1))]
+        turn = TokenRequest(np.concatenate([before, drawn(median_input)]), drawn(median_output))
+        made.append(turn)
+        history.append(np.concatenate([turn.prompt, turn.output]))
+        ends = len(history[-1]) > longest or random.random() < 1 / mean_turns
+        running.append([] if ends else history)
+    return made

@@ -9,14 +9,12 @@ from time import perf_counter
 import numpy as np
 from tqdm import tqdm
 
+from trtllm_vattn.bench.harness.contenders import observed
 from trtllm_vattn.bench.harness.identity import RequestTokens
-from trtllm_vattn.bench.harness.traces import Request
+from trtllm_vattn.bench.harness.traces import PREFIX_BLOCK, Request
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
-
-PREFIX_BLOCK = 512
-"""Prompt tokens that one of a request's `prefix_blocks` stands for."""
 
 
 def prompt_ids(request: Request, index: int, vocab_size: int, seed: int) -> np.ndarray:
@@ -76,9 +74,8 @@ def run_traced(
         fed = None if forced is None else [event.token for event in forced[index] if event.token is not None]
         numbers[engine.submit(prompt, SamplingParams(max_tokens=wanted, ignore_eos=True), fed)] = index
     run = TracedRun({index: [] for index in numbers.values()}, [], MemorySamples(), 0.0, 0)
-    engine.observer = run.steps.append
     started = perf_counter()
-    with tqdm(total=sum(outputs), desc=label, unit="token", disable=None) as bar:
+    with tqdm(total=sum(outputs), desc=label, unit="token", disable=None) as bar, observed(engine) as run.steps:
         while engine.busy:
             for event in engine.step():
                 run.tokens[numbers[event.request]].append(event)
@@ -90,5 +87,4 @@ def run_traced(
             run.memory.parked_bytes.append(stats.parked_bytes)
     run.seconds = perf_counter() - started
     run.critical_path_maps = stats.critical_path_maps
-    engine.observer = None
     return run

@@ -14,8 +14,7 @@ _COLOURS = {"contiguous": "#E69F00", "paged": "#56B4E9", "vattn": "#009E73"}
 
 
 def plot_graph(result: dict[str, Any], path: Path) -> None:
-    """Draw a `bench graph` result: memory over time and, of a GPU, step times of all combinations. Raises ConfigError
-    without matplotlib."""
+    """Draw a `bench graph` result: memory over time and, of a GPU, step times of all combinations."""
     results = result["results"]
     steady = (results.get("steady") or {}).get("runs", [])
     runs = results["trace"]["runs"] if results["trace"] else []
@@ -91,23 +90,20 @@ def save(figure: Any, result: dict[str, Any], path: Path) -> None:
 
 
 def plot_demo(result: dict[str, Any], path: Path) -> None:
-    """Draw a `demo` result: memory beside the tokens of the sequences, over the steps. Raises ConfigError without
-    matplotlib."""
+    """Draw a `demo` result: memory beside the tokens of the sequences, over the steps."""
     figure, axis = pyplot().subplots(figsize=(11, 4.6), layout="constrained")
     memory = result["results"]["memory"]
     for name, label in (("mapped_bytes", "mapped for running sequences"), ("live_bytes", "tokens of sequences")):
         axis.step(range(1, len(memory["steps"]) + 1), [step[name] / 1024 for step in memory["steps"]], label=label)
     axis.axhline(memory["reserved_bytes"] / 1024, color="black", linestyle=":", label="every slot at its longest")
-    axis.set_xlabel("decode step")
-    axis.set_ylabel("KiB of K and V")
-    axis.set_ylim(bottom=0)
+    axis.set(xlabel="decode step", ylabel="KiB of K and V", ylim=(0, None))
     axis.legend(fontsize=8)
     save(figure, result, path)
 
 
 def plot_serve(result: dict[str, Any], path: Path) -> None:
     """Draw a `bench serve` result over time: output tokens a second, and requests under way; a line a cache or engine
-    of the first round, a row a trace and rate. Raises ConfigError without matplotlib."""
+    of the first round, a row a trace and rate."""
     rows = [row for row in result["results"]["runs"] if row["round"] == 0]
     panels = list(dict.fromkeys((row.get("trace", ""), row.get("request_rate", "")) for row in rows))
     figure, axes = pyplot().subplots(
@@ -120,17 +116,13 @@ def plot_serve(result: dict[str, Any], path: Path) -> None:
                 for axis, name in zip(pair, ("output_tokens_per_s", "concurrent_requests"), strict=True):
                     axis.plot(over_time["time_s"], over_time[name], linewidth=1, label=label)
         for axis, label in zip(pair, ("output tokens a second", "requests under way"), strict=True):
-            axis.set_xlabel("seconds")
-            axis.set_ylabel(label)
-            axis.set_ylim(bottom=0)
-            axis.set_title(", ".join(filter(None, panel)))
+            axis.set(xlabel="seconds", ylabel=label, ylim=(0, None), title=", ".join(filter(None, panel)))
             axis.legend(fontsize=8)
     save(figure, result, path)
 
 
 def plot_burst(result: dict[str, Any], path: Path) -> None:
-    """Draw a `bench burst` result: decode steps over time, and where the burst's mapping time went. Raises ConfigError
-    without matplotlib."""
+    """Draw a `bench burst` result: decode steps over time, and where the burst's mapping time went."""
     figure, (steps, spent) = pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained")
     first = [row for row in result["results"]["bursts"] if row["round"] == 0]
     for row in first:
@@ -139,16 +131,16 @@ def plot_burst(result: dict[str, Any], path: Path) -> None:
     edge = len(first[0]["steps"]["before"])
     for at in (edge, edge + len(first[0]["steps"]["during"])):
         steps.axvline(at, color="black", linewidth=0.6, linestyle=":")
-    steps.set_xlabel("decode step; the burst goes in between the dotted lines")
-    steps.set_ylabel(f"decode step, ms on {_device(result)}")
+    steps.set(
+        xlabel="decode step; the burst goes in between the dotted lines", ylabel=f"decode step, ms on {_device(result)}"
+    )
     steps.legend(fontsize=8)
     mapped = [row for row in first if row["mappings"]]
     for number, call in enumerate(("create", "map", "set_access")):
         places = [place + 0.27 * (number - 1) for place in range(len(mapped))]
         spent.bar(places, [row["driver_ms"][call] for row in mapped], width=0.27, label=call)
     spent.set_xticks(range(len(mapped)), [row["variant"] for row in mapped])
-    spent.set_ylabel("driver calls of the burst, ms")
-    spent.set_yscale("log")
+    spent.set(ylabel="driver calls of the burst, ms", yscale="log")
     _plain_log(spent.yaxis, " ms")
     spent.tick_params(axis="x", labelsize=8)
     spent.legend(fontsize=8)
@@ -156,8 +148,7 @@ def plot_burst(result: dict[str, Any], path: Path) -> None:
 
 
 def plot_alloc(result: dict[str, Any], path: Path) -> None:
-    """Draw a `bench alloc` result: each call by extent size, the device idle and busy. Raises ConfigError without
-    matplotlib."""
+    """Draw a `bench alloc` result: each call by extent size, the device idle and busy."""
     figure, axes = pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained", sharey=True)
     granularity = result["results"]["granule"]
     rows = [row for row in result["results"]["calls"] if row["how"] == "one by one"]
@@ -172,16 +163,17 @@ def plot_alloc(result: dict[str, Any], path: Path) -> None:
         axis.set_yscale("log")
         _plain_log(axis.xaxis, base=2)
         _plain_log(axis.yaxis, " us")
-        axis.set_xlabel(f"extent, multiples of {granularity:,} bytes")
-        axis.set_title(f"{_device(result)} {'busy' if busy else 'idle'}".removeprefix("the "))
+        axis.set(
+            xlabel=f"extent, multiples of {granularity:,} bytes",
+            title=f"{_device(result)} {'busy' if busy else 'idle'}".removeprefix("the "),
+        )
     axes[0].set_ylabel("us a call, p50 to p99")
     axes[0].legend(fontsize=8)
     save(figure, result, path)
 
 
 def plot_attention(result: dict[str, Any], path: Path) -> None:
-    """Draw a `bench attention` result: bandwidth of decode attention by point and system. Raises ConfigError without
-    matplotlib."""
+    """Draw a `bench attention` result: bandwidth of decode attention by point and system."""
     figure, axis = pyplot().subplots(figsize=(11, 4.6), layout="constrained")
     _grouped(axis, result["results"]["points"], "point", "system", lambda row: row["bytes_per_s"]["p50"] / 1e9)
     axis.set_ylabel("decode attention, GB/s of K and V")
@@ -190,12 +182,11 @@ def plot_attention(result: dict[str, Any], path: Path) -> None:
 
 def plot_fragmentation(result: dict[str, Any], path: Path) -> None:
     """Draw a `bench fragmentation` result: mapped bytes that hold no token, and concurrent sequences, by mix and
-    system. Raises ConfigError without matplotlib."""
+    system."""
     figure, (waste, sequences) = pyplot().subplots(2, 1, figsize=(12, 8), layout="constrained")
     rows = result["results"]["runs"]
     _grouped(waste, rows, "mix", "system", lambda row: max(1e-2, 100 * row["waste_with_surplus"]))
-    waste.set_yscale("log")
-    waste.set_ylabel("waste: mapped bytes without a token\n(the lowest bars are 0.01 % or less)")
+    waste.set(yscale="log", ylabel="waste: mapped bytes without a token\n(the lowest bars are 0.01 % or less)")
     _plain_log(waste.yaxis, " %")
     _grouped(sequences, rows, "mix", "system", lambda row: row["mean_sequences"] or 0)
     sequences.set_ylabel("sequences at once while others wait")
@@ -207,8 +198,7 @@ def plot_fragmentation(result: dict[str, Any], path: Path) -> None:
 
 
 def plot_prefix(result: dict[str, Any], path: Path) -> None:
-    """Draw a `bench prefix` result: hits over those of the ideal tree, and the cost of each way by the prefix's length.
-    Raises ConfigError without matplotlib."""
+    """Draw a `bench prefix` result: hits over those of the ideal tree, and the cost of each way by the length."""
     runs, curves = result["results"]["runs"], result["results"]["crossover"]
     figure, (hits, costs) = pyplot().subplots(1, 2, figsize=(14, 5), layout="constrained")
 
@@ -235,8 +225,7 @@ def plot_prefix(result: dict[str, Any], path: Path) -> None:
     _plain_log(costs.xaxis, base=2)
     _plain_log(costs.yaxis, " us")
     costs.tick_params(axis="x", labelsize=7)
-    costs.set_xlabel("tokens of the prefix")
-    costs.set_ylabel("cost of a hit, worked out from measured calls")
+    costs.set(xlabel="tokens of the prefix", ylabel="cost of a hit, worked out from measured calls")
     costs.legend(fontsize=8)
     save(figure, result, path)
 
@@ -263,8 +252,7 @@ def _steps(axis: Any, runs: list[dict[str, Any]]) -> None:
         axis.errorbar(place, p50, yerr=[[0], [p99 - p50]], color="black", capsize=3)
         axis.annotate(f"{p50:.1f}", (place, p50), ha="center", va="bottom", xytext=(-14, 1), textcoords="offset points")
     axis.set_xticks(range(len(runs)), [f"{run['cache']}\n{run['mode']}" for run in runs], fontsize=8)
-    axis.set_ylabel("decode step, ms (bar p50, whisker p99)")
-    axis.set_title("Replaying the trace")
+    axis.set(ylabel="decode step, ms (bar p50, whisker p99)", title="Replaying the trace")
 
 
 def _memory(axis: Any, runs: list[dict[str, Any]]) -> None:
@@ -284,9 +272,7 @@ def _memory(axis: Any, runs: list[dict[str, Any]]) -> None:
         color="#BBBBBB",
         label=f"live tokens ({captured[-1]['cache']})",
     )
-    axis.set_xlabel("seconds")
-    axis.set_ylabel("KV memory, MB")
-    axis.set_ylim(bottom=0)
+    axis.set(xlabel="seconds", ylabel="KV memory, MB", ylim=(0, None))
     axis.legend(fontsize=8)
     axis.set_title("Memory, captured runs")
 
@@ -300,8 +286,82 @@ def _batches(axis: Any, runs: list[dict[str, Any]]) -> None:
                 values = [rows[batch] for batch in batches]
                 axis.plot(range(len(batches)), values, style, marker="o", color=colour, label=f"{run_cache}, {mode}")
     axis.set_xticks(range(len(batches)), [str(batch) for batch in batches])
-    axis.set_xlabel("sequences")
-    axis.set_ylabel("decode step, ms (p50)")
-    axis.set_ylim(bottom=0)
+    axis.set(xlabel="sequences", ylabel="decode step, ms (p50)", ylim=(0, None))
     axis.legend(fontsize=8)
     axis.set_title(f"Steady decode at {runs[0]['context']:,} tokens")
+
+
+# -- compression: what evicting gives back, and what it costs a model that has to find a pair again --------------------
+
+_POLICIES = {"h2o": "H2O", "fastgen": "FastGen", "window": "recent window"}
+# Okabe and Ito's palette, told apart by the colour-blind.
+_POLICY_COLOURS = {"h2o": "#0072B2", "fastgen": "#D55E00", "window": "#999999"}
+
+
+def plot_compression(result: dict[str, Any], path: Path) -> None:
+    """Draw the parts of a `bench compression` result that have a drawing, ``returned`` and ``needle``. Raises
+    ConfigError without matplotlib."""
+    results = result["results"]
+    drawn = [draw for name, draw in (("returned", _returned), ("needle", _needle)) if results.get(name)]
+    figure, axes = pyplot().subplots(
+        1, max(1, 2 * len(drawn)), figsize=(0.6 + 5 * max(1, 2 * len(drawn)), 4.6), layout="constrained", squeeze=False
+    )
+    for number, draw in enumerate(drawn):
+        draw(axes[0][2 * number : 2 * number + 2], results)
+    save(figure, result, path)
+
+
+def _returned(axes: Any, results: dict[str, Any]) -> None:
+    """A panel a policy: bytes returned for each byte evicted over the size of extents, a line a number of heads that
+    share a range; extents of several sizes as hollow marks."""
+    rows = results["returned"]
+    for axis, policy in zip(axes, ("h2o", "fastgen"), strict=True):
+        mine = [row for row in rows if row["policy"] == policy]
+        heads = sorted({row["heads_per_range"] for row in mine})
+        for number, count in enumerate(heads):
+            line = [row for row in mine if row["heads_per_range"] == count and row["extent_sizes"] == 1]
+            colour = f"C{number}"
+            label = f"{count} head{'s' if count > 1 else ''} a range"
+            x, y = ([row[name] for row in line] for name in ("extent_bytes", "returned_over_evicted"))
+            axis.plot([each / 1024 for each in x], y, marker="o", color=colour, label=label)
+            for row in mine:
+                if row["heads_per_range"] == count and row["extent_sizes"] > 1:
+                    at = (row["extent_bytes"] / 1024, row["returned_over_evicted"])
+                    label = f"{label}, {row['extent_sizes']} sizes from there"
+                    axis.plot(*at, marker="s", markerfacecolor="none", color=colour, linestyle="", label=label)
+        axis.set_xscale("log", base=2)
+        sizes = sorted({row["extent_bytes"] // 1024 for row in mine})
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.set(xlabel="KiB of an extent", ylabel="bytes returned / bytes evicted")
+        axis.set_ylim(-0.03, 1.06)
+        axis.set_title(f"{_POLICIES[policy]}, a prompt of {mine[0]['prompt_tokens']:,} tokens", fontsize=10)
+        axis.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0.02, 0.08))
+
+
+def _needle(axes: Any, results: dict[str, Any]) -> None:
+    """Right answers, of those asked before and of those never asked, and drift, over the share kept."""
+    found = results["needle"]
+    rows = found["rows"]
+    whole = next(row for row in rows if row["policy"] == "whole")
+    kinds = (("right_asked_before", "-", "asked before"), ("right_never_asked", "--", "never asked"))
+    for policy, colour in _POLICY_COLOURS.items():
+        line = sorted((row for row in rows if row["policy"] == policy), key=lambda row: row["kept"])
+        kept = [100 * row["kept"] for row in line]
+        for name, style, what in kinds:
+            axes[0].plot(
+                kept,
+                [100 * row[name] for row in line],
+                color=colour,
+                linestyle=style,
+                marker="o",
+                label=f"{_POLICIES[policy]}, {what}",
+            )
+        axes[1].plot(kept, [row["mean_kl"] for row in line], color=colour, marker="o", label=_POLICIES[policy])
+    axes[0].axhline(100 * whole["right"], color="black", linewidth=1, label="everything kept")
+    axes[0].axhline(100 * found["chance"], color="black", linewidth=1, linestyle=":", label="chance")
+    axes[0].set_ylabel("right answers, %")
+    axes[1].set_ylabel("mean KL divergence of the values, nats")
+    for axis in axes:
+        axis.set_xlabel("keys and values kept of the prompt, %")
+        axis.set_title(f"pairs found again in {found['prompt_tokens']} tokens", fontsize=10)
+        axis.legend(fontsize=7)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from trtllm_vattn.bench.harness.report import load
-from trtllm_vattn.bench.publish.tables import TABLES, Result
+from trtllm_vattn.bench.publish.tables import Result, table_of
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.machine import card
 
@@ -86,9 +86,7 @@ def render(text: str, results: Path, folder: Path) -> str:
 
     def made(match: re.Match[str]) -> str:
         of, name = match.group(2), match.group(3)
-        if name not in TABLES:
-            raise ConfigError(f"no table {name!r}; there are {', '.join(TABLES)}")
-        files, make = TABLES[name]
+        files, make = table_of(name, results / of)
         found = results_of(results / of, files)
         links = [Path(os.path.relpath(results / of / file, folder)).as_posix() for file in files]
         return f"{match.group(1)}{make(*found)}\n\n{caption(found, links)}\n{match.group(4)}"

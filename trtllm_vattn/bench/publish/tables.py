@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.table import table, tabulate
 
 Result = dict[str, Any]
+Columns = dict[str, str | Callable[[Any], str]]
 
 
 def spread(sample: dict[str, float], digits: int = 2) -> str:
@@ -50,11 +53,13 @@ def batches(result: Result) -> str:
 
 def prompts(result: Result) -> str:
     """Short prompts by a pass and by a replay."""
-    rows = []
-    for row in result["results"]["steady"]["prompts"]:
-        pair = row["pass_ms"], row["replay_ms"]
-        rows.append([str(row["tokens"]), *map(spread, pair), f"{pair[0]['p50'] / pair[1]['p50']:.1f}"])
-    return table(["prompt tokens", "pass, ms p50 / p99", "replay, ms p50 / p99", "pass / replay"], rows)
+    columns: Columns = {
+        "prompt tokens": "tokens",
+        "pass, ms p50 / p99": lambda row: spread(row["pass_ms"]),
+        "replay, ms p50 / p99": lambda row: spread(row["replay_ms"]),
+        "pass / replay": lambda row: f"{row['pass_ms']['p50'] / row['replay_ms']['p50']:.1f}",
+    }
+    return tabulate(result["results"]["steady"]["prompts"], columns)
 
 
 def _over_rounds(values: list[float], digits: int) -> str:
@@ -135,13 +140,10 @@ def policies(result: Result) -> str:
     """Steps under each policy of mapping, and over those of the cache that was mapped whole before."""
     rows = result["results"]["runs"]
     none = rows[0]["step_ms"]
-    lines = []
-    for row in rows:
-        step = row["step_ms"]
-        over = [f"{step[p] / none[p]:.3f}" for p in ("p50", "p99")]
-        lines.append([row["policy"], *(f"{step[p]:.3f}" for p in ("p50", "p99")), *over, str(row["mappings"])])
-    header = ["mapping", "step p50, ms", "p99, ms", "p50 over no mapping", "p99 over no mapping", "mappings"]
-    return table(header, lines)
+    columns: Columns = {"mapping": "policy", "step p50, ms": "step_ms.p50:.3f", "p99, ms": "step_ms.p99:.3f"}
+    for p in ("p50", "p99"):
+        columns[f"{p} over no mapping"] = lambda row, p=p: f"{row['step_ms'][p] / none[p]:.3f}"  # type: ignore[misc]
+    return tabulate(rows, {**columns, "mappings": "mappings"})
 
 
 def layers(result: Result) -> str:
@@ -156,40 +158,36 @@ def layers(result: Result) -> str:
     return table(["layers a range", *(f"{batch} sequences, GB/s (of the read limit)" for batch in batches)], rows)
 
 
+def _crossed(corner: str, cells: dict[tuple[str, str], str]) -> str:
+    """Cells by row and column."""
+    rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in range(2))
+    return table([corner, *columns], [[row, *(cells[row, column] for column in columns)] for row in rows])
+
+
 def fragmentation(result: Result) -> str:
     """Mapped bytes that hold no token, surplus included, and concurrent sequences, of every system on every mix."""
     rows = result["results"]["runs"]
-    mixes = list(dict.fromkeys(row["mix"] for row in rows))
-    cells = {
-        (row["system"], row["mix"]): f"{row['waste_with_surplus']:.1%}, {row['mean_sequences']:.1f}" for row in rows
-    }
-    systems = list(dict.fromkeys(row["system"] for row in rows))
-    return table(["system", *mixes], [[system, *(cells[system, mix] for mix in mixes)] for system in systems])
+    shown = [f"{row['waste_with_surplus']:.1%}, {row['mean_sequences']:.1f}" for row in rows]
+    return _crossed("system", {(row["system"], row["mix"]): cell for row, cell in zip(rows, shown, strict=True)})
 
 
 def planned_memory(result: Result) -> str:
     """Waste and sequences at once of the cache in virtual time, and as planned."""
-    columns = {
-        "trace": "trace",
-        "requests": "requests",
-        "layers a row": "layers_per_range",
-        "waste": "waste:.2%",
-        "planned waste": "planned_waste:.2%",
-        "sequences at once": "capacity:.2f",
-        "planned sequences": "planned_capacity:.2f",
-    }
+    columns = {"trace": "trace", "requests": "requests", "layers a row": "layers_per_range", "waste": "waste:.2%"}
+    columns |= {"planned waste": "planned_waste:.2%", "sequences at once": "capacity:.2f"}
+    columns["planned sequences"] = "planned_capacity:.2f"
     return tabulate(result["results"]["memory"], columns)
 
 
 def attention(result: Result) -> str:
     """Decode attention by point and system; points that failed are left out."""
-    rows = [row for row in result["results"]["points"] if "refused" not in row]
-    points, systems = (list(dict.fromkeys(row[key] for row in rows)) for key in ("point", "system"))
     cells = {
-        (r["point"], r["system"]): f"{r['layer_us']['p50']:.1f} ({r['bytes_per_s']['p50'] / 1e9:,.0f})" for r in rows
+        (row["point"], f"{row['system']}, us (GB/s)"): f"{row['layer_us']['p50']:.1f} "
+        f"({row['bytes_per_s']['p50'] / 1e9:,.0f})"
+        for row in result["results"]["points"]
+        if "refused" not in row
     }
-    header = ["sequences x tokens", *(f"{system}, us (GB/s)" for system in systems)]
-    return table(header, [[point, *(cells[point, system] for system in systems)] for point in points])
+    return _crossed("sequences x tokens", cells)
 
 
 def bandwidths(result: Result) -> str:
@@ -204,27 +202,27 @@ def bandwidths(result: Result) -> str:
             continue
         middle, least, most = (f"{row['bytes_per_s'][name] / 1e9:,.0f}" for name in ("p50", "min", "max"))
         point = f"{row['sequences']} x {row['context']}, {row['working_set_gb']:.0f} GB"
-        cells[point, row["system"]] = f"{middle} ({least} to {most})"
-    points, systems = (list(dict.fromkeys(key[i] for key in cells)) for i in range(2))
-    return table(["system, GB/s", *points], [[s, *(cells[point, s] for point in points)] for s in systems])
+        cells[row["system"], point] = f"{middle} ({least} to {most})"
+    return _crossed("system, GB/s", cells)
 
 
 def wakes(result: Result) -> str:
     """Sleeps without keys and values, and how long they take to be there again, with the driver calls of that."""
-    rows = []
-    for row in result["results"]["sleeps"]:
-        if row["kv"] != "drop":
-            continue
-        took = row["wake_s"] + row["fill_s"]
-        calls = [f"{1e3 * row[name]:.0f}" for name in ("create_s", "map_s", "set_access_s")]
-        rows.append([row["wakes"], f"{row['bytes'] / 1e9:.1f}", f"{1e3 * took:.0f}", str(row["created"]), *calls])
-    return table(["wakes", "GB", "there again, ms", "extents", "creating, ms", "mapping", "setting access"], rows)
+    columns: Columns = {
+        "wakes": "wakes",
+        "GB": lambda row: f"{row['bytes'] / 1e9:.1f}",
+        "there again, ms": lambda row: f"{1e3 * (row['wake_s'] + row['fill_s']):.0f}",
+        "extents": "created",
+    }
+    for heading, name in (("creating, ms", "create_s"), ("mapping", "map_s"), ("setting access", "set_access_s")):
+        columns[heading] = lambda row, name=name: f"{1e3 * row[name]:.0f}"  # type: ignore[misc]
+    return tabulate([row for row in result["results"]["sleeps"] if row["kv"] == "drop"], columns)
 
 
 def phases(result: Result) -> str:
     """Seconds of a warm start, phase by phase."""
     rows = [row for row in result["results"]["phases"] if row["start"] == "warm"]
-    return table(["phase", "s"], [[row["phase"], f"{row['seconds']:.2f}"] for row in rows])
+    return tabulate(rows, {"phase": "phase", "s": "seconds:.2f"})
 
 
 def figures(result: Result) -> str:
@@ -233,13 +231,9 @@ def figures(result: Result) -> str:
     return table(["figure", "value"], rows)
 
 
-def picked(*names: str) -> Callable[[Result], str]:
+def picked(names: str) -> Callable[[Result], str]:
     """Some figures of the summary: those that say something on the machine they come from."""
-
-    def made(result: Result) -> str:
-        return figures({"summary": {name: result["summary"][name] for name in names}})
-
-    return made
+    return lambda result: figures({"summary": {name: result["summary"][name] for name in names.split()}})
 
 
 def headline(graph: Result, burst: Result, soak: Result, start: Result) -> str:
@@ -285,6 +279,11 @@ def headline(graph: Result, burst: Result, soak: Result, start: Result) -> str:
     return table(["", "trtllm-vattn", "beside it", "card, date"], named)
 
 
+PREFIX = "hits_over_simulated hits_over_simulated_trace hit_rate_trace hits_over_simulated_agents hit_rate_agents "
+PREFIX += "driver_calls_per_steady_step"
+RETURNED = "kept_sets_match_paper h2o_returned_over_evicted fastgen_returned_over_evicted "
+RETURNED += "row_of_all_heads_returned_over_evicted h2o_returned_over_evicted_large_extents "
+RETURNED += "fastgen_returned_over_evicted_large_extents"
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "headline": (("graph.json", "burst.json", "soak.json", "start.json"), headline),
     "graph-steady": (("graph.json",), steady),
@@ -293,73 +292,30 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "graph-batches": (("graph_batches.json",), batches),
     "graph-small": (("graph_small.json",), batches),
     "graph-layers": (("graph_rows_8.json",), layers),
-    "soak": (("soak.json",), figures),
-    "start": (("start.json",), figures),
     "start-phases": (("start_warm.json",), phases),
     "policy": (("policy.json",), policies),
-    "multistep": (("multistep.json",), figures),
-    "burst": (("burst.json",), figures),
-    "tlb": (("tlb.json",), figures),
     "tlb-largest": (("tlb.json",), bandwidths),
     "serve": (("serve.json",), serve),
     "serve-burst": (("serve_burst.json",), serve),
     "serve-vllm": (("serve_vllm.json",), serve_beside),
     "graph-vllm": (("graph_vllm.json",), steps_beside),
     "attention": (("attention.json",), attention),
-    "attention-decode": (("attention_decode.json",), figures),
-    "attention-features": (("attention_features.json",), figures),
-    "stall": (("stall.json",), figures),
-    "stall-beside-tests": (("stall_beside_tests.json",), figures),
-    "tune": (("tune.json",), figures),
-    "compression": (("compression.json",), figures),
-    "compression-fp8": (("compression_fp8.json",), figures),
-    "compression-evicted": (("compression_evicted.json",), figures),
-    "forks": (("forks.json",), figures),
-    "speculation": (("speculation.json",), figures),
-    "prefix": (("prefix.json",), figures),
-    "observe": (("observe.json",), figures),
-    "plan": (("plan.json",), figures),
-    "placement": (("placement.json",), figures),
-    "doors": (("doors.json",), figures),
-    "transfer": (("transfer.json",), figures),
-    "transfer-two": (("transfer_two.json",), figures),
-    "transfer-peer": (("transfer_peer.json",), figures),
-    "tp": (("tp.json",), figures),
-    "tp-steps": (("tp_steps.json",), figures),
-    "tiers": (("tiers.json",), figures),
     "tiers-wake": (("tiers_wake.json",), wakes),
-    "prefix-counts": (
-        ("prefix.json",),
-        picked(
-            "hits_over_simulated",
-            "hits_over_simulated_trace",
-            "hit_rate_trace",
-            "hits_over_simulated_agents",
-            "hit_rate_agents",
-            "driver_calls_per_steady_step",
-        ),
-    ),
-    "forks-counts": (("forks.json",), picked("memory_n16_over_one", "memory_n16_over_one_with_tokens", "samples")),
-    "speculation-counts": (("speculation.json",), picked("tokens_identical_float32", "accepted_per_step_k3")),
-    "tiers-counts": (("tiers.json",), picked("tokens_identical", "recaptures", "swaps")),
-    "compression-returned": (
-        ("compression.json",),
-        picked(
-            "kept_sets_match_paper",
-            "h2o_returned_over_evicted",
-            "fastgen_returned_over_evicted",
-            "row_of_all_heads_returned_over_evicted",
-            "h2o_returned_over_evicted_large_extents",
-            "fastgen_returned_over_evicted_large_extents",
-        ),
-    ),
-    "plugin": (("plugin.json",), figures),
-    "xqa": (("xqa.json",), figures),
-    "faults": (("faults.json",), figures),
-    "tenancy": (("tenancy.json",), figures),
-    "visits": (("visits.json",), figures),
-    "survival": (("survival.json",), figures),
+    "prefix-counts": (("prefix.json",), picked(PREFIX)),
+    "forks-counts": (("forks.json",), picked("memory_n16_over_one memory_n16_over_one_with_tokens samples")),
+    "speculation-counts": (("speculation.json",), picked("tokens_identical_float32 accepted_per_step_k3")),
+    "tiers-counts": (("tiers.json",), picked("tokens_identical recaptures swaps")),
+    "compression-returned": (("compression.json",), picked(RETURNED)),
     "fragmentation": (("fragmentation.json",), fragmentation),
     "plan-memory": (("plan.json",), planned_memory),
 }
 """By name: the results that a table is made of, in the folder of one card, and how."""
+
+
+def table_of(name: str, folder: Path) -> tuple[tuple[str, ...], Callable[..., str]]:
+    """Of `TABLES`; of another name, the figures of the result of that name in a card's folder. Raises ConfigError where
+    there is neither."""
+    file = f"{name.replace('-', '_')}.json"
+    if name not in TABLES and not (folder / file).is_file():
+        raise ConfigError(f"no table {name!r}, nor {folder / file}; there are {', '.join(TABLES)}")
+    return TABLES.get(name, ((file,), figures))
