@@ -635,19 +635,13 @@ class Engine:
         dtype = check_dtype(dtype, device)
         max_seqs = whole("max_seqs", max_seqs, 1, MOST_SEQUENCES)
         max_seq_len = longest_of(model) if max_seq_len is None else whole("max_seq_len", max_seq_len, 1, LARGEST_COUNT)
-        check_kv_cache_dtype(kv_cache_dtype)
+        _check_named(mapping, cache, kv_cache_dtype, tokenizer)
         budget = None if budget is None else parse_bytes(budget, "the budget")
         idle_floor = parse_bytes(idle_floor, "idle_floor")
         host_memory = parse_bytes(host_memory, "host_memory")
         if idle_after_s is not None and finite("idle_after_s", idle_after_s) <= 0:
             raise ConfigError(f"idle_after_s is {idle_after_s}; it is a positive number of seconds, or None")
-        if not isinstance(mapping, str):
-            raise ConfigError(f"mapping is {described(mapping)}; give a policy's name, or auto")
-        if not isinstance(cache, str) or cache not in CACHES:
-            raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
         check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key not in OBJECTS})
-        if not (isinstance(tokenizer, str) and tokenizer == "auto"):
-            check_tokenizer(tokenizer)
         policy_of_tokens = options.get("compression")
         check_policy(policy_of_tokens)
         tenancy = check_broker(broker, cache, tensor_parallel, options)
@@ -1714,6 +1708,17 @@ class Engine:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _check_named(mapping: Any, cache: Any, kv_cache_dtype: Any, tokenizer: Any) -> None:
+    """Raise ConfigError for what `from_pretrained` has no such mapping policy, cache, dtype or tokenizer for."""
+    if not isinstance(mapping, str):
+        raise ConfigError(f"mapping is {described(mapping)}; give a policy's name, or auto")
+    if not isinstance(cache, str) or cache not in CACHES:
+        raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
+    check_kv_cache_dtype(kv_cache_dtype)
+    if not (isinstance(tokenizer, str) and tokenizer == "auto"):
+        check_tokenizer(tokenizer)
 
 
 def _check_parts(model: Any, cache: Any) -> None:

@@ -20,7 +20,7 @@ KEPT_S = 60.0
 def check_repo_id(name: str, shapes: tuple[str, ...]) -> None:
     """Raise ConfigError, without asking anybody, for what names no directory here and can be no name on the Hub."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     where = Path(name)
     if where.is_file():
@@ -48,7 +48,7 @@ def hub_error() -> str:
 @cache
 def _hub_error(period: int) -> str:
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     try:
         get_session().head(constants.ENDPOINT, timeout=ANSWER_S)
