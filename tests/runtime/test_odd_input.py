@@ -89,7 +89,7 @@ def test_words_of_other_types_are_refused_by_name(engine: Engine) -> None:
             with pytest.raises(ConfigError, match=r"^(kv|weights|running) is .*; choose "):
                 call()
     with pytest.raises(ConfigError, match="named tensors are a ndarray"):
-        engine.update_weights(np.array(3))  # type: ignore[arg-type]
+        engine.update_weights(np.array(3))
     with pytest.raises(ConfigError, match="there is no tag"):
         engine.wake([10**5000])  # type: ignore[list-item]
 
@@ -107,7 +107,7 @@ def test_pins_of_an_engine_that_sleeps_are_refused_as_its_steps_are(engine: Engi
 
 
 @pytest.fixture
-def unanswered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def unanswered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The Hub is looked for, and does not answer; the list has what it was asked for, which is once."""
     from huggingface_hub import constants
     from huggingface_hub import utils as of_hub

@@ -944,6 +944,9 @@ class Engine:
         check_sizes(params, request.bad_words)
         if params.has_grammar:
             request.grammar = self.compile_grammar(params)
+        # Behind later tokens it is found when there is none to choose.
+        if params.has_grammar and (why := self._forbidden(request)) is not None:
+            raise ConfigError(f"{why}; change what it asks for")
         if request.asks is not None:
             self.decode.processors.require(self._vocab_size, grammar=params.has_grammar)
 
@@ -1295,12 +1298,18 @@ class Engine:
     def _why_no_token(self, request: RequestState) -> str:
         if request.grammar is not None and request.grammar.error:
             return f"its grammar: {request.grammar.error}"
+        why = self._forbidden(request)
+        return NOT_FINITE if why is None else f"{why}; change what it asks for"
+
+    def _forbidden(self, request: RequestState) -> str | None:
+        """Which of its parameters leave no token that could come next, in words; None where there is one."""
         asks = request.asks
-        if asks is not None and asks.forbid and asks.leaves_nothing(self._vocab_size):
-            what = asks.forbid
-            each = "forbids" if len(what) == 1 else "together forbid"
-            return f"its {' and '.join(what)} {each} every token that could come next; change what it asks for"
-        return NOT_FINITE
+        what = [] if asks is None else asks.forbid
+        # A grammar alone has a token, or has ended.
+        if asks is None or (len(what) < 2 and not request.bad_words) or not asks.leaves_nothing(self._vocab_size):
+            return None
+        together = "together " if len(what) > 1 else ""
+        return f"its {' and '.join(what)} {together}forbid every token that could come next"
 
     def _note(self, request: RequestState, event: TokenEvent) -> None:
         """What an event says becomes part of the request's record; it ends, where the event is its last. Of its newest
