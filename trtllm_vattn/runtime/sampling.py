@@ -60,7 +60,7 @@ class SamplingParams:
     ignore_eos : bool
         Whether the end-of-text tokens that the checkpoint names do not end generation.
     n : int
-        Samples of the same prompt, which share its memory. Sample i (its `branch`) is what a request with `seed` + i
+        Samples of the same prompt, at most `sampling_fields.MOST_SAMPLES`, which share its memory. Sample i (its `branch`) is what a request with `seed` + i
         gives.
     cache_salt : str or None
         Keys and values of a prompt are reused for requests with the same salt alone.
@@ -73,12 +73,14 @@ class SamplingParams:
     presence_penalty, frequency_penalty : float
         -2 to 2. Subtracted from the logits of tokens in the output, once, and once for each time (OpenAI's).
     logit_bias : mapping of int to float, or None
-        Added to the logits of these token ids, at most `sampling_fields.MOST_BIASED`.
+        Added to the logits of these token ids, at most `sampling_fields.MOST_BIASED`. As penalties, of magnitudes that
+        float32 has with room to spare (`sampling_fields.LARGEST_FACTOR`).
     bad_words : sequence of str, or of sequences of int
         Texts, with and without a space before them, or token ids that are never generated in this order, also where
-        the prompt begins them. Texts need the engine's tokenizer.
+        the prompt begins them. Texts need the engine's tokenizer. Where they, `min_tokens` and a grammar leave no token
+        that could come next, the request is refused, or ends there with an error that says so.
     stop : str or sequence of str
-        The output ends before the first of these texts; its tokens are among the output, it is not part of the text.
+        The output ends before the first of these texts, `sampling_fields.MOST_STOPS` at most; its tokens are among the output, it is not part of the text.
         Needs the engine's tokenizer. Text that may be the beginning of one is held back.
     min_tokens : int
         So many tokens are generated before a stop token or a stop text may end the output.
