@@ -60,8 +60,8 @@ class SamplingParams:
     ignore_eos : bool
         Whether the end-of-text tokens that the checkpoint names do not end generation.
     n : int
-        Samples of the same prompt, at most `sampling_fields.MOST_SAMPLES`, which share its memory. Sample i (its `branch`) is what a request with `seed` + i
-        gives.
+        Samples of the same prompt, which share its memory, at most `sampling_fields.MOST_SAMPLES`. Sample i (its
+        `branch`) is what a request with `seed` + i gives.
     cache_salt : str or None
         Keys and values of a prompt are reused for requests with the same salt alone.
     retention_priority : int
@@ -80,8 +80,9 @@ class SamplingParams:
         the prompt begins them. Texts need the engine's tokenizer. Where they, `min_tokens` and a grammar leave no token
         that could come next, the request is refused, or ends there with an error that says so.
     stop : str or sequence of str
-        The output ends before the first of these texts, `sampling_fields.MOST_STOPS` at most; its tokens are among the output, it is not part of the text.
-        Needs the engine's tokenizer. Text that may be the beginning of one is held back.
+        The output ends before the first of these texts, at most `sampling_fields.MOST_STOPS`; its tokens are among the
+        output, it is not part of the text. Needs the engine's tokenizer. Text that may be the beginning of one is held
+        back.
     min_tokens : int
         So many tokens are generated before a stop token or a stop text may end the output.
     logprobs, prompt_logprobs : int or None
