@@ -124,8 +124,9 @@ class EngineClosed(ManagerClosed):
     """The engine was used after `close()`."""
 
 
-class EngineAsleep(VattnError):
-    """The engine gave memory back by `sleep` that a call needs; call `wake` first."""
+class EngineAsleep(CacheAsleep):
+    """The engine gave memory back by `sleep` that a call needs; call `wake` first. An engine's calls raise this one,
+    whether it is the weights' memory or the cache's."""
 
 
 class EngineOverloaded(VattnError):

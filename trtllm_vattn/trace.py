@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.values import shown
+from trtllm_vattn.values import described, shown
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Trace:
         if given is None or isinstance(given, Trace):
             return given
         if not isinstance(given, str | os.PathLike):
-            raise ConfigError(f"trace is {given!r:.100}; give a file's path, or a Trace")
+            raise ConfigError(f"trace is {described(given)}; give a file's path, or a Trace")
         made = cls(given)
         made.is_owned = True
         return made

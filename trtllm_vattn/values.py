@@ -47,6 +47,24 @@ def truth(name: str, value: Any) -> bool:
     raise ConfigError(f"{name} is {shown(value)}; it is True or False")
 
 
+def choice(name: str, value: Any, *known: str) -> str:
+    """One of these words."""
+    if isinstance(value, str) and value in known:
+        return value
+    raise ConfigError(f"{name} is {shown(value)}; choose {', '.join(known[:-1])} or {known[-1]}")
+
+
+def unicode_text(name: str, value: str) -> str:
+    """A text that can be written as UTF-8, as tokenizers and grammars take it: no half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{name} is {shown(value)}, which has half of a surrogate pair and is no text; leave that out"
+        ) from None
+    return value
+
+
 def described(value: Any) -> str:
     """A value and its type, for a message."""
     return "None" if value is None else f"a {type(value).__name__} ({shown(value)})"

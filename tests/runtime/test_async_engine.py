@@ -25,7 +25,7 @@ from trtllm_vattn.errors import (
     WeightsMixed,
     WrongProcess,
 )
-from trtllm_vattn.runtime.async_engine import COMPILERS, MOST_FAILURES, AsyncEngine, RequestStream
+from trtllm_vattn.runtime.async_engine import COMPILERS, LONG_TEXT, MOST_FAILURES, AsyncEngine, RequestStream
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -413,3 +413,30 @@ def test_requests_whose_grammars_are_compiled_count_and_none_is_compiled_behind_
     run(job)
     assert len(compiled) == COMPILERS
     assert around.unfinished == 0
+
+
+def test_of_a_long_text_tokens_are_made_beside_the_engines_thread(
+    made: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    tokenize = Engine.tokenize
+
+    def noted(self: Engine, text: str) -> list[int]:
+        threads.append(threading.current_thread().name)
+        return tokenize(self, text)[:3]
+
+    monkeypatch.setattr(Engine, "tokenize", noted)
+
+    async def text_of(prompt: str, params: SamplingParams | None) -> str:
+        return "".join([event.text or "" async for event in await made.add_request(prompt, params)])
+
+    async def job() -> None:
+        short, long = "one two three four", "one two three four" + " x" * LONG_TEXT
+        assert await text_of(long, PARAMS) == await text_of(short, PARAMS) != ""
+        assert [name.startswith("vattn-grammar") for name in threads] == [True, False]
+        with pytest.raises(ConfigError, match="surrogate"):
+            await made.add_request(long + "\ud800", PARAMS)
+        with pytest.raises(ConfigError, match="the parameters are"):
+            await made.add_request(long, 3)  # type: ignore[arg-type]
+
+    run(job)

@@ -23,7 +23,7 @@ from test_passes import DescribedAttention
 from tiny_text import VOCAB, tiny_model, tiny_tokenizer
 
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import DriverError
+from trtllm_vattn.errors import ConfigError, DriverError
 from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.runtime import engine as engine_module
 from trtllm_vattn.runtime import grammar as grammar_module
@@ -583,3 +583,20 @@ def test_the_choice_of_tokens_is_part_of_what_a_pass_took(monkeypatch: pytest.Mo
             engine.submit(PROMPTS[0], params)
             assert list(engine.run())[-1].finish_reason
     assert took == [1000.0, 2000.0]
+
+
+def test_who_forbids_what_its_grammar_wants_is_told_so() -> None:
+    with engine_of() as engine:
+        alone = engine.generate([[4, 5]], SamplingParams(3))[0].tokens
+        with pytest.raises(ConfigError, match="its bad_words and regex together forbid every token that could come"):
+            engine.submit([1, 2, 3], SamplingParams(9, regex="ab*", bad_words=["a"]))
+        for more, said in (
+            ({"bad_words": [[5, 6]]}, ("stop", None)),
+            ({"min_tokens": 3, "bad_words": ["ab", "b"]}, ("error", "its bad_words and min_tokens and regex together")),
+            ({"bad_words": [[n] for n in range(VOCAB)], "regex": None}, ("error", "its bad_words forbid every token")),
+        ):
+            params = SamplingParams(9, **{"regex": "ab*", **more})  # type: ignore[arg-type]
+            wrong, other = engine.generate([[1, 2, 3], [4, 5]], [params, SamplingParams(3)])
+            assert (other.finish_reason, other.tokens) == ("length", alone)
+            assert wrong.finish_reason == said[0]
+            assert (said[1] or "None") in str(wrong.error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache as remember
@@ -19,6 +20,7 @@ from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.sleeping import WeightsMemory
 from trtllm_vattn.runtime.swap_cost import SwapCost
 from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
@@ -309,8 +311,14 @@ def test_an_engine_sleeps_and_goes_on(build: Build, kv: Any, prefixes: bool) -> 
     assert report.host_pinned_bytes >= report.host_bytes > 0
     with pytest.raises(EngineAsleep, match="kv_cache"):
         engine.step()
-    with pytest.raises(EngineAsleep):
-        engine.sleep()
+    asleep: list[Callable[[], object]] = [
+        engine.sleep,
+        lambda: engine.suspend(numbers[0]),
+        lambda: engine.set_budget(1 << 30),
+    ]
+    for call in asleep:
+        with pytest.raises(EngineAsleep, match=r"call wake\(\)"):
+            call()
     late = engine.submit(PROMPTS[0], PARAMS)
     assert engine.wake() > 0
     assert engine.sleeping_report().kv_bytes > 0
@@ -524,3 +532,35 @@ def test_from_pretrained_takes_host_memory_and_weights_that_sleep() -> None:
         assert report.host_bytes > report.kv_bytes + report.weights_bytes == 0
         engine.wake()
         assert engine.generate([PROMPTS[0]], PARAMS)[0].tokens == before == undisturbed()[0]
+
+
+def test_weights_that_a_finalizer_closes_beside_their_engine_are_given_back_once() -> None:
+    """An engine that its own thread closes drops its last tensor there, and finalizers have a thread of theirs."""
+
+    class Beside(HostDriver):
+        """While it unmaps, another thread closes the same memory."""
+
+        other: threading.Thread | None = None
+
+        def unmap(self, address: int, size: int) -> None:
+            if self.other is None:
+                self.other = threading.Thread(target=lambda: failing(memory.close))
+                self.other.start()
+                self.other.join(0.05)
+            super().unmap(address, size)
+
+    failed: list[BaseException] = []
+
+    def failing(call: Callable[[], None]) -> None:
+        try:
+            call()
+        except DriverError as error:
+            failed.append(error)
+
+    driver = Beside()
+    memory = WeightsMemory(driver, 3 * driver.granularity())
+    memory.map_to(memory.size)
+    failing(memory.close)
+    assert driver.other is not None
+    driver.other.join()
+    assert (failed, driver.physical_bytes) == ([], 0)

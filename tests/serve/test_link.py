@@ -100,6 +100,23 @@ def test_many_requests_get_the_engines_tokens_in_order_and_errors_are_whose_they
     linked.run(job)
 
 
+def test_messages_of_any_length_come_over_by_uvloop_too(linked: Linked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has sockets not block, whose buffer ends then where a prompt of some ten thousand tokens does."""
+    uvloop = pytest.importorskip("uvloop")
+    monkeypatch.setattr(asyncio, "run", uvloop.run)
+
+    async def job() -> None:
+        with pytest.raises(SequenceTooLong):
+            await linked.remote.add_request([300] * 500_000, PARAMS)
+        assert len(await tokens_of(await linked.remote.add_request([1, 2, 3], PARAMS))) == 8
+        # And back: an error that says much.
+        asked = linked.remote._asked[-1] = asyncio.get_running_loop().create_future()
+        linked.end._outbox.put(("answer", -1, "x" * 3_000_000))
+        assert len(await asked) == 3_000_000
+
+    linked.run(job)
+
+
 def test_streams_that_are_closed_dropped_or_never_there_abort_their_requests(linked: Linked) -> None:
     async def job() -> None:
         await linked.engine.pause()

@@ -12,7 +12,7 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -42,8 +42,8 @@ from trtllm_vattn.runtime.logprobs import TokenLogprob  # noqa: E402
 from trtllm_vattn.runtime.request import TokenEvent  # noqa: E402
 from trtllm_vattn.runtime.sampling import SamplingParams  # noqa: E402
 from trtllm_vattn.runtime.text import TokenBytes  # noqa: E402
+from trtllm_vattn.serve import app, server  # noqa: E402
 from trtllm_vattn.serve import metrics as of_metrics  # noqa: E402
-from trtllm_vattn.serve import server  # noqa: E402
 from trtllm_vattn.serve.answers import Answer  # noqa: E402
 from trtllm_vattn.serve.app import Settings  # noqa: E402
 from trtllm_vattn.serve.protocol import chat  # noqa: E402
@@ -663,9 +663,34 @@ def test_a_lost_device_ends_the_server(
     asking = threading.Thread(target=client)
     asking.start()
     with pytest.raises(EngineClosed, match=r"with it the server: .*CUDA_ERROR_ILLEGAL_ADDRESS"):
-        serve("x", Settings(NAME, (KEY,)), *SERVE)
+        serve(str(checkpoint), Settings(NAME, (KEY,)), *SERVE)
     asking.join()
     assert [error.status_code for error in said if isinstance(error, openai.APIStatusError)] == [503]
     assert not around[0].is_open
     driver.disarm()
     cache.close()
+
+
+def test_long_bodies_are_read_beside_the_event_loop_and_what_cannot_fit_is_not_sent_to_the_engine(
+    served: Served, alone: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    tokenized = app.Server._tokenized
+
+    def noted(self: app.Server, prompts: Sequence[object]) -> list[Sequence[int]]:
+        threads.append(threading.current_thread().name)
+        return tokenized(self, prompts)
+
+    monkeypatch.setattr(app.Server, "_tokenized", noted)
+    monkeypatch.setattr(app, "LONG_BODY", 200)
+    client, ask = served.client(), {"model": NAME, "max_tokens": 5, "temperature": 0}
+    for prompt in ("one", "one" + " two" * 60):
+        assert client.completions.create(prompt=prompt, **ask).choices[0].text == greedy(alone, prompt, 5)  # type: ignore[call-overload]
+    assert [name == served.thread.name for name in threads] == [True, False]
+    monkeypatch.setattr(served.engine, "add_request", lambda *_, **__: pytest.fail("it was sent"))
+    with pytest.raises(openai.BadRequestError, match=f"exceeds max_seq_len {LENGTH}") as raised:
+        client.completions.create(prompt=[3] * (LENGTH + 1), **ask)  # type: ignore[call-overload]
+    assert raised.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="129 samples are asked for"):
+        client.completions.create(prompt=["x"] * 129, **ask)  # type: ignore[call-overload]
+    assert len(threads) == 3

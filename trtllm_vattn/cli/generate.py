@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from trtllm_vattn.arguments import positive, probability, seed, tolerance
 from trtllm_vattn.cli.engine_flags import add_engine, engine_options, show_start
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.values import counted
+from trtllm_vattn.values import counted, unicode_text
 
 if TYPE_CHECKING:
     from trtllm_vattn.runtime.engine import Engine
@@ -42,10 +42,16 @@ def prompts_of(args: argparse.Namespace, stdin: TextIO) -> list[str]:
     """Prompts out of arguments, a file or standard input. Raises ConfigError where there is none, or two are given."""
     if args.prompt and args.file:
         raise ConfigError("prompts are given as arguments and by --file; give one of them")
-    if args.file:
-        prompts = [line for line in args.file.read_text().splitlines() if line.strip()]
-    else:
-        prompts = args.prompt or [stdin.read().removesuffix("\n")]
+    try:
+        if args.file:
+            prompts = [line for line in args.file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            prompts = args.prompt or [stdin.read().removesuffix("\n")]
+    except UnicodeDecodeError as error:
+        where = args.file or "standard input"
+        raise ConfigError(f"{where} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+    # What is no UTF-8 in an argument comes as halves of surrogate pairs.
+    prompts = [unicode_text("a prompt", prompt) for prompt in prompts]
     if not prompts or not all(prompts):
         raise ConfigError("there is no prompt, or an empty one; give some text")
     return prompts
@@ -53,8 +59,11 @@ def prompts_of(args: argparse.Namespace, stdin: TextIO) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Print outputs: one as it comes, several each when it has ended; rate and memory on stderr. 1 where one failed."""
+    from trtllm_vattn.runtime.checkpoint import require_tokenizer
     from trtllm_vattn.runtime.engine import Engine
+    from trtllm_vattn.runtime.models import SHAPES
     from trtllm_vattn.runtime.sampling import SamplingParams
+    from trtllm_vattn.runtime.settings import check_model_name
 
     prompts = prompts_of(args, sys.stdin)
     params = SamplingParams(
@@ -66,21 +75,23 @@ def run(args: argparse.Namespace) -> int:
         detokenize=True,
     )
     show_start()
-    with Engine.from_pretrained(args.model, **engine_options(args)) as engine:
-        tokenizer = engine.tokenizer
-        if tokenizer is None:
-            raise ConfigError(f"{args.model} has no tokenizer; give a checkpoint with one")
-        if not args.raw and tokenizer.chat_template:
-            tokens = [templated(tokenizer, prompt) for prompt in prompts]
-        else:
-            tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    # Before the model is loaded: it may take minutes.
+    tokenizer = require_tokenizer(check_model_name(args.model), SHAPES)
+    if not args.raw and tokenizer.chat_template:
+        tokens = [templated(tokenizer, prompt) for prompt in prompts]
+    else:
+        tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    with Engine.from_pretrained(args.model, tokenizer=tokenizer, **engine_options(args)) as engine:
         return _generate(engine, tokens, params)
 
 
 def templated(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of one user's message."""
+    """Token ids of one user's message. Raises ConfigError where the chat template does not take it."""
     messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template raises whatever its author, or Jinja, has it raise
+        raise ConfigError(f"the checkpoint's chat template does not take this: {error}; use --raw") from error
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 

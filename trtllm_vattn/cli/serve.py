@@ -11,6 +11,7 @@ import sys
 
 from trtllm_vattn.arguments import amount, positive, size
 from trtllm_vattn.cli.engine_flags import add_engine, engine_options, show_start
+from trtllm_vattn.values import unicode_text
 
 KEY_VARIABLE = "TRTLLM_VATTN_API_KEY"
 
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     keys = args.api_key or [key for key in (os.environ.get(KEY_VARIABLE),) if key]
     if not keys and args.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"trtllm-vattn: {args.host} may be reached by others, and no --api-key is asked for", file=sys.stderr)
+    name = unicode_text("the model's name", args.name or args.model)
     show_start()
-    settings = Settings(args.name or args.model, tuple(keys), args.max_body)
+    settings = Settings(name, tuple(keys), args.max_body)
     serve(args.model, settings, args.host, args.port, args.drain_s, args.max_requests, engine_options(args))
     return 0

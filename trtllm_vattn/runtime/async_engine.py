@@ -27,7 +27,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -46,7 +47,8 @@ from trtllm_vattn.errors import (
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.engine_stats import EngineStats
 from trtllm_vattn.runtime.request import TokenEvent
-from trtllm_vattn.runtime.sampling import LARGEST_COUNT, SamplingParams
+from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.sampling_fields import LARGEST_COUNT
 from trtllm_vattn.runtime.tokens import TokenIds
 from trtllm_vattn.runtime.weights_ipc import IpcWeights
 from trtllm_vattn.values import described, whole
@@ -61,7 +63,10 @@ MOST_FAILURES = 3
 """Steps in a row that raise before requests are given up."""
 
 COMPILERS = 4
-"""Grammars that are compiled at once."""
+"""Grammars that are compiled, and long texts that tokens are made of, at once."""
+
+LONG_TEXT = 16 << 10
+"""Characters. Of longer prompts tokens are not made by the engine's thread, whose steps would wait for milliseconds."""
 
 IDLE_S = 0.25
 """Seconds without work after which a graph is captured that steps went without, and a broker's word is looked at."""
@@ -336,7 +341,7 @@ class AsyncEngine:
         self._check_process()
         samples, taken = _samples(params), Future[int]()
 
-        def submit(engine: Engine) -> int:
+        def submit(prompt: TokenIds | str, params: SamplingParams | None, engine: Engine) -> int:
             number = engine.submit(prompt, params, priority=priority, deadline_s=deadline_s)
             running = _Running(range(number, number + samples), outlet, key, samples)
             self._running.update(dict.fromkeys(running.numbers, running))
@@ -348,19 +353,32 @@ class AsyncEngine:
                 raise EngineClosed("this engine is shut down, or shutting down; no request is taken")
             if self._taken >= self.max_requests:
                 raise EngineOverloaded(f"{self._taken} requests are unfinished, as many as are taken; try again later")
-            if isinstance(params, SamplingParams) and params.has_grammar:
-                self._compilers.submit(self._call_compiled, params, submit, taken)
+            takes_long = isinstance(prompt, str) and len(prompt) > LONG_TEXT
+            if takes_long or (isinstance(params, SamplingParams) and params.has_grammar):
+                self._compilers.submit(self._call_prepared, prompt, params, submit, taken)
             else:
-                self._call(submit, taken)
+                self._call(partial(submit, prompt, params), taken)
             self._taken += 1
         return taken
 
-    def _call_compiled(self, params: SamplingParams, function: Callable[[Engine], T], future: Future[T]) -> None:
-        """`_call`, with the grammar that parameters ask for compiled before, so that no step waits for it."""
+    def _call_prepared(
+        self,
+        prompt: TokenIds | str,
+        params: SamplingParams | None,
+        function: Callable[[TokenIds | str, SamplingParams | None, Engine], T],
+        future: Future[T],
+    ) -> None:
+        """`_call`, with tokens made of a text, and the grammar that parameters ask for compiled, before, so that no
+        step waits for them."""
         try:
             if not self._stopped:
-                self._engine.compile_grammar(params)
-            self._call(function, future)
+                if isinstance(prompt, str) and isinstance(params, SamplingParams | None):
+                    prompt = self._engine.tokenize(prompt)
+                    given = SamplingParams() if params is None else params
+                    params = replace(given, detokenize=True) if given.detokenize is None else given
+                if isinstance(params, SamplingParams) and params.has_grammar:
+                    self._engine.compile_grammar(params)
+            self._call(partial(function, prompt, params), future)
         except BaseException as error:
             future.set_exception(error)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.utils import cached_file
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import positions_of, refuse_family
+from trtllm_vattn.runtime.hub import advice, check_repo_id, hub_error, is_local_only
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,9 @@ CHOICES = (
 """All that it heeds when it chooses tokens."""
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0}
 """What changes nothing, where that is neither None, 0 nor an empty list."""
+
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+"""Files, of which whoever has a tokenizer has one."""
 
 SHOWN = 4
 """Names in a message; the others are counted."""
@@ -65,11 +70,6 @@ def load_checkpoint(
     """
     where = Path(name)
     local = where.is_dir()
-    if local:
-        if not (where / "config.json").is_file():
-            raise ConfigError(f"{name} is a directory without a config.json; give a Hugging Face checkpoint")
-        if damaged := _damaged_json(where):
-            raise ConfigError(f"{name} cannot be read: {_listed(damaged)}; get its files again")
     config = _config(name, local, shapes)
     try:
         with torch.device(device):
@@ -77,7 +77,7 @@ def load_checkpoint(
                 name,
                 config=config,
                 dtype=dtype,
-                local_files_only=local,
+                local_files_only=is_local_only(name),
                 trust_remote_code=False,
                 # They are refused below, all at once and by name.
                 ignore_mismatched_sizes=True,
@@ -106,8 +106,15 @@ def positions_in(name: str, shapes: Iterable[str]) -> int | None:
 
 def _config(name: str, local: bool, shapes: Iterable[str]) -> PreTrainedConfig:
     """A checkpoint's configuration, of a family that can be served at all: known before its weights are read."""
+    where = Path(name)
+    if not local:
+        check_repo_id(name, tuple(shapes))
+    elif not (where / "config.json").is_file():
+        raise ConfigError(f"{name} is a directory without a config.json; give a Hugging Face checkpoint")
+    elif damaged := _damaged_json(where):
+        raise ConfigError(f"{name} cannot be read: {_listed(damaged)}; get its files again")
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, local_files_only=is_local_only(name), trust_remote_code=False)
     except Exception as error:
         if local:
             raise ConfigError(f"{Path(name) / 'config.json'} cannot be read: {_said(error)}") from error
@@ -125,10 +132,14 @@ def _config(name: str, local: bool, shapes: Iterable[str]) -> PreTrainedConfig:
 def _not_found(name: str, shapes: Iterable[str], error: Exception) -> ConfigError:
     from huggingface_hub import constants
 
-    how = "its cache alone, as HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "its cache and the Hub"
+    how = f"its cache and on the Hub ({constants.HF_HUB_CACHE}): {_said(error)}"
+    if constants.HF_HUB_OFFLINE:
+        how = f"its cache alone, as HF_HUB_OFFLINE is set ({constants.HF_HUB_CACHE})"
+    elif unanswered := hub_error():
+        how = f"its cache ({constants.HF_HUB_CACHE}), and {unanswered}"
     return ConfigError(
         f"no model {name!r}: it is no directory here, none of the shapes {', '.join(shapes)}, and transformers did not "
-        f"find it as a checkpoint in {how} ({constants.HF_HUB_CACHE}): {_said(error)}"
+        f"find it as a checkpoint in {how}; {advice(name, tuple(shapes))}"
     )
 
 
@@ -139,6 +150,14 @@ def _snapshot(name: str, file: str = "config.json") -> Path | None:
     except OSError:
         return None
     return None if found is None else Path(found).parent
+
+
+def _is_on_hub(name: str, file: str) -> bool:
+    """Whether a name on the Hub has a file: there, or in transformers' cache where the Hub does not answer."""
+    try:
+        return cached_file(name, file, local_files_only=is_local_only(name)) is not None
+    except OSError:
+        return False
 
 
 def _refuse_other_tensors(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
@@ -257,18 +276,30 @@ def say_what_is_not_heeded(model: Any) -> None:
         logger.warning("generation_config.json says %s; requests choose by SamplingParams alone: give it there", shown)
 
 
+def require_tokenizer(name: str, shapes: Iterable[str] = ()) -> Any:
+    """`load_tokenizer`'s, before anything of the model is loaded. Raises ConfigError where there is no such model, or
+    it has none."""
+    shapes = tuple(shapes)
+    if Path(name).is_dir() or name not in shapes:
+        _config(name, Path(name).is_dir(), shapes)
+    tokenizer = load_tokenizer(name, shapes)
+    if tokenizer is None:
+        raise ConfigError(f"{name} has no tokenizer, which texts need; give a checkpoint with one")
+    return tokenizer
+
+
 def load_tokenizer(name: str, shapes: Iterable[str] = ()) -> Any:
     """The fast tokenizer of a checkpoint, a directory or a name on the Hub; None where it has none, or `name` is one of
     the `shapes`. Raises ConfigError where it has one that cannot be loaded."""
     where = Path(name)
     local = where.is_dir()
     if local:
-        there = any((where / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+        there = any((where / file).is_file() for file in TOKENIZERS)
     else:
-        there = name not in shapes and _snapshot(name, "tokenizer_config.json") is not None
+        there = name not in shapes and any(map(partial(_is_on_hub, name), TOKENIZERS))
     if not there:
         return None
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, local_files_only=is_local_only(name), trust_remote_code=False)
     except Exception as error:
         raise ConfigError(f"the tokenizer of {name} cannot be loaded: {_said(error)}") from error

@@ -68,8 +68,8 @@ from trtllm_vattn.runtime.request import (
     make_request,
 )
 from trtllm_vattn.runtime.reuse import RequestSlots
-from trtllm_vattn.runtime.sampling import LARGEST_COUNT, NO_TOKEN, SamplingParams, margins
-from trtllm_vattn.runtime.sampling_fields import check_salt
+from trtllm_vattn.runtime.sampling import NO_TOKEN, SamplingParams, margins
+from trtllm_vattn.runtime.sampling_fields import LARGEST_COUNT, check_salt
 from trtllm_vattn.runtime.scheduler import Scheduler
 from trtllm_vattn.runtime.settings import (
     MOST_SEQUENCES,
@@ -93,7 +93,7 @@ from trtllm_vattn.runtime.weights_ipc import IpcWeights, ReceivedWeights, named_
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.trace import Trace
-from trtllm_vattn.values import counted, described, finite, shown, truth, whole
+from trtllm_vattn.values import choice, counted, described, finite, shown, truth, unicode_text, whole
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.tensors import finish, inference
@@ -635,16 +635,12 @@ class Engine:
         dtype = check_dtype(dtype, device)
         max_seqs = whole("max_seqs", max_seqs, 1, MOST_SEQUENCES)
         max_seq_len = longest_of(model) if max_seq_len is None else whole("max_seq_len", max_seq_len, 1, LARGEST_COUNT)
-        check_kv_cache_dtype(kv_cache_dtype)
+        _check_named(mapping, cache, kv_cache_dtype, tokenizer)
         budget = None if budget is None else parse_bytes(budget, "the budget")
         idle_floor = parse_bytes(idle_floor, "idle_floor")
         host_memory = parse_bytes(host_memory, "host_memory")
         if idle_after_s is not None and finite("idle_after_s", idle_after_s) <= 0:
             raise ConfigError(f"idle_after_s is {idle_after_s}; it is a positive number of seconds, or None")
-        if not isinstance(mapping, str):
-            raise ConfigError(f"mapping is {described(mapping)}; give a policy's name, or auto")
-        if not isinstance(cache, str) or cache not in CACHES:
-            raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
         check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key not in OBJECTS})
         policy_of_tokens = options.get("compression")
         check_policy(policy_of_tokens)
@@ -659,7 +655,7 @@ class Engine:
             sizes = {"max_seqs": max_seqs, "max_seq_len": max_seq_len, "budget": budget, "kept_seqs": kept_seqs}
             kept_back = {"idle_after_s": idle_after_s, "idle_floor": idle_floor, "host_memory": host_memory}
             kinds = {"cache": cache, "mapping": mapping, "kv_cache_dtype": kv_cache_dtype}
-            tokenizer = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
+            tokenizer = load_tokenizer(model, SHAPES) if isinstance(tokenizer, str) else tokenizer
             given = {**sizes, **kept_back, **kinds, **options, "tokenizer": tokenizer}
             return cast("Self", _on_ranks(tensor_parallel, model, device, dtype, given))
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING and policy_of_tokens is None
@@ -696,7 +692,7 @@ class Engine:
             elif tenancy is None and not later and budget is None and shape.num_slots > max_seqs:
                 made.set_budget(made.budget_bytes // (shape.num_slots + 1) * (max_seqs + 1))
             options = {"max_running": max_seqs, **options}
-            options["tokenizer"] = load_tokenizer(model, SHAPES) if tokenizer == "auto" else tokenizer
+            options["tokenizer"] = load_tokenizer(model, SHAPES) if isinstance(tokenizer, str) else tokenizer
             before.mark("mapping probe, cache, tokenizer")
             engine = cls(loaded, made, mapping=policy, trace=tracing_to, **options)
             undo.callback(engine.close)
@@ -713,10 +709,11 @@ class Engine:
 
         Where running sequences hold more, the youngest go back to the queue and are prefilled again when there is room.
         Whoever does not fit any more even alone ends with an error in a later step. Raises ConfigError for another
-        cache, or less than the dummy slot needs.
+        cache, or less than the dummy slot needs, and EngineAsleep while keys and values sleep.
         """
         self._check_open()
         budget = parse_bytes(budget, "the budget")
+        self.sleeping.require_cache()
         while True:
             try:
                 self.cache.set_budget(budget)
@@ -901,7 +898,7 @@ class Engine:
             raise ConfigError(f"tokens are forced in single steps; this engine takes {self.steps} a launch, make it 1")
         is_text = isinstance(prompt, str)
         if isinstance(prompt, str):
-            prompt = self._tokenize(prompt)
+            prompt = self.tokenize(prompt)
         made = make_request(
             next(self._ids), prompt, params, forced, self.cache, self._vocab_size, self._end_of_text, silent
         )
@@ -909,9 +906,12 @@ class Engine:
         made.arrived = self.clock()
         return made
 
-    def _tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
+        """The token ids that `submit` makes of a text. From any thread. Raises ConfigError without a tokenizer, and for
+        what is no Unicode."""
         if self.tokenizer is None:
             raise ConfigError("the prompt is text, and this engine has no tokenizer; give token ids, or tokenizer=")
+        unicode_text("the prompt", text)
         ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
 
@@ -944,6 +944,9 @@ class Engine:
         check_sizes(params, request.bad_words)
         if params.has_grammar:
             request.grammar = self.compile_grammar(params)
+        # Behind later tokens it is found when there is none to choose.
+        if params.has_grammar and (why := self._forbidden(request)) is not None:
+            raise ConfigError(f"{why}; change what it asks for")
         if request.asks is not None:
             self.decode.processors.require(self._vocab_size, grammar=params.has_grammar)
 
@@ -1279,7 +1282,7 @@ class Engine:
         for i, (request, token) in enumerate(zip(requests, chosen, strict=True)):
             grammar, most = request.grammar, request.params.logprobs
             if token == NO_TOKEN or (grammar is not None and grammar.error):
-                self._fail(request, f"its grammar: {grammar.error}" if grammar and grammar.error else NOT_FINITE)
+                self._fail(request, self._why_no_token(request))
                 continue
             if request.is_chosen_again and token != request.expected:
                 self._fail(request, CHANGED)
@@ -1291,6 +1294,22 @@ class Engine:
             self._note(request, event)
             if request.is_verified and len(request.chosen) == request.known + 1:
                 self.slots.computed(request)
+
+    def _why_no_token(self, request: RequestState) -> str:
+        if request.grammar is not None and request.grammar.error:
+            return f"its grammar: {request.grammar.error}"
+        why = self._forbidden(request)
+        return NOT_FINITE if why is None else f"{why}; change what it asks for"
+
+    def _forbidden(self, request: RequestState) -> str | None:
+        """Which of its parameters leave no token that could come next, in words; None where there is one."""
+        asks = request.asks
+        what = [] if asks is None else asks.forbid
+        # A grammar alone has a token, or has ended.
+        if asks is None or (len(what) < 2 and not request.bad_words) or not asks.leaves_nothing(self._vocab_size):
+            return None
+        together = "together " if len(what) > 1 else ""
+        return f"its {' and '.join(what)} {together}forbid every token that could come next"
 
     def _note(self, request: RequestState, event: TokenEvent) -> None:
         """What an event says becomes part of the request's record; it ends, where the event is its last. Of its newest
@@ -1373,16 +1392,19 @@ class Engine:
     def pin(self, tokens: TokenIds, cache_salt: str | None = None) -> int:
         """Keep what there is of these tokens, whole blocks of it, until `unpin` or a flush; returns how many tokens
         that is. Calls are counted. Only the growth of running sequences takes them, where nothing else is left to take.
-        Raises ConfigError without a prefix cache, or for what are no tokens."""
+        Raises ConfigError without a prefix cache, or for what are no tokens, and EngineAsleep while keys and values
+        sleep."""
         prefixes, ids = self._prefixes(), token_ids("the tokens", tokens, self._vocab_size)
         check_salt(cache_salt)
+        self.sleeping.require_cache()
         with self._changing:
             return prefixes.pin(ids, self.slots.key(cache_salt))
 
     def unpin(self, tokens: TokenIds, cache_salt: str | None = None) -> int:
-        """Undo one `pin` of the same tokens. Raises ConfigError where there is none."""
+        """Undo one `pin` of the same tokens. Raises ConfigError where there is none, EngineAsleep as `pin`."""
         prefixes, ids = self._prefixes(), token_ids("the tokens", tokens, self._vocab_size)
         check_salt(cache_salt)
+        self.sleeping.require_cache()
         with self._changing:
             return prefixes.unpin(ids, self.slots.key(cache_salt))
 
@@ -1584,8 +1606,7 @@ class Engine:
         Where a stream breaks after its first tensor was written, whatever it raised is raised, and without `restore`
         the weights are mixed: `step` raises WeightsMixed until a full update succeeds; events wait for that.
         """
-        if running not in ("continue", "restart", "abort"):
-            raise ConfigError(f"running is {running!r}; choose continue, restart or abort")
+        choice("running", running, "continue", "restart", "abort")
         truth("partial", partial)
         truth("restore", restore)
         self._check_open()
@@ -1702,6 +1723,17 @@ class Engine:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _check_named(mapping: Any, cache: Any, kv_cache_dtype: Any, tokenizer: Any) -> None:
+    """Raise ConfigError for what `from_pretrained` has no such mapping policy, cache, dtype or tokenizer for."""
+    if not isinstance(mapping, str):
+        raise ConfigError(f"mapping is {described(mapping)}; give a policy's name, or auto")
+    if not isinstance(cache, str) or cache not in CACHES:
+        raise ConfigError(f"no cache {shown(cache)}; there are {', '.join(CACHES)}")
+    check_kv_cache_dtype(kv_cache_dtype)
+    if not (isinstance(tokenizer, str) and tokenizer == "auto"):
+        check_tokenizer(tokenizer)
 
 
 def _check_parts(model: Any, cache: Any) -> None:

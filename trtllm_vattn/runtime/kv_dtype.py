@@ -28,7 +28,7 @@ class KVScales(NamedTuple):
 
 def check_kv_cache_dtype(given: Any) -> torch.dtype | None:
     """What keys and values are stored as; None is as the model's own. Raises ConfigError for another name."""
-    if given not in KV_CACHE_DTYPES:
+    if not isinstance(given, str) or given not in KV_CACHE_DTYPES:
         raise ConfigError(f"kv_cache_dtype is {shown(given)}; give one of {', '.join(KV_CACHE_DTYPES)}")
     return None if given == "auto" else FP8
 

@@ -126,6 +126,25 @@ class LaneAsks:
             words[place, LONGEST_BAD_WORD - len(word) :] = word
         return row
 
+    @property
+    def forbid(self) -> list[str]:
+        """What of the request may forbid tokens, by name."""
+        params = self.params
+        given = {"bad_words": self.bad_words, "min_tokens": params.min_tokens, "grammar": self.grammar}
+        named = {"json_schema": params.json_schema, "regex": params.regex}
+        grammar = next((name for name, value in named.items() if value is not None), "grammar")
+        return [grammar if name == "grammar" else name for name, value in given.items() if value]
+
+    def leaves_nothing(self, vocab_size: int) -> bool:
+        """Whether what it asks for forbids all tokens that may come next, whatever the model's logits are."""
+        masks = np.full((1, -(-vocab_size // 32)), -1, np.int32)
+        if self.grammar is not None:
+            fill_masks({0: (self.grammar, self.chosen)}, masks)
+        row, counts = torch.from_numpy(self.row())[None], torch.zeros(1, vocab_size, dtype=torch.int32)
+        alike = torch.zeros(1, vocab_size)
+        changed = process(alike, torch.zeros(1, dtype=torch.int64), row, counts, torch.from_numpy(masks))
+        return not changed.isfinite().any()
+
 
 def check_sizes(params: SamplingParams, bad_words: Sequence[Sequence[int]]) -> None:
     """Raise ConfigError where a request asks for more than its row holds."""

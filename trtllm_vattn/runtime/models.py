@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.planner import ModelShape
 from trtllm_vattn.runtime.checkpoint import load_checkpoint, positions_in
+from trtllm_vattn.runtime.hub import check_repo_id, is_local_only
 from trtllm_vattn.sizes import USUAL_MAX_SEQ_LEN
 
 _TINY: dict[str, Any] = {
@@ -147,8 +148,10 @@ def planned_shape(name: str, dtype: torch.dtype) -> ModelShape:
     configuration. Raises ConfigError for a model that no plan is made for."""
     if name in SHAPES and not Path(name).is_dir():
         return ModelShape.from_config(name, SHAPES[name], dtype.itemsize)
+    if not Path(name).is_dir():
+        check_repo_id(name, tuple(SHAPES))
     try:
-        config = AutoConfig.from_pretrained(name).get_text_config().to_dict()
+        config = AutoConfig.from_pretrained(name, local_files_only=is_local_only(name)).get_text_config().to_dict()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no configuration of {name!r} ({str(error).splitlines()[0]}); give a checkpoint, or one of "

@@ -21,6 +21,7 @@ from trtllm_vattn.runtime.grammar import Grammar
 from trtllm_vattn.runtime.lane_processors import LaneAsks
 from trtllm_vattn.runtime.logprobs import TokenLogprob
 from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.runtime.sampling_fields import MOST_STOP_TOKENS
 from trtllm_vattn.runtime.text import Text
 from trtllm_vattn.runtime.tokens import TEXT, checked_ids, token_ids
 from trtllm_vattn.values import described, shown
@@ -473,6 +474,8 @@ def make_request(
     if not prompt:
         raise ConfigError("the prompt is empty; at least one token is needed")
     token_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+    if (count := len(params.stop_token_ids)) > MOST_STOP_TOKENS:
+        raise ConfigError(f"stop_token_ids holds {count} tokens; at most {MOST_STOP_TOKENS} are possible")
     token_ids("logit_bias", [*params.biases], vocab_size)
     if forced is not None:
         forced = token_ids("forced", forced, vocab_size)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.runtime.sampling_fields import check_fields, check_salt
+from trtllm_vattn.runtime.sampling_fields import LARGEST_COUNT, MOST_SAMPLES, check_fields, check_salt
 from trtllm_vattn.runtime.tokens import token_ids
 from trtllm_vattn.values import finite, truth, whole
 
@@ -31,7 +31,6 @@ HOTTEST = 1e30
 NO_TOKEN = -1
 """Stands for a token where the logits give none."""
 LARGEST_SEED = (1 << 64) - 1
-LARGEST_COUNT = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ class SamplingParams:
     ignore_eos : bool
         Whether the end-of-text tokens that the checkpoint names do not end generation.
     n : int
-        Samples of the same prompt, which share its memory. Sample i (its `branch`) is what a request with `seed` + i
-        gives.
+        Samples of the same prompt, which share its memory, at most `sampling_fields.MOST_SAMPLES`. Sample i (its
+        `branch`) is what a request with `seed` + i gives.
     cache_salt : str or None
         Keys and values of a prompt are reused for requests with the same salt alone.
     retention_priority : int
@@ -74,13 +73,16 @@ class SamplingParams:
     presence_penalty, frequency_penalty : float
         -2 to 2. Subtracted from the logits of tokens in the output, once, and once for each time (OpenAI's).
     logit_bias : mapping of int to float, or None
-        Added to the logits of these token ids, at most `sampling_fields.MOST_BIASED`.
+        Added to the logits of these token ids, at most `sampling_fields.MOST_BIASED`. As penalties, of magnitudes that
+        float32 has with room to spare (`sampling_fields.LARGEST_FACTOR`).
     bad_words : sequence of str, or of sequences of int
         Texts, with and without a space before them, or token ids that are never generated in this order, also where
-        the prompt begins them. Texts need the engine's tokenizer.
+        the prompt begins them. Texts need the engine's tokenizer. Where they, `min_tokens` and a grammar leave no token
+        that could come next, the request is refused, or ends there with an error that says so.
     stop : str or sequence of str
-        The output ends before the first of these texts; its tokens are among the output, it is not part of the text.
-        Needs the engine's tokenizer. Text that may be the beginning of one is held back.
+        The output ends before the first of these texts, at most `sampling_fields.MOST_STOPS`; its tokens are among the
+        output, it is not part of the text. Needs the engine's tokenizer. Text that may be the beginning of one is held
+        back.
     min_tokens : int
         So many tokens are generated before a stop token or a stop text may end the output.
     logprobs, prompt_logprobs : int or None
@@ -143,7 +145,7 @@ class SamplingParams:
             put("seed", whole("seed", self.seed, 0, LARGEST_SEED))
         put("stop_token_ids", tuple(token_ids("stop_token_ids", self.stop_token_ids)))
         truth("ignore_eos", self.ignore_eos)
-        put("n", whole("n", self.n, 1, LARGEST_COUNT))
+        put("n", whole("n", self.n, 1, MOST_SAMPLES))
         check_salt(self.cache_salt)
         put("retention_priority", whole("retention_priority", self.retention_priority, 0, 100))
         check_fields(self, put)

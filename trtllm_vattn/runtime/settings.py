@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def check_settings(
     max_step_tokens: Any = None,
     target_itl_ms: Any = None,
     max_wait_s: Any = 30.0,
-    clock: Any = None,
+    clock: Any = perf_counter,
     deterministic: Any = False,
     record_margins: Any = False,
     observer: Any = None,
@@ -106,7 +107,7 @@ def check_settings(
     }
     if max_step_tokens is not None:
         checked["chunk"] = whole("max_step_tokens", max_step_tokens, 1, LONGEST_CHUNK)
-    if clock is not None and not callable(clock):
+    if not callable(clock):
         raise ConfigError(f"clock is {described(clock)}; give a function that returns seconds, or leave it out")
     if checked["record_margins"] and checked["steps"] > 1:
         raise ConfigError(f"margins are recorded of single steps; steps is {checked['steps']}, make it 1")
@@ -194,6 +195,8 @@ def check_model_name(given: Any) -> str:
     if not isinstance(given, str | os.PathLike):
         raise ConfigError(f"model is {described(given)}; give a checkpoint directory or a named shape")
     name = os.fspath(given)
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"model is {shown(name)}; give a checkpoint directory or a named shape")
     try:
         Path(name).is_dir()
     except OSError as error:

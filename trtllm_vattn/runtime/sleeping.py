@@ -8,6 +8,7 @@ device are graphs, their buffers and the context; `SleepingReport` has it in byt
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import ConfigError, DriverError, EngineAsleep, KVCacheOutOfMemory
 from trtllm_vattn.memory.host_pool import HostPool, Span
 from trtllm_vattn.runtime.compiled import LinearSlice
-from trtllm_vattn.values import described
+from trtllm_vattn.values import choice, described, shown
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation
@@ -78,6 +79,7 @@ class WeightsMemory:
         self._mappings: list[Mapping] = []
         self._stuck: list[Extent] = []
         self._spans: list[Span] | None = None
+        self._closing = threading.Lock()
         self.is_mapped = False
 
     @property
@@ -194,16 +196,18 @@ class WeightsMemory:
                 self._stuck.append(extent)
 
     def close(self) -> None:
-        """Give everything back. Idempotent; where it raised, calling it again goes on."""
-        while self._mappings:
-            self._mappings[-1].close()
-            self._stuck.append(self._mappings.pop().extent)
-        self.is_mapped = False
-        while self._stuck:
-            self._stuck[-1].close()
-            self._stuck.pop()
-        self.host.close()
-        self.reservation.close()
+        """Give everything back. Idempotent; where it raised, calling it again goes on. From any thread: when the last
+        tensor over it goes, the helper thread of finalizers calls this, whoever else is closing it."""
+        with self._closing:
+            while self._mappings:
+                self._mappings[-1].close()
+                self._stuck.append(self._mappings.pop().extent)
+            self.is_mapped = False
+            while self._stuck:
+                self._stuck[-1].close()
+                self._stuck.pop()
+            self.host.close()
+            self.reservation.close()
 
 
 class _Owner:
@@ -288,6 +292,11 @@ class Sleeping:
             missing = [tag for tag, there in ((WEIGHTS, self.has_weights), (KV, not self.cache.is_asleep)) if not there]
             raise EngineAsleep(f"the engine sleeps, without {' and '.join(missing)}; call wake() first")
 
+    def require_cache(self) -> None:
+        """Raise EngineAsleep where keys and values have no memory."""
+        if self.cache.is_asleep:
+            raise EngineAsleep("keys and values sleep; call wake() first, or wake(['kv_cache'])")
+
     def require_weights(self) -> None:
         """Raise EngineAsleep where the weights have no memory."""
         if not self.has_weights:
@@ -295,10 +304,8 @@ class Sleeping:
 
     def check(self, kv: str, weights: str) -> None:
         """Raise ConfigError for words that `sleep` does not know, or what cannot sleep here."""
-        if kv not in ("keep", "drop"):
-            raise ConfigError(f"kv is {kv!r}; choose keep or drop")
-        if weights not in ("keep", "host", "drop"):
-            raise ConfigError(f"weights is {weights!r}; choose keep, host or drop")
+        choice("kv", kv, "keep", "drop")
+        choice("weights", weights, "keep", "host", "drop")
         if not self.cache.remaps:
             raise ConfigError(f"a {type(self.cache).__name__} has its memory for life; sleep needs the vattn cache")
         if weights != "keep" and self.weights is None:
@@ -311,7 +318,7 @@ class Sleeping:
             raise ConfigError(f"tags are {described(tags)}; give a list of {', '.join(TAGS)}, or None for both")
         wanted = TAGS if tags is None else (tags,) if isinstance(tags, str) else tuple(tags)
         if unknown := [tag for tag in wanted if tag not in TAGS]:
-            raise ConfigError(f"there is no tag {unknown[0]!r}; choose of {', '.join(TAGS)}")
+            raise ConfigError(f"there is no tag {shown(unknown[0])}; choose of {', '.join(TAGS)}")
         return frozenset(wanted)
 
     def sleep(self, kv: str, weights: str) -> None:
@@ -354,4 +361,4 @@ class Sleeping:
                 for view in views:
                     view.data = torch.empty(0, dtype=view.dtype, device=view.device)
         finish(str(self.cache.device))
-        self.weights.close()
+        uninterrupted(self.weights.close)

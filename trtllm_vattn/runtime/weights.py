@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import cast
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from trtllm_vattn.errors import ConfigError, WeightsMixed
 from trtllm_vattn.runtime.compiled import LinearSlice
 from trtllm_vattn.runtime.step_model import StepModel
+from trtllm_vattn.values import shown
 
 Manifest = Mapping[str, tuple[Sequence[int], torch.dtype]]
 """Shape and dtype of each tensor, by its name."""
@@ -193,14 +195,16 @@ class Weights:
         that is not taken.
         """
         if self.state is not WeightsState.CURRENT and partial:
-            raise ConfigError("an update of the weights broke; only a full one (partial=False) mends that")
+            dropped = self.state is WeightsState.DROPPED
+            what = "sleep dropped the weights" if dropped else "an update of the weights broke"
+            raise ConfigError(f"{what}; only a full one (partial=False) mends that")
         if next(self.model.parameters(), None) is None:
             raise ConfigError(f"{type(self.model).__name__} has no weights to write, as a plan's; build the plan again")
         self.require_in_place()
         known = destinations(cast(PreTrainedModel, self.model))
         streamed = manifest is not None and not isinstance(tensors, Mapping | list | tuple)
         pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-        if not isinstance(pairs, Iterable) or isinstance(pairs, torch.Tensor | str):
+        if not isinstance(pairs, Iterable) or isinstance(pairs, torch.Tensor | np.ndarray | str):
             raise ConfigError(f"named tensors are a {type(tensors).__name__}; give a dict, or pairs of name and tensor")
         if streamed:
             wanted = _manifest({} if manifest is None else manifest)
@@ -425,9 +429,9 @@ def _manifest(manifest: Manifest) -> dict[str, tuple[torch.Size, torch.dtype]]:
             shape, dtype = entry
             shape = torch.Size(shape)
         except (TypeError, ValueError):
-            raise ConfigError(f"the manifest's {name} is {entry!r}; give its shape and its torch.dtype") from None
+            raise ConfigError(f"the manifest's {name} is {shown(entry)}; give its shape and its torch.dtype") from None
         if not isinstance(dtype, torch.dtype):
-            raise ConfigError(f"the manifest's {name} has dtype {dtype!r}; give a torch.dtype")
+            raise ConfigError(f"the manifest's {name} has dtype {shown(dtype)}; give a torch.dtype")
         checked[name] = (shape, dtype)
     return checked
 

@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -36,6 +36,9 @@ from trtllm_vattn.serve.protocol import ApiError, Asked
 from trtllm_vattn.serve.spans import RequestSpan
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+LONG_BODY = 32 << 10
+"""Bytes. Reading so many, and making tokens of them, takes milliseconds."""
 GONE = 499
 """What nginx logs for a client that went away; nobody reads it."""
 
@@ -189,32 +192,46 @@ class Server:
         if scheme.lower() != "bearer" or not any(fits):
             raise ApiError(401, "no such API key; send one as 'Authorization: Bearer KEY'", "invalid_api_key")
 
-    async def _body(self, request: Request) -> dict[str, Any]:
+    async def _body(self, request: Request) -> tuple[dict[str, Any], int]:
+        """A request's object, and its bytes."""
         most, body = self.settings.max_body, bytearray()
         async for part in request.stream():
             body += part
             if len(body) > most:
                 raise ApiError(413, f"the body is longer than {most:,} bytes", "body_too_large")
-        parsed = protocol.parse_json(bytes(body))
+        parsed = await _aside(len(body), protocol.parse_json, bytes(body))
         if parsed.get("model") is not None:
             self._check_model(parsed["model"])
-        return parsed
+        return parsed, len(body)
 
     # -- completions -----------------------------------------------------------------------------------------------
 
     async def _completions(self, request: Request) -> Response:
-        return await self._answer(request, protocol.completion(await self._body(request)))
+        body, size = await self._body(request)
+        asked = await _aside(size, protocol.completion, body)
+        self._check_samples(asked)
+        return await self._answer(request, asked, await _aside(size, self._tokenized, asked.prompts))
 
     async def _chat(self, request: Request) -> Response:
-        return await self._answer(request, protocol.chat(await self._body(request), self.engine.tokenizer))
+        body, size = await self._body(request)
+        asked = await _aside(size, protocol.chat, body, self.engine.tokenizer)
+        self._check_samples(asked)
+        return await self._answer(request, asked, asked.prompts)
 
-    async def _answer(self, request: Request, asked: Asked) -> Response:
-        n, most = asked.params.n, self.settings.max_prompts
-        if n * len(asked.prompts) > most:
-            raise ApiError(400, f"{n * len(asked.prompts)} samples are asked for; at most {most} at once", param="n")
+    def _check_samples(self, asked: Asked) -> None:
+        samples, most = asked.params.n * len(asked.prompts), self.settings.max_prompts
+        if samples > most:
+            raise ApiError(400, f"{samples} samples are asked for; at most {most} at once", param="n")
+
+    def _tokenized(self, prompts: Sequence[Any]) -> list[Sequence[int]]:
         tokenizer = self.engine.tokenizer
-        prompts = [tokenizer(each)["input_ids"] if isinstance(each, str) else each for each in asked.prompts]
-        answer = Answer(asked, self.settings.name, tokenizer, prompts)
+        return [tokenizer(each)["input_ids"] if isinstance(each, str) else each for each in prompts]
+
+    async def _answer(self, request: Request, asked: Asked, prompts: Sequence[Sequence[int]]) -> Response:
+        if (longest := max(map(len, prompts))) > self._max_model_len:
+            # The engine would say so, too, when all of it was sent there.
+            raise SequenceTooLong(f"a prompt of {longest} tokens exceeds max_seq_len {self._max_model_len}; shorten it")
+        answer = Answer(asked, self.settings.name, self.engine.tokenizer, prompts)
         span = RequestSpan(request.url.path, self.settings.name, request.headers)
         arrived = asyncio.Event()
         timer, streams = self.metrics.timer(span), list[RequestStream]()
@@ -238,6 +255,12 @@ class Server:
                 for place, some in events:
                     answer.choices[place].add(some)
         return JSONResponse(answer.whole())
+
+
+async def _aside(size: int, call: Callable[..., T], *arguments: Any) -> T:
+    """``call(*arguments)``; beside the event loop where a body of that many bytes takes long, which would hold up the
+    streams of all clients."""
+    return await asyncio.to_thread(call, *arguments) if size > LONG_BODY else call(*arguments)
 
 
 Came = list[tuple[int, list[TokenEvent]]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import pickle
 import threading
 import weakref
@@ -157,6 +158,9 @@ class RemoteEngine:
         """From now on the running event loop is told what comes. Once."""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._connection.fileno(), self._read)
+        # uvloop, by libuv's uv_poll_init, has it not block, by which a message longer than the socket's buffer would
+        # be cut off. The other end always reads, and writes whole messages.
+        os.set_blocking(self._connection.fileno(), True)
         self._send("ready", None, None)
 
     @property
@@ -230,7 +234,7 @@ class RemoteEngine:
     def _read(self) -> None:
         """Take all that has come: whoever is behind finds the events of several steps."""
         try:
-            while self._closed is None:
+            while self._closed is None and self._connection.poll():
                 name, key, what = self._connection.recv()
                 if name == "events":
                     self._put(key)
@@ -238,8 +242,6 @@ class RemoteEngine:
                     self._answer(key, what)
                 else:
                     self._end(key or "the engine was closed")
-                if not self._connection.poll():
-                    return
         except (EOFError, OSError):
             self._end("the engine's process has ended")
 

@@ -22,6 +22,9 @@ import uvicorn
 
 from trtllm_vattn.errors import ConfigError, EngineClosed, VattnError
 from trtllm_vattn.runtime.async_engine import AsyncEngine
+from trtllm_vattn.runtime.checkpoint import require_tokenizer
+from trtllm_vattn.runtime.models import SHAPES
+from trtllm_vattn.runtime.settings import check_model_name
 from trtllm_vattn.serve.app import Server, Settings
 from trtllm_vattn.serve.link import EngineEnd, RemoteEngine
 from trtllm_vattn.serve.metrics import Served
@@ -64,7 +67,8 @@ def serve(
     address, bound = listening.getsockname()[:2]
     address = f"[{address}]" if ":" in address else address
     with ServerProcess(listening, settings, drain_s) as server:
-        engine = AsyncEngine.from_pretrained(model, max_requests=max_requests, **options)
+        tokenizer = require_tokenizer(check_model_name(model), SHAPES)
+        engine = AsyncEngine.from_pretrained(model, max_requests=max_requests, tokenizer=tokenizer, **options)
         gc.collect()
         gc.freeze()
         try:
