@@ -226,7 +226,7 @@ def test_the_command_prints_the_choice_and_what_binds_and_draws(
         (["--memory", "1MiB"], "the longest request has"),
         (["--calibration", "b300"], "no calibration of 'b300'"),
         (["--model", "tiny-gemma3"], "a window of 512 tokens"),
-        (["--model", "no/such model"], "no configuration of 'no/such model'"),
+        (["--model", "no/such model"], "no model 'no/such model': it is no directory here"),
         (["--lengths", "nowhere.csv"], "nowhere.csv"),
     ],
 )

@@ -491,7 +491,9 @@ def journal_costs(args: argparse.Namespace) -> dict[str, Any]:
     on_card = list[float]()
     for sequences in SEQUENCES:
         prompt = min(args.prompt_tokens, COST_PROMPT)
-        sizes = {"prompts": sequences, "prompt_tokens": prompt, "output_tokens": args.journal_steps + 8}
+        # All of them decode in all steps, though their prompts may go in one by one.
+        outputs = args.journal_steps + 2 * sequences + 8
+        sizes = {"prompts": sequences, "prompt_tokens": prompt, "output_tokens": outputs}
         sized = argparse.Namespace(**{**vars(args), **sizes, "memory": max(args.memory, 64 << 20)})
         with tempfile.TemporaryDirectory() as folder, broker_process(sized, Path(folder) / "broker") as path:
             cost = journal_cost(sized, path)
