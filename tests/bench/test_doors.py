@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from trtllm_vattn.bench.cases import doors_deterministic, doors_http, doors_updates
-from trtllm_vattn.bench.cases.doors_http import judge
+from trtllm_vattn.bench.cases.doors_http import judge, parting
 from trtllm_vattn.bench.peer.trainer import train
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.errors import ConfigError
@@ -236,3 +236,5 @@ def test_outputs_are_judged(tokens: list[int], more: dict[str, object], said: st
     logprobs = [TokenLogprob(4 + n, -1.0, ((4 + n, -1.0), (0, -1.0 - gap))) for n, gap in enumerate(gaps)]
     wanted = Completion(0, 1, [4, 5, 6], "length", logprobs=logprobs)
     assert judge({"tokens": tokens, **more}, wanted, 0.25) == said
+    apart = {5: None, 7: 0.1, 9: 1.0}.get(next((token for token in tokens if token > 6), 5))
+    assert parting(tokens, wanted) == (None if apart is None else pytest.approx(apart))

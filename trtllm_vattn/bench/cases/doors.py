@@ -16,7 +16,7 @@ Parts, each by a word of `--measure`; results are written after each.
   beginnings of those that went away, that are not the engine's; `leaked` is what is there more than before when all
   have gone (requests, sequences, mappings, tasks, threads, file descriptors), `hung` who waited for five minutes. On a
   GPU an output may part from the engine's where the two likeliest tokens are nearly as likely, for batches differ:
-  those are `ties`, and not wrong.
+  those are `ties`, and not wrong; `widest_parting` says how far the two lie apart, of all outputs.
 * ``updates``: new weights from a process beside this one, again and again while requests stream (doors_updates.py).
 * ``deterministic``: what `Engine(deterministic=True)` costs, and whether it holds (doors_deterministic.py).
 """
@@ -46,6 +46,7 @@ from trtllm_vattn.bench.cases.doors_http import (
     engine_seconds,
     judge,
     outcomes_of,
+    parting,
     serving,
     through_server,
 )
@@ -311,6 +312,9 @@ def measure_clients(
         "failed": judged.count("failed"),
         "hung": sum(bool(outcome.get("hung")) for outcome in outcomes),
         "ties": judged.count("tie"),
+        "widest_parting": max(
+            parting(outcome["tokens"], wanted[place]) or 0.0 for outcome, place in zip(outcomes, places, strict=True)
+        ),
         "gone_away": sum(bool(outcome.get("left")) for outcome in outcomes),
         "killed": sum(bool(outcome.get("killed")) for outcome in outcomes),
         "clients_requests_per_s": len(outcomes) / seconds,

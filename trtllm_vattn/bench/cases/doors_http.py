@@ -245,9 +245,15 @@ def judge(outcome: dict[str, Any], wanted: Completion, tolerance: float) -> str:
         return "failed"
     if whole and len(tokens) != len(wanted.tokens):
         return "wrong"
+    apart = parting(tokens, wanted)
+    return "right" if apart is None else "tie" if apart < tolerance else "wrong"
+
+
+def parting(tokens: Sequence[int], wanted: Completion) -> float | None:
+    """How far the engine's two likeliest tokens lie apart where tokens part from its own first; None where none do."""
     parts = [place for place, (got, own) in enumerate(zip(tokens, wanted.tokens, strict=False)) if got != own]
     if not parts:
-        return "right"
+        return None
     assert wanted.logprobs is not None
     (_, first), (_, second) = wanted.logprobs[parts[0]].top
-    return "tie" if first - second < tolerance else "wrong"
+    return first - second
