@@ -354,6 +354,8 @@ def test_captured_graphs_hold_no_foreign_address(device: str, loop: bool, monkey
     with Engine(loaded, cache, compile=False, buckets=[1, 4], steps=4, loop=loop) as engine:
         for temperature in (0.0, 0.8):
             engine.generate([[1]], SamplingParams(9, temperature))
+        # Without a target nobody asks what a pass costs, and none is timed.
+        assert engine.passes.cost is None
         for bucket in (1, 4):
             report = engine.decode.audit(bucket=bucket)
             report.raise_if_foreign()

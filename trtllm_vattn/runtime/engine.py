@@ -546,8 +546,8 @@ class Engine:
                     self.startup.likely = capture_within(likely)
                     self.decode.measure_prefixes()
                 self.startup.mark("capture likely steps")
-            # Of captured passes it is known already; by it a pass is cut where its padding would cost more.
-            if settings["target_itl_ms"] is not None or (on_gpu and self.passes.graphs is not None):
+            # Nothing else is decided by what passes cost.
+            if settings["target_itl_ms"] is not None:
                 self.passes.learn()
         self.startup.attention = self.attention.describe()
         return mixed
