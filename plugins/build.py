@@ -19,6 +19,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.files import write_json, write_whole
 from trtllm_vattn.plugins.callback_errors import clear_errors, error_of
 from trtllm_vattn.plugins.fields import LARGEST_FIELD, AttentionFields
 from trtllm_vattn.plugins.networks.decoder import inputs_of
@@ -183,7 +184,7 @@ def build_folder(
         else:
             builder.parse(write_onnx(spec, limits, folder / "onnx" / "model.onnx"))
         plan = builder.build()
-        (folder / "engine.plan").write_bytes(plan)
+        write_whole(folder / "engine.plan", "the plan", lambda partial: partial.write_bytes(plan))
         found |= {
             "plan_bytes": len(plan),
             "plan_sha256": hashlib.sha256(plan).hexdigest(),
@@ -192,7 +193,7 @@ def build_folder(
             "plugins_in_plan": plan.count(NAME.encode()),
         }
     config_of(model).save_pretrained(folder)
-    (folder / "engine.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_json(folder / "engine.json", "what the engine is", found)
     return found
 
 

@@ -14,6 +14,7 @@ LAYERS = [
     "errors",
     "lost",
     "values",
+    "files",
     "planner",
     "sizes",
     "arguments",

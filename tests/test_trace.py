@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -65,6 +66,16 @@ def test_what_is_no_trace_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ConfigError, match=r"is no trace|line 2"):
         read_trace(tmp_path / "x.json")
+
+
+def test_a_trace_that_cannot_begin_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Trace, "_write", full)
+    with pytest.raises(ConfigError, match=r"cannot write the trace .*: No space left on device"):
+        Trace(tmp_path / "trace.json")
+    assert list(tmp_path.iterdir()) == []
 
 
 FILLING = """

@@ -98,6 +98,9 @@ class Trace:
                 self._write(b"[\n" + begun.encode())
             except OSError:
                 os.close(self._file)
+                # Not a pipe or a device.
+                if self.path.is_file():
+                    self.path.unlink()
                 raise
         except OSError as error:
             raise ConfigError(f"cannot write the trace {self.path}: {error.strerror}") from error

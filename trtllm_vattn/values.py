@@ -67,7 +67,13 @@ def unicode_text(name: str, value: str) -> str:
 
 def described(value: Any) -> str:
     """A value and its type, for a message."""
-    return "None" if value is None else f"a {type(value).__name__} ({shown(value)})"
+    return "None" if value is None else f"{typed(value)} ({shown(value)})"
+
+
+def typed(value: Any) -> str:
+    """A value's type with its article, for a message: ``a list``, ``an int``."""
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def counted(count: int, noun: str) -> str:

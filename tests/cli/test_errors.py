@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import os
 import re
 import signal
 import subprocess
@@ -189,6 +190,24 @@ def test_a_closed_pipe_ends_quietly(arguments: list[str]) -> None:
         assert process.stderr.read() == ""
         # argparse itself is silent about help that nobody reads.
         assert process.wait(60) in ((0, 141) if arguments != ["plugin", "list"] else (141,))
+
+
+@pytest.mark.parametrize(
+    ("unbuffered", "said"), [("", "standard output:"), ("1", "what is written to (standard output, perhaps) is full:")]
+)
+def test_a_full_disk_behind_standard_output_is_told(unbuffered: str, said: str) -> None:
+    command = [sys.executable, "-m", "trtllm_vattn", "plugin", "list"]
+    with open("/dev/full", "w") as disk:
+        done = subprocess.run(
+            command,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=disk,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (2, f"trtllm-vattn: {said} No space left on device\n")
 
 
 LOST = """

@@ -77,6 +77,12 @@ def test_every_commands_help_is_shown(path: list[str], capsys: pytest.CaptureFix
             assert said.replace(" ", "") in shown.replace(" ", ""), action
 
 
+def test_a_list_of_names_is_not_broken_within_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "compression", "--help"])
+    assert "windows,sliding,fp8,returned,scores,latents,eviction,needle" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", PATHS, ids=" ".join)
 def test_a_flag_says_what_it_is_in_which_unit_and_what_none_means(path: list[str]) -> None:
     for action in flags_of(path):
@@ -189,6 +195,12 @@ def required(parser: argparse.ArgumentParser, but: str) -> list[str]:
         (["bench", "graph", "--nonsense"], "unrecognized arguments: --nonsense (see trtllm-vattn bench graph --help)"),
         (["top", "--url", "http://x"], "unrecognized arguments: --url (see trtllm-vattn top --help)"),
         (["bench", "graph", "--req", "3"], "unrecognized arguments: --req 3"),
+        (
+            ["generate", "--modell", "x"],
+            "unrecognized arguments: --modell; did you mean --model? (see trtllm-vattn gen",
+        ),
+        (["top", "--onse", "http://x"], "unrecognized arguments: --onse; did you mean --once?"),
+        (["generate", "--", "--modell"], "the following arguments are required: --model"),
         (["bench", "graph", "nonsense"], "unrecognized arguments: nonsense"),
         (["bench", "graph", "--requests"], "argument --requests: expected one argument"),
         (["bench", "graph", "--requests", "-3"], "argument --requests: it is '-3'; give a whole number from 0 to"),

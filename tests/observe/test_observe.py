@@ -295,6 +295,10 @@ def test_a_map_is_what_the_cache_has(watched: tuple[Engine, Path], tmp_path: Pat
     assert main(["map", str(path), "--plot", str(picture), "--burst-s", "0.5"]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "sequences" in capsys.readouterr().out
+    assert main(["map", str(path), "--plot", str(tmp_path / "new" / "map.png"), "--at-s", "0"]) == 0
+    assert f"drawn in {tmp_path}/new/map.png" in capsys.readouterr().out
+    assert main(["map", str(path), "--plot", str(picture), "--at-s", "0,1e6"]) == 2
+    assert re.search(r"--at-s is 1e\+06, and .*trace.json ends at \d+\.\d+ s; give less", capsys.readouterr().err)
 
 
 def test_a_trace_without_a_cache_or_driver_is_no_map(tmp_path: Path) -> None:

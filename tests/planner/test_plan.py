@@ -242,3 +242,10 @@ def test_the_command_refuses_at_the_door(
         code = int(left.code or 0)
     assert code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_file_of_any_name_is_read_as_a_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").write_text("a,b")
+    with pytest.raises(ConfigError, match="cannot read the calibration mine"):
+        named("mine")

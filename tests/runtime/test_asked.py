@@ -269,7 +269,7 @@ def test_an_engine_that_speculates_refuses_what_changes_logits_and_serves_the_re
 def test_a_text_without_a_tokenizer_and_a_tokenizer_that_is_none() -> None:
     with pytest.raises(ConfigError, match="the prompt is text, and this engine has no tokenizer"):
         bare().submit("text")
-    with pytest.raises(ConfigError, match="tokenizer is a int"):
+    with pytest.raises(ConfigError, match="tokenizer is an int"):
         Engine(bare().model, bare().cache, tokenizer=3)
 
 

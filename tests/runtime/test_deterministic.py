@@ -192,7 +192,7 @@ def test_a_mixture_of_experts_and_prompt_logprobs_are_refused(experts: Any) -> N
         Engine(experts, cache, compile=False, deterministic=True)
     with make_cache("vattn", shape_of(OWN, 2, 64), "cpu") as cache:
         attention = make_attention("torch", cache, 2)
-        with pytest.raises(ConfigError, match="the model is a int"):
+        with pytest.raises(ConfigError, match="the model is an int"):
             check_deterministic(3, attention)
     made_engine = engine_of(buckets=[LANES], capture=False)
     with made_engine as engine, pytest.raises(ConfigError, match="deterministic, and prompt_logprobs"):

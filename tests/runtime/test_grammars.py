@@ -600,3 +600,13 @@ def test_who_forbids_what_its_grammar_wants_is_told_so() -> None:
             assert (other.finish_reason, other.tokens) == ("length", alone)
             assert wrong.finish_reason == said[0]
             assert (said[1] or "None") in str(wrong.error)
+
+
+def test_a_tokenizer_with_more_tokens_than_logits_is_told() -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_tokens([f"added {number}" for number in range(VOCAB)])
+    compiler = GrammarCompiler(tokenizer, VOCAB, [1])
+    with pytest.raises(
+        ConfigError, match=rf"it has {len(tokenizer):,} tokens, and the model logits for {VOCAB:,}; take"
+    ):
+        compiler.grammar(SamplingParams(regex="a"))

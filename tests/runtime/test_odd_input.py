@@ -175,7 +175,9 @@ def test_settings_of_other_types_are_refused_before_anything_is_loaded(monkeypat
         ({"kv_cache_dtype": np.array([1, 2])}, "kv_cache_dtype is array"),
         ({"tokenizer": np.array([1, 2])}, "tokenizer is a ndarray"),
         ({"tokenizer": "mine"}, "tokenizer is a str"),
-        ({"trace": 10**5000}, "trace is a int"),
+        ({"trace": 10**5000}, "trace is an int"),
+        ({"max_seq_len": 1 << 20}, "max_seq_len is 1048576, the model has 16384 positions; give 16384 or fewer"),
+        ({"broker": "/no/broker"}, "no broker answers at /no/broker: No such file or directory; start one with"),
     ]
     for given, said in wrong:
         with pytest.raises(ConfigError, match=said):

@@ -167,7 +167,7 @@ def test_a_bad_word_as_long_as_what_came_before_is_found() -> None:
         ({"logit_bias": [5]}, "logit_bias is a list"),
         ({"bad_words": [[]]}, "bad_words holds an empty one"),
         ({"stop": [""]}, "stop holds ''"),
-        ({"stop": 3}, "stop is a int"),
+        ({"stop": 3}, "stop is an int"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5, and max_tokens 4"),
         ({"logprobs": 21}, "logprobs is 21; it is a whole number from 0 to 20"),
         ({"json_schema": "{"}, "json_schema is no JSON"),

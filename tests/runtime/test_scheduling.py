@@ -222,7 +222,7 @@ def test_what_cannot_work_is_refused(build: Build) -> None:
         ({"max_step_tokens": 0}, "max_step_tokens is 0; it is a whole number"),
         ({"target_itl_ms": -1}, "target_itl_ms is -1.0; it is a positive number of milliseconds"),
         ({"max_wait_s": 0}, "max_wait_s is 0.0; it is a positive number of seconds"),
-        ({"clock": 3}, r"clock is a int \(3\); give a function"),
+        ({"clock": 3}, r"clock is an int \(3\); give a function"),
     ):
         with pytest.raises(ConfigError, match=message):
             build(**options)

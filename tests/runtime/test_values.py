@@ -359,8 +359,8 @@ def test_other_prompts_are_refused_with_advice(engine: Engine, prompt: Any, mess
     [
         (lambda engine: engine.pin([1], 5), "cache_salt is 5"),
         (lambda engine: engine.unpin([1], ""), "cache_salt is ''"),
-        (lambda engine: engine.wake(5), "tags are a int"),
-        (lambda engine: engine.update_weights({}, manifest=5), "the manifest is a int"),
+        (lambda engine: engine.wake(5), "tags are an int"),
+        (lambda engine: engine.update_weights({}, manifest=5), "the manifest is an int"),
         (lambda engine: engine.update_weights(iter(()), manifest=[1]), "the manifest is a list"),
         (lambda engine: engine.update_weights({}, partial="yes"), "partial is 'yes'"),
         (lambda engine: engine.update_weights({}, restore=None), "restore is None"),

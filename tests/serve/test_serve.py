@@ -35,6 +35,7 @@ from trtllm_vattn.cli.generate import prompts_of, templated  # noqa: E402
 from trtllm_vattn.cli.main import main  # noqa: E402
 from trtllm_vattn.cli.parser import build_parser  # noqa: E402
 from trtllm_vattn.errors import ConfigError, EngineClosed, VattnError  # noqa: E402
+from trtllm_vattn.runtime import engine as engine_module  # noqa: E402
 from trtllm_vattn.runtime.async_engine import AsyncEngine  # noqa: E402
 from trtllm_vattn.runtime.binding import shape_of  # noqa: E402
 from trtllm_vattn.runtime.engine import Engine  # noqa: E402
@@ -264,6 +265,7 @@ def test_grammars_by_response_format(served: Served) -> None:
         (404, "no model 'other'; this server has 'tiny'", {"model": "other"}),
         (400, "temperature is -1", {"temperature": -1}),
         (400, "nonsense: not served", {"extra_body": {"nonsense": 1}}),
+        (400, "messages: not served here, but by /v1/chat/completions", {"extra_body": {"messages": []}}),
         (400, "prompt is 3", {"prompt": 3}),
         (400, "the prompt has token ids outside", {"prompt": [9999]}),
         (400, "the prompt is empty", {"prompt": ""}),
@@ -581,7 +583,8 @@ def test_a_model_without_a_tokenizer_or_a_port_that_is_taken_is_told(capsys: pyt
     with listen("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
         assert main(["serve", "--model", "tiny-llama", "--port", str(port)]) == 2
-        assert "nothing can listen there" in capsys.readouterr().err
+        said = "nothing can listen there: Address already in use; give another --host or --port (0 is a free one)"
+        assert capsys.readouterr().err == f"trtllm-vattn: 127.0.0.1:{port}: {said}\n"
     with engine_of() as engine:
         engine.tokenizer = None
         around = AsyncEngine(engine)
@@ -591,7 +594,11 @@ def test_a_model_without_a_tokenizer_or_a_port_that_is_taken_is_told(capsys: pyt
 
 
 def test_generate_prints_texts(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, alone: Engine
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    alone: Engine,
 ) -> None:
     # Sequences are as long as the model has positions, which are fewer than the usual length.
     flags = ["--device", "cpu", "--max-seqs", "2", "--max-tokens", "9"]
@@ -609,6 +616,11 @@ def test_generate_prints_texts(
     assert re.fullmatch(r"loaded in .* captured graphs in .* s; .* MiB for keys and values", said[3])
     assert main(["generate", "--model", str(checkpoint), "--file", "x", "y"]) == 2
     assert "give one of them" in capsys.readouterr().err
+    # Before anything is loaded.
+    monkeypatch.setattr(engine_module, "_load", lambda *_: pytest.fail("it was loaded"))
+    assert main(["generate", "--model", str(checkpoint), *flags, "--max-tokens", "2000", "--raw", "one"]) == 2
+    assert "and max_tokens 2000 exceed max_seq_len 1024" in capsys.readouterr().err
+    monkeypatch.undo()
     # In memory that a broker lends, and by the name that its operator knows.
     with contextlib.closing(HostDriver()) as driver, lending(driver, 64 << 20, checkpoint.parent / "socket") as broker:
         flags += ["--broker", str(broker.path), "--tenant", "chat"]

@@ -218,7 +218,7 @@ def test_an_engine_in_its_own_thread_sleeps_and_wakes_by_the_brokers_word(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"broker": 3}, "broker is a int"),
+        ({"broker": 3}, "broker is an int"),
         ({"broker": "/no/broker"}, "no broker answers at /no/broker"),
         ({"broker": "x", "cache": "contiguous"}, "has its memory for life; a broker lends to vattn and blocks"),
         ({"broker": "x", "tensor_parallel": 2}, "memory of one device to one process"),

@@ -188,7 +188,7 @@ def test_a_hello_that_cannot_be_leaves_nothing(broker: Broker, hello: say.Hello,
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"path": 3}, "a broker's path is a int"),
+        ({"path": 3}, "a broker's path is an int"),
         ({"name": "a b"}, "give letters, digits"),
         ({"name": ""}, "give letters, digits"),
         ({"floor": "much"}, "floor is 'much'"),

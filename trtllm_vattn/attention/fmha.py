@@ -20,6 +20,7 @@ from trtllm_vattn.attention.fmha_reference import fmha_reference
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.blocks import BlockKVCache
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.values import typed
 
 HEAD_DIMS = (32, 40, 48, 64, 80, 96, 104, 128, 160, 192, 256)
 """Head sizes for which FlashInfer builds the kernel on Hopper."""
@@ -66,7 +67,7 @@ class XqaFmhaAttention(xqa.XqaDecode):
 
     def __init__(self, cache: KVCache, num_heads: int, scale: float | None = None) -> None:
         if not isinstance(cache, BlockKVCache) or cache.shape.kv_factor != 2:
-            raise ConfigError(f"xqa-fmha reads K and V in blocks, not a {type(cache).__name__}; use the blocks cache")
+            raise ConfigError(f"xqa-fmha reads K and V in blocks, not {typed(cache)}; use the blocks cache")
         super().__init__(cache, num_heads, scale)
         shape, layout = cache.shape, cache.layout
         if cache.device.type == "cuda":

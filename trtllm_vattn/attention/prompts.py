@@ -29,6 +29,7 @@ from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.attention.shares_launch import HOPPER, Extras, Features, HeadTables, programs_at_once, tensor_maps
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.values import typed
 from trtllm_vattn.vmm.tensors import upload
 
 
@@ -181,7 +182,7 @@ class FlatPromptsAttention(GatheringAttention):
         super().__init__(cache, num_heads, scale)
         if not isinstance(cache.head_groups(0)[0], FlatKV):
             raise ConfigError(
-                f"the {self.name} backend reads flat K and V, not the blocks of a {type(cache).__name__}; use the "
+                f"the {self.name} backend reads flat K and V, not the blocks of {typed(cache)}; use the "
                 "vattn cache, or the cudnn or xqa backend"
             )
         self._on_gpu = cache.device.type == "cuda"

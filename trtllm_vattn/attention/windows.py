@@ -29,6 +29,7 @@ from trtllm_vattn.attention.options import Feature, LayerOptions
 from trtllm_vattn.attention.prompts import descriptors_of
 from trtllm_vattn.cache.base import FlatKV, KVCache
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.values import typed
 
 COPIED_TOKENS = 8192
 """Tokens before their chunks that the chunks of one captured pass may need copied; a pass of more chunks than that
@@ -157,7 +158,7 @@ class WindowedAttention(Attention):
     ) -> None:
         super().__init__(cache, num_heads, scale)
         if not isinstance(cache.layer(0), FlatKV):
-            raise ConfigError(f"a {type(cache).__name__} has blocks, which keep no windows; use the vattn cache")
+            raise ConfigError(f"{typed(cache)} has blocks, which keep no windows; use the vattn cache")
         longest = max(window for window in cache.shape.windows if window is not None) - 1
         self.most_chunks: int = max(1, COPIED_TOKENS // max(1, longest))
         packed = self.most_chunks * longest + most_rows

@@ -31,6 +31,7 @@ import torch
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.tenancy.borrowing import Keeper, Lease, Lender
 from trtllm_vattn.trace import Trace
+from trtllm_vattn.values import typed
 from trtllm_vattn.vmm.regions import STATIC, Region, tensor_regions
 
 if TYPE_CHECKING:
@@ -426,7 +427,7 @@ class KVCache(ABC):
     # -- capabilities: what not every cache can do ------------------------------------------------------------------
 
     def _cannot(self, what: str) -> NoReturn:
-        raise ConfigError(f"a {type(self).__name__} has its memory for life and cannot {what}; use the vattn cache")
+        raise ConfigError(f"{typed(self)} has its memory for life and cannot {what}; use the vattn cache")
 
     @property
     def budget_bytes(self) -> int:

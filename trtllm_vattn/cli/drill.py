@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from trtllm_vattn.arguments import output
 from trtllm_vattn.bench.harness.flags import add_device
+from trtllm_vattn.files import write_json
 from trtllm_vattn.machine import commit, machine, versions
 from trtllm_vattn.verify.drills import DRILLS, Drills
 
@@ -38,6 +38,5 @@ def run(args: argparse.Namespace) -> int:
             "commit": commit(),
             "drills": [outcome.as_dict() for outcome in outcomes],
         }
-        args.output_json.parent.mkdir(parents=True, exist_ok=True)
-        args.output_json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.output_json, "the report", report)
     return 0 if all(outcome.passed for outcome in outcomes) else 1

@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     """Print outputs: one as it comes, several each when it has ended; rate and memory on stderr. 1 where one failed."""
     from trtllm_vattn.runtime.checkpoint import require_tokenizer
     from trtllm_vattn.runtime.engine import Engine
-    from trtllm_vattn.runtime.models import SHAPES
+    from trtllm_vattn.runtime.models import SHAPES, longest_of
+    from trtllm_vattn.runtime.request import stored_tokens
     from trtllm_vattn.runtime.sampling import SamplingParams
     from trtllm_vattn.runtime.settings import check_model_name
 
@@ -81,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
         tokens = [templated(tokenizer, prompt) for prompt in prompts]
     else:
         tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    longest = longest_of(args.model, args.max_seq_len)
+    for prompt in tokens:
+        stored_tokens(len(prompt), args.max_tokens, longest)
     with Engine.from_pretrained(args.model, tokenizer=tokenizer, **engine_options(args)) as engine:
         return _generate(engine, tokens, params)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import logging
 import os
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(arguments)
         finally:
-            sys.stdout.flush()
+            _flush()
     except BrokenPipeError:
         # What is still in the buffer cannot be written, and would be complained about at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,6 +73,18 @@ def _run(arguments: list[str]) -> int:
     return code
 
 
+def _flush() -> None:
+    """Write out what was printed. Raises OSError, which names standard output; what cannot be written is dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is still in the buffer would be complained about at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
 def _say(text: str, code: int) -> int:
     rank = f"rank {own_rank()}: " if own_rank() else ""
     print(f"trtllm-vattn: {rank}{one_line(text)}", file=sys.stderr)
@@ -88,6 +101,8 @@ def _foreseeable(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
         return f"{package} is not installed: pip install 'trtllm-vattn[{EXTRAS[package]}]'"
     if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
+            return f"what is written to (standard output, perhaps) is full: {error.strerror}"
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     # torch has a class of its own for a GPU's memory, and none for the host's.
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -34,6 +34,10 @@ def run(args: argparse.Namespace) -> int:
     events = read_trace(args.trace)
     try:
         space = Space(events)
+        if args.at_s and max(args.at_s) > space.lasts_s:
+            raise ConfigError(
+                f"--at-s is {max(args.at_s):g}, and {args.trace} ends at {space.lasts_s:.3f} s; give less"
+            )
         maps = [space.at(seconds) for seconds in args.at_s or space.burst(args.burst_s)]
     except ConfigError:
         raise
@@ -47,4 +51,5 @@ def run(args: argparse.Namespace) -> int:
         count = sum(map(len, each.mapped.values()))
         held = f"{counted(len(each.owners), 'sequence')}, {counted(count, 'mapping')}"
         print(f"{each.at_s:.3f} s: {held}, {counted(len(each.shared), 'extent')} shared")
+    print(f"drawn in {args.plot}")
     return 0

@@ -8,6 +8,7 @@ import itertools
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from trtllm_vattn.errors import VattnError
@@ -71,10 +72,10 @@ MODULES = {"graph": "decode", "alloc": "driver_calls", "start": "startup"}
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows the default, unless the help text states it, and breaks no name at a hyphen."""
+    """Shows the default, unless the help text states it, and breaks no name and no list of names."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help, action.default
@@ -91,6 +92,7 @@ class Parser(argparse.ArgumentParser):
     """Reports an error in one line. Refuses abbreviated flags, because defaults depend on which flags are given."""
 
     def __init__(self, **options: Any) -> None:
+        self._unknown: list[str] = []
         super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **options})
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
@@ -98,16 +100,36 @@ class Parser(argparse.ArgumentParser):
             # Python 3.11's argparse makes an empty list of it.
             if argument.startswith("--") and argument.endswith("=--"):
                 self.error(f"argument {argument[:-3]}: it is '--'; give a value")
+        self._unknown = self._unknown_flags(args or ())
         return super().parse_known_args(args, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)  # type: ignore[no-untyped-call]
         if unknown:
             # By the command's own parser, whose --help lists what it takes.
-            getattr(parsed, "shown", self).error(f"unrecognized arguments: {' '.join(unknown)}")
+            parser = getattr(parsed, "shown", self)
+            parser.error(f"unrecognized arguments: {parser._named(unknown)}")
         return parsed
 
+    def _unknown_flags(self, args: Sequence[str]) -> list[str]:
+        """Flags that this command does not have; of one whose arguments are another's flags, too, none."""
+        if any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions):
+            return []
+        # What has a space in it argparse takes for a text.
+        flags = [each for each in itertools.takewhile(lambda each: each != "--", args) if each.startswith("--")]
+        return [each for each in flags if " " not in each and each.partition("=")[0] not in self._option_string_actions]
+
+    def _named(self, unknown: Sequence[str]) -> str:
+        """Unknown arguments, and the flags that are spelled like them."""
+        flags = [each for each in self._option_string_actions if each.startswith("--")]
+        alike = [get_close_matches(each.partition("=")[0], flags, 1, 0.8) for each in unknown if each.startswith("--")]
+        meant = ", ".join(match for matches in alike for match in matches)
+        return " ".join(unknown) + (f"; did you mean {meant}?" if meant else "")
+
     def error(self, message: str) -> NoReturn:
+        if self._unknown and message.startswith("the following arguments are required"):
+            # argparse misses what was misspelt before it says so.
+            message = f"unrecognized arguments: {self._named(self._unknown)}"
         self.exit(2, f"{self.prog}: {one_line(message)} (see {self.prog} --help)\n")
 
 

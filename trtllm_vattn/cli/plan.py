@@ -12,9 +12,8 @@ import torch
 from trtllm_vattn.arguments import positive, size
 from trtllm_vattn.bench.harness.flags import MAX_SEQS, add_model, plot
 from trtllm_vattn.bench.harness.traces import load_trace
-from trtllm_vattn.bench.publish.plots import pyplot
+from trtllm_vattn.bench.publish.plots import pyplot, save_plot
 from trtllm_vattn.cache.calibrated import calibration_of
-from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.planner import CostModel, Lengths, Objective, Plan, Prediction, plan
 from trtllm_vattn.planner.calibration import packaged
 from trtllm_vattn.runtime.models import planned_shape
@@ -140,10 +139,4 @@ def draw(found: Plan, objective: Objective, title: str, path: Path) -> None:
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
     axis.legend()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise ConfigError(f"cannot write the plot to {path}: {error.strerror}") from error
-    finally:
-        plt.close(figure)
+    save_plot(figure, path)

@@ -15,6 +15,7 @@ from typing import Any
 
 from trtllm_vattn.cache.slotted import LEFT, PLACED
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.files import write_whole
 from trtllm_vattn.values import counted
 
 Event = dict[str, Any]
@@ -69,6 +70,13 @@ class Space:
     events : list of dict
         `trace.read_trace`'s, of one cache built over a `TracingDriver`.
 
+    Attributes
+    ----------
+    begins : float
+        When the trace does, in microseconds of its clock.
+    lasts_s : float
+        Seconds from then to the end of its last event.
+
     Raises
     ------
     ConfigError
@@ -87,6 +95,8 @@ class Space:
         if not any(event["name"] == "map" for event in self._events):
             raise ConfigError("the trace holds no driver call; trace an engine by Engine.from_pretrained(trace=...)")
         self.begins = next(event["ts"] for event in events if event["ph"] != "M")
+        ends = max(event["ts"] + event.get("dur", 0.0) for event in events if event["ph"] != "M")
+        self.lasts_s = (ends - self.begins) / 1e6
 
     def at(self, seconds: float) -> AddressMap:
         """The address space so many seconds after the trace began."""
@@ -163,7 +173,7 @@ def draw(space: Space, maps: list[AddressMap], path: Path) -> None:
                     axis.broken_barh([(left, size / unit)], (row - 0.4, 0.8), color=colour, edgecolor="white", lw=0.4)
         labels = ["dummy" if slot == each.dummy_slot else str(slot) for slot in slots]
         axis.set_yticks(range(len(slots)), labels, fontsize=7)
-        axis.set_ylim(len(slots) - 0.5, -0.5)
+        axis.set_ylim(max(len(slots), 1) - 0.5, -0.5)
         axis.set_xlim(0, ranges * wide / unit)
         axis.set_ylabel("slot")
         held = sum(size for _, size, _ in {p[2]: p for places in each.mapped.values() for p in places}.values())
@@ -173,5 +183,7 @@ def draw(space: Space, maps: list[AddressMap], path: Path) -> None:
         f"{name} from the start of the slot" + (f", {ranges} ranges side by side" if ranges > 1 else "")
     )
     axes[0, 0].legend(handles=[Patch(color=colour, label=kind) for kind, colour in COLOURS.items()], fontsize=8)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    try:
+        write_whole(path, "the map", lambda partial: figure.savefig(partial, dpi=130))
+    finally:
+        pyplot.close(figure)

@@ -13,12 +13,12 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.files import write_json
 from trtllm_vattn.values import shown
 
 FORMAT = 1
@@ -207,15 +207,7 @@ def load(path: Path) -> Calibration:
 
 def save(calibration: Calibration, path: Path) -> None:
     """Write a calibration; the file is there whole or not at all. Raises ConfigError where it cannot be written."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(calibration.as_dict(), indent=1) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise ConfigError(f"cannot write the calibration to {path}: {error.strerror}") from error
+    write_json(path, "the calibration", calibration.as_dict())
 
 
 def folder() -> Path:
@@ -239,7 +231,7 @@ def find(card: str) -> Calibration | None:
 
 def named(name: str) -> Calibration:
     """What a file holds, or the numbers of a card. Raises ConfigError where there is neither."""
-    if name.endswith(".json") or os.sep in name:
+    if name.endswith(".json") or os.sep in name or Path(name).is_file():
         return load(Path(name))
     if (found := find(name)) is None:
         raise ConfigError(

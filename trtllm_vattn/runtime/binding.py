@@ -331,11 +331,7 @@ def shape_of(model: StepModel, num_slots: int, max_seq_len: int, kv_cache_dtype:
             f"{type(model).__name__} attends to windows of {sorted({each for each in windows if each})} tokens in some "
             f"layers, and serves full attention only; lower max_seq_len from {max_seq_len} to the window"
         )
-    positions = positions_of(config)
-    if positions is not None and max_seq_len > positions:
-        raise ConfigError(
-            f"max_seq_len is {max_seq_len}, the model has {positions} positions; give {positions} or fewer"
-        )
+    refuse_longer(max_seq_len, positions_of(config))
     names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
     sizes = {name: _field(config, name) for name in names}
     sizes["num_key_value_heads"] = _field(config, "num_key_value_heads", sizes["num_attention_heads"])
@@ -396,6 +392,14 @@ def _rope_of(config: Any) -> list[dict[str, Any]]:
     whole = getattr(config, "rope_parameters", None) or {}
     by_kind = [each for each in whole.values() if isinstance(each, dict)]
     return by_kind or ([whole] if whole else [])
+
+
+def refuse_longer(max_seq_len: int, positions: int | None) -> None:
+    """Raise ConfigError for longer sequences than a model has positions for; None is no bound."""
+    if positions is not None and max_seq_len > positions:
+        raise ConfigError(
+            f"max_seq_len is {max_seq_len}, the model has {positions} positions; give {positions} or fewer"
+        )
 
 
 def positions_of(config: Any) -> int | None:

@@ -61,6 +61,10 @@ def check_broker(broker: Any, cache: str, tensor_parallel: Any, options: dict[st
             raise ConfigError(
                 f"sequences of an engine with {some[0]} do not outlive its process; leave out one of both"
             )
+    # With msgspec, which is an extra. Before the model is loaded, which may take minutes.
+    from trtllm_vattn.tenancy.tenant import require_broker
+
+    require_broker(broker.path)
     return broker
 
 

@@ -137,9 +137,11 @@ def _not_found(name: str, shapes: Iterable[str], error: Exception) -> ConfigErro
         how = f"its cache alone, as HF_HUB_OFFLINE is set ({constants.HF_HUB_CACHE})"
     elif unanswered := hub_error():
         how = f"its cache ({constants.HF_HUB_CACHE}), and {unanswered}"
+    shapes = tuple(shapes)
+    none = f", none of the shapes {', '.join(shapes)}" if shapes else ""
     return ConfigError(
-        f"no model {name!r}: it is no directory here, none of the shapes {', '.join(shapes)}, and transformers did not "
-        f"find it as a checkpoint in {how}; {advice(name, tuple(shapes))}"
+        f"no model {name!r}: it is no directory here{none}, and transformers did not find it as a checkpoint in {how}; "
+        f"{advice(name, shapes)}"
     )
 
 

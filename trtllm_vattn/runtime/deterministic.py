@@ -43,6 +43,7 @@ from transformers import PreTrainedModel
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.options import FP8
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.values import typed
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -64,7 +65,7 @@ def check_deterministic(model: Any, attention: Attention) -> None:
     shape = attention.cache.shape
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
-            f"deterministic is True, and the model is a {type(model).__name__}, whose kernels choose by shapes that "
+            f"deterministic is True, and the model is {typed(model)}, whose kernels choose by shapes that "
             "are not known here; leave it out, or serve the Hugging Face model"
         )
     if shape.dtype == FP8:

@@ -25,6 +25,7 @@ from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import CaptureError, ConfigError
 from trtllm_vattn.runtime import latents
 from trtllm_vattn.runtime.step_model import StepModel
+from trtllm_vattn.values import typed
 
 DRY_NAME = "trtllm_vattn_dry_pass"
 """Under which the stand-in is registered with transformers."""
@@ -332,7 +333,7 @@ def _unserved(call: Call) -> list[str]:
             value = f"a tensor of shape {tuple(value.shape)}"
         wrong.append(f"asks for attention with {name} = {value}, which no backend here computes")
     if call.scaling is not None and not isinstance(call.scaling, int | float):
-        wrong.append(f"scales scores by a {type(call.scaling).__name__}, not by a number")
+        wrong.append(f"scales scores by {typed(call.scaling)}, not by a number")
     return wrong
 
 

@@ -93,7 +93,7 @@ from trtllm_vattn.runtime.weights_ipc import IpcWeights, ReceivedWeights, named_
 from trtllm_vattn.sizes import parse_bytes
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.trace import Trace
-from trtllm_vattn.values import choice, counted, described, finite, shown, truth, unicode_text, whole
+from trtllm_vattn.values import choice, counted, described, finite, shown, truth, typed, unicode_text, whole
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.tensors import finish, inference
@@ -437,7 +437,7 @@ class Engine:
             return
         if not self.supports_packed_prefill:
             raise ConfigError(
-                f"a {type(self).__name__}'s model takes one token of each sequence in a step, and speculation verifies "
+                f"{typed(self)}'s model takes one token of each sequence in a step, and speculation verifies "
                 "several; leave speculation out"
             )
         if self.cache.shape.windows:
@@ -634,7 +634,8 @@ class Engine:
         model, device = check_model_name(model), check_device(device)
         dtype = check_dtype(dtype, device)
         max_seqs = whole("max_seqs", max_seqs, 1, MOST_SEQUENCES)
-        max_seq_len = longest_of(model) if max_seq_len is None else whole("max_seq_len", max_seq_len, 1, LARGEST_COUNT)
+        asked = None if max_seq_len is None else whole("max_seq_len", max_seq_len, 1, LARGEST_COUNT)
+        max_seq_len = longest_of(model, asked)
         _check_named(mapping, cache, kv_cache_dtype, tokenizer)
         budget = None if budget is None else parse_bytes(budget, "the budget")
         idle_floor = parse_bytes(idle_floor, "idle_floor")
@@ -1772,7 +1773,7 @@ def _check_reuse(settings: dict[str, Any], cache: KVCache) -> bool:
     """Whether prefixes are kept. Raises ConfigError where they shall be and the cache cannot."""
     wanted: bool | None = settings["prefix_cache"]
     if wanted and not cache.remaps:
-        raise ConfigError(f"a {type(cache).__name__} cannot keep prefixes; use the vattn cache, or prefix_cache=False")
+        raise ConfigError(f"{typed(cache)} cannot keep prefixes; use the vattn cache, or prefix_cache=False")
     reusing = cache.remaps if wanted is None else wanted
     if settings["kv_events"] and not reusing:
         raise ConfigError("kv_events are those of the prefix cache, which this engine has not")

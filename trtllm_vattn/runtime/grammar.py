@@ -196,7 +196,14 @@ class GrammarCompiler:
                         slices=_slices(),
                     )
                 except Exception as error:
-                    raise ConfigError(f"grammars are not possible with this tokenizer: {error}") from error
+                    why: object = error
+                    if hasattr(self._tokenizer, "__len__") and len(self._tokenizer) > self._vocab_size:
+                        # llguidance names both numbers alone.
+                        why = (
+                            f"it has {len(self._tokenizer):,} tokens, and the model logits for {self._vocab_size:,}; "
+                            "take out tokens that were added to it"
+                        )
+                    raise ConfigError(f"grammars are not possible with this tokenizer: {why}") from error
         if regex is not None:
             text = LLMatcher.grammar_from_regex(regex)
         else:

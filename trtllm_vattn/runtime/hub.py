@@ -37,7 +37,9 @@ def check_repo_id(name: str, shapes: tuple[str, ...]) -> None:
 def advice(name: str, shapes: tuple[str, ...]) -> str:
     """What to do about a name that nothing has."""
     close = get_close_matches(name, shapes, 1)
-    return (f"do you mean {close[0]}? Else " if close else "") + "give a checkpoint's directory, or one of the shapes"
+    return (f"do you mean {close[0]}? Else " if close else "") + (
+        "give a checkpoint's directory" + (", or one of the shapes" if shapes else "")
+    )
 
 
 def hub_error() -> str:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.planner import ModelShape
+from trtllm_vattn.runtime.binding import refuse_longer
 from trtllm_vattn.runtime.checkpoint import load_checkpoint, positions_in
 from trtllm_vattn.runtime.hub import check_repo_id, is_local_only
 from trtllm_vattn.sizes import USUAL_MAX_SEQ_LEN
@@ -135,11 +136,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Shapes as published in the models' configurations."""
 
 
-def longest_of(name: str) -> int:
-    """Tokens of the longest sequence unless it is said: `USUAL_MAX_SEQ_LEN`, or as many as the model of a name has
-    positions, where they are fewer."""
+def longest_of(name: str, asked: int | None = None) -> int:
+    """Tokens of the longest sequence of the model of a name, which is not loaded for it: as many as are asked for, else
+    `USUAL_MAX_SEQ_LEN`, or as many as it has positions, where they are fewer. Raises ConfigError where more are asked
+    for than it has positions."""
     shape = SHAPES.get(name) if not Path(name).is_dir() else None
     positions = positions_in(name, SHAPES) if shape is None else shape["max_position_embeddings"]
+    if asked is not None:
+        refuse_longer(asked, positions)
+        return asked
     return min(USUAL_MAX_SEQ_LEN, positions or USUAL_MAX_SEQ_LEN)
 
 

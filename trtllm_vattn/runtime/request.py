@@ -490,20 +490,30 @@ def make_request(
     return RequestState(number, prompt, params, most, forced, silent, _prompt_ids=prompt_ids)
 
 
+def stored_tokens(prompt_len: int, max_tokens: int | None, max_seq_len: int) -> int:
+    """Tokens of a request that have to lie in its slot: all but the last one. Raises SequenceTooLong where they are
+    more than `max_seq_len`."""
+    stored = prompt_len + (max_tokens or 1) - 1
+    if stored > max_seq_len:
+        raise SequenceTooLong(
+            f"{_asked(prompt_len, max_tokens)} exceed max_seq_len {max_seq_len}, whose last token is not stored; "
+            "shorten the prompt, lower max_tokens, or build the cache with a larger max_seq_len"
+        )
+    return stored
+
+
+def _asked(prompt_len: int, wanted: int | None) -> str:
+    return f"a prompt of {prompt_len} tokens and {'at least one more' if wanted is None else f'max_tokens {wanted}'}"
+
+
 def _most_tokens(prompt_len: int, wanted: int | None, cache: KVCache) -> int:
     """How many tokens a request generates at most. The last one is not stored. Raises SequenceTooLong."""
-    tokens = wanted or 1
-    stored = prompt_len + tokens - 1
     longest, alone = cache.shape.max_seq_len, cache.longest_alone
-    asked = f"a prompt of {prompt_len} tokens and {'at least one more' if wanted is None else f'max_tokens {wanted}'}"
-    if stored > longest:
-        raise SequenceTooLong(
-            f"{asked} exceed max_seq_len {longest}, whose last token is not stored; shorten the prompt, lower "
-            "max_tokens, or build the cache with a larger max_seq_len"
-        )
+    stored = stored_tokens(prompt_len, wanted, longest)
     if stored > alone:
         raise SequenceTooLong(
-            f"{asked} take {cache.bytes_of(stored):,} bytes, and the budget has {cache.bytes_for_sequences:,} for "
-            f"sequences, enough for {alone} tokens; shorten the prompt, lower max_tokens, or {cache.remedy}"
+            f"{_asked(prompt_len, wanted)} take {cache.bytes_of(stored):,} bytes, and the budget has "
+            f"{cache.bytes_for_sequences:,} for sequences, enough for {alone} tokens; shorten the prompt, lower "
+            f"max_tokens, or {cache.remedy}"
         )
     return min(longest, alone) - prompt_len + 1 if wanted is None else wanted

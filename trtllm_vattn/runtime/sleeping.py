@@ -21,7 +21,7 @@ from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.errors import ConfigError, DriverError, EngineAsleep, KVCacheOutOfMemory
 from trtllm_vattn.memory.host_pool import HostPool, Span
 from trtllm_vattn.runtime.compiled import LinearSlice
-from trtllm_vattn.values import choice, described, shown
+from trtllm_vattn.values import choice, described, shown, typed
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
 from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation
@@ -307,7 +307,7 @@ class Sleeping:
         choice("kv", kv, "keep", "drop")
         choice("weights", weights, "keep", "host", "drop")
         if not self.cache.remaps:
-            raise ConfigError(f"a {type(self.cache).__name__} has its memory for life; sleep needs the vattn cache")
+            raise ConfigError(f"{typed(self.cache)} has its memory for life; sleep needs the vattn cache")
         if weights != "keep" and self.weights is None:
             raise ConfigError("these weights cannot sleep; build the engine with sleepable_weights=True")
 

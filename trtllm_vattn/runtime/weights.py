@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from trtllm_vattn.errors import ConfigError, WeightsMixed
 from trtllm_vattn.runtime.compiled import LinearSlice
 from trtllm_vattn.runtime.step_model import StepModel
-from trtllm_vattn.values import shown
+from trtllm_vattn.values import shown, typed
 
 Manifest = Mapping[str, tuple[Sequence[int], torch.dtype]]
 """Shape and dtype of each tensor, by its name."""
@@ -205,7 +205,7 @@ class Weights:
         streamed = manifest is not None and not isinstance(tensors, Mapping | list | tuple)
         pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
         if not isinstance(pairs, Iterable) or isinstance(pairs, torch.Tensor | np.ndarray | str):
-            raise ConfigError(f"named tensors are a {type(tensors).__name__}; give a dict, or pairs of name and tensor")
+            raise ConfigError(f"named tensors are {typed(tensors)}; give a dict, or pairs of name and tensor")
         if streamed:
             wanted = _manifest({} if manifest is None else manifest)
         else:
@@ -241,7 +241,7 @@ class Weights:
     def _take(self, name: str, tensor: torch.Tensor) -> None:
         """Raise ConfigError where a tensor is of a kind or on a device that cannot be copied from."""
         if not isinstance(tensor, torch.Tensor):
-            raise ConfigError(f"{name} is a {type(tensor).__name__}; give a tensor")
+            raise ConfigError(f"{name} is {typed(tensor)}; give a tensor")
         if hasattr(tensor, "full_tensor"):
             raise ConfigError(f"{name} is distributed over several devices; give its full_tensor()")
         if tensor.layout is not torch.strided or tensor.is_quantized:
@@ -416,13 +416,13 @@ def _equal(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
 def _pairs(pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise ConfigError(f"a stream of weights gave a {type(pair).__name__}; give pairs of name and tensor")
+            raise ConfigError(f"a stream of weights gave {typed(pair)}; give pairs of name and tensor")
         yield pair[0], pair[1]
 
 
 def _manifest(manifest: Manifest) -> dict[str, tuple[torch.Size, torch.dtype]]:
     if not isinstance(manifest, Mapping):
-        raise ConfigError(f"the manifest is a {type(manifest).__name__}; give a dict of names to shape and dtype")
+        raise ConfigError(f"the manifest is {typed(manifest)}; give a dict of names to shape and dtype")
     checked = {}
     for name, entry in manifest.items():
         try:

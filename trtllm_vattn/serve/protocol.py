@@ -43,6 +43,7 @@ OWN = (
     "response_format",
     "return_token_ids",
 )
+PATHS = ("/v1/completions", "/v1/chat/completions")
 OF_COMPLETIONS = ("prompt", "echo", "best_of", "suffix")
 OF_CHAT = ("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "chat_template_kwargs")
 WITHOUT_EFFECT = (
@@ -196,7 +197,9 @@ def _refuse_unknown(body: Mapping[str, Any], own: Sequence[str]) -> None:
     known = {*ALIKE, *MORE, *OWN, *own, *WITHOUT_EFFECT}
     unknown = [name for name, value in body.items() if name not in known and value is not None]
     if unknown:
-        raise ApiError(400, f"{', '.join(unknown)}: not served; leave it out", "unknown_parameter", unknown[0])
+        elsewhere = [path for path, names in zip(PATHS, (OF_COMPLETIONS, OF_CHAT), strict=True) if unknown[0] in names]
+        said = f"not served here, but by {elsewhere[0]}" if elsewhere else "not served; leave it out"
+        raise ApiError(400, f"{', '.join(unknown)}: {said}", "unknown_parameter", unknown[0])
 
 
 def _params(body: Mapping[str, Any], more: dict[str, Any]) -> SamplingParams:

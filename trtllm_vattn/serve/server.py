@@ -251,4 +251,7 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise OSError(error.errno, f"nothing can listen there: {error.strerror}", f"{host}:{port}") from error
+        # asyncio's and socket's own texts repeat the address.
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        said = f"nothing can listen there: {why}; give another --host or --port (0 is a free one)"
+        raise OSError(error.errno, said, f"{host}:{port}") from error

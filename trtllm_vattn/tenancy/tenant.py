@@ -6,6 +6,7 @@ Everything above the driver seam is unchanged: `BrokerDriver.create` borrows an 
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import os
 import select
@@ -57,6 +58,18 @@ NUDGES = 1 << 16
 """Bytes that are read at once of those that a broker wakes a tenant by: all that there are."""
 
 
+def require_broker(path: str | Path) -> None:
+    """Raise ConfigError where no broker can be at a path, for there is no socket. Nobody is asked."""
+    if not Path(path).is_socket():
+        raise _no_broker(path, "it is no socket" if Path(path).exists() else os.strerror(errno.ENOENT))
+
+
+def _no_broker(path: str | Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"no broker answers at {path}: {why}; start one with trtllm-vattn broker --memory BYTES --socket {path}"
+    )
+
+
 class Client:
     """A connection to a broker, which answers within so many seconds or counts as lost. From any thread; one request at
     a time."""
@@ -87,10 +100,7 @@ class Client:
             sleep(RETRY_S)
 
     def _not_there(self, why: str) -> ConfigError:
-        return ConfigError(
-            f"no broker answers at {self.path}: {why}; start one with trtllm-vattn broker --memory BYTES --socket "
-            f"{self.path}"
-        )
+        return _no_broker(self.path, why)
 
     def ask(self, request: say.Message) -> tuple[say.Answer, list[int]]:
         """One request; its answer, and the descriptors beside it, which are the caller's. Raises BrokerLost. Whom an

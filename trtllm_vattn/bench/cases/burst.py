@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench burst`."""
     add = adder(parser, gpu := add_common(parser))
     add_attention(parser)
-    add("--context", "TOKENS", "tokens of each of them", 2048, 64)
+    add("--context", "TOKENS", "tokens of each sequence that decodes beside the burst", 2048, 64)
     add("--prompts", "PROMPTS", "prompts of the burst", 128, 6)
     add("--prompt-tokens", "TOKENS", "tokens of each prompt", 2048, 64)
     add("--steps", "STEPS", "decode steps before the burst, and after it", 128, 6)

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--slide", "TOKENS", "tokens that a window slides over", 100_000, 1200)
     add("--window-context", "TOKENS", "tokens of each sequence whose windows' memory is counted", 32_768, 512)
     add("--batch", "SEQUENCES", "sequences that decode over keys and values of 16 and of 8 bits", 64, 3)
-    add("--context", "TOKENS", "of each of them", 8192, 64)
+    add("--context", "TOKENS", "tokens of each sequence of --batch", 8192, 64)
     add("--evicted-context", "TOKENS", "tokens of a prompt that most are evicted of", 131_072, 6000)
     text = "KV memory, in which as many sequences as fit are admitted"
     parser.add_argument(

@@ -4,7 +4,6 @@ changes, in parts that go on from a file (verify/soak.py)."""
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from trtllm_vattn.arguments import adder, output
@@ -12,6 +11,7 @@ from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import add_common
 from trtllm_vattn.bench.harness.report import load
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.files import write_json
 from trtllm_vattn.machine import commit
 from trtllm_vattn.verify.negative_controls import fenced_unmap
 from trtllm_vattn.verify.soak import Soak
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     controls = soak.controls()
     fenced = fenced_unmap(args.device, args.model)
     if args.state:
-        args.state.write_text(json.dumps({"seed": args.seed, "model": args.model, "chunks": parts}))
+        write_json(args.state, "the state", {"seed": args.seed, "model": args.model, "chunks": parts})
 
     def total(name: str) -> Any:
         return sum(each[name] for each in parts)

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_attention(parser)
     add("--target-itl-ms", "MILLISECONDS", "time between two tokens that passes are cut to", 50.0)
     parser.set_defaults(running=32 if gpu else 3)
-    add("--context", "TOKENS", "tokens of each of them when it begins", 2048, 20)
+    add("--context", "TOKENS", "tokens of each sequence that decodes when the long prompt begins", 2048, 20)
     add("--prompt-tokens", "TOKENS", "tokens of the long prompt", 100_000, 400)
     add("--room", "TOKENS", "tokens that the running sequences may decode meanwhile", 4096, 400)
     flags.add_trace(parser)

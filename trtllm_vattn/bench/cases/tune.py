@@ -23,6 +23,7 @@ from trtllm_vattn.bench.harness.contenders import Contest, take_turns
 from trtllm_vattn.bench.harness.flags import add_common, dtype_of
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.errors import ConfigError, VattnError
+from trtllm_vattn.files import write_json
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.tuned import FOLDER, card_of, collect, entries, merged, toolchain
 from trtllm_vattn.table import tabulate
@@ -87,10 +88,9 @@ def run(args: argparse.Namespace) -> int:
         if not found[best]:
             raise VattnError("the search left no configuration: this torch keeps none, or its caches are disabled")
         entry = {"model": args.model, **toolchain(), "step_ms": rows[best]["step_ms"], "trials": args.trials}
-        args.output.mkdir(parents=True, exist_ok=True)
         path = args.output / f"{name}.json"
         old = json.loads(path.read_text()) if path.is_file() else entries(name)
-        path.write_text(json.dumps(merged(old, {**entry, "kernels": found[best]}), indent=1) + "\n")
+        write_json(path, "the kernels", merged(old, {**entry, "kernels": found[best]}))
         again, kernels = started(args, str(args.output))
         recording.add("runs", {"start": "with what was found", **again, "kernels": len(kernels)})
         same = {key: kernels.get(key) for key in found[best]} == found[best]

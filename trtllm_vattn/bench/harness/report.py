@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
-from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from trtllm_vattn.bench.harness.flags import as_config
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.files import write_json
 from trtllm_vattn.machine import commit, machine, versions
 
 
@@ -42,15 +41,7 @@ def result_of(
 
 def write(result: dict[str, Any], path: Path) -> None:
     """Write a result; the file is there whole or not at all. Raises ConfigError where it cannot be written."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise ConfigError(f"cannot write the results to {path}: {error.strerror}") from error
+    write_json(path, "the results", result)
 
 
 def load(path: Path) -> dict[str, Any]:

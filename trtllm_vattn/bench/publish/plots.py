@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.files import write_whole
 
 # Okabe and Ito's palette, told apart by the colour-blind.
 _COLOURS = {"contiguous": "#E69F00", "paged": "#56B4E9", "vattn": "#009E73"}
@@ -84,9 +85,15 @@ def save(figure: Any, result: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{result['benchmark']}, {result['config'].get('model', '')}".rstrip(", ") + f", on {where(result)}"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot().close(figure)
+    save_plot(figure, path)
+
+
+def save_plot(figure: Any, path: Path) -> None:
+    """Write a figure and close it. Raises ConfigError where it cannot be written."""
+    try:
+        write_whole(path, "the plot", lambda partial: figure.savefig(partial, dpi=130))
+    finally:
+        pyplot().close(figure)
 
 
 def plot_demo(result: dict[str, Any], path: Path) -> None:

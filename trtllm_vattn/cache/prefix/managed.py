@@ -19,6 +19,7 @@ from trtllm_vattn.cache.prefix.reuse import PrefixCache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.memory.layout import BlockLayout
 from trtllm_vattn.memory.slot import RangeGroup, Stripe
+from trtllm_vattn.values import typed
 from trtllm_vattn.vmm.owners import Extent
 
 
@@ -31,7 +32,7 @@ def prefix_cache_over(
 ) -> PrefixCache:
     """A `PrefixCache` over a cache at fixed addresses. Raises ConfigError for another one."""
     if not isinstance(cache, KVCacheManager):
-        raise ConfigError(f"a {type(cache).__name__} cannot keep prefixes; use the vattn cache, or prefix_cache=False")
+        raise ConfigError(f"{typed(cache)} cannot keep prefixes; use the vattn cache, or prefix_cache=False")
     return PrefixCache(ManagedReuse(cache), costs=costs, ways=ways, max_segments=max_segments, events=events)
 
 

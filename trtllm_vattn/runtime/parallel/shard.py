@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.parallel import group  # noqa: F401  (its operations are called by name)
+from trtllm_vattn.values import typed
 
 KV = ("k_proj", "v_proj")
 COLUMNS, ROWS, GATHERED, WHOLE = "colwise", "rowwise", "colwise_gather_output", "replicated_with_grad_allreduce"
@@ -92,7 +93,7 @@ def shard_model(model: PreTrainedModel, rank: int, size: int) -> None:
             if style == WHOLE:
                 continue
             if type(module) is not nn.Linear:
-                raise ConfigError(f"{name} of {type(model).__name__} is a {type(module).__name__}, not a linear module")
+                raise ConfigError(f"{name} of {type(model).__name__} is {typed(module)}, not a linear module")
             if style == ROWS:
                 _keep(module, _part(module.in_features, rank, size), dim=1)
                 module.__class__ = SummedLinear

@@ -1,0 +1,49 @@
+"""A file is there whole, or as it was before."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.files import write_json, write_whole
+
+
+def full(partial: Path) -> None:
+    """Write some of it, as on a disk that gets full."""
+    partial.write_text("some")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.json"
+    with pytest.raises(ConfigError, match=r"cannot write the numbers to .*/a/b.json: No space left on device"):
+        write_whole(path, "the numbers", full)
+    assert list(path.parent.iterdir()) == []
+    write_json(path, "the numbers", {"a": 1})
+    with pytest.raises(ConfigError):
+        write_whole(path, "the numbers", full)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, "the numbers", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [each.name for each in path.parent.iterdir()] == ["b.json"]
+    with pytest.raises(ConfigError, match="cannot write the numbers"):
+        write_json(path / "c", "the numbers", {})
+
+
+def test_links_stay_and_pipes_are_written_to(tmp_path: Path) -> None:
+    file, link, pipe = (tmp_path / name for name in ("file", "link", "pipe"))
+    link.symlink_to(file)
+    write_json(link, "the numbers", 1)
+    assert link.is_symlink()
+    assert file.read_text() == "1\n"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, "the numbers", 2)
+    assert os.read(reading, 10) == b"2\n"
+    os.close(reading)
+    assert pipe.is_fifo()

@@ -1,0 +1,52 @@
+"""Files that a command writes: there whole, or as they were before."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from trtllm_vattn.errors import ConfigError
+
+
+def write_whole(path: Path, what: str, write: Callable[[Path], object]) -> None:
+    """Write a file beside `path`, and put it in its place when it is whole. Its folder is made where it is absent.
+
+    Parameters
+    ----------
+    what : str
+        What the file holds, for the message, as ``the results``.
+    write : callable
+        Writes to the path that it gets, whose name ends as that of `path`: a file beside the one that `path` leads to;
+        or `path` itself, where that is no file but a pipe or a device (``/dev/stdout``), which nothing may replace.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be written (a full disk, say). A file that was there is as it was, and no other is left behind;
+        neither is one where `write` raises anything else.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            write(path)
+            return
+        place = path.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.with_name(f".{os.getpid()}.partial.{place.name}")
+        try:
+            write(partial)
+            os.replace(partial, place)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+    except OSError as error:
+        raise ConfigError(f"cannot write {what} to {path}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, what: str, content: object) -> None:
+    """Write JSON as `write_whole` does."""
+    text = json.dumps(content, indent=1) + "\n"
+    write_whole(path, what, lambda partial: partial.write_text(text))
