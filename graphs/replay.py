@@ -34,8 +34,13 @@ def _closed(bucket: int) -> Outputs:
 
 
 def default_buckets(most: int) -> list[int]:
-    """Batch sizes to capture up to `most`: 1, 2, 4, then every 8 to 64, every 16 to 256, every 64 beyond."""
-    usual = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most, 64)]
+    """Batch sizes to capture up to `most`: 1, 2, 4, then every 8 to 64, every 16 to 256, every 64 to 1,024, and from
+    there on the double of that each time that the size has doubled: some hundred sizes for a hundred thousand."""
+    usual = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1024, 64)]
+    size = 1024
+    while size < most:
+        usual.append(size)
+        size += 64 << (size.bit_length() - 11)
     return [*(size for size in usual if size < most), most]
 
 

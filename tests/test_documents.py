@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from trtllm_vattn.cli.parser import build_parser
 from trtllm_vattn.graphs.guard import Guard
 from trtllm_vattn.graphs.host_graph import HostGraph
 from trtllm_vattn.runtime import Engine, SamplingParams
@@ -100,6 +102,44 @@ def test_python_in_documents_is_python(name: str) -> None:
 
 def test_the_matrix_of_features_is_the_one_that_is_tried() -> None:
     assert feature_table() in (ROOT / "trtllm_vattn/README.md").read_text()
+
+
+def commands_in(path: Path) -> list[list[str]]:
+    """The words behind `trtllm-vattn` in each command that a document shows. Captions have those of older versions, as
+    has what stands in spans as `bench tlb` is told to have been."""
+    text = re.sub(r"<details>.*?</details>|<sub>.*?</sub>", "", path.read_text(), flags=re.DOTALL)
+    fenced = "\n".join(_FENCE.findall(text)).replace("\\\n", " ").splitlines()
+    spans = re.findall(r"`([^`\n]+)`", _FENCE.sub("", text))
+    found = [re.findall(r"(?:trtllm-vattn |^(?=bench ))([a-z][^#|;&]*)", line) for line in fenced + spans]
+    return [each.split(" -- ")[0].split() for commands in found for each in commands]
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """A command's own commands, by name."""
+    return next((dict(each.choices or {}) for each in parser._actions if each.nargs == argparse.PARSER), {})  # type: ignore[call-overload]
+
+
+OLDER = ["bench", "tlb"]
+"""A command of captions, whose successor scripts/results/README.md names."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_and_flag_that_is_shown_is_there(name: str) -> None:
+    for words in commands_in(ROOT / name):
+        if words == OLDER:
+            continue
+        parser, known = build_parser(words[:2], "0"), True
+        flags: set[str] = set()
+        for word in words:
+            if known and (below := subcommands(parser)) and not word.startswith("-"):
+                # `broker` has flags of its own, of which this may be a value; NAME stands for any.
+                known = word in below
+                told = known or parser.prog.endswith(" broker") or not word.islower()
+                assert told, f"{name} shows {' '.join(words)}, and there is no {word}"
+                parser = below.get(word, parser)  # type: ignore[assignment]
+            flags |= {flag for each in parser._actions for flag in each.option_strings}
+        shown = {word.partition("=")[0].rstrip(".,)") for word in words if word.startswith("--")}
+        assert shown <= flags, f"{name} shows {' '.join(words)}, which has no {', '.join(shown - flags)}"
 
 
 def test_the_readme_is_short_and_its_picture_small() -> None:

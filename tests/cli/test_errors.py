@@ -179,6 +179,28 @@ def test_an_interrupt_ends_in_one_line() -> None:
     assert done.stderr == "trtllm-vattn: interrupted\n"
 
 
+@pytest.mark.parametrize("where", ["build_parser", "run_on_ranks"])
+def test_an_interrupt_that_an_import_loses_ends_in_one_line(where: str) -> None:
+    source = (
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import trtllm_vattn.cli.main as module\n"
+        f"original = module.{where}\n"
+        "def losing(*given):\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), {int(signal.SIGINT)})\n"
+        "        threading.Event().wait(10)\n"
+        "    except KeyboardInterrupt:\n"
+        "        pass\n"
+        f"    if {where == 'run_on_ranks'}:\n"
+        "        raise AttributeError('half a module')\n"
+        "    return original(*given)\n"
+        f"module.launched = lambda: True\nmodule.{where} = losing\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    done = apart(source, "plugin", "list", python=forking.python())
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "trtllm-vattn: interrupted\n")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["bench"], ["plugin", "list"]], ids=" ".join)
 def test_a_closed_pipe_ends_quietly(arguments: list[str]) -> None:
     """As in ``trtllm-vattn … | head``, where head has read enough."""
@@ -223,7 +245,7 @@ class Holder:
     def __del__(self):
         os.abort()
 
-def run(arguments):
+def run(arguments, interrupts):
     holder = Holder()
     atexit.register(print, "at exit")
     if case == "kept":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -185,6 +186,13 @@ def test_buckets_must_make_sense(buckets: list[int]) -> None:
 def test_default_buckets_end_at_the_most(most: int, buckets: list[int]) -> None:
     assert default_buckets(most) == buckets
     assert default_buckets(600)[-3:] == [512, 576, 600]
+    assert default_buckets(1100)[-3:] == [1024, 1088, 1100]
+
+
+def test_default_buckets_stay_few_and_near_to_one_another() -> None:
+    sizes = default_buckets(1 << 20)
+    assert len(sizes) < 200
+    assert all(after <= 1.063 * before for before, after in itertools.pairwise(sizes) if before >= 1024)
 
 
 @pytest.mark.parametrize("device", DEVICES)

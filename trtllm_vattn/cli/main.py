@@ -6,8 +6,12 @@ import errno
 import importlib.metadata
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from trtllm_vattn.cli.parser import build_parser, one_line
 from trtllm_vattn.cli.torchrun import launched, own_rank, run_on_ranks, spoken_once
@@ -41,11 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     is_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    interrupts: list[int] = []
     try:
-        try:
-            return _run(arguments)
-        finally:
-            _flush()
+        with _noting(interrupts):
+            try:
+                return _run(arguments, interrupts)
+            finally:
+                _flush()
     except BrokenPipeError:
         # What is still in the buffer cannot be written, and would be complained about at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except Exception as error:
+        if interrupts and not is_lost_behind(error):
+            # Imports that lost an interrupt leave modules that lack something.
+            return _say("interrupted", 130)
         if (told := _foreseeable(error)) is None:
             raise
         code = _say(told, 2)
@@ -62,12 +71,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def _run(arguments: list[str]) -> int:
+@contextmanager
+def _noting(interrupts: list[int]) -> Iterator[None]:
+    """Append to a list for each interrupt of the main thread, beside raising KeyboardInterrupt: what torch and numpy
+    import in C drops the exception, and goes on."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _run(arguments: list[str], interrupts: list[int]) -> int:
     with spoken_once():
         parsed = build_parser(arguments, importlib.metadata.version("trtllm-vattn")).parse_args(arguments)
         if parsed.run is None:
             parsed.shown.print_help()
             return 0
+    if interrupts:
+        raise KeyboardInterrupt
     logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(name)s: %(message)s")
     code: int = run_on_ranks(parsed) if launched() else parsed.run(parsed)
     return code
