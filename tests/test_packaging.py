@@ -87,6 +87,15 @@ def test_imports_point_down(name: str, path: Path) -> None:
                 assert LAYERS.index(below[1]) <= own, f"{name} imports {target}, which is above it"
 
 
+@pytest.mark.parametrize(("name", "path"), sorted(modules().items()))
+def test_public_names_are_documented(name: str, path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in tree.body:
+        if isinstance(node, kinds) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{name}.{node.name} says nothing of itself"
+
+
 LONGEST_FUNCTION = 75
 """Lines of a function, without its docstring and the classes inside it. A Triton kernel cannot be divided."""
 

@@ -125,6 +125,7 @@ def _tile_bytes(tile: int, head_dim: int, itemsize: int) -> int:
 
 
 def power_of_two(least: int) -> int:
+    """The smallest power of two that is not below a positive number."""
     return 1 << (least - 1).bit_length()
 
 

@@ -40,6 +40,7 @@ class Finding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `doctor`."""
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     parser.add_argument(
         "--trtllm",

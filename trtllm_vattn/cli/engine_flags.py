@@ -63,7 +63,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show_start() -> None:
-    """Have an engine's start say on stderr what it is at."""
+    """Have an engine's start say on stderr what it is doing."""
     # With torch, which a parser does without.
     from trtllm_vattn.runtime.startup import progress
 

@@ -17,7 +17,10 @@ Stripe = list[Mapping]
 
 
 class SlotState(enum.Enum):
+    """What a slot is to its cache."""
+
     FREE = "free"
+    """It holds no sequence, and nothing is mapped in it."""
     RUNNING = "running"
     """It backs a sequence."""
     RETAINED = "retained"

@@ -164,6 +164,7 @@ class SamplingParams:
 
     @property
     def has_grammar(self) -> bool:
+        """Whether tokens are held to a JSON schema or a regular expression."""
         return self.json_schema is not None or self.regex is not None
 
     @property
@@ -184,6 +185,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is taken: at temperature 0, or one too close to it to draw by."""
         return self.temperature < COLDEST
 
     @property

@@ -13,7 +13,7 @@ from trtllm_vattn.graphs.replay import CaptureReport
 from trtllm_vattn.machine import free_bytes
 
 progress = logging.getLogger(__name__)
-"""Says at INFO what an engine that starts is at, which takes up to minutes. `generate` and `serve` show it."""
+"""Says at INFO what an engine that starts is doing, which takes up to minutes. `generate` and `serve` show it."""
 
 LOAD = "load the model"
 """The phase of `StartupReport.load_s`."""
