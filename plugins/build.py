@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.files import write_json, write_whole
+from trtllm_vattn.files import reason, write_json, write_whole
 from trtllm_vattn.plugins.callback_errors import clear_errors, error_of
 from trtllm_vattn.plugins.fields import LARGEST_FIELD, AttentionFields
 from trtllm_vattn.plugins.networks.decoder import inputs_of
@@ -210,7 +210,8 @@ def read_folder(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / "engine.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{folder} holds no engine: {error}; make one with `trtllm-vattn plugin build`") from error
+        why = reason(error)
+        raise ConfigError(f"{folder} holds no engine: {why}; make one with `trtllm-vattn plugin build`") from error
     try:
         _check_description(found)
     except (ConfigError, TypeError) as error:

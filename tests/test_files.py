@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.files import write_json, write_whole
+from trtllm_vattn.files import reason, write_json, write_whole
 
 
 def full(partial: Path) -> None:
@@ -47,3 +47,9 @@ def test_links_stay_and_pipes_are_written_to(tmp_path: Path) -> None:
     assert os.read(reading, 10) == b"2\n"
     os.close(reading)
     assert pipe.is_fifo()
+
+
+def test_a_reason_does_not_repeat_the_name() -> None:
+    assert reason(FileNotFoundError(errno.ENOENT, "No such file or directory", "/there")) == "No such file or directory"
+    assert reason(OSError("nothing is like it")) == "nothing is like it"
+    assert reason(ValueError("it is 3")) == "it is 3"

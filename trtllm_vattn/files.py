@@ -11,6 +11,11 @@ from pathlib import Path
 from trtllm_vattn.errors import ConfigError
 
 
+def reason(error: Exception) -> str:
+    """Why a file cannot be read, for a message that names it: without the number and the name that an OSError has."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 def write_whole(path: Path, what: str, write: Callable[[Path], object]) -> None:
     """Write a file beside `path`, and put it in its place when it is whole. Its folder is made where it is absent.
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.files import reason
 from trtllm_vattn.values import described, shown
 
 logger = logging.getLogger(__name__)
@@ -305,7 +306,7 @@ def read_trace(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the trace {path}: {error}") from error
+        raise ConfigError(f"cannot read the trace {path}: {reason(error)}") from error
     if not text.startswith("["):
         raise ConfigError(f"{path} is no trace: it does not begin with '['")
     events = []

@@ -247,5 +247,7 @@ def test_the_command_refuses_at_the_door(
 def test_a_file_of_any_name_is_read_as_a_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine").write_text("a,b")
-    with pytest.raises(ConfigError, match="cannot read the calibration mine"):
+    with pytest.raises(ConfigError, match=r"cannot read the calibration mine: it is no JSON .*; give a file that"):
         named("mine")
+    with pytest.raises(ConfigError, match=r"cannot read the calibration mine.json: No such file or directory$"):
+        named("mine.json")

@@ -13,7 +13,7 @@ from trtllm_vattn.plugins.inspect import inspect_folder
 from trtllm_vattn.plugins.networks.spec import PlanLimits
 from trtllm_vattn.plugins.plugin import NAME, VERSION
 from trtllm_vattn.plugins.tensorrt import MODULES, available, load_tensorrt
-from trtllm_vattn.runtime.models import SHAPES, load_model
+from trtllm_vattn.runtime.models import SHAPES, load_model, longest_of
 from trtllm_vattn.table import table
 
 
@@ -69,6 +69,7 @@ def _build(args: argparse.Namespace) -> int:
     targets = [target for target in args.targets.split(",") if target]
     if trt is not None and not targets and hasattr(trt, "ComputeCapability"):
         targets = list(RTX_TARGETS)
+    longest_of(args.model, args.max_seq_len)
     model = load_model(args.model, args.device, DTYPES[args.dtype])
     build_folder(model, args.output, limits, trt, targets, args.model)
     return _report(args.output, as_json=False)

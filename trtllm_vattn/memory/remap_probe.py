@@ -142,6 +142,7 @@ def _beside_thread(readers: Readers, remap: Callable[[], None], seconds: float) 
 
 
 def main() -> None:
+    """Remap as the arguments say, and print the report as JSON."""
     parser = argparse.ArgumentParser(description="Remap pages while others are read; report wrong words.")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--seconds", type=float, default=1.5)

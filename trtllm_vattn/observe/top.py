@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.files import reason
 from trtllm_vattn.observe import SLOTS_PATH
 
 TIMEOUT_S = 5.0
@@ -68,8 +69,9 @@ def _get(url: str) -> str:
             text: str = answer.read().decode()
             return text
     except (urllib.error.URLError, OSError, ValueError) as error:
+        why = getattr(error, "reason", error)
         raise ConfigError(
-            f"{url} does not answer: {getattr(error, 'reason', error)}; is the server running?"
+            f"{url} does not answer: {reason(why) if isinstance(why, Exception) else why}; is the server running?"
         ) from error
 
 

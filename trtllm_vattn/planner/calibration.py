@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.files import write_json
+from trtllm_vattn.files import reason, write_json
 from trtllm_vattn.values import shown
 
 FORMAT = 1
@@ -200,8 +200,11 @@ def load(path: Path) -> Calibration:
     """Read a calibration. Raises ConfigError where there is none."""
     try:
         given = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the calibration {path}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read the calibration {path}: {reason(error)}") from error
+    except ValueError as error:
+        what = "give a file that trtllm-vattn calibrate wrote"
+        raise ConfigError(f"cannot read the calibration {path}: it is no JSON ({error}); {what}") from error
     return Calibration.from_dict(given, str(path))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.files import reason
 from trtllm_vattn.sizes import parse_bytes
 
 ENVIRONMENT = "VATTN_TRTLLM"
@@ -84,7 +85,7 @@ class TrtllmConfig:
         try:
             found = yaml.safe_load(path.read_text())
         except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read settings from {path}: {error}") from error
+            raise ConfigError(f"cannot read settings from {path}: {reason(error)}") from error
         section = found.get(SECTION, found) if isinstance(found, dict) else found
         if not isinstance(section, dict):
             raise ConfigError(

@@ -12,7 +12,7 @@ from typing import Any
 
 from trtllm_vattn.bench.harness.flags import as_config
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.files import write_json
+from trtllm_vattn.files import reason, write_json
 from trtllm_vattn.machine import commit, machine, versions
 
 
@@ -49,7 +49,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         found: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the result {path}: {error}") from error
+        raise ConfigError(f"cannot read the result {path}: {reason(error)}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"cannot read the result {path}: it holds {type(found).__name__}, not an object")
     return found
