@@ -632,7 +632,12 @@ def test_generate_prints_texts(
     assert "give --broker its socket" in capsys.readouterr().err
 
 
-def test_prompts_come_from_a_file_or_standard_input_and_through_the_template(tmp_path: Path) -> None:
+PROMPTED = "the prompt is read from here; end it with Ctrl-D\n"
+
+
+def test_prompts_come_from_a_file_or_standard_input_and_through_the_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "prompts").write_text("one\n\ntwo\n")
 
     def prompts(*given: str, stdin: str = "") -> list[str]:
@@ -641,6 +646,10 @@ def test_prompts_come_from_a_file_or_standard_input_and_through_the_template(tmp
 
     assert prompts("--file", str(tmp_path / "prompts")) == ["one", "two"]
     assert prompts(stdin="one\ntwo\n") == ["one\ntwo"]
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(io.StringIO, "isatty", lambda _: True)
+    assert (prompts(stdin="one\n"), capsys.readouterr().err) == (["one"], PROMPTED)
+    assert (prompts("one"), capsys.readouterr().err) == (["one"], "")
     for given in ([], [""]):
         with pytest.raises(ConfigError, match="there is no prompt, or an empty one"):
             prompts(*given)

@@ -46,6 +46,8 @@ def prompts_of(args: argparse.Namespace, stdin: TextIO) -> list[str]:
         if args.file:
             prompts = [line for line in args.file.read_text(encoding="utf-8").splitlines() if line.strip()]
         else:
+            if not args.prompt and stdin.isatty():
+                print("the prompt is read from here; end it with Ctrl-D", file=sys.stderr)
             prompts = args.prompt or [stdin.read().removesuffix("\n")]
     except UnicodeDecodeError as error:
         where = args.file or "standard input"
