@@ -620,6 +620,34 @@ def test_generate_prints_texts(
     assert "give --broker its socket" in capsys.readouterr().err
 
 
+@FORKS
+@pytest.mark.usefixtures("forked")
+def test_a_server_drafts_and_stores_eight_bits_where_flags_ask_for_it(
+    checkpoint: Path, told: SimpleQueue[tuple[str, int]]
+) -> None:
+    said: list[str] = []
+
+    def use() -> None:
+        url = told.get()[0]
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+        done = client.completions.create(
+            model=str(checkpoint), prompt="one " * 8, max_tokens=20, extra_body={"ignore_eos": True}
+        )
+        said.append(str(done.usage.completion_tokens))
+        said.append(httpx.get(f"{url.removesuffix('/v1')}/metrics").text)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    using = threading.Thread(target=use)
+    using.start()
+    own = ["--speculative-config", json.dumps({"model": str(checkpoint)}), "--kv-cache-dtype", "fp8"]
+    sizes = ["--device", "cpu", "--port", "0", "--max-seqs", "1", "--max-seq-len", "128"]
+    assert main(["serve", "--model", str(checkpoint), *sizes, *own]) == 0
+    using.join(30)
+    assert said[0] == "20"
+    # How many pay is a matter of what steps cost.
+    assert 'vattn_draft_tokens_total{what="accepted"}' in said[1]
+
+
 def test_prompts_come_from_a_file_or_standard_input_and_through_the_template(tmp_path: Path) -> None:
     (tmp_path / "prompts").write_text("one\n\ntwo\n")
 

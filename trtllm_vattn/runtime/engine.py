@@ -38,6 +38,7 @@ from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.graphs.capture import collector_off
 from trtllm_vattn.lost import is_lost_behind, never_free
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
+from trtllm_vattn.runtime.before_loading import check_before_loading
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
 from trtllm_vattn.runtime.borrowing import check_broker, make_borrowing_cache
 from trtllm_vattn.runtime.checkpoint import end_of_text, load_tokenizer, say_what_is_not_heeded
@@ -462,9 +463,10 @@ class Engine:
         if speculation is None or speculation.model is None:
             return None
         shape = check_draft_model(self.model, speculation.model, settings["lanes"], self.cache.shape.max_seq_len)
-        with inference(), naming(speculation.model):
+        drafts = cast(PreTrainedModel, speculation.model)
+        with inference(), naming(drafts):
             return DraftModel(
-                cast(PreTrainedModel, speculation.model),
+                drafts,
                 shape,
                 settings["attention"],
                 cast("int | None", speculation.draft_budget),
@@ -641,8 +643,8 @@ class Engine:
         host_memory = parse_bytes(host_memory, "host_memory")
         if idle_after_s is not None and finite("idle_after_s", idle_after_s) <= 0:
             raise ConfigError(f"idle_after_s is {idle_after_s}; it is a positive number of seconds, or None")
-        check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key not in OBJECTS})
-        policy_of_tokens = options.get("compression")
+        known = {key: value for key, value in options.items() if key not in OBJECTS}
+        settings, policy_of_tokens = check_settings(max_seqs, max_seq_len, **known), options.get("compression")
         check_policy(policy_of_tokens)
         tenancy = check_broker(broker, cache, tensor_parallel, options)
         if policy_of_tokens is not None and cache != "vattn":
@@ -658,6 +660,7 @@ class Engine:
             tokenizer = load_tokenizer(model, SHAPES) if isinstance(tokenizer, str) else tokenizer
             given = {**sizes, **kept_back, **kinds, **options, "tokenizer": tokenizer}
             return cast("Self", _on_ranks(tensor_parallel, model, device, dtype, given))
+        check_before_loading(model, max_seq_len, settings, policy_of_tokens)
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING and policy_of_tokens is None
         reusing = reusing and options.get("deterministic") is not True
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
@@ -667,7 +670,7 @@ class Engine:
                 undo.callback(tracing_to.close)
             before = StartupReport()
             probe = undo.enter_context(start_policy_probe(device, mapping))
-            loaded = _load(model, device, dtype, before)
+            loaded, options["speculation"] = _load(model, device, dtype, before, settings["speculation"])
             shape = shape_of(loaded, max_seqs, max_seq_len, kv_cache_dtype)
             if reusing and options.get("packed") is not False:
                 shape = replace(shape, num_slots=max_seqs + _kept(shape, kept))
@@ -1789,12 +1792,17 @@ def _compressing(policy: CompressionPolicy) -> dict[str, Any]:
     }
 
 
-def _load(model: str, device: str, dtype: torch.dtype, report: StartupReport) -> PreTrainedModel:
-    """`load_model`'s, marked in a report."""
+def _load(
+    model: str, device: str, dtype: torch.dtype, report: StartupReport, speculation: Speculation | None
+) -> tuple[PreTrainedModel, Speculation | None]:
+    """`load_model`'s, also of the model that drafts where it is named, marked in a report."""
     progress.info("loading %s on %s", model, device)
     loaded = load_model(model, device, dtype)
+    if speculation is not None and isinstance(speculation.model, str):
+        progress.info("loading %s, which drafts, on %s", speculation.model, device)
+        speculation = replace(speculation, model=load_model(speculation.model, device, dtype))
     report.mark(LOAD)
-    return loaded
+    return loaded, speculation
 
 
 def _on_ranks(ranks: int | Ranks, model: str, device: str, dtype: torch.dtype, given: dict[str, Any]) -> Engine:
