@@ -20,7 +20,7 @@ from unittest.mock import Mock
 
 import httpx
 import pytest
-from tiny_text import save_checkpoint, tiny_model, tiny_tokenizer
+from tiny_text import VOCAB, save_checkpoint, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -35,9 +35,11 @@ from trtllm_vattn.cli.generate import prompts_of, templated  # noqa: E402
 from trtllm_vattn.cli.main import main  # noqa: E402
 from trtllm_vattn.cli.parser import build_parser  # noqa: E402
 from trtllm_vattn.errors import ConfigError, EngineClosed, VattnError  # noqa: E402
+from trtllm_vattn.runtime import engine as of_engine  # noqa: E402
 from trtllm_vattn.runtime.async_engine import AsyncEngine  # noqa: E402
 from trtllm_vattn.runtime.binding import shape_of  # noqa: E402
 from trtllm_vattn.runtime.engine import Engine  # noqa: E402
+from trtllm_vattn.runtime.grammar import Grammar  # noqa: E402
 from trtllm_vattn.runtime.logprobs import TokenLogprob  # noqa: E402
 from trtllm_vattn.runtime.request import TokenEvent  # noqa: E402
 from trtllm_vattn.runtime.sampling import SamplingParams  # noqa: E402
@@ -286,6 +288,57 @@ def test_errors_are_openais(served: Served, status: int, said: str, options: dic
     assert said in raised.value.body["message"]
     assert raised.value.body["type"] == "invalid_request_error"
     assert served.engine.unfinished == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "options"),
+    [
+        (
+            "its bad_words and min_tokens and regex together forbid",
+            {"regex": "ab*", "bad_words": ["b"], "min_tokens": 3},
+        ),
+        ("its bad_words and regex together forbid", {"regex": "abc+", "bad_words": ["c"]}),
+        ("its bad_words forbid", {"bad_words": [[token] for token in range(VOCAB)]}),
+        ("its bad_words and json_schema together forbid", {"json_schema": {"enum": [12]}, "bad_words": ["2"]}),
+        ("its grammar: ", {"regex": "a*"}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_request_that_comes_to_forbid_every_token_is_told_so_by_400(
+    served: Served, chat: bool, stream: bool, said: str, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llguidance")
+    if "grammar" in said:
+        # As of one that its library gives up in the middle.
+        monkeypatch.setattr(Grammar, "error", property(lambda self: "too much" if self._consumed else None))
+    client = served.client()
+    create = client.chat.completions.create if chat else client.completions.create
+    asked = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
+    reasons: list[str | None] = []
+
+    def ask() -> None:
+        got = create(model=NAME, max_tokens=20, stream=stream, extra_body=options, **asked)
+        reasons.extend(chunk.choices[0].finish_reason for chunk in got)
+
+    with pytest.raises(openai.APIError) as raised:
+        ask()
+    assert not any(reasons)
+    # Of one that its fields leave some tokens, these were streamed.
+    assert not reasons or stream
+    # In a stream the status was sent before.
+    assert isinstance(raised.value, openai.BadRequestError) is not stream
+    assert said in raised.value.body["message"]
+    assert (raised.value.type, raised.value.code) == ("invalid_request_error", "no_token_allowed")
+    served.wait_until_idle()
+
+
+def test_logits_that_are_none_are_the_servers_error(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_engine.Engine, "_forbidden", lambda *_: None)
+    with pytest.raises(openai.InternalServerError, match="its logits are NaN or infinite"):
+        served.client().completions.create(
+            model=NAME, prompt="x", extra_body={"bad_words": [[token] for token in range(VOCAB)]}
+        )
 
 
 @pytest.mark.parametrize(

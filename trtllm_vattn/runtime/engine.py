@@ -1285,7 +1285,7 @@ class Engine:
         for i, (request, token) in enumerate(zip(requests, chosen, strict=True)):
             grammar, most = request.grammar, request.params.logprobs
             if token == NO_TOKEN or (grammar is not None and grammar.error):
-                self._fail(request, self._why_no_token(request))
+                self._fail_without_token(request)
                 continue
             if request.is_chosen_again and token != request.expected:
                 self._fail(request, CHANGED)
@@ -1298,11 +1298,14 @@ class Engine:
             if request.is_verified and len(request.chosen) == request.known + 1:
                 self.slots.computed(request)
 
-    def _why_no_token(self, request: RequestState) -> str:
+    def _fail_without_token(self, request: RequestState) -> None:
+        """End a request that has no next token; by its own parameters, or by the model's logits."""
         if request.grammar is not None and request.grammar.error:
-            return f"its grammar: {request.grammar.error}"
-        why = self._forbidden(request)
-        return NOT_FINITE if why is None else f"{why}; change what it asks for"
+            self._fail(request, f"its grammar: {request.grammar.error}", is_forbidden=True)
+        elif (why := self._forbidden(request)) is not None:
+            self._fail(request, f"{why}; change what it asks for", is_forbidden=True)
+        else:
+            self._fail(request, NOT_FINITE)
 
     def _forbidden(self, request: RequestState) -> str | None:
         """Which of its parameters leave no token that could come next, in words; None where there is one."""
@@ -1329,14 +1332,16 @@ class Engine:
             self.totals.ended[event.finish_reason] += request.id in self.scheduler.requests
             self.scheduler.end(request)
 
-    def _fail(self, request: RequestState, message: str) -> None:
+    def _fail(self, request: RequestState, message: str, is_forbidden: bool = False) -> None:
         """End a request with an error; its slot is taken by `Scheduler.release_ended`."""
         logger.warning("request %d: %s", request.id, message, extra={"request": request.id})
-        self._end_without_token(request, "error", message)
+        self._end_without_token(request, "error", message, is_forbidden)
 
-    def _end_without_token(self, request: RequestState, reason: str, message: str | None) -> None:
+    def _end_without_token(
+        self, request: RequestState, reason: str, message: str | None, is_forbidden: bool = False
+    ) -> None:
         request.restore()
-        event = request.end_event(reason, message, self.weights.version)
+        event = request.end_event(reason, message, self.weights.version, is_forbidden)
         if not request.silent:
             self._events += [event]
         self._note(request, event)
