@@ -501,6 +501,27 @@ def test_a_client_that_goes_away_cancels_its_request(served: Served, stream: boo
         asyncio.run(served.engine.resume())
 
 
+def test_a_request_that_does_not_come_whole_in_time_is_408() -> None:
+    made = start(engine_of(), read_s=0.3)
+    with socket.create_connection(("127.0.0.1", int(made.url.rpartition(":")[2])), timeout=30) as client:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 99\r\n\r\n"
+        client.sendall(head.encode() + b"{")
+        got = b"".join(iter(lambda: client.recv(65536), b""))
+    assert got.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
+    made.server.should_exit = True
+    made.thread.join(30)
+    assert made.engine.unfinished == 0
+
+
+def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[object] = []
+    monkeypatch.setattr(server, "serve", lambda _, settings, *rest: got.append(settings))
+    flags = ["--device", "cpu", "--max-body", "1KiB", "--read-timeout-s", "7.5", "--api-key", KEY.replace(" ", "-")]
+    assert main(["serve", "--model", "x", "--name", NAME, *flags]) == 0
+    assert got == [Settings(NAME, ("a-key",), 1024, read_s=7.5)]
+
+
 def test_more_than_the_engine_takes_is_429(served: Served) -> None:
     with pytest.raises(openai.RateLimitError, match="as many as are taken; try again later") as raised:
         served.client().completions.create(model=NAME, prompt=["one"] * 20, max_tokens=200)

@@ -58,12 +58,15 @@ class Settings:
         Bytes of a request's body.
     max_prompts : int
         Samples of one request, all prompts together.
+    read_s : float
+        Seconds that a request's head has to come, and its body.
     """
 
     name: str
     keys: Sequence[str] = ()
     max_body: int = 4 << 20
     max_prompts: int = 128
+    read_s: float = 60.0
 
 
 def as_api_error(error: Exception) -> ApiError:
