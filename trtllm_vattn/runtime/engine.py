@@ -1483,7 +1483,8 @@ class Engine:
         HostMemoryFull
             `host_memory` is too small for what is to be kept; use ``kv="drop"``.
         DriverError
-            Nothing was given back.
+            Nothing was given back. Where the driver refuses even what undoes a failed sleep, requests that lost memory
+            are computed anew, and weights that are not mapped again are so by `wake`.
         """
         self.sleeping.check(kv, weights)
         self._check_open()
@@ -1511,7 +1512,8 @@ class Engine:
             ``weights`` or ``kv_cache`` alone, as vLLM has them: new weights can be written before there is memory for
             keys and values. None is both.
 
-        Raises ConfigError for another tag, KVCacheOutOfMemory or DriverError where others have the memory; what is
+        Raises ConfigError for another tag, KVCacheOutOfMemory or DriverError where others have the memory, and
+        MemoryQuarantined where an earlier call left some in the way that the driver still does not take back; what is
         awake then stays so, and `wake` may be called again.
         """
         wanted = self.sleeping.check_tags(tags)
