@@ -1150,7 +1150,7 @@ class Arena:
                 self.unmap_tail(index)
         self._retry(self.quarantine)
         self.pool.retry()
-        broken = {index for mapping in self.quarantine if (index := self._slot_of(mapping)) is not None}
+        broken = {self._slot_of(mapping) for mapping in self.quarantine}
         self._retained.clear()
         self._sharing_changed = True
         for index, slot in enumerate(self.used_slots):
