@@ -116,8 +116,12 @@ NGRAM, H2O_CONFIG = ["--speculative-config", '{"method": "ngram"}'], ["--compres
         (["--speculative-config", '{"model": "./nowhere"}'], "no model './nowhere'"),
         (["--compression-config", '{"policy": "h2o", "recent": [1, 2, 3]}'], "recent has 3 amounts for 2 layers"),
         (
+            ["--model", "llama-3.2-1b", "--max-seq-len", "9000", "--speculative-config", '{"model": "llama-3-8b"}'],
+            "the draft model llama-3-8b has 8192 positions; give 8192 or fewer",
+        ),
+        (
             ["--speculative-config", DRAFTS, "--max-seq-len", "16385"],
-            "the draft model tiny-llama has 16384 positions; give 16384 or fewer",
+            "max_seq_len is 16385, the model has 16384 positions; give 16384 or fewer",
         ),
         ([*NGRAM, "--model", "tiny-gemma3", "--max-seq-len", "600"], "layers of tiny-gemma3 keep windows"),
         ([*H2O_CONFIG, "--model", "tiny-gemma3"], "compression is not served with layers with windows"),
@@ -129,7 +133,7 @@ def test_what_cannot_be_together_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr(of_engine, "load_model", lambda *_: pytest.fail("a model is loaded"))
     # Shapes have no tokenizer, which these commands ask for first.
     monkeypatch.setattr("trtllm_vattn.runtime.checkpoint.require_tokenizer", lambda *_: tiny_tokenizer())
-    sizes = ["--device", "cpu", "--max-seqs", "2", "--max-seq-len", "128"]
+    sizes = ["--device", "cpu", "--max-seqs", "2", "--max-seq-len", "128", "--max-tokens", "8"]
     assert main(["generate", "--model", "tiny-llama", *sizes, *flags, "--raw", "one"]) == 2
     captured = capsys.readouterr()
     assert says in captured.err
@@ -141,7 +145,7 @@ def test_what_cannot_be_together_is_refused_before_a_model_is_loaded(
     [
         ("--speculative-config", '{"method": "eagle"}', "method is 'eagle'; there are ngram, draft_model"),
         ("--speculative-config", '{"num_speculative_tokens": 9}', "it is a whole number from 1 to 7"),
-        ("--speculative-config", '{"model": 5}', "model is a int (5); give the model that drafts, or its name"),
+        ("--speculative-config", '{"model": 5}', "model is an int (5); give the model that drafts, or its name"),
         ("--speculative-config", '{"method": "draft_model"}', "model is None; give the model that drafts"),
         ("--speculative-config", '{"method": "ngram", "model": "x"}', "leave model out"),
         ("--speculative-config", '{"draft_tensor_parallel_size": 1}', "no 'draft_tensor_parallel_size' is known"),

@@ -591,7 +591,7 @@ def test_an_engine_refuses_by_name_what_it_cannot_speculate_with(build: Build, m
     with pytest.raises(ConfigError, match="margins are recorded of single tokens"):
         build(speculation=some, record_margins=True)
     monkeypatch.setattr(Engine, "supports_packed_prefill", False)
-    with pytest.raises(ConfigError, match="a Engine's model takes one token of each sequence in a step"):
+    with pytest.raises(ConfigError, match="an Engine's model takes one token of each sequence in a step"):
         build(speculation=some)
     monkeypatch.undo()
     engine = build(speculation=some)

@@ -733,11 +733,18 @@ def test_a_server_drafts_and_stores_eight_bits_where_flags_ask_for_it(
     assert 'vattn_draft_tokens_total{what="accepted"}' in said[1]
 
 
+class Terminal(io.StringIO):
+    """Standard input, where somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 PROMPTED = "the prompt is read from here; end it with Ctrl-D\n"
 
 
 def test_prompts_come_from_a_file_or_standard_input_and_through_the_template(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts").write_text("one\n\ntwo\n")
 
@@ -748,9 +755,10 @@ def test_prompts_come_from_a_file_or_standard_input_and_through_the_template(
     assert prompts("--file", str(tmp_path / "prompts")) == ["one", "two"]
     assert prompts(stdin="one\ntwo\n") == ["one\ntwo"]
     assert not capsys.readouterr().err
-    monkeypatch.setattr(io.StringIO, "isatty", lambda _: True)
-    assert (prompts(stdin="one\n"), capsys.readouterr().err) == (["one"], PROMPTED)
-    assert (prompts("one"), capsys.readouterr().err) == (["one"], "")
+    for given, said in (([], PROMPTED), (["one"], "")):
+        arguments = ["generate", "--model", "x", *given]
+        assert prompts_of(build_parser(arguments, "0").parse_args(arguments), Terminal("one\n")) == ["one"]
+        assert capsys.readouterr().err == said
     for given in ([], [""]):
         with pytest.raises(ConfigError, match="there is no prompt, or an empty one"):
             prompts(*given)
