@@ -21,7 +21,8 @@ from trtllm_vattn.attention.base import PackedPrefill
 from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import UnmappedAccess
+from trtllm_vattn.errors import CaptureError, UnmappedAccess
+from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.runtime import engine as engine_module
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.decode import Launch
@@ -313,6 +314,27 @@ def test_a_pass_is_guarded_before_anything_changes(build: Build) -> None:
     engine.cache.frontiers[slot] = kept[0]
     tokens += [event.token for event in engine.run() if event.request == 0]
     assert tokens == build().generate([PROMPTS[0]], SamplingParams(40))[0].tokens
+
+
+def test_who_cannot_be_captured_with_leaves_no_lane(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass is refused when its request has a lane already; it may be aborted before the next one."""
+    engine = build(described=True, capture=True, prefix_cache=False)
+    first = engine.submit(PROMPTS[0], SamplingParams(60))
+    tokens = [event.token for _ in range(3) for event in engine.step()]
+    sampled = engine.submit(PROMPTS[3], PARAMS[2])
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise CaptureError("no memory for a graph")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GraphRunner, "capture", refuse)
+        for _ in range(2):
+            with pytest.raises(CaptureError):
+                tokens += [event.token for event in engine.step()]
+    assert engine.decode.lane_of.keys() == {engine.scheduler.requests[first].slot}
+    engine.abort(sampled)
+    tokens += [event.token for event in engine.run()]
+    assert tokens == build().generate([PROMPTS[0]], SamplingParams(60))[0].tokens
 
 
 # -- sizes of passes ---------------------------------------------------------------------------------------------------

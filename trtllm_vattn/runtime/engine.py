@@ -1628,7 +1628,7 @@ class Engine:
                     # The new weights would choose other tokens.
                     self.scheduler.recompute(request)
                 request.restore()
-                request.given = len(request.chosen)
+                request.given, request.of_older_weights = len(request.chosen), self.scheduler.is_kept(request)
         self.slots.weights_version = self.weights.write(update, restore)
         return self.weights.version
 

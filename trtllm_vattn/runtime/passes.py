@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from trtllm_vattn.attention.base import MIN_CHUNK_ROWS
+from trtllm_vattn.errors import VattnError
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import MixedStep, forward
@@ -129,9 +130,15 @@ class Passes:
         graphs = self.graphs if self.graphs is not None and self.graphs.fits(plan, running) else None
         steps = 1 if lanes else 0
         only = None if plan.decodes or not lanes else self._mask(lanes)
-        choice = decode.choice(lanes, graphs is None, only) if steps else None
-        # Without a grammar nothing has to come before the tokens of a captured pass are chosen.
-        choose = decode.captured_choice(lanes) if graphs is not None and steps and choice is None else None
+        try:
+            choice = decode.choice(lanes, graphs is None, only) if steps else None
+            # Without a grammar nothing has to come before the tokens of a captured pass are chosen.
+            choose = decode.captured_choice(lanes) if graphs is not None and steps and choice is None else None
+        except VattnError:
+            # It cannot be captured: nothing was started.
+            for request in plan.joins:
+                decode.clear_lane(request.slot)
+            raise
         decode.send(1)
         of_prompts: tuple[PromptLogprobs, ...] = ()
         timing = self._timing(chunks, running, graphs)

@@ -504,6 +504,10 @@ class Scheduler:
         self.release_ended()
         return True
 
+    def is_kept(self, request: RequestState) -> bool:
+        """Whether a slot or host memory has a request's tokens."""
+        return request.slot >= 0 or self._has_suspended(request)
+
     def _has_suspended(self, request: RequestState) -> bool:
         """Whether host memory has a request's tokens, and it has not left them already: while the cache sleeps, what is
         left is released by nobody."""
