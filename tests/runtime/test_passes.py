@@ -466,6 +466,30 @@ def test_passes_of_few_rows_do_not_make_one_of_many_look_short() -> None:
     assert alone.rows_within(3.0, 0) <= 24
 
 
+@pytest.mark.parametrize("odd", [1e-6, 0.1, 1.0, 1e3, 1e9])
+def test_one_odd_time_does_not_outweigh_the_others(odd: float) -> None:
+    sizes, took = [128, 512, 2048], [6.0, 12.0, 48.0]
+    cost = PassCost.first_guess(sizes, took, 8 << 30, 1 << 17, 16 << 30, 1 << 19)
+    for _ in range(20):
+        for rows, milliseconds in zip(sizes, took, strict=True):
+            cost.measure(PassLoad(rows), milliseconds)
+    cost.measure(PassLoad(2048), odd)
+    cost.fit()
+    for rows, milliseconds in zip(sizes, took, strict=True):
+        assert cost.milliseconds(PassLoad(rows)) == pytest.approx(milliseconds, rel=0.15)
+    assert 1500 < cost.rows_within(40.0, 0) < 2300
+
+
+def test_any_time_and_any_cost_give_some_number_of_rows() -> None:
+    for coefficients in ([0.0, 1e-12, 4e-27, 0.0], [1e3, 1e6, 1e9, 1e9], [0.0] * 4):
+        cost = PassCost(coefficients)
+        for milliseconds in (1e-12, 1.0, 1e12, 1e308):
+            for start in (0, 1 << 20):
+                rows = cost.rows_within(milliseconds, start)
+                assert 0 <= rows <= 1 << 31
+                assert rows == 1 << 31 or cost.chunk(rows, start) <= milliseconds * (1 + 1e-6)
+
+
 def test_the_first_passes_are_learnt_from_at_once() -> None:
     cost = PassCost([0.0, 1.0, 0.0, 0.0], ([128, 512, 2048], [6.0, 12.0, 48.0]))
     guessed = cost.milliseconds(PassLoad(2048))
