@@ -446,6 +446,11 @@ class Engine:
                 "leave speculation out, or make the cache of dataclasses.replace(shape, windows=())"
             )
         queries = 1 + speculation.num_speculative_tokens
+        if queries > self.cache.shape.max_seq_len:
+            raise ConfigError(
+                f"num_speculative_tokens is {speculation.num_speculative_tokens}, which takes {queries} tokens in a "
+                f"step, and a sequence has {self.cache.shape.max_seq_len} at most; make it fewer, or max_seq_len larger"
+            )
         if self.attention.most_queries < queries:
             raise ConfigError(
                 f"num_speculative_tokens is {speculation.num_speculative_tokens}, which takes {queries} queries of a "
