@@ -25,7 +25,7 @@ from trtllm_vattn.errors import CaptureError, UnmappedAccess
 from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.runtime import engine as engine_module
 from trtllm_vattn.runtime.binding import shape_of
-from trtllm_vattn.runtime.decode import Launch
+from trtllm_vattn.runtime.decode import DecodeBatch, Launch
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad
@@ -317,7 +317,9 @@ def test_a_pass_is_guarded_before_anything_changes(build: Build) -> None:
 
 
 def test_who_cannot_be_captured_with_leaves_no_lane(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass is refused when its request has a lane already; it may be aborted before the next one."""
+    """Of several ranks none goes on without a graph that the others have: a pass is refused when its request has a
+    lane already, and it may be aborted before the next one."""
+    monkeypatch.setattr(DecodeBatch, "captures_alone", False)
     engine = build(described=True, capture=True, prefix_cache=False)
     first = engine.submit(PROMPTS[0], SamplingParams(60))
     tokens = [event.token for _ in range(3) for event in engine.step()]
@@ -335,6 +337,31 @@ def test_who_cannot_be_captured_with_leaves_no_lane(build: Build, monkeypatch: p
     engine.abort(sampled)
     tokens += [event.token for event in engine.run()]
     assert tokens == build().generate([PROMPTS[0]], SamplingParams(60))[0].tokens
+
+
+@pytest.mark.parametrize("way", ["captured passes", "captured steps", "4 steps", "loop"])
+def test_what_cannot_be_captured_runs_without_a_graph(
+    build: Build, alone: list[list[int]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    engine = build(**{**WAYS[way], "capture": True})
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise CaptureError("no memory for a graph")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GraphRunner, "capture", refuse)
+        assert [done.tokens for done in engine.generate(PROMPTS, PARAMS)] == alone
+        assert "without a graph until one can be captured: no memory for a graph" in caplog.text
+        refused = engine.captures_while_running
+        assert [done.tokens for done in engine.generate(PROMPTS, PARAMS)] == alone
+        # Nobody waits for another attempt.
+        assert engine.captures_while_running == refused > 0
+    while engine.capture_wanted():
+        pass
+    assert not engine.decode.wanted
+    assert [done.tokens for done in engine.generate(PROMPTS, PARAMS)] == alone
+    assert not engine.decode.wanted
+    engine.audit().raise_if_foreign()
 
 
 # -- sizes of passes ---------------------------------------------------------------------------------------------------
