@@ -429,6 +429,7 @@ class Engine:
             cost=self.passes.cost,
             target_ms=settings["target_itl_ms"],
             pass_sizes=() if self.passes.graphs is None else self.passes.graphs.runner.buckets,
+            padded_sizes=self.passes.padded_sizes,
         )
 
     def _check_drafts(self, speculation: Speculation | None) -> None:

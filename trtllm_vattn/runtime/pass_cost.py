@@ -119,22 +119,22 @@ class PassCost:
     def _terms(self, load: PassLoad) -> tuple[float, float, float, float]:
         return 1.0, self._rows(load.tokens), float(load.prompt_attention), float(load.decode_kv)
 
-    def rows_within(self, milliseconds: float, start: int, paid: bool = False) -> int:
-        """The most rows of a chunk of a prompt, of which `start` tokens are in already, that a pass can take in so much
-        more time; where rows are `paid`, what they attend to is all that they add."""
+    def rows_within(self, milliseconds: float, start: int) -> int:
+        """The most rows of a chunk of a prompt, of which `start` tokens are in already, whose attention takes no more
+        than so long. What rows take otherwise is the pass's, by its size."""
         of_attention = self.coefficients[2]
         if milliseconds <= 0:
             return 0
-        if self.chunk(MOST_ROWS, start, paid) <= milliseconds:
+        if self.chunk(MOST_ROWS, start) <= milliseconds:
             return MOST_ROWS
-        # of_attention n (start + n) + of_row n = milliseconds
-        linear = (0.0 if paid else self._of_row) + of_attention * start
-        root = linear + math.sqrt(linear**2 + 4 * of_attention * milliseconds)
+        # of_attention n (start + n) = milliseconds
+        linear = of_attention * start
+        root = linear + math.sqrt(linear * linear + 4 * of_attention * milliseconds)
         return int(2 * milliseconds / root)
 
-    def chunk(self, rows: int, start: int, paid: bool = False) -> float:
-        """Milliseconds that so many rows of a prompt add to a pass, as `rows_within` counts them."""
-        return (0.0 if paid else self._of_row * rows) + self.coefficients[2] * rows * (start + rows)
+    def chunk(self, rows: int, start: int) -> float:
+        """Milliseconds that the attention of so many rows of a prompt takes."""
+        return self.coefficients[2] * rows * (start + rows)
 
     def measure(self, load: PassLoad, milliseconds: float) -> None:
         """Learn from a pass."""

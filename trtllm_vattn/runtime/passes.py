@@ -23,7 +23,15 @@ from trtllm_vattn.runtime.decode import DecodeBatch, Launch, PromptLogprobs
 from trtllm_vattn.runtime.logprobs import of_logits
 from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad, Timing
 from trtllm_vattn.runtime.pass_graphs import TIMED_ROWS, PassGraphs, fill_rows
-from trtllm_vattn.runtime.prefill import LONGEST_CAPTURED, TILE, Prefill, PromptChunk, packed_prefill, padded_length
+from trtllm_vattn.runtime.prefill import (
+    LONGEST_CAPTURED,
+    TILE,
+    Prefill,
+    PromptChunk,
+    packed_prefill,
+    padded_length,
+    padded_lengths,
+)
 from trtllm_vattn.runtime.request import RequestState
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.vmm.tensors import finish, upload
@@ -65,6 +73,7 @@ class Passes:
         self.decode, self.prefill = decode, prefill
         self._fill_rows = wrap(fill_rows)
         self.cost: PassCost | None = None
+        self._padded = padded_lengths(prefill.chunk)
         self.graphs: PassGraphs | None = None
         self.replay_s: dict[int, float] = {}
         """Of a few captured passes over idle rows, by their rows."""
@@ -225,6 +234,11 @@ class Passes:
     def _rows(self, ahead: int, tokens: int) -> int:
         """Rows of an eager pass of so many prompt tokens behind `ahead` rows."""
         return -(-(ahead + max(MIN_CHUNK_ROWS, padded_length(tokens, self.prefill.chunk))) // 16) * 16
+
+    def padded_sizes(self, running: int) -> list[tuple[int, int]]:
+        """Rows of eager passes beside so many decoding sequences, and how many prompt tokens each holds."""
+        ahead = decode_rows(running, len(self.decode.lengths))
+        return [(self._rows(ahead, tokens), tokens) for tokens in self._padded]
 
     def _mixed(
         self,
