@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from trtllm_vattn.bench.harness import serving
 from trtllm_vattn.bench.harness.serving import (
     SUBMITTED_AT_ONCE,
-    Clock,
     Load,
     Served,
     arrival_times,
@@ -118,11 +118,21 @@ def test_the_first_requests_run_while_the_others_are_submitted() -> None:
     assert seen[SUBMITTED_AT_ONCE - 1] == 0 < seen[SUBMITTED_AT_ONCE] < seen[-1]
 
 
+def test_time_begins_behind_the_look_through_the_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    heap, clock = serving.quiet_heap, serving.Clock
+    monkeypatch.setattr(serving, "quiet_heap", lambda: (order.append("heap"), heap())[1])
+    monkeypatch.setattr(serving, "Clock", lambda virtual: (order.append("clock"), clock(virtual))[1])
+    with engine() as one:
+        assert [len(times) for times in serve(one, Load([[1, 2]], [2], [0.0])).times] == [2]
+    assert order == ["heap", "clock"]
+
+
 def test_virtual_time_skips_what_real_time_sleeps() -> None:
     load = Load([[1, 2], [3], [4]], [3, 2, 2], [0.0, 0.6, 30.0])
     with engine() as one:
         started = perf_counter()
-        served = serve(one, load, Clock(virtual=True))
+        served = serve(one, load, virtual=True)
         took = perf_counter() - started
     assert took < 10 < 30 < served.seconds < 30 + took
     assert [len(seen) for seen in served.times] == [3, 2, 2]
@@ -130,7 +140,7 @@ def test_virtual_time_skips_what_real_time_sleeps() -> None:
     short = Load(load.prompts[:2], load.outputs[:2], load.arrivals[:2])
     with engine() as one:
         started = perf_counter()
-        served = serve(one, short, Clock())
+        served = serve(one, short)
         assert perf_counter() - started >= served.seconds >= 0.6
     assert served.times[1][0] > 0.6
 

@@ -24,6 +24,7 @@ from trtllm_vattn.runtime.compiled import (
     compile_around_layers,
     compile_layers,
     merge_projections,
+    rewriting,
 )
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.engine import UNUSUAL, Engine
@@ -87,11 +88,57 @@ def test_all_layers_are_one_function_in_few_variants_and_the_tokens_are_the_same
     # For any other number of tokens, the last layer of prompts too, and for one token; q, k, v are one product, and
     # gate, up where there are more tokens; turning queries and keys, storing and attending are one operation. Qwen3
     # normalises in between.
-    # The last product of a layer adds to the residual itself.
-    assert backend.products() == [3, 4, 5]
+    # Both products that a layer adds to the residual do so themselves.
+    assert backend.products() == [2, 3, 5]
+    onto = "trtllm_vattn.linear_onto.default"
     fused = "trtllm_vattn.rotate_and_attend" + ("" if name == "tiny-qwen3" else "_product")
-    assert backend.attentions() == [{fused, "trtllm_vattn.linear_onto.default"}, {fused}, {fused}]
+    assert backend.attentions() == [{fused, onto}, {fused, onto}, {fused}]
     assert backend.methods_of_the_unknown() == []
+
+
+def in_turn(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    x = x + nn.functional.linear(x * 2, first)
+    return nn.functional.linear(x * 3, second) + x
+
+
+def in_parallel(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    normed = x * 2
+    return x + nn.functional.linear(normed, first) + nn.functional.linear(normed * 3, second)
+
+
+def looked_at_behind(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    total = x + nn.functional.linear(x * 2, first)
+    return nn.functional.linear(total * 3, second) + x
+
+
+def viewed_behind(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    view = x.transpose(1, 2)
+    total = x + nn.functional.linear(x * 2, first)
+    return nn.functional.linear(total * 3, second) + view.transpose(1, 2)
+
+
+def added_twice(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    product = nn.functional.linear(x * 2, first)
+    return nn.functional.linear(x + product, second) * product
+
+
+@pytest.mark.parametrize(
+    ("function", "onto"),
+    [(in_turn, 2), (in_parallel, 2), (looked_at_behind, 1), (viewed_behind, 0), (added_twice, 0)],
+)
+@torch.inference_mode()
+def test_products_add_to_the_residual_where_nobody_looks_at_it_behind(
+    function: Callable[..., torch.Tensor], onto: int
+) -> None:
+    backend = Tracing()
+    compiled = torch.compile(function, backend=partial(rewriting, inner=backend), dynamic=True, fullgraph=True)
+    x, first, second = torch.randn(1, 5, 8), torch.randn(8, 8), torch.randn(8, 8)
+    want = function(x.clone(), first, second)
+    mine = x.clone()
+    torch.testing.assert_close(compiled(mine, first, second), want)
+    (graph,) = backend.graphs
+    assert sum("linear_onto" in str(node.target) for node in graph.graph.nodes) == onto
+    assert torch.equal(mine, want if onto else x)
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import COMPARED, make_cache
 from trtllm_vattn.errors import CaptureError, ConfigError, SequenceTooLong
 from trtllm_vattn.runtime.binding import shape_of
+from trtllm_vattn.runtime.compaction import MOST_S
 from trtllm_vattn.runtime.decode import Launch
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
@@ -291,6 +293,31 @@ def test_holes_are_closed_where_a_smaller_bucket_repays_it(
     assert compaction.plan({0: 1000}) == []
     assert compaction.plan({}) == []
     assert compaction.moves == moves
+
+
+def test_moves_that_take_long_are_made_between_several_steps(
+    build: Callable[..., Engine], single: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build(slots=4, prefix_cache=False)
+    compaction = engine.scheduler.compaction
+    assert compaction is not None
+    compaction.replay_s = {1: 0.5, 2: 0.5, 4: 1.0}
+    move, made = compaction.move, []
+
+    def slowly(source: int, target: int) -> None:
+        made.append(engine.totals.launches)
+        sleep(2 * MOST_S)
+        move(source, target)
+
+    monkeypatch.setattr(compaction, "move", slowly)
+    counts = (3, 3, 40, 40)
+    numbers = [engine.submit(PROMPTS[5], SamplingParams(count)) for count in counts]
+    tokens: dict[int, list[int]] = {number: [] for number in numbers}
+    for event in engine.run():
+        tokens[event.request].append(event.token)
+    assert len(made) == 2
+    assert made[0] < made[1]
+    assert [tokens[number] for number in numbers] == [single[5][:count] for count in counts]
 
 
 def test_a_short_prompt_is_one_replay(build: Callable[..., Engine]) -> None:

@@ -21,6 +21,8 @@ from trtllm_vattn.errors import DriverError, KVCacheOutOfMemory, MemoryQuarantin
 
 FIRST_GUESS_S = 300e-6
 """Seconds to map, make accessible and unmap one extent under load, as measured on an H200 (README)."""
+MOST_S = 0.02
+"""Seconds of moves between two steps, behind which no other begins: everybody waits for their tokens meanwhile."""
 
 
 class Compaction:

@@ -84,29 +84,55 @@ def _keep_behind(graph: Graph, attended: Node, kept: Node) -> bool:
 
 
 def add_onto_products(graph: Graph) -> int:
-    """Have a layer's last matrix product add to what its result is added to; returns how often.
+    """Have matrix products add to the residual themselves; returns how often.
 
-    ``residual + linear(x, weight)`` as the layer's result is a sum in the product's own kernel, where the residual is
-    nothing but that: a sum that this graph made. Else there is a kernel more, which reads and writes all rows.
+    ``residual + linear(x, weight)`` is a sum in the product's own kernel, where the residual is looked at by nobody
+    behind it: a sum that this graph made, or what the layer was given, which is the result of the layer before it. Else
+    there is a kernel more, which reads and writes all rows.
     """
-    (output,) = graph.find_nodes(op="output")
     done = 0
-    for total in {node for node in output.all_input_nodes if _is_call(node, operator.add) and len(node.users) == 1}:
-        products = [node for node in total.args if _is_call(node, nn.functional.linear)]
-        residuals = [node for node in total.args if _is_call(node, operator.add)]
-        if len(products) != 1 or len(residuals) != 1:
+    for total in list(graph.nodes):
+        if not _is_call(total, operator.add):
             continue
-        product, residual = products[0], residuals[0]
-        plain = not product.kwargs and product.args[2:] in ((), (None,)) and len(product.users) == 1
-        if not plain or total.next is not output or not _alike(residual, product):
-            continue
-        with graph.inserting_before(total):
-            graph.call_function(torch.ops.trtllm_vattn.linear_onto.default, (residual, *product.args[:2]))
-        total.replace_all_uses_with(residual)
-        graph.erase_node(total)
-        graph.erase_node(product)
-        done += 1
+        for residual, product in (total.args, total.args[::-1]):
+            if _is_plain_product(product) and _may_be_written_over(residual, product, total):
+                with graph.inserting_before(total):
+                    graph.call_function(torch.ops.trtllm_vattn.linear_onto.default, (residual, *product.args[:2]))
+                total.replace_all_uses_with(residual)
+                graph.erase_node(total)
+                graph.erase_node(product)
+                done += 1
+                break
     return done
+
+
+def _is_plain_product(node: Any) -> bool:
+    """Whether this is ``linear(x, weight)`` for one user."""
+    plain = _is_call(node, nn.functional.linear) and not node.kwargs and node.args[2:] in ((), (None,))
+    return plain and len(node.users) == 1
+
+
+def _may_be_written_over(residual: Any, product: Node, total: Node) -> bool:
+    """Whether a sum of both may take the residual's place."""
+    if not isinstance(residual, Node) or not (residual.op == "placeholder" or _is_call(residual, operator.add)):
+        return False
+    if _dims(residual) != 3 or not _alike(residual, product):
+        return False
+    places = {node: place for place, node in enumerate(total.graph.nodes)}
+    return max(places[user] for user in _users_of_memory(residual)) == places[total]
+
+
+def _users_of_memory(node: Node) -> set[Node]:
+    """What reads a node's result, by itself or by what may be a view of it."""
+    found: set[Node] = set()
+    ahead = [node]
+    while ahead:
+        for user in ahead.pop().users:
+            if user not in found:
+                found.add(user)
+                if user.op != "call_function" or user.target not in BY_ROW:
+                    ahead.append(user)
+    return found
 
 
 def _alike(residual: Node, product: Node) -> bool:

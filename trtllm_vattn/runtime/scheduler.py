@@ -22,7 +22,7 @@ from trtllm_vattn.errors import (
     MemoryQuarantined,
     NoFreeSlot,
 )
-from trtllm_vattn.runtime.compaction import Compaction
+from trtllm_vattn.runtime.compaction import MOST_S, Compaction
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad
 from trtllm_vattn.runtime.prefill import PromptChunk
@@ -408,8 +408,8 @@ class Scheduler:
         return found
 
     def _moves_wait(self, ahead: bool) -> bool:
-        """Move sequences out of high slots where a smaller bucket repays it. True where that has to wait for launches
-        that are under way, which use the slots."""
+        """Move sequences out of high slots where a smaller bucket repays it; where that takes long, some of them. True
+        where that has to wait for launches that are under way, which use the slots."""
         if self.compaction is None or not self.decoding or not self._moved_out:
             return False
         by_slot = {request.slot: request for request in self.holders}
@@ -417,7 +417,11 @@ class Scheduler:
         if moves and ahead:
             return True
         self._moved_out = False
+        began = perf_counter()
         for source, target in moves:
+            if perf_counter() - began > MOST_S:
+                self._moved_out = True
+                break
             try:
                 self.compaction.move(source, target)
             except (KVCacheOutOfMemory, DriverError, MemoryQuarantined) as error:

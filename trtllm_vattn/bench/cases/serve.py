@@ -23,7 +23,7 @@ from trtllm_vattn.bench.cases import serve_peer
 from trtllm_vattn.bench.harness import flags
 from trtllm_vattn.bench.harness.case import Recording, engine_options, model_of, vocab_of
 from trtllm_vattn.bench.harness.peer import add_peer
-from trtllm_vattn.bench.harness.serving import Clock, Load, arrival_times, check_goodput, over_time, report, serve
+from trtllm_vattn.bench.harness.serving import Load, arrival_times, check_goodput, over_time, report, serve
 from trtllm_vattn.bench.harness.traces import Request, counted, fit, generate_trace, load_trace
 from trtllm_vattn.bench.harness.workload import prompts_of
 from trtllm_vattn.bench.publish.plots import plot_serve
@@ -184,7 +184,7 @@ def replay(model: PreTrainedModel, args: argparse.Namespace, name: str, load: Lo
     with Engine(
         model, cache, prefix_cache=False, attention=args.attention, chunk=args.chunk, **engine_options(args)
     ) as engine:
-        served = serve(engine, load, Clock(args.virtual_time), name)
+        served = serve(engine, load, args.virtual_time, name)
         stats = engine.cache.stats()
     del engine, cache
     gc.collect()

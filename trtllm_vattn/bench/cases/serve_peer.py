@@ -25,7 +25,6 @@ from trtllm_vattn.bench.harness.case import Part, Recording, engine_for, engine_
 from trtllm_vattn.bench.harness.peer import Peer, check_tokens, fit_together, opener, versions_of, write_config
 from trtllm_vattn.bench.harness.report import load
 from trtllm_vattn.bench.harness.serving import (
-    Clock,
     Load,
     Served,
     arrival_times,
@@ -70,7 +69,7 @@ class Ours:
 
     def serve(self, load: Load) -> Served:
         assert self._engine is not None
-        return serve(self._engine, load, Clock(), self.name)
+        return serve(self._engine, load, label=self.name)
 
     def stop(self) -> None:
         if self._engine is not None:
