@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Callable, Collection
@@ -56,6 +57,17 @@ def tolerance(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"it is {text!r:.60}; give a number from 0 on")
     return value
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An object of JSON."""
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"it is {text!r:.60}, which is no JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise argparse.ArgumentTypeError(f'it is {text!r:.60}; give an object of JSON, as {{"method": "ngram"}}')
+    return given
 
 
 def probability(text: str) -> float:

@@ -137,6 +137,11 @@ class RequestFailed(VattnError):
     """A request ended with an error of its own; the message says which. Others go on."""
 
 
+class NoTokenAllowed(RequestFailed):
+    """A request ended because its own parameters (a grammar, bad words, `min_tokens`) forbid every token that could
+    come next; change them. It would end so again."""
+
+
 class UnmappedAccess(VattnError):
     """A replay would touch addresses with no memory behind them; it was not launched."""
 

@@ -41,6 +41,7 @@ CALLS: dict[str, Callable[[KVCacheManager], object]] = {
     "suspend": lambda cache: cache.suspend("a"),
     "resume": lambda cache: cache.resume("suspended"),
     "sleep": lambda cache: cache.sleep(keep=True),
+    "sleep and wake": lambda cache: (cache.sleep(keep=True), cache.wake()),
     "reset": lambda cache: cache.reset(),
 }
 

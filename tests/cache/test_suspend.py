@@ -532,6 +532,104 @@ def test_a_cache_that_sleeps_has_no_memory_and_wakes_with_all_its_tokens(host_dr
         expect(cache, "again", range(40), "owner")
 
 
+def asleep(driver: FaultyDriver, layers_per_range: int) -> KVCacheManager:
+    cache = KVCacheManager(SHAPE, driver, 200 * 4096, layers_per_range, config=HOST)
+    admit(cache, "a", 40)
+    cache.fork("a", "shares", 35)
+    cache.sleep(keep=True)
+    return cache
+
+
+@pytest.mark.parametrize("layers_per_range", [4, 1])
+@pytest.mark.parametrize("code", ["CUDA_ERROR_UNKNOWN", "CUDA_ERROR_OUT_OF_MEMORY"])
+def test_a_wake_that_fails_and_cannot_be_undone_can_be_called_again(code: str, layers_per_range: int) -> None:
+    """Memory that somebody else has meanwhile, and one unmap that fails, are enough for that."""
+    host = HostDriver()
+    driver = FaultyDriver(host)
+    cache = asleep(driver, layers_per_range)
+    before = driver.seen
+    cache.wake()
+    calls = driver.seen - before
+    cache.close()
+    refused = set()
+    for first in range(calls):
+        for skip in range(3):
+            cache = asleep(driver, layers_per_range)
+            driver.fail("*", skip=first, code=code)
+            driver.fail("unmap", skip=skip)
+            with pytest.raises((DriverError, KVCacheOutOfMemory)):
+                cache.wake()
+            if broken := [index for index, slot in enumerate(cache.arena.slots) if slot.broken]:
+                # What is in the way is still not to be unmapped.
+                for _ in range(4):
+                    driver.fail("unmap")
+                with pytest.raises(MemoryQuarantined, match="nothing comes back there; try again"):
+                    cache.wake()
+                refused.update(broken)
+            driver.disarm()
+            assert cache.is_asleep
+            cache.check_integrity()
+            cache.wake()
+            assert cache.stats().quarantined == 0
+            cache.check_integrity()
+            expect(cache, "a", range(40))
+            expect(cache, "shares", range(35), "a")
+            cache.layer(0).k[cache.dummy_slot, 0] = 1.0
+            cache.close()
+    assert {0, 1, cache.dummy_slot} <= refused | ({cache.dummy_slot} if layers_per_range == 4 else set())
+    assert (host.live_mappings, host.live_handles, host.live_reservations) == (0, 0, 0)
+    host.close()
+
+
+@pytest.mark.parametrize("undoing", ["map", "set_access"])
+def test_a_sleep_that_fails_and_cannot_be_undone_leaves_a_dummy_slot_with_memory(undoing: str) -> None:
+    host = HostDriver()
+    driver = CountingDriver(host)
+    cache = KVCacheManager(SHAPE, driver, 200 * 4096, 1, config=HOST)
+    slot = admit(cache, "a", 40)
+    before = driver.calls["unmap"]
+    cache.sleep(keep=True)
+    unmaps = driver.calls["unmap"] - before
+    cache.close()
+    # All but the first of the dummy slot, whose unmaps are the last.
+    for first in range(unmaps - SHAPE.num_layers + 1, unmaps):
+        driver = FaultyDriver(host)
+        cache = KVCacheManager(SHAPE, driver, 200 * 4096, 1, config=HOST)
+        admit(cache, "a", 40)
+        driver.fail("unmap", skip=first)
+        for _ in range(50):
+            driver.fail(undoing)
+            driver.fail("unmap", skip=first + 1)
+        with pytest.raises(DriverError, match="unmap"):
+            cache.sleep(keep=True)
+        assert not cache.is_asleep
+        assert not cache.arena.has_dummy
+        for launch, given in (
+            (cache.note_placements, ()),
+            (cache.prepare_step, (cache.lengths,)),
+            (cache.slot_of, ("a",)),
+        ):
+            with pytest.raises((DriverError, MemoryQuarantined)):
+                launch(*given)  # type: ignore[operator]
+        driver.disarm()
+        cache.note_placements()
+        for layer in range(SHAPE.num_layers):
+            cache.layer(layer).k[cache.dummy_slot, 0] = 1.0
+        cache.check_integrity()
+        # A sequence that lost memory is admitted anew, as ever.
+        assert cache.broken_slots() == [slot]
+        cache.release("a")
+        cache.reset()
+        admit(cache, "later", 40)
+        cache.sleep(keep=True)
+        cache.wake()
+        expect(cache, "later", range(40))
+        assert cache.stats().quarantined == 0
+        cache.close()
+    assert (host.live_mappings, host.live_handles, host.live_reservations) == (0, 0, 0)
+    host.close()
+
+
 def test_contents_are_dropped_where_they_are_not_wanted(host_driver: HostDriver) -> None:
     with KVCacheManager(SHAPE, host_driver, 200 * 4096, 2, config=HOST) as cache:
         owner = admit(cache, "owner", 40)

@@ -29,6 +29,7 @@ UNITS = {
     *("URL", "HOST", "PORT", "KEY", "TEXT", "BATCHES", "RATE", "SHAPE", "MILLISECONDS", "NAME:MILLISECONDS"),
     "NAME=TIME",
     "USER",
+    "JSON",
 }
 
 

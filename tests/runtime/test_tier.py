@@ -15,7 +15,15 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.cache.base import Transfers
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import ConfigError, DriverError, EngineAsleep, HostMemoryFull, MemoryQuarantined, WeightsMixed
+from trtllm_vattn.errors import (
+    ConfigError,
+    DriverError,
+    EngineAsleep,
+    HostMemoryFull,
+    KVCacheOutOfMemory,
+    MemoryQuarantined,
+    WeightsMixed,
+)
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
@@ -329,6 +337,35 @@ def test_an_engine_sleeps_and_goes_on(build: Build, kv: Any, prefixes: bool) -> 
     engine.cache.check_integrity()
 
 
+@pytest.mark.parametrize("call", ["sleep", "wake"])
+def test_an_engine_goes_on_behind_a_sleep_or_wake_that_failed_and_was_not_undone(build: Build, call: str) -> None:
+    for first in (0, 3, 6):
+        driver = FaultyDriver(HostDriver())
+        engine = build(driver=driver, capture=False, packed=None)
+        numbers = [engine.submit(prompt, PARAMS) for prompt in PROMPTS]
+        tokens: dict[int, list[int]] = {}
+        for _ in range(4):
+            note(tokens, engine.step())
+        if call == "wake":
+            engine.sleep()
+        driver.fail("create" if call == "wake" else "unmap", first, "CUDA_ERROR_OUT_OF_MEMORY")
+        for undoing in ("map", "set_access") * 3 if call == "sleep" else ("unmap", "unmap"):
+            driver.fail(undoing)
+        with pytest.raises((DriverError, KVCacheOutOfMemory)):
+            engine.wake() if call == "wake" else engine.sleep()
+        driver.disarm()
+        assert engine.sleeping.is_asleep is (call == "wake")
+        engine.wake()
+        while engine.busy:
+            try:
+                note(tokens, engine.step())
+            except MemoryQuarantined:
+                # Who lost memory is computed anew, by the next step.
+                assert call == "sleep"
+        assert tokens == {numbers[n]: found for n, found in undisturbed().items()}
+        engine.close()
+
+
 def test_who_is_aborted_or_overdue_while_it_sleeps_is_gone(build: Build) -> None:
     engine = build()
     numbers = [engine.submit(prompt, PARAMS) for prompt in PROMPTS[:2]]
@@ -489,6 +526,55 @@ def test_every_driver_call_of_weights_may_fail(own_model: PreTrainedModel, wakin
     for parameter in own_model.parameters():
         parameter.data = torch.empty(0)
     memory.close()
+    memory.close()
+    assert (host.physical_bytes, host.live_host_bytes, host.live_reservations) == (0, 0, 0)
+    host.close()
+
+
+@pytest.mark.parametrize("waking", [False, True])
+def test_weights_come_back_whatever_fails_and_fails_to_be_undone(
+    own_model: PreTrainedModel, waking: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trtllm_vattn.runtime import sleeping
+
+    # Several extents, as weights of more than 256 MiB have.
+    monkeypatch.setattr(sleeping, "LARGEST_EXTENT", 256 << 10)
+    host = HostDriver()
+    driver = FaultyDriver(host)
+    memory = sleeping.move_weights(own_model, driver)
+    kept = {name: tensor.clone() for name, tensor in own_model.state_dict().items()}
+    whole, extents = host.physical_bytes, len(memory._mappings)
+    assert extents > 2
+    for keep in (True, False) if not waking else (True,):
+        for undoing in ("unmap", "map", "set_access"):
+            for first in range(3 * extents + 2):
+                for times in (1, 30):
+                    if waking:
+                        memory.release(keep)
+                    driver.fail("*" if waking else "unmap", skip=first)
+                    for _ in range(times):
+                        driver.fail(undoing, skip=first % 2)
+                    try:
+                        memory.restore() if waking else memory.release(keep)
+                    except DriverError:
+                        # Where a sleep failed, no byte is lost, whatever was to be kept.
+                        driver.disarm()
+                    else:
+                        driver.disarm()
+                        assert memory.is_mapped is waking
+                        if not (keep or waking):
+                            memory.restore()
+                            own_model.load_state_dict(kept)
+                    if not memory.is_mapped:
+                        memory.restore()
+                    assert all(torch.equal(kept[name], tensor) for name, tensor in own_model.state_dict().items())
+                    assert host.physical_bytes == memory.held_bytes >= whole
+                    for extent in memory._stuck:
+                        extent.close()
+                    memory._stuck.clear()
+                    assert host.physical_bytes == whole
+    for parameter in own_model.parameters():
+        parameter.data = torch.empty(0)
     memory.close()
     assert (host.physical_bytes, host.live_host_bytes, host.live_reservations) == (0, 0, 0)
     host.close()

@@ -20,7 +20,7 @@ from unittest.mock import Mock
 
 import httpx
 import pytest
-from tiny_text import save_checkpoint, tiny_model, tiny_tokenizer
+from tiny_text import VOCAB, save_checkpoint, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -35,9 +35,11 @@ from trtllm_vattn.cli.generate import prompts_of, templated  # noqa: E402
 from trtllm_vattn.cli.main import main  # noqa: E402
 from trtllm_vattn.cli.parser import build_parser  # noqa: E402
 from trtllm_vattn.errors import ConfigError, EngineClosed, VattnError  # noqa: E402
+from trtllm_vattn.runtime import engine as of_engine  # noqa: E402
 from trtllm_vattn.runtime.async_engine import AsyncEngine  # noqa: E402
 from trtllm_vattn.runtime.binding import shape_of  # noqa: E402
 from trtllm_vattn.runtime.engine import Engine  # noqa: E402
+from trtllm_vattn.runtime.grammar import Grammar  # noqa: E402
 from trtllm_vattn.runtime.logprobs import TokenLogprob  # noqa: E402
 from trtllm_vattn.runtime.request import TokenEvent  # noqa: E402
 from trtllm_vattn.runtime.sampling import SamplingParams  # noqa: E402
@@ -291,6 +293,57 @@ def test_errors_are_openais(served: Served, status: int, said: str, options: dic
 @pytest.mark.parametrize(
     ("said", "options"),
     [
+        (
+            "its bad_words and min_tokens and regex together forbid",
+            {"regex": "ab*", "bad_words": ["b"], "min_tokens": 3},
+        ),
+        ("its bad_words and regex together forbid", {"regex": "abc+", "bad_words": ["c"]}),
+        ("its bad_words forbid", {"bad_words": [[token] for token in range(VOCAB)]}),
+        ("its bad_words and json_schema together forbid", {"json_schema": {"enum": [12]}, "bad_words": ["2"]}),
+        ("its grammar: ", {"regex": "a*"}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_request_that_comes_to_forbid_every_token_is_told_so_by_400(
+    served: Served, chat: bool, stream: bool, said: str, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llguidance")
+    if "grammar" in said:
+        # As of one that its library gives up in the middle.
+        monkeypatch.setattr(Grammar, "error", property(lambda self: "too much" if self._consumed else None))
+    client = served.client()
+    create = client.chat.completions.create if chat else client.completions.create
+    asked = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
+    reasons: list[str | None] = []
+
+    def ask() -> None:
+        got = create(model=NAME, max_tokens=20, stream=stream, extra_body=options, **asked)
+        reasons.extend(chunk.choices[0].finish_reason for chunk in got)
+
+    with pytest.raises(openai.APIError) as raised:
+        ask()
+    assert not any(reasons)
+    # Of one that its fields leave some tokens, these were streamed.
+    assert not reasons or stream
+    # In a stream the status was sent before.
+    assert isinstance(raised.value, openai.BadRequestError) is not stream
+    assert said in raised.value.body["message"]
+    assert (raised.value.type, raised.value.code) == ("invalid_request_error", "no_token_allowed")
+    served.wait_until_idle()
+
+
+def test_logits_that_are_none_are_the_servers_error(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_engine.Engine, "_forbidden", lambda *_: None)
+    with pytest.raises(openai.InternalServerError, match="its logits are NaN or infinite"):
+        served.client().completions.create(
+            model=NAME, prompt="x", extra_body={"bad_words": [[token] for token in range(VOCAB)]}
+        )
+
+
+@pytest.mark.parametrize(
+    ("said", "options"),
+    [
         ("messages is []", {"messages": []}),
         (
             "a message has a part of type image_url",
@@ -446,6 +499,27 @@ def test_a_client_that_goes_away_cancels_its_request(served: Served, stream: boo
         assert not asyncio.run(served.engine.call(lambda engine: len(engine.scheduler.requests)))
     finally:
         asyncio.run(served.engine.resume())
+
+
+def test_a_request_that_does_not_come_whole_in_time_is_408() -> None:
+    made = start(engine_of(), read_s=0.3)
+    with socket.create_connection(("127.0.0.1", int(made.url.rpartition(":")[2])), timeout=30) as client:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 99\r\n\r\n"
+        client.sendall(head.encode() + b"{")
+        got = b"".join(iter(lambda: client.recv(65536), b""))
+    assert got.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
+    made.server.should_exit = True
+    made.thread.join(30)
+    assert made.engine.unfinished == 0
+
+
+def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[object] = []
+    monkeypatch.setattr(server, "serve", lambda _, settings, *rest: got.append(settings))
+    flags = ["--device", "cpu", "--max-body", "1KiB", "--read-timeout-s", "7.5", "--api-key", KEY.replace(" ", "-")]
+    assert main(["serve", "--model", "x", "--name", NAME, *flags]) == 0
+    assert got == [Settings(NAME, ("a-key",), 1024, read_s=7.5)]
 
 
 def test_more_than_the_engine_takes_is_429(served: Served) -> None:
@@ -618,6 +692,34 @@ def test_generate_prints_texts(
     assert engine_options(parsed)["broker"] == TenantConfig(str(broker.path), "chat")
     assert main(["generate", "--model", str(checkpoint), "--tenant", "chat", "one"]) == 2
     assert "give --broker its socket" in capsys.readouterr().err
+
+
+@FORKS
+@pytest.mark.usefixtures("forked")
+def test_a_server_drafts_and_stores_eight_bits_where_flags_ask_for_it(
+    checkpoint: Path, told: SimpleQueue[tuple[str, int]]
+) -> None:
+    said: list[str] = []
+
+    def use() -> None:
+        url = told.get()[0]
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+        done = client.completions.create(
+            model=str(checkpoint), prompt="one " * 8, max_tokens=20, extra_body={"ignore_eos": True}
+        )
+        said.append(str(done.usage.completion_tokens))
+        said.append(httpx.get(f"{url.removesuffix('/v1')}/metrics").text)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    using = threading.Thread(target=use)
+    using.start()
+    own = ["--speculative-config", json.dumps({"model": str(checkpoint)}), "--kv-cache-dtype", "fp8"]
+    sizes = ["--device", "cpu", "--port", "0", "--max-seqs", "1", "--max-seq-len", "128"]
+    assert main(["serve", "--model", str(checkpoint), *sizes, *own]) == 0
+    using.join(30)
+    assert said[0] == "20"
+    # How many pay is a matter of what steps cost.
+    assert 'vattn_draft_tokens_total{what="accepted"}' in said[1]
 
 
 def test_prompts_come_from_a_file_or_standard_input_and_through_the_template(tmp_path: Path) -> None:

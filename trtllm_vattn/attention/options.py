@@ -24,6 +24,8 @@ from trtllm_vattn.vmm.tensors import upload
 
 FP8 = torch.float8_e4m3fn
 """The dtype of rows of eight bits."""
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
+"""What rows are stored as, by vLLM's names: the model's own dtype, and `FP8` by two names."""
 PREFIXES = "+prefixes"
 """Behind the name of a kernel that honours `PrefixTables` (`Attention.variants`)."""
 

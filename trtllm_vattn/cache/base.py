@@ -460,7 +460,8 @@ class KVCache(ABC):
         """Nothing outlives this process any more, and nothing is noted; where there is no journal, nothing changes."""
 
     def note_placements(self) -> None:  # noqa: B027
-        """Before a launch: note where sequences' memory lies, if that has changed and is journaled."""
+        """Before a launch, which is refused where the cache is in no state for one: note where sequences' memory lies,
+        if that has changed and is journaled."""
 
     @property
     def asked_to_sleep(self) -> bool:
@@ -656,8 +657,9 @@ class KVCache(ABC):
 
     def wake(self) -> int:
         """Have the memory again that `sleep` gave back, with the tokens that it kept, at the same addresses; returns
-        the bytes copied. Does nothing to a cache that is awake. Raises KVCacheOutOfMemory or DriverError; it is asleep
-        then."""
+        the bytes copied. Does nothing to a cache that is awake. Raises KVCacheOutOfMemory, DriverError, or
+        MemoryQuarantined where an earlier call could not take back what it had mapped there, and this one cannot,
+        either; it is asleep then, and calling again tries again."""
         self._cannot("give its memory back")
 
     @property

@@ -266,7 +266,7 @@ class KVCacheManager(SlottedCache):
         self._needs_check = True
         with self._noted(call):
             answer = self._uninterrupted(call, *arguments)
-        self._needs_check = self.is_asleep
+        self._needs_check = self.is_asleep or not self.arena.has_dummy
         return answer
 
     def _check_state(self, recovering: bool = False) -> None:
@@ -275,6 +275,15 @@ class KVCacheManager(SlottedCache):
             self._needs_check = True
             if not recovering:
                 raise CacheAsleep("this cache gave its memory back by sleep(); call wake() first")
+        elif not (self.arena.has_dummy or recovering):
+            # A sleep that failed could not leave it where it was.
+            self._needs_check = True
+            self._uninterrupted(self._do_mend_dummy)
+            self._needs_check = False
+
+    def _do_mend_dummy(self) -> None:
+        with self._lock:
+            self.arena.mend_dummy()
 
     def _uninterrupted(self, call: Callable[..., T], *arguments: Any) -> T:
         answer: T = uninterrupted(on_stream, stream_of(self.device), call, *arguments)
@@ -509,6 +518,7 @@ class KVCacheManager(SlottedCache):
             self._borrowing.keeper.leave()
 
     def note_placements(self) -> None:
+        self._check_open()
         # What the thread maps ahead it notes itself, once nothing more is due: a step waits for it only where it writes
         # there.
         arena = self.arena

@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"clients have to send it; several times for several (default: what {KEY_VARIABLE} holds, or no check)"
     add("--api-key", type=key, action="append", metavar="KEY", help=text)
     add("--max-body", type=size, default="4MiB", metavar="BYTES", help="of a request's body")
+    text = "for a request's head to come, and for its body; what comes slower is answered with 408"
+    add("--read-timeout-s", type=amount, default=60.0, metavar="SECONDS", help=text)
     text = "unfinished requests at once; more are answered with 429"
     add("--max-requests", type=positive, default=4096, metavar="REQUESTS", help=text)
     parser.epilog = (
@@ -62,6 +64,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"trtllm-vattn: {args.host} may be reached by others, and no --api-key is asked for", file=sys.stderr)
     name = unicode_text("the model's name", args.name or args.model)
     show_start()
-    settings = Settings(name, tuple(keys), args.max_body)
+    settings = Settings(name, tuple(keys), args.max_body, read_s=args.read_timeout_s)
     serve(args.model, settings, args.host, args.port, args.drain_s, args.max_requests, engine_options(args))
     return 0

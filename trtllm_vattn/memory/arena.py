@@ -1148,19 +1148,56 @@ class Arena:
         for index, slot in enumerate(self.used_slots):
             while slot.mapped:
                 self.unmap_tail(index)
-        self._retry_quarantine()
+        self._retry(self.quarantine)
         self.pool.retry()
-        broken = {m.offset // self.layout.slot_stride for m in self.quarantine if m.reservation in self.reservations}
+        broken = {self._slot_of(mapping) for mapping in self.quarantine}
         self._retained.clear()
         self._sharing_changed = True
         for index, slot in enumerate(self.used_slots):
             slot.reset(index in broken)
             self.set_visible(index, None)
 
-    def _retry_quarantine(self) -> None:
-        retry, self.quarantine = self.quarantine, []
-        self.unmap(None, retry)
-        self.release_unmapped({mapping.extent.serial: mapping.extent for mapping in retry}.values())
+    def _slot_of(self, mapping: Mapping) -> int | None:
+        """The slot that a mapping lies in; None for one in scratch addresses."""
+        return mapping.offset // self.layout.slot_stride if mapping.reservation in self.reservations else None
+
+    def _retry(self, quarantined: list[Mapping]) -> None:
+        """Try again to unmap mappings that are quarantined."""
+        self.quarantine = [mapping for mapping in self.quarantine if mapping not in quarantined]
+        self.unmap(None, quarantined)
+        self.release_unmapped({mapping.extent.serial: mapping.extent for mapping in quarantined}.values())
+
+    def mend(self, indices: Iterable[int]) -> list[int]:
+        """Try again to unmap what is quarantined in slots that have lost no token by it: suspended ones, and the dummy.
+        Where nothing is left of it, memory may be mapped there again. Returns the slots in which something is."""
+        wanted = [index for index in indices if self.slots[index].broken]
+        self._retry([mapping for mapping in self.quarantine if self._slot_of(mapping) in wanted])
+        left = {self._slot_of(mapping) for mapping in self.quarantine}
+        for index in wanted:
+            if index not in left:
+                self.slots[index].mend()
+                self.publish(index)
+        return [index for index in wanted if index in left]
+
+    @property
+    def has_dummy(self) -> bool:
+        """Whether the dummy slot has its memory, or sleeps."""
+        dummy = self.slots[-1]
+        return not dummy.broken or dummy.state is SUSPENDED
+
+    def mend_dummy(self) -> None:
+        """Back the dummy slot again, which idle lanes write to, where it was not suspended, nor left as it was. Raises
+        MemoryQuarantined, KVCacheOutOfMemory or DriverError; calling again tries again."""
+        dummy = self.layout.num_slots
+        if self.mend([dummy]):
+            raise MemoryQuarantined(
+                "an unmap failed in the dummy slot, which idle lanes write to; try again, or close the cache"
+            )
+        try:
+            self.grow({dummy: 1})
+        except BaseException:
+            self.slots[dummy].mark_broken()
+            raise
 
     def close(self, fence: Fence | None = None) -> None:
         """Unmap and free everything once `fence` is done; what is quarantined is tried again.
@@ -1173,7 +1210,7 @@ class Arena:
         for index, slot in enumerate(self.slots):
             while slot.mapped:
                 self.unmap_tail(index)
-        self._retry_quarantine()
+        self._retry(self.quarantine)
         with ExitStack() as closing:
             closing.callback(self.pool.close)
             for reservation in (*self.reservations, *self._scratches):

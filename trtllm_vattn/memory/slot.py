@@ -352,6 +352,11 @@ class Slot:
         self.broken = True
         self._update_idle()
 
+    def mend(self) -> None:
+        """What failed to be unmapped in it is unmapped; where it was RETIRED, it is FREE."""
+        self.broken = False
+        self._update_idle()
+
     def reset(self, broken: bool) -> None:
         """Any state → FREE, or RETIRED if broken; its memory is gone already, and nobody has a segment anywhere."""
         self.broken, self.visible_bytes, self.fence, self.since = broken, None, None, 0.0

@@ -178,13 +178,13 @@ def resume(
     Raises
     ------
     MemoryQuarantined
-        An unmap failed in one of the slots; a single one may be resumed in another place (`relocate`).
+        An unmap failed in one of the slots, and failed again; a single one may be resumed in another place
+        (`relocate`).
     KVCacheOutOfMemory, DriverError
         The slots are suspended as before.
     """
-    for slot in image.slots:
-        if arena.slots[slot.index].broken:
-            raise MemoryQuarantined(f"an unmap failed in slot {slot.index}, so nothing comes back there")
+    if broken := arena.mend(slot.index for slot in image.slots):
+        raise MemoryQuarantined(f"an unmap failed in slots {broken}, so nothing comes back there; try again")
     while True:
         arena.make_available(image.mapped_bytes)
         try:

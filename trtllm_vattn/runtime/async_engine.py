@@ -9,11 +9,11 @@ reads slowly holds nobody up: its request goes on, and its events, no more than 
 stream.
 
 Errors: what `Engine.submit` raises, `add_request` raises. A request that ends with an error of its own raises
-RequestFailed in its stream, behind its tokens. A step that raises is tried again, for the engine goes on from its
-records; where `MOST_FAILURES` steps in a row raise, all requests are aborted and each stream raises what the last one
-did. Where the device is lost (`errors.is_device_lost`) no step can succeed any more: the engine ends, all streams raise
-EngineClosed, and `failure` says why; the process has to be started anew. An update of the weights that broke
-(WeightsMixed) and `sleep` hold requests up until they are undone.
+RequestFailed in its stream, behind its tokens; NoTokenAllowed, which is one, where its own parameters are why. A step
+that raises is tried again, for the engine goes on from its records; where `MOST_FAILURES` steps in a row raise, all
+requests are aborted and each stream raises what the last one did. Where the device is lost (`errors.is_device_lost`) no
+step can succeed any more: the engine ends, all streams raise EngineClosed, and `failure` says why; the process has to
+be started anew. An update of the weights that broke (WeightsMixed) and `sleep` hold requests up until they are undone.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from trtllm_vattn.errors import (
     ConfigError,
     EngineClosed,
     EngineOverloaded,
+    NoTokenAllowed,
     RequestFailed,
     VattnError,
     WeightsMixed,
@@ -140,7 +141,8 @@ class RequestStream(AsyncIterator[TokenEvent]):
                 raise event
             if failed:
                 self._stop()
-                raise RequestFailed(event.error or "the request failed")
+                kind = NoTokenAllowed if event.is_forbidden else RequestFailed
+                raise kind(event.error or "the request failed")
             if event.finish_reason is not None:
                 self._left -= 1
                 self.has_ended = not self._left

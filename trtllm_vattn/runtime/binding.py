@@ -325,7 +325,7 @@ def shape_of(model: StepModel, num_slots: int, max_seq_len: int, kv_cache_dtype:
             f"{type(model).__name__} ({config.model_type}) is not served: it has layers of kinds {', '.join(other)}, "
             "whose needs no cache here holds; a cache serves full attention only"
         )
-    windows = _windows_of(config)
+    windows = windows_of(config)
     if not isinstance(model, PreTrainedModel) and any(each and each < max_seq_len for each in windows):
         raise ConfigError(
             f"{type(model).__name__} attends to windows of {sorted({each for each in windows if each})} tokens in some "
@@ -360,7 +360,7 @@ def shape_of(model: StepModel, num_slots: int, max_seq_len: int, kv_cache_dtype:
     )
 
 
-def _windows_of(config: Any) -> tuple[int | None, ...]:
+def windows_of(config: Any) -> tuple[int | None, ...]:
     """Each layer's window, as a configuration names it; empty without any."""
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if not window:

@@ -70,7 +70,7 @@ def load_checkpoint(
     """
     where = Path(name)
     local = where.is_dir()
-    config = _config(name, local, shapes)
+    config = read_config(name, shapes)
     try:
         with torch.device(device):
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -98,15 +98,17 @@ def positions_in(name: str, shapes: Iterable[str]) -> int | None:
     """Positions that the model of a checkpoint has, by its configuration; None where that says none, or cannot be
     read."""
     try:
-        config = _config(name, Path(name).is_dir(), shapes)
+        config = read_config(name, shapes)
     except ConfigError:
         return None
     return positions_of(config.get_text_config())
 
 
-def _config(name: str, local: bool, shapes: Iterable[str]) -> PreTrainedConfig:
-    """A checkpoint's configuration, of a family that can be served at all: known before its weights are read."""
+def read_config(name: str, shapes: Iterable[str] = ()) -> PreTrainedConfig:
+    """A checkpoint's configuration, of a family that can be served at all: known before its weights are read. Raises
+    ConfigError where there is none."""
     where = Path(name)
+    local = where.is_dir()
     if not local:
         check_repo_id(name, tuple(shapes))
     elif not (where / "config.json").is_file():
@@ -281,7 +283,7 @@ def require_tokenizer(name: str, shapes: Iterable[str] = ()) -> Any:
     it has none."""
     shapes = tuple(shapes)
     if Path(name).is_dir() or name not in shapes:
-        _config(name, Path(name).is_dir(), shapes)
+        read_config(name, shapes)
     tokenizer = load_tokenizer(name, shapes)
     if tokenizer is None:
         raise ConfigError(f"{name} has no tokenizer, which texts need; give a checkpoint with one")

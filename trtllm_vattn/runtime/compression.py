@@ -28,6 +28,8 @@ from trtllm_vattn.vmm.tensors import upload
 
 logger = logging.getLogger(__name__)
 
+WINDOWS = "layers with windows, whose tokens are masked by their places"
+
 
 @dataclass
 class _Heads:
@@ -213,19 +215,30 @@ def check_compression(
             f"compression needs ranges with lengths of their own, which this {type(cache).__name__} has not; build a "
             "KVCacheManager with CacheConfig(own_lengths=True), or let Engine.from_pretrained build it"
         )
-    again = policy.every is not None
     wrong = {
         "a TensorRT plan, whose own layers attend, so that nobody sees queries": not isinstance(model, PreTrainedModel),
-        "prefix_cache=True: what was evicted is no prefix of another prompt; leave it out": settings["prefix_cache"],
-        "speculation: rejected drafts go back behind a compaction; leave it out": settings["speculation"] is not None,
-        "deterministic=True: it runs behind others' launches; leave one of them out": settings["deterministic"],
-        "layers with windows, whose tokens are masked by their places": windows,
+        WINDOWS: windows,
         "sink logits": any(each is not None for each in needs.sinks),
         "soft caps of scores": any(each is not None for each in needs.softcaps),
         "latents in place of keys and values": cache.shape.kv_factor == 1,
+    }
+    refuse_together({**wrong_settings(policy, settings), **wrong})
+    policy.check(cache.shape.num_layers)
+
+
+def wrong_settings(policy: CompressionPolicy, settings: Mapping[str, Any]) -> dict[str, bool]:
+    """What of an engine's settings a policy is not served with, by what is said of it, and whether it was asked for."""
+    again = policy.every is not None
+    return {
+        "prefix_cache=True: what was evicted is no prefix of another prompt; leave it out": settings["prefix_cache"],
+        "speculation: rejected drafts go back behind a compaction; leave it out": settings["speculation"] is not None,
+        "deterministic=True: it runs behind others' launches; leave one of them out": settings["deterministic"],
         "every beside steps above 1: it runs between single steps; make it 1": again and settings["steps"] > 1,
         "every beside loop=True: it runs between single steps; leave loop out": again and settings["loop"],
     }
+
+
+def refuse_together(wrong: Mapping[str, bool]) -> None:
+    """Raise ConfigError that names all that is there of what compression is not served with."""
     if found := [what for what, there in wrong.items() if there]:
         raise ConfigError(f"compression is not served with {'; nor with '.join(found)}")
-    policy.check(cache.shape.num_layers)

@@ -38,6 +38,7 @@ from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.graphs.capture import collector_off
 from trtllm_vattn.lost import is_lost_behind, never_free
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
+from trtllm_vattn.runtime.before_loading import check_before_loading
 from trtllm_vattn.runtime.binding import bind, check_fit, end_pass, options_for, shape_of
 from trtllm_vattn.runtime.borrowing import check_broker, make_borrowing_cache
 from trtllm_vattn.runtime.checkpoint import end_of_text, load_tokenizer, say_what_is_not_heeded
@@ -468,9 +469,10 @@ class Engine:
         if speculation is None or speculation.model is None:
             return None
         shape = check_draft_model(self.model, speculation.model, settings["lanes"], self.cache.shape.max_seq_len)
-        with inference(), naming(speculation.model):
+        drafts = cast(PreTrainedModel, speculation.model)
+        with inference(), naming(drafts):
             return DraftModel(
-                cast(PreTrainedModel, speculation.model),
+                drafts,
                 shape,
                 settings["attention"],
                 cast("int | None", speculation.draft_budget),
@@ -647,8 +649,8 @@ class Engine:
         host_memory = parse_bytes(host_memory, "host_memory")
         if idle_after_s is not None and finite("idle_after_s", idle_after_s) <= 0:
             raise ConfigError(f"idle_after_s is {idle_after_s}; it is a positive number of seconds, or None")
-        check_settings(max_seqs, max_seq_len, **{key: value for key, value in options.items() if key not in OBJECTS})
-        policy_of_tokens = options.get("compression")
+        known = {key: value for key, value in options.items() if key not in OBJECTS}
+        settings, policy_of_tokens = check_settings(max_seqs, max_seq_len, **known), options.get("compression")
         check_policy(policy_of_tokens)
         tenancy = check_broker(broker, cache, tensor_parallel, options)
         if policy_of_tokens is not None and cache != "vattn":
@@ -664,6 +666,7 @@ class Engine:
             tokenizer = load_tokenizer(model, SHAPES) if isinstance(tokenizer, str) else tokenizer
             given = {**sizes, **kept_back, **kinds, **options, "tokenizer": tokenizer}
             return cast("Self", _on_ranks(tensor_parallel, model, device, dtype, given))
+        check_before_loading(model, max_seq_len, settings, policy_of_tokens)
         reusing = options.get("prefix_cache") is not False and cache in REMAPPING and policy_of_tokens is None
         reusing = reusing and options.get("deterministic") is not True
         kept = None if kept_seqs is None else whole("kept_seqs", kept_seqs, 0, MOST_SEQUENCES)
@@ -673,7 +676,7 @@ class Engine:
                 undo.callback(tracing_to.close)
             before = StartupReport()
             probe = undo.enter_context(start_policy_probe(device, mapping))
-            loaded = _load(model, device, dtype, before)
+            loaded, options["speculation"] = _load(model, device, dtype, before, settings["speculation"])
             shape = shape_of(loaded, max_seqs, max_seq_len, kv_cache_dtype)
             if reusing and options.get("packed") is not False:
                 shape = replace(shape, num_slots=max_seqs + _kept(shape, kept))
@@ -1288,7 +1291,7 @@ class Engine:
         for i, (request, token) in enumerate(zip(requests, chosen, strict=True)):
             grammar, most = request.grammar, request.params.logprobs
             if token == NO_TOKEN or (grammar is not None and grammar.error):
-                self._fail(request, self._why_no_token(request))
+                self._fail_without_token(request)
                 continue
             if request.is_chosen_again and token != request.expected:
                 self._fail(request, CHANGED)
@@ -1301,11 +1304,14 @@ class Engine:
             if request.is_verified and len(request.chosen) == request.known + 1:
                 self.slots.computed(request)
 
-    def _why_no_token(self, request: RequestState) -> str:
+    def _fail_without_token(self, request: RequestState) -> None:
+        """End a request that has no next token; by its own parameters, or by the model's logits."""
         if request.grammar is not None and request.grammar.error:
-            return f"its grammar: {request.grammar.error}"
-        why = self._forbidden(request)
-        return NOT_FINITE if why is None else f"{why}; change what it asks for"
+            self._fail(request, f"its grammar: {request.grammar.error}", is_forbidden=True)
+        elif (why := self._forbidden(request)) is not None:
+            self._fail(request, f"{why}; change what it asks for", is_forbidden=True)
+        else:
+            self._fail(request, NOT_FINITE)
 
     def _forbidden(self, request: RequestState) -> str | None:
         """Which of its parameters leave no token that could come next, in words; None where there is one."""
@@ -1332,14 +1338,16 @@ class Engine:
             self.totals.ended[event.finish_reason] += request.id in self.scheduler.requests
             self.scheduler.end(request)
 
-    def _fail(self, request: RequestState, message: str) -> None:
+    def _fail(self, request: RequestState, message: str, is_forbidden: bool = False) -> None:
         """End a request with an error; its slot is taken by `Scheduler.release_ended`."""
         logger.warning("request %d: %s", request.id, message, extra={"request": request.id})
-        self._end_without_token(request, "error", message)
+        self._end_without_token(request, "error", message, is_forbidden)
 
-    def _end_without_token(self, request: RequestState, reason: str, message: str | None) -> None:
+    def _end_without_token(
+        self, request: RequestState, reason: str, message: str | None, is_forbidden: bool = False
+    ) -> None:
         request.restore()
-        event = request.end_event(reason, message, self.weights.version)
+        event = request.end_event(reason, message, self.weights.version, is_forbidden)
         if not request.silent:
             self._events += [event]
         self._note(request, event)
@@ -1481,7 +1489,8 @@ class Engine:
         HostMemoryFull
             `host_memory` is too small for what is to be kept; use ``kv="drop"``.
         DriverError
-            Nothing was given back.
+            Nothing was given back. Where the driver refuses even what undoes a failed sleep, requests that lost memory
+            are computed anew, and weights that are not mapped again are so by `wake`.
         """
         self.sleeping.check(kv, weights)
         self._check_open()
@@ -1509,7 +1518,8 @@ class Engine:
             ``weights`` or ``kv_cache`` alone, as vLLM has them: new weights can be written before there is memory for
             keys and values. None is both.
 
-        Raises ConfigError for another tag, KVCacheOutOfMemory or DriverError where others have the memory; what is
+        Raises ConfigError for another tag, KVCacheOutOfMemory or DriverError where others have the memory, and
+        MemoryQuarantined where an earlier call left some in the way that the driver still does not take back; what is
         awake then stays so, and `wake` may be called again.
         """
         wanted = self.sleeping.check_tags(tags)
@@ -1795,12 +1805,17 @@ def _compressing(policy: CompressionPolicy) -> dict[str, Any]:
     }
 
 
-def _load(model: str, device: str, dtype: torch.dtype, report: StartupReport) -> PreTrainedModel:
-    """`load_model`'s, marked in a report."""
+def _load(
+    model: str, device: str, dtype: torch.dtype, report: StartupReport, speculation: Speculation | None
+) -> tuple[PreTrainedModel, Speculation | None]:
+    """`load_model`'s, also of the model that drafts where it is named, marked in a report."""
     progress.info("loading %s on %s", model, device)
     loaded = load_model(model, device, dtype)
+    if speculation is not None and isinstance(speculation.model, str):
+        progress.info("loading %s, which drafts, on %s", speculation.model, device)
+        speculation = replace(speculation, model=load_model(speculation.model, device, dtype))
     report.mark(LOAD)
-    return loaded
+    return loaded, speculation
 
 
 def _on_ranks(ranks: int | Ranks, model: str, device: str, dtype: torch.dtype, given: dict[str, Any]) -> Engine:

@@ -10,13 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trtllm_vattn.attention.options import FP8
+from trtllm_vattn.attention.options import FP8, KV_CACHE_DTYPES
 from trtllm_vattn.cache.base import CacheShape
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.values import shown
-
-KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
-"""As vLLM names them: the model's own dtype, and e4m3 by two names."""
 
 
 class KVScales(NamedTuple):

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.planner import ModelShape
-from trtllm_vattn.runtime.checkpoint import load_checkpoint, positions_in
+from trtllm_vattn.runtime.checkpoint import load_checkpoint, positions_in, read_config
 from trtllm_vattn.runtime.hub import check_repo_id, is_local_only
 from trtllm_vattn.sizes import USUAL_MAX_SEQ_LEN
 
@@ -141,6 +141,14 @@ def longest_of(name: str) -> int:
     shape = SHAPES.get(name) if not Path(name).is_dir() else None
     positions = positions_in(name, SHAPES) if shape is None else shape["max_position_embeddings"]
     return min(USUAL_MAX_SEQ_LEN, positions or USUAL_MAX_SEQ_LEN)
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    """The configuration of the text model that `load_model` would load; nothing else is read. Raises ConfigError where
+    there is none."""
+    if name in SHAPES and not Path(name).is_dir():
+        return AutoConfig.for_model(**SHAPES[name])
+    return read_config(name, SHAPES).get_text_config()
 
 
 def planned_shape(name: str, dtype: torch.dtype) -> ModelShape:

@@ -45,6 +45,9 @@ class TokenEvent:
         The distance between the two largest logits, where the engine was asked to record margins.
     error : str or None
         What went wrong, with ``error``.
+    is_forbidden : bool
+        With ``error``, whether what went wrong is that the request's own parameters forbid every token that could come
+        next.
     index : int
         The token's place in the request's output.
     weights_version : int
@@ -75,6 +78,7 @@ class TokenEvent:
     text: str | None = None
     logprob: TokenLogprob | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    is_forbidden: bool = False
 
 
 @dataclass(frozen=True)
@@ -405,12 +409,24 @@ class RequestState:
             self.weights_versions[event.index :] = [event.weights_version]
             self.chosen[event.index :] = [event.token]
 
-    def end_event(self, reason: str, message: str | None, weights_version: int) -> TokenEvent:
+    def end_event(
+        self, reason: str, message: str | None, weights_version: int, is_forbidden: bool = False
+    ) -> TokenEvent:
         """An end without a token as an event; the request has not ended yet."""
         error = None if message is None else f"request {self.id}: {message}"
         index, text = len(self.chosen), None if self.text is None else self.text.rest()
         return TokenEvent(
-            self.id, None, reason, None, error, index, weights_version, self.cached_tokens or 0, self.branch, text
+            self.id,
+            None,
+            reason,
+            None,
+            error,
+            index,
+            weights_version,
+            self.cached_tokens or 0,
+            self.branch,
+            text,
+            is_forbidden=is_forbidden,
         )
 
     def completion(self) -> Completion:

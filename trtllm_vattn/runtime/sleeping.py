@@ -24,7 +24,7 @@ from trtllm_vattn.runtime.compiled import LinearSlice
 from trtllm_vattn.values import choice, described, shown
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
-from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation
+from trtllm_vattn.vmm.owners import Extent, Mapping, Reservation, RollbackFailed
 from trtllm_vattn.vmm.tensors import copy_bytes, current_stream, finish, tensor_at
 from trtllm_vattn.vmm.uninterrupted import finalize, uninterrupted
 
@@ -77,30 +77,59 @@ class WeightsMemory:
         self.reservation = Reservation(driver, self.size)
         self.host = HostPool(driver, self.size + 8 * granularity)
         self._mappings: list[Mapping] = []
+        """By address. Where a failed call could not leave them as they were, some are missing, or unmapped with their
+        bytes in their extents."""
         self._stuck: list[Extent] = []
+        self._left: list[Mapping] = []
+        """What could not be taken back, perhaps not accessible, in the way of what is mapped there again."""
         self._spans: list[Span] | None = None
         self._closing = threading.Lock()
         self.is_mapped = False
 
     @property
     def held_bytes(self) -> int:
-        return sum(mapping.size for mapping in self._mappings) + sum(extent.size for extent in self._stuck)
+        extents = [mapping.extent for mapping in (*self._mappings, *self._left)] + self._stuck
+        return sum({extent.serial: extent.size for extent in extents}.values())
 
     def map_to(self, end: int) -> None:
         """Have the first `end` bytes mapped. Raises KVCacheOutOfMemory or DriverError with nothing changed but what was
         mapped before it."""
-        at = sum(mapping.size for mapping in self._mappings)
-        granularity = self.driver.granularity()
+        self._close_left()
+        at, number, granularity = 0, 0, self.driver.granularity()
         while at < end:
             size = min(LARGEST_EXTENT // granularity * granularity or granularity, self.size - at)
-            extent = self._create(size)
-            try:
-                self._mappings += self.reservation.map(at, [extent])
-            except BaseException:
-                self._close_extents([extent])
-                raise
-            at += size
+            there = self._mappings[number] if number < len(self._mappings) else None
+            if there is None or there.offset != at:
+                self._mappings.insert(number, self._map_new(at, size))
+            elif not there.is_open:
+                self._mappings[number] = self._map(at, there.extent)
+            at, number = at + size, number + 1
         self.is_mapped = at >= self.size
+
+    def _map_new(self, at: int, size: int) -> Mapping:
+        extent = self._create(size)
+        try:
+            return self._map(at, extent)
+        except BaseException:
+            if not extent.mappings:
+                self._close_extents([extent])
+            raise
+
+    def _map(self, at: int, extent: Extent) -> Mapping:
+        try:
+            (made,) = self.reservation.map(at, [extent])
+        except RollbackFailed as error:
+            self._left += error.left
+            raise
+        return made
+
+    def _close_left(self) -> None:
+        """Try again to unmap what could not be taken back. Raises DriverError."""
+        while self._left:
+            self._left[-1].close()
+            extent = self._left.pop().extent
+            if all(mapping.extent is not extent for mapping in self._mappings):
+                self._close_extents([extent])
 
     def _create(self, size: int) -> Extent:
         try:
@@ -114,7 +143,7 @@ class WeightsMemory:
 
     def release(self, keep: bool) -> None:
         """Give the memory back, with its bytes in host memory where they are to be kept. Raises HostMemoryFull or
-        DriverError; all is in place then."""
+        DriverError; all is in place then, or where the driver refuses even that, `restore` has it so."""
         stream = current_stream(self.driver.device)
         finish(self.driver.device)
         spans = self.host.acquire(self.size) if keep else None
@@ -133,8 +162,9 @@ class WeightsMemory:
 
     def restore(self) -> int:
         """Map memory again, with the bytes that were kept; returns how many. Raises KVCacheOutOfMemory or DriverError;
-        nothing is mapped then."""
+        nothing is mapped then but what was before, and calling again tries again."""
         stream = current_stream(self.driver.device)
+        before = {mapping.extent.serial for mapping in self._mappings}
         try:
             self.map_to(self.size)
             for address, at, size in self._parts(self._spans or []):
@@ -142,11 +172,12 @@ class WeightsMemory:
             self.driver.record(stream).wait()
         except BaseException:
             finish(self.driver.device)
-            mappings, self._mappings, self.is_mapped = self._mappings, [], False
-            for mapping in mappings:
+            self.is_mapped = False
+            for mapping in [each for each in self._mappings if each.extent.serial not in before]:
                 self._unmap(mapping)
-            self._close_extents([mapping.extent for mapping in mappings if not mapping.is_open])
-            self._mappings = [mapping for mapping in mappings if mapping.is_open]
+                if not mapping.is_open:
+                    self._mappings.remove(mapping)
+                    self._close_extents([mapping.extent])
             raise
         self.host.release(self._spans or [])
         copied, self._spans = 0 if self._spans is None else self.size, None
@@ -166,19 +197,15 @@ class WeightsMemory:
             for mapping in self._mappings:
                 mapping.close()
         except DriverError:
-            for number, mapping in enumerate(self._mappings):
-                if not mapping.is_open:
-                    (self._mappings[number],) = self._map_again(mapping)
+            for _ in range(ATTEMPTS):
+                try:
+                    self.map_to(self.size)
+                    break
+                except DriverError as error:
+                    # Its bytes are in its extent, and it is mapped again by `restore`.
+                    self.is_mapped = False
+                    logger.warning("weights' memory is not mapped again: %s", error)
             raise
-
-    def _map_again(self, mapping: Mapping) -> list[Mapping]:
-        for attempt in range(ATTEMPTS):
-            try:
-                return self.reservation.map(mapping.offset, [mapping.extent])
-            except DriverError:
-                if attempt == ATTEMPTS - 1:
-                    raise
-        raise AssertionError
 
     def _unmap(self, mapping: Mapping) -> None:
         try:
@@ -199,6 +226,7 @@ class WeightsMemory:
         """Give everything back. Idempotent; where it raised, calling it again goes on. From any thread: when the last
         tensor over it goes, the helper thread of finalizers calls this, whoever else is closing it."""
         with self._closing:
+            self._close_left()
             while self._mappings:
                 self._mappings[-1].close()
                 self._stuck.append(self._mappings.pop().extent)

@@ -48,8 +48,8 @@ class Speculation:
         steps and by how many were accepted of late: fewer with many lanes, none where that is slower.
     prompt_lookup_max, prompt_lookup_min : int
         Most and fewest last tokens that have to stand before; the longest match counts, of equal ones the latest.
-    model : StepModel or None
-        The draft model, on the engine's device.
+    model : StepModel, str or None
+        The draft model, on the engine's device; or for `Engine.from_pretrained`, which loads it, its name.
     draft_budget : int, str or None
         Bytes of the draft model's own cache (``"2GiB"`` too); None is enough for all sequences that run at once. Who
         finds no memory in it goes on without drafts.
@@ -64,7 +64,7 @@ class Speculation:
     num_speculative_tokens: int = 3
     prompt_lookup_max: int = 4
     prompt_lookup_min: int = 2
-    model: StepModel | None = field(default=None, repr=False)
+    model: StepModel | str | None = field(default=None, repr=False)
     draft_budget: int | str | None = None
 
     def __post_init__(self) -> None:
@@ -88,6 +88,8 @@ class Speculation:
             if self.method != "draft_model":
                 raise ConfigError("draft_budget is that of a draft model's cache; method is ngram, leave it out")
             put("draft_budget", parse_bytes(self.draft_budget, "draft_budget"))
+        if not (self.model is None or isinstance(self.model, str) or callable(self.model)):
+            raise ConfigError(f"model is {described(self.model)}; give the model that drafts, or its name")
 
     @property
     def ladder(self) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from trtllm_vattn.attention.base import MOST_QUERIES
 from trtllm_vattn.attention.select import make_attention
@@ -39,21 +39,28 @@ Choose = Callable[[torch.Tensor, int], torch.Tensor]
 """The lanes' tokens, int64 ``[bucket]``, out of logits ``[bucket, vocab]`` and how many drafts come before them."""
 
 
-def check_draft_model(model: StepModel, draft: StepModel, lanes: int, max_seq_len: int) -> CacheShape:
+def check_draft_model(model: StepModel, draft: StepModel | str, lanes: int, max_seq_len: int) -> CacheShape:
     """The shape of a draft model's cache. Raises ConfigError where it cannot draft for the model."""
     if not isinstance(draft, PreTrainedModel):
-        raise ConfigError(f"the draft model is {described(draft)}; give a Hugging Face causal language model")
+        raise ConfigError(
+            f"the draft model is {described(draft)}; give a Hugging Face causal language model, or its name to "
+            "Engine.from_pretrained"
+        )
     if draft is model:
         raise ConfigError("the draft model is the model itself, which would save nothing; give a smaller one")
     if draft.device != model.device:
         raise ConfigError(f"the draft model is on {draft.device}, the model on {model.device}; put them on one device")
-    sizes = [each.config.get_text_config().vocab_size for each in (draft, model)]
-    if sizes[0] != sizes[1]:
-        raise ConfigError(
-            f"the draft model has a vocabulary of {sizes[0]} tokens, the model one of {sizes[1]}; they have to be the "
-            "same"
-        )
+    check_vocabularies(model.config.get_text_config(), draft.config.get_text_config())
     return shape_of(draft, lanes, max_seq_len)
+
+
+def check_vocabularies(config: PreTrainedConfig, drafts: PreTrainedConfig) -> None:
+    """Raise ConfigError where the vocabularies of a model and of the one that drafts differ in size."""
+    if drafts.vocab_size != config.vocab_size:
+        raise ConfigError(
+            f"the draft model has a vocabulary of {drafts.vocab_size} tokens, the model one of {config.vocab_size}; "
+            "they have to be the same"
+        )
 
 
 class DraftModel:

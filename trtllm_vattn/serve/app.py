@@ -21,6 +21,7 @@ from trtllm_vattn.errors import (
     ConfigError,
     EngineClosed,
     EngineOverloaded,
+    NoTokenAllowed,
     RequestFailed,
     SequenceTooLong,
     VattnError,
@@ -57,12 +58,15 @@ class Settings:
         Bytes of a request's body.
     max_prompts : int
         Samples of one request, all prompts together.
+    read_s : float
+        Seconds that a request's head has to come, and its body.
     """
 
     name: str
     keys: Sequence[str] = ()
     max_body: int = 4 << 20
     max_prompts: int = 128
+    read_s: float = 60.0
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -81,6 +85,10 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(503, str(error), "shutting_down", retry_s=5)
     if isinstance(error, ModuleNotFoundError) and error.name == "llguidance":
         return ApiError(400, "grammars need llguidance, which this server has not: pip install 'trtllm-vattn[grammar]'")
+    if isinstance(error, NoTokenAllowed):
+        # The request's own fields are why: no finished choice, for what there is of it is not what they ask for, and no
+        # error of the server, for which clients send it again.
+        return ApiError(400, str(error), "no_token_allowed")
     if isinstance(error, RequestFailed):
         return ApiError(500, str(error), "request_failed")
     logger.error("a request failed", exc_info=error)

@@ -28,6 +28,7 @@ from trtllm_vattn.runtime.settings import check_model_name
 from trtllm_vattn.serve.app import Server, Settings
 from trtllm_vattn.serve.link import EngineEnd, RemoteEngine
 from trtllm_vattn.serve.metrics import Served
+from trtllm_vattn.serve.reading import protocol_within
 from trtllm_vattn.serve.spans import instrument, is_instrumented
 
 START = "spawn"
@@ -235,6 +236,7 @@ def configuration(engine: Served, settings: Settings, max_model_len: int, drain_
         raise ConfigError(f"{settings.name} has no tokenizer, which the endpoints need; give a checkpoint with one")
     return uvicorn.Config(
         Server(engine, settings, max_model_len).app(),
+        http=protocol_within(settings.read_s),
         lifespan="on",
         log_level="warning",
         access_log=False,

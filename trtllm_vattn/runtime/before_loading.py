@@ -1,0 +1,49 @@
+"""What `Engine.from_pretrained` refuses before weights are read, which may take minutes: what settings rule out in one
+another, and what a model's configuration does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trtllm_vattn.cache.compression import CompressionPolicy
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.binding import positions_of, windows_of
+from trtllm_vattn.runtime.compression import WINDOWS, refuse_together, wrong_settings
+from trtllm_vattn.runtime.models import config_of
+from trtllm_vattn.runtime.speculation import Speculation
+from trtllm_vattn.runtime.speculation_draft import check_vocabularies
+
+
+def check_before_loading(
+    model: str, max_seq_len: int, settings: Mapping[str, Any], policy: CompressionPolicy | None
+) -> None:
+    """Raise ConfigError where a named model cannot be served with drafts or a policy that evicts tokens. `settings` are
+    as `check_settings` has them."""
+    if policy is not None:
+        refuse_together(wrong_settings(policy, settings))
+        config = config_of(model)
+        refuse_together({WINDOWS: any(windows_of(config))})
+        policy.check(config.num_hidden_layers)
+    speculation: Speculation | None = settings["speculation"]
+    if speculation is not None:
+        _check_drafts(model, max_seq_len, speculation)
+
+
+def _check_drafts(model: str, max_seq_len: int, speculation: Speculation) -> None:
+    config = config_of(model)
+    if any(window and window < max_seq_len for window in windows_of(config)):
+        raise ConfigError(
+            f"drafts that are rejected are taken back, and layers of {model} keep windows of tokens alone; leave "
+            "speculation out"
+        )
+    if not isinstance(speculation.model, str):
+        return
+    drafts = config_of(speculation.model)
+    check_vocabularies(config, drafts)
+    positions = positions_of(drafts)
+    if positions is not None and max_seq_len > positions:
+        raise ConfigError(
+            f"max_seq_len is {max_seq_len}, and the draft model {speculation.model} has {positions} positions; give "
+            f"{positions} or fewer"
+        )
