@@ -71,6 +71,11 @@ class GraphRunner:
         int32 ``[1]`` among `static`; a step leaves it other than 0 if a loop may go on. None: no loops.
     pool : object or None
         The `pool` of another runner, if the two never run at the same time.
+
+    Attributes
+    ----------
+    uncaptured : set of int
+        Buckets whose step is run as it is, while they have no graph.
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class GraphRunner:
         self._condition: WhileConditionKernel | None = None
         self._graphs: dict[int, tuple[Any, Outputs]] = {}
         self._composed: dict[tuple[int, int], ComposedGraph] = {}
+        self.uncaptured: set[int] = set()
         self._closed = False
 
     # -- capturing -------------------------------------------------------------------------------------------------
@@ -161,11 +167,16 @@ class GraphRunner:
             raise CaptureError(f"no graph for {bucket} lanes: the runner is {state}")
         return self._graphs[bucket]
 
+    def _runs(self, bucket: int) -> bool:
+        return bucket in self.uncaptured and bucket not in self._graphs
+
     def replay(self, bucket: int, steps: int = 1) -> Outputs:
         """Launch a bucket's step on the current stream, `steps` times in one launch.
 
         Returns the static outputs; they hold the last step's values until the next replay.
         """
+        if self._runs(bucket):
+            return [self._step(bucket) for _ in range(steps)][-1]
         graph, outputs = self._captured(bucket)
         if steps == 1 or self._driver is None:
             for _ in range(steps):
@@ -176,9 +187,14 @@ class GraphRunner:
 
     def replay_while(self, bucket: int) -> Outputs:
         """Launch a bucket's step on the current stream, and again as long as it leaves `go` other than 0."""
-        graph, outputs = self._captured(bucket)
         if self._go is None:
             raise ConfigError("this runner was built without `go`, the tensor by which the device ends a loop")
+        if self._runs(bucket):
+            outputs = self._step(bucket)
+            while self._go.item():
+                outputs = self._step(bucket)
+            return outputs
+        graph, outputs = self._captured(bucket)
         if self._driver is None:
             graph.replay()
             while self._go.item():

@@ -124,6 +124,27 @@ def test_who_is_preempted_has_the_same_bits_and_no_token_comes_twice(monkeypatch
         assert together(engine, pool) != [alone(engine, *each) for each in pool]
 
 
+@pytest.mark.parametrize("dropped", [False, True])
+def test_who_went_on_over_keys_of_older_weights_is_not_chosen_again_by_new_ones(dropped: bool) -> None:
+    with engine_of() as engine:
+        number = engine.submit([1, 2, 3], SamplingParams(24, ignore_eos=True))
+        told = [event for _ in range(4) for event in engine.step()]
+        if dropped:
+            engine.sleep(kv="drop")
+            engine.wake()
+        changed = {name: each.neg() for name, each in OWN.named_parameters() if name != "lm_head.weight"}
+        engine.update_weights(changed, partial=True)
+        told += [event for _ in range(6) for event in engine.step()]
+        request = engine.scheduler.requests[number]
+        assert request.of_older_weights is not dropped
+        engine.scheduler.preempt_all()
+        rest = list(engine.run())
+        assert [event.index for event in (*told, *rest)] == list(range(24))
+        assert rest[-1].finish_reason == "length"
+        # All of it is by one version from now on.
+        assert not request.of_older_weights
+
+
 def test_a_token_that_is_another_when_it_is_chosen_again_ends_its_request(caplog: pytest.LogCaptureFixture) -> None:
     with engine_of() as engine:
         number = engine.submit([1, 2, 3], SamplingParams(12, ignore_eos=True))

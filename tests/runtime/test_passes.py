@@ -21,10 +21,11 @@ from trtllm_vattn.attention.base import PackedPrefill
 from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import UnmappedAccess
+from trtllm_vattn.errors import CaptureError, UnmappedAccess
+from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.runtime import engine as engine_module
 from trtllm_vattn.runtime.binding import shape_of
-from trtllm_vattn.runtime.decode import Launch
+from trtllm_vattn.runtime.decode import DecodeBatch, Launch
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad
@@ -315,6 +316,54 @@ def test_a_pass_is_guarded_before_anything_changes(build: Build) -> None:
     assert tokens == build().generate([PROMPTS[0]], SamplingParams(40))[0].tokens
 
 
+def test_who_cannot_be_captured_with_leaves_no_lane(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several ranks none goes on without a graph that the others have: a pass is refused when its request has a
+    lane already, and it may be aborted before the next one."""
+    monkeypatch.setattr(DecodeBatch, "captures_alone", False)
+    engine = build(described=True, capture=True, prefix_cache=False)
+    first = engine.submit(PROMPTS[0], SamplingParams(60))
+    tokens = [event.token for _ in range(3) for event in engine.step()]
+    sampled = engine.submit(PROMPTS[3], PARAMS[2])
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise CaptureError("no memory for a graph")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GraphRunner, "capture", refuse)
+        for _ in range(2):
+            with pytest.raises(CaptureError):
+                tokens += [event.token for event in engine.step()]
+    assert engine.decode.lane_of.keys() == {engine.scheduler.requests[first].slot}
+    engine.abort(sampled)
+    tokens += [event.token for event in engine.run()]
+    assert tokens == build().generate([PROMPTS[0]], SamplingParams(60))[0].tokens
+
+
+@pytest.mark.parametrize("way", ["captured passes", "captured steps", "4 steps", "loop"])
+def test_what_cannot_be_captured_runs_without_a_graph(
+    build: Build, alone: list[list[int]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    engine = build(**{**WAYS[way], "capture": True})
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise CaptureError("no memory for a graph")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GraphRunner, "capture", refuse)
+        assert [done.tokens for done in engine.generate(PROMPTS, PARAMS)] == alone
+        assert "without a graph until one can be captured: no memory for a graph" in caplog.text
+        refused = engine.captures_while_running
+        assert [done.tokens for done in engine.generate(PROMPTS, PARAMS)] == alone
+        # Nobody waits for another attempt.
+        assert engine.captures_while_running == refused > 0
+    while engine.capture_wanted():
+        pass
+    assert not engine.decode.wanted
+    assert [done.tokens for done in engine.generate(PROMPTS, PARAMS)] == alone
+    assert not engine.decode.wanted
+    engine.audit().raise_if_foreign()
+
+
 # -- sizes of passes ---------------------------------------------------------------------------------------------------
 
 
@@ -359,7 +408,7 @@ def test_a_pass_with_a_target_fills_one_of_the_captured_sizes(build: Build) -> N
         engine.step()
     rows = [1 + plan.prompt_tokens for plan, _ in seen if plan.chunks][1:]
     # By tokens alone, 42 would fit 0.95 ms.
-    assert cost.rows_within(0.95 - 0.12, 0) > 32
+    assert cost.milliseconds(PassLoad(42)) < 0.95
     assert rows[0] == 32
     assert max(rows) == 32
     cost.coefficients = [5.0, 0.02, 0.0, 0.0]
@@ -367,6 +416,24 @@ def test_a_pass_with_a_target_fills_one_of_the_captured_sizes(build: Build) -> N
     engine.scheduler.admit()
     # Where nothing fits, a few tokens go in all the same.
     assert [len(chunk.tokens) for _, chunk in engine.scheduler.next_chunks()] == [16]
+
+
+@pytest.mark.parametrize("target_ms", [2.0, 3.0, 5.0])
+def test_a_pass_that_is_padded_fits_its_time_with_its_padding(build: Build, target_ms: float) -> None:
+    engine = build(chunk=1024, target_itl_ms=target_ms)
+    cost = costing(engine, [0.1, 0.01, 0.0, 0.0])
+    loads: list[PassLoad] = []
+    engine.passes.cost = cost
+    cost.measure = lambda load, milliseconds: loads.append(load)  # type: ignore[method-assign]
+    engine.submit(PROMPTS[0], SamplingParams(60))
+    engine.step()
+    # Together more than any of these passes holds.
+    for _ in range(SLOTS - 1):
+        engine.submit((PROMPTS[4] * 2)[:90], SamplingParams(1))
+        engine.submit((PROMPTS[4] * 2)[:90], SamplingParams(1))
+    while engine.prefilling:
+        engine.step()
+    assert 1.0 < max(cost.milliseconds(load) for load in loads) <= target_ms
 
 
 @pytest.mark.parametrize(
@@ -437,11 +504,34 @@ def test_passes_of_few_rows_do_not_make_one_of_many_look_short() -> None:
     for rows in (64, 96, 128, 192, 256, 384, 512) * 8:
         cost.measure(PassLoad(rows, rows * rows, 32 * 200), took(rows))
     assert cost.milliseconds(PassLoad(4096, 4096 * 4096)) == pytest.approx(took(4096), rel=0.2)
-    assert took(int(cost.rows_within(47.5, 0))) < 55
+    assert cost.milliseconds(PassLoad(2300, 2300 * 2300, 32 * 200)) > 47.5
     cost.measure(PassLoad(2048, 2048 * 2048, 32 * 200), took(2048))
     alone = PassCost.first_guess([24], [3.0], 1000, 1 << 10, 1 << 20, 1 << 10)
     assert alone.milliseconds(PassLoad(24)) == pytest.approx(3.0)
-    assert alone.rows_within(3.0, 0) <= 24
+    assert alone.milliseconds(PassLoad(25)) > 3.0
+
+
+@pytest.mark.parametrize("odd", [1e-6, 0.1, 1.0, 1e3, 1e9])
+def test_one_odd_time_does_not_outweigh_the_others(odd: float) -> None:
+    sizes, took = [128, 512, 2048], [6.0, 12.0, 48.0]
+    cost = PassCost.first_guess(sizes, took, 8 << 30, 1 << 17, 16 << 30, 1 << 19)
+    for _ in range(20):
+        for rows, milliseconds in zip(sizes, took, strict=True):
+            cost.measure(PassLoad(rows), milliseconds)
+    cost.measure(PassLoad(2048), odd)
+    cost.fit()
+    for rows, milliseconds in zip(sizes, took, strict=True):
+        assert cost.milliseconds(PassLoad(rows)) == pytest.approx(milliseconds, rel=0.15)
+
+
+def test_any_time_and_any_cost_give_some_number_of_rows() -> None:
+    for coefficients in ([0.0, 1e-12, 4e-27, 0.0], [1e3, 1e6, 1e9, 1e9], [0.0] * 4):
+        cost = PassCost(coefficients)
+        for milliseconds in (1e-12, 1.0, 1e12, 1e308):
+            for start in (0, 1 << 20):
+                rows = cost.rows_within(milliseconds, start)
+                assert 0 <= rows <= 1 << 31
+                assert rows == 1 << 31 or cost.chunk(rows, start) <= milliseconds * (1 + 1e-6)
 
 
 def test_the_first_passes_are_learnt_from_at_once() -> None:

@@ -228,6 +228,9 @@ def test_what_cannot_work_is_refused(build: Build) -> None:
             build(**options)
     with pytest.raises(ConfigError, match="counts time by another clock"):
         replay_arrivals(engine, [], VirtualClock())
+    with pytest.raises(ConfigError, match="counts time by another clock"):
+        # Which nobody would move on.
+        replay_arrivals(build(clock=VirtualClock()), [Arrival(1.0, [1])])
     for times in ([1.0, 0.5], [-1.0]):
         with pytest.raises(ConfigError, match="not in the order of their times"):
             replay_arrivals(engine, [Arrival(at, [1]) for at in times])

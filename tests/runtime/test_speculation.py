@@ -74,11 +74,11 @@ DRIVERS: dict[Engine, FaultyDriver] = {}
 def build() -> Iterator[Build]:
     with ExitStack() as closing:
 
-        def make(slots: int = 3, budget: int | None = None, **options: Any) -> Engine:
+        def make(slots: int = 3, budget: int | None = None, length: int = LENGTH, **options: Any) -> Engine:
             driver = FaultyDriver(HostDriver())
             kind, host = options.pop("kind", "vattn"), options.pop("host_memory", 0)
             cache = make_cache(
-                kind, shape_of(model_of(), slots, LENGTH), "cpu", budget, driver=driver, host_memory=host
+                kind, shape_of(model_of(), slots, length), "cpu", budget, driver=driver, host_memory=host
             )
             closing.callback(cache.close)
             usual = {"attention": "torch", "compile": False, "capture": False, "mapping": "between-steps"}
@@ -590,6 +590,9 @@ def test_an_engine_refuses_by_name_what_it_cannot_speculate_with(build: Build, m
         build(speculation=some, loop=True)
     with pytest.raises(ConfigError, match="margins are recorded of single tokens"):
         build(speculation=some, record_margins=True)
+    with pytest.raises(ConfigError, match="takes 4 tokens in a step, and a sequence has 3 at most"):
+        build(speculation=some, length=3, capture=True)
+    build(speculation=some, length=4, capture=True)
     monkeypatch.setattr(Engine, "supports_packed_prefill", False)
     with pytest.raises(ConfigError, match="an Engine's model takes one token of each sequence in a step"):
         build(speculation=some)

@@ -62,8 +62,8 @@ def replay_arrivals(
     Raises ConfigError where an arrival's time is not a finite number, or comes before the one before it; and what
     `Engine.submit` raises.
     """
-    if engine.clock is not (clock or engine.clock):
-        raise ConfigError("the engine counts time by another clock; build it with clock=this one")
+    if engine.clock is not (clock or engine.clock) or (clock is None and isinstance(engine.clock, VirtualClock)):
+        raise ConfigError("the engine counts time by another clock; give the same one to both, or to neither")
     coming = list(arrivals)
     times = [finite("at_s", each.at_s) for each in coming]
     if times != sorted(times) or (times and times[0] < 0):

@@ -11,6 +11,7 @@ although launches are unread.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ import torch
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.options import PREFIXES
+from trtllm_vattn.errors import CaptureError
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.graphs.guard import Guard
@@ -50,6 +52,8 @@ from trtllm_vattn.runtime.speculation_draft import DraftModel
 from trtllm_vattn.runtime.speculation_step import REPORTS, Speculator
 from trtllm_vattn.runtime.step_model import StepModel
 from trtllm_vattn.vmm.tensors import finish, tensor_at, upload
+
+logger = logging.getLogger(__name__)
 
 STOPS = 4
 """Stop tokens of a lane that the device looks for in a loop; further ones are found after the launch."""
@@ -962,14 +966,23 @@ class DecodeBatch:
     def capture_missing(self, runner: GraphRunner, bucket: int, spare: bool = True) -> int:
         """The bucket to replay for `bucket`: itself, or with `spare` a larger one that is captured, and this one is
         wanted then (`capture_wanted`). Where there is none it is captured now; lanes and unread tokens stay as they
-        are."""
+        are. Where that fails, its steps run without a graph: whoever asked for such a one costs others no token."""
         if not self.captured or bucket in runner.captured:
             return bucket
         if spare and self.captures_alone and (larger := serving(runner, bucket)) is not None:
             self.wanted[runner, bucket] = None
             return larger
+        if bucket in runner.uncaptured:
+            self.wanted[runner, bucket] = None
+            return bucket
         self.captures_while_running += 1
-        self._capture_apart(runner, bucket)
+        try:
+            self._capture_apart(runner, bucket)
+        except CaptureError as error:
+            if not self.captures_alone:
+                raise
+            logger.warning("steps run without a graph until one can be captured: %s", error)
+            runner.uncaptured.add(bucket)
         return bucket
 
     def capture_wanted(self, most: int = 1) -> int:

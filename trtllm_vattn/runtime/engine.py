@@ -430,6 +430,7 @@ class Engine:
             cost=self.passes.cost,
             target_ms=settings["target_itl_ms"],
             pass_sizes=() if self.passes.graphs is None else self.passes.graphs.runner.buckets,
+            padded_sizes=self.passes.padded_sizes,
         )
 
     def _check_drafts(self, speculation: Speculation | None) -> None:
@@ -447,6 +448,11 @@ class Engine:
                 "leave speculation out, or make the cache of dataclasses.replace(shape, windows=())"
             )
         queries = 1 + speculation.num_speculative_tokens
+        if queries > self.cache.shape.max_seq_len:
+            raise ConfigError(
+                f"num_speculative_tokens is {speculation.num_speculative_tokens}, which takes {queries} tokens in a "
+                f"step, and a sequence has {self.cache.shape.max_seq_len} at most; make it fewer, or max_seq_len larger"
+            )
         if self.attention.most_queries < queries:
             raise ConfigError(
                 f"num_speculative_tokens is {speculation.num_speculative_tokens}, which takes {queries} queries of a "
@@ -1639,7 +1645,7 @@ class Engine:
                     # The new weights would choose other tokens.
                     self.scheduler.recompute(request)
                 request.restore()
-                request.given = len(request.chosen)
+                request.given, request.of_older_weights = len(request.chosen), self.scheduler.is_kept(request)
         self.slots.weights_version = self.weights.write(update, restore)
         return self.weights.version
 

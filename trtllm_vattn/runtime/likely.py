@@ -5,7 +5,8 @@ A capture holds all requests up for 0.1 to 0.2 s. So at the start, on a GPU, lik
 sizes, of which each serves all down to a quarter of it, until `MOST_SECONDS` or `MOST_BYTES` are spent. A step of a
 kind that has no graph of its size runs in a larger one of that kind, and its own is captured when nobody runs
 (`DecodeBatch.capture_wanted`). Only where there is none at all it is captured at once, and counted
-(`DecodeBatch.captures_while_running`). Ranks that compute together capture in the launch that needs it, all of them
+(`DecodeBatch.captures_while_running`); where it cannot be, for lack of memory, such steps run without a graph until it
+can, when nobody runs. Ranks that compute together capture in the launch that needs it, all of them
 (`DecodeBatch.captures_alone`): how far each got by the bounds of time would differ.
 
 Of steps that sample, those that sort all logits (`StepKind.truncated`) are captured at the start. They give every lane

@@ -28,6 +28,11 @@ REFIT_AFTER = 16
 """Passes measured since the last fit, at most: of the first ones each doubles what is known."""
 GUESS_WEIGHT = 0.05
 """Of the guess at the start, for each coefficient."""
+LEAST_SHARE = 0.5
+"""Of the time that was guessed: what is measured to be shorter counts by its distance from it in this unit. By its own
+time a single clock that was read too early would outweigh all passes of a day."""
+MOST_ROWS = 1 << 31
+"""Stands for any number of rows."""
 MOST_WEIGHT = 8
 """Of all measured passes together: many of one kind do not say what others cost."""
 
@@ -114,22 +119,22 @@ class PassCost:
     def _terms(self, load: PassLoad) -> tuple[float, float, float, float]:
         return 1.0, self._rows(load.tokens), float(load.prompt_attention), float(load.decode_kv)
 
-    def rows_within(self, milliseconds: float, start: int, paid: bool = False) -> int:
-        """The most rows of a chunk of a prompt, of which `start` tokens are in already, that a pass can take in so much
-        more time; where rows are `paid`, what they attend to is all that they add."""
+    def rows_within(self, milliseconds: float, start: int) -> int:
+        """The most rows of a chunk of a prompt, of which `start` tokens are in already, whose attention takes no more
+        than so long. What rows take otherwise is the pass's, by its size."""
         of_attention = self.coefficients[2]
         if milliseconds <= 0:
             return 0
-        # of_attention n (start + n) + of_row n = milliseconds
-        linear = (0.0 if paid else self._of_row) + of_attention * start
-        if linear <= 0 and of_attention <= 0:
-            return 1 << 31
-        root = linear + math.sqrt(linear**2 + 4 * of_attention * milliseconds)
+        if self.chunk(MOST_ROWS, start) <= milliseconds:
+            return MOST_ROWS
+        # of_attention n (start + n) = milliseconds
+        linear = of_attention * start
+        root = linear + math.sqrt(linear * linear + 4 * of_attention * milliseconds)
         return int(2 * milliseconds / root)
 
-    def chunk(self, rows: int, start: int, paid: bool = False) -> float:
-        """Milliseconds that so many rows of a prompt add to a pass, as `rows_within` counts them."""
-        return (0.0 if paid else self._of_row * rows) + self.coefficients[2] * rows * (start + rows)
+    def chunk(self, rows: int, start: int) -> float:
+        """Milliseconds that the attention of so many rows of a prompt takes."""
+        return self.coefficients[2] * rows * (start + rows)
 
     def measure(self, load: PassLoad, milliseconds: float) -> None:
         """Learn from a pass."""
@@ -164,12 +169,13 @@ class PassCost:
 def _fitted(terms: np.ndarray, took: np.ndarray, guess: np.ndarray) -> list[float]:
     """Coefficients none of which is below 0, by relative error, and by how many times the guess each is: what the
     passes do not tell stays near that."""
-    parts = terms / took[:, None]
+    scale = np.maximum(took, LEAST_SHARE * (terms @ guess))
+    parts = terms / scale[:, None]
     # Where nothing was guessed, by the greatest part of a pass.
     unit = np.where(guess > 0, guess, 1 / np.maximum(parts.max(axis=0), 1e-300))
     of_pass, of_guess = min(1.0, math.sqrt(MOST_WEIGHT / len(took))), math.sqrt(GUESS_WEIGHT)
     matrix = np.concatenate((of_pass * parts * unit, of_guess * np.eye(4)))
-    wanted = np.concatenate((np.full(len(took), of_pass), of_guess * (guess > 0)))
+    wanted = np.concatenate((of_pass * took / scale, of_guess * (guess > 0)))
     best, least = guess, math.inf
     for count in range(1, 5):
         for kept in map(list, combinations(range(4), count)):

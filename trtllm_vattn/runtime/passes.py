@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from trtllm_vattn.attention.base import MIN_CHUNK_ROWS
+from trtllm_vattn.errors import VattnError
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.graphs.replay import CaptureReport, GraphRunner
 from trtllm_vattn.runtime.binding import MixedStep, forward
@@ -22,7 +23,15 @@ from trtllm_vattn.runtime.decode import DecodeBatch, Launch, PromptLogprobs
 from trtllm_vattn.runtime.logprobs import of_logits
 from trtllm_vattn.runtime.pass_cost import PassCost, PassLoad, Timing
 from trtllm_vattn.runtime.pass_graphs import TIMED_ROWS, PassGraphs, fill_rows
-from trtllm_vattn.runtime.prefill import LONGEST_CAPTURED, TILE, Prefill, PromptChunk, packed_prefill, padded_length
+from trtllm_vattn.runtime.prefill import (
+    LONGEST_CAPTURED,
+    TILE,
+    Prefill,
+    PromptChunk,
+    packed_prefill,
+    padded_length,
+    padded_lengths,
+)
 from trtllm_vattn.runtime.request import RequestState
 from trtllm_vattn.runtime.step_plan import StepPlan
 from trtllm_vattn.vmm.tensors import finish, upload
@@ -64,6 +73,7 @@ class Passes:
         self.decode, self.prefill = decode, prefill
         self._fill_rows = wrap(fill_rows)
         self.cost: PassCost | None = None
+        self._padded = padded_lengths(prefill.chunk)
         self.graphs: PassGraphs | None = None
         self.replay_s: dict[int, float] = {}
         """Of a few captured passes over idle rows, by their rows."""
@@ -129,9 +139,15 @@ class Passes:
         graphs = self.graphs if self.graphs is not None and self.graphs.fits(plan, running) else None
         steps = 1 if lanes else 0
         only = None if plan.decodes or not lanes else self._mask(lanes)
-        choice = decode.choice(lanes, graphs is None, only) if steps else None
-        # Without a grammar nothing has to come before the tokens of a captured pass are chosen.
-        choose = decode.captured_choice(lanes) if graphs is not None and steps and choice is None else None
+        try:
+            choice = decode.choice(lanes, graphs is None, only) if steps else None
+            # Without a grammar nothing has to come before the tokens of a captured pass are chosen.
+            choose = decode.captured_choice(lanes) if graphs is not None and steps and choice is None else None
+        except VattnError:
+            # It cannot be captured: nothing was started.
+            for request in plan.joins:
+                decode.clear_lane(request.slot)
+            raise
         decode.send(1)
         of_prompts: tuple[PromptLogprobs, ...] = ()
         timing = self._timing(chunks, running, graphs)
@@ -218,6 +234,11 @@ class Passes:
     def _rows(self, ahead: int, tokens: int) -> int:
         """Rows of an eager pass of so many prompt tokens behind `ahead` rows."""
         return -(-(ahead + max(MIN_CHUNK_ROWS, padded_length(tokens, self.prefill.chunk))) // 16) * 16
+
+    def padded_sizes(self, running: int) -> list[tuple[int, int]]:
+        """Rows of eager passes beside so many decoding sequences, and how many prompt tokens each holds."""
+        ahead = decode_rows(running, len(self.decode.lengths))
+        return [(self._rows(ahead, tokens), tokens) for tokens in self._padded]
 
     def _mixed(
         self,

@@ -34,6 +34,12 @@ def padded_length(tokens: int, chunk: int) -> int:
     return min(chunk, max(MIN_CHUNK_ROWS, 1 << (tokens - 1).bit_length()))
 
 
+def padded_lengths(chunk: int) -> list[int]:
+    """All that `padded_length` may give, in order."""
+    few = {1 << power for power in range(LONGEST_CAPTURED.bit_length())}
+    return sorted({padded_length(tokens, chunk) for tokens in {*few, *range(LONGEST_CAPTURED, chunk, TILE), chunk}})
+
+
 @dataclass(frozen=True)
 class PromptChunk:
     """`tokens` of the sequence in `slot`, from position `start` on."""

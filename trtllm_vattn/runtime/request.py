@@ -196,6 +196,8 @@ class RequestState:
     given: int = 0
     _told: Output | None = None
     """What somebody has of it already, while it is computed anew from its beginning."""
+    of_older_weights: bool = False
+    """Whether keys and values that are kept of it were computed with weights before the present ones."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """As token ids."""
     grammar: Grammar | None = None
@@ -244,9 +246,11 @@ class RequestState:
     # -- computed anew ---------------------------------------------------------------------------------------------
 
     def begin_again(self) -> None:
-        """Forget what was chosen, to choose the same again by the same steps; `is_told` says of which tokens somebody
-        knows."""
+        """Forget what was chosen, to choose the same again by the same steps, of which somebody knows the tokens; but
+        not what was chosen by keys and values of older weights, which no step gives again."""
         self.restore()
+        if self.of_older_weights:
+            self.given, self.of_older_weights = len(self.chosen), False
         if len(self.chosen) > self.given:
             self._told = Output([*self.chosen], [*self.weights_versions], [*self.pieces], [*self.logprobs])
             for each in (self.chosen, self.weights_versions, self.pieces, self.logprobs):
@@ -291,6 +295,7 @@ class RequestState:
             weights_versions=[],
             given=0,
             _told=None,
+            of_older_weights=False,
             slot=-1,
             prefilled=0,
             cached_tokens=None,

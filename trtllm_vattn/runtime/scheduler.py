@@ -80,6 +80,9 @@ class Scheduler:
         Numbers of rows that passes are captured for, in order. A pass takes the time of all its rows, those without a
         token too: with a target, and where prompts go in by equal passes, it fills one of them. Empty where passes
         run as they are.
+    padded_sizes : callable
+        Called with how many sequences decode beside it: numbers of rows that a pass that runs as it is may be padded
+        to, in order, and how many prompt tokens each holds.
     fail : callable
         Called with a request that can never be served and the reason; it ends it (`end`).
 
@@ -124,11 +127,12 @@ class Scheduler:
         cost: PassCost | None = None,
         target_ms: float | None = None,
         pass_sizes: Sequence[int] = (),
+        padded_sizes: Callable[[int], Sequence[tuple[int, int]]] = lambda lanes: (),
     ) -> None:
         self.cache: KVCache = slots.cache
         self.slots, self.decode, self.compaction, self.chunk, self.fail = slots, decode, compaction, chunk, fail
         self.steps, self.mixed, self.alone, self.cost, self.target_ms = steps, mixed, alone, cost, target_ms
-        self.pass_sizes = pass_sizes
+        self.pass_sizes, self.padded_sizes = pass_sizes, padded_sizes
         self.swap_cost, self.swaps, self.preempted = swap_cost, 0, 0
         self.watermark = Watermark(self.cache)
         self.trace: Trace | None = None
@@ -368,13 +372,12 @@ class Scheduler:
         kv = int(self.decode.lengths[list(lanes.values())].sum())
         target_ms = MARGIN * self.target_ms
         best = self._rows_within(order[:1], least)
-        if not self.pass_sizes or not self.mixed:
-            left_ms = target_ms - self.cost.milliseconds(PassLoad(len(lanes), 0, kv))
-            return max(best, self._rows_within(order, room, left_ms), key=sum)
-        for size in self.pass_sizes:
-            left_ms = target_ms - self.cost.milliseconds(PassLoad(size, 0, kv))
-            if size > len(lanes) and left_ms > 0:
-                best = max(best, self._rows_within(order, min(room, size - len(lanes)), left_ms, paid=True), key=sum)
+        sizes = [(size, size - len(lanes)) for size in self.pass_sizes if size > len(lanes)]
+        for rows, holds in sizes or self.padded_sizes(len(lanes)):
+            left_ms = target_ms - self.cost.milliseconds(PassLoad(rows, 0, kv))
+            if left_ms <= 0:
+                break
+            best = max(best, self._rows_within(order, min(room, holds), left_ms), key=sum)
         return best
 
     def _equal_part(self, order: Sequence[RequestState], room: int, lanes: int) -> int:
@@ -387,10 +390,8 @@ class Scheduler:
         needed = lanes + -(-left // passes)
         return min(room, next((size for size in self.pass_sizes if size >= needed), needed) - lanes)
 
-    def _rows_within(
-        self, order: Sequence[RequestState], room: int, left_ms: float = math.inf, paid: bool = False
-    ) -> list[int]:
-        """Tokens of the first requests, of at most so many rows in all that take at most so much time
+    def _rows_within(self, order: Sequence[RequestState], room: int, left_ms: float = math.inf) -> list[int]:
+        """Tokens of the first requests, of at most so many rows in all whose attention takes at most so much time
         (`PassCost.rows_within`)."""
         found: list[int] = []
         for request in order[: 1 if self.alone else None]:
@@ -398,8 +399,8 @@ class Scheduler:
             if request.wants_prompt_logprobs:
                 rows = min(rows, MOST_LOGPROB_ROWS)
             if self.cost is not None and left_ms < math.inf:
-                rows = min(rows, self.cost.rows_within(left_ms, request.prefilled, paid))
-                left_ms -= self.cost.chunk(rows, request.prefilled, paid)
+                rows = min(rows, self.cost.rows_within(left_ms, request.prefilled))
+                left_ms -= self.cost.chunk(rows, request.prefilled)
             if not rows:
                 break
             found.append(rows)
@@ -507,6 +508,10 @@ class Scheduler:
         self.ended.append(self.slots.leaving(request))
         self.release_ended()
         return True
+
+    def is_kept(self, request: RequestState) -> bool:
+        """Whether a slot or host memory has a request's tokens."""
+        return request.slot >= 0 or self._has_suspended(request)
 
     def _has_suspended(self, request: RequestState) -> bool:
         """Whether host memory has a request's tokens, and it has not left them already: while the cache sleeps, what is
