@@ -298,6 +298,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "serve": (("serve.json",), serve),
     "serve-burst": (("serve_burst.json",), serve),
     "serve-vllm": (("serve_vllm.json",), serve_beside),
+    "serve-vllm-paced": (("serve_vllm_paced.json",), serve_beside),
     "graph-vllm": (("graph_vllm.json",), steps_beside),
     "attention": (("attention.json",), attention),
     "tiers-wake": (("tiers_wake.json",), wakes),
