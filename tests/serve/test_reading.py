@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,12 @@ async def _slow(_: Request) -> Response:
 
 @pytest.fixture(params=[HttpToolsProtocol, H11Protocol], scope="module", ids=["httptools", "h11"])
 def address(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
+    with served(request.param) as where:
+        yield where
+
+
+@contextmanager
+def served(parser: type[asyncio.Protocol], **options: Any) -> Iterator[tuple[str, int]]:
     routes = [
         Route("/echo", _echo, methods=["POST"]),
         Route("/refuse", _refuse, methods=["POST"]),
@@ -68,7 +75,8 @@ def address(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
     server = uvicorn.Server(
         uvicorn.Config(
             Starlette(routes=routes),
-            http=protocol_within(READ_S, request.param),
+            http=protocol_within(READ_S, parser),
+            **options,
             log_level="error",
             timeout_keep_alive=30,
             timeout_graceful_shutdown=1,
@@ -203,6 +211,51 @@ def test_a_body_that_was_refused_unread_is_not_waited_for(address: tuple[str, in
         got = rest(made)
     assert got.startswith(b"HTTP/1.1 401")
     assert b"408" not in got
+
+
+def test_a_body_that_comes_whole_behind_its_answer_is_waited_for_no_more(address: tuple[str, int]) -> None:
+    with connected(address) as made:
+        for _ in range(2):
+            made.sendall(HEAD.replace(b"/echo", b"/refuse"))
+            until(made, b'{"refused":true}')
+            made.sendall(b"abc")
+            time.sleep(SOON_S)
+            # The connection is between two requests then, and the next one has a time of its own.
+            made.sendall(b"def")
+            time.sleep(READ_S * 1.5)
+            for part in (HEAD[:20], HEAD[20:], b"abc", b"def"):
+                time.sleep(SOON_S)
+                made.sendall(part)
+            until(made, b"abcdef")
+        # One behind it that has begun.
+        made.sendall(HEAD.replace(b"/echo", b"/refuse"))
+        until(made, b'{"refused":true}')
+        made.sendall(b"abcdef" + HEAD[:20])
+        check_timeout(rest(made))
+
+
+class Taken(asyncio.Protocol):
+    """A protocol of websockets, of one that says nothing."""
+
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        transport: Any = self.transport
+        transport.write(b"taken" if data.startswith(b"GET") else data)
+
+
+@pytest.mark.parametrize("parser", [HttpToolsProtocol, H11Protocol])
+def test_a_connection_that_becomes_a_websocket_has_no_limit(parser: type[asyncio.Protocol]) -> None:
+    with served(parser, ws=Taken) as address, connected(address) as made:
+        made.sendall(GET[:-2] + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n")
+        until(made, b"taken")
+        time.sleep(READ_S * 1.5)
+        made.sendall(b"more")
+        assert until(made, b"more") == b"more"
 
 
 def test_the_limit_is_an_option() -> None:

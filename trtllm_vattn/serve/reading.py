@@ -3,8 +3,9 @@ byte, would hold connections for ever.
 
 Of uvicorn's protocols, of either parser, more than asyncio's part is used: that `cycle` is the newest request, with
 `more_body`, `response_started` and `response_complete`, that `flow` says whether reading is paused, that
-`pipeline` has requests that wait for the answer to another (of httptools'; h11's does not read them before), and that
-`on_response_complete` is called behind each answer.
+`pipeline` has requests that wait for the answer to another (of httptools'; h11's does not read them before), that
+`on_response_complete` is called behind each answer, httptools' `on_message_complete` behind each request that came
+whole, and that h11's `conn` is at the next request then.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import logging
 from typing import Any, cast
 
+import h11
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from trtllm_vattn.serve.protocol import ApiError
@@ -32,6 +34,7 @@ class TimedReading(asyncio.Protocol):
     cycle: Any = None
     flow: Any
     pipeline: Any = ()
+    conn: h11.Connection | None = None
     _timer: asyncio.TimerHandle | None = None
     _of: Any = None
     """The request whose body the timer is for; None, or one that was answered, where it is for a head."""
@@ -45,6 +48,10 @@ class TimedReading(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._has_begun = True
         super().data_received(data)
+        cycle = self.cycle
+        if self.conn is not None and cycle is not None and cycle.response_complete and cycle.more_body:
+            # h11's parser; what it has beyond is of the next request.
+            self._note_whole(self.conn.their_state is h11.IDLE, has_begun=bool(self.conn.trailing_data[0]))
         self._look()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -58,13 +65,30 @@ class TimedReading(asyncio.Protocol):
         self._stop()
         self._look()
 
+    def on_message_begin(self) -> None:
+        """httptools': something of a request came."""
+        cast(Any, super()).on_message_begin()
+        self._has_begun = True
+
+    def on_message_complete(self) -> None:
+        """httptools': a request came whole."""
+        cast(Any, super()).on_message_complete()
+        self._note_whole(self.cycle is not None and self.cycle.response_complete)
+
+    def _note_whole(self, is_whole: bool, has_begun: bool = False) -> None:
+        """Have a request that was answered before its body came be over once that did, of which uvicorn takes no note:
+        its connection is between two requests then."""
+        if is_whole:
+            self.cycle.more_body, self._has_begun = False, has_begun
+
     def _look(self) -> None:
         """Have the timer run where something is to come, anew where that is of another request."""
         cycle = self.cycle
         if cycle is not None and not cycle.more_body and not cycle.response_complete:
             self._has_begun = False
         is_between = cycle is not None and not cycle.more_body and not self._has_begun
-        if is_between or self.transport.is_closing():
+        # Where it became a websocket, another protocol has it.
+        if is_between or self.transport.is_closing() or self.transport.get_protocol() is not self:
             self._stop()
         elif self._timer is None or self._of is not cycle:
             self._stop()
