@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from interrupting import THOROUGH
+from sweep_families import tiny_config, tiny_model
 from ties import agree, by_request
 from torch import nn
 
@@ -28,6 +29,7 @@ from trtllm_vattn.runtime.compiled import (
 )
 from trtllm_vattn.runtime.decode import DecodeBatch
 from trtllm_vattn.runtime.engine import UNUSUAL, Engine
+from trtllm_vattn.runtime.families import FAMILIES as FAMILIES_SERVED
 from trtllm_vattn.runtime.lane_processors import StepKind
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.runtime.prefill import Prefill, packed_prefill
@@ -122,9 +124,34 @@ def added_twice(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> t
     return nn.functional.linear(x + product, second) * product
 
 
+def of_itself(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return x + nn.functional.linear(x.float(), first)
+
+
+def multiplied_before(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    product = nn.functional.linear(x, first)
+    return x + nn.functional.linear(x * 2, second) + product
+
+
+def written_between(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    twice = x * 2
+    product = nn.functional.linear(twice, first)
+    twice.add_(1)
+    return (x * 3 + twice) + product
+
+
+def written_by_an_activation(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    total = x + x
+    same = nn.functional.relu(total, inplace=True)
+    return (total + nn.functional.linear(same * 2, first)) * same
+
+
 @pytest.mark.parametrize(
     ("function", "onto"),
-    [(in_turn, 2), (in_parallel, 2), (looked_at_behind, 1), (viewed_behind, 0), (added_twice, 0)],
+    [
+        *((in_turn, 2), (in_parallel, 2), (looked_at_behind, 1), (viewed_behind, 0), (added_twice, 0), (of_itself, 0)),
+        *((multiplied_before, 1), (written_between, 0), (written_by_an_activation, 0)),
+    ],
 )
 @torch.inference_mode()
 def test_products_add_to_the_residual_where_nobody_looks_at_it_behind(
@@ -138,7 +165,38 @@ def test_products_add_to_the_residual_where_nobody_looks_at_it_behind(
     torch.testing.assert_close(compiled(mine, first, second), want)
     (graph,) = backend.graphs
     assert sum("linear_onto" in str(node.target) for node in graph.graph.nodes) == onto
-    assert torch.equal(mine, want if onto else x)
+    # A sum that is no product's is memory of its own.
+    assert torch.equal(mine, want) == (onto > 0 and function is not multiplied_before)
+    assert torch.equal(mine, x) == (onto == 0)
+
+
+@pytest.mark.parametrize("kind", list(FAMILIES_SERVED) if THOROUGH else ["deepseek_v3", "smollm3"])
+def test_families_compute_compiled_what_they_do_uncompiled(kind: str) -> None:
+    done = []
+    for compiled in (False, True):
+        model = tiny_model(tiny_config(kind))
+        if compiled:
+            bind(model)
+            compile_layers(model, Tracing())
+        with Engine(model, make_cache("vattn", shape_of(model, 3, 128), "cpu"), capture=False) as engine:
+            done += [engine.generate(PROMPTS, SamplingParams(12, logprobs=1, prompt_logprobs=1))]
+    for one, other in zip(*done, strict=True):
+        assert one.tokens == other.tokens
+        for mine, its in zip(one.logprobs or [], other.logprobs or [], strict=True):
+            assert mine.logprob == pytest.approx(its.logprob, abs=1e-4)
+
+
+@torch.inference_mode()
+def test_methods_that_write_in_place_are_left_where_nobody_looks_at_their_result() -> None:
+    def step(x: torch.Tensor) -> torch.Tensor:
+        made = torch.zeros_like(x)
+        made.view(-1).add_(x.view(-1))
+        made[..., :1] = 5.0
+        return made
+
+    x = torch.randn(1, 5, 8)
+    compiled = torch.compile(step, backend=partial(rewriting, inner=Tracing()), dynamic=True, fullgraph=True)
+    assert torch.equal(compiled(x), step(x))
 
 
 @torch.inference_mode()

@@ -113,26 +113,51 @@ def _is_plain_product(node: Any) -> bool:
 
 
 def _may_be_written_over(residual: Any, product: Node, total: Node) -> bool:
-    """Whether a sum of both may take the residual's place."""
+    """Whether a sum of both may take the residual's place, and the product the sum's."""
     if not isinstance(residual, Node) or not (residual.op == "placeholder" or _is_call(residual, operator.add)):
         return False
     if _dims(residual) != 3 or not _alike(residual, product):
         return False
     places = {node: place for place, node in enumerate(total.graph.nodes)}
-    return max(places[user] for user in _users_of_memory(residual)) == places[total]
+    if max(places[user] for user in _users_of_memory(residual)) != places[total]:
+        return False
+    # What is multiplied must be the same at the sum as where the product was, and no part of what is written.
+    written = [node for node in places if places[product] < places[node] < places[total] and _is_in_place(node)]
+    if any(node.target is not torch.ops.trtllm_vattn.linear_onto.default for node in written):
+        return False
+    return all(product.args[0] not in _views(each) for each in (residual, *(node.args[0] for node in written)))
 
 
 def _users_of_memory(node: Node) -> set[Node]:
     """What reads a node's result, by itself or by what may be a view of it."""
-    found: set[Node] = set()
-    ahead = [node]
+    return {user for view in _views(node) for user in view.users}
+
+
+def _views(node: Any) -> set[Node]:
+    """A node, and what may be a view of its result."""
+    found: set[Node] = {node}
+    ahead: list[Node] = [node]
     while ahead:
-        for user in ahead.pop().users:
-            if user not in found:
-                found.add(user)
-                if user.op != "call_function" or user.target not in BY_ROW:
-                    ahead.append(user)
+        new = [user for user in ahead.pop().users if user not in found and not _is_fresh(user)]
+        found.update(new)
+        ahead += new
     return found
+
+
+def _is_fresh(node: Node) -> bool:
+    """Whether a node's result is memory of its own for certain."""
+    return node.op == "call_function" and node.target in BY_ROW and not _is_in_place(node)
+
+
+def _is_in_place(node: Node) -> bool:
+    """Whether a node writes to what it is given, so that it does something even where nobody looks at its result."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
+    # Activations have `inplace` by name or as their last argument.
+    inplace = node.kwargs.get("inplace", node.target in BY_ROW and len(node.args) > 1 and node.args[-1])
+    return node.is_impure() or inplace is True or node.target in IN_PLACE
 
 
 def _alike(residual: Node, product: Node) -> bool:
@@ -158,6 +183,10 @@ BY_ROW = {
     *(torch.rsqrt, torch.pow, torch.tanh, torch.sigmoid),
 }
 """Functions that compute each row of ``[1, rows, ...]`` from that row alone, and from what has no rows."""
+IN_PLACE = {
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
+    *(operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.setitem),
+}
 METHODS_BY_ROW = {"to", "float", "type_as", "pow", "rsqrt"}
 
 
@@ -212,7 +241,8 @@ def rotate_with_attention(graph: Graph) -> int:
                 both = graph.call_function(ops.rotate_and_attend, (*rows, v, *angles, layer))
         _replace(node, both)
         done += 1
-    graph.eliminate_dead_code()
+    # torch takes methods that write in place for ones that only give a result.
+    graph.eliminate_dead_code(lambda node: node.is_impure() or _is_in_place(node))
     return done
 
 
