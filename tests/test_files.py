@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -47,6 +51,56 @@ def test_links_stay_and_pipes_are_written_to(tmp_path: Path) -> None:
     assert os.read(reading, 10) == b"2\n"
     os.close(reading)
     assert pipe.is_fifo()
+
+
+def test_the_longest_names_and_permissions_stay(tmp_path: Path) -> None:
+    for name in ("a" * 250 + ".json", "\N{SNOWMAN}" * 83 + ".json", "b"):
+        path = tmp_path / name
+        write_json(path, "the numbers", 1)
+        path.chmod(0o640)
+        write_json(path, "the numbers", 2)
+        assert path.read_text() == "2\n"
+        assert path.stat().st_mode & 0o777 == 0o640
+    with pytest.raises(ConfigError, match="cannot write the numbers to .*: File name too long"):
+        write_json(tmp_path / ("a" * 256), "the numbers", 1)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_link_that_leads_to_itself_is_refused(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("link")
+    with pytest.raises(ConfigError, match="cannot write the numbers to .*: Too many levels of symbolic links"):
+        write_json(link, "the numbers", 1)
+    assert link.is_symlink()
+
+
+def test_threads_that_write_one_file_leave_one_of_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def write(number: int) -> None:
+        for _ in range(20):
+            write_json(path, "the numbers", [number] * 5000)
+
+    threads = [Thread(target=write, args=(number,)) for number in range(4)]
+    with noting() as failures:
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    assert failures == []
+    assert len(set(json.loads(path.read_text()))) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@contextmanager
+def noting() -> Iterator[list[object]]:
+    """What threads raise."""
+    failures: list[object] = []
+    before, threading.excepthook = threading.excepthook, lambda raised: failures.append(raised.exc_value)
+    try:
+        yield failures
+    finally:
+        threading.excepthook = before
 
 
 def test_a_reason_does_not_repeat_the_name() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +20,8 @@ def reason(error: Exception) -> str:
 
 
 def write_whole(path: Path, what: str, write: Callable[[Path], object]) -> None:
-    """Write a file beside `path`, and put it in its place when it is whole. Its folder is made where it is absent.
+    """Write a file beside `path`, and put it in its place when it is whole, with the permissions of one that was there.
+    Its folder is made where it is absent.
 
     Parameters
     ----------
@@ -37,11 +41,16 @@ def write_whole(path: Path, what: str, write: Callable[[Path], object]) -> None:
         if path.exists() and not path.is_file():
             write(path)
             return
-        place = path.resolve()
+        # Not `resolve`, whose error for a link that leads to itself is no OSError.
+        place = Path(os.path.realpath(path))
+        if place.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_name(f".{os.getpid()}.partial.{place.name}")
+        partial = _beside(place)
         try:
             write(partial)
+            if place.exists():
+                os.chmod(partial, stat.S_IMODE(place.stat().st_mode))
             os.replace(partial, place)
         except BaseException:
             with suppress(OSError):
@@ -49,6 +58,15 @@ def write_whole(path: Path, what: str, write: Callable[[Path], object]) -> None:
             raise
     except OSError as error:
         raise ConfigError(f"cannot write {what} to {path}: {error.strerror or error}") from error
+
+
+def _beside(place: Path) -> Path:
+    """A name of this thread's alone, in the same folder, of no more bytes than names may have, that ends alike."""
+    mine, most = f".{os.getpid()}.{threading.get_native_id()}.partial.", 255
+    name = place.name
+    while len(os.fsencode(mine + name)) > most:
+        name = name[1:]
+    return place.with_name(mine + name)
 
 
 def write_json(path: Path, what: str, content: object) -> None:
