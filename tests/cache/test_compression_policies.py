@@ -106,6 +106,12 @@ def test_fastgen_takes_the_first_policy_that_recovers_the_map(sharpness: float, 
     assert len(kinds) >= 3
 
 
+def test_more_tokens_than_a_sequence_may_have_are_all_of_them() -> None:
+    seen = random_view(1)
+    for policy in (H2O(10**26, 10**26), FastGen(threshold=1, frequent=1, local=10**26)):
+        assert [len(kept) for kept in policy.keep(seen)] == [TOKENS] * len(policy.keep(seen))
+
+
 def test_fastgen_keeps_a_heads_policy() -> None:
     policy = FastGen(SPECIAL, PUNCTUATION, threshold=0.5, every=4)
     seen = random_view(1)

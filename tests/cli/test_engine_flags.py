@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from sweep_families import tiny_config, tiny_model
 from tiny_text import save_checkpoint, tiny_tokenizer
 
 from trtllm_vattn.cache.compression import H2O, FastGen
 from trtllm_vattn.cli.engine_flags import engine_options
 from trtllm_vattn.cli.main import main
 from trtllm_vattn.cli.parser import build_parser
+from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime import engine as of_engine
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -124,7 +126,10 @@ NGRAM, H2O_CONFIG = ["--speculative-config", '{"method": "ngram"}'], ["--compres
             "max_seq_len is 16385, the model has 16384 positions; give 16384 or fewer",
         ),
         ([*NGRAM, "--model", "tiny-gemma3", "--max-seq-len", "600"], "layers of tiny-gemma3 keep windows"),
-        ([*H2O_CONFIG, "--model", "tiny-gemma3"], "compression is not served with layers with windows"),
+        (
+            [*H2O_CONFIG, "--model", "tiny-gemma3", "--max-seq-len", "600"],
+            "compression is not served with layers with windows",
+        ),
     ],
 )
 def test_what_cannot_be_together_is_refused_before_a_model_is_loaded(
@@ -157,6 +162,10 @@ def test_what_cannot_be_together_is_refused_before_a_model_is_loaded(
         ("--compression-config", '{"policy": "h2o", "special": []}', "no 'special' is known; there are heavy, recent"),
         ("--compression-config", '{"policy": "h2o", "heavy": 0, "recent": 0}', "so that nothing is kept"),
         ("--compression-config", '{"policy": "h2o", "heavy": NaN}', "heavy is nan"),
+        (
+            *("--compression-config", '{"policy": "fastgen", "special": [9223372036854775808]}'),
+            "an id of special is 9223372036854775808; it is a whole number from 0 to 2147483647",
+        ),
         ("--kv-cache-dtype", "fp8_e5m2", "invalid choice: 'fp8_e5m2'"),
     ],
 )
@@ -170,3 +179,36 @@ def test_a_wrong_field_is_named_by_the_parser(
     assert f"argument {flag}" in said
     assert says in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "longest", "says"),
+    [
+        ("mistral", 16, None),
+        ("mistral", 17, "layers with windows"),
+        ("gemma2", 16, "soft caps of scores"),
+        ("gpt_oss", 16, "sink logits"),
+        ("deepseek_v3", 64, "latents in place of keys and values"),
+    ],
+)
+def test_policies_are_refused_before_loading_where_an_engine_would_refuse_them(
+    kind: str, longest: int, says: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model(tiny_config(kind)).save_pretrained(tmp_path)
+
+    def engine() -> Engine:
+        sizes = {"max_seqs": 2, "max_seq_len": longest, "device": "cpu", "capture": False, "compile": False}
+        return Engine.from_pretrained(str(tmp_path), compression=H2O(2, 2), **sizes)
+
+    if says is None:
+        with engine() as made:
+            assert len(made.generate([[1, 2, 3, 4, 5, 6]], SamplingParams(4))[0].tokens) == 4
+        return
+    refused = f"compression is not served with {says}"
+    with monkeypatch.context() as patched:
+        patched.setattr(of_engine, "load_model", lambda *_: pytest.fail("a model is loaded"))
+        with pytest.raises(ConfigError, match=refused):
+            engine()
+    monkeypatch.setattr(of_engine, "check_before_loading", lambda *_: None)
+    with pytest.raises(ConfigError, match=refused):
+        engine()

@@ -9,10 +9,13 @@ from typing import Any
 from trtllm_vattn.cache.compression import CompressionPolicy
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.runtime.binding import positions_of, windows_of
-from trtllm_vattn.runtime.compression import WINDOWS, refuse_together, wrong_settings
+from trtllm_vattn.runtime.compression import LATENTS, SINKS, SOFTCAPS, WINDOWS, refuse_together, wrong_settings
 from trtllm_vattn.runtime.models import config_of
 from trtllm_vattn.runtime.speculation import Speculation
 from trtllm_vattn.runtime.speculation_draft import check_vocabularies
+
+WITH_SINKS = ("gpt_oss",)
+"""Model types whose attention has sink logits, of which their configurations say nothing."""
 
 
 def check_before_loading(
@@ -23,16 +26,32 @@ def check_before_loading(
     if policy is not None:
         refuse_together(wrong_settings(policy, settings))
         config = config_of(model)
-        refuse_together({WINDOWS: any(windows_of(config))})
+        refuse_together(_wrong_layers(config, max_seq_len))
         policy.check(config.num_hidden_layers)
     speculation: Speculation | None = settings["speculation"]
     if speculation is not None:
         _check_drafts(model, max_seq_len, speculation)
 
 
+def _wrong_layers(config: Any, max_seq_len: int) -> dict[str, bool]:
+    """What a policy is not served with, and whether a configuration says that its model has it. (What none says, the
+    model's dry passes find.)"""
+    return {
+        WINDOWS: _has_windows(config, max_seq_len),
+        SINKS: config.model_type in WITH_SINKS,
+        SOFTCAPS: bool(getattr(config, "attn_logit_softcapping", None)),
+        LATENTS: bool(getattr(config, "kv_lora_rank", None)),
+    }
+
+
+def _has_windows(config: Any, max_seq_len: int) -> bool:
+    """Whether a layer's window is shorter than the longest sequence; else it keeps all tokens."""
+    return any(window and window < max_seq_len for window in windows_of(config))
+
+
 def _check_drafts(model: str, max_seq_len: int, speculation: Speculation) -> None:
     config = config_of(model)
-    if any(window and window < max_seq_len for window in windows_of(config)):
+    if _has_windows(config, max_seq_len):
         raise ConfigError(
             f"drafts that are rejected are taken back, and layers of {model} keep windows of tokens alone; leave "
             "speculation out"

@@ -29,6 +29,7 @@ from trtllm_vattn.vmm.tensors import upload
 logger = logging.getLogger(__name__)
 
 WINDOWS = "layers with windows, whose tokens are masked by their places"
+SINKS, SOFTCAPS, LATENTS = "sink logits", "soft caps of scores", "latents in place of keys and values"
 
 
 @dataclass
@@ -218,9 +219,9 @@ def check_compression(
     wrong = {
         "a TensorRT plan, whose own layers attend, so that nobody sees queries": not isinstance(model, PreTrainedModel),
         WINDOWS: windows,
-        "sink logits": any(each is not None for each in needs.sinks),
-        "soft caps of scores": any(each is not None for each in needs.softcaps),
-        "latents in place of keys and values": cache.shape.kv_factor == 1,
+        SINKS: any(each is not None for each in needs.sinks),
+        SOFTCAPS: any(each is not None for each in needs.softcaps),
+        LATENTS: cache.shape.kv_factor == 1,
     }
     refuse_together({**wrong_settings(policy, settings), **wrong})
     policy.check(cache.shape.num_layers)

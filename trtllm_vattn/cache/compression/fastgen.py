@@ -99,7 +99,7 @@ class FastGen(CompressionPolicy):
         return masks
 
     def _local(self, view: HeadsView) -> int:
-        return tokens_of(self.local, view.length)
+        return min(view.length, tokens_of(self.local, view.length))
 
     def _kinds(self, view: HeadsView, masks: Sequence[torch.Tensor]) -> list[int]:
         """Each head's policy, as a number in `KINDS`."""

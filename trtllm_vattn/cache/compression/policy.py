@@ -15,6 +15,8 @@ from trtllm_vattn.cache.compression.mass import attended, maps
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.values import described, finite, whole
 
+MOST_ID = 2**31 - 1
+"""The largest token id that any vocabulary has."""
 Amount = int | float
 """Tokens; a float is a share of the sequence's tokens at the end of its prompt."""
 
@@ -146,4 +148,4 @@ def checked_ids(name: str, given: Any) -> tuple[int, ...]:
     """Token ids, each once, in order. Raises ConfigError."""
     if isinstance(given, str | bytes) or not isinstance(given, Iterable):
         raise ConfigError(f"{name} is {described(given)}; give the token ids, a list of whole numbers")
-    return tuple(sorted({whole(f"an id of {name}", each, 0) for each in given}))
+    return tuple(sorted({whole(f"an id of {name}", each, 0, MOST_ID) for each in given}))
