@@ -61,7 +61,7 @@ def test_the_longest_names_and_permissions_stay(tmp_path: Path) -> None:
         write_json(path, "the numbers", 2)
         assert path.read_text() == "2\n"
         assert path.stat().st_mode & 0o777 == 0o640
-    with pytest.raises(ConfigError, match="cannot write the numbers to .*: File name too long"):
+    with pytest.raises(ConfigError, match=r"cannot write the numbers to .*: File name too long"):
         write_json(tmp_path / ("a" * 256), "the numbers", 1)
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -69,7 +69,7 @@ def test_the_longest_names_and_permissions_stay(tmp_path: Path) -> None:
 def test_a_link_that_leads_to_itself_is_refused(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to("link")
-    with pytest.raises(ConfigError, match="cannot write the numbers to .*: Too many levels of symbolic links"):
+    with pytest.raises(ConfigError, match=r"cannot write the numbers to .*: Too many levels of symbolic links"):
         write_json(link, "the numbers", 1)
     assert link.is_symlink()
 
