@@ -436,6 +436,27 @@ def test_a_pass_that_is_padded_fits_its_time_with_its_padding(build: Build, targ
     assert 1.0 < max(cost.milliseconds(load) for load in loads) <= target_ms
 
 
+def test_a_pass_with_log_probabilities_fits_its_time_beside_captured_ones(build: Build) -> None:
+    """It runs as it is, and is padded to other rows: 127 tokens beside one would fit the captured 128, and take 144."""
+    engine = build(described=True, capture=True, chunk=1024, target_itl_ms=1.5, prefix_cache=False)
+    cost = costing(engine, [0.1, 0.01, 0.0, 0.0])
+    loads: list[PassLoad] = []
+    engine.passes.cost = cost
+    cost.measure = lambda load, milliseconds: loads.append(load)  # type: ignore[method-assign]
+    assert 128 in engine.scheduler.pass_sizes
+    engine.submit(PROMPTS[0], SamplingParams(60))
+    engine.step()
+    for most in (None, 1, 1):
+        engine.submit((PROMPTS[4] * 2)[:90], SamplingParams(1, prompt_logprobs=most))
+    while engine.prefilling or engine.scheduler.waiting:
+        engine.step()
+    captured = set(engine.scheduler.pass_sizes)
+    # Who asks for none goes in by a captured pass, whoever is behind it.
+    assert captured >= {load.tokens for load in loads[1:2]}
+    assert not captured >= {load.tokens for load in loads}
+    assert max(cost.milliseconds(load) for load in loads) <= 1.5
+
+
 @pytest.mark.parametrize(
     ("sizes", "running", "expected"),
     [
