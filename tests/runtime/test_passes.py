@@ -21,7 +21,7 @@ from trtllm_vattn.attention.base import PackedPrefill
 from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import CaptureError, UnmappedAccess
+from trtllm_vattn.errors import CaptureError, ConfigError, UnmappedAccess
 from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.runtime import engine as engine_module
 from trtllm_vattn.runtime.binding import shape_of
@@ -362,6 +362,35 @@ def test_what_cannot_be_captured_runs_without_a_graph(
     assert [done.tokens for done in engine.generate(PROMPTS, PARAMS)] == alone
     assert not engine.decode.wanted
     engine.audit().raise_if_foreign()
+
+
+@pytest.mark.parametrize(
+    "error", [CaptureError("no graph holds it"), ConfigError("no pool"), torch.OutOfMemoryError("nothing is left")]
+)
+def test_what_cannot_be_captured_ahead_of_need_is_wanted_again_when_it_is_needed(
+    build: Build, alone: list[list[int]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    engine = build(capture=True)
+
+    def refuse(reason: Exception) -> None:
+        def capture(*arguments: Any, **options: Any) -> None:
+            raise reason
+
+        monkeypatch.setattr(GraphRunner, "capture", capture)
+
+    refuse(CaptureError("no memory for a graph"))
+    engine.generate(PROMPTS, PARAMS)
+    assert (count := len(engine.decode.wanted))
+    refuse(error)
+    # Each is tried once.
+    assert [engine.capture_wanted() for _ in range(count + 1)] == [*reversed(range(count)), 0]
+    assert caplog.text.count(str(error)) == count
+    refuse(CaptureError("no memory for a graph"))
+    assert [done.tokens for done in engine.generate(PROMPTS, PARAMS)] == alone
+    assert engine.decode.wanted
+    refuse(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        engine.capture_wanted()
 
 
 # -- sizes of passes ---------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import torch
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.options import PREFIXES
-from trtllm_vattn.errors import CaptureError
+from trtllm_vattn.errors import CaptureError, VattnError, is_device_lost
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.graphs.guard import Guard
@@ -986,10 +986,16 @@ class DecodeBatch:
         return bucket
 
     def capture_wanted(self, most: int = 1) -> int:
-        """Capture up to so many graphs that steps went without; returns how many are left. While nobody runs."""
+        """Capture up to so many graphs that steps went without; returns how many are left. While nobody runs. One that
+        cannot be captured now is none of these before a step goes without it again: what it lacks may be there then."""
         for runner, bucket in list(self.wanted)[:most]:
             del self.wanted[runner, bucket]
-            self._capture_apart(runner, bucket)
+            try:
+                self._capture_apart(runner, bucket)
+            except (RuntimeError, VattnError) as error:
+                if is_device_lost(error):
+                    raise
+                logger.warning("steps go on without a graph that could not be captured: %s", error)
         return len(self.wanted)
 
     def _capture_apart(self, runner: GraphRunner, bucket: int) -> None:
