@@ -20,6 +20,7 @@ LAYERS = [
     "arguments",
     "machine",
     "table",
+    "progress",
     "trace",
     "vmm",
     "memory",

@@ -45,6 +45,9 @@ def test_multistep_compares_tokens_and_times_launches(tmp_path: Path, capsys: py
         (batch, *variant) for batch in (1, 3) for variant in ((1, False), (4, False), (4, True))
     ]
     assert {"gain_4_batch1", "gain_loop_batch3"} <= summary.keys()
+    # A start may take long, too.
+    assert "batch 3: start the engine of a loop a launch" in (err := capsys.readouterr().err)
+    assert "tokens of 3 sequences by 3 ways to launch" in err
     for name in ("1", "4", "loop"):
         assert 0 < summary[f"host_us_{name}_batch1"] < 1e6
     # Steps are timed at the length that they are said to be of; loops may end earlier, and be followed by more.

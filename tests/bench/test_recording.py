@@ -10,10 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from trtllm_vattn.bench.harness.case import Recording
+from trtllm_vattn import progress
+from trtllm_vattn.bench.harness.case import Recording, engine_for
+from trtllm_vattn.bench.harness.contenders import fill
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
+from trtllm_vattn.runtime.models import load_model
 
 
 def test_what_was_measured_is_kept_though_the_run_does_not_end(
@@ -133,3 +138,31 @@ def test_a_bug_in_a_part_leaves_the_others_to_run_and_is_told(capsys: pytest.Cap
     told = capsys.readouterr()
     assert "Traceback" in told.err
     assert "incomplete: ['broken']" in told.out
+
+
+@pytest.mark.parametrize("quiet_s", [0.0, 1e9])
+def test_a_long_loop_says_how_far_it_is_where_no_bar_is_seen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quiet_s: float
+) -> None:
+    monkeypatch.setattr(progress, "QUIET_S", quiet_s)
+    assert [*progress.counting([3, 4], "batch sizes", "batch size")] == [3, 4]
+    with progress.Progress("kills", 5_000, "kill", 998) as kills:
+        kills.update(2)
+    assert kills.n == 1_000
+    recording = Recording("forks", argparse.Namespace(seed=3, output_json=None, plot=None))
+    for _ in range(2):
+        recording.add("runs", {})
+    said = [re.sub(r"\d+\.\d s|\d+ s|\d\d:\d\d:\d\d| +", " ", line) for line in capsys.readouterr().err.splitlines()]
+    wanted = ["batch sizes: 1 of 2 batch sizes,", "batch sizes: 2 of 2 batch sizes,", "kills: 1,000 of 5,000 kills,"]
+    wanted += ["forks : 1 row of runs", "forks : 2 rows of runs"]
+    assert [" ".join(line.split()) for line in said] == (wanted if not quiet_s else [])
+
+
+def test_prompts_that_go_in_for_long_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "QUIET_S", 0.0)
+    model = load_model("tiny-llama", "cpu", torch.float32)
+    with engine_for(model, "cpu", 2, 64, attention="torch", compile=False, capture=False) as engine:
+        fill(engine, [20, 20], 4, np.random.default_rng(0))
+    assert "prompts go in: 2 sequences, " in capsys.readouterr().err

@@ -175,6 +175,27 @@ def test_more_than_two_ranks_are_not_deterministic() -> None:
         Engine.from_pretrained("tiny-llama", tensor_parallel=3, deterministic=True, **SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("changes", "size", "said"),
+    [
+        ({}, 3, "4 query heads, which 3 ranks do not divide"),
+        ({"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}, 2, "3 KV heads for 2 ranks"),
+        ({"intermediate_size": 161}, 2, "intermediate_size of 161"),
+        ({"model_type": "mistral", "sliding_window": 32}, 2, "layers that keep windows"),
+    ],
+)
+def test_what_ranks_do_not_divide_is_refused_before_any_starts(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], size: int, said: str
+) -> None:
+    def started(*_: Any) -> None:
+        raise AssertionError("ranks were started")
+
+    monkeypatch.setattr(Ranks, "start", started)
+    monkeypatch.setitem(SHAPES, "odd", {**SHAPES["tiny-llama"], **changes})
+    with pytest.raises(ConfigError, match=said):
+        Engine.from_pretrained("odd", tensor_parallel=size, **SETTINGS)
+
+
 def test_each_rank_has_half_of_the_heads_at_its_own_addresses(ranks: Ranks, engine: Engine) -> None:
     assert looked_at.heads(engine) == (2, 1)
     assert ranks.call(looked_at.heads) == [(2, 1)]

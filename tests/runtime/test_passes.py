@@ -21,7 +21,7 @@ from trtllm_vattn.attention.base import PackedPrefill
 from trtllm_vattn.attention.reference import TorchAttention
 from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.select import make_cache
-from trtllm_vattn.errors import CaptureError, UnmappedAccess
+from trtllm_vattn.errors import CaptureError, ConfigError, UnmappedAccess
 from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.runtime import engine as engine_module
 from trtllm_vattn.runtime.binding import shape_of
@@ -364,6 +364,58 @@ def test_what_cannot_be_captured_runs_without_a_graph(
     engine.audit().raise_if_foreign()
 
 
+@pytest.mark.parametrize("way", ["captured passes", "captured steps", "4 steps", "loop"])
+def test_who_asks_for_a_step_that_has_no_memory_ends_and_others_go_on(
+    build: Build, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    engine = build(**{**WAYS[way], "capture": True, "prefix_cache": False})
+
+    def lack(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("nothing is left\nadvice")
+
+    params = [*PARAMS[:-1], SamplingParams(18, logprobs=1)]
+    with monkeypatch.context() as patched:
+        patched.setattr(GraphRunner, "capture", lack)
+        done = engine.generate(PROMPTS, params)
+    failed = {each.request: each.error or "" for each in done if each.finish_reason == "error"}
+    # Some have all their tokens by passes that run as they are.
+    assert {3, 7} <= failed.keys() <= {2, 3, 6, 7}
+    assert all("which it asks for: nothing is left" in error and "advice" not in error for error in failed.values())
+    for each, expected in zip(done, alone, strict=True):
+        assert each.finish_reason == "error" or each.tokens == expected
+    assert not engine.decode.lane_of
+    assert [each.tokens for each in engine.generate(PROMPTS, PARAMS)] == alone
+
+
+@pytest.mark.parametrize(
+    "error", [CaptureError("no graph holds it"), ConfigError("no pool"), torch.OutOfMemoryError("nothing is left")]
+)
+def test_what_cannot_be_captured_ahead_of_need_is_wanted_again_when_it_is_needed(
+    build: Build, alone: list[list[int]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    engine = build(capture=True)
+
+    def refuse(reason: Exception) -> None:
+        def capture(*arguments: Any, **options: Any) -> None:
+            raise reason
+
+        monkeypatch.setattr(GraphRunner, "capture", capture)
+
+    refuse(CaptureError("no memory for a graph"))
+    engine.generate(PROMPTS, PARAMS)
+    assert (count := len(engine.decode.wanted))
+    refuse(error)
+    # Each is tried once.
+    assert [engine.capture_wanted() for _ in range(count + 1)] == [*reversed(range(count)), 0]
+    assert caplog.text.count(str(error)) == count
+    refuse(CaptureError("no memory for a graph"))
+    assert [done.tokens for done in engine.generate(PROMPTS, PARAMS)] == alone
+    assert engine.decode.wanted
+    refuse(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        engine.capture_wanted()
+
+
 # -- sizes of passes ---------------------------------------------------------------------------------------------------
 
 
@@ -434,6 +486,27 @@ def test_a_pass_that_is_padded_fits_its_time_with_its_padding(build: Build, targ
     while engine.prefilling:
         engine.step()
     assert 1.0 < max(cost.milliseconds(load) for load in loads) <= target_ms
+
+
+def test_a_pass_with_log_probabilities_fits_its_time_beside_captured_ones(build: Build) -> None:
+    """It runs as it is, and is padded to other rows: 127 tokens beside one would fit the captured 128, and take 144."""
+    engine = build(described=True, capture=True, chunk=1024, target_itl_ms=1.5, prefix_cache=False)
+    cost = costing(engine, [0.1, 0.01, 0.0, 0.0])
+    loads: list[PassLoad] = []
+    engine.passes.cost = cost
+    cost.measure = lambda load, milliseconds: loads.append(load)  # type: ignore[method-assign]
+    assert 128 in engine.scheduler.pass_sizes
+    engine.submit(PROMPTS[0], SamplingParams(60))
+    engine.step()
+    for most in (None, 1, 1):
+        engine.submit((PROMPTS[4] * 2)[:90], SamplingParams(1, prompt_logprobs=most))
+    while engine.prefilling or engine.scheduler.waiting:
+        engine.step()
+    captured = set(engine.scheduler.pass_sizes)
+    # Who asks for none goes in by a captured pass, whoever is behind it.
+    assert captured >= {load.tokens for load in loads[1:2]}
+    assert not captured >= {load.tokens for load in loads}
+    assert max(cost.milliseconds(load) for load in loads) <= 1.5
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,45 @@ def test_a_request_that_comes_to_forbid_every_token_is_told_so_by_400(
     served.wait_until_idle()
 
 
+@pytest.mark.parametrize("by", ["update", "abort"])
+@pytest.mark.parametrize("stop", [None, "zz"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_request_that_the_operator_ends_is_answered_by_the_text_so_far(
+    served: Served, monkeypatch: pytest.MonkeyPatch, chat: bool, stream: bool, stop: str | None, by: str
+) -> None:
+    """Some of its prompts or samples are ended in the middle, others before they begin."""
+    engine, seen = served.engine._engine, list[TokenEvent]()
+    step = engine.step
+
+    def ended_in_the_middle() -> list[TokenEvent]:
+        events = step()
+        seen.extend(events)
+        # All have come, and four of them have tokens.
+        if len(served.engine._running) == 6 and len(seen) >= 8 and not any(event.finish_reason for event in seen):
+            if by == "update":
+                engine.update_weights(OWN.state_dict(), running="abort")
+            else:
+                for number in [*served.engine._running]:
+                    served.engine.abort_soon(number)
+        return events
+
+    monkeypatch.setattr(engine, "step", ended_in_the_middle)
+    client = served.client()
+    create = client.chat.completions.create if chat else client.completions.create
+    asked = {"messages": [{"role": "user", "content": "x"}], "n": 6} if chat else {"prompt": ["x"] * 6}
+    got = create(model=NAME, max_tokens=200, stream=stream, stop=stop, extra_body={"ignore_eos": True}, **asked)
+    reasons, texts = [None] * 6, [""] * 6
+    for choice in (choice for each in (got if stream else [got]) for choice in each.choices):
+        part = (choice.delta if stream else choice.message) if chat else choice
+        texts[choice.index] += (part.content if chat else part.text) or ""
+        reasons[choice.index] = choice.finish_reason
+    assert reasons == ["abort"] * 6
+    assert any(texts)
+    assert not all(texts)
+    served.wait_until_idle()
+
+
 def test_logits_that_are_none_are_the_servers_error(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(of_engine.Engine, "_forbidden", lambda *_: None)
     with pytest.raises(openai.InternalServerError, match="its logits are NaN or infinite"):

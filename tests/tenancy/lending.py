@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,3 +26,11 @@ def lending(path: Path, memory: int, driver: Driver | None = None, **options: An
             left = made.live_handles
             made.close()
             assert left == 0
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Wait for something that another process or thread does."""
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(0.005)

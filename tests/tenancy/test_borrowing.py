@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tenancy.lending import lending
+from tenancy.lending import lending, until
 
 from trtllm_vattn.errors import ConfigError, SequenceTooLong
 from trtllm_vattn.runtime.async_engine import AsyncEngine, RequestStream
@@ -85,13 +85,21 @@ def test_one_engines_burst_borrows_what_the_other_leaves_idle(
 ) -> None:
     one, two = pair
     for first, second in ((one, two), (two, one)):
-        # The second does not step: what its last requests left is taken from it all the same.
-        assert tokens(first) == alone
         names = ("one", "two") if first is one else ("two", "one")
-        seen = standing(lent)
-        assert seen[names[0]].lent > MEMORY // 2
-        assert sum(each.lent for each in seen.values()) <= MEMORY
-        assert second.cache.held_bytes == seen[names[1]].lent
+
+        def borrows(first: Engine = first, name: str = names[0]) -> bool:
+            assert tokens(first) == alone
+            seen = standing(lent)
+            assert sum(each.lent for each in seen.values()) <= MEMORY
+            return seen[name].lent > MEMORY // 2
+
+        def is_told(second: Engine = second, name: str = names[1]) -> bool:
+            return second.cache.held_bytes == standing(lent)[name].lent
+
+        # The second does not step: what its last requests left is taken from it all the same, by a thread of its own;
+        # while that is not done, the first may serve its requests one after another instead.
+        until(borrows)
+        until(is_told)
         for each in pair:
             each.cache.check_integrity()
 

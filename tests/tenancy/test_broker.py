@@ -11,7 +11,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from typing import Any, cast
 from uuid import UUID
 
 import pytest
-from tenancy.lending import lending
+from tenancy.lending import lending, until
 
 from trtllm_vattn.cli.broker import EXPLAINED
 from trtllm_vattn.cli.main import main
@@ -38,14 +37,6 @@ from trtllm_vattn.vmm.host import HostDriver
 from trtllm_vattn.vmm.wrappers import FaultyDriver
 
 PAGE = 4096
-
-
-def until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    """Wait for something that another process or thread does."""
-    end = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < end, "it did not come to be"
-        time.sleep(0.005)
 
 
 def standing(broker: Broker) -> dict[str, say.TenantStatus]:

@@ -4,7 +4,9 @@ another, and what a model's configuration does."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
+
+from transformers import PreTrainedConfig
 
 from trtllm_vattn.cache.compression import CompressionPolicy
 from trtllm_vattn.errors import ConfigError
@@ -47,6 +49,33 @@ def _wrong_layers(config: Any, max_seq_len: int) -> dict[str, bool]:
 def _has_windows(config: Any, max_seq_len: int) -> bool:
     """Whether a layer's window is shorter than the longest sequence; else it keeps all tokens."""
     return any(window and window < max_seq_len for window in windows_of(config))
+
+
+def check_ranks_before_loading(model: str, max_seq_len: int, size: int) -> None:
+    """Raise ConfigError where so many ranks cannot serve a named model, as each of them would once it has loaded."""
+    config = config_of(model)
+    if _has_windows(config, max_seq_len):
+        refuse_windows(model)
+    check_sizes(config, f"{model} ({config.model_type})", size)
+
+
+def check_sizes(config: PreTrainedConfig, name: str, size: int) -> None:
+    """Raise ConfigError where so many ranks do not divide what a model's configuration has; `name` is the model's."""
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
+    if heads % size:
+        raise ConfigError(f"{name} has {heads} query heads, which {size} ranks do not divide; take a divisor of them")
+    if kv_heads % size and size % kv_heads:
+        raise ConfigError(
+            f"{name} has {kv_heads} KV heads for {size} ranks; one number must be a multiple of the other"
+        )
+    inner = getattr(config, "intermediate_size", size)
+    if inner % size:
+        raise ConfigError(f"{name} has an intermediate_size of {inner}, which {size} ranks do not divide")
+
+
+def refuse_windows(name: str) -> NoReturn:
+    """Raise ConfigError for a model some of whose layers keep windows of tokens."""
+    raise ConfigError(f"{name} has layers that keep windows, which tensor_parallel does not serve; use one rank")
 
 
 def _check_drafts(model: str, max_seq_len: int, speculation: Speculation) -> None:

@@ -25,7 +25,7 @@ import torch
 
 from trtllm_vattn.attention.base import Attention
 from trtllm_vattn.attention.options import PREFIXES
-from trtllm_vattn.errors import CaptureError
+from trtllm_vattn.errors import CaptureError, VattnError, is_device_lost
 from trtllm_vattn.graphs.audit import AuditReport
 from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.graphs.guard import Guard
@@ -79,6 +79,20 @@ class PromptLogprobs(NamedTuple):
         for place, token in enumerate(self.tokens):
             at = self.start + 1 + place
             request.prompt_logprobs[at:] = [self.fetched.token(token, most, self.first + place)]
+
+
+class StepOutOfMemory(VattnError):
+    """A kind of step has no memory for its first run; nothing was launched.
+
+    Attributes
+    ----------
+    slots : frozenset of int
+        Of the requests that ask for what no step before it did; empty where it is none of theirs.
+    """
+
+    def __init__(self, kind: StepKind, slots: Iterable[int], reason: str) -> None:
+        self.slots = frozenset(slots)
+        super().__init__(f"the device has no memory for a {kind.name} step, which it asks for: {reason}")
 
 
 class Choice(NamedTuple):
@@ -966,7 +980,8 @@ class DecodeBatch:
     def capture_missing(self, runner: GraphRunner, bucket: int, spare: bool = True) -> int:
         """The bucket to replay for `bucket`: itself, or with `spare` a larger one that is captured, and this one is
         wanted then (`capture_wanted`). Where there is none it is captured now; lanes and unread tokens stay as they
-        are. Where that fails, its steps run without a graph: whoever asked for such a one costs others no token."""
+        are. Where that fails, its steps run without a graph: whoever asked for such a one costs others no token. Raises
+        StepOutOfMemory where they could not run so either."""
         if not self.captured or bucket in runner.captured:
             return bucket
         if spare and self.captures_alone and (larger := serving(runner, bucket)) is not None:
@@ -978,6 +993,11 @@ class DecodeBatch:
         self.captures_while_running += 1
         try:
             self._capture_apart(runner, bucket)
+        except torch.OutOfMemoryError as error:
+            if not self.captures_alone:
+                raise
+            reason = str(error).partition("\n")[0]
+            raise StepOutOfMemory(self.choice_kind, self._asking, reason) from error
         except CaptureError as error:
             if not self.captures_alone:
                 raise
@@ -985,11 +1005,22 @@ class DecodeBatch:
             runner.uncaptured.add(bucket)
         return bucket
 
+    @property
+    def _asking(self) -> Iterable[int]:
+        """Slots of who asks for more than a plain step does; of who asks for the rarest of it, where several do."""
+        return self.processors.asking or self._truncating or self._params.keys()
+
     def capture_wanted(self, most: int = 1) -> int:
-        """Capture up to so many graphs that steps went without; returns how many are left. While nobody runs."""
+        """Capture up to so many graphs that steps went without; returns how many are left. While nobody runs. One that
+        cannot be captured now is none of these before a step goes without it again: what it lacks may be there then."""
         for runner, bucket in list(self.wanted)[:most]:
             del self.wanted[runner, bucket]
-            self._capture_apart(runner, bucket)
+            try:
+                self._capture_apart(runner, bucket)
+            except (RuntimeError, VattnError) as error:
+                if is_device_lost(error):
+                    raise
+                logger.warning("steps go on without a graph that could not be captured: %s", error)
         return len(self.wanted)
 
     def _capture_apart(self, runner: GraphRunner, bucket: int) -> None:

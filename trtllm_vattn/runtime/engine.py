@@ -1375,7 +1375,8 @@ class Engine:
 
     def capture_wanted(self, most: int = 1) -> int:
         """Capture up to so many graphs that steps went without, in larger ones; returns how many are left. Where
-        requests run nothing is captured. `AsyncEngine` calls it while it has nothing to do."""
+        requests run nothing is captured; one that cannot be is logged, and wanted again when a step goes without it.
+        `AsyncEngine` calls it while it has nothing to do."""
         self._check_open()
         if self.busy or self.sleeping.is_asleep:
             return len(self.decode.wanted)

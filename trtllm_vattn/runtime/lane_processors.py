@@ -313,6 +313,11 @@ class LaneProcessors:
         return StepKind(sampled, bool(self._row), wanted, truncated=truncated)
 
     @property
+    def asking(self) -> list[int]:
+        """Slots of who asks for log-probabilities; where nobody does, of who asks for other logits."""
+        return [slot for slot, asks in self._asks.items() if asks.params.logprobs is not None] or [*self._row]
+
+    @property
     def has_grammars(self) -> bool:
         """Whether the choice of tokens is a graph of its own, which waits for the tokens of the launch before."""
         return bool(self._grammars)

@@ -6,8 +6,9 @@ sizes, of which each serves all down to a quarter of it, until `MOST_SECONDS` or
 kind that has no graph of its size runs in a larger one of that kind, and its own is captured when nobody runs
 (`DecodeBatch.capture_wanted`). Only where there is none at all it is captured at once, and counted
 (`DecodeBatch.captures_while_running`); where it cannot be, for lack of memory, such steps run without a graph until it
-can, when nobody runs. Ranks that compute together capture in the launch that needs it, all of them
-(`DecodeBatch.captures_alone`): how far each got by the bounds of time would differ.
+can, when nobody runs; where there is no memory for a step of the kind at all, who asks for it ends with an error. Ranks
+that compute together capture in the launch that needs it, all of them (`DecodeBatch.captures_alone`): how far each got
+by the bounds of time would differ.
 
 Of steps that sample, those that sort all logits (`StepKind.truncated`) are captured at the start. They give every lane
 the tokens that a step without a sort gives, so they serve such steps too, which are then wanted as others are.

@@ -143,7 +143,7 @@ class Passes:
             choice = decode.choice(lanes, graphs is None, only) if steps else None
             # Without a grammar nothing has to come before the tokens of a captured pass are chosen.
             choose = decode.captured_choice(lanes) if graphs is not None and steps and choice is None else None
-        except VattnError:
+        except (RuntimeError, VattnError):
             # It cannot be captured: nothing was started.
             for request in plan.joins:
                 decode.clear_lane(request.slot)

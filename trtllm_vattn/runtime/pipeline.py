@@ -16,9 +16,10 @@ from time import perf_counter
 
 from trtllm_vattn.errors import DriverError, MemoryQuarantined
 from trtllm_vattn.runtime.compression import Compression
-from trtllm_vattn.runtime.decode import Launch
+from trtllm_vattn.runtime.decode import Launch, StepOutOfMemory
 from trtllm_vattn.runtime.passes import Passes
 from trtllm_vattn.runtime.scheduler import Scheduler
+from trtllm_vattn.runtime.step_plan import StepPlan
 
 
 class Pipeline:
@@ -124,7 +125,9 @@ class Pipeline:
             return None
         # What the launch writes into is noted to be its sequences' before.
         self.scheduler.cache.note_placements()
-        launch = self.passes.launch(plan) if plan.chunks else self.scheduler.decode.launch(plan.steps, plan.drafts)
+        launch = self._start(plan)
+        if launch is None:
+            return None if ahead else self._launch(ahead)
         self.kv_s += launch.guard_s
         if self.scheduler.trace is not None:
             self.scheduler.trace.span(
@@ -139,3 +142,23 @@ class Pipeline:
             scheduler = self.scheduler
             self.compression.launched(plan.joins, scheduler.decoding, scheduler.requests, scheduler.fail)
         return launch
+
+    def _start(self, plan: StepPlan) -> Launch | None:
+        """Start a plan, without those who ask for a step that there is no memory for; None where another plan has to be
+        made without them. One of many steps has its memory, which fewer would not fit: it is started again."""
+        decode = self.scheduler.decode
+        while True:
+            try:
+                return self.passes.launch(plan) if plan.chunks else decode.launch(plan.steps, plan.drafts)
+            except StepOutOfMemory as error:
+                self._fail_askers(error)
+                if plan.chunks or not decode.lanes:
+                    return None
+
+    def _fail_askers(self, error: StepOutOfMemory) -> None:
+        """End who asked for a step that there is no memory for; others go on. Raises the error where nobody did."""
+        asked = [request for request in self.scheduler.holders if request.slot in error.slots]
+        if not asked:
+            raise error
+        for request in asked:
+            self.scheduler.fail(request, str(error))

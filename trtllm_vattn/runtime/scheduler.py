@@ -373,6 +373,12 @@ class Scheduler:
         target_ms = MARGIN * self.target_ms
         best = self._rows_within(order[:1], least)
         sizes = [(size, size - len(lanes)) for size in self.pass_sizes if size > len(lanes)]
+        if sizes:
+            # A pass with log-probabilities of prompts runs as it is: who asks for them waits for the next one, or is
+            # the first of this one.
+            asks = [request.wants_prompt_logprobs for request in order]
+            sizes = [] if asks[0] else sizes
+            order = order[: asks.index(True)] if sizes and True in asks else order
         for rows, holds in sizes or self.padded_sizes(len(lanes)):
             left_ms = target_ms - self.cost.milliseconds(PassLoad(rows, 0, kv))
             if left_ms <= 0:

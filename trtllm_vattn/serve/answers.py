@@ -56,6 +56,8 @@ class Choice:
             self.cached, self.prompt_logprobs = events[0].cached_tokens, events[0].prompt_logprobs
         for event in events:
             if event.token is None:
+                # It was ended by others: what was held back is text after all.
+                text += (event.text or "") if self.decoder is None else self.decoder.rest()
                 continue
             if self.decoder is None:
                 text += event.text or ""
@@ -84,6 +86,11 @@ class Answer:
             (prompt, None if by_engine else Text(tokenizer)) for prompt in prompts for _ in range(asked.params.n)
         )
         self.choices = [Choice(prompt, decoder) for prompt, decoder in decoders]
+
+    def unfinished(self) -> list[tuple[int, list[TokenEvent]]]:
+        """Ends of choices whose streams ended by no event, since somebody aborted their request."""
+        ends = enumerate(choice.finish_reason for choice in self.choices)
+        return [(place, [TokenEvent(-1, None, "abort")]) for place, reason in ends if reason is None]
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far. Of a prompt with several samples, the first one's cached tokens."""

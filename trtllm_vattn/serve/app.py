@@ -316,6 +316,8 @@ async def _events(
                 yield came
             elif open_:
                 await arrived.wait()
+        if ended := answer.unfinished():
+            yield ended
         reason = answer.choices[0].finish_reason or "error"
     except Exception as error:
         reason = "cancelled" if isinstance(error, ClientDisconnect) else "error"
@@ -331,9 +333,6 @@ def _by_choice(first: int, events: list[TokenEvent]) -> Came:
     found: dict[int, list[TokenEvent]] = {}
     for event in events:
         found.setdefault(first + event.branch, []).append(event)
-    for some in found.values():
-        if some[-1].finish_reason in ("abort", "deadline"):
-            raise RequestFailed(f"the request was ended before it was done: {some[-1].finish_reason}")
     return list(found.items())
 
 

@@ -11,10 +11,10 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.select import make_cache
+from trtllm_vattn.progress import Progress
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.models import load_model
 from trtllm_vattn.verify.differential import MAX_SEQ_LEN, SLOTS, Differential, Replica, Tally
@@ -63,7 +63,7 @@ class Soak:
     def run(self, differential: Differential, replays: int, label: str, before: int = 0) -> Tally:
         """Step until `replays` are done, `before` of which were done already, or the time is over."""
         started, tally = perf_counter(), differential.tally
-        with tqdm(total=replays, initial=before, desc=label, unit="replay", disable=None) as bar:
+        with Progress(label, replays, "replay", before) as bar:
             while before + tally.replays < replays and perf_counter() - started < self.seconds:
                 done = tally.replays
                 differential.step(check_eager=done >= 100 * tally.eager_checks)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from trtllm_vattn.arguments import HEADS, adder, heads
 from trtllm_vattn.attention.base import Attention, PrefillChunk
@@ -32,6 +31,7 @@ from trtllm_vattn.cache.base import CacheShape, FlatKV, KVCache
 from trtllm_vattn.cache.paged import PagedCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import VattnError
+from trtllm_vattn.progress import counting
 from trtllm_vattn.table import tabulate
 
 LAYERS = 8
@@ -88,7 +88,7 @@ def _points(args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
 def _all_points(recording: Recording) -> list[dict[str, Any]]:
     args = recording.args
     systems = ("flat", *(f"blocks of {size}" for size in args.blocks))
-    points = tqdm(_points(args), desc="points", disable=None)
+    points = counting(_points(args), "points", "point")
     return [
         {"point": name, "system": system, **_point(args, system, lengths)}
         for name, lengths in points

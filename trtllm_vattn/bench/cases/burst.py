@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import adder, non_negative
@@ -39,6 +38,7 @@ from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.vattention_paper import vattention_paper
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.graphs.guard import Guard
+from trtllm_vattn.progress import Progress
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.prefill import PromptChunk
@@ -251,7 +251,7 @@ def _steady(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
     with Engine(model, cache, prefix_cache=False, attention=args.attention, buckets=[args.steady_seqs]) as engine:
         engine.observer = records.append
         ended = 0
-        with tqdm(total=args.steady_steps, desc="steady", unit="step", disable=None) as bar:
+        with Progress("steady", args.steady_steps, "step") as bar:
             while len(records) < args.steady_steps:
                 while len(engine.scheduler.waiting) < 4:
                     prompt, output = random.integers(2, args.prompt_tokens, 2).tolist()

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from trtllm_vattn.arguments import adder, non_negative, numbers_or_none
@@ -33,6 +32,7 @@ from trtllm_vattn.cache.base import CacheShape, KVCache
 from trtllm_vattn.cache.select import CACHES, COMPARED, make_cache
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.plugins.session import EngineSession, LoadedEngine
+from trtllm_vattn.progress import counting
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.prefill import LONGEST_CAPTURED
@@ -200,7 +200,7 @@ class GraphBenchmark:
                 seed=args.seed,
                 audit=args.audit,
             )
-            for batch in tqdm(args.batch_sizes, desc="batch sizes", disable=None)
+            for batch in counting(args.batch_sizes, "batch sizes", "batch size")
         ]
         whole: dict[str, Any] = {key: [row for part in parts for row in part[key]] for key in parts[0]}
         # Before and after, because the card's clocks move.

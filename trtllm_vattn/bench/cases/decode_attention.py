@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from trtllm_vattn.attention import trust, vllm_prompts
 from trtllm_vattn.attention.base import Attention, Span
@@ -24,6 +23,7 @@ from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import VattnError
 from trtllm_vattn.graphs.capture import captured, replays_ms
+from trtllm_vattn.progress import counting
 
 OWN = ("shares", "shares-plain")
 FA3 = vllm_prompts.VllmPrompts.name
@@ -62,7 +62,7 @@ def decode_points(how: Kernels, picks: int, seed: int) -> dict[str, Any]:
         missing[FA3] = why
     result["missing"] = missing
     systems = ["shares", "cudnn"] if gpu and available()["cudnn"] == "yes" else ["shares"]
-    for name, lengths in tqdm(points.items(), desc="decode", disable=None):
+    for name, lengths in counting(points.items(), "decode", "point"):
         try:
             result["points"] += _point(name, np.array(lengths), systems, how, missing)
         except (RuntimeError, VattnError) as error:

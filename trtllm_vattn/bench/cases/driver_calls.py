@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from time import perf_counter
 from typing import Any
 
@@ -22,6 +23,7 @@ from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import add_device, add_results
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.bench.publish.plots import plot_alloc
+from trtllm_vattn.progress import counting
 from trtllm_vattn.table import tabulate
 from trtllm_vattn.vmm.base import Driver
 from trtllm_vattn.vmm.open import open_driver
@@ -53,13 +55,12 @@ def run(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     for busy in (False, True):
         with busy_device(args.device) if busy else nullcontext():
-            for size in sizes:
+            for size in counting(sizes, "beside a busy device" if busy else "alone", "size"):
                 rows += _rows("one by one", size, busy, one_by_one(driver, size, args.repeats))
             rows += _rows("batched", granularity, busy, batched(driver, granularity, BATCH, args.repeats // 10 + 1))
     threads = [
         {**threaded(driver, size, count, args.repeats), **lives(driver, size, count, args.repeats)}
-        for count in THREADS
-        for size in sizes
+        for count, size in counting([*product(THREADS, sizes)], "threads", "point")
     ]
     summary = {}
     for row in rows:

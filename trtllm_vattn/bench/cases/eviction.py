@@ -64,7 +64,8 @@ def returned(recording: Recording) -> Iterator[dict[str, Any]]:
                 if page == pages[0]:
                     found[name, heads, classes] = ratio
                 head_bytes = shape.layer_token_bytes // shape.num_kv_heads
-                rows.append(
+                recording.add(
+                    "returned",
                     {
                         "policy": name,
                         "heads_per_range": heads,
@@ -73,7 +74,7 @@ def returned(recording: Recording) -> Iterator[dict[str, Any]]:
                         "tokens_per_extent": page // (heads * head_bytes),
                         "prompt_tokens": args.evicted_context,
                         "returned_over_evicted": ratio,
-                    }
+                    },
                 )
         if page == pages[0]:
             yield _returned_figures(found, shape.num_kv_heads, classes)

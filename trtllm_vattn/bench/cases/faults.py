@@ -7,12 +7,11 @@ import logging
 from collections import Counter
 from time import perf_counter
 
-from tqdm import tqdm
-
 from trtllm_vattn.arguments import adder
 from trtllm_vattn.bench.harness.case import conclude
 from trtllm_vattn.bench.harness.flags import add_results
 from trtllm_vattn.errors import InvariantViolation
+from trtllm_vattn.progress import counting
 from trtllm_vattn.verify.fault_injection import FaultStress
 
 
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     started = perf_counter()
     error = hang = None
     try:
-        for number in tqdm(range(-(-args.operations // args.life)), unit="life", disable=None):
+        for number in counting(range(-(-args.operations // args.life)), "faults", "round"):
             stress = FaultStress(args.seed + number, args.probability, counts)
             stress.run_within(args.life_seconds, min(args.life, args.operations - number * args.life))
     except InvariantViolation as violation:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from trtllm_vattn.arguments import adder
 from trtllm_vattn.bench.cases.ledger import LedgerCache, LedgerDriver
@@ -29,6 +28,7 @@ from trtllm_vattn.cache.manager import KVCacheManager
 from trtllm_vattn.cache.vattention_paper import PAPER
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory, NoFreeSlot
 from trtllm_vattn.memory.lookahead import StepTimingModel
+from trtllm_vattn.progress import counting
 from trtllm_vattn.table import tabulate
 
 WEIGHT_BYTES = 15.0e9
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     def of(mix: str, requests: list[Request]) -> Part:
         def measure(recording: Recording) -> list[dict[str, Any]]:
             fitted = fit(requests[: args.requests], args.max_seq_len, args.max_output)
-            for name, config in tqdm(SYSTEMS.items(), desc=mix, disable=None):
+            for name, config in counting(SYSTEMS.items(), mix, "system"):
                 timing = ModelledTiming(shape.token_bytes)
                 with make(config, shape, args.budget, timing) as cache:
                     recording.add("runs", {"mix": mix, "system": name, **simulate(cache, fitted, timing)})

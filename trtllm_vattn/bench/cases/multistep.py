@@ -12,7 +12,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from trtllm_vattn.arguments import adder
 from trtllm_vattn.bench.harness.case import Recording, engine_for, vocab_of
@@ -20,8 +19,10 @@ from trtllm_vattn.bench.harness.contenders import Contest, device_step_ms, take_
 from trtllm_vattn.bench.harness.flags import add_attention, add_common, add_steady
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.progress import counting
 from trtllm_vattn.runtime.sampling import SamplingParams
 from trtllm_vattn.table import tabulate
+from trtllm_vattn.values import counted
 
 IDENTITY_ATTENTION = "torch"
 """Whose arithmetic is the same from run to run; cuDNN's decode attention over several sequences is not (README)."""
@@ -49,12 +50,13 @@ def run(args: argparse.Namespace) -> int:
     def tokens(recording: Recording) -> Iterator[dict[str, Any]]:
         for batch in args.batch_sizes:
             if batch <= 8:
+                recording.say(f"tokens of {counted(batch, 'sequence')} by {counted(len(variants), 'way')} to launch")
                 recording.add("identity", _identity(args, recording.model, variants, batch))
                 yield _summary(rows, identity)
 
     def steps(recording: Recording) -> Iterator[dict[str, Any]]:
-        for batch in tqdm(args.batch_sizes, desc="batch sizes", disable=None):
-            for row in _timed(args, recording.model, variants, batch):
+        for batch in counting(args.batch_sizes, "batch sizes", "batch size"):
+            for row in _timed(recording, variants, batch):
                 recording.add("runs", row)
             yield _summary(rows, identity)
 
@@ -63,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     return recording.conclude(tabulate(rows, COLUMNS), wrong=wrong)
 
 
-def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]], batch: int) -> list[dict[str, Any]]:
+def _timed(recording: Recording, variants: list[tuple[int, bool]], batch: int) -> list[dict[str, Any]]:
+    args, model = recording.args, recording.model
     most_steps = max(args.step_counts)
     untimed = 2 * most_steps
     # A turn is of whole launches. The first sequence decodes while others go in, one a step; half of what is decoded
@@ -80,6 +83,7 @@ def _timed(args: argparse.Namespace, model: Any, variants: list[tuple[int, bool]
     most = batch + args.rounds * (a_turn + untimed) + 64
     with Contest(batch, start, most, args.seed) as contest:
         for count, loop in variants:
+            recording.say(f"batch {batch}: start the engine of {'a loop' if loop else counted(count, 'step')} a launch")
             options: dict[str, Any] = {"attention": args.attention, "buckets": [batch], "chunk": max(2048, start)}
             engine = engine_for(model, args.device, batch, start + most, steps=count, loop=loop, **options)
             # One step a launch while prompts go in, and as many untimed steps for all: sequences are of equal length.

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import AutoConfig
 
 import trtllm_vattn
@@ -37,6 +36,7 @@ from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.plugins import plain, registry
 from trtllm_vattn.plugins.fields import AttentionFields, Slots
 from trtllm_vattn.plugins.tensorrt import MODULES, load_tensorrt
+from trtllm_vattn.progress import counting
 from trtllm_vattn.runtime.models import SHAPES
 from trtllm_vattn.verify.workload import CacheWorkload
 from trtllm_vattn.vmm.open import open_driver
@@ -197,7 +197,7 @@ class PluginBenchmark:
         enqueued, remapped = layers.enqueued, self._remaps()
         prompts = 0
         worst, checks = 0.0, 0
-        for turn in tqdm(range(args.replays), desc="replays", disable=None):
+        for turn in counting(range(args.replays), "replays", "replay"):
             before = layers.enqueued
             self.workload.churn()
             prompts += layers.enqueued - before

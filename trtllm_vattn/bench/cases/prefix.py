@@ -18,7 +18,6 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from trtllm_vattn.arguments import adder
 from trtllm_vattn.bench.cases import reuse
@@ -31,6 +30,7 @@ from trtllm_vattn.bench.publish.plots import plot_prefix
 from trtllm_vattn.cache.prefix import PrefixCache, ReuseCosts, Way
 from trtllm_vattn.cache.prefix.hybrid import crossover
 from trtllm_vattn.errors import ConfigError, KVCacheOutOfMemory
+from trtllm_vattn.progress import counting
 from trtllm_vattn.table import tabulate
 
 TOKEN_BYTES = 131_072
@@ -206,7 +206,7 @@ def ideal_hits(requests: Sequence[TokenRequest], tokens: int, max_seqs: int) -> 
     """Prompt tokens that the ideal tree finds again."""
     tree, running = IdealTree(tokens), deque[list[int]]()
     hits = 0
-    for request in tqdm(requests, desc="ideal tree", unit="request", disable=None):
+    for request in counting(requests, "ideal tree", "request"):
         while len(running) >= max_seqs:
             tree.finish(running.popleft())
         found, blocks = tree.admit(request.prompt, request.output)
@@ -260,7 +260,7 @@ def replay(
                     raise
                 finish(running.popleft())
 
-    for index, request in enumerate(tqdm(requests, desc=label, unit="request", disable=None)):
+    for index, request in enumerate(counting(requests, label, "request")):
         while len(running) >= max_seqs:
             finish(running.popleft())
         output = len(request.output)

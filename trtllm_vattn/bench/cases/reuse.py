@@ -17,7 +17,6 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from trtllm_vattn.bench.harness.case import Recording, vocab_of
@@ -30,6 +29,7 @@ from trtllm_vattn.bench.publish.plots import pyplot, save
 from trtllm_vattn.cache.prefix import Way
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.progress import Progress
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -174,7 +174,7 @@ def replay(engine: Engine, requests: Sequence[TokenRequest], max_seqs: int) -> d
     hits, prompts = cached_of(engine)
     critical = engine.cache.stats().critical_path_maps
     started = perf_counter()
-    with tqdm(total=len(asked), desc="requests", unit="request", disable=None) as bar:
+    with Progress("requests", len(asked), "request") as bar:
         while at < len(asked) or engine.busy:
             while at < len(asked) and len(engine.scheduler.requests) < max_seqs:
                 prompt, output = asked[at]

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from trtllm_vattn.bench.harness.contenders import (
     PROFILED,
@@ -23,6 +22,7 @@ from trtllm_vattn.bench.harness.contenders import (
 )
 from trtllm_vattn.bench.harness.timing import attention_bandwidth, summarise
 from trtllm_vattn.cache.base import KVCache
+from trtllm_vattn.progress import counting
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.prefill import PromptChunk
 from trtllm_vattn.runtime.request import RequestState
@@ -137,7 +137,7 @@ def time_prompts(engine: Engine, repeats: int, seed: int) -> list[dict[str, Any]
 
     rows = []
     try:
-        for size in tqdm(sizes, desc="prompts", unit="size", disable=None):
+        for size in counting(sizes, "prompts", "size"):
             length = min(size, cache.shape.max_seq_len)
             ids = random.integers(0, engine.model.config.get_text_config().vocab_size, length).tolist()
             chunk = PromptChunk(slot, ids, 0)

@@ -44,7 +44,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from trtllm_vattn.arguments import adder, non_negative
 from trtllm_vattn.bench.harness.case import conclude
@@ -52,6 +51,7 @@ from trtllm_vattn.bench.harness.flags import TIE_TOLERANCE, add_common, dtype_of
 from trtllm_vattn.bench.harness.identity import Identity, compare_forced
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.errors import VattnError
+from trtllm_vattn.progress import Progress
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.logprobs import TokenLogprob
 from trtllm_vattn.runtime.request import TokenEvent
@@ -416,7 +416,7 @@ def survive(args: argparse.Namespace, path: Path) -> tuple[Counter[str], list[di
     lives: list[dict[str, Any]] = []
     compared: list[Identity] = []
     vocab = np.random.default_rng(args.seed)
-    with tqdm(total=args.kills, unit="kill", disable=None) as bar:
+    with Progress("kills", args.kills, "kill") as bar:
         while counts["kills"] < args.kills and time.monotonic() - began < most_s:
             prompts = vocab.integers(1, 500, (args.prompts, args.prompt_tokens)).tolist()
             consumer, ended = Consumer(), False

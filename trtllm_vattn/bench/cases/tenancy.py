@@ -42,7 +42,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from trtllm_vattn.arguments import adder, non_negative
 from trtllm_vattn.bench.cases.visits import MOST_RESIDENT, visits
@@ -50,6 +49,7 @@ from trtllm_vattn.bench.harness.case import Part, Recording, vocab_of
 from trtllm_vattn.bench.harness.flags import add_common, dtype_of
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.errors import VattnError
+from trtllm_vattn.progress import Progress
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import planned_shape
 from trtllm_vattn.runtime.request import StepRecord
@@ -188,7 +188,7 @@ def isolate(args: argparse.Namespace) -> Counter[str]:
         victims = [begin() for _ in range(VICTIMS if args.kills else 0)]
         for each in (*survivors, *victims):
             each.wait_ready(120.0)
-        with tqdm(total=args.kills, unit="kill", disable=None) as bar:
+        with Progress("kills", args.kills, "kill") as bar:
             while counts["killed"] < args.kills:
                 time.sleep(rng.random() * 0.02)
                 at = rng.randrange(len(victims))

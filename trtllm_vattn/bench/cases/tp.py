@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from trtllm_vattn.arguments import adder
 from trtllm_vattn.bench.harness.case import Part, Recording
 from trtllm_vattn.bench.harness.contenders import Contender, fill, take_turns
 from trtllm_vattn.bench.harness.flags import add_common, add_parts, add_steady, dtype_of
 from trtllm_vattn.errors import KVCacheOutOfMemory
+from trtllm_vattn.progress import Progress
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.parallel import Ranks, size_of_torchrun
 from trtllm_vattn.runtime.parallel.group import ALL_REDUCE
@@ -227,7 +227,7 @@ def _checked(
     prompt_of: dict[int, int] = {}
     counts = {"replays": 0, "wrong_replays": 0, "ties": 0, "tokens": 0, "failed_requests": 0, "budgets": 0}
     until = perf_counter() + args.seconds
-    with tqdm(total=args.replays, desc="replays", unit="replay", disable=None) as bar:
+    with Progress("replays", args.replays, "replay") as bar:
         while counts["replays"] < args.replays and perf_counter() < until:
             while len(engine.scheduler.requests) < SLOTS + 2:
                 which = int(random.integers(len(prompts)))

@@ -15,10 +15,9 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
 from trtllm_vattn.bench.cases.survival import broker_process, forked
 from trtllm_vattn.errors import ConfigError, VattnError
+from trtllm_vattn.progress import counting
 from trtllm_vattn.tenancy import protocol as say
 from trtllm_vattn.tenancy.config import TenantConfig
 from trtllm_vattn.tenancy.journal import Sizes, State
@@ -82,7 +81,7 @@ def visits(count: int) -> dict[str, int]:
     before = (0, 0)
     sized = argparse.Namespace(device="cpu", memory=MEMORY)
     with tempfile.TemporaryDirectory() as folder, broker_process(sized, Path(folder) / "broker") as path:
-        for number in tqdm(range(count), unit="visit", disable=None):
+        for number in counting(range(count), "visits", "visit"):
             if number == min(WARM, count // 2):
                 before = _alone(path, running)
             kind = KINDS[number % len(KINDS)]

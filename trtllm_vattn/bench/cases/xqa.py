@@ -11,8 +11,6 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from tqdm import tqdm
-
 from trtllm_vattn.arguments import adder, positive
 from trtllm_vattn.bench.cases.xqa_parts import RandomBlocks, prefill_us, replay_remapped, table_host
 from trtllm_vattn.bench.harness.case import Recording, vocab_of
@@ -25,6 +23,7 @@ from trtllm_vattn.cache.base import KVCache
 from trtllm_vattn.cache.blocks import BlockKVCache
 from trtllm_vattn.cache.select import make_cache
 from trtllm_vattn.memory.layout import BLOCK_SIZES
+from trtllm_vattn.progress import counting
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.table import tabulate
@@ -76,7 +75,7 @@ def identities(recording: Recording) -> list[dict[str, Any]]:
 
 def steady_steps(recording: Recording) -> Iterator[dict[str, Any]]:
     """Steps over affine tables beside those over random ones, in turns."""
-    for batch in tqdm(recording.args.batch_sizes, desc="batch sizes", disable=None):
+    for batch in counting(recording.args.batch_sizes, "batch sizes", "batch size"):
         steady(recording, batch)
         rows = recording.results["steady"]
         yield {

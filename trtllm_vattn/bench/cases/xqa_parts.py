@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from trtllm_vattn.attention.base import PrefillChunk
 from trtllm_vattn.attention.select import available, make_attention
@@ -20,6 +19,7 @@ from trtllm_vattn.cache.paged import PagedCache
 from trtllm_vattn.graphs.capture import Outputs
 from trtllm_vattn.graphs.replay import GraphRunner
 from trtllm_vattn.memory.layout import BlockLayout
+from trtllm_vattn.progress import counting
 from trtllm_vattn.trtllm.tables import AffineTables, RowGatherer
 from trtllm_vattn.verify.workload import CacheWorkload
 
@@ -90,7 +90,7 @@ def replay_remapped(cache: BlockKVCache, num_heads: int, context: int, replays: 
     differing = torch.zeros(2, dtype=torch.int64, device=cache.device)
     worst = torch.zeros((), device=cache.device)
     workload = Remapping(cache, seed, lanes, context)
-    for number in tqdm(range(replays), desc="replays", unit="replay", disable=None):
+    for number in counting(range(replays), "replays", "replay"):
         workload.run_some({"replace": 0.25, "passing": 0.1, "take_away": 0.1})
         apart = torch.stack(
             [(a - b).abs().max().float() for a, b in zip(runner.replay(lanes), first, strict=True)]

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from trtllm_vattn import progress
 from trtllm_vattn.bench.harness.flags import dtype_of
 from trtllm_vattn.bench.harness.report import result_of, write
 from trtllm_vattn.cache.select import make_cache
@@ -27,6 +27,7 @@ from trtllm_vattn.errors import ConfigError, VattnError
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import load_model
+from trtllm_vattn.values import counted
 
 
 def model_of(args: argparse.Namespace) -> PreTrainedModel:
@@ -144,13 +145,14 @@ class Recording:
 
     def say(self, text: str) -> None:
         """Print what begins now, or was found."""
-        since = perf_counter() - self._started
-        now = datetime.now().strftime("%H:%M:%S")
-        print(f"{now} {self._benchmark} {since:6.1f} s: {text}", file=sys.stderr, flush=True)
+        progress.say(f"{self._benchmark} {perf_counter() - self._started:6.1f} s: {text}")
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         """Another row of the results of this name."""
-        self.results.setdefault(name, []).append(row)
+        rows = self.results.setdefault(name, [])
+        rows.append(row)
+        if progress.is_quiet():
+            self.say(f"{counted(len(rows), 'row')} of {name}")
         self._write()
 
     def found(self, name: str, results: Any, **figures: Any) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from trtllm_vattn.bench.harness.timing import fill_flat, summarise
+from trtllm_vattn.progress import counting, is_quiet, say
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
+from trtllm_vattn.values import counted
 
 PROFILED = 4
 """Steps of each contender that the profiler looks at, after all that are timed."""
@@ -102,12 +103,14 @@ def fill(engine: Engine, lengths: Sequence[int], tokens: int, random: np.random.
     numbers = [engine.submit(random.integers(0, vocab_size, length).tolist(), wanted) for length in lengths]
     while engine.prefilling:
         engine.step()
+        if is_quiet():
+            say(f"prompts go in: {counted(len(lengths), 'sequence')}, {len(engine.decode.lanes):,} of them decode")
     return numbers
 
 
 def take_turns(contenders: Sequence[Contender], rounds: int, steps: int, label: str, untimed: int = 2) -> None:
     """Let each contender decode `steps` steps a round, after a few that are not timed."""
-    for number in tqdm(range(rounds), desc=label, unit="round", disable=None):
+    for number in counting(range(rounds), label, "round"):
         # Rotated, so that no contender always follows the same one.
         for each in [*contenders[number % len(contenders) :], *contenders[: number % len(contenders)]]:
             with _mode_of(each):

@@ -15,10 +15,10 @@ from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from trtllm_vattn.bench.harness.timing import summarise
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.progress import Progress
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.sampling import SamplingParams
 
@@ -101,7 +101,7 @@ def serve(engine: Engine, load: Load, virtual: bool = False, label: str = "") ->
     count = len(load.prompts)
     numbers: dict[int, int] = {}
     served = Served([[] for _ in range(count)], [False] * count, 0.0)
-    with quiet_heap(), tqdm(total=count, desc=label, unit="request", disable=None) as bar:
+    with quiet_heap(), Progress(label, count, "request") as bar:
         # Not before: looking through the heap takes longer than a first token.
         clock = Clock(virtual)
         while len(numbers) < count or engine.busy:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
-from tqdm import tqdm
 
 from trtllm_vattn.bench.harness.contenders import observed
 from trtllm_vattn.bench.harness.identity import RequestTokens
 from trtllm_vattn.bench.harness.traces import PREFIX_BLOCK, Request
+from trtllm_vattn.progress import Progress
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.request import StepRecord
 from trtllm_vattn.runtime.sampling import SamplingParams
@@ -75,7 +75,7 @@ def run_traced(
         numbers[engine.submit(prompt, SamplingParams(max_tokens=wanted, ignore_eos=True), fed)] = index
     run = TracedRun({index: [] for index in numbers.values()}, [], MemorySamples(), 0.0, 0)
     started = perf_counter()
-    with tqdm(total=sum(outputs), desc=label, unit="token", disable=None) as bar, observed(engine) as run.steps:
+    with Progress(label, sum(outputs), "token") as bar, observed(engine) as run.steps:
         while engine.busy:
             for event in engine.step():
                 run.tokens[numbers[event.request]].append(event)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from trtllm_vattn.cache.config import CacheConfig
 from trtllm_vattn.cache.ranked import FollowingCache, LeadingCache
-from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.memory.mapping_policy import MappingPolicy
+from trtllm_vattn.runtime.before_loading import refuse_windows
 from trtllm_vattn.runtime.binding import shape_of
 from trtllm_vattn.runtime.engine import Engine
 from trtllm_vattn.runtime.models import SHAPES, load_model
@@ -66,10 +66,7 @@ class Parts:
         self.load_s = perf_counter() - started
         shape = shape_of(self.model, recipe.max_seqs, recipe.max_seq_len)
         if shape.windows:
-            raise ConfigError(
-                f"{type(self.model).__name__} has layers that keep windows, which tensor_parallel does not serve; use "
-                "one rank"
-            )
+            refuse_windows(type(self.model).__name__)
         config = CacheConfig(idle_after_s=recipe.idle_after_s, idle_floor=recipe.idle_floor)
         # On a GPU sized once everything else has its memory.
         self.sized_later = self.device != "cpu"

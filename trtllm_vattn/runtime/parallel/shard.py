@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.runtime.before_loading import check_sizes
 from trtllm_vattn.runtime.parallel import group  # noqa: F401  (its operations are called by name)
 from trtllm_vattn.values import typed
 
@@ -64,16 +65,7 @@ def check_divisible(model: PreTrainedModel, size: int) -> None:
             f"{name} is not divided among ranks: in its tp_plan {', '.join(wrong[:3])}; tensor parallelism here takes "
             f"plans whose layers are {COLUMNS} and {ROWS}"
         )
-    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
-    if heads % size:
-        raise ConfigError(f"{name} has {heads} query heads, which {size} ranks do not divide; take a divisor of them")
-    if kv_heads % size and size % kv_heads:
-        raise ConfigError(
-            f"{name} has {kv_heads} KV heads for {size} ranks; one number must be a multiple of the other"
-        )
-    inner = getattr(config, "intermediate_size", size)
-    if inner % size:
-        raise ConfigError(f"{name} has an intermediate_size of {inner}, which {size} ranks do not divide")
+    check_sizes(config, name, size)
 
 
 def shard_model(model: PreTrainedModel, rank: int, size: int) -> None:

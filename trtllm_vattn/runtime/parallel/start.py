@@ -8,6 +8,7 @@ import torch
 
 from trtllm_vattn.errors import ConfigError
 from trtllm_vattn.memory.mapping_policy import start_policy_probe
+from trtllm_vattn.runtime.before_loading import check_ranks_before_loading
 from trtllm_vattn.runtime.deterministic import check_ranks
 from trtllm_vattn.runtime.parallel.build import Recipe
 from trtllm_vattn.runtime.parallel.engine import LeadingEngine, check_options
@@ -45,6 +46,8 @@ def start_engine(
     size = ranks.size if isinstance(ranks, Ranks) else whole("tensor_parallel", ranks, 1, MOST_RANKS)
     if options.get("deterministic"):
         check_ranks(size)
+    if size > 1:
+        check_ranks_before_loading(model, sizes["max_seq_len"], size)
     with start_policy_probe(device, options.pop("mapping")) as probe:
         policy = probe.result().policy
     own = {name: options.pop(name) for name in OWN if name in options}
