@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -120,16 +122,13 @@ class JsonFile:
     def write(self, key: str, value: Any) -> None:
         """Store a value; the file's other keys stay."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 known = self._all()
             except ValueError:
                 known = {}
             known[key] = value
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
-                json.dump(known, file, indent=1)
-            os.replace(file.name, self.path)
-        except OSError as error:
+            write_json(self.path, "what was measured", known)
+        except (OSError, ConfigError) as error:
             logger.warning("what was measured is not stored, %s cannot be written: %s", self.path, error)
 
     def _all(self) -> dict[str, Any]:

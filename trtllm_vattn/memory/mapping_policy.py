@@ -13,9 +13,7 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trtllm_vattn.errors import ConfigError
+from trtllm_vattn.files import write_json
 from trtllm_vattn.machine import nvml
 from trtllm_vattn.memory.remap_probe import RemapReport
 from trtllm_vattn.vmm.base import Driver
@@ -184,14 +183,7 @@ def _load(file: Path) -> RemapReport | None:
 
 def _store(file: Path, report: RemapReport) -> None:
     """Write the file whole or not at all. If the folder cannot be written, the next start probes again."""
-    written = None
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as written:
-            json.dump(asdict(report), written)
-        os.replace(written.name, file)
-    except OSError as error:
+        write_json(file, "the probe's report", asdict(report))
+    except ConfigError as error:
         logger.warning("the probe's report could not be stored in %s: %s", file, error)
-        if written is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(written.name)

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from trtllm_vattn.cache.compression import CompressionPolicy
 from trtllm_vattn.errors import ConfigError
-from trtllm_vattn.runtime.binding import positions_of, windows_of
+from trtllm_vattn.runtime.binding import has_windows, positions_of, refuse_longer
 from trtllm_vattn.runtime.compression import LATENTS, SINKS, SOFTCAPS, WINDOWS, refuse_together, wrong_settings
 from trtllm_vattn.runtime.models import config_of
 from trtllm_vattn.runtime.speculation import Speculation
@@ -39,22 +39,17 @@ def _wrong_layers(config: Any, max_seq_len: int) -> dict[str, bool]:
     """What a policy is not served with, and whether a configuration says that its model has it. (What none says, the
     model's dry passes find.)"""
     return {
-        WINDOWS: _has_windows(config, max_seq_len),
+        WINDOWS: has_windows(config, max_seq_len),
         SINKS: config.model_type in WITH_SINKS,
         SOFTCAPS: bool(getattr(config, "attn_logit_softcapping", None)),
         LATENTS: bool(getattr(config, "kv_lora_rank", None)),
     }
 
 
-def _has_windows(config: Any, max_seq_len: int) -> bool:
-    """Whether a layer's window is shorter than the longest sequence; else it keeps all tokens."""
-    return any(window and window < max_seq_len for window in windows_of(config))
-
-
 def check_ranks_before_loading(model: str, max_seq_len: int, size: int) -> None:
     """Raise ConfigError where so many ranks cannot serve a named model, as each of them would once it has loaded."""
     config = config_of(model)
-    if _has_windows(config, max_seq_len):
+    if has_windows(config, max_seq_len):
         refuse_windows(model)
     check_sizes(config, f"{model} ({config.model_type})", size)
 
@@ -80,7 +75,7 @@ def refuse_windows(name: str) -> NoReturn:
 
 def _check_drafts(model: str, max_seq_len: int, speculation: Speculation) -> None:
     config = config_of(model)
-    if _has_windows(config, max_seq_len):
+    if has_windows(config, max_seq_len):
         raise ConfigError(
             f"drafts that are rejected are taken back, and layers of {model} keep windows of tokens alone; leave "
             "speculation out"
@@ -89,9 +84,4 @@ def _check_drafts(model: str, max_seq_len: int, speculation: Speculation) -> Non
         return
     drafts = config_of(speculation.model)
     check_vocabularies(config, drafts)
-    positions = positions_of(drafts)
-    if positions is not None and max_seq_len > positions:
-        raise ConfigError(
-            f"max_seq_len is {max_seq_len}, and the draft model {speculation.model} has {positions} positions; give "
-            f"{positions} or fewer"
-        )
+    refuse_longer(max_seq_len, positions_of(drafts), f"the draft model {speculation.model}")

@@ -326,7 +326,7 @@ def shape_of(model: StepModel, num_slots: int, max_seq_len: int, kv_cache_dtype:
             "whose needs no cache here holds; a cache serves full attention only"
         )
     windows = windows_of(config)
-    if not isinstance(model, PreTrainedModel) and any(each and each < max_seq_len for each in windows):
+    if not isinstance(model, PreTrainedModel) and has_windows(config, max_seq_len):
         raise ConfigError(
             f"{type(model).__name__} attends to windows of {sorted({each for each in windows if each})} tokens in some "
             f"layers, and serves full attention only; lower max_seq_len from {max_seq_len} to the window"
@@ -394,12 +394,15 @@ def _rope_of(config: Any) -> list[dict[str, Any]]:
     return by_kind or ([whole] if whole else [])
 
 
-def refuse_longer(max_seq_len: int, positions: int | None) -> None:
+def has_windows(config: Any, max_seq_len: int) -> bool:
+    """Whether a layer's window is shorter than the longest sequence; else it keeps all tokens."""
+    return any(window and window < max_seq_len for window in windows_of(config))
+
+
+def refuse_longer(max_seq_len: int, positions: int | None, model: str = "the model") -> None:
     """Raise ConfigError for longer sequences than a model has positions for; None is no bound."""
     if positions is not None and max_seq_len > positions:
-        raise ConfigError(
-            f"max_seq_len is {max_seq_len}, the model has {positions} positions; give {positions} or fewer"
-        )
+        raise ConfigError(f"max_seq_len is {max_seq_len}, {model} has {positions} positions; give {positions} or fewer")
 
 
 def positions_of(config: Any) -> int | None:
